@@ -1,0 +1,45 @@
+"""lora_kit: train one small adapter per task on a frozen base, swap adapters while the model runs, merge one to ship it.
+
+Names are imported when they are first used, so `import lora_kit` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_kit.adapter import Adapter
+    from lora_kit.bank import AdapterBank, attach
+    from lora_kit.config import LoraConfig
+    from lora_kit.errors import LoraKitError
+    from lora_kit.merge import merge
+    from lora_kit.models import load_base
+    from lora_kit.train import train
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Adapter": "lora_kit.adapter",
+    "AdapterBank": "lora_kit.bank",
+    "LoraConfig": "lora_kit.config",
+    "LoraKitError": "lora_kit.errors",
+    "attach": "lora_kit.bank",
+    "load_base": "lora_kit.models",
+    "merge": "lora_kit.merge",
+    "train": "lora_kit.train",
+}
+
+__all__ = ["Adapter", "AdapterBank", "LoraConfig", "LoraKitError", "__version__", "attach", "load_base", "merge", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lora_kit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,356 @@
+"""Adapter: an immutable value of config and tensors that knows no model, and the folder it is on disk.
+
+The folder is PEFT's (`adapter_config.json`, `adapter_model.safetensors`, `README.md`) and one file more, `lora_kit.json`, with
+digests of the others, the adapter's identity and the base it was made for. `adapters/README.md` describes every field.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lora_kit.config import LoraConfig
+from lora_kit.errors import AdapterError, ConfigError, listed
+from lora_kit.files import printable, read_json, read_regular, read_text, write_folder
+from lora_kit.weights import parse_pickle, parse_safetensors
+
+logger = logging.getLogger(__name__)
+
+CONFIG: Final = "adapter_config.json"
+WEIGHTS: Final = "adapter_model.safetensors"
+OLD_WEIGHTS: Final = "adapter_model.bin"
+CARD: Final = "README.md"
+RECORD: Final = "lora_kit.json"
+FORMAT: Final = 1
+"""Version of `lora_kit.json`."""
+PREFIX: Final = "base_model.model."
+"""Before every key of PEFT's weight files."""
+ALLOWANCES: Final = ("other-base", "extra-keys", "changed-files")
+"""What a caller may let pass: another base than the adapter's, tensors beyond its config, files changed since saving."""
+
+_PAIR_KEY: Final = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?(embedding)|\.weight)")
+_CONFIG_LIMIT: Final = 2**20
+_RECORD_LIMIT: Final = 16 * 2**20
+_IDENTITY_FIELDS: Final = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The update of one layer, `B A` before scaling.
+
+    Attributes:
+        a: (r, in); for an embedding (r, entries).
+        b: (out, r); for an embedding (dim, r).
+        kind: `linear` or `embedding`.
+    """
+
+    a: Tensor
+    b: Tensor
+    kind: str
+
+
+def pair_keys(path: str, kind: str) -> tuple[str, str]:
+    """The keys of A and B in PEFT's weight file for the layer of this path."""
+    if kind == "embedding":
+        return f"{PREFIX}{path}.lora_embedding_A", f"{PREFIX}{path}.lora_embedding_B"
+    return f"{PREFIX}{path}.lora_A.weight", f"{PREFIX}{path}.lora_B.weight"
+
+
+class Adapter:
+    """Config, named tensors and identity; equal where the digests are equal.
+
+    Args:
+        config: what the adapter is.
+        tensors: by PEFT's keys; on the CPU, not to be written to.
+        record: further facts carried in `lora_kit.json` (base, recipe, seed, metrics, versions).
+
+    Raises:
+        AdapterError: on construction, listing every tensor that does not fit the config.
+    """
+
+    def __init__(
+        self,
+        config: LoraConfig,
+        tensors: Mapping[str, Tensor],
+        *,
+        record: Mapping[str, Any] | None = None,
+        allow: Collection[str] = (),
+    ) -> None:
+        check_allowances(allow)
+        self.config = config
+        self.tensors: Mapping[str, Tensor] = MappingProxyType(dict(tensors))
+        self.record: Mapping[str, Any] = MappingProxyType(dict(record or {}))
+        self._pairs, self._saved, misfits = _sorted_out(config, self.tensors, allow)
+        if misfits:
+            raise AdapterError("the tensors do not fit the config:\n  " + "\n  ".join(misfits))
+        if self._pairs and not any(pair.b.any() for pair in self._pairs.values()):
+            logger.warning("every lora_B is zero: this adapter does nothing")
+
+    @property
+    def base(self) -> Mapping[str, Any] | None:
+        """Fingerprint of the base it was made for, where it is known."""
+        return self.record.get("base")
+
+    def pairs(self) -> Mapping[str, Pair]:
+        """The low-rank pairs by path of their layer."""
+        return MappingProxyType(self._pairs)
+
+    def saved(self) -> Mapping[str, Tensor]:
+        """The tensors of modules saved whole, by path (`score.weight`)."""
+        return MappingProxyType(self._saved)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """sha256 of the tensors and of the config fields that give them their meaning; names and labels do not count."""
+        fields = self.config.to_dict()
+        sha = hashlib.sha256(json.dumps({name: fields[name] for name in _IDENTITY_FIELDS}, sort_keys=True).encode())
+        for key in sorted(self.tensors):
+            tensor = self.tensors[key]
+            sha.update(f"\n{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            sha.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        return sha.hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Adapter) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        return f"Adapter({len(self._pairs)} pairs, r={self.config.r}, {self.num_parameters:,} parameters, {self.digest[:12]})"
+
+    @classmethod
+    def load(cls, folder: str | Path, *, allow: Collection[str] = ()) -> Adapter:
+        """Read an adapter folder, strictly.
+
+        Args:
+            allow: of `ALLOWANCES`: what may pass instead of being refused.
+
+        Raises:
+            AdapterError, ConfigError: what is wrong with which file; nothing is kept.
+        """
+        check_allowances(allow)
+        folder = Path(folder)
+        shown = printable(folder)
+        if not folder.is_dir():
+            raise AdapterError(f"{shown} is not a folder", hint="an adapter is a folder with an adapter_config.json")
+        if not (folder / CONFIG).exists() and not (folder / CONFIG).is_symlink():
+            raise ConfigError(f"{shown} has no {CONFIG}", hint="is it an adapter folder?")
+        text = read_text(folder / CONFIG, limit=_CONFIG_LIMIT)
+        record = read_json(folder / RECORD, limit=_RECORD_LIMIT) if (folder / RECORD).exists() else None
+        weights = _weights_file(folder)
+        data = read_regular(weights)
+        if record is None:
+            logger.info("%s has no %s: neither its files nor the base it was made for can be checked", shown, RECORD)
+        elif "changed-files" not in allow:
+            _check_files(record, {CONFIG: text.encode(), weights.name: data}, shown)
+        config = LoraConfig.from_json(text, source=printable(folder / CONFIG))
+        if config.unknown_fields:
+            logger.warning("%s: unknown fields are kept as they are: %s", shown, listed(config.unknown_fields))
+        parse = parse_pickle if weights.name == OLD_WEIGHTS else parse_safetensors
+        tensors = parse(data, source=printable(weights))
+        try:
+            adapter = cls(config, tensors, record=record, allow=allow)
+        except AdapterError as error:
+            raise AdapterError(f"{shown}: {error.message}", hint=error.hint) from None
+        if record is not None and "changed-files" not in allow and record.get("digest") != adapter.digest:
+            raise AdapterError(f"{shown}: the digest in {RECORD} is not that of the adapter", hint="save it again")
+        return adapter
+
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        record: Mapping[str, Any] | None = None,
+        files: Mapping[str, bytes] | None = None,
+        replace: bool = False,
+    ) -> Path:
+        """Write the folder, all or nothing, synced to disk.
+
+        Args:
+            record: facts to add to those the adapter carries: `base`, `recipe`, `seed`, `metrics`.
+            files: further files of the folder (a recipe, a picture), by name.
+            replace: an adapter that is there may be replaced.
+
+        Raises:
+            StorageError: the folder exists, or the disk refuses; what was there is as it was.
+        """
+        folder = Path(folder)
+        facts = {**self.record, **(record or {})}
+        contents = dict(files or {})
+        contents[CARD] = _card(folder.name, self, facts).encode()
+        contents[CONFIG] = self.config.to_json().encode()
+        plain = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
+        contents[WEIGHTS] = safetensors.torch.save(plain, metadata={"format": "pt"})
+        facts["format"] = FORMAT
+        facts["digest"] = self.digest
+        facts["files"] = {name: _fact(data) for name, data in sorted(contents.items())}
+        facts["versions"] = _versions()
+        # Last, because it vouches for the others.
+        contents[RECORD] = (json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+        write_folder(folder, contents, replace=replace, owned=is_adapter_folder)
+        return folder
+
+
+def is_adapter_folder(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() or (folder / RECORD).is_file()
+
+
+def check_allowances(allow: Collection[str]) -> None:
+    unknown = [name for name in allow if name not in ALLOWANCES]
+    if isinstance(allow, str) or unknown:
+        raise ConfigError(f"allow={allow!r} was given; expected any of {listed(ALLOWANCES)}")
+
+
+def _fact(data: bytes | bytearray) -> dict[str, Any]:
+    return {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+
+
+def _check_files(record: Mapping[str, Any], files: Mapping[str, bytes | bytearray], shown: str) -> None:
+    if record.get("format") != FORMAT:
+        raise AdapterError(f"{shown}/{RECORD} has format {record.get('format')!r}; format {FORMAT} is read")
+    known = record.get("files")
+    for name, data in files.items():
+        expected = known.get(name) if isinstance(known, dict) else None
+        if not isinstance(expected, dict):
+            raise AdapterError(f"{shown}/{RECORD} does not vouch for {name}", hint="the folder was put together by hand?")
+        found = _fact(data)
+        if found["size"] != expected.get("size"):
+            what = "truncated or replaced" if found["size"] < expected.get("size", 0) else "replaced"
+            raise AdapterError(f"{shown}/{name}: {what}: {found['size']:,} bytes, {expected.get('size')} are expected")
+        if found["sha256"] != expected.get("sha256"):
+            raise AdapterError(f"{shown}/{name} was changed since it was saved", hint="allow 'changed-files' to go on")
+
+
+def _weights_file(folder: Path) -> Path:
+    for name in (WEIGHTS, OLD_WEIGHTS):
+        if (folder / name).exists() or (folder / name).is_symlink():
+            if name == OLD_WEIGHTS:
+                logger.info("%s: reading plain tensors from %s", printable(folder), name)
+            return folder / name
+    raise AdapterError(f"{printable(folder)} has neither {WEIGHTS} nor {OLD_WEIGHTS}")
+
+
+def _sorted_out(
+    config: LoraConfig, tensors: Mapping[str, Tensor], allow: Collection[str]
+) -> tuple[dict[str, Pair], dict[str, Tensor], list[str]]:
+    """Pairs by path, saved tensors by path, and every misfit in words."""
+    halves: dict[tuple[str, str], dict[str, Tensor]] = {}
+    saved: dict[str, Tensor] = {}
+    misfits: list[str] = []
+    if not tensors:
+        misfits.append("the file holds no tensors")
+    for key, tensor in tensors.items():
+        misfits += _unfit_values(key, tensor)
+        bare = key.removeprefix(PREFIX)
+        found = _PAIR_KEY.fullmatch(bare) if bare != key else None
+        if found:
+            kind = "embedding" if found["embedding"] else "linear"
+            halves.setdefault((found["path"], kind), {})[found["side"]] = tensor
+        elif bare != key and _in_saved_module(bare, config):
+            saved[bare] = tensor
+        elif "extra-keys" not in allow:
+            expected = f"keys begin with {PREFIX}" if bare == key else "neither a pair nor in modules_to_save"
+            misfits.append(f"{printable(key)} is not expected: {expected}")
+    pairs = {}
+    for (path, kind), sides in halves.items():
+        missing = [side for side in "AB" if side not in sides]
+        wrong = [f"{path}: lora_{side} is missing" for side in missing] or _unfit_pair(path, sides["A"], sides["B"], config)
+        misfits += wrong
+        if not wrong:
+            pairs[path] = Pair(sides["A"], sides["B"], kind)
+    misfits += [f"modules_to_save names {name}, of which the file holds nothing" for name in _absent(config, saved)]
+    if config.target_modules and not halves and tensors:
+        misfits.append("the config has target_modules, but the file holds no pair")
+    return pairs, saved, misfits
+
+
+def _unfit_values(key: str, tensor: Tensor) -> list[str]:
+    pair = ".lora_" in key
+    if pair and not tensor.is_floating_point():
+        return [f"{printable(key)} has dtype {tensor.dtype}; a floating dtype is expected"]
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        return [f"{printable(key)} holds NaN or infinity"]
+    return []
+
+
+def _unfit_pair(path: str, a: Tensor, b: Tensor, config: LoraConfig) -> list[str]:
+    if a.ndim != 2 or b.ndim != 2:
+        return [f"{path}: A {tuple(a.shape)} and B {tuple(b.shape)} are not matrices"]
+    rank = config.rank_of(path)
+    if (a.shape[0], b.shape[1]) == (rank, rank):
+        return []
+    hint = "; A looks transposed" if a.shape[1] == rank and a.shape[0] != rank else ""
+    return [f"{path}: the config says rank {rank}, the tensors are A {tuple(a.shape)} and B {tuple(b.shape)}{hint}"]
+
+
+def _in_saved_module(key: str, config: LoraConfig) -> bool:
+    """Whether a key (`model.score.weight`) lies in one of the modules saved whole."""
+    return any(f".{name}." in f".{key}" for name in config.modules_to_save)
+
+
+def _absent(config: LoraConfig, saved: Mapping[str, Tensor]) -> list[str]:
+    return [name for name in config.modules_to_save if not any(f".{name}." in f".{key}" for key in saved)]
+
+
+def _versions() -> dict[str, str]:
+    from lora_kit import __version__
+
+    return {"lora_kit": __version__, "torch": str(torch.__version__)}
+
+
+def _card(name: str, adapter: Adapter, facts: Mapping[str, Any]) -> str:
+    """The model card: what the adapter is, how it did, how to load it."""
+    config = adapter.config
+    base = config.base_model_name_or_path or "unknown"
+    targets = config.target_modules if isinstance(config.target_modules, str) else ", ".join(config.target_modules)
+    rows = [
+        ("base", base),
+        ("rank, alpha", f"{config.r}, {config.lora_alpha:g}" if config.target_modules else "no low-rank pairs"),
+        ("target modules", targets or "none"),
+        ("modules saved whole", ", ".join(config.modules_to_save) or "none"),
+        ("parameters", f"{adapter.num_parameters:,}"),
+        ("digest", adapter.digest),
+    ]
+    metrics = facts.get("metrics")
+    rows += [(key, f"{value:.6g}" if isinstance(value, float) else str(value)) for key, value in (metrics or {}).items()]
+    table = "\n".join(f"| {key} | {printable(value)} |" for key, value in rows)
+    base_line = f"base_model: {json.dumps(base)}\n" if base != "unknown" else ""
+    return f"""---
+library_name: peft
+{base_line}tags:
+- lora
+---
+# {name}
+
+A LoRA adapter trained with lora_kit.
+
+| | |
+|---|---|
+{table}
+
+```python
+import lora_kit as lk
+
+bank = lk.attach(model, slots=1)
+bank.load("{name}", "path/to/{name}")
+bank.use("{name}")
+```
+It is in PEFT's format: `peft.PeftModel.from_pretrained(model, "path/to/{name}")` loads it as well.
+"""

@@ -1,0 +1,114 @@
+"""The exception family: one tree, each leaf also the builtin it specialises.
+
+    LoraKitError
+    ├── ConfigError (ValueError)            a LoraConfig or an adapter_config.json is wrong
+    │   └── RecipeError                     a recipe is wrong
+    ├── TargetError (ValueError)            a config does not fit the modules of a model
+    ├── AdapterError (ValueError)           an adapter's files or tensors are wrong
+    │   └── BaseMismatchError               the adapter was made for another base
+    ├── UnknownAdapterError (LookupError)   no adapter of that name
+    ├── BankError (RuntimeError)            the bank cannot do this in its present state
+    ├── RoutingError (ValueError)           the rows given do not fit the batch
+    ├── BaseModelError (ValueError)         a base model cannot be found or read
+    ├── DataError (ValueError)              training data is wrong
+    ├── MergeError (ValueError)             a merge cannot be done as asked
+    ├── StorageError (OSError)              the machine: disk, permission, an output that exists
+    └── VerificationError (RuntimeError)    something written or computed is not what it should be
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class LoraKitError(Exception):
+    """What was given, what was expected and what to do about it.
+
+    Attributes:
+        message: one line (or, for a list of misfits, one line each).
+        hint: what to do about it, or an empty string.
+        exit_code: of the command line: 2 what was given is wrong, 3 the machine, 4 a verification failed.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+class ConfigError(LoraKitError, ValueError):
+    """A LoraConfig or an `adapter_config.json` is wrong."""
+
+
+class RecipeError(ConfigError):
+    """A recipe is wrong."""
+
+
+class TargetError(LoraKitError, ValueError):
+    """A config does not fit the modules of a model."""
+
+
+class AdapterError(LoraKitError, ValueError):
+    """An adapter's files or tensors are wrong."""
+
+
+class BaseMismatchError(AdapterError):
+    """The adapter was made for another base."""
+
+
+class UnknownAdapterError(LoraKitError, LookupError):
+    """No adapter of that name."""
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        known = list(known)
+        super().__init__(f"no adapter is called {name!r}", hint=nearest(name, known) or f"loaded: {listed(known)}")
+
+
+class BankError(LoraKitError, RuntimeError):
+    """The bank cannot do this in its present state."""
+
+
+class RoutingError(LoraKitError, ValueError):
+    """The rows given do not fit the batch."""
+
+
+class BaseModelError(LoraKitError, ValueError):
+    """A base model cannot be found or read."""
+
+
+class DataError(LoraKitError, ValueError):
+    """Training data is wrong."""
+
+
+class MergeError(LoraKitError, ValueError):
+    """A merge cannot be done as asked."""
+
+
+class StorageError(LoraKitError, OSError):
+    """The machine: disk, permission, an output that exists already."""
+
+    exit_code = 3
+
+
+class VerificationError(LoraKitError, RuntimeError):
+    """Something written or computed is not what it should be."""
+
+    exit_code = 4
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`did you mean 'x'?`, or an empty string where nothing known is close."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else ""
+
+
+def listed(items: Sequence[str], *, most: int = 8) -> str:
+    """`a, b, c and 4 more`; `none` for nothing."""
+    shown = ", ".join(items[:most])
+    return f"{shown} and {len(items) - most} more" if len(items) > most else shown or "none"
