@@ -41,6 +41,8 @@ ALLOWANCES: Final = ("other-base", "extra-keys", "changed-files")
 """What a caller may let pass: another base than the adapter's, tensors beyond its config, files changed since saving."""
 
 _PAIR_KEY: Final = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?(embedding)|\.weight)")
+_COPY_SUFFIX: Final = ".base_layer.weight"
+"""PEFT writes the frozen table of an adapted embedding beside its pair, under this suffix."""
 _CONFIG_LIMIT: Final = 2**20
 _RECORD_LIMIT: Final = 16 * 2**20
 _IDENTITY_FIELDS: Final = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save")
@@ -92,7 +94,7 @@ class Adapter:
         self.config = config
         self.tensors: Mapping[str, Tensor] = MappingProxyType(dict(tensors))
         self.record: Mapping[str, Any] = MappingProxyType(dict(record or {}))
-        self._pairs, self._saved, misfits = _sorted_out(config, self.tensors, allow)
+        self._pairs, self._saved, self._copies, misfits = _sorted_out(config, self.tensors, allow)
         if misfits:
             raise AdapterError("the tensors do not fit the config:\n  " + "\n  ".join(misfits))
         if self._pairs and not any(pair.b.any() for pair in self._pairs.values()):
@@ -111,9 +113,15 @@ class Adapter:
         """The tensors of modules saved whole, by path (`score.weight`)."""
         return MappingProxyType(self._saved)
 
+    def base_copies(self) -> Mapping[str, Tensor]:
+        """Weights of the base that PEFT wrote along with an adapted embedding, by path of the layer."""
+        return MappingProxyType(self._copies)
+
     @property
     def num_parameters(self) -> int:
-        return sum(tensor.numel() for tensor in self.tensors.values())
+        """Elements of the pairs and saved modules."""
+        pairs = sum(pair.a.numel() + pair.b.numel() for pair in self._pairs.values())
+        return pairs + sum(tensor.numel() for tensor in self._saved.values())
 
     @functools.cached_property
     def digest(self) -> str:
@@ -249,10 +257,11 @@ def _weights_file(folder: Path) -> Path:
 
 def _sorted_out(
     config: LoraConfig, tensors: Mapping[str, Tensor], allow: Collection[str]
-) -> tuple[dict[str, Pair], dict[str, Tensor], list[str]]:
-    """Pairs by path, saved tensors by path, and every misfit in words."""
+) -> tuple[dict[str, Pair], dict[str, Tensor], dict[str, Tensor], list[str]]:
+    """Pairs, saved tensors and copies of base weights, each by path, and every misfit in words."""
     halves: dict[tuple[str, str], dict[str, Tensor]] = {}
     saved: dict[str, Tensor] = {}
+    copies: dict[str, Tensor] = {}
     misfits: list[str] = []
     if not tensors:
         misfits.append("the file holds no tensors")
@@ -265,6 +274,8 @@ def _sorted_out(
             halves.setdefault((found["path"], kind), {})[found["side"]] = tensor
         elif bare != key and _in_saved_module(bare, config):
             saved[bare] = tensor
+        elif bare != key and bare.endswith(_COPY_SUFFIX):
+            copies[bare.removesuffix(_COPY_SUFFIX)] = tensor
         elif "extra-keys" not in allow:
             expected = f"keys begin with {PREFIX}" if bare == key else "neither a pair nor in modules_to_save"
             misfits.append(f"{printable(key)} is not expected: {expected}")
@@ -278,7 +289,7 @@ def _sorted_out(
     misfits += [f"modules_to_save names {name}, of which the file holds nothing" for name in _absent(config, saved)]
     if config.target_modules and not halves and tensors:
         misfits.append("the config has target_modules, but the file holds no pair")
-    return pairs, saved, misfits
+    return pairs, saved, copies, misfits
 
 
 def _unfit_values(key: str, tensor: Tensor) -> list[str]:

@@ -132,9 +132,9 @@ class AdapterBank:
     def active(self) -> str | tuple[str | None, ...] | None:
         """The adapter in use: a name, one name per row inside `rows`, or None for the base."""
         names = {resident.slot: name for name, resident in self._residents.items()}
-        if self._routing.rows is not None:
+        if self._routing.mixed:
             return tuple(names.get(slot) for slot in self._routing.rows)
-        return names.get(self._routing.slot or BASE)
+        return names.get(self._routing.slot)
 
     def parameters(self, name: str) -> list[nn.Parameter]:
         """The leaf parameters of a trainable adapter, fp32: the only tensors of the model that require grad.
@@ -215,7 +215,7 @@ class AdapterBank:
             BankError: it is in use.
         """
         resident = self._resident(name)
-        if resident.slot in (self._routing.rows or (self._routing.slot,)):
+        if resident.slot in self._routing.held:
             raise BankError(f"{name!r} is in use", hint="use(None) or another adapter first")
         self._remove(name)
 
@@ -282,7 +282,7 @@ class AdapterBank:
     @contextlib.contextmanager
     def _routed(self, names: Sequence[str | None]) -> Iterator[None]:
         slots = [BASE if name is None else self._resident(name).slot for name in names]
-        before = self._routing.rows or (self._routing.slot or BASE,)
+        before = self._routing.held
         self._routing.to_rows(slots)
         try:
             yield
@@ -477,6 +477,7 @@ class AdapterBank:
             elif pair.kind != target.kind:
                 misfits.append(f"{path}: a pair for a {pair.kind}, and the model has a {target.kind}")
         misfits += _unfit_saved(saved, coverage.saved, present)
+        misfits += _unfit_copies(adapter.base_copies(), present)
         if misfits:
             fitting = len(expected.keys() & pairs.keys())
             head = f"{name!r} does not fit this model: {fitting} of {len(expected)} covered layers have a pair"
@@ -501,7 +502,7 @@ class AdapterBank:
             logger.warning("%s: another base than it was made for: %s", name, "; ".join(told))
 
     def _check_mergeable(self, resident: _Resident) -> None:
-        if self._routing.rows is not None:
+        if self._routing.mixed:
             raise BankError("a merge inside rows() would change the base under the other rows")
         owners: dict[int, int] = {}
         for parent in self.model.modules():
@@ -550,6 +551,16 @@ def _unfit_saved(saved: Mapping[str, Tensor], paths: Sequence[str], present: Map
         for key in own.keys() & saved.keys()
         if own[key].shape != saved[key].shape
     ]
+    return misfits
+
+
+def _unfit_copies(copies: Mapping[str, Tensor], present: Mapping[str, nn.Module]) -> list[str]:
+    """Base weights an adapter carries must be the base's own: another table is not an update of this one."""
+    misfits = []
+    for path, copied in copies.items():
+        own = getattr(present.get(path), "weight", None)
+        if own is None or own.shape != copied.shape or not torch.equal(own.detach().cpu(), copied.to(own.dtype)):
+            misfits.append(f"the file carries a weight for {path} that is not the base's")
     return misfits
 
 

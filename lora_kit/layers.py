@@ -25,19 +25,21 @@ class Routing:
     """Which slot each row of a batch uses; one object shared by all layers of a bank.
 
     Attributes:
-        slot: the slot of every row, or None while rows differ.
-        rows: the slot of each row while they differ, else None.
+        mixed: whether rows differ. Compiled code reads this and the index tensors only, so that a swap changes no guard.
+        slot: the slot of every row; of no meaning while rows differ.
+        rows: the slot of each row while they differ, else empty.
     """
 
     def __init__(self) -> None:
-        self.slot: int | None = BASE
-        self.rows: tuple[int, ...] | None = None
+        self.mixed = False
+        self.slot = BASE
+        self.rows: tuple[int, ...] = ()
         self._uniform: dict[torch.device, Tensor] = {}
         self._by_row: dict[torch.device, Tensor] = {}
 
     def to_slot(self, slot: int) -> None:
         """Route every row to one slot. Device tensors are written in place, so captured graphs follow."""
-        self.slot, self.rows = slot, None
+        self.mixed, self.slot, self.rows = False, slot, ()
         for tensor in self._uniform.values():
             tensor.fill_(slot)
 
@@ -46,25 +48,34 @@ class Routing:
         if len(set(slots)) == 1:
             self.to_slot(slots[0])
             return
-        self.slot, self.rows = None, tuple(slots)
+        self.mixed, self.slot, self.rows = True, BASE, tuple(slots)
         self._by_row = {device: torch.tensor(self.rows, device=device) for device in self._uniform}
 
     def prepare(self, device: torch.device) -> None:
         """Make the index tensors of a device before a forward needs them: compiled code may not create them."""
         if device not in self._uniform:
-            self._uniform[device] = torch.tensor([self.slot or BASE], device=device)
+            self._uniform[device] = torch.tensor([self.slot], device=device)
 
-    def index(self, device: torch.device) -> Tensor:
-        """Slots as int64 on a device: (1,) while all rows use one, else (rows,)."""
-        return self._uniform[device] if self.rows is None else self._by_row[device]
+    @property
+    def held(self) -> tuple[int, ...]:
+        """The slots in use, as `to_rows` takes them back."""
+        return self.rows if self.mixed else (self.slot,)
 
-    def check_batch(self, size: int, layer: str) -> None:
-        """Raise RoutingError unless a batch of this size can be split evenly between the rows."""
-        if self.rows is not None and size % len(self.rows):
+    def index(self, x: Tensor) -> Tensor:
+        """Slots as int64 on the device of x: (1,) while all rows use one, else (rows,).
+
+        Raises:
+            RoutingError: the batch x (n, ...) cannot be split evenly between the rows.
+        """
+        if not self.mixed:
+            return self._uniform[x.device]
+        index = self._by_row[x.device]
+        if x.shape[0] % index.shape[0]:
             raise RoutingError(
-                f"{len(self.rows)} rows were routed, but {layer} was given a batch of {size}",
+                f"{index.shape[0]} rows were routed, but a layer was given a batch of {x.shape[0]}",
                 hint="name one adapter per row of the batch",
             )
+        return index
 
 
 @dataclass
@@ -254,8 +265,8 @@ class _PairLayer(SlotLayer):
         """Whether slots are read from a tensor. Compiled inference always does, so that a swap changes no guard."""
         routing = self.routing
         if torch.compiler.is_compiling():
-            return routing.rows is not None or not (self.trains and torch.is_grad_enabled())
-        return routing.rows is not None
+            return routing.mixed or not (self.trains and torch.is_grad_enabled())
+        return routing.mixed
 
     def _uniform(self) -> _Entry | None:
         """What the one slot of the whole batch holds here."""
@@ -269,11 +280,9 @@ class LoraLinear(_PairLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
         if self._routes_by_index():
-            self.routing.check_batch(x.shape[0], "a layer")
+            index = self.routing.index(x)
             x = self._dropped_by_row(x)
-            return lora_add_rows(
-                y, x, self._slab("lora_A"), self._slab("lora_B"), self.scaling, self.routing.index(x.device)
-            )
+            return lora_add_rows(y, x, self._slab("lora_A"), self._slab("lora_B"), self.scaling, index)
         entry = self._uniform()
         if entry is None:
             return y
@@ -299,9 +308,8 @@ class LoraEmbedding(_PairLayer):
         # Gemma and BART multiply what they look up; the update is of the table, so it is multiplied too.
         scale = float(getattr(self.base_layer, "embed_scale", 1.0))
         if self._routes_by_index():
-            self.routing.check_batch(ids.shape[0], "an embedding")
             a, b = self._slab("lora_A"), self._slab("lora_B")
-            return lora_add_embedding_rows(y, ids, a, b, self.scaling * scale, self.routing.index(ids.device))
+            return lora_add_embedding_rows(y, ids, a, b, self.scaling * scale, self.routing.index(ids))
         entry = self._uniform()
         if entry is None:
             return y
@@ -324,12 +332,12 @@ class SavedModule(SlotLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         routing = self.routing
-        if routing.rows is None:
-            if torch.compiler.is_compiling() and not self.trains:
-                slot = routing.index(self.device)
-                return self._call({name: slab.index_select(0, slot)[0] for name, slab in self.slabs.items()}, args, kwargs)
-            return self._call_slot(routing.slot or BASE, args, kwargs)
-        return self._call_rows(routing.rows, args, kwargs)
+        if routing.mixed:
+            return self._call_rows(routing.rows, args, kwargs)
+        if torch.compiler.is_compiling() and not self.trains:
+            slot = routing.index(self.scaling)
+            return self._call({name: slab.index_select(0, slot)[0] for name, slab in self.slabs.items()}, args, kwargs)
+        return self._call_slot(routing.slot, args, kwargs)
 
     def _call_slot(self, slot: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         entry = self.entries[slot]
@@ -346,7 +354,7 @@ class SavedModule(SlotLayer):
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
             raise RoutingError("a saved module that takes more than one tensor cannot serve rows of different adapters")
         x = args[0]
-        self.routing.check_batch(x.shape[0], "a saved module")
+        self.routing.index(x)  # checks the batch
         held = [slot if self.entries[slot] else BASE for slot in rows]
         owner = torch.tensor(held).repeat_interleave(x.shape[0] // len(rows))
         order, parts = [], []

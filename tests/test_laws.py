@@ -1,0 +1,252 @@
+"""The laws of the design, on tiny GPT-2, Llama and BERT models, fp32 and bf16."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import lora_kit as lk
+from lora_kit.errors import BankError, LoraKitError, RoutingError, UnknownAdapterError
+
+KINDS = [(name, dtype) for name in tiny.MODELS for dtype in (torch.float32, torch.bfloat16)]
+every_kind = pytest.mark.parametrize(("kind", "dtype"), KINDS, ids=[f"{k}-{str(d)[6:]}" for k, d in KINDS])
+
+HEADS = {"llama": "lm_head", "gpt2": "lm_head", "bert": "classifier"}
+EMBEDDINGS = {"llama": "embed_tokens", "gpt2": "wte", "bert": "word_embeddings"}
+
+
+def configs(kind: str) -> dict[str, dict[str, Any]]:
+    """Adapters of different ranks and targets, one of them a head alone."""
+    return {
+        "wide": {"r": 4, "lora_alpha": 8, "init_lora_weights": False},
+        "narrow": {"r": 2, "layers_to_transform": [1], "use_rslora": True, "init_lora_weights": False},
+        "table": {"r": 3, "target_modules": [EMBEDDINGS[kind]], "init_lora_weights": False},
+        "head": {"target_modules": [], "modules_to_save": [HEADS[kind]]},
+    }
+
+
+def filled(kind: str, dtype: torch.dtype) -> tuple[nn.Module, lk.AdapterBank]:
+    """A model with four adapters in its bank, each of which changes its outputs."""
+    model = tiny.MODELS[kind](dtype=dtype)
+    bank = lk.attach(model, dtype=torch.float32)
+    for name, fields in configs(kind).items():
+        bank.add(name, lk.LoraConfig(**fields))
+    with torch.no_grad():
+        for parameter in bank.parameters("head"):
+            parameter.mul_(1.5)
+    return model, bank
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def base_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Base tensors under their own names, with a bank attached."""
+    tensors = state(model)
+    return {name.replace(".base_layer", ""): t for name, t in tensors.items() if not name.endswith(tuple("123456789"))}
+
+
+def train_some(model: nn.Module, bank: lk.AdapterBank, name: str) -> None:
+    optimizer = torch.optim.SGD(bank.parameters(name), lr=0.5)
+    bank.use(name)
+    for step in range(3):
+        model(**tiny.batch(seed=step)).logits.float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@every_kind
+def test_attach_changes_no_output_and_detach_leaves_the_model_as_it_was(kind: str, dtype: torch.dtype) -> None:
+    model = tiny.MODELS[kind](dtype=dtype)
+    model.get_input_embeddings().requires_grad_(False)
+    before, trains = state(model), [p.requires_grad for p in model.parameters()]
+    modules, plain = [type(m) for m in model.modules()], tiny.logits(model, tiny.batch())
+    bank = lk.attach(model, lk.LoraConfig(r=4, modules_to_save=[HEADS[kind]]), name="a")
+    assert torch.equal(tiny.logits(model, tiny.batch()), plain)
+    train_some(model, bank, "a")
+    bank.detach()
+    assert same(state(model), before)
+    assert [p.requires_grad for p in model.parameters()] == trains
+    assert [type(m) for m in model.modules()] == modules
+    assert torch.equal(tiny.logits(model, tiny.batch()), plain)
+
+
+@every_kind
+def test_training_changes_the_trained_adapter_and_nothing_else(kind: str, dtype: torch.dtype) -> None:
+    model, bank = filled(kind, dtype)
+    base = base_of(model)
+    kept = {name: bank.snapshot(name) for name in bank.names}
+    train_some(model, bank, "wide")
+    assert same(base_of(model), base)
+    changed = [name for name in bank.names if bank.snapshot(name) != kept[name]]
+    assert changed == ["wide"]
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    assert trainable == {id(p) for name in bank.names for p in bank.parameters(name)}
+
+
+@every_kind
+def test_swaps_and_round_trips_are_bitwise(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, bank = filled(kind, dtype)
+    inputs = tiny.batch()
+    plain = {}
+    for name in (*bank.names, None):
+        bank.use(name)
+        plain[name] = tiny.logits(model, inputs)
+    assert len({tensor.float().sum().item() for tensor in plain.values()}) == 5
+    for name in (None, "wide", "narrow", "wide", None, "head", None, "table"):
+        bank.use(name)
+        assert torch.equal(tiny.logits(model, inputs), plain[name])
+    for name in ("wide", "narrow", "table", "head"):
+        saved = bank.save(name, tmp_path / name)
+        loaded = lk.Adapter.load(tmp_path / name)
+        assert loaded.digest == saved.digest
+        assert all(torch.equal(loaded.tensors[key], tensor) for key, tensor in saved.tensors.items())
+    bank.detach()
+    fresh = tiny.MODELS[kind](dtype=dtype)
+    bank = lk.attach(fresh, slots=4, max_rank=4)
+    for name in ("wide", "narrow", "table", "head"):
+        bank.load(name, tmp_path / name)
+    for name in (None, "head", "wide", "table", "narrow", None):
+        bank.use(name)
+        assert torch.equal(tiny.logits(fresh, inputs), plain[name])
+    bank.use(None)
+    for name in ("wide", "narrow", "table", "head"):
+        assert bank.snapshot(name) == lk.Adapter.load(tmp_path / name)
+
+
+@every_kind
+def test_a_row_gives_what_its_adapter_gives_alone(kind: str, dtype: torch.dtype) -> None:
+    model, bank = filled(kind, dtype)
+    names = ["wide", None, "head", "narrow", "table", "wide"]
+    inputs = tiny.batch(rows=len(names))
+    with bank.rows(names):
+        together = tiny.logits(model, inputs)
+    for row, name in enumerate(names):
+        bank.use(name)
+        alone = tiny.logits(model, {key: value[row : row + 1] for key, value in inputs.items()})
+        close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-2}
+        torch.testing.assert_close(together[row : row + 1], alone, **close)
+
+
+@settings(max_examples=25, deadline=None)
+@given(names=st.lists(st.sampled_from(["wide", "narrow", "table", "head", None]), min_size=1, max_size=6))
+def test_rows_are_independent_of_their_neighbours(names: list[str | None]) -> None:
+    model, bank = filled("llama", torch.float32)
+    inputs = tiny.batch(rows=len(names))
+    with bank.rows(names):
+        together = tiny.logits(model, inputs)
+    for name in set(names):
+        bank.use(name)
+        chosen = [row for row, other in enumerate(names) if other == name]
+        torch.testing.assert_close(together[chosen], tiny.logits(model, inputs)[chosen], rtol=1e-5, atol=1e-6)
+
+
+@every_kind
+def test_a_failed_load_changes_nothing(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, bank = filled(kind, dtype)
+    other = lk.attach(tiny.MODELS[kind](dtype=dtype, seed=9), lk.LoraConfig(r=4, init_lora_weights=False), name="x")
+    other.save("x", tmp_path / "x")
+    before, names = state(model), bank.names
+    bank.use("wide")
+    plain = tiny.logits(model, tiny.batch())
+    for source in (tmp_path / "x", tmp_path / "absent", tmp_path):
+        with pytest.raises(LoraKitError):
+            bank.load("x", source)
+    with pytest.raises(BankError, match="loaded already"):
+        bank.load("wide", tmp_path / "x")
+    assert bank.names == names
+    assert bank.active == "wide"
+    assert same(state(model), before)
+    assert torch.equal(tiny.logits(model, tiny.batch()), plain)
+    bank.load("x", tmp_path / "x", allow=["other-base"])
+    assert "x" in bank.names
+
+
+@every_kind
+def test_merged_equals_unmerged(kind: str, dtype: torch.dtype) -> None:
+    model, bank = filled(kind, dtype)
+    if kind == "gpt2":
+        model.lm_head.base_layer.weight = nn.Parameter(model.lm_head.base_layer.weight.detach().clone(), requires_grad=False)
+    for name in ("wide", "narrow", "table", "head"):
+        bank.use(name)
+        unmerged = tiny.logits(model, tiny.batch())
+        retentions = bank.merge(name)
+        assert bank.active is None
+        assert name not in bank.names
+        difference = (tiny.logits(model, tiny.batch()) - unmerged).float().norm() / unmerged.float().norm()
+        assert difference <= 16 * torch.finfo(dtype).eps
+        assert all(each.retained > (0.999 if dtype == torch.float32 else 0.8) for each in retentions)
+
+
+def test_merging_into_a_tied_weight_is_refused_and_changes_nothing() -> None:
+    model = tiny.llama(tie=True)
+    before = state(model)
+    bank = lk.attach(model, lk.LoraConfig(target_modules=["embed_tokens", "q_proj"], init_lora_weights=False), name="a")
+    plain = tiny.logits(model, tiny.batch())
+    with pytest.raises(lk.LoraKitError, match="shared with another module"):
+        bank.merge("a")
+    assert torch.equal(tiny.logits(model, tiny.batch()), plain)
+    bank.detach()
+    assert same(state(model), before)
+
+
+def test_a_merge_that_would_not_be_finite_changes_nothing() -> None:
+    model = tiny.llama(dtype=torch.float16)
+    bank = lk.attach(model, lk.LoraConfig(target_modules=["down_proj"], init_lora_weights=False), name="a")
+    with torch.no_grad():
+        bank.parameters("a")[-1].fill_(1e6)
+    before = state(model)
+    with pytest.raises(lk.LoraKitError, match="not finite"):
+        bank.merge("a")
+    assert same(state(model), before)
+    assert bank.names == ("a",)
+
+
+def test_an_adapter_on_a_tied_embedding_does_not_leak_into_the_head() -> None:
+    model = tiny.llama(tie=True)
+    bank = lk.attach(model, lk.LoraConfig(target_modules=["embed_tokens"], init_lora_weights=False), name="a")
+    hidden = torch.randn(1, 3, 32)
+    assert torch.equal(model.lm_head(hidden), hidden @ model.lm_head.weight.mT)
+    ids = torch.tensor([[4, 5]])
+    assert not torch.equal(model.model.embed_tokens(ids), model.lm_head.weight[ids])
+    bank.use(None)
+    assert torch.equal(model.model.embed_tokens(ids), model.lm_head.weight[ids])
+
+
+def test_nothing_falls_back_silently() -> None:
+    model, bank = filled("llama", torch.float32)
+    with pytest.raises(UnknownAdapterError, match="did you mean 'wide'"):
+        bank.use("wied")
+    with pytest.raises(UnknownAdapterError), bank.rows(["wide", "absent"]):
+        pass
+    with pytest.raises(LoraKitError), bank.rows("wide"):
+        pass
+    with pytest.raises(RoutingError, match="2 rows were routed"), bank.rows(["wide", "narrow"]):
+        tiny.logits(model, tiny.batch(rows=3))
+    assert bank.active is None
+    bank.use("wide")
+    with pytest.raises(BankError, match="in use"):
+        bank.unload("wide")
+    with pytest.raises(BankError, match="a bank already"):
+        lk.attach(model)
+
+
+def test_routing_is_restored_when_a_block_fails() -> None:
+    model, bank = filled("llama", torch.float32)
+    bank.use("narrow")
+    with pytest.raises(ZeroDivisionError), bank.using("wide"), bank.rows(["wide", None]):
+        assert bank.active == ("wide", None)
+        raise ZeroDivisionError
+    assert bank.active == "narrow"

@@ -1,0 +1,104 @@
+"""PEFT as the judge: an adapter made here gives the same logits there, and the other way round."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+from torch import nn
+
+import lora_kit as lk
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"r": 4, "lora_alpha": 8}),
+    ("llama", {"r": 4, "use_rslora": True, "target_modules": ["q_proj", "embed_tokens"]}),
+    ("llama", {"r": 4, "rank_pattern": {"q_proj": 2, r"layers\.1\.self_attn\.v_proj": 6}, "alpha_pattern": {"up_proj": 32}}),
+    ("llama", {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    ("llama", {"target_modules": [], "modules_to_save": ["lm_head"]}),
+    ("llama", {"target_modules": r".*\.layers\.0\..*_proj"}),
+    ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
+    ("gpt2", {"r": 4, "target_modules": ["c_attn", "c_proj", "wte"]}),
+    ("gpt2", {"r": 4, "exclude_modules": ["c_proj"]}),
+    ("bert", {"r": 4, "target_modules": ["query", "dense", "word_embeddings"], "modules_to_save": ["classifier"]}),
+    ("bert", {"target_modules": [], "modules_to_save": ["classifier"]}),
+    ("bert", {"target_modules": ["query"], "modules_to_save": ["classifier", "pooler"]}),
+]
+every_case = pytest.mark.parametrize(("kind", "fields"), CASES)
+CLOSE = {"rtol": 0.0, "atol": 1e-5}
+
+
+def shaken(parameters: list[nn.Parameter]) -> None:
+    """Give a fresh adapter something to do."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+
+
+def peft_config(kind: str, fields: dict[str, Any]) -> peft.LoraConfig:
+    fields = {"target_modules": "all-linear", **fields}
+    return peft.LoraConfig(**{**fields, "target_modules": fields["target_modules"] or "dummy-target-modules"}, fan_in_fan_out=kind == "gpt2")
+
+
+@every_case
+def test_an_adapter_made_here_gives_the_same_logits_in_peft(kind: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny.MODELS[kind]()
+    bank = lk.attach(model, lk.LoraConfig(**fields), name="a")
+    shaken(bank.parameters("a"))
+    ours = tiny.logits(model, tiny.batch())
+    bank.save("a", tmp_path / "a")
+    theirs = tiny.logits(peft.PeftModel.from_pretrained(tiny.MODELS[kind](), tmp_path / "a"), tiny.batch())
+    torch.testing.assert_close(ours, theirs, **CLOSE)
+    assert not torch.allclose(ours, tiny.logits(tiny.MODELS[kind](), tiny.batch()), **CLOSE)
+
+
+@every_case
+def test_an_adapter_made_by_peft_gives_the_same_logits_here(kind: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(tiny.MODELS[kind](), peft_config(kind, fields))
+    shaken([parameter for parameter in theirs.parameters() if parameter.requires_grad])
+    theirs.save_pretrained(tmp_path)
+    model = tiny.MODELS[kind]()
+    bank = lk.attach(model, slots=1)
+    bank.load("a", tmp_path)
+    bank.use("a")
+    torch.testing.assert_close(tiny.logits(model, tiny.batch()), tiny.logits(theirs, tiny.batch()), **CLOSE)
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_rslora": True, "lora_alpha": 3}, {"target_modules": {"q_proj", "v_proj"}}])
+def test_a_peft_config_is_taken_wherever_one_of_ours_is(fields: dict[str, Any]) -> None:
+    config = peft_config("llama", {"r": 4, **fields})
+    ours = lk.attach(tiny.llama(), config).coverage("default")
+    theirs = peft.get_peft_model(tiny.llama(), config)
+    assert ours.parameters == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+
+
+def test_a_table_that_peft_wrote_along_must_be_the_bases_own(tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(tiny.llama(), peft_config("llama", {"target_modules": ["embed_tokens"]}))
+    theirs.save_pretrained(tmp_path)
+    lk.attach(tiny.llama(), slots=1).load("a", tmp_path)
+    with pytest.raises(lk.LoraKitError, match="not the base's"):
+        lk.attach(tiny.llama(seed=3), slots=1).load("a", tmp_path)
+
+
+def test_training_follows_peft_step_by_step(tmp_path: Path) -> None:
+    model = tiny.llama()
+    bank = lk.attach(model, lk.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]), name="a")
+    bank.save("a", tmp_path / "a")
+    theirs = peft.PeftModel.from_pretrained(tiny.llama(), tmp_path / "a", is_trainable=True)
+    losses: list[list[float]] = []
+    for each, parameters in ((model, bank.parameters("a")), (theirs, [p for p in theirs.parameters() if p.requires_grad])):
+        optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+        losses.append([])
+        for step in range(30):
+            inputs = tiny.batch(seed=step % 4)
+            loss = each(**inputs, labels=inputs["input_ids"]).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    assert losses[0][-1] < losses[0][0] - 0.1
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=0)
