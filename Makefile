@@ -1,0 +1,55 @@
+# On a fresh clone every target sets itself up: python3 is all it needs.
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+PYTHON ?= python3
+VENV ?= .venv
+E2E_DATA ?= ../shared/data/e2e
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SOURCES := lora_kit tests benchmarks
+OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(READY): pyproject.toml constraints.txt
+	@echo "installing into $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,dev,plot,serve,sweep]'
+	@touch $@
+
+.PHONY: install
+install: $(READY) ## make .venv with everything in it (the other targets do this themselves)
+
+.PHONY: demo
+demo: $(READY) ## three tasks on the built-in base: train, compare, swap, merge
+	@$(OFFLINE) $(BIN)/lora-kit demo
+
+.PHONY: test
+test: $(READY) ## the tests, offline
+	@$(OFFLINE) $(BIN)/pytest
+
+.PHONY: format-check
+format-check: $(READY)
+	@$(BIN)/ruff format --check --quiet $(SOURCES) || { echo "not formatted: run 'make fix'" >&2; exit 1; }
+
+.PHONY: lint
+lint: $(READY)
+	@$(BIN)/ruff check --quiet $(SOURCES)
+
+.PHONY: types
+types: $(READY)
+	@$(BIN)/mypy
+
+.PHONY: check
+check: format-check lint types test ## formatting, lint, types and tests: what .ci/run runs
+
+.PHONY: fix
+fix: $(READY) ## format, and mend what ruff can mend
+	@$(BIN)/ruff format --quiet $(SOURCES)
+	@$(BIN)/ruff check --fix --quiet $(SOURCES)
+
+.PHONY: bench
+bench: $(READY) ## the quality benchmark (E2E_DATA=folder with train, valid and test.jsonl); about 40 minutes
+	@$(OFFLINE) $(BIN)/python benchmarks/quality/e2e.py --data $(E2E_DATA)

@@ -1,0 +1,172 @@
+"""The shape of the package: which room may import which, what a bare import costs, and what is public."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import lora_kit
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "lora_kit"
+
+# A module imports only from its own room and from rooms before it in this list.
+ROOMS = [
+    "errors",
+    "config",
+    "files",
+    "weights",
+    "ops",
+    "adapter",
+    "layers",
+    "targets",
+    "fingerprint",
+    "bank",
+    "inspect",
+    "models",
+    "generate",
+    "doctor",
+    "merge",
+    "data",
+    "train",
+    "demo",
+    "serve",
+    "cli",
+    "__main__",
+]
+ALONE = "kit_base"
+HEAVY = {"transformers", "peft", "datasets", "matplotlib", "accelerate", "bitsandbytes", "pandas"}
+TOP_LEVEL = {
+    "pyproject.toml",
+    "constraints.txt",
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "Makefile",
+    "lora_kit",
+    "adapters",
+    "tests",
+    "benchmarks",
+    "docs",
+}
+
+
+def source_files() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def room_of(file: Path) -> str:
+    """The room a file belongs to: the folder or module directly under the package."""
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_modules(file: Path) -> Iterator[str]:
+    """Dotted names of everything a file imports, inside functions too; relative imports made absolute."""
+    package = ["lora_kit", *file.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*start, *([node.module] if node.module else [])])
+            # `from lora_kit import bank` names a room; `from lora_kit.bank import attach` already does.
+            yield from (f"{module}.{alias.name}" for alias in node.names) if module == "lora_kit" else iter([module])
+
+
+def imported_rooms(file: Path) -> set[str]:
+    names = [name.split(".") for name in imported_modules(file) if name != "lora_kit.__version__"]
+    return {parts[1] if len(parts) > 1 else "the package itself" for parts in names if parts[0] == "lora_kit"}
+
+
+def python(code: str) -> str:
+    """What a fresh interpreter prints for `code`."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+
+@pytest.mark.parametrize("file", source_files(), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_a_module_imports_only_from_rooms_above_it(file: Path) -> None:
+    room, imported = room_of(file), imported_rooms(file)
+    if room == ALONE:
+        assert imported <= {ALONE}, f"{room} stands alone, and imports {sorted(imported)}"
+        return
+    assert room in ROOMS, f"{room} is not in the list of rooms: give it a place there and in docs/architecture.md"
+    allowed = set(ROOMS[: ROOMS.index(room) + 1])
+    assert imported <= allowed, f"{room} imports {sorted(imported - allowed)}, which come after it"
+
+
+def test_every_room_is_described() -> None:
+    described = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    missing = [room for room in {room_of(file) for file in source_files()} if f"`{room}" not in described]
+    assert not missing, f"docs/architecture.md does not say what lives in {missing}"
+
+
+def test_config_reads_without_torch() -> None:
+    allowed = {"__future__", "lora_kit", "regex", *sys.stdlib_module_names}
+    assert {name.split(".")[0] for name in imported_modules(PACKAGE / "config.py")} <= allowed
+    assert json.loads(python("import json, sys, lora_kit.config; print(json.dumps('torch' in sys.modules))")) is False
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    loaded = set(json.loads(python("import json, sys, lora_kit; print(json.dumps(list(sys.modules)))")))
+    assert not HEAVY & loaded
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    loaded = set(json.loads(python("import json, sys, lora_kit.cli; print(json.dumps(list(sys.modules)))")))
+    assert not (HEAVY | {"torch"}) & loaded
+
+
+def test_using_a_bank_needs_no_transformers() -> None:
+    code = "import json, sys; from lora_kit import attach, Adapter; print(json.dumps(list(sys.modules)))"
+    assert not HEAVY & set(json.loads(python(code)))
+
+
+def test_all_is_exact() -> None:
+    names = lora_kit.__all__
+    assert len(names) == len(set(names))
+    assert not [name for name in names if not hasattr(lora_kit, name)]
+    # Rooms that were imported are attributes of a package by Python's own rule; nothing else may be.
+    public = {name for name in vars(lora_kit) if not name.startswith("_")}
+    others = {name for name in public - set(names) if not isinstance(vars(lora_kit)[name], ModuleType)}
+    assert not others - {"annotations", "TYPE_CHECKING", "Any"}, f"public but not in __all__: {sorted(others)}"
+
+
+def test_verbs_named_like_their_room_stay_functions() -> None:
+    """Importing `lora_kit.train.recipe` makes Python bind the room's module as `lora_kit.train`; the verb must win."""
+    code = """
+import lora_kit, lora_kit.train.recipe, lora_kit.merge
+from lora_kit import merge, train
+print(all(callable(verb) for verb in (merge, train, lora_kit.merge, lora_kit.train)))
+"""
+    assert python(code).strip() == "True"
+
+
+def test_dir_lists_what_is_public() -> None:
+    assert set(lora_kit.__all__) <= set(dir(lora_kit))
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="atach"):
+        _ = lora_kit.atach
+
+
+def test_the_top_level_is_as_fixed() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.splitlines()
+    assert {line.split("/")[0] for line in listed if not line.startswith(".")} == TOP_LEVEL
+
+
+def test_the_base_model_is_part_of_the_package() -> None:
+    files = {path.name for path in (PACKAGE / ALONE).iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= files
+    assert (PACKAGE / ALONE / "model.safetensors").stat().st_size < 24_000_000
