@@ -1,0 +1,547 @@
+"""Recipes: what to train on what, from YAML, TOML, a mapping or flags, checked before any work is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import math
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+import yaml
+
+from lora_kit.config import LoraConfig
+from lora_kit.errors import ConfigError, RecipeError, listed, nearest
+from lora_kit.models import DEFAULT_SEPARATOR, LATER_TASKS, QUANTIZATIONS, TASKS, quiet
+
+METHODS: Final = ("lora", "features", "full")
+LATER_METHODS: Final = ("peft",)
+DTYPES: Final = ("auto", "bf16", "fp16", "fp32")
+_SIZE_LIMIT: Final = 2**20
+
+DEFAULTS: Final[Mapping[str, Any]] = {"logging_steps": 10, "report_to": "none", "seed": 0}
+"""What `train` holds where a recipe says nothing and transformers' own default is not wanted."""
+LEARNING_RATES: Final[Mapping[str, float]] = {"lora": 2e-4, "features": 1e-3, "full": 5e-5}
+
+_LATER: Final = "checkpoints and resuming are not there yet"
+_ONE_DEVICE: Final = "training runs on one device so far"
+_OURS: Final = "this is decided by what is trained on what"
+_REFUSED: Final[Mapping[str, str]] = {
+    "output_dir": "the output is the recipe's `out`",
+    "do_train": _OURS,
+    "do_eval": _OURS,
+    "do_predict": _OURS,
+    "use_cpu": "the base's device decides",
+    "remove_unused_columns": _OURS,
+    "label_names": _OURS,
+    "prediction_loss_only": "logits are never kept",
+    "include_for_metrics": "logits are never kept",
+    "batch_eval_metrics": "logits are never kept",
+    "eval_accumulation_steps": "logits are never kept",
+    "eval_do_concat_batches": "logits are never kept",
+    "logging_nan_inf_filter": "a loss that is not finite is an error",
+    "use_cache": _OURS,
+    "save_strategy": _LATER,
+    "save_steps": _LATER,
+    "save_total_limit": _LATER,
+    "save_only_model": _LATER,
+    "save_on_each_node": _LATER,
+    "resume_from_checkpoint": _LATER,
+    "ignore_data_skip": _LATER,
+    "restore_callback_states_from_checkpoint": _LATER,
+    "enable_jit_checkpoint": _LATER,
+    "load_best_model_at_end": _LATER,
+    "metric_for_best_model": _LATER,
+    "greater_is_better": _LATER,
+    "auto_find_batch_size": "halving the batch when memory runs out is not there yet",
+    "torch_compile": "compiled training is not there yet",
+    "torch_compile_backend": "compiled training is not there yet",
+    "torch_compile_mode": "compiled training is not there yet",
+    "use_liger_kernel": "it replaces parts of the base, which stays as it is",
+    "liger_kernel_config": "it replaces parts of the base, which stays as it is",
+    "neftune_noise_alpha": "it is not there yet",
+    "push_to_hub": "nothing is sent anywhere",
+    "deepspeed": _ONE_DEVICE,
+    "fsdp": _ONE_DEVICE,
+    "fsdp_config": _ONE_DEVICE,
+    "parallelism_config": _ONE_DEVICE,
+    "local_rank": _ONE_DEVICE,
+    "full_determinism": "a run on one machine always repeats bit for bit",
+}
+"""Names of transformers.TrainingArguments that a recipe cannot set, and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """The data of a recipe.
+
+    Attributes:
+        train: a JSONL file; paths count from the working directory.
+        validation: another one, for the metrics before and after; no evaluation without it.
+        separator: joined to every prompt, in training and in generation.
+        max_length: tokens of a sample at the most; None for what the base can see, 2,048 at the most.
+    """
+
+    train: str
+    validation: str | None = None
+    separator: str = DEFAULT_SEPARATOR
+    max_length: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What to train on what.
+
+    Attributes:
+        base: hub id, local folder or `kit-base`.
+        data: files and how they are read.
+        out: folder of the result; the name of the adapter is its last part.
+        task: `causal-lm` or `classify`.
+        method: `lora`; `features` to train only the head; `full` to train every weight.
+        lora: the adapter's config.
+        train: names of transformers.TrainingArguments with their values; what is not named has that class's default,
+            but for `DEFAULTS` and `LEARNING_RATES` here.
+        dtype: of the base: `auto` for the checkpoint's own (`full` then trains in fp32), `bf16`, `fp16`, `fp32`.
+        quantize: `nf4` or `int8` to train an adapter on a quantised base.
+
+    Raises:
+        RecipeError: on construction, for a value that is not known or of the wrong type.
+    """
+
+    base: str
+    data: DataSpec
+    out: str
+    task: str = "causal-lm"
+    method: str = "lora"
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    train: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = "auto"
+    quantize: str | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("task", self.task, TASKS, later=LATER_TASKS)
+        _one_of("method", self.method, METHODS, later=LATER_METHODS)
+        _one_of("dtype", self.dtype, DTYPES)
+        if self.quantize is not None:
+            _one_of("quantize", self.quantize, QUANTIZATIONS)
+        if self.method == "full" and self.quantize:
+            raise RecipeError(
+                f"method full cannot train the weights of a base in {self.quantize}", hint="use method lora"
+            )
+        if not self.base.strip() or not self.out.strip() or not self.data.train.strip():
+            raise RecipeError("base, out and data.train must not be empty")
+        if self.data.max_length is not None and self.data.max_length < 2:
+            raise RecipeError(f"data.max_length must be at least 2; {self.data.max_length} was given")
+        object.__setattr__(self, "train", MappingProxyType(_train_section(self.train, self.method)))
+        object.__setattr__(self, "lora", _lora_for(self.method, self.lora))
+        _check_evaluation(self.train, self.data.validation)
+
+    @property
+    def seed(self) -> int:
+        return int(self.train["seed"])
+
+    @property
+    def name(self) -> str:
+        """What the adapter is called: the last part of `out`."""
+        return Path(self.out).name
+
+    def replace(self, **changes: Any) -> Recipe:
+        """A recipe with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as JSON values, from which `load_recipe` makes the same recipe again."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields["data"] = dataclasses.asdict(self.data)
+        fields["train"] = {key: _plain(value) for key, value in sorted(self.train.items())}
+        fields["lora"] = _lora_fields(self.lora)
+        if self.method == "full":
+            del fields["lora"]
+        return fields
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+
+
+def load_recipe(
+    source: str | Path | Mapping[str, Any] | Recipe, *, overrides: Mapping[str, Any] | None = None
+) -> Recipe:
+    """A recipe from a YAML or TOML file, a mapping, or a recipe; overrides win.
+
+    Args:
+        source: the file (`.yaml`, `.yml` or `.toml`), or what stands in one.
+        overrides: values by dotted key (`lora.r`, `train.learning_rate`, `out`); strings are read as the key's type.
+
+    Raises:
+        RecipeError: the file cannot be read, a key is unknown (the nearest is named), or a value does not fit.
+    """
+    if isinstance(source, Recipe):
+        fields, where = source.to_dict(), "the recipe"
+    elif isinstance(source, Mapping):
+        fields, where = _copied(source), "the recipe"
+    else:
+        fields, where = _read(Path(source)), str(source)
+    for key, value in (overrides or {}).items():
+        _override(fields, key, value)
+    try:
+        return _built(fields)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error.message}", hint=error.hint) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The mapping in a recipe's file."""
+    suffix = path.suffix.lower()
+    if suffix not in (".yaml", ".yml", ".toml"):
+        raise RecipeError(f"{path}: a recipe is a .yaml, .yml or .toml file")
+    try:
+        contents = path.read_bytes()
+        text = contents.decode("utf-8")
+    except FileNotFoundError:
+        here = [str(path.parent / item.name) for item in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise RecipeError(f"{path}: no such file", hint=nearest(str(path), here)) from None
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 at byte {error.start}") from None
+    if len(contents) > _SIZE_LIMIT:
+        raise RecipeError(f"{path} has {len(contents):,} bytes; a recipe has at most {_SIZE_LIMIT:,}")
+    try:
+        fields = tomllib.loads(text) if suffix == ".toml" else yaml.load(text, Loader=_Loader)
+    except (tomllib.TOMLDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
+        raise RecipeError(f"{path}: cannot be parsed: {' '.join(str(error).split())}") from None
+    if not isinstance(fields, dict):
+        raise RecipeError(f"{path}: a mapping was expected, found {type(fields).__name__}")
+    return fields
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: `2e-4` is a number, `no` and `on` are words, and a key stands there once."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.YAMLError(f"the key {key!r} in line {key_node.start_mark.line + 1} is not a word")
+            if key in seen:
+                raise yaml.YAMLError(
+                    f"the key {key!r} stands there twice, again in line {key_node.start_mark.line + 1}"
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern) for tag, pattern in found if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")
+    ]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"true|True|TRUE|false|False|FALSE"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+)
+
+
+def _override(fields: dict[str, Any], key: str, value: Any) -> None:
+    """Put a value at a dotted key of the fields of a recipe."""
+    section, dot, name = key.partition(".")
+    if section == "data" and isinstance(fields.get("data"), str) and dot:
+        fields["data"] = {"train": fields["data"]}
+    if not dot:
+        fields[key] = value
+        return
+    if section not in ("data", "lora", "train"):
+        known = [f.name for f in dataclasses.fields(Recipe)]
+        raise RecipeError(
+            f"--{key}: a recipe has no section {section!r}", hint=nearest(section, known) or f"known: {listed(known)}"
+        )
+    inside = fields.setdefault(section, {})
+    if inside is None:
+        inside = fields[section] = {}
+    if not isinstance(inside, dict):
+        raise RecipeError(f"{section} must be a mapping; {inside!r} was given")
+    inside[name] = value
+
+
+def _built(fields: Mapping[str, Any]) -> Recipe:
+    _known(fields, [f.name for f in dataclasses.fields(Recipe)], where="")
+    missing = [name for name in ("base", "data", "out") if fields.get(name) is None]
+    if missing:
+        raise RecipeError(f"{listed(missing)} missing", hint="a recipe has base, data and out at least")
+    values = {key: value for key, value in fields.items() if value is not None}
+    method = values.get("method", "lora")
+    for name in ("base", "out", "task", "method", "dtype", "quantize"):
+        if name in values:
+            values[name] = _coerced(name, str, values[name])
+    if values.get("quantize") in ("none", "null", ""):
+        del values["quantize"]
+    values["data"] = _data_section(values["data"])
+    if not isinstance(values.get("lora"), LoraConfig):
+        values["lora"] = _lora_section(_section("lora", values.get("lora", {})), method)
+    values["train"] = _section("train", values.get("train", {}))
+    return Recipe(**values)
+
+
+def _data_section(given: Any) -> DataSpec:
+    if isinstance(given, (str, Path)):
+        return DataSpec(train=str(given))
+    section = _section("data", given)
+    hints = typing.get_type_hints(DataSpec)
+    _known(section, list(hints), where="data.")
+    values = {key: _coerced(f"data.{key}", hints[key], value) for key, value in section.items() if value is not None}
+    if "train" not in values:
+        raise RecipeError("data.train is missing", hint="it is a JSONL file")
+    return DataSpec(**values)
+
+
+def _lora_section(section: Mapping[str, Any], method: str) -> LoraConfig:
+    hints = {key: hint for key, hint in typing.get_type_hints(LoraConfig).items() if key != "extra"}
+    _known(section, list(hints), where="lora.")
+    values = {key: _lora_value(key, hints[key], value) for key, value in section.items() if value is not None}
+    if method == "features":
+        # A config must hold something; what the head is called is known once the model is there.
+        values = {"target_modules": (), "modules_to_save": (HEAD,), **values}
+    try:
+        return LoraConfig(**values)
+    except ConfigError as error:
+        dot = "." if error.message.partition(" ")[0] in hints else ": "
+        raise RecipeError(f"lora{dot}{error.message}", hint=error.hint) from None
+
+
+def _lora_for(method: str, config: LoraConfig) -> LoraConfig:
+    """The config a method trains with: the one given, or for `features` one of the head alone.
+
+    Raises:
+        RecipeError: the config says something that the method does not do.
+    """
+    untouched = config == LoraConfig()
+    if method == "full" and not untouched:
+        raise RecipeError(
+            "method full trains every weight and has no lora section", hint="take it out, or use method lora"
+        )
+    if method != "features":
+        return config
+    if untouched:
+        return LoraConfig(target_modules=(), modules_to_save=(HEAD,))
+    labels = {name: getattr(config, name) for name in _LABELS}
+    if config.target_modules or config != LoraConfig(
+        target_modules=(), modules_to_save=config.modules_to_save, **labels
+    ):
+        raise RecipeError(
+            "method features trains the head alone: lora may hold modules_to_save only", hint="use method lora"
+        )
+    return config
+
+
+def _check_evaluation(train: Mapping[str, Any], validation: str | None) -> None:
+    asked = [key for key in ("eval_strategy", "eval_on_start") if train.get(key) not in (None, "no", False)]
+    if asked and validation is None:
+        raise RecipeError(f"train.{asked[0]} is {train[asked[0]]!r}, and there is no data.validation to evaluate on")
+
+
+_LABELS: Final = ("base_model_name_or_path", "revision", "task_type", "inference_mode")
+HEAD: Final = "head"
+"""Stands in `modules_to_save` for the head of whatever base is loaded."""
+_NAMES: Final = re.compile(r"[\w.-]+(,[\w.-]+)*")
+
+
+def _lora_value(key: str, hint: Any, value: Any) -> Any:
+    listable = key in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+    if isinstance(value, str) and listable and value != "all-linear":
+        if value.startswith("["):
+            value = _parsed(f"lora.{key}", value)
+        elif _NAMES.fullmatch(value):
+            # A bare name as a regular expression could only match a module at the top: names are meant.
+            value = value.split(",")
+        if key == "layers_to_transform" and isinstance(value, list):
+            value = [_coerced(f"lora.{key}", int, item) for item in value]
+    if listable:
+        return tuple(value) if isinstance(value, list) else value
+    return _coerced(f"lora.{key}", hint, value)
+
+
+def _lora_fields(config: LoraConfig) -> dict[str, Any]:
+    """The fields of a config that are not the default, r and lora_alpha always."""
+    plain, default = config.to_dict(), LoraConfig().to_dict()
+    own = [f.name for f in dataclasses.fields(LoraConfig) if f.name != "extra"]
+    fields = {
+        key: plain[key] for key in own if plain[key] != default[key] or key in ("r", "lora_alpha", "target_modules")
+    }
+    if not config.target_modules:
+        return {key: value for key, value in fields.items() if key not in ("r", "lora_alpha", "target_modules")}
+    return fields
+
+
+def _train_section(given: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """The `train` section with its defaults, every value of its type."""
+    hints = training_fields()
+    for key in given:
+        if key in _REFUSED:
+            raise RecipeError(f"train.{key} cannot be set", hint=_REFUSED[key])
+        if key.startswith("hub_"):
+            raise RecipeError(f"train.{key} cannot be set", hint="nothing is sent anywhere")
+    _known(given, [key for key in hints if key not in _REFUSED], where="train.")
+    values = {key: _coerced(f"train.{key}", hints[key], value) for key, value in given.items()}
+    defaults = {**DEFAULTS, "learning_rate": LEARNING_RATES[method]}
+    return {**defaults, **{key: value for key, value in values.items() if value is not None or key not in defaults}}
+
+
+def training_fields() -> dict[str, Any]:
+    """The names of transformers.TrainingArguments with their types."""
+    with quiet():
+        from transformers import TrainingArguments
+
+        hints = typing.get_type_hints(TrainingArguments)
+    return {f.name: hints[f.name] for f in dataclasses.fields(TrainingArguments) if f.init}
+
+
+def _known(given: Mapping[str, Any], known: Sequence[str], *, where: str) -> None:
+    unknown = [key for key in given if key not in known]
+    if unknown:
+        close = nearest(str(unknown[0]), known)
+        raise RecipeError(f"unknown key {where}{unknown[0]}", hint=close or f"known: {listed(sorted(known), most=12)}")
+
+
+def _section(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"{name} must be a mapping of keys to values; {value!r} was given")
+    return dict(value)
+
+
+def _one_of(name: str, value: str, known: Sequence[str], *, later: Sequence[str] = ()) -> None:
+    if value in later:
+        raise RecipeError(f"{name} {value!r} is not there yet", hint=f"known: {listed(known)}")
+    if value not in known:
+        raise RecipeError(
+            f"{name} {value!r} is not known", hint=nearest(str(value), known) or f"known: {listed(known)}"
+        )
+
+
+_WORDS: Final[Mapping[str, bool]] = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}
+
+
+def _coerced(name: str, hint: Any, value: Any) -> Any:
+    """The value as the type of its key; strings (from flags, and from YAML) are read as that type.
+
+    Raises:
+        RecipeError: it cannot be.
+    """
+    kinds = list(typing.get_args(hint)) if _is_union(hint) else [hint]
+    if type(None) in kinds and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
+        return None
+    choices = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, enum.Enum)]
+    if choices:
+        return _choice(name, choices[0], value)
+    for kind in sorted((typing.get_origin(kind) or kind for kind in kinds), key=_narrowest):
+        read = _READERS.get(kind)
+        found = read(name, value) if read else None
+        if found is not None:
+            return found
+    expected = " or ".join(
+        _TYPE_WORDS[kind] for kind in _TYPE_WORDS if kind in {typing.get_origin(k) or k for k in kinds}
+    )
+    raise RecipeError(f"{name} must be {expected or 'another kind of value'}; {value!r} was given")
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _narrowest(kind: Any) -> int:
+    order = [bool, int, float, list, dict, str]
+    return order.index(kind) if kind in order else len(order)
+
+
+def _choice(name: str, kind: type[enum.Enum], value: Any) -> str:
+    known = [str(member.value) for member in kind]
+    word = str(value.value if isinstance(value, enum.Enum) else value)
+    if word not in known:
+        raise RecipeError(
+            f"{name} {word!r} is not known", hint=nearest(word, known) or f"known: {listed(known, most=20)}"
+        )
+    return word
+
+
+def _as_bool(name: str, value: Any) -> bool | None:
+    return _WORDS.get(value.lower()) if isinstance(value, str) else value if isinstance(value, bool) else None
+
+
+def _as_int(name: str, value: Any) -> int | None:
+    number = _as_float(name, value)
+    return None if number is None or number != int(number) else int(number)
+
+
+def _as_float(name: str, value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    if not math.isfinite(number):
+        return None
+    # What was written as a whole number stays one, in the saved recipe too.
+    whole = isinstance(value, int) or (isinstance(value, str) and value.strip("+-").isdecimal())
+    return int(value) if whole else number
+
+
+def _as_str(name: str, value: Any) -> str | None:
+    return str(value) if isinstance(value, (str, Path)) else None
+
+
+def _as_list(name: str, value: Any) -> list[Any] | None:
+    if isinstance(value, str) and value.startswith("["):
+        value = _parsed(name, value)
+    return list(value) if isinstance(value, (list, tuple)) else None
+
+
+def _as_dict(name: str, value: Any) -> dict[str, Any] | None:
+    if isinstance(value, str) and value.startswith("{"):
+        value = _parsed(name, value)
+    return dict(value) if isinstance(value, Mapping) else None
+
+
+_READERS: Final[Mapping[Any, Callable[[str, Any], Any]]] = {
+    bool: _as_bool,
+    int: _as_int,
+    float: _as_float,
+    str: _as_str,
+    list: _as_list,
+    dict: _as_dict,
+    Mapping: _as_dict,
+    typing.get_origin(Mapping[str, int]): _as_dict,
+}
+_TYPE_WORDS: Final[Mapping[Any, str]] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a finite number",
+    str: "a string",
+    list: "a list",
+    dict: "a mapping",
+    typing.get_origin(Mapping[str, int]): "a mapping",
+}
+
+
+def _parsed(name: str, text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{name}: {text!r} cannot be parsed: {' '.join(str(error).split())}") from None
+
+
+def _copied(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in fields.items()}
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))

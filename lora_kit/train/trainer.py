@@ -1,0 +1,246 @@
+"""A thin subclass of transformers.Trainer: our loss, our evaluation, our bar, and nothing left behind on the model."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from lora_kit.data import Collator, Encoded
+from lora_kit.errors import VerificationError
+from lora_kit.train.evaluate import Evaluation, casting, evaluate, summed_loss
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer(transformers.Trainer):
+    """Trains whatever parameters of a model require a gradient.
+
+    The loss of a step is the sum over all labels of its accumulation window, divided by their number: neither padding
+    nor the size of a micro-batch changes it, nor a last window that is short. It is computed here from the logits,
+    since not every model's own loss divides by that number.
+
+    Attributes:
+        tokens: tokens trained on so far, padding left out.
+        evaluations: (step, Evaluation) of the evaluations made during training.
+        evaluating_seconds: wall time spent in them.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: transformers.TrainingArguments,
+        *,
+        train: Encoded,
+        validation: Encoded | None,
+        collator: Collator,
+        callbacks: list[transformers.TrainerCallback],
+    ) -> None:
+        self.autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        # Accelerate would replace the model's forward and turn all logits into fp32; autocast is entered here instead.
+        # For fp16 it must, since its gradient scaler hangs on that.
+        args.mixed_precision = "fp16" if args.fp16 else "no"
+        if getattr(model, "is_quantized", False):
+            # What transformers asks for before it trains on a quantised base; a bank has done it. `borrowed` takes it off.
+            model._hf_peft_config_loaded = True
+        self._progress = _Progress()
+        self._validation, self._collator = validation, collator
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=train,
+            eval_dataset=validation,
+            compute_loss_func=self._loss,
+            callbacks=[self._progress, *callbacks],
+        )
+        # Both print to standard output.
+        self.remove_callback(transformers.ProgressCallback)
+        self.remove_callback(transformers.PrinterCallback)
+        self._seen = torch.zeros((), dtype=torch.int64, device=args.device)
+        self.evaluations: list[tuple[int, Evaluation]] = []
+        self.evaluating_seconds = 0.0
+
+    @property
+    def tokens(self) -> int:
+        return int(self._seen)
+
+    def close(self) -> None:
+        """Take the progress bar off the terminal."""
+        self._progress.close()
+
+    def _loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        if num_items_in_batch is None:
+            raise RuntimeError("transformers.Trainer did not count the labels of the accumulation window")
+        return summed_loss(outputs.logits, labels, smoothing=self.args.label_smoothing_factor) / num_items_in_batch
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        self._seen += inputs["attention_mask"].sum().to(self._seen.device)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def autocast_smart_context_manager(
+        self, cache_enabled: bool | None = True
+    ) -> contextlib.AbstractContextManager[Any]:
+        return casting(self.args.device, self.autocast_dtype)
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Matrices decay, vectors (norms, biases) do not: by shape, since an adapter may be called anything."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Our own evaluation: the mean over labels, no logits kept, no random number drawn."""
+        dataset = self._validation if eval_dataset is None else eval_dataset
+        assert dataset is not None
+        found = evaluate(
+            self.model,
+            dataset,
+            self._collator,
+            batch_size=self.args.eval_batch_size,
+            autocast=self.autocast_dtype,
+        )
+        self.evaluations.append((self.state.global_step, found))
+        self.evaluating_seconds += found.seconds
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in found.metrics().items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, and stop where a loss is not finite: nothing that could be saved would be worth it.
+
+        Raises:
+            VerificationError: the loss or the gradient is NaN or infinite.
+        """
+        broken = [key for key in ("loss", "grad_norm", "train_loss") if not math.isfinite(logs.get(key, 0.0))]
+        # fp16 scales the loss: an infinite gradient is expected there, and skipped by the scaler.
+        if broken and not (broken == ["grad_norm"] and self.args.fp16):
+            raise VerificationError(
+                f"{broken[0]} became {logs[broken[0]]} by step {self.state.global_step}",
+                hint="a lower train.learning_rate, a warm-up, or bf16 instead of fp16",
+            )
+        super().log(logs, start_time)
+
+
+class _Progress(transformers.TrainerCallback):
+    """A bar on stderr where that is a terminal; lines in the log everywhere."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._task: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[shown]}"))
+        self._bar = Progress(*columns, console=console, disable=args.disable_tqdm or not console.is_terminal)
+        self._task = self._bar.add_task("training", total=state.max_steps, shown="")
+        self._bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar.update(self._task, completed=state.global_step)
+        # The last interval is logged too when it is a short one.
+        control.should_log = control.should_log or state.global_step >= state.max_steps
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        shown = ", ".join(f"{key} {value:.4g}" for key, value in (logs or {}).items() if key in _SHOWN)
+        if shown:
+            logger.info("step %d: %s", state.global_step, shown)
+            if self._bar is not None:
+                self._bar.update(self._task, shown=shown)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+_SHOWN = ("loss", "learning_rate", "grad_norm", "eval_loss", "eval_perplexity", "eval_accuracy")
+
+
+@contextlib.contextmanager
+def borrowed(model: Any) -> Iterator[None]:
+    """Puts back, whatever happens, what the Trainer changes on a model besides its trained weights.
+
+    That is: training mode, `config.use_cache`, gradient checkpointing, and what accelerate hangs on the model.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    attributes, use_cache = dict(vars(model)), model.config.use_cache if hasattr(model.config, "use_cache") else None
+    checkpointing = _checkpoints_activations(model)
+    try:
+        yield
+    finally:
+        if _checkpoints_activations(model) and not checkpointing:
+            _newest(model, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
+        for name in set(vars(model)) - set(attributes):
+            delattr(model, name)
+        if use_cache is not None:
+            model.config.use_cache = use_cache
+        elif hasattr(model.config, "use_cache"):
+            del model.config.use_cache
+        for module, mode in modes:
+            module.training = mode
+
+
+def _checkpoints_activations(model: Any) -> bool:
+    return bool(_newest(model, "is_activation_checkpointing", "is_gradient_checkpointing"))
+
+
+def _newest(model: Any, name: str, older: str) -> Any:
+    """An attribute under its present name, or under the one it has in older versions of transformers."""
+    return getattr(model, name) if hasattr(type(model), name) else getattr(model, older, None)
+
+
+@contextlib.contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """The same bits from the same run: on CUDA the deterministic kernels, which the CPU always uses."""
+    if device.type != "cuda":
+        yield
+        return
+    import os
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+class Clock:
+    """Wall time and peak memory of a piece of work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._started = device, time.perf_counter()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    @property
+    def seconds(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter() - self._started
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory in use: of the CUDA device since the start, or of the whole process since it began."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        import resource
+        import sys
+
+        # Linux counts in kilobytes, macOS in bytes.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

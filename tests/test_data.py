@@ -1,0 +1,223 @@
+"""Rows, tokens, labels and batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import texts
+import torch
+
+from lora_kit.data import IGNORED, Collator, Encoded, encode, label_names, read_rows
+from lora_kit.errors import DataError
+from lora_kit.models import prompt_ids, render_prompt
+
+PAIRS = [{"prompt": "ab", "completion": "cd"}, {"prompt": "abcdef", "completion": "g"}]
+
+
+def encoded(path: Path, rows: list[dict[str, Any]], tokenizer: Any = None, **settings: Any) -> Encoded:
+    found = read_rows(texts.write(path / "rows.jsonl", rows))
+    return encode(found, tokenizer or texts.tokenizer(), **{"max_length": 32, **settings})
+
+
+def unmasked(sample: dict[str, torch.Tensor]) -> list[int]:
+    return [token for token in sample["labels"].tolist() if token != IGNORED]
+
+
+# Formats
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "a", "completion": "b"}, "completion"),
+        ({"text": "a", "label": "b"}, "label"),
+        ({"text": "a", "label": 0}, "label"),
+        ({"text": "a"}, "text"),
+    ],
+)
+def test_the_format_is_found(tmp_path: Path, row: dict[str, Any], expected: str) -> None:
+    assert read_rows(texts.write(tmp_path / "rows.jsonl", [row])).format == expected
+
+
+def test_lines_are_counted_with_the_empty_ones(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\n  \n{"text": "b"}')
+    rows = read_rows(file)
+    assert rows.values == (("a",), ("b",))
+    assert rows.lines == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": ', ":2: not JSON"),
+        (b'["text"]', ":2: a JSON object was expected, found list"),
+        (b'{"txt": "a"}', ":2: text missing"),
+        (b'{"text": 3}', ":2: text must be a string; int was given"),
+        (b'{"text": null}', ":2: text must be a string; NoneType was given"),
+        (b'{"text": "  "}', ":2: text is empty"),
+        (b'{"text": "a\xff"}', ":2: not UTF-8 at byte 11"),
+        (b'{"text": "\\ud800"}', ":2: text holds half a surrogate pair"),
+        (b'{"text": "a", "text": "b"}', ":2: the key 'text' stands there twice"),
+        (b"[" * 100_000, ":2: not JSON"),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
+    with pytest.raises(DataError) as error:
+        read_rows(file)
+    assert message in str(error.value)
+
+
+def test_all_wrong_lines_are_told_at_once(tmp_path: Path) -> None:
+    file = texts.write(tmp_path / "rows.jsonl", [{"text": "a"}, *[{"text": ""}] * 12])
+    with pytest.raises(DataError) as error:
+        read_rows(file)
+    assert str(error.value).count("text is empty") == 8
+    assert "and 4 more lines" in str(error.value)
+
+
+@pytest.mark.parametrize("label", [True, None, 1.5, "", [1]])
+def test_a_label_is_a_word_or_a_whole_number(tmp_path: Path, label: Any) -> None:
+    file = texts.write(tmp_path / "rows.jsonl", [{"text": "a", "label": "x"}, {"text": "a", "label": label}])
+    with pytest.raises(DataError, match=":2: label"):
+        read_rows(file)
+
+
+def test_labels_of_two_kinds_are_refused(tmp_path: Path) -> None:
+    file = texts.write(tmp_path / "rows.jsonl", [{"text": "a", "label": "x"}, {"text": "a", "label": 1}])
+    with pytest.raises(DataError, match=":2: label is int, and str in the first row"):
+        read_rows(file)
+
+
+def test_a_file_without_rows_or_of_no_format_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no rows"):
+        read_rows(texts.write(tmp_path / "rows.jsonl", []))
+    with pytest.raises(DataError, match=r"keys question.*formats: prompt and completion"):
+        read_rows(texts.write(tmp_path / "other.jsonl", [{"question": "a"}]))
+
+
+def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
+    texts.write(tmp_path / "train.jsonl", PAIRS)
+    with pytest.raises(DataError, match=r"did you mean .*train\.jsonl"):
+        read_rows(tmp_path / "tran.jsonl")
+    with pytest.raises(DataError, match="is a folder"):
+        read_rows(tmp_path)
+
+
+def test_keys_that_are_not_used_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    read_rows(texts.write(tmp_path / "rows.jsonl", [{"text": "a", "id": 3}]))
+    assert "not used: id" in caplog.text
+
+
+def test_labels_are_sorted_numbers_by_size(tmp_path: Path) -> None:
+    words = [{"text": "a", "label": label} for label in ("yes", "no", "yes")]
+    numbers = [{"text": "a", "label": label} for label in (10, 9, 2)]
+    assert label_names(read_rows(texts.write(tmp_path / "a.jsonl", words))) == ("no", "yes")
+    assert label_names(read_rows(texts.write(tmp_path / "b.jsonl", numbers))) == ("2", "9", "10")
+    with pytest.raises(DataError, match="every label is 'yes'"):
+        label_names(read_rows(texts.write(tmp_path / "c.jsonl", words[:1])))
+
+
+# Tokens and labels
+
+
+def test_the_loss_is_on_the_completion_and_eos(tmp_path: Path) -> None:
+    tokenizer = texts.tokenizer()
+    sample = encoded(tmp_path, PAIRS, tokenizer)[0]
+    assert tokenizer.convert_ids_to_tokens(sample["input_ids"].tolist()) == ["a", "b", "\n", "c", "d", "</s>"]
+    assert sample["labels"].tolist()[:3] == [IGNORED] * 3
+    assert tokenizer.convert_ids_to_tokens(unmasked(sample)) == ["c", "d", "</s>"]
+
+
+@pytest.mark.parametrize("bos", ["", "<s>"])
+def test_training_and_generation_see_one_prompt(tmp_path: Path, bos: str) -> None:
+    tokenizer = texts.tokenizer(bos=bos)
+    samples = encoded(tmp_path, PAIRS, tokenizer, separator=" = ")
+    for row, sample in zip(PAIRS, samples, strict=True):
+        prompt = prompt_ids(tokenizer, render_prompt(row["prompt"], separator=" = "))
+        assert sample["input_ids"].tolist()[: len(prompt)] == prompt
+        assert (sample["labels"] != IGNORED).nonzero()[0].item() == len(prompt)
+
+
+def test_bos_stands_once_even_if_the_text_brings_one(tmp_path: Path) -> None:
+    rows = [{"prompt": "<s>ab", "completion": "c"}, {"prompt": "ab", "completion": "c</s>"}]
+    samples = encoded(tmp_path, rows, texts.tokenizer(bos="<s>"))
+    assert samples[0]["input_ids"].tolist() == samples[1]["input_ids"].tolist()
+    assert samples[0]["input_ids"].tolist().count(texts.BOS) == 1
+    assert samples[1]["input_ids"].tolist().count(texts.EOS) == 1
+
+
+def test_eos_is_learned_though_it_is_the_pad_token(tmp_path: Path) -> None:
+    tokenizer = texts.tokenizer(pad="")
+    tokenizer.pad_token = tokenizer.eos_token
+    samples = encoded(tmp_path, PAIRS, tokenizer)
+    batch = Collator(tokenizer.pad_token_id)([samples[0], samples[1]])
+    assert (batch["labels"] == texts.EOS).sum() == 2
+    assert batch["attention_mask"].sum() == samples.lengths.sum()
+
+
+@pytest.mark.parametrize("bos", ["", "<s>"])
+def test_truncation_takes_the_prompt_from_its_left_and_keeps_the_completion(
+    tmp_path: Path, bos: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = texts.tokenizer(bos=bos)
+    sample = encoded(tmp_path, [{"prompt": "abcdefgh", "completion": "xyz"}], tokenizer, max_length=8)[0]
+    words = tokenizer.convert_ids_to_tokens(sample["input_ids"].tolist())
+    assert words == (["<s>", "g", "h", "\n"] if bos else ["f", "g", "h", "\n"]) + ["x", "y", "z", "</s>"]
+    assert tokenizer.convert_ids_to_tokens(unmasked(sample)) == ["x", "y", "z", "</s>"]
+    assert "1 of 1 prompts were cut" in caplog.text
+
+
+def test_a_completion_that_does_not_fit_is_refused_with_its_line(tmp_path: Path) -> None:
+    rows = [*PAIRS, {"prompt": "a", "completion": "b" * 8}]
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: the completion has 9 tokens and max_length is 9"):
+        encoded(tmp_path, rows, max_length=9)
+    assert len(encoded(tmp_path, rows, max_length=10)) == 3
+
+
+def test_every_token_of_a_text_but_the_first_is_predicted_once(tmp_path: Path) -> None:
+    text = "abcdefghijklmnopqrstuvwxyz"
+    tokenizer = texts.tokenizer()
+    whole = tokenizer(text)["input_ids"] + [texts.EOS]
+    for max_length in range(2, 30):
+        samples = encoded(tmp_path, [{"text": text}], tokenizer, max_length=max_length)
+        assert [token for sample in samples for token in unmasked(sample)] == whole[1:]
+        assert samples.lengths.max() <= max_length
+        assert samples.num_labels == len(whole) - 1
+
+
+def test_a_label_is_the_place_of_its_name(tmp_path: Path) -> None:
+    rows = [{"text": "ab", "label": "yes"}, {"text": "abcdef", "label": "no"}]
+    samples = encoded(tmp_path, rows, texts.bert_tokenizer(), label2id={"no": 0, "yes": 1}, max_length=5)
+    assert [sample["labels"].item() for sample in samples] == [1, 0]
+    assert samples[0]["input_ids"].tolist() == [texts.BOS, 4, 5, texts.EOS]
+    assert samples[1]["input_ids"].tolist() == [texts.BOS, 4, 5, 6, texts.EOS]
+    assert samples.num_labels == 2
+
+
+def test_an_unknown_label_is_refused_with_its_line(tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": "no"}, {"text": "a", "label": "maybe"}]
+    with pytest.raises(DataError, match=":2: label 'maybe' is not one of no, yes"):
+        encoded(tmp_path, rows, label2id={"no": 0, "yes": 1})
+
+
+# Batches
+
+
+def test_a_batch_is_padded_on_the_right(tmp_path: Path) -> None:
+    samples = encoded(tmp_path, PAIRS)
+    batch = Collator(texts.PAD)([samples[0], samples[1]])
+    assert batch["input_ids"].shape == (2, 9)
+    assert batch["input_ids"][0, 6:].tolist() == [texts.PAD] * 3
+    assert batch["attention_mask"][0].tolist() == [1] * 6 + [0] * 3
+    assert batch["labels"][0, 6:].tolist() == [IGNORED] * 3
+
+
+def test_the_first_token_never_has_a_label(tmp_path: Path) -> None:
+    for rows in (PAIRS, [{"text": "abcdefgh"}]):
+        for sample in encoded(tmp_path, rows, max_length=8):
+            assert sample["labels"][0] == IGNORED

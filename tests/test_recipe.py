@@ -1,0 +1,214 @@
+"""Recipes: files, flags, types, and what is refused with the nearest name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_kit.config import LoraConfig
+from lora_kit.errors import RecipeError
+from lora_kit.train import DataSpec, Recipe, load_recipe
+
+LEAST: dict[str, Any] = {"base": "kit-base", "data": "train.jsonl", "out": "adapters/x"}
+
+
+def written(folder: Path, text: str, name: str = "recipe.yaml") -> Path:
+    (folder / name).write_text(text, encoding="utf-8")
+    return folder / name
+
+
+def test_the_least_recipe_is_base_data_and_out() -> None:
+    recipe = load_recipe(LEAST)
+    assert recipe.data == DataSpec(train="train.jsonl")
+    assert (recipe.task, recipe.method, recipe.name, recipe.seed) == ("causal-lm", "lora", "x", 0)
+    assert recipe.lora == LoraConfig()
+    assert recipe.train["learning_rate"] == 2e-4
+
+
+def test_yaml_and_toml_say_the_same(tmp_path: Path) -> None:
+    yaml = """
+base: kit-base
+data: {train: a.jsonl, validation: b.jsonl, separator: "\\n\\n"}
+method: lora
+lora: {r: 16, lora_alpha: 32, target_modules: all-linear}
+train: {num_train_epochs: 3, learning_rate: 2e-4, lr_scheduler_type: cosine, eval_strategy: no, bf16: true}
+out: adapters/e2e
+"""
+    toml = """
+base = "kit-base"
+method = "lora"
+out = "adapters/e2e"
+[data]
+train = "a.jsonl"
+validation = "b.jsonl"
+separator = "\\n\\n"
+[lora]
+r = 16
+lora_alpha = 32
+target_modules = "all-linear"
+[train]
+num_train_epochs = 3
+learning_rate = 2e-4
+lr_scheduler_type = "cosine"
+eval_strategy = "no"
+bf16 = true
+"""
+    assert load_recipe(written(tmp_path, yaml)) == load_recipe(written(tmp_path, toml, "recipe.toml"))
+
+
+@pytest.mark.parametrize("number", ["2e-4", "2E-4", "0.0002", ".0002", "2.0e-4", "'2e-4'", "+2e-4"])
+def test_a_learning_rate_in_yaml_is_a_number(tmp_path: Path, number: str) -> None:
+    text = f"base: kit-base\ndata: a.jsonl\nout: x\ntrain: {{learning_rate: {number}}}\n"
+    assert load_recipe(written(tmp_path, text)).train["learning_rate"] == 2e-4
+
+
+def test_numbers_inside_mappings_are_numbers_too(tmp_path: Path) -> None:
+    text = "base: kit-base\ndata: a.jsonl\nout: x\ntrain: {lr_scheduler_kwargs: {min_lr: 1e-5}}\n"
+    text += "lora: {alpha_pattern: {q_proj: 1e1}}\n"
+    recipe = load_recipe(written(tmp_path, text))
+    assert recipe.train["lr_scheduler_kwargs"] == {"min_lr": 1e-5}
+    assert recipe.lora.alpha_pattern == {"q_proj": 10.0}
+
+
+def test_flags_win_and_are_read_as_the_type_of_their_key() -> None:
+    flags = {
+        "lora.r": "4",
+        "lora.lora_alpha": "1e1",
+        "lora.use_rslora": "true",
+        "lora.target_modules": "q_proj,v_proj",
+        "lora.layers_to_transform": "0,1",
+        "train.learning_rate": "1e-3",
+        "train.max_steps": "1e2",
+        "train.bf16": "false",
+        "train.lr_scheduler_kwargs": "{num_cycles: 2}",
+        "data.max_length": "128",
+        "data.validation": "valid.jsonl",
+        "out": "elsewhere",
+    }
+    recipe = load_recipe({**LEAST, "lora": {"r": 16}, "train": {"learning_rate": 5.0}}, overrides=flags)
+    assert recipe.lora == LoraConfig(
+        r=4, lora_alpha=10.0, use_rslora=True, target_modules=("q_proj", "v_proj"), layers_to_transform=(0, 1)
+    )
+    assert recipe.train["learning_rate"] == 1e-3
+    assert recipe.train["max_steps"] == 100
+    assert isinstance(recipe.train["max_steps"], int)
+    assert recipe.train["bf16"] is False
+    assert recipe.train["lr_scheduler_kwargs"] == {"num_cycles": 2}
+    assert recipe.data == DataSpec(train="train.jsonl", validation="valid.jsonl", max_length=128)
+    assert recipe.out == "elsewhere"
+
+
+def test_a_regular_expression_stays_one() -> None:
+    assert load_recipe(LEAST, overrides={"lora.target_modules": ".*_proj"}).lora.target_modules == ".*_proj"
+    assert load_recipe(LEAST, overrides={"lora.target_modules": "all-linear"}).lora.target_modules == "all-linear"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metod": "lora"}, "unknown key metod .did you mean 'method'"),
+        ({"train": {"learning_rte": 1}}, r"unknown key train.learning_rte .did you mean 'learning_rate'"),
+        ({"lora": {"rank": 1}}, "unknown key lora.rank"),
+        ({"lora": {"lora_alfa": 1}}, "did you mean 'lora_alpha'"),
+        ({"data": {"trian": "a"}}, "did you mean 'train'"),
+        ({"data": {"validation": "a"}}, "data.train is missing"),
+        ({"train": {"max_steps": "1.5"}}, "train.max_steps must be a whole number; '1.5' was given"),
+        ({"train": {"learning_rate": "fast"}}, "must be a finite number"),
+        ({"train": {"learning_rate": float("nan")}}, "must be a finite number"),
+        ({"train": {"learning_rate": True}}, "must be a finite number"),
+        ({"train": {"bf16": "maybe"}}, "must be true or false"),
+        ({"train": {"lr_scheduler_type": "cosin"}}, "did you mean 'cosine'"),
+        ({"train": {"save_steps": 3}}, "checkpoints and resuming are not there yet"),
+        ({"train": {"output_dir": "x"}}, "the recipe's `out`"),
+        ({"train": {"hub_token": "x"}}, "nothing is sent anywhere"),
+        ({"train": {"eval_strategy": "epoch"}}, "no data.validation"),
+        ({"train": 3}, "train must be a mapping"),
+        ({"lora": {"r": 0}}, "lora.r must be a whole number from 1"),
+        ({"lora": {"r": "x"}}, "lora.r must be a whole number"),
+        ({"lora": {"target_modules": "(a"}}, "not a regular expression"),
+        ({"task": "tokens"}, "'tokens' is not there yet"),
+        ({"task": "clasify"}, "did you mean 'classify'"),
+        ({"method": "peft"}, "'peft' is not there yet"),
+        ({"method": "feature"}, "did you mean 'features'"),
+        ({"method": "features", "lora": {"r": 4}}, "trains the head alone"),
+        ({"method": "full", "lora": {"r": 4}}, "no lora section"),
+        ({"method": "full", "quantize": "nf4"}, "method full cannot train"),
+        ({"quantize": "nf5"}, "did you mean 'nf4'"),
+        ({"dtype": "f32"}, "did you mean 'fp32'"),
+        ({"base": " "}, "must not be empty"),
+        ({"out": None}, "out missing"),
+        ({"data": {"train": "a", "max_length": 1}}, "at least 2"),
+    ],
+)
+def test_what_is_wrong_is_said(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe({**LEAST, **changes})
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("lora.rr", "did you mean 'r'"),
+        ("loar.r", "did you mean 'lora'"),
+        ("train.", "unknown key train."),
+        ("outt", "did you mean 'out'"),
+    ],
+)
+def test_an_unknown_flag_names_the_nearest(flag: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(LEAST, overrides={flag: "1"})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.yaml", "base: [", "cannot be parsed"),
+        ("a.yaml", "- a", "a mapping was expected, found list"),
+        ("a.yaml", "base: a\nbase: b", "'base' stands there twice, again in line 2"),
+        ("a.yaml", "base: !!python/object/apply:os.system [ls]", "cannot be parsed"),
+        ("a.yaml", "1: 2", "not a word"),
+        ("a.toml", "base = ", "cannot be parsed"),
+        ("a.json", "{}", "is a .yaml, .yml or .toml file"),
+    ],
+)
+def test_a_file_that_is_not_a_recipe_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(written(tmp_path, text, name))
+
+
+def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
+    written(tmp_path, "base: a")
+    with pytest.raises(RecipeError, match=r"no such file .*recipe\.yaml"):
+        load_recipe(tmp_path / "recpe.yaml")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"method": "features"},
+        {"method": "full", "dtype": "bf16"},
+        {"lora": {"r": 4, "rank_pattern": {"q_proj": 2}, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1}},
+        {"data": {"train": "a", "validation": "ü b", "separator": " -> "}, "train": {"eval_strategy": "steps"}},
+    ],
+)
+def test_a_saved_recipe_is_the_same_recipe(tmp_path: Path, changes: dict[str, Any]) -> None:
+    recipe = load_recipe({**LEAST, **changes})
+    assert load_recipe(written(tmp_path, recipe.to_yaml())) == recipe
+    assert load_recipe(recipe) == recipe
+
+
+def test_a_recipe_can_be_made_in_python() -> None:
+    made = Recipe(base="kit-base", data=DataSpec(train="train.jsonl"), out="adapters/x", lora=LoraConfig(r=4))
+    assert made == load_recipe({**LEAST, "lora": {"r": 4}})
+    assert made == load_recipe({**LEAST, "lora": LoraConfig(r=4)})
+
+
+def test_features_trains_the_head_and_nothing_else() -> None:
+    recipe = load_recipe({**LEAST, "method": "features"})
+    assert recipe.lora.target_modules == ()
+    assert recipe.lora.modules_to_save == ("head",)
+    named = load_recipe({**LEAST, "method": "features", "lora": {"modules_to_save": ["score"]}})
+    assert named.lora.modules_to_save == ("score",)

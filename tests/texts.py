@@ -1,0 +1,48 @@
+"""A tiny tokenizer and small data files for tests: no network, 96 tokens, one per character."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+
+PAD, BOS, EOS, UNKNOWN = 0, 1, 2, 3
+_CHARACTERS = string.ascii_letters + string.digits + " \n.,:;!?'-+=/()[]"
+
+
+def tokenizer(*, bos: str = "", pad: str = "<pad>") -> Any:
+    """One token per character; with `bos="<s>"` a BOS before every text, with `pad=""` no pad token."""
+    vocabulary = {word: number for number, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *_CHARACTERS])}
+    model = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    if bos:
+        model.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token=pad or None,
+        model_max_length=64,
+        additional_special_tokens=[],
+    )
+
+
+def bert_tokenizer() -> Any:
+    """One token per character, `<s>` before a text and `</s>` after it."""
+    made = tokenizer()
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
+    return made
+
+
+def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """A JSONL file of these rows."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
