@@ -1,0 +1,8 @@
+"""`python -m lora_kit` is `lora-kit`."""
+
+import sys
+
+from lora_kit.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""What can be refused before any work: outputs that would destroy an input, bases that cannot take an adapter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from lora_kit.adapter import Adapter
+from lora_kit.errors import AdapterError, MergeError
+from lora_kit.files import printable, read_json
+
+MERGE_RECORD: Final = "lora_kit_merge.json"
+"""In a merged folder: what was merged into what, and what the checks found."""
+_LIMIT: Final = 16 * 2**20
+
+
+def refuse_overlap(out: Path, inputs: Sequence[Path]) -> None:
+    """Raise MergeError where the output is an input, or one lies inside the other."""
+    out = out.resolve()
+    for folder in (path.resolve() for path in inputs):
+        if out == folder:
+            raise MergeError(
+                f"the output {printable(out)} is itself an input of this merge", hint="choose another output"
+            )
+        if out.is_relative_to(folder) or folder.is_relative_to(out):
+            raise MergeError(
+                f"the output {printable(out)} and the input {printable(folder)} lie inside each other",
+                hint="choose an output beside it",
+            )
+
+
+def refuse_unmergeable(base: Path, adapter: Adapter) -> None:
+    """Raise MergeError for a local base that is quantised, or into which this adapter was merged already."""
+    if quantisation(base / "config.json") is not None:
+        raise quantised(str(base))
+    if adapter.digest in merged_digests(base):
+        raise MergeError(
+            f"this adapter ({adapter.digest[:12]}) was merged into {printable(base)} already", hint="use it as it is"
+        )
+
+
+def quantised(base: str) -> MergeError:
+    """The error for a quantised base, with the choices there are."""
+    return MergeError(
+        f"{printable(base)} is quantised: rounding to its grid would lose the adapter",
+        hint="merge into the unquantised base and quantise the result, or load the adapter beside this base",
+    )
+
+
+def quantisation(config: Path) -> Any:
+    """The `quantization_config` of a base's config; None where there is none."""
+    try:
+        return json.loads(config.read_text("utf-8")).get("quantization_config")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None  # loading the base says what is wrong with it
+
+
+def merged_digests(base: Path) -> tuple[str, ...]:
+    """Digests of the adapters that are in this base already, oldest first; none where it has no record of a merge.
+
+    Raises:
+        MergeError: there is a record, and it cannot be read.
+    """
+    file = base / MERGE_RECORD
+    if not file.exists():
+        return ()
+    try:
+        merged = read_json(file, limit=_LIMIT).get("merged")
+    except AdapterError as error:
+        raise MergeError(error.message, hint="the base's record of its merges is damaged") from None
+    if not isinstance(merged, list) or not all(isinstance(digest, str) for digest in merged):
+        raise MergeError(f"{printable(file)}: 'merged' is not a list of digests", hint="the record is damaged")
+    return tuple(merged)
+
+
+def is_merged_folder(folder: Path) -> bool:
+    """Whether a folder was written by a merge, so that another merge may replace it."""
+    return (folder / MERGE_RECORD).is_file()
