@@ -41,11 +41,12 @@ ALLOWANCES: Final = ("other-base", "extra-keys", "changed-files")
 """What a caller may let pass: another base than the adapter's, tensors beyond its config, files changed since saving."""
 
 _PAIR_KEY: Final = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?(embedding)|\.weight)")
+_MAGNITUDE_SUFFIX: Final = ".lora_magnitude_vector"
 _COPY_SUFFIX: Final = ".base_layer.weight"
 """PEFT writes the frozen table of an adapted embedding beside its pair, under this suffix."""
 _CONFIG_LIMIT: Final = 2**20
 _RECORD_LIMIT: Final = 16 * 2**20
-_IDENTITY_FIELDS: Final = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save")
+_IDENTITY_FIELDS: Final = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "modules_to_save")
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,18 @@ class Pair:
         a: (r, in); for an embedding (r, entries).
         b: (out, r); for an embedding (dim, r).
         kind: `linear` or `embedding`.
+        magnitude: (out,), of a DoRA only.
     """
 
     a: Tensor
     b: Tensor
     kind: str
+    magnitude: Tensor | None = None
+
+
+def magnitude_key(path: str) -> str:
+    """The key of a DoRA's magnitude in PEFT's weight file for the layer of this path."""
+    return f"{PREFIX}{path}{_MAGNITUDE_SUFFIX}"
 
 
 def pair_keys(path: str, kind: str) -> tuple[str, str]:
@@ -120,8 +128,8 @@ class Adapter:
     @property
     def num_parameters(self) -> int:
         """Elements of the pairs and saved modules."""
-        pairs = sum(pair.a.numel() + pair.b.numel() for pair in self._pairs.values())
-        return pairs + sum(tensor.numel() for tensor in self._saved.values())
+        copies = sum(tensor.numel() for tensor in self._copies.values())
+        return sum(tensor.numel() for tensor in self.tensors.values()) - copies
 
     @functools.cached_property
     def digest(self) -> str:
@@ -272,6 +280,8 @@ def _sorted_out(
         if found:
             kind = "embedding" if found["embedding"] else "linear"
             halves.setdefault((found["path"], kind), {})[found["side"]] = tensor
+        elif bare != key and bare.endswith(_MAGNITUDE_SUFFIX):
+            halves.setdefault((bare.removesuffix(_MAGNITUDE_SUFFIX), "linear"), {})["magnitude"] = tensor
         elif bare != key and _in_saved_module(bare, config):
             saved[bare] = tensor
         elif bare != key and bare.endswith(_COPY_SUFFIX):
@@ -283,9 +293,10 @@ def _sorted_out(
     for (path, kind), sides in halves.items():
         missing = [side for side in "AB" if side not in sides]
         wrong = [f"{path}: lora_{side} is missing" for side in missing] or _unfit_pair(path, sides["A"], sides["B"], config)
+        wrong += _unfit_magnitude(path, sides, config)
         misfits += wrong
         if not wrong:
-            pairs[path] = Pair(sides["A"], sides["B"], kind)
+            pairs[path] = Pair(sides["A"], sides["B"], kind, sides.get("magnitude"))
     misfits += [f"modules_to_save names {name}, of which the file holds nothing" for name in _absent(config, saved)]
     if config.target_modules and not halves and tensors:
         misfits.append("the config has target_modules, but the file holds no pair")
@@ -309,6 +320,15 @@ def _unfit_pair(path: str, a: Tensor, b: Tensor, config: LoraConfig) -> list[str
         return []
     hint = "; A looks transposed" if a.shape[1] == rank and a.shape[0] != rank else ""
     return [f"{path}: the config says rank {rank}, the tensors are A {tuple(a.shape)} and B {tuple(b.shape)}{hint}"]
+
+
+def _unfit_magnitude(path: str, sides: Mapping[str, Tensor], config: LoraConfig) -> list[str]:
+    magnitude, b = sides.get("magnitude"), sides.get("B")
+    if config.use_dora != (magnitude is not None):
+        return [f"{path}: use_dora is {config.use_dora}, and a magnitude is {'missing' if magnitude is None else 'there'}"]
+    if magnitude is not None and b is not None and magnitude.shape != b.shape[:1]:
+        return [f"{path}: the magnitude is {tuple(magnitude.shape)}, {tuple(b.shape[:1])} is expected"]
+    return []
 
 
 def _in_saved_module(key: str, config: LoraConfig) -> bool:

@@ -13,21 +13,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kit.adapter import PREFIX, Adapter, check_allowances, pair_keys
+from lora_kit.adapter import PREFIX, Adapter, check_allowances, magnitude_key, pair_keys
 from lora_kit.config import ALL_LINEAR, LoraConfig
 from lora_kit.errors import (
     AdapterError,
     BankError,
     BaseMismatchError,
     ConfigError,
-    MergeError,
     TargetError,
     UnknownAdapterError,
     listed,
 )
 from lora_kit.fingerprint import differences, fingerprint
-from lora_kit.layers import BASE, Routing, SavedModule, SlotLayer, features_of, initialise, kind_of, wrap
-from lora_kit.targets import Coverage, find, named_layers, suffixes, survey
+from lora_kit.fit import below, misfits
+from lora_kit.fold import Retention, check_foldable, folded, weight_of
+from lora_kit.layers import (
+    BASE,
+    MAGNITUDE,
+    A,
+    B,
+    LoraLinear,
+    Routing,
+    SavedModule,
+    SlotLayer,
+    initialise,
+    kind_of,
+    wrap,
+)
+from lora_kit.ops import dora_scale
+from lora_kit.targets import Coverage, Target, find, suffixes, survey
 
 logger = logging.getLogger(__name__)
 
@@ -48,20 +62,6 @@ class _Resident:
     adapter: Adapter | None = None
     layers: list[str] = field(default_factory=list)
     leaves: list[nn.Parameter] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Retention:
-    """What became of one layer's delta when it was folded into a weight.
-
-    Attributes:
-        relative: norm of the delta over the norm of the weight.
-        retained: 1 - |(merged - weight) - delta| / |delta|: the share that survived rounding to the weight's dtype.
-    """
-
-    path: str
-    relative: float
-    retained: float
 
 
 def attach(
@@ -178,7 +178,7 @@ class AdapterBank:
                 a = torch.empty(target.rank, target.in_features, device=device)
                 b = torch.empty(target.out_features, target.rank, device=device)
                 initialise(a, b, kind=target.kind, init=config.init_lora_weights)
-                self._put(resident, target.path, {"lora_A": a, "lora_B": b}, target.scaling)
+                self._put(resident, target.path, {A: a, B: b} | self._lengths(target, a, b), target.scaling)
             for path in coverage.saved:
                 self._put(resident, path, self._layers[path].base_layer.state_dict(), 1.0)
             for path in resident.layers:
@@ -203,9 +203,11 @@ class AdapterBank:
         with self._admitted(name, adapter.config, coverage, adapter) as resident:
             for target in coverage.targets:
                 pair = adapter.pairs()[target.path]
-                self._put(resident, target.path, {"lora_A": pair.a, "lora_B": pair.b}, target.scaling)
+                tensors = {A: pair.a, B: pair.b, MAGNITUDE: pair.magnitude}
+                present = {key: tensor for key, tensor in tensors.items() if tensor is not None}
+                self._put(resident, target.path, present, target.scaling)
             for path in coverage.saved:
-                self._put(resident, path, _below(adapter.saved(), path), 1.0)
+                self._put(resident, path, below(adapter.saved(), path), 1.0)
         return adapter
 
     def unload(self, name: str) -> None:
@@ -328,15 +330,17 @@ class AdapterBank:
                 is as it was.
         """
         resident = self._resident(name)
-        self._check_mergeable(resident)
+        if self._routing.mixed:
+            raise BankError("a merge inside rows() would change the base under the other rows")
+        check_foldable(self.model, ((path, self._layers[path]) for path in resident.layers))
         # Everything is computed before anything is written: a failure must leave the base whole, and keeping copies of all
         # weights would double the memory. Largest first, so that what does not fit in memory is found at once.
         pairs = [path for path in resident.layers if not isinstance(self._layers[path], SavedModule)]
-        pairs.sort(key=lambda path: -_weight_of(self._layers[path]).numel())
-        retentions = {path: self._merged(resident, path)[1] for path in pairs}
+        pairs.sort(key=lambda path: -weight_of(self._layers[path]).numel())
+        retentions = {path: folded(path, self._layers[path], resident.slot)[1] for path in pairs}
         with torch.no_grad():
             for path in pairs:
-                _weight_of(self._layers[path]).copy_(self._merged(resident, path)[0])
+                weight_of(self._layers[path]).copy_(folded(path, self._layers[path], resident.slot)[0])
             for path in set(resident.layers) - set(pairs):
                 self._layers[path].base_layer.load_state_dict(self._entry(resident, path))
         if resident.slot == self._routing.slot:
@@ -416,6 +420,15 @@ class AdapterBank:
                     hint="use a bank for each",
                 )
 
+    def _lengths(self, target: Target, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+        """The magnitude a DoRA starts from, which leaves the weight as it is."""
+        if not target.dora:
+            return {}
+        layer = self._layers[target.path]
+        assert isinstance(layer, LoraLinear)
+        ones = torch.ones(target.out_features, device=layer.device)
+        return {MAGNITUDE: 1 / dora_scale(layer.weight_matrix(), a, b, target.scaling, ones)}
+
     def _put(self, resident: _Resident, path: str, tensors: Mapping[str, Tensor], scaling: float) -> None:
         resident.layers.append(path)
         self._layers[path].put(resident.slot, tensors, scaling)
@@ -442,7 +455,9 @@ class AdapterBank:
                 tensors |= {f"{PREFIX}{path}.{key}": tensor for key, tensor in held.items()}
             else:
                 key_a, key_b = pair_keys(path, kind_of(layer) or "linear")
-                tensors[key_a], tensors[key_b] = held["lora_A"], held["lora_B"]
+                tensors[key_a], tensors[key_b] = held[A], held[B]
+                if MAGNITUDE in held:
+                    tensors[magnitude_key(path)] = held[MAGNITUDE]
         return tensors
 
     def _resolved(self, resident: _Resident) -> LoraConfig:
@@ -461,27 +476,11 @@ class AdapterBank:
     def _fit(self, name: str, adapter: Adapter, allow: Collection[str]) -> Coverage:
         """What an adapter covers in this model; AdapterError with every misfit."""
         coverage = survey(self.model, adapter.config)
-        pairs, saved = adapter.pairs(), adapter.saved()
-        present = dict(named_layers(self.model))
-        expected = {target.path: target for target in coverage.targets}
-        misfits = [f"the file has nothing for {path}, which the config covers" for path in expected.keys() - pairs.keys()]
-        for path, pair in pairs.items():
-            target = expected.get(path)
-            if path not in present:
-                misfits.append(f"the model has no module {path}")
-            elif target is None:
-                misfits.append(f"the config does not cover {path}, of which the file has a pair")
-            elif (pair.a.shape[1], pair.b.shape[0]) != (target.in_features, target.out_features):
-                shapes = f"A {tuple(pair.a.shape)} B {tuple(pair.b.shape)}"
-                misfits.append(f"{path}: {shapes} for a layer of {target.in_features} inputs and {target.out_features} outputs")
-            elif pair.kind != target.kind:
-                misfits.append(f"{path}: a pair for a {pair.kind}, and the model has a {target.kind}")
-        misfits += _unfit_saved(saved, coverage.saved, present)
-        misfits += _unfit_copies(adapter.base_copies(), present)
-        if misfits:
-            fitting = len(expected.keys() & pairs.keys())
-            head = f"{name!r} does not fit this model: {fitting} of {len(expected)} covered layers have a pair"
-            raise AdapterError("\n  ".join([head, *sorted(misfits)]))
+        told = misfits(adapter, self.model, coverage)
+        if told:
+            fitting = sum(target.path in adapter.pairs() for target in coverage.targets)
+            head = f"{name!r} does not fit this model: {fitting} of {len(coverage.targets)} covered layers have a pair"
+            raise AdapterError("\n  ".join([head, *told]))
         if coverage.unmatched:
             logger.warning("%s: nothing in the model matches %s", name, listed(coverage.unmatched))
         self._check_base(name, adapter, coverage, allow)
@@ -500,81 +499,6 @@ class AdapterBank:
             )
         if told:
             logger.warning("%s: another base than it was made for: %s", name, "; ".join(told))
-
-    def _check_mergeable(self, resident: _Resident) -> None:
-        if self._routing.mixed:
-            raise BankError("a merge inside rows() would change the base under the other rows")
-        owners: dict[int, int] = {}
-        for parent in self.model.modules():
-            for parameter in parent._parameters.values():
-                if parameter is not None:
-                    owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-        for path in resident.layers:
-            for parameter in self._layers[path].base_layer.parameters():
-                if not parameter.is_floating_point():
-                    raise MergeError(f"{path} is quantised; a delta would be lost in it", hint="merge into the 16-bit original")
-                if owners[id(parameter)] > 1:
-                    raise MergeError(
-                        f"the weight of {path} is shared with another module, which the merge would change too",
-                        hint="untie them first (tie_word_embeddings=False, and a clone of the weight)",
-                    )
-
-    @torch.no_grad()
-    def _merged(self, resident: _Resident, path: str) -> tuple[Tensor, Retention]:
-        """(weight + scaling · B A in the weight's dtype and layout, what survived)."""
-        layer, held = self._layers[path], self._entry(resident, path)
-        weight = _weight_of(layer)
-        delta = (held["lora_B"].float() @ held["lora_A"].float()).mul_(resident.config.scaling_of(path))
-        if weight.shape != delta.shape or _transposed(layer):
-            delta = delta.mT
-        merged = (weight.float() + delta).to(weight.dtype)
-        if not torch.isfinite(merged).all():
-            raise MergeError(f"{path}: the merged weight is not finite in {weight.dtype}")
-        norm = delta.norm()
-        lost = ((merged.float() - weight.float()) - delta).norm()
-        retained = float(1 - lost / norm) if norm else 1.0
-        return merged, Retention(path, float(norm / weight.float().norm()), max(0.0, retained))
-
-
-def _below(tensors: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
-    """The tensors of one module, by their names inside it."""
-    return {key.removeprefix(path + "."): tensor for key, tensor in tensors.items() if key.startswith(path + ".")}
-
-
-def _unfit_saved(saved: Mapping[str, Tensor], paths: Sequence[str], present: Mapping[str, nn.Module]) -> list[str]:
-    """How the tensors of modules saved whole differ from those modules."""
-    own = {f"{path}.{key}": tensor for path in paths for key, tensor in present[path].state_dict().items()}
-    misfits = [f"{key} is missing, which modules_to_save promises" for key in own.keys() - saved.keys()]
-    misfits += [f"the model has no saved module for {key}" for key in saved.keys() - own.keys()]
-    misfits += [
-        f"{key} is {tuple(saved[key].shape)}, the model has {tuple(own[key].shape)}"
-        for key in own.keys() & saved.keys()
-        if own[key].shape != saved[key].shape
-    ]
-    return misfits
-
-
-def _unfit_copies(copies: Mapping[str, Tensor], present: Mapping[str, nn.Module]) -> list[str]:
-    """Base weights an adapter carries must be the base's own: another table is not an update of this one."""
-    misfits = []
-    for path, copied in copies.items():
-        own = getattr(present.get(path), "weight", None)
-        if own is None or own.shape != copied.shape or not torch.equal(own.detach().cpu(), copied.to(own.dtype)):
-            misfits.append(f"the file carries a weight for {path} that is not the base's")
-    return misfits
-
-
-def _transposed(layer: SlotLayer) -> bool:
-    """Whether a layer keeps its weight as (in, out): Conv1D, and the table of an embedding."""
-    return type(layer.base_layer).__name__ == "Conv1D" or kind_of(layer) == "embedding"
-
-
-def _weight_of(layer: SlotLayer) -> nn.Parameter:
-    weight = layer.base_layer.weight
-    assert isinstance(weight, nn.Parameter)
-    size_in, size_out = features_of(layer.base_layer)
-    assert weight.numel() == size_in * size_out
-    return weight
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:

@@ -28,7 +28,6 @@ _INITS: Final = (True, False, "gaussian")
 
 # Fields of PEFT that change the arithmetic, with the value that leaves it as it is. Anything else is refused by name.
 _UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
-    "use_dora": (False, None),
     "use_qalora": (False, None),
     "use_bdlora": (False, None),
     "lora_bias": (False, None),
@@ -76,6 +75,7 @@ class LoraConfig:
         rank_pattern, alpha_pattern: exceptions to `r` and `lora_alpha`: a name or regular expression that matches the end
             of a path, to its value. The first match wins.
         use_rslora: rank-stabilised scaling.
+        use_dora: train a length for every row of the adapted weight as well (Liu et al. 2024, arXiv 2402.09353).
         modules_to_save: modules trained and saved whole beside the low-rank pairs (a classification head).
         init_lora_weights: True: A Kaiming-uniform, B zero. `"gaussian"`: A normal with deviation 1/r, B zero. False: both
             random, so that a fresh adapter does something (for tests).
@@ -98,6 +98,7 @@ class LoraConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
+    use_dora: bool = False
     modules_to_save: tuple[str, ...] = ()
     init_lora_weights: bool | str = True
     fan_in_fan_out: bool = False
@@ -120,7 +121,7 @@ class LoraConfig:
         self._set("rank_pattern", _pattern("rank_pattern", self.rank_pattern, _check_rank))
         self._set("alpha_pattern", _pattern("alpha_pattern", self.alpha_pattern, _check_alpha))
         _require(self.init_lora_weights in _INITS, "init_lora_weights", self.init_lora_weights, "true, false or 'gaussian'")
-        for name in ("use_rslora", "fan_in_fan_out", "inference_mode"):
+        for name in ("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode"):
             _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
         for name in ("base_model_name_or_path", "revision", "task_type"):
             value = getattr(self, name)
@@ -226,7 +227,7 @@ class LoraConfig:
         fields = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "extra"}
         fields["target_modules"] = fields["target_modules"] or NO_TARGETS
         fields["modules_to_save"] = fields["modules_to_save"] or None
-        known = {"peft_type": "LORA", "bias": "none", "use_dora": False}
+        known = {"peft_type": "LORA", "bias": "none"}
         return dict(sorted({**known, **{k: _plain(v) for k, v in self.extra.items()}, **fields}.items()))
 
     def to_json(self) -> str:

@@ -15,10 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from lora_kit.errors import RoutingError
-from lora_kit.ops import lora_add, lora_add_embedding, lora_add_embedding_rows, lora_add_rows
+from lora_kit.ops import (
+    dora_scale,
+    lora_add,
+    lora_add_embedding,
+    lora_add_embedding_rows,
+    lora_add_rows,
+    scale_columns,
+)
 
 BASE: Final = 0
 """The slot that means "no adapter"."""
+A: Final = "lora_A"
+B: Final = "lora_B"
+MAGNITUDE: Final = "lora_magnitude_vector"
+"""What an adapter brings to a layer, in PEFT's words."""
 
 
 class Routing:
@@ -83,7 +94,8 @@ class _Entry:
     """What one slot of a layer holds: its part of each slab, without padding.
 
     Attributes:
-        tensors: by slab name; views of the slabs. Those of a trainable slot are leaf parameters.
+        tensors: by name; views of the slabs (a magnitude, which few adapters have, has no slab and stands alone). Those of
+            a trainable slot are leaf parameters.
         scaling: multiplies the update of a low-rank pair.
         dropout: probability of dropping an element of the layer's input in training.
     """
@@ -126,17 +138,16 @@ class SlotLayer(nn.Module):
         """Slabs of this many slots in which every slot leaves the base's output as it is."""
         raise NotImplementedError
 
-    def region(self, name: str, slot: int, shape: torch.Size) -> Tensor:
-        """The view of a slab that holds a tensor of this shape in this slot."""
-        slab = self.slabs[name][slot]
-        for axis, size in enumerate(shape):
-            slab = slab.narrow(axis, 0, size)
-        return slab
+    def _place(self, name: str, slot: int, tensor: Tensor) -> Tensor:
+        """Where a slot keeps a tensor: the part of the slab that has its shape, or memory of its own without a slab."""
+        if name not in self.slabs:
+            return tensor.detach().to(self.device, torch.float32, copy=True)
+        return _corner(self.slabs[name][slot], tensor.shape)
 
     @property
     def capacity(self) -> tuple[int, int]:
         """(slots, largest rank) there is room for."""
-        return len(self.entries), self.slabs["lora_A"].shape[1] if "lora_A" in self.slabs else 0
+        return len(self.entries), self.slabs[A].shape[1] if A in self.slabs else 0
 
     def reserve(self, slots: int, rank: int, dtype: torch.dtype) -> None:
         """Make room for this many slots of this rank; what is there stays, and stays the same leaf parameters."""
@@ -158,7 +169,7 @@ class SlotLayer(nn.Module):
         entry = {}
         with torch.no_grad():
             for name, tensor in tensors.items():
-                entry[name] = self.region(name, slot, tensor.shape)
+                entry[name] = self._place(name, slot, tensor)
                 entry[name].copy_(tensor)
             self.scaling[slot] = scaling
         self.entries[slot] = _Entry(entry, scaling)
@@ -186,8 +197,9 @@ class SlotLayer(nn.Module):
         with torch.no_grad():
             for name, value in self.neutral(1, self.capacity[1], self.dtype).items():
                 self.slabs[name][slot].copy_(value[0])
-                self._parameters.pop(_leaf_name(name, slot), None)
             self.scaling[slot] = 0
+        for name in entry.tensors:
+            self._parameters.pop(_leaf_name(name, slot), None)
         self.entries[slot] = None
         self.trains = any(e is not None and e.trainable for e in self.entries)
 
@@ -195,13 +207,13 @@ class SlotLayer(nn.Module):
         """Point every entry at the present slabs, first copying its values there if asked."""
         for slot, entry in enumerate(self.entries):
             for name, tensor in entry.tensors.items() if entry else ():
-                view = self.region(name, slot, tensor.shape)
+                place = self._place(name, slot, tensor)
                 if copy:
-                    view.copy_(tensor)
+                    place.copy_(tensor)
                 if isinstance(tensor, nn.Parameter):
-                    tensor.data = view
+                    tensor.data = place
                 else:
-                    entry.tensors[name] = view
+                    entry.tensors[name] = place
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SlotLayer:
         """Follow the model to another device. Dtypes stay: fp32 masters survive `model.bfloat16()`."""
@@ -242,12 +254,7 @@ class _Tied(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_slab: Tensor) -> tuple[Tensor | None, ...]:
-        parts = []
-        for slot, shape in zip(ctx.slots, ctx.shapes, strict=True):
-            part = d_slab[slot]
-            for axis, size in enumerate(shape):
-                part = part.narrow(axis, 0, size)
-            parts.append(part)
+        parts = [_corner(d_slab[slot], shape) for slot, shape in zip(ctx.slots, ctx.shapes, strict=True)]
         return None, None, *parts
 
 
@@ -257,8 +264,8 @@ class _PairLayer(SlotLayer):
     def neutral(self, slots: int, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
         size_in, size_out = features_of(self.base_layer)
         return {
-            "lora_A": torch.zeros(slots, rank, size_in, dtype=dtype, device=self.device),
-            "lora_B": torch.zeros(slots, size_out, rank, dtype=dtype, device=self.device),
+            A: torch.zeros(slots, rank, size_in, dtype=dtype, device=self.device),
+            B: torch.zeros(slots, size_out, rank, dtype=dtype, device=self.device),
         }
 
     def _routes_by_index(self) -> bool:
@@ -273,22 +280,76 @@ class _PairLayer(SlotLayer):
         slot = self.routing.slot
         return self.entries[slot] if slot else None
 
+    def weight_matrix(self) -> Tensor:
+        """The base weight as (out, in), whatever way round the layer keeps it."""
+        weight = self.base_layer.weight
+        assert isinstance(weight, Tensor)
+        return weight.mT if keeps_transposed(self.base_layer) else weight
+
 
 class LoraLinear(_PairLayer):
     """base(x) + scaling · B A x around any layer that maps (..., in) to (..., out), quantised ones included."""
+
+    def __init__(self, base_layer: nn.Module, routing: Routing) -> None:
+        super().__init__(base_layer, routing)
+        self.columns: Tensor | None = None  # (slots, out) fp32, while an adapter here is a DoRA
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
         if self._routes_by_index():
             index = self.routing.index(x)
             x = self._dropped_by_row(x)
-            return lora_add_rows(y, x, self._slab("lora_A"), self._slab("lora_B"), self.scaling, index)
+            y = lora_add_rows(y, x, self._slab(A), self._slab(B), self.scaling, index)
+            return y if self.columns is None else self._scaled_by_row(y, index)
         entry = self._uniform()
         if entry is None:
             return y
         if entry.dropout and self.training:
             x = nn.functional.dropout(x, entry.dropout)
-        return lora_add(y, x, entry.tensors["lora_A"], entry.tensors["lora_B"], entry.scaling)
+        y = lora_add(y, x, entry.tensors[A], entry.tensors[B], entry.scaling)
+        return scale_columns(y, self.column_scale(entry), self.base_layer.bias) if MAGNITUDE in entry.tensors else y
+
+    def put(self, slot: int, tensors: Mapping[str, Tensor], scaling: float) -> None:
+        super().put(slot, tensors, scaling)
+        if MAGNITUDE in tensors or self.columns is not None:
+            self._refresh_columns()
+
+    def clear(self, slot: int) -> None:
+        super().clear(slot)
+        if self.columns is not None:
+            self._refresh_columns()
+
+    def reserve(self, slots: int, rank: int, dtype: torch.dtype) -> None:
+        super().reserve(slots, rank, dtype)
+        if self.columns is not None:
+            self._refresh_columns()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SlotLayer:
+        super()._apply(fn, recurse)
+        if self.columns is not None:
+            self._refresh_columns()
+        return self
+
+    def column_scale(self, entry: _Entry) -> Tensor:
+        """c = m / |W + s B A| of a DoRA, (out,)."""
+        held = entry.tensors
+        return dora_scale(self.weight_matrix(), held[A], held[B], entry.scaling, held[MAGNITUDE])
+
+    def _refresh_columns(self) -> None:
+        has_dora = any(entry is not None and MAGNITUDE in entry.tensors for entry in self.entries)
+        with torch.no_grad():
+            self.columns = self._all_columns() if has_dora else None
+
+    def _all_columns(self) -> Tensor:
+        """(slots, out): the scale of every slot's DoRA, ones for what is none."""
+        ones = torch.ones(features_of(self.base_layer)[1], device=self.device)
+        return torch.stack([self.column_scale(e) if e and MAGNITUDE in e.tensors else ones for e in self.entries])
+
+    def _scaled_by_row(self, y: Tensor, index: Tensor) -> Tensor:
+        columns = self._all_columns() if self.trains else self.columns
+        assert columns is not None
+        rows = columns[index].repeat_interleave(y.shape[0] // len(index), 0)
+        return scale_columns(y, rows.view(y.shape[0], *[1] * (y.ndim - 2), -1), self.base_layer.bias)
 
     def _dropped_by_row(self, x: Tensor) -> Tensor:
         """x (n, ..., in) with each row's own dropout."""
@@ -308,12 +369,12 @@ class LoraEmbedding(_PairLayer):
         # Gemma and BART multiply what they look up; the update is of the table, so it is multiplied too.
         scale = float(getattr(self.base_layer, "embed_scale", 1.0))
         if self._routes_by_index():
-            a, b = self._slab("lora_A"), self._slab("lora_B")
+            a, b = self._slab(A), self._slab(B)
             return lora_add_embedding_rows(y, ids, a, b, self.scaling * scale, self.routing.index(ids))
         entry = self._uniform()
         if entry is None:
             return y
-        return lora_add_embedding(y, ids, entry.tensors["lora_A"], entry.tensors["lora_B"], entry.scaling * scale)
+        return lora_add_embedding(y, ids, entry.tensors[A], entry.tensors[B], entry.scaling * scale)
 
 
 class SavedModule(SlotLayer):
@@ -365,6 +426,13 @@ class SavedModule(SlotLayer):
         return torch.cat(parts).index_select(0, torch.cat(order).argsort())
 
 
+def _corner(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """The view of a tensor's first entries along each axis."""
+    for axis, size in enumerate(shape):
+        tensor = tensor.narrow(axis, 0, size)
+    return tensor
+
+
 def _leaf_name(name: str, slot: int) -> str:
     return f"{name.replace('.', '_')}_{slot}"
 
@@ -378,6 +446,11 @@ def kind_of(module: nn.Module) -> str | None:
     if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
         return "linear"
     return None
+
+
+def keeps_transposed(module: nn.Module) -> bool:
+    """Whether a layer keeps its weight as (in, out): transformers' Conv1D, and the table of an embedding."""
+    return type(module).__name__ == "Conv1D" or isinstance(module, nn.Embedding)
 
 
 def features_of(module: nn.Module) -> tuple[int, int]:

@@ -23,6 +23,7 @@ class Target:
     Attributes:
         kind: `linear` or `embedding` (in_features are its entries, out_features its dimension).
         scaling: what `B A x` is multiplied by.
+        dora: whether it has a magnitude (out_features,) as well.
     """
 
     path: str
@@ -31,10 +32,11 @@ class Target:
     out_features: int
     rank: int
     scaling: float
+    dora: bool = False
 
     @property
     def parameters(self) -> int:
-        return self.rank * (self.in_features + self.out_features)
+        return self.rank * (self.in_features + self.out_features) + (self.out_features if self.dora else 0)
 
 
 @dataclass(frozen=True)
@@ -128,9 +130,12 @@ def survey(model: nn.Module, config: LoraConfig) -> Coverage:
                 skipped.append((path, refused[path]))
         elif kind is None:
             skipped.append((path, f"a {type(module).__name__} is not a linear layer or an embedding"))
+        elif config.use_dora and (kind == "embedding" or not _has_float_weight(module)):
+            skipped.append((path, "DoRA needs a linear layer whose weight is not quantised"))
         else:
             size_in, size_out = features_of(module)
-            targets.append(Target(path, kind, size_in, size_out, config.rank_of(path), config.scaling_of(path)))
+            rank, scaling = config.rank_of(path), config.scaling_of(path)
+            targets.append(Target(path, kind, size_in, size_out, rank, scaling, config.use_dora))
     unmatched = [name for name in _entries(config) if name not in seen]
     if isinstance(config.target_modules, str) and not targets and not skipped:
         unmatched.append(config.target_modules)
@@ -219,6 +224,11 @@ def _heads(model: nn.Module, modules: Sequence[tuple[str, nn.Module]]) -> set[st
     output = output.base_layer if isinstance(output, SlotLayer) else output
     tops = [path for path, module in modules if path and (module is output or path in _HEADS)]
     return {path for path, _ in modules if any(_within(path, top) for top in tops)}
+
+
+def _has_float_weight(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return weight is not None and weight.is_floating_point()
 
 
 def _linear_names(model: nn.Module) -> list[str]:

@@ -18,6 +18,7 @@ from lora_kit.errors import BankError, LoraKitError, RoutingError, UnknownAdapte
 KINDS = [(name, dtype) for name in tiny.MODELS for dtype in (torch.float32, torch.bfloat16)]
 every_kind = pytest.mark.parametrize(("kind", "dtype"), KINDS, ids=[f"{k}-{str(d)[6:]}" for k, d in KINDS])
 
+NAMES = ("wide", "narrow", "table", "head", "dora")
 HEADS = {"llama": "lm_head", "gpt2": "lm_head", "bert": "classifier"}
 EMBEDDINGS = {"llama": "embed_tokens", "gpt2": "wte", "bert": "word_embeddings"}
 
@@ -29,17 +30,18 @@ def configs(kind: str) -> dict[str, dict[str, Any]]:
         "narrow": {"r": 2, "layers_to_transform": [1], "use_rslora": True, "init_lora_weights": False},
         "table": {"r": 3, "target_modules": [EMBEDDINGS[kind]], "init_lora_weights": False},
         "head": {"target_modules": [], "modules_to_save": [HEADS[kind]]},
+        "dora": {"r": 2, "lora_alpha": 3, "use_dora": True, "init_lora_weights": False},
     }
 
 
 def filled(kind: str, dtype: torch.dtype) -> tuple[nn.Module, lk.AdapterBank]:
-    """A model with four adapters in its bank, each of which changes its outputs."""
+    """A model with five adapters in its bank, each of which changes its outputs."""
     model = tiny.MODELS[kind](dtype=dtype)
     bank = lk.attach(model, dtype=torch.float32)
     for name, fields in configs(kind).items():
         bank.add(name, lk.LoraConfig(**fields))
     with torch.no_grad():
-        for parameter in bank.parameters("head"):
+        for parameter in [*bank.parameters("head"), *bank.parameters("dora")]:
             parameter.mul_(1.5)
     return model, bank
 
@@ -104,32 +106,32 @@ def test_swaps_and_round_trips_are_bitwise(kind: str, dtype: torch.dtype, tmp_pa
     for name in (*bank.names, None):
         bank.use(name)
         plain[name] = tiny.logits(model, inputs)
-    assert len({tensor.float().sum().item() for tensor in plain.values()}) == 5
-    for name in (None, "wide", "narrow", "wide", None, "head", None, "table"):
+    assert len({tensor.float().sum().item() for tensor in plain.values()}) == 6
+    for name in (None, "wide", "narrow", "wide", None, "head", None, "table", "dora", "wide", "dora", None):
         bank.use(name)
         assert torch.equal(tiny.logits(model, inputs), plain[name])
-    for name in ("wide", "narrow", "table", "head"):
+    for name in NAMES:
         saved = bank.save(name, tmp_path / name)
         loaded = lk.Adapter.load(tmp_path / name)
         assert loaded.digest == saved.digest
         assert all(torch.equal(loaded.tensors[key], tensor) for key, tensor in saved.tensors.items())
     bank.detach()
     fresh = tiny.MODELS[kind](dtype=dtype)
-    bank = lk.attach(fresh, slots=4, max_rank=4)
-    for name in ("wide", "narrow", "table", "head"):
+    bank = lk.attach(fresh, slots=5, max_rank=4)
+    for name in NAMES:
         bank.load(name, tmp_path / name)
-    for name in (None, "head", "wide", "table", "narrow", None):
+    for name in (None, "head", "wide", "table", "dora", "narrow", None):
         bank.use(name)
         assert torch.equal(tiny.logits(fresh, inputs), plain[name])
     bank.use(None)
-    for name in ("wide", "narrow", "table", "head"):
+    for name in NAMES:
         assert bank.snapshot(name) == lk.Adapter.load(tmp_path / name)
 
 
 @every_kind
 def test_a_row_gives_what_its_adapter_gives_alone(kind: str, dtype: torch.dtype) -> None:
     model, bank = filled(kind, dtype)
-    names = ["wide", None, "head", "narrow", "table", "wide"]
+    names = ["wide", None, "head", "narrow", "table", "wide", "dora"]
     inputs = tiny.batch(rows=len(names))
     with bank.rows(names):
         together = tiny.logits(model, inputs)
@@ -141,7 +143,7 @@ def test_a_row_gives_what_its_adapter_gives_alone(kind: str, dtype: torch.dtype)
 
 
 @settings(max_examples=25, deadline=None)
-@given(names=st.lists(st.sampled_from(["wide", "narrow", "table", "head", None]), min_size=1, max_size=6))
+@given(names=st.lists(st.sampled_from([*NAMES, None]), min_size=1, max_size=6))
 def test_rows_are_independent_of_their_neighbours(names: list[str | None]) -> None:
     model, bank = filled("llama", torch.float32)
     inputs = tiny.batch(rows=len(names))
@@ -179,7 +181,7 @@ def test_merged_equals_unmerged(kind: str, dtype: torch.dtype) -> None:
     model, bank = filled(kind, dtype)
     if kind == "gpt2":
         model.lm_head.base_layer.weight = nn.Parameter(model.lm_head.base_layer.weight.detach().clone(), requires_grad=False)
-    for name in ("wide", "narrow", "table", "head"):
+    for name in NAMES:
         bank.use(name)
         unmerged = tiny.logits(model, tiny.batch())
         retentions = bank.merge(name)

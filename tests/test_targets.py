@@ -28,8 +28,6 @@ def paths(model: nn.Module, **fields: Any) -> list[str]:
 
 @pytest.mark.parametrize("row", COUNTS, ids=lambda row: f"{row['model']}-{'-'.join(row['targets'])}")
 def test_published_parameter_counts_are_reproduced(row: dict[str, Any]) -> None:
-    if row.get("use_dora"):
-        pytest.skip("DoRA is not supported yet")
     config_class = getattr(transformers, row["class"]).config_class
     with torch.device("meta"):
         model = getattr(transformers, row["class"])(config_class(**row["config"]))
@@ -37,7 +35,8 @@ def test_published_parameter_counts_are_reproduced(row: dict[str, Any]) -> None:
         assert sum(p.numel() for p in model.parameters()) + row["trainable"] == row["all"]
     targets = [RENAMED.get(row["class"], {}).get(name, name) for name in row["targets"]]
     saved = row.get("modules_to_save", ())
-    bank = lk.attach(model, lk.LoraConfig(r=row["r"], target_modules=targets, modules_to_save=saved))
+    dora = row.get("use_dora", False)
+    bank = lk.attach(model, lk.LoraConfig(r=row["r"], target_modules=targets, modules_to_save=saved, use_dora=dora))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trainable == bank.coverage("default").parameters == row["trainable"]
 

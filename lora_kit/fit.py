@@ -1,0 +1,68 @@
+"""Whether an adapter fits a model: every misfit in words, so that one error can list them all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lora_kit.adapter import Adapter, Pair
+from lora_kit.targets import Coverage, Target, named_layers
+
+
+def misfits(adapter: Adapter, model: nn.Module, coverage: Coverage) -> list[str]:
+    """How an adapter's tensors differ from what its config covers in a model; empty where it fits.
+
+    Args:
+        coverage: of the adapter's config in this model.
+    """
+    present = dict(named_layers(model))
+    pairs = adapter.pairs()
+    expected = {target.path: target for target in coverage.targets}
+    told = [f"the file has nothing for {path}, which the config covers" for path in expected.keys() - pairs.keys()]
+    for path, pair in pairs.items():
+        told += _unfit_pair(path, pair, expected.get(path), present)
+    told += _unfit_saved(adapter.saved(), coverage.saved, present)
+    told += _unfit_copies(adapter.base_copies(), present)
+    return sorted(told)
+
+
+def below(tensors: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
+    """The tensors of one module, by their names inside it."""
+    return {key.removeprefix(path + "."): tensor for key, tensor in tensors.items() if key.startswith(path + ".")}
+
+
+def _unfit_pair(path: str, pair: Pair, target: Target | None, present: Mapping[str, nn.Module]) -> list[str]:
+    if path not in present:
+        return [f"the model has no module {path}"]
+    if target is None:
+        return [f"the config does not cover {path}, of which the file has a pair"]
+    if pair.kind != target.kind:
+        return [f"{path}: a pair for a {pair.kind}, and the model has a {target.kind}"]
+    if (pair.a.shape[1], pair.b.shape[0]) != (target.in_features, target.out_features):
+        shapes = f"A {tuple(pair.a.shape)} B {tuple(pair.b.shape)}"
+        return [f"{path}: {shapes} for a layer of {target.in_features} inputs and {target.out_features} outputs"]
+    return []
+
+
+def _unfit_saved(saved: Mapping[str, Tensor], paths: Sequence[str], present: Mapping[str, nn.Module]) -> list[str]:
+    """How the tensors of modules saved whole differ from those modules."""
+    own = {f"{path}.{key}": tensor for path in paths for key, tensor in present[path].state_dict().items()}
+    told = [f"{key} is missing, which modules_to_save promises" for key in own.keys() - saved.keys()]
+    told += [f"the model has no saved module for {key}" for key in saved.keys() - own.keys()]
+    return told + [
+        f"{key} is {tuple(saved[key].shape)}, the model has {tuple(own[key].shape)}"
+        for key in own.keys() & saved.keys()
+        if own[key].shape != saved[key].shape
+    ]
+
+
+def _unfit_copies(copies: Mapping[str, Tensor], present: Mapping[str, nn.Module]) -> list[str]:
+    """Base weights an adapter carries must be the base's own: another table is not an update of this one."""
+    told = []
+    for path, copied in copies.items():
+        own = getattr(present.get(path), "weight", None)
+        if own is None or own.shape != copied.shape or not torch.equal(own.detach().cpu(), copied.to(own.dtype)):
+            told.append(f"the file carries a weight for {path} that is not the base's")
+    return told

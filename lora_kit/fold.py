@@ -1,0 +1,80 @@
+"""Folding one slot of a layer into its base weight: accumulated in fp32, rounded once, and what survived."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lora_kit.errors import MergeError
+from lora_kit.layers import MAGNITUDE, A, B, LoraLinear, SlotLayer, keeps_transposed
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What became of one layer's delta when it was folded into a weight.
+
+    Attributes:
+        relative: norm of the delta over the norm of the weight.
+        retained: 1 - |(merged - weight) - delta| / |delta|: the share that survived rounding to the weight's dtype.
+    """
+
+    path: str
+    relative: float
+    retained: float
+
+
+@torch.no_grad()
+def folded(path: str, layer: SlotLayer, slot: int) -> tuple[Tensor, Retention]:
+    """weight + scaling · B A (rescaled by row for a DoRA), in the weight's own dtype and layout.
+
+    Raises:
+        MergeError: the result is not finite.
+    """
+    entry = layer.entries[slot]
+    assert entry is not None
+    weight = weight_of(layer)
+    exact = weight.T.float() if keeps_transposed(layer.base_layer) else weight.float()
+    target = exact + (entry.tensors[B].float() @ entry.tensors[A].float()).mul_(entry.scaling)
+    if MAGNITUDE in entry.tensors:
+        assert isinstance(layer, LoraLinear)
+        target *= layer.column_scale(entry).unsqueeze(1)
+    merged = target.to(weight.dtype)
+    if not torch.isfinite(merged).all():
+        raise MergeError(f"{path}: the merged weight is not finite in {weight.dtype}")
+    delta = target - exact
+    norm = delta.norm()
+    lost = (merged.float() - exact - delta).norm()
+    retained = max(0.0, float(1 - lost / norm)) if norm else 1.0
+    merged = merged.T.contiguous() if keeps_transposed(layer.base_layer) else merged
+    return merged, Retention(path, float(norm / exact.norm()), retained)
+
+
+def check_foldable(model: nn.Module, layers: Iterable[tuple[str, SlotLayer]]) -> None:
+    """Refuse weights that a fold would lose a delta in, or whose change another module would see.
+
+    Raises:
+        MergeError: a weight is quantised, or shared with another module.
+    """
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    for path, layer in layers:
+        for parameter in layer.base_layer.parameters():
+            if not parameter.is_floating_point():
+                raise MergeError(f"{path} is quantised; a delta would be lost in it", hint="merge into the 16-bit original")
+            if owners[id(parameter)] > 1:
+                raise MergeError(
+                    f"the weight of {path} is shared with another module, which the merge would change too",
+                    hint="untie them first (tie_word_embeddings=False, and a clone of the weight)",
+                )
+
+
+def weight_of(layer: SlotLayer) -> nn.Parameter:
+    weight = layer.base_layer.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight

@@ -1,0 +1,43 @@
+"""DoRA (Liu et al. 2024, arXiv 2402.09353): the adapted weight keeps its direction and gets a trained length per row.
+
+    W' = m / |W + s B A| · (W + s B A)        |.| per row, m (out,) trained, the norm held constant in the backward
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def dora_scale(weight: Tensor, a: Tensor, b: Tensor, scaling: float, magnitude: Tensor) -> Tensor:
+    """c = m / |W + s B A|: what every output of `lora_add` is multiplied by, its bias left out.
+
+    The norms are taken in rank space, |W|² + 2 s (W Aᵀ)·B + s² (B A Aᵀ)·B, so `B A` is never formed.
+
+    Args:
+        weight: (out, in). a: (r, in). b: (out, r). magnitude: (out,), the only one that gets a gradient.
+
+    Returns:
+        (out,) fp32.
+    """
+    with torch.no_grad():
+        # The factors as `lora_add` uses them, rounded to the base's dtype: fp32 masters and a bf16 slab give the same scale.
+        a, b = a.to(weight.dtype).float(), b.to(weight.dtype).float()
+        weight = weight.float()
+        square = weight.square().sum(1)
+        square += 2 * scaling * ((weight @ a.mT) * b).sum(1)
+        square += scaling**2 * ((b @ (a @ a.mT)) * b).sum(1)
+        norm = square.clamp_min_(0).sqrt_()
+    return magnitude.float() / norm
+
+
+def scale_columns(y: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
+    """columns · (y - bias) + bias, computed in fp32 and rounded once to the dtype of y.
+
+    Args:
+        y: (..., out). columns: fp32, (out,) or any shape that y broadcasts with. bias: (out,).
+    """
+    scaled = y * columns
+    if bias is not None:
+        scaled = scaled + (1 - columns) * bias
+    return scaled.to(y.dtype)
