@@ -348,7 +348,14 @@ def _model(
             **placed,
         )
     _check_filled(source, task, info)
-    return model if quantize else model.to(device)
+    if not quantize:
+        return model.to(device)
+    for module in model.modules():
+        # At the first inference on a CPU, bitsandbytes would pack 4-bit weights in place into a form that passes no
+        # gradient on: the base would change under its adapters, and training after evaluating would go wrong unseen.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def _quantization(kind: str | None) -> Any:

@@ -179,6 +179,24 @@ def test_a_setting_that_is_not_known_is_refused(settings: dict[str, Any], messag
         load_base("kit-base", **settings)
 
 
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_a_quantised_base_passes_gradients_on_after_inference_too(quantize: str) -> None:
+    base = load_base("kit-base", quantize=quantize)
+    full = load_base("kit-base").model.model.layers[0].mlp.gate_proj
+    layer = base.model.model.layers[0].mlp.gate_proj
+    assert base.model.is_quantized
+    x = torch.randn(1, 5, 256, dtype=torch.bfloat16)
+    with torch.no_grad():
+        base.model(torch.ones(1, 5, dtype=torch.long))
+        close = torch.nn.functional.cosine_similarity(layer(x).flatten(), full(x).flatten(), dim=0)
+    x.requires_grad_()
+    layer(x).sum().backward()
+    expected = full.weight.sum(0).expand(1, 5, 256)
+    assert x.grad is not None
+    assert close > 0.98
+    assert torch.nn.functional.cosine_similarity(x.grad.flatten(), expected.flatten(), dim=0) > 0.98
+
+
 def test_special_tokens_are_found() -> None:
     assert special_tokens(texts.tokenizer()) == ([], [])
     assert special_tokens(texts.tokenizer(bos="<s>")) == ([texts.BOS], [])

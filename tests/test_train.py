@@ -295,6 +295,23 @@ def test_kit_base_learns_labels(tmp_path: Path, method: str) -> None:
     attach(model).load("again", report.out)
 
 
+def test_labels_keep_the_order_of_a_head_that_knows_them(tmp_path: Path) -> None:
+    base = base_of("bert", labels=2)
+    base.model.config.id2label, base.model.config.label2id = {0: "yes", 1: "no"}, {"yes": 0, "no": 1}
+    report = train(recipe_of(tmp_path, rows=LABELLED, task="classify"), base=base)
+    assert Adapter.load(report.out).record["labels"] == ["yes", "no"]
+
+
+def test_a_quantised_base_is_trained_on_and_stays_as_it_was(tmp_path: Path) -> None:
+    base = load_base("kit-base", quantize="nf4")
+    before = state(base.model)
+    report = train(recipe_of(tmp_path, base="kit-base", steps=6), base=base)
+    assert report.before is not None
+    assert report.after is not None
+    assert report.after.loss < report.before.loss - 0.2
+    assert same_state(base.model, before)
+
+
 def test_plain_text_trains_without_separator(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, rows=[{"text": "abc " * 30}])
     report = train({**recipe, "data": recipe["data"]["train"]}, base=base_of())

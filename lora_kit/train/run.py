@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import logging
@@ -143,8 +142,7 @@ def _train_adapter(job: _Job, callbacks: Sequence[TrainerCallback], *, replace: 
         trainable = bank.coverage(recipe.name).parameters
         parameters = model.num_parameters()
         logger.info("%s", bank.coverage(recipe.name))
-        with _trained(job, model, callbacks) as done:
-            report = _report(job, done, trainable, parameters)
+        report = _report(job, _trained(job, model, callbacks), trainable, parameters)
         return _save_adapter(job, bank, report, replace=replace)
     finally:
         bank.detach()
@@ -164,8 +162,7 @@ def _train_full(job: _Job, callbacks: Sequence[TrainerCallback], *, replace: boo
     model, recipe = job.base.model, job.recipe
     model.requires_grad_(True)
     count = model.num_parameters()
-    with _trained(job, model, callbacks) as done:
-        report = _report(job, done, count, count)
+    report = _report(job, _trained(job, model, callbacks), count, count)
     with staged(report.out, replace=replace, owned=_is_ours) as folder:
         model.save_pretrained(folder)
         job.base.tokenizer.save_pretrained(folder)
@@ -225,6 +222,10 @@ def _prepared(recipe: Recipe, rows: tuple[Rows, Rows | None], given: Base | None
     """The base and the data, ready; the recipe with everything that was left open filled in."""
     names = label_names(rows[0]) if recipe.task == "classify" else ()
     label2id = {name: number for number, name in enumerate(names)}
+    if given is not None and set(names) == set(given.model.config.label2id):
+        # A head that knows these labels already keeps them in its own order.
+        label2id = dict(given.model.config.label2id)
+        names = tuple(sorted(names, key=label2id.__getitem__))
     base = _loaded(recipe, label2id) if given is None else _borrowed_base(recipe, given, label2id)
     recipe = _resolved(recipe, rows[0], base)
     settings: dict[str, Any] = {"max_length": recipe.data.max_length, "separator": recipe.data.separator}
@@ -306,24 +307,23 @@ class _Done:
     after: Evaluation | None
 
 
-@contextlib.contextmanager
-def _trained(job: _Job, model: Any, callbacks: Sequence[TrainerCallback]) -> Iterator[_Done]:
+def _trained(job: _Job, model: Any, callbacks: Sequence[TrainerCallback]) -> _Done:
     """Train a model's trainable parameters. What the Trainer changes besides them is put back."""
     from lora_kit.train.trainer import Clock, borrowed, repeatable
 
-    with tempfile.TemporaryDirectory(prefix="lora_kit-") as scratch, repeatable(job.base.device):
-        with borrowed(model):
-            trainer = _trainer(job, model, scratch, callbacks)
-            before = _evaluated(job, trainer)
-            clock = Clock(job.base.device)
-            try:
-                trainer.train()
-            finally:
-                trainer.close()
-            seconds = clock.seconds - trainer.evaluating_seconds
-            last = trainer.evaluations[-1] if trainer.evaluations else (-1, None)
-            after = last[1] if last[0] == trainer.state.global_step else _evaluated(job, trainer)
-        yield _Done(trainer=trainer, seconds=seconds, peak_bytes=clock.peak_bytes, before=before, after=after)
+    # The Trainer wants a folder, though nothing is written there as long as it saves no checkpoints.
+    with tempfile.TemporaryDirectory(prefix="lora_kit-") as scratch, repeatable(job.base.device), borrowed(model):
+        trainer = _trainer(job, model, scratch, callbacks)
+        before = _evaluated(job, trainer)
+        clock = Clock(job.base.device)
+        try:
+            trainer.train()
+        finally:
+            trainer.close()
+        seconds = clock.seconds - trainer.evaluating_seconds
+        last = trainer.evaluations[-1] if trainer.evaluations else (-1, None)
+        after = last[1] if last[0] == trainer.state.global_step else _evaluated(job, trainer)
+    return _Done(trainer=trainer, seconds=seconds, peak_bytes=clock.peak_bytes, before=before, after=after)
 
 
 def _trainer(job: _Job, model: Any, scratch: str, callbacks: Sequence[TrainerCallback]) -> Trainer:
@@ -342,7 +342,8 @@ def _trainer(job: _Job, model: Any, scratch: str, callbacks: Sequence[TrainerCal
 def _arguments(job: _Job, scratch: str) -> TrainingArguments:
     from transformers import TrainingArguments
 
-    values = dict(job.recipe.train)
+    # Left open, transformers would hide the bar because its own log is quiet here.
+    values = {"disable_tqdm": False, **job.recipe.train}
     for older, newer in _RENAMED.items():
         if older in values and newer in training_fields():
             values[newer] = values.pop(older)

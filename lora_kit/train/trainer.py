@@ -48,7 +48,7 @@ class Trainer(transformers.Trainer):
         # For fp16 it must, since its gradient scaler hangs on that.
         args.mixed_precision = "fp16" if args.fp16 else "no"
         if getattr(model, "is_quantized", False):
-            # What transformers asks for before it trains on a quantised base; a bank has done it. `borrowed` takes it off.
+            # How transformers knows that a quantised base has adapters on it; `borrowed` takes the mark off again.
             model._hf_peft_config_loaded = True
         self._progress = _Progress()
         self._validation, self._collator = validation, collator
