@@ -32,11 +32,11 @@ test: $(READY) ## the tests, offline
 
 .PHONY: format-check
 format-check: $(READY)
-	@$(BIN)/ruff format --check --quiet $(SOURCES) || { echo "not formatted: run 'make fix'" >&2; exit 1; }
+	@$(BIN)/ruff format --check --quiet --output-format concise $(SOURCES) || { echo "not formatted: run 'make fix'" >&2; exit 1; }
 
 .PHONY: lint
 lint: $(READY)
-	@$(BIN)/ruff check --quiet $(SOURCES)
+	@$(BIN)/ruff check --quiet --output-format concise $(SOURCES)
 
 .PHONY: types
 types: $(READY)

@@ -1,4 +1,4 @@
-"""lora_kit: train one small adapter per task on a frozen base, swap adapters while the model runs, merge one to ship it.
+"""lora_kit: train a small adapter per task on a frozen base, swap adapters while it runs, merge one to ship it.
 
 Names are imported when they are first used, so `import lora_kit` costs next to nothing.
 """
@@ -30,13 +30,25 @@ _HOMES = {
     "train": "lora_kit.train",
 }
 
-__all__ = ["Adapter", "AdapterBank", "LoraConfig", "LoraKitError", "__version__", "attach", "load_base", "merge", "train"]
+__all__ = [
+    "Adapter",
+    "AdapterBank",
+    "LoraConfig",
+    "LoraKitError",
+    "__version__",
+    "attach",
+    "load_base",
+    "merge",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'lora_kit' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    home = importlib.import_module(_HOMES[name])
+    # A package of that name is callable itself, and is what the name means once it has been imported.
+    value = home if _HOMES[name] == f"{__name__}.{name}" else getattr(home, name)
     globals()[name] = value
     return value
 

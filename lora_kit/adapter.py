@@ -1,7 +1,8 @@
 """Adapter: an immutable value of config and tensors that knows no model, and the folder it is on disk.
 
-The folder is PEFT's (`adapter_config.json`, `adapter_model.safetensors`, `README.md`) and one file more, `lora_kit.json`, with
-digests of the others, the adapter's identity and the base it was made for. `adapters/README.md` describes every field.
+The folder is PEFT's (`adapter_config.json`, `adapter_model.safetensors`, `README.md`) and one file more,
+`lora_kit.json`, with digests of the others, the adapter's identity and the base it was made for. `adapters/README.md`
+describes every field.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ FORMAT: Final = 1
 PREFIX: Final = "base_model.model."
 """Before every key of PEFT's weight files."""
 ALLOWANCES: Final = ("other-base", "extra-keys", "changed-files")
-"""What a caller may let pass: another base than the adapter's, tensors beyond its config, files changed since saving."""
+"""What a caller may let pass: another base than the adapter's, tensors beyond its config, files changed later."""
 
 _PAIR_KEY: Final = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?(embedding)|\.weight)")
 _MAGNITUDE_SUFFIX: Final = ".lora_magnitude_vector"
@@ -46,7 +47,15 @@ _COPY_SUFFIX: Final = ".base_layer.weight"
 """PEFT writes the frozen table of an adapted embedding beside its pair, under this suffix."""
 _CONFIG_LIMIT: Final = 2**20
 _RECORD_LIMIT: Final = 16 * 2**20
-_IDENTITY_FIELDS: Final = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "modules_to_save")
+_IDENTITY_FIELDS: Final = (
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "modules_to_save",
+)
 
 
 @dataclass(frozen=True)
@@ -133,13 +142,13 @@ class Adapter:
 
     @functools.cached_property
     def digest(self) -> str:
-        """sha256 of the tensors and of the config fields that give them their meaning; names and labels do not count."""
+        """sha256 of the tensors and of the config fields that give them meaning; names and labels do not count."""
         fields = self.config.to_dict()
         sha = hashlib.sha256(json.dumps({name: fields[name] for name in _IDENTITY_FIELDS}, sort_keys=True).encode())
         for key in sorted(self.tensors):
             tensor = self.tensors[key]
             sha.update(f"\n{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            sha.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            sha.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return sha.hexdigest()
 
     def __eq__(self, other: object) -> bool:
@@ -149,7 +158,8 @@ class Adapter:
         return hash(self.digest)
 
     def __repr__(self) -> str:
-        return f"Adapter({len(self._pairs)} pairs, r={self.config.r}, {self.num_parameters:,} parameters, {self.digest[:12]})"
+        size = f"{len(self._pairs)} pairs, r={self.config.r}, {self.num_parameters:,} parameters"
+        return f"Adapter({size}, {self.digest[:12]})"
 
     @classmethod
     def load(cls, folder: str | Path, *, allow: Collection[str] = ()) -> Adapter:
@@ -245,7 +255,9 @@ def _check_files(record: Mapping[str, Any], files: Mapping[str, bytes | bytearra
     for name, data in files.items():
         expected = known.get(name) if isinstance(known, dict) else None
         if not isinstance(expected, dict):
-            raise AdapterError(f"{shown}/{RECORD} does not vouch for {name}", hint="the folder was put together by hand?")
+            raise AdapterError(
+                f"{shown}/{RECORD} does not vouch for {name}", hint="the folder was put together by hand?"
+            )
         found = _fact(data)
         if found["size"] != expected.get("size"):
             what = "truncated or replaced" if found["size"] < expected.get("size", 0) else "replaced"
@@ -292,7 +304,9 @@ def _sorted_out(
     pairs = {}
     for (path, kind), sides in halves.items():
         missing = [side for side in "AB" if side not in sides]
-        wrong = [f"{path}: lora_{side} is missing" for side in missing] or _unfit_pair(path, sides["A"], sides["B"], config)
+        wrong = [f"{path}: lora_{side} is missing" for side in missing] or _unfit_pair(
+            path, sides["A"], sides["B"], config
+        )
         wrong += _unfit_magnitude(path, sides, config)
         misfits += wrong
         if not wrong:
@@ -325,7 +339,9 @@ def _unfit_pair(path: str, a: Tensor, b: Tensor, config: LoraConfig) -> list[str
 def _unfit_magnitude(path: str, sides: Mapping[str, Tensor], config: LoraConfig) -> list[str]:
     magnitude, b = sides.get("magnitude"), sides.get("B")
     if config.use_dora != (magnitude is not None):
-        return [f"{path}: use_dora is {config.use_dora}, and a magnitude is {'missing' if magnitude is None else 'there'}"]
+        return [
+            f"{path}: use_dora is {config.use_dora}, and a magnitude is {'missing' if magnitude is None else 'there'}"
+        ]
     if magnitude is not None and b is not None and magnitude.shape != b.shape[:1]:
         return [f"{path}: the magnitude is {tuple(magnitude.shape)}, {tuple(b.shape[:1])} is expected"]
     return []
@@ -360,7 +376,9 @@ def _card(name: str, adapter: Adapter, facts: Mapping[str, Any]) -> str:
         ("digest", adapter.digest),
     ]
     metrics = facts.get("metrics")
-    rows += [(key, f"{value:.6g}" if isinstance(value, float) else str(value)) for key, value in (metrics or {}).items()]
+    rows += [
+        (key, f"{value:.6g}" if isinstance(value, float) else str(value)) for key, value in (metrics or {}).items()
+    ]
     table = "\n".join(f"| {key} | {printable(value)} |" for key, value in rows)
     base_line = f"base_model: {json.dumps(base)}\n" if base != "unknown" else ""
     return f"""---

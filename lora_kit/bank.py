@@ -1,4 +1,4 @@
-"""AdapterBank: the adapters of one model, beside it like an optimizer is. It knows names and slots; the layers do not."""
+"""AdapterBank: the adapters of one model, beside it as an optimizer is. It knows names and slots; layers do not."""
 
 from __future__ import annotations
 
@@ -115,6 +115,7 @@ class AdapterBank:
         self._slots = slots
         self._max_rank = max_rank
         self._routing = Routing()
+        self._returning: list[tuple[int, ...]] = []  # slots that blocks now open go back to
         self._residents: dict[str, _Resident] = {}
         self._layers: dict[str, SlotLayer] = {}
         self._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -170,7 +171,10 @@ class AdapterBank:
         """
         config = LoraConfig.of(config)
         if self.dtype != torch.float32:
-            raise BankError(f"this bank holds {self.dtype} slots; trainable adapters are fp32", hint="attach with dtype=torch.float32")
+            raise BankError(
+                f"this bank holds {self.dtype} slots; trainable adapters are fp32",
+                hint="attach with dtype=torch.float32",
+            )
         coverage = find(self.model, config)
         with self._admitted(name, config, coverage) as resident:
             for target in coverage.targets:
@@ -216,8 +220,8 @@ class AdapterBank:
         Raises:
             BankError: it is in use.
         """
-        resident = self._resident(name)
-        if resident.slot in self._routing.held:
+        slot = self._resident(name).slot
+        if any(slot in held for held in (self._routing.held, *self._returning)):
             raise BankError(f"{name!r} is in use", hint="use(None) or another adapter first")
         self._remove(name)
 
@@ -231,18 +235,20 @@ class AdapterBank:
 
         Raises:
             AdapterError: the two do not hold the same tensors; nothing is copied.
+            BankError: the adapter of that name was loaded, not added.
         """
+        self.parameters(name)  # only a trainable one has values to overwrite
         leaves = self._tensors(name)
-        misfits = [f"{key} is missing" for key in leaves.keys() - adapter.tensors.keys()]
-        misfits += [f"{key} is not expected" for key in adapter.tensors.keys() - leaves.keys()]
+        told = [f"{key} is missing" for key in leaves.keys() - adapter.tensors.keys()]
+        told += [f"{key} is not expected" for key in adapter.tensors.keys() - leaves.keys()]
         common = leaves.keys() & adapter.tensors.keys()
-        misfits += [
+        told += [
             f"{key} is {tuple(adapter.tensors[key].shape)}, {tuple(leaves[key].shape)} is expected"
             for key in common
             if adapter.tensors[key].shape != leaves[key].shape
         ]
-        if misfits:
-            raise AdapterError(f"this adapter does not fit {name!r}:\n  " + "\n  ".join(sorted(misfits)))
+        if told:
+            raise AdapterError(f"this adapter does not fit {name!r}:\n  " + "\n  ".join(sorted(told)))
         with torch.no_grad():
             for key, leaf in leaves.items():
                 leaf.copy_(adapter.tensors[key])
@@ -284,12 +290,12 @@ class AdapterBank:
     @contextlib.contextmanager
     def _routed(self, names: Sequence[str | None]) -> Iterator[None]:
         slots = [BASE if name is None else self._resident(name).slot for name in names]
-        before = self._routing.held
+        self._returning.append(self._routing.held)
         self._routing.to_rows(slots)
         try:
             yield
         finally:
-            self._routing.to_rows(before)
+            self._routing.to_rows(self._returning.pop())
 
     # Values
 
@@ -326,15 +332,17 @@ class AdapterBank:
         Accumulated in fp32 and rounded once to the weight's dtype.
 
         Raises:
-            MergeError: a covered weight is quantised or shared with another module, or the result is not finite; the model
-                is as it was.
+            MergeError: a covered weight is quantised or shared with another module, or the result is not finite; the
+                model is as it was.
         """
         resident = self._resident(name)
-        if self._routing.mixed:
-            raise BankError("a merge inside rows() would change the base under the other rows")
+        if self._returning:
+            raise BankError(
+                "a merge inside using() or rows() would change the base under them", hint="leave the block first"
+            )
         check_foldable(self.model, ((path, self._layers[path]) for path in resident.layers))
-        # Everything is computed before anything is written: a failure must leave the base whole, and keeping copies of all
-        # weights would double the memory. Largest first, so that what does not fit in memory is found at once.
+        # Everything is computed before anything is written: a failure must leave the base whole, and keeping copies of
+        # all weights would double the memory. Largest first, so that what does not fit in memory is found at once.
         pairs = [path for path in resident.layers if not isinstance(self._layers[path], SavedModule)]
         pairs.sort(key=lambda path: -weight_of(self._layers[path]).numel())
         retentions = {path: folded(path, self._layers[path], resident.slot)[1] for path in pairs}
@@ -346,6 +354,8 @@ class AdapterBank:
         if resident.slot == self._routing.slot:
             self._routing.to_slot(BASE)
         self._remove(name)
+        for path in resident.layers:
+            self._layers[path].base_changed()
         return [retentions[path] for path in resident.layers if path in retentions]
 
     # Inside
@@ -379,7 +389,9 @@ class AdapterBank:
     def _check_room(self, name: str, coverage: Coverage) -> None:
         rank = max((target.rank for target in coverage.targets), default=0)
         if self._max_rank is not None and rank > self._max_rank:
-            raise BankError(f"{name!r} has rank {rank}; there is room for {self._max_rank}", hint="attach with a larger max_rank")
+            raise BankError(
+                f"{name!r} has rank {rank}; there is room for {self._max_rank}", hint="attach with a larger max_rank"
+            )
         if self._slots is not None and len(self._residents) >= self._slots:
             raise BankError(
                 f"{name!r} needs a slot, and all {self._slots} are taken by {listed(self.names)}",
@@ -399,7 +411,8 @@ class AdapterBank:
         ranks = {target.path: self._max_rank or target.rank for target in coverage.targets}
         wrapped: dict[nn.Module, nn.Module] = {}
         for path in [*ranks, *coverage.saved]:
-            self._check_nesting(path, saved=path in coverage.saved)
+            if path not in self._layers or isinstance(self._layers[path], SavedModule) == (path in ranks):
+                self._check_nesting(path, saved=path in coverage.saved)
             if path not in self._layers:
                 module = self.model.get_submodule(path)
                 layer = wrap(module, self._routing) if path in ranks else SavedModule(module, self._routing)
@@ -414,7 +427,11 @@ class AdapterBank:
         """A layer carries pairs or is saved whole, for all adapters of a bank alike."""
         for other, layer in self._layers.items():
             whole = isinstance(layer, SavedModule)
-            if (path == other and whole != saved) or path.startswith(other + ".") or (saved and other.startswith(path + ".")):
+            if (
+                (path == other and whole != saved)
+                or path.startswith(other + ".")
+                or (saved and other.startswith(path + "."))
+            ):
                 raise TargetError(
                     f"{path} and {other}: one adapter saves the module whole and another puts pairs into it",
                     hint="use a bank for each",
@@ -438,7 +455,7 @@ class AdapterBank:
         for parent in list(self.model.modules()):
             if not isinstance(parent, SlotLayer):
                 for key, child in parent._modules.items():
-                    if child in new:
+                    if child is not None and child in new:
                         parent._modules[key] = new[child]
 
     def _entry(self, resident: _Resident, path: str) -> Mapping[str, Tensor]:
@@ -448,7 +465,8 @@ class AdapterBank:
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
         """An adapter's live tensors by PEFT's keys."""
-        resident, tensors = self._resident(name), {}
+        resident = self._resident(name)
+        tensors: dict[str, Tensor] = {}
         for path in resident.layers:
             layer, held = self._layers[path], self._entry(resident, path)
             if isinstance(layer, SavedModule):
@@ -463,7 +481,9 @@ class AdapterBank:
     def _resolved(self, resident: _Resident) -> LoraConfig:
         """The config as it is saved: names instead of `all-linear`, and the base it belongs to."""
         config = resident.config
-        targets = suffixes(self.model, resident.coverage) if config.target_modules == ALL_LINEAR else config.target_modules
+        targets = (
+            suffixes(self.model, resident.coverage) if config.target_modules == ALL_LINEAR else config.target_modules
+        )
         conv1d = any(type(self._layers[path].base_layer).__name__ == "Conv1D" for path in resident.layers)
         return dataclasses.replace(
             config,

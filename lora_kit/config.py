@@ -1,4 +1,4 @@
-"""LoraConfig: what an adapter is, in PEFT's field names. No torch here: reading a config is cheap and allocates nothing."""
+"""LoraConfig: what an adapter is, in PEFT's field names. No torch here: reading a config allocates nothing."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ _UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
     "target_parameters": (None, []),
     "trainable_token_indices": (None,),
 }
-# Fields of PEFT that say how training began or ran, or what this version wrote; they do not change what the tensors mean.
+# Fields of PEFT that say how training began or ran, or what this version wrote; they do not change what the tensors
+# mean.
 _CARRIED: Final = (
     "peft_type",
     "peft_version",
@@ -67,20 +68,20 @@ class LoraConfig:
         r: rank of the update; 1 to 65,536.
         lora_alpha: numerator of the scaling; finite and not zero.
         lora_dropout: probability of dropping an element of a layer's input on its way to A, in training; 0 to below 1.
-        target_modules: `"all-linear"`; or names, each matching a module of that path or whose path ends in `.name`; or one
-            regular expression that must match a whole path. Empty for an adapter of saved modules only.
+        target_modules: `"all-linear"`; or names, each matching a module of that path or whose path ends in `.name`; or
+            one regular expression that must match a whole path. Empty for an adapter of saved modules only.
         exclude_modules: names or one regular expression, as above, taken out again.
         layers_to_transform: indices of the layers to adapt; all of them if None.
         layers_pattern: names of the module lists those indices count in (`layers`, `h`); any if None.
-        rank_pattern, alpha_pattern: exceptions to `r` and `lora_alpha`: a name or regular expression that matches the end
-            of a path, to its value. The first match wins.
+        rank_pattern, alpha_pattern: exceptions to `r` and `lora_alpha`: a name or regular expression that matches the
+            end of a path, to its value. The first match wins.
         use_rslora: rank-stabilised scaling.
         use_dora: train a length for every row of the adapted weight as well (Liu et al. 2024, arXiv 2402.09353).
         modules_to_save: modules trained and saved whole beside the low-rank pairs (a classification head).
-        init_lora_weights: True: A Kaiming-uniform, B zero. `"gaussian"`: A normal with deviation 1/r, B zero. False: both
-            random, so that a fresh adapter does something (for tests).
-        fan_in_fan_out: the covered weights are stored (in, out), as transformers' Conv1D does. For other tools; here the
-            layer itself is asked.
+        init_lora_weights: True: A Kaiming-uniform, B zero. `"gaussian"`: A normal with deviation 1/r, B zero. False:
+            both random, so that a fresh adapter does something (for tests).
+        fan_in_fan_out: the covered weights are stored (in, out), as transformers' Conv1D does. For other tools; here
+            the layer itself is asked.
         base_model_name_or_path, revision, task_type, inference_mode: labels carried for other tools.
         extra: unknown fields of a foreign config, kept when it is saved again.
 
@@ -120,7 +121,9 @@ class LoraConfig:
         self._set("layers_to_transform", _indices("layers_to_transform", self.layers_to_transform))
         self._set("rank_pattern", _pattern("rank_pattern", self.rank_pattern, _check_rank))
         self._set("alpha_pattern", _pattern("alpha_pattern", self.alpha_pattern, _check_alpha))
-        _require(self.init_lora_weights in _INITS, "init_lora_weights", self.init_lora_weights, "true, false or 'gaussian'")
+        _require(
+            self.init_lora_weights in _INITS, "init_lora_weights", self.init_lora_weights, "true, false or 'gaussian'"
+        )
         for name in ("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode"):
             _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
         for name in ("base_model_name_or_path", "revision", "task_type"):
@@ -176,12 +179,15 @@ class LoraConfig:
         """From the fields of an `adapter_config.json`; unknown ones go to `extra`.
 
         Raises:
-            ConfigError: for another kind of adapter, or a field of PEFT's that changes the arithmetic and is not supported.
+            ConfigError: for another kind of adapter, or a field of PEFT's that changes the arithmetic and is not
+                supported.
         """
         kind = fields.get("peft_type", "LORA")
         kind = getattr(kind, "value", kind)
         if kind != "LORA":
-            raise ConfigError(f"peft_type is {kind!r}: only LORA adapters are read", hint="convert it to LoRA in PEFT first")
+            raise ConfigError(
+                f"peft_type is {kind!r}: only LORA adapters are read", hint="convert it to LoRA in PEFT first"
+            )
         _refuse_unsupported(fields)
         own = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         known = {name: value for name, value in fields.items() if name in own}
@@ -248,7 +254,8 @@ def matches(pattern: str, text: str) -> bool:
         return compiled(pattern).fullmatch(text, timeout=MATCH_SECONDS) is not None
     except TimeoutError:
         raise ConfigError(
-            f"the pattern {pattern!r} takes too long to match {text!r}", hint="nested repetitions backtrack; simplify it"
+            f"the pattern {pattern!r} takes too long to match {text!r}",
+            hint="nested repetitions backtrack; simplify it",
         ) from None
 
 
@@ -256,7 +263,9 @@ def matches(pattern: str, text: str) -> bool:
 def compiled(pattern: str) -> regex.Pattern[str]:
     """A compiled regular expression of bounded length; `ConfigError` where it is malformed."""
     if len(pattern) > MAX_PATTERN_LENGTH:
-        raise ConfigError(f"a pattern of {len(pattern):,} characters was given; at most {MAX_PATTERN_LENGTH:,} are read")
+        raise ConfigError(
+            f"a pattern of {len(pattern):,} characters was given; at most {MAX_PATTERN_LENGTH:,} are read"
+        )
     try:
         return regex.compile(pattern)
     except regex.error as error:

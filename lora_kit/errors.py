@@ -1,19 +1,19 @@
 """The exception family: one tree, each leaf also the builtin it specialises.
 
-    LoraKitError
-    ├── ConfigError (ValueError)            a LoraConfig or an adapter_config.json is wrong
-    │   └── RecipeError                     a recipe is wrong
-    ├── TargetError (ValueError)            a config does not fit the modules of a model
-    ├── AdapterError (ValueError)           an adapter's files or tensors are wrong
-    │   └── BaseMismatchError               the adapter was made for another base
-    ├── UnknownAdapterError (LookupError)   no adapter of that name
-    ├── BankError (RuntimeError)            the bank cannot do this in its present state
-    ├── RoutingError (ValueError)           the rows given do not fit the batch
-    ├── BaseModelError (ValueError)         a base model cannot be found or read
-    ├── DataError (ValueError)              training data is wrong
-    ├── MergeError (ValueError)             a merge cannot be done as asked
-    ├── StorageError (OSError)              the machine: disk, permission, an output that exists
-    └── VerificationError (RuntimeError)    something written or computed is not what it should be
+LoraKitError
+├── ConfigError (ValueError)            a LoraConfig or an adapter_config.json is wrong
+│   └── RecipeError                     a recipe is wrong
+├── TargetError (ValueError)            a config does not fit the modules of a model
+├── AdapterError (ValueError)           an adapter's files or tensors are wrong
+│   └── BaseMismatchError               the adapter was made for another base
+├── UnknownAdapterError (LookupError)   no adapter of that name
+├── BankError (RuntimeError)            the bank cannot do this in its present state
+├── RoutingError (ValueError)           the rows given do not fit the batch
+├── BaseModelError (ValueError)         a base model cannot be found or read
+├── DataError (ValueError)              training data is wrong
+├── MergeError (ValueError)             a merge cannot be done as asked
+├── StorageError (OSError)              the machine: disk, permission, an output that exists
+└── VerificationError (RuntimeError)    something written or computed is not what it should be
 """
 
 from __future__ import annotations

@@ -151,7 +151,9 @@ def check_output(target: Path, *, replace: bool = False, owned: Callable[[Path],
     if not empty and not replace:
         raise StorageError(f"{printable(target)} exists already", hint="choose another output, or ask to replace it")
     if not empty and owned is not None and not owned(target):
-        raise StorageError(f"{printable(target)} holds something else, so it is not replaced", hint="choose another output")
+        raise StorageError(
+            f"{printable(target)} holds something else, so it is not replaced", hint="choose another output"
+        )
 
 
 def _storage(error: OSError, target: Path, needed: int) -> StorageError:

@@ -66,7 +66,9 @@ def check_foldable(model: nn.Module, layers: Iterable[tuple[str, SlotLayer]]) ->
     for path, layer in layers:
         for parameter in layer.base_layer.parameters():
             if not parameter.is_floating_point():
-                raise MergeError(f"{path} is quantised; a delta would be lost in it", hint="merge into the 16-bit original")
+                raise MergeError(
+                    f"{path} is quantised; a delta would be lost in it", hint="merge into the 16-bit original"
+                )
             if owners[id(parameter)] > 1:
                 raise MergeError(
                     f"the weight of {path} is shared with another module, which the merge would change too",

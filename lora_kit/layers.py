@@ -1,7 +1,8 @@
-"""Wrappers around one frozen base layer each. They know slots and routing; names, configs and files are the bank's affair.
+"""Wrappers around one frozen base layer each. They know slots and routing; names, configs and files are the bank's
+affair.
 
-A layer keeps, for everything an adapter may bring to it, a *slab*: one tensor whose first axis is the slot. Slot 0 is "no
-adapter" and every slot holds neutral values until an adapter is put there, so any slot may be routed to any layer.
+A layer keeps, for everything an adapter may bring to it, a *slab*: one tensor whose first axis is the slot. Slot 0 is
+"no adapter" and every slot holds neutral values until an adapter is put there, so any slot may be routed to any layer.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Routing:
     """Which slot each row of a batch uses; one object shared by all layers of a bank.
 
     Attributes:
-        mixed: whether rows differ. Compiled code reads this and the index tensors only, so that a swap changes no guard.
+        mixed: whether rows differ. Compiled code reads this and the index tensors only, so that a swap changes no
+            guard.
         slot: the slot of every row; of no meaning while rows differ.
         rows: the slot of each row while they differ, else empty.
     """
@@ -94,8 +96,8 @@ class _Entry:
     """What one slot of a layer holds: its part of each slab, without padding.
 
     Attributes:
-        tensors: by name; views of the slabs (a magnitude, which few adapters have, has no slab and stands alone). Those of
-            a trainable slot are leaf parameters.
+        tensors: by name; views of the slabs (a magnitude, which few adapters have, has no slab and stands alone). Those
+            of a trainable slot are leaf parameters.
         scaling: multiplies the update of a low-rank pair.
         dropout: probability of dropping an element of the layer's input in training.
     """
@@ -194,19 +196,30 @@ class SlotLayer(nn.Module):
         entry = self.entries[slot]
         if entry is None:
             return
-        with torch.no_grad():
-            for name, value in self.neutral(1, self.capacity[1], self.dtype).items():
-                self.slabs[name][slot].copy_(value[0])
-            self.scaling[slot] = 0
         for name in entry.tensors:
             self._parameters.pop(_leaf_name(name, slot), None)
         self.entries[slot] = None
         self.trains = any(e is not None and e.trainable for e in self.entries)
+        self._make_neutral([slot])
+
+    def base_changed(self) -> None:
+        """Bring up to date what was derived from the base's weights."""
+        self._make_neutral([slot for slot, entry in enumerate(self.entries) if entry is None])
+
+    def _make_neutral(self, slots: Sequence[int]) -> None:
+        with torch.no_grad():
+            values = self.neutral(1, self.capacity[1], self.dtype)
+            for slot in slots:
+                for name, value in values.items():
+                    self.slabs[name][slot].copy_(value[0])
+                self.scaling[slot] = 0
 
     def _tie(self, *, copy: bool) -> None:
         """Point every entry at the present slabs, first copying its values there if asked."""
         for slot, entry in enumerate(self.entries):
-            for name, tensor in entry.tensors.items() if entry else ():
+            if entry is None:
+                continue
+            for name, tensor in entry.tensors.items():
                 place = self._place(name, slot, tensor)
                 if copy:
                     place.copy_(tensor)
@@ -240,12 +253,14 @@ class SlotLayer(nn.Module):
         slab = self.slabs[name]
         if not (self.trains and torch.is_grad_enabled()):
             return slab
-        leaves = [(slot, e.tensors[name]) for slot, e in enumerate(self.entries) if e and e.trainable and name in e.tensors]
+        leaves = [
+            (slot, e.tensors[name]) for slot, e in enumerate(self.entries) if e and e.trainable and name in e.tensors
+        ]
         return _Tied.apply(slab, [slot for slot, _ in leaves], *[leaf for _, leaf in leaves])
 
 
 class _Tied(torch.autograd.Function):
-    """A slab as a function of the leaf parameters that share its memory: the value is there already, gradients are cut out."""
+    """A slab as a function of the leaves that share its memory: the value is there, their gradients are cut out."""
 
     @staticmethod
     def forward(ctx: Any, slab: Tensor, slots: list[int], *leaves: Tensor) -> Tensor:
@@ -307,7 +322,13 @@ class LoraLinear(_PairLayer):
         if entry.dropout and self.training:
             x = nn.functional.dropout(x, entry.dropout)
         y = lora_add(y, x, entry.tensors[A], entry.tensors[B], entry.scaling)
-        return scale_columns(y, self.column_scale(entry), self.base_layer.bias) if MAGNITUDE in entry.tensors else y
+        return scale_columns(y, self.column_scale(entry), self._bias) if MAGNITUDE in entry.tensors else y
+
+    @property
+    def _bias(self) -> Tensor | None:
+        bias = self.base_layer.bias
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
 
     def put(self, slot: int, tensors: Mapping[str, Tensor], scaling: float) -> None:
         super().put(slot, tensors, scaling)
@@ -318,6 +339,10 @@ class LoraLinear(_PairLayer):
         super().clear(slot)
         if self.columns is not None:
             self._refresh_columns()
+
+    def base_changed(self) -> None:
+        super().base_changed()
+        self._refresh_columns()
 
     def reserve(self, slots: int, rank: int, dtype: torch.dtype) -> None:
         super().reserve(slots, rank, dtype)
@@ -349,7 +374,7 @@ class LoraLinear(_PairLayer):
         columns = self._all_columns() if self.trains else self.columns
         assert columns is not None
         rows = columns[index].repeat_interleave(y.shape[0] // len(index), 0)
-        return scale_columns(y, rows.view(y.shape[0], *[1] * (y.ndim - 2), -1), self.base_layer.bias)
+        return scale_columns(y, rows.view(y.shape[0], *[1] * (y.ndim - 2), -1), self._bias)
 
     def _dropped_by_row(self, x: Tensor) -> Tensor:
         """x (n, ..., in) with each row's own dropout."""
@@ -458,8 +483,8 @@ def features_of(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
     if type(module).__name__ == "Conv1D":  # transformers' Conv1D keeps its weight as (in, out)
-        return module.nx, module.nf
-    return module.in_features, module.out_features
+        return int(module.nx), int(module.nf)  # type: ignore[arg-type]
+    return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
 
 
 def initialise(a: Tensor, b: Tensor, *, kind: str, init: bool | str) -> None:

@@ -95,8 +95,8 @@ def find(model: nn.Module, config: LoraConfig) -> Coverage:
     """The layers of a model that a config covers.
 
     Raises:
-        TargetError: an entry of `target_modules`, `modules_to_save` or `layers_to_transform` matches nothing, or a matched
-            module cannot carry a pair; says what the model has.
+        TargetError: an entry of `target_modules`, `modules_to_save` or `layers_to_transform` matches nothing, or a
+            matched module cannot carry a pair; says what the model has.
     """
     coverage = survey(model, config)
     if coverage.unmatched:
@@ -106,9 +106,13 @@ def find(model: nn.Module, config: LoraConfig) -> Coverage:
         raise TargetError(f"nothing in the model matches {listed(coverage.unmatched)}", hint=hint)
     unfit = [f"{path}: {reason}" for path, reason in coverage.skipped]
     if unfit and config.target_modules != ALL_LINEAR:
-        raise TargetError(f"these modules cannot carry a low-rank pair: {listed(unfit)}", hint="take them out of target_modules")
+        raise TargetError(
+            f"these modules cannot carry a low-rank pair: {listed(unfit)}", hint="take them out of target_modules"
+        )
     if not coverage.targets and not coverage.saved:
-        raise TargetError("the config covers no module of this model", hint=f"the model has {listed(_linear_names(model), most=12)}")
+        raise TargetError(
+            "the config covers no module of this model", hint=f"the model has {listed(_linear_names(model), most=12)}"
+        )
     return coverage
 
 

@@ -57,12 +57,16 @@ def _header(data: bytearray, source: str) -> dict[str, Any]:
     if data.startswith(b"version https://git-lfs"):
         raise AdapterError(f"{source}: a git-lfs pointer, not the weights", hint="run 'git lfs pull'")
     if data.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-        raise AdapterError(f"{source}: a pickle under the name of safetensors; it is not read", hint="save it as safetensors")
+        raise AdapterError(
+            f"{source}: a pickle under the name of safetensors; it is not read", hint="save it as safetensors"
+        )
     if len(data) < 8:
         raise AdapterError(f"{source}: truncated: {len(data)} bytes, at least 8 are expected")
     length = int.from_bytes(data[:8], "little")
     if length > MAX_HEADER:
-        raise AdapterError(f"{source}: corrupt: a header of {length:,} bytes is claimed, at most {MAX_HEADER:,} are read")
+        raise AdapterError(
+            f"{source}: corrupt: a header of {length:,} bytes is claimed, at most {MAX_HEADER:,} are read"
+        )
     if len(data) < 8 + length:
         raise AdapterError(f"{source}: truncated: {len(data):,} bytes, the header alone needs {8 + length:,}")
     try:
@@ -110,5 +114,7 @@ def _span(name: str, entry: Any, source: str) -> tuple[int, int]:
         raise AdapterError(f"{source}: {name} has an empty shape {shape}")
     size = math.prod(shape) * _SIZES[dtype]
     if end - begin != size:
-        raise AdapterError(f"{source}: corrupt: {name} of shape {shape} needs {size:,} bytes, {end - begin:,} are given")
+        raise AdapterError(
+            f"{source}: corrupt: {name} of shape {shape} needs {size:,} bytes, {end - begin:,} are given"
+        )
     return begin, end

@@ -16,7 +16,10 @@ import lora_kit as lk
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"r": 4, "lora_alpha": 8}),
     ("llama", {"r": 4, "use_rslora": True, "target_modules": ["q_proj", "embed_tokens"]}),
-    ("llama", {"r": 4, "rank_pattern": {"q_proj": 2, r"layers\.1\.self_attn\.v_proj": 6}, "alpha_pattern": {"up_proj": 32}}),
+    (
+        "llama",
+        {"r": 4, "rank_pattern": {"q_proj": 2, r"layers\.1\.self_attn\.v_proj": 6}, "alpha_pattern": {"up_proj": 32}},
+    ),
     ("llama", {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     ("llama", {"target_modules": [], "modules_to_save": ["lm_head"]}),
     ("llama", {"target_modules": r".*\.layers\.0\..*_proj"}),
@@ -44,7 +47,10 @@ def shaken(parameters: list[nn.Parameter]) -> None:
 
 def peft_config(kind: str, fields: dict[str, Any]) -> peft.LoraConfig:
     fields = {"target_modules": "all-linear", **fields}
-    return peft.LoraConfig(**{**fields, "target_modules": fields["target_modules"] or "dummy-target-modules"}, fan_in_fan_out=kind == "gpt2")
+    return peft.LoraConfig(
+        **{**fields, "target_modules": fields["target_modules"] or "dummy-target-modules"},
+        fan_in_fan_out=kind == "gpt2",
+    )
 
 
 @every_case
@@ -71,7 +77,9 @@ def test_an_adapter_made_by_peft_gives_the_same_logits_here(kind: str, fields: d
     torch.testing.assert_close(tiny.logits(model, tiny.batch()), tiny.logits(theirs, tiny.batch()), **CLOSE)
 
 
-@pytest.mark.parametrize("fields", [{}, {"use_rslora": True, "lora_alpha": 3}, {"target_modules": {"q_proj", "v_proj"}}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"use_rslora": True, "lora_alpha": 3}, {"target_modules": {"q_proj", "v_proj"}}]
+)
 def test_a_peft_config_is_taken_wherever_one_of_ours_is(fields: dict[str, Any]) -> None:
     config = peft_config("llama", {"r": 4, **fields})
     ours = lk.attach(tiny.llama(), config).coverage("default")
@@ -93,7 +101,10 @@ def test_training_follows_peft_step_by_step(tmp_path: Path) -> None:
     bank.save("a", tmp_path / "a")
     theirs = peft.PeftModel.from_pretrained(tiny.llama(), tmp_path / "a", is_trainable=True)
     losses: list[list[float]] = []
-    for each, parameters in ((model, bank.parameters("a")), (theirs, [p for p in theirs.parameters() if p.requires_grad])):
+    for each, parameters in (
+        (model, bank.parameters("a")),
+        (theirs, [p for p in theirs.parameters() if p.requires_grad]),
+    ):
         optimizer = torch.optim.AdamW(parameters, lr=1e-2)
         losses.append([])
         for step in range(30):

@@ -1,4 +1,4 @@
-"""Routing where models are really used: generation, checkpointing, compilation, joint training, another device or dtype."""
+"""Routing where models are really used: generation, checkpointing, compilation, joint training, other dtypes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,13 @@ def one(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "how", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}, {"do_sample": True, "top_k": 1, "num_return_sequences": 3}]
+    "how",
+    [
+        {},
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"do_sample": True, "top_k": 1, "num_return_sequences": 3},
+    ],
 )
 def test_generation_with_rows_equals_generation_one_by_one(how: dict[str, Any]) -> None:
     model, bank = resident()
@@ -145,7 +151,9 @@ def test_dropout_acts_in_training_on_the_adapter_alone() -> None:
 
 def test_dropout_is_of_the_stated_probability() -> None:
     layer = nn.Sequential(nn.Linear(4000, 1, bias=False))
-    bank = lk.attach(layer, lk.LoraConfig(r=1, lora_alpha=1, lora_dropout=0.25, target_modules=["0"], init_lora_weights=False))
+    bank = lk.attach(
+        layer, lk.LoraConfig(r=1, lora_alpha=1, lora_dropout=0.25, target_modules=["0"], init_lora_weights=False)
+    )
     with torch.no_grad():
         layer[0].base_layer.weight.zero_()
         for parameter in bank.parameters("default"):
@@ -230,10 +238,47 @@ def test_an_unloaded_slot_leaves_nothing_behind() -> None:
     torch.testing.assert_close(rows[0], tiny.logits(model, tiny.batch())[0])
 
 
+def test_an_adapter_that_an_open_block_returns_to_is_not_unloaded() -> None:
+    _, bank = resident()
+    bank.use("a")
+    with bank.using("b"):
+        with pytest.raises(BankError, match="in use"):
+            bank.unload("a")
+        with pytest.raises(BankError, match="leave the block"):
+            bank.merge("c")
+        bank.unload("c")
+    assert bank.active == "a"
+
+
+def test_a_merge_is_seen_by_the_adapters_that_stay() -> None:
+    model = tiny.llama()
+    bank = lk.attach(model, lk.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), name="merged")
+    bank.add("dora", lk.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, init_lora_weights=False))
+    bank.add("head", lk.LoraConfig(target_modules=[], modules_to_save=["lm_head"]))
+    dora, head = bank.snapshot("dora"), bank.snapshot("head")
+    bank.merge("merged")
+    bank.merge("head")
+    base = {
+        name.replace(".base_layer", ""): tensor
+        for name, tensor in model.state_dict().items()
+        if "base" in name or "lora" not in name
+    }
+    fresh = tiny.llama()
+    fresh.load_state_dict({name: tensor for name, tensor in base.items() if not name.endswith("_2")})
+    other = lk.attach(fresh, slots=2, max_rank=2)
+    other.load("dora", dora, allow=["other-base"])
+    other.load("head", head, allow=["other-base"])
+    with bank.rows(["dora", None, "dora"]), other.rows(["dora", None, "dora"]):
+        torch.testing.assert_close(tiny.logits(model, tiny.batch()), tiny.logits(fresh, tiny.batch()))
+
+
 def test_one_adapter_may_not_save_what_another_puts_pairs_into() -> None:
-    model, bank = resident()
+    _, bank = resident()
     with pytest.raises(TargetError, match="saves the module whole"):
-        bank.load("head", lk.attach(tiny.llama(), lk.LoraConfig(target_modules=[], modules_to_save=["lm_head"])).snapshot("default"))
+        bank.load(
+            "head",
+            lk.attach(tiny.llama(), lk.LoraConfig(target_modules=[], modules_to_save=["lm_head"])).snapshot("default"),
+        )
     assert bank.names == tuple(CONFIGS)
     assert bank.active is None
 
@@ -248,7 +293,7 @@ def test_a_model_that_uses_one_layer_under_two_names_is_wrapped_under_both() -> 
 
 
 def test_restore_copies_values_and_refuses_what_does_not_fit() -> None:
-    model, bank = trainable()
+    _, bank = trainable()
     kept = bank.snapshot("a")
     with torch.no_grad():
         for parameter in bank.parameters("a"):

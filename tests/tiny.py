@@ -32,7 +32,9 @@ def gpt2(*, dtype: torch.dtype = torch.float32, seed: int = 0) -> transformers.G
     return transformers.GPT2LMHeadModel(config).to(dtype).eval()
 
 
-def bert(*, dtype: torch.dtype = torch.float32, labels: int = 3, seed: int = 0) -> transformers.BertForSequenceClassification:
+def bert(
+    *, dtype: torch.dtype = torch.float32, labels: int = 3, seed: int = 0
+) -> transformers.BertForSequenceClassification:
     config = transformers.BertConfig(
         hidden_size=32,
         intermediate_size=48,

@@ -3,10 +3,11 @@
     python -m lora_kit.kit_base.pretrain stories.txt --work runs/kit-base --minutes 100
 
 Input: any UTF-8 text file (or `.xz`) whose documents are separated by `<|endoftext|>`. Every 40th document is held out.
-Output in `--out`: a folder that `AutoModelForCausalLM.from_pretrained` reads (bf16) and `training.json` with what was seen and reached.
+Output in `--out`: a folder that `AutoModelForCausalLM.from_pretrained` reads (bf16) and `training.json` with what was
+seen and reached.
 
-The schedule follows the share of `--minutes` that has been spent, so a run ends on time on any machine; stop it and start
-the same command again to resume from the last checkpoint in `--work`.
+The schedule follows the share of `--minutes` that has been spent, so a run ends on time on any machine; stop it and
+start the same command again to resume from the last checkpoint in `--work`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import lzma
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -192,14 +194,16 @@ class Windows:
         return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
-def loss_of(model: torch.nn.Module, windows: torch.Tensor) -> torch.Tensor:
+def loss_of(model: Callable[..., Any], windows: torch.Tensor) -> torch.Tensor:
     """Mean next-token cross-entropy in nats over windows (batch, context + 1)."""
     logits = model(input_ids=windows[:, :-1], use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
 
 
 @torch.no_grad()
-def bits_per_byte(model: torch.nn.Module, held: np.ndarray, held_bytes: int, settings: Settings, most: int = 10**9) -> float:
+def bits_per_byte(
+    model: Callable[..., Any], held: np.ndarray, held_bytes: int, settings: Settings, most: int = 10**9
+) -> float:
     """Bits the model needs per held-out byte, over at most `most` windows spread over the text."""
     windows = np.arange(0, len(held) - settings.context - 1, settings.context)
     windows = windows[:: max(1, math.ceil(len(windows) / most))]
@@ -216,7 +220,9 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def train(work: Path, tokenizer: PreTrainedTokenizerFast, settings: Settings) -> tuple[LlamaForCausalLM, dict[str, Any]]:
+def train(
+    work: Path, tokenizer: PreTrainedTokenizerFast, settings: Settings
+) -> tuple[LlamaForCausalLM, dict[str, Any]]:
     """Train until the time is spent; returns the model and what was seen."""
     prepared = json.loads((work / "prepared.json").read_text())
     stream, held = np.load(work / "train.npy"), np.load(work / "held.npy")
@@ -235,7 +241,7 @@ def train(work: Path, tokenizer: PreTrainedTokenizerFast, settings: Settings) ->
         print(f"resumed at {progress['tokens']:,} tokens")
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device)
+    torch.nn.Module.to(model, device)
     forward = torch.compile(model)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     budget, last, saved_at, smooth = settings.minutes * 60, time.monotonic(), 0.0, 0.0
@@ -259,7 +265,11 @@ def train(work: Path, tokenizer: PreTrainedTokenizerFast, settings: Settings) ->
         if progress["steps"] % 50 == 0:
             speed = progress["tokens"] / progress["seconds"]
             left = (budget - progress["seconds"]) / 60
-            print(f"{progress['tokens']:>12,} tokens  loss {smooth:.3f}  rate {scale:.2f}  {speed:,.0f} tokens/s  {left:.1f} min left", flush=True)
+            print(
+                f"{progress['tokens']:>12,} tokens  loss {smooth:.3f}  rate {scale:.2f}  "
+                f"{speed:,.0f} tokens/s  {left:.1f} min left",
+                flush=True,
+            )
         if progress["seconds"] - saved_at > 300 or progress["seconds"] >= budget:
             saved_at = progress["seconds"]
             with torch.autocast(device, dtype=torch.bfloat16):
@@ -291,7 +301,7 @@ def main() -> None:
 
     tokenizer = prepare(text, work, settings)
     model, progress = train(work, tokenizer, settings)
-    model = model.to("cpu", torch.bfloat16).eval()
+    torch.nn.Module.to(model, "cpu", torch.bfloat16).eval()
     prepared = json.loads((work / "prepared.json").read_text())
     held = np.load(work / "held.npy")
     report = {
@@ -302,7 +312,7 @@ def main() -> None:
         "bits_per_byte": round(bits_per_byte(model, held, prepared["held_bytes"], settings), 4),
         "torch": torch.__version__,
     }
-    model.generation_config.update(do_sample=False, max_length=settings.context)
+    model.generation_config.update(do_sample=False)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / "training.json").write_text(json.dumps(report, indent=2) + "\n")

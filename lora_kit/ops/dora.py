@@ -1,6 +1,6 @@
 """DoRA (Liu et al. 2024, arXiv 2402.09353): the adapted weight keeps its direction and gets a trained length per row.
 
-    W' = m / |W + s B A| · (W + s B A)        |.| per row, m (out,) trained, the norm held constant in the backward
+W' = m / |W + s B A| · (W + s B A)        |.| per row, m (out,) trained, the norm held constant in the backward
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ def dora_scale(weight: Tensor, a: Tensor, b: Tensor, scaling: float, magnitude: 
         (out,) fp32.
     """
     with torch.no_grad():
-        # The factors as `lora_add` uses them, rounded to the base's dtype: fp32 masters and a bf16 slab give the same scale.
+        # The factors as `lora_add` uses them, rounded to the base's dtype: fp32 masters and a bf16 slab give the same
+        # scale.
         a, b = a.to(weight.dtype).float(), b.to(weight.dtype).float()
         weight = weight.float()
         square = weight.square().sum(1)

@@ -3,9 +3,9 @@
     lora_add       y + s · (x Aᵀ) Bᵀ                        one pair for the whole batch
     lora_add_rows  yᵢ + s[kᵢ] · (xᵢ A[kᵢ]ᵀ) B[kᵢ]ᵀ          one pair per row, picked from slabs by slot
 
-(Hu et al. 2021, arXiv 2106.09685.) Both write into `y` where that is safe, so the base's output is never copied; compute
-in the dtype of `y`, so that fp32 factors on a bf16 base, and autocast, cost a cast of the small factors and none of x;
-and keep x and the rank-r product x·Aᵀ for the backward, nothing else.
+(Hu et al. 2021, arXiv 2106.09685.) Both write into `y` where that is safe, so the base's output is never copied;
+compute in the dtype of `y`, so that fp32 factors on a bf16 base, and autocast, cost a cast of the small factors and
+none of x; and keep x and the rank-r product x·Aᵀ for the backward, nothing else.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class _LoraAdd(torch.autograd.Function):
 
 
 class _LoraAddRows(torch.autograd.Function):
-    """yᵢ + s[kᵢ] (xᵢ A[kᵢ]ᵀ) B[kᵢ]ᵀ; the gradients of `_LoraAdd` row by row, those of A and B summed into their slots."""
+    """yᵢ + s[kᵢ] (xᵢ A[kᵢ]ᵀ) B[kᵢ]ᵀ; the gradients of `_LoraAdd` row by row, those of A and B summed by slot."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor, slots: Tensor) -> Tensor:
