@@ -380,8 +380,10 @@ class AdapterBank:
         slot = next(number for number in range(1, len(taken) + 2) if number not in taken)
         self._residents[name] = resident = _Resident(slot, config, coverage, adapter)
         try:
-            self._reserve(coverage)
-            yield resident
+            # Tensors made in inference mode could not be written to outside it, by the next swap or load.
+            with torch.inference_mode(False):
+                self._reserve(coverage)
+                yield resident
         except BaseException:
             self._remove(name)
             raise

@@ -226,6 +226,21 @@ def test_a_fixed_bank_says_when_it_is_full() -> None:
     assert bank.names == ("b", "d")
 
 
+def test_a_bank_filled_in_inference_mode_is_of_use_outside_it() -> None:
+    _, source = trainable()
+    model = tiny.llama()
+    with torch.inference_mode():
+        bank = lk.attach(model)
+        bank.load("a", source.snapshot("a"))
+        bank.use("a")
+        inside = model(**tiny.batch()).logits
+    bank.load("c", source.snapshot("c"))
+    bank.use("c")
+    bank.use("a")
+    bank.unload("c")
+    assert torch.equal(tiny.logits(model, tiny.batch()), inside)
+
+
 def test_an_unloaded_slot_leaves_nothing_behind() -> None:
     model, bank = resident()
     base = tiny.logits(model, tiny.batch())

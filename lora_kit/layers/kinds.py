@@ -1,0 +1,55 @@
+"""What a base layer is, and how a pair for it begins."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lora_kit.layers.slots import SlotLayer
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """`linear`, `embedding`, or None for a module that cannot carry a low-rank pair."""
+    if isinstance(module, SlotLayer):
+        module = module.base_layer
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        return "linear"
+    return None
+
+
+def keeps_transposed(module: nn.Module) -> bool:
+    """Whether a layer keeps its weight as (in, out): transformers' Conv1D, and the table of an embedding."""
+    return type(module).__name__ == "Conv1D" or isinstance(module, nn.Embedding)
+
+
+def features_of(module: nn.Module) -> tuple[int, int]:
+    """(in, out) of a layer that carries pairs; for an embedding (entries, dim)."""
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    if type(module).__name__ == "Conv1D":  # transformers' Conv1D keeps its weight as (in, out)
+        return int(module.nx), int(module.nf)  # type: ignore[arg-type]
+    return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+
+
+def initialise(a: Tensor, b: Tensor, *, kind: str, init: bool | str) -> None:
+    """Fill a fresh pair in place, as PEFT does: `B A` is zero unless `init` is False.
+
+    Args:
+        a: (r, in), Kaiming-uniform, or normal with deviation 1/r for `"gaussian"`. b: (out, r), zero.
+        kind: for an embedding A is zero and B normal.
+        init: `LoraConfig.init_lora_weights`.
+    """
+    with torch.no_grad():
+        if kind == "embedding":
+            a.zero_() if init else a.normal_()
+            b.normal_()
+        else:
+            if init == "gaussian":
+                a.normal_(std=1 / a.shape[0])
+            else:
+                nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+            b.zero_() if init else nn.init.kaiming_uniform_(b, a=math.sqrt(5))

@@ -1,0 +1,160 @@
+"""Layers that adapters bring low-rank pairs to: linear layers of every make, and embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from lora_kit.layers.kinds import features_of, keeps_transposed, kind_of
+from lora_kit.layers.routing import Routing
+from lora_kit.layers.slots import Entry, SlotLayer
+from lora_kit.ops import (
+    dora_scale,
+    lora_add,
+    lora_add_embedding,
+    lora_add_embedding_rows,
+    lora_add_rows,
+    scale_columns,
+)
+
+A: Final = "lora_A"
+B: Final = "lora_B"
+MAGNITUDE: Final = "lora_magnitude_vector"
+"""What an adapter brings to a layer, in PEFT's words."""
+
+
+class _PairLayer(SlotLayer):
+    """A layer whose adapters are pairs: `lora_A` (slots, r, in) and `lora_B` (slots, out, r)."""
+
+    def neutral(self, slots: int, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        size_in, size_out = features_of(self.base_layer)
+        return {
+            A: torch.zeros(slots, rank, size_in, dtype=dtype, device=self.device),
+            B: torch.zeros(slots, size_out, rank, dtype=dtype, device=self.device),
+        }
+
+    def _routes_by_index(self) -> bool:
+        """Whether slots are read from a tensor. Compiled inference always does, so that a swap changes no guard."""
+        routing = self.routing
+        if torch.compiler.is_compiling():
+            return routing.mixed or not (self.trains and torch.is_grad_enabled())
+        return routing.mixed
+
+    def _uniform(self) -> Entry | None:
+        """What the one slot of the whole batch holds here."""
+        slot = self.routing.slot
+        return self.entries[slot] if slot else None
+
+    def weight_matrix(self) -> Tensor:
+        """The base weight as (out, in), whatever way round the layer keeps it."""
+        weight = self.base_layer.weight
+        assert isinstance(weight, Tensor)
+        return weight.mT if keeps_transposed(self.base_layer) else weight
+
+
+class LoraLinear(_PairLayer):
+    """base(x) + scaling · B A x around any layer that maps (..., in) to (..., out), quantised ones included."""
+
+    def __init__(self, base_layer: nn.Module, routing: Routing) -> None:
+        super().__init__(base_layer, routing)
+        self.columns: Tensor | None = None  # (slots, out) fp32, while an adapter here is a DoRA
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        if self._routes_by_index():
+            index = self.routing.index(x)
+            x = self._dropped_by_row(x)
+            y = lora_add_rows(y, x, self._slab(A), self._slab(B), self.scaling, index)
+            return y if self.columns is None else self._scaled_by_row(y, index)
+        entry = self._uniform()
+        if entry is None:
+            return y
+        if entry.dropout and self.training:
+            x = nn.functional.dropout(x, entry.dropout)
+        y = lora_add(y, x, entry.tensors[A], entry.tensors[B], entry.scaling)
+        return scale_columns(y, self.column_scale(entry), self._bias) if MAGNITUDE in entry.tensors else y
+
+    @property
+    def _bias(self) -> Tensor | None:
+        bias = self.base_layer.bias
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
+
+    def put(self, slot: int, tensors: Mapping[str, Tensor], scaling: float) -> None:
+        super().put(slot, tensors, scaling)
+        if MAGNITUDE in tensors or self.columns is not None:
+            self._refresh_columns()
+
+    def clear(self, slot: int) -> None:
+        super().clear(slot)
+        if self.columns is not None:
+            self._refresh_columns()
+
+    def base_changed(self) -> None:
+        super().base_changed()
+        self._refresh_columns()
+
+    def reserve(self, slots: int, rank: int, dtype: torch.dtype) -> None:
+        super().reserve(slots, rank, dtype)
+        if self.columns is not None:
+            self._refresh_columns()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SlotLayer:
+        super()._apply(fn, recurse)
+        if self.columns is not None:
+            self._refresh_columns()
+        return self
+
+    def column_scale(self, entry: Entry) -> Tensor:
+        """c = m / |W + s B A| of a DoRA, (out,)."""
+        held = entry.tensors
+        return dora_scale(self.weight_matrix(), held[A], held[B], entry.scaling, held[MAGNITUDE])
+
+    def _refresh_columns(self) -> None:
+        has_dora = any(entry is not None and MAGNITUDE in entry.tensors for entry in self.entries)
+        with torch.no_grad():
+            self.columns = self._all_columns() if has_dora else None
+
+    def _all_columns(self) -> Tensor:
+        """(slots, out): the scale of every slot's DoRA, ones for what is none."""
+        ones = torch.ones(features_of(self.base_layer)[1], device=self.device)
+        return torch.stack([self.column_scale(e) if e and MAGNITUDE in e.tensors else ones for e in self.entries])
+
+    def _scaled_by_row(self, y: Tensor, index: Tensor) -> Tensor:
+        columns = self._all_columns() if self.trains else self.columns
+        assert columns is not None
+        rows = columns[index].repeat_interleave(y.shape[0] // len(index), 0)
+        return scale_columns(y, rows.view(y.shape[0], *[1] * (y.ndim - 2), -1), self._bias)
+
+    def _dropped_by_row(self, x: Tensor) -> Tensor:
+        """x (n, ..., in) with each row's own dropout."""
+        if not (self.trains and self.training and self.routing.rows):
+            return x
+        entries = (self.entries[slot] for slot in self.routing.rows)
+        keep = torch.tensor([1 - entry.dropout if entry else 1.0 for entry in entries], device=x.device)
+        keep = keep.repeat_interleave(x.shape[0] // len(keep)).view(-1, *[1] * (x.ndim - 1))
+        return x * (torch.bernoulli(keep.expand(x.shape)) / keep).to(x.dtype)
+
+
+class LoraEmbedding(_PairLayer):
+    """base(ids) + scaling · Aᵀ[ids] Bᵀ: the same update where the layer looks rows up."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y = self.base_layer(ids)
+        # Gemma and BART multiply what they look up; the update is of the table, so it is multiplied too.
+        scale = float(getattr(self.base_layer, "embed_scale", 1.0))
+        if self._routes_by_index():
+            a, b = self._slab(A), self._slab(B)
+            return lora_add_embedding_rows(y, ids, a, b, self.scaling * scale, self.routing.index(ids))
+        entry = self._uniform()
+        if entry is None:
+            return y
+        return lora_add_embedding(y, ids, entry.tensors[A], entry.tensors[B], entry.scaling * scale)
+
+
+def wrap(module: nn.Module, routing: Routing) -> SlotLayer:
+    """The wrapper for a layer that carries pairs."""
+    return LoraEmbedding(module, routing) if kind_of(module) == "embedding" else LoraLinear(module, routing)

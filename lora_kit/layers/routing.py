@@ -1,0 +1,72 @@
+"""Which adapter each row of a batch uses, said once for all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from lora_kit.errors import RoutingError
+
+BASE: Final = 0
+"""The slot that means "no adapter"."""
+
+
+class Routing:
+    """Which slot each row of a batch uses; one object shared by all layers of a bank.
+
+    Attributes:
+        mixed: whether rows differ. Compiled code reads this and the index tensors only, so that a swap changes no
+            guard.
+        slot: the slot of every row; of no meaning while rows differ.
+        rows: the slot of each row while they differ, else empty.
+    """
+
+    def __init__(self) -> None:
+        self.mixed = False
+        self.slot = BASE
+        self.rows: tuple[int, ...] = ()
+        self._uniform: dict[torch.device, Tensor] = {}
+        self._by_row: dict[torch.device, Tensor] = {}
+
+    def to_slot(self, slot: int) -> None:
+        """Route every row to one slot. Device tensors are written in place, so captured graphs follow."""
+        self.mixed, self.slot, self.rows = False, slot, ()
+        for tensor in self._uniform.values():
+            tensor.fill_(slot)
+
+    def to_rows(self, slots: Sequence[int]) -> None:
+        """Route row i of the batch to slots[i]."""
+        if len(set(slots)) == 1:
+            self.to_slot(slots[0])
+            return
+        self.mixed, self.slot, self.rows = True, BASE, tuple(slots)
+        self._by_row = {device: torch.tensor(self.rows, device=device) for device in self._uniform}
+
+    def prepare(self, device: torch.device) -> None:
+        """Make the index tensors of a device before a forward needs them: compiled code may not create them."""
+        if device not in self._uniform:
+            self._uniform[device] = torch.tensor([self.slot], device=device)
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """The slots in use, as `to_rows` takes them back."""
+        return self.rows if self.mixed else (self.slot,)
+
+    def index(self, x: Tensor) -> Tensor:
+        """Slots as int64 on the device of x: (1,) while all rows use one, else (rows,).
+
+        Raises:
+            RoutingError: the batch x (n, ...) cannot be split evenly between the rows.
+        """
+        if not self.mixed:
+            return self._uniform[x.device]
+        index = self._by_row[x.device]
+        if x.shape[0] % index.shape[0]:
+            raise RoutingError(
+                f"{index.shape[0]} rows were routed, but a layer was given a batch of {x.shape[0]}",
+                hint="name one adapter per row of the batch",
+            )
+        return index

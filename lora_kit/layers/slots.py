@@ -1,0 +1,206 @@
+"""SlotLayer: a frozen base layer with slabs beside it, and how adapters come into their slots and go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_kit.layers.routing import Routing
+
+
+@dataclass
+class Entry:
+    """What one slot of a layer holds: its part of each slab, without padding.
+
+    Attributes:
+        tensors: by name; views of the slabs (a magnitude, which few adapters have, has no slab and stands alone). Those
+            of a trainable slot are leaf parameters.
+        scaling: multiplies the update of a low-rank pair.
+        dropout: probability of dropping an element of the layer's input in training.
+    """
+
+    tensors: dict[str, Tensor]
+    scaling: float
+    dropout: float = 0.0
+    trainable: bool = False
+
+
+class SlotLayer(nn.Module):
+    """A frozen base layer and the slabs beside it. Subclasses say what the slabs are and use them in `forward`.
+
+    Everything asked of this module that it does not have is asked of the base layer (T5 reads `wo.weight.dtype`).
+    """
+
+    def __init__(self, base_layer: nn.Module, routing: Routing) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.routing = routing
+        self.device = next((p.device for p in base_layer.parameters()), torch.device("cpu"))
+        self.dtype = torch.float32
+        self.rank = 0
+        self.slabs: dict[str, Tensor] = {}
+        self.scaling = torch.zeros(0, device=self.device)
+        self.entries: list[Entry | None] = []
+        self.trains = False
+        routing.prepare(self.device)
+        self.train(base_layer.training)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base_layer = self.__dict__.get("_modules", {}).get("base_layer")
+            if base_layer is None:
+                raise
+            return getattr(base_layer, name)
+
+    def neutral(self, slots: int, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Slabs of this many slots in which every slot leaves the base's output as it is."""
+        raise NotImplementedError
+
+    def _place(self, name: str, slot: int, tensor: Tensor) -> Tensor:
+        """Where a slot keeps a tensor: the part of the slab that has its shape, or memory of its own without a slab."""
+        if name not in self.slabs:
+            return tensor.detach().to(self.device, torch.float32, copy=True)
+        return _corner(self.slabs[name][slot], tensor.shape)
+
+    @property
+    def capacity(self) -> tuple[int, int]:
+        """(slots, largest rank) there is room for."""
+        return len(self.entries), self.rank
+
+    def reserve(self, slots: int, rank: int, dtype: torch.dtype) -> None:
+        """Make room for this many slots of this rank; what is there stays, and stays the same leaf parameters."""
+        has_slots, has_rank = self.capacity
+        if slots <= has_slots and rank <= has_rank:
+            return
+        slots, rank = max(slots, has_slots), max(rank, has_rank)
+        slabs = self.neutral(slots, rank, dtype)
+        self.dtype, self.rank = dtype, rank
+        scaling = torch.zeros(slots, device=self.device)
+        with torch.no_grad():
+            scaling[:has_slots] = self.scaling
+            self.slabs, self.scaling = slabs, scaling
+            self.entries += [None] * (slots - has_slots)
+            self._tie(copy=True)
+
+    def put(self, slot: int, tensors: Mapping[str, Tensor], scaling: float) -> None:
+        """Copy an adapter's tensors into a slot."""
+        entry = {}
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                entry[name] = self._place(name, slot, tensor)
+                entry[name].copy_(tensor)
+            self.scaling[slot] = scaling
+        self.entries[slot] = Entry(entry, scaling)
+
+    def make_trainable(self, slot: int, dropout: float) -> list[nn.Parameter]:
+        """Turn what a slot holds into leaf parameters that share the slab's memory; returns them."""
+        entry = self.entries[slot]
+        assert entry is not None
+        leaves = []
+        for name, view in entry.tensors.items():
+            if view.is_floating_point():
+                leaf = nn.Parameter(view)
+                self.register_parameter(_leaf_name(name, slot), leaf)
+                entry.tensors[name] = leaf
+                leaves.append(leaf)
+        entry.dropout = dropout
+        entry.trainable = self.trains = True
+        return leaves
+
+    def clear(self, slot: int) -> None:
+        """Take an adapter out of a slot: neutral values again, its leaf parameters gone."""
+        entry = self.entries[slot]
+        if entry is None:
+            return
+        for name in entry.tensors:
+            self._parameters.pop(_leaf_name(name, slot), None)
+        self.entries[slot] = None
+        self.trains = any(e is not None and e.trainable for e in self.entries)
+        self._make_neutral([slot])
+
+    def base_changed(self) -> None:
+        """Bring up to date what was derived from the base's weights."""
+        self._make_neutral([slot for slot, entry in enumerate(self.entries) if entry is None])
+
+    def _make_neutral(self, slots: Sequence[int]) -> None:
+        with torch.no_grad():
+            values = self.neutral(1, self.capacity[1], self.dtype)
+            for slot in slots:
+                for name, value in values.items():
+                    self.slabs[name][slot].copy_(value[0])
+                self.scaling[slot] = 0
+
+    def _tie(self, *, copy: bool) -> None:
+        """Point every entry at the present slabs, first copying its values there if asked."""
+        for slot, entry in enumerate(self.entries):
+            if entry is None:
+                continue
+            for name, tensor in entry.tensors.items():
+                place = self._place(name, slot, tensor)
+                if copy:
+                    place.copy_(tensor)
+                if isinstance(tensor, nn.Parameter):
+                    tensor.data = place
+                else:
+                    entry.tensors[name] = place
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SlotLayer:
+        """Follow the model to another device. Dtypes stay: fp32 masters survive `model.bfloat16()`."""
+        leaves, self._parameters = self._parameters, {}
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._parameters = leaves
+        device = fn(torch.empty(0, device=self.device)).device
+        if device != self.device:
+            self.device = device
+            self.slabs = {name: slab.to(device) for name, slab in self.slabs.items()}
+            self.scaling = self.scaling.to(device)
+            self.routing.prepare(device)
+            gradients = {id(p): p.grad.to(device) for p in leaves.values() if p is not None and p.grad is not None}
+            self._tie(copy=False)
+            for leaf in leaves.values():
+                if leaf is not None:
+                    leaf.grad = gradients.get(id(leaf))
+        return self
+
+    def _slab(self, name: str) -> Tensor:
+        """A whole slab, differentiable with respect to the leaf parameters that live in it."""
+        slab = self.slabs[name]
+        if not (self.trains and torch.is_grad_enabled()):
+            return slab
+        leaves = [
+            (slot, e.tensors[name]) for slot, e in enumerate(self.entries) if e and e.trainable and name in e.tensors
+        ]
+        return _Tied.apply(slab, [slot for slot, _ in leaves], *[leaf for _, leaf in leaves])
+
+
+class _Tied(torch.autograd.Function):
+    """A slab as a function of the leaves that share its memory: the value is there, their gradients are cut out."""
+
+    @staticmethod
+    def forward(ctx: Any, slab: Tensor, slots: list[int], *leaves: Tensor) -> Tensor:
+        ctx.slots, ctx.shapes = slots, [leaf.shape for leaf in leaves]
+        return slab.detach()
+
+    @staticmethod
+    def backward(ctx: Any, d_slab: Tensor) -> tuple[Tensor | None, ...]:
+        parts = [_corner(d_slab[slot], shape) for slot, shape in zip(ctx.slots, ctx.shapes, strict=True)]
+        return None, None, *parts
+
+
+def _corner(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """The view of a tensor's first entries along each axis."""
+    for axis, size in enumerate(shape):
+        tensor = tensor.narrow(axis, 0, size)
+    return tensor
+
+
+def _leaf_name(name: str, slot: int) -> str:
+    return f"{name.replace('.', '_')}_{slot}"
