@@ -3,7 +3,6 @@
 MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 VENV ?= .venv
-E2E_DATA ?= ../shared/data/e2e
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := lora_kit tests benchmarks
@@ -51,5 +50,11 @@ fix: $(READY) ## format, and mend what ruff can mend
 	@$(BIN)/ruff check --fix --quiet $(SOURCES)
 
 .PHONY: bench
-bench: $(READY) ## the quality benchmark (E2E_DATA=folder with train, valid and test.jsonl); about 40 minutes
+bench: $(READY) ## speed, swaps and loads beside PEFT; about ten minutes
+	@$(OFFLINE) $(BIN)/python -m benchmarks.speed.speed
+	@$(OFFLINE) $(BIN)/python -m benchmarks.control.control
+
+.PHONY: bench-quality
+bench-quality: $(READY) ## E2E NLG on kit-base; E2E_DATA=folder with train, valid and test.jsonl; about 40 minutes
+	@test -n "$(E2E_DATA)" || { echo "E2E_DATA=FOLDER is needed: train.jsonl, valid.jsonl, test.jsonl" >&2; exit 2; }
 	@$(OFFLINE) $(BIN)/python benchmarks/quality/e2e.py --data $(E2E_DATA)

@@ -176,6 +176,37 @@ def test_a_failed_load_changes_nothing(kind: str, dtype: torch.dtype, tmp_path: 
     assert "x" in bank.names
 
 
+def test_a_load_that_runs_out_of_memory_half_way_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, bank = filled("llama", torch.float32)
+    adapter = bank.snapshot("wide")
+    bank.unload("wide")
+    inputs, calls = tiny.batch(), []
+    with bank.rows(["narrow", None, "dora"]):
+        before = tiny.logits(model, inputs)
+    real = torch.Tensor.copy_
+
+    def failing(self: torch.Tensor, *args: Any) -> torch.Tensor:
+        calls.append(self)
+        if len(calls) == 9:
+            raise MemoryError
+        return real(self, *args)
+
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(torch.Tensor, "copy_", failing)
+        bank.load("wide", adapter)
+    assert bank.names == ("narrow", "table", "head", "dora")
+    bank.load("table2", bank.snapshot("table"))  # into the slot that was left, which covers other layers
+    with bank.rows(["narrow", None, "dora"]):
+        assert torch.equal(tiny.logits(model, inputs), before)
+    bank.use("table2")
+    again = tiny.logits(model, inputs)
+    bank.use("table")
+    assert torch.equal(tiny.logits(model, inputs), again)
+    with bank.rows(["table2", "table", None]):
+        rows = tiny.logits(model, inputs)
+    torch.testing.assert_close(rows[:2], again[:2], rtol=1e-5, atol=1e-6)
+
+
 @every_kind
 def test_merged_equals_unmerged(kind: str, dtype: torch.dtype) -> None:
     model, bank = filled(kind, dtype)

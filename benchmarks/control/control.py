@@ -1,7 +1,7 @@
 """Swapping, loading and starting: what it costs to change adapters, beside PEFT on the same model in the same run.
 
-    python benchmarks/control/control.py            # measure and write the result and the table
-    python benchmarks/control/control.py --quick    # fewer repetitions, nothing written
+    python -m benchmarks.control.control            # measure and write the result and the table
+    python -m benchmarks.control.control --quick    # fewer repetitions, nothing written
 
 The model is a Llama of 32 layers with all seven linears adapted (224 layers), narrow, since width does not matter here.
 """
@@ -9,16 +9,13 @@ The model is a Llama of 32 layers with all seven linears adapted (224 layers), n
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,8 +25,8 @@ import torch
 import transformers
 
 import lora_kit as lk
+from benchmarks.harness import median_us, write
 
-RESULT: Final = Path(__file__).resolve().parents[1] / "results" / "control.json"
 README: Final = Path(__file__).resolve().parent / "README.md"
 RESIDENT: Final = (2, 64)
 PEFT_RESIDENT: Final = (2, 16)
@@ -42,16 +39,6 @@ def model() -> transformers.LlamaForCausalLM:
     )
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(config).eval()
-
-
-def median_us(action: Callable[[], Any], repetitions: int) -> float:
-    """Median time of one call, in microseconds, after a warm-up."""
-    times = []
-    for _ in range(repetitions + 5):
-        started = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[5:]) * 1e6
 
 
 def alternating(use: Callable[[str], Any]) -> Callable[[], None]:
@@ -74,7 +61,7 @@ def ours(folder: Path, resident: int, repetitions: int) -> dict[str, Any]:
         loads.append((time.perf_counter() - started) * 1e3)
     return {
         "resident": resident,
-        "swap_us": median_us(alternating(bank.use), repetitions),
+        "swap_us": median_us(alternating(bank.use), repetitions=repetitions),
         "load_ms_first": loads[0],
         "load_ms_second": loads[1],
         "load_ms_last_five": statistics.median(loads[-5:]),
@@ -95,7 +82,7 @@ def peft_(folder: Path, resident: int, repetitions: int) -> dict[str, Any]:
     assert wrapped is not None
     return {
         "resident": resident,
-        "swap_us": median_us(alternating(wrapped.set_adapter), max(5, repetitions // 20)),
+        "swap_us": median_us(alternating(wrapped.set_adapter), repetitions=max(5, repetitions // 20)),
         "load_ms_first": loads[0],
         "load_ms_second": loads[1],
         "load_ms_last_five": statistics.median(loads[-5:]),
@@ -135,8 +122,6 @@ def measured(repetitions: int) -> dict[str, Any]:
             "lora_kit": [ours(folder, count, repetitions) for count in RESIDENT],
             "peft": [peft_(folder, count, repetitions) for count in PEFT_RESIDENT],
             "startup": startup(max(3, repetitions // 50)),
-            "versions": {name: version(name) for name in ("lora-kit", "torch", "transformers", "peft")},
-            "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
             "repetitions": repetitions,
         }
 
@@ -167,11 +152,8 @@ def main() -> None:
     result = measured(60 if arguments.quick else 400)
     print(table(result))
     if not arguments.quick:
-        RESULT.parent.mkdir(parents=True, exist_ok=True)
-        RESULT.write_text(json.dumps(result, indent=2) + "\n")
-        README.write_text(
-            f"# Swapping, loading, starting\n\n{__doc__.split('The model')[0].strip()}\n\n{table(result)}\n"
-        )
+        write("control", result)
+        README.write_text(f"# Swapping, loading, starting\n\n{(__doc__ or '').strip()}\n\n{table(result)}\n")
 
 
 if __name__ == "__main__":

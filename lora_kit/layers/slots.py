@@ -90,13 +90,13 @@ class SlotLayer(nn.Module):
 
     def put(self, slot: int, tensors: Mapping[str, Tensor], scaling: float) -> None:
         """Copy an adapter's tensors into a slot."""
-        entry = {}
+        places = {name: self._place(name, slot, tensor) for name, tensor in tensors.items()}
+        # Entered first: should a copy fail, `clear` finds the slot and makes it neutral again.
+        self.entries[slot] = Entry(places, scaling)
         with torch.no_grad():
             for name, tensor in tensors.items():
-                entry[name] = self._place(name, slot, tensor)
-                entry[name].copy_(tensor)
+                places[name].copy_(tensor)
             self.scaling[slot] = scaling
-        self.entries[slot] = Entry(entry, scaling)
 
     def make_trainable(self, slot: int, dropout: float) -> list[nn.Parameter]:
         """Turn what a slot holds into leaf parameters that share the slab's memory; returns them."""
