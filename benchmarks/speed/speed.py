@@ -46,7 +46,8 @@ def model(dtype: torch.dtype) -> Any:
         pad_token_id=0,
     )
     torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(config).to(dtype=dtype)
+    made: Any = transformers.LlamaForCausalLM(config)
+    return made.to(dtype)
 
 
 def ids(rows: int, length: int) -> Tensor:
