@@ -194,7 +194,8 @@ class AdapterBank:
 
         Args:
             source: an adapter folder, or an Adapter.
-            allow: of `other-base`, `extra-keys`, `changed-files`: what may pass instead of being refused.
+            allow: of `other-base`, `extra-keys`, `changed-files`, `unmatched-targets`: what may pass instead of being
+                refused.
 
         Raises:
             AdapterError: listing every way in which it does not fit the model; the bank is as it was.
@@ -498,13 +499,17 @@ class AdapterBank:
     def _fit(self, name: str, adapter: Adapter, allow: Collection[str]) -> Coverage:
         """What an adapter covers in this model; AdapterError with every misfit."""
         coverage = survey(self.model, adapter.config)
-        told = misfits(adapter, self.model, coverage)
+        told = misfits(adapter, self.model, coverage, self.dtype)
+        if "unmatched-targets" not in allow:
+            told += [f"nothing in the model matches {entry}" for entry in coverage.unmatched]
         if told:
             fitting = sum(target.path in adapter.pairs() for target in coverage.targets)
             head = f"{name!r} does not fit this model: {fitting} of {len(coverage.targets)} covered layers have a pair"
-            raise AdapterError("\n  ".join([head, *told]))
-        if coverage.unmatched:
-            logger.warning("%s: nothing in the model matches %s", name, listed(coverage.unmatched))
+            only_unmatched = len(told) == len(coverage.unmatched)
+            hint = (
+                "allow 'unmatched-targets' if its list of names is meant for several models" if only_unmatched else ""
+            )
+            raise AdapterError("\n  ".join([head, *told]), hint=hint)
         self._check_base(name, adapter, coverage, allow)
         return coverage
 

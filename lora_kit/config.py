@@ -11,20 +11,21 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final
 
-import regex
-
-from lora_kit.errors import ConfigError, listed, nearest
+from lora_kit.errors import ConfigError
+from lora_kit.patterns import MAX_EXPRESSIONS, PatternTable, expression, is_plain_name
+from lora_kit.strictjson import parse_object, shown
 
 MAX_RANK: Final = 65_536
 """Above any useful rank; a config asking for more is refused before anything is allocated."""
-MAX_PATTERN_LENGTH: Final = 10_000
-MATCH_SECONDS: Final = 0.5
-"""Time one regular expression may take on one module name before it is refused."""
+MAX_ALPHA: Final = 1e30
+"""So that the scaling is finite in fp32."""
+MAX_NAMES: Final = 65_536
+"""Entries a list of names or a table of patterns may have."""
 ALL_LINEAR: Final = "all-linear"
 NO_TARGETS: Final = "dummy-target-modules"
 """What PEFT writes for `target_modules` when an adapter has saved modules only."""
 
-_INITS: Final = (True, False, "gaussian")
+_GAUSSIAN: Final = "gaussian"
 
 # Fields of PEFT that change the arithmetic, with the value that leaves it as it is. Anything else is refused by name.
 _UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
@@ -41,18 +42,22 @@ _UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
     "target_parameters": (None, []),
     "trainable_token_indices": (None,),
 }
+_ALWAYS: Final[Mapping[str, str]] = {"peft_type": "LORA", "bias": "none"}
+"""Fields that have one value here."""
+# Fields of PEFT that name code to import, with the values that name none.
+_NAMING_CODE: Final[Mapping[str, tuple[Any, ...]]] = {
+    "auto_mapping": (None,),
+    "megatron_config": (None,),
+    "megatron_core": (None, "megatron.core"),
+}
 # Fields of PEFT that say how training began or ran, or what this version wrote; they do not change what the tensors
 # mean.
 _CARRIED: Final = (
-    "peft_type",
     "peft_version",
-    "auto_mapping",
     "loftq_config",
     "eva_config",
     "corda_config",
     "lora_ga_config",
-    "megatron_config",
-    "megatron_core",
     "qalora_group_size",
     "ensure_weight_tying",
 )
@@ -121,9 +126,8 @@ class LoraConfig:
         self._set("layers_to_transform", _indices("layers_to_transform", self.layers_to_transform))
         self._set("rank_pattern", _pattern("rank_pattern", self.rank_pattern, _check_rank))
         self._set("alpha_pattern", _pattern("alpha_pattern", self.alpha_pattern, _check_alpha))
-        _require(
-            self.init_lora_weights in _INITS, "init_lora_weights", self.init_lora_weights, "true, false or 'gaussian'"
-        )
+        init = self.init_lora_weights
+        _require(isinstance(init, bool) or init == _GAUSSIAN, "init_lora_weights", init, "true, false or 'gaussian'")
         for name in ("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode"):
             _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
         for name in ("base_model_name_or_path", "revision", "task_type"):
@@ -147,16 +151,24 @@ class LoraConfig:
 
     def rank_of(self, path: str) -> int:
         """The rank at the module of this path: the first `rank_pattern` that matches, else `r`."""
-        return _first_match(self.rank_pattern, path, default=self.r)
+        return self._ranks.first(path, default=self.r)
 
     def alpha_of(self, path: str) -> float:
         """The alpha at the module of this path: the first `alpha_pattern` that matches, else `lora_alpha`."""
-        return _first_match(self.alpha_pattern, path, default=self.lora_alpha)
+        return self._alphas.first(path, default=self.lora_alpha)
 
     def scaling_of(self, path: str) -> float:
         """What `B A x` is multiplied by at the module of this path: alpha/r, or alpha/sqrt(r) with `use_rslora`."""
         rank = self.rank_of(path)
         return self.alpha_of(path) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    @functools.cached_property
+    def _ranks(self) -> PatternTable:
+        return PatternTable(self.rank_pattern)
+
+    @functools.cached_property
+    def _alphas(self) -> PatternTable:
+        return PatternTable(self.alpha_pattern)
 
     @property
     def largest_rank(self) -> int:
@@ -186,7 +198,7 @@ class LoraConfig:
         kind = getattr(kind, "value", kind)
         if kind != "LORA":
             raise ConfigError(
-                f"peft_type is {kind!r}: only LORA adapters are read", hint="convert it to LoRA in PEFT first"
+                f"peft_type is {shown(kind)}: only LORA adapters are read", hint="convert it to LoRA in PEFT first"
             )
         _refuse_unsupported(fields)
         own = {f.name for f in dataclasses.fields(cls)} - {"extra"}
@@ -196,11 +208,11 @@ class LoraConfig:
         known["modules_to_save"] = known.get("modules_to_save") or ()
         for name in ("rank_pattern", "alpha_pattern"):
             known[name] = known.get(name) or {}
-        if isinstance(known.get("init_lora_weights"), str) and known["init_lora_weights"] not in _INITS:
-            _refuse_moving_init(known.pop("init_lora_weights"))
+        if isinstance(known.get("init_lora_weights"), str) and known["init_lora_weights"] != _GAUSSIAN:
+            _refuse_moving_init(known["init_lora_weights"])
         if known.get("task_type") is not None:
-            known["task_type"] = str(getattr(known["task_type"], "value", known["task_type"]))
-        extra = {name: value for name, value in fields.items() if name not in own}
+            known["task_type"] = getattr(known["task_type"], "value", known["task_type"])
+        extra = {name: value for name, value in fields.items() if name not in own and name not in _ALWAYS}
         return cls(**known, extra={name: getattr(value, "value", value) for name, value in extra.items()})
 
     @classmethod
@@ -211,13 +223,9 @@ class LoraConfig:
             ConfigError: naming `source`, with line and column where the text is not JSON.
         """
         try:
-            fields = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{source}: not JSON: {error.msg} at line {error.lineno} column {error.colno}") from None
-        except RecursionError:
-            raise ConfigError(f"{source}: nested too deeply to be an adapter config") from None
-        if not isinstance(fields, dict):
-            raise ConfigError(f"{source}: a JSON object was expected, found {type(fields).__name__}")
+            fields = parse_object(text)
+        except ValueError as error:
+            raise ConfigError(f"{source}: {error}") from None
         try:
             return cls.from_dict(fields)
         except ConfigError as error:
@@ -226,15 +234,19 @@ class LoraConfig:
     @property
     def unknown_fields(self) -> list[str]:
         """Names in `extra` that PEFT's LoraConfig does not have either."""
-        return sorted(set(self.extra) - set(_CARRIED) - set(_UNSUPPORTED))
+        return sorted(set(self.extra) - set(_CARRIED) - set(_NAMING_CODE) - set(_UNSUPPORTED))
+
+    @property
+    def fields_naming_code(self) -> list[str]:
+        """Names in `extra` of fields that ask PEFT to import something. They are carried, and never acted on."""
+        return [name for name, neutral in _NAMING_CODE.items() if self.extra.get(name) not in neutral]
 
     def to_dict(self) -> dict[str, Any]:
         """PEFT's fields as JSON values, in a fixed order."""
         fields = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "extra"}
         fields["target_modules"] = fields["target_modules"] or NO_TARGETS
         fields["modules_to_save"] = fields["modules_to_save"] or None
-        known = {"peft_type": "LORA", "bias": "none"}
-        return dict(sorted({**known, **{k: _plain(v) for k, v in self.extra.items()}, **fields}.items()))
+        return dict(sorted({**_ALWAYS, **{k: _plain(v) for k, v in self.extra.items()}, **fields}.items()))
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"
@@ -244,61 +256,26 @@ def _rebuild(values: dict[str, Any]) -> LoraConfig:
     return LoraConfig(**values)
 
 
-def matches(pattern: str, text: str) -> bool:
-    """Whether a regular expression matches the whole text, in bounded time.
-
-    Raises:
-        ConfigError: the pattern is malformed, or takes longer than `MATCH_SECONDS` on one text.
-    """
-    try:
-        return compiled(pattern).fullmatch(text, timeout=MATCH_SECONDS) is not None
-    except TimeoutError:
-        raise ConfigError(
-            f"the pattern {pattern!r} takes too long to match {text!r}",
-            hint="nested repetitions backtrack; simplify it",
-        ) from None
-
-
-@functools.lru_cache(maxsize=1024)
-def compiled(pattern: str) -> regex.Pattern[str]:
-    """A compiled regular expression of bounded length; `ConfigError` where it is malformed."""
-    if len(pattern) > MAX_PATTERN_LENGTH:
-        raise ConfigError(
-            f"a pattern of {len(pattern):,} characters was given; at most {MAX_PATTERN_LENGTH:,} are read"
-        )
-    try:
-        return regex.compile(pattern)
-    except regex.error as error:
-        raise ConfigError(f"{pattern!r} is not a regular expression: {error}") from None
-
-
-def _first_match(patterns: Mapping[str, Any], path: str, *, default: Any) -> Any:
-    for pattern, value in patterns.items():
-        if path == pattern or path.endswith("." + pattern) or matches(rf"(.*\.)?({pattern})", path):
-            return value
-    return default
-
-
 def _refuse_unsupported(fields: Mapping[str, Any]) -> None:
     for name, neutral in _UNSUPPORTED.items():
         if name in fields and fields[name] not in neutral:
-            raise ConfigError(f"{name}={fields[name]!r} is not supported", hint="load this adapter with PEFT")
+            raise ConfigError(f"{name}={shown(fields[name])} is not supported", hint="load this adapter with PEFT")
 
 
 def _refuse_moving_init(init: str) -> None:
     raise ConfigError(
-        f"init_lora_weights={init!r} starts from a changed base, so its tensors do not fit the original one",
+        f"init_lora_weights={shown(init)} starts from a changed base, so its tensors do not fit the original one",
         hint="save it in PEFT with path_initial_model_for_weight_conversion, which makes a plain LoRA of it",
     )
 
 
 def _require(holds: bool, name: str, value: Any, expected: str) -> None:
     if not holds:
-        raise ConfigError(f"{name} must be {expected}; {value!r} was given")
+        raise ConfigError(f"{name} must be {expected}; {shown(value)} was given")
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _check_rank(name: str, value: Any) -> None:
@@ -307,7 +284,7 @@ def _check_rank(name: str, value: Any) -> None:
 
 
 def _check_alpha(name: str, value: Any) -> None:
-    _require(_is_number(value) and value != 0, name, value, "a finite number other than 0")
+    _require(_is_number(value) and 0 < abs(value) <= MAX_ALPHA, name, value, "a finite number other than 0")
 
 
 def _names(name: str, value: Any, *, regex_allowed: bool = False) -> str | tuple[str, ...] | None:
@@ -317,10 +294,11 @@ def _names(name: str, value: Any, *, regex_allowed: bool = False) -> str | tuple
         if not regex_allowed:
             return (value,)
         if value != ALL_LINEAR:
-            compiled(value)
+            expression(value)
         return value
     _require(isinstance(value, (list, tuple, set, frozenset)), name, value, "a name, or a list of names")
     _require(all(isinstance(item, str) and item for item in value), name, value, "a list of names")
+    _require(len(value) <= MAX_NAMES, name, value, f"a list of at most {MAX_NAMES:,} names")
     return tuple(sorted(value)) if isinstance(value, (set, frozenset)) else tuple(value)
 
 
@@ -335,9 +313,14 @@ def _indices(name: str, value: Any) -> tuple[int, ...] | None:
 
 def _pattern(name: str, value: Any, check: Callable[[str, Any], None]) -> Mapping[str, Any]:
     _require(isinstance(value, Mapping), name, value, "a mapping from module names to numbers")
+    _require(all(isinstance(key, str) for key in value), name, value, "a mapping from module names to numbers")
+    expressions = [key for key in value if not is_plain_name(key)]
+    few = len(value) <= MAX_NAMES and len(expressions) <= MAX_EXPRESSIONS
+    _require(few, name, value, f"a mapping of at most {MAX_NAMES:,} names and {MAX_EXPRESSIONS:,} expressions")
     for key, item in value.items():
-        check(f"{name}[{key!r}]", item)
-        compiled(rf"(.*\.)?({key})")
+        check(f"{name}[{shown(key)}]", item)
+    for key in expressions:
+        expression(rf"(.*\.)?({key})")
     return MappingProxyType(dict(value))
 
 
@@ -350,11 +333,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value
-
-
-def refuse_unknown(given: Mapping[str, Any], known: list[str], *, where: str) -> None:
-    """Raise ConfigError for keys that are not known, naming the nearest ones."""
-    unknown = [key for key in given if key not in known]
-    if unknown:
-        hint = nearest(unknown[0], known) or f"known: {listed(known, most=12)}"
-        raise ConfigError(f"{where}: unknown {'keys' if len(unknown) > 1 else 'key'} {listed(unknown)}", hint=hint)

@@ -2,91 +2,186 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
-import json
+import mmap
 import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, Final
 
 from lora_kit.errors import AdapterError, StorageError
+from lora_kit.strictjson import parse_object
+
+Owned = Callable[[Path], bool]
+"""Says whether an existing folder is one of ours, which may be replaced."""
 
 _RENAME_EXCHANGE: Final = 2
 _AT_FDCWD: Final = -100
+_NO_EXCHANGE: Final = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+_NO_FOLDER_SYNC: Final = (errno.EINVAL, errno.ENOTSUP)
+_FULL: Final = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+_ABSENT: Final = (errno.ENOENT, errno.ENOTDIR)
+_NO_PATH: Final = (errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
+_LARGE: Final = 4 * 2**20
+_MOST_SHOWN: Final = 500
 
 
-def read_regular(path: Path, *, limit: int | None = None) -> bytearray:
-    """The bytes of a regular file inside its folder.
+def printable(value: object) -> str:
+    """Text from outside, with control characters escaped, cut short where it is long."""
+    text = str(value)
+    text = text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+# Reading
+
+
+def folder_exists(path: Path) -> bool:
+    """Whether there is a folder at a path; a link to one counts.
+
+    Raises:
+        StorageError: it cannot be looked at.
+    """
+    return stat.S_ISDIR(_mode(path, follow=True))
+
+
+def exists(path: Path) -> bool:
+    """Whether there is anything at a path, be it a link that leads nowhere.
+
+    Raises:
+        StorageError: it cannot be looked at.
+    """
+    return _mode(path, follow=False) != 0
+
+
+def _mode(path: Path, *, follow: bool) -> int:
+    """`st_mode`; 0 where nothing is there or the path cannot be one."""
+    try:
+        return os.stat(path, follow_symlinks=follow).st_mode
+    except ValueError:  # a NUL
+        return 0
+    except OSError as error:
+        if error.errno in (*_ABSENT, *_NO_PATH):
+            return 0
+        raise StorageError(f"{printable(path)} cannot be read: {error.strerror}") from error
+
+
+def read_regular(
+    path: Path, *, limit: int | None = None, accept: Callable[[BufferedReader, int], None] | None = None
+) -> memoryview:
+    """The bytes of a regular file inside its folder, writable.
 
     A link is followed where it stays in the folder, or in the hub's cache that the folder belongs to.
 
+    Args:
+        limit: of the size, in bytes. None: what there is memory for.
+        accept: is given the open file and its size before the whole is read, and raises to refuse it.
+
     Raises:
-        AdapterError: missing, a link that leads out, not a regular file, or larger than `limit` bytes.
-        StorageError: it cannot be read.
+        AdapterError: missing, a link that leads out, not a regular file, or larger than `limit`.
+        StorageError: it cannot be read, or there is not enough memory for it.
     """
     shown = printable(path)
     try:
-        if path.is_symlink() and not _inside(path.resolve(), path.parent):
-            raise AdapterError(f"{shown} is a link that leads out of its folder", hint="copy the file here")
-        # Without O_NONBLOCK, opening a FIFO waits for a writer that may never come.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise AdapterError(f"{shown} does not exist") from None
+        with _opened(path, shown) as file:
+            size = os.fstat(file.fileno()).st_size
+            if limit is not None and size > limit:
+                raise AdapterError(f"{shown} has {size:,} bytes; at most {limit:,} are expected")
+            if accept is not None:
+                accept(file, size)
+                file.seek(0)
+            _check_memory(size, shown)
+            data = _buffer(size)
+            return data[: file.readinto(data)]  # it may have shrunk meanwhile
+    except StorageError:
+        raise
     except OSError as error:
+        if error.errno in _ABSENT:
+            raise AdapterError(f"{shown} does not exist") from None
+        if error.errno in _NO_PATH:
+            raise AdapterError(f"{shown} leads nowhere: {error.strerror}") from None
         raise StorageError(f"{shown} cannot be read: {error.strerror}") from error
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise AdapterError(f"{shown} is not a regular file")
-        if limit is not None and status.st_size > limit:
-            raise AdapterError(f"{shown} has {status.st_size:,} bytes; at most {limit:,} are expected")
-        data = bytearray(status.st_size)
-        read = file.readinto(data)
-        return data[:read]
+    except MemoryError:
+        raise StorageError(f"{shown} does not fit in memory") from None
 
 
-def _inside(path: Path, folder: Path) -> bool:
-    """Whether a resolved path lies in a folder, or in the hub cache around a snapshot folder."""
+def _opened(path: Path, shown: str) -> BufferedReader:
+    real = Path(os.path.realpath(path, strict=True))
+    if path.is_symlink() and not _inside(real, path.parent):
+        raise AdapterError(f"{shown} is a link that leads out of its folder", hint="copy the file here")
+    # Looked at first, since opening a device may act on it. Without O_NONBLOCK, opening a FIFO waits for a writer.
+    if not stat.S_ISREG(os.stat(real).st_mode):
+        raise AdapterError(f"{shown} is not a regular file")
+    file = os.fdopen(os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise AdapterError(f"{shown} is not a regular file")
+    return file
+
+
+def _inside(real: Path, folder: Path) -> bool:
+    """Whether a resolved path lies in a folder, or in the hub's cache around a snapshot folder."""
     root = folder.resolve()
-    if root.parent.name == "snapshots":
-        root = root.parent.parent
-    return path.is_relative_to(root)
+    for above in root.parents:
+        if above.name == "snapshots" and (above.parent / "blobs").is_dir():
+            root = above.parent
+    return real.is_relative_to(root)
+
+
+def _buffer(size: int) -> memoryview:
+    """Memory to read into; a large one in huge pages, since touching small ones costs more than reading the file."""
+    if size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return memoryview(bytearray(size))
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(memory)
+
+
+def _check_memory(size: int, shown: str) -> None:
+    available = _available_memory()
+    if available is not None and size > available:
+        raise StorageError(f"{shown} has {size:,} bytes; {available:,} bytes of memory are available")
+
+
+def _available_memory() -> int | None:
+    """Bytes the machine can give without swapping; None where it does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, IndexError, StopIteration):
+        return None
 
 
 def read_json(path: Path, *, limit: int) -> dict[str, Any]:
     """A JSON object from a small file; AdapterError where it is anything else."""
     text = read_text(path, limit=limit)
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno} column {error.colno}"
-        raise AdapterError(f"{printable(path)}: not JSON: {error.msg} at {where}") from None
-    except RecursionError:
-        raise AdapterError(f"{printable(path)}: nested too deeply") from None
-    if not isinstance(value, dict):
-        raise AdapterError(f"{printable(path)}: a JSON object was expected, found {type(value).__name__}")
-    return value
+        return parse_object(text)
+    except ValueError as error:
+        raise AdapterError(f"{printable(path)}: {error}") from None
 
 
 def read_text(path: Path, *, limit: int) -> str:
+    """The text of a small file; AdapterError where it is anything else."""
     try:
-        return read_regular(path, limit=limit).decode("utf-8")
+        return str(read_regular(path, limit=limit), "utf-8")
     except UnicodeDecodeError as error:
         raise AdapterError(f"{printable(path)}: not UTF-8 at byte {error.start}") from None
 
 
-def printable(value: object) -> str:
-    """Text from outside, with control characters escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
+# Writing
 
 
 def write_folder(
-    target: Path, files: Mapping[str, bytes], *, replace: bool = False, owned: Callable[[Path], bool] | None = None
+    target: Path, files: Mapping[str, bytes], *, replace: bool = False, owned: Owned | None = None
 ) -> None:
     """Write a folder of these files, in their order, all or nothing; see `staged`."""
     needed = sum(map(len, files.values()))
@@ -96,17 +191,16 @@ def write_folder(
 
 
 @contextmanager
-def staged(
-    target: Path, *, replace: bool = False, owned: Callable[[Path], bool] | None = None, needed: int = 0
-) -> Iterator[Path]:
+def staged(target: Path, *, replace: bool = False, owned: Owned | None = None, needed: int = 0) -> Iterator[Path]:
     """A sibling folder to write into; when the block ends well it is synced and takes the target's place in one step.
 
     When the block raises, or the process dies, the target is what it was; what a dead process left behind is removed by
-    the next one that writes the same target.
+    the next one that writes the same target. Where the file system cannot exchange two folders, replacing takes two
+    renames: dying between them leaves the target missing until that next one puts it back.
 
     Args:
         replace: an existing target may be replaced.
-        owned: says whether an existing folder is one of ours to replace; an empty one always is.
+        owned: whether an existing folder is one of ours to replace; an empty one always is.
         needed: bytes that will be written, for the check of free space.
 
     Raises:
@@ -114,119 +208,207 @@ def staged(
     """
     target = Path(os.path.abspath(target))
     check_output(target, replace=replace, owned=owned)
-    staging = target.parent / f".{target.name}.staging"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with _as_storage_error(target, needed), _parents(target), _lock(target):
+        _recover(target)
+        check_output(target, replace=replace, owned=owned)  # another process may have written it in between
         free = shutil.disk_usage(target.parent).free
         if free < needed:
             raise StorageError(f"{printable(target)} needs {needed:,} bytes; {free:,} are free")
-        lock = _lock(staging, target)
-    except OSError as error:
-        raise _storage(error, target, needed) from error
-    try:
-        _empty(staging)
-        yield staging
-        _sync_tree(staging)
-        _take_place(staging, target)
-    except BaseException as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        if isinstance(error, OSError) and not isinstance(error, StorageError):
-            raise _storage(error, target, needed) from error
-        raise
-    finally:
-        os.close(lock)
+        staging = _beside(target, "staging")
+        try:
+            staging.mkdir()
+            yield staging
+            _sync_tree(staging)
+            _take_place(staging, target, replace=replace)
+        finally:
+            # It holds what was not finished, or what was replaced.
+            shutil.rmtree(staging, ignore_errors=True)
 
 
-def check_output(target: Path, *, replace: bool = False, owned: Callable[[Path], bool] | None = None) -> None:
+def check_output(target: Path, *, replace: bool = False, owned: Owned | None = None) -> None:
     """Refuse, before any work, an output that exists and may not be replaced.
 
     Raises:
         StorageError: saying which of the two it is.
     """
-    if not os.path.lexists(target):
+    mode = _mode(target, follow=False)
+    if "\0" in str(target):
+        raise StorageError(f"{printable(target)} is not a path", hint="choose another output")
+    if not mode:
         return
-    if not target.is_dir() or target.is_symlink():
-        raise StorageError(f"{printable(target)} exists and is not a folder", hint="choose another output")
-    empty = not any(target.iterdir())
-    if not empty and not replace:
-        raise StorageError(f"{printable(target)} exists already", hint="choose another output, or ask to replace it")
-    if not empty and owned is not None and not owned(target):
-        raise StorageError(
-            f"{printable(target)} holds something else, so it is not replaced", hint="choose another output"
-        )
+    if not stat.S_ISDIR(mode):
+        kind = "a link" if stat.S_ISLNK(mode) else "not a folder"
+        raise StorageError(f"{printable(target)} exists and is {kind}", hint="choose another output")
+    with _as_storage_error(target, 0):
+        if _is_empty(target):
+            return
+        if not replace:
+            raise _taken(target)
+        if owned is not None and not owned(target):
+            raise StorageError(
+                f"{printable(target)} holds something else, so it is not replaced", hint="choose another output"
+            )
 
 
-def _storage(error: OSError, target: Path, needed: int) -> StorageError:
-    if isinstance(error, StorageError):
-        return error
-    full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-    size = f"; {needed:,} bytes are needed" if full and needed else ""
-    return StorageError(f"{printable(target)} cannot be written: {error.strerror or error}{size}")
+def _taken(target: Path) -> StorageError:
+    return StorageError(f"{printable(target)} exists already", hint="choose another output, or ask to replace it")
 
 
-def _lock(staging: Path, target: Path) -> int:
-    """An exclusive lock on the staging folder, held until its descriptor is closed or the process dies."""
+def _is_empty(folder: Path) -> bool:
+    return next(folder.iterdir(), None) is None
+
+
+@contextmanager
+def _as_storage_error(target: Path, needed: int) -> Iterator[None]:
+    """An OSError is raised again as a StorageError that names the target and, on a full disk, the bytes needed."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        size = f"; {needed:,} bytes are needed" if error.errno in _FULL and needed else ""
+        raise StorageError(f"{printable(target)} cannot be written: {error.strerror or error}{size}") from error
+
+
+@contextmanager
+def _parents(target: Path) -> Iterator[None]:
+    """The folders above a target; those that were missing are taken away again when the block raises."""
+    missing = [folder for folder in target.parents if not folder.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for folder in missing:
+                folder.rmdir()
+        raise
+
+
+def _beside(target: Path, suffix: str) -> Path:
+    return target.with_name(f".{target.name}.{suffix}")
+
+
+@contextmanager
+def _lock(target: Path) -> Iterator[None]:
+    """The only writer of a target, until the block ends or the process dies. A file, since NFS locks no folders."""
+    path = _beside(target, "lock")
+    descriptor = _locked(path, target)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()  # while it is locked: who opened it meanwhile finds out, and begins again
+        os.close(descriptor)
+
+
+def _locked(path: Path, target: Path) -> int:
     while True:
-        staging.mkdir(exist_ok=True)
-        descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The one who held it may have renamed or removed the folder in between.
-            if os.path.lexists(staging) and os.path.samestat(os.fstat(descriptor), os.stat(staging)):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
         except BlockingIOError:
             os.close(descriptor)
             raise StorageError(f"another process is writing {printable(target)}", hint="wait for it") from None
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(descriptor)
+            raise
         os.close(descriptor)
 
 
-def _empty(folder: Path) -> None:
-    for item in folder.iterdir():
-        if item.is_dir() and not item.is_symlink():
-            shutil.rmtree(item)
-        else:
-            item.unlink()
+def _recover(target: Path) -> None:
+    """Put back or remove what a process that died has left behind."""
+    aside, staging = _beside(target, "replaced"), _beside(target, "staging")
+    if os.path.lexists(aside) and not os.path.lexists(target):
+        os.rename(aside, target)
+    for left in (aside, staging):
+        if left.is_symlink() or left.is_file():
+            left.unlink()
+        elif left.exists():
+            shutil.rmtree(left)
 
 
 def _sync_tree(folder: Path) -> None:
     """Everything below a folder, and the folder, on disk; files readable as the umask says."""
-    mask = os.umask(0)
-    os.umask(mask)
+    mode = os.stat(folder).st_mode & 0o666  # it was made under the umask; safetensors' own writer leaves files 0600
     for parent, _, names in os.walk(folder):
         for name in names:
-            descriptor = os.open(os.path.join(parent, name), os.O_RDONLY)
-            os.fchmod(descriptor, 0o666 & ~mask)  # safetensors' own writer leaves 0600
-            os.fsync(descriptor)
-            os.close(descriptor)
+            descriptor = os.open(os.path.join(parent, name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                os.fchmod(descriptor, mode)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
         sync_folder(Path(parent))
 
 
 def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    """The entries of a folder on disk, where the file system can promise it."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
     finally:
         os.close(descriptor)
 
 
-def _take_place(staging: Path, target: Path) -> None:
-    """Put a finished folder in the target's place in one step, then remove what was there."""
-    if not target.exists():
-        os.rename(staging, target)
-    elif not any(target.iterdir()):
-        os.rename(staging, target)  # POSIX: over an empty folder this is one step
-    else:
+def _take_place(staging: Path, target: Path, *, replace: bool) -> None:
+    """Put a finished folder in the target's place in one step; what was there is in the staging folder then.
+
+    A failure undoes the step.
+    """
+    swap = replace and target.exists() and not _is_empty(target)
+    if swap:
         _exchange(staging, target)
-        shutil.rmtree(staging)
-    sync_folder(target.parent)
+    else:
+        _rename_over_nothing(staging, target)
+    try:
+        sync_folder(target.parent)
+    except OSError:
+        if swap:
+            _exchange(staging, target)
+        else:
+            os.rename(target, staging)
+        raise
 
 
-def _exchange(one: Path, other: Path) -> None:
+def _rename_over_nothing(staging: Path, target: Path) -> None:
+    """A rename that fails where the target is anything but absent or an empty folder."""
+    try:
+        os.rename(staging, target)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            raise _taken(target) from None
+        raise
+
+
+def _exchange(staging: Path, target: Path) -> None:
     """Swap two folders in one step (Linux `renameat2`); in two renames where the file system cannot."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 and renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
-        return
-    aside = one.with_name(one.name + ".old")
-    os.rename(other, aside)
-    os.rename(one, other)
-    os.rename(aside, one)
+    code = errno.ENOSYS
+    if renameat2 is not None:
+        one, other = os.fsencode(staging), os.fsencode(target)
+        code = renameat2(_AT_FDCWD, one, _AT_FDCWD, other, _RENAME_EXCHANGE) and ctypes.get_errno()
+    if code in _NO_EXCHANGE:
+        _exchange_in_two(staging, target)
+    elif code:
+        raise OSError(code, os.strerror(code))
+
+
+def _exchange_in_two(staging: Path, target: Path) -> None:
+    aside = _beside(target, "replaced")
+    try:
+        os.rename(target, aside)
+        os.rename(staging, target)
+        os.rename(aside, staging)
+    except BaseException:
+        if aside.exists():
+            if target.exists():
+                os.rename(target, staging)
+            os.rename(aside, target)
+        raise

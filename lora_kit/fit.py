@@ -11,11 +11,12 @@ from lora_kit.adapter import Adapter, Pair
 from lora_kit.targets import Coverage, Target, named_layers
 
 
-def misfits(adapter: Adapter, model: nn.Module, coverage: Coverage) -> list[str]:
+def misfits(adapter: Adapter, model: nn.Module, coverage: Coverage, dtype: torch.dtype) -> list[str]:
     """How an adapter's tensors differ from what its config covers in a model; empty where it fits.
 
     Args:
         coverage: of the adapter's config in this model.
+        dtype: what the tensors are to be held in.
     """
     present = dict(named_layers(model))
     pairs = adapter.pairs()
@@ -25,6 +26,7 @@ def misfits(adapter: Adapter, model: nn.Module, coverage: Coverage) -> list[str]
         told += _unfit_pair(path, pair, expected.get(path), present)
     told += _unfit_saved(adapter.saved(), coverage.saved, present)
     told += _unfit_copies(adapter.base_copies(), present)
+    told += _overflowing(adapter.tensors, dtype)
     return sorted(told)
 
 
@@ -52,9 +54,25 @@ def _unfit_saved(saved: Mapping[str, Tensor], paths: Sequence[str], present: Map
     told = [f"{key} is missing, which modules_to_save promises" for key in own.keys() - saved.keys()]
     told += [f"the model has no saved module for {key}" for key in saved.keys() - own.keys()]
     return told + [
-        f"{key} is {tuple(saved[key].shape)}, the model has {tuple(own[key].shape)}"
+        f"{key} is {_kind(saved[key])}, the model has {_kind(own[key])}"
         for key in own.keys() & saved.keys()
-        if own[key].shape != saved[key].shape
+        if _kind(own[key]) != _kind(saved[key])
+    ]
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{'floating' if tensor.is_floating_point() else tensor.dtype} {tuple(tensor.shape)}"
+
+
+def _overflowing(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> list[str]:
+    """Tensors with values beyond the range of fp16, where that is what they would be held in."""
+    if dtype != torch.float16:
+        return []
+    largest = torch.finfo(dtype).max
+    return [
+        f"{key} holds values beyond {largest:g}, the largest of {dtype}"
+        for key, tensor in tensors.items()
+        if tensor.is_floating_point() and tensor.abs().max() > largest
     ]
 
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lora_kit.config import ALL_LINEAR, LoraConfig, matches
+from lora_kit.config import ALL_LINEAR, LoraConfig
 from lora_kit.errors import TargetError, listed, nearest
 from lora_kit.layers import SlotLayer, features_of, kind_of
+from lora_kit.patterns import matches
 
 _HEADS = ("score", "classifier", "qa_outputs", "lm_head")
 """Names of output heads that `all-linear` leaves alone where they hang directly on the model."""
@@ -123,11 +124,10 @@ def survey(model: nn.Module, config: LoraConfig) -> Coverage:
     refused = {path: "inside a saved module" for path, _ in modules if any(_within(path, top) for top in saved)}
     refused |= _attention_internals(modules)
     heads = _heads(model, modules) if config.target_modules == ALL_LINEAR else set()
-    targets, skipped, seen = [], [], set()
+    targets, skipped = [], []
     for path, module in modules:
         if not path or path in heads or not _selected(path, module, config):
             continue
-        seen |= {name for name in _entries(config) if _is_named(path, name)}
         kind = kind_of(module)
         if path in refused:
             if refused[path] != "inside a saved module":
@@ -140,7 +140,7 @@ def survey(model: nn.Module, config: LoraConfig) -> Coverage:
             size_in, size_out = features_of(module)
             rank, scaling = config.rank_of(path), config.scaling_of(path)
             targets.append(Target(path, kind, size_in, size_out, rank, scaling, config.use_dora))
-    unmatched = [name for name in _entries(config) if name not in seen]
+    unmatched = [name for name in _entries(config) if not any(_is_named(path, name) for path, _ in modules)]
     if isinstance(config.target_modules, str) and not targets and not skipped:
         unmatched.append(config.target_modules)
     unmatched += [name for name in config.modules_to_save if not any(_is_named(path, name) for path in saved)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,29 @@ def test_a_failed_load_changes_nothing(kind: str, dtype: torch.dtype, tmp_path: 
     assert "x" in bank.names
 
 
+def test_an_adapter_whose_config_names_what_the_model_has_not_is_refused() -> None:
+    made = lk.attach(tiny.llama(), lk.LoraConfig(target_modules=["q_proj"], layers_to_transform=[0, 1])).snapshot(
+        "default"
+    )
+    for more in ({"target_modules": ["q_proj", "FAKE"]}, {"layers_to_transform": [0, 1, 7]}):
+        config = dataclasses.replace(made.config, **more)
+        bank = lk.attach(tiny.llama(), slots=1)
+        with pytest.raises(LoraKitError, match=r"FAKE|layers_to_transform=7"):
+            bank.load("a", lk.Adapter(config, made.tensors))
+        assert bank.names == ()
+        bank.load("a", lk.Adapter(config, made.tensors), allow=["unmatched-targets"])
+
+
+def test_values_that_overflow_the_banks_dtype_are_refused() -> None:
+    source = lk.attach(tiny.llama(), lk.LoraConfig(target_modules=["q_proj"]), name="a")
+    with torch.no_grad():
+        source.parameters("a")[0].fill_(1e5)
+    bank = lk.attach(tiny.llama(dtype=torch.float16), slots=1)
+    with pytest.raises(LoraKitError, match="beyond 65504"):
+        bank.load("a", source.snapshot("a"))
+    assert bank.names == ()
+
+
 def test_a_load_that_runs_out_of_memory_half_way_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model, bank = filled("llama", torch.float32)
     adapter = bank.snapshot("wide")
@@ -191,9 +215,10 @@ def test_a_load_that_runs_out_of_memory_half_way_is_rolled_back(monkeypatch: pyt
             raise MemoryError
         return real(self, *args)
 
-    with monkeypatch.context() as patched, pytest.raises(MemoryError):
-        patched.setattr(torch.Tensor, "copy_", failing)
+    monkeypatch.setattr(torch.Tensor, "copy_", failing)
+    with pytest.raises(MemoryError):
         bank.load("wide", adapter)
+    monkeypatch.undo()
     assert bank.names == ("narrow", "table", "head", "dora")
     bank.load("table2", bank.snapshot("table"))  # into the slot that was left, which covers other layers
     with bank.rows(["narrow", None, "dora"]):

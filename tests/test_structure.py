@@ -22,6 +22,8 @@ PACKAGE = ROOT / "lora_kit"
 ROOMS = [
     "_callable",
     "errors",
+    "strictjson",
+    "patterns",
     "config",
     "files",
     "weights",

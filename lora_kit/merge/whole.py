@@ -128,7 +128,9 @@ def _write_record(folder: Path, report: MergeReport, *, origin: Mapping[str, Any
         "retention": {"mean": report.retention, "worst": worst.retained if worst else 1.0},
         "logits": {"largest_difference": report.largest_difference, "bound": report.bound, "effect": report.effect},
     }
-    (folder / preflight.MERGE_RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / preflight.MERGE_RECORD).write_text(
+        json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8"
+    )
 
 
 def _head(adapter: Adapter) -> dict[str, Any]:

@@ -1,0 +1,76 @@
+"""JSON of others, read strictly, and values from it shown safely."""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+from typing import Any, Final
+
+MAX_NESTING: Final = 64
+"""Levels of objects and lists a JSON text may have."""
+MAX_DIGITS: Final = 40
+_REPR: Final = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 120
+
+
+def parse_object(text: str) -> dict[str, Any]:
+    """A JSON object, strictly: no name twice, no NaN or infinity, no absurd nesting or number.
+
+    Raises:
+        ValueError: saying what is wrong, with line and column where the text is not JSON.
+    """
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=_named_once,
+            parse_constant=_refuse_constant,
+            parse_int=_whole_number,
+            parse_float=_finite_number,
+        )
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at line {error.lineno} column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"a JSON object was expected, found {type(value).__name__}")
+    level: list[Any] = [value]
+    for _ in range(MAX_NESTING):
+        level = [item for one in level for item in (one.values() if isinstance(one, dict) else one)]
+        level = [item for item in level if isinstance(item, (dict, list))]
+    if level:
+        raise ValueError(f"nested more than {MAX_NESTING} levels deep")
+    return value
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"{shown(twice)} occurs twice")
+    return fields
+
+
+def _refuse_constant(text: str) -> Any:
+    raise ValueError(f"not JSON: {text} is not a number there")
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(text):,} digits")
+    return int(text)
+
+
+def _finite_number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {shown(text)} is too large")
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value from outside as Python writes it, cut short where it is long."""
+    if isinstance(value, int) and value.bit_length() > 4 * MAX_DIGITS:
+        return f"a number of {value.bit_length():,} bits"
+    return _REPR.repr(value)
