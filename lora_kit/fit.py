@@ -61,7 +61,8 @@ def _unfit_saved(saved: Mapping[str, Tensor], paths: Sequence[str], present: Map
 
 
 def _kind(tensor: Tensor) -> str:
-    return f"{'floating' if tensor.is_floating_point() else tensor.dtype} {tuple(tensor.shape)}"
+    """Shape, and the dtype where it is none of the floating ones, which are cast."""
+    return f"{tuple(tensor.shape)}" if tensor.is_floating_point() else f"{tuple(tensor.shape)} of {tensor.dtype}"
 
 
 def _overflowing(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> list[str]:

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 import lora_kit as lk
 from lora_kit.adapter import CONFIG
-from lora_kit.config import LoraConfig, matches
+from lora_kit.config import LoraConfig
 from lora_kit.errors import AdapterError, ConfigError, LoraKitError
+from lora_kit.patterns import matches
 
 SLOW = r"(.|\w)*[^_a-z]"
 """Takes for ever on any path of a layer."""
