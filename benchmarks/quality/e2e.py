@@ -2,9 +2,9 @@
 
 Restaurant attributes become a sentence. The base itself, features (a trained head on a frozen body), LoRA and full
 fine-tuning get the same data in the same order, the same batches, steps, schedule and optimiser. Features and full
-fine-tuning have their learning rate chosen from a grid by the perplexity on part of the validation set after short runs;
-LoRA has one rate, set by hand after an earlier run whose grid chose one that did not hold. Then one run each, perplexity
-on all of validation and test, and sacreBLEU of what is written for each prompt of the test set.
+fine-tuning have their learning rate chosen from a grid by the perplexity on part of the validation set after short
+runs; LoRA has one rate, set by hand after an earlier run whose grid chose one that did not hold. Then one run each,
+perplexity on all of validation and test, and sacreBLEU of what is written for each prompt of the test set.
 
     python benchmarks/quality/e2e.py --data FOLDER     # train.jsonl, valid.jsonl, test.jsonl
     python benchmarks/quality/e2e.py --table           # README.md from the result, nothing else
