@@ -68,17 +68,12 @@ class SlotLayer(nn.Module):
             return tensor.detach().to(self.device, torch.float32, copy=True)
         return _corner(self.slabs[name][slot], tensor.shape)
 
-    @property
-    def capacity(self) -> tuple[int, int]:
-        """(slots, largest rank) there is room for."""
-        return len(self.entries), self.rank
-
     def reserve(self, slots: int, rank: int, dtype: torch.dtype) -> None:
         """Make room for this many slots of this rank; what is there stays, and stays the same leaf parameters."""
-        has_slots, has_rank = self.capacity
-        if slots <= has_slots and rank <= has_rank:
+        has_slots = len(self.entries)
+        if slots <= has_slots and rank <= self.rank:
             return
-        slots, rank = max(slots, has_slots), max(rank, has_rank)
+        slots, rank = max(slots, has_slots), max(rank, self.rank)
         slabs = self.neutral(slots, rank, dtype)
         self.dtype, self.rank = dtype, rank
         scaling = torch.zeros(slots, device=self.device)
@@ -130,7 +125,7 @@ class SlotLayer(nn.Module):
 
     def _make_neutral(self, slots: Sequence[int]) -> None:
         with torch.no_grad():
-            values = self.neutral(1, self.capacity[1], self.dtype)
+            values = self.neutral(1, self.rank, self.dtype)
             for slot in slots:
                 for name, value in values.items():
                     self.slabs[name][slot].copy_(value[0])
