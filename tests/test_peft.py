@@ -95,9 +95,11 @@ def test_a_table_that_peft_wrote_along_must_be_the_bases_own(tmp_path: Path) -> 
         lk.attach(tiny.llama(seed=3), slots=1).load("a", tmp_path)
 
 
-def test_training_follows_peft_step_by_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_training_follows_peft_step_by_step(dropout: float, tmp_path: Path) -> None:
     model = tiny.llama()
-    bank = lk.attach(model, lk.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]), name="a")
+    config = lk.LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=["q_proj", "v_proj", "down_proj"])
+    bank = lk.attach(model, config, name="a")
     bank.save("a", tmp_path / "a")
     theirs = peft.PeftModel.from_pretrained(tiny.llama(), tmp_path / "a", is_trainable=True)
     losses: list[list[float]] = []
@@ -106,8 +108,10 @@ def test_training_follows_peft_step_by_step(tmp_path: Path) -> None:
         (theirs, [p for p in theirs.parameters() if p.requires_grad]),
     ):
         optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+        each.train()
+        torch.manual_seed(0)
         losses.append([])
-        for step in range(30):
+        for step in range(50):
             inputs = tiny.batch(seed=step % 4)
             loss = each(**inputs, labels=inputs["input_ids"]).loss
             loss.backward()

@@ -8,15 +8,20 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from lora_kit.layers.gathered import Part, gathered
 from lora_kit.layers.kinds import features_of, keeps_transposed, kind_of
 from lora_kit.layers.routing import Routing
 from lora_kit.layers.slots import Entry, SlotLayer
 from lora_kit.ops import (
+    backend,
     dora_scale,
+    is_free,
     lora_add,
     lora_add_embedding,
     lora_add_embedding_rows,
     lora_add_rows,
+    lora_linear,
+    plain,
     scale_columns,
 )
 
@@ -25,23 +30,39 @@ B: Final = "lora_B"
 MAGNITUDE: Final = "lora_magnitude_vector"
 """What an adapter brings to a layer, in PEFT's words."""
 
+_PLAIN: Final = (Tensor, nn.Parameter)
+"""Not their subclasses: those compute in ways of their own."""
+
 
 class _PairLayer(SlotLayer):
-    """A layer whose adapters are pairs: `lora_A` (slots, r, in) and `lora_B` (slots, out, r)."""
+    """A layer whose adapters are pairs: `lora_A` (slots, r, in) and `lora_B` (slots, out, r).
+
+    In memory both have the rank before the features: a pair of lower rank is one piece of each slab, and the products
+    of a batch read B in the order in which it lies there.
+    """
 
     def neutral(self, slots: int, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
         size_in, size_out = features_of(self.base_layer)
         return {
             A: torch.zeros(slots, rank, size_in, dtype=dtype, device=self.device),
-            B: torch.zeros(slots, size_out, rank, dtype=dtype, device=self.device),
+            B: torch.zeros(slots, rank, size_out, dtype=dtype, device=self.device).mT,
         }
 
     def _routes_by_index(self) -> bool:
-        """Whether slots are read from a tensor. Compiled inference always does, so that a swap changes no guard."""
+        """Whether slots are read from a tensor.
+
+        Compiled and captured inference always does, so that a swap changes no guard and no graph.
+        """
         routing = self.routing
+        if routing.mixed:
+            return True
+        return self._is_recorded() and not (self.trains and torch.is_grad_enabled())
+
+    def _is_recorded(self) -> bool:
+        """Whether this forward is being compiled, or captured into a CUDA graph, to run again under another routing."""
         if torch.compiler.is_compiling():
-            return routing.mixed or not (self.trains and torch.is_grad_enabled())
-        return routing.mixed
+            return True
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _uniform(self) -> Entry | None:
         """What the one slot of the whole batch holds here."""
@@ -63,19 +84,66 @@ class LoraLinear(_PairLayer):
         self.columns: Tensor | None = None  # (slots, out) fp32, while an adapter here is a DoRA
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = self.base_layer(x, *args, **kwargs)
         if self._routes_by_index():
-            index = self.routing.index(x)
-            x = self._dropped_by_row(x)
-            y = lora_add_rows(y, x, self._slab(A), self._slab(B), self.scaling, index)
-            return y if self.columns is None else self._scaled_by_row(y, index)
+            return self._by_row(self.base_layer(x, *args, **kwargs), x)
         entry = self._uniform()
         if entry is None:
+            y: Tensor = self.base_layer(x, *args, **kwargs)
             return y
-        if entry.dropout and self.training:
-            x = nn.functional.dropout(x, entry.dropout)
-        y = lora_add(y, x, entry.tensors[A], entry.tensors[B], entry.scaling)
+        a, b, dropout = entry.tensors[A], entry.tensors[B], entry.dropout if self.training else 0.0
+        weight = self._plain_weight()
+        if weight is None or args or kwargs:
+            y = lora_add(self.base_layer(x, *args, **kwargs), x, a, b, entry.scaling, dropout=dropout)
+        else:
+            y = lora_linear(x, weight, self._bias, a, b, entry.scaling, dropout=dropout)
         return scale_columns(y, self.column_scale(entry), self._bias) if MAGNITUDE in entry.tensors else y
+
+    def _by_row(self, y: Tensor, x: Tensor) -> Tensor:
+        """y = base(x) with each row's update."""
+        if not self._can_gather(y, x):
+            index = self.routing.index(x)
+            y = lora_add_rows(y, self._dropped_by_row(x), self._slab(A), self._slab(B), self.scaling, index)
+            return y if self.columns is None else self._scaled_by_row(y, index)
+        self.routing.check(x)
+        rows = len(self.routing.rows)
+        flat, into = x.to(y.dtype).reshape(rows, -1, x.shape[-1]), y.view(rows, -1, y.shape[-1])
+        for part in self._gathered(y.dtype):
+            part.add_(into, flat)
+        return y if self.columns is None else self._scaled_by_row(y, self.routing.index(x))
+
+    def _can_gather(self, y: Tensor, x: Tensor) -> bool:
+        """Whether the rows' pairs may be taken out of the slabs once for many forwards: nothing about them changes."""
+        if self.trains or self._is_recorded() or backend.bodies(y) is not plain:
+            return False
+        return not (torch.is_grad_enabled() and (y.requires_grad or x.requires_grad)) and is_free(y)
+
+    def _gathered(self, dtype: torch.dtype) -> list[Part]:
+        kept = self.routing.prepared.get(self)
+        if kept is None or kept[0] != dtype:
+            pairs = {
+                slot: (entry.tensors[A].shape[0], entry.scaling) for slot, entry in enumerate(self.entries) if entry
+            }
+            kept = dtype, gathered(self.slabs[A], self.slabs[B], self.routing.rows, pairs, dtype)
+            # Copies are kept while they at most double what the slabs take.
+            if sum(part.a.numel() for part in kept[1]) <= self.slabs[A].numel():
+                self.routing.prepared[self] = kept
+        found: list[Part] = kept[1]
+        return found
+
+    def _plain_weight(self) -> Tensor | None:
+        """The base weight as (out, in) where the base computes x Wᵀ + bias with it and nothing else; None otherwise.
+
+        Quantised, parametrised and hooked layers, and those whose forward was replaced, are black boxes.
+        """
+        base = self.base_layer
+        if type(base) is not nn.Linear and type(base).__name__ != "Conv1D":
+            return None
+        if base._forward_pre_hooks or base._forward_hooks or base._backward_hooks or base._backward_pre_hooks:
+            return None
+        weight = base.weight
+        if "forward" in base.__dict__ or type(weight) not in _PLAIN or weight.requires_grad:
+            return None
+        return self.weight_matrix()
 
     @property
     def _bias(self) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final, NoReturn
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ class Routing:
             guard.
         slot: the slot of every row; of no meaning while rows differ.
         rows: the slot of each row while they differ, else empty.
+        prepared: what layers made ready for these rows, by layer; gone when the routing changes.
     """
 
     def __init__(self) -> None:
@@ -30,10 +31,11 @@ class Routing:
         self.rows: tuple[int, ...] = ()
         self._uniform: dict[torch.device, Tensor] = {}
         self._by_row: dict[torch.device, Tensor] = {}
+        self.prepared: dict[Any, Any] = {}
 
     def to_slot(self, slot: int) -> None:
         """Route every row to one slot. Device tensors are written in place, so captured graphs follow."""
-        self.mixed, self.slot, self.rows = False, slot, ()
+        self.mixed, self.slot, self.rows, self.prepared = False, slot, (), {}
         for tensor in self._uniform.values():
             tensor.fill_(slot)
 
@@ -42,8 +44,12 @@ class Routing:
         if len(set(slots)) == 1:
             self.to_slot(slots[0])
             return
-        self.mixed, self.slot, self.rows = True, BASE, tuple(slots)
-        self._by_row = {device: torch.tensor(self.rows, device=device) for device in self._uniform}
+        self.mixed, self.slot, self.rows, self.prepared = True, BASE, tuple(slots), {}
+        for device in self._uniform:
+            index = torch.tensor(self.rows, device=device)
+            held = self._by_row.get(device)
+            # Written in place where the number of rows stays, so captured graphs follow.
+            self._by_row[device] = index if held is None or held.shape != index.shape else held.copy_(index)
 
     def prepare(self, device: torch.device) -> None:
         """Make the index tensors of a device before a forward needs them: compiled code may not create them."""
@@ -65,8 +71,16 @@ class Routing:
             return self._uniform[x.device]
         index = self._by_row[x.device]
         if x.shape[0] % index.shape[0]:
-            raise RoutingError(
-                f"{index.shape[0]} rows were routed, but a layer was given a batch of {x.shape[0]}",
-                hint="name one adapter per row of the batch",
-            )
+            self._misfit(x, index.shape[0])
         return index
+
+    def check(self, x: Tensor) -> None:
+        """Raise RoutingError unless the batch x (n, ...) can be split evenly between the rows."""
+        if self.mixed and x.shape[0] % len(self.rows):
+            self._misfit(x, len(self.rows))
+
+    def _misfit(self, x: Tensor, rows: int) -> NoReturn:
+        raise RoutingError(
+            f"{rows} rows were routed, but a layer was given a batch of {x.shape[0]}",
+            hint="name one adapter per row of the batch",
+        )

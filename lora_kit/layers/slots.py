@@ -85,6 +85,7 @@ class SlotLayer(nn.Module):
 
     def put(self, slot: int, tensors: Mapping[str, Tensor], scaling: float) -> None:
         """Copy an adapter's tensors into a slot."""
+        self.routing.prepared.pop(self, None)
         places = {name: self._place(name, slot, tensor) for name, tensor in tensors.items()}
         # Entered first: should a copy fail, `clear` finds the slot and makes it neutral again.
         self.entries[slot] = Entry(places, scaling)
@@ -115,6 +116,7 @@ class SlotLayer(nn.Module):
             return
         for name in entry.tensors:
             self._parameters.pop(_leaf_name(name, slot), None)
+        self.routing.prepared.pop(self, None)
         self.entries[slot] = None
         self.trains = any(e is not None and e.trainable for e in self.entries)
         self._make_neutral([slot])
@@ -155,6 +157,7 @@ class SlotLayer(nn.Module):
         device = fn(torch.empty(0, device=self.device)).device
         if device != self.device:
             self.device = device
+            self.routing.prepared.pop(self, None)
             self.slabs = {name: slab.to(device) for name, slab in self.slabs.items()}
             self.scaling = self.scaling.to(device)
             self.routing.prepare(device)

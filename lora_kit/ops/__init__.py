@@ -1,13 +1,25 @@
 """The mathematics of a low-rank update, each operation one autograd function with a plain-torch body."""
 
+from lora_kit.ops import backend, plain
 from lora_kit.ops.dora import dora_scale, scale_columns
-from lora_kit.ops.lora import lora_add, lora_add_embedding, lora_add_embedding_rows, lora_add_rows
+from lora_kit.ops.lora import (
+    is_free,
+    lora_add,
+    lora_add_embedding,
+    lora_add_embedding_rows,
+    lora_add_rows,
+    lora_linear,
+)
 
 __all__ = [
+    "backend",
     "dora_scale",
+    "is_free",
     "lora_add",
     "lora_add_embedding",
     "lora_add_embedding_rows",
     "lora_add_rows",
+    "lora_linear",
+    "plain",
     "scale_columns",
 ]

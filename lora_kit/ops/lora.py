@@ -1,38 +1,72 @@
-"""Adding a low-rank update to the output of a frozen layer.
+"""The low-rank update of a frozen layer: y = x Wᵀ + bias + s · (x Aᵀ) Bᵀ.
 
-    lora_add       y + s · (x Aᵀ) Bᵀ                        one pair for the whole batch
+    lora_linear    x Wᵀ + bias + s · (x Aᵀ) Bᵀ              one pair for the whole batch, the base computed here too
+    lora_add       y + s · (x Aᵀ) Bᵀ                        the same for a base that is a black box with output y
     lora_add_rows  yᵢ + s[kᵢ] · (xᵢ A[kᵢ]ᵀ) B[kᵢ]ᵀ          one pair per row, picked from slabs by slot
 
-(Hu et al. 2021, arXiv 2106.09685.) Both write into `y` where that is safe, so the base's output is never copied;
-compute in the dtype of `y`, so that fp32 factors on a bf16 base, and autocast, cost a cast of the small factors and
-none of x; and keep x and the rank-r product x·Aᵀ for the backward, nothing else.
+(Hu et al. 2021, arXiv 2106.09685.) Each is three products: the base's, x Aᵀ, and one added in place to the base's
+output. They compute in the dtype of y, so that fp32 factors on a bf16 base, and autocast, cost a cast of the small
+factors and none of x beyond the base's own; and keep x and the rank-r product for the backward, nothing else. Where
+nothing needs a gradient no autograd function is entered. The products themselves are `backend.bodies`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from lora_kit.ops import backend
 
 
-def lora_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """y + scaling · (x Aᵀ) Bᵀ.
+def lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, *, dropout: float = 0.0
+) -> Tensor:
+    """x Wᵀ + bias + scaling · (drop(x) Aᵀ) Bᵀ.
+
+    The base is computed here, so that in the backward the update's part of dX is added into the base's in place.
+
+    Args:
+        x: (..., in). weight: (out, in), frozen, in any memory order. bias: (out,).
+        a: (r, in). b: (out, r). Any floating dtype: they are cast to that of the output.
+        scaling: a number, usually alpha / r.
+        dropout: probability of dropping an element of x on its way to A.
+
+    Returns:
+        (..., out), of the dtype a linear layer would give. Gradients go to x, a and b.
+    """
+    if torch.compiler.is_compiling():
+        return _equation(functional.linear(x, weight, bias), x, a, b, scaling, dropout)
+    dtype = _autocast_dtype(x)
+    if dtype is None and x.dtype != weight.dtype:
+        return functional.linear(x, weight, bias)  # raises, as the base alone would
+    with _without_autocast(x.device.type):
+        if _needs_grad(x, a, b):
+            return _LoraLinear.apply(x, weight, bias, a, b, scaling, dropout, dtype or x.dtype)
+        return _added(_linear(x, weight, bias, dtype or x.dtype), x, a, b, scaling, dropout)
+
+
+def lora_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, *, dropout: float = 0.0) -> Tensor:
+    """y + scaling · (drop(x) Aᵀ) Bᵀ.
 
     Args:
         y: (..., out), the base's output; overwritten with the result unless it is a view.
         x: (..., in), the base's input; leading sizes as in y.
-        a: (r, in). b: (out, r). Any floating dtype: they are cast to that of y.
-        scaling: a number, usually alpha / r.
+        a, b, scaling, dropout: as in `lora_linear`.
 
     Returns:
         (..., out) in the dtype of y. Gradients go to y, x, a and b, those of a and b in their own dtypes.
     """
     if torch.compiler.is_compiling():
-        # The compiler fuses and schedules by itself; it is given the plain equation.
-        h = x.to(y.dtype) @ a.to(y.dtype).mT
-        return torch.add(y, h @ b.to(y.dtype).mT, alpha=scaling)
-    return _without_autocast(_LoraAdd, y, x, a, b, scaling)
+        return _equation(y, x, a, b, scaling, dropout)
+    with _without_autocast(y.device.type):
+        if _needs_grad(y, x, a, b):
+            return _LoraAdd.apply(y, x, a, b, scaling, dropout)
+        return _added(y if is_free(y) else y.clone(), x, a, b, scaling, dropout)
 
 
 def lora_add_rows(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor, slots: Tensor) -> Tensor:
@@ -43,7 +77,7 @@ def lora_add_rows(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor, s
     Args:
         y: (n, ..., out), the base's output; overwritten with the result unless it is a view.
         x: (n, ..., in); n is a multiple of R, and each run of n/R entries belongs to one row (beams, flattened tokens).
-        a: (S, r, in). b: (S, out, r). scaling: (S,).
+        a: (S, r, in). b: (S, out, r). scaling: (S,) fp32. Slot 0 is the base and holds zeros.
         slots: (R,) int64, each from 0 to S - 1.
 
     Returns:
@@ -54,7 +88,14 @@ def lora_add_rows(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor, s
         h = torch.bmm(x.to(y.dtype).reshape(rows, -1, x.shape[-1]), a[slots].to(y.dtype).mT)
         h = (h * scaling[slots].view(-1, 1, 1)).to(y.dtype)
         return y + torch.bmm(h, b[slots].to(y.dtype).mT).view(y.shape)
-    return _without_autocast(_LoraAddRows, y, x, a, b, scaling, slots)
+    with _without_autocast(y.device.type):
+        if _needs_grad(y, x, a, b):
+            return _LoraAddRows.apply(y, x, a, b, scaling, slots)
+        y = y if is_free(y) else y.clone(memory_format=torch.contiguous_format)
+        body, rows = backend.bodies(y), slots.shape[0]
+        h = body.shrink_rows(x.to(y.dtype).reshape(rows, -1, x.shape[-1]), a, slots)
+        body.expand_rows_(y.view(rows, -1, y.shape[-1]), h, b, scaling, slots)
+        return y
 
 
 def lora_add_embedding(y: Tensor, ids: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -67,7 +108,7 @@ def lora_add_embedding(y: Tensor, ids: Tensor, a: Tensor, b: Tensor, scaling: fl
     Returns:
         (..., dim) in the dtype of y; a new tensor.
     """
-    h = torch.nn.functional.embedding(ids, a.mT).to(y.dtype)
+    h = functional.embedding(ids, a.mT).to(y.dtype)
     return torch.add(y, h @ b.to(y.dtype).mT, alpha=scaling)
 
 
@@ -88,80 +129,236 @@ def lora_add_embedding_rows(y: Tensor, ids: Tensor, a: Tensor, b: Tensor, scalin
     return y + torch.bmm(h, b[slots].to(y.dtype).mT).view(y.shape)
 
 
-def _without_autocast(function: type[torch.autograd.Function], y: Tensor, *args: Any) -> Tensor:
-    """Apply with autocast off: the dtype was settled by the base layer, whose output y is."""
-    if torch.is_autocast_enabled(y.device.type):
-        with torch.autocast(y.device.type, enabled=False):
-            return function.apply(y, *args)
-    return function.apply(y, *args)
+def _equation(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: float) -> Tensor:
+    """The plain equation, for the compiler: it fuses and schedules by itself."""
+    if dropout:
+        x = functional.dropout(x, dropout)
+    h = x.to(y.dtype) @ a.to(y.dtype).mT
+    return torch.add(y, h @ b.to(y.dtype).mT, alpha=scaling)
 
 
-def _writable(ctx: Any, y: Tensor) -> Tensor:
-    """y itself, marked as overwritten, or a copy where y is a view: its memory is somebody else's tensor."""
-    if y._is_view() or not y.is_contiguous() or (y.is_leaf and y.requires_grad):
-        return y.clone(memory_format=torch.contiguous_format)
-    ctx.mark_dirty(y)
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return functional.linear(_cast(x, dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def _added(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: float) -> Tensor:
+    """y, which may be overwritten, with the update added; no gradients."""
+    x = _cast(x, y.dtype)
+    if dropout:
+        x = functional.dropout(x, dropout)
+    backend.bodies(y).add_(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), a, b, scaling)
     return y
 
 
-class _LoraAdd(torch.autograd.Function):
-    """y + s (x Aᵀ) Bᵀ.
+def _needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
-    With g = s · dY B (tokens, r):  dX = g A,  dA = gᵀ x,  dB = s · dYᵀ (x Aᵀ),  dY passes through.
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of a linear layer's input; None where it leaves it."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def _without_autocast(kind: str) -> contextlib.AbstractContextManager[Any]:
+    """Autocast off, where it is on: the dtype is settled already."""
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
+
+
+_last_cast: tuple[Any, int, Any] | None = None
+"""The tensor cast last, its version, and the cast: layers that read the same x (q, k and v) share one cast of it."""
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in a dtype, the same tensor for layers that ask for the same x after one another. Nothing is kept alive."""
+    global _last_cast
+    if x.dtype == dtype:
+        return x
+    if x.is_inference():  # such tensors do not count their versions
+        return x.to(dtype)
+    if _last_cast is not None:
+        source, seen, held = _last_cast[0](), _last_cast[1], _last_cast[2]()
+        if source is x and seen == x._version and held is not None and held.dtype == dtype:
+            found: Tensor = held
+            return found
+    made = x.to(dtype)
+    _last_cast = (weakref.ref(x), x._version, weakref.ref(made))
+    return made
+
+
+def is_free(y: Tensor) -> bool:
+    """Whether y may be overwritten: it is nobody else's memory, and no leaf."""
+    return y.is_contiguous() and not y._is_view() and not (y.is_leaf and y.requires_grad)
+
+
+class _Dropout:
+    """A dropout whose mask is drawn again in the backward instead of being kept; bitwise `F.dropout` on a CPU."""
+
+    def __init__(self, p: float, device: torch.device) -> None:
+        self.p, self.device = p, device
+        self.state = _generator(device).get_state()
+
+    def mask(self, x: Tensor) -> Tensor:
+        """0 or 1 / (1 - p) for every element of x, from the global generator: the forward's."""
+        return torch.empty_like(x).bernoulli_(1 - self.p).div_(1 - self.p)
+
+    def mask_again(self, x: Tensor) -> Tensor:
+        """The mask of the forward."""
+        generator = torch.Generator(self.device)
+        generator.set_state(self.state)
+        return torch.empty_like(x).bernoulli_(1 - self.p, generator=generator).div_(1 - self.p)
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index or 0]
+    return torch.default_generator
+
+
+class _Update:
+    """What the two functions of one pair share: s · (drop(x) Aᵀ) Bᵀ into y, and its gradients.
+
+    With g = dY B (tokens, r):  dX += s · g A,  dA = s · gᵀ x,  dB = s · dYᵀ (x Aᵀ).
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-        ctx.x_dtype, ctx.scaling = x.dtype, scaling
-        x = x.to(y.dtype)
-        h = x.reshape(-1, x.shape[-1]) @ a.to(y.dtype).mT  # (tokens, r)
-        ctx.save_for_backward(x, a, b, h)
-        y = _writable(ctx, y)
-        y.view(-1, y.shape[-1]).addmm_(h, b.to(y.dtype).mT, alpha=scaling)
+    def into(
+        ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: float, *more: Tensor
+    ) -> None:
+        """Add to y, and keep what the backward needs, and `more`."""
+        flat = x.reshape(-1, x.shape[-1])
+        ctx.scaling = scaling
+        ctx.dropout = _Dropout(dropout, x.device) if dropout else None
+        if ctx.dropout is not None:
+            flat = flat * ctx.dropout.mask(flat)
+        h = backend.bodies(y).add_(y.view(-1, y.shape[-1]), flat, a, b, scaling)
+        ctx.save_for_backward(x, a, b, h, *more)
+
+    @staticmethod
+    def gradients(
+        ctx: Any, dy: Tensor, base: Tensor | None, saved: tuple[Tensor, ...], needs: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(dX, dA, dB) of those that are needed.
+
+        Args:
+            dy: (n, out). base: (n, in), the base's part of dX, which is overwritten; None where that is not ours.
+            saved: what `into` kept; checkpointing lets it be read once only.
+        """
+        x, a, b, h = saved
+        needs_x, needs_a, needs_b = needs
+        flat = x.reshape(-1, x.shape[-1])
+        mask = ctx.dropout.mask_again(flat) if ctx.dropout is not None else None
+        if base is not None and mask is None:
+            g = backend.bodies(dy).add_(base, dy, b.mT, a.mT, ctx.scaling)
+        else:
+            g = dy @ b.to(dy.dtype)
+            if needs_x:
+                dx = (g @ a.to(dy.dtype)).mul_(ctx.scaling)
+                dx = dx if mask is None else dx.mul_(mask)
+                base = dx if base is None else base.add_(dx)
+        flat = flat if mask is None else flat * mask
+        da = (g.mT @ flat).mul_(ctx.scaling).to(a.dtype) if needs_a else None
+        # hᵀ dY is quicker than dYᵀ h on a CPU, and lies in memory as a slab's B does.
+        db = (h.mT @ dy).mul_(ctx.scaling).mT.to(b.dtype) if needs_b else None
+        return None if base is None else base.view(x.shape).to(ctx.x_dtype), da, db
+
+
+class _LoraLinear(torch.autograd.Function):
+    """x Wᵀ + bias + s (drop(x) Aᵀ) Bᵀ, W and bias frozen."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        dropout: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.x_dtype = x.dtype
+        y = _linear(x, weight, bias, dtype)
+        # The weight itself is kept: a cast of it, which autocast would hold until the backward, is made again there.
+        _Update.into(ctx, y, _cast(x, dtype), a, b, scaling, dropout, weight)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, b, h = ctx.saved_tensors
+        needs_x, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         d = dy.reshape(-1, dy.shape[-1])
-        g = (d @ b.to(d.dtype)).mul_(ctx.scaling)  # (tokens, r)
-        _, needs_x, needs_a, needs_b, _ = ctx.needs_input_grad
-        dx = (g @ a.to(d.dtype)).view(x.shape).to(ctx.x_dtype) if needs_x else None
-        da = (g.mT @ x.reshape(-1, x.shape[-1])).to(a.dtype) if needs_a else None
-        db = (d.mT @ h).mul_(ctx.scaling).to(b.dtype) if needs_b else None
-        return dy, dx, da, db, None
+        *saved, weight = ctx.saved_tensors
+        base = d @ weight.to(d.dtype) if needs_x else None
+        dx, da, db = _Update.gradients(ctx, d, base, tuple(saved), (needs_x, needs_a, needs_b))
+        return dx, None, None, da, db, None, None, None
+
+
+class _LoraAdd(torch.autograd.Function):
+    """y + s (drop(x) Aᵀ) Bᵀ; dY passes through."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: float) -> Tensor:
+        ctx.x_dtype = x.dtype
+        y = _writable(ctx, y)
+        _Update.into(ctx, y, _cast(x, y.dtype), a, b, scaling, dropout)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
+        d, needs = dy.reshape(-1, dy.shape[-1]), (needs_x, needs_a, needs_b)
+        dx, da, db = _Update.gradients(ctx, d, None, ctx.saved_tensors, needs)
+        return dy, dx, da, db, None, None
 
 
 class _LoraAddRows(torch.autograd.Function):
-    """yᵢ + s[kᵢ] (xᵢ A[kᵢ]ᵀ) B[kᵢ]ᵀ; the gradients of `_LoraAdd` row by row, those of A and B summed by slot."""
+    """yᵢ + s[kᵢ] (xᵢ A[kᵢ]ᵀ) B[kᵢ]ᵀ; the gradients of `_Update` row by row, those of A and B summed by slot."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor, slots: Tensor) -> Tensor:
         ctx.x_dtype = x.dtype
-        x, rows = x.to(y.dtype), slots.shape[0]
-        h = torch.bmm(x.reshape(rows, -1, x.shape[-1]), a.index_select(0, slots).to(y.dtype).mT)  # (R, tokens, r)
-        h.mul_(scaling.index_select(0, slots).view(-1, 1, 1))
-        ctx.save_for_backward(x, a, b, scaling, slots, h)
+        x, rows, body = _cast(x, y.dtype), slots.shape[0], backend.bodies(y)
+        h = body.shrink_rows(x.reshape(rows, -1, x.shape[-1]), a, slots)  # (R, tokens, r)
         y = _writable(ctx, y)
-        y.view(rows, -1, y.shape[-1]).baddbmm_(h, b.index_select(0, slots).to(y.dtype).mT)
+        body.expand_rows_(y.view(rows, -1, y.shape[-1]), h, b, scaling, slots)
+        ctx.save_for_backward(x, a, b, scaling, slots, h)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b, scaling, slots, h = ctx.saved_tensors
-        rows = slots.shape[0]
-        d = dy.reshape(rows, -1, dy.shape[-1])
-        g = torch.bmm(d, b.index_select(0, slots).to(d.dtype))  # (R, tokens, r)
-        g.mul_(scaling.index_select(0, slots).view(-1, 1, 1))
-        _, needs_x, needs_a, needs_b, _, _ = ctx.needs_input_grad
-        dx = torch.bmm(g, a.index_select(0, slots).to(d.dtype)).view(x.shape).to(ctx.x_dtype) if needs_x else None
-        da = _sum_by_slot(torch.bmm(g.mT, x.reshape(rows, -1, x.shape[-1])), slots, like=a) if needs_a else None
-        db = _sum_by_slot(torch.bmm(d.mT, h), slots, like=b) if needs_b else None
+        rows, body = slots.shape[0], backend.bodies(dy)
+        _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
+        d, x3 = dy.reshape(rows, -1, dy.shape[-1]), x.reshape(rows, -1, x.shape[-1])
+        g = body.shrink_rows(d, b.mT, slots)  # (R, tokens, r)
+        dx = None
+        if needs_x:
+            dx = torch.zeros_like(x3, memory_format=torch.contiguous_format)
+            body.expand_rows_(dx, g, a.mT, scaling, slots)
+            dx = dx.view(x.shape).to(ctx.x_dtype)
+        da = _sum_by_slot(torch.bmm(g.mT, x3), scaling, slots, like=a) if needs_a else None
+        db = _sum_by_slot(torch.bmm(h.mT, d).mT, scaling, slots, like=b) if needs_b else None
         return dy, dx, da, db, None, None
 
 
-def _sum_by_slot(rows: Tensor, slots: Tensor, *, like: Tensor) -> Tensor:
-    """(R, p, q) summed into (S, p, q) by slot, in the dtype of `like`."""
-    return torch.zeros_like(like).index_add_(0, slots, rows.to(like.dtype))
+def _writable(ctx: Any, y: Tensor) -> Tensor:
+    """y itself, marked as overwritten, or a copy where it may not be."""
+    if not is_free(y):
+        return y.clone(memory_format=torch.contiguous_format)
+    ctx.mark_dirty(y)
+    return y
+
+
+def _sum_by_slot(rows: Tensor, scaling: Tensor, slots: Tensor, *, like: Tensor) -> Tensor:
+    """s · (R, p, q) summed into (S, p, q) by slot, in the dtype of `like`."""
+    scaled = rows.to(like.dtype) * scaling.index_select(0, slots).to(like.dtype).view(-1, 1, 1)
+    return torch.zeros_like(like).index_add_(0, slots, scaled)

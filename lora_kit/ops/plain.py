@@ -1,0 +1,49 @@
+"""The products of a low-rank update in plain torch: what other kernels are held against, and what runs without any.
+
+No autograd in here: `ops.lora` calls these from its autograd functions. Whatever they are given may have any strides.
+Slot 0 is the base: its part of every slab, and its scaling, are zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def add_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """y += scaling · (x Aᵀ) Bᵀ in place.
+
+    Args:
+        y: (n, out). x: (n, in) in the dtype of y.
+        a: (r, in). b: (out, r). Any floating dtype; the products are taken in that of y.
+
+    Returns:
+        x Aᵀ, (n, r) in the dtype of y.
+    """
+    h = x @ a.to(y.dtype).mT
+    y.addmm_(h, b.to(y.dtype).mT, alpha=scaling)
+    return h
+
+
+def shrink_rows(x: Tensor, a: Tensor, slots: Tensor) -> Tensor:
+    """xᵢ A[kᵢ]ᵀ for every row i, with k = slots.
+
+    Args:
+        x: (R, T, in). a: (S, r, in), any floating dtype. slots: (R,) int64.
+
+    Returns:
+        (R, T, r) in the dtype of x; zeros where the slot is 0.
+    """
+    return torch.bmm(x, a.index_select(0, slots).to(x.dtype).mT)
+
+
+def expand_rows_(y: Tensor, h: Tensor, b: Tensor, scaling: Tensor, slots: Tensor) -> None:
+    """yᵢ += scaling[kᵢ] · hᵢ B[kᵢ]ᵀ in place for every row i, with k = slots.
+
+    Args:
+        y: (R, T, out). h: (R, T, r) in the dtype of y. b: (S, out, r), any floating dtype.
+        scaling: (S,) fp32. slots: (R,) int64.
+    """
+    scaled = torch.empty_like(h)
+    torch.mul(h, scaling.index_select(0, slots).view(-1, 1, 1), out=scaled)  # taken in fp32, rounded once
+    y.baddbmm_(scaled, b.index_select(0, slots).to(y.dtype).mT)
