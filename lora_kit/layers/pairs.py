@@ -91,11 +91,10 @@ class LoraLinear(_PairLayer):
             y: Tensor = self.base_layer(x, *args, **kwargs)
             return y
         a, b, dropout = entry.tensors[A], entry.tensors[B], entry.dropout if self.training else 0.0
-        weight = self._plain_weight()
-        if weight is None or args or kwargs:
+        if args or kwargs or not self._is_plain():
             y = lora_add(self.base_layer(x, *args, **kwargs), x, a, b, entry.scaling, dropout=dropout)
         else:
-            y = lora_linear(x, weight, self._bias, a, b, entry.scaling, dropout=dropout)
+            y = lora_linear(x, self.weight_matrix(), self._bias, a, b, entry.scaling, dropout=dropout)
         return scale_columns(y, self.column_scale(entry), self._bias) if MAGNITUDE in entry.tensors else y
 
     def _by_row(self, y: Tensor, x: Tensor) -> Tensor:
@@ -130,20 +129,18 @@ class LoraLinear(_PairLayer):
         found: list[Part] = kept[1]
         return found
 
-    def _plain_weight(self) -> Tensor | None:
-        """The base weight as (out, in) where the base computes x Wᵀ + bias with it and nothing else; None otherwise.
+    def _is_plain(self) -> bool:
+        """Whether the base computes x Wᵀ + bias and nothing else, so that it may be computed together with the update.
 
         Quantised, parametrised and hooked layers, and those whose forward was replaced, are black boxes.
         """
         base = self.base_layer
         if type(base) is not nn.Linear and type(base).__name__ != "Conv1D":
-            return None
+            return False
         if base._forward_pre_hooks or base._forward_hooks or base._backward_hooks or base._backward_pre_hooks:
-            return None
+            return False
         weight = base.weight
-        if "forward" in base.__dict__ or type(weight) not in _PLAIN or weight.requires_grad:
-            return None
-        return self.weight_matrix()
+        return "forward" not in base.__dict__ and type(weight) in _PLAIN and not weight.requires_grad
 
     @property
     def _bias(self) -> Tensor | None:

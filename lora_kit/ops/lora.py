@@ -42,12 +42,15 @@ def lora_linear(
     if torch.compiler.is_compiling():
         return _equation(functional.linear(x, weight, bias), x, a, b, scaling, dropout)
     dtype = _autocast_dtype(x)
-    if dtype is None and x.dtype != weight.dtype:
+    if dtype is not None:
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    elif x.dtype != weight.dtype:
         return functional.linear(x, weight, bias)  # raises, as the base alone would
     with _without_autocast(x.device.type):
         if _needs_grad(x, a, b):
-            return _LoraLinear.apply(x, weight, bias, a, b, scaling, dropout, dtype or x.dtype)
-        return _added(_linear(x, weight, bias, dtype or x.dtype), x, a, b, scaling, dropout)
+            return _LoraLinear.apply(x, weight, bias, a, b, scaling, dropout)
+        y = functional.linear(_cast(x, weight.dtype), weight, bias)
+        return _added(y, x, a, b, scaling, dropout)
 
 
 def lora_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, *, dropout: float = 0.0) -> Tensor:
@@ -135,10 +138,6 @@ def _equation(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropou
         x = functional.dropout(x, dropout)
     h = x.to(y.dtype) @ a.to(y.dtype).mT
     return torch.add(y, h @ b.to(y.dtype).mT, alpha=scaling)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return functional.linear(_cast(x, dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def _added(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: float) -> Tensor:
@@ -281,12 +280,11 @@ class _LoraLinear(torch.autograd.Function):
         b: Tensor,
         scaling: float,
         dropout: float,
-        dtype: torch.dtype,
     ) -> Tensor:
         ctx.x_dtype = x.dtype
-        y = _linear(x, weight, bias, dtype)
-        # The weight itself is kept: a cast of it, which autocast would hold until the backward, is made again there.
-        _Update.into(ctx, y, _cast(x, dtype), a, b, scaling, dropout, weight)
+        x = _cast(x, weight.dtype)
+        y = functional.linear(x, weight, bias)
+        _Update.into(ctx, y, x, a, b, scaling, dropout, weight)
         return y
 
     @staticmethod
@@ -295,9 +293,9 @@ class _LoraLinear(torch.autograd.Function):
         needs_x, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         d = dy.reshape(-1, dy.shape[-1])
         *saved, weight = ctx.saved_tensors
-        base = d @ weight.to(d.dtype) if needs_x else None
+        base = d @ weight if needs_x else None
         dx, da, db = _Update.gradients(ctx, d, base, tuple(saved), (needs_x, needs_a, needs_b))
-        return dx, None, None, da, db, None, None, None
+        return dx, None, None, da, db, None, None
 
 
 class _LoraAdd(torch.autograd.Function):
