@@ -7,14 +7,15 @@ much lower rank than the others are a part of their own, so nobody pays for what
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass
 class Part:
     """Some rows of a batch with their pairs.
 
@@ -50,19 +51,21 @@ class Part:
         return torch.bmm((torch.bmm(x, self.a) * self.scaling).to(x.dtype), self.b)
 
 
-def gathered(
-    a: Tensor, b: Tensor, used: Sequence[int], pairs: Mapping[int, tuple[int, float]], dtype: torch.dtype
-) -> list[Part]:
+Pair = tuple[int, float] | None
+"""Rank and scaling of what a row uses; None for the base."""
+
+
+def gathered(a: Tensor, b: Tensor, used: Sequence[int], pairs: Sequence[Pair], dtype: torch.dtype) -> list[Part]:
     """The parts of a batch, at most two.
 
     Args:
-        a: (S, r, in). b: (S, out, r). Slabs.
-        used: the slot of each row.
-        pairs: rank and scaling of each slot that holds a pair; rows of other slots use the base.
+        a: (S, r, in). b: (S, out, r). Slabs, in memory the rank before the features.
+        used: the slot of each row. pairs: what each row has there.
         dtype: of the activations.
     """
-    active = [row for row, slot in enumerate(used) if slot in pairs]
-    return [_part(a, b, used, rows, pairs, dtype) for rows in _by_rank(active, [pairs[used[row]][0] for row in active])]
+    held = [pair for pair in pairs if pair is not None]
+    active = [row for row, pair in enumerate(pairs) if pair is not None]
+    return [_part(a, b, used, rows, pairs, dtype) for rows in _by_rank(active, [pair[0] for pair in held])]
 
 
 def _by_rank(rows: list[int], ranks: list[int]) -> list[list[int]]:
@@ -79,32 +82,36 @@ def _by_rank(rows: list[int], ranks: list[int]) -> list[list[int]]:
 
 
 def _part(
-    a: Tensor,
-    b: Tensor,
-    used: Sequence[int],
-    rows: list[int],
-    pairs: Mapping[int, tuple[int, float]],
-    dtype: torch.dtype,
+    a: Tensor, b: Tensor, used: Sequence[int], rows: Sequence[int], pairs: Sequence[Any], dtype: torch.dtype
 ) -> Part:
-    slots = [used[row] for row in rows]
-    rank = max(pairs[slot][0] for slot in slots)
-    scalings = [pairs[slot][1] for slot in slots]
-    # Slots that follow one another are read where they are. Both slabs have the rank before the features in memory.
-    taken = slice(slots[0], slots[-1] + 1)
-    index = taken if _in_a_row(slots) else torch.tensor(slots, device=a.device)
+    slots, held = [used[row] for row in rows], [pairs[row] for row in rows]
+    scalings = {scaling for _, scaling in held}
     return Part(
-        rows=_rows(rows, len(used), a.device),
-        a=a[:, :rank][index].to(dtype).mT,
-        b=b.mT[:, :rank][index].to(dtype),
-        scaling=scalings[0] if len(set(scalings)) == 1 else torch.tensor(scalings, device=a.device).view(-1, 1, 1),
+        _rows(rows, len(used), a.device),
+        _taken(a, slots, max(rank for rank, _ in held), dtype).mT,
+        _taken(b.mT, slots, max(rank for rank, _ in held), dtype),
+        scalings.pop()
+        if len(scalings) == 1
+        else torch.tensor([scaling for _, scaling in held], device=a.device).view(-1, 1, 1),
     )
+
+
+def _taken(slab: Tensor, slots: Sequence[int], rank: int, dtype: torch.dtype) -> Tensor:
+    """(R', rank, features) of a slab (S, r, features): where it lies if the slots follow one another, else a copy."""
+    if rank < slab.shape[1]:
+        slab = slab[:, :rank]
+    if _in_a_row(slots):
+        taken = slab.narrow(0, slots[0], len(slots))
+    else:
+        taken = slab.index_select(0, torch.tensor(slots, device=slab.device))
+    return taken if taken.dtype == dtype else taken.to(dtype)
 
 
 def _in_a_row(numbers: Sequence[int]) -> bool:
     return list(numbers) == list(range(numbers[0], numbers[0] + len(numbers)))
 
 
-def _rows(rows: list[int], count: int, device: torch.device) -> slice | Tensor | None:
+def _rows(rows: Sequence[int], count: int, device: torch.device) -> slice | Tensor | None:
     if len(rows) == count:
         return None
     if _in_a_row(rows):

@@ -91,10 +91,11 @@ class LoraLinear(_PairLayer):
             y: Tensor = self.base_layer(x, *args, **kwargs)
             return y
         a, b, dropout = entry.tensors[A], entry.tensors[B], entry.dropout if self.training else 0.0
-        if args or kwargs or not self._is_plain():
+        plain = None if args or kwargs else self._plain()
+        if plain is None:
             y = lora_add(self.base_layer(x, *args, **kwargs), x, a, b, entry.scaling, dropout=dropout)
         else:
-            y = lora_linear(x, self.weight_matrix(), self._bias, a, b, entry.scaling, dropout=dropout)
+            y = lora_linear(x, *plain, a, b, entry.scaling, dropout=dropout)
         return scale_columns(y, self.column_scale(entry), self._bias) if MAGNITUDE in entry.tensors else y
 
     def _by_row(self, y: Tensor, x: Tensor) -> Tensor:
@@ -105,7 +106,8 @@ class LoraLinear(_PairLayer):
             return y if self.columns is None else self._scaled_by_row(y, index)
         self.routing.check(x)
         rows = len(self.routing.rows)
-        flat, into = x.to(y.dtype).reshape(rows, -1, x.shape[-1]), y.view(rows, -1, y.shape[-1])
+        flat = x if x.dtype == y.dtype else x.to(y.dtype)
+        flat, into = flat.reshape(rows, -1, x.shape[-1]), y.view(rows, -1, y.shape[-1])
         for part in self._gathered(y.dtype):
             part.add_(into, flat)
         return y if self.columns is None else self._scaled_by_row(y, self.routing.index(x))
@@ -119,9 +121,8 @@ class LoraLinear(_PairLayer):
     def _gathered(self, dtype: torch.dtype) -> list[Part]:
         kept = self.routing.prepared.get(self)
         if kept is None or kept[0] != dtype:
-            pairs = {
-                slot: (entry.tensors[A].shape[0], entry.scaling) for slot, entry in enumerate(self.entries) if entry
-            }
+            used = [self.entries[slot] for slot in self.routing.rows]
+            pairs = [None if entry is None else (entry.tensors[A].shape[0], entry.scaling) for entry in used]
             kept = dtype, gathered(self.slabs[A], self.slabs[B], self.routing.rows, pairs, dtype)
             # Copies are kept while they at most double what the slabs take.
             if sum(part.a.numel() for part in kept[1]) <= self.slabs[A].numel():
@@ -129,18 +130,22 @@ class LoraLinear(_PairLayer):
         found: list[Part] = kept[1]
         return found
 
-    def _is_plain(self) -> bool:
-        """Whether the base computes x Wᵀ + bias and nothing else, so that it may be computed together with the update.
+    def _plain(self) -> tuple[Tensor, Tensor | None] | None:
+        """Weight (out, in) and bias of a base that computes x Wᵀ + bias and nothing else; of others None.
 
         Quantised, parametrised and hooked layers, and those whose forward was replaced, are black boxes.
         """
         base = self.base_layer
-        if type(base) is not nn.Linear and type(base).__name__ != "Conv1D":
-            return False
+        transposed = type(base) is not nn.Linear
+        if transposed and type(base).__name__ != "Conv1D":
+            return None
         if base._forward_pre_hooks or base._forward_hooks or base._backward_hooks or base._backward_pre_hooks:
-            return False
-        weight = base.weight
-        return "forward" not in base.__dict__ and type(weight) in _PLAIN and not weight.requires_grad
+            return None
+        weight: Any = base._parameters["weight"]
+        bias: Any = base._parameters["bias"]
+        if "forward" in base.__dict__ or type(weight) not in _PLAIN or weight.requires_grad:
+            return None
+        return weight.mT if transposed else weight, bias
 
     @property
     def _bias(self) -> Tensor | None:

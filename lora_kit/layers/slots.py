@@ -38,6 +38,8 @@ class SlotLayer(nn.Module):
     def __init__(self, base_layer: nn.Module, routing: Routing) -> None:
         super().__init__()
         self.base_layer = base_layer
+        # Found at once, where nn.Module would look for it in three dictionaries in every forward.
+        self.__dict__["base_layer"] = base_layer
         self.routing = routing
         self.device = next((p.device for p in base_layer.parameters()), torch.device("cpu"))
         self.dtype = torch.float32

@@ -46,11 +46,11 @@ def lora_linear(
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     elif x.dtype != weight.dtype:
         return functional.linear(x, weight, bias)  # raises, as the base alone would
-    with _without_autocast(x.device.type):
-        if _needs_grad(x, a, b):
+    with _NOTHING if dtype is None else _without_autocast(x.device.type):
+        if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad):
             return _LoraLinear.apply(x, weight, bias, a, b, scaling, dropout)
-        y = functional.linear(_cast(x, weight.dtype), weight, bias)
-        return _added(y, x, a, b, scaling, dropout)
+        x = _cast(x, weight.dtype)
+        return _added(functional.linear(x, weight, bias), x, a, b, scaling, dropout)
 
 
 def lora_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, *, dropout: float = 0.0) -> Tensor:
@@ -67,9 +67,9 @@ def lora_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, *, drop
     if torch.compiler.is_compiling():
         return _equation(y, x, a, b, scaling, dropout)
     with _without_autocast(y.device.type):
-        if _needs_grad(y, x, a, b):
+        if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or a.requires_grad or b.requires_grad):
             return _LoraAdd.apply(y, x, a, b, scaling, dropout)
-        return _added(y if is_free(y) else y.clone(), x, a, b, scaling, dropout)
+        return _added(y if is_free(y) else _copy(y), _cast(x, y.dtype), a, b, scaling, dropout)
 
 
 def lora_add_rows(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor, slots: Tensor) -> Tensor:
@@ -92,12 +92,12 @@ def lora_add_rows(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor, s
         h = (h * scaling[slots].view(-1, 1, 1)).to(y.dtype)
         return y + torch.bmm(h, b[slots].to(y.dtype).mT).view(y.shape)
     with _without_autocast(y.device.type):
-        if _needs_grad(y, x, a, b):
+        if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or a.requires_grad or b.requires_grad):
             return _LoraAddRows.apply(y, x, a, b, scaling, slots)
-        y = y if is_free(y) else y.clone(memory_format=torch.contiguous_format)
-        body, rows = backend.bodies(y), slots.shape[0]
-        h = body.shrink_rows(x.to(y.dtype).reshape(rows, -1, x.shape[-1]), a, slots)
-        body.expand_rows_(y.view(rows, -1, y.shape[-1]), h, b, scaling, slots)
+        y = y if is_free(y) else _copy(y)
+        rows = slots.shape[0]
+        flat = _cast(x, y.dtype).reshape(rows, -1, x.shape[-1])
+        backend.bodies(y).add_rows_(y.view(rows, -1, y.shape[-1]), flat, a, b, scaling, slots)
         return y
 
 
@@ -141,16 +141,11 @@ def _equation(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropou
 
 
 def _added(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: float) -> Tensor:
-    """y, which may be overwritten, with the update added; no gradients."""
-    x = _cast(x, y.dtype)
+    """y, which may be overwritten, with the update of x, which is of its dtype; no gradients."""
     if dropout:
         x = functional.dropout(x, dropout)
     backend.bodies(y).add_(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), a, b, scaling)
     return y
-
-
-def _needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -323,10 +318,9 @@ class _LoraAddRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor, slots: Tensor) -> Tensor:
         ctx.x_dtype = x.dtype
-        x, rows, body = _cast(x, y.dtype), slots.shape[0], backend.bodies(y)
-        h = body.shrink_rows(x.reshape(rows, -1, x.shape[-1]), a, slots)  # (R, tokens, r)
-        y = _writable(ctx, y)
-        body.expand_rows_(y.view(rows, -1, y.shape[-1]), h, b, scaling, slots)
+        x, y, rows = _cast(x, y.dtype), _writable(ctx, y), slots.shape[0]
+        into, flat = y.view(rows, -1, y.shape[-1]), x.reshape(rows, -1, x.shape[-1])
+        h = backend.bodies(y).add_rows_(into, flat, a, b, scaling, slots)  # (R, tokens, r)
         ctx.save_for_backward(x, a, b, scaling, slots, h)
         return y
 
@@ -348,10 +342,14 @@ class _LoraAddRows(torch.autograd.Function):
         return dy, dx, da, db, None, None
 
 
+def _copy(y: Tensor) -> Tensor:
+    return y.clone(memory_format=torch.contiguous_format)
+
+
 def _writable(ctx: Any, y: Tensor) -> Tensor:
     """y itself, marked as overwritten, or a copy where it may not be."""
     if not is_free(y):
-        return y.clone(memory_format=torch.contiguous_format)
+        return _copy(y)
     ctx.mark_dirty(y)
     return y
 

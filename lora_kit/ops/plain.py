@@ -20,8 +20,27 @@ def add_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     Returns:
         x Aᵀ, (n, r) in the dtype of y.
     """
-    h = x @ a.to(y.dtype).mT
-    y.addmm_(h, b.to(y.dtype).mT, alpha=scaling)
+    if a.dtype != y.dtype:
+        a = a.to(y.dtype)
+    if b.dtype != y.dtype:
+        b = b.to(y.dtype)
+    h = torch.mm(x, a.t())
+    y.addmm_(h, b.t(), alpha=scaling)
+    return h
+
+
+def add_rows_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor, slots: Tensor) -> Tensor:
+    """yᵢ += scaling[kᵢ] · (xᵢ A[kᵢ]ᵀ) B[kᵢ]ᵀ in place for every row i, with k = slots: a shrink and an expand.
+
+    Args:
+        y: (R, T, out). x: (R, T, in) in the dtype of y.
+        a: (S, r, in). b: (S, out, r). Any floating dtype. scaling: (S,) fp32. slots: (R,) int64.
+
+    Returns:
+        xᵢ A[kᵢ]ᵀ, (R, T, r) in the dtype of y.
+    """
+    h = shrink_rows(x, a, slots)
+    expand_rows_(y, h, b, scaling, slots)
     return h
 
 
