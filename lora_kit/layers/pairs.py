@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_kit.layers.gathered import Part, gathered
 from lora_kit.layers.kinds import features_of, keeps_transposed, kind_of
-from lora_kit.layers.routing import Routing
+from lora_kit.layers.routing import BASE, Routing
 from lora_kit.layers.slots import Entry, SlotLayer
 from lora_kit.ops import (
     backend,
@@ -48,15 +48,19 @@ class _PairLayer(SlotLayer):
             B: torch.zeros(slots, rank, size_out, dtype=dtype, device=self.device).mT,
         }
 
-    def _routes_by_index(self) -> bool:
+    def _routes_by_index(self, x: Tensor) -> bool:
         """Whether slots are read from a tensor.
 
-        Compiled and captured inference always does, so that a swap changes no guard and no graph.
+        Compiled and captured inference always does, so that a swap changes no guard and no graph. On CUDA what is not
+        captured does too, where there are kernels for it: a capture may run only what was loaded before.
         """
-        routing = self.routing
-        if routing.mixed:
+        if self.routing.mixed:
             return True
-        return self._is_recorded() and not (self.trains and torch.is_grad_enabled())
+        if self.trains and torch.is_grad_enabled():
+            return False
+        if self._is_recorded():
+            return True
+        return self.device.type == "cuda" and self.routing.slot != BASE and backend.bodies(x) is not plain
 
     def _is_recorded(self) -> bool:
         """Whether this forward is being compiled, or captured into a CUDA graph, to run again under another routing."""
@@ -84,7 +88,7 @@ class LoraLinear(_PairLayer):
         self.columns: Tensor | None = None  # (slots, out) fp32, while an adapter here is a DoRA
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self._routes_by_index():
+        if self._routes_by_index(x):
             return self._by_row(self.base_layer(x, *args, **kwargs), x)
         entry = self._uniform()
         if entry is None:
@@ -114,7 +118,7 @@ class LoraLinear(_PairLayer):
 
     def _can_gather(self, y: Tensor, x: Tensor) -> bool:
         """Whether the rows' pairs may be taken out of the slabs once for many forwards: nothing about them changes."""
-        if self.trains or self._is_recorded() or backend.bodies(y) is not plain:
+        if self.trains or not self.routing.mixed or self._is_recorded() or backend.bodies(y) is not plain:
             return False
         return not (torch.is_grad_enabled() and (y.requires_grad or x.requires_grad)) and is_free(y)
 
@@ -216,7 +220,7 @@ class LoraEmbedding(_PairLayer):
         y = self.base_layer(ids)
         # Gemma and BART multiply what they look up; the update is of the table, so it is multiplied too.
         scale = float(getattr(self.base_layer, "embed_scale", 1.0))
-        if self._routes_by_index():
+        if self._routes_by_index(y):
             a, b = self._slab(A), self._slab(B)
             return lora_add_embedding_rows(y, ids, a, b, self.scaling * scale, self.routing.index(ids))
         entry = self._uniform()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lora_kit.ops import backend
+from lora_kit.ops import backend, plain
 
 
 def lora_linear(
@@ -86,7 +86,8 @@ def lora_add_rows(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor, s
     Returns:
         (n, ..., out) in the dtype of y. Gradients go to y, x, a and b.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and (torch.is_grad_enabled() or backend.bodies(y) is plain):
+        # The compiler gets the plain equation, but for kernels that read the slabs where they lie.
         rows = slots.shape[0]
         h = torch.bmm(x.to(y.dtype).reshape(rows, -1, x.shape[-1]), a[slots].to(y.dtype).mT)
         h = (h * scaling[slots].view(-1, 1, 1)).to(y.dtype)
@@ -331,12 +332,13 @@ class _LoraAddRows(torch.autograd.Function):
         rows, body = slots.shape[0], backend.bodies(dy)
         _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
         d, x3 = dy.reshape(rows, -1, dy.shape[-1]), x.reshape(rows, -1, x.shape[-1])
-        g = body.shrink_rows(d, b.mT, slots)  # (R, tokens, r)
         dx = None
         if needs_x:
             dx = torch.zeros_like(x3, memory_format=torch.contiguous_format)
-            body.expand_rows_(dx, g, a.mT, scaling, slots)
+            g = body.add_rows_(dx, d, b.mT, a.mT, scaling, slots)  # (R, tokens, r)
             dx = dx.view(x.shape).to(ctx.x_dtype)
+        else:
+            g = body.shrink_rows(d, b.mT, slots)
         da = _sum_by_slot(torch.bmm(g.mT, x3), scaling, slots, like=a) if needs_a else None
         db = _sum_by_slot(torch.bmm(h.mT, d).mT, scaling, slots, like=b) if needs_b else None
         return dy, dx, da, db, None, None

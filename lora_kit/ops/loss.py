@@ -1,0 +1,184 @@
+"""Cross-entropy over a frozen head, in chunks of rows: the logits of a batch never exist.
+
+With z = h Wᵀ + bias, E = exp(z - max z), s = Σ E, and y the label of a row,
+
+    loss = log s - (z_y - max z)
+    d loss / dh = Σ_{j ≠ y} (E_j / s) W_j - (Σ_{j ≠ y} E_j / s) W_y
+
+Since W is frozen, dh is the only gradient. It is formed in the forward, while a chunk's logits are there: two products
+with W in all and nothing kept but dh, where autograd keeps all logits. Rows without a label cost nothing. (Chunks with
+the gradient in the forward: Liger, arXiv 2410.10989; there for heads that are trained.) The label's own term is taken
+out of the product, so that its coefficient, the largest by far, is never rounded to 16 bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from lora_kit.errors import DataError
+
+LOGITS_BYTES: Final = {"cpu": 2**24, "cuda": 2**28}
+"""Bytes of logits that exist at once by default, in the dtype of the sums. On a CPU 16 MiB stay near the cores, and 128
+rows of 32,768 logits are enough for products at full speed; a GPU needs 512 rows of 131,072 for that."""
+
+
+def chunked_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    chunk: int | None = None,
+    smoothing: float = 0.0,
+) -> Tensor:
+    """The cross-entropy of `hidden @ weight.T + bias` in nats, summed over the rows that have a label.
+
+    Sums and exponentials are taken in fp32 (in fp64 for fp64), the products with W in the dtype in which a linear layer
+    would compute them, under autocast too. Where no gradient is needed none is formed.
+
+    Args:
+        hidden: (n, d).
+        weight: (v, d), frozen. bias: (v,), frozen.
+        labels: (n,) int64, each in 0 … v - 1 or `ignore_index`: no label.
+        chunk: rows at once; None for as many as `LOGITS_BYTES` hold. The result does not depend on it.
+        smoothing: share of the target spread evenly over all classes (Szegedy et al. 2015, arXiv 1512.00567).
+
+    Returns:
+        () in fp32 or fp64. The gradient goes to `hidden` alone.
+
+    Raises:
+        DataError: shapes or dtypes that do not fit, a head that is not frozen, or (where looking costs no
+            synchronisation: on a CPU) a label that is no class.
+    """
+    _check_shapes(hidden, weight, bias, labels)
+    dtype = _computed_in(hidden)
+    if weight.dtype != dtype and not torch.is_autocast_enabled(hidden.device.type):
+        raise DataError(f"hidden is {hidden.dtype} and weight {weight.dtype}; outside autocast both must be of one dtype")
+    rows = (labels != ignore_index).nonzero().squeeze(1)
+    labels = labels.index_select(0, rows)
+    if labels.device.type == "cpu":
+        _check_labels(labels, weight.shape[0])
+    if chunk is None:
+        sums = torch.promote_types(dtype, torch.float32)
+        chunk = max(1, LOGITS_BYTES.get(hidden.device.type, 2**24) // (weight.shape[0] * sums.itemsize))
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = _Head(weight.to(dtype), None if bias is None else bias.to(dtype), labels, rows, chunk, smoothing)
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            total: Tensor = _ChunkedCrossEntropy.apply(hidden, head)
+            return total
+        with torch.no_grad():
+            return head.loss(hidden, gradient=None)
+
+
+def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:
+    n, d, v = hidden.shape[0] if hidden.ndim else 0, hidden.shape[-1:], weight.shape[:1]
+    fits = hidden.ndim == weight.ndim == 2 and weight.shape[1:] == d and labels.shape == (n,)
+    if not fits or (bias is not None and bias.shape != v):
+        given = ", ".join(str(tuple(t.shape)) for t in (hidden, weight, labels, bias) if t is not None)
+        raise DataError(f"hidden (n, d), weight (v, d), labels (n,) and bias (v,) were expected; the shapes are {given}")
+    if labels.dtype != torch.int64:
+        raise DataError(f"labels must be int64; they are {labels.dtype}")
+    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        raise DataError("the head requires a gradient, and none is formed for it here", hint="use the plain loss")
+
+
+def _check_labels(labels: Tensor, classes: int) -> None:
+    if labels.numel():
+        low, high = (int(value) for value in labels.aminmax())
+        if low < 0 or high >= classes:
+            raise DataError(f"label {low if low < 0 else high} is none of the {classes} classes")
+
+
+def _computed_in(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer computes with this input."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The head, what is asked of it, and the rows of `hidden` that it is asked for.
+
+    Attributes:
+        weight: (v, d). bias: (v,). labels: (k,). rows: (k,), where in `hidden` each labelled row stands.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    rows: Tensor
+    chunk: int
+    smoothing: float
+
+    def loss(self, hidden: Tensor, *, gradient: Tensor | None) -> Tensor:
+        """The summed loss; d loss / d hidden of the labelled rows is written into `gradient` (k, d), if there is one."""
+        classes, dtype = self.weight.shape[0], self.weight.dtype
+        size = min(self.chunk, len(self.rows))
+        logits = hidden.new_empty(size, classes, dtype=dtype)
+        sums = torch.promote_types(dtype, torch.float32)
+        wide = logits if sums == dtype else hidden.new_empty(size, classes, dtype=sums)
+        center = self.weight.mean(0, dtype=sums) if self.smoothing and gradient is not None else None
+        total = hidden.new_zeros((), dtype=sums)
+        for start in range(0, len(self.rows), self.chunk):
+            here = slice(start, min(start + self.chunk, len(self.rows)))
+            x = hidden.index_select(0, self.rows[here]).to(dtype)
+            narrow, z = logits[: len(x)], wide[: len(x)]
+            self._logits(x, out=narrow)
+            if z.dtype != dtype:
+                z.copy_(narrow)
+            label = self.labels[here].unsqueeze(1)
+            loss, others, s = self._exponentials_(z, label)
+            total += loss
+            if gradient is not None:
+                narrow.copy_(z)
+                torch.div(narrow @ self.weight, s, out=gradient[here])
+                own = self.weight.index_select(0, self.labels[here])
+                gradient[here].addcmul_(own, others / s - self.smoothing, value=-1)
+                if center is not None:
+                    gradient[here].sub_(center, alpha=self.smoothing)
+        return total
+
+    def _logits(self, x: Tensor, *, out: Tensor) -> None:
+        if self.bias is None:
+            torch.mm(x, self.weight.mT, out=out)
+        else:
+            torch.addmm(self.bias, x, self.weight.mT, out=out)
+
+    def _exponentials_(self, z: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Turn logits in place into E with a zero at each label; the summed loss, and Σ_{j ≠ y} E_j and s (k, 1)."""
+        z.sub_(z.amax(1, keepdim=True))
+        own = z.gather(1, label)
+        target = own
+        if self.smoothing:
+            target = own * (1 - self.smoothing) + z.mean(1, keepdim=True) * self.smoothing
+        others = z.exp_().scatter_(1, label, 0).sum(1, keepdim=True)
+        s = others + own.exp()
+        return (s.log() - target).sum(), others, s
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The summed loss of the labelled rows; the backward only multiplies what the forward formed."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: _Head) -> Tensor:
+        # In the dtype of the sums, so that it is rounded once, after it has been multiplied.
+        sums = torch.promote_types(head.weight.dtype, torch.float32)
+        gradient = hidden.new_empty(len(head.rows), hidden.shape[1], dtype=sums)
+        loss = head.loss(hidden, gradient=gradient)
+        ctx.save_for_backward(gradient, head.rows)
+        ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor, None]:
+        gradient, rows = ctx.saved_tensors
+        d_hidden = gradient.new_zeros(ctx.shape, dtype=ctx.dtype)
+        return d_hidden.index_copy_(0, rows, (gradient * d_loss).to(ctx.dtype)), None
