@@ -9,10 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Pair(NamedTuple):
+    """What one row of a batch uses."""
+
+    slot: int
+    rank: int
+    scaling: float
 
 
 @dataclass
@@ -51,48 +59,38 @@ class Part:
         return torch.bmm((torch.bmm(x, self.a) * self.scaling).to(x.dtype), self.b)
 
 
-Pair = tuple[int, float] | None
-"""Rank and scaling of what a row uses; None for the base."""
-
-
-def gathered(a: Tensor, b: Tensor, used: Sequence[int], pairs: Sequence[Pair], dtype: torch.dtype) -> list[Part]:
+def gathered(a: Tensor, b: Tensor, pairs: Sequence[Pair | None], dtype: torch.dtype) -> list[Part]:
     """The parts of a batch, at most two.
 
     Args:
         a: (S, r, in). b: (S, out, r). Slabs, in memory the rank before the features.
-        used: the slot of each row. pairs: what each row has there.
+        pairs: of each row; None for the base.
         dtype: of the activations.
     """
-    held = [pair for pair in pairs if pair is not None]
-    active = [row for row, pair in enumerate(pairs) if pair is not None]
-    return [_part(a, b, used, rows, pairs, dtype) for rows in _by_rank(active, [pair[0] for pair in held])]
+    held = {row: pair for row, pair in enumerate(pairs) if pair is not None}
+    return [_part(a, b, rows, len(pairs), dtype) for rows in _by_rank(held)]
 
 
-def _by_rank(rows: list[int], ranks: list[int]) -> list[list[int]]:
+def _by_rank(rows: dict[int, Pair]) -> list[dict[int, Pair]]:
     """Rows in one part, or in two where paying the highest rank for all of them would more than double the work."""
-    if not rows:
-        return []
+    ranks = [pair.rank for pair in rows.values()]
+    if not rows or max(ranks) * len(ranks) <= 2 * sum(ranks):
+        return [rows] if rows else []
     high = max(ranks)
-    if high * len(ranks) <= 2 * sum(ranks):
-        return [rows]
-    ranked = list(zip(rows, ranks, strict=True))
     # The split that costs least: each part pays its own highest rank.
     bound = min(set(ranks) - {high}, key=lambda low: sum(low if rank <= low else high for rank in ranks))
-    return [[row for row, rank in ranked if rank <= bound], [row for row, rank in ranked if rank > bound]]
+    low = {row: pair for row, pair in rows.items() if pair.rank <= bound}
+    return [low, {row: pair for row, pair in rows.items() if row not in low}]
 
 
-def _part(
-    a: Tensor, b: Tensor, used: Sequence[int], rows: Sequence[int], pairs: Sequence[Any], dtype: torch.dtype
-) -> Part:
-    slots, held = [used[row] for row in rows], [pairs[row] for row in rows]
-    scalings = {scaling for _, scaling in held}
+def _part(a: Tensor, b: Tensor, rows: dict[int, Pair], count: int, dtype: torch.dtype) -> Part:
+    slots, ranks, scalings = zip(*rows.values(), strict=True)
+    one = len(set(scalings)) == 1
     return Part(
-        _rows(rows, len(used), a.device),
-        _taken(a, slots, max(rank for rank, _ in held), dtype).mT,
-        _taken(b.mT, slots, max(rank for rank, _ in held), dtype),
-        scalings.pop()
-        if len(scalings) == 1
-        else torch.tensor([scaling for _, scaling in held], device=a.device).view(-1, 1, 1),
+        rows=_rows(list(rows), count, a.device),
+        a=_taken(a, slots, max(ranks), dtype).mT,
+        b=_taken(b.mT, slots, max(ranks), dtype),
+        scaling=scalings[0] if one else torch.tensor(scalings, device=a.device).view(-1, 1, 1),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from lora_kit.layers.gathered import Part, gathered
+from lora_kit.layers.gathered import Pair, Part, gathered
 from lora_kit.layers.kinds import features_of, keeps_transposed, kind_of
 from lora_kit.layers.routing import BASE, Routing
 from lora_kit.layers.slots import Entry, SlotLayer
@@ -125,14 +125,17 @@ class LoraLinear(_PairLayer):
     def _gathered(self, dtype: torch.dtype) -> list[Part]:
         kept = self.routing.prepared.get(self)
         if kept is None or kept[0] != dtype:
-            used = [self.entries[slot] for slot in self.routing.rows]
-            pairs = [None if entry is None else (entry.tensors[A].shape[0], entry.scaling) for entry in used]
-            kept = dtype, gathered(self.slabs[A], self.slabs[B], self.routing.rows, pairs, dtype)
+            pairs = [self._pair(slot) for slot in self.routing.rows]
+            kept = dtype, gathered(self.slabs[A], self.slabs[B], pairs, dtype)
             # Copies are kept while they at most double what the slabs take.
             if sum(part.a.numel() for part in kept[1]) <= self.slabs[A].numel():
                 self.routing.prepared[self] = kept
         found: list[Part] = kept[1]
         return found
+
+    def _pair(self, slot: int) -> Pair | None:
+        entry = self.entries[slot]
+        return None if entry is None else Pair(slot, entry.tensors[A].shape[0], entry.scaling)
 
     def _plain(self) -> tuple[Tensor, Tensor | None] | None:
         """Weight (out, in) and bias of a base that computes x Wᵀ + bias and nothing else; of others None.
