@@ -50,9 +50,12 @@ fix: $(READY) ## format, and mend what ruff can mend
 	@$(BIN)/ruff check --fix --quiet $(SOURCES)
 
 .PHONY: bench
-bench: $(READY) ## speed, swaps and loads beside PEFT; about ten minutes
-	@$(OFFLINE) $(BIN)/python -m benchmarks.speed.speed
-	@$(OFFLINE) $(BIN)/python -m benchmarks.control.control
+bench: $(READY) ## what things cost beside PEFT, in short; five minutes on two idle cores, writes nothing
+	@$(OFFLINE) $(BIN)/python -m benchmarks --short
+
+.PHONY: bench-full
+bench-full: $(READY) ## all of it, written to benchmarks/results and the pages; about an hour and a half
+	@$(OFFLINE) $(BIN)/python -m benchmarks --write
 
 .PHONY: bench-quality
 bench-quality: $(READY) ## E2E NLG on kit-base; E2E_DATA=folder with train, valid and test.jsonl; about 40 minutes

@@ -30,6 +30,7 @@ _FULL: Final = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 _ABSENT: Final = (errno.ENOENT, errno.ENOTDIR)
 _NO_PATH: Final = (errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
 _LARGE: Final = 4 * 2**20
+_PIECE: Final = 8 * 2**20
 _MOST_SHOWN: Final = 500
 
 
@@ -73,33 +74,20 @@ def _mode(path: Path, *, follow: bool) -> int:
         raise StorageError(f"{printable(path)} cannot be read: {error.strerror}") from error
 
 
-def read_regular(
-    path: Path, *, limit: int | None = None, accept: Callable[[BufferedReader, int], None] | None = None
-) -> memoryview:
-    """The bytes of a regular file inside its folder, writable.
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[BufferedReader, int]]:
+    """A regular file inside its folder, open for reading, and its size.
 
     A link is followed where it stays in the folder, or in the hub's cache that the folder belongs to.
 
-    Args:
-        limit: of the size, in bytes. None: what there is memory for.
-        accept: is given the open file and its size before the whole is read, and raises to refuse it.
-
     Raises:
-        AdapterError: missing, a link that leads out, not a regular file, or larger than `limit`.
-        StorageError: it cannot be read, or there is not enough memory for it.
+        AdapterError: missing, a link that leads out, or not a regular file.
+        StorageError: it cannot be read, by the block neither, or there is not enough memory for it.
     """
     shown = printable(path)
     try:
-        with _opened(path, shown) as file:
-            size = os.fstat(file.fileno()).st_size
-            if limit is not None and size > limit:
-                raise AdapterError(f"{shown} has {size:,} bytes; at most {limit:,} are expected")
-            if accept is not None:
-                accept(file, size)
-                file.seek(0)
-            _check_memory(size, shown)
-            data = _buffer(size)
-            return data[: file.readinto(data)]  # it may have shrunk meanwhile
+        with _open(path, shown) as file:
+            yield file, os.fstat(file.fileno()).st_size
     except StorageError:
         raise
     except OSError as error:
@@ -112,7 +100,19 @@ def read_regular(
         raise StorageError(f"{shown} does not fit in memory") from None
 
 
-def _opened(path: Path, shown: str) -> BufferedReader:
+def read_regular(path: Path, *, check_size: Callable[[int], None]) -> memoryview:
+    """The bytes of a regular file; see `opened`.
+
+    Args:
+        check_size: is given the size of the file, and raises to refuse it.
+    """
+    with opened(path) as (file, size):
+        check_size(size)
+        data = buffer(size, printable(path))
+        return data[: fill(file, data)]  # it may have shrunk meanwhile
+
+
+def _open(path: Path, shown: str) -> BufferedReader:
     real = Path(os.path.realpath(path, strict=True))
     if path.is_symlink() and not _inside(real, path.parent):
         raise AdapterError(f"{shown} is a link that leads out of its folder", hint="copy the file here")
@@ -135,9 +135,18 @@ def _inside(real: Path, folder: Path) -> bool:
     return real.is_relative_to(root)
 
 
-def _buffer(size: int) -> memoryview:
-    """Memory to read into; a large one in huge pages, since touching small ones costs more than reading the file."""
-    if size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+def buffer(size: int, shown: str) -> memoryview:
+    """Memory to read a file into; a large one in huge pages, since touching small ones costs more than reading.
+
+    Raises:
+        StorageError: there is not enough memory.
+    """
+    if size < _LARGE:
+        return memoryview(bytearray(size))
+    available = _available_memory()
+    if available is not None and size > available:
+        raise StorageError(f"{shown} needs {size:,} bytes of memory; {available:,} are available")
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
         return memoryview(bytearray(size))
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without them
@@ -145,10 +154,22 @@ def _buffer(size: int) -> memoryview:
     return memoryview(memory)
 
 
-def _check_memory(size: int, shown: str) -> None:
-    available = _available_memory()
-    if available is not None and size > available:
-        raise StorageError(f"{shown} has {size:,} bytes; {available:,} bytes of memory are available")
+def fill(file: BufferedReader, memory: memoryview, seen: Callable[[memoryview], object] | None = None) -> int:
+    """Read from a file until memory is full or the file ends; how many bytes that were.
+
+    Args:
+        seen: is given each piece as it is read.
+    """
+    filled = 0
+    while filled < len(memory):
+        piece = memory[filled : filled + _PIECE]
+        count = file.readinto(piece)
+        if not count:
+            break
+        if seen is not None:
+            seen(piece[:count])
+        filled += count
+    return filled
 
 
 def _available_memory() -> int | None:
@@ -171,8 +192,13 @@ def read_json(path: Path, *, limit: int) -> dict[str, Any]:
 
 def read_text(path: Path, *, limit: int) -> str:
     """The text of a small file; AdapterError where it is anything else."""
+
+    def check_size(size: int) -> None:
+        if size > limit:
+            raise AdapterError(f"{printable(path)} has {size:,} bytes; at most {limit:,} are expected")
+
     try:
-        return str(read_regular(path, limit=limit), "utf-8")
+        return str(read_regular(path, check_size=check_size), "utf-8")
     except UnicodeDecodeError as error:
         raise AdapterError(f"{printable(path)}: not UTF-8 at byte {error.start}") from None
 

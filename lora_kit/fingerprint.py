@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from lora_kit.layers import features_of, kind_of
-from lora_kit.targets import named_layers
+from lora_kit.targets import Modules, named_layers
 
 SAMPLED_TENSORS: Final = 32
 SAMPLED_VALUES: Final = 32
@@ -30,14 +31,11 @@ def fingerprint(model: nn.Module, *, name: str | None = None) -> dict[str, Any]:
         `{"name", "structure": sha256, "weights": {parameter: hex}}`; the hex digits are evenly spaced values, rounded
         to bfloat16, big-endian, with `float16:` before them where they were rounded to that before.
     """
-    sampled = _sampled_parameters(model)
+    layers = list(named_layers(model))
+    sampled = _sampled_parameters(layers)
     names = sorted(sampled)
-    step = max(1, len(names) // SAMPLED_TENSORS)
-    return {
-        "name": name,
-        "structure": _structure(model),
-        "weights": {key: _sample(sampled[key]) for key in names[::step]},
-    }
+    chosen = names[:: max(1, len(names) // SAMPLED_TENSORS)]
+    return {"name": name, "structure": _structure(layers), "weights": {key: _sample(sampled[key]) for key in chosen}}
 
 
 def differences(made_for: Mapping[str, Any], found: nn.Module, *, ignore: Collection[str] = ()) -> list[str]:
@@ -48,10 +46,10 @@ def differences(made_for: Mapping[str, Any], found: nn.Module, *, ignore: Collec
     Args:
         ignore: paths of modules whose weights an adapter brings itself, so that the base's do not matter.
     """
-    told = []
-    if made_for.get("structure") not in (None, _structure(found)):
+    told, layers = [], list(named_layers(found))
+    if made_for.get("structure") not in (None, _structure(layers)):
         told.append("its layers have other names or shapes")
-    parameters, weights = _sampled_parameters(found), made_for.get("weights") or {}
+    parameters, weights = _sampled_parameters(layers), made_for.get("weights") or {}
     if not isinstance(weights, Mapping):
         return [*told, "its fingerprint is damaged"]
     compared = [key for key in weights if key in parameters and not any(key.startswith(f"{path}.") for path in ignore)]
@@ -61,27 +59,31 @@ def differences(made_for: Mapping[str, Any], found: nn.Module, *, ignore: Collec
     return told
 
 
-def _structure(model: nn.Module) -> str:
-    layers = [f"{path} {kind_of(m)} {features_of(m)}" for path, m in named_layers(model) if kind_of(m)]
+def _structure(modules: Modules) -> str:
+    kinds = [(path, module, kind_of(module)) for path, module in modules]
+    layers = [f"{path} {kind} {features_of(module)}" for path, module, kind in kinds if kind]
     return hashlib.sha256("\n".join(sorted(layers)).encode()).hexdigest()
 
 
-def _sampled_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {key: p for key, p in _parameters(model) if p.is_floating_point() and not p.is_meta}
-
-
-def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for path, module in named_layers(model):
-        for key, parameter in module.named_parameters(recurse=False):
-            yield f"{path}.{key}" if path else key, parameter
+def _sampled_parameters(modules: Modules) -> dict[str, nn.Parameter]:
+    found = {}
+    for path, module in modules:
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_floating_point() and not parameter.is_meta:
+                found[f"{path}.{key}" if path else key] = parameter
+    return found
 
 
 def _sample(tensor: Tensor) -> str:
     """Evenly spaced values of a tensor."""
     flat = tensor.detach().reshape(-1)
-    index = torch.linspace(0, flat.numel() - 1, min(SAMPLED_VALUES, flat.numel()), dtype=torch.float64).long()
-    values = flat[index.to(flat.device)].to("cpu", torch.bfloat16).view(torch.int16).numpy()
+    values = flat[_places(flat.numel()).to(flat.device)].to("cpu", torch.bfloat16).view(torch.int16).numpy()
     return (_HALF if tensor.dtype == torch.float16 else "") + values.astype(">i2").tobytes().hex()
+
+
+@functools.lru_cache(maxsize=SAMPLED_TENSORS)
+def _places(count: int) -> Tensor:
+    return torch.linspace(0, count - 1, min(SAMPLED_VALUES, count), dtype=torch.float64).long()
 
 
 def _is_same(one: Any, other: str) -> bool:

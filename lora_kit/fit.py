@@ -2,16 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lora_kit.adapter import Adapter, Pair
-from lora_kit.targets import Coverage, Target, named_layers
+from lora_kit.errors import AdapterError, BaseMismatchError
+from lora_kit.fingerprint import differences
+from lora_kit.targets import Coverage, Target, named_layers, survey
+
+logger = logging.getLogger(__name__)
 
 
-def misfits(adapter: Adapter, model: nn.Module, coverage: Coverage, dtype: torch.dtype) -> list[str]:
+def fitted(
+    name: str, adapter: Adapter, model: nn.Module, *, dtype: torch.dtype, allow: Collection[str] = ()
+) -> Coverage:
+    """What an adapter covers in a model.
+
+    Args:
+        name: for messages.
+        dtype: what the tensors are to be held in.
+        allow: of `other-base`, `unmatched-targets`: what may pass instead of being refused.
+
+    Raises:
+        AdapterError: with every misfit. BaseMismatchError: it was made for another base.
+    """
+    coverage = survey(model, adapter.config)
+    told = _misfits(adapter, model, coverage, dtype)
+    if "unmatched-targets" not in allow:
+        told += [f"nothing in the model matches {entry}" for entry in coverage.unmatched]
+    if told:
+        fitting = sum(target.path in adapter.pairs() for target in coverage.targets)
+        head = f"{name!r} does not fit this model: {fitting} of {len(coverage.targets)} covered layers have a pair"
+        only_unmatched = len(told) == len(coverage.unmatched)
+        hint = "allow 'unmatched-targets' if its list of names is meant for several models" if only_unmatched else ""
+        raise AdapterError("\n  ".join([head, *told]), hint=hint)
+    _check_base(name, adapter, model, coverage, allow)
+    return coverage
+
+
+def _check_base(name: str, adapter: Adapter, model: nn.Module, coverage: Coverage, allow: Collection[str]) -> None:
+    if adapter.base is None:
+        logger.info("%s: it does not say which base it was made for", name)
+        return
+    told = differences(adapter.base, model, ignore=coverage.saved)
+    if told and "other-base" not in allow:
+        made_for = adapter.base.get("name") or "another base"
+        raise BaseMismatchError(
+            f"{name!r} was made for {made_for}, and this is another base: {'; '.join(told)}",
+            hint="load it on its own base, or allow 'other-base'",
+        )
+    if told:
+        logger.warning("%s: another base than it was made for: %s", name, "; ".join(told))
+
+
+def _misfits(adapter: Adapter, model: nn.Module, coverage: Coverage, dtype: torch.dtype) -> list[str]:
     """How an adapter's tensors differ from what its config covers in a model; empty where it fits.
 
     Args:

@@ -34,13 +34,20 @@ def parse_object(text: str) -> dict[str, Any]:
         raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):
         raise ValueError(f"a JSON object was expected, found {type(value).__name__}")
-    level: list[Any] = [value]
-    for _ in range(MAX_NESTING):
-        level = [item for one in level for item in (one.values() if isinstance(one, dict) else one)]
-        level = [item for item in level if isinstance(item, (dict, list))]
-    if level:
+    if _is_deep(value):
         raise ValueError(f"nested more than {MAX_NESTING} levels deep")
     return value
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether anything lies below more levels than are read."""
+    level = [value]
+    for _ in range(MAX_NESTING):
+        inside = (one.values() if type(one) is dict else one for one in level)
+        level = [item for items in inside for item in items if type(item) in (dict, list)]
+        if not level:
+            return False
+    return True
 
 
 def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from torch import nn
 
 from lora_kit.config import ALL_LINEAR, LoraConfig
 from lora_kit.errors import TargetError, listed, nearest
 from lora_kit.layers import SlotLayer, features_of, kind_of
-from lora_kit.patterns import matches
+from lora_kit.patterns import expression
 
-_HEADS = ("score", "classifier", "qa_outputs", "lm_head")
+_HEADS: Final = ("score", "classifier", "qa_outputs", "lm_head")
 """Names of output heads that `all-linear` leaves alone where they hang directly on the model."""
+_IN_SAVED: Final = "inside a saved module"
+
+Modules = Sequence[tuple[str, nn.Module]]
+"""Modules of a base with their paths."""
 
 
 @dataclass(frozen=True)
@@ -78,18 +83,16 @@ class Coverage:
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of the base model: wrappers are seen as what they wrap, and what they add is not shown."""
-    inside: tuple[str, ...] = ()
-    for path, module in model.named_modules():
-        if inside and path.startswith(inside):
-            continue
-        if isinstance(module, SlotLayer):
-            inside = (f"{path}.",)
-            yield path, module.base_layer
-            for below, child in module.base_layer.named_modules():
-                if below:
-                    yield f"{path}.{below}", child
-        else:
+    seen: set[nn.Module] = set()
+    ahead: list[tuple[str, nn.Module]] = [("", model)]
+    while ahead:
+        path, module = ahead.pop()
+        module = module.base_layer if isinstance(module, SlotLayer) else module
+        if module not in seen:
+            seen.add(module)
             yield path, module
+            start = f"{path}." if path else ""
+            ahead += [(start + name, child) for name, child in reversed(module._modules.items()) if child is not None]
 
 
 def find(model: nn.Module, config: LoraConfig) -> Coverage:
@@ -121,16 +124,12 @@ def survey(model: nn.Module, config: LoraConfig) -> Coverage:
     """As `find`, but what does not match is told, not raised."""
     modules = list(named_layers(model))
     saved = _saved_paths(modules, config.modules_to_save)
-    refused = {path: "inside a saved module" for path, _ in modules if any(_within(path, top) for top in saved)}
-    refused |= _attention_internals(modules)
-    heads = _heads(model, modules) if config.target_modules == ALL_LINEAR else set()
+    refused = dict.fromkeys(_inside(modules, saved), _IN_SAVED) | _attention_internals(modules)
     targets, skipped = [], []
-    for path, module in modules:
-        if not path or path in heads or not _selected(path, module, config):
-            continue
+    for path, module in _selected(model, modules, config):
         kind = kind_of(module)
         if path in refused:
-            if refused[path] != "inside a saved module":
+            if refused[path] != _IN_SAVED:
                 skipped.append((path, refused[path]))
         elif kind is None:
             skipped.append((path, f"a {type(module).__name__} is not a linear layer or an embedding"))
@@ -140,10 +139,11 @@ def survey(model: nn.Module, config: LoraConfig) -> Coverage:
             size_in, size_out = features_of(module)
             rank, scaling = config.rank_of(path), config.scaling_of(path)
             targets.append(Target(path, kind, size_in, size_out, rank, scaling, config.use_dora))
-    unmatched = [name for name in _entries(config) if not any(_is_named(path, name) for path, _ in modules)]
+    names = {end for path, _ in modules for end in _ends(path)}
+    unmatched = [name for name in _entries(config) if name not in names]
     if isinstance(config.target_modules, str) and not targets and not skipped:
         unmatched.append(config.target_modules)
-    unmatched += [name for name in config.modules_to_save if not any(_is_named(path, name) for path in saved)]
+    unmatched += [name for name in config.modules_to_save if not any(name in _ends(path) for path in saved)]
     unmatched += _missing_indices(config, targets)
     by_path = dict(modules)
     count = sum(t.numel() for path in saved for t in by_path[path].parameters())
@@ -153,39 +153,53 @@ def survey(model: nn.Module, config: LoraConfig) -> Coverage:
 def suffixes(model: nn.Module, coverage: Coverage) -> tuple[str, ...]:
     """The shortest list of names that selects exactly the covered layers of a model: last names, or whole paths."""
     covered = {target.path for target in coverage.targets}
-    names = sorted({path.rpartition(".")[2] for path in covered})
-    selected = {path for path, _ in named_layers(model) if any(_is_named(path, name) for name in names)}
-    return tuple(names if selected == covered else sorted(covered))
+    names = {path.rpartition(".")[2] for path in covered}
+    selected = {path for path, _ in named_layers(model) if not names.isdisjoint(_ends(path))}
+    return tuple(sorted(names if selected == covered else covered))
 
 
 def _entries(config: LoraConfig) -> tuple[str, ...]:
     return config.target_modules if isinstance(config.target_modules, tuple) else ()
 
 
-def _is_named(path: str, name: str) -> bool:
-    return path == name or path.endswith("." + name)
+def _ends(path: str) -> list[str]:
+    """The names a module goes by: its path, and what is left of it after each dot."""
+    found = [path]
+    while "." in path:
+        path = path.partition(".")[2]
+        found.append(path)
+    return found
 
 
 def _within(path: str, top: str) -> bool:
     return path == top or path.startswith(top + ".")
 
 
-def _matched(path: str, patterns: str | Sequence[str] | None) -> bool:
-    if patterns is None:
-        return False
+def _inside(modules: Modules, tops: Sequence[str]) -> set[str]:
+    """Paths of these modules and of everything in them."""
+    return {path for path, _ in modules if any(_within(path, top) for top in tops)} if tops else set()
+
+
+def _matcher(patterns: str | Sequence[str] | None) -> Callable[[str], bool]:
+    """Whether a path is matched by one regular expression, or by one of these names."""
     if isinstance(patterns, str):
-        return matches(patterns, path)
-    return any(_is_named(path, name) for name in patterns)
+        return expression(patterns).matches
+    names = frozenset(patterns or ())
+    return lambda path: not names.isdisjoint(_ends(path))
 
 
-def _selected(path: str, module: nn.Module, config: LoraConfig) -> bool:
-    if _matched(path, config.exclude_modules):
-        return False
-    if config.target_modules == ALL_LINEAR:
-        return kind_of(module) == "linear" and _layer_chosen(path, config)
-    if isinstance(config.target_modules, str):
-        return matches(config.target_modules, path)
-    return _matched(path, config.target_modules) and (path in _entries(config) or _layer_chosen(path, config))
+def _selected(model: nn.Module, modules: Modules, config: LoraConfig) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that a config names, whether or not they can carry a pair."""
+    everything, by_expression = config.target_modules == ALL_LINEAR, isinstance(config.target_modules, str)
+    heads = _heads(model, modules) if everything else set()
+    covered, excluded = _matcher(None if everything else config.target_modules), _matcher(config.exclude_modules)
+    whole = frozenset(_entries(config))
+    for path, module in modules:
+        found = kind_of(module) == "linear" and path not in heads if everything else covered(path)
+        # An expression and a whole path say which layer they mean.
+        chosen = (by_expression and not everything) or path in whole
+        if path and found and not excluded(path) and (chosen or _layer_chosen(path, config)):
+            yield path, module
 
 
 def _layer_index(path: str, patterns: Sequence[str] | None) -> int | None:
@@ -203,31 +217,31 @@ def _layer_chosen(path: str, config: LoraConfig) -> bool:
 
 
 def _missing_indices(config: LoraConfig, targets: Sequence[Target]) -> list[str]:
+    if config.layers_to_transform is None:
+        return []
     present = {_layer_index(target.path, config.layers_pattern) for target in targets}
-    return [f"layers_to_transform={index}" for index in config.layers_to_transform or () if index not in present]
+    return [f"layers_to_transform={index}" for index in config.layers_to_transform if index not in present]
 
 
-def _saved_paths(modules: Sequence[tuple[str, nn.Module]], names: Sequence[str]) -> list[str]:
+def _saved_paths(modules: Modules, names: Sequence[str]) -> list[str]:
     """Paths of the modules named, those inside another left out."""
-    paths: list[str] = []
+    named, paths = _matcher(names), list[str]()
     for path, _ in modules:
-        if any(_is_named(path, name) for name in names) and not any(_within(path, top) for top in paths):
+        if named(path) and not any(_within(path, top) for top in paths):
             paths.append(path)
     return paths
 
 
-def _attention_internals(modules: Sequence[tuple[str, nn.Module]]) -> dict[str, str]:
+def _attention_internals(modules: Modules) -> dict[str, str]:
     tops = [path for path, module in modules if isinstance(module, nn.MultiheadAttention)]
-    reason = "nn.MultiheadAttention reads its weight directly, past any wrapper"
-    return {path: reason for path, _ in modules if any(_within(path, top) for top in tops)}
+    return dict.fromkeys(_inside(modules, tops), "nn.MultiheadAttention reads its weight directly, past any wrapper")
 
 
-def _heads(model: nn.Module, modules: Sequence[tuple[str, nn.Module]]) -> set[str]:
+def _heads(model: nn.Module, modules: Modules) -> set[str]:
     """Paths inside the output head of a model."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
     output = output.base_layer if isinstance(output, SlotLayer) else output
-    tops = [path for path, module in modules if path and (module is output or path in _HEADS)]
-    return {path for path, _ in modules if any(_within(path, top) for top in tops)}
+    return _inside(modules, [path for path, module in modules if path and (module is output or path in _HEADS)])
 
 
 def _has_float_weight(module: nn.Module) -> bool:

@@ -19,6 +19,7 @@ import lora_kit as lk
 from lora_kit.adapter import CONFIG, PREFIX, RECORD, WEIGHTS
 from lora_kit.errors import BaseMismatchError, LoraKitError, StorageError
 from lora_kit.fingerprint import differences, fingerprint
+from lora_kit.layers import LoraLinear
 
 Fault = Callable[[Path], Any]
 
@@ -124,7 +125,7 @@ def test_a_load_that_runs_out_of_memory_is_rolled_back(monkeypatch: pytest.Monke
     bank.load("other", folders.adapter(seed=5))
     bank.use("other")
     before, logits = state(model), tiny.logits(model, inputs)
-    put, calls = type(bank)._put, iter([None, MemoryError("no room")])
+    put, calls = LoraLinear.put, iter([None, MemoryError("no room")])
 
     def failing(*given: Any) -> None:
         error = next(calls)
@@ -133,7 +134,7 @@ def test_a_load_that_runs_out_of_memory_is_rolled_back(monkeypatch: pytest.Monke
         put(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(bank), "_put", failing)
+        patch.setattr(LoraLinear, "put", failing)
         with pytest.raises(MemoryError):
             bank.load("next", folders.adapter(seed=6))
     assert bank.names == ("other",)

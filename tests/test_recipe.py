@@ -100,6 +100,12 @@ def test_flags_win_and_are_read_as_the_type_of_their_key() -> None:
     assert recipe.out == "elsewhere"
 
 
+def test_compile_is_a_word_or_a_flag() -> None:
+    assert load_recipe(LEAST).compile is False
+    assert load_recipe({**LEAST, "compile": True}).compile is True
+    assert load_recipe(LEAST, overrides={"compile": "yes"}).compile is True
+
+
 def test_a_regular_expression_stays_one() -> None:
     assert load_recipe(LEAST, overrides={"lora.target_modules": ".*_proj"}).lora.target_modules == ".*_proj"
     assert load_recipe(LEAST, overrides={"lora.target_modules": "all-linear"}).lora.target_modules == "all-linear"
@@ -122,6 +128,9 @@ def test_a_regular_expression_stays_one() -> None:
         ({"train": {"lr_scheduler_type": "cosin"}}, "did you mean 'cosine'"),
         ({"train": {"save_steps": 3}}, "checkpoints and resuming are not there yet"),
         ({"train": {"output_dir": "x"}}, "the recipe's `out`"),
+        ({"train": {"torch_compile": True}}, "the recipe's `compile: true`"),
+        ({"compile": "maybe"}, "compile must be true or false"),
+        ({"compile": True, "train": {"gradient_checkpointing": True}}, "do not go together"),
         ({"train": {"hub_token": "x"}}, "nothing is sent anywhere"),
         ({"train": {"eval_strategy": "epoch"}}, "no data.validation"),
         ({"train": 3}, "train must be a mapping"),
@@ -190,6 +199,7 @@ def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
         {},
         {"method": "features"},
         {"method": "full", "dtype": "bf16"},
+        {"compile": True},
         {"lora": {"r": 4, "rank_pattern": {"q_proj": 2}, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1}},
         {"data": {"train": "a", "validation": "ü b", "separator": " -> "}, "train": {"eval_strategy": "steps"}},
     ],

@@ -29,6 +29,7 @@ ROOMS = [
     "weights",
     "ops",
     "adapter",
+    "cache",
     "layers",
     "targets",
     "fingerprint",

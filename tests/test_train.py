@@ -9,11 +9,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import heads
 import pytest
 import texts
 import tiny
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import lora_kit
 from lora_kit.adapter import Adapter
@@ -221,6 +224,160 @@ def test_evaluating_draws_no_random_number_and_keeps_modes(tmp_path: Path) -> No
     assert evaluate(base.model, samples, Collator(texts.PAD)) is not None
     assert torch.equal(torch.get_rng_state(), before)
     assert [module.training for module in base.model.modules()] == modes
+
+
+def losses_of(report: TrainReport) -> list[float]:
+    """The loss of every step, and the one on the validation file after them."""
+    assert report.after is not None
+    return [entry["loss"] for entry in report.history if "loss" in entry] + [report.after.loss]
+
+
+def keep_logits(model: Any) -> None:
+    """Make the head one whose logits are needed: a hook may look at them."""
+    model.get_output_embeddings().register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "section",
+    [
+        {},
+        {"label_smoothing_factor": 0.1},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+        {"gradient_checkpointing": True},
+        {"bf16": True},
+    ],
+    ids=lambda section: next(iter(section), "plain"),
+)
+def test_losses_without_logits_are_those_from_logits(
+    tmp_path: Path, kind: str, section: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    found = []
+    for name, prepare in (("without", lambda _: None), ("from", keep_logits)):
+        base = base_of(kind)
+        prepare(base.model)
+        recipe = recipe_of(tmp_path, train={**section, "logging_steps": 1}, steps=5, out=str(tmp_path / name))
+        with caplog.at_level("INFO", logger="lora_kit"):
+            found.append(losses_of(train(recipe, base=base)))
+    assert "the head is frozen: the loss is taken in chunks" in caplog.text
+    assert "the loss is taken from the model's logits: the head has hooks" in caplog.text
+    # In bf16 the two round the gradient at different places.
+    assert found[0] == pytest.approx(found[1], rel=1e-3 if "bf16" in section else 1e-6)
+
+
+def test_training_makes_no_logits_of_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Rows(TorchDispatchMode):
+        """The most rows of logits in any tensor."""
+
+        most = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **(kwargs or {}))
+            for leaf in tree_leaves(found):
+                # (32, 96) is the head's own weight, the other way round.
+                if isinstance(leaf, torch.Tensor) and leaf.shape[-1:] == (96,) and leaf.shape != (32, 96):
+                    self.most = max(self.most, leaf.numel() // 96)
+            return found
+
+    monkeypatch.setattr("lora_kit.ops.loss.LOGITS_BYTES", {"cpu": 1})
+    monkeypatch.setattr("lora_kit.ops.loss.LEAST_ROWS", 2)
+    found = []
+    for name, prepare in (("without", lambda _: None), ("from", keep_logits)):
+        base = base_of()
+        prepare(base.model)
+        with Rows() as counted:
+            train(recipe_of(tmp_path, out=str(tmp_path / name)), base=base)
+        found.append(counted.most)
+    probed = 5 * 2  # the first two positions of an evaluated batch
+    assert found[0] == probed
+    assert found[1] > 3 * probed
+
+
+@pytest.mark.parametrize("model", ["gemma2", "granite"])
+def test_a_model_that_changes_its_logits_is_trained_on_them(
+    tmp_path: Path, model: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = Base(model=heads.MODELS[model](), tokenizer=texts.tokenizer(), name="tiny", task="causal-lm")
+    recipe = recipe_of(tmp_path, steps=10)
+    samples = encode(read_rows(recipe["data"]["train"]), base.tokenizer, max_length=64)
+    batch = Collator(texts.PAD)(list(samples))
+    with torch.no_grad():
+        own = float(base.model(**batch).loss)
+    with caplog.at_level("INFO", logger="lora_kit"):
+        report = train(recipe, base=base)
+    assert "the model does something to its logits" in caplog.text
+    assert report.before is not None
+    assert report.after is not None
+    assert report.before.loss == pytest.approx(own, rel=1e-6)
+    assert report.after.loss < own - 0.1
+
+
+@pytest.mark.parametrize(
+    ("lora", "reason"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, "the head is a LoraLinear"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "the head is a SavedModule"),
+    ],
+)
+def test_a_head_with_an_adapter_is_trained_through_its_logits(
+    tmp_path: Path, lora: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="lora_kit"):
+        report = train(recipe_of(tmp_path, lora=lora), base=base_of())
+    assert f"the loss is taken from the model's logits: {reason}" in caplog.text
+    trained = Adapter.load(report.out).tensors
+    assert any(tensor.any() for key, tensor in trained.items() if "lm_head" in key)
+    initial = base_of().model.lm_head.weight
+    saved = trained.get("base_model.model.lm_head.weight")
+    assert saved is None or not torch.equal(saved, initial)
+
+
+def test_doras_are_trained_without_logits(tmp_path: Path) -> None:
+    report = train(recipe_of(tmp_path, lora={"use_dora": True}, steps=10), base=base_of())
+    assert report.before is not None
+    assert report.after is not None
+    assert report.after.loss < report.before.loss - 0.1
+
+
+def test_an_error_within_a_step_leaves_the_head_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_of()
+    attributes = dict(vars(base.model.lm_head))
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("lora_kit.train.loss.chunked_cross_entropy", fails)
+    with pytest.raises(MemoryError, match="no room"):
+        train({**recipe_of(tmp_path), "data": str(tmp_path / "rows.jsonl")}, base=base)
+    assert vars(base.model.lm_head) == attributes
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_batch_in_parts_gives_the_same_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    rows, task = (LABELLED, {"task": "classify"}) if kind == "bert" else (PAIRS, {})
+    found = []
+    for cost in (0, 10**6):
+        monkeypatch.setattr("lora_kit.train.parts.PART_TOKENS", {"cpu": cost})
+        base = base_of(kind, **({"labels": 2} if kind == "bert" else {}))
+        for module in base.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        section = {"logging_steps": 1, "per_device_train_batch_size": 3}
+        recipe = recipe_of(tmp_path, rows=rows, train=section, steps=4, out=str(tmp_path / str(cost)), **task)
+        found.append(losses_of(train(recipe, base=base)))
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_losses_and_are_plain_again_afterwards(tmp_path: Path) -> None:
+    found = []
+    for compiled in (False, True):
+        base = base_of()
+        recipe = recipe_of(tmp_path, train={"logging_steps": 1}, out=str(tmp_path / str(compiled)), compile=compiled)
+        found.append(losses_of(train(recipe, base=base)))
+        assert all(module._compiled_call_impl is None for module in base.model.modules())
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 # Methods and tasks

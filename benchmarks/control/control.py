@@ -1,160 +1,192 @@
-"""Swapping, loading and starting: what it costs to change adapters, beside PEFT on the same model in the same run.
+"""What does it cost to swap, to load one more adapter, and to start?
 
-    python -m benchmarks.control.control            # measure and write the result and the table
-    python -m benchmarks.control.control --quick    # fewer repetitions, nothing written
-
-The model is a Llama of 32 layers with all seven linears adapted (224 layers), narrow, since width does not matter here.
+Swaps and loads: a Llama of 32 layers with all seven linears adapted (224 layers), narrow, since the width does not
+matter there. Every adapter is another folder; lora_kit and PEFT load the n-th one in turn, and must then give the same
+logits. Loading from disk: an adapter of 40 MB into a Llama of 8 layers of width 1024, from files that were just read;
+the floor is to read them and take their sha256. Starting: whole processes; the floor is one that imports torch; and
+imports in a process that has torch already.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import statistics
+import hashlib
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import torch
-import transformers
 
 import lora_kit as lk
-from benchmarks.harness import median_us, write
+from benchmarks.harness import Case, Effort, Row, quartiles, ratios, seconds_of, table
+from benchmarks.models import adapters, llama, token_ids
 
-README: Final = Path(__file__).resolve().parent / "README.md"
-RESIDENT: Final = (2, 64)
-PEFT_RESIDENT: Final = (2, 16)
-"""PEFT's loads grow with the adapters loaded: 64 of them would take minutes."""
-
-
-def model() -> transformers.LlamaForCausalLM:
-    config = transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=32, num_attention_heads=4, vocab_size=64
-    )
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(config).eval()
+LAYERS, WIDTH, R = 32, 64, 8
+CASES: Final = ("lora_kit", "peft")
+SWAPS: Final = {"lora_kit": 1000, "peft": 30}
+STARTS: Final = {"import torch": ["-c", "import torch"], "lora-kit --help": ["-m", "lora_kit", "--help"]}
+IMPORTS: Final = {
+    "lora_kit": "import lora_kit",
+    "lora_kit.attach, lora_kit.Adapter": "import lora_kit; lora_kit.attach, lora_kit.Adapter",
+    "peft": "import peft",
+}
 
 
-def alternating(use: Callable[[str], Any]) -> Callable[[], None]:
-    """A call that swaps between two adapters each time, so that no swap is a repetition."""
-    names = ["a0", "a1"]
-
-    def swap() -> None:
-        names.reverse()
-        use(names[0])
-
-    return swap
+def folders(place: Path, count: int) -> list[Path]:
+    """As many adapters, each in a folder of its own."""
+    made = [place / f"a{number}" for number in range(count)]
+    for value, folder in zip(adapters(llama(width=WIDTH, layers=LAYERS), [R] * count), made, strict=True):
+        value.save(folder)
+    return made
 
 
-def ours(folder: Path, resident: int, repetitions: int) -> dict[str, Any]:
-    bank = lk.attach(model(), slots=resident, max_rank=8)
-    loads = []
-    for number in range(resident):
-        started = time.perf_counter()
-        bank.load(f"a{number}", folder)
-        loads.append((time.perf_counter() - started) * 1e3)
-    return {
-        "resident": resident,
-        "swap_us": median_us(alternating(bank.use), repetitions=repetitions),
-        "load_ms_first": loads[0],
-        "load_ms_second": loads[1],
-        "load_ms_last_five": statistics.median(loads[-5:]),
-    }
-
-
-def peft_(folder: Path, resident: int, repetitions: int) -> dict[str, Any]:
+def in_peft(folder: Path, *, model: Any) -> Any:
     import peft
 
-    wrapped, loads = None, []
-    for number in range(resident):
-        started = time.perf_counter()
-        if wrapped is None:
-            wrapped = peft.PeftModel.from_pretrained(model(), folder, adapter_name="a0")
-        else:
-            wrapped.load_adapter(folder, adapter_name=f"a{number}")
-        loads.append((time.perf_counter() - started) * 1e3)
-    assert wrapped is not None
-    return {
-        "resident": resident,
-        "swap_us": median_us(alternating(wrapped.set_adapter), repetitions=max(5, repetitions // 20)),
-        "load_ms_first": loads[0],
-        "load_ms_second": loads[1],
-        "load_ms_last_five": statistics.median(loads[-5:]),
-    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.PeftModel.from_pretrained(model, folder, adapter_name=folder.name)
 
 
-def seconds(command: list[str], repetitions: int) -> float:
-    """Median wall time of a whole process."""
-    times = []
-    for _ in range(repetitions + 1):
-        started = time.perf_counter()
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
+def loads(count: int, _effort: Effort) -> dict[str, Any]:
+    """Load adapters one after the other; swap between the first and the last where 2, 16 and 64 are loaded.
 
-
-def startup(repetitions: int) -> dict[str, float]:
-    """What importing costs beyond torch, with everything of the public names behind it, and `lora-kit --help`."""
-    python = sys.executable
-    torch_alone = seconds([python, "-c", "import torch"], repetitions)
-    with_kit = seconds([python, "-c", "import torch, lora_kit"], repetitions)
-    with_core = seconds([python, "-c", "import torch, lora_kit; lora_kit.attach, lora_kit.Adapter"], repetitions)
-    return {
-        "import_torch_s": torch_alone,
-        "import_lora_kit_beyond_torch_s": with_kit - torch_alone,
-        "attach_and_adapter_beyond_torch_s": with_core - torch_alone,
-        "help_s": seconds([str(Path(python).with_name("lora-kit")), "--help"], repetitions),
-    }
-
-
-def measured(repetitions: int) -> dict[str, Any]:
+    Returns:
+        load_ms: of each adapter, from the first to the last, by case. swap_us: quartiles, by case and number of
+        adapters loaded.
+    """
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "a"
-        bank = lk.attach(model(), lk.LoraConfig(r=8, init_lora_weights=False), name="a")
-        bank.save("a", folder)
-        return {
-            "lora_kit": [ours(folder, count, repetitions) for count in RESIDENT],
-            "peft": [peft_(folder, count, repetitions) for count in PEFT_RESIDENT],
-            "startup": startup(max(3, repetitions // 50)),
-            "repetitions": repetitions,
+        stored = folders(Path(place), count)
+        bank = lk.attach(llama(width=WIDTH, layers=LAYERS), slots=count, max_rank=R)
+        wrapped = in_peft(stored[0], model=llama(width=WIDTH, layers=LAYERS))
+        wrapped.delete_adapter("a0")
+        load: dict[str, Callable[[Path], Any]] = {
+            "lora_kit": lambda folder: bank.load(folder.name, folder),
+            "peft": lambda folder: wrapped.load_adapter(folder, adapter_name=folder.name),
         }
+        use: dict[str, Callable[[str], Any]] = {"lora_kit": bank.use, "peft": wrapped.set_adapter}
+        load_ms: dict[str, list[float]] = {case: [] for case in CASES}
+        swap_us: dict[str, dict[int, Sequence[float]]] = {case: {} for case in CASES}
+        for number, folder in enumerate(stored, start=1):
+            for case in CASES:
+                load_ms[case].append(seconds_of(partial(load[case], folder)) * 1e3)
+            if number in (2, 16, 64):
+                check(bank, wrapped, folder.name)
+                for case in CASES:
+                    swap_us[case][number] = swaps(use[case], ("a0", folder.name), SWAPS[case])
+    return {"load_ms": load_ms, "swap_us": swap_us}
 
 
-def table(result: dict[str, Any]) -> str:
-    lines = ["| | adapters loaded | one swap | load: first | second | last |", "|---|---|---|---|---|---|"]
-    for name in ("lora_kit", "peft"):
-        for row in result[name]:
-            loads = " | ".join(f"{row[key]:.0f} ms" for key in ("load_ms_first", "load_ms_second", "load_ms_last_five"))
-            lines.append(f"| {name} | {row['resident']} | {row['swap_us']:,.1f} µs | {loads} |")
-    start = result["startup"]
-    lines += [
-        "",
-        "| whole process | |",
-        "|---|---|",
-        f"| `import torch` | {start['import_torch_s']:.2f} s |",
-        f"| `import lora_kit`, beyond torch | {start['import_lora_kit_beyond_torch_s']:.2f} s |",
-        f"| `lora_kit.attach`, `lora_kit.Adapter`, beyond torch | {start['attach_and_adapter_beyond_torch_s']:.2f} s |",
-        f"| `lora-kit --help` | {start['help_s']:.2f} s |",
+def check(bank: lk.AdapterBank, wrapped: Any, name: str) -> None:
+    """After a swap both give the same logits."""
+    bank.use(name)
+    wrapped.set_adapter(name)
+    with torch.inference_mode():
+        own, other = (model(input_ids=token_ids(1, 8)).logits for model in (bank.model, wrapped.eval()))
+    torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-3)
+
+
+def swaps(use: Callable[[str], Any], names: tuple[str, str], count: int) -> tuple[float, float, float]:
+    """Quartiles of a swap in microseconds. No swap is a repetition."""
+    return quartiles([seconds_of(partial(use, names[number % 2])) * 1e6 for number in range(count)])
+
+
+def from_disk(effort: Effort) -> dict[str, Any]:
+    model = llama(width=1024)
+    value = adapters(model, [64])[0]
+    bank = lk.attach(llama(width=1024), slots=1, max_rank=64)
+    with tempfile.TemporaryDirectory() as place:
+        folder, other = Path(place) / "a", Path(place) / "b"
+        value.save(folder)
+        adapters(model, [8])[0].save(other)
+        wrapped = in_peft(other, model=model)
+        cases: dict[str, Callable[[], Any]] = {
+            "read + sha256": partial(digests, folder),
+            "Adapter.load": partial(lk.Adapter.load, folder),
+            "bank.load": Case(partial(bank.load, "a", folder), after=partial(bank.unload, "a")),
+            "peft": Case(
+                partial(wrapped.load_adapter, folder, adapter_name="a"), after=partial(wrapped.delete_adapter, "a")
+            ),
+        }
+        return {"timings": effort.compare(cases)}
+
+
+def digests(folder: Path) -> list[str]:
+    """Read every file of a folder and take its sha256."""
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())]
+
+
+def starts(effort: Effort) -> dict[str, Any]:
+    """Whole processes, and imports in a process that has torch already."""
+    times = {name: [import_ms(statement) for _ in range(effort.rounds)] for name, statement in IMPORTS.items()}
+    return {
+        "timings": effort.compare({name: partial(python, arguments) for name, arguments in STARTS.items()}),
+        "import_ms": {name: quartiles(values) for name, values in times.items()},
+    }
+
+
+def python(arguments: Sequence[str]) -> str:
+    """What a Python process prints."""
+    return subprocess.run([sys.executable, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def import_ms(statement: str) -> float:
+    timed = f"import time, torch; start = time.perf_counter(); {statement}; print((time.perf_counter() - start) * 1e3)"
+    return float(python(["-c", timed]).splitlines()[-1])
+
+
+def rows() -> dict[str, Row]:
+    return {
+        "load and swap, 16 adapters": Row(partial(loads, 16), "short only"),
+        "load and swap, 64 adapters": Row(partial(loads, 64)),
+        "load from disk, 40 MB": Row(from_disk, "short"),
+        "start": Row(starts, "short"),
+    }
+
+
+def page(results: Mapping[str, Any]) -> str:
+    parts = []
+    for row in results.values():
+        if "swap_us" in row:
+            parts += [
+                "One swap (median, and quartiles):",
+                swapping(row["swap_us"]),
+                "Loading:",
+                loading(row["load_ms"]),
+            ]
+    for name in ("load from disk, 40 MB", "start"):
+        if name in results:
+            timings = results[name]["timings"]
+            parts += [f"{name[0].upper()}{name[1:]}:", ratios({name: timings}, list(timings))]
+        if name == "start" and name in results:
+            parts += ["Imports beyond torch:", importing(results[name]["import_ms"])]
+    return "\n\n".join(parts)
+
+
+def swapping(swap_us: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    counts = list(swap_us["lora_kit"])
+    lines = [
+        [case, *(f"{middle:,.1f} µs ({low:,.1f}–{high:,.1f})" for low, middle, high in (row[n] for n in counts))]
+        for case, row in swap_us.items()
     ]
-    return "\n".join(lines)
+    return table(["adapters loaded", *counts], lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    arguments = parser.parse_args()
-    result = measured(60 if arguments.quick else 400)
-    print(table(result))
-    if not arguments.quick:
-        write("control", result)
-        README.write_text(f"# Swapping, loading, starting\n\n{(__doc__ or '').strip()}\n\n{table(result)}\n")
+def importing(import_ms: Mapping[str, Sequence[float]]) -> str:
+    cells = [[name, f"{middle:,.0f} ms ({low:,.0f}–{high:,.0f})"] for name, (low, middle, high) in import_ms.items()]
+    return table(["import", "time"], cells)
 
 
-if __name__ == "__main__":
-    main()
+def loading(load_ms: Mapping[str, Sequence[float]]) -> str:
+    """The first loads, and medians of later ones, eight at a time."""
+    last = len(load_ms["lora_kit"])
+    groups = [(1, 1), (2, 2), *((first, min(first + 7, last)) for first in range(3, last + 1, 8))]
+    lines = [
+        [case, *(f"{quartiles(values[first - 1 : until])[1]:,.0f} ms" for first, until in groups)]
+        for case, values in load_ms.items()
+    ]
+    return table(["adapter", *(f"{a}–{b}" if b > a else str(a) for a, b in groups)], lines)

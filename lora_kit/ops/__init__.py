@@ -10,9 +10,11 @@ from lora_kit.ops.lora import (
     lora_add_rows,
     lora_linear,
 )
+from lora_kit.ops.loss import chunked_cross_entropy
 
 __all__ = [
     "backend",
+    "chunked_cross_entropy",
     "dora_scale",
     "is_free",
     "lora_add",

@@ -21,9 +21,11 @@ from torch import Tensor
 
 from lora_kit.errors import DataError
 
-LOGITS_BYTES: Final = {"cpu": 2**24, "cuda": 2**28}
-"""Bytes of logits that exist at once by default, in the dtype of the sums. On a CPU 16 MiB stay near the cores, and 128
-rows of 32,768 logits are enough for products at full speed; a GPU needs 512 rows of 131,072 for that."""
+LOGITS_BYTES: Final = {"cpu": 2**25, "cuda": 2**28}
+LEAST_ROWS: Final = 128
+"""How much there is at once by default: as many rows as these bytes of logits hold in the dtype of the sums, but never
+so few that reading W costs more than multiplying with it. On a CPU that is 262 rows of 32,000 logits or 128 of 128,256,
+and more are hardly faster; a GPU needs 512 of the latter."""
 
 
 def chunked_cross_entropy(
@@ -45,7 +47,7 @@ def chunked_cross_entropy(
         hidden: (n, d).
         weight: (v, d), frozen. bias: (v,), frozen.
         labels: (n,) int64, each in 0 … v - 1 or `ignore_index`: no label.
-        chunk: rows at once; None for as many as `LOGITS_BYTES` hold. The result does not depend on it.
+        chunk: rows at once; None for as many as `LOGITS_BYTES` hold, `LEAST_ROWS` at least. It changes no result.
         smoothing: share of the target spread evenly over all classes (Szegedy et al. 2015, arXiv 1512.00567).
 
     Returns:
@@ -58,14 +60,17 @@ def chunked_cross_entropy(
     _check_shapes(hidden, weight, bias, labels)
     dtype = _computed_in(hidden)
     if weight.dtype != dtype and not torch.is_autocast_enabled(hidden.device.type):
-        raise DataError(f"hidden is {hidden.dtype} and weight {weight.dtype}; outside autocast both must be of one dtype")
+        raise DataError(
+            f"hidden is {hidden.dtype} and weight {weight.dtype}; outside autocast both must be of one dtype"
+        )
     rows = (labels != ignore_index).nonzero().squeeze(1)
     labels = labels.index_select(0, rows)
     if labels.device.type == "cpu":
         _check_labels(labels, weight.shape[0])
     if chunk is None:
         sums = torch.promote_types(dtype, torch.float32)
-        chunk = max(1, LOGITS_BYTES.get(hidden.device.type, 2**24) // (weight.shape[0] * sums.itemsize))
+        held = LOGITS_BYTES["cpu" if hidden.device.type == "cpu" else "cuda"]
+        chunk = max(LEAST_ROWS, held // (weight.shape[0] * sums.itemsize))
     with torch.autocast(hidden.device.type, enabled=False):
         head = _Head(weight.to(dtype), None if bias is None else bias.to(dtype), labels, rows, chunk, smoothing)
         if torch.is_grad_enabled() and hidden.requires_grad:
@@ -80,7 +85,9 @@ def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: T
     fits = hidden.ndim == weight.ndim == 2 and weight.shape[1:] == d and labels.shape == (n,)
     if not fits or (bias is not None and bias.shape != v):
         given = ", ".join(str(tuple(t.shape)) for t in (hidden, weight, labels, bias) if t is not None)
-        raise DataError(f"hidden (n, d), weight (v, d), labels (n,) and bias (v,) were expected; the shapes are {given}")
+        raise DataError(
+            f"hidden (n, d), weight (v, d), labels (n,) and bias (v,) were expected; the shapes are {given}"
+        )
     if labels.dtype != torch.int64:
         raise DataError(f"labels must be int64; they are {labels.dtype}")
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
@@ -118,7 +125,7 @@ class _Head:
     smoothing: float
 
     def loss(self, hidden: Tensor, *, gradient: Tensor | None) -> Tensor:
-        """The summed loss; d loss / d hidden of the labelled rows is written into `gradient` (k, d), if there is one."""
+        """The summed loss. d loss / d hidden of the labelled rows is put into `gradient` (k, d) where there is one."""
         classes, dtype = self.weight.shape[0], self.weight.dtype
         size = min(self.chunk, len(self.rows))
         logits = hidden.new_empty(size, classes, dtype=dtype)

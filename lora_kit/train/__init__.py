@@ -3,7 +3,8 @@
 from lora_kit._callable import make_callable
 from lora_kit.train.evaluate import Evaluation, evaluate
 from lora_kit.train.recipe import DataSpec, Recipe, load_recipe
-from lora_kit.train.run import TrainReport, train
+from lora_kit.train.report import TrainReport
+from lora_kit.train.run import train
 
 __all__ = ["DataSpec", "Evaluation", "Recipe", "TrainReport", "evaluate", "load_recipe", "train"]
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import json
-import math
 import re
 import tomllib
-import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +18,7 @@ import yaml
 from lora_kit.config import LoraConfig
 from lora_kit.errors import ConfigError, RecipeError, listed, nearest
 from lora_kit.models import DEFAULT_SEPARATOR, LATER_TASKS, QUANTIZATIONS, TASKS, quiet
+from lora_kit.train.values import Loader, coerced, parsed
 
 METHODS: Final = ("lora", "features", "full")
 LATER_METHODS: Final = ("peft",)
@@ -33,6 +31,7 @@ LEARNING_RATES: Final[Mapping[str, float]] = {"lora": 2e-4, "features": 1e-3, "f
 
 _LATER: Final = "checkpoints and resuming are not there yet"
 _ONE_DEVICE: Final = "training runs on one device so far"
+_COMPILE: Final = "the recipe's `compile: true` compiles the base's layers"
 _OURS: Final = "this is decided by what is trained on what"
 _REFUSED: Final[Mapping[str, str]] = {
     "output_dir": "the output is the recipe's `out`",
@@ -62,9 +61,9 @@ _REFUSED: Final[Mapping[str, str]] = {
     "metric_for_best_model": _LATER,
     "greater_is_better": _LATER,
     "auto_find_batch_size": "halving the batch when memory runs out is not there yet",
-    "torch_compile": "compiled training is not there yet",
-    "torch_compile_backend": "compiled training is not there yet",
-    "torch_compile_mode": "compiled training is not there yet",
+    "torch_compile": _COMPILE,
+    "torch_compile_backend": _COMPILE,
+    "torch_compile_mode": _COMPILE,
     "use_liger_kernel": "it replaces parts of the base, which stays as it is",
     "liger_kernel_config": "it replaces parts of the base, which stays as it is",
     "neftune_noise_alpha": "it is not there yet",
@@ -111,6 +110,7 @@ class Recipe:
             but for `DEFAULTS` and `LEARNING_RATES` here.
         dtype: of the base: `auto` for the checkpoint's own (`full` then trains in fp32), `bf16`, `fp16`, `fp32`.
         quantize: `nf4` or `int8` to train an adapter on a quantised base.
+        compile: compile the base's repeated layers (torch.compile) for the training.
 
     Raises:
         RecipeError: on construction, for a value that is not known or of the wrong type.
@@ -125,6 +125,7 @@ class Recipe:
     train: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = "auto"
     quantize: str | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         _one_of("task", self.task, TASKS, later=LATER_TASKS)
@@ -143,6 +144,8 @@ class Recipe:
         object.__setattr__(self, "train", MappingProxyType(_train_section(self.train, self.method)))
         object.__setattr__(self, "lora", _lora_for(self.method, self.lora))
         _check_evaluation(self.train, self.data.validation)
+        if self.compile:
+            _check_compilable(self.train)
 
     @property
     def seed(self) -> int:
@@ -215,41 +218,12 @@ def _read(path: Path) -> dict[str, Any]:
     if len(contents) > _SIZE_LIMIT:
         raise RecipeError(f"{path} has {len(contents):,} bytes; a recipe has at most {_SIZE_LIMIT:,}")
     try:
-        fields = tomllib.loads(text) if suffix == ".toml" else yaml.load(text, Loader=_Loader)
+        fields = tomllib.loads(text) if suffix == ".toml" else yaml.load(text, Loader=Loader)
     except (tomllib.TOMLDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
         raise RecipeError(f"{path}: cannot be parsed: {' '.join(str(error).split())}") from None
     if not isinstance(fields, dict):
         raise RecipeError(f"{path}: a mapping was expected, found {type(fields).__name__}")
     return fields
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: `2e-4` is a number, `no` and `on` are words, and a key stands there once."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.YAMLError(f"the key {key!r} in line {key_node.start_mark.line + 1} is not a word")
-            if key in seen:
-                raise yaml.YAMLError(
-                    f"the key {key!r} stands there twice, again in line {key_node.start_mark.line + 1}"
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern) for tag, pattern in found if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")
-    ]
-    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"true|True|TRUE|false|False|FALSE"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
-)
 
 
 def _override(fields: dict[str, Any], key: str, value: Any) -> None:
@@ -282,7 +256,9 @@ def _built(fields: Mapping[str, Any]) -> Recipe:
     method = values.get("method", "lora")
     for name in ("base", "out", "task", "method", "dtype", "quantize"):
         if name in values:
-            values[name] = _coerced(name, str, values[name])
+            values[name] = coerced(name, str, values[name])
+    if "compile" in values:
+        values["compile"] = coerced("compile", bool, values["compile"])
     if values.get("quantize") in ("none", "null", ""):
         del values["quantize"]
     values["data"] = _data_section(values["data"])
@@ -298,7 +274,7 @@ def _data_section(given: Any) -> DataSpec:
     section = _section("data", given)
     hints = typing.get_type_hints(DataSpec)
     _known(section, list(hints), where="data.")
-    values = {key: _coerced(f"data.{key}", hints[key], value) for key, value in section.items() if value is not None}
+    values = {key: coerced(f"data.{key}", hints[key], value) for key, value in section.items() if value is not None}
     if "train" not in values:
         raise RecipeError("data.train is missing", hint="it is a JSONL file")
     return DataSpec(**values)
@@ -349,6 +325,12 @@ def _check_evaluation(train: Mapping[str, Any], validation: str | None) -> None:
         raise RecipeError(f"train.{asked[0]} is {train[asked[0]]!r}, and there is no data.validation to evaluate on")
 
 
+def _check_compilable(train: Mapping[str, Any]) -> None:
+    asked = [key for key in ("gradient_checkpointing", "activation_checkpointing") if train.get(key)]
+    if asked:
+        raise RecipeError(f"compile and train.{asked[0]} do not go together", hint="leave one of them out")
+
+
 _LABELS: Final = ("base_model_name_or_path", "revision", "task_type", "inference_mode")
 HEAD: Final = "head"
 """Stands in `modules_to_save` for the head of whatever base is loaded."""
@@ -359,15 +341,15 @@ def _lora_value(key: str, hint: Any, value: Any) -> Any:
     listable = key in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
     if isinstance(value, str) and listable and value != "all-linear":
         if value.startswith("["):
-            value = _parsed(f"lora.{key}", value)
+            value = parsed(f"lora.{key}", value)
         elif _NAMES.fullmatch(value):
             # A bare name as a regular expression could only match a module at the top: names are meant.
             value = value.split(",")
         if key == "layers_to_transform" and isinstance(value, list):
-            value = [_coerced(f"lora.{key}", int, item) for item in value]
+            value = [coerced(f"lora.{key}", int, item) for item in value]
     if listable:
         return tuple(value) if isinstance(value, list) else value
-    return _coerced(f"lora.{key}", hint, value)
+    return coerced(f"lora.{key}", hint, value)
 
 
 def _lora_fields(config: LoraConfig) -> dict[str, Any]:
@@ -391,7 +373,7 @@ def _train_section(given: Mapping[str, Any], method: str) -> dict[str, Any]:
         if key.startswith("hub_"):
             raise RecipeError(f"train.{key} cannot be set", hint="nothing is sent anywhere")
     _known(given, [key for key in hints if key not in _REFUSED], where="train.")
-    values = {key: _coerced(f"train.{key}", hints[key], value) for key, value in given.items()}
+    values = {key: coerced(f"train.{key}", hints[key], value) for key, value in given.items()}
     defaults = {**DEFAULTS, "learning_rate": LEARNING_RATES[method]}
     return {**defaults, **{key: value for key, value in values.items() if value is not None or key not in defaults}}
 
@@ -425,118 +407,6 @@ def _one_of(name: str, value: str, known: Sequence[str], *, later: Sequence[str]
         raise RecipeError(
             f"{name} {value!r} is not known", hint=nearest(str(value), known) or f"known: {listed(known)}"
         )
-
-
-_WORDS: Final[Mapping[str, bool]] = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}
-
-
-def _coerced(name: str, hint: Any, value: Any) -> Any:
-    """The value as the type of its key; strings (from flags, and from YAML) are read as that type.
-
-    Raises:
-        RecipeError: it cannot be.
-    """
-    kinds = list(typing.get_args(hint)) if _is_union(hint) else [hint]
-    if type(None) in kinds and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
-        return None
-    choices = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, enum.Enum)]
-    if choices:
-        return _choice(name, choices[0], value)
-    for kind in sorted((typing.get_origin(kind) or kind for kind in kinds), key=_narrowest):
-        read = _READERS.get(kind)
-        found = read(name, value) if read else None
-        if found is not None:
-            return found
-    expected = " or ".join(
-        _TYPE_WORDS[kind] for kind in _TYPE_WORDS if kind in {typing.get_origin(k) or k for k in kinds}
-    )
-    raise RecipeError(f"{name} must be {expected or 'another kind of value'}; {value!r} was given")
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
-
-
-def _narrowest(kind: Any) -> int:
-    order = [bool, int, float, list, dict, str]
-    return order.index(kind) if kind in order else len(order)
-
-
-def _choice(name: str, kind: type[enum.Enum], value: Any) -> str:
-    known = [str(member.value) for member in kind]
-    word = str(value.value if isinstance(value, enum.Enum) else value)
-    if word not in known:
-        raise RecipeError(
-            f"{name} {word!r} is not known", hint=nearest(word, known) or f"known: {listed(known, most=20)}"
-        )
-    return word
-
-
-def _as_bool(name: str, value: Any) -> bool | None:
-    return _WORDS.get(value.lower()) if isinstance(value, str) else value if isinstance(value, bool) else None
-
-
-def _as_int(name: str, value: Any) -> int | None:
-    number = _as_float(name, value)
-    return None if number is None or number != int(number) else int(number)
-
-
-def _as_float(name: str, value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    if not math.isfinite(number):
-        return None
-    # What was written as a whole number stays one, in the saved recipe too.
-    whole = isinstance(value, int) or (isinstance(value, str) and value.strip("+-").isdecimal())
-    return int(value) if whole else number
-
-
-def _as_str(name: str, value: Any) -> str | None:
-    return str(value) if isinstance(value, (str, Path)) else None
-
-
-def _as_list(name: str, value: Any) -> list[Any] | None:
-    if isinstance(value, str) and value.startswith("["):
-        value = _parsed(name, value)
-    return list(value) if isinstance(value, (list, tuple)) else None
-
-
-def _as_dict(name: str, value: Any) -> dict[str, Any] | None:
-    if isinstance(value, str) and value.startswith("{"):
-        value = _parsed(name, value)
-    return dict(value) if isinstance(value, Mapping) else None
-
-
-_READERS: Final[Mapping[Any, Callable[[str, Any], Any]]] = {
-    bool: _as_bool,
-    int: _as_int,
-    float: _as_float,
-    str: _as_str,
-    list: _as_list,
-    dict: _as_dict,
-    Mapping: _as_dict,
-    typing.get_origin(Mapping[str, int]): _as_dict,
-}
-_TYPE_WORDS: Final[Mapping[Any, str]] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a finite number",
-    str: "a string",
-    list: "a list",
-    dict: "a mapping",
-    typing.get_origin(Mapping[str, int]): "a mapping",
-}
-
-
-def _parsed(name: str, text: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{name}: {text!r} cannot be parsed: {' '.join(str(error).split())}") from None
 
 
 def _copied(fields: Mapping[str, Any]) -> dict[str, Any]:

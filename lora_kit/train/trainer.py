@@ -1,12 +1,11 @@
-"""A thin subclass of transformers.Trainer: our loss, our evaluation, our bar, and nothing left behind on the model."""
+"""A thin subclass of transformers.Trainer: our loss, our evaluation, our bar."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import math
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +14,10 @@ from torch import Tensor
 
 from lora_kit.data import Collator, Encoded
 from lora_kit.errors import VerificationError
-from lora_kit.train.evaluate import Evaluation, casting, evaluate, summed_loss
+from lora_kit.train.contexts import casting
+from lora_kit.train.evaluate import Evaluation, evaluate
+from lora_kit.train.loss import Head, head_of
+from lora_kit.train.parts import split
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +26,8 @@ class Trainer(transformers.Trainer):
     """Trains whatever parameters of a model require a gradient.
 
     The loss of a step is the sum over all labels of its accumulation window, divided by their number: neither padding
-    nor the size of a micro-batch changes it, nor a last window that is short. It is computed here from the logits,
-    since not every model's own loss divides by that number.
+    nor the size of a micro-batch changes it, nor a last window that is short. It is computed here, since not every
+    model's own loss divides by that number, and a frozen head needs no logits of the whole batch.
 
     Attributes:
         tokens: tokens trained on so far, padding left out.
@@ -51,7 +53,8 @@ class Trainer(transformers.Trainer):
             # How transformers knows that a quantised base has adapters on it; `borrowed` takes the mark off again.
             model._hf_peft_config_loaded = True
         self._progress = _Progress()
-        self._validation, self._collator = validation, collator
+        self._train, self._validation, self._collator = train, validation, collator
+        self._head = Head(None)
         super().__init__(
             model=model,
             args=args,
@@ -76,14 +79,38 @@ class Trainer(transformers.Trainer):
         """Take the progress bar off the terminal."""
         self._progress.close()
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, after it has been found out how the loss is to be taken."""
+        if self._train.kind == "token":
+            self._head = self._find_head()
+        return super().train(*args, **kwargs)
+
+    def _find_head(self) -> Head:
+        sample = {name: tensor.to(self.args.device) for name, tensor in self._collator([self._train[0]]).items()}
+        del sample["labels"]
+        with self.compute_loss_context_manager():
+            head = head_of(self.model, sample)
+        if head.linear is None:
+            logger.info("the loss is taken from the model's logits: %s", head.reason)
+        else:
+            logger.info("the head is frozen: the loss is taken in chunks of its logits")
+        return head
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        with self._head.left_out():
+            return super().compute_loss(*args, **kwargs)
+
     def _loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         if num_items_in_batch is None:
             raise RuntimeError("transformers.Trainer did not count the labels of the accumulation window")
-        return summed_loss(outputs.logits, labels, smoothing=self.args.label_smoothing_factor) / num_items_in_batch
+        smoothing = self.args.label_smoothing_factor
+        return self._head.loss(outputs.logits, labels, smoothing=smoothing) / num_items_in_batch
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of a batch, part by part."""
         self._seen += inputs["attention_mask"].sum().to(self._seen.device)
-        return super().training_step(model, inputs, num_items_in_batch)
+        losses = [super(Trainer, self).training_step(model, part, num_items_in_batch) for part in split(inputs)]
+        return torch.stack(losses).sum()
 
     def autocast_smart_context_manager(
         self, cache_enabled: bool | None = True
@@ -165,82 +192,3 @@ class _Progress(transformers.TrainerCallback):
 
 
 _SHOWN = ("loss", "learning_rate", "grad_norm", "eval_loss", "eval_perplexity", "eval_accuracy")
-
-
-@contextlib.contextmanager
-def borrowed(model: Any) -> Iterator[None]:
-    """Puts back, whatever happens, what the Trainer changes on a model besides its trained weights.
-
-    That is: training mode, `config.use_cache`, gradient checkpointing, and what accelerate hangs on the model.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    attributes, use_cache = dict(vars(model)), model.config.use_cache if hasattr(model.config, "use_cache") else None
-    checkpointing = _checkpoints_activations(model)
-    try:
-        yield
-    finally:
-        if _checkpoints_activations(model) and not checkpointing:
-            _newest(model, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
-        for name in set(vars(model)) - set(attributes):
-            delattr(model, name)
-        if use_cache is not None:
-            model.config.use_cache = use_cache
-        elif hasattr(model.config, "use_cache"):
-            del model.config.use_cache
-        for module, mode in modes:
-            module.training = mode
-
-
-def _checkpoints_activations(model: Any) -> bool:
-    return bool(_newest(model, "is_activation_checkpointing", "is_gradient_checkpointing"))
-
-
-def _newest(model: Any, name: str, older: str) -> Any:
-    """An attribute under its present name, or under the one it has in older versions of transformers."""
-    return getattr(model, name) if hasattr(type(model), name) else getattr(model, older, None)
-
-
-@contextlib.contextmanager
-def repeatable(device: torch.device) -> Iterator[None]:
-    """The same bits from the same run: on CUDA the deterministic kernels, which the CPU always uses."""
-    if device.type != "cuda":
-        yield
-        return
-    import os
-
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
-
-
-class Clock:
-    """Wall time and peak memory of a piece of work."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._started = device, time.perf_counter()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-
-    @property
-    def seconds(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter() - self._started
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most memory in use: of the CUDA device since the start, or of the whole process since it began."""
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
-        import resource
-        import sys
-
-        # Linux counts in kilobytes, macOS in bytes.
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

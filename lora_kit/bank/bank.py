@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_kit.adapter import PREFIX, Adapter, check_allowances, magnitude_key, pair_keys
+from lora_kit.bank.places import WrappedLayers
+from lora_kit.bank.residents import Resident, Residents
+from lora_kit.cache import AdapterCache, Offer
 from lora_kit.config import ALL_LINEAR, LoraConfig
-from lora_kit.errors import (
-    AdapterError,
-    BankError,
-    BaseMismatchError,
-    ConfigError,
-    TargetError,
-    UnknownAdapterError,
-    listed,
-)
-from lora_kit.fingerprint import differences, fingerprint
-from lora_kit.fit import below, misfits
+from lora_kit.errors import AdapterError, BankError, ConfigError, UnknownAdapterError
+from lora_kit.fingerprint import fingerprint
+from lora_kit.fit import fitted
 from lora_kit.fold import Retention, check_foldable, folded, weight_of
 from lora_kit.layers import (
     BASE,
@@ -38,30 +32,9 @@ from lora_kit.layers import (
     SlotLayer,
     initialise,
     kind_of,
-    wrap,
 )
 from lora_kit.ops import dora_scale
 from lora_kit.targets import Coverage, Target, find, suffixes, survey
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass
-class _Resident:
-    """An adapter in the bank.
-
-    Attributes:
-        adapter: the value it was loaded from; None for a trainable one, whose values live in its leaf parameters.
-        layers: paths of the layers that hold something of it.
-        leaves: its leaf parameters, empty unless it is trainable.
-    """
-
-    slot: int
-    config: LoraConfig
-    coverage: Coverage
-    adapter: Adapter | None = None
-    layers: list[str] = field(default_factory=list)
-    leaves: list[nn.Parameter] = field(default_factory=list)
 
 
 def attach(
@@ -72,6 +45,7 @@ def attach(
     slots: int | None = None,
     max_rank: int | None = None,
     dtype: torch.dtype | None = None,
+    cache_bytes: int = 2**30,
 ) -> AdapterBank:
     """Put a bank beside a model. Outputs stay bitwise what they were; `bank.detach()` takes everything away again.
 
@@ -83,6 +57,8 @@ def attach(
             grows when it must.
         max_rank: the largest rank there is room for, fixed likewise; None: it grows.
         dtype: of the slabs. fp32 where a config is given, since trainable adapters are fp32; else the model's own.
+        cache_bytes: host memory for offered adapters that had to leave their slots, the least recently used ones first
+            to go.
 
     Raises:
         BankError: the model has a bank already.
@@ -92,7 +68,8 @@ def attach(
         raise BankError("this model has a bank already", hint="add adapters to that one, or detach it first")
     if config is not None:
         dtype = dtype or torch.float32
-    bank = AdapterBank(model, slots=slots, max_rank=max_rank, dtype=dtype or _dtype_of(model))
+    dtype = dtype or _dtype_of(model)
+    bank = AdapterBank(model, slots=slots, max_rank=max_rank, dtype=dtype, cache_bytes=cache_bytes)
     if config is not None:
         try:
             bank.add(name, config)
@@ -104,20 +81,27 @@ def attach(
 
 
 class AdapterBank:
-    """Named adapters in the slots of a model's layers. Made by `attach`."""
+    """Named adapters in the slots of a model's layers. Made by `attach`.
 
-    def __init__(self, model: nn.Module, *, slots: int | None, max_rank: int | None, dtype: torch.dtype) -> None:
+    Attributes:
+        cache: the host memory behind the slots.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, slots: int | None, max_rank: int | None, dtype: torch.dtype, cache_bytes: int
+    ) -> None:
         for label, value in (("slots", slots), ("max_rank", max_rank)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{label} must be a whole number from 1; {value!r} was given")
         self.model = model
         self.dtype = dtype
-        self._slots = slots
+        self.cache = AdapterCache(cache_bytes)
         self._max_rank = max_rank
         self._routing = Routing()
         self._returning: list[tuple[int, ...]] = []  # slots that blocks now open go back to
-        self._residents: dict[str, _Resident] = {}
-        self._layers: dict[str, SlotLayer] = {}
+        self._layers = WrappedLayers(model, self._routing, max_rank=max_rank, dtype=dtype)
+        self._residents = Residents(self._layers, slots=slots, max_rank=max_rank, cache=self.cache)
+        self._offers: dict[str, Offer] = {}
         self._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
@@ -127,12 +111,18 @@ class AdapterBank:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Adapters that have a slot."""
         return tuple(self._residents)
+
+    @property
+    def offered(self) -> tuple[str, ...]:
+        """Adapters that are brought into a slot when they are needed, those that have one among them."""
+        return tuple(self._offers)
 
     @property
     def active(self) -> str | tuple[str | None, ...] | None:
         """The adapter in use: a name, one name per row inside `rows`, or None for the base."""
-        names = {resident.slot: name for name, resident in self._residents.items()}
+        names = {self._residents[name].slot: name for name in self._residents}
         if self._routing.mixed:
             return tuple(names.get(slot) for slot in self._routing.rows)
         return names.get(self._routing.slot)
@@ -156,9 +146,10 @@ class AdapterBank:
         """What tells this base from others; see `lora_kit.fingerprint`."""
         return fingerprint(self.model, name=_model_name(self.model))
 
-    def _resident(self, name: str) -> _Resident:
+    def _resident(self, name: str) -> Resident:
+        """The adapter of that name in its slot; what is offered is brought in."""
         if name not in self._residents:
-            raise UnknownAdapterError(str(name), self._residents)
+            self._bring_in([name], beside=())
         return self._residents[name]
 
     # Coming and going
@@ -175,16 +166,18 @@ class AdapterBank:
                 f"this bank holds {self.dtype} slots; trainable adapters are fp32",
                 hint="attach with dtype=torch.float32",
             )
+        self._check_name(name)
         coverage = find(self.model, config)
-        with self._admitted(name, config, coverage) as resident:
+        resident = Resident(config, coverage)
+        with self._residents.admitted({name: resident}, keep=self._slots_in_use()):
             for target in coverage.targets:
                 device = self._layers[target.path].device
                 a = torch.empty(target.rank, target.in_features, device=device)
                 b = torch.empty(target.out_features, target.rank, device=device)
                 initialise(a, b, kind=target.kind, init=config.init_lora_weights)
-                self._put(resident, target.path, {A: a, B: b} | self._lengths(target, a, b), target.scaling)
+                self._residents.put(resident, target.path, {A: a, B: b} | self._lengths(target, a, b), target.scaling)
             for path in coverage.saved:
-                self._put(resident, path, self._layers[path].base_layer.state_dict(), 1.0)
+                self._residents.put(resident, path, self._layers[path].base_layer.state_dict(), 1.0)
             for path in resident.layers:
                 resident.leaves += self._layers[path].make_trainable(resident.slot, config.lora_dropout)
         return coverage
@@ -204,32 +197,45 @@ class AdapterBank:
         check_allowances(allow)
         self._check_name(name)
         adapter = source if isinstance(source, Adapter) else Adapter.load(source, allow=allow)
-        coverage = self._fit(name, adapter, allow)
-        with self._admitted(name, adapter.config, coverage, adapter) as resident:
-            for target in coverage.targets:
-                pair = adapter.pairs()[target.path]
-                tensors = {A: pair.a, B: pair.b, MAGNITUDE: pair.magnitude}
-                present = {key: tensor for key, tensor in tensors.items() if tensor is not None}
-                self._put(resident, target.path, present, target.scaling)
-            for path in coverage.saved:
-                self._put(resident, path, below(adapter.saved(), path), 1.0)
+        coverage = fitted(name, adapter, self.model, dtype=self.dtype, allow=allow)
+        resident = Resident(adapter.config, coverage, adapter)
+        with self._residents.admitted({name: resident}, keep=self._slots_in_use()):
+            self._residents.fill(resident)
         return adapter
 
+    def offer(self, name: str, source: str | Path | Adapter, *, allow: Collection[str] = ()) -> None:
+        """Make an adapter known by name; its weights are read when something needs it, and again after it had to leave.
+
+        It comes into a slot when it is first used. When slots run out, the offered adapter that was not used for the
+        longest time leaves its own: never one in use, never one that was loaded or added.
+
+        Args:
+            source, allow: as in `load`.
+
+        Raises:
+            AdapterError, ConfigError: there is no adapter folder, or its config is wrong. Weights that cannot be read
+                or do not fit are refused at the first use.
+            BankError: the name is taken, or the rank is larger than there is room for.
+        """
+        self._check_name(name)
+        offer = Offer(source, allow=allow)
+        if self._max_rank is not None and offer.config.largest_rank > self._max_rank:
+            self._residents.check_rank(name, survey(self.model, offer.config))
+        self._offers[name] = offer
+
     def unload(self, name: str) -> None:
-        """Take an adapter out and free its slot.
+        """Take an adapter out and free its slot. One that was offered is so no longer.
 
         Raises:
             BankError: it is in use.
         """
-        slot = self._resident(name).slot
-        if any(slot in held for held in (self._routing.held, *self._returning)):
-            raise BankError(f"{name!r} is in use", hint="use(None) or another adapter first")
-        self._remove(name)
-
-    def _remove(self, name: str) -> None:
-        resident = self._residents.pop(name)
-        for path in resident.layers:
-            self._layers[path].clear(resident.slot)
+        if name in self._residents:
+            if self._residents[name].slot in self._slots_in_use():
+                raise BankError(f"{name!r} is in use", hint="use(None) or another adapter first")
+            self._residents.remove(name)
+        elif name not in self._offers:
+            raise self._unknown(name)
+        self._offers.pop(name, None)
 
     def restore(self, name: str, adapter: Adapter) -> None:
         """Copy an adapter's values into the trainable adapter of that name, leaf by leaf.
@@ -258,9 +264,9 @@ class AdapterBank:
         """Give the model back as it was: its own layers, keys, bits and `requires_grad`."""
         if self.model.__dict__.pop("_lora_kit_bank", None) is None:
             raise BankError("this bank was detached already")
-        self._replace({layer: layer.base_layer for layer in self._layers.values()})
-        self._layers.clear()
-        self._residents.clear()
+        self._layers.unwrap()
+        for held in (self._residents, self._offers, self.cache):
+            held.clear()
         self._routing.to_slot(BASE)
         for parameter in self._frozen:
             parameter.requires_grad_(True)
@@ -268,8 +274,14 @@ class AdapterBank:
     # Using
 
     def use(self, name: str | None) -> None:
-        """Route every row to one adapter, or to the base with None. One assignment, whatever is loaded."""
-        self._routing.to_slot(BASE if name is None else self._resident(name).slot)
+        """Route every row to one adapter, or to the base with None. One assignment, whatever is loaded.
+
+        What is offered and has no slot is brought in first, here as in `using` and `rows`; if that fails, everything is
+        as it was.
+        """
+        if name is not None and name not in self._residents:
+            self._bring_in([name], beside=())
+        self._routing.to_slot(BASE if name is None else self._residents.slot_of(name))
 
     @contextlib.contextmanager
     def using(self, name: str | None) -> Iterator[None]:
@@ -290,7 +302,7 @@ class AdapterBank:
 
     @contextlib.contextmanager
     def _routed(self, names: Sequence[str | None]) -> Iterator[None]:
-        slots = [BASE if name is None else self._resident(name).slot for name in names]
+        slots = self._slots_of(names)
         self._returning.append(self._routing.held)
         self._routing.to_rows(slots)
         try:
@@ -302,6 +314,8 @@ class AdapterBank:
 
     def snapshot(self, name: str) -> Adapter:
         """The adapter as a value: what it was loaded from, or a copy of a trainable one as it stands."""
+        if name in self._offers and name not in self._residents:
+            return self._offers[name].value(self.cache)
         resident = self._resident(name)
         if resident.adapter is not None:
             return resident.adapter
@@ -354,91 +368,53 @@ class AdapterBank:
                 self._layers[path].base_layer.load_state_dict(self._entry(resident, path))
         if resident.slot == self._routing.slot:
             self._routing.to_slot(BASE)
-        self._remove(name)
-        for path in resident.layers:
+        changed = tuple(resident.layers)
+        self._residents.remove(name)
+        self._offers.pop(name, None)
+        for path in changed:
             self._layers[path].base_changed()
-        return [retentions[path] for path in resident.layers if path in retentions]
+        return [retentions[path] for path in changed if path in retentions]
 
     # Inside
 
     def _check_name(self, name: Any) -> None:
         if not isinstance(name, str) or not name:
             raise ConfigError(f"an adapter's name is a string; {name!r} was given")
-        if name in self._residents:
-            raise BankError(f"{name!r} is loaded already", hint="unload it first")
+        if name in self._residents or name in self._offers:
+            state = "loaded" if name in self._residents else "offered"
+            raise BankError(f"{name!r} is {state} already", hint="unload it first")
 
-    @contextlib.contextmanager
-    def _admitted(
-        self, name: str, config: LoraConfig, coverage: Coverage, adapter: Adapter | None = None
-    ) -> Iterator[_Resident]:
-        """A new resident with a slot and wrappers to put things in; taken out again when the block fails.
+    def _slots_of(self, names: Sequence[str | None]) -> list[int]:
+        """The slot of each name, used just now; what is offered and has none is brought in, all of it or nothing."""
+        absent = [name for name in names if name is not None and name not in self._residents]
+        if absent:
+            self._bring_in(dict.fromkeys(absent), beside=names)
+        return [BASE if name is None else self._residents.slot_of(name) for name in names]
 
-        Wrappers and room made for it then stay: without an entry they do nothing.
-        """
-        self._check_name(name)
-        self._check_room(name, coverage)
-        taken = {resident.slot for resident in self._residents.values()}
-        slot = next(number for number in range(1, len(taken) + 2) if number not in taken)
-        self._residents[name] = resident = _Resident(slot, config, coverage, adapter)
-        try:
-            # Tensors made in inference mode could not be written to outside it, by the next swap or load.
-            with torch.inference_mode(False):
-                self._reserve(coverage)
-                yield resident
-        except BaseException:
-            self._remove(name)
-            raise
+    def _bring_in(self, names: Collection[str], *, beside: Collection[str | None]) -> None:
+        """Put offered adapters into slots, all of them or none; those beside them keep theirs."""
+        for name in names:
+            if name not in self._offers:
+                raise self._unknown(name)
+        beside = [name for name in beside if name in self._residents]
+        keep = self._slots_in_use() | {self._residents[name].slot for name in beside if name is not None}
+        self._residents.leaving(names, keep=keep)  # that there is no room is said before anything is read
+        arriving = {name: self._arrival(name, self._offers[name]) for name in names}
+        with self._residents.admitted(arriving, keep=keep):
+            for resident in arriving.values():
+                self._residents.fill(resident)
 
-    def _check_room(self, name: str, coverage: Coverage) -> None:
-        rank = max((target.rank for target in coverage.targets), default=0)
-        if self._max_rank is not None and rank > self._max_rank:
-            raise BankError(
-                f"{name!r} has rank {rank}; there is room for {self._max_rank}", hint="attach with a larger max_rank"
-            )
-        if self._slots is not None and len(self._residents) >= self._slots:
-            raise BankError(
-                f"{name!r} needs a slot, and all {self._slots} are taken by {listed(self.names)}",
-                hint="unload one, or attach with more slots",
-            )
+    def _arrival(self, name: str, offer: Offer) -> Resident:
+        """An offered adapter, found to fit the model."""
+        adapter = offer.value(self.cache)
+        coverage = fitted(name, adapter, self.model, dtype=self.dtype, allow=offer.allow)
+        return Resident(adapter.config, coverage, adapter, offer)
 
-    @property
-    def _room(self) -> int:
-        """Slots every layer must have, slot 0 included; doubling as it grows."""
-        if self._slots is not None:
-            return self._slots + 1
-        highest = max((resident.slot for resident in self._residents.values()), default=1)
-        return 1 + (1 << (highest - 1).bit_length())
+    def _unknown(self, name: object) -> UnknownAdapterError:
+        return UnknownAdapterError(str(name), dict.fromkeys([*self._residents, *self._offers]))
 
-    def _reserve(self, coverage: Coverage) -> None:
-        """Wrap every covered layer, and make room for every resident in every wrapper."""
-        ranks = {target.path: self._max_rank or target.rank for target in coverage.targets}
-        wrapped: dict[nn.Module, nn.Module] = {}
-        for path in [*ranks, *coverage.saved]:
-            if path not in self._layers or isinstance(self._layers[path], SavedModule) == (path in ranks):
-                self._check_nesting(path, saved=path in coverage.saved)
-            if path not in self._layers:
-                module = self.model.get_submodule(path)
-                layer = wrap(module, self._routing) if path in ranks else SavedModule(module, self._routing)
-                layer.reserve(self._room, ranks.get(path, 0), self.dtype)
-                self._layers[path] = layer
-                wrapped[module] = layer
-        self._replace(wrapped)
-        for path, layer in self._layers.items():
-            layer.reserve(self._room, ranks.get(path, 0), self.dtype)
-
-    def _check_nesting(self, path: str, *, saved: bool) -> None:
-        """A layer carries pairs or is saved whole, for all adapters of a bank alike."""
-        for other, layer in self._layers.items():
-            whole = isinstance(layer, SavedModule)
-            if (
-                (path == other and whole != saved)
-                or path.startswith(other + ".")
-                or (saved and other.startswith(path + "."))
-            ):
-                raise TargetError(
-                    f"{path} and {other}: one adapter saves the module whole and another puts pairs into it",
-                    hint="use a bank for each",
-                )
+    def _slots_in_use(self) -> set[int]:
+        return {*self._routing.held, *chain.from_iterable(self._returning)}
 
     def _lengths(self, target: Target, a: Tensor, b: Tensor) -> dict[str, Tensor]:
         """The magnitude a DoRA starts from, which leaves the weight as it is."""
@@ -449,19 +425,11 @@ class AdapterBank:
         ones = torch.ones(target.out_features, device=layer.device)
         return {MAGNITUDE: 1 / dora_scale(layer.weight_matrix(), a, b, target.scaling, ones)}
 
-    def _put(self, resident: _Resident, path: str, tensors: Mapping[str, Tensor], scaling: float) -> None:
+    def _put(self, resident: Resident, path: str, tensors: Mapping[str, Tensor], scaling: float) -> None:
         resident.layers.append(path)
         self._layers[path].put(resident.slot, tensors, scaling)
 
-    def _replace(self, new: Mapping[nn.Module, nn.Module]) -> None:
-        """Put modules in the places of others, under every name the model knows those by."""
-        for parent in list(self.model.modules()):
-            if not isinstance(parent, SlotLayer):
-                for key, child in parent._modules.items():
-                    if child is not None and child in new:
-                        parent._modules[key] = new[child]
-
-    def _entry(self, resident: _Resident, path: str) -> Mapping[str, Tensor]:
+    def _entry(self, resident: Resident, path: str) -> Mapping[str, Tensor]:
         entry = self._layers[path].entries[resident.slot]
         assert entry is not None
         return entry.tensors
@@ -481,7 +449,7 @@ class AdapterBank:
                     tensors[magnitude_key(path)] = held[MAGNITUDE]
         return tensors
 
-    def _resolved(self, resident: _Resident) -> LoraConfig:
+    def _resolved(self, resident: Resident) -> LoraConfig:
         """The config as it is saved: names instead of `all-linear`, and the base it belongs to."""
         config = resident.config
         targets = (
@@ -495,37 +463,6 @@ class AdapterBank:
             base_model_name_or_path=config.base_model_name_or_path or _model_name(self.model),
             inference_mode=True,
         )
-
-    def _fit(self, name: str, adapter: Adapter, allow: Collection[str]) -> Coverage:
-        """What an adapter covers in this model; AdapterError with every misfit."""
-        coverage = survey(self.model, adapter.config)
-        told = misfits(adapter, self.model, coverage, self.dtype)
-        if "unmatched-targets" not in allow:
-            told += [f"nothing in the model matches {entry}" for entry in coverage.unmatched]
-        if told:
-            fitting = sum(target.path in adapter.pairs() for target in coverage.targets)
-            head = f"{name!r} does not fit this model: {fitting} of {len(coverage.targets)} covered layers have a pair"
-            only_unmatched = len(told) == len(coverage.unmatched)
-            hint = (
-                "allow 'unmatched-targets' if its list of names is meant for several models" if only_unmatched else ""
-            )
-            raise AdapterError("\n  ".join([head, *told]), hint=hint)
-        self._check_base(name, adapter, coverage, allow)
-        return coverage
-
-    def _check_base(self, name: str, adapter: Adapter, coverage: Coverage, allow: Collection[str]) -> None:
-        if adapter.base is None:
-            logger.info("%s: it does not say which base it was made for", name)
-            return
-        told = differences(adapter.base, self.model, ignore=coverage.saved)
-        if told and "other-base" not in allow:
-            made_for = adapter.base.get("name") or "another base"
-            raise BaseMismatchError(
-                f"{name!r} was made for {made_for}, and this is another base: {'; '.join(told)}",
-                hint="load it on its own base, or allow 'other-base'",
-            )
-        if told:
-            logger.warning("%s: another base than it was made for: %s", name, "; ".join(told))
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:

@@ -1,0 +1,284 @@
+"""An adapter's folder: what its files are called, what `lora_kit.json` vouches for, and the model card.
+
+The folder is PEFT's (`adapter_config.json`, `adapter_model.safetensors`, `README.md`) and one file more,
+`lora_kit.json`, with digests of the others, the adapter's identity and the base it was made for. `adapters/README.md`
+describes every field.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from lora_kit.config import LoraConfig
+from lora_kit.errors import AdapterError, ConfigError, listed
+from lora_kit.files import exists, folder_exists, printable, read_json, read_text
+from lora_kit.strictjson import shown
+from lora_kit.weights import Seen, Weights, read_pickle, read_safetensors
+
+logger = logging.getLogger(__name__)
+
+CONFIG: Final = "adapter_config.json"
+WEIGHTS: Final = "adapter_model.safetensors"
+OLD_WEIGHTS: Final = "adapter_model.bin"
+CARD: Final = "README.md"
+RECORD: Final = "lora_kit.json"
+FORMAT: Final = 2
+"""Version of `lora_kit.json`."""
+ALLOWANCES: Final = ("other-base", "extra-keys", "changed-files", "unmatched-targets")
+"""What a caller may let pass: another base than the adapter's, tensors beyond its config, files changed since they were
+saved, names in its config that the model does not have."""
+
+_CONFIG_LIMIT: Final = 2**20
+_RECORD_LIMIT: Final = 16 * 2**20
+_RECORD_TYPES: Final[Mapping[str, type]] = {
+    "base": dict,
+    "files": dict,
+    "labels": list,
+    "metrics": dict,
+    "recipe": dict,
+    "versions": dict,
+}
+
+
+def is_adapter_folder(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() or (folder / RECORD).is_file()
+
+
+def check_allowances(allow: Collection[str]) -> None:
+    unknown = [name for name in allow if name not in ALLOWANCES]
+    if isinstance(allow, str) or unknown:
+        raise ConfigError(f"allow={allow!r} was given; expected any of {listed(ALLOWANCES)}")
+
+
+# Reading
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """What an adapter folder says before its weights are read.
+
+    Attributes:
+        shown: the folder's path, for messages.
+        text: of the config. config: read from it.
+        record: what `lora_kit.json` carries; None where there is none.
+        facts: size and sha256 of the files by name, where they are to be checked; else None.
+        weights: the weight file.
+    """
+
+    shown: str
+    text: str
+    config: LoraConfig
+    record: Mapping[str, Any] | None
+    facts: Mapping[str, Any] | None
+    weights: Path
+
+    @classmethod
+    def open(cls, folder: Path, *, allow: Collection[str]) -> AdapterFolder:
+        """Read config and record.
+
+        Raises:
+            AdapterError, ConfigError: what is wrong with which file.
+        """
+        told = printable(folder)
+        if not folder_exists(folder):
+            raise AdapterError(f"{told} is not a folder", hint="an adapter is a folder with an adapter_config.json")
+        if not exists(folder / CONFIG):
+            raise ConfigError(f"{told} has no {CONFIG}", hint="is it an adapter folder?")
+        text = read_text(folder / CONFIG, limit=_CONFIG_LIMIT)
+        record = _read_record(folder)
+        facts = None if record is None or "changed-files" in allow else _facts(record, told)
+        config = LoraConfig.from_json(text, source=printable(folder / CONFIG))
+        return cls(told, text, config, record, facts, _weights_file(folder))
+
+    @property
+    def digest(self) -> str | None:
+        """The identity that the record claims."""
+        claimed = None if self.record is None else self.record.get("digest")
+        return claimed if isinstance(claimed, str) else None
+
+    def read(self, *, seen: Seen) -> Weights:
+        """The weight file, once its size and its header promise that it is worth reading.
+
+        Args:
+            seen: is given its bytes as they are read.
+        """
+
+        def check_size(size: int) -> None:
+            if self.facts is not None:
+                _check_size(self.facts.get(self.weights.name), size, printable(self.weights))
+
+        read = read_pickle if self.weights.name == OLD_WEIGHTS else read_safetensors
+        return read(self.weights, check_size=check_size, seen=seen)
+
+    def check_unchanged(self, weights_sha256: str) -> None:
+        """Raise AdapterError unless config and weights are what the record vouches for."""
+        if self.facts is not None:
+            text = self.text.encode()
+            _check_size(self.facts.get(CONFIG), len(text), f"{self.shown}/{CONFIG}")
+            sums = {CONFIG: hashlib.sha256(text).hexdigest(), self.weights.name: weights_sha256}
+            for name, found in sums.items():
+                if self.facts[name].get("sha256") != found:
+                    raise AdapterError(
+                        f"{self.shown}/{name} was changed since it was saved", hint="allow 'changed-files' to go on"
+                    )
+
+    def check_identity(self, digest: str) -> None:
+        """Raise AdapterError unless the record names this identity."""
+        if self.record is not None and self.record.get("digest") != digest:
+            raise AdapterError(f"{self.shown}: the digest in {RECORD} is not that of the adapter", hint="save it again")
+
+    def say_what_is_not_used(self) -> None:
+        if self.weights.name == OLD_WEIGHTS:
+            logger.warning("%s: reading plain tensors from %s, an older format", self.shown, OLD_WEIGHTS)
+        if self.record is None:
+            logger.info(
+                "%s has no %s: neither its files nor the base it was made for can be checked", self.shown, RECORD
+            )
+        if self.config.unknown_fields:
+            names = [printable(name) for name in self.config.unknown_fields]
+            logger.warning("%s: unknown fields are kept as they are: %s", self.shown, listed(names))
+        if self.config.fields_naming_code:
+            names = self.config.fields_naming_code
+            logger.info("%s: fields that name code are kept and not acted on: %s", self.shown, listed(names))
+
+
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    """What `lora_kit.json` says; None where there is none."""
+    if not exists(folder / RECORD):
+        return None
+    record = read_json(folder / RECORD, limit=_RECORD_LIMIT)
+    for name, kind in _RECORD_TYPES.items():
+        if not isinstance(record.get(name), (kind, type(None))):
+            raise AdapterError(f"{printable(folder / RECORD)}: {name} is {shown(record[name])}; it is damaged")
+    return record
+
+
+def _facts(record: Mapping[str, Any], told: str) -> Mapping[str, Any]:
+    """What a record says of the files beside it."""
+    if record.get("format") != FORMAT:
+        raise AdapterError(
+            f"{told}/{RECORD} has format {shown(record.get('format'))}; format {FORMAT} is read",
+            hint="allow 'changed-files' to read it unchecked, and save it again",
+        )
+    return record.get("files") or {}
+
+
+def _check_size(fact: Any, size: int, told: str) -> None:
+    expected = fact.get("size") if isinstance(fact, dict) else None
+    if not isinstance(expected, int):
+        raise AdapterError(f"{RECORD} does not vouch for {told}", hint="was the folder put together by hand?")
+    if size != expected:
+        what = "truncated or replaced" if size < expected else "replaced"
+        raise AdapterError(f"{told}: {what}: {size:,} bytes, {expected:,} are expected")
+
+
+def _weights_file(folder: Path) -> Path:
+    for name in (WEIGHTS, OLD_WEIGHTS):
+        if exists(folder / name):
+            return folder / name
+    raise AdapterError(f"{printable(folder)} has neither {WEIGHTS} nor {OLD_WEIGHTS}")
+
+
+# Writing
+
+
+def config_bytes(config: LoraConfig) -> bytes:
+    """`adapter_config.json`."""
+    return _json(config.to_dict(), CONFIG, _CONFIG_LIMIT)
+
+
+def record_bytes(facts: Mapping[str, Any], files: Mapping[str, bytes], *, digest: str) -> bytes:
+    """`lora_kit.json`, which vouches for the other files."""
+    sums = {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in files.items()}
+    own = {"format": FORMAT, "digest": digest, "files": sums, "versions": _versions()}
+    return _json({**facts, **own}, RECORD, _RECORD_LIMIT)
+
+
+def check_names(files: Iterable[str]) -> None:
+    """Raise ConfigError for names that further files of an adapter cannot have."""
+    for name in files:
+        if name in (CARD, CONFIG, WEIGHTS, OLD_WEIGHTS, RECORD) or name in ("", ".", "..") or set(name) & {"/", "\0"}:
+            raise ConfigError(f"{shown(name)} cannot be the name of a further file of an adapter")
+
+
+def _json(value: Any, name: str, limit: int) -> bytes:
+    """A small file; what is written must be what can be read."""
+    try:
+        text = json.dumps(_finite(value), indent=2, sort_keys=name == RECORD, ensure_ascii=name != RECORD)
+        data = f"{text}\n".encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"what is to be written to {name} is not JSON: {error}") from None
+    if len(data) > limit:
+        raise ConfigError(f"{name} would have {len(data):,} bytes; at most {limit:,} are read")
+    return data
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: a metric that is none is written as null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _versions() -> dict[str, str]:
+    import torch
+
+    from lora_kit import __version__
+
+    return {"lora_kit": __version__, "torch": str(torch.__version__)}
+
+
+def card(name: str, config: LoraConfig, metrics: Any, *, parameters: int, digest: str) -> bytes:
+    """The model card: what the adapter is, how it did, how to load it."""
+    base = config.base_model_name_or_path or "unknown"
+    targets = config.target_modules if isinstance(config.target_modules, str) else ", ".join(config.target_modules)
+    rows = [
+        ("base", base),
+        ("rank, alpha", f"{config.r}, {config.lora_alpha:g}" if config.target_modules else "no low-rank pairs"),
+        ("target modules", targets or "none"),
+        ("modules saved whole", ", ".join(config.modules_to_save) or "none"),
+        ("parameters", f"{parameters:,}"),
+        ("digest", digest),
+    ]
+    rows += [
+        (key, f"{value:.6g}" if isinstance(value, float) else str(value))
+        for key, value in (metrics if isinstance(metrics, Mapping) else {}).items()
+    ]
+    table = "\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in rows)
+    label, path = json.dumps(name), json.dumps(f"path/to/{name}")
+    base_line = f"base_model: {json.dumps(base)}\n" if base != "unknown" else ""
+    return f"""---
+library_name: peft
+{base_line}tags:
+- lora
+---
+# {printable(name)}
+
+A LoRA adapter trained with lora_kit.
+
+| | |
+|---|---|
+{table}
+
+```python
+import lora_kit as lk
+
+bank = lk.attach(model, slots=1)
+bank.load({label}, {path})
+bank.use({label})
+```
+It is in PEFT's format: `peft.PeftModel.from_pretrained(model, {path})` loads it as well.
+""".encode()
+
+
+def _cell(value: object) -> str:
+    return printable(value).replace("|", "\\|")

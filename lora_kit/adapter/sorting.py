@@ -1,0 +1,196 @@
+"""From the keys of PEFT's weight files to what they stand for: pairs, modules saved whole, every misfit in words."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from lora_kit.config import LoraConfig
+from lora_kit.errors import AdapterError
+from lora_kit.files import printable
+from lora_kit.weights import DTYPES
+
+PREFIX: Final = "base_model.model."
+"""Before every key of PEFT's weight files."""
+
+_MARK: Final = ".lora_"
+_PARTS: Final = {
+    "A.weight": ("linear", "A"),
+    "B.weight": ("linear", "B"),
+    "embedding_A": ("embedding", "A"),
+    "embedding_B": ("embedding", "B"),
+    "magnitude_vector": ("linear", "magnitude"),
+}
+"""What follows the mark: the kind of layer, and what of its pair the tensor is."""
+_COPY_SUFFIX: Final = ".base_layer.weight"
+"""PEFT writes the frozen table of an adapted embedding beside its pair, under this suffix."""
+_READ: Final = frozenset(DTYPES.values())
+_NAME_LIMIT: Final = 1_000
+_MISFITS_SHOWN: Final = 200
+_FEW: Final = 4_096
+"""Elements up to which calling an operation costs more than what it does."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The update of one layer, `B A` before scaling.
+
+    Attributes:
+        a: (r, in); for an embedding (r, entries).
+        b: (out, r); for an embedding (dim, r).
+        kind: `linear` or `embedding`.
+        magnitude: (out,), of a DoRA only.
+    """
+
+    a: Tensor
+    b: Tensor
+    kind: str
+    magnitude: Tensor | None = None
+
+
+def magnitude_key(path: str) -> str:
+    """The key of a DoRA's magnitude in PEFT's weight file for the layer of this path."""
+    return f"{PREFIX}{path}{_MARK}magnitude_vector"
+
+
+def pair_keys(path: str, kind: str) -> tuple[str, str]:
+    """The keys of A and B in PEFT's weight file for the layer of this path."""
+    if kind == "embedding":
+        return f"{PREFIX}{path}{_MARK}embedding_A", f"{PREFIX}{path}{_MARK}embedding_B"
+    return f"{PREFIX}{path}{_MARK}A.weight", f"{PREFIX}{path}{_MARK}B.weight"
+
+
+@dataclass
+class Sorted:
+    """An adapter's tensors by what they are for, each by path of its module.
+
+    Attributes:
+        pairs: by path of their layer.
+        saved: tensors of modules saved whole (`model.score.weight`).
+        copies: weights of the base, by path of the layer.
+        misfits: what does not fit the config, in words.
+    """
+
+    pairs: dict[str, Pair] = field(default_factory=dict)
+    saved: dict[str, Tensor] = field(default_factory=dict)
+    copies: dict[str, Tensor] = field(default_factory=dict)
+    misfits: list[str] = field(default_factory=list)
+
+
+def sort_out(config: LoraConfig, tensors: Mapping[str, Tensor], allow: Collection[str]) -> Sorted:
+    """The tensors of an adapter, sorted.
+
+    Raises:
+        AdapterError: listing every tensor that does not fit the config.
+    """
+    found = Sorted(misfits=list(_unfit_values(tensors)))
+    parts = _sort_keys(config, tensors, allow, found)
+    for (path, kind), sides in parts.items():
+        wrong = _unfit_pair(path, sides, config)
+        if path in found.pairs:
+            wrong.append(f"{path}: pairs for a linear layer and for an embedding")
+        found.misfits += wrong
+        if not wrong:
+            found.pairs[path] = Pair(sides["A"], sides["B"], kind, sides.get("magnitude"))
+    found.misfits += _absent(config, found.saved)
+    if not tensors:
+        found.misfits.append("the file holds no tensors")
+    elif config.target_modules and not parts:
+        found.misfits.append("the config has target_modules, but the file holds no pair")
+    if found.misfits:
+        told = found.misfits[:_MISFITS_SHOWN]
+        if len(found.misfits) > len(told):
+            told.append(f"and {len(found.misfits) - len(told):,} more")
+        raise AdapterError("the tensors do not fit the config:\n  " + "\n  ".join(told))
+    return found
+
+
+def _sort_keys(
+    config: LoraConfig, tensors: Mapping[str, Tensor], allow: Collection[str], found: Sorted
+) -> dict[tuple[str, str], dict[str, Tensor]]:
+    """Put saved modules and copies where they belong; returns the parts of pairs by (path, kind)."""
+    parts: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        bare = key.removeprefix(PREFIX)
+        path, _, end = bare.rpartition(_MARK)
+        ours = bare != key
+        if not key.isprintable() or len(key) > _NAME_LIMIT:
+            found.misfits.append(f"{printable(key)} is not the name of a tensor")
+        elif ours and path and end in _PARTS:
+            kind, part = _PARTS[end]
+            parts.setdefault((path, kind), {})[part] = tensor
+        elif ours and _is_within(bare, config.modules_to_save):
+            found.saved[bare] = tensor
+        elif ours and bare.endswith(_COPY_SUFFIX):
+            found.copies[bare.removesuffix(_COPY_SUFFIX)] = tensor
+        elif "extra-keys" not in allow:
+            expected = "neither a pair nor in modules_to_save" if ours else f"keys begin with {PREFIX}"
+            found.misfits.append(f"{key} is not expected: {expected}")
+    return parts
+
+
+def _unfit_values(tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """What the values are that may not be: none but finite numbers, floating ones where they are weights."""
+    numbers: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if tensor.dtype not in _READ or not tensor.is_cpu:
+            yield f"{printable(key)} is {tensor.dtype} on {tensor.device}; plain numbers on the CPU are expected"
+        elif tensor.is_floating_point():
+            numbers[key] = tensor
+        elif _MARK in key or key.endswith((".weight", ".bias")):
+            yield f"{printable(key)} has dtype {tensor.dtype}; a floating dtype is expected"
+    few: dict[torch.dtype, list[str]] = {}
+    for key, tensor in numbers.items():
+        if tensor.numel() <= _FEW:
+            few.setdefault(tensor.dtype, []).append(key)
+        elif not _all_finite(tensor):
+            yield f"{printable(key)} holds NaN or infinity"
+    for keys in few.values():
+        # Small ones together, since every call has its price; one by one only to say which it is.
+        if not _all_finite(torch.cat([numbers[key].reshape(-1) for key in keys])):
+            yield from (f"{printable(key)} holds NaN or infinity" for key in keys if not _all_finite(numbers[key]))
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    """Whether every value is finite, in fp32 too."""
+    tensor = tensor.float() if tensor.dtype == torch.float64 else tensor
+    # NaN and infinity always show in a sum, which takes one pass and no memory; a sum that overflows says nothing.
+    total = tensor.sum(dtype=torch.float32)
+    return bool(total.isfinite()) or bool(tensor.isfinite().all())
+
+
+def _unfit_pair(path: str, sides: Mapping[str, Tensor], config: LoraConfig) -> list[str]:
+    a, b, magnitude = sides.get("A"), sides.get("B"), sides.get("magnitude")
+    told = [f"{path}: lora_{side} is missing" for side in "AB" if side not in sides]
+    if a is not None and b is not None:
+        told += _unfit_shapes(path, a.shape, b.shape, config)
+    if config.use_dora != (magnitude is not None):
+        there = "missing" if magnitude is None else "there"
+        told.append(f"{path}: use_dora is {config.use_dora}, and a magnitude is {there}")
+    elif magnitude is not None and b is not None and magnitude.shape != b.shape[:1]:
+        told.append(f"{path}: the magnitude is {tuple(magnitude.shape)}, {tuple(b.shape[:1])} is expected")
+    return told
+
+
+def _unfit_shapes(path: str, a: Sequence[int], b: Sequence[int], config: LoraConfig) -> list[str]:
+    if len(a) != 2 or len(b) != 2:
+        return [f"{path}: A {tuple(a)} and B {tuple(b)} are not matrices"]
+    rank = config.rank_of(path)
+    if a[0] == b[1] == rank:
+        return []
+    hint = "; A looks transposed" if a[1] == rank and a[0] != rank else ""
+    return [f"{path}: the config says rank {rank}, the tensors are A {tuple(a)} and B {tuple(b)}{hint}"]
+
+
+def _is_within(key: str, modules: Sequence[str]) -> bool:
+    """Whether a key (`model.score.weight`) lies in one of the modules of these names."""
+    return any(f".{name}." in f".{key}" for name in modules)
+
+
+def _absent(config: LoraConfig, saved: Mapping[str, Tensor]) -> list[str]:
+    names = [name for name in config.modules_to_save if not any(_is_within(key, [name]) for key in saved)]
+    return [f"modules_to_save names {name}, of which the file holds nothing" for name in names]

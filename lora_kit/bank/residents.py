@@ -1,0 +1,182 @@
+"""Which adapters have a slot: how they come in, all of them or none, and which ones leave for others."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lora_kit.adapter import Adapter
+from lora_kit.bank.places import Slots, WrappedLayers
+from lora_kit.cache import AdapterCache, Offer
+from lora_kit.config import LoraConfig
+from lora_kit.errors import BankError, listed
+from lora_kit.fit import below
+from lora_kit.layers import BASE, MAGNITUDE, A, B
+from lora_kit.targets import Coverage
+
+
+@dataclass
+class Resident:
+    """An adapter in a slot.
+
+    Attributes:
+        adapter: the value it was loaded from; None for a trainable one, whose values live in its leaf parameters.
+        offer: what it can be brought in by again, so that its slot may be given to another; None: it stays.
+        layers: paths of the layers that hold something of it.
+        leaves: its leaf parameters, empty unless it is trainable.
+    """
+
+    config: LoraConfig
+    coverage: Coverage
+    adapter: Adapter | None = None
+    offer: Offer | None = None
+    slot: int = BASE
+    layers: list[str] = field(default_factory=list)
+    leaves: list[nn.Parameter] = field(default_factory=list)
+
+
+class Residents:
+    """Adapters by name, each with a slot of the layers it covers.
+
+    Args:
+        slots: how many there are; None: their number grows.
+        max_rank: the largest rank there is room for; None: it grows.
+        cache: keeps those that leave.
+    """
+
+    def __init__(self, layers: WrappedLayers, *, slots: int | None, max_rank: int | None, cache: AdapterCache) -> None:
+        self._layers = layers
+        self._slots = Slots(slots)
+        self._max_rank = max_rank
+        self._cache = cache
+        self._named: dict[str, Resident] = {}
+        self._leavable: OrderedDict[str, None] = OrderedDict()  # names, the least recently used first
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._named
+
+    def __getitem__(self, name: str) -> Resident:
+        return self._named[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._named)
+
+    def slot_of(self, name: str) -> int:
+        """The slot of an adapter, which is the last one to leave then."""
+        resident = self._named[name]
+        if resident.offer is not None:
+            self._leavable.move_to_end(name)
+        return resident.slot
+
+    def check_rank(self, name: str, coverage: Coverage) -> None:
+        """Raise BankError for a rank that there is no room for."""
+        rank = max((target.rank for target in coverage.targets), default=0)
+        if self._max_rank is not None and rank > self._max_rank:
+            raise BankError(
+                f"{name!r} has rank {rank}; there is room for {self._max_rank}", hint="attach with a larger max_rank"
+            )
+
+    def leaving(self, arriving: Collection[str], *, keep: Collection[int]) -> list[str]:
+        """Names that have to leave for others, the least recently used first.
+
+        Args:
+            keep: slots that nobody may leave.
+
+        Raises:
+            BankError: there is no room, even so.
+        """
+        missing = self._slots.missing(len(arriving))
+        if not missing:
+            return []
+        free = [name for name in self._leavable if self._named[name].slot not in keep]
+        if len(free) < missing:
+            needed = "needs a slot" if len(arriving) == 1 else f"need {len(arriving)} slots"
+            others = listed([name for name in self._named if name not in free])
+            available = len(arriving) - missing + len(free)
+            had = f"all but {available}" if available else f"all {self._slots.limit}"
+            raise BankError(
+                f"{listed([repr(name) for name in arriving])} {needed}, and {had} are taken by {others}",
+                hint="unload one or use another, or attach with more slots",
+            )
+        return free[:missing]
+
+    @contextlib.contextmanager
+    def admitted(self, arriving: Mapping[str, Resident], *, keep: Collection[int]) -> Iterator[None]:
+        """Slots and wrappers for new residents; when the block fails they are taken out again, and who left is back.
+
+        Args:
+            keep: slots that nobody may leave.
+
+        Raises:
+            BankError: there is no room. TargetError: they cannot be in one bank with others.
+        """
+        for name, resident in arriving.items():
+            self.check_rank(name, resident.coverage)
+        left = {name: self._named[name] for name in self.leaving(arriving, keep=keep)}
+        # Tensors made in inference mode could not be written to outside it, by the next swap or load.
+        with torch.inference_mode(False):
+            for resident in arriving.values():  # before anybody leaves, since memory may run out
+                self._layers.reserve(resident.coverage, self._slots.room)
+            for name in left:
+                self.remove(name)
+            try:
+                for name, resident in arriving.items():
+                    self._enter(name, resident)
+                yield
+            except BaseException:
+                for name in arriving.keys() & self._named.keys():
+                    self.remove(name)
+                for name, resident in reversed(left.items()):
+                    self._enter(name, resident)
+                    self._leavable.move_to_end(name, last=False)
+                    self.fill(resident)
+                raise
+        for resident in left.values():
+            assert resident.offer is not None
+            assert resident.adapter is not None
+            resident.offer.put_aside(resident.adapter, self._cache)
+
+    def _enter(self, name: str, resident: Resident) -> None:
+        resident.slot = self._slots.take()
+        self._named[name] = resident
+        if resident.offer is not None:
+            self._leavable[name] = None
+
+    def fill(self, resident: Resident) -> None:
+        """Copy the values of an adapter into its slot."""
+        adapter = resident.adapter
+        assert adapter is not None
+        pairs = adapter.pairs()
+        for target in resident.coverage.targets:
+            pair = pairs[target.path]
+            tensors = {A: pair.a, B: pair.b}
+            if pair.magnitude is not None:
+                tensors[MAGNITUDE] = pair.magnitude
+            self.put(resident, target.path, tensors, target.scaling)
+        for path in resident.coverage.saved:
+            self.put(resident, path, below(adapter.saved(), path), 1.0)
+
+    def put(self, resident: Resident, path: str, tensors: Mapping[str, Tensor], scaling: float) -> None:
+        """Copy what an adapter brings to one layer into its slot."""
+        resident.layers.append(path)
+        self._layers[path].put(resident.slot, tensors, scaling)
+
+    def remove(self, name: str) -> None:
+        """Empty the slot of an adapter, and free it."""
+        resident = self._named.pop(name)
+        self._leavable.pop(name, None)
+        for path in resident.layers:
+            self._layers[path].clear(resident.slot)
+        resident.layers.clear()
+        self._slots.give_back(resident.slot)
+
+    def clear(self) -> None:
+        """Forget everybody; what is in the layers' slots stays there."""
+        self._named.clear()
+        self._leavable.clear()
+        self._slots = Slots(self._slots.limit)

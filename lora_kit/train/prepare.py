@@ -1,0 +1,163 @@
+"""What a recipe names, read and checked before any work is done: the output, the rows, the base."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from lora_kit.adapter import is_adapter_folder
+from lora_kit.config import LoraConfig
+from lora_kit.data import Collator, Encoded, Rows, encode, label_names, read_rows
+from lora_kit.errors import DataError, RecipeError, StorageError, listed
+from lora_kit.files import check_output, printable
+from lora_kit.models import Base, head_modules, load_base
+from lora_kit.train.artifacts import RECIPE
+from lora_kit.train.recipe import HEAD, Recipe
+
+logger = logging.getLogger(__name__)
+
+LONGEST: Final = 2048
+"""Tokens of a sample where neither recipe nor base sets a lower limit."""
+_TASK_TYPES: Final = {"causal-lm": "CAUSAL_LM", "classify": "SEQ_CLS"}
+_FORMATS: Final = {"causal-lm": ("completion", "text"), "classify": ("label",)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything a training needs, checked."""
+
+    recipe: Recipe
+    base: Base
+    train: Encoded
+    validation: Encoded | None
+    labels: tuple[str, ...]
+
+    @property
+    def collator(self) -> Collator:
+        return Collator(self.base.tokenizer.pad_token_id)
+
+
+def check_out(recipe: Recipe, *, replace: bool) -> None:
+    """Refuse an output that exists, cannot be written, or lies in the base's folder."""
+    out, base = Path(recipe.out), Path(recipe.base).expanduser()
+    _check_writable(out)
+    check_output(out, replace=replace, owned=is_model_of_ours if recipe.method == "full" else is_adapter_folder)
+    if base.is_dir() and (out.resolve().is_relative_to(base.resolve()) or base.resolve().is_relative_to(out.resolve())):
+        raise StorageError(f"{printable(out)} lies in the base's folder, or holds it", hint="choose another output")
+    if not recipe.name:
+        raise RecipeError(f"out {recipe.out!r} has no name", hint="its last part names the adapter")
+
+
+def _check_writable(out: Path) -> None:
+    """Refuse a place that cannot be written to before hours of training, not after."""
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise StorageError(f"{printable(out)} lies in {printable(above)}, which is not a folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise StorageError(f"{printable(out)} cannot be written: {printable(above)} may not be written to")
+
+
+def is_model_of_ours(folder: Path) -> bool:
+    """Whether a folder is a trained model of ours, which may be replaced."""
+    return (folder / RECIPE).is_file() and (folder / "config.json").is_file()
+
+
+def read(recipe: Recipe) -> tuple[Rows, Rows | None]:
+    """The rows of both files, of a format that the task can use."""
+    files = [recipe.data.train, recipe.data.validation]
+    rows = [read_rows(file) if file else None for file in files]
+    for found in rows:
+        if found is not None and found.format not in _FORMATS[recipe.task]:
+            other = next(task for task, formats in _FORMATS.items() if found.format in formats)
+            raise DataError(
+                f"{found.path} has rows of the format {found.format}; task {recipe.task} takes "
+                f"{listed(_FORMATS[recipe.task])}",
+                hint=f"task: {other} uses these rows",
+            )
+    first, second = rows
+    assert first is not None
+    if second is not None and second.format != first.format:
+        kinds = f"{first.path} has rows of the format {first.format}, {second.path} of the format {second.format}"
+        raise DataError(kinds, hint="both files of a recipe have one format")
+    return first, second
+
+
+def prepared(recipe: Recipe, rows: tuple[Rows, Rows | None], given: Base | None) -> Job:
+    """The base and the data, ready; the recipe with everything that was left open filled in."""
+    names = label_names(rows[0]) if recipe.task == "classify" else ()
+    label2id = {name: number for number, name in enumerate(names)}
+    if given is not None and set(names) == set(given.model.config.label2id):
+        # A head that knows these labels already keeps them in its own order.
+        label2id = dict(given.model.config.label2id)
+        names = tuple(sorted(names, key=label2id.__getitem__))
+    base = _loaded(recipe, label2id) if given is None else _borrowed_base(recipe, given, label2id)
+    recipe = _resolved(recipe, rows[0], base)
+    settings: dict[str, Any] = {"max_length": recipe.data.max_length, "separator": recipe.data.separator}
+    train_set, validation = (
+        encode(found, base.tokenizer, label2id=label2id, **settings) if found is not None else None for found in rows
+    )
+    assert train_set is not None
+    logger.info("%s: %d samples, %d labels", rows[0].path, len(train_set), train_set.num_labels)
+    if validation is None:
+        logger.info("no evaluation: the recipe names no data.validation")
+    return Job(recipe=recipe, base=base, train=train_set, validation=validation, labels=names)
+
+
+def _loaded(recipe: Recipe, label2id: Mapping[str, int]) -> Base:
+    # Small steps are lost in 16 bits: every weight is trained in fp32 unless the recipe asks for something else.
+    dtype = "fp32" if recipe.method == "full" and recipe.dtype == "auto" else recipe.dtype
+    return load_base(recipe.base, task=recipe.task, label2id=label2id or None, dtype=dtype, quantize=recipe.quantize)
+
+
+def _borrowed_base(recipe: Recipe, base: Base, label2id: Mapping[str, int]) -> Base:
+    """A base that someone else loaded, checked against the recipe; a copy of it where its weights will change."""
+    if (base.name, base.task) != (recipe.base, recipe.task):
+        given = f"the base given is {base.name} ({base.task})"
+        raise RecipeError(f"the recipe is for {recipe.base} ({recipe.task}), {given}")
+    if recipe.dtype != "auto" or recipe.quantize:
+        raise RecipeError("dtype and quantize do nothing for a base that is loaded already", hint="load it so")
+    if label2id and base.model.config.num_labels != len(label2id):
+        raise RecipeError(f"the base given has {base.model.config.num_labels} labels, the data {len(label2id)}")
+    if recipe.method != "full":
+        return base
+    if getattr(base.model, "is_quantized", False):
+        raise RecipeError("method full cannot train the weights of a quantised base", hint="use method lora")
+    model = copy.deepcopy(base.model).float()
+    if label2id:
+        model.config.label2id, model.config.id2label = dict(label2id), {v: k for k, v in label2id.items()}
+    return dataclasses.replace(base, model=model)
+
+
+def _resolved(recipe: Recipe, rows: Rows, base: Base) -> Recipe:
+    length = recipe.data.max_length or min(base.max_length, LONGEST)
+    if length > base.max_length:
+        raise RecipeError(f"data.max_length is {length}; {base.name} sees {base.max_length} tokens at once")
+    # A text of its own has no prompt, and nothing is to be put after one in generation.
+    separator = recipe.data.separator if rows.format == "completion" else ""
+    data = dataclasses.replace(recipe.data, max_length=length, separator=separator)
+    return recipe.replace(data=data, lora=_config(recipe, base))
+
+
+def _config(recipe: Recipe, base: Base) -> LoraConfig:
+    """The adapter's config with its head by name, and with labels for other tools."""
+    if recipe.method == "full":
+        return recipe.lora
+    saved = [name for name in recipe.lora.modules_to_save if name != HEAD]
+    # A head of a new task is random at first: an adapter that did not bring it would be of no use.
+    if recipe.task == "classify" or HEAD in recipe.lora.modules_to_save:
+        head = [name for name in head_modules(base.model, recipe.task) if name not in saved]
+        if head and recipe.method == "lora":
+            logger.info("the head is trained and saved whole: %s", listed(head))
+        saved += head
+    return dataclasses.replace(
+        recipe.lora,
+        modules_to_save=tuple(saved),
+        base_model_name_or_path=recipe.lora.base_model_name_or_path or base.name,
+        task_type=_TASK_TYPES[recipe.task],
+    )

@@ -1,0 +1,108 @@
+"""What a training did: its report, and how time and memory are measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_kit.train.evaluate import Evaluation
+from lora_kit.train.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainReport:
+    """What a training did.
+
+    Attributes:
+        out: the folder of the result.
+        method, task: of the recipe.
+        steps: optimiser steps.
+        seconds: wall time of the training, without loading and evaluation.
+        tokens: tokens trained on, padding left out, each time they were seen.
+        peak_bytes: the most memory in use: of the CUDA device, or of the whole process where there is none.
+        trainable, parameters: elements trained, and of the model with the adapter.
+        train_loss: mean training loss over the last logging interval, in nats per label.
+        before, after: metrics on the validation file; None where the recipe names none.
+        history: the log, entry by entry, as in metrics.jsonl.
+        digest: identity of the adapter; None for `full`.
+        recipe: as it was resolved.
+    """
+
+    out: Path
+    method: str
+    task: str
+    steps: int
+    seconds: float
+    tokens: int
+    peak_bytes: int
+    trainable: int
+    parameters: int
+    train_loss: float
+    before: Evaluation | None
+    after: Evaluation | None
+    history: tuple[Mapping[str, Any], ...]
+    digest: str | None
+    recipe: Recipe
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+def history(report: TrainReport, log: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The log of a training: metrics before, what the Trainer logged, metrics after, and a line that sums it up."""
+    entries = [entry for entry in log if "train_runtime" not in entry]
+    evaluated = {entry["step"] for entry in entries if "eval_loss" in entry}
+    if report.before and 0 not in evaluated:
+        yield {"step": 0, **_prefixed(report.before)}
+    for entry in entries:
+        yield {"step": entry["step"], **{key: value for key, value in entry.items() if key != "step"}}
+    if report.after and report.steps not in evaluated:
+        yield {"step": report.steps, **_prefixed(report.after)}
+    speed = round(report.tokens_per_second, 1)
+    total = {"seconds": round(report.seconds, 3), "tokens": report.tokens, "tokens_per_second": speed}
+    yield {"step": report.steps, "train_loss": report.train_loss, **total, "peak_bytes": report.peak_bytes}
+
+
+def _prefixed(evaluation: Evaluation) -> dict[str, float]:
+    return {f"eval_{key}": value for key, value in evaluation.metrics().items()}
+
+
+def metrics(report: TrainReport) -> dict[str, Any]:
+    """What goes into the adapter's record: nothing that changes from run to run."""
+    found: dict[str, Any] = {"steps": report.steps, "tokens": report.tokens, "train_loss": report.train_loss}
+    if report.before and report.after:
+        found |= report.after.metrics()
+        found |= {f"{key}_before": value for key, value in report.before.metrics().items()}
+    return found
+
+
+class Clock:
+    """Wall time and peak memory of a piece of work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._started = device, time.perf_counter()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    @property
+    def seconds(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter() - self._started
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory in use: of the CUDA device since the start, or of the whole process since it began."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        import resource
+        import sys
+
+        # Linux counts in kilobytes, macOS in bytes.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,157 @@
+"""Values as people write them, in YAML and in flags, read as the type that a key has."""
+
+from __future__ import annotations
+
+import enum
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from lora_kit.errors import RecipeError, listed, nearest
+
+
+class Loader(yaml.SafeLoader):
+    """YAML as people mean it: `2e-4` is a number, `no` and `on` are words, and a key stands there once."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.YAMLError(f"the key {key!r} in line {key_node.start_mark.line + 1} is not a word")
+            if key in seen:
+                raise yaml.YAMLError(
+                    f"the key {key!r} stands there twice, again in line {key_node.start_mark.line + 1}"
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern) for tag, pattern in found if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")
+    ]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"true|True|TRUE|false|False|FALSE"), list("tTfF"))
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+)
+
+
+_WORDS: Final[Mapping[str, bool]] = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}
+
+
+def coerced(name: str, hint: Any, value: Any) -> Any:
+    """The value as the type of its key; strings (from flags, and from YAML) are read as that type.
+
+    Raises:
+        RecipeError: it cannot be.
+    """
+    kinds = list(typing.get_args(hint)) if _is_union(hint) else [hint]
+    if type(None) in kinds and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
+        return None
+    choices = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, enum.Enum)]
+    if choices:
+        return _choice(name, choices[0], value)
+    for kind in sorted((typing.get_origin(kind) or kind for kind in kinds), key=_narrowest):
+        read = _READERS.get(kind)
+        found = read(name, value) if read else None
+        if found is not None:
+            return found
+    expected = " or ".join(
+        _TYPE_WORDS[kind] for kind in _TYPE_WORDS if kind in {typing.get_origin(k) or k for k in kinds}
+    )
+    raise RecipeError(f"{name} must be {expected or 'another kind of value'}; {value!r} was given")
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _narrowest(kind: Any) -> int:
+    order = [bool, int, float, list, dict, str]
+    return order.index(kind) if kind in order else len(order)
+
+
+def _choice(name: str, kind: type[enum.Enum], value: Any) -> str:
+    known = [str(member.value) for member in kind]
+    word = str(value.value if isinstance(value, enum.Enum) else value)
+    if word not in known:
+        raise RecipeError(
+            f"{name} {word!r} is not known", hint=nearest(word, known) or f"known: {listed(known, most=20)}"
+        )
+    return word
+
+
+def _as_bool(name: str, value: Any) -> bool | None:
+    return _WORDS.get(value.lower()) if isinstance(value, str) else value if isinstance(value, bool) else None
+
+
+def _as_int(name: str, value: Any) -> int | None:
+    number = _as_float(name, value)
+    return None if number is None or number != int(number) else int(number)
+
+
+def _as_float(name: str, value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    if not math.isfinite(number):
+        return None
+    # What was written as a whole number stays one, in the saved recipe too.
+    whole = isinstance(value, int) or (isinstance(value, str) and value.strip("+-").isdecimal())
+    return int(value) if whole else number
+
+
+def _as_str(name: str, value: Any) -> str | None:
+    return str(value) if isinstance(value, (str, Path)) else None
+
+
+def _as_list(name: str, value: Any) -> list[Any] | None:
+    if isinstance(value, str) and value.startswith("["):
+        value = parsed(name, value)
+    return list(value) if isinstance(value, (list, tuple)) else None
+
+
+def _as_dict(name: str, value: Any) -> dict[str, Any] | None:
+    if isinstance(value, str) and value.startswith("{"):
+        value = parsed(name, value)
+    return dict(value) if isinstance(value, Mapping) else None
+
+
+_READERS: Final[Mapping[Any, Callable[[str, Any], Any]]] = {
+    bool: _as_bool,
+    int: _as_int,
+    float: _as_float,
+    str: _as_str,
+    list: _as_list,
+    dict: _as_dict,
+    Mapping: _as_dict,
+    typing.get_origin(Mapping[str, int]): _as_dict,
+}
+_TYPE_WORDS: Final[Mapping[Any, str]] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a finite number",
+    str: "a string",
+    list: "a list",
+    dict: "a mapping",
+    typing.get_origin(Mapping[str, int]): "a mapping",
+}
+
+
+def parsed(name: str, text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{name}: {text!r} cannot be parsed: {' '.join(str(error).split())}") from None
