@@ -24,8 +24,8 @@ from lora_kit.errors import DataError
 LOGITS_BYTES: Final = {"cpu": 2**25, "cuda": 2**28}
 LEAST_ROWS: Final = 128
 """How much there is at once by default: as many rows as these bytes of logits hold in the dtype of the sums, but never
-so few that reading W costs more than multiplying with it. On a CPU that is 262 rows of 32,000 logits or 128 of 128,256,
-and more are hardly faster; a GPU needs 512 of the latter."""
+so few that reading W costs more than multiplying with it. On a CPU that is 262 rows of 32,000 logits or 128 of 128,256
+(half as many are a fifth slower, more are hardly faster); on a GPU 512 of the latter."""
 
 
 def chunked_cross_entropy(
