@@ -1,0 +1,109 @@
+"""`list` and `inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_kit.cli.app import ADAPTERS, AsJson, Store, app
+from lora_kit.cli.screen import brief, console, harmless, metrics, number, print_json, print_table, size
+
+if TYPE_CHECKING:
+    from lora_kit.inspect import Inspection
+
+
+@app.command(name="list")
+def list_(store: Path = ADAPTERS, /, *, json: AsJson = False) -> None:
+    """List the adapters of a store, broken ones too.
+
+    Args:
+        store: Folder that holds one folder per adapter.
+    """
+    from lora_kit.inspect import list_adapters
+
+    found = list_adapters(store)
+    if json:
+        print_json([summary.to_json() for summary in found])
+        return
+    rows = [
+        (
+            summary.name,
+            number(summary.rank),
+            number(summary.alpha),
+            ", ".join(summary.targets),
+            summary.base or "",
+            size(summary.bytes),
+            metrics(summary.metrics),
+            summary.digest[:12],
+            f"broken: {summary.problem}" if summary.problem else "good",
+        )
+        for summary in found
+    ]
+    print_table(("adapter", "rank", "alpha", "targets", "base", "size", "metrics", "digest", "state"), rows)
+    if not found:
+        console().print(f"no adapters in {harmless(str(store))}")
+
+
+@app.command
+def inspect(adapter: str, /, *, store: Store = ADAPTERS, json: AsJson = False) -> None:
+    """Show what an adapter is made of.
+
+    Layers, ranks, norms of the deltas, size, base, record.
+
+    Args:
+        adapter: A folder, or a name in the store.
+    """
+    from lora_kit.inspect import inspect as run
+
+    found = run(adapter, store=store)
+    if json:
+        print_json(found.to_json())
+        return
+    print_table(("", ""), _facts(found))
+    print_table(
+        ("layer", "kind", "shape", "rank", "scaling", "‖delta‖"),
+        [
+            (
+                layer.path,
+                layer.kind,
+                "×".join(map(str, layer.shape)),
+                str(layer.rank),
+                f"{layer.scaling:g}",
+                f"{layer.norm:.4g}",
+            )
+            for layer in found.layers
+        ],
+    )
+
+
+def _facts(found: Inspection) -> list[tuple[str, str]]:
+    ranks = sorted({layer.rank for layer in found.layers})
+    facts = [
+        ("adapter", found.name),
+        ("folder", str(found.folder)),
+        ("digest", found.digest),
+        ("base", found.config.base_model_name_or_path or "not said"),
+        ("fingerprint", _fingerprint(found.base)),
+        ("rank", ", ".join(map(str, ranks)) or "no pairs"),
+        ("alpha", f"{found.config.lora_alpha:g}" + (" (rank-stabilised)" if found.config.use_rslora else "")),
+        ("layers", str(len(found.layers))),
+        (
+            "saved whole",
+            ", ".join(f"{key} {'×'.join(map(str, shape))}" for key, shape in found.saved.items()) or "none",
+        ),
+        ("parameters", f"{found.parameters:,}"),
+        ("size", size(found.bytes)),
+        ("‖delta‖", f"{found.norm:.4g}"),
+    ]
+    return facts + [
+        (key, brief(value)) for key, value in found.record.items() if key in ("recipe", "seed", "metrics", "created")
+    ]
+
+
+def _fingerprint(base: Mapping[str, Any] | None) -> str:
+    if base is None:
+        return "not said, so whether a base is the right one cannot be checked"
+    weights = base.get("weights")
+    count = len(weights) if isinstance(weights, Mapping) else 0
+    return f"structure {str(base.get('structure'))[:12]}, {count} weights sampled"

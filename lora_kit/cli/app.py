@@ -1,0 +1,41 @@
+"""The application, and what its verbs share: parameters and exit codes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Final
+
+from cyclopts import App, Parameter
+
+BAD_INPUT: Final = 2
+MACHINE: Final = 3
+UNEXPECTED: Final = 1
+DEBUG: Final = "--debug"
+
+
+def _version() -> str:
+    from lora_kit import __version__
+
+    return __version__
+
+
+app = App(
+    name="lora-kit",
+    help="Train one small adapter per task on a frozen base, swap adapters, merge one.",
+    help_epilogue=f"{DEBUG} with any command shows the traceback of an error.",
+    help_format="plaintext",
+    help_formatter="plain",
+    version=_version,
+    suppress_keyboard_interrupt=False,
+    verbose=False,
+)
+Adapters = Annotated[
+    list[str],
+    Parameter(
+        name=["--adapter", "-a"], negative="", help="Adapter: a folder, or a name in the store; may be repeated."
+    ),
+]
+Store = Annotated[Path, Parameter(help="The folder in which adapters are looked up by name.")]
+AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of tables.")]
+Replace = Annotated[bool, Parameter(negative="", help="Replace the output if it exists.")]
+ADAPTERS: Final = Path("adapters")

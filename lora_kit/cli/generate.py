@@ -1,0 +1,119 @@
+"""`generate`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from lora_kit.cli.app import ADAPTERS, Adapters, Store, app
+from lora_kit.cli.screen import console, harmless
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from lora_kit.generate import Generation
+
+
+@app.command
+def generate(
+    *,
+    prompt: str,
+    adapter: Adapters | None = None,
+    base: str | None = None,
+    compare: Annotated[bool, Parameter(negative="")] = False,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    raw: Annotated[bool, Parameter(negative="")] = False,
+    store: Store = ADAPTERS,
+) -> None:
+    """Answer a prompt with adapters, side by side.
+
+    All rows are one batch.
+
+    Args:
+        prompt: What is asked.
+        base: Base model: hub id, local folder or kit-base; by default the one the adapters name.
+        compare: Show what the base alone writes as well.
+        max_new_tokens: Most tokens to write.
+        temperature: 0 takes the likeliest token each time; above 0 samples.
+        top_p: Sample from the likeliest tokens that make up this share.
+        seed: Seed of the sampling.
+        raw: Give the model the prompt as it is, without what the adapter's training put after prompts.
+    """
+    from lora_kit.generate import BASE_ROW, Sampling
+    from lora_kit.generate import generate as run
+    from lora_kit.inspect import base_of
+
+    rows: list[str | None] = [*([None] if compare or not adapter else []), *(adapter or [])]
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    screen = _Screen([BASE_ROW if row is None else Path(row).name for row in rows])
+    with screen.growing() as on_text:
+        results = run(
+            base or base_of(adapter or [], store=store),
+            rows,
+            prompt,
+            sampling=sampling,
+            template="raw" if raw else "adapter",
+            store=store,
+            on_text=on_text,
+        )
+    screen.finish(results)
+
+
+class _Screen:
+    """Rows of text that grow: panels on a terminal; elsewhere one row as it comes, several as blocks at the end."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._console = console()
+        self._names = list(names)
+        self._texts = [""] * len(names)
+        self._written = ""
+        self._live: Any = None
+
+    @contextlib.contextmanager
+    def growing(self) -> Iterator[Callable[[int, str], None]]:
+        if not self._console.is_terminal:
+            yield self._append
+            return
+        from rich.live import Live
+
+        with Live(self._panels(), console=self._console, transient=True, refresh_per_second=12) as self._live:
+            yield self._redraw
+
+    def finish(self, results: Sequence[Generation]) -> None:
+        self._names, self._texts = [row.name for row in results], [row.text for row in results]
+        if self._console.is_terminal:
+            self._console.print(self._panels())
+        elif len(results) == 1:
+            print(harmless(self._texts[0].removeprefix(self._written)))
+        else:
+            print("\n\n".join(harmless(f"--- {n}\n{t}") for n, t in zip(self._names, self._texts, strict=True)))
+        cut = [row.name for row in results if row.ended == "context"]
+        if cut:
+            print(f"note: the base reads no further; cut off: {harmless(', '.join(cut))}", file=sys.stderr)
+
+    def _append(self, row: int, text: str) -> None:
+        if len(self._names) == 1 and text.startswith(self._written):
+            print(harmless(text[len(self._written) :]), end="", flush=True)
+            self._written = text
+
+    def _redraw(self, row: int, text: str) -> None:
+        self._texts[row] = text
+        self._live.update(self._panels())
+
+    def _panels(self) -> RenderableType:
+        from rich.console import Group
+        from rich.panel import Panel
+        from rich.text import Text
+
+        titled = zip(self._names, self._texts, strict=True)
+        return Group(
+            *(Panel(Text(harmless(text)), title=Text(harmless(name)), title_align="left") for name, text in titled)
+        )
