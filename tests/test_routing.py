@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lora_kit as lk
 from lora_kit.errors import BankError, TargetError
+from lora_kit.layers import LoraLinear
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "a": {"r": 4},
@@ -327,3 +328,46 @@ def test_a_model_with_a_bank_can_be_copied() -> None:
     assert torch.equal(tiny.logits(other, tiny.batch()), plain)
     bank.use(None)
     assert torch.equal(tiny.logits(other, tiny.batch()), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_right_after_any_other_rows(dtype: torch.dtype) -> None:
+    # Rows are served from memory that the rows before them used, in this mode or another, in this dtype or another.
+    model, bank = resident()
+    model = model.to(dtype)
+    inputs = tiny.batch()
+    ids = {key: value[:1] for key, value in inputs.items()}
+
+    def logits(rows: list[str | None], mode: Any) -> Tensor:
+        batch = {key: value.repeat(len(rows), 1) for key, value in ids.items()}
+        with mode(), bank.rows(rows):
+            return model(**batch).logits.float().clone()
+
+    expected = {}
+    for name in ["a", "b", "c", None]:
+        with torch.no_grad(), bank.using(name):
+            expected[name] = model(**ids).logits.float()[0]
+    batches: list[list[str | None]] = [
+        ["c", "a", "b"],
+        ["b", "c", None, "a"],
+        ["a", "b"],
+        ["b", "c", "a", "c", None, "b", "a", "b", "c"],
+        ["b", "a", "c"],
+    ]
+    for number, rows in enumerate([*batches, *batches]):
+        found = logits(rows, torch.inference_mode if number % 2 else torch.no_grad)
+        for row, name in enumerate(rows):
+            torch.testing.assert_close(found[row], expected[name], rtol=0, atol=1e-5 if dtype == torch.float32 else 0.1)
+
+
+def test_memory_for_the_pairs_of_rows_is_taken_once() -> None:
+    model, bank = resident()
+    inputs = tiny.batch()
+    layer = next(module for module in model.modules() if isinstance(module, LoraLinear))
+    places = set()
+    for rows in (["c", "b", "a"], ["b", "a", "c"], ["b", "c", "a"]):
+        with torch.no_grad(), bank.rows(rows):
+            model(**inputs)
+            _, (part, *_) = bank._routing.prepared[layer]
+            places.add(part.a.data_ptr())
+    assert len(places) == 1

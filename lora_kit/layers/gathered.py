@@ -7,6 +7,7 @@ much lower rank than the others are a part of their own, so nobody pays for what
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -59,16 +60,83 @@ class Part:
         return torch.bmm((torch.bmm(x, self.a) * self.scaling).to(x.dtype), self.b)
 
 
-def gathered(a: Tensor, b: Tensor, pairs: Sequence[Pair | None], dtype: torch.dtype) -> list[Part]:
-    """The parts of a batch, at most two.
+@dataclass(frozen=True)
+class Choice:
+    """Rows that are done together, and what of the slabs they use.
+
+    Attributes:
+        rows, scaling: as in `Part`.
+        slots: one per row: a range, or their indices (R',) int64.
+        rank: the highest of theirs.
+    """
+
+    rows: slice | Tensor | None
+    slots: slice | Tensor
+    rank: int
+    scaling: float | Tensor
+
+
+class Room:
+    """Memory that taken pairs lie in, used again from one routing to the next.
+
+    With fresh memory each time, half of a first forward's extra cost was the kernel's: pages to map, also for
+    activations, since what is kept between them leaves the heap in pieces.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, name: str, slab: Tensor, choice: Choice, dtype: torch.dtype) -> Tensor:
+        """(R', rank, features) of a slab (S, r, features): where it lies if the slots follow one another, else a copy.
+
+        A copy lies here under the name, until the name is used again.
+        """
+        if choice.rank < slab.shape[1]:
+            slab = slab[:, : choice.rank]
+        if isinstance(choice.slots, slice):
+            taken = slab[choice.slots]
+            return taken if taken.dtype == dtype else self._place(name, taken.shape, dtype, slab.device).copy_(taken)
+        shape = (len(choice.slots), *slab.shape[1:])
+        place = self._place(name, shape, dtype, slab.device)
+        if dtype != slab.dtype:
+            return place.copy_(slab.index_select(0, choice.slots))
+        return torch.index_select(slab, 0, choice.slots, out=place)
+
+    def _place(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        held, size = self._held.get(name), math.prod(shape)
+        if held is None or held.numel() < size or (held.dtype, held.device) != (dtype, device):
+            # Memory made in inference mode could not be written to outside of it.
+            with torch.inference_mode(False):
+                held = self._held[name] = torch.empty(size, dtype=dtype, device=device)
+        return held[:size].view(shape)
+
+
+def choices(pairs: Sequence[Pair | None], device: torch.device) -> list[Choice]:
+    """How a batch is taken apart, at most in two; the same for all layers in which its rows use the same pairs.
+
+    Args:
+        pairs: of each row; None for the base.
+    """
+    held = {row: pair for row, pair in enumerate(pairs) if pair is not None}
+    return [_choice(rows, len(pairs), device) for rows in _by_rank(held)]
+
+
+def gathered(a: Tensor, b: Tensor, chosen: Sequence[Choice], dtype: torch.dtype, room: Room) -> list[Part]:
+    """The parts of a batch.
 
     Args:
         a: (S, r, in). b: (S, out, r). Slabs, in memory the rank before the features.
-        pairs: of each row; None for the base.
         dtype: of the activations.
     """
-    held = {row: pair for row, pair in enumerate(pairs) if pair is not None}
-    return [_part(a, b, rows, len(pairs), dtype) for rows in _by_rank(held)]
+    return [
+        Part(
+            rows=choice.rows,
+            a=room.take(f"a{number}", a, choice, dtype).mT,
+            b=room.take(f"b{number}", b.mT, choice, dtype),
+            scaling=choice.scaling,
+        )
+        for number, choice in enumerate(chosen)
+    ]
 
 
 def _by_rank(rows: dict[int, Pair]) -> list[dict[int, Pair]]:
@@ -83,35 +151,19 @@ def _by_rank(rows: dict[int, Pair]) -> list[dict[int, Pair]]:
     return [low, {row: pair for row, pair in rows.items() if row not in low}]
 
 
-def _part(a: Tensor, b: Tensor, rows: dict[int, Pair], count: int, dtype: torch.dtype) -> Part:
+def _choice(rows: dict[int, Pair], count: int, device: torch.device) -> Choice:
     slots, ranks, scalings = zip(*rows.values(), strict=True)
-    one = len(set(scalings)) == 1
-    return Part(
-        rows=_rows(list(rows), count, a.device),
-        a=_taken(a, slots, max(ranks), dtype).mT,
-        b=_taken(b.mT, slots, max(ranks), dtype),
-        scaling=scalings[0] if one else torch.tensor(scalings, device=a.device).view(-1, 1, 1),
+    return Choice(
+        rows=None if len(rows) == count else _index(list(rows), device),
+        slots=_index(slots, device),
+        rank=max(ranks),
+        scaling=scalings[0] if len(set(scalings)) == 1 else torch.tensor(scalings, device=device).view(-1, 1, 1),
     )
 
 
-def _taken(slab: Tensor, slots: Sequence[int], rank: int, dtype: torch.dtype) -> Tensor:
-    """(R', rank, features) of a slab (S, r, features): where it lies if the slots follow one another, else a copy."""
-    if rank < slab.shape[1]:
-        slab = slab[:, :rank]
-    if _in_a_row(slots):
-        taken = slab.narrow(0, slots[0], len(slots))
-    else:
-        taken = slab.index_select(0, torch.tensor(slots, device=slab.device))
-    return taken if taken.dtype == dtype else taken.to(dtype)
-
-
-def _in_a_row(numbers: Sequence[int]) -> bool:
-    return list(numbers) == list(range(numbers[0], numbers[0] + len(numbers)))
-
-
-def _rows(rows: Sequence[int], count: int, device: torch.device) -> slice | Tensor | None:
-    if len(rows) == count:
-        return None
-    if _in_a_row(rows):
-        return slice(rows[0], rows[-1] + 1)
-    return torch.tensor(rows, device=device)
+def _index(numbers: Sequence[int], device: torch.device) -> slice | Tensor:
+    """Numbers as an index: a range where they follow one another."""
+    if list(numbers) == list(range(numbers[0], numbers[0] + len(numbers))):
+        return slice(numbers[0], numbers[-1] + 1)
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, device=device)

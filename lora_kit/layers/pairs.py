@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from lora_kit.layers.gathered import Pair, Part, gathered
+from lora_kit.layers.gathered import Pair, Part, Room, choices, gathered
 from lora_kit.layers.kinds import features_of, keeps_transposed, kind_of
 from lora_kit.layers.routing import BASE, Routing
 from lora_kit.layers.slots import Entry, SlotLayer
@@ -86,6 +86,7 @@ class LoraLinear(_PairLayer):
     def __init__(self, base_layer: nn.Module, routing: Routing) -> None:
         super().__init__(base_layer, routing)
         self.columns: Tensor | None = None  # (slots, out) fp32, while an adapter here is a DoRA
+        self._room = Room()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._routes_by_index(x):
@@ -123,13 +124,19 @@ class LoraLinear(_PairLayer):
         return not (torch.is_grad_enabled() and (y.requires_grad or x.requires_grad)) and is_free(y)
 
     def _gathered(self, dtype: torch.dtype) -> list[Part]:
-        kept = self.routing.prepared.get(self)
+        prepared = self.routing.prepared
+        kept = prepared.get(self)
         if kept is None or kept[0] != dtype:
-            pairs = [self._pair(slot) for slot in self.routing.rows]
-            kept = dtype, gathered(self.slabs[A], self.slabs[B], pairs, dtype)
-            # Copies are kept while they at most double what the slabs take.
-            if sum(part.a.numel() for part in kept[1]) <= self.slabs[A].numel():
-                self.routing.prepared[self] = kept
+            pairs = tuple(self._pair(slot) for slot in self.routing.rows)
+            key = self.device, pairs
+            if key not in prepared:
+                prepared[key] = choices(pairs, self.device)
+            # Copies are kept while they at most double what the slabs take; others are made for each forward.
+            keeps = len(pairs) <= len(self.entries)
+            room = self._room if keeps else self.routing.room
+            kept = dtype, gathered(self.slabs[A], self.slabs[B], prepared[key], dtype, room)
+            if keeps:
+                prepared[self] = kept
         found: list[Part] = kept[1]
         return found
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_kit.errors import RoutingError
+from lora_kit.layers.gathered import Room
 
 BASE: Final = 0
 """The slot that means "no adapter"."""
@@ -23,6 +24,7 @@ class Routing:
         slot: the slot of every row; of no meaning while rows differ.
         rows: the slot of each row while they differ, else empty.
         prepared: what layers made ready for these rows, by layer; gone when the routing changes.
+        room: memory for pairs that are taken out of slabs for one forward of one layer.
     """
 
     def __init__(self) -> None:
@@ -32,6 +34,7 @@ class Routing:
         self._uniform: dict[torch.device, Tensor] = {}
         self._by_row: dict[torch.device, Tensor] = {}
         self.prepared: dict[Any, Any] = {}
+        self.room = Room()
 
     def to_slot(self, slot: int) -> None:
         """Route every row to one slot. Device tensors are written in place, so captured graphs follow."""
