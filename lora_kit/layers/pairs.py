@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -47,6 +47,12 @@ class _PairLayer(SlotLayer):
             A: torch.zeros(slots, rank, size_in, dtype=dtype, device=self.device),
             B: torch.zeros(slots, rank, size_out, dtype=dtype, device=self.device).mT,
         }
+
+    def _make_neutral(self, slots: Sequence[int]) -> None:
+        with torch.no_grad():
+            for slot in slots:
+                for slab in (*self.slabs.values(), self.scaling):
+                    slab[slot].zero_()
 
     def _routes_by_index(self, x: Tensor) -> bool:
         """Whether slots are read from a tensor.

@@ -120,7 +120,8 @@ class SlotLayer(nn.Module):
             self._parameters.pop(_leaf_name(name, slot), None)
         self.routing.prepared.pop(self, None)
         self.entries[slot] = None
-        self.trains = any(e is not None and e.trainable for e in self.entries)
+        if entry.trainable:
+            self.trains = any(e is not None and e.trainable for e in self.entries)
         self._make_neutral([slot])
 
     def base_changed(self) -> None:
