@@ -1,4 +1,4 @@
-"""Training data: JSONL read strictly, tokens with the loss where it belongs, padding that changes nothing."""
+"""Training data: files read strictly, tokens with the loss where it belongs, padding that changes nothing."""
 
 from __future__ import annotations
 

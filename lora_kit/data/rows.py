@@ -1,24 +1,20 @@
-"""JSONL files as rows: the format is found, every wrong line is named, and nothing is left out in silence."""
+"""Files as rows: the layout is found, every wrong line is named, and nothing is left out in silence."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from lora_kit.errors import DataError, listed, nearest
+from lora_kit.data.formats import LAYOUTS, Layout, RowError, layout_of
+from lora_kit.data.sources import Fault, Record, read_records
+from lora_kit.errors import DataError, listed
 
 logger = logging.getLogger(__name__)
 
-FORMATS: Final[Mapping[str, tuple[str, ...]]] = {
-    "completion": ("prompt", "completion"),
-    "label": ("text", "label"),
-    "text": ("text",),
-}
-"""Formats by their keys; the first one all of whose keys the first row has is the format of the file."""
 _SHOWN: Final = 8
 """Wrong lines told in one error."""
 
@@ -29,53 +25,98 @@ class Rows:
 
     Attributes:
         path: the file.
-        format: `completion`, `label` or `text`.
-        values: one tuple per row, in the order of the format's keys.
-        lines: the line each row stands on, from 1.
+        format: `completion`, `chat`, `label` or `text`.
+        values: one tuple per row; see `lora_kit.data.formats`.
+        lines: the line each row begins on, from 1.
+        layout: what the columns are called together; see there too.
     """
 
     path: Path
     format: str
     values: tuple[tuple[Any, ...], ...]
     lines: tuple[int, ...]
+    layout: str = ""
 
     def __len__(self) -> int:
         return len(self.values)
 
+    def only(self, chosen: Sequence[int]) -> Rows:
+        """The rows at these places, in this order."""
+        values, lines = (tuple(items[place] for place in chosen) for items in (self.values, self.lines))
+        return dataclasses.replace(self, values=values, lines=lines)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """All of a file: the rows that are good, and a fault for each that is not.
+
+    Attributes:
+        unused: keys that no row was read by.
+    """
+
+    rows: Rows
+    faults: tuple[Fault, ...]
+    unused: tuple[str, ...]
+
 
 def read_rows(path: str | Path) -> Rows:
-    """The rows of a JSONL file: `{"prompt", "completion"}`, `{"text", "label"}` or `{"text"}` on each line.
+    """The rows of a file; `lora_kit.data.sources` lists the kinds of files, `lora_kit.data.formats` the layouts.
 
-    Texts are strings with something other than white space in them; labels are strings or whole numbers, of one kind
-    in a file. Further keys are ignored, and that is logged. Empty lines are no rows.
+    The first row decides the layout. Texts are strings with something other than white space in them; labels are
+    strings or whole numbers, of one kind in a file. Further keys are ignored, and that is logged. Empty lines are no
+    rows.
 
     Raises:
         DataError: the file is missing or has no row, or lines of it are wrong; names up to eight of them.
     """
+    found = scan_rows(path)
+    if found.faults:
+        raise refusal(found.rows.path, found.faults)
+    if found.unused:
+        logger.warning("%s: keys that are not used: %s", found.rows.path, listed(found.unused))
+    return found.rows
+
+
+def scan_rows(path: str | Path, *, rename: Mapping[str, str] | None = None, encoding: str = "utf-8") -> Scan:
+    """The rows of a file and its faults, none of which is an error here.
+
+    Args:
+        rename: columns to the names they are to go by.
+        encoding: of a file of text.
+
+    Raises:
+        DataError: the file is missing, cannot be read as a whole, has no row, or is of no known layout.
+    """
     path = Path(path)
-    parsed, faults = _parsed(_contents(path))
-    if not parsed and not faults:
-        raise DataError(f"{path} has no rows", hint="one JSON object on each line")
-    format_ = _format_of(path, parsed[0][1]) if parsed else ""
-    keys = FORMATS.get(format_, ())
+    records, faults = read_records(path, encoding=encoding)
+    if not records and not faults:
+        raise DataError(f"{path} has no rows", hint="a kind of file is known by the ending of its name")
+    if not records:
+        return Scan(Rows(path, "", (), ()), tuple(faults), ())
+    records = _renamed(path, records, rename or {})
+    layout = _layout_of(path, records[0][1])
     values, lines = [], []
-    for line, row in parsed:
-        fault = _fault(row, keys)
-        if fault:
-            faults.append((line, fault))
+    for line, row in records:
+        try:
+            values.append(layout.value(row))
+        except RowError as error:
+            faults.append(Fault(line, str(error), error.kind))
         else:
-            values.append(tuple(row[key] for key in keys))
             lines.append(line)
-    if format_ == "label" and not faults:
+    if layout.format == "label":
         faults += _mixed_labels(values, lines)
-    if faults:
-        told = [f"{path}:{line}: {fault}" for line, fault in sorted(faults)[:_SHOWN]]
-        more = f"\nand {len(faults) - _SHOWN} more lines" if len(faults) > _SHOWN else ""
-        raise DataError("\n".join(told) + more)
-    extra = sorted({key for _, row in parsed for key in row} - set(keys))
-    if extra:
-        logger.warning("%s: keys that are not used: %s", path, listed(extra))
-    return Rows(path, format_, tuple(values), tuple(lines))
+    wrong = {fault.line for fault in faults}
+    good = [place for place, line in enumerate(lines) if line not in wrong]
+    rows = Rows(path, layout.format, tuple(values), tuple(lines), layout.name).only(good)
+    used = {*layout.keys, *layout.optional}
+    return Scan(rows, tuple(sorted(faults)), tuple(sorted({key for _, row in records for key in row} - used)))
+
+
+def refusal(path: Path, faults: Sequence[Fault], *, hint: str = "") -> DataError:
+    """An error that names the first of the lines that are wrong."""
+    told = [f"{path}:{fault.line}: {fault.what}" for fault in faults[:_SHOWN]]
+    more = f"\nand {len(faults) - _SHOWN} more lines" if len(faults) > _SHOWN else ""
+    return DataError("\n".join(told) + more, hint=hint)
 
 
 def label_names(rows: Rows) -> tuple[str, ...]:
@@ -90,86 +131,33 @@ def label_names(rows: Rows) -> tuple[str, ...]:
     return names
 
 
-def _contents(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        here = [str(path.parent / item.name) for item in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = nearest(str(path), here) or "paths count from the working directory"
-        raise DataError(f"{path}: no such file", hint=hint) from None
-    except IsADirectoryError:
-        raise DataError(f"{path} is a folder", hint="give one JSONL file") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+def _renamed(path: Path, records: list[Record], names: Mapping[str, str]) -> list[Record]:
+    if not names:
+        return records
+    known = {key for _, row in records for key in row}
+    absent = sorted(set(names) - known)
+    if absent:
+        raise DataError(f"{path} has no {listed(absent)} to rename", hint=f"it has {listed(sorted(known))}")
+    taken = sorted(new for new in names.values() if new in known - set(names))
+    twice = sorted({new for new in names.values() if list(names.values()).count(new) > 1})
+    if taken or twice:
+        raise DataError(f"{path}: {listed(taken or twice)} would stand there twice after renaming")
+    return [(line, {names.get(key, key): value for key, value in row.items()}) for line, row in records]
 
 
-def _parsed(contents: bytes) -> tuple[list[tuple[int, dict[str, Any]]], list[tuple[int, str]]]:
-    """(line, object) of the lines that are objects, and (line, fault) of those that are not."""
-    rows, faults = [], []
-    for number, line in enumerate(contents.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8"), object_pairs_hook=_no_repeats)
-        except UnicodeDecodeError as error:
-            faults.append((number, f"not UTF-8 at byte {error.start} of the line"))
-        except json.JSONDecodeError as error:
-            faults.append((number, f"not JSON: {error.msg} at column {error.colno}"))
-        except (RecursionError, ValueError) as error:
-            faults.append((number, str(error) if isinstance(error, _RepeatedKeyError) else "not JSON that can be read"))
-        else:
-            if isinstance(row, dict):
-                rows.append((number, row))
-            else:
-                faults.append((number, f"a JSON object was expected, found {type(row).__name__}"))
-    return rows, faults
+def _layout_of(path: Path, row: Mapping[str, Any]) -> Layout:
+    layout = layout_of(list(row))
+    if layout is None:
+        formats = "; ".join(" and ".join(layout.keys) for layout in LAYOUTS)
+        hint = f"formats: {formats}. lora-kit prepare --rename mine=prompt gives columns other names"
+        raise DataError(f"{path}: the first row has the keys {listed(sorted(row))}", hint=hint)
+    return layout
 
 
-class _RepeatedKeyError(ValueError):
-    pass
-
-
-def _no_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _RepeatedKeyError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
-    return found
-
-
-def _format_of(path: Path, row: Mapping[str, Any]) -> str:
-    for name, keys in FORMATS.items():
-        if all(key in row for key in keys):
-            return name
-    formats = "; ".join(" and ".join(keys) for keys in FORMATS.values())
-    raise DataError(f"{path}: the first row has the keys {listed(sorted(row))}", hint=f"formats: {formats}")
-
-
-def _fault(row: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """What is wrong with a row, or an empty string."""
-    missing = [key for key in keys if key not in row]
-    if missing:
-        return f"{listed(missing)} missing; the first row has it"
-    for key in keys:
-        value = row[key]
-        if key == "label" and isinstance(value, int) and not isinstance(value, bool):
-            continue
-        if not isinstance(value, str):
-            expected = "a string or a whole number" if key == "label" else "a string"
-            return f"{key} must be {expected}; {type(value).__name__} was given"
-        if not value.strip():
-            return f"{key} is empty"
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            return f"{key} holds half a surrogate pair, which is not text"
-    return ""
-
-
-def _mixed_labels(values: Sequence[tuple[Any, ...]], lines: Sequence[int]) -> list[tuple[int, str]]:
-    kind = type(values[0][1])
+def _mixed_labels(values: Sequence[tuple[Any, ...]], lines: Sequence[int]) -> list[Fault]:
+    kind = type(values[0][1]) if values else str
     return [
-        (line, f"label is {type(value[1]).__name__}, and {kind.__name__} in the first row")
+        Fault(line, f"label is {type(value[1]).__name__}, and {kind.__name__} in the first row")
         for value, line in zip(values, lines, strict=True)
         if type(value[1]) is not kind
     ]
