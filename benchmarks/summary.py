@@ -131,7 +131,7 @@ def prose(rows: Mapping[str, Mapping[str, Any]]) -> str:
         f"and {times('training', f'training step, {bf16}')} in bf16; decoding a batch of 8 with 8 different",
         f"adapters {times('inference', 'decode 8 adapters in 8 rows, fp32')}, of 32 with 32",
         f"{times('inference', 'decode 32 adapters in 32 rows, fp32')},",
-        f"and their prefill of 64 tokens a row {times('inference', 'prefill 8 adapters in 8 rows, fp32')}.",
+        f"a prefill of 8 × 64 tokens with 8 {times('inference', 'prefill 8 adapters in 8 rows, fp32')}.",
         _jobs(rows["job"]),
         f"With {most} adapters loaded in 224 layers a swap takes {own_swap:.1f} µs (PEFT: {other_swap / 1e3:.0f} ms);",
         f"loading one more takes {own[0]:.0f} ms at the beginning and {own[1]:.0f} ms at the end",
@@ -146,8 +146,8 @@ def _jobs(rows: Mapping[str, Any]) -> str:
     """What whole trainings cost, over all settings."""
     speeds, shares = (sorted(row["ratios"][key][1] for row in rows.values()) for key in ("speed", "bytes"))
     return (
-        f"Whole trainings in {len(rows)} settings run at {speeds[0]:.2f} to {speeds[-1]:.2f} × the tokens/s of TRL with "
-        f"PEFT, in {shares[0]:.2f} to {shares[-1]:.2f} × its memory above the loaded model, with the same losses."
+        f"Whole trainings in {len(rows)} settings run at {speeds[0]:.2f} to {speeds[-1]:.2f} × the tokens/s of TRL "
+        f"with PEFT, in {shares[0]:.2f} to {shares[-1]:.2f} × its memory above the loaded model, with the same losses."
     )
 
 
