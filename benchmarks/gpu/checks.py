@@ -17,7 +17,7 @@ import lora_kit as lk
 from benchmarks.gpu.bases import TINY, llama
 from benchmarks.gpu.graphs import captured
 from benchmarks.models import adapters, bank_of, lora
-from lora_kit.ops import backend, lora_add, lora_add_rows, lora_linear
+from lora_kit.ops import backend, chunked_cross_entropy, lora_add, lora_add_rows, lora_linear
 
 Check = Callable[[torch.device], None]
 
@@ -37,7 +37,8 @@ def all_checks() -> dict[str, Check]:
         "bank: torch.compile, swaps without recompiling": check_compiled,
         "bank: CUDA graphs, swaps without capturing again": check_graphs,
     }
-    return {**kernels, **operations, **models}
+    losses = {f"chunked_cross_entropy, {dtype}": partial(check_loss, dtype) for dtype in BOUND}
+    return {**kernels, **operations, **losses, **models}
 
 
 def agree(result: Tensor, expected: Tensor, *, bound: float) -> None:
@@ -130,6 +131,24 @@ def _random_tensors(dtype: torch.dtype, device: torch.device) -> dict[str, Tenso
     for name in ("a", "b", "scaling"):
         tensors[name][0] = 0
     return tensors
+
+
+def check_loss(dtype: torch.dtype, device: torch.device) -> None:
+    """Loss and gradient over several chunks, a third of the rows without a label."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(100, 64, generator=generator).to(device, dtype).requires_grad_()
+    weight = torch.randn(500, 64, generator=generator).to(device, dtype) / 8
+    labels = torch.randint(500, (100,), generator=generator).to(device)
+    labels[::3] = -100
+    exact = hidden.detach().double().requires_grad_()
+    loss = chunked_cross_entropy(hidden, weight, labels, chunk=30)
+    expected = cross_entropy(exact @ weight.double().mT, labels, reduction="sum")
+    agree(loss, expected, bound=BOUND[dtype])
+    loss.backward()
+    expected.backward()
+    assert hidden.grad is not None
+    assert exact.grad is not None
+    agree(hidden.grad, exact.grad, bound=BOUND[dtype])
 
 
 # A bank on a tiny Llama in fp32, against the same Llama in fp64 with the updates in its weights

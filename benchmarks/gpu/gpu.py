@@ -47,6 +47,7 @@ class Part:
 PARTS: Final = {
     "ceilings": Part(sections.ceilings, 10),
     "kernels": Part(sections.kernels, 90),
+    "loss": Part(sections.loss, 20),
     "training-bf16": Part(sections.training_bf16, 90),
     "decoding": Part(sections.decoding, 130),
     "swapping": Part(sections.swapping, 90),

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 import lora_kit as lk
 from benchmarks.gpu.bases import Shape, in_4bit, llama, twin
@@ -23,7 +24,7 @@ from benchmarks.gpu.checks import agree
 from benchmarks.gpu.graphs import captured
 from benchmarks.harness import Effort, median_us, peak_bytes
 from benchmarks.models import adapters, bank_of, in_peft, lora, token_ids
-from lora_kit.ops import backend, plain
+from lora_kit.ops import backend, chunked_cross_entropy, plain
 
 R: Final = 16
 OUT_OF_TIME: Final = "out of time"
@@ -207,6 +208,29 @@ def one_product(product: Product, plan: Plan, effort: Effort) -> dict[str, Any]:
         "operations": operations,
         "microseconds": {name: 1e6 * timing.median / calls for name, timing in timings.items()},
         "over the base": {name: timing.ratio for name, timing in timings.items()},
+    }
+
+
+# The loss
+
+
+def loss(plan: Plan, deadline: Deadline) -> dict[str, Any]:
+    """The loss of a batch over a frozen head, and its gradient to the hidden states: in chunks, and from all logits."""
+    rows, width = plan.batch * plan.length, plan.shape.width
+    hidden = torch.randn(rows, width, device=plan.device, dtype=torch.bfloat16).requires_grad_()
+    weight = torch.randn(plan.shape.vocabulary, width, device=plan.device, dtype=torch.bfloat16) / width**0.5
+    labels = torch.randint(plan.shape.vocabulary, (rows,), device=plan.device)
+    cases: dict[str, Callable[[], Tensor]] = {
+        "all logits": lambda: cross_entropy((hidden @ weight.mT).float(), labels, reduction="sum"),
+        "chunks": lambda: chunked_cross_entropy(hidden, weight, labels),
+    }
+    (expected,), (found,) = (torch.autograd.grad(case(), [hidden]) for case in cases.values())
+    agree(found, expected, bound=NEAR)
+    steps = {name: partial(lambda case: torch.autograd.grad(case(), [hidden]), case) for name, case in cases.items()}
+    timings = plan.effort.compare(steps)
+    return {
+        name: {"median": timing.median, "ratio": timing.ratio, "peak bytes": peak_bytes(steps[name])}
+        for name, timing in timings.items()
     }
 
 
