@@ -371,3 +371,23 @@ def test_memory_for_the_pairs_of_rows_is_taken_once() -> None:
             _, (part, *_) = bank._routing.prepared[layer]
             places.add(part.a.data_ptr())
     assert len(places) == 1
+
+
+def test_rows_that_come_again_see_what_was_loaded_meanwhile() -> None:
+    model, bank = resident()
+    inputs, rows = tiny.batch(), ["b", "a", None]
+
+    def logits() -> Tensor:
+        with torch.no_grad(), bank.rows(rows):
+            return model(**inputs).logits.clone()
+
+    first = logits()
+    torch.testing.assert_close(logits(), first, rtol=0, atol=0)
+    other = bank.snapshot("a")
+    bank.unload("a")
+    bank.load("a", lk.Adapter(other.config, {key: -2 * tensor for key, tensor in other.tensors.items()}))
+    changed = logits()
+    assert not torch.equal(changed[1], first[1])
+    with torch.no_grad(), bank.using("a"):
+        torch.testing.assert_close(changed[1], model(**inputs).logits[1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(changed[[0, 2]], first[[0, 2]], rtol=0, atol=1e-6)

@@ -23,7 +23,7 @@ class Routing:
             guard.
         slot: the slot of every row; of no meaning while rows differ.
         rows: the slot of each row while they differ, else empty.
-        prepared: what layers made ready for these rows, by layer; gone when the routing changes.
+        prepared: what layers made ready for rows, by layer; gone when other rows come.
         room: memory for pairs that are taken out of slabs for one forward of one layer.
     """
 
@@ -34,11 +34,12 @@ class Routing:
         self._uniform: dict[torch.device, Tensor] = {}
         self._by_row: dict[torch.device, Tensor] = {}
         self.prepared: dict[Any, Any] = {}
+        self._prepared_for: tuple[int, ...] = ()
         self.room = Room()
 
     def to_slot(self, slot: int) -> None:
         """Route every row to one slot. Device tensors are written in place, so captured graphs follow."""
-        self.mixed, self.slot, self.rows, self.prepared = False, slot, (), {}
+        self.mixed, self.slot, self.rows = False, slot, ()
         for tensor in self._uniform.values():
             tensor.fill_(slot)
 
@@ -47,7 +48,9 @@ class Routing:
         if len(set(slots)) == 1:
             self.to_slot(slots[0])
             return
-        self.mixed, self.slot, self.rows, self.prepared = True, BASE, tuple(slots), {}
+        self.mixed, self.slot, self.rows = True, BASE, tuple(slots)
+        if self.rows != self._prepared_for:
+            self.prepared, self._prepared_for = {}, self.rows
         for device in self._uniform:
             index = torch.tensor(self.rows, device=device)
             held = self._by_row.get(device)

@@ -77,6 +77,7 @@ class SlotLayer(nn.Module):
             return
         slots, rank = max(slots, has_slots), max(rank, self.rank)
         slabs = self.neutral(slots, rank, dtype)
+        self.routing.prepared.pop(self, None)
         self.dtype, self.rank = dtype, rank
         scaling = torch.zeros(slots, device=self.device)
         with torch.no_grad():
