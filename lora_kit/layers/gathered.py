@@ -45,19 +45,17 @@ class Part:
         Args:
             y: (R, T, out), overwritten. x: (R, T, in) in the dtype of y.
         """
-        if isinstance(self.rows, Tensor):
-            y.index_add_(0, self.rows, self._update(x.index_select(0, self.rows)))
-            return
-        if self.rows is not None:
-            y, x = y[self.rows], x[self.rows]
-        h = torch.bmm(x, self.a)
+        rows, alpha = self.rows, 1.0
+        chosen = x.index_select(0, rows) if isinstance(rows, Tensor) else x if rows is None else x[rows]
+        h = torch.bmm(chosen, self.a)
         if isinstance(self.scaling, Tensor):
-            y.baddbmm_((h * self.scaling).to(h.dtype), self.b)
+            h = (h * self.scaling).to(h.dtype)
         else:
-            y.baddbmm_(h, self.b, alpha=self.scaling)
-
-    def _update(self, x: Tensor) -> Tensor:
-        return torch.bmm((torch.bmm(x, self.a) * self.scaling).to(x.dtype), self.b)
+            alpha = self.scaling  # as a part of the last product it costs nothing
+        if isinstance(rows, Tensor):
+            y.index_add_(0, rows, torch.bmm(h, self.b), alpha=alpha)
+        else:
+            (y if rows is None else y[rows]).baddbmm_(h, self.b, alpha=alpha)
 
 
 @dataclass(frozen=True)

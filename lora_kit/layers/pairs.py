@@ -30,6 +30,8 @@ B: Final = "lora_B"
 MAGNITUDE: Final = "lora_magnitude_vector"
 """What an adapter brings to a layer, in PEFT's words."""
 
+_KEPT: Final = 4
+"""Rows with an adapter, for each slot, whose pairs are kept from one forward to the next."""
 _PLAIN: Final = (Tensor, nn.Parameter)
 """Not their subclasses: those compute in ways of their own."""
 
@@ -137,8 +139,8 @@ class LoraLinear(_PairLayer):
             key = self.device, pairs
             if key not in prepared:
                 prepared[key] = choices(pairs, self.device)
-            # Copies are kept while they at most double what the slabs take; others are made for each forward.
-            keeps = len(pairs) <= len(self.entries)
+            # Copies are kept while they take a few times what the slabs do; others are made for each forward.
+            keeps = len(pairs) - pairs.count(None) <= _KEPT * len(self.entries)
             room = self._room if keeps else self.routing.room
             kept = dtype, gathered(self.slabs[A], self.slabs[B], prepared[key], dtype, room)
             if keeps:
