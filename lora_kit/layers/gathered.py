@@ -138,9 +138,9 @@ def gathered(a: Tensor, b: Tensor, chosen: Sequence[Choice], dtype: torch.dtype,
 
 
 def _by_rank(rows: dict[int, Pair]) -> list[dict[int, Pair]]:
-    """Rows in one part, or in two where paying the highest rank for all of them would more than double the work."""
+    """Rows in one part, or in two where paying the highest rank for all of them were half as much work again."""
     ranks = [pair.rank for pair in rows.values()]
-    if not rows or max(ranks) * len(ranks) <= 2 * sum(ranks):
+    if not rows or 2 * max(ranks) * len(ranks) <= 3 * sum(ranks):
         return [rows] if rows else []
     high = max(ranks)
     # The split that costs least: each part pays its own highest rank.
