@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import Parameter
 
-from lora_kit.cli.app import ADAPTERS, AsJson, Replace, Store, app
+from lora_kit.cli.app import ADAPTERS, Adapters, AsJson, Replace, Store, app
 from lora_kit.cli.screen import print_json, print_table, size
+from lora_kit.errors import ConfigError
 
 if TYPE_CHECKING:
     from lora_kit.merge import MergeReport
 
 
+_SHOWN: Final = 5
+_ALLOWED: Final = (
+    "other-base: merge into another base than the adapter's; untie: write tied weights apart; "
+    "lost-delta: go on where rounding eats most of a delta."
+)
+
+
 @app.command
 def merge(
     *,
-    adapter: str,
+    adapter: Adapters,
     out: Path,
     base: str | None = None,
-    dtype: str | None = None,
-    replace: Replace = False,
-    allow: Annotated[
-        list[str] | None, Parameter(negative="", help="other-base: merge into another base than the adapter's.")
+    weight: Annotated[
+        list[float] | None, Parameter(negative="", help="Of each adapter, in their order; by default 1.")
     ] = None,
+    dtype: str | None = None,
+    verify: str = "weights",
+    replace: Replace = False,
+    allow: Annotated[list[str] | None, Parameter(negative="", help=_ALLOWED)] = None,
     store: Store = ADAPTERS,
     json: AsJson = False,
 ) -> None:
@@ -33,36 +45,74 @@ def merge(
     What was written is read back and verified before the folder appears.
 
     Args:
-        adapter: A folder, or a name in the store.
         out: The folder to write.
         base: Base model: hub id, local folder or kit-base; by default the one the adapter names.
         dtype: float32, bfloat16 or float16; by default that of the base.
+        verify: weights, or logits to load base and result and compare these too.
     """
     from lora_kit.inspect import base_of, find_adapter
     from lora_kit.merge import merge as run
 
-    folder = find_adapter(adapter, store=store)
-    report = run(base or base_of([adapter], store=store), folder, out, dtype=dtype, replace=replace, allow=allow or ())
+    weights = weight or [1.0] * len(adapter)
+    if len(weights) != len(adapter):
+        raise ConfigError(
+            f"{len(adapter)} adapters and {len(weights)} weights were given", hint="one --weight for each"
+        )
+    folders = [find_adapter(name, store=store) for name in adapter]
+    with bytes_bar("merging") as progress:
+        report = run(
+            base or base_of(adapter, store=store),
+            list(zip(folders, weights, strict=True)),
+            out,
+            dtype=dtype,
+            replace=replace,
+            allow=allow or (),
+            verify=verify,
+            progress=progress,
+        )
     if json:
         print_json(report.to_json())
         return
     print_table(("", ""), _merge_facts(report))
+    print_table(("least survived in", "of the weight", "survived"), _worst(report))
 
 
 def _merge_facts(report: MergeReport) -> list[tuple[str, str]]:
-    worst = report.worst
     kept = f"{report.retention:.1%} of the delta survived rounding to {report.dtype}"
-    return [
+    rate = report.bytes / report.seconds if report.seconds else 0.0
+    facts = [
         ("merged", str(report.out)),
         ("base", report.base),
-        ("adapter", report.adapter[:12]),
-        (
-            "retention",
-            f"{kept}; least, {worst.retained:.1%}, in {worst.path}" if worst else "no pairs; saved modules replaced",
-        ),
-        ("read back", "every tensor, bit for bit"),
-        ("logits", f"at most {report.largest_difference:.3g} from base + adapter; bound {report.bound:.3g}"),
-        ("effect", f"the adapter changes a logit by up to {report.effect:.3g}"),
-        ("size", size(report.bytes)),
-        ("time", f"{report.seconds:.1f} s"),
+        ("adapters", ", ".join(f"{digest[:12]} x {weight:g}" for digest, weight in report.adapters.items())),
+        ("tensors", ", ".join(f"{count:,} {how}" for how, count in report.counts.items())),
+        ("retention", kept if report.tensors else "no pairs; saved modules replaced"),
+        ("read back", f"{len(report.files)} files by sha256, {report.compared:,} numbers by a second computation"),
     ]
+    if report.untied:
+        facts.append(("untied", ", ".join(report.untied)))
+    if report.left_out:
+        facts.append(("left out", ", ".join(report.left_out)))
+    if report.logits is not None:
+        found = report.logits
+        facts.append(("logits", f"at most {found.largest_difference:.3g} from base + adapter; bound {found.bound:.3g}"))
+        facts.append(("effect", f"the adapter changes a logit by up to {found.effect:.3g}"))
+    return [*facts, ("size", size(report.bytes)), ("time", f"{report.seconds:.1f} s, {size(int(rate))}/s")]
+
+
+def _worst(report: MergeReport) -> list[tuple[str, str, str]]:
+    worst = sorted(report.tensors, key=lambda tensor: tensor.retained)[:_SHOWN]
+    return [(one.path, f"{one.relative:.2%}", f"{one.retained:.1%}") for one in worst]
+
+
+@contextlib.contextmanager
+def bytes_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with bytes per second on stderr, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    text = TextColumn("{task.description}")
+    columns = (text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

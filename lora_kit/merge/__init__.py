@@ -2,7 +2,7 @@
 
 from lora_kit._callable import make_callable
 from lora_kit.merge.report import MergeReport
-from lora_kit.merge.whole import merge
+from lora_kit.merge.run import merge
 
 __all__ = ["MergeReport", "merge"]
 

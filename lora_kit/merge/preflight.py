@@ -31,22 +31,23 @@ def refuse_overlap(out: Path, inputs: Sequence[Path]) -> None:
             )
 
 
-def refuse_unmergeable(base: Path, adapter: Adapter) -> None:
-    """Raise MergeError for a local base that is quantised, or into which this adapter was merged already."""
+def refuse_unmergeable(base: Path, adapters: Sequence[Adapter]) -> None:
+    """Raise MergeError for a base that is quantised, or into which one of these adapters was merged already."""
     if quantisation(base / "config.json") is not None:
-        raise quantised(str(base))
-    if adapter.digest in merged_digests(base):
         raise MergeError(
-            f"this adapter ({adapter.digest[:12]}) was merged into {printable(base)} already", hint="use it as it is"
+            f"{printable(base)} is quantised: rounding to its grid would lose the adapter",
+            hint="merge into the unquantised base and quantise the result, or load the adapter beside this base",
         )
-
-
-def quantised(base: str) -> MergeError:
-    """The error for a quantised base, with the choices there are."""
-    return MergeError(
-        f"{printable(base)} is quantised: rounding to its grid would lose the adapter",
-        hint="merge into the unquantised base and quantise the result, or load the adapter beside this base",
-    )
+    merged, seen = merged_digests(base), set[str]()
+    for digest in (adapter.digest for adapter in adapters):
+        if digest in merged:
+            told = f"this adapter ({digest[:12]}) was merged into {printable(base)} already"
+            raise MergeError(told, hint="use it as it is")
+        if digest in seen:
+            raise MergeError(
+                f"the adapter {digest[:12]} was given twice", hint="give it once, with the sum of the weights"
+            )
+        seen.add(digest)
 
 
 def quantisation(config: Path) -> Any:

@@ -1,108 +1,184 @@
-"""Proving a merge from what was written: every tensor reads back, and the logits are those of base + adapter."""
+"""Proving a merge from what was written: it loads as the model it should be, and its numbers are base + adapter.
+
+What is compared was read back by the safetensors library, and what it is compared with is computed in fp64 from the
+adapter's own tensors, by state dict key: nothing of the plan, the fold or the writing is used.
+"""
 
 from __future__ import annotations
 
-import logging
-import math
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Final
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_kit.errors import VerificationError, listed
+from lora_kit.adapter import Adapter
+from lora_kit.errors import BaseModelError, MergeError, VerificationError, listed
+from lora_kit.fold import Retention
+from lora_kit.layers import keeps_transposed
+from lora_kit.merge.outline import Head, Outline, outline
+from lora_kit.merge.plan import Part
+from lora_kit.merge.shards import Shard, read_shards
 
-logger = logging.getLogger(__name__)
-
-_ROWS: Final = 2
-_LENGTH: Final = 24
-_MARGIN: Final = 3.0
-"""How many times the response to one draw of rounding noise a difference may be."""
-_FLOOR: Final = 16 * torch.finfo(torch.float32).eps
-"""Share of the largest logit by which two orders of one fp32 sum may differ, times the root of the changed tensors."""
-
-
-def check_read_back(written: Mapping[str, Tensor], read: Mapping[str, Tensor]) -> None:
-    """Raise VerificationError unless what was read back has the same names and the same bits."""
-    names = sorted(set(written) ^ set(read))
-    if names:
-        raise VerificationError(f"the folder read back has other tensors than were merged: {listed(names)}")
-    changed = [name for name, tensor in written.items() if not _same_bits(tensor, read[name])]
-    if changed:
-        raise VerificationError(
-            f"tensors read back differ from what was merged: {listed(changed)}", hint="is the disk sound?"
-        )
+LEAST_RETAINED: Final = 0.5
+"""Share of a tensor's delta that must survive rounding, unless its loss is allowed."""
+_SHOWN: Final = 5
+_ROWS: Final = 16
+"""Of a tensor, evenly spaced, that are compared; of an untouched one likewise."""
 
 
-def probe(model: Any) -> Tensor:
-    """Logits of the model for fixed random tokens, computed in fp32: (rows, ...) on the CPU."""
-    config = model.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None)
-    length = min(_LENGTH, context) if isinstance(context, int) and context > 0 else _LENGTH
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(config.vocab_size, (_ROWS, length), generator=generator).to(model.device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids
-    with in_fp32(model), torch.inference_mode():
-        logits: Tensor = model(**inputs).logits
-    return logits.detach().float().cpu()
+def check_retention(found: Sequence[Retention], *, dtype: str, allow: Collection[str]) -> None:
+    """Raise MergeError where rounding has eaten most of a delta, with a table of the worst."""
+    lost = sorted((one for one in found if one.retained < LEAST_RETAINED), key=lambda one: one.retained)
+    if not lost or "lost-delta" in allow:
+        return
+    table = [f"{one.path}: {one.retained:.0%} of a delta {one.relative:.2g} of the weight" for one in lost[:_SHOWN]]
+    head = f"less than {LEAST_RETAINED:.0%} of {len(lost)} of {len(found)} deltas survives rounding to {dtype}"
+    raise MergeError(
+        "\n  ".join([head, *table]),
+        hint="merge with dtype float32, keep the adapter beside its base, or allow 'lost-delta'",
+    )
 
 
-def rounding_bound(model: nn.Module, logits: Tensor, *, paths: Collection[str], dtype: torch.dtype) -> float:
-    """What the difference of two logits may be when the modules of these paths were rounded once to `dtype`.
-
-    A rounding moves a weight w by a random part of u·|w|, u being half the dtype's epsilon. So the model is given such
-    noise on purpose, w(1 + u·ξ) with ξ uniform on [-1, 1], and the largest change of a logit is the measure. The
-    model's weights are not to be used afterwards.
+def check_result(folder: Path, base: Outline, shards: Sequence[Shard], parts: Sequence[Part], *, head: Head) -> int:
+    """Raise VerificationError unless a folder holds the base with these adapters folded in.
 
     Args:
-        model: a model that computes `logits` for the probe.
-        logits: those logits.
+        base: the base's outline. shards: its files.
 
     Returns:
-        `_MARGIN` times that change, and the differences of fp32 sums taken in another order.
+        How many numbers were compared.
     """
-    unit = max(
-        torch.finfo(dtype).eps / 2, 4 * torch.finfo(torch.float32).eps
-    )  # below that the noise itself is rounded away
-    chosen = [p for path in paths for p in model.get_submodule(path).parameters(recurse=False) if p.is_floating_point()]
-    with in_fp32(model):
-        for parameter in chosen:
-            generator = torch.Generator(parameter.device).manual_seed(0)
-            noise = torch.empty_like(parameter).uniform_(-unit, unit, generator=generator)
-            parameter.data.mul_(1 + noise)
-        response = float((probe(model) - logits).abs().max())
-    return _MARGIN * response + _FLOOR * math.sqrt(max(len(chosen), 1)) * float(logits.abs().max())
-
-
-def check_logits(difference: float, bound: float, effect: float) -> None:
-    """Raise VerificationError for a difference above its bound; warn of a bound that could hide the adapter itself."""
-    if not difference <= bound:
-        raise VerificationError(
-            f"a logit of the merged model is {difference:.3g} away from base + adapter; the bound is {bound:.3g}",
-            hint="nothing was written",
-        )
-    if effect <= bound:
-        logger.warning("the adapter changes no logit by more than %.3g, less than rounding may (%.3g)", effect, bound)
-
-
-@contextmanager
-def in_fp32(model: nn.Module) -> Iterator[None]:
-    """The model with its parameters in fp32, which holds half precisions exactly; afterwards as it was, bit for bit."""
-    before = {parameter: parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    for parameter in before:
-        parameter.data = parameter.data.float()
+    written = read_shards(folder)
     try:
-        yield
-    finally:
-        for parameter, dtype in before.items():
-            parameter.data = parameter.data.to(dtype)
+        merged = outline(folder, written, head)
+    except BaseModelError as error:
+        raise VerificationError(f"what was written does not load: {error.message}") from None
+    _check_places(base, merged, parts)
+    compared = _check_untouched(base, merged, shards, written, parts)
+    for part in parts:
+        compared += _check_saved(merged, part.adapter)
+    return compared + _check_folded(base, merged, parts)
 
 
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    one, other = (tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
-    return torch.equal(one, other)
+def _check_places(base: Outline, merged: Outline, parts: Sequence[Part]) -> None:
+    """Every parameter is there, and those that an adapter changes are their own."""
+    absent = sorted({*merged.missing, *(base.names.keys() - merged.names.keys())})
+    if absent:
+        raise VerificationError(f"what was written has no {listed(absent)}")
+    if merged.unclaimed:
+        raise VerificationError(f"what was written has tensors of no use: {listed(merged.unclaimed)}")
+    for key in sorted(_changed(parts)):
+        if len(merged.declared_with(key)) > 1:
+            told = " and ".join(merged.declared_with(key))
+            raise VerificationError(f"the merged model's config ties {told}, of which the adapter changes one")
+
+
+def _changed(parts: Sequence[Part]) -> set[str]:
+    adapters = [part.adapter for part in parts]
+    return {f"{path}.weight" for adapter in adapters for path in adapter.pairs()} | {
+        key for adapter in adapters for key in adapter.saved()
+    }
+
+
+def _check_untouched(
+    base: Outline, merged: Outline, shards: Sequence[Shard], written: Sequence[Shard], parts: Sequence[Part]
+) -> int:
+    """What no adapter changes has the base's numbers, sample by sample."""
+    changed, compared = _changed(parts), 0
+    places = {name: key for key, name in merged.names.items()}
+    own = {name: tensor for shard in shards for name, tensor in shard.tensors.items()}
+    by_key = base.model.state_dict()
+    for name, tensor in ((name, tensor) for shard in written for name, tensor in shard.tensors.items()):
+        key = places.get(name)
+        if key in changed:
+            continue
+        wanted = own.get(name, by_key.get(key or ""))
+        if wanted is None or wanted.shape != tensor.shape:
+            raise VerificationError(f"{name} was written and is not the base's")
+        compared += _check_same(name, tensor, wanted)
+    return compared
+
+
+def _check_saved(merged: Outline, adapter: Adapter) -> int:
+    by_key = merged.model.state_dict()
+    return sum(_check_same(key, by_key[key], tensor) for key, tensor in adapter.saved().items())
+
+
+def _check_same(name: str, found: Tensor, wanted: Tensor) -> int:
+    rows, other = _sampled(found), _sampled(wanted).to(found.dtype)
+    if not torch.equal(_bits(rows), _bits(other)):
+        raise VerificationError(f"{name} was written with other numbers than it should have")
+    return rows.numel()
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor: NaN, which a base may hold, is not equal to itself."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _sampled(tensor: Tensor) -> Tensor:
+    """Some rows of a tensor; all of a short one."""
+    if tensor.ndim < 2:
+        return tensor
+    flat = tensor.flatten(0, -2)
+    return flat[_places(flat.shape[0])]
+
+
+def _places(count: int) -> Tensor:
+    return torch.linspace(0, count - 1, min(_ROWS, count), dtype=torch.float64).long()
+
+
+def _check_folded(base: Outline, merged: Outline, parts: Sequence[Part]) -> int:
+    """Some outputs of every folded weight: merged - base is what the adapters say."""
+    compared = 0
+    own, found = base.model.state_dict(), merged.model.state_dict()
+    for path in sorted({path for part in parts for path in part.adapter.pairs()}):
+        sides = [part for part in parts if path in part.adapter.pairs()]
+        key = f"{path}.weight"
+        by_column = type(base.model.get_submodule(path)).__name__ == "Conv1D"
+        transposed = keeps_transposed(base.model.get_submodule(path))
+        rows = _places(own[key].shape[1 if by_column else 0])
+        before, after = ((w[:, rows].T if by_column else w[rows]).double() for w in (own[key], found[key]))
+        wanted, bound = _expected(path, before, rows, sides, by_entry=transposed and not by_column)
+        bound += torch.finfo(found[key].dtype).eps / 2 * 1.01 * wanted.abs() + torch.finfo(found[key].dtype).tiny
+        worst = ((after - wanted).abs() - bound).max()
+        if not worst <= 0:
+            off = float((after - wanted).abs().max())
+            raise VerificationError(
+                f"{path}: what was written is up to {off:.3g} away from base + adapter; rounding allows "
+                f"{float(bound.max()):.3g} at most"
+            )
+        compared += rows.numel() * before.shape[1]
+    return compared
+
+
+def _expected(
+    path: str, before: Tensor, rows: Tensor, parts: Sequence[Part], *, by_entry: bool
+) -> tuple[Tensor, Tensor]:
+    """Some outputs of base + adapters in fp64, and how far a sum of them in fp32 may be off.
+
+    Args:
+        before: those outputs of the base. rows: which they are.
+        by_entry: whether they are the entries of an embedding.
+    """
+    wanted, size = before.clone(), before.abs()
+    rank = 0
+    for part in parts:
+        pair, scaling = part.adapter.pairs()[path], part.adapter.config.scaling_of(path) * part.weight
+        a, b = (pair.b.T, pair.a.T[rows]) if by_entry else (pair.a, pair.b[rows])
+        wanted += scaling * (b.double() @ a.double())
+        size = size + abs(scaling) * (b.double().abs() @ a.double().abs())
+        rank += pair.a.shape[0]
+    error = (rank + 4) * torch.finfo(torch.float32).eps * size
+    magnitude = parts[0].adapter.pairs()[path].magnitude
+    if magnitude is not None:
+        columns = (magnitude[rows].double() / wanted.norm(dim=1)).unsqueeze(1)
+        # A DoRA's norm is taken of factors rounded to the base's dtype, as they are when the adapter is used.
+        error = columns.abs() * (error + _DORA * wanted.abs())
+        wanted = columns * wanted
+    return wanted, error
+
+
+_DORA: Final = 2**-7

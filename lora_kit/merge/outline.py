@@ -1,0 +1,229 @@
+"""A base as transformers would load it, of which nothing is read: its modules, and which stored tensor fills what."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from lora_kit.adapter import Adapter
+from lora_kit.errors import BaseModelError, LoraKitError, MergeError, listed
+from lora_kit.files import printable
+from lora_kit.merge.shards import Shard
+from lora_kit.models import quiet
+
+_CLASSES: Final[Mapping[str | None, str]] = {
+    None: "AutoModelForCausalLM",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+}
+"""transformers' class for each `task_type` of an adapter."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """Which model of a base an adapter was made for.
+
+    Attributes:
+        task: PEFT's `task_type`.
+        num_labels: size of a classification head; None for the base's own.
+        labels: what its classes are called, where that is known.
+    """
+
+    task: str | None
+    num_labels: int | None = None
+    labels: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> Head:
+        """Raises MergeError for a task there is no class for."""
+        task = adapter.config.task_type
+        if task not in _CLASSES:
+            known = [name for name in _CLASSES if name]
+            raise MergeError(
+                f"the adapter was made for {printable(task)}, which is not merged", hint=f"merged are: {listed(known)}"
+            )
+        if not (task or "").endswith("_CLS"):
+            return cls(task)
+        labels = tuple(map(str, adapter.record.get("labels") or ()))
+        sizes = [t.shape[0] for key, t in adapter.saved().items() if key.endswith(".weight") and t.ndim == 2]
+        return cls(task, len(labels) or (sizes[-1] if sizes else None), labels)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What the model's config says of it."""
+        if self.labels:
+            numbers = dict(enumerate(self.labels))
+            return {"id2label": numbers, "label2id": {label: number for number, label in numbers.items()}}
+        return {"num_labels": self.num_labels} if self.num_labels else {}
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model whose parameters are the stored tensors themselves, mapped from their files.
+
+    Attributes:
+        config: transformers' config of it.
+        model: what no file holds, or holds in another form, is on the meta device.
+        names: of each state dict key that one stored tensor fills as it is, that tensor's name.
+        converted: keys that transformers makes of several stored tensors, or of parts of one.
+        unclaimed: stored tensors that fill nothing, and that transformers does not know as harmless leftovers.
+        missing: keys that nothing fills.
+        ties: keys that are one parameter, for every such parameter.
+        declared: keys that are one parameter by the config, whatever the files hold.
+    """
+
+    config: Any
+    model: nn.Module
+    names: Mapping[str, str]
+    converted: frozenset[str]
+    unclaimed: tuple[str, ...]
+    missing: tuple[str, ...]
+    ties: tuple[tuple[str, ...], ...]
+    declared: tuple[tuple[str, ...], ...]
+
+    def tied_with(self, key: str) -> tuple[str, ...]:
+        """Keys of the same parameter, the key itself among them."""
+        return next((group for group in self.ties if key in group), (key,))
+
+    def declared_with(self, key: str) -> tuple[str, ...]:
+        """Keys that the config ties to this one, the key itself among them."""
+        return next((group for group in self.declared if key in group), (key,))
+
+
+def read_config(folder: Path, head: Head) -> Any:
+    """transformers' config of a model folder, with this head."""
+    from transformers import AutoConfig
+
+    with quiet(), _translated(folder):
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **head.fields)
+
+
+def shell(config: Any, head: Head) -> nn.Module:
+    """The model of a config without weights, on the meta device."""
+    import transformers
+
+    with quiet(), _translated(Path(str(config._name_or_path))), torch.device("meta"):
+        model: nn.Module = getattr(transformers, _CLASSES[head.task]).from_config(config)
+    return model.eval()
+
+
+def outline(folder: Path, shards: Sequence[Shard], head: Head) -> Outline:
+    """What transformers would fill with what, were it to load this folder.
+
+    Raises:
+        BaseModelError: the config cannot be read, or a tensor has another shape than its place.
+    """
+    config = read_config(folder, head)
+    model = shell(config, head)
+    stored = {name: tensor for shard in shards for name, tensor in shard.tensors.items()}
+    names, converted, unclaimed = _assigned(model, stored)
+    places = model.state_dict(keep_vars=True)
+    misfits = [
+        f"{name} {tuple(stored[name].shape)} for {key} {tuple(places[key].shape)}"
+        for key, name in names.items()
+        if stored[name].shape != places[key].shape
+    ]
+    if misfits:
+        raise BaseModelError(f"{printable(folder)}: the weights do not fit the model: {listed(misfits, most=3)}")
+    groups = _groups(model)
+    for group in groups:
+        _fill(model, group, {key: stored[names[key]] for key in group if key in names})
+    filled = {key for group in groups if any(key in names for key in group) for key in group}
+    missing = set(places) - filled - converted
+    info: Any = SimpleNamespace(missing_keys=missing, unexpected_keys=unclaimed)
+    model._adjust_missing_and_unexpected_keys(info)  # type: ignore[operator]  # transformers' own list of leftovers
+    return Outline(
+        config=config,
+        model=model,
+        names=names,
+        converted=frozenset(converted),
+        unclaimed=tuple(sorted(info.unexpected_keys)),
+        missing=tuple(sorted(info.missing_keys)),
+        ties=tuple(tuple(group) for group in _groups(model) if len(group) > 1),
+        declared=tuple(tuple(group) for group in groups if len(group) > 1),
+    )
+
+
+def _assigned(model: Any, stored: Mapping[str, Tensor]) -> tuple[dict[str, str], set[str], set[str]]:
+    """By transformers' own key mapping: the name of each key filled as it is, keys it converts, names left over."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    renamings: list[Any] = [entry for entry in transforms if not isinstance(entry, WeightConverter)]
+    keys, prefix = model.state_dict(), model.base_model_prefix
+    names: dict[str, str] = {}
+    converted: set[str] = set()
+    leftover: set[str] = set()
+    for name in stored:
+        key, pattern = rename_source_key(name, renamings, converters, prefix, keys)
+        if key not in keys and name in keys:
+            key, pattern = rename_source_key(name, [], [], prefix, keys)
+        if key not in keys:
+            leftover.add(name)
+        elif pattern is not None:
+            targets = next(entry.target_patterns for entry in converters if pattern in entry.source_patterns)
+            converted |= {found for target in targets if (found := key.replace(targets[0], target)) in keys}
+        elif key in names:
+            raise BaseModelError(f"{printable(names[key])} and {printable(name)} are both for {key}")
+        else:
+            names[key] = name
+    return names, converted, leftover
+
+
+def _groups(model: nn.Module) -> list[list[str]]:
+    """State dict keys by the tensor they stand for."""
+    groups: dict[int, list[str]] = {}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        groups.setdefault(id(tensor), []).append(key)
+    return list(groups.values())
+
+
+def _fill(model: nn.Module, group: Sequence[str], found: Mapping[str, Tensor]) -> None:
+    """Put the stored tensors of one parameter in its places.
+
+    Where several are stored and differ, they are parameters of their own: so transformers loads them too.
+    """
+    values = list(found.values())
+    if not values:
+        return
+    same = all(torch.equal(values[0], other) for other in values[1:])
+    shared = _value(values[0])
+    for key in group:
+        value = shared if same or key not in found else _value(found[key])
+        path, _, leaf = key.rpartition(".")
+        module = model.get_submodule(path)
+        if leaf in module._parameters:
+            module._parameters[leaf] = value
+        else:
+            module._buffers[leaf] = value.data
+
+
+def _value(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+@contextlib.contextmanager
+def _translated(folder: Path) -> Iterator[None]:
+    """What transformers raises, as one typed line."""
+    try:
+        yield
+    except (LoraKitError, MemoryError):
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise BaseModelError(
+                f"{printable(folder)}: this model asks to run code of its own, which is never done"
+            ) from None
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise BaseModelError(f"{printable(folder)}: could not be read: {printable(lines[0])}") from error

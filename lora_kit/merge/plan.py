@@ -1,0 +1,262 @@
+"""What every tensor of the merged model is made of, proved before anything is written.
+
+Everything an adapter holds goes into exactly one tensor of the result; what has no place is an error.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_kit.adapter import Adapter, Pair
+from lora_kit.errors import BaseModelError, MergeError, listed
+from lora_kit.fit import fitted
+from lora_kit.layers import keeps_transposed
+from lora_kit.merge.outline import Head, Outline, shell
+from lora_kit.merge.shards import Shard
+
+_FOLDABLE: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Part(NamedTuple):
+    """An adapter, and how much of it is merged."""
+
+    name: str
+    adapter: Adapter
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Update:
+    """scaling · B A, to be added to one weight."""
+
+    pair: Pair
+    scaling: float
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the result.
+
+    Attributes:
+        name: in its file.
+        source: the base's tensor, or what an adapter brings instead of it.
+        dtype: of the result.
+        how: `copied`, `cast`, `folded`, `replaced` or `added`.
+        path: of the module, where an adapter changes it.
+        updates: what is folded into it.
+        transposed: whether it is kept as (in, out).
+    """
+
+    name: str
+    source: Tensor
+    dtype: torch.dtype
+    how: str
+    path: str = ""
+    updates: tuple[Update, ...] = ()
+    transposed: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The weight files of the result.
+
+    Attributes:
+        shards: their names, metadata and tensors, in the order of their bytes.
+        untied: keys that shared a parameter in the base and no longer do.
+        left_out: tensors of the base that the merged model has no place for.
+    """
+
+    shards: tuple[tuple[Shard, tuple[Entry, ...]], ...]
+    untied: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def entries(self) -> Iterator[Entry]:
+        return (entry for _, entries in self.shards for entry in entries)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Tensors of the result by what is done to them."""
+        return dict(Counter(entry.how for entry in self.entries))
+
+
+@dataclass
+class _Changes:
+    """What adapters do to a model, by state dict key; emptied as it finds its place."""
+
+    updates: dict[str, list[Update]] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def keys(self) -> list[str]:
+        return sorted({*self.updates, *self.values})
+
+
+def plan(
+    base: Outline,
+    shards: Sequence[Shard],
+    parts: Sequence[Part],
+    *,
+    head: Head,
+    dtype: torch.dtype | None,
+    allow: Collection[str],
+) -> Plan:
+    """Give everything the adapters hold its place.
+
+    Args:
+        dtype: of the floating tensors of the result; None: each keeps its own.
+        allow: as in `merge`.
+
+    Raises:
+        AdapterError, BaseMismatchError: an adapter does not fit the base.
+        MergeError: something has no place, or its place is shared or of a kind that nothing can be folded into.
+        BaseModelError: the base does not fill its own model.
+    """
+    changes = _changes(base, parts, allow)
+    _check_base(base, head, changes)
+    untied = _untied(base, head, changes, allow)
+    own = {name: key for key, name in base.names.items()}
+    left_out = set(base.unclaimed)
+    entries = {
+        shard.name: [
+            _entry(base, name, tensor, own.get(name), changes, dtype)
+            for name, tensor in shard.tensors.items()
+            if name not in left_out
+        ]
+        for shard in shards
+    }
+    last = entries[shards[-1].name]
+    last += [_untied_copy(base, key, changes, dtype) for key in untied if key not in base.names]
+    last += _added(base, changes, dtype or _usual_dtype(shards))
+    if changes.keys:
+        raise MergeError(f"nothing in the base's files is {listed(changes.keys)}, which the adapter changes")
+    # Wide tensors first, as safetensors aligns them; within a width the base's own order.
+    ordered = {name: tuple(sorted(found, key=lambda entry: -entry.dtype.itemsize)) for name, found in entries.items()}
+    return Plan(tuple((shard, ordered[shard.name]) for shard in shards), untied, tuple(sorted(left_out)))
+
+
+def _changes(base: Outline, parts: Sequence[Part], allow: Collection[str]) -> _Changes:
+    changes = _Changes()
+    for name, adapter, weight in parts:
+        coverage = fitted(name, adapter, base.model, dtype=torch.float32, allow=allow)
+        alone = weight == 1 and len(parts) == 1
+        if not alone and adapter.config.use_dora:
+            raise MergeError(f"{name!r} is a DoRA, which scales the whole weight", hint="merge it alone, with weight 1")
+        if weight != 1 and coverage.saved:
+            raise MergeError(f"{name!r} replaces {listed(coverage.saved)}, which cannot be weighted", hint="weight 1")
+        for target in coverage.targets:
+            update = Update(adapter.pairs()[target.path], target.scaling * weight)
+            changes.updates.setdefault(f"{target.path}.weight", []).append(update)
+        for key, tensor in adapter.saved().items():
+            if key in changes.values:
+                raise MergeError(f"two of the adapters replace {key}", hint="merge them one after the other")
+            changes.values[key] = tensor
+    both = sorted(changes.updates.keys() & changes.values.keys())
+    if both:
+        raise MergeError(f"one adapter replaces what another changes: {listed(both)}")
+    return changes
+
+
+def _check_base(base: Outline, head: Head, changes: _Changes) -> None:
+    missing = [key for key in base.missing if key not in changes.values]
+    if missing:
+        hint = "a new head must come with the adapter" if head.fields else "the base is not whole"
+        raise BaseModelError(f"nothing in the base's files fills {listed(missing)}", hint=hint)
+    # A model with another head than the base's own has no place for that one's tensors.
+    same = type(base.model).__name__ in (getattr(base.config, "architectures", None) or ())
+    if base.unclaimed and (same or not head.fields):
+        raise BaseModelError(
+            f"{type(base.model).__name__} has no place for {listed(base.unclaimed)} of the base's files"
+        )
+    converted = [key for key in changes.keys if key in base.converted]
+    if converted:
+        raise MergeError(
+            f"the base's files hold {listed(converted)} in another form, which nothing is folded into",
+            hint="save the base with transformers in the form it has in memory",
+        )
+
+
+def _untied(base: Outline, head: Head, changes: _Changes, allow: Collection[str]) -> tuple[str, ...]:
+    """Keys that must be parameters of their own, since an adapter changes one and not the other."""
+    groups = {base.declared_with(key) for key in changes.keys}
+    keys = tuple(key for group in sorted(groups) if len(group) > 1 for key in group)
+    # What the files hold apart is loaded apart, whatever the config says of it.
+    shared = [key for key in keys if len(base.tied_with(key)) > 1]
+    if shared and "untie" not in allow:
+        raise MergeError(
+            f"the adapter changes a weight that is shared: {' and '.join(shared)} are one parameter",
+            hint="allow 'untie' to write each of them, and a config that no longer ties them",
+        )
+    if not keys:
+        return ()
+    apart = {id(tensor) for key, tensor in untied_shell(base, head).state_dict(keep_vars=True).items() if key in keys}
+    if len(apart) < len(keys):
+        raise MergeError(f"{' and '.join(keys)} are one parameter in every model of this kind, and cannot be untied")
+    return keys
+
+
+def untied_shell(base: Outline, head: Head) -> Any:
+    """The base's model without weights, its config saying that nothing is tied."""
+    config = type(base.config).from_dict({**base.config.to_dict(), "tie_word_embeddings": False})
+    return shell(config, head)
+
+
+def _entry(
+    base: Outline, name: str, tensor: Tensor, key: str | None, changes: _Changes, dtype: torch.dtype | None
+) -> Entry:
+    """One stored tensor, with what the adapters do to it."""
+    own = dtype if dtype is not None and tensor.dtype in _FOLDABLE else tensor.dtype
+    updates = tuple(changes.updates.pop(key, ())) if key else ()
+    value = changes.values.pop(key, None) if key else None
+    path = (key or "").rpartition(".")[0]
+    if value is not None:
+        return Entry(name, value, own if value.is_floating_point() else value.dtype, "replaced", path)
+    if updates:
+        if tensor.dtype not in _FOLDABLE:
+            raise MergeError(
+                f"{path} is quantised ({tensor.dtype}); a delta would be lost in it",
+                hint="merge into the 16-bit original",
+            )
+        transposed = keeps_transposed(base.model.get_submodule(path))
+        return Entry(name, tensor, own, "folded", path, updates, transposed)
+    return Entry(name, tensor, own, "copied" if own == tensor.dtype else "cast")
+
+
+def _untied_copy(base: Outline, key: str, changes: _Changes, dtype: torch.dtype | None) -> Entry:
+    """The tensor of a key that had none of its own: the one it was tied to, with its own changes."""
+    value = base.model.state_dict()[key]
+    return _entry(base, key, value, key, changes, dtype)
+
+
+def _added(base: Outline, changes: _Changes, dtype: torch.dtype) -> list[Entry]:
+    """What saved modules bring that the base does not have: a new head."""
+    new = [key for key in sorted(changes.values) if key in base.missing]
+    tensors = [(key, changes.values.pop(key)) for key in new]
+    return [
+        Entry(key, value, dtype if value.is_floating_point() else value.dtype, "added", key.rpartition(".")[0])
+        for key, value in tensors
+    ]
+
+
+def _usual_dtype(shards: Sequence[Shard]) -> torch.dtype:
+    """The floating dtype most of the base is kept in."""
+    sizes: Counter[torch.dtype] = Counter()
+    for shard in shards:
+        for tensor in shard.tensors.values():
+            if tensor.is_floating_point():
+                sizes[tensor.dtype] += tensor.numel()
+    return sizes.most_common(1)[0][0] if sizes else torch.float32

@@ -1,0 +1,124 @@
+"""Folding low-rank updates into one weight by blocks of rows: accumulated in fp32, rounded once.
+
+    W' = round(W + Σ s B A)          of a DoRA, with one pair:  W' = round(m / |W + s B A| · (W + s B A))
+
+A block is small enough to stay in a core's cache, and a product of 16 rows and more has the bits it has in the whole
+product: what comes out is what a merge in memory gives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from lora_kit.errors import MergeError
+from lora_kit.fold import Retention
+from lora_kit.merge.plan import Entry, Update
+from lora_kit.ops import dora_scale
+
+_ELEMENTS: Final = 2**17
+"""Of a block; half a MB of fp32."""
+_LEAST: Final = 16
+"""Rows of a block. Products of fewer go another way through the BLAS, and end in other bits."""
+
+
+def blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Rows in blocks; a short rest is part of the last one."""
+    step = max(_LEAST, _ELEMENTS // max(columns, 1) // _LEAST * _LEAST)
+    starts = list(range(0, rows, step))
+    if len(starts) > 1 and rows - starts[-1] < _LEAST:
+        starts.pop()
+    yield from map(slice, starts, [*starts[1:], rows])
+
+
+class Fold:
+    """The fold of one tensor, and what becomes of its delta."""
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+        self._weight = self._delta = self._lost = 0.0  # squares of norms
+
+    @torch.no_grad()
+    def blocks(self) -> Iterator[Tensor]:
+        """The merged rows, block by block.
+
+        Raises:
+            MergeError: they are not finite.
+        """
+        entry, source = self.entry, self.entry.source
+        dtype, columns = torch.promote_types(source.dtype, torch.float32), _column_scale(entry)
+        parts = list(blocks(*source.shape))
+        # Memory that is used again: touching new pages would take longer than the sums.
+        most = max(rows.stop - rows.start for rows in parts)
+        exacts, deltas, targets = (torch.empty(most, source.shape[1], dtype=dtype) for _ in range(3))
+        for rows in parts:
+            count = rows.stop - rows.start
+            exact = exacts[:count].copy_(source[rows])
+            delta = sum_of_updates(entry, rows, into=deltas[:count])
+            target = torch.add(exact, delta, out=targets[:count])
+            if columns is not None:
+                target *= columns if entry.transposed else columns[rows].unsqueeze(1)
+                delta = target - exact
+            merged = target.to(entry.dtype, copy=True)  # the only one that is handed out
+            self._tally(exact, delta, target.sub_(merged))
+            yield merged
+
+    def _tally(self, exact: Tensor, delta: Tensor, lost: Tensor) -> None:
+        self._weight += _square(exact)
+        self._delta += _square(delta)
+        self._lost += _square(lost)
+        if not math.isfinite(self._lost):
+            raise MergeError(f"{self.entry.path}: the merged weight is not finite in {self.entry.dtype}")
+
+    @property
+    def retention(self) -> Retention:
+        """What survived, once every block was taken."""
+        relative = math.sqrt(self._delta / self._weight) if self._weight else math.inf if self._delta else 0.0
+        retained = 1 - math.sqrt(self._lost / self._delta) if self._delta else 1.0
+        return Retention(self.entry.path, relative, max(0.0, retained))
+
+
+def sum_of_updates(entry: Entry, rows: slice, *, into: Tensor) -> Tensor:
+    """Σ s B A for some rows of a weight, the way round it is kept.
+
+    Args:
+        into: (rows, columns), where it is put.
+    """
+    first, *others = entry.updates
+    if into.dtype == torch.float32:
+        _product(first, rows, transposed=entry.transposed, into=into)
+    else:
+        into.copy_(_product(first, rows, transposed=entry.transposed))
+    for other in others:
+        into += _product(other, rows, transposed=entry.transposed)
+    return into
+
+
+def _product(update: Update, rows: slice, *, transposed: bool, into: Tensor | None = None) -> Tensor:
+    """s B A in fp32."""
+    a, b = update.pair.a, update.pair.b
+    left, right = (a[:, rows].float().T, b.float().T) if transposed else (b[rows].float(), a.float())
+    return torch.mm(left, right, out=into).mul_(update.scaling)
+
+
+def _column_scale(entry: Entry) -> Tensor | None:
+    """c = m / |W + s B A| of a DoRA, (out,); None for others. A block of outputs at a time."""
+    update = entry.updates[0]
+    pair = update.pair
+    if pair.magnitude is None:
+        return None
+    weight = entry.source.T if entry.transposed else entry.source
+    parts = [
+        dora_scale(weight[rows], pair.a, pair.b[rows], update.scaling, pair.magnitude[rows])
+        for rows in blocks(*weight.shape)
+    ]
+    return torch.cat(parts)
+
+
+def _square(tensor: Tensor) -> float:
+    flat = tensor.reshape(-1)
+    return float(flat @ flat)

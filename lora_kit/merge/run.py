@@ -1,0 +1,240 @@
+"""`merge`: from a base's files and an adapter to a model folder, all or nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from lora_kit import __version__
+from lora_kit.adapter import ALLOWANCES, Adapter
+from lora_kit.errors import ConfigError, MergeError, listed
+from lora_kit.files import check_output, staged
+from lora_kit.fingerprint import fingerprint
+from lora_kit.merge import companions, journal, logits, preflight, stream
+from lora_kit.merge import verify as proof
+from lora_kit.merge.base import find_base, local_folder
+from lora_kit.merge.outline import Head, outline
+from lora_kit.merge.plan import Part, Plan, plan
+from lora_kit.merge.report import LogitCheck, MergeReport
+from lora_kit.merge.shards import Shard, read_shards
+
+FORMAT: Final = 2
+"""Version of `lora_kit_merge.json`."""
+OWN_ALLOWANCES: Final = ("untie", "lost-delta")
+"""What a merge may do beyond what an adapter may be: write tied parameters apart, lose most of a delta in rounding."""
+CHECKS: Final = ("weights", "logits")
+_DTYPES: Final[Mapping[str, torch.dtype]] = {
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "fp32": torch.float32,
+    "float32": torch.float32,
+}
+
+Source = str | Path | Adapter
+
+
+def merge(
+    base: str | Path,
+    adapter: Source | Sequence[tuple[Source, float]],
+    out: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    replace: bool = False,
+    allow: Collection[str] = (),
+    verify: str = "weights",
+    progress: stream.Progress | None = None,
+) -> MergeReport:
+    """Fold an adapter into its base, `W' = round(W + scaling · B A)`, and write the result as a model folder.
+
+    One pass over the base's files: what no adapter changes is copied byte for byte, what one does is accumulated in
+    fp32 a block of rows at a time and rounded once. The folder appears in one step, after what was written was read
+    back and found to be base + adapter. Where anything fails, nothing is left.
+
+    Args:
+        base: hub id, local folder or `kit-base`.
+        adapter: a folder or an Adapter; or several, each with the weight it is added with.
+        out: the folder to write, beside its inputs, never in them.
+        dtype: of the floating weights of the result; None: each keeps its own.
+        replace: an earlier merge in `out` may be replaced; anything else there never is.
+        allow: `other-base` merges into another base than the one the adapter was made for; `untie` writes parameters
+            apart that the base ties and the adapter does not change alike; `lost-delta` goes on where rounding eats
+            most of a delta. And what `AdapterBank.load` allows.
+        verify: `weights`: digests as read back from the disk, and numbers beside a second computation. `logits`: both
+            models are loaded and compared as well.
+        progress: is given the bytes written so far and in all, again and again.
+
+    Raises:
+        MergeError: a quantised base, tied weights, an adapter that is in this base already, an output inside an input,
+            a delta that rounding would eat, a weight that is not finite.
+        AdapterError, BaseMismatchError, BaseModelError: an input that cannot be read, or does not fit.
+        StorageError: the output exists, or the disk refuses.
+        VerificationError: what was written is not the base with the adapter.
+    """
+    started, out = time.perf_counter(), Path(out)
+    _check_arguments(allow, verify)
+    sources, wanted = _sources(adapter), _dtype(dtype)
+    local = local_folder(base)
+    inputs = [*([local] if local else []), *(Path(source) for source, _ in sources if not isinstance(source, Adapter))]
+    preflight.refuse_overlap(out, inputs)
+    check_output(out, replace=replace, owned=preflight.is_merged_folder)
+    parts = [_part(source, weight, allow=allow) for source, weight in sources]
+    if verify == "logits":
+        logits.check_askable(parts)
+    folder = find_base(base)
+    preflight.refuse_unmergeable(folder, [part.adapter for part in parts])
+    shards = read_shards(folder)
+    needed = _needed(shards, parts, wanted) - _size(journal.place_of(out))
+    with staged(out, replace=replace, owned=preflight.is_merged_folder, needed=needed) as staging:
+        work = _Work(str(base), folder, shards, parts, wanted, frozenset(allow))
+        report, origin = work.into(staging, out=out, progress=progress)
+        if verify == "logits":
+            report = dataclasses.replace(report, logits=work.logits_of(staging, report))
+        _write_record(staging, report, origin=origin, earlier=preflight.merged_digests(folder))
+        size = _size(staging)
+    return dataclasses.replace(report, out=out, bytes=size, seconds=time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Everything a merge needs, found to be there."""
+
+    base: str
+    folder: Path
+    shards: tuple[Shard, ...]
+    parts: list[Part]
+    dtype: torch.dtype | None
+    allow: frozenset[str]
+
+    @property
+    def head(self) -> Head:
+        heads = [Head.of(part.adapter) for part in self.parts]
+        if any(head != heads[0] for head in heads):
+            raise MergeError("the adapters were made for different tasks or labels", hint="merge those of one task")
+        return heads[0]
+
+    def into(self, staging: Path, *, out: Path, progress: stream.Progress | None) -> tuple[MergeReport, dict[str, Any]]:
+        """Write the merged model and check it. Returns the report, and the base's fingerprint."""
+        head = self.head
+        base = outline(self.folder, self.shards, head)
+        todo = plan(base, self.shards, self.parts, head=head, dtype=self.dtype, allow=self.allow)
+        changes = companions.config_changes(base, self.folder, head, untied=bool(todo.untied))
+        companions.write_config(self.folder, staging, changes=changes, dtype=self.dtype)
+        companions.carry(self.folder, staging)
+        with journal.kept(out, self._key(todo)) as kept:
+            written = stream.write(todo, staging, kept=kept, progress=progress)
+        report = MergeReport(
+            out=staging,
+            base=self.base,
+            adapters={part.adapter.digest: part.weight for part in self.parts},
+            dtype=str(_coarsest(todo)).removeprefix("torch."),
+            counts=todo.counts,
+            tensors=tuple(written.retention),
+            untied=todo.untied,
+            left_out=todo.left_out,
+            files=written.files,
+            compared=0,
+        )
+        proof.check_retention(report.tensors, dtype=report.dtype, allow=self.allow)
+        compared = proof.check_result(staging, base, self.shards, self.parts, head=head)
+        return dataclasses.replace(report, compared=compared), fingerprint(base.model, name=self.base)
+
+    def _key(self, todo: Plan) -> str:
+        """What the bytes of the weight files depend on."""
+        files = [file.stat() for file in sorted(self.folder.iterdir()) if file.is_file()]
+        facts = [
+            __version__,
+            [(file.st_size, file.st_mtime_ns) for file in files],
+            [(part.adapter.digest, part.weight) for part in self.parts],
+            [
+                (shard.name, entry.name, str(entry.dtype), list(entry.source.shape), entry.how)
+                for shard, entries in todo.shards
+                for entry in entries
+            ],
+        ]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def logits_of(self, staging: Path, report: MergeReport) -> LogitCheck:
+        """The logits of what was written beside those of base + adapter."""
+        adapter = self.parts[0].adapter
+        return logits.check(
+            self.base,
+            staging,
+            self.parts[0],
+            head=self.head,
+            paths=None if self.dtype else [*adapter.pairs(), *{key.rpartition(".")[0] for key in adapter.saved()}],
+            dtype=getattr(torch, report.dtype),
+            allow=self.allow - set(OWN_ALLOWANCES),
+        )
+
+
+def _write_record(folder: Path, report: MergeReport, *, origin: Mapping[str, Any], earlier: Sequence[str]) -> None:
+    """The model card and, last, the record that says what this folder is."""
+    (folder / companions.CARD).write_bytes(report.page().encode())
+    found = {key: value for key, value in report.to_json().items() if key not in ("out", "bytes", "seconds")}
+    record = {**found, "format": FORMAT, "base": origin, "merged": [*earlier, *report.adapters]}
+    text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False)
+    (folder / preflight.MERGE_RECORD).write_bytes(f"{text}\n".encode())
+
+
+def _check_arguments(allow: Collection[str], verify: str) -> None:
+    known = (*ALLOWANCES, *OWN_ALLOWANCES)
+    unknown = [name for name in allow if name not in known]
+    if isinstance(allow, str) or unknown:
+        raise ConfigError(f"allow={allow!r} was given; expected any of {listed(known)}")
+    if verify not in CHECKS:
+        raise ConfigError(f"verify={verify!r} was given; expected one of {listed(CHECKS)}")
+
+
+def _sources(adapter: Source | Sequence[tuple[Source, float]]) -> list[tuple[Source, float]]:
+    """Every adapter with its weight."""
+    if isinstance(adapter, (str, Path, Adapter)):
+        return [(adapter, 1.0)]
+    found = [(source, float(weight)) for source, weight in adapter]
+    if not found or not all(math.isfinite(weight) and weight for _, weight in found):
+        raise ConfigError("an adapter, or a list of (adapter, weight) with finite weights that are not 0, was expected")
+    return found
+
+
+def _part(source: Source, weight: float, *, allow: Collection[str]) -> Part:
+    """An adapter, read."""
+    allow = [name for name in allow if name in ALLOWANCES]
+    adapter = source if isinstance(source, Adapter) else Adapter.load(source, allow=allow)
+    name = adapter.digest[:12] if isinstance(source, Adapter) else Path(source).resolve().name
+    return Part(name, adapter, weight)
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or dtype in _DTYPES.values():
+        return dtype  # type: ignore[return-value]  # a string is no value of the table
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not known", hint=listed(list(_DTYPES)))
+    return _DTYPES[str(dtype)]
+
+
+def _needed(shards: Sequence[Shard], parts: Sequence[Part], dtype: torch.dtype | None) -> int:
+    """Bytes of weights to be written, at the most."""
+    tensors = [tensor for shard in shards for tensor in shard.tensors.values()]
+    tensors += [tensor for part in parts for tensor in part.adapter.saved().values()]
+    return sum(t.numel() * (dtype if dtype and t.is_floating_point() else t.dtype).itemsize for t in tensors)
+
+
+def _coarsest(plan: Plan) -> torch.dtype:
+    """Of the tensors that an adapter changes: it decides how much they were rounded."""
+    dtypes = {entry.dtype for entry in plan.entries if entry.path and entry.dtype.is_floating_point}
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files below a folder; 0 where there is none."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

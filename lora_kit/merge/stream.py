@@ -1,0 +1,223 @@
+"""Writing the merged weights: one pass over the base, hashed on the way out, and read back from the disk.
+
+A safetensors file is 8 bytes of header length, a JSON header and the tensors one after the other, so it is written as
+they come: no tensor is ever whole in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from io import FileIO
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from lora_kit.fold import Retention
+from lora_kit.merge.journal import Facts, Kept
+from lora_kit.merge.plan import Entry, Plan
+from lora_kit.merge.rows import Fold
+from lora_kit.merge.shards import INDEX
+from lora_kit.weights import DTYPES
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""Is given the bytes written so far, and how many there will be."""
+
+_PIECE: Final = 8 * 2**20
+_PART: Final = 2**18
+"""Numbers that are cast at once."""
+_BATCH: Final = 2 * 2**20
+"""Bytes that are handed over at once: handing them over takes as long as hashing some thousands of them."""
+_AHEAD: Final = 4
+"""Batches that may wait to be hashed and written."""
+_NAMES: Final[dict[torch.dtype, str]] = {
+    **{dtype: name for name, dtype in DTYPES.items()},
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.complex64: "C64",
+}
+
+
+@dataclass
+class Written:
+    """What was written.
+
+    Attributes:
+        files: size and sha256 of each file, by its name.
+        retention: of each folded tensor.
+    """
+
+    files: dict[str, Facts] = field(default_factory=dict)
+    retention: list[Retention] = field(default_factory=list)
+
+
+def write(plan: Plan, folder: Path, *, kept: Kept, progress: Progress | None = None) -> Written:
+    """Write the weight files of a plan, and their index where there are several.
+
+    While one file is written, the one before it is read back.
+
+    Args:
+        kept: finished files of the same plan; they are not written again.
+
+    Raises:
+        MergeError: a tensor is not finite. VerificationError: what was read back is not what was written.
+    """
+    written, meter = Written(), _Meter(plan.nbytes, progress)
+    with _one_thread(), ThreadPoolExecutor(max_workers=1) as hashing, ThreadPoolExecutor(max_workers=1) as reading:
+        checks: list[Future[None]] = []
+        for shard, entries in plan.shards:
+            found = kept.finished(shard.name)
+            if found is None:
+                found = _write_file(kept.folder / shard.name, entries, shard.metadata, pool=hashing, meter=meter)
+                logger.info("%s: %d tensors, %d bytes", shard.name, len(entries), found[0]["size"])
+                checks.append(reading.submit(kept.finish, shard.name, *found))
+            else:
+                meter.advance(sum(entry.nbytes for entry in entries))
+            written.files[shard.name] = found[0]
+            written.retention += found[1]
+        for check in checks:
+            check.result()
+    for name in written.files:
+        os.rename(kept.folder / name, folder / name)
+    if len(plan.shards) > 1:
+        (folder / INDEX).write_bytes(_index(plan))
+    return written
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch on one thread: a block is too small to share, and the other cores hash and write."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Meter:
+    """How far a merge is."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._done, self._total, self._progress = 0, total, progress
+
+    def advance(self, count: int) -> None:
+        self._done += count
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+def _write_file(
+    path: Path, entries: Sequence[Entry], metadata: Mapping[str, str], *, pool: ThreadPoolExecutor, meter: _Meter
+) -> tuple[Facts, list[Retention]]:
+    """Write one file; returns its size and sha256, and what became of the deltas in it."""
+    retention: list[Retention] = []
+    with path.open("xb", buffering=0) as file:
+        sink = _Sink(file, pool)
+        sink.put(memoryview(_header(entries, metadata)))
+        for piece in _pieces(entries, retention):
+            sink.put(piece)
+            meter.advance(piece.nbytes)
+        return sink.finish(), retention
+
+
+class _Sink:
+    """A file that is hashed and written behind the back of whoever makes its bytes."""
+
+    def __init__(self, file: FileIO, pool: ThreadPoolExecutor) -> None:
+        self._file, self._pool = file, pool
+        self._sha, self._size = hashlib.sha256(), 0
+        self._batch: list[memoryview] = []
+        self._pending: deque[Future[None]] = deque()
+
+    def put(self, piece: memoryview) -> None:
+        self._batch.append(piece)
+        if sum(held.nbytes for held in self._batch) >= _BATCH:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        if len(self._pending) >= _AHEAD:
+            self._pending.popleft().result()
+        self._pending.append(self._pool.submit(self._take_all, self._batch))
+        self._batch = []
+
+    def _take_all(self, pieces: Sequence[memoryview]) -> None:
+        for piece in pieces:
+            self._take(piece)
+
+    def _take(self, piece: memoryview) -> None:
+        self._sha.update(piece)
+        self._size += piece.nbytes
+        while piece.nbytes:
+            piece = piece[self._file.write(piece) :]
+
+    def finish(self) -> Facts:
+        """Size and sha256 of what was written."""
+        self._hand_over()
+        while self._pending:
+            self._pending.popleft().result()
+        return {"size": self._size, "sha256": self._sha.hexdigest()}
+
+
+def _pieces(entries: Sequence[Entry], retention: list[Retention]) -> Iterator[memoryview]:
+    """The bytes of tensors, one after the other."""
+    for entry in entries:
+        if entry.updates:
+            fold = Fold(entry)
+            yield from map(_bytes, fold.blocks())
+            retention.append(fold.retention)
+        elif entry.dtype == entry.source.dtype and entry.source.is_contiguous():
+            whole = _bytes(entry.source)
+            yield from (whole[start : start + _PIECE] for start in range(0, whole.nbytes, _PIECE))
+        else:
+            yield from (_bytes(part.to(entry.dtype).contiguous()) for part in _small(entry.source))
+
+
+def _small(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor in parts that are soon cast, in the order of its numbers."""
+    if tensor.is_contiguous():
+        yield from tensor.reshape(-1).split(_PART)
+    elif tensor.ndim < 2 or tensor.numel() <= _PART:
+        yield tensor
+    else:
+        for part in tensor:
+            yield from _small(part)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    data: memoryview = tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+    return data
+
+
+def _header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
+    """Length and header of a safetensors file, padded to 8 bytes."""
+    fields: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for entry in entries:
+        begin, end = end, end + entry.nbytes
+        shape = list(entry.source.shape)
+        fields[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _index(plan: Plan) -> bytes:
+    """`model.safetensors.index.json`."""
+    places = {entry.name: shard.name for shard, entries in plan.shards for entry in entries}
+    fields = {"metadata": {"total_size": plan.nbytes}, "weight_map": dict(sorted(places.items()))}
+    return (json.dumps(fields, indent=2) + "\n").encode()
