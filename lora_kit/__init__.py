@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lora_kit import data
     from lora_kit.adapter import Adapter
     from lora_kit.bank import AdapterBank, attach
     from lora_kit.config import LoraConfig
@@ -25,6 +26,7 @@ _HOMES = {
     "LoraConfig": "lora_kit.config",
     "LoraKitError": "lora_kit.errors",
     "attach": "lora_kit.bank",
+    "data": "lora_kit.data",
     "load_base": "lora_kit.models",
     "merge": "lora_kit.merge",
     "train": "lora_kit.train",
@@ -37,6 +39,7 @@ __all__ = [
     "LoraKitError",
     "__version__",
     "attach",
+    "data",
     "load_base",
     "merge",
     "train",

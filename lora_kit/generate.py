@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lora_kit.adapter import Adapter
 from lora_kit.bank import attach
+from lora_kit.data.chat import ChatTemplate
 from lora_kit.errors import AdapterError, ConfigError, DataError
 from lora_kit.inspect import STORE, find_adapter
 from lora_kit.models import DEFAULT_SEPARATOR, Base, load_base, prompt_ids, render_prompt
@@ -86,11 +87,11 @@ def generate(
     Args:
         base: hub id, local folder, `kit-base`, or a loaded base; a loaded one is left as it was.
         adapters: one per row: a folder, a name in `store`, an Adapter, or None for the base itself.
-        prompt: what is asked.
+        prompt: what is asked; of an adapter that was trained on conversations, the user's message.
         sampling: how the next token is chosen; the likeliest one by default.
-        template: `adapter` puts the prompt as each adapter saw prompts in training: followed by the separator in its
-            record. The base itself gets what the first adapter beside it gets, so that only the adapter differs; alone
-            it gets the prompt as it is. `raw` gives every row the prompt as it is.
+        template: `adapter` puts the prompt as each adapter saw prompts in training: in the chat template of its record,
+            or followed by the separator there. The base itself gets what the first adapter beside it gets, so that only
+            the adapter differs; alone it gets the prompt as it is. `raw` gives every row the prompt as it is.
         store: where adapters are looked up by name.
         on_text: called with a row and its text so far each time the text grows.
 
@@ -107,27 +108,29 @@ def generate(
     sampling = sampling or Sampling()
     values = [_read(adapter, store=store) for adapter in adapters]
     labels = _labels(adapters, values)
-    prompts = _rendered(prompt, values, template=template)
     loaded = load_base(base) if isinstance(base, str) else base
-    rows = [_encoded(loaded.tokenizer, text) for text in prompts]
+    asked = [_asked(loaded, prompt, style) for style in _styles(values, template=template)]
+    rows = [row.ids for row in asked]
     limit, limited_by = _limit(loaded.max_length, rows, sampling.max_new_tokens)
-    growing = _Growing(loaded, rows=len(rows), on_text=on_text) if on_text else None
+    growing = _Growing(loaded, [row.ends for row in asked], on_text=on_text) if on_text else None
     written = _write(
         loaded,
         dict(zip(labels, values, strict=True)),
         labels,
         rows=rows,
+        # Where rows end differently, each goes on until its own end and what follows that is cut off.
+        ends=set.intersection(*(row.ends for row in asked)),
         sampling=sampling,
         limit=limit,
         streamer=growing,
     )
     results = []
-    for label, text, ids in zip(labels, prompts, written, strict=True):
-        own, ended = _until_end(ids, _end_tokens(loaded))
+    for label, row, ids in zip(labels, asked, written, strict=True):
+        own, ended = _until_end(ids, row.ends)
         results.append(
             Generation(
                 name=label,
-                prompt=text,
+                prompt=row.text,
                 text=_text(loaded.tokenizer, own),
                 tokens=len(own),
                 ended="eos" if ended else limited_by,
@@ -141,12 +144,26 @@ def separator_of(adapter: Adapter) -> str:
 
     Empty for an adapter whose record does not say how it was trained: nothing is known of its prompts.
     """
-    value: Any = adapter.record.get("recipe")
-    if not isinstance(value, Mapping):
+    data = _data_of(adapter)
+    if data is None:
         return ""
-    data = value.get("data")
-    separator = data.get("separator") if isinstance(data, Mapping) else None
+    separator = data.get("separator")
     return separator if isinstance(separator, str) else DEFAULT_SEPARATOR
+
+
+def template_of(adapter: Adapter) -> ChatTemplate | None:
+    """The chat template of the adapter's training, if it was trained on conversations."""
+    text = (_data_of(adapter) or {}).get("chat_template")
+    return ChatTemplate(text, "the chat template in the adapter's record") if isinstance(text, str) else None
+
+
+def _data_of(adapter: Adapter) -> Mapping[str, Any] | None:
+    """What the record says about the data of the training; None where it does not speak of one."""
+    recipe: Any = adapter.record.get("recipe")
+    if not isinstance(recipe, Mapping):
+        return None
+    data = recipe.get("data")
+    return data if isinstance(data, Mapping) else {}
 
 
 def _read(adapter: str | Path | Adapter | None, *, store: str | Path) -> Adapter | None:
@@ -179,24 +196,44 @@ def _short_label(given: str | Path | Adapter | None, value: Adapter | None) -> s
     return value.digest[:12] if isinstance(given, Adapter) or given is None else Path(given).resolve().name
 
 
-def _rendered(prompt: str, adapters: Sequence[Adapter | None], *, template: str) -> list[str]:
-    separators = ["" if template == "raw" or adapter is None else separator_of(adapter) for adapter in adapters]
-    first = next((text for text, adapter in zip(separators, adapters, strict=True) if adapter is not None), "")
-    return [
-        render_prompt(prompt, separator=first if adapter is None else text)
-        for text, adapter in zip(separators, adapters, strict=True)
-    ]
+_Style = ChatTemplate | str
+"""How a prompt is put: in a chat template, or followed by a separator."""
 
 
-def _encoded(tokenizer: Any, text: str) -> list[int]:
+def _styles(adapters: Sequence[Adapter | None], *, template: str) -> list[_Style]:
+    """Each adapter's own; the base's is that of the first adapter beside it."""
+    if template == "raw":
+        return [""] * len(adapters)
+    own = [None if adapter is None else template_of(adapter) or separator_of(adapter) for adapter in adapters]
+    first = next((style for style in own if style is not None), "")
+    return [first if style is None else style for style in own]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A prompt as a row of the batch: its text, its tokens, and the tokens that end an answer to it."""
+
+    text: str
+    ids: list[int]
+    ends: set[int]
+
+
+def _asked(base: Base, prompt: str, style: _Style) -> _Asked:
+    tokenizer, ends = base.tokenizer, set(_end_tokens(base))
     try:
-        text.encode("utf-8")
+        prompt.encode("utf-8")
     except UnicodeEncodeError:
         raise DataError("the prompt is not valid UTF-8") from None
-    ids = prompt_ids(tokenizer, text)
+    if isinstance(style, ChatTemplate):
+        text = style.asked(tokenizer, [("user", prompt)])
+        # The template has put a BOS where there is to be one.
+        ids, ends = tokenizer(text, add_special_tokens=False)["input_ids"], ends | {style.end(tokenizer)}
+    else:
+        text = render_prompt(prompt, separator=style)
+        ids = prompt_ids(tokenizer, text)
     if not ids:
         raise DataError("the prompt has no token", hint="give some text to go on from")
-    return ids
+    return _Asked(text, ids, ends)
 
 
 def _limit(
@@ -215,6 +252,7 @@ def _write(
     labels: Sequence[str],
     *,
     rows: Sequence[Sequence[int]],
+    ends: Collection[int],
     sampling: Sampling,
     limit: int,
     streamer: _Growing | None,
@@ -224,7 +262,7 @@ def _write(
     inputs = _left_padded(rows, _pad_token(base), device=base.device)
     with torch.random.fork_rng(devices=_cuda_index(base.device)):
         torch.manual_seed(sampling.seed)
-        config = _generation_config(base, sampling, inputs["input_ids"].shape[1] + limit)
+        config = _generation_config(base, sampling, inputs["input_ids"].shape[1] + limit, ends=ends)
         if not values:
             out = base.model.generate(**inputs, generation_config=config, streamer=streamer)
         else:
@@ -250,14 +288,14 @@ def _left_padded(rows: Sequence[Sequence[int]], pad: int, *, device: torch.devic
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _generation_config(base: Base, sampling: Sampling, length: int) -> GenerationConfig:
+def _generation_config(base: Base, sampling: Sampling, length: int, *, ends: Collection[int]) -> GenerationConfig:
     from transformers import GenerationConfig
 
     chosen: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:
         chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     return GenerationConfig(
-        max_length=length, eos_token_id=_end_tokens(base) or None, pad_token_id=_pad_token(base), **chosen
+        max_length=length, eos_token_id=sorted(ends) or None, pad_token_id=_pad_token(base), **chosen
     )
 
 
@@ -274,7 +312,7 @@ def _pad_token(base: Base) -> int:
     return int(pad) if pad is not None else ends[0] if ends else 0
 
 
-def _until_end(ids: Sequence[int], ends: Sequence[int]) -> tuple[list[int], bool]:
+def _until_end(ids: Sequence[int], ends: Collection[int]) -> tuple[list[int], bool]:
     """The tokens up to and with the first that ends the text, and whether there was one."""
     for index, token in enumerate(ids):
         if token in ends:
@@ -290,12 +328,12 @@ def _text(tokenizer: Any, ids: Sequence[int]) -> str:
 class _Growing:
     """A transformers streamer over a batch: decodes each row as it grows and passes its text on."""
 
-    def __init__(self, base: Base, *, rows: int, on_text: Callable[[int, str], None]) -> None:
+    def __init__(self, base: Base, ends: Sequence[Collection[int]], *, on_text: Callable[[int, str], None]) -> None:
         self._tokenizer = base.tokenizer
-        self._ends = _end_tokens(base)
-        self._ids: list[list[int]] = [[] for _ in range(rows)]
-        self._shown = [""] * rows
-        self._open = [True] * rows
+        self._ends = ends
+        self._ids: list[list[int]] = [[] for _ in ends]
+        self._shown = [""] * len(ends)
+        self._open = [True] * len(ends)
         self._on_text = on_text
         self._prompt_seen = False
 
@@ -308,7 +346,7 @@ class _Growing:
             if not self._open[row]:
                 continue
             self._ids[row].append(token)
-            self._open[row] = token not in self._ends
+            self._open[row] = token not in self._ends[row]
             # A character of several tokens decodes to a replacement mark until its last token is there.
             text = _text(self._tokenizer, self._ids[row])
             if text != self._shown[row] and not text.endswith("\N{REPLACEMENT CHARACTER}"):

@@ -79,10 +79,7 @@ class Base:
     @property
     def max_length(self) -> int:
         """Tokens the model can see at once; 2^30 where neither the model nor the tokenizer says."""
-        config = self.model.config.get_text_config()
-        limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
-        limits.append(getattr(self.tokenizer, "model_max_length", None))
-        return min([limit for limit in limits if isinstance(limit, int) and limit > 0] + [1 << 30])
+        return _max_length(self.model.config, self.tokenizer)
 
 
 def load_base(
@@ -124,6 +121,26 @@ def load_base(
     model.config._name_or_path = name
     model.eval()
     return Base(model=model, tokenizer=tokenizer, name=name, task=task)
+
+
+def load_tokenizer(base: str | Path) -> tuple[Any, int]:
+    """The tokenizer of a base, without its weights, and the tokens that the base can see at once.
+
+    Raises:
+        BaseModelError: nothing of that name, or no tokenizer that can be read.
+    """
+    source, offline = _locate(base)
+    with quiet(), _translated(str(base)):
+        config = _config(source, task="causal-lm", num_labels=None, label2id=None, offline=offline)
+        tokenizer = _tokenizer(source, config, offline=offline)
+    return tokenizer, _max_length(config, tokenizer)
+
+
+def _max_length(config: Any, tokenizer: Any) -> int:
+    text = config.get_text_config()
+    limits = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
+    limits.append(getattr(tokenizer, "model_max_length", None))
+    return min([limit for limit in limits if isinstance(limit, int) and limit > 0] + [1 << 30])
 
 
 def render_prompt(prompt: str, *, separator: str = DEFAULT_SEPARATOR) -> str:

@@ -21,7 +21,7 @@ from lora_kit.cli import app, harmless, main
 from lora_kit.doctor import CHECKS, NotHereError, examine
 from lora_kit.errors import ConfigError, MergeError, StorageError, VerificationError
 
-VERBS = ["demo", "doctor", "generate", "inspect", "list", "merge", "train"]
+VERBS = ["demo", "doctor", "generate", "inspect", "list", "merge", "prepare", "preview", "train"]
 Capture = pytest.CaptureFixture[str]
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
+import pyarrow  # type: ignore[import-untyped]
+import pyarrow.parquet  # type: ignore[import-untyped]
 import pytest
 import texts
 import torch
 
-from lora_kit.data import IGNORED, Collator, Encoded, encode, label_names, read_rows
+from lora_kit.data import IGNORED, Collator, Encoded, encode, label_names, read_rows, scan_rows
 from lora_kit.errors import DataError
 from lora_kit.models import prompt_ids, render_prompt
 
@@ -111,6 +115,200 @@ def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
 def test_keys_that_are_not_used_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     read_rows(texts.write(tmp_path / "rows.jsonl", [{"text": "a", "id": 3}]))
     assert "not used: id" in caplog.text
+
+
+# Layouts and kinds of files
+
+
+HELLO = (("user", "hi"), ("assistant", "yo"))
+
+
+@pytest.mark.parametrize(
+    ("row", "layout", "value"),
+    [
+        ({"instruction": "add", "input": "1 2", "output": "3"}, "instruction", ("add\n\n1 2", "3")),
+        ({"instruction": "add", "input": "", "output": "3"}, "instruction", ("add", "3")),
+        ({"instruction": "add", "input": None, "output": "3"}, "instruction", ("add", "3")),
+        ({"instruction": "add", "output": "3", "text": "both"}, "instruction", ("add", "3")),
+        (
+            {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]},
+            "messages",
+            (HELLO,),
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
+            "ShareGPT conversations",
+            (HELLO,),
+        ),
+        (
+            {"system": "be", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
+            "ShareGPT conversations",
+            ((("system", "be"), *HELLO),),
+        ),
+    ],
+)
+def test_layouts_become_formats(tmp_path: Path, row: dict[str, Any], layout: str, value: tuple[Any, ...]) -> None:
+    rows = read_rows(texts.write(tmp_path / "rows.jsonl", [row]))
+    assert (rows.layout, rows.values) == (layout, (value,))
+    assert rows.format == ("chat" if isinstance(value[0], tuple) else "completion")
+
+
+def said(role: str, content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("hi", "must be a list of messages; str was given"),
+        ([], "no message is from the assistant"),
+        ([said("user", "hi")], "no message is from the assistant"),
+        ([said("user", "hi"), said("assistant", " ")], r"message 2 \(assistant\) is empty"),
+        ([said("user", "hi"), said("assistant", None)], r"message 2 \(assistant\) must be a string"),
+        ([said("user", "hi"), said("assistant", "yo", tool_calls=[{}])], "message 2 has tool_calls"),
+        ([said("user", "hi"), said("assistant", "yo", weight=0)], "message 2 has weight"),
+        ([said("user", "hi"), said("tool", "3"), said("assistant", "yo")], "message 2 is from 'tool'"),
+        ([said("user", "hi"), said("assistant", "yo"), said("system", "be")], "message 3 is from the system"),
+        ([{"role": "user"}], "message 1 must have role and content"),
+        ([said("user", [{"type": "text"}]), said("assistant", "yo")], "must be a string; list was given"),
+    ],
+)
+def test_a_wrong_conversation_is_named(tmp_path: Path, messages: Any, message: str) -> None:
+    good = [said("user", "hi"), said("assistant", "yo")]
+    with pytest.raises(DataError, match=f":2: .*{message}"):
+        read_rows(texts.write(tmp_path / "rows.jsonl", [{"messages": good}, {"messages": messages}]))
+
+
+def written(path: Path, contents: str | bytes) -> Path:
+    path.write_bytes(contents if isinstance(contents, bytes) else contents.encode())
+    return path
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_a_csv_keeps_its_cells_as_written(tmp_path: Path, delimiter: str) -> None:
+    lines = ["\ufefftext, label ", '"NA",007', "", '"two ""quoted""\nlines",1e5', ",,".replace(",,", ","), "last,x"]
+    file = written(tmp_path / "rows.csv", "\r\n".join(lines).replace(",", delimiter))
+    rows = read_rows(file)
+    assert rows.values == (("NA", "007"), ('two "quoted"\nlines', "1e5"), ("last", "x"))
+    assert rows.lines == (2, 4, 7)
+
+
+def test_a_csv_names_the_lines_that_are_wrong(tmp_path: Path) -> None:
+    file = written(tmp_path / "rows.csv", 'prompt,completion\na,b\na\na,b,c\n"a"x,b\n,b\na,b\n"a,b\n')
+    with pytest.raises(DataError) as error:
+        read_rows(file)
+    told = [line.removeprefix(f"{file}:") for line in str(error.value).splitlines()]
+    assert told == [
+        "3: 1 cells, and the header has 2",
+        "4: 3 cells, and the header has 2",
+        "5: not CSV: ',' expected after '\"'",
+        "6: prompt is empty",
+        "8: not CSV: unexpected end of data",
+    ]
+
+
+def test_a_csv_may_have_long_cells_and_not_one_name_twice(tmp_path: Path) -> None:
+    long = "a" * 200_000
+    assert read_rows(written(tmp_path / "long.csv", f"text,n\n{long},1\n")).values == ((long,),)
+    with pytest.raises(DataError, match=r"twice\.csv:1: the header has text twice"):
+        read_rows(written(tmp_path / "twice.csv", "text,text\na,b\n"))
+
+
+def test_a_file_in_another_encoding_is_refused_with_the_way_to_read_it(tmp_path: Path) -> None:
+    file = written(tmp_path / "rows.csv", "text,n\na,1\ncaf\u00e9,2\n".encode("cp1252"))
+    with pytest.raises(DataError, match=r"rows\.csv:3: not UTF-8 at byte 14 .*--encoding cp1252"):
+        read_rows(file)
+    assert scan_rows(file, encoding="cp1252").rows.values == (("a",), ("caf\u00e9",))
+    with pytest.raises(DataError, match="encoding 'klingon' is not known"):
+        scan_rows(file, encoding="klingon")
+
+
+def test_a_tsv_is_separated_by_tabs_alone(tmp_path: Path) -> None:
+    rows = read_rows(written(tmp_path / "rows.tsv", "prompt\tcompletion\na, b; c\td\n"))
+    assert rows.values == (("a, b; c", "d"),)
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_the_items_of_a_json_array_are_numbered(tmp_path: Path, indent: int | None) -> None:
+    file = written(tmp_path / "rows.json", json.dumps([{"text": "a"}, {"text": "b\n"}, {"text": "c"}], indent=indent))
+    rows = read_rows(file)
+    assert rows.values == (("a",), ("b\n",), ("c",))
+    assert rows.lines == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ('[{"text": "a"},\n3]', ":2: a JSON object was expected, found int"),
+        ('[{"text": "a"},\n{"text": ]', ":2: not JSON: .* at line 2, column 10; nothing after it can be read"),
+        ('[{"text": "a"}\n{"text": "b"}]', ":1: not JSON: , or ] was expected after it in line 2"),
+        ('[{"text": "a"},\n]', ":2: not JSON"),
+        ('[{"text": "a"}', ":1: not JSON"),
+        ('[{"text": "a"}]\n{}', ":2: something stands after the end"),
+        ('[\n{"text": "a", "text": "b"}]', ":1: the key 'text' stands there twice"),
+        ("[" * 100_000, ":1: not JSON"),
+        ("[]", "has no rows"),
+    ],
+)
+def test_a_wrong_json_array_names_the_line(tmp_path: Path, contents: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_rows(written(tmp_path / "rows.json", contents))
+
+
+def test_jsonl_under_the_name_of_json_is_read(tmp_path: Path) -> None:
+    assert read_rows(texts.write(tmp_path / "rows.json", [{"text": "a"}, {"text": "b"}])).lines == (1, 2)
+
+
+def test_a_text_file_is_its_paragraphs(tmp_path: Path) -> None:
+    rows = read_rows(written(tmp_path / "rows.txt", "\none\r\n two\r\n\r\n  \nthree\n"))
+    assert rows.values == (("one\n two",), ("three",))
+    assert rows.lines == (2, 6)
+
+
+def test_parquet_is_read_with_its_classes(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    made = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
+    made.to_parquet(tmp_path / "rows.parquet")
+    rows = read_rows(tmp_path / "rows.parquet")
+    assert (rows.values, rows.lines) == ((("a", "yes"), ("b", "no")), (1, 2))
+
+
+def test_parquet_without_classes_names_rows_that_are_wrong(tmp_path: Path) -> None:
+    table = pyarrow.table({"prompt": ["a", None], "completion": ["b", "c"]})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"rows\.parquet:2: prompt must be a string; NoneType was given"):
+        read_rows(tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match="not Parquet"):
+        read_rows(written(tmp_path / "torn.parquet", (tmp_path / "rows.parquet").read_bytes()[:100]))
+
+
+def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"not read .*kinds: \.jsonl"):
+        read_rows(written(tmp_path / "rows.xlsx", b"PK"))
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(DataError, match="not a regular file"):
+        read_rows(tmp_path / "pipe.jsonl")
+
+
+def test_a_scan_keeps_what_is_good_and_tells_the_rest_apart(tmp_path: Path) -> None:
+    rows = [{"q": "a", "completion": "b"}, {"q": "", "completion": "b"}, {"q": 3, "completion": "b"}]
+    found = scan_rows(texts.write(tmp_path / "rows.jsonl", rows), rename={"q": "prompt"})
+    assert found.rows.values == (("a", "b"),)
+    assert [(fault.line, fault.kind) for fault in found.faults] == [(2, "empty"), (3, "bad")]
+
+
+@pytest.mark.parametrize(
+    ("rename", "message"),
+    [
+        ({"x": "prompt"}, "has no x to rename"),
+        ({"q": "completion"}, "completion would stand there twice"),
+        ({"q": "prompt", "completion": "prompt"}, "prompt would stand there twice"),
+    ],
+)
+def test_columns_are_renamed_to_names_that_are_free(tmp_path: Path, rename: dict[str, str], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        scan_rows(texts.write(tmp_path / "rows.jsonl", [{"q": "a", "completion": "b"}]), rename=rename)
 
 
 def test_labels_are_sorted_numbers_by_size(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ class Rows:
         path: the file.
         format: `completion`, `chat`, `label` or `text`.
         values: one tuple per row; see `lora_kit.data.formats`.
-        lines: the line each row begins on, from 1.
+        lines: the line each row begins on, from 1; in a JSON array and in a Parquet file its number.
         layout: what the columns are called together; see there too.
     """
 
@@ -42,8 +42,8 @@ class Rows:
 
     def only(self, chosen: Sequence[int]) -> Rows:
         """The rows at these places, in this order."""
-        values, lines = (tuple(items[place] for place in chosen) for items in (self.values, self.lines))
-        return dataclasses.replace(self, values=values, lines=lines)
+        values = tuple(self.values[place] for place in chosen)
+        return dataclasses.replace(self, values=values, lines=tuple(self.lines[place] for place in chosen))
 
 
 @dataclass(frozen=True)

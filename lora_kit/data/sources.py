@@ -1,0 +1,296 @@
+"""Files of every kind as records: a mapping for each row, with the line it stands on, and a fault for what is none.
+
+.jsonl .ndjson   one JSON object on each line
+.json            an array of JSON objects, or JSONL
+.csv .tsv        a header, then rows; a CSV may be separated by `,` `;` tabs or `|`, whichever its header has most
+.parquet         one row each; the numbers of a ClassLabel of `datasets` become its names
+.txt             paragraphs, which empty lines part, each as `{"text": …}`
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from lora_kit.errors import DataError, listed, nearest
+
+BAD, EMPTY, LONG = "bad", "empty", "long"
+"""Kinds of faults: not readable as a row of its format; without text; too long to be trained on."""
+_DELIMITERS: Final = ",;\t|"
+
+
+@dataclass(frozen=True, order=True)
+class Fault:
+    """A row that cannot be used.
+
+    Attributes:
+        line: where it begins, from 1; in a JSON array and in a Parquet file the number of the row.
+        what: what is wrong with it.
+        kind: `bad`, `empty` or `long`.
+    """
+
+    line: int
+    what: str
+    kind: str = BAD
+
+
+Record = tuple[int, dict[str, Any]]
+"""A row and its line, or its number where files of its kind have no lines."""
+
+
+def read_records(path: Path, *, encoding: str = "utf-8") -> tuple[list[Record], list[Fault]]:
+    """What stands in a file, and what in it cannot be read; the ending of its name says what kind of file it is.
+
+    Raises:
+        DataError: no file of a kind that is known, or none of it can be read.
+    """
+    suffix = path.suffix.lower()
+    contents = _contents(path)
+    if suffix not in _READERS:
+        raise DataError(f"{path}: files of this kind are not read", hint=f"kinds: {' '.join(_READERS)}")
+    if suffix == ".parquet":
+        return _parquet(path, contents)
+    return _READERS[suffix](path, _recoded(path, contents, encoding).removeprefix(b"\xef\xbb\xbf"))
+
+
+def _contents(path: Path) -> bytes:
+    try:
+        if path.is_dir():
+            raise DataError(f"{path} is a folder", hint="give one file")
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path} is not a regular file")
+        return path.read_bytes()
+    except FileNotFoundError:
+        here = [str(path.parent / item.name) for item in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = nearest(str(path), here) or "paths count from the working directory"
+        raise DataError(f"{path}: no such file", hint=hint) from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _recoded(path: Path, contents: bytes, encoding: str) -> bytes:
+    """The contents in UTF-8."""
+    try:
+        return contents if encoding == "utf-8" else contents.decode(encoding).encode("utf-8")
+    except LookupError:
+        raise DataError(f"encoding {encoding!r} is not known", hint="utf-8, utf-16, cp1252, …") from None
+    except UnicodeError as error:
+        raise DataError(f"{path}: not in {encoding}: {error}") from None
+
+
+def _text(path: Path, contents: bytes) -> str:
+    try:
+        return contents.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = contents.count(b"\n", 0, error.start) + 1
+        guess = "utf-16" if contents[:2] in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
+        hint = f"lora-kit prepare --encoding {guess} reads it, if that is what it is"
+        raise DataError(f"{path}:{line}: not UTF-8 at byte {error.start} of the file", hint=hint) from None
+
+
+# JSON
+
+
+def _jsonl(path: Path, contents: bytes) -> tuple[list[Record], list[Fault]]:
+    rows: list[Record] = []
+    faults: list[Fault] = []
+    for number, line in enumerate(contents.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"), object_pairs_hook=_no_repeats)
+        except UnicodeDecodeError as error:
+            faults.append(Fault(number, f"not UTF-8 at byte {error.start} of the line"))
+        except (RecursionError, ValueError) as error:
+            faults.append(Fault(number, _told(error)))
+        else:
+            _sort(number, row, rows, faults)
+    return rows, faults
+
+
+def _json(path: Path, contents: bytes) -> tuple[list[Record], list[Fault]]:
+    """An array, item by item, so that each has its number; JSONL under another name is read as such."""
+    text = _text(path, contents)
+    place = _skipped(text, 0)
+    if not text.startswith("[", place):
+        return _jsonl(path, contents)
+    rows: list[Record] = []
+    faults: list[Fault] = []
+    decoder = json.JSONDecoder(object_pairs_hook=_no_repeats)
+    number, place = 0, _skipped(text, place + 1)
+    closed = text.startswith("]", place)
+    while not closed:
+        number += 1
+        try:
+            item, end = decoder.raw_decode(text, place)
+        except (RecursionError, ValueError) as error:
+            return rows, [*faults, Fault(number, f"{_told(error)}; nothing after it can be read")]
+        _sort(number, item, rows, faults)
+        place = _skipped(text, end)
+        closed = text.startswith("]", place)
+        if not closed and not text.startswith(",", place):
+            line = 1 + text.count("\n", 0, place)
+            what = f"not JSON: , or ] was expected after it in line {line}; nothing after it can be read"
+            return rows, [*faults, Fault(number, what)]
+        place = place if closed else _skipped(text, place + 1)
+    if _skipped(text, place + 1) < len(text):
+        faults.append(Fault(number + 1, "something stands after the end of the array"))
+    return rows, faults
+
+
+def _skipped(text: str, place: int) -> int:
+    """The next place without white space."""
+    while place < len(text) and text[place] in " \t\r\n":
+        place += 1
+    return place
+
+
+def _sort(line: int, row: Any, rows: list[Record], faults: list[Fault]) -> None:
+    if isinstance(row, dict):
+        rows.append((line, row))
+    else:
+        faults.append(Fault(line, f"a JSON object was expected, found {type(row).__name__}"))
+
+
+class _RepeatedKeyError(ValueError):
+    pass
+
+
+def _no_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _RepeatedKeyError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+    return found
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        return f"not JSON: {error.msg} at {line}column {error.colno}"
+    return str(error) if isinstance(error, _RepeatedKeyError) else "not JSON that can be read"
+
+
+# Tables
+
+
+def _csv(path: Path, contents: bytes) -> tuple[list[Record], list[Fault]]:
+    text = _text(path, contents)
+    header = next((line for line in text.splitlines() if line.strip()), "")
+    return _table(path, text, max(_DELIMITERS, key=header.count))
+
+
+def _tsv(path: Path, contents: bytes) -> tuple[list[Record], list[Fault]]:
+    return _table(path, _text(path, contents), "\t")
+
+
+def _table(path: Path, text: str, delimiter: str) -> tuple[list[Record], list[Fault]]:
+    """Read by the standard library: it keeps every cell as it is written (`007`, `NA`) and knows its line."""
+    header: list[str] = []
+    rows: list[Record] = []
+    faults: list[Fault] = []
+    with _long_cells():
+        for line, cells in _lines_of_cells(text, delimiter):
+            if isinstance(cells, str):
+                faults.append(Fault(line, cells))
+            elif not header:
+                header = _header(path, line, cells)
+            elif len(cells) != len(header):
+                faults.append(Fault(line, f"{len(cells)} cells, and the header has {len(header)}"))
+            else:
+                rows.append((line, dict(zip(header, cells, strict=True))))
+    return rows, faults
+
+
+def _lines_of_cells(text: str, delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
+    """The line each row begins on, and its cells or what is wrong with it; empty lines are left out."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield line, f"not CSV: {error}"
+        else:
+            if any(cell.strip() for cell in cells):
+                yield line, cells
+
+
+def _header(path: Path, line: int, cells: Sequence[str]) -> list[str]:
+    names = [cell.strip() for cell in cells]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"{path}:{line}: the header has {listed(twice)} twice")
+    return names
+
+
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    """Cells of any length, within."""
+    before = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _parquet(path: Path, contents: bytes) -> tuple[list[Record], list[Fault]]:
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    try:
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(contents))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not Parquet: {' '.join(str(error).split())}") from None
+    names = _class_names(table.schema)
+    rows = table.to_pylist()
+    for row in rows:
+        for key, known in names.items():
+            row[key] = known.get(row[key], row[key])
+    return list(enumerate(rows, start=1)), []
+
+
+def _class_names(schema: Any) -> dict[str, Mapping[Any, str]]:
+    """What the numbers in columns of classes mean, where the file was written by `datasets`."""
+    if b"huggingface" not in (schema.metadata or {}):
+        return {}
+    from datasets import ClassLabel, Features  # type: ignore[import-untyped]
+
+    features = Features.from_arrow_schema(schema)
+    return {key: dict(enumerate(value.names)) for key, value in features.items() if isinstance(value, ClassLabel)}
+
+
+# Text
+
+
+def _txt(path: Path, contents: bytes) -> tuple[list[Record], list[Fault]]:
+    rows: list[Record] = []
+    open_ = False
+    for number, line in enumerate(_text(path, contents).replace("\r\n", "\n").split("\n"), start=1):
+        if line.strip():
+            if open_:
+                rows[-1][1]["text"] += "\n" + line
+            else:
+                rows.append((number, {"text": line}))
+        open_ = bool(line.strip())
+    return rows, []
+
+
+_READERS: Final = {
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".parquet": _parquet,
+    ".txt": _txt,
+}
