@@ -251,6 +251,21 @@ def staged(target: Path, *, replace: bool = False, owned: Owned | None = None, n
             shutil.rmtree(staging, ignore_errors=True)
 
 
+@contextmanager
+def sole_writer(target: Path) -> Iterator[None]:
+    """Nobody else works on a target until the block ends or the process dies; the folders above it are there.
+
+    Raises:
+        StorageError: another process does, or the place cannot be written to.
+    """
+    target = Path(os.path.abspath(target))
+    with contextlib.ExitStack() as stack:
+        with _as_storage_error(target, 0):
+            stack.enter_context(_parents(target))
+            stack.enter_context(_lock(target))
+        yield
+
+
 def check_output(target: Path, *, replace: bool = False, owned: Owned | None = None) -> None:
     """Refuse, before any work, an output that exists and may not be replaced.
 

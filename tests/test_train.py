@@ -487,6 +487,7 @@ def test_plain_text_trains_without_separator(tmp_path: Path) -> None:
         {"lr_scheduler_type": "cosine", "warmup_steps": 2, "weight_decay": 0.1},
         {"eval_strategy": "epoch", "num_train_epochs": 2, "max_steps": -1},
         {"train_sampling_strategy": "group_by_length"},
+        {"optim": "adamw_8bit"},
         {"label_smoothing_factor": 0.1},
     ],
     ids=lambda section: next(iter(section)),
@@ -573,6 +574,7 @@ def test_a_loss_that_is_not_a_number_stops_everything(tmp_path: Path, method: st
         ({"base": "other"}, RecipeError, "the base given is tiny"),
         ({"dtype": "bf16"}, RecipeError, "loaded already"),
         ({"train": {"lr_scheduler_type": "reduce_lr_on_plateau"}}, RecipeError, "requires an eval strategy"),
+        ({"train": {"optim": "paged_adamw_8bit"}}, RecipeError, "paged_adamw_8bit needs a CUDA device"),
         ({"out": "/dev/null/x"}, StorageError, "/dev/null, which is not a folder"),
     ],
 )
@@ -608,3 +610,59 @@ def test_without_matplotlib_there_is_no_picture_and_that_is_said(
 def test_training_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     train(recipe_of(tmp_path), base=base_of())
     assert capfd.readouterr() == ("", "")
+
+
+# The best adapter kept, and LoRA+
+
+
+def restless(folder: Path, **train_section: Any) -> dict[str, Any]:
+    """A recipe whose loss goes up and down: its rate is far too high."""
+    section = {"learning_rate": 0.3, "eval_strategy": "steps", "eval_steps": 1, "logging_steps": 4, **train_section}
+    return recipe_of(folder, steps=8, train=section)
+
+
+def test_the_best_adapter_is_kept_though_no_checkpoint_was_due(tmp_path: Path) -> None:
+    base = base_of()
+    # The last is the lowest here, so the highest is called the best.
+    report = train(restless(tmp_path, load_best_model_at_end=True, greater_is_better=True), base=base)
+    losses = {entry["step"]: entry["eval_loss"] for entry in report.history[1:] if "eval_loss" in entry}
+    assert report.after is not None
+    assert report.kept == max(losses, key=lambda step: losses[step]) < report.steps == 8
+    assert report.after.loss == losses[report.kept] == Adapter.load(report.out).record["metrics"]["loss"]
+    bank = attach(base.model)
+    bank.load("again", report.out)
+    bank.use("again")
+    samples = encode(read_rows(tmp_path / "rows.jsonl"), base.tokenizer, max_length=64)
+    assert evaluate(base.model, samples, Collator(texts.PAD)).loss == pytest.approx(report.after.loss, abs=1e-5)
+    last = train({**restless(tmp_path), "out": str(tmp_path / "last")}, base=base_of())
+    assert last.kept == 8
+    assert last.after is not None
+    assert last.after.loss < report.after.loss
+
+
+def test_perplexity_is_better_where_it_is_lower(tmp_path: Path) -> None:
+    section = {"load_best_model_at_end": True, "metric_for_best_model": "perplexity"}
+    report = train(restless(tmp_path, **section), base=base_of())
+    found = {entry["step"]: entry["eval_perplexity"] for entry in report.history[1:] if "eval_loss" in entry}
+    assert report.kept == min(found, key=lambda step: found[step])
+
+
+def test_training_stops_when_patience_is_at_an_end(tmp_path: Path) -> None:
+    report = train(restless(tmp_path, early_stopping_patience=2), base=base_of())
+    assert report.steps == report.kept + 2 < 8
+    assert report.history[-1]["step"] == report.steps
+    logged = [entry["step"] for entry in report.history if "loss" in entry]
+    assert logged[-1] == report.steps
+
+
+def test_the_rate_of_b_is_a_multiple_of_that_of_a(tmp_path: Path) -> None:
+    def after_a_step(**section: Any) -> dict[str, torch.Tensor]:
+        # The first step of SGD is the rate times the gradient: A's is zero, as B is.
+        section = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.1, **section}
+        recipe = recipe_of(tmp_path, steps=1, train=section, out=str(tmp_path / f"{len(list(tmp_path.iterdir()))}"))
+        return dict(Adapter.load(train(recipe, base=base_of()).out).tensors)
+
+    plain, raised = after_a_step(), after_a_step(loraplus_lr_ratio=4)
+    for key, tensor in plain.items():
+        torch.testing.assert_close(raised[key], 4 * tensor if "lora_B" in key else tensor)
+    assert any(tensor.any() for key, tensor in plain.items() if "lora_B" in key)

@@ -26,7 +26,8 @@ def train(
     """Train an adapter from a recipe; flags win over it.
 
     The recipe is YAML or TOML. Any key of it is a flag: --base, --out, --lora.r 8, --train.learning_rate 1e-3,
-    --data.train rows.jsonl; --replace replaces an adapter that is there.
+    --data.train rows.jsonl; --replace replaces an adapter that is there. A training that was stopped
+    goes on from its last checkpoint when the same command is given again.
 
     Args:
         recipe: The recipe's file.
@@ -79,13 +80,16 @@ def _plan(recipe: Recipe) -> str:
 
 
 def _train_facts(report: TrainReport) -> list[tuple[str, str]]:
+    stopped = f"; went on from step {report.resumed:,}" if report.resumed else ""
     facts = [
         ("written", str(report.out)),
-        ("trained", f"{report.trainable:,} of {report.parameters:,} parameters, {report.steps:,} steps"),
+        ("trained", f"{report.trainable:,} of {report.parameters:,} parameters, {report.steps:,} steps{stopped}"),
         ("time", f"{report.seconds:.1f} s, {report.tokens_per_second:,.0f} tokens/s"),
         ("memory", f"{size(report.peak_bytes)} at the most"),
         ("training loss", f"{report.train_loss:.4f}"),
     ]
     before, after = (evaluation.metrics() if evaluation else {} for evaluation in (report.before, report.after))
     facts += [(f"validation {key}", f"{before[key]:.4f} before, {value:.4f} after") for key, value in after.items()]
+    if report.kept != report.steps:
+        facts.append(("kept", f"step {report.kept:,}, the best"))
     return facts + ([("digest", report.digest)] if report.digest else [])

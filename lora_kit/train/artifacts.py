@@ -1,4 +1,4 @@
-"""What stands beside the trained weights: the recipe, the metrics line by line, and the loss as a picture."""
+"""What stands beside the trained weights: recipe, chat template, the metrics line by line, the loss as a picture."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ logger = logging.getLogger(__name__)
 RECIPE: Final = "recipe.yaml"
 METRICS: Final = "metrics.jsonl"
 PICTURE: Final = "loss.png"
+TEMPLATE: Final = "chat_template.jinja"
+"""The chat template that was trained with, where transformers and servers look for one."""
 
 
 def beside(recipe: Recipe, history: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
     """The further files of a result, by name. Without matplotlib there is no picture, and that is logged."""
     lines = "".join(json.dumps(entry) + "\n" for entry in history)
     files = {RECIPE: recipe.to_yaml().encode(), METRICS: lines.encode()}
+    if recipe.data.chat_template:
+        files[TEMPLATE] = recipe.data.chat_template.encode()
     picture = loss_curve(history, title=recipe.name)
     return {**files, PICTURE: picture} if picture else files
 

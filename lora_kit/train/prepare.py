@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import hashlib
 import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+
 from lora_kit.adapter import is_adapter_folder
 from lora_kit.config import LoraConfig
-from lora_kit.data import Collator, Encoded, Rows, encode, label_names, read_rows
+from lora_kit.data import LONGEST, ChatTemplate, Collator, Encoded, Rows, chat_template, encode, label_names, read_rows
 from lora_kit.errors import DataError, RecipeError, StorageError, listed
 from lora_kit.files import check_output, printable
+from lora_kit.fingerprint import fingerprint
 from lora_kit.models import Base, head_modules, load_base
 from lora_kit.train.artifacts import RECIPE
+from lora_kit.train.checkpoints import digest_of
 from lora_kit.train.recipe import HEAD, Recipe
 
 logger = logging.getLogger(__name__)
 
-LONGEST: Final = 2048
-"""Tokens of a sample where neither recipe nor base sets a lower limit."""
 _TASK_TYPES: Final = {"causal-lm": "CAUSAL_LM", "classify": "SEQ_CLS"}
-_FORMATS: Final = {"causal-lm": ("completion", "text"), "classify": ("label",)}
+_FORMATS: Final = {"causal-lm": ("completion", "chat", "text"), "classify": ("label",)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,25 +47,49 @@ class Job:
     def collator(self) -> Collator:
         return Collator(self.base.tokenizer.pad_token_id)
 
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What decides the result: see `lora_kit.train.checkpoints`. Rows count by their content, not by their path."""
+        recipe = self.recipe.to_dict()
+        del recipe["out"], recipe["data"]["train"], recipe["data"]["validation"]
+        rows = {"train": _digest(self.train), "validation": self.validation and _digest(self.validation)}
+        base = fingerprint(self.base.model)
+        sums = {"rows": rows, "base": digest_of({key: base[key] for key in ("structure", "weights")})}
+        return recipe | {"sha256": sums, "device": self.base.device.type}
 
-def check_out(recipe: Recipe, *, replace: bool) -> None:
-    """Refuse an output that exists, cannot be written, or lies in the base's folder."""
-    out, base = Path(recipe.out), Path(recipe.base).expanduser()
-    _check_writable(out)
-    check_output(out, replace=replace, owned=is_model_of_ours if recipe.method == "full" else is_adapter_folder)
-    if base.is_dir() and (out.resolve().is_relative_to(base.resolve()) or base.resolve().is_relative_to(out.resolve())):
-        raise StorageError(f"{printable(out)} lies in the base's folder, or holds it", hint="choose another output")
+    @property
+    def setting(self) -> dict[str, Any]:
+        """What may change the last bits of the result."""
+        versions = {name: metadata.version(name) for name in ("lora-kit", "torch", "transformers")}
+        return {"versions": versions, "threads": torch.get_num_threads()}
+
+
+def _digest(samples: Encoded) -> str:
+    """sha256 of samples as the model sees them."""
+    found = hashlib.sha256(samples.kind.encode())
+    for tensor in (samples.offsets, samples.ids, samples.labels):
+        found.update(tensor.contiguous().numpy().data)
+    return found.hexdigest()
+
+
+def check_place(recipe: Recipe) -> None:
+    """Refuse an output without a name, and a place that cannot be written to: before hours of training, not after."""
     if not recipe.name:
         raise RecipeError(f"out {recipe.out!r} has no name", hint="its last part names the adapter")
-
-
-def _check_writable(out: Path) -> None:
-    """Refuse a place that cannot be written to before hours of training, not after."""
+    out = Path(recipe.out)
     above = next(folder for folder in out.absolute().parents if folder.exists())
     if not above.is_dir():
         raise StorageError(f"{printable(out)} lies in {printable(above)}, which is not a folder")
     if not os.access(above, os.W_OK | os.X_OK):
         raise StorageError(f"{printable(out)} cannot be written: {printable(above)} may not be written to")
+
+
+def check_out(recipe: Recipe, *, replace: bool) -> None:
+    """Refuse an output that exists, or lies in the base's folder."""
+    out, base = Path(recipe.out), Path(recipe.base).expanduser()
+    check_output(out, replace=replace, owned=is_model_of_ours if recipe.method == "full" else is_adapter_folder)
+    if base.is_dir() and (out.resolve().is_relative_to(base.resolve()) or base.resolve().is_relative_to(out.resolve())):
+        raise StorageError(f"{printable(out)} lies in the base's folder, or holds it", hint="choose another output")
 
 
 def is_model_of_ours(folder: Path) -> bool:
@@ -97,8 +126,13 @@ def prepared(recipe: Recipe, rows: tuple[Rows, Rows | None], given: Base | None)
         label2id = dict(given.model.config.label2id)
         names = tuple(sorted(names, key=label2id.__getitem__))
     base = _loaded(recipe, label2id) if given is None else _borrowed_base(recipe, given, label2id)
-    recipe = _resolved(recipe, rows[0], base)
-    settings: dict[str, Any] = {"max_length": recipe.data.max_length, "separator": recipe.data.separator}
+    template = _template(recipe, rows[0], base)
+    recipe = _resolved(recipe, rows[0], base, template)
+    settings: dict[str, Any] = {
+        "max_length": recipe.data.max_length,
+        "separator": recipe.data.separator,
+        "template": template,
+    }
     train_set, validation = (
         encode(found, base.tokenizer, label2id=label2id, **settings) if found is not None else None for found in rows
     )
@@ -134,13 +168,23 @@ def _borrowed_base(recipe: Recipe, base: Base, label2id: Mapping[str, int]) -> B
     return dataclasses.replace(base, model=model)
 
 
-def _resolved(recipe: Recipe, rows: Rows, base: Base) -> Recipe:
+def _template(recipe: Recipe, rows: Rows, base: Base) -> ChatTemplate | None:
+    given = recipe.data.chat_template
+    if rows.format == "chat":
+        return chat_template(given, base.tokenizer, base=base.name)
+    if given is not None:
+        raise RecipeError(f"data.chat_template is for conversations; {rows.path} has rows of the format {rows.format}")
+    return None
+
+
+def _resolved(recipe: Recipe, rows: Rows, base: Base, template: ChatTemplate | None) -> Recipe:
     length = recipe.data.max_length or min(base.max_length, LONGEST)
     if length > base.max_length:
         raise RecipeError(f"data.max_length is {length}; {base.name} sees {base.max_length} tokens at once")
-    # A text of its own has no prompt, and nothing is to be put after one in generation.
+    # A text of its own has no prompt, and nothing is to be put after one in generation; in a chat the template decides.
     separator = recipe.data.separator if rows.format == "completion" else ""
-    data = dataclasses.replace(recipe.data, max_length=length, separator=separator)
+    text = template.text if template else None
+    data = dataclasses.replace(recipe.data, max_length=length, separator=separator, chat_template=text)
     return recipe.replace(data=data, lora=_config(recipe, base))
 
 

@@ -25,11 +25,18 @@ LATER_METHODS: Final = ("peft",)
 DTYPES: Final = ("auto", "bf16", "fp16", "fp32")
 _SIZE_LIMIT: Final = 2**20
 
-DEFAULTS: Final[Mapping[str, Any]] = {"logging_steps": 10, "report_to": "none", "seed": 0}
+DEFAULTS: Final[Mapping[str, Any]] = {"logging_steps": 10, "report_to": "none", "save_total_limit": 2, "seed": 0}
 """What `train` holds where a recipe says nothing and transformers' own default is not wanted."""
+SAVE_STRATEGIES: Final[Mapping[str, str]] = {"lora": "steps", "features": "steps", "full": "no"}
+"""When checkpoints are written: those of `full` hold every weight three times."""
 LEARNING_RATES: Final[Mapping[str, float]] = {"lora": 2e-4, "features": 1e-3, "full": 5e-5}
 
-_LATER: Final = "checkpoints and resuming are not there yet"
+OWN_FIELDS: Final[Mapping[str, Any]] = {"early_stopping_patience": int, "loraplus_lr_ratio": float}
+"""What `train` may hold besides names of transformers.TrainingArguments."""
+METRICS: Final[Mapping[str, tuple[str, ...]]] = {"causal-lm": ("loss", "perplexity"), "classify": ("loss", "accuracy")}
+"""What an evaluation gives, by task."""
+
+_CHECKPOINTS: Final = "a checkpoint holds all it takes to go on, and the same recipe goes on from it by itself"
 _ONE_DEVICE: Final = "training runs on one device so far"
 _COMPILE: Final = "the recipe's `compile: true` compiles the base's layers"
 _OURS: Final = "this is decided by what is trained on what"
@@ -48,18 +55,12 @@ _REFUSED: Final[Mapping[str, str]] = {
     "eval_do_concat_batches": "logits are never kept",
     "logging_nan_inf_filter": "a loss that is not finite is an error",
     "use_cache": _OURS,
-    "save_strategy": _LATER,
-    "save_steps": _LATER,
-    "save_total_limit": _LATER,
-    "save_only_model": _LATER,
-    "save_on_each_node": _LATER,
-    "resume_from_checkpoint": _LATER,
-    "ignore_data_skip": _LATER,
-    "restore_callback_states_from_checkpoint": _LATER,
-    "enable_jit_checkpoint": _LATER,
-    "load_best_model_at_end": _LATER,
-    "metric_for_best_model": _LATER,
-    "greater_is_better": _LATER,
+    "save_only_model": _CHECKPOINTS,
+    "save_on_each_node": _ONE_DEVICE,
+    "resume_from_checkpoint": _CHECKPOINTS,
+    "ignore_data_skip": _CHECKPOINTS,
+    "restore_callback_states_from_checkpoint": _CHECKPOINTS,
+    "enable_jit_checkpoint": _CHECKPOINTS,
     "auto_find_batch_size": "halving the batch when memory runs out is not there yet",
     "torch_compile": _COMPILE,
     "torch_compile_backend": _COMPILE,
@@ -83,15 +84,17 @@ class DataSpec:
     """The data of a recipe.
 
     Attributes:
-        train: a JSONL file; paths count from the working directory.
+        train: a file of rows, see `lora_kit.data`; paths count from the working directory.
         validation: another one, for the metrics before and after; no evaluation without it.
         separator: joined to every prompt, in training and in generation.
+        chat_template: of conversations: `plain`, a Jinja file or the text of one; None for the tokenizer's own.
         max_length: tokens of a sample at the most; None for what the base can see, 2,048 at the most.
     """
 
     train: str
     validation: str | None = None
     separator: str = DEFAULT_SEPARATOR
+    chat_template: str | None = None
     max_length: int | None = None
 
 
@@ -107,7 +110,9 @@ class Recipe:
         method: `lora`; `features` to train only the head; `full` to train every weight.
         lora: the adapter's config.
         train: names of transformers.TrainingArguments with their values; what is not named has that class's default,
-            but for `DEFAULTS` and `LEARNING_RATES` here.
+            but for `DEFAULTS`, `LEARNING_RATES` and `SAVE_STRATEGIES` here. Besides: `early_stopping_patience`, how
+            many evaluations may pass without a better one, and `loraplus_lr_ratio`, how many times the learning rate
+            of A that of B is (Hayou et al. 2024, arXiv:2402.12354).
         dtype: of the base: `auto` for the checkpoint's own (`full` then trains in fp32), `bf16`, `fp16`, `fp32`.
         quantize: `nf4` or `int8` to train an adapter on a quantised base.
         compile: compile the base's repeated layers (torch.compile) for the training.
@@ -144,6 +149,8 @@ class Recipe:
         object.__setattr__(self, "train", MappingProxyType(_train_section(self.train, self.method)))
         object.__setattr__(self, "lora", _lora_for(self.method, self.lora))
         _check_evaluation(self.train, self.data.validation)
+        _check_best(self.train, self.task)
+        _check_loraplus(self.train, self.method)
         if self.compile:
             _check_compilable(self.train)
 
@@ -276,7 +283,7 @@ def _data_section(given: Any) -> DataSpec:
     _known(section, list(hints), where="data.")
     values = {key: coerced(f"data.{key}", hints[key], value) for key, value in section.items() if value is not None}
     if "train" not in values:
-        raise RecipeError("data.train is missing", hint="it is a JSONL file")
+        raise RecipeError("data.train is missing", hint="it is a file of rows")
     return DataSpec(**values)
 
 
@@ -325,6 +332,37 @@ def _check_evaluation(train: Mapping[str, Any], validation: str | None) -> None:
         raise RecipeError(f"train.{asked[0]} is {train[asked[0]]!r}, and there is no data.validation to evaluate on")
 
 
+def _check_best(train: Mapping[str, Any], task: str) -> None:
+    """Whether the best adapter can be told, where it is to be kept."""
+    patience, best = train.get("early_stopping_patience"), train.get("load_best_model_at_end")
+    if patience is not None and patience < 1:
+        raise RecipeError(f"train.early_stopping_patience counts evaluations from 1; {patience} was given")
+    if patience and not best:
+        raise RecipeError("train.early_stopping_patience keeps the best adapter; load_best_model_at_end is false")
+    if not best:
+        return
+    metric = str(train["metric_for_best_model"]).removeprefix("eval_")
+    if metric not in METRICS[task]:
+        hint = nearest(metric, METRICS[task]) or f"known for {task}: {listed(METRICS[task])}"
+        raise RecipeError(f"train.metric_for_best_model {metric!r} is no metric of an evaluation", hint=hint)
+    for key, why in (
+        ("eval_strategy", "the best adapter is told by"),
+        ("save_strategy", "the best adapter is kept by"),
+    ):
+        if train.get(key, "no") == "no":
+            raise RecipeError(f"train.{key} is no, and {why} it", hint=f"train.{key}: epoch, or steps")
+
+
+def _check_loraplus(train: Mapping[str, Any], method: str) -> None:
+    ratio = train.get("loraplus_lr_ratio")
+    if ratio is None:
+        return
+    if method != "lora":
+        raise RecipeError(f"train.loraplus_lr_ratio is a matter of A and B; method {method} has none")
+    if ratio <= 0:
+        raise RecipeError(f"train.loraplus_lr_ratio must be above 0; {ratio} was given", hint="16 is a usual value")
+
+
 def _check_compilable(train: Mapping[str, Any]) -> None:
     asked = [key for key in ("gradient_checkpointing", "activation_checkpointing") if train.get(key)]
     if asked:
@@ -366,7 +404,7 @@ def _lora_fields(config: LoraConfig) -> dict[str, Any]:
 
 def _train_section(given: Mapping[str, Any], method: str) -> dict[str, Any]:
     """The `train` section with its defaults, every value of its type."""
-    hints = training_fields()
+    hints = {**training_fields(), **OWN_FIELDS}
     for key in given:
         if key in _REFUSED:
             raise RecipeError(f"train.{key} cannot be set", hint=_REFUSED[key])
@@ -374,8 +412,18 @@ def _train_section(given: Mapping[str, Any], method: str) -> dict[str, Any]:
             raise RecipeError(f"train.{key} cannot be set", hint="nothing is sent anywhere")
     _known(given, [key for key in hints if key not in _REFUSED], where="train.")
     values = {key: coerced(f"train.{key}", hints[key], value) for key, value in given.items()}
-    defaults = {**DEFAULTS, "learning_rate": LEARNING_RATES[method]}
-    return {**defaults, **{key: value for key, value in values.items() if value is not None or key not in defaults}}
+    defaults = {**DEFAULTS, "learning_rate": LEARNING_RATES[method], "save_strategy": SAVE_STRATEGIES[method]}
+    found = {**defaults, **{key: value for key, value in values.items() if value is not None or key not in defaults}}
+    return {**_best_defaults(found), **found}
+
+
+def _best_defaults(train: Mapping[str, Any]) -> dict[str, Any]:
+    """What keeping the best adapter means where the recipe leaves it open."""
+    if not train.get("load_best_model_at_end", bool(train.get("early_stopping_patience"))):
+        return {}
+    metric = str(train.get("metric_for_best_model") or "loss").removeprefix("eval_")
+    higher = metric not in ("loss", "perplexity")
+    return {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": higher}
 
 
 def training_fields() -> dict[str, Any]:

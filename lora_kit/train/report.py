@@ -22,6 +22,8 @@ class TrainReport:
         out: the folder of the result.
         method, task: of the recipe.
         steps: optimiser steps.
+        kept: the step whose weights were kept: the best one where the recipe says so, else the last.
+        resumed: the step it went on from after it had been stopped; 0 where it had not.
         seconds: wall time of the training, without loading and evaluation.
         tokens: tokens trained on, padding left out, each time they were seen.
         peak_bytes: the most memory in use: of the CUDA device, or of the whole process where there is none.
@@ -37,6 +39,8 @@ class TrainReport:
     method: str
     task: str
     steps: int
+    kept: int
+    resumed: int
     seconds: float
     tokens: int
     peak_bytes: int
@@ -62,8 +66,8 @@ def history(report: TrainReport, log: Sequence[Mapping[str, Any]]) -> Iterator[d
         yield {"step": 0, **_prefixed(report.before)}
     for entry in entries:
         yield {"step": entry["step"], **{key: value for key, value in entry.items() if key != "step"}}
-    if report.after and report.steps not in evaluated:
-        yield {"step": report.steps, **_prefixed(report.after)}
+    if report.after and report.kept not in evaluated:
+        yield {"step": report.kept, **_prefixed(report.after)}
     speed = round(report.tokens_per_second, 1)
     total = {"seconds": round(report.seconds, 3), "tokens": report.tokens, "tokens_per_second": speed}
     yield {"step": report.steps, "train_loss": report.train_loss, **total, "peak_bytes": report.peak_bytes}
@@ -76,6 +80,8 @@ def _prefixed(evaluation: Evaluation) -> dict[str, float]:
 def metrics(report: TrainReport) -> dict[str, Any]:
     """What goes into the adapter's record: nothing that changes from run to run."""
     found: dict[str, Any] = {"steps": report.steps, "tokens": report.tokens, "train_loss": report.train_loss}
+    if report.kept != report.steps:
+        found["best_step"] = report.kept
     if report.before and report.after:
         found |= report.after.metrics()
         found |= {f"{key}_before": value for key, value in report.before.metrics().items()}

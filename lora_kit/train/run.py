@@ -15,19 +15,20 @@ import torch
 
 from lora_kit.bank import AdapterBank, attach
 from lora_kit.errors import RecipeError
-from lora_kit.files import staged
+from lora_kit.files import sole_writer, staged
 from lora_kit.models import Base, quiet
 from lora_kit.train.artifacts import beside
+from lora_kit.train.checkpoints import Checkpoint, RunFolder, digest_of
 from lora_kit.train.contexts import borrowed, compiled_layers, repeatable
 from lora_kit.train.evaluate import Evaluation, evaluate
-from lora_kit.train.prepare import Job, check_out, is_model_of_ours, prepared, read
-from lora_kit.train.recipe import Recipe, load_recipe, training_fields
+from lora_kit.train.prepare import Job, check_out, check_place, is_model_of_ours, prepared, read
+from lora_kit.train.recipe import OWN_FIELDS, Recipe, load_recipe, training_fields
 from lora_kit.train.report import Clock, TrainReport, history, metrics
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback, TrainingArguments
 
-    from lora_kit.train.trainer import Trainer
+    from lora_kit.train.resume import ResumableTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -48,31 +49,52 @@ def train(
 ) -> TrainReport:
     """Train what a recipe says and write it to the recipe's `out`, all or nothing.
 
-    The same recipe with the same seed gives the same adapter bytes on the same machine.
+    The same recipe with the same seed gives the same adapter bytes on the same machine. Checkpoints are kept in a
+    folder beside `out` until the result is saved: a training that was stopped goes on from there when it is started
+    again, and ends with the same bytes.
 
     Args:
         recipe: a YAML or TOML file, what stands in one, or a Recipe.
         base: a base that is loaded already; it is the same afterwards, bit for bit. None: the recipe's is loaded.
         overrides: values by dotted key (`lora.r`, `train.learning_rate`), which win.
-        replace: an earlier result at `out` may be replaced.
+        replace: an earlier result at `out` may be replaced, and so may checkpoints of another recipe.
         callbacks: further callbacks of transformers.
 
     Raises:
-        RecipeError, DataError, BaseModelError, TargetError: what was given is wrong; nothing has been trained.
-        StorageError: `out` exists, or cannot be written.
+        RecipeError, DataError, BaseModelError, TargetError: what was given is wrong, or differs from what the
+            checkpoints are of; nothing has been trained.
+        StorageError: `out` exists, cannot be written, or another process trains it.
         VerificationError: the loss stopped being a number. Nothing is written.
     """
     wanted = load_recipe(recipe, overrides=overrides)
-    check_out(wanted, replace=replace)
-    rows = read(wanted)
-    with quiet():
-        job = prepared(wanted, rows, base)
-        if wanted.method == "full":
-            return _train_full(job, callbacks, replace=replace)
-        return _train_adapter(job, callbacks, replace=replace)
+    check_place(wanted)
+    run = RunFolder(wanted.out)
+    with sole_writer(run.folder), quiet():
+        run.remove_if_done()
+        check_out(wanted, replace=replace)
+        job = prepared(wanted, read(wanted), base)
+        found = run.resumable(job.identity, job.setting, replace=replace)
+        start = _Start(run=run, checkpoint=found, replace=replace)
+        how = _train_full if wanted.method == "full" else _train_adapter
+        try:
+            report = how(job, start, callbacks)
+        except BaseException:
+            run.say_where_it_stands()
+            raise
+        run.remove()
+    return report
 
 
-def _train_adapter(job: Job, callbacks: Sequence[TrainerCallback], *, replace: bool) -> TrainReport:
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """Where a training begins, and what it may replace."""
+
+    run: RunFolder
+    checkpoint: Checkpoint | None
+    replace: bool
+
+
+def _train_adapter(job: Job, start: _Start, callbacks: Sequence[TrainerCallback]) -> TrainReport:
     from transformers import set_seed
 
     recipe, model = job.recipe, job.base.model
@@ -82,8 +104,8 @@ def _train_adapter(job: Job, callbacks: Sequence[TrainerCallback], *, replace: b
         trainable = bank.coverage(recipe.name).parameters
         parameters = model.num_parameters()
         logger.info("%s", bank.coverage(recipe.name))
-        report = _report(job, _trained(job, model, callbacks), trainable, parameters)
-        return _save_adapter(job, bank, report, replace=replace)
+        report = _report(job, _trained(job, model, start, callbacks), trainable, parameters)
+        return _save_adapter(job, bank, report, replace=start.replace)
     finally:
         bank.detach()
 
@@ -91,6 +113,7 @@ def _train_adapter(job: Job, callbacks: Sequence[TrainerCallback], *, replace: b
 def _save_adapter(job: Job, bank: AdapterBank, report: TrainReport, *, replace: bool) -> TrainReport:
     recipe = job.recipe
     record: dict[str, Any] = {"recipe": recipe.to_dict(), "seed": recipe.seed, "metrics": metrics(report)}
+    record["run"] = digest_of(job.identity)
     if job.labels:
         record["labels"] = list(job.labels)
     files = beside(recipe, report.history)
@@ -98,12 +121,12 @@ def _save_adapter(job: Job, bank: AdapterBank, report: TrainReport, *, replace: 
     return dataclasses.replace(report, digest=adapter.digest)
 
 
-def _train_full(job: Job, callbacks: Sequence[TrainerCallback], *, replace: bool) -> TrainReport:
+def _train_full(job: Job, start: _Start, callbacks: Sequence[TrainerCallback]) -> TrainReport:
     model, recipe = job.base.model, job.recipe
     model.requires_grad_(True)
     count = model.num_parameters()
-    report = _report(job, _trained(job, model, callbacks), count, count)
-    with staged(report.out, replace=replace, owned=is_model_of_ours) as folder:
+    report = _report(job, _trained(job, model, start, callbacks), count, count)
+    with staged(report.out, replace=start.replace, owned=is_model_of_ours) as folder:
         model.save_pretrained(folder)
         job.base.tokenizer.save_pretrained(folder)
         for name, data in beside(recipe, report.history).items():
@@ -118,43 +141,50 @@ def _train_full(job: Job, callbacks: Sequence[TrainerCallback], *, replace: bool
 class _Done:
     """A training that went through."""
 
-    trainer: Trainer
+    trainer: ResumableTrainer
     seconds: float
     peak_bytes: int
     before: Evaluation | None
     after: Evaluation | None
 
 
-def _trained(job: Job, model: Any, callbacks: Sequence[TrainerCallback]) -> _Done:
+def _trained(job: Job, model: Any, start: _Start, callbacks: Sequence[TrainerCallback]) -> _Done:
     """Train a model's trainable parameters. What the Trainer changes besides them is put back."""
     device = job.base.device
     with contextlib.ExitStack() as stack:
-        # The Trainer wants a folder, though nothing is written there as long as it saves no checkpoints.
+        # The Trainer wants a folder of its own, though nothing is written there: checkpoints go to the run's.
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="lora_kit-"))
         stack.enter_context(repeatable(device))
         stack.enter_context(borrowed(model))
         if job.recipe.compile:
             stack.enter_context(compiled_layers(model))
-        trainer = _trainer(job, model, scratch, callbacks)
+        trainer = _trainer(job, model, scratch, start.run, callbacks)
         before = _evaluated(job, trainer)
         clock = Clock(device)
         try:
-            trainer.train()
+            trainer.train_from(start.checkpoint)
         finally:
             trainer.close()
-        seconds = clock.seconds - trainer.evaluating_seconds
-        last = trainer.evaluations[-1] if trainer.evaluations else (-1, None)
-        after = last[1] if last[0] == trainer.state.global_step else _evaluated(job, trainer)
+        seconds = trainer.seconds_before + clock.seconds - trainer.evaluating_seconds
+        after = dict(trainer.evaluations).get(trainer.kept) or _evaluated(job, trainer)
     return _Done(trainer=trainer, seconds=seconds, peak_bytes=clock.peak_bytes, before=before, after=after)
 
 
-def _trainer(job: Job, model: Any, scratch: str, callbacks: Sequence[TrainerCallback]) -> Trainer:
-    from lora_kit.train.trainer import Trainer
+def _trainer(
+    job: Job, model: Any, scratch: str, run: RunFolder, callbacks: Sequence[TrainerCallback]
+) -> ResumableTrainer:
+    from transformers import EarlyStoppingCallback
 
+    from lora_kit.train.resume import ResumableTrainer
+
+    patience = job.recipe.train.get("early_stopping_patience")
+    stopping = [EarlyStoppingCallback(patience)] if patience else []
     data: dict[str, Any] = {"train": job.train, "validation": job.validation, "collator": job.collator}
+    data["loraplus"] = job.recipe.train.get("loraplus_lr_ratio")
+    whose: dict[str, Any] = {"run": run, "identity": job.identity, "setting": job.setting}
     try:
-        return Trainer(model, _arguments(job, scratch), callbacks=list(callbacks), **data)
-    except torch.OutOfMemoryError:
+        return ResumableTrainer(model, _arguments(job, scratch), callbacks=[*stopping, *callbacks], **data, **whose)
+    except (torch.OutOfMemoryError, RecipeError):
         raise
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         # What only transformers can tell: values that do not go together, or that need a package or a device.
@@ -166,13 +196,19 @@ def _arguments(job: Job, scratch: str) -> TrainingArguments:
 
     # Left open, transformers would hide the bar because its own log is quiet here.
     values = {"disable_tqdm": False, **job.recipe.train}
+    for own in OWN_FIELDS:
+        values.pop(own, None)
+    # Transformers would have checkpoints at the evaluations only; here the best is kept whenever it is found.
+    best = values.pop("load_best_model_at_end", False)
     for older, newer in _RENAMED.items():
         if older in values and newer in training_fields():
             values[newer] = values.pop(older)
+    if "paged" in str(values.get("optim")) and job.base.device.type != "cuda":
+        # bitsandbytes would go on with states that are not paged.
+        raise RecipeError(f"train.optim {values['optim']} needs a CUDA device", hint="adamw_8bit runs on a CPU too")
     args = TrainingArguments(
         output_dir=scratch,
         use_cpu=job.base.device.type == "cpu",
-        save_strategy="no",
         remove_unused_columns=False,
         label_names=["labels"],
         logging_nan_inf_filter=False,
@@ -180,10 +216,11 @@ def _arguments(job: Job, scratch: str) -> TrainingArguments:
     )
     # More devices than one would be wrapped in DataParallel, which copies the model in every step.
     args._n_gpu = min(args.n_gpu, 1)
+    args.load_best_model_at_end = best
     return args
 
 
-def _evaluated(job: Job, trainer: Trainer) -> Evaluation | None:
+def _evaluated(job: Job, trainer: ResumableTrainer) -> Evaluation | None:
     if job.validation is None:
         return None
     size = trainer.args.per_device_eval_batch_size
@@ -198,6 +235,8 @@ def _report(job: Job, done: _Done, trainable: int, parameters: int) -> TrainRepo
         method=job.recipe.method,
         task=job.recipe.task,
         steps=state.global_step,
+        kept=done.trainer.kept,
+        resumed=done.trainer.resumed,
         seconds=done.seconds,
         tokens=done.trainer.tokens,
         peak_bytes=done.peak_bytes,

@@ -17,6 +17,7 @@ from lora_kit.errors import VerificationError
 from lora_kit.train.contexts import casting
 from lora_kit.train.evaluate import Evaluation, evaluate
 from lora_kit.train.loss import Head, head_of
+from lora_kit.train.optimizer import raise_rate_of_b
 from lora_kit.train.parts import split
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class Trainer(transformers.Trainer):
         validation: Encoded | None,
         collator: Collator,
         callbacks: list[transformers.TrainerCallback],
+        loraplus: float | None = None,
     ) -> None:
         self.autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         # Accelerate would replace the model's forward and turn all logits into fp32; autocast is entered here instead.
@@ -54,7 +56,7 @@ class Trainer(transformers.Trainer):
             model._hf_peft_config_loaded = True
         self._progress = _Progress()
         self._train, self._validation, self._collator = train, validation, collator
-        self._head = Head(None)
+        self._head, self._loraplus = Head(None), loraplus
         super().__init__(
             model=model,
             args=args,
@@ -121,6 +123,14 @@ class Trainer(transformers.Trainer):
         """Matrices decay, vectors (norms, biases) do not: by shape, since an adapter may be called anything."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """transformers' own, with a rate of its own for B where the recipe asks for LoRA+."""
+        if self.optimizer is not None or self._loraplus is None:
+            return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        raise_rate_of_b(optimizer, self.model, self._loraplus)
+        return optimizer
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -171,7 +181,7 @@ class _Progress(transformers.TrainerCallback):
         console = Console(stderr=True)
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[shown]}"))
         self._bar = Progress(*columns, console=console, disable=args.disable_tqdm or not console.is_terminal)
-        self._task = self._bar.add_task("training", total=state.max_steps, shown="")
+        self._task = self._bar.add_task("training", total=state.max_steps, completed=state.global_step, shown="")
         self._bar.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -185,6 +195,10 @@ class _Progress(transformers.TrainerCallback):
             logger.info("step %d: %s", state.global_step, shown)
             if self._bar is not None:
                 self._bar.update(self._task, shown=shown)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # So is the one in which a training is stopped early.
+        control.should_log = control.should_log or control.should_training_stop
 
     def close(self) -> None:
         if self._bar is not None:
