@@ -131,11 +131,12 @@ def prose(rows: Mapping[str, Mapping[str, Any]]) -> str:
         f"and {times('training', f'training step, {bf16}')} in bf16; decoding a batch of 8 with 8 different",
         f"adapters {times('inference', 'decode 8 adapters in 8 rows, fp32')}, of 32 with 32",
         f"{times('inference', 'decode 32 adapters in 32 rows, fp32')},",
-        f"a prefill of 8 × 64 tokens with 8 {times('inference', 'prefill 8 adapters in 8 rows, fp32')}.",
+        f"a prefill of 8 × 64 tokens with 8 adapters {times('inference', 'prefill 8 adapters in 8 rows, fp32')}.",
         _jobs(rows["job"]),
         f"With {most} adapters loaded in 224 layers a swap takes {own_swap:.1f} µs (PEFT: {other_swap / 1e3:.0f} ms);",
         f"loading one more takes {own[0]:.0f} ms at the beginning and {own[1]:.0f} ms at the end",
         f"(PEFT: {other[0]:.0f} and {other[1]:.0f} ms).",
+        _merge(rows["merge"]),
         f"`import lora_kit` takes {start['import_ms']['lora_kit'][1]:.0f} ms beyond torch,",
         f"`lora-kit --help` {start['timings']['lora-kit --help']['median']:.2f} s.",
     ]
@@ -149,6 +150,17 @@ def _jobs(rows: Mapping[str, Any]) -> str:
         f"Whole trainings in {len(rows)} settings run at {speeds[0]:.2f} to {speeds[-1]:.2f} × the tokens/s of TRL "
         f"with PEFT, in {shares[0]:.2f} to {shares[-1]:.2f} × its memory above the loaded model, with the same losses."
     )
+
+
+def _merge(rows: Mapping[str, Any]) -> str:
+    """What the largest merge costs."""
+    label, row = list(rows.items())[-1]
+    own, other = (
+        f"{row['timings'][case]['ratio']:.2f} × the time of copying and hashing the files, "
+        f"{row['bytes'][case] / 1e6:,.0f} MB of memory"
+        for case in ("lora_kit", "peft")
+    )
+    return f"A {label} takes {own} (PEFT, which does not check what it wrote: {other})."
 
 
 def _job_line(label: str, ratios: Mapping[str, Sequence[float]]) -> list[str]:
