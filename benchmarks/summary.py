@@ -156,11 +156,13 @@ def _merge(rows: Mapping[str, Any]) -> str:
     """What the largest merge costs."""
     label, row = list(rows.items())[-1]
     own, other = (
-        f"{row['timings'][case]['ratio']:.2f} × the time of copying and hashing the files, "
-        f"{row['bytes'][case] / 1e6:,.0f} MB of memory"
+        f"{row['timings'][case]['ratio']:.2f} × and {row['bytes'][case] / 1e6:,.0f} MB of memory"
         for case in ("lora_kit", "peft")
     )
-    return f"A {label} takes {own} (PEFT, which does not check what it wrote: {other})."
+    return (
+        f"Of the time of copying and hashing the files, a merge into {label.removeprefix('merge, ')} takes {own} "
+        f"(PEFT, which does not check what it wrote: {other})."
+    )
 
 
 def _job_line(label: str, ratios: Mapping[str, Sequence[float]]) -> list[str]:
