@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lora_kit.config import LoraConfig
     from lora_kit.errors import LoraKitError
     from lora_kit.merge import merge
+    from lora_kit.merge.algebra import combine, resize
     from lora_kit.models import load_base
     from lora_kit.train import train
 
@@ -26,9 +27,11 @@ _HOMES = {
     "LoraConfig": "lora_kit.config",
     "LoraKitError": "lora_kit.errors",
     "attach": "lora_kit.bank",
+    "combine": "lora_kit.merge.algebra",
     "data": "lora_kit.data",
     "load_base": "lora_kit.models",
     "merge": "lora_kit.merge",
+    "resize": "lora_kit.merge.algebra",
     "train": "lora_kit.train",
 }
 
@@ -39,9 +42,11 @@ __all__ = [
     "LoraKitError",
     "__version__",
     "attach",
+    "combine",
     "data",
     "load_base",
     "merge",
+    "resize",
     "train",
 ]
 

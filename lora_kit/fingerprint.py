@@ -52,11 +52,34 @@ def differences(made_for: Mapping[str, Any], found: nn.Module, *, ignore: Collec
     parameters, weights = _sampled_parameters(layers), made_for.get("weights") or {}
     if not isinstance(weights, Mapping):
         return [*told, "its fingerprint is damaged"]
-    compared = [key for key in weights if key in parameters and not any(key.startswith(f"{path}.") for path in ignore)]
+    compared = [key for key in weights if key in parameters and not _within(key, ignore)]
     other = [key for key in compared if not _is_same(weights[key], _sample(parameters[key]))]
     if other:
         told.append(f"{len(other)} of {len(compared)} sampled weights differ, {other[0]} among them")
     return told
+
+
+def disagreements(one: Mapping[str, Any], other: Mapping[str, Any], *, ignore: Collection[str] = ()) -> list[str]:
+    """How two fingerprints tell two bases apart, in words; empty where they are of one base.
+
+    Args:
+        ignore: as in `differences`.
+    """
+    told = []
+    structures = one.get("structure"), other.get("structure")
+    if None not in structures and structures[0] != structures[1]:
+        told.append("their bases' layers have other names or shapes")
+    weights = [found if isinstance(found, Mapping) else {} for found in (one.get("weights"), other.get("weights"))]
+    common = [key for key in weights[0] if key in weights[1] and not _within(key, ignore)]
+    pairs = {key: (weights[0][key], weights[1][key]) for key in common}
+    unlike = [key for key, (a, b) in pairs.items() if not isinstance(b, str) or not _is_same(a, b)]
+    if unlike:
+        told.append(f"{len(unlike)} of {len(common)} sampled weights of their bases differ, {unlike[0]} among them")
+    return told
+
+
+def _within(key: str, paths: Collection[str]) -> bool:
+    return any(key.startswith(f"{path}.") for path in paths)
 
 
 def _structure(modules: Modules) -> str:
