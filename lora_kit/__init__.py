@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lora_kit.config import LoraConfig
     from lora_kit.errors import LoraKitError
     from lora_kit.merge import merge
-    from lora_kit.merge.algebra import combine, resize
+    from lora_kit.merge.algebra import combine, extract, resize
     from lora_kit.models import load_base
     from lora_kit.train import train
 
@@ -29,6 +29,7 @@ _HOMES = {
     "attach": "lora_kit.bank",
     "combine": "lora_kit.merge.algebra",
     "data": "lora_kit.data",
+    "extract": "lora_kit.merge.algebra",
     "load_base": "lora_kit.models",
     "merge": "lora_kit.merge",
     "resize": "lora_kit.merge.algebra",
@@ -44,6 +45,7 @@ __all__ = [
     "attach",
     "combine",
     "data",
+    "extract",
     "load_base",
     "merge",
     "resize",

@@ -392,6 +392,154 @@ def test_bf16_adapters_are_worked_on_in_double_precision() -> None:
     assert off(deltas(lk.resize(half, rank=4))[Q], deltas(half)[Q]) <= 1e-6
 
 
+# Extracting
+
+
+def changed(model: torch.nn.Module, paths: Mapping[str, int], *, size: float = 0.02) -> Deltas:
+    """Adds a known update of a rank to the weights at these paths; returns the updates, (out, in)."""
+    generator = torch.Generator().manual_seed(7)
+    added = {}
+    for path, rank in paths.items():
+        layer = model.get_submodule(path)
+        out, into = layer.weight.shape
+        delta = size * torch.randn(out, rank, generator=generator) @ torch.randn(rank, into, generator=generator)
+        layer.weight.data += delta
+        added[path] = (delta.T if type(layer).__name__ == "Conv1D" else delta).double()
+    return added
+
+
+def test_extracting_returns_a_known_update(tmp_path: Path) -> None:
+    tiny.llama().save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    tuned = tiny.llama()
+    added = changed(tuned, {Q: 8, V: 8, "lm_head": 8, "model.layers.1.mlp.down_proj": 8})
+    tuned.save_pretrained(tmp_path / "tuned")
+    seen: list[tuple[int, int]] = []
+    found = lk.extract(tmp_path / "base", tmp_path / "tuned", rank=8, progress=lambda *now: seen.append(now))
+    assert deltas(found).keys() == added.keys()
+    assert all(off(deltas(found)[path], delta) <= 1e-5 for path, delta in added.items())
+    assert found.record["made"]["error"]["share"] <= 1e-5
+    assert seen[-1][0] == seen[-1][1] > 0
+    bank = lk.attach(tiny.llama(), slots=1)
+    bank.load("a", found.save(tmp_path / "adapter"))
+    bank.use("a")
+    assert torch.allclose(tiny.logits(bank.model, tiny.batch()), tiny.logits(tuned, tiny.batch()), atol=1e-5)
+    assert lk.extract(tmp_path / "base", tmp_path / "tuned", energy=0.999999).config.r == 8
+
+
+def test_extracting_knows_layers_that_keep_their_weight_the_other_way_round(tmp_path: Path) -> None:
+    tiny.gpt2().save_pretrained(tmp_path / "base")
+    tuned = tiny.gpt2()
+    added = changed(tuned, {"transformer.h.0.attn.c_attn": 3})
+    tuned.save_pretrained(tmp_path / "tuned")
+    found = lk.extract(tmp_path / "base", tmp_path / "tuned", rank=3)
+    assert found.pairs()["transformer.h.0.attn.c_attn"].b.shape == (96, 3)
+    assert off(deltas(found)["transformer.h.0.attn.c_attn"], added["transformer.h.0.attn.c_attn"]) <= 1e-5
+    assert found.config.fan_in_fan_out
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_what_no_pair_can_hold_is_named_or_saved_whole(
+    tmp_path: Path, tie: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny.llama(tie=tie).save_pretrained(tmp_path / "base")
+    tuned = tiny.llama(tie=tie)
+    changed(tuned, {Q: 2})
+    with torch.no_grad():
+        tuned.model.norm.weight += 0.1
+        tuned.model.embed_tokens.weight[5] += 0.3
+    tuned.save_pretrained(tmp_path / "tuned")
+    others = ["model.embed_tokens.weight", *(["lm_head.weight"] if tie else []), "model.norm.weight"]
+    with caplog.at_level(logging.WARNING):
+        partly = lk.extract(tmp_path / "base", tmp_path / "tuned", rank=2)
+    assert sorted(partly.record["made"]["left_out"]) == sorted(others)
+    assert "left out" in caplog.text
+    assert "model.norm.weight" in caplog.text
+    assert not partly.saved()
+
+    wholly = lk.extract(tmp_path / "base", tmp_path / "tuned", rank=2, others="save")
+    assert sorted(wholly.saved()) == sorted(others)
+    assert wholly.record["made"]["left_out"] == []
+    bank = lk.attach(tiny.llama(tie=tie), slots=1)
+    bank.load("a", wholly)
+    bank.use("a")
+    assert torch.allclose(tiny.logits(bank.model, tiny.batch()), tiny.logits(tuned, tiny.batch()), atol=1e-5)
+
+
+def test_a_changed_bias_takes_its_whole_layer_along(tmp_path: Path) -> None:
+    tiny.gpt2().save_pretrained(tmp_path / "base")
+    tuned, path = tiny.gpt2(), "transformer.h.0.attn.c_attn"
+    changed(tuned, {path: 3, "transformer.h.1.attn.c_attn": 3})
+    tuned.get_submodule(path).bias.data += 0.1
+    tuned.save_pretrained(tmp_path / "tuned")
+    found = lk.extract(tmp_path / "base", tmp_path / "tuned", rank=3, others="save")
+    assert list(found.pairs()) == ["transformer.h.1.attn.c_attn"]
+    assert sorted(found.saved()) == [f"{path}.bias", f"{path}.weight"]
+
+
+def test_a_new_head_comes_along(tmp_path: Path) -> None:
+    base = tiny.bert()
+    base.bert.save_pretrained(tmp_path / "base")
+    tuned = tiny.bert(labels=3)
+    tuned.bert.load_state_dict(base.bert.state_dict())
+    tuned.config.id2label, tuned.config.label2id = {0: "a", 1: "b", 2: "c"}, {"a": 0, "b": 1, "c": 2}
+    path = "bert.encoder.layer.1.attention.self.query"
+    changed(tuned, {path: 2})
+    tuned.save_pretrained(tmp_path / "tuned")
+    found = lk.extract(tmp_path / "base", tmp_path / "tuned", rank=2)
+    assert list(found.pairs()) == [path]
+    assert torch.equal(found.saved()["classifier.weight"], tuned.classifier.weight)
+    assert found.config.task_type == "SEQ_CLS"
+    assert found.record["labels"] == ["a", "b", "c"]
+    out = lk.merge(tmp_path / "base", found, tmp_path / "merged")
+    assert out.counts["added"] == 2
+
+
+def test_experts_that_transformers_fuses_are_named(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.MixtralConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+        vocab_size=32,
+    )
+    model = transformers.MixtralForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    added = changed(model, {Q: 2})
+    model.model.layers[0].mlp.experts.down_proj.data[1] += 0.1
+    model.save_pretrained(tmp_path / "tuned")
+    found = lk.extract(tmp_path / "base", tmp_path / "tuned", rank=2)
+    assert off(deltas(found)[Q], added[Q]) <= 1e-5
+    assert [name.rpartition("experts.")[2] for name in found.record["made"]["left_out"]] == ["1.w2.weight"]
+    with pytest.raises(MergeError, match=r"experts\.1\.w2\.weight differ, which transformers keeps in another form"):
+        lk.extract(tmp_path / "base", tmp_path / "tuned", rank=2, others="save")
+
+
+def test_models_that_are_not_alike_are_refused(tmp_path: Path) -> None:
+    tiny.llama().save_pretrained(tmp_path / "base")
+    tiny.gpt2().save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(MergeError, match="not of one architecture"):
+        lk.extract(tmp_path / "base", tmp_path / "gpt2", rank=2)
+    with pytest.raises(MergeError, match="the weights are the same"):
+        lk.extract(tmp_path / "base", tmp_path / "base", rank=2)
+    larger = tiny.llama()
+    larger.resize_token_embeddings(100)
+    larger.save_pretrained(tmp_path / "larger")
+    with pytest.raises(MergeError, match=r"no adapter changes shapes.*\(96, 32\) and \(100, 32\)"):
+        lk.extract(tmp_path / "base", tmp_path / "larger", rank=2)
+    norm = tiny.llama()
+    norm.model.norm.weight.data += 1
+    norm.save_pretrained(tmp_path / "norm")
+    with pytest.raises(MergeError, match=r"it differs in model\.norm\.weight"):
+        lk.extract(tmp_path / "base", tmp_path / "norm", rank=2)
+    for fields in ({}, {"rank": 2, "energy": 0.5}, {"rank": 0}, {"energy": 2.0}, {"rank": 2, "others": "drop"}):
+        with pytest.raises(ConfigError):
+            lk.extract(tmp_path / "base", tmp_path / "norm", **fields)
+
+
 # Looking
 
 

@@ -21,7 +21,8 @@ from lora_kit.cli import app, harmless, main
 from lora_kit.doctor import CHECKS, NotHereError, examine
 from lora_kit.errors import ConfigError, MergeError, StorageError, VerificationError
 
-VERBS = ["demo", "doctor", "generate", "inspect", "list", "merge", "prepare", "preview", "train"]
+VERBS = ["combine", "compare", "demo", "doctor", "extract", "generate", "inspect", "list", "merge", "prepare"]
+VERBS += ["preview", "resize", "train"]
 Capture = pytest.CaptureFixture[str]
 
 

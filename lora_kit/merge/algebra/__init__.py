@@ -2,6 +2,7 @@
 
 from lora_kit.merge.algebra.combining import METHODS, combine
 from lora_kit.merge.algebra.comparing import Comparison, Likeness, compare, spectrum
+from lora_kit.merge.algebra.extracting import extract
 from lora_kit.merge.algebra.resizing import resize
 
-__all__ = ["METHODS", "Comparison", "Likeness", "combine", "compare", "resize", "spectrum"]
+__all__ = ["METHODS", "Comparison", "Likeness", "combine", "compare", "extract", "resize", "spectrum"]

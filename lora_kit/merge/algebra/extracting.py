@@ -1,0 +1,298 @@
+"""`extract`: the difference of two model folders as an adapter of the first."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from lora_kit.adapter import Adapter
+from lora_kit.config import LoraConfig
+from lora_kit.errors import ConfigError, MergeError, listed
+from lora_kit.files import printable
+from lora_kit.fingerprint import fingerprint
+from lora_kit.fit import below, fitted
+from lora_kit.layers import features_of, keeps_transposed, kind_of
+from lora_kit.merge.algebra.dense import leading, missed
+from lora_kit.merge.algebra.factors import Factors
+from lora_kit.merge.algebra.made import MADE, Error, assembled
+from lora_kit.merge.base import find_base
+from lora_kit.merge.outline import Head, Outline, outline
+from lora_kit.merge.preflight import quantisation
+from lora_kit.merge.shards import Shard, read_shards
+from lora_kit.targets import Coverage, Target, suffixes
+
+logger = logging.getLogger(__name__)
+
+LIST: Final = "list"
+SAVE: Final = "save"
+_LABELLED: Final = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
+
+
+def extract(
+    base: str | Path,
+    tuned: str | Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    others: str = LIST,
+    progress: Callable[[int, int], None] | None = None,
+) -> Adapter:
+    """An adapter of a base that makes it, as nearly as its ranks allow, what a full fine-tune has made of it.
+
+    Tensor by tensor from the files of both: at every linear layer that differs, the nearest update to the difference of
+    a rank, or of as small a rank as keeps a share of it. What each misses is recorded (`record["made"]["error"]`). A
+    classification head that only the fine-tune has is saved whole.
+
+    Args:
+        base, tuned: hub ids, local folders or `kit-base`; of one architecture.
+        rank: of every pair, at most. energy: the share of `‖difference‖²` that every pair keeps at least, above 0 to 1.
+        others: what becomes of differences that no pair can hold (norms, biases, embeddings, tied weights): `list`
+            leaves them out and names them, in a warning and in `record["made"]["left_out"]`; `save` saves their modules
+            whole.
+        progress: is given the bytes compared so far and in all.
+
+    Raises:
+        MergeError: the two are not of one architecture, or do not differ; or what differs cannot be saved whole.
+        BaseModelError: one of them cannot be read.
+        ConfigError: not exactly one of rank and energy, or one that is none.
+    """
+    _check(rank, energy, others)
+    one, two = _opened(base, tuned)
+    _check_alike(one, two)
+    found = _compared(one, two, rank, energy, progress)
+    whole = _whole(one, two, found.others, found.new, others)
+    saved = {key: tensor for path in whole for key, tensor in _module(two.outline, path).items()}
+    pairs = {path: factors for path, factors in found.pairs.items() if not _inside(path, whole)}
+    left_out = [key for key in found.others if not _inside(key, whole)]
+    if not pairs and not saved:
+        raise MergeError(
+            f"nothing of {printable(tuned)} that an adapter could hold differs from {printable(base)}",
+            hint=f"it differs in {listed(left_out)}" if left_out else "the weights are the same",
+        )
+    if left_out:
+        logger.warning(
+            "left out, as no low-rank pair can hold it, is what differs in %s; others='save' saves it whole",
+            listed(left_out, most=40),
+        )
+    made = {"by": "extract", "tuned": str(tuned), "rank": rank, "energy": energy, "left_out": left_out}
+    record: dict[str, Any] = {"base": fingerprint(one.outline.model, name=str(base))}
+    record[MADE] = {**made, "error": found.error.to_json()}
+    if two.head.labels:
+        record["labels"] = list(two.head.labels)
+    config = _config(one.outline.model, list(pairs), whole, base=str(base), task=two.head.task)
+    adapter = assembled(config, {path: ("linear", factors) for path, factors in pairs.items()}, saved, record=record)
+    fitted(Path(tuned).name, adapter, one.outline.model, dtype=torch.float32)
+    return adapter
+
+
+def _check(rank: int | None, energy: float | None, others: str) -> None:
+    if (rank is None) == (energy is None):
+        raise ConfigError("exactly one of rank and energy is expected", hint="rank=16, or energy=0.99")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ConfigError(f"rank={rank!r} was given; a whole number from 1 is expected")
+    if energy is not None and (isinstance(energy, bool) or not 0 < energy <= 1):
+        raise ConfigError(f"energy={energy!r} was given; a number above 0 up to 1 is expected")
+    if others not in (LIST, SAVE):
+        raise ConfigError(f"others={others!r} was given; {LIST!r} or {SAVE!r} is expected")
+
+
+# The two models
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model folder, mapped into memory."""
+
+    name: str
+    shards: tuple[Shard, ...]
+    head: Head
+    outline: Outline
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        return {key: tensor.detach() for key, tensor in self.outline.model.state_dict(keep_vars=True).items()}
+
+    @property
+    def unplaced(self) -> dict[str, Tensor]:
+        """Stored tensors that are not one parameter as they are, by name."""
+        placed = set(self.outline.names.values())
+        return {name: t for shard in self.shards for name, t in shard.tensors.items() if name not in placed}
+
+
+def _opened(base: str | Path, tuned: str | Path) -> tuple[_Model, _Model]:
+    folders = find_base(base), find_base(tuned)
+    for name, folder in zip((base, tuned), folders, strict=True):
+        if quantisation(folder / "config.json") is not None:
+            raise MergeError(f"{printable(name)} is quantised: what it lost hides the difference", hint="the originals")
+    head = _head(folders[1])
+    shards = [read_shards(folder) for folder in folders]
+    one, two = (
+        _Model(printable(name), found, head, outline(folder, found, head))
+        for name, folder, found in zip((base, tuned), folders, shards, strict=True)
+    )
+    return one, two
+
+
+def _head(folder: Path) -> Head:
+    """Which model of its base a fine-tune is, by what its config says."""
+    try:
+        fields = json.loads((folder / "config.json").read_text("utf-8"))
+        architecture = str((fields.get("architectures") or [""])[0])
+    except (OSError, ValueError, AttributeError, TypeError, IndexError):
+        return Head("CAUSAL_LM")  # reading it says what is wrong with it
+    for ending, task in _LABELLED.items():
+        if architecture.endswith(ending):
+            labels = fields.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+            return Head(task, len(labels), tuple(str(labels[number]) for number in sorted(labels, key=int)))
+    return Head("SEQ_2_SEQ_LM" if architecture.endswith("ForConditionalGeneration") else "CAUSAL_LM")
+
+
+def _check_alike(one: _Model, two: _Model) -> None:
+    """Raise MergeError unless both have the same parameters in the same shapes, and everything stored has its place."""
+    first, second = one.outline.model.state_dict(), two.outline.model.state_dict()
+    if first.keys() != second.keys():
+        raise MergeError(
+            f"{one.name} and {two.name} are not of one architecture: {listed(sorted(first.keys() ^ second.keys()))}"
+        )
+    unlike = [
+        f"{key} {tuple(first[key].shape)} and {tuple(second[key].shape)}"
+        for key in first
+        if first[key].shape != second[key].shape and key not in one.outline.missing
+    ]
+    if unlike:
+        raise MergeError(
+            f"no adapter changes shapes, and {one.name} and {two.name} have others: {listed(unlike, most=4)}",
+            hint="give the base the vocabulary of the fine-tune first" if "embed" in unlike[0] else "",
+        )
+    if two.outline.missing or two.outline.unclaimed:
+        lacking = listed([*two.outline.missing, *two.outline.unclaimed])
+        raise MergeError(f"{two.name} does not fill its own model: {lacking}", hint="the fine-tune is not whole")
+
+
+# What differs
+
+
+@dataclass
+class _Found:
+    """What differs between two models.
+
+    Attributes:
+        pairs: updates of linear layers, by path. others: keys that no pair can hold. new: keys that the base lacks.
+    """
+
+    pairs: dict[str, Factors]
+    others: list[str]
+    new: list[str]
+    error: Error
+
+
+def _compared(
+    one: _Model,
+    two: _Model,
+    rank: int | None,
+    energy: float | None,
+    progress: Callable[[int, int], None] | None,
+) -> _Found:
+    first, second = one.state, two.state
+    found = _Found({}, [], [], Error())
+    done, total = 0, sum(tensor.nbytes for tensor in second.values())
+    for key, tensor in second.items():
+        path = key.rpartition(".")[0]
+        if key in one.outline.missing:
+            found.new.append(key)
+        elif not tensor.is_meta and _differ(first[key], tensor):
+            if _can_hold(key, one.outline, two.outline):
+                transposed = keeps_transposed(one.outline.model.get_submodule(path))
+                found.pairs[path] = _pair(path, first[key], tensor, transposed, rank, energy, found.error)
+            else:
+                found.others.append(key)
+        done += tensor.nbytes
+        if progress is not None:
+            progress(done, total)
+    found.others += _unplaced(one, two)
+    return found
+
+
+def _unplaced(one: _Model, two: _Model) -> Iterator[str]:
+    """Names of stored tensors that differ and that transformers keeps in another form (fused experts)."""
+    if not one.outline.converted and not two.outline.converted:
+        return
+    first, second = one.unplaced, two.unplaced
+    for name in sorted((first.keys() | second.keys()) - {*one.outline.unclaimed, *two.outline.unclaimed}):
+        if name not in first or name not in second or _differ(first[name], second[name]):
+            yield name
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    if one.dtype == other.dtype:
+        return not torch.equal(one, other)
+    return one.shape != other.shape or bool((one.float() != other.float()).any())
+
+
+def _can_hold(key: str, one: Outline, two: Outline) -> bool:
+    """Whether a low-rank pair can hold what differs here: the weight of one linear layer, and of nothing else."""
+    path, _, leaf = key.rpartition(".")
+    alone = len(one.tied_with(key)) == 1 == len(two.tied_with(key))
+    return leaf == "weight" and alone and kind_of(one.model.get_submodule(path)) == "linear"
+
+
+def _pair(
+    path: str, before: Tensor, after: Tensor, transposed: bool, rank: int | None, energy: float | None, error: Error
+) -> Factors:
+    difference = after.float() - before.float()
+    difference = difference.T.contiguous() if transposed else difference
+    if not torch.isfinite(difference).all():
+        raise MergeError(f"{path}: the difference holds NaN or infinity")
+    made = leading(difference, rank=rank, energy=energy)
+    error.add(path, missed(difference, made), float(difference.double().norm()))
+    return made
+
+
+# What is saved whole
+
+
+def _whole(one: _Model, two: _Model, others: Sequence[str], new: Sequence[str], how: str) -> list[str]:
+    """Paths of the modules to save whole: those the base lacks, and those of all other differences if asked to."""
+    keys = list(new)
+    if how == SAVE:
+        unplaced = [key for key in others if key not in two.state]
+        if unplaced:
+            raise MergeError(
+                f"{listed(unplaced)} differ, which transformers keeps in another form: no adapter holds them",
+                hint="leave them out with others='list'",
+            )
+        # What is tied to one of them changes with it, in the fine-tune as well.
+        keys += [tied for key in others for tied in {key, *two.outline.tied_with(key), *one.outline.tied_with(key)}]
+    paths = sorted({key.rpartition(".")[0] for key in keys})
+    if "" in paths:
+        raise MergeError("a parameter of the model itself differs, and no module can be saved for it")
+    return [path for path in paths if not _inside(path, [other for other in paths if other != path])]
+
+
+def _module(found: Outline, path: str) -> dict[str, Tensor]:
+    """All tensors of a module by their keys, as copies that do not need the files."""
+    inside = below({key: tensor.detach() for key, tensor in found.model.state_dict(keep_vars=True).items()}, path)
+    return {f"{path}.{key}": tensor.float() if tensor.is_floating_point() else tensor for key, tensor in inside.items()}
+
+
+def _inside(path: str, modules: Sequence[str]) -> bool:
+    return any(path == module or path.startswith(f"{module}.") for module in modules)
+
+
+def _config(model: nn.Module, paths: Sequence[str], whole: Sequence[str], *, base: str, task: str | None) -> LoraConfig:
+    modules = {path: model.get_submodule(path) for path in paths}
+    targets = tuple(Target(path, "linear", *features_of(module), 1, 1.0) for path, module in modules.items())
+    fields: Mapping[str, Any] = {"base_model_name_or_path": base, "task_type": task, "inference_mode": True}
+    return LoraConfig(
+        target_modules=suffixes(model, Coverage(targets, (), 0, (), ())) if paths else (),
+        modules_to_save=tuple(whole),
+        fan_in_fan_out=any(map(keeps_transposed, modules.values())),
+        **fields,
+    )
