@@ -18,12 +18,12 @@ from typing import Any, Final, Literal
 
 import torch
 
-from lora_kit import __version__
 from lora_kit.bank import attach
 from lora_kit.config import LoraConfig
 from lora_kit.errors import LoraKitError, VerificationError
 from lora_kit.files import printable
 from lora_kit.models import KIT_BASE, load_base
+from lora_kit.version import __version__
 
 LIBRARIES: Final = (
     "torch",

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import torch
 
+from lora_kit.dtypes import float_dtype
 from lora_kit.errors import BaseModelError, LoraKitError, listed, nearest
 from lora_kit.fingerprint import fingerprint
 
@@ -28,14 +29,6 @@ QUANTIZATIONS: Final = ("nf4", "int8")
 DEFAULT_SEPARATOR: Final = "\n"
 """What stands between a prompt and its completion, in training and in generation, unless a recipe says otherwise."""
 
-_DTYPES: Final[Mapping[str, torch.dtype]] = {
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-    "fp32": torch.float32,
-    "float32": torch.float32,
-}
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HEADS: Final = (
     "score",
@@ -105,6 +98,7 @@ def load_base(
 
     Raises:
         BaseModelError: nothing of that name, files that are missing or torn, or weights that do not fill the model.
+        ConfigError: an unknown dtype.
     """
     _check_task(task)
     _check_one_of("quantize", quantize, QUANTIZATIONS)
@@ -178,13 +172,7 @@ def _check_one_of(name: str, value: str | None, known: Sequence[str]) -> None:
 
 
 def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
-    if dtype is None or dtype == "auto":
-        return "auto"
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in _DTYPES:
-        raise BaseModelError(f"dtype {dtype!r} is not known", hint=f"auto, {listed(list(_DTYPES))}")
-    return _DTYPES[dtype]
+    return "auto" if dtype is None or dtype == "auto" else float_dtype(dtype)
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 import lora_kit as lk
 from lora_kit.demo import run, ship, work
-from lora_kit.demo.results import DemoReport
+from lora_kit.demo.results import Agreement, DemoReport
 from lora_kit.demo.show import Show
 from lora_kit.demo.tasks import TASKS, Row, Task, as_pirate, task
 from lora_kit.errors import ConfigError, DataError, StorageError, VerificationError
@@ -197,8 +197,8 @@ def test_a_demo_says_what_it_made_and_what_to_try_next(tiny: Tiny) -> None:
 
 
 def test_rows_of_a_mixed_batch_and_the_merged_model_agree(tiny: Tiny) -> None:
-    assert tiny.report.mixed.agrees
-    assert tiny.report.merged.agrees
+    assert tiny.report.mixed.agreement.holds
+    assert tiny.report.merged.agreement.holds
     assert tiny.report.base_unchanged
     assert [row.adapter for row in tiny.report.mixed.rows] == ["scene", None, "pirate", None, "mood", None]
 
@@ -207,10 +207,10 @@ def test_everything_that_is_promised_is_judged(tiny: Tiny) -> None:
     good = {name: dataclasses.replace(found, score=0.9) for name, found in tiny.report.trained.items()}
     report = dataclasses.replace(tiny.report, trained=good)
     assert report.failures == []
-    rows = (dataclasses.replace(report.mixed.rows[0], difference=1.0), *report.mixed.rows[1:])
+    off = Agreement(difference=1.0, largest_logit=1.0)
     for broken, said in (
-        (dataclasses.replace(report, mixed=dataclasses.replace(report.mixed, rows=rows)), "mixed batch"),
-        (dataclasses.replace(report, merged=dataclasses.replace(report.merged, difference=1.0)), "merged model"),
+        (dataclasses.replace(report, mixed=dataclasses.replace(report.mixed, agreement=off)), "mixed batch"),
+        (dataclasses.replace(report, merged=dataclasses.replace(report.merged, agreement=off)), "merged model"),
         (dataclasses.replace(report, base_unchanged=False), "have changed"),
         (dataclasses.replace(report, trained={**good, "mood": dataclasses.replace(good["mood"], score=0.5)}), "mood"),
     ):

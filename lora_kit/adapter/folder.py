@@ -232,7 +232,7 @@ def _finite(value: Any) -> Any:
 def _versions() -> dict[str, str]:
     import torch
 
-    from lora_kit import __version__
+    from lora_kit.version import __version__
 
     return {"lora_kit": __version__, "torch": str(torch.__version__)}
 

@@ -14,7 +14,7 @@ DEBUG: Final = "--debug"
 
 
 def _version() -> str:
-    from lora_kit import __version__
+    from lora_kit.version import __version__
 
     return __version__
 

@@ -74,6 +74,30 @@ class Swaps:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """Two ways to the same logits.
+
+    Attributes:
+        difference: the largest absolute difference of a logit.
+        largest_logit: what it is to be compared with.
+    """
+
+    difference: float
+    largest_logit: float
+
+    @property
+    def bound(self) -> float:
+        return ROUNDING * self.largest_logit
+
+    @property
+    def holds(self) -> bool:
+        return self.difference <= self.bound
+
+    def to_json(self) -> dict[str, Any]:
+        return {"largest_difference": self.difference, "bound": self.bound}
+
+
+@dataclass(frozen=True, kw_only=True)
 class MixedRow:
     """One row of a batch in which rows have adapters of their own.
 
@@ -91,25 +115,13 @@ class MixedRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Mixed:
-    """A mixed batch, and its largest logit: what the differences are to be compared with."""
+    """A mixed batch beside the same rows under one adapter each."""
 
     rows: tuple[MixedRow, ...]
-    largest_logit: float
-
-    @property
-    def difference(self) -> float:
-        return max(row.difference for row in self.rows)
-
-    @property
-    def bound(self) -> float:
-        return ROUNDING * self.largest_logit
-
-    @property
-    def agrees(self) -> bool:
-        return self.difference <= self.bound
+    agreement: Agreement
 
     def to_json(self) -> dict[str, Any]:
-        return {"rows": len(self.rows), "largest_difference": self.difference, "bound": self.bound}
+        return {"rows": len(self.rows), **self.agreement.to_json()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,31 +132,20 @@ class Merged:
         name: the adapter.
         report: of the merge, which proves what it wrote.
         prompts: how many held-out prompts both were given.
-        difference: largest absolute difference of a logit on them.
-        largest_logit: the largest logit there.
+        agreement: of the two.
     """
 
     name: str
     report: MergeReport
     prompts: int
-    difference: float
-    largest_logit: float
-
-    @property
-    def bound(self) -> float:
-        return ROUNDING * self.largest_logit
-
-    @property
-    def agrees(self) -> bool:
-        return self.difference <= self.bound
+    agreement: Agreement
 
     def to_json(self) -> dict[str, Any]:
         return {
             "adapter": self.name,
             "folder": str(self.report.out),
             "prompts": self.prompts,
-            "largest_difference": self.difference,
-            "bound": self.bound,
+            **self.agreement.to_json(),
             "bytes": self.report.bytes,
             "seconds": self.report.seconds,
         }
@@ -186,8 +187,9 @@ class DemoReport:
             for name, found in self.trained.items()
             if not found.beats_base
         ]
-        for what, found in (("a row of the mixed batch", self.mixed), ("the merged model", self.merged)):
-            if not found.agrees:
+        compared = {"a row of the mixed batch": self.mixed.agreement, "the merged model": self.merged.agreement}
+        for what, found in compared.items():
+            if not found.holds:
                 failed.append(f"{what} is {found.difference:.3g} off in a logit; the bound is {found.bound:.3g}")
         if not self.base_unchanged:
             failed.append("the weights of the base have changed")

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lora_kit.demo.results import SWAP_SECONDS, DemoReport, Merged, Mixed, Swaps, Trained
+from lora_kit.demo.results import SWAP_SECONDS, Agreement, DemoReport, Merged, Mixed, Swaps, Trained
 
 _PIPE_WIDTH: Final = 120
 """Columns where there is no terminal to ask."""
@@ -70,15 +70,15 @@ class Show:
         self._console.print(table)
         self._say(
             f"off by: the largest difference of a logit from the same row where all rows use its adapter; "
-            f"{_verdict(found.difference, found.bound)}"
+            f"{_verdict(found.agreement)}"
         )
 
     def merged(self, found: Merged) -> None:
         self._title(f"merge {found.name} into a copy of the base")
         self._say(
             f"{found.report.out}: {_size(found.report.bytes)} in {found.report.seconds:.1f} s. On {found.prompts} "
-            f"held-out prompts no logit is more than {found.difference:.1e} from base + adapter; "
-            f"{_verdict(found.difference, found.bound)}"
+            f"held-out prompts no logit is more than {found.agreement.difference:.1e} from base + adapter; "
+            f"{_verdict(found.agreement)}"
         )
 
     def summary(self, report: DemoReport) -> None:
@@ -144,15 +144,19 @@ def _facts(report: DemoReport) -> list[tuple[str, str]]:
             + ("bit for bit what they were" if report.base_unchanged else "CHANGED"),
         ),
         ("swap", f"{1e6 * report.swaps.median_seconds:.1f} us (median of {report.swaps.count:,})"),
-        ("mixed batch", f"logits within {report.mixed.difference:.1e}; bound {report.mixed.bound:.1e}"),
-        ("merge", f"logits within {report.merged.difference:.1e}; bound {report.merged.bound:.1e}"),
+        ("mixed batch", _distance(report.mixed.agreement)),
+        ("merge", _distance(report.merged.agreement)),
         ("memory", f"{_size(report.peak_bytes)} at the most, of the whole process"),
         ("time", f"{report.seconds:.0f} s in all"),
     ]
 
 
-def _verdict(difference: float, bound: float) -> str:
-    return f"bound {bound:.1e}: " + ("they agree" if difference <= bound else "THEY DIFFER")
+def _verdict(found: Agreement) -> str:
+    return f"bound {found.bound:.1e}: " + ("they agree" if found.holds else "THEY DIFFER")
+
+
+def _distance(found: Agreement) -> str:
+    return f"logits within {found.difference:.1e}; bound {found.bound:.1e}"
 
 
 def _cell(text: str) -> Text:

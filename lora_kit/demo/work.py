@@ -17,7 +17,7 @@ from torch import Tensor
 from lora_kit.adapter import CARD, CONFIG, RECORD, WEIGHTS, Adapter
 from lora_kit.bank import AdapterBank, attach
 from lora_kit.config import LoraConfig
-from lora_kit.demo.results import Merged, Mixed, MixedRow, Swaps, Trained
+from lora_kit.demo.results import Agreement, Merged, Mixed, MixedRow, Swaps, Trained
 from lora_kit.demo.tasks import TASKS, Split, Task
 from lora_kit.merge import merge
 from lora_kit.models import KIT_BASE, Base, load_base, prompt_ids, quiet, render_prompt
@@ -153,7 +153,8 @@ def mix(base: Base, bank: AdapterBank, prompts: Mapping[str, str]) -> Mixed:
         MixedRow(adapter=name, prompt=prompt, text=text, difference=difference)
         for name, prompt, text, difference in zip(names, asked, texts, differences, strict=True)
     )
-    return Mixed(rows=rows, largest_logit=float(mixed.abs().max()))
+    agreement = Agreement(difference=max(differences), largest_logit=float(mixed.abs().max()))
+    return Mixed(rows=rows, agreement=agreement)
 
 
 def merge_one(base: Base, bank: AdapterBank, name: str, *, adapter: Path, out: Path, prompts: Sequence[str]) -> Merged:
@@ -171,8 +172,9 @@ def merge_one(base: Base, bank: AdapterBank, name: str, *, adapter: Path, out: P
         name=name,
         report=report,
         prompts=len(prompts),
-        difference=float((_logits(whole, inputs) - wanted).abs().max()),
-        largest_logit=float(wanted.abs().max()),
+        agreement=Agreement(
+            difference=float((_logits(whole, inputs) - wanted).abs().max()), largest_logit=float(wanted.abs().max())
+        ),
     )
 
 

@@ -14,8 +14,8 @@ from typing import Any, Final
 
 import torch
 
-from lora_kit import __version__
 from lora_kit.adapter import ALLOWANCES, Adapter
+from lora_kit.dtypes import float_dtype
 from lora_kit.errors import ConfigError, MergeError, listed
 from lora_kit.files import check_output, staged
 from lora_kit.fingerprint import fingerprint
@@ -26,20 +26,13 @@ from lora_kit.merge.outline import Head, outline
 from lora_kit.merge.plan import Part, Plan, plan
 from lora_kit.merge.report import LogitCheck, MergeReport
 from lora_kit.merge.shards import Shard, read_shards
+from lora_kit.version import __version__
 
 FORMAT: Final = 2
 """Version of `lora_kit_merge.json`."""
 OWN_ALLOWANCES: Final = ("untie", "lost-delta")
 """What a merge may do beyond what an adapter may be: write tied parameters apart, lose most of a delta in rounding."""
 CHECKS: Final = ("weights", "logits")
-_DTYPES: Final[Mapping[str, torch.dtype]] = {
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-    "fp32": torch.float32,
-    "float32": torch.float32,
-}
 
 Source = str | Path | Adapter
 
@@ -83,7 +76,7 @@ def merge(
     """
     started, out = time.perf_counter(), Path(out)
     _check_arguments(allow, verify)
-    sources, wanted = _sources(adapter), _dtype(dtype)
+    sources, wanted = _sources(adapter), None if dtype is None else float_dtype(dtype)
     local = local_folder(base)
     inputs = [*([local] if local else []), *(Path(source) for source, _ in sources if not isinstance(source, Adapter))]
     preflight.refuse_overlap(out, inputs)
@@ -212,14 +205,6 @@ def _part(source: Source, weight: float, *, allow: Collection[str]) -> Part:
     adapter = source if isinstance(source, Adapter) else Adapter.load(source, allow=allow)
     name = adapter.digest[:12] if isinstance(source, Adapter) else Path(source).resolve().name
     return Part(name, adapter, weight)
-
-
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or dtype in _DTYPES.values():
-        return dtype  # type: ignore[return-value]  # a string is no value of the table
-    if dtype not in _DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is not known", hint=listed(list(_DTYPES)))
-    return _DTYPES[str(dtype)]
 
 
 def _needed(shards: Sequence[Shard], parts: Sequence[Part], dtype: torch.dtype | None) -> int:
