@@ -257,6 +257,11 @@ def _rebuild(values: dict[str, Any]) -> LoraConfig:
 
 
 def _refuse_unsupported(fields: Mapping[str, Any]) -> None:
+    if fields.get("enable_lora"):
+        raise ConfigError(
+            f"enable_lora={shown(fields['enable_lora'])} is of PEFT before 0.3: pairs for parts of a layer",
+            hint="`lora-kit convert` makes plain pairs of them",
+        )
     for name, neutral in _UNSUPPORTED.items():
         if name in fields and fields[name] not in neutral:
             raise ConfigError(f"{name}={shown(fields[name])} is not supported", hint="load this adapter with PEFT")

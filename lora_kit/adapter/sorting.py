@@ -105,7 +105,8 @@ def sort_out(config: LoraConfig, tensors: Mapping[str, Tensor], allow: Collectio
         told = found.misfits[:_MISFITS_SHOWN]
         if len(found.misfits) > len(told):
             told.append(f"and {len(found.misfits) - len(told):,} more")
-        raise AdapterError("the tensors do not fit the config:\n  " + "\n  ".join(told))
+        hint = "`lora-kit convert` knows the names of other tools" if not found.pairs and tensors else ""
+        raise AdapterError("the tensors do not fit the config:\n  " + "\n  ".join(told), hint=hint)
     return found
 
 
