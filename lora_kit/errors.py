@@ -12,6 +12,7 @@ LoraKitError
 ├── BaseModelError (ValueError)         a base model cannot be found or read
 ├── DataError (ValueError)              training data is wrong
 ├── MergeError (ValueError)             a merge cannot be done as asked
+├── ExportError (ValueError)            an adapter cannot be carried to what should read it
 ├── StorageError (OSError)              the machine: disk, permission, an output that exists
 └── VerificationError (RuntimeError)    something written or computed is not what it should be
 """
@@ -88,6 +89,10 @@ class DataError(LoraKitError, ValueError):
 
 class MergeError(LoraKitError, ValueError):
     """A merge cannot be done as asked."""
+
+
+class ExportError(LoraKitError, ValueError):
+    """An adapter cannot be carried to what should read it."""
 
 
 class StorageError(LoraKitError, OSError):

@@ -11,7 +11,8 @@ from typing import Any, Final
 
 import torch
 
-from lora_kit.adapter import CONFIG, OLD_WEIGHTS, WEIGHTS, Adapter, Pair
+from lora_kit import foreign
+from lora_kit.adapter import CONFIG, OLD_WEIGHTS, RECORD, WEIGHTS, Adapter, Pair
 from lora_kit.config import LoraConfig
 from lora_kit.errors import AdapterError, ConfigError, LoraKitError, UnknownAdapterError, listed, nearest
 
@@ -61,6 +62,7 @@ class LayerSummary:
         rank: rows of A.
         scaling: what `B A` is multiplied by.
         norm: Frobenius norm of the delta.
+        values: its singular values, falling, one for each rank; of a DoRA, before its rows are rescaled.
     """
 
     path: str
@@ -69,6 +71,27 @@ class LayerSummary:
     rank: int
     scaling: float
     norm: float
+    values: tuple[float, ...]
+
+    @property
+    def effective_rank(self) -> float:
+        """`exp(-Σ p log p)` of `p = values / Σ values` (Roy, Vetterli 2007): how many directions the delta has.
+
+        1 where one is all of it, the rank where all weigh the same, 0 for a delta of zero.
+        """
+        total = math.fsum(self.values)
+        shares = [value / total for value in self.values if value > 0]
+        return math.exp(-math.fsum(share * math.log(share) for share in shares)) if shares else 0.0
+
+    def ranks_for(self, energy: float) -> int:
+        """The fewest ranks that hold this share of `‖delta‖²`; at least 1."""
+        squares = [value**2 for value in self.values]
+        wanted, held = energy * math.fsum(squares), 0.0
+        for rank, square in enumerate(squares, 1):
+            held += square
+            if held >= wanted:
+                return rank
+        return len(squares)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +108,7 @@ class Inspection:
         digest: its identity.
         base: fingerprint of the base it was made for; None where it says nothing.
         record: what its `lora_kit.json` carries.
+        notes: what had to be done to read it, and what its files do not say, where another tool wrote it in its way.
     """
 
     name: str
@@ -97,6 +121,7 @@ class Inspection:
     digest: str
     base: Mapping[str, Any] | None
     record: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
     @property
     def norm(self) -> float:
@@ -110,16 +135,18 @@ class Inspection:
 def inspect(adapter: str | Path, *, store: str | Path = STORE) -> Inspection:
     """What an adapter is made of; it is read strictly, as loading it would.
 
+    What another tool wrote in a way that is not loaded as it is, is explained: as `lora_kit.foreign` reads it.
+
     Args:
-        adapter: a folder, or the name of one in `store`.
+        adapter: a folder, the name of one in `store`, or a weight file of another tool.
         store: where names are looked up.
 
     Raises:
         UnknownAdapterError: no such folder and no such name.
         AdapterError, ConfigError: it cannot be read.
     """
-    folder = find_adapter(adapter, store=store)
-    value = Adapter.load(folder)
+    folder = Path(adapter) if Path(adapter).is_file() else find_adapter(adapter, store=store)
+    value, notes = _loaded(folder)
     return Inspection(
         name=folder.resolve().name,
         folder=folder,
@@ -127,11 +154,27 @@ def inspect(adapter: str | Path, *, store: str | Path = STORE) -> Inspection:
         layers=layers_of(value),
         saved={key: tuple(tensor.shape) for key, tensor in value.saved().items()},
         parameters=value.num_parameters,
-        bytes=folder_bytes(folder),
+        bytes=folder.stat().st_size if folder.is_file() else folder_bytes(folder),
         digest=value.digest,
         base=value.base if isinstance(value.base, Mapping) else None,
         record=value.record,
+        notes=notes,
     )
+
+
+def _loaded(path: Path) -> tuple[Adapter, tuple[str, ...]]:
+    """An adapter, and how another tool wrote it where it cannot be loaded as it is."""
+    if path.is_dir() and (path / RECORD).exists():
+        return Adapter.load(path), ()  # of ours: that something is wrong with it is not to be explained away
+    try:
+        return Adapter.load(path), ()
+    except (AdapterError, ConfigError) as error:
+        try:
+            found = foreign.read(path)
+        except LoraKitError:
+            raise (error if path.is_dir() else None) or AdapterError(f"{path} is no adapter") from None
+    told = (f"written by {found.layout}: `lora-kit convert` makes an adapter of ours of it", *found.notes)
+    return found.adapter, (*told, *(f"not said: {what}; shown as if scaling were 1" for what in found.open))
 
 
 def list_adapters(store: str | Path = STORE) -> list[AdapterSummary]:
@@ -190,13 +233,14 @@ def layers_of(adapter: Adapter) -> tuple[LayerSummary, ...]:
     return tuple(_layer(path, pair, adapter.config) for path, pair in pairs)
 
 
-def product_norm(b: torch.Tensor, a: torch.Tensor) -> float:
-    """`||B A||_F` in rank space: `||B A||² = tr((BᵀB)(A Aᵀ))`, summed in double precision.
+def singular_values(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """Those of `B A` in rank space: with `B = Q_b R_b` and `Aᵀ = Q_a R_a` they are the ones of `R_b R_aᵀ`.
 
-    Shapes: b (out, r), a (r, in), of any floating dtype. Costs O((out + in) r²); the product is never formed.
+    Shapes: b (out, r), a (r, in), of any floating dtype; float64 (min(r, out, in),), falling. The product is never
+    formed, and nothing is squared.
     """
     b, a = b.detach().double(), a.detach().double()
-    return math.sqrt(max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0))
+    return torch.linalg.svdvals(torch.linalg.qr(b, mode="r").R @ torch.linalg.qr(a.T, mode="r").R.T)
 
 
 def folder_bytes(folder: Path) -> int:
@@ -225,13 +269,15 @@ def _natural(path: str) -> list[tuple[int, str]]:
 
 def _layer(path: str, pair: Pair, config: LoraConfig) -> LayerSummary:
     scaling = config.scaling_of(path)
+    values = abs(scaling) * singular_values(pair.b, pair.a)
     return LayerSummary(
         path=path,
         kind=pair.kind,
         shape=(pair.b.shape[0], pair.a.shape[1]),
         rank=pair.a.shape[0],
         scaling=scaling,
-        norm=abs(scaling) * product_norm(pair.b, pair.a),
+        norm=float(values.norm()),
+        values=tuple(values.tolist()),
     )
 
 

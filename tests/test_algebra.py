@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from folders import adapter, foreign
+from folders import adapter, contents, foreign
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -516,6 +516,40 @@ def test_experts_that_transformers_fuses_are_named(tmp_path: Path) -> None:
     assert [name.rpartition("experts.")[2] for name in found.record["made"]["left_out"]] == ["1.w2.weight"]
     with pytest.raises(MergeError, match=r"experts\.1\.w2\.weight differ, which transformers keeps in another form"):
         lk.extract(tmp_path / "base", tmp_path / "tuned", rank=2, others="save")
+
+
+def test_a_fine_tune_kept_in_a_coarser_dtype_differs_only_where_it_was_changed(tmp_path: Path) -> None:
+    tiny.llama().save_pretrained(tmp_path / "base")
+    tuned = tiny.llama()
+    added = changed(tuned, {Q: 2}, size=1.0)
+    tuned.bfloat16().save_pretrained(tmp_path / "tuned")
+    found = lk.extract(tmp_path / "base", tmp_path / "tuned", rank=2)
+    assert list(found.pairs()) == [Q]
+    assert found.record["made"]["left_out"] == []
+    assert off(deltas(found)[Q], added[Q]) < 0.01
+
+
+def test_changes_finer_than_the_dtype_of_the_base_are_found(tmp_path: Path) -> None:
+    tiny.llama().bfloat16().save_pretrained(tmp_path / "base")
+    tuned = tiny.llama().bfloat16().float()
+    before = tuned.get_submodule(Q).weight.detach().double()
+    changed(tuned, {Q: 2}, size=1e-5)
+    tuned.save_pretrained(tmp_path / "tuned")
+    found = lk.extract(tmp_path / "base", tmp_path / "tuned", rank=2)
+    assert list(found.pairs()) == [Q]
+    assert off(deltas(found)[Q], tuned.get_submodule(Q).weight.detach().double() - before) <= 1e-3
+
+
+def test_nothing_is_written_to_the_files_that_are_compared(tmp_path: Path) -> None:
+    tiny.llama().save_pretrained(tmp_path / "base")
+    tuned = tiny.llama()
+    changed(tuned, {Q: 2})
+    tuned.save_pretrained(tmp_path / "tuned")
+    before = contents(tmp_path)
+    lk.extract(tmp_path / "base", tmp_path / "tuned", rank=2)
+    again = lk.extract(tmp_path / "base", tmp_path / "tuned", rank=2)
+    assert again.digest == lk.extract(tmp_path / "base", tmp_path / "tuned", rank=2).digest
+    assert contents(tmp_path) == before
 
 
 def test_models_that_are_not_alike_are_refused(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_kit as lk
+from lora_kit.adapter import pair_keys
 from lora_kit.errors import AdapterError, ConfigError, UnknownAdapterError
-from lora_kit.inspect import base_of, find_adapter, folder_bytes, inspect, list_adapters, product_norm
+from lora_kit.inspect import base_of, find_adapter, folder_bytes, inspect, list_adapters, singular_values
 
 
 def saved(folder: Path, *, base: str | None = "kit-base", rank: int = 3, **fields: object) -> Path:
@@ -69,18 +70,42 @@ def test_norms_are_those_of_the_dense_deltas(store: Path) -> None:
     seed=st.integers(0, 2**32 - 1),
     magnitude=st.sampled_from([1e-12, 1.0, 1e12]),
 )
-def test_product_norm_equals_the_norm_of_the_product(sizes: tuple[int, int, int], seed: int, magnitude: float) -> None:
+def test_singular_values_are_those_of_the_product(sizes: tuple[int, int, int], seed: int, magnitude: float) -> None:
     out, rank, into = sizes
     generator = torch.Generator().manual_seed(seed)
     b = magnitude * torch.randn(out, rank, generator=generator, dtype=torch.float64)
     a = torch.randn(rank, into, generator=generator, dtype=torch.float64)
-    assert product_norm(b, a) == pytest.approx(float((b @ a).norm()), rel=1e-6)
+    found, dense = singular_values(b, a), torch.linalg.svdvals(b @ a)
+    assert len(found) == min(sizes)
+    torch.testing.assert_close(found, dense[: len(found)], rtol=1e-9, atol=float(1e-12 * dense[0]))
 
 
-def test_product_norm_of_factors_that_cancel_is_no_nan() -> None:
+def test_factors_that_cancel_have_no_norm_and_no_rank() -> None:
     b = torch.tensor([[1.0, -1.0]])
     a = torch.tensor([[1.0, 2.0], [1.0, 2.0]])
-    assert product_norm(b, a) == 0.0
+    assert float(singular_values(b, a).norm()) < 1e-15
+
+
+def test_a_layer_says_over_how_many_ranks_its_delta_is_spread(tmp_path: Path) -> None:
+    adapter = lk.Adapter.load(saved(tmp_path / "sql", target_modules=["q_proj"], lora_alpha=3))
+    wanted = {0: (8.0, 0.0, 0.0), 1: (4.0, 4.0, 4.0)}
+    tensors = {}
+    for layer, values in wanted.items():
+        key_a, key_b = pair_keys(f"model.layers.{layer}.self_attn.q_proj", "linear")
+        q = torch.linalg.qr(torch.randn(32, 3)).Q
+        tensors[key_a], tensors[key_b] = q.T.contiguous(), q * torch.tensor(values)
+    lk.Adapter(adapter.config, tensors).save(tmp_path / "made")
+    one, all_three = inspect(tmp_path / "made").layers
+    assert one.values == pytest.approx((8, 0, 0), abs=1e-5)
+    assert (one.effective_rank, all_three.effective_rank) == (pytest.approx(1, abs=1e-4), pytest.approx(3))
+    assert [one.ranks_for(0.99), all_three.ranks_for(0.99), all_three.ranks_for(0.6)] == [1, 3, 2]
+    assert all_three.norm == pytest.approx(48**0.5)
+
+
+def test_a_delta_of_zero_has_no_effective_rank(tmp_path: Path) -> None:
+    bank = lk.attach(tiny.llama(), lk.LoraConfig(r=2, target_modules=["q_proj"]), name="new")
+    bank.save("new", tmp_path / "new")
+    assert [(layer.effective_rank, layer.ranks_for(0.9)) for layer in inspect(tmp_path / "new").layers] == [(0, 1)] * 2
 
 
 def test_the_inspection_is_json(store: Path) -> None:

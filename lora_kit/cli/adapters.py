@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_kit.cli.app import ADAPTERS, AsJson, Store, app
 from lora_kit.cli.screen import brief, console, harmless, metrics, number, print_json, print_table, size
+from lora_kit.errors import listed
 
 if TYPE_CHECKING:
     from lora_kit.inspect import Inspection
@@ -31,7 +32,7 @@ def list_(store: Path = ADAPTERS, /, *, json: AsJson = False) -> None:
             summary.name,
             number(summary.rank),
             number(summary.alpha),
-            ", ".join(summary.targets),
+            listed(sorted({target.rpartition(".")[2] for target in summary.targets})),
             summary.base or "",
             size(summary.bytes),
             metrics(summary.metrics),
@@ -49,7 +50,7 @@ def list_(store: Path = ADAPTERS, /, *, json: AsJson = False) -> None:
 def inspect(adapter: str, /, *, store: Store = ADAPTERS, json: AsJson = False) -> None:
     """Show what an adapter is made of.
 
-    Layers, ranks, norms of the deltas, size, base, record.
+    Layers, norms of the deltas and how they are spread over their ranks, size, base, record.
 
     Args:
         adapter: A folder, or a name in the store.
@@ -62,13 +63,15 @@ def inspect(adapter: str, /, *, store: Store = ADAPTERS, json: AsJson = False) -
         return
     print_table(("", ""), _facts(found))
     print_table(
-        ("layer", "kind", "shape", "rank", "scaling", "‖delta‖"),
+        ("layer", "kind", "shape", "rank", "effective", "99 % in", "scaling", "‖delta‖"),
         [
             (
                 layer.path,
                 layer.kind,
                 "×".join(map(str, layer.shape)),
                 str(layer.rank),
+                f"{layer.effective_rank:.1f}",
+                str(layer.ranks_for(0.99)),
                 f"{layer.scaling:g}",
                 f"{layer.norm:.4g}",
             )
@@ -96,6 +99,7 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
         ("size", size(found.bytes)),
         ("‖delta‖", f"{found.norm:.4g}"),
     ]
+    facts += [("note", note) for note in found.notes]
     return facts + [
         (key, brief(value)) for key, value in found.record.items() if key in ("recipe", "seed", "metrics", "created")
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import torch
@@ -14,6 +15,8 @@ _EXACT: Final = 512
 _MORE: Final = 16
 """Columns of a sketch beyond twice the rank."""
 _PASSES: Final = 6
+_ROWS: Final = 512
+"""Rows that are copied at once."""
 
 
 def leading(matrix: Tensor, *, rank: int | None = None, energy: float | None = None) -> Factors:
@@ -25,7 +28,7 @@ def leading(matrix: Tensor, *, rank: int | None = None, energy: float | None = N
     Args:
         matrix: float32 (out, in). rank, energy: one of the two.
     """
-    total, most = float(matrix.double().square().sum()), min(matrix.shape)
+    total, most = squared(matrix), min(matrix.shape)
     if energy is None:
         assert rank is not None
         rank = min(rank, most)
@@ -42,7 +45,19 @@ def leading(matrix: Tensor, *, rank: int | None = None, energy: float | None = N
 
 def missed(matrix: Tensor, kept: Factors) -> float:
     """`‖matrix - kept‖` in the Frobenius norm."""
-    return float((matrix - kept.dense()).double().norm())
+    b, a = kept.b.float(), kept.a.float()
+    return math.sqrt(
+        math.fsum(squared(part - rows @ a) for part, rows in zip(_blocks(matrix), _blocks(b), strict=True))
+    )
+
+
+def squared(matrix: Tensor) -> float:
+    """`‖matrix‖²`, summed in double precision some rows at a time."""
+    return math.fsum(float(part.double().square().sum()) for part in _blocks(matrix))
+
+
+def _blocks(matrix: Tensor) -> tuple[Tensor, ...]:
+    return matrix.split(_ROWS)
 
 
 def _sketched(matrix: Tensor, columns: int) -> Spectrum:

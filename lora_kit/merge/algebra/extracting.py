@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,20 +19,17 @@ from lora_kit.files import printable
 from lora_kit.fingerprint import fingerprint
 from lora_kit.fit import below, fitted
 from lora_kit.layers import features_of, keeps_transposed, kind_of
-from lora_kit.merge.algebra.dense import leading, missed
+from lora_kit.merge.algebra.dense import leading, missed, squared
 from lora_kit.merge.algebra.factors import Factors
+from lora_kit.merge.algebra.folders import Model, opened
 from lora_kit.merge.algebra.made import MADE, Error, assembled
-from lora_kit.merge.base import find_base
-from lora_kit.merge.outline import Head, Outline, outline
-from lora_kit.merge.preflight import quantisation
-from lora_kit.merge.shards import Shard, read_shards
+from lora_kit.merge.outline import Outline
 from lora_kit.targets import Coverage, Target, suffixes
 
 logger = logging.getLogger(__name__)
 
 LIST: Final = "list"
 SAVE: Final = "save"
-_LABELLED: Final = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
 
 
 def extract(
@@ -64,8 +61,7 @@ def extract(
         ConfigError: not exactly one of rank and energy, or one that is none.
     """
     _check(rank, energy, others)
-    one, two = _opened(base, tuned)
-    _check_alike(one, two)
+    one, two = opened(base, tuned)
     found = _compared(one, two, rank, energy, progress)
     whole = _whole(one, two, found.others, found.new, others)
     saved = {key: tensor for path in whole for key, tensor in _module(two.outline, path).items()}
@@ -97,83 +93,11 @@ def _check(rank: int | None, energy: float | None, others: str) -> None:
         raise ConfigError("exactly one of rank and energy is expected", hint="rank=16, or energy=0.99")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ConfigError(f"rank={rank!r} was given; a whole number from 1 is expected")
-    if energy is not None and (isinstance(energy, bool) or not 0 < energy <= 1):
+    number = isinstance(energy, (int, float)) and not isinstance(energy, bool)
+    if energy is not None and not (number and 0 < energy <= 1):
         raise ConfigError(f"energy={energy!r} was given; a number above 0 up to 1 is expected")
     if others not in (LIST, SAVE):
         raise ConfigError(f"others={others!r} was given; {LIST!r} or {SAVE!r} is expected")
-
-
-# The two models
-
-
-@dataclass(frozen=True)
-class _Model:
-    """A model folder, mapped into memory."""
-
-    name: str
-    shards: tuple[Shard, ...]
-    head: Head
-    outline: Outline
-
-    @property
-    def state(self) -> dict[str, Tensor]:
-        return {key: tensor.detach() for key, tensor in self.outline.model.state_dict(keep_vars=True).items()}
-
-    @property
-    def unplaced(self) -> dict[str, Tensor]:
-        """Stored tensors that are not one parameter as they are, by name."""
-        placed = set(self.outline.names.values())
-        return {name: t for shard in self.shards for name, t in shard.tensors.items() if name not in placed}
-
-
-def _opened(base: str | Path, tuned: str | Path) -> tuple[_Model, _Model]:
-    folders = find_base(base), find_base(tuned)
-    for name, folder in zip((base, tuned), folders, strict=True):
-        if quantisation(folder / "config.json") is not None:
-            raise MergeError(f"{printable(name)} is quantised: what it lost hides the difference", hint="the originals")
-    head = _head(folders[1])
-    shards = [read_shards(folder) for folder in folders]
-    one, two = (
-        _Model(printable(name), found, head, outline(folder, found, head))
-        for name, folder, found in zip((base, tuned), folders, shards, strict=True)
-    )
-    return one, two
-
-
-def _head(folder: Path) -> Head:
-    """Which model of its base a fine-tune is, by what its config says."""
-    try:
-        fields = json.loads((folder / "config.json").read_text("utf-8"))
-        architecture = str((fields.get("architectures") or [""])[0])
-    except (OSError, ValueError, AttributeError, TypeError, IndexError):
-        return Head("CAUSAL_LM")  # reading it says what is wrong with it
-    for ending, task in _LABELLED.items():
-        if architecture.endswith(ending):
-            labels = fields.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
-            return Head(task, len(labels), tuple(str(labels[number]) for number in sorted(labels, key=int)))
-    return Head("SEQ_2_SEQ_LM" if architecture.endswith("ForConditionalGeneration") else "CAUSAL_LM")
-
-
-def _check_alike(one: _Model, two: _Model) -> None:
-    """Raise MergeError unless both have the same parameters in the same shapes, and everything stored has its place."""
-    first, second = one.outline.model.state_dict(), two.outline.model.state_dict()
-    if first.keys() != second.keys():
-        raise MergeError(
-            f"{one.name} and {two.name} are not of one architecture: {listed(sorted(first.keys() ^ second.keys()))}"
-        )
-    unlike = [
-        f"{key} {tuple(first[key].shape)} and {tuple(second[key].shape)}"
-        for key in first
-        if first[key].shape != second[key].shape and key not in one.outline.missing
-    ]
-    if unlike:
-        raise MergeError(
-            f"no adapter changes shapes, and {one.name} and {two.name} have others: {listed(unlike, most=4)}",
-            hint="give the base the vocabulary of the fine-tune first" if "embed" in unlike[0] else "",
-        )
-    if two.outline.missing or two.outline.unclaimed:
-        lacking = listed([*two.outline.missing, *two.outline.unclaimed])
-        raise MergeError(f"{two.name} does not fill its own model: {lacking}", hint="the fine-tune is not whole")
 
 
 # What differs
@@ -194,8 +118,8 @@ class _Found:
 
 
 def _compared(
-    one: _Model,
-    two: _Model,
+    one: Model,
+    two: Model,
     rank: int | None,
     energy: float | None,
     progress: Callable[[int, int], None] | None,
@@ -220,7 +144,7 @@ def _compared(
     return found
 
 
-def _unplaced(one: _Model, two: _Model) -> Iterator[str]:
+def _unplaced(one: Model, two: Model) -> Iterator[str]:
     """Names of stored tensors that differ and that transformers keeps in another form (fused experts)."""
     if not one.outline.converted and not two.outline.converted:
         return
@@ -230,10 +154,18 @@ def _unplaced(one: _Model, two: _Model) -> Iterator[str]:
             yield name
 
 
-def _differ(one: Tensor, other: Tensor) -> bool:
-    if one.dtype == other.dtype:
-        return not torch.equal(one, other)
-    return one.shape != other.shape or bool((one.float() != other.float()).any())
+def _differ(before: Tensor, after: Tensor) -> bool:
+    """Whether a fine-tune has other numbers; those that it only keeps in a coarser dtype are the same."""
+    if before.shape != after.shape:
+        return True
+    if before.is_floating_point() and after.is_floating_point() and _coarser(after.dtype, before.dtype):
+        before = before.to(after.dtype)
+    wide = torch.promote_types(before.dtype, after.dtype)
+    return not torch.equal(before.to(wide), after.to(wide))
+
+
+def _coarser(one: torch.dtype, other: torch.dtype) -> bool:
+    return torch.finfo(one).eps > torch.finfo(other).eps
 
 
 def _can_hold(key: str, one: Outline, two: Outline) -> bool:
@@ -246,19 +178,20 @@ def _can_hold(key: str, one: Outline, two: Outline) -> bool:
 def _pair(
     path: str, before: Tensor, after: Tensor, transposed: bool, rank: int | None, energy: float | None, error: Error
 ) -> Factors:
-    difference = after.float() - before.float()
+    difference = after.to(torch.float32, copy=True).sub_(before)
     difference = difference.T.contiguous() if transposed else difference
-    if not torch.isfinite(difference).all():
+    norm = math.sqrt(squared(difference))
+    if not math.isfinite(norm):
         raise MergeError(f"{path}: the difference holds NaN or infinity")
     made = leading(difference, rank=rank, energy=energy)
-    error.add(path, missed(difference, made), float(difference.double().norm()))
+    error.add(path, missed(difference, made), norm)
     return made
 
 
 # What is saved whole
 
 
-def _whole(one: _Model, two: _Model, others: Sequence[str], new: Sequence[str], how: str) -> list[str]:
+def _whole(one: Model, two: Model, others: Sequence[str], new: Sequence[str], how: str) -> list[str]:
     """Paths of the modules to save whole: those the base lacks, and those of all other differences if asked to."""
     keys = list(new)
     if how == SAVE:

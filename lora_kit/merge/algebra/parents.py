@@ -23,7 +23,7 @@ Source = str | Path | Adapter
 
 @dataclass(frozen=True)
 class Parent:
-    """An adapter and what it is called in messages."""
+    """An adapter, and what it is called in messages."""
 
     name: str
     adapter: Adapter

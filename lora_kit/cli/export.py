@@ -1,0 +1,90 @@
+"""`export` and `check`: adapters for other readers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from lora_kit.cli.app import ADAPTERS, AsJson, Replace, Store, app
+from lora_kit.cli.screen import print_json, print_table, size
+
+if TYPE_CHECKING:
+    from lora_kit.merge.export import Verdict
+
+Target = Annotated[str, Parameter(help="merged, peft, vllm, sglang, tgi, gguf, ollama or mlx.")]
+Base = Annotated[
+    str | None,
+    Parameter(help="Hub id, local folder or kit-base: the adapter's base, whose config gguf and ollama need."),
+]
+MaxRank = Annotated[int | None, Parameter(help="The largest rank the reader is started for.")]
+
+
+@app.command
+def export(
+    adapter: str,
+    /,
+    *,
+    target: Target,
+    out: Path,
+    base: Base = None,
+    max_lora_rank: MaxRank = None,
+    replace: Replace = False,
+    store: Store = ADAPTERS,
+    json: AsJson = False,
+) -> None:
+    """Write an adapter for another program, doing the same there as here.
+
+    The folder's README has the command that loads it.
+
+    Args:
+        adapter: A folder, or a name in the store.
+        out: The folder to write.
+    """
+    from lora_kit.inspect import find_adapter
+    from lora_kit.merge.export import export as run
+
+    folder = find_adapter(adapter, store=store)
+    made = run(folder, target, out, base=base, max_lora_rank=max_lora_rank, replace=replace)
+    if json:
+        print_json(made.to_json())
+        return
+    rows = [("written", str(made.out)), ("for", made.target), ("size", size(made.bytes))]
+    print_table(("", ""), rows + [("changed", change) for change in made.changed])
+
+
+@app.command
+def check(
+    adapter: str,
+    /,
+    *,
+    target: Target,
+    base: Base = None,
+    max_lora_rank: MaxRank = None,
+    store: Store = ADAPTERS,
+    json: AsJson = False,
+) -> None:
+    """Say in advance whether another program takes an adapter.
+
+    Exit code 2 if it does not.
+
+    Args:
+        adapter: A folder, or a name in the store.
+    """
+    from lora_kit.inspect import find_adapter
+    from lora_kit.merge.export import check as run
+
+    found = run(find_adapter(adapter, store=store), target, base=base, max_lora_rank=max_lora_rank)
+    if json:
+        print_json({**found.to_json(), "fits": not found.refused})
+    else:
+        print_table(("", ""), _told(found))
+    found.demand()
+
+
+def _told(found: Verdict) -> list[tuple[str, str]]:
+    rows = [("reader", found.reader), ("fits", "no" if found.refused else "yes")]
+    rows += [("cannot take", reason) for reason in found.refused]
+    rows += [("export changes", change) for change in found.changed]
+    return rows + [("needs", need) for need in found.needed]
