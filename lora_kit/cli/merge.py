@@ -35,6 +35,8 @@ def merge(
     ] = None,
     dtype: str | None = None,
     verify: str = "weights",
+    quantized: str | None = None,
+    original: str | None = None,
     replace: Replace = False,
     allow: Annotated[list[str] | None, Parameter(negative="", help=_ALLOWED)] = None,
     store: Store = ADAPTERS,
@@ -49,6 +51,8 @@ def merge(
         base: Base model: hub id, local folder or kit-base; by default the one the adapter names.
         dtype: float32, bfloat16 or float16; by default that of the base.
         verify: weights, or logits to load base and result and compare these too.
+        quantized: Where the base is quantised: original, dequantized or requantized.
+        original: With original: the model that the base was quantised from, a hub id or a folder.
     """
     from lora_kit.inspect import base_of, find_adapter
     from lora_kit.merge import merge as run
@@ -68,6 +72,8 @@ def merge(
             replace=replace,
             allow=allow or (),
             verify=verify,
+            quantized=quantized,
+            original=original,
             progress=progress,
         )
     if json:
@@ -88,6 +94,8 @@ def _merge_facts(report: MergeReport) -> list[tuple[str, str]]:
         ("retention", kept if report.tensors else "no pairs; saved modules replaced"),
         ("read back", f"{len(report.files)} files by sha256, {report.compared:,} numbers by a second computation"),
     ]
+    if report.quantized:
+        facts.append(("quantised base", f"merged into the {report.quantized} weights"))
     if report.untied:
         facts.append(("untied", ", ".join(report.untied)))
     if report.left_out:

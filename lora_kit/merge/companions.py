@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -43,13 +43,19 @@ def _companions(base: Path) -> Iterator[Path]:
             yield file
 
 
-def write_config(base: Path, out: Path, *, changes: Mapping[str, Any], dtype: torch.dtype | None) -> None:
-    """The base's config.json with these fields, and with the dtype of the result where that is another."""
+def write_config(
+    base: Path, out: Path, *, changes: Mapping[str, Any], without: Collection[str] = (), dtype: torch.dtype | None
+) -> None:
+    """The base's config.json with these fields, and with the dtype of the result where that is another.
+
+    Args:
+        without: fields that are left out.
+    """
     try:
         fields = json.loads((base / CONFIG).read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise BaseModelError(f"{base / CONFIG} cannot be read: {error}") from None
-    fields |= changes
+    fields = {name: value for name, value in {**fields, **changes}.items() if name not in without}
     for part in (fields, *(value for value in fields.values() if isinstance(value, dict))):
         if "tie_word_embeddings" in changes and "tie_word_embeddings" in part:
             part["tie_word_embeddings"] = changes["tie_word_embeddings"]

@@ -127,6 +127,9 @@ def outline(folder: Path, shards: Sequence[Shard], head: Head) -> Outline:
     stored = {name: tensor for shard in shards for name, tensor in shard.tensors.items()}
     names, converted, unclaimed = _assigned(model, stored)
     places = model.state_dict(keep_vars=True)
+    # Of a Conv1D, bitsandbytes quantises the transposed weight.
+    turned = {name for key, name in names.items() if stored[name].is_meta and stored[name].shape != places[key].shape}
+    stored |= {name: stored[name].mT for name in turned}
     misfits = [
         f"{name} {tuple(stored[name].shape)} for {key} {tuple(places[key].shape)}"
         for key, name in names.items()

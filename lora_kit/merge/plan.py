@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from lora_kit.errors import BaseModelError, MergeError, listed
 from lora_kit.fit import fitted
 from lora_kit.layers import keeps_transposed
 from lora_kit.merge.outline import Head, Outline, shell
+from lora_kit.merge.packed import Packed
 from lora_kit.merge.shards import Shard
 
 _FOLDABLE: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -41,20 +42,20 @@ class Update:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the result.
+    """One tensor of the result; of a weight that is quantised again, all that it is stored in.
 
     Attributes:
         name: in its file.
         source: the base's tensor, or what an adapter brings instead of it.
         dtype: of the result.
-        how: `copied`, `cast`, `folded`, `replaced` or `added`.
+        how: `copied`, `cast`, `dequantized`, `folded`, `requantized`, `replaced` or `added`.
         path: of the module, where an adapter changes it.
         updates: what is folded into it.
         transposed: whether it is kept as (in, out).
     """
 
     name: str
-    source: Tensor
+    source: Tensor | Packed
     dtype: torch.dtype
     how: str
     path: str = ""
@@ -62,8 +63,16 @@ class Entry:
     transposed: bool = False
 
     @property
+    def stored(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
+        """What it is written as, in the order of the bytes."""
+        if self.how == "requantized" and isinstance(self.source, Packed):
+            parts = self.source.parts
+            return {name: (parts[name].dtype, shape) for name, shape in self.source.sizes().items()}
+        return {self.name: (self.dtype, self.source.shape)}
+
+    @property
     def nbytes(self) -> int:
-        return self.source.numel() * self.dtype.itemsize
+        return sum(dtype.itemsize * shape.numel() for dtype, shape in self.stored.values())
 
 
 @dataclass(frozen=True)
@@ -114,11 +123,13 @@ def plan(
     head: Head,
     dtype: torch.dtype | None,
     allow: Collection[str],
+    quantized: str | None = None,
 ) -> Plan:
     """Give everything the adapters hold its place.
 
     Args:
         dtype: of the floating tensors of the result; None: each keeps its own.
+        quantized: as in `merge`.
         allow: as in `merge`.
 
     Raises:
@@ -133,9 +144,15 @@ def plan(
     left_out = set(base.unclaimed)
     entries = {
         shard.name: [
-            _entry(base, name, tensor, own.get(name), changes, dtype)
+            entry
             for name, tensor in shard.tensors.items()
             if name not in left_out
+            for entry in _as_asked(
+                _entry(base, name, shard.packed.get(name, tensor), own.get(name), changes, dtype),
+                base,
+                own.get(name, ""),
+                quantized,
+            )
         ]
         for shard in shards
     }
@@ -145,7 +162,7 @@ def plan(
     if changes.keys:
         raise MergeError(f"nothing in the base's files is {listed(changes.keys)}, which the adapter changes")
     # Wide tensors first, as safetensors aligns them; within a width the base's own order.
-    ordered = {name: tuple(sorted(found, key=lambda entry: -entry.dtype.itemsize)) for name, found in entries.items()}
+    ordered = {name: tuple(sorted(found, key=_width, reverse=True)) for name, found in entries.items()}
     return Plan(tuple((shard, ordered[shard.name]) for shard in shards), untied, tuple(sorted(left_out)))
 
 
@@ -215,8 +232,30 @@ def untied_shell(base: Outline, head: Head) -> Any:
     return shell(config, head)
 
 
+def _width(entry: Entry) -> int:
+    """Bytes of a number; what is quantised again has several kinds and comes before all others, wide ones first."""
+    return 2**10 if entry.how == "requantized" else entry.dtype.itemsize
+
+
+def _as_asked(entry: Entry, base: Outline, key: str, quantized: str | None) -> list[Entry]:
+    """What becomes of a tensor that may be a quantised weight."""
+    source = entry.source
+    if not isinstance(source, Packed):
+        return [entry]
+    if quantized != "requantized":
+        if keeps_transposed(base.model.get_submodule(key.rpartition(".")[0])):
+            raise MergeError(
+                f"{entry.name} is a quantised Conv1D, which is not written dequantised",
+                hint="merge into the original, or requantise",
+            )
+        return [entry]
+    if entry.updates:
+        return [replace(entry, dtype=source.dtype, how="requantized", transposed=False)]
+    return [Entry(name, part, part.dtype, "copied") for name, part in source.parts.items()]
+
+
 def _entry(
-    base: Outline, name: str, tensor: Tensor, key: str | None, changes: _Changes, dtype: torch.dtype | None
+    base: Outline, name: str, tensor: Tensor | Packed, key: str | None, changes: _Changes, dtype: torch.dtype | None
 ) -> Entry:
     """One stored tensor, with what the adapters do to it."""
     own = dtype if dtype is not None and tensor.dtype in _FOLDABLE else tensor.dtype
@@ -233,6 +272,8 @@ def _entry(
             )
         transposed = keeps_transposed(base.model.get_submodule(path))
         return Entry(name, tensor, own, "folded", path, updates, transposed)
+    if isinstance(tensor, Packed):
+        return Entry(name, tensor, own, "dequantized")
     return Entry(name, tensor, own, "copied" if own == tensor.dtype else "cast")
 
 

@@ -1,4 +1,4 @@
-"""What can be refused before any work: outputs that would destroy an input, bases that cannot take an adapter."""
+"""What can be refused before any work: outputs that would destroy an input, adapters that a base has already."""
 
 from __future__ import annotations
 
@@ -31,13 +31,8 @@ def refuse_overlap(out: Path, inputs: Sequence[Path]) -> None:
             )
 
 
-def refuse_unmergeable(base: Path, adapters: Sequence[Adapter]) -> None:
-    """Raise MergeError for a base that is quantised, or into which one of these adapters was merged already."""
-    if quantisation(base / "config.json") is not None:
-        raise MergeError(
-            f"{printable(base)} is quantised: rounding to its grid would lose the adapter",
-            hint="merge into the unquantised base and quantise the result, or load the adapter beside this base",
-        )
+def refuse_merged(base: Path, adapters: Sequence[Adapter]) -> None:
+    """Raise MergeError for a base into which one of these adapters was merged already, and for one given twice."""
     merged, seen = merged_digests(base), set[str]()
     for digest in (adapter.digest for adapter in adapters):
         if digest in merged:

@@ -39,6 +39,7 @@ class MergeReport:
         base: what the base was asked for by.
         adapters: digests, each with its weight.
         dtype: of the merged weights; the coarsest, where they differ.
+        quantized: what was chosen for a quantised base: `original`, `dequantized` or `requantized`; None for another.
         counts: tensors that were `copied`, `cast`, `folded`, `replaced` and `added`.
         tensors: of each weight with a delta, how large that was and which share of it survived rounding.
         untied: parameters that were one in the base and are several now.
@@ -60,6 +61,7 @@ class MergeReport:
     left_out: tuple[str, ...]
     files: Mapping[str, Mapping[str, Any]]
     compared: int
+    quantized: str | None = None
     logits: LogitCheck | None = None
     bytes: int = 0
     seconds: float = 0.0
@@ -95,6 +97,7 @@ class MergeReport:
             ("base", self.base),
             ("adapters", adapters),
             ("dtype", self.dtype),
+            *([("quantised base", f"merged into the {self.quantized} weights")] if self.quantized else []),
             ("tensors", ", ".join(f"{count:,} {how}" for how, count in self.counts.items())),
             ("delta that survived rounding", f"{self.retention:.1%} on average"),
             ("compared with a second computation", f"{self.compared:,} numbers"),

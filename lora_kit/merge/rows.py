@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lora_kit.errors import MergeError
 from lora_kit.fold import Retention
+from lora_kit.merge.packed import Packed
 from lora_kit.merge.plan import Entry, Update
 from lora_kit.ops import dora_scale
 
@@ -26,9 +27,14 @@ _LEAST: Final = 16
 """Rows of a block. Products of fewer go another way through the BLAS, and end in other bits."""
 
 
-def blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Rows in blocks; a short rest is part of the last one."""
-    step = max(_LEAST, _ELEMENTS // max(columns, 1) // _LEAST * _LEAST)
+def blocks(rows: int, columns: int, *, multiple: int = 1) -> Iterator[slice]:
+    """Rows in blocks; a short rest is part of the last one.
+
+    Args:
+        multiple: of which all but the last have a multiple.
+    """
+    least = math.lcm(_LEAST, multiple)
+    step = max(least, _ELEMENTS // max(columns, 1) // least * least)
     starts = list(range(0, rows, step))
     if len(starts) > 1 and rows - starts[-1] < _LEAST:
         starts.pop()
@@ -49,9 +55,31 @@ class Fold:
         Raises:
             MergeError: they are not finite.
         """
+        for _, exact, delta, target in self._sums():
+            merged = target.to(self.entry.dtype, copy=True)  # the only one that is handed out
+            self._tally(exact, delta, target.sub_(merged))
+            yield merged
+
+    @torch.no_grad()
+    def packed(self) -> Packed:
+        """The merged weight, quantised as the base's is.
+
+        Raises:
+            MergeError: it is not finite.
+        """
+        source = self.entry.source
+        assert isinstance(source, Packed)
+        again = source.pack(target for _, _, _, target in self._sums())
+        # A second time, since what is left of a number is known once all scales of the weight are.
+        for rows, exact, delta, target in self._sums():
+            self._tally(exact, delta, target.sub_(again[rows]))
+        return again
+
+    def _sums(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """Rows, and there the weight, the delta and their sum; good until the next ones are taken."""
         entry, source = self.entry, self.entry.source
         dtype, columns = torch.promote_types(source.dtype, torch.float32), _column_scale(entry)
-        parts = list(blocks(*source.shape))
+        parts = list(blocks(*source.shape, multiple=source.step if isinstance(source, Packed) else 1))
         # Memory that is used again: touching new pages would take longer than the sums.
         most = max(rows.stop - rows.start for rows in parts)
         exacts, deltas, targets = (torch.empty(most, source.shape[1], dtype=dtype) for _ in range(3))
@@ -63,9 +91,7 @@ class Fold:
             if columns is not None:
                 target *= columns if entry.transposed else columns[rows].unsqueeze(1)
                 delta = target - exact
-            merged = target.to(entry.dtype, copy=True)  # the only one that is handed out
-            self._tally(exact, delta, target.sub_(merged))
-            yield merged
+            yield rows, exact, delta, target
 
     def _tally(self, exact: Tensor, delta: Tensor, lost: Tensor) -> None:
         self._weight += _square(exact)
@@ -111,10 +137,11 @@ def _column_scale(entry: Entry) -> Tensor | None:
     pair = update.pair
     if pair.magnitude is None:
         return None
-    weight = entry.source.T if entry.transposed else entry.source
+    source = entry.source
+    weight = source.T if entry.transposed and isinstance(source, Tensor) else source
     parts = [
         dora_scale(weight[rows], pair.a, pair.b[rows], update.scaling, pair.magnitude[rows])
-        for rows in blocks(*weight.shape)
+        for rows in blocks(*weight.shape, multiple=source.step if isinstance(source, Packed) else 1)
     ]
     return torch.cat(parts)
 

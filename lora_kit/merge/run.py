@@ -20,9 +20,11 @@ from lora_kit.errors import ConfigError, MergeError, listed
 from lora_kit.files import check_output, staged
 from lora_kit.fingerprint import fingerprint
 from lora_kit.merge import companions, journal, logits, preflight, stream
+from lora_kit.merge import quantized as quantisation
 from lora_kit.merge import verify as proof
 from lora_kit.merge.base import find_base, local_folder
 from lora_kit.merge.outline import Head, outline
+from lora_kit.merge.packed import Packed
 from lora_kit.merge.plan import Part, Plan, plan
 from lora_kit.merge.report import LogitCheck, MergeReport
 from lora_kit.merge.shards import Shard, read_shards
@@ -46,6 +48,8 @@ def merge(
     replace: bool = False,
     allow: Collection[str] = (),
     verify: str = "weights",
+    quantized: str | None = None,
+    original: str | Path | None = None,
     progress: stream.Progress | None = None,
 ) -> MergeReport:
     """Fold an adapter into its base, `W' = round(W + scaling · B A)`, and write the result as a model folder.
@@ -65,31 +69,42 @@ def merge(
             most of a delta. And what `AdapterBank.load` allows.
         verify: `weights`: digests as read back from the disk, and numbers beside a second computation. `logits`: both
             models are loaded and compared as well.
+        quantized: for a base that bitsandbytes quantised. `original`: into the model it was quantised from.
+            `dequantized`: into what its weights stand for, written in the dtype they were quantised from.
+            `requantized`: that, quantised again in the same way; most of a small delta does not survive it.
+        original: the model that the base was quantised from: a folder or a hub id. That it is, is checked.
         progress: is given the bytes written so far and in all, again and again.
 
     Raises:
-        MergeError: a quantised base, tied weights, an adapter that is in this base already, an output inside an input,
-            a delta that rounding would eat, a weight that is not finite.
-        AdapterError, BaseMismatchError, BaseModelError: an input that cannot be read, or does not fit.
+        MergeError: a quantised base with nothing chosen for it, tied weights, an adapter that is in this base already,
+            an output inside an input, a delta that rounding would eat, a weight that is not finite.
+        AdapterError, BaseMismatchError, BaseModelError: an input that cannot be read or does not fit, another original.
         StorageError: the output exists, or the disk refuses.
         VerificationError: what was written is not the base with the adapter.
     """
     started, out = time.perf_counter(), Path(out)
     _check_arguments(allow, verify)
+    quantisation.check_choice(quantized, original=original, dtype=dtype, verify=verify)
     sources, wanted = _sources(adapter), None if dtype is None else float_dtype(dtype)
-    local = local_folder(base)
-    inputs = [*([local] if local else []), *(Path(source) for source, _ in sources if not isinstance(source, Adapter))]
+    local = [folder for name in (base, original) if name is not None and (folder := local_folder(name))]
+    inputs = [*local, *(Path(source) for source, _ in sources if not isinstance(source, Adapter))]
     preflight.refuse_overlap(out, inputs)
     check_output(out, replace=replace, owned=preflight.is_merged_folder)
     parts = [_part(source, weight, allow=allow) for source, weight in sources]
     if verify == "logits":
         logits.check_askable(parts)
     folder = find_base(base)
-    preflight.refuse_unmergeable(folder, [part.adapter for part in parts])
+    quantisation.check_base(folder, quantized)
+    if original is not None:
+        quantisation.check_original(folder, find_base(original), Head.of(parts[0].adapter))
+        base, folder = original, find_base(original)
+    preflight.refuse_merged(folder, [part.adapter for part in parts])
     shards = read_shards(folder)
+    if quantized in (quantisation.DEQUANTIZED, quantisation.REQUANTIZED):
+        shards = quantisation.read_quantized(folder, shards)
     needed = _needed(shards, parts, wanted) - _size(journal.place_of(out))
     with staged(out, replace=replace, owned=preflight.is_merged_folder, needed=needed) as staging:
-        work = _Work(str(base), folder, shards, parts, wanted, frozenset(allow))
+        work = _Work(str(base), folder, shards, parts, wanted, frozenset(allow), quantized)
         report, origin = work.into(staging, out=out, progress=progress)
         if verify == "logits":
             report = dataclasses.replace(report, logits=work.logits_of(staging, report))
@@ -108,6 +123,7 @@ class _Work:
     parts: list[Part]
     dtype: torch.dtype | None
     allow: frozenset[str]
+    quantized: str | None
 
     @property
     def head(self) -> Head:
@@ -120,9 +136,12 @@ class _Work:
         """Write the merged model and check it. Returns the report, and the base's fingerprint."""
         head = self.head
         base = outline(self.folder, self.shards, head)
-        todo = plan(base, self.shards, self.parts, head=head, dtype=self.dtype, allow=self.allow)
+        todo = plan(
+            base, self.shards, self.parts, head=head, dtype=self.dtype, allow=self.allow, quantized=self.quantized
+        )
         changes = companions.config_changes(base, self.folder, head, untied=bool(todo.untied))
-        companions.write_config(self.folder, staging, changes=changes, dtype=self.dtype)
+        gone = ["quantization_config"] if self.quantized == quantisation.DEQUANTIZED else []
+        companions.write_config(self.folder, staging, changes=changes, without=gone, dtype=self.dtype)
         companions.carry(self.folder, staging)
         with journal.kept(out, self._key(todo)) as kept:
             written = stream.write(todo, staging, kept=kept, progress=progress)
@@ -130,13 +149,14 @@ class _Work:
             out=staging,
             base=self.base,
             adapters={part.adapter.digest: part.weight for part in self.parts},
-            dtype=str(_coarsest(todo)).removeprefix("torch."),
+            dtype=_dtype_of(todo),
             counts=todo.counts,
             tensors=tuple(written.retention),
             untied=todo.untied,
             left_out=todo.left_out,
             files=written.files,
             compared=0,
+            quantized=self.quantized,
         )
         proof.check_retention(report.tensors, dtype=report.dtype, allow=self.allow)
         compared = proof.check_result(staging, base, self.shards, self.parts, head=head)
@@ -214,10 +234,15 @@ def _needed(shards: Sequence[Shard], parts: Sequence[Part], dtype: torch.dtype |
     return sum(t.numel() * (dtype if dtype and t.is_floating_point() else t.dtype).itemsize for t in tensors)
 
 
-def _coarsest(plan: Plan) -> torch.dtype:
-    """Of the tensors that an adapter changes: it decides how much they were rounded."""
+def _dtype_of(plan: Plan) -> str:
+    """The coarsest of the tensors that an adapter changes: it decides how much they were rounded."""
+    kinds = {
+        entry.source.kind for entry in plan.entries if entry.how == "requantized" and isinstance(entry.source, Packed)
+    }
+    if kinds:
+        return listed(sorted(kinds))
     dtypes = {entry.dtype for entry in plan.entries if entry.path and entry.dtype.is_floating_point}
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    return str(max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)).removeprefix("torch.")
 
 
 def _size(folder: Path) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lora_kit.errors import AdapterError, BaseModelError, listed
 from lora_kit.files import exists, opened, printable, read_json
+from lora_kit.merge.packed import Packed, find_packed
 
 WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
@@ -31,11 +32,13 @@ class Shard:
         name: of the file, in the form it is written again: always safetensors.
         tensors: mapped, by name, in the order of their bytes; not to be written to.
         metadata: of a safetensors file.
+        packed: quantised weights, of which `tensors` has the shape alone; see `unpacked`.
     """
 
     name: str
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
+    packed: Mapping[str, Packed] = field(default_factory=dict)
 
 
 def read_shards(folder: Path) -> tuple[Shard, ...]:
@@ -50,6 +53,25 @@ def read_shards(folder: Path) -> tuple[Shard, ...]:
         if exists(folder / index):
             return _indexed(folder, index)
     raise BaseModelError(f"{printable(folder)} has no weights", hint=f"expected: {WEIGHTS}, or {INDEX} and its shards")
+
+
+def unpacked(shards: Sequence[Shard], dtype: torch.dtype) -> tuple[Shard, ...]:
+    """The same files as those of a model that is not quantised: what a weight is stored in counts as the weight.
+
+    Args:
+        dtype: of the model.
+
+    Raises:
+        BaseModelError: a quantised weight is damaged.
+    """
+    packed = find_packed({name: tensor for shard in shards for name, tensor in shard.tensors.items()}, dtype)
+    parts = {part for one in packed.values() for part in one.parts}
+    found = []
+    for shard in shards:
+        own = {name: one for name, one in packed.items() if name in shard.tensors}
+        rest = {name: tensor for name, tensor in shard.tensors.items() if name in own or name not in parts}
+        found.append(replace(shard, tensors={**rest, **{name: one.meta() for name, one in own.items()}}, packed=own))
+    return tuple(found)
 
 
 def _indexed(folder: Path, index: str) -> tuple[Shard, ...]:

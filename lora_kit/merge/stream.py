@@ -24,8 +24,9 @@ from torch import Tensor
 
 from lora_kit.fold import Retention
 from lora_kit.merge.journal import Facts, Kept
+from lora_kit.merge.packed import Packed
 from lora_kit.merge.plan import Entry, Plan
-from lora_kit.merge.rows import Fold
+from lora_kit.merge.rows import Fold, blocks
 from lora_kit.merge.shards import INDEX
 from lora_kit.weights import DTYPES
 
@@ -176,15 +177,23 @@ class _Sink:
 def _pieces(entries: Sequence[Entry], retention: list[Retention]) -> Iterator[memoryview]:
     """The bytes of tensors, one after the other."""
     for entry in entries:
-        if entry.updates:
+        source = entry.source
+        if entry.how == "requantized":
+            fold = Fold(entry)
+            again = fold.packed().parts
+            yield from (_bytes(again[name]) for name in entry.stored)
+            retention.append(fold.retention)
+        elif entry.updates:
             fold = Fold(entry)
             yield from map(_bytes, fold.blocks())
             retention.append(fold.retention)
-        elif entry.dtype == entry.source.dtype and entry.source.is_contiguous():
-            whole = _bytes(entry.source)
+        elif isinstance(source, Packed):
+            yield from (_bytes(source[rows].to(entry.dtype)) for rows in blocks(*source.shape, multiple=source.step))
+        elif entry.dtype == source.dtype and source.is_contiguous():
+            whole = _bytes(source)
             yield from (whole[start : start + _PIECE] for start in range(0, whole.nbytes, _PIECE))
         else:
-            yield from (_bytes(part.to(entry.dtype).contiguous()) for part in _small(entry.source))
+            yield from (_bytes(part.to(entry.dtype).contiguous()) for part in _small(source))
 
 
 def _small(tensor: Tensor) -> Iterator[Tensor]:
@@ -207,10 +216,9 @@ def _header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
     """Length and header of a safetensors file, padded to 8 bytes."""
     fields: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
-    for entry in entries:
-        begin, end = end, end + entry.nbytes
-        shape = list(entry.source.shape)
-        fields[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": shape, "data_offsets": [begin, end]}
+    for name, (dtype, shape) in (item for entry in entries for item in entry.stored.items()):
+        begin, end = end, end + shape.numel() * dtype.itemsize
+        fields[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -218,6 +226,6 @@ def _header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
 
 def _index(plan: Plan) -> bytes:
     """`model.safetensors.index.json`."""
-    places = {entry.name: shard.name for shard, entries in plan.shards for entry in entries}
+    places = {name: shard.name for shard, entries in plan.shards for entry in entries for name in entry.stored}
     fields = {"metadata": {"total_size": plan.nbytes}, "weight_map": dict(sorted(places.items()))}
     return (json.dumps(fields, indent=2) + "\n").encode()

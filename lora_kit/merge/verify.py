@@ -6,7 +6,7 @@ adapter's own tensors, by state dict key: nothing of the plan, the fold or the w
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -17,9 +17,12 @@ from lora_kit.adapter import Adapter
 from lora_kit.errors import BaseModelError, MergeError, VerificationError, listed
 from lora_kit.fold import Retention
 from lora_kit.layers import keeps_transposed
+from lora_kit.merge.decode import check_quantized, decoded, whole_blocks
 from lora_kit.merge.outline import Head, Outline, outline
+from lora_kit.merge.packed import Packed
 from lora_kit.merge.plan import Part
-from lora_kit.merge.shards import Shard, read_shards
+from lora_kit.merge.quantized import packed_by_key
+from lora_kit.merge.shards import Shard, read_shards, unpacked
 
 LEAST_RETAINED: Final = 0.5
 """Share of a tensor's delta that must survive rounding, unless its loss is allowed."""
@@ -34,10 +37,11 @@ def check_retention(found: Sequence[Retention], *, dtype: str, allow: Collection
     if not lost or "lost-delta" in allow:
         return
     table = [f"{one.path}: {one.retained:.0%} of a delta {one.relative:.2g} of the weight" for one in lost[:_SHOWN]]
+    finer = "merge with dtype float32" if "float" in dtype else "merge into the original or the dequantised weights"
     head = f"less than {LEAST_RETAINED:.0%} of {len(lost)} of {len(found)} deltas survives rounding to {dtype}"
     raise MergeError(
         "\n  ".join([head, *table]),
-        hint="merge with dtype float32, keep the adapter beside its base, or allow 'lost-delta'",
+        hint=f"{finer}, keep the adapter beside its base, or allow 'lost-delta'",
     )
 
 
@@ -52,6 +56,8 @@ def check_result(folder: Path, base: Outline, shards: Sequence[Shard], parts: Se
     """
     written = read_shards(folder)
     try:
+        if any(shard.packed for shard in shards):
+            written = unpacked(written, next(one.dtype for shard in shards for one in shard.packed.values()))
         merged = outline(folder, written, head)
     except BaseModelError as error:
         raise VerificationError(f"what was written does not load: {error.message}") from None
@@ -59,7 +65,7 @@ def check_result(folder: Path, base: Outline, shards: Sequence[Shard], parts: Se
     compared = _check_untouched(base, merged, shards, written, parts)
     for part in parts:
         compared += _check_saved(merged, part.adapter)
-    return compared + _check_folded(base, merged, parts)
+    return compared + _check_folded(base, merged, parts, packed_by_key(base, shards), packed_by_key(merged, written))
 
 
 def _check_places(base: Outline, merged: Outline, parts: Sequence[Part]) -> None:
@@ -89,15 +95,24 @@ def _check_untouched(
     changed, compared = _changed(parts), 0
     places = {name: key for key, name in merged.names.items()}
     own = {name: tensor for shard in shards for name, tensor in shard.tensors.items()}
-    by_key = base.model.state_dict()
+    packed, packed_now = ({n: one for shard in some for n, one in shard.packed.items()} for some in (shards, written))
+    values = base.model.state_dict()
     for name, tensor in ((name, tensor) for shard in written for name, tensor in shard.tensors.items()):
         key = places.get(name)
         if key in changed:
             continue
-        wanted = own.get(name, by_key.get(key or ""))
-        if wanted is None or wanted.shape != tensor.shape:
+        wanted = own.get(name, values.get(key or ""))
+        if wanted is None or wanted.shape != tensor.shape or (name in packed_now and name not in packed):
             raise VerificationError(f"{name} was written and is not the base's")
-        compared += _check_same(name, tensor, wanted)
+        if name in packed_now:
+            compared += sum(
+                _check_same(part, packed_now[name].parts[part], value) for part, value in packed[name].parts.items()
+            )
+        elif name in packed:
+            rows = _places(tensor.shape[0])
+            compared += _check_same(name, tensor[rows], decoded(packed[name], rows))
+        else:
+            compared += _check_same(name, tensor, wanted)
     return compared
 
 
@@ -130,7 +145,13 @@ def _places(count: int) -> Tensor:
     return torch.linspace(0, count - 1, min(_ROWS, count), dtype=torch.float64).long()
 
 
-def _check_folded(base: Outline, merged: Outline, parts: Sequence[Part]) -> int:
+def _check_folded(
+    base: Outline,
+    merged: Outline,
+    parts: Sequence[Part],
+    packed: Mapping[str, Packed],
+    packed_now: Mapping[str, Packed],
+) -> int:
     """Some outputs of every folded weight: merged - base is what the adapters say."""
     compared = 0
     own, found = base.model.state_dict(), merged.model.state_dict()
@@ -139,19 +160,29 @@ def _check_folded(base: Outline, merged: Outline, parts: Sequence[Part]) -> int:
         key = f"{path}.weight"
         by_column = type(base.model.get_submodule(path)).__name__ == "Conv1D"
         transposed = keeps_transposed(base.model.get_submodule(path))
-        rows = _places(own[key].shape[1 if by_column else 0])
-        before, after = ((w[:, rows].T if by_column else w[rows]).double() for w in (own[key], found[key]))
-        wanted, bound = _expected(path, before, rows, sides, by_entry=transposed and not by_column)
-        bound += torch.finfo(found[key].dtype).eps / 2 * 1.01 * wanted.abs() + torch.finfo(found[key].dtype).tiny
-        worst = ((after - wanted).abs() - bound).max()
-        if not worst <= 0:
-            off = float((after - wanted).abs().max())
-            raise VerificationError(
-                f"{path}: what was written is up to {off:.3g} away from base + adapter; rounding allows "
-                f"{float(bound.max()):.3g} at most"
-            )
-        compared += rows.numel() * before.shape[1]
+        again = packed_now.get(key)
+        rows = whole_blocks(again, _ROWS) if again else _places(own[key].shape[1 if by_column else 0])
+        before = decoded(packed[key], rows) if key in packed else own[key][:, rows].T if by_column else own[key][rows]
+        wanted, bound = _expected(path, before.double(), rows, sides, by_entry=transposed and not by_column)
+        if again:
+            exact = {} if sides[0].adapter.pairs()[path].magnitude is None else {"exact": 0.0}
+            check_quantized(again, rows, wanted, **exact)
+        else:
+            _check_close(path, (found[key][:, rows].T if by_column else found[key][rows]), wanted, bound)
+        compared += wanted.numel()
     return compared
+
+
+def _check_close(path: str, found: Tensor, wanted: Tensor, bound: Tensor) -> None:
+    """Raise VerificationError where numbers are further away than rounding may take them."""
+    info = torch.finfo(found.dtype)
+    bound = bound + info.eps / 2 * 1.01 * wanted.abs() + info.tiny
+    off = (found.double() - wanted).abs()
+    if not (off - bound).max() <= 0:
+        raise VerificationError(
+            f"{path}: what was written is up to {float(off.max()):.3g} away from base + adapter; rounding allows "
+            f"{float(bound.max()):.3g} at most"
+        )
 
 
 def _expected(
