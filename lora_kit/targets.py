@@ -14,8 +14,13 @@ from lora_kit.errors import TargetError, listed, nearest
 from lora_kit.layers import SlotLayer, features_of, kind_of
 from lora_kit.patterns import expression
 
-_HEADS: Final = ("score", "classifier", "qa_outputs", "lm_head")
+_HEADS: Final = ("score", "classifier", "pre_classifier", "classification_head", "qa_outputs", "lm_head")
 """Names of output heads that `all-linear` leaves alone where they hang directly on the model."""
+_ROUTERS: Final = frozenset({"gate", "router", "shared_expert_gate"})
+"""Names of what chooses between the experts of a mixture; `all-linear` leaves them alone, and what is in them."""
+_EXPERTS: Final = "experts"
+_READ_BY_KERNELS: Final = ("x_proj", "dt_proj", "out_proj")
+"""Linear layers of a state-space mixer (Mamba and its kin) whose weight it reads itself, always or on a GPU."""
 _IN_SAVED: Final = "inside a saved module"
 
 Modules = Sequence[tuple[str, nn.Module]]
@@ -124,7 +129,8 @@ def survey(model: nn.Module, config: LoraConfig) -> Coverage:
     """As `find`, but what does not match is told, not raised."""
     modules = list(named_layers(model))
     saved = _saved_paths(modules, config.modules_to_save)
-    refused = dict.fromkeys(_inside(modules, saved), _IN_SAVED) | _attention_internals(modules)
+    refused = dict.fromkeys(_inside(modules, saved), _IN_SAVED)
+    refused |= _attention_internals(modules) | _mixer_internals(modules)
     targets, skipped = [], []
     for path, module in _selected(model, modules, config):
         kind = kind_of(module)
@@ -191,11 +197,11 @@ def _matcher(patterns: str | Sequence[str] | None) -> Callable[[str], bool]:
 def _selected(model: nn.Module, modules: Modules, config: LoraConfig) -> Iterator[tuple[str, nn.Module]]:
     """The modules that a config names, whether or not they can carry a pair."""
     everything, by_expression = config.target_modules == ALL_LINEAR, isinstance(config.target_modules, str)
-    heads = _heads(model, modules) if everything else set()
+    left_alone = _heads(model, modules) | _routers(modules) if everything else set()
     covered, excluded = _matcher(None if everything else config.target_modules), _matcher(config.exclude_modules)
     whole = frozenset(_entries(config))
     for path, module in modules:
-        found = kind_of(module) == "linear" and path not in heads if everything else covered(path)
+        found = kind_of(module) == "linear" and path not in left_alone if everything else covered(path)
         # An expression and a whole path say which layer they mean.
         chosen = (by_expression and not everything) or path in whole
         if path and found and not excluded(path) and (chosen or _layer_chosen(path, config)):
@@ -237,11 +243,30 @@ def _attention_internals(modules: Modules) -> dict[str, str]:
     return dict.fromkeys(_inside(modules, tops), "nn.MultiheadAttention reads its weight directly, past any wrapper")
 
 
+def _mixer_internals(modules: Modules) -> dict[str, str]:
+    mixers = {path for path, module in modules if {"A_log", "D"} <= module._parameters.keys()}
+    read = {f"{mixer}.{name}" for mixer in mixers for name in _READ_BY_KERNELS}
+    paths = [path for path, _ in modules if path in read]
+    return dict.fromkeys(paths, "a state-space mixer reads its weight directly, past any wrapper")
+
+
 def _heads(model: nn.Module, modules: Modules) -> set[str]:
     """Paths inside the output head of a model."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
     output = output.base_layer if isinstance(output, SlotLayer) else output
     return _inside(modules, [path for path, module in modules if path and (module is output or path in _HEADS)])
+
+
+def _routers(modules: Modules) -> set[str]:
+    """Paths of the routers of mixtures, which stand beside their experts, and of everything in them."""
+    mixtures = {path.rpartition(".")[0] for path, _ in modules if path.rpartition(".")[2] == _EXPERTS}
+    split = ((path, *path.rpartition(".")) for path, _ in modules)
+    return _inside(modules, [path for path, parent, _, name in split if name in _ROUTERS and parent in mixtures])
+
+
+def is_of_an_expert(path: str) -> bool:
+    """Whether a module belongs to one expert of a mixture, and so is given the tokens sent there, not a batch."""
+    return _EXPERTS in path.split(".")[:-1]
 
 
 def _has_float_weight(module: nn.Module) -> bool:

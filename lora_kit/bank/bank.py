@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_kit.adapter import PREFIX, Adapter, check_allowances, magnitude_key, pair_keys
 from lora_kit.bank.places import WrappedLayers
+from lora_kit.bank.reference import Reference
 from lora_kit.bank.residents import Resident, Residents
 from lora_kit.cache import AdapterCache, Offer
 from lora_kit.config import ALL_LINEAR, LoraConfig
@@ -31,7 +32,10 @@ from lora_kit.layers import (
     SavedModule,
     SlotLayer,
     initialise,
+    is_packed,
     kind_of,
+    pause_packing,
+    resume_packing,
 )
 from lora_kit.ops import dora_scale
 from lora_kit.targets import Coverage, Target, find, suffixes, survey
@@ -105,6 +109,7 @@ class AdapterBank:
         self._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
+        self._paused = pause_packing(model)
         model.__dict__["_lora_kit_bank"] = True
 
     # What is here
@@ -165,6 +170,11 @@ class AdapterBank:
             raise BankError(
                 f"this bank holds {self.dtype} slots; trainable adapters are fp32",
                 hint="attach with dtype=torch.float32",
+            )
+        if any(is_packed(module) for module in self.model.modules()):
+            raise BankError(
+                "bitsandbytes packed this base for inference on this CPU, and no gradient passes it now",
+                hint="load it anew, and attach before its first inference",
             )
         self._check_name(name)
         coverage = find(self.model, config)
@@ -265,6 +275,7 @@ class AdapterBank:
         if self.model.__dict__.pop("_lora_kit_bank", None) is None:
             raise BankError("this bank was detached already")
         self._layers.unwrap()
+        resume_packing(self._paused)
         for held in (self._residents, self._offers, self.cache):
             held.clear()
         self._routing.to_slot(BASE)
@@ -299,6 +310,14 @@ class AdapterBank:
             raise ConfigError(f"a list with one name (or None) per row was expected; {names!r} was given")
         with self._routed(names):
             yield
+
+    def reference(self) -> Reference:
+        """The base as a model of its own, for trainers that want a reference model beside the one they train.
+
+        Raises:
+            BankError: an adapter covers the head, which such trainers use without its adapter.
+        """
+        return Reference(self)
 
     @contextlib.contextmanager
     def _routed(self, names: Sequence[str | None]) -> Iterator[None]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_kit.errors import TargetError
 from lora_kit.layers import Routing, SavedModule, SlotLayer, wrap
-from lora_kit.targets import Coverage
+from lora_kit.targets import Coverage, is_of_an_expert
 
 
 class Slots:
@@ -77,17 +77,25 @@ class WrappedLayers:
         for path in [*ranks, *coverage.saved]:
             if path not in self._layers:
                 module = self._model.get_submodule(path)
-                new[path] = SavedModule(module, self._routing) if path in whole else wrap(module, self._routing)
+                new[path] = (
+                    SavedModule(module, self._routing)
+                    if path in whole
+                    else wrap(module, self._routing, of_an_expert=is_of_an_expert(path))
+                )
                 new[path].reserve(room, ranks.get(path, 0), self._dtype)
         if new:
-            self._replace({layer.base_layer: layer for layer in new.values()})
+            replace_modules(self._model, {layer.base_layer: layer for layer in new.values()})
             self._layers |= new
         for path, layer in self._layers.items():
             layer.reserve(room, ranks.get(path, 0), self._dtype)
 
+    def take_over(self, layers: Mapping[str, SlotLayer]) -> None:
+        """Count layers as wrapped, by path, that stand in the model already."""
+        self._layers |= layers
+
     def unwrap(self) -> None:
         """Put the model's own layers back."""
-        self._replace({layer: layer.base_layer for layer in self._layers.values()})
+        replace_modules(self._model, {layer: layer.base_layer for layer in self._layers.values()})
         self._layers.clear()
 
     def _check_nesting(self, covered: Mapping[str, bool]) -> None:
@@ -108,13 +116,14 @@ class WrappedLayers:
                 hint="use a bank for each",
             )
 
-    def _replace(self, new: Mapping[nn.Module, nn.Module]) -> None:
-        """Put modules in the places of others, under every name the model knows those by."""
-        for parent in list(self._model.modules()):
-            if not isinstance(parent, SlotLayer):
-                for key, child in parent._modules.items():
-                    if child is not None and child in new:
-                        parent._modules[key] = new[child]
+
+def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put modules in the places of others, under every name the model knows those by."""
+    for parent in list(model.modules()):
+        if not isinstance(parent, SlotLayer):
+            for key, child in parent._modules.items():
+                if child is not None and child in new:
+                    parent._modules[key] = new[child]
 
 
 def _above(path: str) -> Iterator[str]:

@@ -4,8 +4,17 @@ A layer keeps, for everything an adapter may bring to it, a *slab*: one tensor w
 "no adapter" and every slot holds neutral values until an adapter is put there, so any slot may be routed to any layer.
 """
 
-from lora_kit.layers.kinds import features_of, initialise, keeps_transposed, kind_of
-from lora_kit.layers.pairs import MAGNITUDE, A, B, LoraEmbedding, LoraLinear, wrap
+from lora_kit.layers.adopted import AdoptedEmbedding, AdoptedLinear, AdoptedModule, AdoptingLayer
+from lora_kit.layers.kinds import (
+    features_of,
+    initialise,
+    is_packed,
+    keeps_transposed,
+    kind_of,
+    pause_packing,
+    resume_packing,
+)
+from lora_kit.layers.pairs import MAGNITUDE, A, B, LoraEmbedding, LoraExpert, LoraLinear, wrap
 from lora_kit.layers.routing import BASE, Routing
 from lora_kit.layers.saved import SavedModule
 from lora_kit.layers.slots import SlotLayer
@@ -14,15 +23,23 @@ __all__ = [
     "BASE",
     "MAGNITUDE",
     "A",
+    "AdoptedEmbedding",
+    "AdoptedLinear",
+    "AdoptedModule",
+    "AdoptingLayer",
     "B",
     "LoraEmbedding",
+    "LoraExpert",
     "LoraLinear",
     "Routing",
     "SavedModule",
     "SlotLayer",
     "features_of",
     "initialise",
+    "is_packed",
     "keeps_transposed",
     "kind_of",
+    "pause_packing",
+    "resume_packing",
     "wrap",
 ]

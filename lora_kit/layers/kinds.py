@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
 from lora_kit.layers.slots import SlotLayer
+
+_PACKS: Final = "support_avx512bf16_for_cpu"
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -33,6 +37,30 @@ def features_of(module: nn.Module) -> tuple[int, int]:
     if type(module).__name__ == "Conv1D":  # transformers' Conv1D keeps its weight as (in, out)
         return int(module.nx), int(module.nf)  # type: ignore[arg-type]
     return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+
+
+def pause_packing(model: nn.Module) -> list[nn.Module]:
+    """Keep bitsandbytes from packing 4-bit weights; returns the layers that it would have packed.
+
+    At the first inference on some CPUs it packs them in place, into a form that passes no gradient on: the base would
+    change under its adapters, and training after an evaluation would go wrong unseen.
+    """
+    layers = [module for module in model.modules() if getattr(module, _PACKS, False) and not is_packed(module)]
+    for layer in layers:
+        setattr(layer, _PACKS, False)
+    return layers
+
+
+def resume_packing(layers: Iterable[nn.Module]) -> None:
+    """Undo `pause_packing`."""
+    for layer in layers:
+        setattr(layer, _PACKS, True)
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether bitsandbytes has packed a 4-bit weight for inference on this CPU."""
+    state = getattr(module._parameters.get("weight"), "quant_state", None)
+    return bool(getattr(state, "packing_format_for_cpu", False))
 
 
 def initialise(a: Tensor, b: Tensor, *, kind: str, init: bool | str) -> None:

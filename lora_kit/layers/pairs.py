@@ -8,6 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from lora_kit.errors import RoutingError
 from lora_kit.layers.gathered import Pair, Part, Room, choices, gathered
 from lora_kit.layers.kinds import features_of, keeps_transposed, kind_of
 from lora_kit.layers.routing import BASE, Routing
@@ -247,6 +248,26 @@ class LoraEmbedding(_PairLayer):
         return lora_add_embedding(y, ids, entry.tensors[A], entry.tensors[B], entry.scaling * scale)
 
 
-def wrap(module: nn.Module, routing: Routing) -> SlotLayer:
-    """The wrapper for a layer that carries pairs."""
-    return LoraEmbedding(module, routing) if kind_of(module) == "embedding" else LoraLinear(module, routing)
+class LoraExpert(LoraLinear):
+    """A linear layer of one expert of a mixture, which is given the tokens that were sent to it, of whatever rows."""
+
+    def _by_row(self, y: Tensor, x: Tensor) -> Tensor:
+        if not self.routing.mixed:
+            return super()._by_row(y, x)
+        if any(self.entries[slot] for slot in self.routing.rows):
+            raise RoutingError(
+                "an expert does not see which row a token belongs to, so rows of adapters that cover it cannot differ",
+                hint="use() one adapter at a time, or adapters that leave the experts alone",
+            )
+        return y
+
+
+def wrap(module: nn.Module, routing: Routing, *, of_an_expert: bool = False) -> SlotLayer:
+    """The wrapper for a layer that carries pairs.
+
+    Args:
+        of_an_expert: whether it belongs to one expert of a mixture.
+    """
+    if kind_of(module) == "embedding":
+        return LoraEmbedding(module, routing)
+    return LoraExpert(module, routing) if of_an_expert else LoraLinear(module, routing)

@@ -33,7 +33,8 @@ class SavedModule(SlotLayer):
             return self._call_rows(routing.rows, args, kwargs)
         if torch.compiler.is_compiling() and not self.trains:
             slot = routing.index(self.scaling)
-            return self._call({name: slab.index_select(0, slot)[0] for name, slab in self.slabs.items()}, args, kwargs)
+            names = self.base_layer.state_dict()
+            return self._call({name: self._slab(name).index_select(0, slot)[0] for name in names}, args, kwargs)
         return self._call_slot(routing.slot, args, kwargs)
 
     def _call_slot(self, slot: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

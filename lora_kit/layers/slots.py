@@ -105,7 +105,7 @@ class SlotLayer(nn.Module):
         for name, view in entry.tensors.items():
             if view.is_floating_point():
                 leaf = nn.Parameter(view)
-                self.register_parameter(_leaf_name(name, slot), leaf)
+                self.register_parameter(leaf_name(name, slot), leaf)
                 entry.tensors[name] = leaf
                 leaves.append(leaf)
         entry.dropout = dropout
@@ -118,7 +118,7 @@ class SlotLayer(nn.Module):
         if entry is None:
             return
         for name in entry.tensors:
-            self._parameters.pop(_leaf_name(name, slot), None)
+            self._parameters.pop(leaf_name(name, slot), None)
         self.routing.prepared.pop(self, None)
         self.entries[slot] = None
         if entry.trainable:
@@ -204,5 +204,6 @@ def _corner(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     return tensor
 
 
-def _leaf_name(name: str, slot: int) -> str:
+def leaf_name(name: str, slot: int) -> str:
+    """What a leaf parameter is called among those of its layer."""
     return f"{name.replace('.', '_')}_{slot}"

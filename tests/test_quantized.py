@@ -1,0 +1,234 @@
+"""Quantised bases through bitsandbytes, on a CPU: trained, swapped, served by rows, resumed, evaluated; PEFT judges."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+import transformers
+from torch import Tensor, nn
+
+import lora_kit as lk
+from lora_kit.errors import BankError, MergeError, TargetError
+
+KINDS: dict[str, dict[str, Any]] = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
+    "nf4 twice": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.float32,
+    },
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_compute_dtype": torch.float32},
+    "int8": {"load_in_8bit": True},
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+FIELDS: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "gate_proj", "down_proj"]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama, 64 wide so that its weights fill whole blocks."""
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=96, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("bases") / "llama"
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@functools.cache
+def read(folder: Path, kind: str) -> Any:
+    settings = transformers.BitsAndBytesConfig(**KINDS[kind])
+    return transformers.LlamaForCausalLM.from_pretrained(
+        folder, quantization_config=settings, device_map={"": "cpu"}, dtype=torch.float32
+    )
+
+
+def quantised(folder: Path, kind: str) -> Any:
+    """A base of its own, as transformers loads it."""
+    return copy.deepcopy(read(folder, kind)).eval()
+
+
+def packed(model: nn.Module) -> dict[str, Tensor]:
+    """The quantised weights, by name in the base."""
+    tensors = {name.replace(".base_layer", ""): p for name, p in model.named_parameters()}
+    found = {name: p.detach().clone() for name, p in tensors.items() if not p.is_floating_point()}
+    assert len(found) == 14
+    return found
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def trained(model: Any, optimizer: torch.optim.Optimizer, steps: range) -> Tensor:
+    losses = []
+    for step in steps:
+        inputs = tiny.batch(seed=step % 4)
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return torch.tensor(losses)
+
+
+def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-2)
+
+
+def shaken(bank: lk.AdapterBank, name: str) -> None:
+    torch.manual_seed(len(name))
+    with torch.no_grad():
+        for parameter in bank.parameters(name):
+            parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+@every_kind
+def test_training_follows_peft_on_the_same_quantised_base(kind: str, folder: Path, tmp_path: Path) -> None:
+    model = quantised(folder, kind)
+    before = packed(model)
+    bank = lk.attach(model, lk.LoraConfig(**FIELDS), name="a")
+    bank.save("a", tmp_path / "a")
+    ours = trained(model, adam(bank.parameters("a")), range(8))
+    assert ours[-1] < ours[0]
+    assert same(packed(model), before)
+    theirs = peft.PeftModel.from_pretrained(quantised(folder, kind), tmp_path / "a", is_trainable=True)
+    judged = trained(theirs, adam([p for p in theirs.parameters() if p.requires_grad]), range(8))
+    torch.testing.assert_close(ours, judged, rtol=1e-3, atol=0)
+
+
+@every_kind
+def test_adapters_swap_and_serve_rows(kind: str, folder: Path) -> None:
+    model = quantised(folder, kind)
+    base = tiny.logits(model, tiny.batch())
+    bank = lk.attach(model, dtype=torch.float32)
+    alone = {None: base}
+    for name in ("a", "bb"):
+        bank.add(name, lk.LoraConfig(**{**FIELDS, "r": 2 * len(name)}))
+        shaken(bank, name)
+        bank.use(name)
+        alone[name] = tiny.logits(model, tiny.batch())
+    assert not torch.allclose(alone["a"], base)
+    bank.use("a")
+    assert torch.equal(tiny.logits(model, tiny.batch()), alone["a"])
+    bank.use(None)
+    assert torch.equal(tiny.logits(model, tiny.batch()), base)
+    names = ["bb", None, "a"]
+    with bank.rows(names):
+        mixed = tiny.logits(model, tiny.batch())
+    # Where activations are rounded to int8, the last bit of a float may tip one of them.
+    close = 5e-3 if kind == "int8" else 1e-5
+    torch.testing.assert_close(mixed, torch.stack([alone[n][row] for row, n in enumerate(names)]), rtol=0, atol=close)
+    assert (alone["a"] - base).abs().max() > 20 * close
+    bank.detach()
+    assert torch.equal(tiny.logits(model, tiny.batch()), base)
+
+
+@every_kind
+def test_a_stopped_training_goes_on_bit_for_bit(kind: str, folder: Path, tmp_path: Path) -> None:
+    model = quantised(folder, kind)
+    bank = lk.attach(model, lk.LoraConfig(**FIELDS), name="a")
+    optimizer = adam(bank.parameters("a"))
+    trained(model, optimizer, range(3))
+    bank.save("a", tmp_path / "a")
+    state = optimizer.state_dict()
+    torch.save(state, tmp_path / "optimizer.pt")
+    expected = trained(model, optimizer, range(3, 7))
+    model = quantised(folder, kind)
+    bank = lk.attach(model, lk.LoraConfig(**FIELDS), name="a")
+    bank.restore("a", lk.Adapter.load(tmp_path / "a"))
+    optimizer = adam(bank.parameters("a"))
+    optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
+    assert torch.equal(trained(model, optimizer, range(3, 7)), expected)
+
+
+@every_kind
+def test_evaluating_in_between_changes_nothing(kind: str, folder: Path) -> None:
+    losses = []
+    for evaluates in (False, True):
+        torch.manual_seed(0)
+        model = quantised(folder, kind)
+        bank = lk.attach(model, lk.LoraConfig(**FIELDS), name="a")
+        optimizer = adam(bank.parameters("a"))
+        first = trained(model, optimizer, range(3))
+        if evaluates:
+            with torch.inference_mode():
+                model(**tiny.batch())
+            tiny.logits(model, tiny.batch())
+        losses.append(torch.cat([first, trained(model, optimizer, range(3, 6))]))
+    assert torch.equal(*losses)
+
+
+def test_a_base_that_was_packed_for_inference_is_not_trained_on(folder: Path) -> None:
+    model = quantised(folder, "nf4")
+    packs = [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
+    lk.attach(model).detach()
+    assert packs == [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
+    if not packs:
+        pytest.skip("bitsandbytes packs nothing on this CPU")
+    tiny.logits(model, tiny.batch())
+    with pytest.raises(BankError, match="packed"):
+        lk.attach(model, lk.LoraConfig(**FIELDS))
+
+
+@every_kind
+def test_the_dequantised_weight_is_never_kept(kind: str, folder: Path) -> None:
+    model = quantised(folder, kind)
+    inputs = tiny.batch()
+    lk.attach(model, lk.LoraConfig(**FIELDS))
+    layers = [m.base_layer for m in model.modules() if hasattr(m, "base_layer")]
+    shapes = {(layer.in_features, layer.out_features) for layer in layers}
+    shapes |= {shape[::-1] for shape in shapes}
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+    gc.collect()
+    alive = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
+    kept = [t for t in [*saved, *alive] if t.is_floating_point() and tuple(t.shape) in shapes]
+    assert saved
+    assert not kept, [(tuple(t.shape), t.dtype) for t in kept]
+    loss.backward()
+
+
+@every_kind
+def test_an_adopted_qlora_goes_on_as_in_peft(kind: str, folder: Path) -> None:
+    runs = []
+    for adopts in (False, True):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(quantised(folder, kind), peft.LoraConfig(task_type="CAUSAL_LM", **FIELDS))
+        optimizer = adam([p for p in model.parameters() if p.requires_grad])
+        first = trained(model, optimizer, range(3))
+        if adopts:
+            lk.adopt(model)
+        runs.append(torch.cat([first, trained(model, optimizer, range(3, 9))]))
+    torch.testing.assert_close(runs[1], runs[0], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_what_cannot_be_done_on_a_quantised_base_is_refused(kind: str, folder: Path) -> None:
+    model = quantised(folder, kind)
+    before = packed(model)
+    bank = lk.attach(model, lk.LoraConfig(**FIELDS), name="a")
+    shaken(bank, "a")
+    with pytest.raises(MergeError, match="quantised"):
+        bank.merge("a")
+    with pytest.raises(TargetError, match="DoRA needs"):
+        bank.add("b", lk.LoraConfig(**FIELDS, use_dora=True))
+    assert bank.names == ("a",)
+    assert same(packed(model), before)
