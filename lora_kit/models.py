@@ -6,15 +6,17 @@ Code that comes with a model is never run, a weight that is missing is an error,
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
+from torch import Tensor
 
 from lora_kit.dtypes import float_dtype
 from lora_kit.errors import BaseModelError, LoraKitError, listed, nearest
@@ -23,8 +25,8 @@ from lora_kit.fingerprint import fingerprint
 logger = logging.getLogger(__name__)
 
 KIT_BASE: Final = "kit-base"
-TASKS: Final = ("causal-lm", "classify")
-LATER_TASKS: Final = ("tokens", "seq2seq")
+TASKS: Final = ("causal-lm", "classify", "tokens", "seq2seq")
+"""Text that goes on; a label for a text; a label for each word; a text for a text, by an encoder and a decoder."""
 QUANTIZATIONS: Final = ("nf4", "int8")
 DEFAULT_SEPARATOR: Final = "\n"
 """What stands between a prompt and its completion, in training and in generation, unless a recipe says otherwise."""
@@ -41,6 +43,8 @@ _HEADS: Final = (
     "logits_proj",
 )
 """What the modules of a classification head are called at the top of transformers' models."""
+_NEW_HEADS: Final = ("classify", "tokens")
+"""Tasks whose head a checkpoint need not have."""
 _HEAD_SEED: Final = 0
 """A head that the checkpoint does not have is drawn from this seed, so that one base is the same base every time."""
 
@@ -53,7 +57,7 @@ class Base:
         model: in evaluation mode, on its device.
         tokenizer: with a pad token.
         name: what it was asked for by: a hub id, a folder or `kit-base`.
-        task: `causal-lm` or `classify`.
+        task: one of `TASKS`.
     """
 
     model: Any
@@ -68,6 +72,11 @@ class Base:
     def fingerprint(self) -> dict[str, Any]:
         """What tells this base from others; see `lora_kit.fingerprint`."""
         return fingerprint(self.model, name=self.name)
+
+    @property
+    def decoder_inputs(self) -> Callable[[Tensor], Tensor] | None:
+        """What a decoder reads while it learns to write labels, see `decoder_inputs`; None without an encoder."""
+        return functools.partial(decoder_inputs, self.model) if self.task == "seq2seq" else None
 
     @property
     def max_length(self) -> int:
@@ -89,8 +98,8 @@ def load_base(
 
     Args:
         base: a hub id, a local folder, or `kit-base` (which comes with the package and needs no network).
-        task: `causal-lm`, or `classify` for a head over the whole text.
-        num_labels: size of that head; needed for `classify` unless `label2id` is given or the checkpoint has a head.
+        task: `causal-lm`; `classify` for a head over the whole text, `tokens` for one over each token; `seq2seq`.
+        num_labels: size of that head; needed for those two unless `label2id` is given or the checkpoint has a head.
         label2id: names of the labels to their numbers, kept in the model's config.
         dtype: `bf16`, `fp16`, `fp32` or a torch.dtype; None or `auto` for the checkpoint's own.
         device: where to put it; None for CUDA where there is one and the CPU otherwise.
@@ -100,7 +109,7 @@ def load_base(
         BaseModelError: nothing of that name, files that are missing or torn, or weights that do not fill the model.
         ConfigError: an unknown dtype.
     """
-    _check_task(task)
+    _check_one_of("task", task, TASKS)
     _check_one_of("quantize", quantize, QUANTIZATIONS)
     torch_dtype = _dtype(dtype)
     place = _device(device)
@@ -108,6 +117,7 @@ def load_base(
     name = str(base)
     with quiet(), _translated(name):
         config = _config(source, task=task, num_labels=num_labels, label2id=label2id, offline=offline)
+        _check_architecture(name, config, task)
         tokenizer = _tokenizer(source, config, offline=offline)
         model = _model(source, config, task, dtype=torch_dtype, device=place, quantize=quantize, offline=offline)
     _ensure_pad(model, tokenizer, name, task)
@@ -117,8 +127,23 @@ def load_base(
     return Base(model=model, tokenizer=tokenizer, name=name, task=task)
 
 
-def load_tokenizer(base: str | Path) -> tuple[Any, int]:
-    """The tokenizer of a base, without its weights, and the tokens that the base can see at once.
+@dataclass(frozen=True)
+class Reader:
+    """How a base reads, known without its weights.
+
+    Attributes:
+        tokenizer: of the base.
+        max_length: tokens it can see at once, as `Base.max_length`.
+        both: whether it has an encoder and a decoder.
+    """
+
+    tokenizer: Any
+    max_length: int
+    both: bool
+
+
+def load_reader(base: str | Path) -> Reader:
+    """The tokenizer of a base and what its config says of its input.
 
     Raises:
         BaseModelError: nothing of that name, or no tokenizer that can be read.
@@ -127,7 +152,7 @@ def load_tokenizer(base: str | Path) -> tuple[Any, int]:
     with quiet(), _translated(str(base)):
         config = _config(source, task="causal-lm", num_labels=None, label2id=None, offline=offline)
         tokenizer = _tokenizer(source, config, offline=offline)
-    return tokenizer, _max_length(config, tokenizer)
+    return Reader(tokenizer, _max_length(config, tokenizer), bool(getattr(config, "is_encoder_decoder", False)))
 
 
 def _max_length(config: Any, tokenizer: Any) -> int:
@@ -142,10 +167,14 @@ def render_prompt(prompt: str, *, separator: str = DEFAULT_SEPARATOR) -> str:
     return prompt + separator
 
 
-def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after a text: a BOS and nothing, `[CLS]` and `[SEP]`, or nothing at all."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a", add_special_tokens=True)["input_ids"]
+def special_tokens(tokenizer: Any, *, side: Literal["text", "text_target"] = "text") -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text: a BOS and nothing, `[CLS]` and `[SEP]`, or nothing at all.
+
+    Args:
+        side: `text_target` for texts that a decoder writes, which some tokenizers treat differently.
+    """
+    plain = tokenizer(**{side: "a"}, add_special_tokens=False)["input_ids"]
+    full = tokenizer(**{side: "a"}, add_special_tokens=True)["input_ids"]
     for start in range(len(full) - len(plain) + 1):
         if full[start : start + len(plain)] == plain:
             return full[:start], full[start + len(plain) :]
@@ -155,14 +184,35 @@ def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
 def prompt_ids(tokenizer: Any, text: str) -> list[int]:
     """Tokens of a rendered prompt: one BOS if the tokenizer adds one (never a second), no EOS."""
     prefix, _ = special_tokens(tokenizer)
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids if prefix and ids[: len(prefix)] == prefix else [*prefix, *ids]
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return [*prefix, *without_special(ids, prefix, [])]
 
 
-def _check_task(task: str) -> None:
-    if task in LATER_TASKS:
-        raise BaseModelError(f"task {task!r} is not there yet", hint=f"tasks: {listed(TASKS)}")
-    _check_one_of("task", task, TASKS)
+def source_ids(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of what an encoder reads: the text between the tokenizer's own special tokens, none of them doubled."""
+    prefix, suffix = special_tokens(tokenizer)
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return [*prefix, *without_special(ids, prefix, suffix), *suffix]
+
+
+def without_special(ids: list[int], prefix: list[int], suffix: list[int]) -> list[int]:
+    """Tokens of a text without special tokens that it brings itself, where they would be put there anyway."""
+    ids = ids[len(prefix) :] if prefix and ids[: len(prefix)] == prefix else ids
+    return ids[: -len(suffix)] if suffix and ids[-len(suffix) :] == suffix else ids
+
+
+def decoder_inputs(model: Any, labels: Tensor) -> Tensor:
+    """What a decoder reads while it learns to write these labels: int64 (rows, length), shifted right.
+
+    Args:
+        labels: int64 (rows, length), -100 where there is none.
+    """
+    own = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if own is not None:
+        shifted: Tensor = own(labels)
+        return shifted
+    start, pad = model.config.decoder_start_token_id, model.config.pad_token_id
+    return torch.nn.functional.pad(labels[:, :-1], (1, 0), value=start).masked_fill(labels == -100, pad)
 
 
 def _check_one_of(name: str, value: str | None, known: Sequence[str]) -> None:
@@ -310,6 +360,15 @@ def _config(
     return AutoConfig.from_pretrained(source, local_files_only=offline, trust_remote_code=False, **labels)
 
 
+def _check_architecture(name: str, config: Any, task: str) -> None:
+    both = bool(getattr(config, "is_encoder_decoder", False))
+    if task == "seq2seq" and not both:
+        raise BaseModelError(f"{name}: task seq2seq needs an encoder and a decoder", hint="task: causal-lm")
+    if task == "causal-lm" and both:
+        raise BaseModelError(f"{name} has an encoder and a decoder, which task causal-lm does not use both of",
+                             hint="task: seq2seq")  # fmt: skip
+
+
 def _tokenizer(source: str, config: Any, *, offline: bool) -> Any:
     from transformers import AutoTokenizer
 
@@ -338,6 +397,8 @@ def _model(
     kinds = {
         "causal-lm": transformers.AutoModelForCausalLM,
         "classify": transformers.AutoModelForSequenceClassification,
+        "tokens": transformers.AutoModelForTokenClassification,
+        "seq2seq": transformers.AutoModelForSeq2SeqLM,
     }
     placed = {"quantization_config": _quantization(quantize), "device_map": {"": device}} if quantize else {}
     cuda = [device] if device.type == "cuda" else []
@@ -353,7 +414,7 @@ def _model(
             **placed,
         )
     _check_filled(source, task, info)
-    if not quantize:
+    if not (quantize or getattr(model, "is_quantized", False)):
         return model.to(device)
     for module in model.modules():
         # At the first inference on a CPU, bitsandbytes would pack 4-bit weights in place into a form that passes no
@@ -381,12 +442,12 @@ def _check_filled(source: str, task: str, info: Mapping[str, Any]) -> None:
     """Refuse a model of which the checkpoint fills only a part; a new classification head is expected and said."""
     missing = sorted(info["missing_keys"])
     mismatched = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])
-    head = [key for key in missing if task == "classify" and key.split(".")[0] in _HEADS]
+    head = [key for key in missing if task in _NEW_HEADS and key.split(".")[0] in _HEADS]
     absent = [key for key in missing if key not in head]
     if absent or mismatched or info["error_msgs"]:
         misfits = listed(mismatched) if mismatched else " ".join(map(str, info["error_msgs"]))
         what = f"{listed(absent)} missing" if absent else f"{misfits} of another shape"
-        resized = mismatched and task == "classify"
+        resized = mismatched and task in _NEW_HEADS
         hint = "a head of another size was asked for" if resized else "the checkpoint is not whole"
         raise BaseModelError(f"{source}: the weights do not fill the model: {what}", hint=hint)
     if head:
@@ -399,7 +460,7 @@ def head_modules(model: Any, task: str) -> tuple[str, ...]:
     Raises:
         BaseModelError: the model has no head that is known.
     """
-    if task == "classify":
+    if task in _NEW_HEADS:
         parts = [name for name, child in model.named_children() if name in _HEADS]
         found = tuple(name for name in parts if any(True for _ in getattr(model, name).parameters()))
     else:

@@ -160,7 +160,7 @@ def said(role: str, content: Any, **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ("hi", "must be a list of messages; str was given"),
+        ("hi", "must be a list; str was given"),
         ([], "no message is from the assistant"),
         ([said("user", "hi")], "no message is from the assistant"),
         ([said("user", "hi"), said("assistant", " ")], r"message 2 \(assistant\) is empty"),

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from lora_kit.errors import VerificationError
-from lora_kit.train.loss import Head, head_of
+from lora_kit.loss import Head, head_of
 from lora_kit.train.parts import part_sizes, split
 
 IGNORED = -100

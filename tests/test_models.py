@@ -167,7 +167,7 @@ def test_code_of_a_model_is_never_run(folder: Path, tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"task": "clasify"}, "did you mean 'classify'"),
-        ({"task": "tokens"}, "not there yet"),
+        ({"task": "seq2seq"}, "needs an encoder and a decoder"),
         ({"quantize": "nf5"}, "did you mean 'nf4'"),
         ({"dtype": "bf17"}, "bf16"),
         ({"device": "gpu"}, "cpu, cuda"),

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import texts
 import tiny
-import torch
 
 import lora_kit as lk
 from lora_kit.data import Preparation, Rows, encode, prepare, read_rows, spans
 from lora_kit.data.examine import histogram, input_of, leaks
+from lora_kit.data.samples import joined
 from lora_kit.data.split import split
 from lora_kit.errors import DataError, LoraKitError, StorageError
 from lora_kit.train import load_recipe
@@ -313,7 +313,7 @@ def test_what_is_written_can_be_trained_on(
 def test_a_preview_shows_the_sample_and_where_the_loss_is(here: Path) -> None:
     tokenizer = texts.tokenizer()
     rows = read_rows(texts.write(here / "rows.jsonl", [{"prompt": "ab", "completion": "cd"}]))
-    found = spans(tokenizer, encode(rows, tokenizer, max_length=9)[0])
+    found = spans(tokenizer, encode(rows, tokenizer, max_length=9), 0)
     assert [(span.text.replace(" ", ""), span.tokens, span.learned) for span in found] == [
         ("ab\n", 3, False),
         ("cd</s>", 3, True),
@@ -321,5 +321,5 @@ def test_a_preview_shows_the_sample_and_where_the_loss_is(here: Path) -> None:
 
 
 def test_a_label_shows_no_learned_token() -> None:
-    sample = {"input_ids": torch.tensor([4, 5]), "labels": torch.tensor(1)}
-    assert [(span.tokens, span.learned) for span in spans(texts.tokenizer(), sample)] == [(2, False)]
+    samples = joined([([4, 5], [1])], kind="label")
+    assert [(span.tokens, span.learned) for span in spans(texts.tokenizer(), samples, 0)] == [(2, False)]

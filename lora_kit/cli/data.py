@@ -54,9 +54,9 @@ def prepare(
     Reads JSONL, JSON, CSV, TSV, Parquet and text: prompt and completion, instructions, chats, text and label, text.
 
     Args:
-        source: The file.
+        source: The file, or a data set of the hub: owner/name:split or owner/name/config:split.
         out: Folder to write; without it the file is only looked at.
-        validation: File of its own for validation; otherwise a share of the rows is set aside.
+        validation: File or data set of its own for validation; otherwise a share of the rows is set aside.
         share: Share of the rows set aside for validation; 0 for none.
         base: Base model whose tokens are counted: hub id, local folder or kit-base.
         max_length: Tokens of a sample at the most; by default what the base can see, 2,048 at the most.
@@ -102,11 +102,11 @@ def preview(recipe: Path, /, *, row: int = 1, validation: Annotated[bool, Parame
     from lora_kit.data import spans
 
     tokenizer, samples, label = _sample(recipe, row, "validation" if validation else "train")
-    for number, sample in enumerate(samples, start=1):
+    for place in range(len(samples)):
         if len(samples) > 1:
-            print(f"--- sample {number} of {len(samples)} of this row")
-        _show_spans(spans(tokenizer, sample))
-    tokens = len(samples.ids)
+            print(f"--- sample {place + 1} of {len(samples)} of this row")
+        _show_spans(spans(tokenizer, samples, place))
+    tokens = samples.num_tokens
     if label is not None:
         print(f"{tokens:,} tokens, label {harmless(label)}")
     else:
@@ -141,9 +141,10 @@ def _show(part: Part, found: Preparation) -> None:
     print_table(("tokens", "rows", ""), bars)
     labels = examined.labels
     shown = list(labels.items())[:_LINES]
-    print_table(("label", "rows", "share"), [(n, f"{c:,}", f"{c / len(examined.rows):.1%}") for n, c in shown])
+    labelled, what = sum(labels.values()), "words" if examined.rows.format == "words" else "rows"
+    print_table(("label", what, "share"), [(n, f"{c:,}", f"{c / labelled:.1%}") for n, c in shown])
     if len(labels) > len(shown):
-        print(f"and {len(labels) - len(shown)} more labels, the rarest with {min(labels.values()):,} rows")
+        print(f"and {len(labels) - len(shown)} more labels, the rarest with {min(labels.values()):,} {what}")
     print()
 
 
@@ -179,21 +180,22 @@ def _close(found: Preparation) -> None:
 def _sample(path: Path, row: int, side: str) -> tuple[Any, Encoded, str | None]:
     """The tokenizer of a recipe, the samples of one of its rows, and its label if it has one."""
     from lora_kit.data import LONGEST, chat_template, encode, label_names, read_rows
-    from lora_kit.models import load_tokenizer
+    from lora_kit.models import load_reader
     from lora_kit.train import load_recipe
 
     recipe = load_recipe(path)
     file = getattr(recipe.data, side)
     if file is None:
         raise DataError(f"{path} names no data.{side}")
-    rows = read_rows(file)
+    rows = read_rows(file, split=side)
     if not 1 <= row <= len(rows):
         raise DataError(f"row {row} was asked for; {rows.path} has {len(rows):,}", hint="rows count from 1")
-    tokenizer, limit = load_tokenizer(recipe.base)
+    reader = load_reader(recipe.base)
+    tokenizer, limit = reader.tokenizer, reader.max_length
     template = None
     if rows.format == "chat":
         template = chat_template(recipe.data.chat_template, tokenizer, base=recipe.base)
-    names = label_names(read_rows(recipe.data.train)) if rows.format == "label" else ()
+    names = label_names(read_rows(recipe.data.train)) if any(rows.labels) else ()
     samples = encode(
         rows.only([row - 1]),
         tokenizer,
@@ -201,8 +203,9 @@ def _sample(path: Path, row: int, side: str) -> tuple[Any, Encoded, str | None]:
         separator=recipe.data.separator,
         template=template,
         label2id={name: number for number, name in enumerate(names)},
+        task=recipe.task,
     )
-    return tokenizer, samples, str(rows.values[row - 1][1]) if names else None
+    return tokenizer, samples, " ".join(map(str, rows.labels[row - 1])) or None
 
 
 def _show_spans(found: Sequence[Span]) -> None:

@@ -4,9 +4,13 @@
     chat         as the chat template renders it              loss on every answer and the token that ends it
     text         [BOS] text EOS                               loss on all but the first token, which nothing predicts
     label        text with the tokenizer's own special tokens loss on the label
+    words        the words' text, in the same way             loss on the first token of each word, if it has a label
 
 Prompt and completion are tokenised apart and joined, so the boundary is the same in training and in generation. The
-first token of a sample never carries a label: labels other than `IGNORED` are exactly the tokens that are predicted.
+first token of a sample never carries the label of a token before it: labels other than `IGNORED` are exactly the tokens
+that are predicted. For an encoder and a decoder (`task="seq2seq"`) they stay apart:
+
+    completion   prompt with special tokens → completion EOS  loss on all of what stands after the arrow
 """
 
 from __future__ import annotations
@@ -14,22 +18,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
-
-import torch
-from torch import Tensor
+from typing import Any, Final, Literal
 
 from lora_kit.data.chat import ChatEncoder, ChatTemplate
 from lora_kit.data.formats import RowError
 from lora_kit.data.rows import Rows, refusal
-from lora_kit.data.sources import LONG, Fault
+from lora_kit.data.samples import IGNORED, LABEL, NEXT, TARGET, WORD, Encoded, joined
+from lora_kit.data.sources import BAD, LONG, Fault
 from lora_kit.errors import DataError, listed
-from lora_kit.models import DEFAULT_SEPARATOR, render_prompt, special_tokens
+from lora_kit.models import DEFAULT_SEPARATOR, render_prompt, special_tokens, without_special
 
 logger = logging.getLogger(__name__)
 
-IGNORED: Final = -100
-"""The label of a position on which no loss is taken."""
 LONGEST: Final = 2048
 """Tokens of a sample where nobody sets a lower limit."""
 _BATCH: Final = 1024
@@ -39,48 +39,10 @@ _CUT: Final[Mapping[str, str]] = {
     "chat": "conversations were taken apart, or lost the beginning of a question,",
     "label": "texts were cut at the end",
     "text": "texts became several windows",
+    "words": "texts were cut at the end, and the labels there are not learned,",
 }
 """What is done to rows that are too long."""
-
-
-@dataclass(frozen=True)
-class Encoded(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Samples ready to be put into batches.
-
-    Attributes:
-        ids: the tokens of all samples, one after another: int32 (tokens,).
-        offsets: where each sample begins, and the end: int64 (samples + 1,).
-        labels: of each token, `IGNORED` where there is no loss: int32 (tokens,); or, if `kind` is `label`, of each
-            sample: int32 (samples,).
-        kind: `token` where tokens carry labels, `label` where the whole text has one.
-    """
-
-    ids: Tensor
-    offsets: Tensor
-    labels: Tensor
-    kind: str
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """`input_ids` int64 (length,), and `labels`: int64 (length,), or () for a label of the whole text."""
-        place = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
-        labels = self.labels[index] if self.kind == "label" else self.labels[place]
-        return {"input_ids": self.ids[place].long(), "labels": labels.long()}
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return (self[index] for index in range(len(self)))
-
-    @property
-    def lengths(self) -> Tensor:
-        """Tokens of each sample: int64 (samples,)."""
-        return self.offsets.diff()
-
-    @property
-    def num_labels(self) -> int:
-        """Positions on which a loss is taken: predicted tokens, or texts."""
-        return len(self) if self.kind == "label" else int((self.labels != IGNORED).sum())
+_CUT_SOURCE: Final = "prompts were cut at the end"
 
 
 @dataclass(frozen=True)
@@ -108,30 +70,40 @@ def encode(
     separator: str = DEFAULT_SEPARATOR,
     template: ChatTemplate | None = None,
     label2id: Mapping[str, int] | None = None,
+    task: str = "causal-lm",
 ) -> Encoded:
     """Tokens and labels of the rows of a file.
 
     A prompt that is too long loses tokens on its left; a completion is never cut. A conversation is taken apart between
     exchanges, see `lora_kit.data.chat.ChatEncoder`. A text longer than `max_length` becomes several windows that
     overlap by one token, so that every token but the first is predicted exactly once. A text with a label loses tokens
-    at its end. What was cut is logged.
+    or words with labels loses tokens at its end, and so does what an encoder reads. What was cut is logged.
 
     Args:
         max_length: tokens of a sample at the most.
-        separator: joined to every prompt.
+        separator: joined to every prompt, but to none that an encoder reads.
         template: of conversations.
         label2id: names of labels to numbers, for rows with labels.
+        task: `seq2seq` where an encoder reads prompts and a decoder writes completions.
 
     Raises:
         DataError: rows that cannot keep a label, or whose label is unknown; names their lines.
     """
-    found = measure(rows, tokenizer, max_length=max_length, separator=separator, template=template, label2id=label2id)
+    found = measure(
+        rows,
+        tokenizer,
+        max_length=max_length,
+        separator=separator,
+        template=template,
+        label2id=label2id,
+        task=task,
+    )
     if found.faults:
         raise refusal(rows.path, found.faults, hint=_hint(found.faults))
     if found.cut:
         level = logging.INFO if rows.format == "text" else logging.WARNING
-        told = "%s: %d of %d %s to fit %d tokens"
-        logger.log(level, told, rows.path, len(found.cut), len(rows), _CUT[rows.format], max_length)
+        done = _CUT_SOURCE if task == "seq2seq" else _CUT[rows.format]
+        logger.log(level, "%s: %d of %d %s to fit %d tokens", rows.path, len(found.cut), len(rows), done, max_length)
     return found.encoded
 
 
@@ -143,16 +115,22 @@ def measure(
     separator: str = DEFAULT_SEPARATOR,
     template: ChatTemplate | None = None,
     label2id: Mapping[str, int] | None = None,
+    task: str = "causal-lm",
 ) -> Measured:
     """As `encode`, but rows that cannot be trained on are told, not raised.
 
     Raises:
         DataError: the tokenizer or the template can do nothing with rows of this format.
     """
-    if rows.format == "label":
+    kind = {"label": LABEL, "words": WORD}.get(rows.format, NEXT)
+    if kind == LABEL:
         each = _labelled(rows, tokenizer, max_length, label2id or {})
+    elif kind == WORD:
+        each = _words(rows, tokenizer, max_length, label2id or {})
     elif tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no EOS token, so a model could not learn where to end")
+    elif task == "seq2seq":
+        kind, each = TARGET, _targets(rows, tokenizer, max_length)
     elif rows.format == "text":
         each = _texts(rows, tokenizer, max_length)
     elif rows.format == "chat":
@@ -161,7 +139,7 @@ def measure(
         each = _completions(rows, tokenizer, max_length, separator)
     done = list(zip(rows.lines, each, strict=True))
     return Measured(
-        encoded=_packed([sample for _, row in done for sample in row.samples], rows.format),
+        encoded=joined([sample for _, row in done for sample in row.samples], kind=kind),
         lengths=tuple(row.length for _, row in done),
         cut=tuple(line for line, row in done if row.cut),
         faults=tuple(Fault(line, row.fault, row.kind) for line, row in done if row.fault),
@@ -190,7 +168,7 @@ def _completions(rows: Rows, tokenizer: Any, max_length: int, separator: str) ->
     prompts = _tokens(tokenizer, [render_prompt(value[0], separator=separator) for value in rows.values])
     completions = _tokens(tokenizer, [value[1] for value in rows.values])
     for raw, written in zip(prompts, completions, strict=True):
-        completion, prompt = _ended(written, tokenizer.eos_token_id), _without(raw, prefix)
+        completion, prompt = _ended(written, tokenizer.eos_token_id), without_special(raw, prefix, [])
         length = len(prefix) + len(prompt) + len(completion)
         room = max_length - len(prefix) - len(completion)
         # Something must stand before the first label, or nothing predicts it.
@@ -222,7 +200,7 @@ def _chats(rows: Rows, tokenizer: Any, max_length: int, template: ChatTemplate |
 def _texts(rows: Rows, tokenizer: Any, max_length: int) -> Iterator[_Done]:
     prefix, _ = special_tokens(tokenizer)
     for raw in _tokens(tokenizer, [value[0] for value in rows.values]):
-        ids = prefix + _ended(_without(raw, prefix), tokenizer.eos_token_id)
+        ids = prefix + _ended(without_special(raw, prefix, []), tokenizer.eos_token_id)
         if len(ids) < 2 or max_length < 2:
             yield _Done(len(ids), fault=f"{len(ids)} token and max_length {max_length} leave nothing to predict")
             continue
@@ -230,38 +208,100 @@ def _texts(rows: Rows, tokenizer: Any, max_length: int) -> Iterator[_Done]:
         yield _Done(len(ids), [(window, [IGNORED, *window[1:]]) for window in windows], cut=len(windows) > 1)
 
 
+def _targets(rows: Rows, tokenizer: Any, max_length: int) -> Iterator[_Done]:
+    if rows.format != "completion":
+        what = f"{rows.path} has rows of the format {rows.format}"
+        raise DataError(f"{what}; an encoder and a decoder learn from prompt and completion")
+    prefix, suffix = special_tokens(tokenizer)
+    before, after = special_tokens(tokenizer, side="text_target")
+    if tokenizer.eos_token_id not in after:
+        after = [tokenizer.eos_token_id, *after]
+    room = _room(max_length, prefix, suffix)
+    prompts = _tokens(tokenizer, [value[0] for value in rows.values])
+    completions = _tokens(tokenizer, [value[1] for value in rows.values], side="text_target")
+    for raw, written in zip(prompts, completions, strict=True):
+        source = without_special(raw, prefix, suffix)
+        target = before + without_special(written, before, after) + after
+        length = max(len(prefix) + len(source) + len(suffix), len(target))
+        if len(target) > max_length:
+            yield _Done(length, fault=f"the completion has {len(target)} tokens and max_length is {max_length}")
+            continue
+        yield _Done(length, [(prefix + source[:room] + suffix, target)], cut=len(source) > room)
+
+
 def _labelled(rows: Rows, tokenizer: Any, max_length: int, label2id: Mapping[str, int]) -> Iterator[_Done]:
     prefix, suffix = special_tokens(tokenizer)
-    room = max_length - len(prefix) - len(suffix)
-    if room < 1:
-        raise DataError(f"max_length {max_length} has no room for a token beside the special ones")
+    room = _room(max_length, prefix, suffix)
     for value, ids in zip(rows.values, _tokens(tokenizer, [value[0] for value in rows.values]), strict=True):
         label = str(value[1])
         length = len(prefix) + len(ids) + len(suffix)
         if label not in label2id:
-            known = f"label {label!r} is not one of {listed(list(label2id))}"
-            yield _Done(length, fault=f"{known}, which are those of the training rows", kind="bad")
+            yield _Done(length, fault=_unknown(label, label2id), kind=BAD)
             continue
         yield _Done(length, [(prefix + ids[:room] + suffix, [label2id[label]])], cut=len(ids) > room)
 
 
-def _tokens(tokenizer: Any, texts: Sequence[str]) -> Iterator[list[int]]:
+def _words(rows: Rows, tokenizer: Any, max_length: int, label2id: Mapping[str, int]) -> Iterator[_Done]:
+    """Words as they stand in running text, one space between them: what a model is given when it is used."""
+    if not tokenizer.is_fast:
+        raise DataError("the tokenizer does not say where in a text its tokens stand, so words would lose their labels")
+    prefix, suffix = special_tokens(tokenizer)
+    room = _room(max_length, prefix, suffix)
+    for words, labels in rows.values:
+        found = tokenizer(" ".join(words), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids, firsts = found["input_ids"], _first_tokens(words, found["offset_mapping"])
+        length = len(prefix) + len(ids) + len(suffix)
+        faults = [f"word {n} ({word!r}) has no token of its own" for n, word in enumerate(words, 1) if n not in firsts]
+        faults += [_unknown(str(label), label2id) for label in labels if str(label) not in label2id]
+        if faults:
+            yield _Done(length, fault=faults[0], kind=BAD)
+            continue
+        marked = [IGNORED] * len(ids)
+        for number, token in firsts.items():
+            marked[token] = label2id[str(labels[number - 1])]
+        learned = [IGNORED] * len(prefix) + marked[:room] + [IGNORED] * len(suffix)
+        yield _Done(length, [(prefix + ids[:room] + suffix, learned)], cut=len(ids) > room)
+
+
+def _first_tokens(words: Sequence[str], spans: Sequence[tuple[int, int]]) -> dict[int, int]:
+    """The number of a word, from 1 → its first token; words without one of their own are left out.
+
+    Args:
+        spans: where in the words' text the tokens stand; a token may take in the space before its word.
+    """
+    firsts: dict[int, int] = {}
+    token = start = 0
+    for number, word in enumerate(words, start=1):
+        end = start + len(word)
+        while token < len(spans) and (spans[token][1] <= start or spans[token][0] < start - 1):
+            token += 1
+        if token < len(spans) and spans[token][0] < end:
+            firsts[number] = token
+            token += 1
+        start = end + 1
+    return firsts
+
+
+def _room(max_length: int, prefix: Sequence[int], suffix: Sequence[int]) -> int:
+    """Tokens that there is room for beside the special ones."""
+    room = max_length - len(prefix) - len(suffix)
+    if room < 1:
+        raise DataError(f"max_length {max_length} has no room for a token beside the special ones")
+    return room
+
+
+def _unknown(label: str, label2id: Mapping[str, int]) -> str:
+    return f"label {label!r} is not one of {listed(list(label2id))}, which are those of the training rows"
+
+
+def _tokens(
+    tokenizer: Any, texts: Sequence[str], *, side: Literal["text", "text_target"] = "text"
+) -> Iterator[list[int]]:
     for start in range(0, len(texts), _BATCH):
         # verbose=False: what is too long is dealt with here, and said here.
-        yield from tokenizer(list(texts[start : start + _BATCH]), add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _without(ids: list[int], prefix: list[int]) -> list[int]:
-    """The tokens without a BOS that the text itself begins with: one is put there anyway."""
-    return ids[len(prefix) :] if prefix and ids[: len(prefix)] == prefix else ids
+        some = {side: list(texts[start : start + _BATCH])}
+        yield from tokenizer(**some, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _ended(ids: list[int], eos: int) -> list[int]:
     return ids if ids and ids[-1] == eos else [*ids, eos]
-
-
-def _packed(samples: Sequence[tuple[Sequence[int], Sequence[int]]], format_: str) -> Encoded:
-    ids = torch.tensor([token for sample, _ in samples for token in sample], dtype=torch.int32)
-    lengths = torch.tensor([0, *(len(sample) for sample, _ in samples)])
-    labels = torch.tensor([label for _, found in samples for label in found], dtype=torch.int32)
-    return Encoded(ids=ids, offsets=lengths.cumsum(0), labels=labels, kind="label" if format_ == "label" else "token")

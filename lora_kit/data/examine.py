@@ -12,6 +12,7 @@ from typing import Any, Final
 from lora_kit.data.chat import ChatTemplate
 from lora_kit.data.encode import Measured, measure
 from lora_kit.data.rows import Rows, label_names, scan_rows
+from lora_kit.data.samples import LABEL
 from lora_kit.data.sources import Fault
 
 FIRST_BIN: Final = 16
@@ -25,6 +26,7 @@ class Reading:
     tokenizer: Any
     max_length: int
     separator: str
+    task: str
     rename: Mapping[str, str]
     encoding: str
 
@@ -40,6 +42,7 @@ class Examined:
         duplicates: the line of a row → the line of an earlier row that says exactly the same.
         conflicts: the line of a row → the line of an earlier one with the same input and another label.
         measured: the rows as samples.
+        sha256: of what was read.
     """
 
     rows: Rows
@@ -48,6 +51,7 @@ class Examined:
     duplicates: Mapping[int, int]
     conflicts: Mapping[int, int]
     measured: Measured
+    sha256: str
 
     def lines_of(self, kind: str) -> list[int]:
         """Lines of the faults of a kind: `bad`, `empty` or `long`."""
@@ -60,17 +64,14 @@ class Examined:
 
     @property
     def labels(self) -> dict[str, int]:
-        """Rows of each label, the most frequent first."""
-        if self.rows.format != "label":
-            return {}
-        return dict(Counter(str(value[1]) for value in self.rows.values).most_common())
+        """Texts or words of each label, the most frequent first."""
+        return dict(Counter(str(label) for labels in self.rows.labels for label in labels).most_common())
 
     @property
     def learned(self) -> float:
         """The share of tokens with a loss; of rows with labels every row has one, and this is 0."""
-        tokens = len(self.measured.encoded.ids)
-        counted = self.rows.format != "label" and tokens
-        return self.measured.encoded.num_labels / tokens if counted else 0.0
+        samples = self.measured.encoded
+        return samples.num_labels / samples.num_tokens if samples.kind != LABEL and samples.num_tokens else 0.0
 
 
 def examine(
@@ -79,18 +80,20 @@ def examine(
     *,
     template: ChatTemplate | None = None,
     label2id: Mapping[str, int] | None = None,
+    split: str = "train",
 ) -> Examined:
     """Look at a file of rows.
 
     Args:
         label2id: the labels of the training rows, if these are others; labels that are not among them are faults.
+        split: of a data set whose name holds none.
 
     Raises:
         DataError: the file cannot be read as a whole, or holds no rows of one format; see `scan_rows` and `measure`.
     """
-    found = scan_rows(path, rename=reading.rename, encoding=reading.encoding)
+    found = scan_rows(path, rename=reading.rename, encoding=reading.encoding, split=split)
     rows = found.rows
-    if rows.values and rows.format == "label" and label2id is None:
+    if rows.values and rows.format in ("label", "words") and label2id is None:
         label2id = {name: number for number, name in enumerate(label_names(rows))}
     measured = measure(
         rows,
@@ -99,6 +102,7 @@ def examine(
         separator=reading.separator,
         template=template if rows.format == "chat" else None,
         label2id=label2id,
+        task=reading.task,
     )
     return Examined(
         rows=rows,
@@ -107,16 +111,19 @@ def examine(
         duplicates=_repeats(rows.values, rows.lines),
         conflicts=_conflicts(rows),
         measured=measured,
+        sha256=found.sha256,
     )
 
 
 def input_of(rows: Rows, value: Sequence[Any]) -> str:
     """What a model is given of a row, but for case, white space and forms of characters.
 
-    That is the prompt, the text, or what is said before the first answer.
+    That is the prompt, the text, its words, or what is said before the first answer.
     """
-    given = value[0]
-    if rows.format == "chat":
+    given: Any = value[0]
+    if rows.format == "words":
+        given = " ".join(given)
+    elif rows.format == "chat":
         first = next(place for place, (role, _) in enumerate(given) if role == "assistant")
         given = "\n".join(content for _, content in given[:first])
     return " ".join(unicodedata.normalize("NFKC", given).casefold().split())

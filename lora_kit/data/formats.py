@@ -1,4 +1,4 @@
-"""What the columns of a file mean: layouts that people write, and the four formats that are trained on.
+"""What the columns of a file mean: layouts that people write, and the five formats that are trained on.
 
 layout                             format       value of a row
 prompt, completion                 completion   (prompt, completion)
@@ -6,6 +6,8 @@ instruction, [input], output       completion   (instruction, an empty line and 
 messages: [{role, content}]        chat         (((role, content), …),)
 conversations: [{from, value}]     chat         the same; `system` beside it is the first message
 text, label                        label        (text, label)
+words, labels                      words        ((word, …), (label, …))
+tokens, ner_tags                   words        the same
 text                               text         (text,)
 """
 
@@ -21,6 +23,14 @@ from lora_kit.errors import listed
 Row = Mapping[str, Any]
 Message = tuple[str, str]
 """Role and content."""
+
+FORMATS: Final[Mapping[str, tuple[str, ...]]] = {
+    "causal-lm": ("completion", "chat", "text"),
+    "classify": ("label",),
+    "tokens": ("words",),
+    "seq2seq": ("completion",),
+}
+"""The formats that each task is trained on."""
 
 ROLES: Final = ("system", "user", "assistant")
 _SHAREGPT_ROLES: Final[Mapping[str, str]] = {
@@ -53,7 +63,7 @@ class Layout:
     Attributes:
         name: what people call them.
         keys: those that must be there.
-        format: what the rows become: `completion`, `chat`, `label` or `text`.
+        format: what the rows become: `completion`, `chat`, `label`, `words` or `text`.
         read: the value of a row in that format; raises RowError.
         optional: further keys that are read if they are there.
     """
@@ -111,12 +121,35 @@ def _instruction(row: Row) -> tuple[str, str]:
 
 
 def _labelled(row: Row) -> tuple[str, str | int]:
-    label = row["label"]
-    if isinstance(label, int) and not isinstance(label, bool):
-        return _string("text", row["text"]), label
-    if label is not None and not isinstance(label, str):
-        raise RowError(f"label must be a string or a whole number; {type(label).__name__} was given")
-    return _string("text", row["text"]), _string("label", label)
+    return _string("text", row["text"]), _label("label", row["label"])
+
+
+def _label(name: str, value: Any) -> str | int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if value is not None and not isinstance(value, str):
+        raise RowError(f"{name} must be a string or a whole number; {type(value).__name__} was given")
+    return _string(name, value)
+
+
+def _tagged(row: Row, words: str, labels: str) -> tuple[tuple[str, ...], tuple[str | int, ...]]:
+    given, tags = _listed(row, words), _listed(row, labels)
+    if len(given) != len(tags):
+        raise RowError(f"{len(given)} {words} and {len(tags)} {labels}; each word has one")
+    if not given:
+        raise RowError(f"{words} is empty", kind=EMPTY)
+    return (
+        tuple(_string(f"{words} {number}", item) for number, item in given),
+        tuple(_label(f"{labels} {number}", item) for number, item in tags),
+    )
+
+
+def _words(row: Row) -> tuple[tuple[str, ...], tuple[str | int, ...]]:
+    return _tagged(row, "words", "labels")
+
+
+def _ner(row: Row) -> tuple[tuple[str, ...], tuple[str | int, ...]]:
+    return _tagged(row, "tokens", "ner_tags")
 
 
 def _plain(row: Row) -> tuple[str]:
@@ -137,7 +170,7 @@ def _sharegpt(row: Row) -> tuple[tuple[Message, ...]]:
 def _listed(row: Row, key: str) -> list[tuple[int, Any]]:
     items = row[key]
     if not isinstance(items, list):
-        raise RowError(f"{key} must be a list of messages; {type(items).__name__} was given")
+        raise RowError(f"{key} must be a list; {type(items).__name__} was given")
     return list(enumerate(items, start=1))
 
 
@@ -169,6 +202,8 @@ LAYOUTS: Final = (
     Layout("messages", ("messages",), "chat", _messages),
     Layout("ShareGPT conversations", ("conversations",), "chat", _sharegpt, optional=("system",)),
     Layout("text and label", ("text", "label"), "label", _labelled),
+    Layout("words and labels", ("words", "labels"), "words", _words),
+    Layout("tokens and ner_tags", ("tokens", "ner_tags"), "words", _ner),
     Layout("text", ("text",), "text", _plain),
 )
 """The first one all of whose keys the first row has is the layout of the file."""

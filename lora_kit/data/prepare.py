@@ -20,12 +20,13 @@ import yaml
 from lora_kit.data.chat import PLAIN, ChatTemplate, chat_template, own_template
 from lora_kit.data.encode import LONGEST
 from lora_kit.data.examine import Examined, Reading, examine, histogram, leaks
+from lora_kit.data.formats import FORMATS
 from lora_kit.data.rows import Rows, refusal
 from lora_kit.data.sources import BAD, EMPTY, LONG
 from lora_kit.data.split import split
 from lora_kit.errors import DataError, listed, nearest
 from lora_kit.files import check_output, write_folder
-from lora_kit.models import DEFAULT_SEPARATOR, KIT_BASE, load_tokenizer
+from lora_kit.models import DEFAULT_SEPARATOR, KIT_BASE, load_reader
 
 MANIFEST: Final = "manifest.json"
 TRAIN: Final = "train.jsonl"
@@ -36,7 +37,6 @@ DROPPABLE: Final = (BAD, EMPTY, LONG, DUPLICATES, LEAKS)
 """What can be left out: rows that cannot be read, without text, too long; repeats; training rows validated on."""
 SHARE: Final = 0.05
 _FORMAT: Final = 1
-_TASKS: Final = {"completion": "causal-lm", "chat": "causal-lm", "text": "causal-lm", "label": "classify"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,6 @@ class Part:
 
     Attributes:
         path: the file.
-        sha256: of its contents.
         examined: what is in it.
         leaks: of training rows: their line → the line of the validation row with the same input.
         dropped: kind of what was left out → lines.
@@ -53,7 +52,6 @@ class Part:
     """
 
     path: Path
-    sha256: str
     examined: Examined
     leaks: Mapping[int, int]
     dropped: Mapping[str, Sequence[int]]
@@ -75,7 +73,7 @@ class Part:
         found = self.examined
         return {
             "path": str(self.path),
-            "sha256": self.sha256,
+            "sha256": found.sha256,
             "rows": found.total,
             "kept": len(self.kept),
             "faults": [{"line": fault.line, "kind": fault.kind, "what": fault.what} for fault in found.faults],
@@ -97,6 +95,7 @@ class Preparation:
     Attributes:
         parts: the file, and the one for validation if there is one.
         format, layout: of the rows; see `lora_kit.data.formats`.
+        task: that the rows are for.
         train, validation: the rows of the split.
         settings: all that decides about the result, besides the files.
         out: the folder that was written; None if none was asked for.
@@ -106,6 +105,7 @@ class Preparation:
     parts: tuple[Part, ...]
     format: str
     layout: str
+    task: str
     train: Rows
     validation: Rows | None
     settings: Mapping[str, Any]
@@ -147,7 +147,8 @@ def prepare(
     """Look at a file of rows, mend it as asked, and write it split for training, all or nothing.
 
     Args:
-        source: the file; `lora_kit.data.sources` lists the kinds, `lora_kit.data.formats` the layouts.
+        source: the file or data set; `lora_kit.data.sources` lists the kinds of files, `lora_kit.data.hub` the names of
+            data sets, `lora_kit.data.formats` the layouts.
         out: the folder to write; None to look only.
         validation: a file of its own for validation; None to set a share of the rows aside, see `lora_kit.data.split`.
         share: the share to set aside; 0 for none. Means nothing beside a file for validation.
@@ -169,7 +170,8 @@ def prepare(
     folder = None if out is None else Path(out)
     if folder is not None:
         check_output(folder, replace=replace, owned=is_prepared)
-    tokenizer, limit = load_tokenizer(base)
+    reader = load_reader(base)
+    tokenizer, limit = reader.tokenizer, reader.max_length
     length = max_length or min(limit, LONGEST)
     if not 2 <= length <= limit:
         raise DataError(f"max_length is {length}; it must be 2 at least, and {base} sees {limit} tokens at once")
@@ -177,6 +179,7 @@ def prepare(
         tokenizer=tokenizer,
         max_length=length,
         separator=DEFAULT_SEPARATOR,
+        task="seq2seq" if reader.both else "causal-lm",
         rename=dict(rename or {}),
         encoding=encoding,
     )
@@ -202,6 +205,7 @@ def prepare(
         parts=parts,
         format=rows.format,
         layout=rows.layout,
+        task=next(task for task in (reading.task, *FORMATS) if rows.format in FORMATS[task]),
         train=sides[0],
         validation=sides[1],
         settings=settings,
@@ -246,7 +250,7 @@ def _parts(
     if validation is None:
         return (_mended(source, train, {}, drop),)
     label2id = {name: number for number, name in enumerate(train.labels)} if train.labels else None
-    other = examine(validation, reading, template=template, label2id=label2id)
+    other = examine(validation, reading, template=template, label2id=label2id, split="validation")
     if other.rows.format != train.rows.format:
         kinds = f"{source} has rows of the format {train.rows.format}, {validation} of the format {other.rows.format}"
         raise DataError(kinds, hint="both files have one format")
@@ -263,9 +267,7 @@ def _mended(path: Path, found: Examined, leaked: Mapping[int, int], drop: Collec
     dropped = {kind: lines for kind, lines in wrong.items() if kind in drop and lines}
     gone = {line for lines in dropped.values() for line in lines}
     kept = [place for place, line in enumerate(found.rows.lines) if line not in gone]
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Part(path=path, sha256=digest, examined=found, leaks=leaked, dropped=dropped, kept=kept)
+    return Part(path=path, examined=found, leaks=leaked, dropped=dropped, kept=kept)
 
 
 def _refuse_what_is_left(parts: Sequence[Part]) -> None:
@@ -306,8 +308,10 @@ def _written(found: Preparation, folder: Path, *, replace: bool) -> Preparation:
 
 def _line(rows: Rows, value: Sequence[Any]) -> str:
     """A row in the layout its format is written in."""
-    if rows.format == "chat":
-        row: dict[str, Any] = {"messages": [{"role": role, "content": content} for role, content in value[0]]}
+    if rows.format == "words":
+        row: dict[str, Any] = {"words": list(value[0]), "labels": list(value[1])}
+    elif rows.format == "chat":
+        row = {"messages": [{"role": role, "content": content} for role, content in value[0]]}
     else:
         keys = {"completion": ("prompt", "completion"), "label": ("text", "label"), "text": ("text",)}[rows.format]
         row = dict(zip(keys, value, strict=True))
@@ -329,7 +333,7 @@ def _recipe(found: Preparation, folder: Path) -> str:
     recipe = {
         "base": found.settings["base"],
         "data": data,
-        "task": _TASKS[found.format],
+        "task": found.task,
         "lora": {"r": 16, "lora_alpha": 32},
         "train": {"num_train_epochs": 3, "per_device_train_batch_size": 8, "learning_rate": 5e-4, "seed": 0},
         "out": f"adapters/{folder.absolute().name}",

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from torch import Tensor
-
-from lora_kit.data.encode import IGNORED
+from lora_kit.data.samples import IGNORED, LABEL, TARGET, Encoded
 
 
 @dataclass(frozen=True)
@@ -26,10 +24,16 @@ class Span:
     learned: bool
 
 
-def spans(tokenizer: Any, sample: dict[str, Tensor]) -> list[Span]:
-    """A sample of `Encoded` in spans; where the whole text has one label, no token is learned."""
-    ids = sample["input_ids"].tolist()
-    learned = (sample["labels"] != IGNORED).tolist() if sample["labels"].ndim else [False] * len(ids)
+def spans(tokenizer: Any, samples: Encoded, index: int) -> list[Span]:
+    """A sample in spans, what a decoder writes after what its encoder reads.
+
+    Where the whole text has one label, no token is learned; of words their first token is, by its label.
+    """
+    sample = samples[index]
+    ids, labels = sample["input_ids"].tolist(), sample["labels"]
+    learned = [False] * len(ids) if samples.kind in (LABEL, TARGET) else (labels != IGNORED).tolist()
+    if samples.kind == TARGET:
+        ids, learned = ids + labels.tolist(), learned + [True] * len(labels)
     found, place = [], 0
     for flag, group in groupby(learned):
         count = len(list(group))

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from lora_kit.data.formats import LAYOUTS, Layout, RowError, layout_of
-from lora_kit.data.sources import Fault, Record, read_records
+from lora_kit.data.hub import is_dataset, read_dataset
+from lora_kit.data.sources import Fault, Record, read_file
 from lora_kit.errors import DataError, listed
 
 logger = logging.getLogger(__name__)
@@ -24,8 +25,8 @@ class Rows:
     """The rows of a file.
 
     Attributes:
-        path: the file.
-        format: `completion`, `chat`, `label` or `text`.
+        path: the file, or the name of the data set.
+        format: `completion`, `chat`, `label`, `words` or `text`.
         values: one tuple per row; see `lora_kit.data.formats`.
         lines: the line each row begins on, from 1; in a JSON array and in a Parquet file its number.
         layout: what the columns are called together; see there too.
@@ -40,6 +41,13 @@ class Rows:
     def __len__(self) -> int:
         return len(self.values)
 
+    @property
+    def labels(self) -> tuple[tuple[str | int, ...], ...]:
+        """The labels of each row: one of a text, one for each of its words; none in other formats."""
+        if self.format == "words":
+            return tuple(value[1] for value in self.values)
+        return tuple((value[1],) if self.format == "label" else () for value in self.values)
+
     def only(self, chosen: Sequence[int]) -> Rows:
         """The rows at these places, in this order."""
         values = tuple(self.values[place] for place in chosen)
@@ -52,24 +60,32 @@ class Scan:
 
     Attributes:
         unused: keys that no row was read by.
+        sha256: of what was read.
     """
 
     rows: Rows
     faults: tuple[Fault, ...]
     unused: tuple[str, ...]
+    sha256: str
 
 
-def read_rows(path: str | Path) -> Rows:
-    """The rows of a file; `lora_kit.data.sources` lists the kinds of files, `lora_kit.data.formats` the layouts.
+def read_rows(path: str | Path, *, split: str = "train") -> Rows:
+    """The rows of a file or a data set of the hub.
+
+    `lora_kit.data.sources` lists the kinds of files, `lora_kit.data.hub` the names of data sets, `lora_kit.data.formats`
+    the layouts.
 
     The first row decides the layout. Texts are strings with something other than white space in them; labels are
     strings or whole numbers, of one kind in a file. Further keys are ignored, and that is logged. Empty lines are no
     rows.
 
+    Args:
+        split: of a data set whose name holds none.
+
     Raises:
         DataError: the file is missing or has no row, or lines of it are wrong; names up to eight of them.
     """
-    found = scan_rows(path)
+    found = scan_rows(path, split=split)
     if found.faults:
         raise refusal(found.rows.path, found.faults)
     if found.unused:
@@ -77,22 +93,26 @@ def read_rows(path: str | Path) -> Rows:
     return found.rows
 
 
-def scan_rows(path: str | Path, *, rename: Mapping[str, str] | None = None, encoding: str = "utf-8") -> Scan:
-    """The rows of a file and its faults, none of which is an error here.
+def scan_rows(
+    path: str | Path, *, rename: Mapping[str, str] | None = None, encoding: str = "utf-8", split: str = "train"
+) -> Scan:
+    """The rows of a file or a data set and its faults, none of which is an error here.
 
     Args:
         rename: columns to the names they are to go by.
         encoding: of a file of text.
+        split: of a data set whose name holds none.
 
     Raises:
         DataError: the file is missing, cannot be read as a whole, has no row, or is of no known layout.
     """
     path = Path(path)
-    records, faults = read_records(path, encoding=encoding)
+    found = read_dataset(path, split=split) if is_dataset(path) else read_file(path, encoding=encoding)
+    records, faults = found.records, list(found.faults)
     if not records and not faults:
         raise DataError(f"{path} has no rows", hint="a kind of file is known by the ending of its name")
     if not records:
-        return Scan(Rows(path, "", (), ()), tuple(faults), ())
+        return Scan(Rows(path, "", (), ()), tuple(faults), (), found.sha256)
     records = _renamed(path, records, rename or {})
     layout = _layout_of(path, records[0][1])
     values, lines = [], []
@@ -103,13 +123,13 @@ def scan_rows(path: str | Path, *, rename: Mapping[str, str] | None = None, enco
             faults.append(Fault(line, str(error), error.kind))
         else:
             lines.append(line)
-    if layout.format == "label":
-        faults += _mixed_labels(values, lines)
+    rows = Rows(path, layout.format, tuple(values), tuple(lines), layout.name)
+    faults += _mixed_labels(rows)
     wrong = {fault.line for fault in faults}
-    good = [place for place, line in enumerate(lines) if line not in wrong]
-    rows = Rows(path, layout.format, tuple(values), tuple(lines), layout.name).only(good)
+    rows = rows.only([place for place, line in enumerate(lines) if line not in wrong])
     used = {*layout.keys, *layout.optional}
-    return Scan(rows, tuple(sorted(faults)), tuple(sorted({key for _, row in records for key in row} - used)))
+    unused = {key for _, row in records for key in row} - used
+    return Scan(rows, tuple(sorted(faults)), tuple(sorted(unused)), found.sha256)
 
 
 def refusal(path: Path, faults: Sequence[Fault], *, hint: str = "") -> DataError:
@@ -125,13 +145,13 @@ def label_names(rows: Rows) -> tuple[str, ...]:
     Raises:
         DataError: there are fewer than two.
     """
-    names = tuple(str(label) for label in sorted({value[1] for value in rows.values}))
+    names = tuple(str(label) for label in sorted({label for found in rows.labels for label in found}))
     if len(names) < 2:
         raise DataError(f"{rows.path}: every label is {names[0]!r}", hint="a classifier needs two labels at least")
     return names
 
 
-def _renamed(path: Path, records: list[Record], names: Mapping[str, str]) -> list[Record]:
+def _renamed(path: Path, records: Sequence[Record], names: Mapping[str, str]) -> Sequence[Record]:
     if not names:
         return records
     known = {key for _, row in records for key in row}
@@ -154,10 +174,10 @@ def _layout_of(path: Path, row: Mapping[str, Any]) -> Layout:
     return layout
 
 
-def _mixed_labels(values: Sequence[tuple[Any, ...]], lines: Sequence[int]) -> list[Fault]:
-    kind = type(values[0][1]) if values else str
+def _mixed_labels(rows: Rows) -> list[Fault]:
+    kind = next((type(label) for labels in rows.labels for label in labels), str)
     return [
-        Fault(line, f"label is {type(value[1]).__name__}, and {kind.__name__} in the first row")
-        for value, line in zip(values, lines, strict=True)
-        if type(value[1]) is not kind
+        Fault(line, f"label is {type(other).__name__}, and {kind.__name__} in the first row")
+        for labels, line in zip(rows.labels, rows.lines, strict=True)
+        for other in [label for label in labels if type(label) is not kind][:1]
     ]

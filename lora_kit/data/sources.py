@@ -10,10 +10,11 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,22 +46,36 @@ Record = tuple[int, dict[str, Any]]
 """A row and its line, or its number where files of its kind have no lines."""
 
 
-def read_records(path: Path, *, encoding: str = "utf-8") -> tuple[list[Record], list[Fault]]:
-    """What stands in a file, and what in it cannot be read; the ending of its name says what kind of file it is.
+@dataclass(frozen=True)
+class Contents:
+    """What stands in a file, and what in it cannot be read.
+
+    Attributes:
+        records: its rows.
+        faults: what is none.
+        sha256: of the file, or of the rows of a data set.
+    """
+
+    records: Sequence[Record]
+    faults: Sequence[Fault]
+    sha256: str
+
+
+def read_file(path: Path, *, encoding: str = "utf-8") -> Contents:
+    """What stands in a file; the ending of its name says what kind of file it is.
 
     Raises:
         DataError: no file of a kind that is known, or none of it can be read.
     """
     suffix = path.suffix.lower()
-    contents = _contents(path)
+    contents = _bytes(path)
     if suffix not in _READERS:
-        raise DataError(f"{path}: files of this kind are not read", hint=f"kinds: {' '.join(_READERS)}")
-    if suffix == ".parquet":
-        return _parquet(path, contents)
-    return _READERS[suffix](path, _recoded(path, contents, encoding).removeprefix(b"\xef\xbb\xbf"))
+        raise DataError(f"{path}: files of this kind are not read", hint=f"kinds: {' '.join(KINDS)}")
+    text = contents if suffix == ".parquet" else _recoded(path, contents, encoding).removeprefix(b"\xef\xbb\xbf")
+    return Contents(*_READERS[suffix](path, text), hashlib.sha256(contents).hexdigest())
 
 
-def _contents(path: Path) -> bytes:
+def _bytes(path: Path) -> bytes:
     try:
         if path.is_dir():
             raise DataError(f"{path} is a folder", hint="give one file")
@@ -251,22 +266,25 @@ def _parquet(path: Path, contents: bytes) -> tuple[list[Record], list[Fault]]:
         table = pyarrow.parquet.read_table(pyarrow.BufferReader(contents))
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not Parquet: {' '.join(str(error).split())}") from None
-    names = _class_names(table.schema)
     rows = table.to_pylist()
-    for row in rows:
-        for key, known in names.items():
-            row[key] = known.get(row[key], row[key])
+    if b"huggingface" in (table.schema.metadata or {}):  # the file was written by `datasets`
+        from datasets import Features  # type: ignore[import-untyped]
+
+        rows = with_class_names(rows, Features.from_arrow_schema(table.schema))
     return list(enumerate(rows, start=1)), []
 
 
-def _class_names(schema: Any) -> dict[str, Mapping[Any, str]]:
-    """What the numbers in columns of classes mean, where the file was written by `datasets`."""
-    if b"huggingface" not in (schema.metadata or {}):
-        return {}
-    from datasets import ClassLabel, Features  # type: ignore[import-untyped]
+def with_class_names(rows: Iterable[Mapping[str, Any]], features: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of `datasets` in which classes, and lists of classes, stand by their names; a number that has none stays."""
+    from datasets import ClassLabel
 
-    features = Features.from_arrow_schema(schema)
-    return {key: dict(enumerate(value.names)) for key, value in features.items() if isinstance(value, ClassLabel)}
+    classes = {key: getattr(kind, "feature", kind) for key, kind in features.items()}
+    names = {key: dict(enumerate(kind.names)) for key, kind in classes.items() if isinstance(kind, ClassLabel)}
+
+    def named(key: str, value: Any) -> Any:
+        return [named(key, item) for item in value] if isinstance(value, list) else names[key].get(value, value)
+
+    return [{key: named(key, value) if key in names else value for key, value in row.items()} for row in rows]
 
 
 # Text
@@ -294,3 +312,5 @@ _READERS: Final = {
     ".parquet": _parquet,
     ".txt": _txt,
 }
+KINDS: Final = tuple(_READERS)
+"""Endings of the files that are read."""

@@ -18,19 +18,39 @@ import torch
 
 from lora_kit.adapter import is_adapter_folder
 from lora_kit.config import LoraConfig
-from lora_kit.data import LONGEST, ChatTemplate, Collator, Encoded, Rows, chat_template, encode, label_names, read_rows
+from lora_kit.data import (
+    FORMATS,
+    LONGEST,
+    ChatTemplate,
+    Collator,
+    Encoded,
+    Packed,
+    Rows,
+    chat_template,
+    encode,
+    label_names,
+    pack,
+    read_rows,
+    why_not_packed,
+)
 from lora_kit.errors import DataError, RecipeError, StorageError, listed
 from lora_kit.files import check_output, printable
 from lora_kit.fingerprint import fingerprint
-from lora_kit.models import Base, head_modules, load_base
-from lora_kit.train.artifacts import RECIPE
+from lora_kit.models import DEFAULT_SEPARATOR, Base, head_modules, load_base
 from lora_kit.train.checkpoints import digest_of
 from lora_kit.train.recipe import HEAD, Recipe
 
 logger = logging.getLogger(__name__)
 
-_TASK_TYPES: Final = {"causal-lm": "CAUSAL_LM", "classify": "SEQ_CLS"}
-_FORMATS: Final = {"causal-lm": ("completion", "chat", "text"), "classify": ("label",)}
+RECIPE: Final = "recipe.yaml"
+_TASK_TYPES: Final = {
+    "causal-lm": "CAUSAL_LM",
+    "classify": "SEQ_CLS",
+    "tokens": "TOKEN_CLS",
+    "seq2seq": "SEQ_2_SEQ_LM",
+}
+_LABELLED: Final = ("classify", "tokens")
+"""Tasks whose labels have names, and whose head is a new one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +59,13 @@ class Job:
 
     recipe: Recipe
     base: Base
-    train: Encoded
+    train: Encoded | Packed
     validation: Encoded | None
     labels: tuple[str, ...]
 
     @property
     def collator(self) -> Collator:
-        return Collator(self.base.tokenizer.pad_token_id)
+        return Collator(self.base.tokenizer.pad_token_id, self.base.decoder_inputs)
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
@@ -64,10 +84,12 @@ class Job:
         return {"versions": versions, "threads": torch.get_num_threads()}
 
 
-def _digest(samples: Encoded) -> str:
+def _digest(samples: Encoded | Packed) -> str:
     """sha256 of samples as the model sees them."""
+    if isinstance(samples, Packed):
+        return digest_of({"samples": _digest(samples.samples), "rows": samples.rows})
     found = hashlib.sha256(samples.kind.encode())
-    for tensor in (samples.offsets, samples.ids, samples.labels):
+    for tensor in (samples.offsets, samples.ids, samples.labels, samples.label_offsets):
         found.update(tensor.contiguous().numpy().data)
     return found.hexdigest()
 
@@ -99,14 +121,14 @@ def is_model_of_ours(folder: Path) -> bool:
 
 def read(recipe: Recipe) -> tuple[Rows, Rows | None]:
     """The rows of both files, of a format that the task can use."""
-    files = [recipe.data.train, recipe.data.validation]
-    rows = [read_rows(file) if file else None for file in files]
+    files = {"train": recipe.data.train, "validation": recipe.data.validation}
+    rows = [read_rows(file, split=side) if file else None for side, file in files.items()]
     for found in rows:
-        if found is not None and found.format not in _FORMATS[recipe.task]:
-            other = next(task for task, formats in _FORMATS.items() if found.format in formats)
+        if found is not None and found.format not in FORMATS[recipe.task]:
+            other = next(task for task, formats in FORMATS.items() if found.format in formats)
             raise DataError(
                 f"{found.path} has rows of the format {found.format}; task {recipe.task} takes "
-                f"{listed(_FORMATS[recipe.task])}",
+                f"{listed(FORMATS[recipe.task])}",
                 hint=f"task: {other} uses these rows",
             )
     first, second = rows
@@ -119,7 +141,7 @@ def read(recipe: Recipe) -> tuple[Rows, Rows | None]:
 
 def prepared(recipe: Recipe, rows: tuple[Rows, Rows | None], given: Base | None) -> Job:
     """The base and the data, ready; the recipe with everything that was left open filled in."""
-    names = label_names(rows[0]) if recipe.task == "classify" else ()
+    names = label_names(rows[0]) if recipe.task in _LABELLED else ()
     label2id = {name: number for number, name in enumerate(names)}
     if given is not None and set(names) == set(given.model.config.label2id):
         # A head that knows these labels already keeps them in its own order.
@@ -132,15 +154,29 @@ def prepared(recipe: Recipe, rows: tuple[Rows, Rows | None], given: Base | None)
         "max_length": recipe.data.max_length,
         "separator": recipe.data.separator,
         "template": template,
+        "task": recipe.task,
     }
     train_set, validation = (
         encode(found, base.tokenizer, label2id=label2id, **settings) if found is not None else None for found in rows
     )
     assert train_set is not None
     logger.info("%s: %d samples, %d labels", rows[0].path, len(train_set), train_set.num_labels)
+    packed = _packed(recipe, base, train_set) if recipe.data.packing else train_set
     if validation is None:
         logger.info("no evaluation: the recipe names no data.validation")
-    return Job(recipe=recipe, base=base, train=train_set, validation=validation, labels=names)
+    return Job(recipe=recipe, base=base, train=packed, validation=validation, labels=names)
+
+
+def _packed(recipe: Recipe, base: Base, samples: Encoded) -> Packed:
+    """Samples in rows, after it has been found out that the base keeps them apart."""
+    reason = why_not_packed(base.model)
+    if reason:
+        raise RecipeError(f"data.packing: {base.name} cannot keep samples apart: {reason}", hint="packing: false")
+    assert recipe.data.max_length is not None
+    packed = pack(samples, max_length=recipe.data.max_length, seed=recipe.seed)
+    told = "%d samples in %d rows of %d tokens, %.1f%% of them filled"
+    logger.info(told, len(samples), len(packed), packed.max_length, 100 * packed.filled)
+    return packed
 
 
 def _loaded(recipe: Recipe, label2id: Mapping[str, int]) -> Base:
@@ -181,8 +217,12 @@ def _resolved(recipe: Recipe, rows: Rows, base: Base, template: ChatTemplate | N
     length = recipe.data.max_length or min(base.max_length, LONGEST)
     if length > base.max_length:
         raise RecipeError(f"data.max_length is {length}; {base.name} sees {base.max_length} tokens at once")
+    separator = recipe.data.separator
+    if recipe.task == "seq2seq" and separator not in ("", DEFAULT_SEPARATOR):
+        raise RecipeError("data.separator is for causal-lm: an encoder reads a prompt as it is", hint="leave it out")
     # A text of its own has no prompt, and nothing is to be put after one in generation; in a chat the template decides.
-    separator = recipe.data.separator if rows.format == "completion" else ""
+    if rows.format != "completion" or recipe.task == "seq2seq":
+        separator = ""
     text = template.text if template else None
     data = dataclasses.replace(recipe.data, max_length=length, separator=separator, chat_template=text)
     return recipe.replace(data=data, lora=_config(recipe, base))
@@ -194,7 +234,7 @@ def _config(recipe: Recipe, base: Base) -> LoraConfig:
         return recipe.lora
     saved = [name for name in recipe.lora.modules_to_save if name != HEAD]
     # A head of a new task is random at first: an adapter that did not bring it would be of no use.
-    if recipe.task == "classify" or HEAD in recipe.lora.modules_to_save:
+    if recipe.task in _LABELLED or HEAD in recipe.lora.modules_to_save:
         head = [name for name in head_modules(base.model, recipe.task) if name not in saved]
         if head and recipe.method == "lora":
             logger.info("the head is trained and saved whole: %s", listed(head))

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_kit.data import IGNORED
+from lora_kit.data import IGNORED, NEXT, WRITTEN
 from lora_kit.errors import VerificationError
+from lora_kit.modes import evaluating
 from lora_kit.ops import chunked_cross_entropy
-from lora_kit.train.contexts import evaluating
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,13 @@ class Head:
     Attributes:
         linear: the head that is left out of the forward; None where the loss is taken from the model's own logits.
         reason: why they are needed; empty where they are not.
+        ahead: how many positions after the one it is predicted from a label stands: 1 where text goes on, 0 where each
+            position has its own label, as a word has, or where a decoder was given its labels shifted.
     """
 
     linear: nn.Linear | None
     reason: str = ""
+    ahead: int = 1
 
     @contextlib.contextmanager
     def left_out(self) -> Iterator[None]:
@@ -43,7 +46,7 @@ class Head:
     def loss(self, given: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Tensor:
         """The negative log-likelihood of the labels in nats, summed: () in fp32.
 
-        Tokens are predicted from the position before them. Rows without a label are dropped first.
+        Positions without a label are dropped first.
 
         Args:
             given: what the model gave for logits within `left_out`: (rows, length, d or vocabulary) with labels
@@ -52,10 +55,11 @@ class Head:
         """
         if labels.ndim == 1:
             return functional.cross_entropy(given.float(), labels, reduction="sum", label_smoothing=smoothing)
+        labels = functional.pad(labels[:, self.ahead :], (0, self.ahead), value=IGNORED)
         if self.linear is None:
-            kept = labels[:, 1:] != IGNORED
-            logits = given[:, :-1][kept].float()
-            return functional.cross_entropy(logits, labels[:, 1:][kept], reduction="sum", label_smoothing=smoothing)
+            kept = labels != IGNORED
+            logits = given[kept].float()
+            return functional.cross_entropy(logits, labels[kept], reduction="sum", label_smoothing=smoothing)
         if given.shape[-1] != self.linear.in_features:
             raise VerificationError(f"the model did not use its head as in the probe: it gave {tuple(given.shape)}")
         if not torch.is_autocast_enabled(given.device.type):
@@ -63,14 +67,14 @@ class Head:
         return chunked_cross_entropy(
             given.flatten(0, 1),
             self.linear.weight,
-            functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten(),
+            labels.flatten(),
             bias=self.linear.bias,
             ignore_index=IGNORED,
             smoothing=smoothing,
         )
 
 
-def head_of(model: Any, sample: Mapping[str, Tensor]) -> Head:
+def head_of(model: Any, sample: Mapping[str, Tensor], *, kind: str = NEXT) -> Head:
     """How the loss of this model is to be taken, found out by one forward of a sample; the model is as it was.
 
     The head is left out where it is a plain linear layer, frozen (or no gradient is wanted), and the model gives for
@@ -78,11 +82,15 @@ def head_of(model: Any, sample: Mapping[str, Tensor]) -> Head:
 
     Args:
         sample: what the model takes, on its device: `input_ids` (rows, length) and so on, without labels.
+        kind: of the samples; only where tokens are written can the head be left out.
     """
+    ahead = int(kind == NEXT)
+    if kind not in WRITTEN:
+        return Head(None, "labels are no tokens", ahead)
     sample = {name: tensor[:, :2] for name, tensor in sample.items()}
     linear: Any = model.get_output_embeddings()
     reason = _not_plain(linear) or _used_otherwise(model, linear, sample)
-    return Head(None, reason) if reason else Head(linear)
+    return Head(None if reason else linear, reason, ahead)
 
 
 def _not_plain(head: Any) -> str:
@@ -118,7 +126,7 @@ def _used_otherwise(model: Any, head: nn.Linear, sample: Mapping[str, Tensor]) -
     if len(made) != 1:
         return f"the model uses its head {len(made)} times"
     logits, copy = made[0]
-    if logits.shape[:-1] != sample["input_ids"].shape:
+    if logits.shape[:-1] != sample.get("decoder_input_ids", sample["input_ids"]).shape:
         return "the model gives its head other positions than it was given"
     cast_up = given.dtype != logits.dtype and torch.promote_types(given.dtype, logits.dtype) == given.dtype
     if not (given is logits or cast_up) or not torch.equal(given, copy.to(given.dtype)):

@@ -1,0 +1,122 @@
+"""Samples, ready for a model: tokens with their labels, one after another in memory, and padded batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+IGNORED: Final = -100
+"""The label of a position on which no loss is taken."""
+
+NEXT, LABEL, WORD, TARGET = "token", "label", "word", "target"
+"""Kinds of samples: each token is the label of the position before it; one label for the whole text; a label on the
+first token of each word; an input for an encoder and the tokens that a decoder is to write."""
+WRITTEN: Final = (NEXT, TARGET)
+"""The kinds whose labels are tokens that a model writes."""
+
+
+@dataclass(frozen=True)
+class Encoded(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Samples ready to be put into batches.
+
+    Attributes:
+        ids: the tokens of all samples, one after another: int32 (tokens,).
+        offsets: where each sample begins, and the end: int64 (samples + 1,).
+        labels: of all samples, one after another, `IGNORED` where there is no loss: int32 (labels,).
+        kind: `token` or `word`, where each token has a label; `label`, where each sample has one; `target`, where each
+            sample has as many as a decoder is to write.
+        label_offsets: where the labels of each sample begin, and the end: int64 (samples + 1,).
+    """
+
+    ids: Tensor
+    offsets: Tensor
+    labels: Tensor
+    kind: str
+    label_offsets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """`input_ids` int64 (length,), and `labels`: int64 (labels,), or () for a label of the whole text."""
+        labels = self.labels[_place(self.label_offsets, index)].long()
+        return {
+            "input_ids": self.ids[_place(self.offsets, index)].long(),
+            "labels": labels[0] if self.kind == LABEL else labels,
+        }
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each sample, without those that a decoder is to write: int64 (samples,)."""
+        return self.offsets.diff()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all samples, with those that a decoder is to write."""
+        return len(self.ids) + (len(self.labels) if self.kind == TARGET else 0)
+
+    @property
+    def num_labels(self) -> int:
+        """Positions on which a loss is taken: tokens that are written, words, or texts."""
+        return int((self.labels != IGNORED).sum())
+
+
+def _place(offsets: Tensor, index: int) -> slice:
+    return slice(int(offsets[index]), int(offsets[index + 1]))
+
+
+def joined(samples: Sequence[tuple[Sequence[int], Sequence[int]]], *, kind: str) -> Encoded:
+    """Samples of (tokens, labels) as one data set."""
+    return Encoded(
+        ids=torch.tensor([token for ids, _ in samples for token in ids], dtype=torch.int32),
+        offsets=_offsets([len(ids) for ids, _ in samples]),
+        labels=torch.tensor([label for _, labels in samples for label in labels], dtype=torch.int32),
+        kind=kind,
+        label_offsets=_offsets([len(labels) for _, labels in samples]),
+    )
+
+
+def _offsets(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads on the right to the longest sample: `input_ids`, `attention_mask` and `labels`, as transformers takes them.
+
+    Padding is known by its place, not by its id, so a pad token that is also the EOS does no harm.
+
+    Attributes:
+        pad_token_id: what is put there.
+        decoder_inputs: for samples of the kind `target`: what the decoder reads, given the labels.
+    """
+
+    pad_token_id: int
+    decoder_inputs: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(self, samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """All int64: (rows, longest); `labels` (rows,) where each text has one, and (rows, longest of them) for a
+        decoder, with `decoder_input_ids` of that shape. Rows of several samples keep their `position_ids`; a model is
+        to be given those in place of the mask."""
+        ids = [sample["input_ids"] for sample in samples]
+        labels = [sample["labels"] for sample in samples]
+        whole = labels[0].ndim == 0
+        batch = {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+            "labels": torch.stack(labels) if whole else pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+        }
+        if self.decoder_inputs is not None:
+            batch["decoder_input_ids"] = self.decoder_inputs(batch["labels"])
+        if "position_ids" in samples[0]:
+            # Padding begins a sample of its own with every token.
+            batch["position_ids"] = pad_sequence([sample["position_ids"] for sample in samples], batch_first=True)
+        return batch
