@@ -289,13 +289,13 @@ class Bench:
     def _perplexity(self, model: Any, tokenizer: Any, split: str, *, rows: int | None = None) -> dict[str, Any]:
         """Per token of the completions, end included, given the prompts."""
         from lora_kit.data import Collator, Rows, encode, read_rows
-        from lora_kit.train.evaluate import evaluate
+        from lora_kit.evaluate import measure
 
         read_ = read_rows(self.files[split])
         step = max(1, len(read_) // rows) if rows else 1
         chosen = Rows(read_.path, read_.format, read_.values[::step], read_.lines[::step])
         data = encode(chosen, tokenizer, max_length=MAX_LENGTH)
-        found = evaluate(model, data, Collator(tokenizer.pad_token_id), batch_size=32)
+        found = measure(model, data, Collator(tokenizer.pad_token_id), batch_size=32)
         return {"perplexity": found.perplexity, "loss": found.loss, "tokens": found.labels, "rows": found.samples}
 
     def _written(self, model: Any, tokenizer: Any) -> dict[str, Any]:
