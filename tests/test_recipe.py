@@ -144,7 +144,7 @@ def test_a_regular_expression_stays_one() -> None:
         ({"lora": {"r": 0}}, "lora.r must be a whole number from 1"),
         ({"lora": {"r": "x"}}, "lora.r must be a whole number"),
         ({"lora": {"target_modules": "(a"}}, "not a regular expression"),
-        ({"task": "tokens"}, "'tokens' is not there yet"),
+        ({"task": "token"}, "did you mean 'tokens'"),
         ({"task": "clasify"}, "did you mean 'classify'"),
         ({"method": "peft"}, "'peft' is not there yet"),
         ({"method": "feature"}, "did you mean 'features'"),

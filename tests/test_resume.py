@@ -162,25 +162,97 @@ def test_killed_after_the_last_step_no_step_is_done_again(tmp_path: Path) -> Non
     assert results(report.out) == expected
 
 
-def test_an_interrupt_of_the_command_exits_with_130_and_the_same_command_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+# Stopped by a signal
+
+
+class SignalAt(transformers.TrainerCallback):
+    """Sends this process signals at a moment of the step of a number."""
+
+    def __init__(self, step: int, *numbers: int, moment: str = "on_step_begin") -> None:
+        self.step, self.numbers = step, numbers
+        setattr(self, moment, self.send)
+
+    def send(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            for number in self.numbers:
+                os.kill(os.getpid(), number)
+
+
+STOPPED: dict[int, type[BaseException]] = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SystemExit}
+
+
+@pytest.mark.parametrize(
+    ("number", "at", "moment", "stands", "section"),
+    [
+        (signal.SIGINT, 2, "on_step_begin", 3, {}),
+        (signal.SIGTERM, 3, "on_step_begin", 4, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}),
+        (signal.SIGINT, 2, "on_step_begin", 3, {"save_strategy": "no"}),
+        (signal.SIGINT, 3, "on_evaluate", 3, {**EPOCHS, "eval_strategy": "epoch", "logging_strategy": "epoch"}),
+        (signal.SIGINT, 5, "on_evaluate", 5, {"eval_strategy": "steps", "eval_steps": 5}),
+        (signal.SIGTERM, 6, "on_step_begin", 7, {}),
+    ],
+    ids=["within a step", "SIGTERM", "no checkpoints on the way", "end of an epoch", "evaluation", "last step"],
+)
+def test_a_signal_stops_after_the_step_with_a_checkpoint(
+    tmp_path: Path, number: int, at: int, moment: str, stands: int, section: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    recipe = recipe_of(tmp_path, base="kit-base", lora=DROPOUT, train={"save_steps": 1}, steps=4)
+    recipe = long_recipe(tmp_path, train={"save_steps": 100, **section})
+    expected = unbroken(recipe)
+    handlers = [signal.getsignal(number) for number in STOPPED]
+    with pytest.raises(STOPPED[number]) as stopped:
+        train(recipe, base=base_of(), callbacks=[SignalAt(at, number, moment=moment)])
+    assert getattr(stopped.value, "code", 143) == 143
+    assert [signal.getsignal(number) for number in STOPPED] == handlers
+    assert steps_kept(Path(recipe["out"])) == [stands]
+    assert f"the same command goes on from the checkpoint of step {stands} in" in caplog.messages[-1]
+    report = train(recipe, base=base_of())
+    assert report.resumed == stands
+    assert results(report.out) == expected
+    assert not run_of(report.out).exists()
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path: Path) -> None:
+    recipe = long_recipe(tmp_path)
+    expected = unbroken(recipe)
+    twice = SignalAt(5, signal.SIGINT, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, base=base_of(), callbacks=[twice, At(6, lambda _: pytest.fail("a step too many"))])
+    assert steps_kept(Path(recipe["out"])) == [2, 4]
+    assert results(train(recipe, base=base_of()).out) == expected
+
+
+def test_an_interrupt_that_the_process_ignores_stays_ignored(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        report = train(long_recipe(tmp_path), base=base_of(), callbacks=[SignalAt(2, signal.SIGINT)])
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert report.steps == 7
+
+
+@pytest.mark.parametrize("number", STOPPED)
+def test_a_command_stopped_by_a_signal_exits_with_its_code_and_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    recipe = recipe_of(tmp_path, base="kit-base", lora=DROPOUT, steps=4)
     expected = unbroken(recipe, lambda: None)  # type: ignore[arg-type, return-value]
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    from lora_kit.train.resume import ResumableTrainer
+    from lora_kit.train.trainer import Trainer
 
-    save = ResumableTrainer._save_checkpoint
+    work = Trainer.training_step
 
-    def interrupted(self: Any, *given: Any) -> None:
-        save(self, *given)
-        if self.state.global_step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+    def interrupted(self: Any, *given: Any) -> Any:
+        if self.state.global_step == 2:
+            os.kill(os.getpid(), number)
+        return work(self, *given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ResumableTrainer, "_save_checkpoint", interrupted)
-        assert main(["train", str(tmp_path / "recipe.yaml")]) == 130
-    assert "started again, it goes on from step 3" in capsys.readouterr().err
+        patch.setattr(Trainer, "training_step", interrupted)
+        assert main(["train", str(tmp_path / "recipe.yaml")]) == 128 + number
+    told = capsys.readouterr().err
+    assert "the same command goes on from the checkpoint of step 3" in told
+    assert "Traceback" not in told
     assert main(["train", str(tmp_path / "recipe.yaml")]) == 0
     assert "went on from step 3" in " ".join(capsys.readouterr().out.split())
     assert results(Path(recipe["out"])) == expected

@@ -31,8 +31,9 @@ from lora_kit.errors import (
     TargetError,
     VerificationError,
 )
+from lora_kit.evaluate import measure
 from lora_kit.models import Base, load_base
-from lora_kit.train import TrainReport, evaluate, train
+from lora_kit.train import TrainReport, train
 
 PAIRS = [
     {"prompt": "one", "completion": "two"},
@@ -109,7 +110,7 @@ def test_the_result_is_an_adapter_folder_that_says_how_it_came_to_be(tmp_path: P
     report = train(recipe_of(tmp_path, lora={"r": 4}), base=base)
     names = {path.name for path in report.out.iterdir()}
     assert names == {"adapter_config.json", "adapter_model.safetensors", "lora_kit.json", "README.md",
-                     "recipe.yaml", "metrics.jsonl", "loss.png"}  # fmt: skip
+                     "recipe.yaml", "metrics.jsonl", "report.html", "loss.png"}  # fmt: skip
     adapter = Adapter.load(report.out)
     assert adapter.digest == report.digest
     assert adapter.config.r == 4
@@ -137,7 +138,7 @@ def test_the_saved_adapter_gives_the_metrics_it_was_saved_with(tmp_path: Path) -
     bank.load("again", report.out)
     bank.use("again")
     assert report.after is not None
-    again = evaluate(base.model, samples, Collator(texts.PAD))
+    again = measure(base.model, samples, Collator(texts.PAD))
     assert again.loss == pytest.approx(report.after.loss, abs=1e-6)
     assert again.labels == report.after.labels
 
@@ -192,9 +193,9 @@ def test_accumulation_equals_one_big_batch(tmp_path: Path, kind: str) -> None:
 def test_padding_does_not_change_the_loss(tmp_path: Path) -> None:
     base = base_of()
     samples = encode(read_rows(texts.write(tmp_path / "rows.jsonl", PAIRS)), base.tokenizer, max_length=64)
-    alone = evaluate(base.model, samples, Collator(texts.PAD), batch_size=1)
+    alone = measure(base.model, samples, Collator(texts.PAD), batch_size=1)
     for size, pad in ((5, texts.PAD), (3, texts.EOS)):
-        assert evaluate(base.model, samples, Collator(pad), batch_size=size).loss == pytest.approx(alone.loss, abs=1e-6)
+        assert measure(base.model, samples, Collator(pad), batch_size=size).loss == pytest.approx(alone.loss, abs=1e-6)
 
 
 def test_evaluation_is_the_mean_over_tokens(tmp_path: Path) -> None:
@@ -208,7 +209,7 @@ def test_evaluation_is_the_mean_over_tokens(tmp_path: Path) -> None:
         for place in range(1, len(labels)):
             if labels[place] != -100:
                 total, count = total - float(likelihood[place - 1, labels[place]]), count + 1
-    found = evaluate(base.model, samples, Collator(texts.PAD), batch_size=2)
+    found = measure(base.model, samples, Collator(texts.PAD), batch_size=2)
     assert found.labels == count == samples.num_labels
     assert found.loss == pytest.approx(total / count, abs=1e-5)
     assert found.perplexity == pytest.approx(2.718281828459045**found.loss)
@@ -221,7 +222,7 @@ def test_evaluating_draws_no_random_number_and_keeps_modes(tmp_path: Path) -> No
     modes = [module.training for module in base.model.modules()]
     samples = encode(read_rows(texts.write(tmp_path / "rows.jsonl", PAIRS)), base.tokenizer, max_length=64)
     before = torch.get_rng_state()
-    assert evaluate(base.model, samples, Collator(texts.PAD)) is not None
+    assert measure(base.model, samples, Collator(texts.PAD)) is not None
     assert torch.equal(torch.get_rng_state(), before)
     assert [module.training for module in base.model.modules()] == modes
 
@@ -346,7 +347,7 @@ def test_an_error_within_a_step_leaves_the_head_as_it_was(tmp_path: Path, monkey
     def fails(*_: Any, **__: Any) -> None:
         raise MemoryError("no room")
 
-    monkeypatch.setattr("lora_kit.train.loss.chunked_cross_entropy", fails)
+    monkeypatch.setattr("lora_kit.loss.chunked_cross_entropy", fails)
     with pytest.raises(MemoryError, match="no room"):
         train({**recipe_of(tmp_path), "data": str(tmp_path / "rows.jsonl")}, base=base)
     assert vars(base.model.lm_head) == attributes
@@ -409,7 +410,7 @@ def test_full_trains_every_weight_of_a_copy(tmp_path: Path) -> None:
     assert loaded.model.dtype == torch.float32
     assert not any(torch.equal(tensor, before[key].float()) for key, tensor in loaded.model.state_dict().items())
     samples = encode(read_rows(tmp_path / "rows.jsonl"), loaded.tokenizer, max_length=64)
-    assert evaluate(loaded.model, samples, Collator(texts.PAD)).loss == pytest.approx(report.after.loss, abs=1e-5)
+    assert measure(loaded.model, samples, Collator(texts.PAD)).loss == pytest.approx(report.after.loss, abs=1e-5)
     assert {"recipe.yaml", "metrics.jsonl", "loss.png"} <= {path.name for path in report.out.iterdir()}
     assert report.digest is None
     assert report.trainable == report.parameters == base.model.num_parameters()
@@ -539,12 +540,12 @@ def test_an_output_inside_the_base_is_refused(tmp_path: Path) -> None:
         train(recipe)
 
 
-def test_an_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_an_interrupt_leaves_a_checkpoint_and_the_base_as_it_was(tmp_path: Path) -> None:
     base = base_of()
     before, attributes = state(base.model), set(vars(base.model))
     with pytest.raises(KeyboardInterrupt):
         train(recipe_of(tmp_path), base=base, callbacks=[At(2, lambda _: os.kill(os.getpid(), signal.SIGINT))])
-    assert untouched(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "out.run"}
     assert same_state(base.model, before)
     assert set(vars(base.model)) == attributes
     assert train(recipe_of(tmp_path), base=base).steps == 3
@@ -633,7 +634,7 @@ def test_the_best_adapter_is_kept_though_no_checkpoint_was_due(tmp_path: Path) -
     bank.load("again", report.out)
     bank.use("again")
     samples = encode(read_rows(tmp_path / "rows.jsonl"), base.tokenizer, max_length=64)
-    assert evaluate(base.model, samples, Collator(texts.PAD)).loss == pytest.approx(report.after.loss, abs=1e-5)
+    assert measure(base.model, samples, Collator(texts.PAD)).loss == pytest.approx(report.after.loss, abs=1e-5)
     last = train({**restless(tmp_path), "out": str(tmp_path / "last")}, base=base_of())
     assert last.kept == 8
     assert last.after is not None

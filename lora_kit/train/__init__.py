@@ -1,11 +1,11 @@
 """Training from a recipe: `train(recipe)` writes an adapter folder and says what it did."""
 
 from lora_kit._callable import make_callable
-from lora_kit.train.evaluate import Evaluation, evaluate
-from lora_kit.train.recipe import DataSpec, Recipe, load_recipe
+from lora_kit.train.reading import load_recipe
+from lora_kit.train.recipe import DataSpec, Recipe
 from lora_kit.train.report import TrainReport
 from lora_kit.train.run import train
 
-__all__ = ["DataSpec", "Evaluation", "Recipe", "TrainReport", "evaluate", "load_recipe", "train"]
+__all__ = ["DataSpec", "Recipe", "TrainReport", "load_recipe", "train"]
 
 make_callable(__name__)

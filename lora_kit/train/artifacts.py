@@ -1,4 +1,4 @@
-"""What stands beside the trained weights: recipe, chat template, the metrics line by line, the loss as a picture."""
+"""What stands beside the trained weights: recipe, chat template, metrics line by line, a report, a picture."""
 
 from __future__ import annotations
 
@@ -8,24 +8,34 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from lora_kit.train.recipe import Recipe
+from lora_kit.train.page import page
+from lora_kit.train.prepare import RECIPE
+from lora_kit.train.report import TrainReport
+from lora_kit.train.samples import Sample
 
 logger = logging.getLogger(__name__)
 
-RECIPE: Final = "recipe.yaml"
 METRICS: Final = "metrics.jsonl"
+PAGE: Final = "report.html"
 PICTURE: Final = "loss.png"
 TEMPLATE: Final = "chat_template.jinja"
 """The chat template that was trained with, where transformers and servers look for one."""
 
 
-def beside(recipe: Recipe, history: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
-    """The further files of a result, by name. Without matplotlib there is no picture, and that is logged."""
-    lines = "".join(json.dumps(entry) + "\n" for entry in history)
+def beside(report: TrainReport, *, samples: Sequence[Sample], labels: int) -> dict[str, bytes]:
+    """The further files of a result, by name. Without matplotlib there is no picture, and that is logged.
+
+    Args:
+        samples: answers before and after.
+        labels: how many there are, where the task has some.
+    """
+    recipe = report.recipe
+    lines = "".join(json.dumps(entry) + "\n" for entry in report.history)
     files = {RECIPE: recipe.to_yaml().encode(), METRICS: lines.encode()}
+    files[PAGE] = page(report, samples=samples, labels=labels).encode()
     if recipe.data.chat_template:
         files[TEMPLATE] = recipe.data.chat_template.encode()
-    picture = loss_curve(history, title=recipe.name)
+    picture = loss_curve(report.history, title=recipe.name)
     return {**files, PICTURE: picture} if picture else files
 
 

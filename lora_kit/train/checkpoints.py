@@ -118,7 +118,8 @@ class RunFolder:
         """Log from where a run that is stopped will go on."""
         steps = self._steps()
         if steps:
-            logger.warning("stopped; started again, it goes on from step %d in %s", max(steps), printable(self.folder))
+            where = printable(self.folder)
+            logger.warning("stopped; the same command goes on from the checkpoint of step %d in %s", max(steps), where)
 
     # Writing
 

@@ -13,23 +13,6 @@ from torch import nn
 from lora_kit.errors import BaseModelError
 
 
-def casting(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
-    """Autocast to a dtype, or nothing."""
-    return torch.autocast(device.type, dtype=dtype) if dtype else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode within, every module's own mode again after."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 @contextlib.contextmanager
 def borrowed(model: Any) -> Iterator[None]:
     """Puts back, whatever happens, what the Trainer changes on a model besides its trained weights.

@@ -10,6 +10,8 @@ from typing import Final
 
 from torch import Tensor
 
+from lora_kit.data import IGNORED
+
 PART_TOKENS: Final = {"cpu": 64, "cuda": 2048}
 """What a part costs by itself, in tokens: weights that are read again, kernels that are launched again. Measured on a
 CPU (14 to 110, layers 256 to 1,024 wide); estimated for a GPU, from the launches of a model of a billion weights."""
@@ -19,17 +21,29 @@ def split(batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     """The rows of a batch in parts, the longest rows first, each part padded to its own longest row.
 
     Args:
-        batch: padded on the right: `attention_mask` (rows, length), and more tensors (rows, length) or (rows,).
+        batch: of a `Collator`: `attention_mask` (rows, length), and more tensors (rows, length) or (rows,).
     """
     mask = batch["attention_mask"]
     lengths, order = mask.sum(1).sort(descending=True, stable=True)
     cost = PART_TOKENS["cpu" if mask.device.type == "cpu" else "cuda"]
     sizes = part_sizes(lengths.tolist(), part=cost)
-    parts = []
-    for rows, longest in zip(order.split(sizes), lengths.split(sizes), strict=True):
-        end = int(longest[0])
-        parts.append({name: tensor[rows, :end] if tensor.ndim > 1 else tensor[rows] for name, tensor in batch.items()})
-    return parts
+    return [
+        _trimmed({name: tensor[rows] for name, tensor in batch.items()}, read=int(longest[0]))
+        for rows, longest in zip(order.split(sizes), lengths.split(sizes), strict=True)
+    ]
+
+
+def _trimmed(part: Mapping[str, Tensor], *, read: int) -> dict[str, Tensor]:
+    """A part without the padding that all its rows have; what a decoder reads and writes has a length of its own."""
+    written = int((part["labels"] != IGNORED).sum(1).max()) if "decoder_input_ids" in part else read
+    ends = {"labels": written, "decoder_input_ids": written}
+    # Of rows of several samples the positions tell where attention ends; beside a mask they would be passed over.
+    passed_over = {"attention_mask"} if "position_ids" in part else set()
+    return {
+        name: tensor[:, : ends.get(name, read)] if tensor.ndim > 1 else tensor
+        for name, tensor in part.items()
+        if name not in passed_over
+    }
 
 
 def part_sizes(lengths: Sequence[int], *, part: int) -> list[int]:

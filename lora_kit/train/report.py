@@ -1,16 +1,13 @@
-"""What a training did: its report, and how time and memory are measured."""
+"""What a training did: its report, its log line by line, and what goes into the record."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lora_kit.train.evaluate import Evaluation
+from lora_kit.evaluate import Evaluation
 from lora_kit.train.recipe import Recipe
 
 
@@ -27,6 +24,7 @@ class TrainReport:
         seconds: wall time of the training, without loading and evaluation.
         tokens: tokens trained on, padding left out, each time they were seen.
         peak_bytes: the most memory in use: of the CUDA device, or of the whole process where there is none.
+        micro_batch: rows at once in the last step: the recipe's, or fewer where memory ran out.
         trainable, parameters: elements trained, and of the model with the adapter.
         train_loss: mean training loss over the last logging interval, in nats per label.
         before, after: metrics on the validation file; None where the recipe names none.
@@ -44,6 +42,7 @@ class TrainReport:
     seconds: float
     tokens: int
     peak_bytes: int
+    micro_batch: int
     trainable: int
     parameters: int
     train_loss: float
@@ -82,33 +81,9 @@ def metrics(report: TrainReport) -> dict[str, Any]:
     found: dict[str, Any] = {"steps": report.steps, "tokens": report.tokens, "train_loss": report.train_loss}
     if report.kept != report.steps:
         found["best_step"] = report.kept
+    if report.micro_batch < report.recipe.train.get("per_device_train_batch_size", report.micro_batch):
+        found["micro_batch"] = report.micro_batch
     if report.before and report.after:
         found |= report.after.metrics()
         found |= {f"{key}_before": value for key, value in report.before.metrics().items()}
     return found
-
-
-class Clock:
-    """Wall time and peak memory of a piece of work."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._started = device, time.perf_counter()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-
-    @property
-    def seconds(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter() - self._started
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most memory in use: of the CUDA device since the start, or of the whole process since it began."""
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
-        import resource
-        import sys
-
-        # Linux counts in kilobytes, macOS in bytes.
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

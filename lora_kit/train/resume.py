@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import random
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-import numpy as np
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -18,11 +17,17 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from lora_kit.errors import AdapterError, VerificationError
 from lora_kit.files import printable
 from lora_kit.train.checkpoints import Checkpoint, Identity, RunFolder
+from lora_kit.train.randomness import random_states, set_random_states
+from lora_kit.train.signals import Stop
 from lora_kit.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS, LOOP, STATE = "weights.safetensors", "loop.pt", "trainer_state.json"
+WEIGHTS, LOOP = "weights.safetensors", "loop.pt"
+STATE, OPTIMIZER, SCHEDULER, SCALER = "trainer_state.json", "optimizer.pt", "scheduler.pt", "scaler.pt"
+"""Read by transformers.Trainer under these names."""
+_ASKED_OF_TRANSFORMERS: Final = ("_save_checkpoint", "_load_from_checkpoint", "_load_rng_state")
+"""Moments of transformers' loop for which it has no public name: methods that it calls, and that are replaced here."""
 
 
 class ResumableTrainer(Trainer):
@@ -35,20 +40,27 @@ class ResumableTrainer(Trainer):
     Args:
         run: where the checkpoints are.
         identity, setting: of the run, see `lora_kit.train.checkpoints`.
+        stop: asked after every step whether to save and stop there.
 
     Attributes:
         seconds_before: wall time of the training up to the checkpoint it went on from.
         resumed: step of that checkpoint; 0 for a run from the beginning.
     """
 
-    def __init__(self, *args: Any, run: RunFolder, identity: Identity, setting: dict[str, Any], **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, run: RunFolder, identity: Identity, setting: dict[str, Any], stop: Stop, **kwargs: Any
+    ) -> None:
+        missing = [name for name in _ASKED_OF_TRANSFORMERS if not hasattr(transformers.Trainer, name)]
+        if missing:
+            raise _unfit(f"has no Trainer.{missing[0]}")
         super().__init__(*args, **kwargs)
-        self._run, self._identity, self._setting = run, identity, setting
+        self._run, self._identity, self._setting, self._stop = run, identity, setting, stop
         self.args.restore_callback_states_from_checkpoint = True
         self.seconds_before, self.resumed = 0.0, 0
         self._went_on_from: dict[str, Any] | None = None
         self._epoch_random: dict[str, Any] = {}
         self._in_epoch = self._owed = False
+        self._put_back: set[str] = set()
         self._started = 0.0
         self.add_callback(_Moments(self))
 
@@ -57,20 +69,23 @@ class ResumableTrainer(Trainer):
         self._started = time.perf_counter()
         if checkpoint is None:
             self.train()
+            self._load_best()
             return
         logger.info("going on from step %d in %s", checkpoint.step, printable(checkpoint.folder))
         loop = torch.load(checkpoint.folder / LOOP, map_location="cpu", weights_only=True)
         self.resumed, self.seconds_before = checkpoint.step, loop["seconds"]
         self._seen += loop["tokens"]
+        self._micro.rows = loop["micro_batch"]
         if checkpoint.finished:
             self._load_weights(checkpoint.folder)
             self.state = TrainerState.load_from_json(str(checkpoint.folder / STATE))
-            if self._best is not None:
-                self._load_best_model()
-            return
-        self._went_on_from = loop
-        self.args.eval_on_start = False
-        self.train(resume_from_checkpoint=str(checkpoint.folder))
+        else:
+            self._went_on_from = loop
+            self.args.eval_on_start = False
+            self.train(resume_from_checkpoint=str(checkpoint.folder))
+            if self._put_back != {"weights", "random"}:
+                raise _unfit("went on from a checkpoint in a way of its own")
+        self._load_best()
 
     # Writing: called by transformers.Trainer
 
@@ -85,7 +100,6 @@ class ResumableTrainer(Trainer):
             return
         self._owed = False
         self._check_weights()
-        self._find_best()
         self._run.write(
             self._fill,
             keep=self.args.save_total_limit,
@@ -95,6 +109,7 @@ class ResumableTrainer(Trainer):
             identity=self._identity,
             setting=self._setting,
         )
+        self._stop.obey()
 
     @property
     def _epoch_is_over(self) -> bool:
@@ -111,8 +126,12 @@ class ResumableTrainer(Trainer):
         weights = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
                    for name, tensor in self._trained().items()}  # fmt: skip
         save_file(weights, folder / WEIGHTS)
-        self._save_optimizer_and_scheduler(str(folder))
-        self._save_scaler(str(folder))
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        torch.save(self.optimizer.state_dict(), folder / OPTIMIZER)
+        torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER)
+        if self.accelerator.scaler is not None:
+            torch.save(self.accelerator.scaler.state_dict(), folder / SCALER)
         told: list[Any] = [*self.callback_handler.callbacks, self.control]
         stateful: list[Any] = [each for each in told if isinstance(each, ExportableState)]
         self.state.stateful_callbacks = TrainerState(stateful_callbacks=stateful).stateful_callbacks
@@ -121,8 +140,9 @@ class ResumableTrainer(Trainer):
         loop = {
             "random": now,
             "epoch_random": now if self._epoch_is_over else self._epoch_random,
-            "loss": self._tr_loss.detach().cpu(),
-            "logged": self._globalstep_last_logged,
+            "loss": self._loss_sum.cpu(),
+            "logged": self._logged,
+            "micro_batch": self._micro.rows,
             "tokens": self.tokens,
             "seconds": self.seconds_before + time.perf_counter() - self._started - self.evaluating_seconds,
         }
@@ -136,17 +156,12 @@ class ResumableTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._load_weights(Path(resume_from_checkpoint))
+        self._put_back.add("weights")
 
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Whether an evaluation is the best so far; then it is kept, also where no checkpoint is due."""
-        better = super()._determine_best_metric(metrics, trial)
-        if better and self.args.load_best_model_at_end:
-            self.control.should_save = True
-        return better
-
-    def _load_best_model(self) -> None:
-        assert self._best is not None
-        self._load_weights(self._run.path(self._best))
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self._went_on_from is not None:
+            set_random_states(self._went_on_from["random"])
+            self._put_back.add("random")
 
     def _load_weights(self, folder: Path) -> None:
         trained, kept = self._trained(), load_file(folder / WEIGHTS)
@@ -156,9 +171,20 @@ class ResumableTrainer(Trainer):
             for name, tensor in trained.items():
                 tensor.copy_(kept[name])
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if self._went_on_from is not None:
-            set_random_states(self._went_on_from["random"])
+    # The best weights
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Our own evaluation; the weights of the best one so far are kept, also where no checkpoint is due."""
+        metrics = super().evaluate(*args, **kwargs)
+        found_best = self.args.load_best_model_at_end and self._is_best(metrics)
+        if found_best or self._stop.asked is not None:
+            self.control.should_save = True
+        return metrics
+
+    def _is_best(self, metrics: Mapping[str, float]) -> bool:
+        best, key = self.state.best_metric, str(self.args.metric_for_best_model).removeprefix("eval_")
+        value = metrics[f"eval_{key}"]
+        return best is None or (value > best if self.args.greater_is_better else value < best)
 
     @property
     def kept(self) -> int:
@@ -170,26 +196,29 @@ class ResumableTrainer(Trainer):
         """The step whose weights are kept at the end, where that is not the last one."""
         return self.state.best_global_step if self.args.load_best_model_at_end else None
 
-    def _find_best(self) -> None:
-        """Tell transformers where the best checkpoint is; a run folder may have moved since the state was written."""
-        self.state.best_model_checkpoint = None if self._best is None else str(self._run.path(self._best))
+    def _load_best(self) -> None:
+        if self._best is not None:
+            self._load_weights(self._run.path(self._best))
 
     # Moments of the loop
 
     def _begin_training(self) -> None:
-        if self._went_on_from is not None:
-            self._tr_loss = self._went_on_from["loss"].to(self.args.device)
-            self._globalstep_last_logged = self._went_on_from["logged"]
-            self._find_best()
+        if self._went_on_from is None:
+            self._count_from(0)
+        else:
+            self._count_from(self._went_on_from["logged"], self._went_on_from["loss"])
 
     def _begin_epoch(self) -> None:
         if self._went_on_from is not None and not self._epoch_random:
             set_random_states(self._went_on_from["epoch_random"])
         self._epoch_random, self._in_epoch = random_states(), True
 
+    def _end_step(self, control: transformers.TrainerControl) -> None:
+        control.should_save = control.should_save or self._stop.asked is not None
+
     def _end_epoch(self, control: transformers.TrainerControl) -> None:
         self._in_epoch = False
-        control.should_save = control.should_save or self._owed
+        control.should_save = control.should_save or self._owed or self._stop.asked is not None
 
 
 class _Moments(transformers.TrainerCallback):
@@ -204,28 +233,14 @@ class _Moments(transformers.TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._begin_epoch()
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._end_step(control)
+
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._end_epoch(control)
 
 
-def random_states() -> dict[str, Any]:
-    """The states of the global generators of torch, its CUDA devices, numpy and Python, as plain values and tensors."""
-    state: Any = np.random.get_state()
-    name, keys, *rest = state
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
-        "python": random.getstate(),
-    }
-
-
-def set_random_states(states: dict[str, Any]) -> None:
-    """Put all generators into states that `random_states` gave."""
-    torch.set_rng_state(states["torch"])
-    if states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
+def _unfit(what: str) -> VerificationError:
+    """This version of transformers is not one that checkpoints can be relied on with."""
+    hint = "lora_kit is tested with the version in constraints.txt"
+    return VerificationError(f"transformers {transformers.__version__} {what}", hint=hint)

@@ -14,29 +14,32 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from lora_kit.bank import AdapterBank, attach
-from lora_kit.errors import RecipeError
+from lora_kit.errors import LoraKitError, RecipeError
+from lora_kit.evaluate import Evaluation, measure
 from lora_kit.files import sole_writer, staged
 from lora_kit.models import Base, quiet
+from lora_kit.train.arguments import check_reporting, training_arguments
 from lora_kit.train.artifacts import beside
 from lora_kit.train.checkpoints import Checkpoint, RunFolder, digest_of
+from lora_kit.train.clock import Clock
 from lora_kit.train.contexts import borrowed, compiled_layers, repeatable
-from lora_kit.train.evaluate import Evaluation, evaluate
+from lora_kit.train.memory import explained
 from lora_kit.train.prepare import Job, check_out, check_place, is_model_of_ours, prepared, read
-from lora_kit.train.recipe import OWN_FIELDS, Recipe, load_recipe, training_fields
-from lora_kit.train.report import Clock, TrainReport, history, metrics
+from lora_kit.train.reading import load_recipe
+from lora_kit.train.recipe import Recipe
+from lora_kit.train.report import TrainReport, history, metrics
+from lora_kit.train.samples import Samples
+from lora_kit.train.signals import Stop
 
 if TYPE_CHECKING:
-    from transformers import TrainerCallback, TrainingArguments
+    from transformers import TrainerCallback
 
     from lora_kit.train.resume import ResumableTrainer
 
 logger = logging.getLogger(__name__)
 
-_RENAMED: Final = {
-    "gradient_checkpointing": "activation_checkpointing",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
-}
-"""Older names of TrainingArguments that recipes may use, and what newer versions of transformers call them."""
+LOGS: Final = ".tensorboard"
+"""Where TensorBoard looks for a run: the output's path and this, unless TENSORBOARD_LOGGING_DIR says otherwise."""
 
 
 def train(
@@ -63,11 +66,12 @@ def train(
     Raises:
         RecipeError, DataError, BaseModelError, TargetError: what was given is wrong, or differs from what the
             checkpoints are of; nothing has been trained.
-        StorageError: `out` exists, cannot be written, or another process trains it.
+        StorageError: `out` exists, cannot be written, or another process trains it; or memory does not suffice.
         VerificationError: the loss stopped being a number. Nothing is written.
     """
     wanted = load_recipe(recipe, overrides=overrides)
     check_place(wanted)
+    check_reporting(wanted.train)
     run = RunFolder(wanted.out)
     with sole_writer(run.folder), quiet():
         run.remove_if_done()
@@ -77,7 +81,8 @@ def train(
         start = _Start(run=run, checkpoint=found, replace=replace)
         how = _train_full if wanted.method == "full" else _train_adapter
         try:
-            report = how(job, start, callbacks)
+            with explained():
+                report = how(job, start, callbacks)
         except BaseException:
             run.say_where_it_stands()
             raise
@@ -104,32 +109,37 @@ def _train_adapter(job: Job, start: _Start, callbacks: Sequence[TrainerCallback]
         trainable = bank.coverage(recipe.name).parameters
         parameters = model.num_parameters()
         logger.info("%s", bank.coverage(recipe.name))
+        samples = Samples(job)
         report = _report(job, _trained(job, model, start, callbacks), trainable, parameters)
-        return _save_adapter(job, bank, report, replace=start.replace)
+        files = beside(report, samples=samples.after(), labels=len(job.labels))
+        return _save_adapter(job, bank, report, files, replace=start.replace)
     finally:
         bank.detach()
 
 
-def _save_adapter(job: Job, bank: AdapterBank, report: TrainReport, *, replace: bool) -> TrainReport:
+def _save_adapter(
+    job: Job, bank: AdapterBank, report: TrainReport, files: Mapping[str, bytes], *, replace: bool
+) -> TrainReport:
     recipe = job.recipe
     record: dict[str, Any] = {"recipe": recipe.to_dict(), "seed": recipe.seed, "metrics": metrics(report)}
     record["run"] = digest_of(job.identity)
     if job.labels:
         record["labels"] = list(job.labels)
-    files = beside(recipe, report.history)
     adapter = bank.save(recipe.name, report.out, record=record, files=files, replace=replace)
     return dataclasses.replace(report, digest=adapter.digest)
 
 
 def _train_full(job: Job, start: _Start, callbacks: Sequence[TrainerCallback]) -> TrainReport:
-    model, recipe = job.base.model, job.recipe
+    model = job.base.model
     model.requires_grad_(True)
     count = model.num_parameters()
+    samples = Samples(job)
     report = _report(job, _trained(job, model, start, callbacks), count, count)
+    files = beside(report, samples=samples.after(), labels=len(job.labels))
     with staged(report.out, replace=start.replace, owned=is_model_of_ours) as folder:
         model.save_pretrained(folder)
         job.base.tokenizer.save_pretrained(folder)
-        for name, data in beside(recipe, report.history).items():
+        for name, data in files.items():
             (folder / name).write_bytes(data)
     return report
 
@@ -158,11 +168,13 @@ def _trained(job: Job, model: Any, start: _Start, callbacks: Sequence[TrainerCal
         stack.enter_context(borrowed(model))
         if job.recipe.compile:
             stack.enter_context(compiled_layers(model))
-        trainer = _trainer(job, model, scratch, start.run, callbacks)
+        stop = Stop()
+        trainer = _trainer(job, model, scratch, callbacks, run=start.run, stop=stop)
         before = _evaluated(job, trainer)
         clock = Clock(device)
         try:
-            trainer.train_from(start.checkpoint)
+            with stop:
+                trainer.train_from(start.checkpoint)
         finally:
             trainer.close()
         seconds = trainer.seconds_before + clock.seconds - trainer.evaluating_seconds
@@ -171,9 +183,10 @@ def _trained(job: Job, model: Any, start: _Start, callbacks: Sequence[TrainerCal
 
 
 def _trainer(
-    job: Job, model: Any, scratch: str, run: RunFolder, callbacks: Sequence[TrainerCallback]
+    job: Job, model: Any, scratch: str, callbacks: Sequence[TrainerCallback], *, run: RunFolder, stop: Stop
 ) -> ResumableTrainer:
     from transformers import EarlyStoppingCallback
+    from transformers.integrations import TensorBoardCallback
 
     from lora_kit.train.resume import ResumableTrainer
 
@@ -181,50 +194,27 @@ def _trainer(
     stopping = [EarlyStoppingCallback(patience)] if patience else []
     data: dict[str, Any] = {"train": job.train, "validation": job.validation, "collator": job.collator}
     data["loraplus"] = job.recipe.train.get("loraplus_lr_ratio")
-    whose: dict[str, Any] = {"run": run, "identity": job.identity, "setting": job.setting}
+    whose: dict[str, Any] = {"run": run, "identity": job.identity, "setting": job.setting, "stop": stop}
     try:
-        return ResumableTrainer(model, _arguments(job, scratch), callbacks=[*stopping, *callbacks], **data, **whose)
-    except (torch.OutOfMemoryError, RecipeError):
+        args = training_arguments(job.recipe.train, device=job.base.device, folder=scratch, name=job.recipe.name)
+        trainer = ResumableTrainer(model, args, callbacks=[*stopping, *callbacks], **data, **whose)
+    except (torch.OutOfMemoryError, LoraKitError):
         raise
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         # What only transformers can tell: values that do not go together, or that need a package or a device.
         raise RecipeError(f"train: {' '.join(str(error).split())}") from error
-
-
-def _arguments(job: Job, scratch: str) -> TrainingArguments:
-    from transformers import TrainingArguments
-
-    # Left open, transformers would hide the bar because its own log is quiet here.
-    values = {"disable_tqdm": False, **job.recipe.train}
-    for own in OWN_FIELDS:
-        values.pop(own, None)
-    # Transformers would have checkpoints at the evaluations only; here the best is kept whenever it is found.
-    best = values.pop("load_best_model_at_end", False)
-    for older, newer in _RENAMED.items():
-        if older in values and newer in training_fields():
-            values[newer] = values.pop(older)
-    if "paged" in str(values.get("optim")) and job.base.device.type != "cuda":
-        # bitsandbytes would go on with states that are not paged.
-        raise RecipeError(f"train.optim {values['optim']} needs a CUDA device", hint="adamw_8bit runs on a CPU too")
-    args = TrainingArguments(
-        output_dir=scratch,
-        use_cpu=job.base.device.type == "cpu",
-        remove_unused_columns=False,
-        label_names=["labels"],
-        logging_nan_inf_filter=False,
-        **values,
-    )
-    # More devices than one would be wrapped in DataParallel, which copies the model in every step.
-    args._n_gpu = min(args.n_gpu, 1)
-    args.load_best_model_at_end = best
-    return args
+    for each in trainer.callback_handler.callbacks:
+        # Transformers would have TensorBoard's files in its own folder, which goes with the training.
+        if isinstance(each, TensorBoardCallback) and each.logging_dir is None:
+            each.logging_dir = f"{run.out}{LOGS}"
+    return trainer
 
 
 def _evaluated(job: Job, trainer: ResumableTrainer) -> Evaluation | None:
     if job.validation is None:
         return None
     size = trainer.args.per_device_eval_batch_size
-    return evaluate(trainer.model, job.validation, job.collator, batch_size=size, autocast=trainer.autocast_dtype)
+    return measure(trainer.model, job.validation, job.collator, batch_size=size, autocast=trainer.autocast_dtype)
 
 
 def _report(job: Job, done: _Done, trainable: int, parameters: int) -> TrainReport:
@@ -240,6 +230,7 @@ def _report(job: Job, done: _Done, trainable: int, parameters: int) -> TrainRepo
         seconds=done.seconds,
         tokens=done.trainer.tokens,
         peak_bytes=done.peak_bytes,
+        micro_batch=done.trainer.micro_batch,
         trainable=trainable,
         parameters=parameters,
         train_loss=losses[-1],

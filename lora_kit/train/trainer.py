@@ -1,24 +1,27 @@
-"""A thin subclass of transformers.Trainer: our loss, our evaluation, our bar."""
+"""A thin subclass of transformers.Trainer: our loss, our evaluation, our log."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import math
-from collections.abc import Mapping
+import time
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
-from lora_kit.data import Collator, Encoded
+from lora_kit.data import Collator, Encoded, Packed
 from lora_kit.errors import VerificationError
-from lora_kit.train.contexts import casting
-from lora_kit.train.evaluate import Evaluation, evaluate
-from lora_kit.train.loss import Head, head_of
+from lora_kit.evaluate import Evaluation, measure
+from lora_kit.loss import Head, head_of
+from lora_kit.modes import casting
+from lora_kit.train.clock import peak_bytes
+from lora_kit.train.memory import Batch, MicroBatches, sum_of
 from lora_kit.train.optimizer import raise_rate_of_b
 from lora_kit.train.parts import split
+from lora_kit.train.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +31,8 @@ class Trainer(transformers.Trainer):
 
     The loss of a step is the sum over all labels of its accumulation window, divided by their number: neither padding
     nor the size of a micro-batch changes it, nor a last window that is short. It is computed here, since not every
-    model's own loss divides by that number, and a frozen head needs no logits of the whole batch.
+    model's own loss divides by that number, and a frozen head needs no logits of the whole batch. So it is for the log:
+    what it says is the mean over the steps since the last line.
 
     Attributes:
         tokens: tokens trained on so far, padding left out.
@@ -41,7 +45,7 @@ class Trainer(transformers.Trainer):
         model: Any,
         args: transformers.TrainingArguments,
         *,
-        train: Encoded,
+        train: Encoded | Packed,
         validation: Encoded | None,
         collator: Collator,
         callbacks: list[transformers.TrainerCallback],
@@ -54,7 +58,7 @@ class Trainer(transformers.Trainer):
         if getattr(model, "is_quantized", False):
             # How transformers knows that a quantised base has adapters on it; `borrowed` takes the mark off again.
             model._hf_peft_config_loaded = True
-        self._progress = _Progress()
+        self._progress = Progress()
         self._train, self._validation, self._collator = train, validation, collator
         self._head, self._loraplus = Head(None), loraplus
         super().__init__(
@@ -70,6 +74,11 @@ class Trainer(transformers.Trainer):
         self.remove_callback(transformers.ProgressCallback)
         self.remove_callback(transformers.PrinterCallback)
         self._seen = torch.zeros((), dtype=torch.int64, device=args.device)
+        self._loss_sum, self._logged = torch.zeros((), device=args.device), 0
+        self._counted = 0, 0.0
+        self._micro = MicroBatches(
+            args.train_batch_size, work=self._forward_and_backward, clear=model.zero_grad, said=self._say_halved
+        )
         self.evaluations: list[tuple[int, Evaluation]] = []
         self.evaluating_seconds = 0.0
 
@@ -77,21 +86,25 @@ class Trainer(transformers.Trainer):
     def tokens(self) -> int:
         return int(self._seen)
 
+    @property
+    def micro_batch(self) -> int:
+        """Rows that go through the model at once."""
+        return self._micro.rows
+
     def close(self) -> None:
         """Take the progress bar off the terminal."""
         self._progress.close()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, after it has been found out how the loss is to be taken."""
-        if self._train.kind == "token":
-            self._head = self._find_head()
+        self._head = self._find_head()
         return super().train(*args, **kwargs)
 
     def _find_head(self) -> Head:
         sample = {name: tensor.to(self.args.device) for name, tensor in self._collator([self._train[0]]).items()}
         del sample["labels"]
         with self.compute_loss_context_manager():
-            head = head_of(self.model, sample)
+            head = head_of(self.model, sample, kind=self._train.kind)
         if head.linear is None:
             logger.info("the loss is taken from the model's logits: %s", head.reason)
         else:
@@ -108,11 +121,29 @@ class Trainer(transformers.Trainer):
         smoothing = self.args.label_smoothing_factor
         return self._head.loss(outputs.logits, labels, smoothing=smoothing) / num_items_in_batch
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The batches of the next step."""
+        self._micro.begin()
+        return super().get_batch_samples(*args, **kwargs)
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of a batch, part by part."""
+        """Forward and backward of a batch; where memory runs out, the step is done again with fewer rows at once."""
+        loss = self._micro.do(inputs, num_items_in_batch)
         self._seen += inputs["attention_mask"].sum().to(self._seen.device)
-        losses = [super(Trainer, self).training_step(model, part, num_items_in_batch) for part in split(inputs)]
-        return torch.stack(losses).sum()
+        self._loss_sum += loss
+        return loss
+
+    def _forward_and_backward(self, batch: Batch, count: Any) -> Tensor:
+        step, model = super().training_step, self.model_wrapped
+        return sum_of([step(model, part, count) for part in split(batch)])
+
+    def _say_halved(self, rows: int) -> None:
+        step, times = self.state.global_step + 1, -(-self.args.train_batch_size // rows)
+        accumulation = self.args.gradient_accumulation_steps * times
+        logger.warning(
+            "step %d: memory ran out; it is done again with %d rows at once (accumulation %d)", step, rows, accumulation
+        )
+        self.state.log_history.append({"step": step, "micro_batch": rows, "accumulation": accumulation})
 
     def autocast_smart_context_manager(
         self, cache_enabled: bool | None = True
@@ -137,7 +168,7 @@ class Trainer(transformers.Trainer):
         """Our own evaluation: the mean over labels, no logits kept, no random number drawn."""
         dataset = self._validation if eval_dataset is None else eval_dataset
         assert dataset is not None
-        found = evaluate(
+        found = measure(
             self.model,
             dataset,
             self._collator,
@@ -157,6 +188,10 @@ class Trainer(transformers.Trainer):
         Raises:
             VerificationError: the loss or the gradient is NaN or infinite.
         """
+        if "loss" in logs:
+            logs["loss"] = self._loss_sum.item() / (self.state.global_step - self._logged)
+            logs |= self._speed()
+            self._count_from(self.state.global_step)
         broken = [key for key in ("loss", "grad_norm", "train_loss") if not math.isfinite(logs.get(key, 0.0))]
         # fp16 scales the loss: an infinite gradient is expected there, and skipped by the scaler.
         if broken and not (broken == ["grad_norm"] and self.args.fp16):
@@ -166,43 +201,17 @@ class Trainer(transformers.Trainer):
             )
         super().log(logs, start_time)
 
+    def _speed(self) -> dict[str, float]:
+        """How fast it went since the last line, evaluations left out, and the most memory so far."""
+        tokens, seconds = self.tokens, time.perf_counter() - self.evaluating_seconds
+        since_tokens, since_seconds = self._counted
+        return {
+            "tokens_per_second": round((tokens - since_tokens) / (seconds - since_seconds), 1),
+            "peak_bytes": peak_bytes(self.args.device),
+        }
 
-class _Progress(transformers.TrainerCallback):
-    """A bar on stderr where that is a terminal; lines in the log everywhere."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-        self._task: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[shown]}"))
-        self._bar = Progress(*columns, console=console, disable=args.disable_tqdm or not console.is_terminal)
-        self._task = self._bar.add_task("training", total=state.max_steps, completed=state.global_step, shown="")
-        self._bar.start()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._bar.update(self._task, completed=state.global_step)
-        # The last interval is logged too when it is a short one.
-        control.should_log = control.should_log or state.global_step >= state.max_steps
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        shown = ", ".join(f"{key} {value:.4g}" for key, value in (logs or {}).items() if key in _SHOWN)
-        if shown:
-            logger.info("step %d: %s", state.global_step, shown)
-            if self._bar is not None:
-                self._bar.update(self._task, shown=shown)
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # So is the one in which a training is stopped early.
-        control.should_log = control.should_log or control.should_training_stop
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-
-_SHOWN = ("loss", "learning_rate", "grad_norm", "eval_loss", "eval_perplexity", "eval_accuracy")
+    def _count_from(self, step: int, loss: Tensor | None = None) -> None:
+        """Begin the mean of the loss anew after a step; `loss`: what has come together since."""
+        self._loss_sum = torch.zeros_like(self._loss_sum) if loss is None else loss.to(self._loss_sum.device)
+        self._logged = step
+        self._counted = self.tokens, time.perf_counter() - self.evaluating_seconds

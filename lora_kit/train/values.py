@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import enum
+import json
 import math
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -155,3 +156,33 @@ def parsed(name: str, text: str) -> Any:
         return yaml.load(text, Loader=Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"{name}: {text!r} cannot be parsed: {' '.join(str(error).split())}") from None
+
+
+def known(given: Mapping[str, Any], names: Sequence[str], *, where: str) -> None:
+    unknown = [key for key in given if key not in names]
+    if unknown:
+        close = nearest(str(unknown[0]), names)
+        raise RecipeError(f"unknown key {where}{unknown[0]}", hint=close or f"known: {listed(sorted(names), most=12)}")
+
+
+def mapping_of(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"{name} must be a mapping of keys to values; {value!r} was given")
+    return dict(value)
+
+
+def one_of(name: str, value: str, known: Sequence[str], *, later: Sequence[str] = ()) -> None:
+    if value in later:
+        raise RecipeError(f"{name} {value!r} is not there yet", hint=f"known: {listed(known)}")
+    if value not in known:
+        raise RecipeError(
+            f"{name} {value!r} is not known", hint=nearest(str(value), known) or f"known: {listed(known)}"
+        )
+
+
+def copied(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: copied(value) if isinstance(value, Mapping) else value for key, value in fields.items()}
+
+
+def as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
