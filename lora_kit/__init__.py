@@ -8,27 +8,34 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lora_kit.version import __version__
+
 if TYPE_CHECKING:
     from lora_kit import data
     from lora_kit.adapter import Adapter
     from lora_kit.bank import AdapterBank, attach
+    from lora_kit.bridge import adopt
     from lora_kit.config import LoraConfig
     from lora_kit.errors import LoraKitError
+    from lora_kit.evaluate import evaluate
     from lora_kit.merge import merge
     from lora_kit.merge.algebra import combine, extract, resize
+    from lora_kit.merge.export import export
     from lora_kit.models import load_base
     from lora_kit.train import train
 
-__version__ = "0.1.0"
 
 _HOMES = {
     "Adapter": "lora_kit.adapter",
     "AdapterBank": "lora_kit.bank",
     "LoraConfig": "lora_kit.config",
     "LoraKitError": "lora_kit.errors",
+    "adopt": "lora_kit.bridge",
     "attach": "lora_kit.bank",
     "combine": "lora_kit.merge.algebra",
     "data": "lora_kit.data",
+    "evaluate": "lora_kit.evaluate",
+    "export": "lora_kit.merge.export",
     "extract": "lora_kit.merge.algebra",
     "load_base": "lora_kit.models",
     "merge": "lora_kit.merge",
@@ -42,9 +49,12 @@ __all__ = [
     "LoraConfig",
     "LoraKitError",
     "__version__",
+    "adopt",
     "attach",
     "combine",
     "data",
+    "evaluate",
+    "export",
     "extract",
     "load_base",
     "merge",

@@ -21,8 +21,27 @@ from lora_kit.cli import app, harmless, main
 from lora_kit.doctor import CHECKS, NotHereError, examine
 from lora_kit.errors import ConfigError, MergeError, StorageError, VerificationError
 
-VERBS = ["combine", "compare", "demo", "doctor", "extract", "generate", "inspect", "list", "merge", "prepare"]
-VERBS += ["preview", "resize", "train"]
+VERBS = [
+    "check",
+    "combine",
+    "compare",
+    "convert",
+    "demo",
+    "doctor",
+    "eval",
+    "export",
+    "extract",
+    "generate",
+    "inspect",
+    "list",
+    "merge",
+    "prepare",
+    "preview",
+    "resize",
+    "sign",
+    "train",
+    "verify",
+]
 Capture = pytest.CaptureFixture[str]
 
 

@@ -1,7 +1,8 @@
 """What does a training step cost, beside the frozen base, PEFT and full fine-tuning?
 
 A step is forward, loss and backward; no optimiser. The floor is the frozen base: forward, loss, and the gradient to its
-input. Before anything is timed, lora_kit's loss and the gradients of its adapter are compared with PEFT's.
+input. Before anything is timed, lora_kit's loss and the gradients of its adapter are compared with PEFT's. "peft, adopted" is
+the PeftModel after `lk.adopt`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from benchmarks.harness import MEMORY_IN_USE, Effort, Row, in_own_process, peak_
 from benchmarks.models import ALL, QV, adapters, in_peft, llama, token_ids
 
 BATCH, LENGTH = 4, 256
-CASES: Final = ("frozen base", "lora_kit", "peft", "peft, bf16 adapters", "full fine-tuning")
+CASES: Final = ("frozen base", "lora_kit", "peft", "peft, adopted", "peft, bf16 adapters", "full fine-tuning")
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,8 @@ def build(case: str, setting: Setting, adapter: lk.Adapter) -> Built:
         import peft
 
         model = in_peft(model, {"a0": adapter}, adapter_dtype="bf16" if case.endswith("bf16 adapters") else "fp32")
+        if case.endswith("adopted"):
+            lk.adopt(model)
         value = lambda: peft.get_peft_model_state_dict(model, adapter_name="a0")  # noqa: E731
     weights = list(model.parameters())
     leaves = [tensor for tensor in (*weights, *given.values()) if tensor.requires_grad]

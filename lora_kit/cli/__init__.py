@@ -3,7 +3,19 @@
 Exit codes: 0 good, 2 what was given is wrong, 3 the machine, 4 a verification failed, 130 on SIGINT, 143 on SIGTERM.
 """
 
-from lora_kit.cli import adapters, algebra, data, generate, machine, merge, train  # noqa: F401 - each adds its verbs
+from lora_kit.cli import (  # noqa: F401 - each adds its verbs
+    adapters,
+    algebra,
+    convert,
+    data,
+    evaluate,
+    export,
+    generate,
+    machine,
+    merge,
+    signing,
+    train,
+)
 from lora_kit.cli.app import app
 from lora_kit.cli.entry import main
 from lora_kit.cli.screen import harmless
