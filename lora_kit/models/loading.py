@@ -1,50 +1,32 @@
-"""Loading a base: a hub id, a local folder, or `kit-base`; and the one way a prompt becomes tokens.
+"""Loading a base with its tokenizer, on a device, in a dtype, quantised.
 
 Code that comes with a model is never run, a weight that is missing is an error, and the pad token always exists.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
 import logging
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from lora_kit.dtypes import float_dtype
-from lora_kit.errors import BaseModelError, LoraKitError, listed, nearest
+from lora_kit.errors import BaseModelError, listed, nearest
 from lora_kit.fingerprint import fingerprint
+from lora_kit.models.finding import locate, quiet, translated
+from lora_kit.models.heads import check_filled
+from lora_kit.models.prompts import decoder_inputs
 
 logger = logging.getLogger(__name__)
 
-KIT_BASE: Final = "kit-base"
 TASKS: Final = ("causal-lm", "classify", "tokens", "seq2seq")
 """Text that goes on; a label for a text; a label for each word; a text for a text, by an encoder and a decoder."""
 QUANTIZATIONS: Final = ("nf4", "int8")
-DEFAULT_SEPARATOR: Final = "\n"
-"""What stands between a prompt and its completion, in training and in generation, unless a recipe says otherwise."""
-
-_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_HEADS: Final = (
-    "score",
-    "classifier",
-    "classification_head",
-    "pre_classifier",
-    "head",
-    "pooler",
-    "sequence_summary",
-    "logits_proj",
-)
-"""What the modules of a classification head are called at the top of transformers' models."""
-_NEW_HEADS: Final = ("classify", "tokens")
-"""Tasks whose head a checkpoint need not have."""
 _HEAD_SEED: Final = 0
 """A head that the checkpoint does not have is drawn from this seed, so that one base is the same base every time."""
 
@@ -113,9 +95,9 @@ def load_base(
     _check_one_of("quantize", quantize, QUANTIZATIONS)
     torch_dtype = _dtype(dtype)
     place = _device(device)
-    source, offline = _locate(base)
+    source, offline = locate(base)
     name = str(base)
-    with quiet(), _translated(name):
+    with quiet(), translated(name):
         config = _config(source, task=task, num_labels=num_labels, label2id=label2id, offline=offline)
         _check_architecture(name, config, task)
         tokenizer = _tokenizer(source, config, offline=offline)
@@ -148,8 +130,8 @@ def load_reader(base: str | Path) -> Reader:
     Raises:
         BaseModelError: nothing of that name, or no tokenizer that can be read.
     """
-    source, offline = _locate(base)
-    with quiet(), _translated(str(base)):
+    source, offline = locate(base)
+    with quiet(), translated(str(base)):
         config = _config(source, task="causal-lm", num_labels=None, label2id=None, offline=offline)
         tokenizer = _tokenizer(source, config, offline=offline)
     return Reader(tokenizer, _max_length(config, tokenizer), bool(getattr(config, "is_encoder_decoder", False)))
@@ -160,59 +142,6 @@ def _max_length(config: Any, tokenizer: Any) -> int:
     limits = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
     limits.append(getattr(tokenizer, "model_max_length", None))
     return min([limit for limit in limits if isinstance(limit, int) and limit > 0] + [1 << 30])
-
-
-def render_prompt(prompt: str, *, separator: str = DEFAULT_SEPARATOR) -> str:
-    """The text a completion follows: the prompt and the separator. Training and generation both use exactly this."""
-    return prompt + separator
-
-
-def special_tokens(tokenizer: Any, *, side: Literal["text", "text_target"] = "text") -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after a text: a BOS and nothing, `[CLS]` and `[SEP]`, or nothing at all.
-
-    Args:
-        side: `text_target` for texts that a decoder writes, which some tokenizers treat differently.
-    """
-    plain = tokenizer(**{side: "a"}, add_special_tokens=False)["input_ids"]
-    full = tokenizer(**{side: "a"}, add_special_tokens=True)["input_ids"]
-    for start in range(len(full) - len(plain) + 1):
-        if full[start : start + len(plain)] == plain:
-            return full[:start], full[start + len(plain) :]
-    return [], []
-
-
-def prompt_ids(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of a rendered prompt: one BOS if the tokenizer adds one (never a second), no EOS."""
-    prefix, _ = special_tokens(tokenizer)
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return [*prefix, *without_special(ids, prefix, [])]
-
-
-def source_ids(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of what an encoder reads: the text between the tokenizer's own special tokens, none of them doubled."""
-    prefix, suffix = special_tokens(tokenizer)
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return [*prefix, *without_special(ids, prefix, suffix), *suffix]
-
-
-def without_special(ids: list[int], prefix: list[int], suffix: list[int]) -> list[int]:
-    """Tokens of a text without special tokens that it brings itself, where they would be put there anyway."""
-    ids = ids[len(prefix) :] if prefix and ids[: len(prefix)] == prefix else ids
-    return ids[: -len(suffix)] if suffix and ids[-len(suffix) :] == suffix else ids
-
-
-def decoder_inputs(model: Any, labels: Tensor) -> Tensor:
-    """What a decoder reads while it learns to write these labels: int64 (rows, length), shifted right.
-
-    Args:
-        labels: int64 (rows, length), -100 where there is none.
-    """
-    own = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if own is not None:
-        shifted: Tensor = own(labels)
-        return shifted
-    start, pad = model.config.decoder_start_token_id, model.config.pad_token_id
-    return torch.nn.functional.pad(labels[:, :-1], (1, 0), value=start).masked_fill(labels == -100, pad)
 
 
 def _check_one_of(name: str, value: str | None, known: Sequence[str]) -> None:
@@ -237,112 +166,6 @@ def _device(device: str | torch.device | None) -> torch.device:
     return place
 
 
-def _locate(base: str | Path) -> tuple[str, bool]:
-    """Where to read the base from (a folder or a hub id), and whether to keep off the network."""
-    if base == KIT_BASE:
-        return str(Path(__file__).parent / "kit_base"), True
-    text, path = str(base), Path(base).expanduser()
-    if path.is_dir():
-        _check_folder(path)
-        return str(path), True
-    if path.exists():
-        raise BaseModelError(f"{text} is a file", hint="a base is a folder, a hub id, or kit-base")
-    # `organisation/model` on the hub looks like a path; it is one if the folder before the slash is here.
-    if isinstance(base, Path) or not _HUB_ID.fullmatch(text) or ("/" in text and path.parent.is_dir()):
-        raise BaseModelError(f"{text}: no such folder", hint=_near(path))
-    return text, _hub_offline(text)
-
-
-def _near(path: Path) -> str:
-    """A hint at a folder of nearly that name."""
-    parent = path.parent
-    folders = [str(parent / entry.name) for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
-    return nearest(str(path), [*folders, KIT_BASE]) or "give a folder, a hub id, or kit-base"
-
-
-def _check_folder(path: Path) -> None:
-    if (path / "adapter_config.json").exists():
-        raise BaseModelError(f"{path}: this folder holds an adapter, not a base", hint="give it as the adapter")
-    config = path / "config.json"
-    if not config.is_file():
-        hint = "a base is a folder as save_pretrained writes it"
-        raise BaseModelError(f"{path}: no config.json in this folder", hint=hint)
-    try:
-        json.loads(config.read_text("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise BaseModelError(f"{config}: not JSON: {error}") from None
-
-
-def _hub_offline(name: str) -> bool:
-    """Whether a hub id must be read from the local cache.
-
-    Raises:
-        BaseModelError: it is neither in the cache nor to be reached, or it holds no model.
-    """
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
-    if constants.HF_HUB_OFFLINE:
-        reason = "HF_HUB_OFFLINE is set"
-    else:
-        try:
-            # One request with a time limit, before anything that would try again and again.
-            info = HfApi().model_info(name, timeout=10)
-        except (GatedRepoError, RepositoryNotFoundError):
-            told = f"{name}: the hub has no such model, or it needs a login"
-            raise BaseModelError(told, hint=_near(Path(name))) from None
-        except Exception as error:  # any failure of the network, of whatever library it comes from
-            reason = f"the hub did not answer ({type(error).__name__})"
-        else:
-            files = {sibling.rfilename for sibling in info.siblings or ()}
-            if "config.json" not in files:
-                raise BaseModelError(f"{name}: no config.json in this repository", hint="an adapter is not a base")
-            return False
-    if not cached:
-        close = nearest(name, [KIT_BASE])
-        hint = close or "give a local folder, or kit-base, which needs no network"
-        raise BaseModelError(f"{name}: no such folder here, it is not in the local cache, and {reason}", hint=hint)
-    logger.info("%s: read from the local cache, since %s", name, reason)
-    return True
-
-
-@contextlib.contextmanager
-def _translated(name: str) -> Iterator[None]:
-    """What transformers and safetensors raise, as one typed line."""
-    try:
-        yield
-    except LoraKitError:
-        raise
-    except MemoryError:
-        raise
-    except Exception as error:
-        if "trust_remote_code" in str(error):
-            raise BaseModelError(f"{name}: this model asks to run code of its own, which is never done") from None
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise BaseModelError(f"{name}: could not be read: {lines[0]}") from error
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps transformers' bars and load reports, and bitsandbytes' line about `kernels`, off the terminal."""
-    from transformers.utils import logging as theirs
-
-    bars, verbosity = theirs.is_progress_bar_enabled(), theirs.get_verbosity()
-    bnb = logging.getLogger("bitsandbytes")
-    bnb_level = bnb.level
-    theirs.disable_progress_bar()
-    theirs.set_verbosity_error()
-    bnb.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        bnb.setLevel(bnb_level)
-        theirs.set_verbosity(verbosity)
-        if bars:
-            theirs.enable_progress_bar()
-
-
 def _config(
     source: str, *, task: str, num_labels: int | None, label2id: Mapping[str, int] | None, offline: bool
 ) -> Any:
@@ -365,8 +188,7 @@ def _check_architecture(name: str, config: Any, task: str) -> None:
     if task == "seq2seq" and not both:
         raise BaseModelError(f"{name}: task seq2seq needs an encoder and a decoder", hint="task: causal-lm")
     if task == "causal-lm" and both:
-        raise BaseModelError(f"{name} has an encoder and a decoder, which task causal-lm does not use both of",
-                             hint="task: seq2seq")  # fmt: skip
+        raise BaseModelError(f"{name} has an encoder, which task causal-lm has no use for", hint="task: seq2seq")
 
 
 def _tokenizer(source: str, config: Any, *, offline: bool) -> Any:
@@ -413,7 +235,7 @@ def _model(
             output_loading_info=True,
             **placed,
         )
-    _check_filled(source, task, info)
+    check_filled(source, task, info)
     if not (quantize or getattr(model, "is_quantized", False)):
         return model.to(device)
     for module in model.modules():
@@ -436,40 +258,6 @@ def _quantization(kind: str | None) -> Any:
         # fp16 overflows in 4-bit training; bf16 does not.
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-
-
-def _check_filled(source: str, task: str, info: Mapping[str, Any]) -> None:
-    """Refuse a model of which the checkpoint fills only a part; a new classification head is expected and said."""
-    missing = sorted(info["missing_keys"])
-    mismatched = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])
-    head = [key for key in missing if task in _NEW_HEADS and key.split(".")[0] in _HEADS]
-    absent = [key for key in missing if key not in head]
-    if absent or mismatched or info["error_msgs"]:
-        misfits = listed(mismatched) if mismatched else " ".join(map(str, info["error_msgs"]))
-        what = f"{listed(absent)} missing" if absent else f"{misfits} of another shape"
-        resized = mismatched and task in _NEW_HEADS
-        hint = "a head of another size was asked for" if resized else "the checkpoint is not whole"
-        raise BaseModelError(f"{source}: the weights do not fill the model: {what}", hint=hint)
-    if head:
-        logger.info("%s: new head, not in the checkpoint: %s", source, listed(head))
-
-
-def head_modules(model: Any, task: str) -> tuple[str, ...]:
-    """Paths of the modules that make up the model's head: what feature extraction trains.
-
-    Raises:
-        BaseModelError: the model has no head that is known.
-    """
-    if task in _NEW_HEADS:
-        parts = [name for name, child in model.named_children() if name in _HEADS]
-        found = tuple(name for name in parts if any(True for _ in getattr(model, name).parameters()))
-    else:
-        output = model.get_output_embeddings()
-        found = tuple(name for name, module in model.named_modules() if module is output and output is not None)[:1]
-    if not found:
-        hint = "name it in lora.modules_to_save"
-        raise BaseModelError(f"{type(model).__name__} has no head that is known", hint=hint)
-    return found
 
 
 def _ensure_pad(model: Any, tokenizer: Any, name: str, task: str) -> None:

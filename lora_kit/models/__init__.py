@@ -1,0 +1,37 @@
+"""Bases: where they are found, how they are loaded, what their head is, and how a text becomes what they read."""
+
+from __future__ import annotations
+
+from lora_kit.models.finding import KIT_BASE, KIT_FOLDER, quiet
+from lora_kit.models.heads import LABELLED, head_modules
+from lora_kit.models.loading import QUANTIZATIONS, TASKS, Base, Reader, load_base, load_reader
+from lora_kit.models.prompts import (
+    DEFAULT_SEPARATOR,
+    decoder_inputs,
+    prompt_ids,
+    render_prompt,
+    source_ids,
+    special_tokens,
+    without_special,
+)
+
+__all__ = [
+    "DEFAULT_SEPARATOR",
+    "KIT_BASE",
+    "KIT_FOLDER",
+    "LABELLED",
+    "QUANTIZATIONS",
+    "TASKS",
+    "Base",
+    "Reader",
+    "decoder_inputs",
+    "head_modules",
+    "load_base",
+    "load_reader",
+    "prompt_ids",
+    "quiet",
+    "render_prompt",
+    "source_ids",
+    "special_tokens",
+    "without_special",
+]

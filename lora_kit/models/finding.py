@@ -1,0 +1,125 @@
+"""Where a base is: the one that comes with the package, a local folder, or the hub; and how errors there are told."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from lora_kit.errors import BaseModelError, LoraKitError, nearest
+
+logger = logging.getLogger(__name__)
+
+KIT_BASE: Final = "kit-base"
+KIT_FOLDER: Final = Path(__file__).parents[1] / "kit_base"
+_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def locate(base: str | Path) -> tuple[str, bool]:
+    """Where to read the base from (a folder or a hub id), and whether to keep off the network."""
+    if base == KIT_BASE:
+        return str(KIT_FOLDER), True
+    text, path = str(base), Path(base).expanduser()
+    if path.is_dir():
+        _check_folder(path)
+        return str(path), True
+    if path.exists():
+        raise BaseModelError(f"{text} is a file", hint="a base is a folder, a hub id, or kit-base")
+    # `organisation/model` on the hub looks like a path; it is one if the folder before the slash is here.
+    if isinstance(base, Path) or not _HUB_ID.fullmatch(text) or ("/" in text and path.parent.is_dir()):
+        raise BaseModelError(f"{text}: no such folder", hint=_near(path))
+    return text, _hub_offline(text)
+
+
+def _near(path: Path) -> str:
+    """A hint at a folder of nearly that name."""
+    parent = path.parent
+    folders = [str(parent / entry.name) for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
+    return nearest(str(path), [*folders, KIT_BASE]) or "give a folder, a hub id, or kit-base"
+
+
+def _check_folder(path: Path) -> None:
+    if (path / "adapter_config.json").exists():
+        raise BaseModelError(f"{path}: this folder holds an adapter, not a base", hint="give it as the adapter")
+    config = path / "config.json"
+    if not config.is_file():
+        hint = "a base is a folder as save_pretrained writes it"
+        raise BaseModelError(f"{path}: no config.json in this folder", hint=hint)
+    try:
+        json.loads(config.read_text("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise BaseModelError(f"{config}: not JSON: {error}") from None
+
+
+def _hub_offline(name: str) -> bool:
+    """Whether a hub id must be read from the local cache.
+
+    Raises:
+        BaseModelError: it is neither in the cache nor to be reached, or it holds no model.
+    """
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+    if constants.HF_HUB_OFFLINE:
+        reason = "HF_HUB_OFFLINE is set"
+    else:
+        try:
+            # One request with a time limit, before anything that would try again and again.
+            info = HfApi().model_info(name, timeout=10)
+        except (GatedRepoError, RepositoryNotFoundError):
+            told = f"{name}: the hub has no such model, or it needs a login"
+            raise BaseModelError(told, hint=_near(Path(name))) from None
+        except Exception as error:  # any failure of the network, of whatever library it comes from
+            reason = f"the hub did not answer ({type(error).__name__})"
+        else:
+            files = {sibling.rfilename for sibling in info.siblings or ()}
+            if "config.json" not in files:
+                raise BaseModelError(f"{name}: no config.json in this repository", hint="an adapter is not a base")
+            return False
+    if not cached:
+        close = nearest(name, [KIT_BASE])
+        hint = close or "give a local folder, or kit-base, which needs no network"
+        raise BaseModelError(f"{name}: no such folder here, it is not in the local cache, and {reason}", hint=hint)
+    logger.info("%s: read from the local cache, since %s", name, reason)
+    return True
+
+
+@contextlib.contextmanager
+def translated(name: str) -> Iterator[None]:
+    """What transformers and safetensors raise, as one typed line."""
+    try:
+        yield
+    except LoraKitError:
+        raise
+    except MemoryError:
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise BaseModelError(f"{name}: this model asks to run code of its own, which is never done") from None
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise BaseModelError(f"{name}: could not be read: {lines[0]}") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps transformers' bars and load reports, and bitsandbytes' line about `kernels`, off the terminal."""
+    from transformers.utils import logging as theirs
+
+    bars, verbosity = theirs.is_progress_bar_enabled(), theirs.get_verbosity()
+    bnb = logging.getLogger("bitsandbytes")
+    bnb_level = bnb.level
+    theirs.disable_progress_bar()
+    theirs.set_verbosity_error()
+    bnb.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        bnb.setLevel(bnb_level)
+        theirs.set_verbosity(verbosity)
+        if bars:
+            theirs.enable_progress_bar()
