@@ -39,7 +39,6 @@ _UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
     "velora_config": (None,),
     "monteclora_config": (None,),
     "layer_replication": (None,),
-    "target_parameters": (None, []),
     "trainable_token_indices": (None,),
 }
 _ALWAYS: Final[Mapping[str, str]] = {"peft_type": "LORA", "bias": "none"}
@@ -75,6 +74,9 @@ class LoraConfig:
         lora_dropout: probability of dropping an element of a layer's input on its way to A, in training; 0 to below 1.
         target_modules: `"all-linear"`; or names, each matching a module of that path or whose path ends in `.name`; or
             one regular expression that must match a whole path. Empty for an adapter of saved modules only.
+        target_parameters: parameters that get pairs where their module is no linear layer, by ends of their paths: the
+            fused experts of a mixture (`mlp.experts.gate_up_proj`), the weight of its router. Not with dropout, DoRA,
+            or patterns of ranks and alphas.
         exclude_modules: names or one regular expression, as above, taken out again.
         layers_to_transform: indices of the layers to adapt; all of them if None.
         layers_pattern: names of the module lists those indices count in (`layers`, `h`); any if None.
@@ -98,6 +100,7 @@ class LoraConfig:
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     target_modules: str | tuple[str, ...] = ALL_LINEAR
+    target_parameters: tuple[str, ...] = ()
     exclude_modules: str | tuple[str, ...] | None = None
     layers_to_transform: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] | None = None
@@ -120,6 +123,7 @@ class LoraConfig:
         dropout = self.lora_dropout
         _require(_is_number(dropout) and 0 <= dropout < 1, "lora_dropout", dropout, "a number from 0 to below 1")
         self._set("target_modules", _names("target_modules", self.target_modules, regex_allowed=True) or ())
+        self._set("target_parameters", _names("target_parameters", self.target_parameters) or ())
         self._set("exclude_modules", _names("exclude_modules", self.exclude_modules, regex_allowed=True))
         self._set("modules_to_save", _names("modules_to_save", self.modules_to_save) or ())
         self._set("layers_pattern", _names("layers_pattern", self.layers_pattern))
@@ -134,11 +138,21 @@ class LoraConfig:
             value = getattr(self, name)
             _require(value is None or isinstance(value, str), name, value, "a string or null")
         self._set("extra", MappingProxyType(dict(self.extra)))
-        if not self.target_modules and not self.modules_to_save:
+        if self.target_parameters:
+            self._check_parameters()
+        if not self.target_modules and not self.modules_to_save and not self.target_parameters:
             raise ConfigError(
                 "target_modules and modules_to_save are both empty: this adapter would hold nothing",
                 hint="name layers to adapt, or a head to train with modules_to_save",
             )
+
+    def _check_parameters(self) -> None:
+        for name in ("lora_dropout", "use_dora", "rank_pattern", "alpha_pattern"):
+            if getattr(self, name):
+                raise ConfigError(
+                    f"target_parameters with {name}={shown(_plain(getattr(self, name)))} is not supported",
+                    hint=f"leave {name} out, or target modules only",
+                )
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -173,7 +187,7 @@ class LoraConfig:
     @property
     def largest_rank(self) -> int:
         """The largest rank any module of this adapter can have; 0 where there are no pairs."""
-        return max(self.r, *self.rank_pattern.values(), 0) if self.target_modules else 0
+        return max(self.r, *self.rank_pattern.values(), 0) if self.target_modules or self.target_parameters else 0
 
     @classmethod
     def of(cls, config: Any) -> LoraConfig:
@@ -205,7 +219,8 @@ class LoraConfig:
         known = {name: value for name, value in fields.items() if name in own}
         if known.get("target_modules", ()) in (None, NO_TARGETS):
             known["target_modules"] = ()
-        known["modules_to_save"] = known.get("modules_to_save") or ()
+        for name in ("modules_to_save", "target_parameters"):
+            known[name] = known.get(name) or ()
         for name in ("rank_pattern", "alpha_pattern"):
             known[name] = known.get(name) or {}
         if isinstance(known.get("init_lora_weights"), str) and known["init_lora_weights"] != _GAUSSIAN:
@@ -244,6 +259,8 @@ class LoraConfig:
     def to_dict(self) -> dict[str, Any]:
         """PEFT's fields as JSON values, in a fixed order."""
         fields = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "extra"}
+        if not fields["target_parameters"]:  # which few adapters have
+            del fields["target_parameters"]
         fields["target_modules"] = fields["target_modules"] or NO_TARGETS
         fields["modules_to_save"] = fields["modules_to_save"] or None
         return dict(sorted({**_ALWAYS, **{k: _plain(v) for k, v in self.extra.items()}, **fields}.items()))

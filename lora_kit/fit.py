@@ -34,7 +34,7 @@ def fitted(
     if "unmatched-targets" not in allow:
         told += [f"nothing in the model matches {entry}" for entry in coverage.unmatched]
     if told:
-        fitting = sum(target.path in adapter.pairs() for target in coverage.targets)
+        fitting = sum(target.key in adapter.all_pairs() for target in coverage.targets)
         head = f"{name!r} does not fit this model: {fitting} of {len(coverage.targets)} covered layers have a pair"
         only_unmatched = len(told) == len(coverage.unmatched)
         hint = "allow 'unmatched-targets' if its list of names is meant for several models" if only_unmatched else ""
@@ -66,8 +66,8 @@ def _misfits(adapter: Adapter, model: nn.Module, coverage: Coverage, dtype: torc
         dtype: what the tensors are to be held in.
     """
     present = dict(named_layers(model))
-    pairs = adapter.pairs()
-    expected = {target.path: target for target in coverage.targets}
+    pairs = adapter.all_pairs()
+    expected = {target.key: target for target in coverage.targets}
     told = [f"the file has nothing for {path}, which the config covers" for path in expected.keys() - pairs.keys()]
     for path, pair in pairs.items():
         told += _unfit_pair(path, pair, expected.get(path), present)
@@ -83,7 +83,7 @@ def below(tensors: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
 
 
 def _unfit_pair(path: str, pair: Pair, target: Target | None, present: Mapping[str, nn.Module]) -> list[str]:
-    if path not in present:
+    if target is None and path not in present:
         return [f"the model has no module {path}"]
     if target is None:
         return [f"the config does not cover {path}, of which the file has a pair"]
@@ -92,6 +92,8 @@ def _unfit_pair(path: str, pair: Pair, target: Target | None, present: Mapping[s
     if (pair.a.shape[1], pair.b.shape[0]) != (target.in_features, target.out_features):
         shapes = f"A {tuple(pair.a.shape)} B {tuple(pair.b.shape)}"
         return [f"{path}: {shapes} for a layer of {target.in_features} inputs and {target.out_features} outputs"]
+    if pair.a.shape[0] != target.rows:
+        return [f"{path}: pairs of {pair.a.shape[0]} rows for {target.experts} experts of rank {target.rank}"]
     return []
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kit.errors import MergeError
-from lora_kit.layers import MAGNITUDE, A, B, LoraLinear, SlotLayer, keeps_transposed
+from lora_kit.layers import MAGNITUDE, A, B, LoraLinear, LoraParameter, SlotLayer, keeps_transposed
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,30 @@ def folded(path: str, layer: SlotLayer, slot: int) -> tuple[Tensor, Retention]:
     entry = layer.entries[slot]
     assert entry is not None
     weight = weight_of(layer)
+    if isinstance(layer, LoraParameter):
+        return _rounded(path, weight.float(), layer.changed(entry, weight.float()), weight.dtype)
     exact = weight.T.float() if keeps_transposed(layer.base_layer) else weight.float()
     target = exact + (entry.tensors[B].float() @ entry.tensors[A].float()).mul_(entry.scaling)
     if MAGNITUDE in entry.tensors:
         assert isinstance(layer, LoraLinear)
         target *= layer.column_scale(entry).unsqueeze(1)
-    merged = target.to(weight.dtype)
+    merged, retention = _rounded(path, exact, target, weight.dtype)
+    return (merged.T.contiguous() if keeps_transposed(layer.base_layer) else merged), retention
+
+
+def _rounded(path: str, exact: Tensor, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Retention]:
+    """What a weight is to be, rounded to its dtype, and what of the change survives that.
+
+    Args:
+        exact: the weight as it is. target: as it is to be. In fp32.
+    """
+    merged = target.to(dtype)
     if not torch.isfinite(merged).all():
-        raise MergeError(f"{path}: the merged weight is not finite in {weight.dtype}")
+        raise MergeError(f"{path}: the merged weight is not finite in {dtype}")
     delta = target - exact
     norm = delta.norm()
     lost = (merged.float() - exact - delta).norm()
     retained = max(0.0, float(1 - lost / norm)) if norm else 1.0
-    merged = merged.T.contiguous() if keeps_transposed(layer.base_layer) else merged
     return merged, Retention(path, float(norm / exact.norm()), retained)
 
 
@@ -77,6 +88,8 @@ def check_foldable(model: nn.Module, layers: Iterable[tuple[str, SlotLayer]]) ->
 
 
 def weight_of(layer: SlotLayer) -> nn.Parameter:
+    if isinstance(layer, LoraParameter):
+        return layer.own
     weight = layer.base_layer.weight
     assert isinstance(weight, nn.Parameter)
     return weight

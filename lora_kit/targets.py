@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_kit.config import ALL_LINEAR, LoraConfig
 from lora_kit.errors import TargetError, listed, nearest
-from lora_kit.layers import SlotLayer, features_of, kind_of
+from lora_kit.layers import SlotLayer, features_of, is_transposed, kind_of
 from lora_kit.patterns import expression
 
 _HEADS: Final = ("score", "classifier", "pre_classifier", "classification_head", "qa_outputs", "lm_head")
@@ -32,9 +32,12 @@ class Target:
     """A layer that carries a pair: A (rank, in_features), B (out_features, rank).
 
     Attributes:
-        kind: `linear` or `embedding` (in_features are its entries, out_features its dimension).
+        kind: `linear`, `embedding` (in_features are its entries, out_features its dimension) or `parameter` (the path
+            ends in its name).
         scaling: what `B A x` is multiplied by.
         dora: whether it has a magnitude (out_features,) as well.
+        experts: matrices of a parameter, each with a pair of its own.
+        stored: what an adapter's file calls a parameter; empty for others, which go by their path.
     """
 
     path: str
@@ -44,10 +47,22 @@ class Target:
     rank: int
     scaling: float
     dora: bool = False
+    experts: int = 1
+    stored: str = ""
+
+    @property
+    def key(self) -> str:
+        """Its path in an adapter's file."""
+        return self.stored or self.path
+
+    @property
+    def rows(self) -> int:
+        """Rows of A: the rank, once for each expert."""
+        return self.rank * self.experts
 
     @property
     def parameters(self) -> int:
-        return self.rank * (self.in_features + self.out_features) + (self.out_features if self.dora else 0)
+        return self.rows * (self.in_features + self.out_features) + (self.out_features if self.dora else 0)
 
 
 @dataclass(frozen=True)
@@ -92,7 +107,8 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     ahead: list[tuple[str, nn.Module]] = [("", model)]
     while ahead:
         path, module = ahead.pop()
-        module = module.base_layer if isinstance(module, SlotLayer) else module
+        while isinstance(module, SlotLayer):
+            module = module.base_layer
         if module not in seen:
             seen.add(module)
             yield path, module
@@ -145,9 +161,13 @@ def survey(model: nn.Module, config: LoraConfig) -> Coverage:
             size_in, size_out = features_of(module)
             rank, scaling = config.rank_of(path), config.scaling_of(path)
             targets.append(Target(path, kind, size_in, size_out, rank, scaling, config.use_dora))
+    by_parameter, unfit = _parameters(modules, config, {target.path for target in targets})
+    targets += by_parameter
+    skipped += unfit
     names = {end for path, _ in modules for end in _ends(path)}
     unmatched = [name for name in _entries(config) if name not in names]
-    if isinstance(config.target_modules, str) and not targets and not skipped:
+    unmatched += _missing_parameters(modules, config)
+    if isinstance(config.target_modules, str) and len(targets) == len(by_parameter) and not skipped:
         unmatched.append(config.target_modules)
     unmatched += [name for name in config.modules_to_save if not any(name in _ends(path) for path in saved)]
     unmatched += _missing_indices(config, targets)
@@ -158,10 +178,41 @@ def survey(model: nn.Module, config: LoraConfig) -> Coverage:
 
 def suffixes(model: nn.Module, coverage: Coverage) -> tuple[str, ...]:
     """The shortest list of names that selects exactly the covered layers of a model: last names, or whole paths."""
-    covered = {target.path for target in coverage.targets}
+    covered = {target.path for target in coverage.targets if target.kind != "parameter"}
     names = {path.rpartition(".")[2] for path in covered}
     selected = {path for path, _ in named_layers(model) if not names.isdisjoint(_ends(path))}
     return tuple(sorted(names if selected == covered else covered))
+
+
+def _parameters(
+    modules: Modules, config: LoraConfig, covered: Collection[str]
+) -> tuple[list[Target], list[tuple[str, str]]]:
+    """The parameters that a config targets; and of those that cannot have pairs (path, reason)."""
+    targets, skipped, named = list[Target](), list[tuple[str, str]](), _matcher(config.target_parameters)
+    for module_path, module in modules if config.target_parameters else ():
+        found = [(name, weight) for name, weight in module._parameters.items() if named(f"{module_path}.{name}")]
+        found = found if module_path else []  # there is nothing that a wrapper of the whole model could be put into
+        for inside, (name, weight) in enumerate(found):
+            path = f"{module_path}.{name}"
+            if module_path in covered or weight is None or weight.ndim not in (2, 3) or not weight.is_floating_point():
+                told = "its module has pairs already" if module_path in covered else "it is no matrix, nor several"
+                skipped.append((path, told))
+                continue
+            swapped = weight.ndim == 3 and is_transposed(module)
+            size_in, size_out = weight.shape[-2:] if swapped else weight.shape[-2:][::-1]
+            # PEFT wraps the last parameter outermost.
+            stored = module_path + ".base_layer" * (len(found) - 1 - inside)
+            count = weight.shape[0] if weight.ndim == 3 else 1
+            rank, scaling = config.rank_of(path), config.scaling_of(path)
+            targets.append(Target(path, "parameter", size_in, size_out, rank, scaling, experts=count, stored=stored))
+    return targets, skipped
+
+
+def _missing_parameters(modules: Modules, config: LoraConfig) -> list[str]:
+    if not config.target_parameters:
+        return []
+    ends = {end for path, module in modules for name in module._parameters for end in _ends(f"{path}.{name}")}
+    return [name for name in config.target_parameters if name not in ends]
 
 
 def _entries(config: LoraConfig) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ _BART = {
 }
 _SHARED_POSITIONS = ("its positions go through the layers once for all rows", "a batch of 1")
 _LONE_EXPERTS = ("its experts are modules of their own, which see no rows", "an expert does not see")
+_FUSED = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 _IMAGES = {"image_size": 16, "patch_size": 8}
 _DISENTANGLED = {**_TEXT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8}
 
@@ -44,6 +45,7 @@ class Family:
         kind: the class of transformers.
         config: its fields, tiny.
         inputs: one batch of three rows, labels included.
+        more: fields of a LoraConfig beside those that every family gets.
         no_rows: why its rows cannot use different adapters, and how that is refused; empty where they can.
     """
 
@@ -52,6 +54,7 @@ class Family:
     config: Mapping[str, Any]
     inputs: Callable[[], dict[str, Tensor]]
     no_rows: tuple[str, str] | tuple[()] = ()
+    more: Mapping[str, Any] = field(default_factory=dict)
 
     def make(self) -> Any:
         """The model, always with the same weights."""
@@ -159,6 +162,11 @@ FAMILIES = [
     Family("Qwen 2 MoE", "Qwen2MoeForCausalLM", {**_EXPERTS, "shared_expert_intermediate_size": 24}, _causal),
     Family("Qwen 3 MoE", "Qwen3MoeForCausalLM", _EXPERTS, _causal),
     Family("gpt-oss", "GptOssForCausalLM", {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}, _causal),
+    Family("Mixtral with experts", "MixtralForCausalLM", {**_GROUPED, "num_local_experts": 4}, _causal, more=_FUSED),
+    Family("Qwen 3 MoE with experts and router", "Qwen3MoeForCausalLM", _EXPERTS, _causal,
+           more={"target_parameters": ["experts.gate_up_proj", "experts.down_proj", "mlp.gate.weight"]}),
+    Family("gpt-oss with experts", "GptOssForCausalLM", {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
+           _causal, more=_FUSED),
     Family("ViT", "ViTForImageClassification", {**_SIZES, **_IMAGES}, _pictures),
     Family("CLIP", "CLIPModel", {"text_config": _TEXT, "vision_config": {**_SIZES, **_IMAGES}, "projection_dim": 16},
            _captioned),

@@ -31,7 +31,8 @@ Made by `python tests/test_families.py`; a test fails when it is stale. Every ce
 model of the family with random weights, in transformers {transformers} and peft {peft}:
 
 - **default targets**: what `target_modules="all-linear"` covers, and how many layers of the tiny model that are. Heads,
-  embeddings and the routers of mixtures are left alone; name them to have them.
+  embeddings and the routers of mixtures are left alone; name them to have them. Experts that are fused into one tensor
+  are covered where `target_parameters` names them.
 - **trains**: four steps lower the loss; every pair gets a gradient; nothing else changes.
 - **loads, swaps**: saved, loaded into a fresh model, the same outputs; to another adapter and back, to the base and
   back, bit for bit.
@@ -66,10 +67,10 @@ def seen(family: Family) -> Row:
     model, inputs = family.make(), family.inputs()
     base = outputs(model, inputs)
     pristine = copy.deepcopy(model)
-    bank = lk.attach(model, lk.LoraConfig(r=RANK, lora_alpha=4), name="a")
+    bank = lk.attach(model, lk.LoraConfig(r=RANK, lora_alpha=4, **family.more), name="a")
     targets = _targets(bank.coverage("a"))
     trains = _trains(model, bank, inputs)
-    bank.add("b", lk.LoraConfig(r=3, init_lora_weights=False))
+    bank.add("b", lk.LoraConfig(r=3, init_lora_weights=False, **family.more))
     with tempfile.TemporaryDirectory() as folder:
         swaps = _swaps(model, bank, inputs, base)
         rows = _rows(family, model, bank, inputs, base)

@@ -26,6 +26,8 @@ _PARTS: Final = {
     "magnitude_vector": ("linear", "magnitude"),
 }
 """What follows the mark: the kind of layer, and what of its pair the tensor is."""
+_NESTED: Final = ".base_layer"
+"""PEFT's wrappers of several parameters of one module are nested."""
 _COPY_SUFFIX: Final = ".base_layer.weight"
 """PEFT writes the frozen table of an adapted embedding beside its pair, under this suffix."""
 _READ: Final = frozenset(DTYPES.values())
@@ -42,7 +44,8 @@ class Pair:
     Attributes:
         a: (r, in); for an embedding (r, entries).
         b: (out, r); for an embedding (dim, r).
-        kind: `linear` or `embedding`.
+        kind: `linear`, `embedding`, or `parameter`: then A is (E·r, in) and B (out, r·E) for E experts, and the path is
+            that of the module, with `.base_layer` once for each of its later parameters that has a pair too.
         magnitude: (out,), of a DoRA only.
     """
 
@@ -50,6 +53,14 @@ class Pair:
     b: Tensor
     kind: str
     magnitude: Tensor | None = None
+
+    def by_expert(self, rank: int) -> list[tuple[Tensor, Tensor]]:
+        """A (r, in) and B (out, r) of each expert of a parameter; the two of any other layer as they are."""
+        if self.kind != "parameter":
+            return [(self.a, self.b)]
+        count = self.a.shape[0] // rank
+        each_a, each_b = self.a.reshape(count, rank, -1), self.b.reshape(-1, rank, count).permute(2, 0, 1)
+        return list(zip(each_a, each_b, strict=True))
 
 
 def magnitude_key(path: str) -> str:
@@ -90,6 +101,7 @@ def sort_out(config: LoraConfig, tensors: Mapping[str, Tensor], allow: Collectio
     found = Sorted(misfits=list(_unfit_values(tensors)))
     parts = _sort_keys(config, tensors, allow, found)
     for (path, kind), sides in parts.items():
+        kind = "parameter" if _is_of_a_parameter(path, config) else kind
         wrong = _unfit_pair(path, sides, config)
         if path in found.pairs:
             wrong.append(f"{path}: pairs for a linear layer and for an embedding")
@@ -99,7 +111,7 @@ def sort_out(config: LoraConfig, tensors: Mapping[str, Tensor], allow: Collectio
     found.misfits += _absent(config, found.saved)
     if not tensors:
         found.misfits.append("the file holds no tensors")
-    elif config.target_modules and not parts:
+    elif (config.target_modules or config.target_parameters) and not parts:
         found.misfits.append("the config has target_modules, but the file holds no pair")
     if found.misfits:
         told = found.misfits[:_MISFITS_SHOWN]
@@ -181,10 +193,17 @@ def _unfit_shapes(path: str, a: Sequence[int], b: Sequence[int], config: LoraCon
     if len(a) != 2 or len(b) != 2:
         return [f"{path}: A {tuple(a)} and B {tuple(b)} are not matrices"]
     rank = config.rank_of(path)
-    if a[0] == b[1] == rank:
+    if a[0] == b[1] == rank or (_is_of_a_parameter(path, config) and a[0] == b[1] and a[0] % rank == 0):
         return []
     hint = "; A looks transposed" if a[1] == rank and a[0] != rank else ""
     return [f"{path}: the config says rank {rank}, the tensors are A {tuple(a)} and B {tuple(b)}{hint}"]
+
+
+def _is_of_a_parameter(path: str, config: LoraConfig) -> bool:
+    """Whether the pair at a path is that of one of the parameters that a config targets."""
+    module = path.replace(_NESTED, "")
+    owners = (name.rpartition(".")[0] for name in config.target_parameters)
+    return any(module == owner or module.endswith("." + owner) or not owner for owner in owners)
 
 
 def _is_within(key: str, modules: Sequence[str]) -> bool:

@@ -30,7 +30,7 @@ from lora_kit.adapter.folder import (
 )
 from lora_kit.adapter.sorting import Pair, sort_out
 from lora_kit.config import LoraConfig
-from lora_kit.errors import AdapterError, LoraKitError
+from lora_kit.errors import AdapterError, LoraKitError, listed
 from lora_kit.files import write_folder
 from lora_kit.weights import canonical, canonical_sha256
 
@@ -83,7 +83,20 @@ class Adapter:
         return self.record.get("base")
 
     def pairs(self) -> Mapping[str, Pair]:
-        """The low-rank pairs by path of their layer."""
+        """The low-rank pairs by path of their layer.
+
+        Raises:
+            AdapterError: some are for parameters, which whoever asks for these would not know what to do with.
+        """
+        if self.config.target_parameters:
+            raise AdapterError(
+                f"its pairs for {listed(self.config.target_parameters)} are for parameters, which this cannot handle",
+                hint="load it into a bank; bank.merge folds it into the model in memory",
+            )
+        return self.all_pairs()
+
+    def all_pairs(self) -> Mapping[str, Pair]:
+        """The low-rank pairs by path, those for parameters (`target_parameters`) among them."""
         return MappingProxyType(self._sorted.pairs)
 
     def saved(self) -> Mapping[str, Tensor]:
@@ -211,6 +224,8 @@ class Adapter:
 def _identity(config: LoraConfig, weights_sha256: str) -> str:
     fields = config.to_dict()
     meaning = {name: _number(fields[name]) for name in _IDENTITY_FIELDS}
+    if config.target_parameters:
+        meaning["target_parameters"] = fields["target_parameters"]
     return hashlib.sha256(f"{json.dumps(meaning)}\n{weights_sha256}".encode()).hexdigest()
 
 

@@ -182,8 +182,8 @@ class AdapterBank:
         with self._residents.admitted({name: resident}, keep=self._slots_in_use()):
             for target in coverage.targets:
                 device = self._layers[target.path].device
-                a = torch.empty(target.rank, target.in_features, device=device)
-                b = torch.empty(target.out_features, target.rank, device=device)
+                a = torch.empty(target.rows, target.in_features, device=device)
+                b = torch.empty(target.out_features, target.rows, device=device)
                 initialise(a, b, kind=target.kind, init=config.init_lora_weights)
                 self._residents.put(resident, target.path, {A: a, B: b} | self._lengths(target, a, b), target.scaling)
             for path in coverage.saved:
@@ -457,12 +457,13 @@ class AdapterBank:
         """An adapter's live tensors by PEFT's keys."""
         resident = self._resident(name)
         tensors: dict[str, Tensor] = {}
+        keys = {target.path: target.key for target in resident.coverage.targets}
         for path in resident.layers:
             layer, held = self._layers[path], self._entry(resident, path)
             if isinstance(layer, SavedModule):
                 tensors |= {f"{PREFIX}{path}.{key}": tensor for key, tensor in held.items()}
             else:
-                key_a, key_b = pair_keys(path, kind_of(layer) or "linear")
+                key_a, key_b = pair_keys(keys[path], kind_of(layer) or "linear")
                 tensors[key_a], tensors[key_b] = held[A], held[B]
                 if MAGNITUDE in held:
                     tensors[magnitude_key(path)] = held[MAGNITUDE]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lora_kit.errors import TargetError
-from lora_kit.layers import Routing, SavedModule, SlotLayer, wrap
+from lora_kit.layers import LoraParameter, Routing, SavedModule, SlotLayer, wrap
 from lora_kit.targets import Coverage, is_of_an_expert
 
 
@@ -74,8 +74,9 @@ class WrappedLayers:
         whole = frozenset(coverage.saved)
         self._check_nesting(dict.fromkeys(ranks, False) | dict.fromkeys(whole, True))
         new: dict[str, SlotLayer] = {}
+        parameters = {target.path for target in coverage.targets if target.kind == "parameter"}
         for path in [*ranks, *coverage.saved]:
-            if path not in self._layers:
+            if path not in self._layers and path not in parameters:
                 module = self._model.get_submodule(path)
                 new[path] = (
                     SavedModule(module, self._routing)
@@ -86,8 +87,19 @@ class WrappedLayers:
         if new:
             replace_modules(self._model, {layer.base_layer: layer for layer in new.values()})
             self._layers |= new
+        for path in ranks:
+            if path not in self._layers:
+                self._wrap_parameter(path)
         for path, layer in self._layers.items():
             layer.reserve(room, ranks.get(path, 0), self._dtype)
+
+    def _wrap_parameter(self, path: str) -> None:
+        """Put a wrapper around the module of a parameter, outside of those that others of its parameters have."""
+        module_path, _, name = path.rpartition(".")
+        module = self._model.get_submodule(module_path)
+        layer = LoraParameter(module, name, self._routing)
+        replace_modules(self._model, {module: layer})
+        self._layers[path] = layer
 
     def take_over(self, layers: Mapping[str, SlotLayer]) -> None:
         """Count layers as wrapped, by path, that stand in the model already."""
@@ -95,7 +107,7 @@ class WrappedLayers:
 
     def unwrap(self) -> None:
         """Put the model's own layers back."""
-        replace_modules(self._model, {layer: layer.base_layer for layer in self._layers.values()})
+        replace_modules(self._model, {layer: _innermost(layer) for layer in self._layers.values()})
         self._layers.clear()
 
     def _check_nesting(self, covered: Mapping[str, bool]) -> None:
@@ -124,6 +136,13 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
             for key, child in parent._modules.items():
                 if child is not None and child in new:
                     parent._modules[key] = new[child]
+
+
+def _innermost(layer: nn.Module) -> nn.Module:
+    """The model's own module inside a wrapper, or inside several."""
+    while isinstance(layer, SlotLayer):
+        layer = layer.base_layer
+    return layer
 
 
 def _above(path: str) -> Iterator[str]:

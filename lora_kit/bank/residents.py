@@ -151,9 +151,9 @@ class Residents:
         """Copy the values of an adapter into its slot."""
         adapter = resident.adapter
         assert adapter is not None
-        pairs = adapter.pairs()
+        pairs = adapter.all_pairs()
         for target in resident.coverage.targets:
-            pair = pairs[target.path]
+            pair = pairs[target.key]
             tensors = {A: pair.a, B: pair.b}
             if pair.magnitude is not None:
                 tensors[MAGNITUDE] = pair.magnitude

@@ -15,6 +15,7 @@ from lora_kit.layers.kinds import (
     resume_packing,
 )
 from lora_kit.layers.pairs import MAGNITUDE, A, B, LoraEmbedding, LoraExpert, LoraLinear, wrap
+from lora_kit.layers.parameter import LoraParameter, is_transposed
 from lora_kit.layers.routing import BASE, Routing
 from lora_kit.layers.saved import SavedModule
 from lora_kit.layers.slots import SlotLayer
@@ -31,12 +32,14 @@ __all__ = [
     "LoraEmbedding",
     "LoraExpert",
     "LoraLinear",
+    "LoraParameter",
     "Routing",
     "SavedModule",
     "SlotLayer",
     "features_of",
     "initialise",
     "is_packed",
+    "is_transposed",
     "keeps_transposed",
     "kind_of",
     "pause_packing",

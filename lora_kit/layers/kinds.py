@@ -16,7 +16,7 @@ _PACKS: Final = "support_avx512bf16_for_cpu"
 
 def kind_of(module: nn.Module) -> str | None:
     """`linear`, `embedding`, or None for a module that cannot carry a low-rank pair."""
-    if isinstance(module, SlotLayer):
+    while isinstance(module, SlotLayer):
         module = module.base_layer
     if isinstance(module, nn.Embedding):
         return "embedding"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, NoReturn
 
 import torch
@@ -56,6 +57,16 @@ class Routing:
             held = self._by_row.get(device)
             # Written in place where the number of rows stays, so captured graphs follow.
             self._by_row[device] = index if held is None or held.shape != index.shape else held.copy_(index)
+
+    @contextlib.contextmanager
+    def alone(self, slot: int) -> Iterator[None]:
+        """One slot for everything, for a part of one layer's forward; tensors that other layers read stay."""
+        before = self.mixed, self.slot
+        self.mixed, self.slot = False, slot
+        try:
+            yield
+        finally:
+            self.mixed, self.slot = before
 
     def prepare(self, device: torch.device) -> None:
         """Make the index tensors of a device before a forward needs them: compiled code may not create them."""

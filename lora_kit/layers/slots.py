@@ -105,7 +105,8 @@ class SlotLayer(nn.Module):
         for name, view in entry.tensors.items():
             if view.is_floating_point():
                 leaf = nn.Parameter(view)
-                self.register_parameter(leaf_name(name, slot), leaf)
+                # Not `register_parameter`: that refuses names which a wrapper inside this one has as well.
+                self._parameters[leaf_name(name, slot)] = leaf
                 entry.tensors[name] = leaf
                 leaves.append(leaf)
         entry.dropout = dropout
