@@ -468,12 +468,13 @@ def test_what_no_pair_can_hold_is_named_or_saved_whole(
 def test_a_changed_bias_takes_its_whole_layer_along(tmp_path: Path) -> None:
     tiny.gpt2().save_pretrained(tmp_path / "base")
     tuned, path = tiny.gpt2(), "transformer.h.0.attn.c_attn"
-    changed(tuned, {path: 3, "transformer.h.1.attn.c_attn": 3})
+    changed(tuned, {path: 8, "transformer.h.1.attn.c_attn": 3})
     tuned.get_submodule(path).bias.data += 0.1
     tuned.save_pretrained(tmp_path / "tuned")
     found = lk.extract(tmp_path / "base", tmp_path / "tuned", rank=3, others="save")
     assert list(found.pairs()) == ["transformer.h.1.attn.c_attn"]
     assert sorted(found.saved()) == [f"{path}.bias", f"{path}.weight"]
+    assert found.record["made"]["error"]["worst_layer"] == "transformer.h.1.attn.c_attn"
 
 
 def test_a_new_head_comes_along(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import lora_kit as lk
 from lora_kit.errors import BaseModelError, ConfigError, MergeError, StorageError, VerificationError
-from lora_kit.merge import companions, journal, merge, rows, run, stream
+from lora_kit.merge import companions, journal, merge, rows, run, sink, stream
 from lora_kit.merge.plan import Entry, Plan
 from lora_kit.merge.shards import INDEX, WEIGHTS
 from lora_kit.models import load_base
@@ -603,20 +603,20 @@ def test_a_merge_killed_at_any_call_leaves_nothing_or_all_and_the_next_one_finis
     shutil.rmtree(place / "x")
     torch.set_num_threads(1)  # a forked child has none of the others
     seen = set()
-    take = stream._Sink._take
+    take = sink.Sink._take
 
-    def halved(sink: Any, piece: memoryview) -> None:
+    def halved(file: Any, piece: memoryview) -> None:
         """One tensor in two goes, with a call to die at between them."""
-        take(sink, piece[: piece.nbytes // 2])
-        if sink._size < 20_000:
-            os.fsync(sink._file.fileno())
-        take(sink, piece[piece.nbytes // 2 :])
+        take(file, piece[: piece.nbytes // 2])
+        if file._size < 20_000:
+            os.fsync(file._file.fileno())
+        take(file, piece[piece.nbytes // 2 :])
 
     for number in itertools.count(1):
 
         def work(number: int = number) -> None:
             test_crash.at_call(number, test_crash.die, below=place)
-            pytest.MonkeyPatch().setattr(stream._Sink, "_take", halved)
+            pytest.MonkeyPatch().setattr(sink.Sink, "_take", halved)
             merge(base, adapter, place / "x")
 
         ending = test_crash.in_child(work)
@@ -642,8 +642,8 @@ def killed(base: Path, adapter: Path, out: Path, *, after: int) -> None:
         torch.set_num_threads(1)
         real, count = journal.Kept.finish, itertools.count(1)
 
-        def finish(kept: journal.Kept, *given: Any) -> None:
-            real(kept, *given)
+        def finish(kept: journal.Kept, *given: Any, **named: Any) -> None:
+            real(kept, *given, **named)
             if next(count) == after:
                 test_crash.die()
 
@@ -675,9 +675,9 @@ def test_a_merge_that_was_killed_is_taken_up_where_it_was_whole(
     written: list[str] = []
     real = stream._write_file
 
-    def counted(path: Path, *given: Any, **named: Any) -> Any:
-        written.append(path.name)
-        return real(path, *given, **named)
+    def counted(file: sink.Sink, *given: Any, **named: Any) -> Any:
+        written.append(Path(str(file._file.name)).name)
+        return real(file, *given, **named)
 
     monkeypatch.setattr(stream, "_write_file", counted)
     report = merge(sharded, adapter, out)

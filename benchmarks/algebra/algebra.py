@@ -1,11 +1,11 @@
 """What does it cost to bring an update to a smaller rank?
 
-One layer of 2048 × 2048. `resize` cuts an adapter of rank 32 down to 8; `extract` takes the 16 leading ranks out of a
-difference of two weights, which is an update of rank 16 in noise of a tenth of its size. lora_kit's times are those of
-`lk.resize`, with the error it measures and the adapter it makes, and of what `lk.extract` does to one tensor. Beside
-it: torch's SVD of the dense matrix in fp32, which is how an update is usually cut, and PEFT's
-`add_weighted_adapter(combination_type="svd")` with one adapter, which is PEFT's way to another rank. All end with two
-factors, and are compared with the best there is, from an SVD in fp64: how much further from the whole matrix they are.
+One layer of 2048 × 2048. `resize` cuts an adapter of rank 32 to 8; `combine` makes one of rank 8 of two of rank 32;
+`extract` takes the 16 leading ranks out of a difference of two weights, which is an update of rank 16 in noise of a
+tenth of its size. lora_kit's times are those of `lk.resize` and `lk.combine`, with the error they measure and the
+adapter they make, and of what `lk.extract` does to one tensor. Beside it: torch's SVD of the dense matrix in fp32, and
+for `combine` PEFT's `add_weighted_adapter(combination_type="svd")`, which takes one as well. All end with two factors,
+and are compared with the best there is, from an SVD in fp64: how much further from the whole matrix they are.
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ from lora_kit.merge.algebra.dense import leading
 
 Factors = tuple[Tensor, Tensor]
 """B and A of an update."""
+Cases = Mapping[str, Callable[[], Factors]]
 CASES: Final = ("lora_kit", "dense SVD", "peft")
 N: Final = 2048
 BEFORE: Final = 32
 AFTER: Final = 8
 TAKEN: Final = 16
+BOTH: Final = (0, 1)
+"""Seeds of the adapters that are combined."""
 _AS_GOOD: Final = 1e-2
 """How much further than the best a result may be, for the comparison to be one of the same work."""
 
@@ -42,23 +45,24 @@ def low_rank(rank: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def adapter() -> lk.Adapter:
-    b, a = low_rank(BEFORE, 0)
+def adapter(seed: int = 0) -> lk.Adapter:
+    b, a = low_rank(BEFORE, seed)
     key_a, key_b = pair_keys("layer", "linear")
     return lk.Adapter(lk.LoraConfig(r=BEFORE, lora_alpha=BEFORE, target_modules=("layer",)), {key_a: a, key_b: b})
 
 
 @cache
 def difference() -> Tensor:
-    b, a = low_rank(TAKEN, 1)
+    b, a = low_rank(TAKEN, 2)
     product = b @ a
-    noise = torch.randn(N, N, generator=torch.Generator().manual_seed(2))
+    noise = torch.randn(N, N, generator=torch.Generator().manual_seed(3))
     return product + 0.1 * product.norm() / noise.norm() * noise
 
 
-def dense() -> Tensor:
-    pair = adapter().pairs()["layer"]
-    return pair.b @ pair.a
+def dense(*seeds: int) -> Tensor:
+    """The sum of the updates of these adapters."""
+    pairs = [adapter(seed).pairs()["layer"] for seed in seeds]
+    return torch.stack([pair.b @ pair.a for pair in pairs]).sum(0)
 
 
 def cut(matrix: Callable[[], Tensor], rank: int) -> Factors:
@@ -73,6 +77,11 @@ def resized() -> Factors:
     return pair.b, pair.a
 
 
+def combined() -> Factors:
+    pair = lk.combine([(adapter(seed), 1.0) for seed in BOTH], method="svd", rank=AFTER).pairs()["layer"]
+    return pair.b, pair.a
+
+
 def extracted() -> Factors:
     found = leading(difference(), rank=TAKEN)
     return found.b, found.a
@@ -80,7 +89,7 @@ def extracted() -> Factors:
 
 @cache
 def peft_model() -> Any:
-    """PEFT's model of the layer, with the adapter in it."""
+    """PEFT's model of the layer, with both adapters in it."""
     import peft
 
     class Model(nn.Module):
@@ -89,27 +98,28 @@ def peft_model() -> Any:
             self.layer = nn.Linear(N, N, bias=False)
 
     config = peft.LoraConfig(r=BEFORE, lora_alpha=BEFORE, target_modules=["layer"])
-    model: Any = peft.PeftModel(Model(), config)
-    pair, layer = adapter().pairs()["layer"], model.base_model.model.layer
-    layer.lora_A["default"].weight.data.copy_(pair.a)
-    layer.lora_B["default"].weight.data.copy_(pair.b)
+    model: Any = peft.PeftModel(Model(), config, adapter_name="0")
+    model.add_adapter("1", config)
+    layer = model.base_model.model.layer
+    for seed in BOTH:
+        pair = adapter(seed).pairs()["layer"]
+        layer.lora_A[str(seed)].weight.data.copy_(pair.a)
+        layer.lora_B[str(seed)].weight.data.copy_(pair.b)
     return model
 
 
-def peft_resized() -> Factors:
+def peft_combined() -> Factors:
     model = peft_model()
-    if "cut" in model.peft_config:
-        model.delete_adapter("cut")
+    if "both" in model.peft_config:
+        model.delete_adapter("both")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model.add_weighted_adapter(["default"], [1.0], "cut", combination_type="svd", svd_rank=AFTER)
+        model.add_weighted_adapter(["0", "1"], [1.0, 1.0], "both", combination_type="svd", svd_rank=AFTER)
     layer = model.base_model.model.layer
-    return layer.lora_B["cut"].weight.detach() * layer.scaling["cut"], layer.lora_A["cut"].weight.detach()
+    return layer.lora_B["both"].weight.detach() * layer.scaling["both"], layer.lora_A["both"].weight.detach()
 
 
-def compared(
-    effort: Effort, *, whole: Callable[[], Tensor], rank: int, cases: Mapping[str, Callable[[], Factors]]
-) -> dict[str, Any]:
+def compared(effort: Effort, *, whole: Callable[[], Tensor], rank: int, cases: Cases) -> dict[str, Any]:
     matrix = whole().double()
     best = float(torch.linalg.svdvals(matrix)[rank:].norm())
     further = {}
@@ -122,13 +132,14 @@ def compared(
 
 
 def rows() -> dict[str, Row]:
-    resize: dict[str, Callable[[], Factors]] = dict(
-        zip(CASES, (resized, partial(cut, dense, AFTER), peft_resized), strict=True)
-    )
-    extract: dict[str, Callable[[], Factors]] = {"lora_kit": extracted, "dense SVD": partial(cut, difference, TAKEN)}
+    one, both = partial(dense, 0), partial(dense, *BOTH)
+    resize: Cases = {"lora_kit": resized, "dense SVD": partial(cut, one, AFTER)}
+    combine: Cases = {"lora_kit": combined, "dense SVD": partial(cut, both, AFTER), "peft": peft_combined}
+    extract: Cases = {"lora_kit": extracted, "dense SVD": partial(cut, difference, TAKEN)}
     return {
-        f"resize, rank {BEFORE} to {AFTER}": Row(partial(compared, whole=dense, rank=AFTER, cases=resize), "short"),
-        f"extract, rank {TAKEN}": Row(partial(compared, whole=difference, rank=TAKEN, cases=extract), "short"),
+        f"resize, rank {BEFORE} to {AFTER}": Row(partial(compared, whole=one, rank=AFTER, cases=resize), "short"),
+        f"combine two, rank {BEFORE} to {AFTER}": Row(partial(compared, whole=both, rank=AFTER, cases=combine)),
+        f"extract, rank {TAKEN}": Row(partial(compared, whole=difference, rank=TAKEN, cases=extract)),
     }
 
 

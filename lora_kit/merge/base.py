@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from lora_kit import models
 from lora_kit.errors import BaseModelError
 from lora_kit.files import printable
-from lora_kit.models import KIT_BASE, quiet
+from lora_kit.models import KIT_BASE, KIT_FOLDER, quiet
 
 _WANTED: Final = [
     "*.json",
@@ -26,7 +25,7 @@ _OLDER: Final = ["pytorch_model*"]
 
 def local_folder(base: str | Path) -> Path | None:
     """The folder a base is read from, where it is a local one."""
-    folder = Path(models.__file__).parent / "kit_base" if base == KIT_BASE else Path(base).expanduser()
+    folder = KIT_FOLDER if base == KIT_BASE else Path(base).expanduser()
     return folder if folder.is_dir() else None
 
 

@@ -6,12 +6,12 @@ adapters into the same output finds it, reads it back, and goes on after it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -20,14 +20,12 @@ from typing import Any, Final
 from lora_kit.errors import AdapterError, VerificationError
 from lora_kit.files import printable, read_json, sync_folder
 from lora_kit.fold import Retention
+from lora_kit.merge.sink import Facts, facts_on_disk
 
 logger = logging.getLogger(__name__)
 
 _JOURNAL: Final = "journal.json"
 _LIMIT: Final = 256 * 2**20
-
-Facts = dict[str, Any]
-"""Size and sha256 of a file."""
 
 
 def place_of(target: Path) -> Path:
@@ -77,13 +75,20 @@ class Kept:
         logger.info("%s was finished before, and is taken up", name)
         return facts, retention
 
-    def finish(self, name: str, facts: Facts, retention: Sequence[Retention]) -> None:
+    def finish(
+        self, name: str, facts: Facts, retention: Sequence[Retention], *, after: Future[None] | None = None
+    ) -> None:
         """Read a written file back, and note that it is whole.
+
+        Args:
+            after: the end of another call, before which nothing is noted.
 
         Raises:
             VerificationError: it is not what was written.
         """
         read_back(self.folder / name, facts)
+        if after is not None:
+            after.result()
         self._files[name] = {"facts": facts, "retention": [asdict(one) for one in retention]}
         new = self.folder / f"{_JOURNAL}.new"
         with new.open("wb") as file:
@@ -96,17 +101,11 @@ class Kept:
 
 def read_back(path: Path, expected: Mapping[str, Any]) -> None:
     """Raise VerificationError unless a file on the disk has the size and the sha256 it was written with."""
-    with path.open("rb", buffering=0) as file:
-        os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):
-            # What was synced need not stay in memory: reading it again shows what the disk has.
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        size, sha = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
-    name = printable(path.name)
-    if size != expected["size"]:
-        told = f"{name} has {size:,} bytes; {expected['size']:,} were written"
+    found, name = facts_on_disk(path), printable(path.name)
+    if found["size"] != expected["size"]:
+        told = f"{name} has {found['size']:,} bytes; {expected['size']:,} were written"
         raise VerificationError(told, hint="is the disk sound?")
-    if sha != expected["sha256"]:
+    if found["sha256"] != expected["sha256"]:
         raise VerificationError(f"{name} reads back other than it was written", hint="is the disk sound?")
 
 

@@ -25,7 +25,7 @@ _CLASSES: Final[Mapping[str | None, str]] = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
 }
-"""transformers' class for each `task_type` of an adapter."""
+"""transformers' class for each `task_type` of an adapter; without one, where the config names none."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,13 @@ def shell(config: Any, head: Head) -> nn.Module:
     """The model of a config without weights, on the meta device."""
     import transformers
 
+    # An adapter that names no task was made for the class the config names.
+    named = [getattr(transformers, str(name), None) for name in config.architectures or ()]
     with quiet(), _translated(Path(str(config._name_or_path))), torch.device("meta"):
-        model: nn.Module = getattr(transformers, _CLASSES[head.task]).from_config(config)
+        if head.task is None and isinstance(named[0] if named else None, type):
+            model: nn.Module = named[0](config)
+        else:
+            model = getattr(transformers, _CLASSES[head.task]).from_config(config)
     return model.eval()
 
 

@@ -9,7 +9,7 @@ product: what comes out is what a merge in memory gives.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import torch
@@ -21,8 +21,8 @@ from lora_kit.merge.packed import Packed
 from lora_kit.merge.plan import Entry, Update
 from lora_kit.ops import dora_scale
 
-_ELEMENTS: Final = 2**17
-"""Of a block; half a MB of fp32."""
+_ELEMENTS: Final = 2**18
+"""Of a block; one MB of fp32."""
 _LEAST: Final = 16
 """Rows of a block. Products of fewer go another way through the BLAS, and end in other bits."""
 
@@ -49,16 +49,16 @@ class Fold:
         self._weight = self._delta = self._lost = 0.0  # squares of norms
 
     @torch.no_grad()
-    def blocks(self) -> Iterator[Tensor]:
-        """The merged rows, block by block.
+    def into(self, room: Callable[[int, torch.dtype], Tensor]) -> Iterator[int]:
+        """Put the merged rows, block by block, into memory that is asked for; their bytes each time.
 
         Raises:
             MergeError: they are not finite.
         """
-        for _, exact, delta, target in self._sums():
-            merged = target.to(self.entry.dtype, copy=True)  # the only one that is handed out
-            self._tally(exact, delta, target.sub_(merged))
-            yield merged
+        for _, target in self._sums():
+            merged = room(target.numel(), self.entry.dtype).view(target.shape).copy_(target)
+            self._tally_lost(target.sub_(merged))
+            yield merged.nbytes
 
     @torch.no_grad()
     def packed(self) -> Packed:
@@ -69,33 +69,33 @@ class Fold:
         """
         source = self.entry.source
         assert isinstance(source, Packed)
-        again = source.pack(target for _, _, _, target in self._sums())
+        again = source.pack(target for _, target in self._sums())
         # A second time, since what is left of a number is known once all scales of the weight are.
-        for rows, exact, delta, target in self._sums():
-            self._tally(exact, delta, target.sub_(again[rows]))
+        self._weight = self._delta = 0.0
+        for rows, target in self._sums():
+            self._tally_lost(target.sub_(again[rows]))
         return again
 
-    def _sums(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-        """Rows, and there the weight, the delta and their sum; good until the next ones are taken."""
+    def _sums(self) -> Iterator[tuple[slice, Tensor]]:
+        """Rows, and there the sum of weight and delta; good until the next ones are taken."""
         entry, source = self.entry, self.entry.source
         dtype, columns = torch.promote_types(source.dtype, torch.float32), _column_scale(entry)
         parts = list(blocks(*source.shape, multiple=source.step if isinstance(source, Packed) else 1))
         # Memory that is used again: touching new pages would take longer than the sums.
         most = max(rows.stop - rows.start for rows in parts)
-        exacts, deltas, targets = (torch.empty(most, source.shape[1], dtype=dtype) for _ in range(3))
+        exacts, targets = (torch.empty(most, source.shape[1], dtype=dtype) for _ in range(2))
+        self._delta += 0.0 if columns is not None else _square_of_delta(entry.updates)
         for rows in parts:
             count = rows.stop - rows.start
             exact = exacts[:count].copy_(source[rows])
-            delta = sum_of_updates(entry, rows, into=deltas[:count])
-            target = torch.add(exact, delta, out=targets[:count])
+            self._weight += _square(exact)
+            target = sum_of_updates(entry, rows, into=targets[:count]).add_(exact)
             if columns is not None:
                 target *= columns if entry.transposed else columns[rows].unsqueeze(1)
-                delta = target - exact
-            yield rows, exact, delta, target
+                self._delta += _square(target - exact)
+            yield rows, target
 
-    def _tally(self, exact: Tensor, delta: Tensor, lost: Tensor) -> None:
-        self._weight += _square(exact)
-        self._delta += _square(delta)
+    def _tally_lost(self, lost: Tensor) -> None:
         self._lost += _square(lost)
         if not math.isfinite(self._lost):
             raise MergeError(f"{self.entry.path}: the merged weight is not finite in {self.entry.dtype}")
@@ -126,9 +126,11 @@ def sum_of_updates(entry: Entry, rows: slice, *, into: Tensor) -> Tensor:
 
 def _product(update: Update, rows: slice, *, transposed: bool, into: Tensor | None = None) -> Tensor:
     """s B A in fp32."""
-    a, b = update.pair.a, update.pair.b
+    a, b, scaling = update.pair.a, update.pair.b, update.scaling
     left, right = (a[:, rows].float().T, b.float().T) if transposed else (b[rows].float(), a.float())
-    return torch.mm(left, right, out=into).mul_(update.scaling)
+    if math.frexp(abs(scaling))[0] == 0.5:
+        return torch.mm(left * scaling, right, out=into)  # a power of two: the same bits, with fewer numbers to scale
+    return torch.mm(left, right, out=into).mul_(scaling)
 
 
 def _column_scale(entry: Entry) -> Tensor | None:
@@ -144,6 +146,13 @@ def _column_scale(entry: Entry) -> Tensor | None:
         for rows in blocks(*weight.shape, multiple=source.step if isinstance(source, Packed) else 1)
     ]
     return torch.cat(parts)
+
+
+def _square_of_delta(updates: Sequence[Update]) -> float:
+    """|Σ s B A|², by way of r x r matrices: the sum of (Bᵀ B) ∘ (A Aᵀ)."""
+    a = torch.cat([update.pair.a.double() for update in updates])
+    b = torch.cat([update.pair.b.double() * update.scaling for update in updates], dim=1)
+    return max(0.0, float(((b.T @ b) * (a @ a.T)).sum()))
 
 
 def _square(tensor: Tensor) -> float:

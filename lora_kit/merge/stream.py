@@ -6,16 +6,14 @@ they come: no tensor is ever whole in memory.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from io import FileIO
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,11 +21,12 @@ import torch
 from torch import Tensor
 
 from lora_kit.fold import Retention
-from lora_kit.merge.journal import Facts, Kept
+from lora_kit.merge.journal import Kept
 from lora_kit.merge.packed import Packed
 from lora_kit.merge.plan import Entry, Plan
 from lora_kit.merge.rows import Fold, blocks
 from lora_kit.merge.shards import INDEX
+from lora_kit.merge.sink import Facts, Sink
 from lora_kit.weights import DTYPES
 
 logger = logging.getLogger(__name__)
@@ -38,10 +37,8 @@ Progress = Callable[[int, int], None]
 _PIECE: Final = 8 * 2**20
 _PART: Final = 2**18
 """Numbers that are cast at once."""
-_BATCH: Final = 2 * 2**20
-"""Bytes that are handed over at once: handing them over takes as long as hashing some thousands of them."""
-_AHEAD: Final = 4
-"""Batches that may wait to be hashed and written."""
+_READERS: Final = 2
+"""Files that are read back at once: each waits for the disk as long as it takes to hash."""
 _NAMES: Final[dict[torch.dtype, str]] = {
     **{dtype: name for name, dtype in DTYPES.items()},
     torch.float8_e4m3fn: "F8_E4M3",
@@ -69,7 +66,7 @@ class Written:
 def write(plan: Plan, folder: Path, *, kept: Kept, progress: Progress | None = None) -> Written:
     """Write the weight files of a plan, and their index where there are several.
 
-    While one file is written, the one before it is read back.
+    While one file is written, those before it are read back.
 
     Args:
         kept: finished files of the same plan; they are not written again.
@@ -77,15 +74,16 @@ def write(plan: Plan, folder: Path, *, kept: Kept, progress: Progress | None = N
     Raises:
         MergeError: a tensor is not finite. VerificationError: what was read back is not what was written.
     """
-    written, meter = Written(), _Meter(plan.nbytes, progress)
-    with _one_thread(), ThreadPoolExecutor(max_workers=1) as hashing, ThreadPoolExecutor(max_workers=1) as reading:
+    written, meter, slabs = Written(), _Meter(plan.nbytes, progress), deque[Tensor]()
+    with _one_thread(), ThreadPoolExecutor(max_workers=1) as hashing, ThreadPoolExecutor(_READERS) as reading:
         checks: list[Future[None]] = []
         for shard, entries in plan.shards:
             found = kept.finished(shard.name)
             if found is None:
-                found = _write_file(kept.folder / shard.name, entries, shard.metadata, pool=hashing, meter=meter)
+                with (kept.folder / shard.name).open("xb", buffering=0) as file:
+                    found = _write_file(Sink(file, hashing, slabs), entries, shard.metadata, meter=meter)
                 logger.info("%s: %d tensors, %d bytes", shard.name, len(entries), found[0]["size"])
-                checks.append(reading.submit(kept.finish, shard.name, *found))
+                checks.append(reading.submit(kept.finish, shard.name, *found, after=checks[-1] if checks else None))
             else:
                 meter.advance(sum(entry.nbytes for entry in entries))
             written.files[shard.name] = found[0]
@@ -123,82 +121,49 @@ class _Meter:
 
 
 def _write_file(
-    path: Path, entries: Sequence[Entry], metadata: Mapping[str, str], *, pool: ThreadPoolExecutor, meter: _Meter
+    sink: Sink, entries: Sequence[Entry], metadata: Mapping[str, str], *, meter: _Meter
 ) -> tuple[Facts, list[Retention]]:
     """Write one file; returns its size and sha256, and what became of the deltas in it."""
     retention: list[Retention] = []
-    with path.open("xb", buffering=0) as file:
-        sink = _Sink(file, pool)
-        sink.put(memoryview(_header(entries, metadata)))
-        for piece in _pieces(entries, retention):
-            sink.put(piece)
-            meter.advance(piece.nbytes)
-        return sink.finish(), retention
+    sink.put(memoryview(_header(entries, metadata)))
+    for count in _put(entries, sink, retention):
+        meter.advance(count)
+    return sink.finish(), retention
 
 
-class _Sink:
-    """A file that is hashed and written behind the back of whoever makes its bytes."""
-
-    def __init__(self, file: FileIO, pool: ThreadPoolExecutor) -> None:
-        self._file, self._pool = file, pool
-        self._sha, self._size = hashlib.sha256(), 0
-        self._batch: list[memoryview] = []
-        self._pending: deque[Future[None]] = deque()
-
-    def put(self, piece: memoryview) -> None:
-        self._batch.append(piece)
-        if sum(held.nbytes for held in self._batch) >= _BATCH:
-            self._hand_over()
-
-    def _hand_over(self) -> None:
-        if len(self._pending) >= _AHEAD:
-            self._pending.popleft().result()
-        self._pending.append(self._pool.submit(self._take_all, self._batch))
-        self._batch = []
-
-    def _take_all(self, pieces: Sequence[memoryview]) -> None:
-        for piece in pieces:
-            self._take(piece)
-
-    def _take(self, piece: memoryview) -> None:
-        self._sha.update(piece)
-        self._size += piece.nbytes
-        while piece.nbytes:
-            piece = piece[self._file.write(piece) :]
-
-    def finish(self) -> Facts:
-        """Size and sha256 of what was written."""
-        self._hand_over()
-        while self._pending:
-            self._pending.popleft().result()
-        return {"size": self._size, "sha256": self._sha.hexdigest()}
-
-
-def _pieces(entries: Sequence[Entry], retention: list[Retention]) -> Iterator[memoryview]:
-    """The bytes of tensors, one after the other."""
+def _put(entries: Sequence[Entry], sink: Sink, retention: list[Retention]) -> Iterator[int]:
+    """Hand over the bytes of tensors, one after the other; how many each time."""
     for entry in entries:
         source = entry.source
         if entry.how == "requantized":
             fold = Fold(entry)
             again = fold.packed().parts
-            yield from (_bytes(again[name]) for name in entry.stored)
+            yield from _put_whole((_bytes(again[name]) for name in entry.stored), sink)
             retention.append(fold.retention)
         elif entry.updates:
             fold = Fold(entry)
-            yield from map(_bytes, fold.blocks())
+            yield from fold.into(sink.room)
             retention.append(fold.retention)
-        elif isinstance(source, Packed):
-            yield from (_bytes(source[rows].to(entry.dtype)) for rows in blocks(*source.shape, multiple=source.step))
-        elif entry.dtype == source.dtype and source.is_contiguous():
+        elif isinstance(source, Tensor) and entry.dtype == source.dtype and source.is_contiguous():
             whole = _bytes(source)
-            yield from (whole[start : start + _PIECE] for start in range(0, whole.nbytes, _PIECE))
+            yield from _put_whole((whole[start : start + _PIECE] for start in range(0, whole.nbytes, _PIECE)), sink)
         else:
-            yield from (_bytes(part.to(entry.dtype).contiguous()) for part in _small(source))
+            for part in _small(source):
+                sink.room(part.numel(), entry.dtype).view(part.shape).copy_(part)
+                yield part.numel() * entry.dtype.itemsize
 
 
-def _small(tensor: Tensor) -> Iterator[Tensor]:
+def _put_whole(pieces: Iterable[memoryview], sink: Sink) -> Iterator[int]:
+    for piece in pieces:
+        sink.put(piece)
+        yield piece.nbytes
+
+
+def _small(tensor: Tensor | Packed) -> Iterator[Tensor]:
     """A tensor in parts that are soon cast, in the order of its numbers."""
-    if tensor.is_contiguous():
+    if isinstance(tensor, Packed):
+        yield from (tensor[rows] for rows in blocks(*tensor.shape, multiple=tensor.step))
+    elif tensor.is_contiguous():
         yield from tensor.reshape(-1).split(_PART)
     elif tensor.ndim < 2 or tensor.numel() <= _PART:
         yield tensor

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ def extract(
     found = _compared(one, two, rank, energy, progress)
     whole = _whole(one, two, found.others, found.new, others)
     saved = {key: tensor for path in whole for key, tensor in _module(two.outline, path).items()}
-    pairs = {path: factors for path, factors in found.pairs.items() if not _inside(path, whole)}
+    pairs = {path: pair for path, pair in found.pairs.items() if not _inside(path, whole)}
     left_out = [key for key in found.others if not _inside(key, whole)]
     if not pairs and not saved:
         raise MergeError(
@@ -79,11 +79,15 @@ def extract(
         )
     made = {"by": "extract", "tuned": str(tuned), "rank": rank, "energy": energy, "left_out": left_out}
     record: dict[str, Any] = {"base": fingerprint(one.outline.model, name=str(base))}
-    record[MADE] = {**made, "error": found.error.to_json()}
+    error = Error()
+    for path, pair in pairs.items():
+        error.add(path, pair.missed, pair.norm)
+    record[MADE] = {**made, "error": error.to_json()}
     if two.head.labels:
         record["labels"] = list(two.head.labels)
     config = _config(one.outline.model, list(pairs), whole, base=str(base), task=two.head.task)
-    adapter = assembled(config, {path: ("linear", factors) for path, factors in pairs.items()}, saved, record=record)
+    updates = {path: ("linear", pair.factors) for path, pair in pairs.items()}
+    adapter = assembled(config, updates, saved, record=record)
     fitted(Path(tuned).name, adapter, one.outline.model, dtype=torch.float32)
     return adapter
 
@@ -103,6 +107,14 @@ def _check(rank: int | None, energy: float | None, others: str) -> None:
 # What differs
 
 
+class _Pair(NamedTuple):
+    """What is kept of a difference, how far that is from it, and how large it is."""
+
+    factors: Factors
+    missed: float
+    norm: float
+
+
 @dataclass
 class _Found:
     """What differs between two models.
@@ -111,10 +123,9 @@ class _Found:
         pairs: updates of linear layers, by path. others: keys that no pair can hold. new: keys that the base lacks.
     """
 
-    pairs: dict[str, Factors]
+    pairs: dict[str, _Pair]
     others: list[str]
     new: list[str]
-    error: Error
 
 
 def _compared(
@@ -125,7 +136,7 @@ def _compared(
     progress: Callable[[int, int], None] | None,
 ) -> _Found:
     first, second = one.state, two.state
-    found = _Found({}, [], [], Error())
+    found = _Found({}, [], [])
     done, total = 0, sum(tensor.nbytes for tensor in second.values())
     for key, tensor in second.items():
         path = key.rpartition(".")[0]
@@ -134,7 +145,7 @@ def _compared(
         elif not tensor.is_meta and _differ(first[key], tensor):
             if _can_hold(key, one.outline, two.outline):
                 transposed = keeps_transposed(one.outline.model.get_submodule(path))
-                found.pairs[path] = _pair(path, first[key], tensor, transposed, rank, energy, found.error)
+                found.pairs[path] = _pair(path, first[key], tensor, transposed, rank, energy)
             else:
                 found.others.append(key)
         done += tensor.nbytes
@@ -155,17 +166,8 @@ def _unplaced(one: Model, two: Model) -> Iterator[str]:
 
 
 def _differ(before: Tensor, after: Tensor) -> bool:
-    """Whether a fine-tune has other numbers; those that it only keeps in a coarser dtype are the same."""
-    if before.shape != after.shape:
-        return True
-    if before.is_floating_point() and after.is_floating_point() and _coarser(after.dtype, before.dtype):
-        before = before.to(after.dtype)
-    wide = torch.promote_types(before.dtype, after.dtype)
-    return not torch.equal(before.to(wide), after.to(wide))
-
-
-def _coarser(one: torch.dtype, other: torch.dtype) -> bool:
-    return torch.finfo(one).eps > torch.finfo(other).eps
+    """Whether a fine-tune has other numbers than its base has in the dtype it keeps them in."""
+    return before.shape != after.shape or not torch.equal(before.to(after.dtype), after)
 
 
 def _can_hold(key: str, one: Outline, two: Outline) -> bool:
@@ -175,17 +177,14 @@ def _can_hold(key: str, one: Outline, two: Outline) -> bool:
     return leaf == "weight" and alone and kind_of(one.model.get_submodule(path)) == "linear"
 
 
-def _pair(
-    path: str, before: Tensor, after: Tensor, transposed: bool, rank: int | None, energy: float | None, error: Error
-) -> Factors:
+def _pair(path: str, before: Tensor, after: Tensor, transposed: bool, rank: int | None, energy: float | None) -> _Pair:
     difference = after.to(torch.float32, copy=True).sub_(before)
     difference = difference.T.contiguous() if transposed else difference
     norm = math.sqrt(squared(difference))
     if not math.isfinite(norm):
         raise MergeError(f"{path}: the difference holds NaN or infinity")
     made = leading(difference, rank=rank, energy=energy)
-    error.add(path, missed(difference, made), norm)
-    return made
+    return _Pair(made, missed(difference, made), norm)
 
 
 # What is saved whole
