@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from lora_kit.errors import AdapterError, RecipeError, StorageError
 from lora_kit.evaluate import METRICS
@@ -71,7 +71,7 @@ class Plan:
         return digest_of(self.identity)
 
     @property
-    def direction(self) -> str:
+    def direction(self) -> Literal["minimize", "maximize"]:
         return "maximize" if METRICS[self.metric].greater_is_better else "minimize"
 
     def home(self, number: int) -> Path:
@@ -99,7 +99,7 @@ class Plan:
         plan = {
             "out": str(self.out),
             "fields": self.fields,
-            "over": over(self.space),
+            "over": over_of(self.space),
             **{name: getattr(self, name) for name in ("method", "metric", "trials", "seed", "prune", "keep")},
             "identity": self.identity,
         }
@@ -147,7 +147,7 @@ class Plan:
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
-def over(space: Space) -> dict[str, Any]:
+def over_of(space: Space) -> dict[str, Any]:
     """A space as JSON values, which `space_of` reads again."""
     return {key: values.to_json() for key, values in space.items()}
 

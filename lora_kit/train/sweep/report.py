@@ -19,7 +19,7 @@ from lora_kit.errors import AdapterError, VerificationError
 from lora_kit.files import exists, folder_exists, read_json, staged
 from lora_kit.train.artifacts import RECIPE
 from lora_kit.train.prepare import is_model_of_ours
-from lora_kit.train.sweep.plan import Plan, over, write_file
+from lora_kit.train.sweep.plan import Plan, over_of, write_file
 from lora_kit.train.sweep.space import Params
 from lora_kit.train.sweep.study import Study
 
@@ -116,10 +116,8 @@ def finished(study: Study, *, replace: bool) -> SweepReport:
             shutil.rmtree(plan.home(best.number))
         trials = tuple(map(TrialReport.of, study.done))
         shared: dict[str, Any] = {"metric": plan.metric, "direction": plan.direction}
-        report = SweepReport(
-            out=plan.out, folder=plan.folder, trials=trials, best=trials[best.number], **shared
-        )
-        found = {"over": over(plan.space), "method": plan.method, "seed": plan.seed, **report.to_json()}
+        report = SweepReport(out=plan.out, folder=plan.folder, trials=trials, best=trials[best.number], **shared)
+        found = {"over": over_of(plan.space), "method": plan.method, "seed": plan.seed, **report.to_json()}
         write_file(plan.folder / RESULTS, json.dumps(found, indent=1).encode())
         image = picture(plan, trials)
         if image:

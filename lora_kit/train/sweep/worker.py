@@ -39,9 +39,13 @@ class Worker:
         self._recipe = load_recipe(plan.fields)
         self._told: set[int] = {trial.number for trial in self._study.done}
 
+    @property
+    def is_done(self) -> bool:
+        return self._study.is_done
+
     def run(self) -> None:
         """Work until every trial has ended, those of other processes too: one of them may die."""
-        while not self._study.is_done:
+        while not self.is_done:
             with self._study.next() as trial:
                 if trial is None:
                     time.sleep(_POLL_SECONDS)

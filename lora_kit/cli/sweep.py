@@ -1,0 +1,94 @@
+"""`sweep`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from lora_kit.cli.app import AsJson, Replace, app
+from lora_kit.cli.screen import print_json, print_table
+from lora_kit.cli.train import _dotted as dotted
+
+if TYPE_CHECKING:
+    from lora_kit.train.sweep.report import SweepReport, TrialReport
+
+_OVER = "KEY=VALUE,VALUE or KEY=LOW..HIGH or KEY=LOW..HIGH:log; may be repeated."
+
+
+@app.command(usage="Usage: lora-kit sweep RECIPE --over KEY=VALUES [OPTIONS] [--KEY VALUE ...]")
+def sweep(
+    recipe: Path,
+    /,
+    *flags: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
+    over: Annotated[list[str], Parameter(negative="", help=_OVER)],
+    method: str | None = None,
+    metric: str | None = None,
+    trials: int | None = None,
+    seed: int | None = None,
+    prune: str | None = None,
+    keep: str = "best",
+    workers: int = 1,
+    replace: Replace = False,
+    json: AsJson = False,
+) -> None:
+    """Train a recipe with many values of some of its keys; the best result is kept.
+
+    A sweep that was stopped goes on when the same command is given again; given twice at once, the two share the
+    trials. Any key of the recipe is a flag here too, for all trials.
+
+    Args:
+        recipe: The recipe's file.
+        method: grid, random or tpe (Bayesian); by default grid where every key has a list, else tpe.
+        metric: Of the validation rows, that trials are compared by: loss, perplexity, accuracy, f1, bleu, ...
+        trials: How many; by default all of a grid, else 20.
+        seed: Decides what is tried; by default the recipe's.
+        prune: median: stop a trial that is worse at an evaluation than half of the others were by then.
+        keep: best, or all: the results of all trials stay in the sweep's folder.
+        workers: Processes that share the trials.
+    """
+    from lora_kit.train.sweep import sweep as run
+
+    asked: dict[str, Any] = {"method": method, "metric": metric, "trials": trials, "seed": seed, "prune": prune}
+    with _followed():
+        report = run(recipe, over, overrides=dotted(flags), keep=keep, workers=workers, replace=replace, **asked)
+    if json:
+        print_json(report.to_json())
+        return
+    print_table(("trial", report.metric, *report.best.params, "steps", "seconds", ""), _rows(report))
+    print_table(("", ""), [("best", f"trial {report.best.number}"), ("written", str(report.out)),
+                           ("more", str(report.folder))])  # fmt: skip
+
+
+@contextlib.contextmanager
+def _followed() -> Iterator[None]:
+    """A line for every trial that has ended."""
+    logger = logging.getLogger("lora_kit.train.sweep")
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _rows(report: SweepReport) -> list[tuple[str, ...]]:
+    """The trials, the best ones first, those without a value last."""
+    sign = -1 if report.direction == "maximize" else 1
+
+    def order(trial: TrialReport) -> tuple[bool, float]:
+        return trial.state != "complete", sign * (trial.value or 0)
+
+    return [_row(trial, report.best.params) for trial in sorted(report.trials, key=order)]
+
+
+def _row(trial: TrialReport, keys: Mapping[str, Any]) -> tuple[str, ...]:
+    numbers = (trial.value, *(trial.params[key] for key in keys))
+    cells = [f"{cell:.5g}" if isinstance(cell, float) else "" if cell is None else str(cell) for cell in numbers]
+    seconds = "" if trial.seconds is None else f"{trial.seconds:.1f}"
+    state = "" if trial.state == "complete" else f"{trial.state}{': ' if trial.error else ''}{trial.error}"
+    return (str(trial.number), *cells, str(trial.steps or ""), seconds, state)
