@@ -24,8 +24,9 @@ ROWS = [*PAIRS, {"prompt": "g", "completion": "hi"}, {"prompt": "jk", "completio
 
 
 @pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_pictures_and_no_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora_kit.train.artifacts.loss_curve", lambda *_, **__: None)
+    monkeypatch.setattr("lora_kit.train.samples.COUNT", 0)
 
 
 def allocate_too_much(*_: Any) -> None:

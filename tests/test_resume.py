@@ -32,8 +32,9 @@ DROPOUT = {"lora_dropout": 0.2}
 
 @pytest.fixture(autouse=True)
 def _one_thread_and_no_pictures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A forked process has none of its parent's threads, and a picture takes longer than these trainings."""
+    """A forked process has none of its parent's threads; pictures and samples take longer than these trainings."""
     monkeypatch.setattr("lora_kit.train.artifacts.loss_curve", lambda *_, **__: None)
+    monkeypatch.setattr("lora_kit.train.samples.COUNT", 0)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from lora_kit.cli.app import app
-from lora_kit.cli.screen import harmless, print_table, size
+from lora_kit.cli.screen import harmless, print_json, print_table, size
 from lora_kit.cli.shell import told
 from lora_kit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lora_kit.train import Recipe, TrainReport
+    from lora_kit.train import Plan, Recipe, TrainReport
 
 
 @app.command(usage="Usage: lora-kit train RECIPE [--KEY VALUE ...]")
@@ -27,23 +28,36 @@ def train(
 
     The recipe is YAML or TOML. Any key of it is a flag: --base, --out, --lora.r 8, --train.learning_rate 1e-3,
     --data.train rows.jsonl; --replace replaces an adapter that is there. A training that was stopped
-    goes on from its last checkpoint when the same command is given again.
+    goes on from its last checkpoint when the same command is given again. --dry-run says what would be done and how
+    long it would take, and trains and writes nothing; --json prints that as JSON.
 
     Args:
         recipe: The recipe's file.
     """
-    from lora_kit.train import load_recipe
+    from lora_kit.train import load_recipe, plan
     from lora_kit.train import train as run
 
     values = _dotted(flags)
-    replace = values.pop("replace", "false")
-    if replace not in ("true", "false"):
-        raise ConfigError(f"--replace takes no value; {replace!r} was given")
+    replace, dry, as_json = (_switch(values, name) for name in ("replace", "dry_run", "json"))
+    if as_json and not dry:
+        raise ConfigError("--json goes with --dry-run", hint="a training writes metrics.jsonl")
     wanted = load_recipe(recipe, overrides=values)
-    print(_plan(wanted), flush=True)
+    if dry:
+        found = plan(wanted, replace=replace)
+        print_json(found.to_json()) if as_json else print_table(("", ""), _plan_facts(found))
+        return
+    print(_headline(wanted), flush=True)
     with told():
-        report = run(wanted, replace=replace == "true")
+        report = run(wanted, replace=replace)
     print_table(("", ""), _train_facts(report))
+
+
+def _switch(values: dict[str, str], name: str) -> bool:
+    """Takes a flag without a value out of the others."""
+    given = values.pop(name, "false")
+    if given not in ("true", "false"):
+        raise ConfigError(f"--{name.replace('_', '-')} takes no value; {given!r} was given")
+    return given == "true"
 
 
 def _dotted(flags: Sequence[str]) -> dict[str, str]:
@@ -69,7 +83,7 @@ def _dotted(flags: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _plan(recipe: Recipe) -> str:
+def _headline(recipe: Recipe) -> str:
     lora = f" r={recipe.lora.r} alpha={recipe.lora.lora_alpha:g}" if recipe.method == "lora" else ""
     length = f"{recipe.train.get('num_train_epochs', 3):g} x the data"
     if recipe.train.get("max_steps", -1) > 0:
@@ -93,3 +107,32 @@ def _train_facts(report: TrainReport) -> list[tuple[str, str]]:
     if report.kept != report.steps:
         facts.append(("kept", f"step {report.kept:,}, the best"))
     return facts + ([("digest", report.digest)] if report.digest else [])
+
+
+def _plan_facts(plan: Plan) -> list[tuple[str, str]]:
+    data, steps, memory, measured = plan.data, plan.steps, plan.memory, plan.measured
+    cut = f"; {data.cut:,} rows cut to fit {data.longest:,} tokens" if data.cut else ""
+    fewer = f" (memory ran out with {steps.micro_batch})" if measured.micro_batch != steps.micro_batch else ""
+    speed = measured.tokens / measured.seconds
+    estimate = [("weights", memory.weights), ("trained", memory.trained), ("gradients", memory.gradients),
+                ("optimiser", memory.optimizer), ("activations", memory.activations)]  # fmt: skip
+    facts = [
+        ("would write", f"{plan.out}" + (f", going on from step {plan.goes_on_from:,}" if plan.goes_on_from else "")),
+        ("trainable", f"{plan.trainable:,} of {plan.parameters:,} parameters ({plan.trainable / plan.parameters:.2%})"),
+    ]
+    facts += [("", f"{kind.name}: {kind.modules} modules, {kind.parameters:,}") for kind in plan.kinds]
+    return [
+        *facts,
+        ("data", f"{data.rows:,} rows, {data.samples:,} samples, {data.tokens:,} tokens{cut}"),
+        ("labels", f"{data.labels:,} ({data.labels / data.tokens:.1%} of the tokens)"),
+        (
+            "steps",
+            f"{steps.steps:,}, {steps.warmup:,} of them warm-up; {steps.per_epoch:,} for each pass over the data",
+        ),
+        ("batch", f"{steps.batch} samples: {measured.micro_batch} at once{fewer}, accumulation {steps.accumulation}"),
+        ("memory", f"{size(memory.total)} estimated, if all rows were as long as the longest"),
+        *(("", f"{name}: {size(amount)}") for name, amount in estimate if amount),
+        ("one step", f"{measured.seconds:.3f} s, {measured.tokens:,} tokens, {speed:,.0f} tokens/s, measured"),
+        ("", f"{size(measured.peak_bytes)} at the most in it and in one of the longest rows, measured"),
+        ("all steps", f"about {timedelta(seconds=round(plan.seconds))}, evaluations left out"),
+    ]

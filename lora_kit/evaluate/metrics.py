@@ -77,7 +77,9 @@ def checked(names: Sequence[str], task: str) -> tuple[str, ...]:
             hint = nearest(name, METRICS) or f"known: {listed(list(METRICS), most=len(METRICS))}"
             raise ConfigError(f"metric {name!r} is not known", hint=hint)
         if task not in METRICS[name].tasks:
-            raise ConfigError(f"metric {name!r} does not fit task {task}", hint=f"that has {listed(known(task))}")
+            raise ConfigError(
+                f"metric {name!r} does not fit task {task}", hint=f"known for {task}: {listed(known(task))}"
+            )
         package = METRICS[name].package
         if package and find_spec(package) is None:
             raise ConfigError(

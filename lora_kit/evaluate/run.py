@@ -15,7 +15,7 @@ from lora_kit.bank import AdapterBank
 from lora_kit.data import Collator, Encoded, Rows, read_rows
 from lora_kit.errors import ConfigError, listed
 from lora_kit.evaluate.forward import Forward, forward
-from lora_kit.evaluate.measure import perplexity, true_labels
+from lora_kit.evaluate.measuring import perplexity, true_labels
 from lora_kit.evaluate.metrics import checked, of_texts
 from lora_kit.evaluate.questions import Exam, Question, answers, exam, questions_of
 from lora_kit.evaluate.report import Case, EvalReport, Result, Said, check_file

@@ -12,7 +12,7 @@ from typing import Any, Final
 import yaml
 
 from lora_kit.adapter import Adapter
-from lora_kit.data import LONGEST, ChatTemplate, Encoded, Rows, chat_template, encode
+from lora_kit.data import FORMATS, LONGEST, ChatTemplate, Encoded, Rows, chat_template, encode
 from lora_kit.errors import AdapterError, DataError, listed
 from lora_kit.files import read_text
 from lora_kit.generate.prompts import Style, data_of, separator_of, template_of
@@ -20,13 +20,6 @@ from lora_kit.models import DEFAULT_SEPARATOR, Base
 
 logger = logging.getLogger(__name__)
 
-FORMATS: Final[Mapping[str, tuple[str, ...]]] = {
-    "causal-lm": ("completion", "chat", "text"),
-    "seq2seq": ("completion",),
-    "classify": ("label",),
-    "tokens": ("words",),
-}
-"""The formats of rows that a task takes."""
 _RECIPE: Final = "recipe.yaml"
 """Stands beside a model that was trained whole."""
 _LARGEST: Final = 2**20

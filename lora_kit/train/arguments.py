@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from lora_kit.errors import RecipeError, listed, nearest
+from lora_kit.errors import ConfigError, RecipeError
+from lora_kit.evaluate.metrics import METRICS, checked
 from lora_kit.models import quiet
 from lora_kit.train.values import coerced, known
 
@@ -24,13 +25,6 @@ LEARNING_RATES: Final[Mapping[str, float]] = {"lora": 2e-4, "features": 1e-3, "f
 
 OWN_FIELDS: Final[Mapping[str, Any]] = {"early_stopping_patience": int, "loraplus_lr_ratio": float}
 """What `train` may hold besides names of transformers.TrainingArguments."""
-METRICS: Final[Mapping[str, tuple[str, ...]]] = {
-    "causal-lm": ("loss", "perplexity"),
-    "classify": ("loss", "accuracy"),
-    "tokens": ("loss", "accuracy"),
-    "seq2seq": ("loss", "perplexity"),
-}
-"""What an evaluation gives, by task."""
 
 _CHECKPOINTS: Final = "a checkpoint holds all it takes to go on, and the same recipe goes on from it by itself"
 _ONE_DEVICE: Final = "training runs on one device so far"
@@ -98,11 +92,17 @@ def train_section(given: Mapping[str, Any], method: str) -> dict[str, Any]:
 
 def _best_defaults(train: Mapping[str, Any]) -> dict[str, Any]:
     """What keeping the best adapter means where the recipe leaves it open."""
-    if not train.get("load_best_model_at_end", bool(train.get("early_stopping_patience"))):
+    wanted = bool(train.get("early_stopping_patience") or train.get("metric_for_best_model"))
+    if not train.get("load_best_model_at_end", wanted):
         return {}
-    metric = str(train.get("metric_for_best_model") or "loss").removeprefix("eval_")
-    higher = metric not in ("loss", "perplexity")
+    metric = best_metric(train)
+    higher = metric in METRICS and METRICS[metric].greater_is_better
     return {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": higher}
+
+
+def best_metric(train: Mapping[str, Any]) -> str:
+    """The metric by which an evaluation is better than another."""
+    return str(train.get("metric_for_best_model") or "loss").removeprefix("eval_")
 
 
 def training_fields() -> dict[str, Any]:
@@ -127,12 +127,12 @@ def check_best(train: Mapping[str, Any], task: str) -> None:
         raise RecipeError(f"train.early_stopping_patience counts evaluations from 1; {patience} was given")
     if patience and not best:
         raise RecipeError("train.early_stopping_patience keeps the best adapter; load_best_model_at_end is false")
+    try:
+        checked([best_metric(train)], task)
+    except ConfigError as error:
+        raise RecipeError(f"train.metric_for_best_model: {error.message}", hint=error.hint) from None
     if not best:
         return
-    metric = str(train["metric_for_best_model"]).removeprefix("eval_")
-    if metric not in METRICS[task]:
-        hint = nearest(metric, METRICS[task]) or f"known for {task}: {listed(METRICS[task])}"
-        raise RecipeError(f"train.metric_for_best_model {metric!r} is no metric of an evaluation", hint=hint)
     for key, why in (
         ("eval_strategy", "the best adapter is told by"),
         ("save_strategy", "the best adapter is kept by"),

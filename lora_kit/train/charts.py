@@ -121,8 +121,8 @@ def _curve(number: int, curve: Curve, across: _Axis, up: _Axis, shown: Callable[
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Three to six round numbers between two."""
-    rough = (high - low) / 4
+    """Two to six round numbers between two."""
+    rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough)
     first = math.ceil(low / step - 1e-9)

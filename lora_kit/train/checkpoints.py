@@ -11,6 +11,7 @@ A run is told by its recipe, its data, its base and its device. One that differs
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -186,22 +187,37 @@ class RunFolder:
         Raises:
             RecipeError: there are checkpoints of another run, and they are not to be replaced; names what differs.
         """
-        found = self.newest()
-        if found is None:
-            return None
-        told = list(differences(found.identity, identity))
-        if not told:
+        newest = self.newest()
+        found = self._same(newest, identity, replace=replace)
+        if found is not None:
             for line in differences(found.setting, setting):
                 logger.warning("%s: the last bits of the result may be others", line)
-            return found
-        if not replace:
+        elif newest is not None:
+            logger.warning("%s held a run of another recipe; it is replaced", printable(self.folder))
+            self.remove()
+        return found
+
+    def standing(self, identity: Identity, *, replace: bool) -> Checkpoint | None:
+        """Where a run would go on, as `resumable` says it; nothing is changed.
+
+        Raises:
+            RecipeError: as there.
+        """
+        whole = []
+        for step in sorted(self._steps(), reverse=True):
+            with contextlib.suppress(AdapterError):
+                whole.append(self.at(step))
+        return self._same(whole[0] if whole else None, identity, replace=replace)
+
+    def _same(self, found: Checkpoint | None, identity: Identity, *, replace: bool) -> Checkpoint | None:
+        """A checkpoint if it is of this run; None for none, or for one that is to be replaced."""
+        told = list(differences(found.identity, identity)) if found else []
+        if told and found and not replace:
             raise RecipeError(
                 f"{printable(self.folder)} holds a run at step {found.step} of another recipe:\n  " + "\n  ".join(told),
                 hint="go back to that recipe to go on, or ask to replace (--replace) to start anew",
             )
-        logger.warning("%s held a run of another recipe; it is replaced", printable(self.folder))
-        self.remove()
-        return None
+        return None if told else found
 
 
 def digest_of(identity: Identity) -> str:

@@ -37,6 +37,14 @@ def borrowed(model: Any) -> Iterator[None]:
             module.training = mode
 
 
+def stop_checkpointing(model: Any) -> list[nn.Module]:
+    """Turn gradient checkpointing off, and give the layers that were checkpointed; none where it was off."""
+    if not _checkpoints_activations(model):
+        return []
+    _newest(model, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
+    return _repeated_layers(model)
+
+
 def _checkpoints_activations(model: Any) -> bool:
     return bool(_newest(model, "is_activation_checkpointing", "is_gradient_checkpointing"))
 

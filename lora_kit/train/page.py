@@ -113,8 +113,11 @@ def _losses(report: TrainReport) -> list[Curve]:
 
 def _others(report: TrainReport) -> Iterator[tuple[str, Curve, Any]]:
     further = dict.fromkeys(key for entry in report.history for key in entry if key.startswith("eval_"))
+    # Perplexity is the loss once more, on a scale on which only the first value can be seen.
     titles: dict[str, tuple[str, Any]] = {
-        key: (f"validation {key.removeprefix('eval_')}", _short) for key in further if key != "eval_loss"
+        key: (f"validation {key.removeprefix('eval_')}", _short)
+        for key in further
+        if key not in ("eval_loss", "eval_perplexity")
     }
     titles |= {
         "learning_rate": ("learning rate", _short),

@@ -34,9 +34,12 @@ from lora_kit.data import (
     why_not_packed,
 )
 from lora_kit.errors import DataError, RecipeError, StorageError, listed
+from lora_kit.evaluate.metrics import of_texts
+from lora_kit.evaluate.questions import Exam, exam, questions_of
 from lora_kit.files import check_output, printable
 from lora_kit.fingerprint import fingerprint
-from lora_kit.models import DEFAULT_SEPARATOR, Base, head_modules, load_base
+from lora_kit.models import DEFAULT_SEPARATOR, LABELLED, Base, head_modules, load_base
+from lora_kit.train.arguments import best_metric
 from lora_kit.train.checkpoints import digest_of
 from lora_kit.train.recipe import HEAD, Recipe
 
@@ -49,8 +52,6 @@ _TASK_TYPES: Final = {
     "tokens": "TOKEN_CLS",
     "seq2seq": "SEQ_2_SEQ_LM",
 }
-_LABELLED: Final = ("classify", "tokens")
-"""Tasks whose labels have names, and whose head is a new one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,12 @@ class Job:
     train: Encoded | Packed
     validation: Encoded | None
     labels: tuple[str, ...]
+    exam: Exam | None
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        """What an evaluation is asked for besides the loss: see `lora_kit.evaluate.measure`."""
+        return {"metrics": (best_metric(self.recipe.train),), "labels": self.labels, "exam": self.exam}
 
     @property
     def collator(self) -> Collator:
@@ -141,7 +148,7 @@ def read(recipe: Recipe) -> tuple[Rows, Rows | None]:
 
 def prepared(recipe: Recipe, rows: tuple[Rows, Rows | None], given: Base | None) -> Job:
     """The base and the data, ready; the recipe with everything that was left open filled in."""
-    names = label_names(rows[0]) if recipe.task in _LABELLED else ()
+    names = label_names(rows[0]) if recipe.task in LABELLED else ()
     label2id = {name: number for number, name in enumerate(names)}
     if given is not None and set(names) == set(given.model.config.label2id):
         # A head that knows these labels already keeps them in its own order.
@@ -164,7 +171,15 @@ def prepared(recipe: Recipe, rows: tuple[Rows, Rows | None], given: Base | None)
     packed = _packed(recipe, base, train_set) if recipe.data.packing else train_set
     if validation is None:
         logger.info("no evaluation: the recipe names no data.validation")
-    return Job(recipe=recipe, base=base, train=packed, validation=validation, labels=names)
+    asked = _exam(recipe, rows[1], base, template)
+    return Job(recipe=recipe, base=base, train=packed, validation=validation, labels=names, exam=asked)
+
+
+def _exam(recipe: Recipe, rows: Rows | None, base: Base, template: ChatTemplate | None) -> Exam | None:
+    """What the model is asked in validation, where the best one is told by what it writes."""
+    if rows is None or not of_texts([best_metric(recipe.train)], recipe.task):
+        return None
+    return exam(base, questions_of(rows), template or recipe.data.separator)
 
 
 def _packed(recipe: Recipe, base: Base, samples: Encoded) -> Packed:
@@ -234,7 +249,7 @@ def _config(recipe: Recipe, base: Base) -> LoraConfig:
         return recipe.lora
     saved = [name for name in recipe.lora.modules_to_save if name != HEAD]
     # A head of a new task is random at first: an adapter that did not bring it would be of no use.
-    if recipe.task in _LABELLED or HEAD in recipe.lora.modules_to_save:
+    if recipe.task in LABELLED or HEAD in recipe.lora.modules_to_save:
         head = [name for name in head_modules(base.model, recipe.task) if name not in saved]
         if head and recipe.method == "lora":
             logger.info("the head is trained and saved whole: %s", listed(head))

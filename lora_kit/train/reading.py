@@ -18,6 +18,14 @@ from lora_kit.train.recipe import HEAD, DataSpec, Recipe
 from lora_kit.train.values import Loader, coerced, copied, known, mapping_of, parsed
 
 _SIZE_LIMIT: Final = 2**20
+_LISTS: Final = (
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
+)
 _NAMES: Final = re.compile(r"[\w.-]+(,[\w.-]+)*")
 
 
@@ -150,7 +158,7 @@ def _lora_section(section: Mapping[str, Any], method: str) -> LoraConfig:
 
 
 def _lora_value(key: str, hint: Any, value: Any) -> Any:
-    listable = key in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+    listable = key in _LISTS
     if isinstance(value, str) and listable and value != "all-linear":
         if value.startswith("["):
             value = parsed(f"lora.{key}", value)

@@ -159,10 +159,9 @@ def _lora_for(method: str, config: LoraConfig) -> LoraConfig:
 def _lora_fields(config: LoraConfig) -> dict[str, Any]:
     """The fields of a config that are not the default, r and lora_alpha always."""
     plain, default = config.to_dict(), LoraConfig().to_dict()
-    own = [f.name for f in dataclasses.fields(LoraConfig) if f.name != "extra"]
-    fields = {
-        key: plain[key] for key in own if plain[key] != default[key] or key in ("r", "lora_alpha", "target_modules")
-    }
-    if not config.target_modules:
-        return {key: value for key, value in fields.items() if key not in ("r", "lora_alpha", "target_modules")}
+    always = ("r", "lora_alpha", "target_modules")
+    own = [f.name for f in dataclasses.fields(LoraConfig) if f.name in plain]
+    fields = {key: plain[key] for key in own if plain[key] != default.get(key) or key in always}
+    if not config.target_modules and not config.target_parameters:
+        return {key: value for key, value in fields.items() if key not in always}
     return fields

@@ -193,7 +193,7 @@ def _trainer(
     patience = job.recipe.train.get("early_stopping_patience")
     stopping = [EarlyStoppingCallback(patience)] if patience else []
     data: dict[str, Any] = {"train": job.train, "validation": job.validation, "collator": job.collator}
-    data["loraplus"] = job.recipe.train.get("loraplus_lr_ratio")
+    data["loraplus"], data["measured"] = job.recipe.train.get("loraplus_lr_ratio"), job.measured
     whose: dict[str, Any] = {"run": run, "identity": job.identity, "setting": job.setting, "stop": stop}
     try:
         args = training_arguments(job.recipe.train, device=job.base.device, folder=scratch, name=job.recipe.name)
@@ -213,8 +213,8 @@ def _trainer(
 def _evaluated(job: Job, trainer: ResumableTrainer) -> Evaluation | None:
     if job.validation is None:
         return None
-    size = trainer.args.per_device_eval_batch_size
-    return measure(trainer.model, job.validation, job.collator, batch_size=size, autocast=trainer.autocast_dtype)
+    size, autocast = trainer.args.per_device_eval_batch_size, trainer.autocast_dtype
+    return measure(trainer.model, job.validation, job.collator, batch_size=size, autocast=autocast, **job.measured)
 
 
 def _report(job: Job, done: _Done, trainable: int, parameters: int) -> TrainReport:

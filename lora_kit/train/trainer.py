@@ -6,6 +6,8 @@ import contextlib
 import logging
 import math
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -34,6 +36,9 @@ class Trainer(transformers.Trainer):
     model's own loss divides by that number, and a frozen head needs no logits of the whole batch. So it is for the log:
     what it says is the mean over the steps since the last line.
 
+    Args:
+        measured: what `lora_kit.evaluate.measure` is asked for besides the loss.
+
     Attributes:
         tokens: tokens trained on so far, padding left out.
         evaluations: (step, Evaluation) of the evaluations made during training.
@@ -50,6 +55,7 @@ class Trainer(transformers.Trainer):
         collator: Collator,
         callbacks: list[transformers.TrainerCallback],
         loraplus: float | None = None,
+        measured: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         # Accelerate would replace the model's forward and turn all logits into fp32; autocast is entered here instead.
@@ -60,7 +66,7 @@ class Trainer(transformers.Trainer):
             model._hf_peft_config_loaded = True
         self._progress = Progress()
         self._train, self._validation, self._collator = train, validation, collator
-        self._head, self._loraplus = Head(None), loraplus
+        self._head, self._loraplus, self._measured = Head(None), loraplus, measured
         super().__init__(
             model=model,
             args=args,
@@ -137,6 +143,12 @@ class Trainer(transformers.Trainer):
         step, model = super().training_step, self.model_wrapped
         return sum_of([step(model, part, count) for part in split(batch)])
 
+    def loss_of(self, samples: list[dict[str, Tensor]]) -> Tensor:
+        """The loss of some samples as one micro-batch has it, summed over labels, with its graph."""
+        batch = {name: tensor.to(self.args.device) for name, tensor in self._collator(samples).items()}
+        with self.compute_loss_context_manager():
+            return sum_of([self.compute_loss(self.model_wrapped, part, num_items_in_batch=1) for part in split(batch)])
+
     def _say_halved(self, rows: int) -> None:
         step, times = self.state.global_step + 1, -(-self.args.train_batch_size // rows)
         accumulation = self.args.gradient_accumulation_steps * times
@@ -174,6 +186,7 @@ class Trainer(transformers.Trainer):
             self._collator,
             batch_size=self.args.eval_batch_size,
             autocast=self.autocast_dtype,
+            **self._measured,
         )
         self.evaluations.append((self.state.global_step, found))
         self.evaluating_seconds += found.seconds

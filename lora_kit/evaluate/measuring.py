@@ -13,7 +13,8 @@ import torch
 
 from lora_kit.data import IGNORED, WRITTEN, Collator, Encoded
 from lora_kit.evaluate.forward import forward
-from lora_kit.evaluate.scores import label_scores
+from lora_kit.evaluate.questions import Exam, answers
+from lora_kit.evaluate.scores import label_scores, text_scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,7 @@ def measure(
     autocast: torch.dtype | None = None,
     metrics: Sequence[str] = (),
     labels: Sequence[str] = (),
+    exam: Exam | None = None,
 ) -> Evaluation:
     """Evaluate a model as it stands, with whatever adapter is active; it is left in the modes it was in.
 
@@ -61,14 +63,18 @@ def measure(
         autocast: dtype to compute in; None for the model's own.
         metrics: what to give besides the loss and perplexity or accuracy; see `METRICS`.
         labels: the names of the labels, for `f1`.
+        exam: what the model is asked, for metrics of what it writes; of the base whose model it is.
     """
     started = time.perf_counter()
     found = forward(model, samples, collator, batch_size=batch_size, autocast=autocast)
     written = samples.kind in WRITTEN
-    further = [] if written else [name for name in metrics if name not in ("loss", "accuracy")]
-    scores = (
-        {} if written else label_scores(["accuracy", *further], true_labels(samples), found.predicted, labels=labels)
-    )
+    further = [name for name in metrics if name not in ("loss", "perplexity", "accuracy")]
+    scores: dict[str, float] = {}
+    if not written:
+        scores = label_scores(["accuracy", *further], true_labels(samples), found.predicted, labels=labels)
+    elif exam is not None and further:
+        texts = answers({"": exam}, batch_size=batch_size, autocast=autocast)[""]
+        scores = text_scores(further, [each.text for each in texts], exam.references)
     return Evaluation(
         loss=found.loss,
         labels=samples.num_labels,
