@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lora_kit.merge.export import export
     from lora_kit.models import load_base
     from lora_kit.train import train
+    from lora_kit.train.sweep import sweep
 
 
 _HOMES = {
@@ -40,6 +41,7 @@ _HOMES = {
     "load_base": "lora_kit.models",
     "merge": "lora_kit.merge",
     "resize": "lora_kit.merge.algebra",
+    "sweep": "lora_kit.train.sweep",
     "train": "lora_kit.train",
 }
 
@@ -59,6 +61,7 @@ __all__ = [
     "load_base",
     "merge",
     "resize",
+    "sweep",
     "train",
 ]
 

@@ -229,7 +229,7 @@ def base_of(adapters: Sequence[str | Path], *, store: str | Path = STORE) -> str
 
 def layers_of(adapter: Adapter) -> tuple[LayerSummary, ...]:
     """One summary per low-rank pair, by path, numbers in it as numbers."""
-    pairs = sorted(adapter.pairs().items(), key=lambda item: _natural(item[0]))
+    pairs = sorted(adapter.all_pairs().items(), key=lambda item: _natural(item[0]))
     return tuple(_layer(path, pair, adapter.config) for path, pair in pairs)
 
 
@@ -269,7 +269,8 @@ def _natural(path: str) -> list[tuple[int, str]]:
 
 def _layer(path: str, pair: Pair, config: LoraConfig) -> LayerSummary:
     scaling = config.scaling_of(path)
-    values = abs(scaling) * singular_values(pair.b, pair.a)
+    by_expert = [singular_values(b, a) for a, b in pair.by_expert(config.rank_of(path))]
+    values = abs(scaling) * torch.cat(by_expert).sort(descending=True).values
     return LayerSummary(
         path=path,
         kind=pair.kind,

@@ -115,7 +115,6 @@ def test_another_kind_of_adapter_is_refused_by_what_it_is(tmp_path: Path, kind: 
         ("layer_replication", [[0, 2], [1, 2]]),
         ("lora_bias", True),
         ("bias", "all"),
-        ("target_parameters", ["experts.gate"]),
         ("trainable_token_indices", [1]),
         ("alora_invocation_tokens", [1]),
         ("use_qalora", True),

@@ -128,6 +128,13 @@ def test_rows_are_filled(tmp_path: Path) -> None:
     assert len(pack(samples, max_length=int(samples.lengths.max()), seed=0)) < len(samples)
 
 
+def test_a_sample_goes_where_it_fills_best(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b" * (length - 3)} for length in (5, 7, 4)]
+    packed = pack(samples_of(tmp_path, rows=rows), max_length=11, seed=0)
+    assert packed.rows == ((1, 2), (0,))
+    assert packed.filled == 16 / 22
+
+
 def test_the_order_follows_from_the_seed(tmp_path: Path) -> None:
     samples = samples_of(tmp_path, rows=[{"prompt": str(n), "completion": "x"} for n in range(9)])
     first, again, other = (pack(samples, max_length=9, seed=seed).rows for seed in (0, 0, 1))

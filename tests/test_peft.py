@@ -9,9 +9,12 @@ import peft
 import pytest
 import tiny
 import torch
+import transformers
 from torch import nn
 
 import lora_kit as lk
+from lora_kit.errors import AdapterError, ConfigError, TargetError
+from lora_kit.inspect import inspect
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"r": 4, "lora_alpha": 8}),
@@ -33,6 +36,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("bert", {"target_modules": [], "modules_to_save": ["classifier"]}),
     ("bert", {"target_modules": ["query"], "modules_to_save": ["classifier", "pooler"]}),
 ]
+FUSED = ["experts.gate_up_proj", "experts.down_proj"]
 every_case = pytest.mark.parametrize(("kind", "fields"), CASES)
 CLOSE = {"rtol": 0.0, "atol": 1e-5}
 
@@ -119,4 +123,103 @@ def test_training_follows_peft_step_by_step(dropout: float, tmp_path: Path) -> N
             optimizer.zero_grad()
             losses[-1].append(loss.item())
     assert losses[0][-1] < losses[0][0] - 0.1
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=0)
+
+
+def mixture() -> transformers.MixtralForCausalLM:
+    config = transformers.MixtralConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=4, vocab_size=96, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.MixtralForCausalLM(config).eval()
+
+
+def test_pairs_of_fused_experts_come_into_and_leave_a_bank_whole(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"r": 4, "target_modules": ["q_proj"]}
+    theirs = peft.get_peft_model(mixture(), peft.LoraConfig(**fields, target_parameters=FUSED[1:]))
+    shaken([parameter for parameter in theirs.parameters() if parameter.requires_grad])
+    theirs.save_pretrained(tmp_path / "one")
+    expected = {None: tiny.logits(mixture(), tiny.batch()), "one": tiny.logits(theirs, tiny.batch())}
+    model = mixture()
+    names = list(model.state_dict())
+    bank = lk.attach(model, dtype=torch.float32)
+    bank.load("one", tmp_path / "one")  # of one parameter
+    bank.add("both", lk.LoraConfig(**fields, target_parameters=FUSED, init_lora_weights=False))  # of two, beside it
+    bank.use("both")
+    expected["both"] = tiny.logits(model, tiny.batch())
+    bank.save("both", tmp_path / "both")
+    judge = peft.PeftModel.from_pretrained(mixture(), tmp_path / "both")
+    torch.testing.assert_close(expected["both"], tiny.logits(judge, tiny.batch()), **CLOSE)
+    order = ["both", None, "one"]
+    with bank.rows(order):
+        mixed = tiny.logits(model, tiny.batch())
+    torch.testing.assert_close(mixed, torch.stack([expected[name][row] for row, name in enumerate(order)]), **CLOSE)
+    bank.use("one")
+    torch.testing.assert_close(tiny.logits(model, tiny.batch()), expected["one"], **CLOSE)
+    bank.detach()
+    assert list(model.state_dict()) == names
+    assert torch.equal(tiny.logits(model, tiny.batch()), expected[None])
+
+
+def test_what_pairs_of_experts_do_is_measured_expert_by_expert(tmp_path: Path) -> None:
+    model = mixture()
+    bank = lk.attach(
+        model, lk.LoraConfig(r=4, target_modules=[], target_parameters=FUSED[1:], init_lora_weights=False), name="a"
+    )
+    bank.save("a", tmp_path / "a")
+    before = model.model.layers[0].mlp.experts.down_proj.detach().clone()
+    found = inspect(tmp_path / "a").layers[0]
+    assert found.kind == "parameter"
+    bank.merge("a")
+    bank.detach()
+    change = model.model.layers[0].mlp.experts.down_proj - before
+    assert found.norm == pytest.approx(change.norm().item(), rel=1e-4)
+
+
+def test_pairs_of_experts_are_refused_where_they_would_not_mean_the_same(tmp_path: Path) -> None:
+    model = mixture()
+    bank = lk.attach(model, lk.LoraConfig(r=4, target_modules=[], target_parameters=FUSED), name="a")
+    adapter = bank.snapshot("a")
+    with pytest.raises(AdapterError, match="for parameters"):
+        lk.resize(adapter, rank=2)
+    with pytest.raises(AdapterError, match="for parameters"):
+        adapter.pairs()
+    bank.detach()
+    for more in ({"lora_dropout": 0.1}, {"use_dora": True}, {"rank_pattern": {"q_proj": 2}}):
+        with pytest.raises(ConfigError, match=f"target_parameters with {next(iter(more))}"):
+            lk.LoraConfig(target_parameters=FUSED, **more)
+    with pytest.raises(TargetError, match=r"experts\.up"):
+        lk.attach(model, lk.LoraConfig(target_modules=["q_proj"], target_parameters=["experts.up"]))
+    with pytest.raises(TargetError, match="has pairs already"):
+        lk.attach(model, lk.LoraConfig(target_modules=["q_proj"], target_parameters=["q_proj.weight"]))
+    fewer = dict(adapter.tensors)
+    key = next(key for key in fewer if key.endswith("lora_A.weight"))
+    fewer[key], other = fewer[key][:8], key.replace("lora_A", "lora_B")
+    fewer[other] = fewer[other][:, :8]
+    with pytest.raises(AdapterError, match="8 rows for 4 experts of rank 4"):
+        lk.attach(model, slots=1).load("a", lk.Adapter(adapter.config, fewer))
+
+
+def test_training_of_fused_experts_follows_peft_step_by_step(tmp_path: Path) -> None:
+    model = mixture()
+    bank = lk.attach(model, lk.LoraConfig(r=4, target_modules=["q_proj"], target_parameters=FUSED), name="a")
+    bank.save("a", tmp_path / "a")
+    theirs = peft.PeftModel.from_pretrained(mixture(), tmp_path / "a", is_trainable=True)
+    losses = []
+    for each, parameters in (
+        (model, bank.parameters("a")),
+        (theirs, [p for p in theirs.parameters() if p.requires_grad]),
+    ):
+        optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+        run = []
+        for step in range(8):
+            inputs = tiny.batch(seed=step % 2)
+            loss = each(**inputs, labels=inputs["input_ids"]).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            run.append(loss.item())
+        losses.append(run)
+    assert losses[0][-1] < losses[0][0]
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=0)

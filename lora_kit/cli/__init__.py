@@ -14,6 +14,7 @@ from lora_kit.cli import (  # noqa: F401 - each adds its verbs
     machine,
     merge,
     signing,
+    sweep,
     train,
 )
 from lora_kit.cli.app import app

@@ -76,8 +76,9 @@ def encode(
 
     A prompt that is too long loses tokens on its left; a completion is never cut. A conversation is taken apart between
     exchanges, see `lora_kit.data.chat.ChatEncoder`. A text longer than `max_length` becomes several windows that
-    overlap by one token, so that every token but the first is predicted exactly once. A text with a label loses tokens
-    or words with labels loses tokens at its end, and so does what an encoder reads. What was cut is logged.
+    overlap by one token, so that every token but the first is predicted exactly once. A text with a label, or
+    with labels of its words, loses tokens at its end, and so does a prompt that an encoder reads. What was cut is
+    logged.
 
     Args:
         max_length: tokens of a sample at the most.
@@ -102,7 +103,7 @@ def encode(
         raise refusal(rows.path, found.faults, hint=_hint(found.faults))
     if found.cut:
         level = logging.INFO if rows.format == "text" else logging.WARNING
-        done = _CUT_SOURCE if task == "seq2seq" else _CUT[rows.format]
+        done = _CUT_SOURCE if found.encoded.kind == TARGET else _CUT[rows.format]
         logger.log(level, "%s: %d of %d %s to fit %d tokens", rows.path, len(found.cut), len(rows), done, max_length)
     return found.encoded
 

@@ -72,8 +72,8 @@ class Scan:
 def read_rows(path: str | Path, *, split: str = "train") -> Rows:
     """The rows of a file or a data set of the hub.
 
-    `lora_kit.data.sources` lists the kinds of files, `lora_kit.data.hub` the names of data sets, `lora_kit.data.formats`
-    the layouts.
+    The kinds of files are listed in `lora_kit.data.sources`, names of data sets in `lora_kit.data.hub`, and layouts in
+    `lora_kit.data.formats`.
 
     The first row decides the layout. Texts are strings with something other than white space in them; labels are
     strings or whole numbers, of one kind in a file. Further keys are ignored, and that is logged. Empty lines are no

@@ -84,7 +84,7 @@ def _bytes(path: Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError:
         here = [str(path.parent / item.name) for item in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = nearest(str(path), here) or "paths count from the working directory"
+        hint = nearest(str(path), here) or "paths count from the working directory; a data set of the hub is owner/name"
         raise DataError(f"{path}: no such file", hint=hint) from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None

@@ -112,7 +112,7 @@ def shell(config: Any, head: Head) -> nn.Module:
     import transformers
 
     # An adapter that names no task was made for the class the config names.
-    named = [getattr(transformers, str(name), None) for name in config.architectures or ()]
+    named: list[Any] = [getattr(transformers, str(name), None) for name in config.architectures or ()]
     with quiet(), _translated(Path(str(config._name_or_path))), torch.device("meta"):
         if head.task is None and isinstance(named[0] if named else None, type):
             model: nn.Module = named[0](config)
