@@ -147,6 +147,12 @@ class LoraConfig:
             )
 
     def _check_parameters(self) -> None:
+        bare = [name for name in self.target_parameters if "." not in name]
+        if bare:
+            raise ConfigError(
+                f"target_parameters names {shown(bare[0])} without its module",
+                hint="as in experts.gate_up_proj: a weight file says modules, not parameters",
+            )
         for name in ("lora_dropout", "use_dora", "rank_pattern", "alpha_pattern"):
             if getattr(self, name):
                 raise ConfigError(

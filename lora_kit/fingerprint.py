@@ -15,6 +15,7 @@ from lora_kit.targets import Modules, named_layers
 
 SAMPLED_TENSORS: Final = 32
 SAMPLED_VALUES: Final = 32
+_STRUCTURAL: Final = ("linear", "embedding")
 _HALF: Final = "float16:"
 _STEP: Final = 2**-7
 """Relative distance of neighbouring bfloat16 values, at most."""
@@ -83,8 +84,9 @@ def _within(key: str, paths: Collection[str]) -> bool:
 
 
 def _structure(modules: Modules) -> str:
+    # Convolutions are left out: adapters that were made before these could carry pairs keep their base.
     kinds = [(path, module, kind_of(module)) for path, module in modules]
-    layers = [f"{path} {kind} {features_of(module)}" for path, module, kind in kinds if kind]
+    layers = [f"{path} {kind} {features_of(module)}" for path, module, kind in kinds if kind in _STRUCTURAL]
     return hashlib.sha256("\n".join(sorted(layers)).encode()).hexdigest()
 
 

@@ -92,6 +92,8 @@ def _unfit_pair(path: str, pair: Pair, target: Target | None, present: Mapping[s
     if (pair.a.shape[1], pair.b.shape[0]) != (target.in_features, target.out_features):
         shapes = f"A {tuple(pair.a.shape)} B {tuple(pair.b.shape)}"
         return [f"{path}: {shapes} for a layer of {target.in_features} inputs and {target.out_features} outputs"]
+    if pair.a.shape[2:] != target.kernel:
+        return [f"{path}: a kernel of {tuple(pair.a.shape[2:])} for one of {target.kernel}"]
     if pair.a.shape[0] != target.rows:
         return [f"{path}: pairs of {pair.a.shape[0]} rows for {target.experts} experts of rank {target.rank}"]
     return []

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kit.errors import MergeError
-from lora_kit.layers import MAGNITUDE, A, B, LoraLinear, LoraParameter, SlotLayer, keeps_transposed
+from lora_kit.layers import MAGNITUDE, A, AloneLayer, B, LoraLinear, SlotLayer, keeps_transposed
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def folded(path: str, layer: SlotLayer, slot: int) -> tuple[Tensor, Retention]:
     entry = layer.entries[slot]
     assert entry is not None
     weight = weight_of(layer)
-    if isinstance(layer, LoraParameter):
+    if isinstance(layer, AloneLayer):
         return _rounded(path, weight.float(), layer.changed(entry, weight.float()), weight.dtype)
     exact = weight.T.float() if keeps_transposed(layer.base_layer) else weight.float()
     target = exact + (entry.tensors[B].float() @ entry.tensors[A].float()).mul_(entry.scaling)
@@ -88,7 +88,7 @@ def check_foldable(model: nn.Module, layers: Iterable[tuple[str, SlotLayer]]) ->
 
 
 def weight_of(layer: SlotLayer) -> nn.Parameter:
-    if isinstance(layer, LoraParameter):
+    if isinstance(layer, AloneLayer):
         return layer.own
     weight = layer.base_layer.weight
     assert isinstance(weight, nn.Parameter)

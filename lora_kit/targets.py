@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from torch import nn
 
@@ -32,11 +33,12 @@ class Target:
     """A layer that carries a pair: A (rank, in_features), B (out_features, rank).
 
     Attributes:
-        kind: `linear`, `embedding` (in_features are its entries, out_features its dimension) or `parameter` (the path
-            ends in its name).
+        kind: `linear`, `embedding` (in_features are its entries, out_features its dimension), `convolution` (they are
+            its channels) or `parameter` (the path ends in its name).
         scaling: what `B A x` is multiplied by.
         dora: whether it has a magnitude (out_features,) as well.
         experts: matrices of a parameter, each with a pair of its own.
+        kernel: size of a convolution's, else empty.
         stored: what an adapter's file calls a parameter; empty for others, which go by their path.
     """
 
@@ -48,6 +50,7 @@ class Target:
     scaling: float
     dora: bool = False
     experts: int = 1
+    kernel: tuple[int, ...] = ()
     stored: str = ""
 
     @property
@@ -61,8 +64,13 @@ class Target:
         return self.rank * self.experts
 
     @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of A and B."""
+        return (self.rows, self.in_features, *self.kernel), (self.out_features, self.rows, *[1] * len(self.kernel))
+
+    @property
     def parameters(self) -> int:
-        return self.rows * (self.in_features + self.out_features) + (self.out_features if self.dora else 0)
+        return sum(math.prod(shape) for shape in self.shapes) + (self.out_features if self.dora else 0)
 
 
 @dataclass(frozen=True)
@@ -155,12 +163,15 @@ def survey(model: nn.Module, config: LoraConfig) -> Coverage:
                 skipped.append((path, refused[path]))
         elif kind is None:
             skipped.append((path, f"a {type(module).__name__} is not a linear layer or an embedding"))
-        elif config.use_dora and (kind == "embedding" or not _has_float_weight(module)):
+        elif kind == "convolution" and _is_odd_convolution(module):
+            skipped.append((path, "a convolution with groups, dilation or another padding than zeros"))
+        elif config.use_dora and (kind != "linear" or not _has_float_weight(module)):
             skipped.append((path, "DoRA needs a linear layer whose weight is not quantised"))
         else:
             size_in, size_out = features_of(module)
             rank, scaling = config.rank_of(path), config.scaling_of(path)
-            targets.append(Target(path, kind, size_in, size_out, rank, scaling, config.use_dora))
+            kernel = _kernel_of(module) if kind == "convolution" else ()
+            targets.append(Target(path, kind, size_in, size_out, rank, scaling, config.use_dora, kernel=kernel))
     by_parameter, unfit = _parameters(modules, config, {target.path for target in targets})
     targets += by_parameter
     skipped += unfit
@@ -318,6 +329,14 @@ def _routers(modules: Modules) -> set[str]:
 def is_of_an_expert(path: str) -> bool:
     """Whether a module belongs to one expert of a mixture, and so is given the tokens sent there, not a batch."""
     return _EXPERTS in path.split(".")[:-1]
+
+
+def _kernel_of(module: Any) -> tuple[int, ...]:
+    return tuple(module.kernel_size)
+
+
+def _is_odd_convolution(module: Any) -> bool:
+    return module.groups > 1 or set(module.dilation) != {1} or module.padding_mode != "zeros"
 
 
 def _has_float_weight(module: nn.Module) -> bool:

@@ -181,14 +181,16 @@ def test_pairs_of_experts_are_refused_where_they_would_not_mean_the_same(tmp_pat
     model = mixture()
     bank = lk.attach(model, lk.LoraConfig(r=4, target_modules=[], target_parameters=FUSED), name="a")
     adapter = bank.snapshot("a")
-    with pytest.raises(AdapterError, match="for parameters"):
+    with pytest.raises(AdapterError, match="for a parameter"):
         lk.resize(adapter, rank=2)
-    with pytest.raises(AdapterError, match="for parameters"):
+    with pytest.raises(AdapterError, match="for a parameter"):
         adapter.pairs()
     bank.detach()
     for more in ({"lora_dropout": 0.1}, {"use_dora": True}, {"rank_pattern": {"q_proj": 2}}):
         with pytest.raises(ConfigError, match=f"target_parameters with {next(iter(more))}"):
             lk.LoraConfig(target_parameters=FUSED, **more)
+    with pytest.raises(ConfigError, match="without its module"):
+        lk.LoraConfig(target_parameters=["down_proj"])
     with pytest.raises(TargetError, match=r"experts\.up"):
         lk.attach(model, lk.LoraConfig(target_modules=["q_proj"], target_parameters=["experts.up"]))
     with pytest.raises(TargetError, match="has pairs already"):
@@ -223,3 +225,69 @@ def test_training_of_fused_experts_follows_peft_step_by_step(tmp_path: Path) -> 
         losses.append(run)
     assert losses[0][-1] < losses[0][0]
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=0)
+
+
+class Convolved(nn.Module):
+    """Convolutions in one and two dimensions, with strides and paddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Conv2d(3, 4, kernel_size=(3, 2), stride=2, padding=1)
+        self.sound = nn.Conv1d(4, 6, kernel_size=3, padding="same")
+        self.out = nn.Linear(6, 5)
+        self.grouped, self.wide = nn.Conv1d(6, 6, 3, groups=3), nn.Conv1d(6, 6, 3, dilation=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.out(self.sound(self.image(x).flatten(2)).mean(2))
+        return found
+
+
+def convolved() -> Convolved:
+    torch.manual_seed(0)
+    return Convolved().eval()
+
+
+def test_convolutions_agree_with_peft_both_ways_swap_serve_rows_and_merge(tmp_path: Path) -> None:
+    x, fields = torch.randn(3, 3, 8, 8), {"r": 2, "lora_alpha": 6, "target_modules": ["image", "sound", "out"]}
+    model, expected = convolved(), {None: convolved()(x)}
+    bank = lk.attach(model, lk.LoraConfig(**fields, lora_dropout=0.2), name="a")
+    torch.testing.assert_close(model(x), expected[None], rtol=0, atol=0)
+    shaken(bank.parameters("a"))
+    optimizer = torch.optim.SGD(bank.parameters("a"), lr=0.1)
+    model.train()
+    model(x).square().mean().backward()
+    assert all(p.grad is not None and p.grad.any() for p in bank.parameters("a"))
+    optimizer.step()
+    model.eval()
+    expected["a"] = model(x)
+    bank.save("a", tmp_path / "a")
+    theirs = peft.PeftModel.from_pretrained(convolved(), tmp_path / "a")
+    torch.testing.assert_close(theirs(x), expected["a"], **CLOSE)
+    shaken([parameter for name, parameter in theirs.named_parameters() if "lora_" in name])
+    theirs.save_pretrained(tmp_path / "theirs")
+    bank.load("b", tmp_path / "theirs")
+    bank.use("b")
+    expected["b"] = model(x)
+    torch.testing.assert_close(expected["b"], theirs(x), **CLOSE)
+    names = ["b", None, "a"]
+    with bank.rows(names):
+        torch.testing.assert_close(model(x), torch.stack([expected[n][row] for row, n in enumerate(names)]), **CLOSE)
+    retained = bank.merge("b")
+    bank.detach()
+    torch.testing.assert_close(model(x), expected["b"], **CLOSE)
+    norms = {layer.path: layer.norm for layer in inspect(tmp_path / "theirs").layers}
+    weights = dict(convolved().named_parameters())
+    for each in retained:
+        assert norms[each.path] == pytest.approx(each.relative * weights[f"{each.path}.weight"].norm().item(), rel=1e-4)
+
+
+def test_convolutions_that_are_not_handled_are_refused_by_name() -> None:
+    with pytest.raises(TargetError, match="grouped: a convolution with groups, dilation"):
+        lk.attach(convolved(), lk.LoraConfig(target_modules=["grouped"]))
+    with pytest.raises(TargetError, match="wide: a convolution with groups, dilation"):
+        lk.attach(convolved(), lk.LoraConfig(target_modules=["wide"]))
+    with pytest.raises(TargetError, match="DoRA needs"):
+        lk.attach(convolved(), lk.LoraConfig(target_modules=["image"], use_dora=True))
+    assert list(lk.attach(convolved()).model.state_dict()) == list(convolved().state_dict())
+    covered = lk.attach(convolved(), lk.LoraConfig()).coverage("default")
+    assert [target.path for target in covered.targets] == ["out"]  # `all-linear` is what it says

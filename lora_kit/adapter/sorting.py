@@ -45,7 +45,8 @@ class Pair:
         a: (r, in); for an embedding (r, entries).
         b: (out, r); for an embedding (dim, r).
         kind: `linear`, `embedding`, or `parameter`: then A is (E·r, in) and B (out, r·E) for E experts, and the path is
-            that of the module, with `.base_layer` once for each of its later parameters that has a pair too.
+            that of the module, with `.base_layer` once for each of its later parameters that has a pair too. Or
+            `convolution`: A (r, in, k...) and B (out, r, 1...).
         magnitude: (out,), of a DoRA only.
     """
 
@@ -55,9 +56,9 @@ class Pair:
     magnitude: Tensor | None = None
 
     def by_expert(self, rank: int) -> list[tuple[Tensor, Tensor]]:
-        """A (r, in) and B (out, r) of each expert of a parameter; the two of any other layer as they are."""
+        """A (r, in) and B (out, r) of each expert of a parameter; of any other layer its two as matrices."""
         if self.kind != "parameter":
-            return [(self.a, self.b)]
+            return [(self.a.flatten(1), self.b.flatten(1))]
         count = self.a.shape[0] // rank
         each_a, each_b = self.a.reshape(count, rank, -1), self.b.reshape(-1, rank, count).permute(2, 0, 1)
         return list(zip(each_a, each_b, strict=True))
@@ -101,7 +102,10 @@ def sort_out(config: LoraConfig, tensors: Mapping[str, Tensor], allow: Collectio
     found = Sorted(misfits=list(_unfit_values(tensors)))
     parts = _sort_keys(config, tensors, allow, found)
     for (path, kind), sides in parts.items():
-        kind = "parameter" if _is_of_a_parameter(path, config) else kind
+        if "A" in sides and sides["A"].ndim > 2:
+            kind = "convolution"
+        elif _is_of_a_parameter(path, config):
+            kind = "parameter"
         wrong = _unfit_pair(path, sides, config)
         if path in found.pairs:
             wrong.append(f"{path}: pairs for a linear layer and for an embedding")
@@ -190,7 +194,7 @@ def _unfit_pair(path: str, sides: Mapping[str, Tensor], config: LoraConfig) -> l
 
 
 def _unfit_shapes(path: str, a: Sequence[int], b: Sequence[int], config: LoraConfig) -> list[str]:
-    if len(a) != 2 or len(b) != 2:
+    if not 2 <= len(a) == len(b) <= 4 or set(b[2:]) - {1}:
         return [f"{path}: A {tuple(a)} and B {tuple(b)} are not matrices"]
     rank = config.rank_of(path)
     if a[0] == b[1] == rank or (_is_of_a_parameter(path, config) and a[0] == b[1] and a[0] % rank == 0):
@@ -203,7 +207,7 @@ def _is_of_a_parameter(path: str, config: LoraConfig) -> bool:
     """Whether the pair at a path is that of one of the parameters that a config targets."""
     module = path.replace(_NESTED, "")
     owners = (name.rpartition(".")[0] for name in config.target_parameters)
-    return any(module == owner or module.endswith("." + owner) or not owner for owner in owners)
+    return any(module == owner or module.endswith("." + owner) for owner in owners)
 
 
 def _is_within(key: str, modules: Sequence[str]) -> bool:

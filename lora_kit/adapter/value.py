@@ -86,17 +86,18 @@ class Adapter:
         """The low-rank pairs by path of their layer.
 
         Raises:
-            AdapterError: some are for parameters, which whoever asks for these would not know what to do with.
+            AdapterError: some are for parameters or convolutions; whoever asks for these would misread them.
         """
-        if self.config.target_parameters:
+        others = {pair.kind for pair in self._sorted.pairs.values()} - {"linear", "embedding"}
+        if others:
             raise AdapterError(
-                f"its pairs for {listed(self.config.target_parameters)} are for parameters, which this cannot handle",
+                f"it has pairs for a {listed(sorted(others))}, which this cannot handle",
                 hint="load it into a bank; bank.merge folds it into the model in memory",
             )
         return self.all_pairs()
 
     def all_pairs(self) -> Mapping[str, Pair]:
-        """The low-rank pairs by path, those for parameters (`target_parameters`) among them."""
+        """The low-rank pairs by path, those for parameters (`target_parameters`) and convolutions among them."""
         return MappingProxyType(self._sorted.pairs)
 
     def saved(self) -> Mapping[str, Tensor]:

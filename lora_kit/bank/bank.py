@@ -182,8 +182,8 @@ class AdapterBank:
         with self._residents.admitted({name: resident}, keep=self._slots_in_use()):
             for target in coverage.targets:
                 device = self._layers[target.path].device
-                a = torch.empty(target.rows, target.in_features, device=device)
-                b = torch.empty(target.out_features, target.rows, device=device)
+                a = torch.empty(target.shapes[0], device=device)
+                b = torch.empty(target.shapes[1], device=device)
                 initialise(a, b, kind=target.kind, init=config.init_lora_weights)
                 self._residents.put(resident, target.path, {A: a, B: b} | self._lengths(target, a, b), target.scaling)
             for path in coverage.saved:

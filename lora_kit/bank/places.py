@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lora_kit.errors import TargetError
-from lora_kit.layers import LoraParameter, Routing, SavedModule, SlotLayer, wrap
+from lora_kit.layers import LoraConvolution, LoraParameter, Routing, SavedModule, SlotLayer, kind_of, wrap
 from lora_kit.targets import Coverage, is_of_an_expert
 
 
@@ -78,11 +78,7 @@ class WrappedLayers:
         for path in [*ranks, *coverage.saved]:
             if path not in self._layers and path not in parameters:
                 module = self._model.get_submodule(path)
-                new[path] = (
-                    SavedModule(module, self._routing)
-                    if path in whole
-                    else wrap(module, self._routing, of_an_expert=is_of_an_expert(path))
-                )
+                new[path] = SavedModule(module, self._routing) if path in whole else self._wrapper(path, module)
                 new[path].reserve(room, ranks.get(path, 0), self._dtype)
         if new:
             replace_modules(self._model, {layer.base_layer: layer for layer in new.values()})
@@ -92,6 +88,11 @@ class WrappedLayers:
                 self._wrap_parameter(path)
         for path, layer in self._layers.items():
             layer.reserve(room, ranks.get(path, 0), self._dtype)
+
+    def _wrapper(self, path: str, module: nn.Module) -> SlotLayer:
+        if kind_of(module) == "convolution":
+            return LoraConvolution(module, self._routing)
+        return wrap(module, self._routing, of_an_expert=is_of_an_expert(path))
 
     def _wrap_parameter(self, path: str) -> None:
         """Put a wrapper around the module of a parameter, outside of those that others of its parameters have."""

@@ -5,6 +5,7 @@ A layer keeps, for everything an adapter may bring to it, a *slab*: one tensor w
 """
 
 from lora_kit.layers.adopted import AdoptedEmbedding, AdoptedLinear, AdoptedModule, AdoptingLayer
+from lora_kit.layers.alone import AloneLayer, LoraConvolution, LoraParameter, is_transposed
 from lora_kit.layers.kinds import (
     features_of,
     initialise,
@@ -15,7 +16,6 @@ from lora_kit.layers.kinds import (
     resume_packing,
 )
 from lora_kit.layers.pairs import MAGNITUDE, A, B, LoraEmbedding, LoraExpert, LoraLinear, wrap
-from lora_kit.layers.parameter import LoraParameter, is_transposed
 from lora_kit.layers.routing import BASE, Routing
 from lora_kit.layers.saved import SavedModule
 from lora_kit.layers.slots import SlotLayer
@@ -28,7 +28,9 @@ __all__ = [
     "AdoptedLinear",
     "AdoptedModule",
     "AdoptingLayer",
+    "AloneLayer",
     "B",
+    "LoraConvolution",
     "LoraEmbedding",
     "LoraExpert",
     "LoraLinear",

@@ -15,14 +15,14 @@ _PACKS: Final = "support_avx512bf16_for_cpu"
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """`linear`, `embedding`, or None for a module that cannot carry a low-rank pair."""
+    """`linear`, `embedding`, `convolution`, or None for a module that cannot carry a low-rank pair."""
     while isinstance(module, SlotLayer):
         module = module.base_layer
     if isinstance(module, nn.Embedding):
         return "embedding"
     if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
         return "linear"
-    return None
+    return "convolution" if isinstance(module, (nn.Conv1d, nn.Conv2d)) else None
 
 
 def keeps_transposed(module: nn.Module) -> bool:
@@ -31,9 +31,11 @@ def keeps_transposed(module: nn.Module) -> bool:
 
 
 def features_of(module: nn.Module) -> tuple[int, int]:
-    """(in, out) of a layer that carries pairs; for an embedding (entries, dim)."""
+    """(in, out) of a layer that carries pairs; for an embedding (entries, dim), for a convolution its channels."""
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return module.in_channels, module.out_channels
     if type(module).__name__ == "Conv1D":  # transformers' Conv1D keeps its weight as (in, out)
         return int(module.nx), int(module.nf)  # type: ignore[arg-type]
     return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]

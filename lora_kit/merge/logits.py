@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lora_kit.bank import attach
 from lora_kit.errors import MergeError, VerificationError, listed
+from lora_kit.merge.entries import Part
 from lora_kit.merge.outline import Head
-from lora_kit.merge.plan import Part
 from lora_kit.merge.report import LogitCheck
 from lora_kit.models import load_base
 

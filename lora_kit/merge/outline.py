@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lora_kit.adapter import Adapter
 from lora_kit.errors import BaseModelError, LoraKitError, MergeError, listed
 from lora_kit.files import printable
+from lora_kit.merge.conversion import Conversion, Piece
 from lora_kit.merge.shards import Shard
 from lora_kit.models import quiet
 
@@ -75,6 +76,7 @@ class Outline:
         model: what no file holds, or holds in another form, is on the meta device.
         names: of each state dict key that one stored tensor fills as it is, that tensor's name.
         converted: keys that transformers makes of several stored tensors, or of parts of one.
+        conversions: how it does, by the first of the keys that are made at once.
         unclaimed: stored tensors that fill nothing, and that transformers does not know as harmless leftovers.
         missing: keys that nothing fills.
         ties: keys that are one parameter, for every such parameter.
@@ -85,10 +87,16 @@ class Outline:
     model: nn.Module
     names: Mapping[str, str]
     converted: frozenset[str]
+    conversions: Mapping[str, Conversion]
     unclaimed: tuple[str, ...]
     missing: tuple[str, ...]
     ties: tuple[tuple[str, ...], ...]
     declared: tuple[tuple[str, ...], ...]
+
+    def pieces(self, key: str) -> tuple[Piece, ...] | None:
+        """The stored tensors that a parameter is made of, where each is some rows of one of its matrices."""
+        conversion = self.conversions.get(key)
+        return conversion.pieces(self.model) if conversion else None
 
     def tied_with(self, key: str) -> tuple[str, ...]:
         """Keys of the same parameter, the key itself among them."""
@@ -130,7 +138,8 @@ def outline(folder: Path, shards: Sequence[Shard], head: Head) -> Outline:
     config = read_config(folder, head)
     model = shell(config, head)
     stored = {name: tensor for shard in shards for name, tensor in shard.tensors.items()}
-    names, converted, unclaimed = _assigned(model, stored)
+    names, conversions, unclaimed = _assigned(model, stored)
+    converted = {target for one in conversions.values() for target in one.check(model)}
     places = model.state_dict(keep_vars=True)
     # Of a Conv1D, bitsandbytes quantises the transposed weight.
     turned = {name for key, name in names.items() if stored[name].is_meta and stored[name].shape != places[key].shape}
@@ -154,6 +163,7 @@ def outline(folder: Path, shards: Sequence[Shard], head: Head) -> Outline:
         model=model,
         names=names,
         converted=frozenset(converted),
+        conversions=conversions,
         unclaimed=tuple(sorted(info.unexpected_keys)),
         missing=tuple(sorted(info.missing_keys)),
         ties=tuple(tuple(group) for group in _groups(model) if len(group) > 1),
@@ -161,32 +171,33 @@ def outline(folder: Path, shards: Sequence[Shard], head: Head) -> Outline:
     )
 
 
-def _assigned(model: Any, stored: Mapping[str, Tensor]) -> tuple[dict[str, str], set[str], set[str]]:
-    """By transformers' own key mapping: the name of each key filled as it is, keys it converts, names left over."""
+def _assigned(model: Any, stored: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, Conversion], set[str]]:
+    """By transformers' own key mapping: the name of each key filled as it is, what it converts, names left over."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
+    from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
 
     transforms = get_model_conversion_mapping(model)
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
     renamings: list[Any] = [entry for entry in transforms if not isinstance(entry, WeightConverter)]
     keys, prefix = model.state_dict(), model.base_model_prefix
     names: dict[str, str] = {}
-    converted: set[str] = set()
+    conversions: dict[str, Conversion] = {}
     leftover: set[str] = set()
-    for name in stored:
+    for name in sorted(stored, key=dot_natural_key):
         key, pattern = rename_source_key(name, renamings, converters, prefix, keys)
         if key not in keys and name in keys:
             key, pattern = rename_source_key(name, [], [], prefix, keys)
         if key not in keys:
             leftover.add(name)
         elif pattern is not None:
-            targets = next(entry.target_patterns for entry in converters if pattern in entry.source_patterns)
-            converted |= {found for target in targets if (found := key.replace(targets[0], target)) in keys}
+            converter = next(entry for entry in converters if pattern in entry.source_patterns)
+            found = conversions.setdefault(key, Conversion(key, converter, {}))
+            found.sources.setdefault(pattern, {})[name] = stored[name]
         elif key in names:
             raise BaseModelError(f"{printable(names[key])} and {printable(name)} are both for {key}")
         else:
             names[key] = name
-    return names, converted, leftover
+    return names, conversions, leftover
 
 
 def _groups(model: nn.Module) -> list[list[str]]:

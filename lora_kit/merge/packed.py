@@ -84,6 +84,10 @@ class Packed(ABC):
             name: self.parts[name].shape for name in sorted(self.parts, key=lambda name: -self.parts[name].itemsize)
         }
 
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
     def numel(self) -> int:
         return math.prod(self.shape)
 

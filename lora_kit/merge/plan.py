@@ -6,113 +6,41 @@ Everything an adapter holds goes into exactly one tensor of the result; what has
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lora_kit.adapter import Adapter, Pair
+from lora_kit.adapter import Pair
 from lora_kit.errors import BaseModelError, MergeError, listed
 from lora_kit.fit import fitted
-from lora_kit.layers import keeps_transposed
+from lora_kit.layers import is_transposed, keeps_transposed
+from lora_kit.merge.entries import Entry, Part, Plan, Update
 from lora_kit.merge.outline import Head, Outline, shell
 from lora_kit.merge.packed import Packed
 from lora_kit.merge.shards import Shard
+from lora_kit.targets import Target
 
 _FOLDABLE: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-class Part(NamedTuple):
-    """An adapter, and how much of it is merged."""
-
-    name: str
-    adapter: Adapter
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class Update:
-    """scaling · B A, to be added to one weight."""
-
-    pair: Pair
-    scaling: float
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of the result; of a weight that is quantised again, all that it is stored in.
-
-    Attributes:
-        name: in its file.
-        source: the base's tensor, or what an adapter brings instead of it.
-        dtype: of the result.
-        how: `copied`, `cast`, `dequantized`, `folded`, `requantized`, `replaced` or `added`.
-        path: of the module, where an adapter changes it.
-        updates: what is folded into it.
-        transposed: whether it is kept as (in, out).
-    """
-
-    name: str
-    source: Tensor | Packed
-    dtype: torch.dtype
-    how: str
-    path: str = ""
-    updates: tuple[Update, ...] = ()
-    transposed: bool = False
-
-    @property
-    def stored(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
-        """What it is written as, in the order of the bytes."""
-        if self.how == "requantized" and isinstance(self.source, Packed):
-            parts = self.source.parts
-            return {name: (parts[name].dtype, shape) for name, shape in self.source.sizes().items()}
-        return {self.name: (self.dtype, self.source.shape)}
-
-    @property
-    def nbytes(self) -> int:
-        return sum(dtype.itemsize * shape.numel() for dtype, shape in self.stored.values())
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The weight files of the result.
-
-    Attributes:
-        shards: their names, metadata and tensors, in the order of their bytes.
-        untied: keys that shared a parameter in the base and no longer do.
-        left_out: tensors of the base that the merged model has no place for.
-    """
-
-    shards: tuple[tuple[Shard, tuple[Entry, ...]], ...]
-    untied: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()
-
-    @property
-    def entries(self) -> Iterator[Entry]:
-        return (entry for _, entries in self.shards for entry in entries)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(entry.nbytes for entry in self.entries)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Tensors of the result by what is done to them."""
-        return dict(Counter(entry.how for entry in self.entries))
-
-
 @dataclass
 class _Changes:
-    """What adapters do to a model, by state dict key; emptied as it finds its place."""
+    """What adapters do to a model, by state dict key; emptied as it finds its place.
+
+    Attributes:
+        parts: the same by name in the base's files, where a parameter is several tensors there.
+    """
 
     updates: dict[str, list[Update]] = field(default_factory=dict)
+    parts: dict[str, list[Update]] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def keys(self) -> list[str]:
-        return sorted({*self.updates, *self.values})
+        return sorted({*self.updates, *self.parts, *self.values})
 
 
 def plan(
@@ -138,6 +66,7 @@ def plan(
         BaseModelError: the base does not fill its own model.
     """
     changes = _changes(base, parts, allow)
+    _take_apart(base, changes)
     _check_base(base, head, changes)
     untied = _untied(base, head, changes, allow)
     own = {name: key for key, name in base.names.items()}
@@ -176,8 +105,8 @@ def _changes(base: Outline, parts: Sequence[Part], allow: Collection[str]) -> _C
         if weight != 1 and coverage.saved:
             raise MergeError(f"{name!r} replaces {listed(coverage.saved)}, which cannot be weighted", hint="weight 1")
         for target in coverage.targets:
-            update = Update(adapter.pairs()[target.path], target.scaling * weight)
-            changes.updates.setdefault(f"{target.path}.weight", []).append(update)
+            key = target.path if target.kind == "parameter" else f"{target.path}.weight"
+            changes.updates.setdefault(key, []).extend(_updates(adapter.all_pairs()[target.key], target, weight))
         for key, tensor in adapter.saved().items():
             if key in changes.values:
                 raise MergeError(f"two of the adapters replace {key}", hint="merge them one after the other")
@@ -186,6 +115,32 @@ def _changes(base: Outline, parts: Sequence[Part], allow: Collection[str]) -> _C
     if both:
         raise MergeError(f"one adapter replaces what another changes: {listed(both)}")
     return changes
+
+
+def _updates(pair: Pair, target: Target, weight: float) -> list[Update]:
+    """What a pair adds, matrix by matrix."""
+    scaling = target.scaling * weight
+    if pair.kind == "convolution":
+        return [Update(Pair(pair.a.flatten(1), pair.b.flatten(1), pair.kind), scaling)]
+    if pair.kind != "parameter":
+        return [Update(pair, scaling)]
+    each = pair.by_expert(target.rank)
+    return [Update(Pair(a, b, pair.kind), scaling, number) for number, (a, b) in enumerate(each)]
+
+
+def _take_apart(base: Outline, changes: _Changes) -> None:
+    """Of a parameter that the files hold as several tensors, give each its share of what is added."""
+    for key in [key for key in changes.updates if key in base.converted]:
+        pieces = base.pieces(key)
+        if pieces is None:
+            raise MergeError(
+                f"the base's files hold {key} in another form, which nothing is folded into",
+                hint="save the base with transformers in the form it has in memory",
+            )
+        updates = changes.updates.pop(key)
+        for piece in pieces:
+            own = [update.rows(piece.begin, piece.end) for update in updates if update.expert == piece.expert]
+            changes.parts[piece.name] = own
 
 
 def _check_base(base: Outline, head: Head, changes: _Changes) -> None:
@@ -259,9 +214,9 @@ def _entry(
 ) -> Entry:
     """One stored tensor, with what the adapters do to it."""
     own = dtype if dtype is not None and tensor.dtype in _FOLDABLE else tensor.dtype
-    updates = tuple(changes.updates.pop(key, ())) if key else ()
+    updates = tuple(changes.updates.pop(key, ()) if key else changes.parts.pop(name, ()))
     value = changes.values.pop(key, None) if key else None
-    path = (key or "").rpartition(".")[0]
+    path = (key or name).removesuffix(".weight") if updates else (key or "").rpartition(".")[0]
     if value is not None:
         return Entry(name, value, own if value.is_floating_point() else value.dtype, "replaced", path)
     if updates:
@@ -270,11 +225,25 @@ def _entry(
                 f"{path} is quantised ({tensor.dtype}); a delta would be lost in it",
                 hint="merge into the 16-bit original",
             )
-        transposed = keeps_transposed(base.model.get_submodule(path))
+        transposed = bool(key) and _is_transposed(
+            base.model.get_submodule((key or "").rpartition(".")[0]), tensor, updates
+        )
         return Entry(name, tensor, own, "folded", path, updates, transposed)
     if isinstance(tensor, Packed):
         return Entry(name, tensor, own, "dequantized")
     return Entry(name, tensor, own, "copied" if own == tensor.dtype else "cast")
+
+
+def _is_transposed(module: nn.Module, tensor: Tensor | Packed, updates: Sequence[Update]) -> bool:
+    """Whether a weight, or each of its matrices, is kept as (in, out)."""
+    kinds = {update.pair.kind for update in updates}
+    if "parameter" not in kinds:
+        return keeps_transposed(module)
+    if len(kinds) > 1:
+        raise MergeError(
+            "two adapters change one weight, one as a layer and one as a parameter", hint="merge one first"
+        )
+    return tensor.ndim == 3 and is_transposed(module)
 
 
 def _untied_copy(base: Outline, key: str, changes: _Changes, dtype: torch.dtype | None) -> Entry:

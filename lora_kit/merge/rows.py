@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lora_kit.errors import MergeError
 from lora_kit.fold import Retention
+from lora_kit.merge.entries import Entry, Update
 from lora_kit.merge.packed import Packed
-from lora_kit.merge.plan import Entry, Update
 from lora_kit.ops import dora_scale
 
 _ELEMENTS: Final = 2**18
@@ -78,7 +78,11 @@ class Fold:
 
     def _sums(self) -> Iterator[tuple[slice, Tensor]]:
         """Rows, and there the sum of weight and delta; good until the next ones are taken."""
-        entry, source = self.entry, self.entry.source
+        for matrix in self.entry.matrices:
+            yield from self._sums_of(matrix)
+
+    def _sums_of(self, entry: Entry) -> Iterator[tuple[slice, Tensor]]:
+        source = entry.source
         dtype, columns = torch.promote_types(source.dtype, torch.float32), _column_scale(entry)
         parts = list(blocks(*source.shape, multiple=source.step if isinstance(source, Packed) else 1))
         # Memory that is used again: touching new pages would take longer than the sums.

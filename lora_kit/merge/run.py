@@ -23,9 +23,10 @@ from lora_kit.merge import companions, journal, logits, preflight, stream
 from lora_kit.merge import quantized as quantisation
 from lora_kit.merge import verify as proof
 from lora_kit.merge.base import find_base, local_folder
+from lora_kit.merge.entries import Part, Plan
 from lora_kit.merge.outline import Head, outline
 from lora_kit.merge.packed import Packed
-from lora_kit.merge.plan import Part, Plan, plan
+from lora_kit.merge.plan import plan
 from lora_kit.merge.report import LogitCheck, MergeReport
 from lora_kit.merge.shards import Shard, read_shards
 from lora_kit.version import __version__
@@ -185,7 +186,12 @@ class _Work:
             staging,
             self.parts[0],
             head=self.head,
-            paths=None if self.dtype else [*adapter.pairs(), *{key.rpartition(".")[0] for key in adapter.saved()}],
+            paths=None
+            if self.dtype
+            else [
+                *{path.removesuffix(".base_layer") for path in adapter.all_pairs()},
+                *{key.rpartition(".")[0] for key in adapter.saved()},
+            ],
             dtype=getattr(torch, report.dtype),
             allow=self.allow - set(OWN_ALLOWANCES),
         )

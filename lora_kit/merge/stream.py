@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from lora_kit.fold import Retention
+from lora_kit.merge.entries import Entry, Plan
 from lora_kit.merge.journal import Kept
 from lora_kit.merge.packed import Packed
-from lora_kit.merge.plan import Entry, Plan
 from lora_kit.merge.rows import Fold, blocks
 from lora_kit.merge.shards import INDEX
 from lora_kit.merge.sink import Facts, Sink

@@ -6,29 +6,25 @@ adapter's own tensors, by state dict key: nothing of the plan, the fold or the w
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from lora_kit.adapter import Adapter
 from lora_kit.errors import BaseModelError, MergeError, VerificationError, listed
 from lora_kit.fold import Retention
-from lora_kit.layers import keeps_transposed
-from lora_kit.merge.decode import check_quantized, decoded, whole_blocks
+from lora_kit.merge.decode import decoded
+from lora_kit.merge.entries import Part
+from lora_kit.merge.folded import ROWS, check_folded, check_pieces, sides_of
 from lora_kit.merge.outline import Head, Outline, outline
-from lora_kit.merge.packed import Packed
-from lora_kit.merge.plan import Part
 from lora_kit.merge.quantized import packed_by_key
 from lora_kit.merge.shards import Shard, read_shards, unpacked
 
 LEAST_RETAINED: Final = 0.5
 """Share of a tensor's delta that must survive rounding, unless its loss is allowed."""
 _SHOWN: Final = 5
-_ROWS: Final = 16
-"""Of a tensor, evenly spaced, that are compared; of an untouched one likewise."""
 
 
 def check_retention(found: Sequence[Retention], *, dtype: str, allow: Collection[str]) -> None:
@@ -61,45 +57,56 @@ def check_result(folder: Path, base: Outline, shards: Sequence[Shard], parts: Se
         merged = outline(folder, written, head)
     except BaseModelError as error:
         raise VerificationError(f"what was written does not load: {error.message}") from None
-    _check_places(base, merged, parts)
-    compared = _check_untouched(base, merged, shards, written, parts)
-    for part in parts:
-        compared += _check_saved(merged, part.adapter)
-    return compared + _check_folded(base, merged, parts, packed_by_key(base, shards), packed_by_key(merged, written))
+    sides = sides_of(base.model, parts)
+    saved = {key: tensor for part in parts for key, tensor in part.adapter.saved().items()}
+    pieces = {name for key in sides if key in base.converted for name, *_ in base.pieces(key) or ()}
+    changed = {*sides, *saved}
+    _check_places(base, merged, changed)
+    changed_names = pieces | {name for key, name in merged.names.items() if key in changed}
+    compared = _check_untouched(base, merged, shards, written, changed_names)
+    values = merged.model.state_dict()
+    compared += sum(_check_same(key, values[key], tensor) for key, tensor in saved.items())
+    packed, packed_now = packed_by_key(base, shards), packed_by_key(merged, written)
+    own, found = (
+        {name: tensor for shard in some for name, tensor in shard.tensors.items()} for some in (shards, written)
+    )
+    for key, several in sorted(sides.items()):
+        if key in base.converted:
+            compared += check_pieces(key, base, merged, several, own, found)
+        else:
+            compared += check_folded(key, base, merged, several, packed, packed_now)
+    return compared
 
 
-def _check_places(base: Outline, merged: Outline, parts: Sequence[Part]) -> None:
+def _check_places(base: Outline, merged: Outline, changed: Collection[str]) -> None:
     """Every parameter is there, and those that an adapter changes are their own."""
-    absent = sorted({*merged.missing, *(base.names.keys() - merged.names.keys())})
+    absent = sorted({*merged.missing, *(base.names.keys() - merged.names.keys()), *(base.converted - merged.converted)})
     if absent:
         raise VerificationError(f"what was written has no {listed(absent)}")
     if merged.unclaimed:
         raise VerificationError(f"what was written has tensors of no use: {listed(merged.unclaimed)}")
-    for key in sorted(_changed(parts)):
+    for key in sorted(changed):
         if len(merged.declared_with(key)) > 1:
             told = " and ".join(merged.declared_with(key))
             raise VerificationError(f"the merged model's config ties {told}, of which the adapter changes one")
 
 
-def _changed(parts: Sequence[Part]) -> set[str]:
-    adapters = [part.adapter for part in parts]
-    return {f"{path}.weight" for adapter in adapters for path in adapter.pairs()} | {
-        key for adapter in adapters for key in adapter.saved()
-    }
-
-
 def _check_untouched(
-    base: Outline, merged: Outline, shards: Sequence[Shard], written: Sequence[Shard], parts: Sequence[Part]
+    base: Outline, merged: Outline, shards: Sequence[Shard], written: Sequence[Shard], changed: Collection[str]
 ) -> int:
-    """What no adapter changes has the base's numbers, sample by sample."""
-    changed, compared = _changed(parts), 0
+    """What no adapter changes has the base's numbers, sample by sample.
+
+    Args:
+        changed: names of the tensors that one does.
+    """
+    compared = 0
     places = {name: key for key, name in merged.names.items()}
     own = {name: tensor for shard in shards for name, tensor in shard.tensors.items()}
     packed, packed_now = ({n: one for shard in some for n, one in shard.packed.items()} for some in (shards, written))
     values = base.model.state_dict()
     for name, tensor in ((name, tensor) for shard in written for name, tensor in shard.tensors.items()):
         key = places.get(name)
-        if key in changed:
+        if name in changed:
             continue
         wanted = own.get(name, values.get(key or ""))
         if wanted is None or wanted.shape != tensor.shape or (name in packed_now and name not in packed):
@@ -114,11 +121,6 @@ def _check_untouched(
         else:
             compared += _check_same(name, tensor, wanted)
     return compared
-
-
-def _check_saved(merged: Outline, adapter: Adapter) -> int:
-    by_key = merged.model.state_dict()
-    return sum(_check_same(key, by_key[key], tensor) for key, tensor in adapter.saved().items())
 
 
 def _check_same(name: str, found: Tensor, wanted: Tensor) -> int:
@@ -142,74 +144,4 @@ def _sampled(tensor: Tensor) -> Tensor:
 
 
 def _places(count: int) -> Tensor:
-    return torch.linspace(0, count - 1, min(_ROWS, count), dtype=torch.float64).long()
-
-
-def _check_folded(
-    base: Outline,
-    merged: Outline,
-    parts: Sequence[Part],
-    packed: Mapping[str, Packed],
-    packed_now: Mapping[str, Packed],
-) -> int:
-    """Some outputs of every folded weight: merged - base is what the adapters say."""
-    compared = 0
-    own, found = base.model.state_dict(), merged.model.state_dict()
-    for path in sorted({path for part in parts for path in part.adapter.pairs()}):
-        sides = [part for part in parts if path in part.adapter.pairs()]
-        key = f"{path}.weight"
-        by_column = type(base.model.get_submodule(path)).__name__ == "Conv1D"
-        transposed = keeps_transposed(base.model.get_submodule(path))
-        again = packed_now.get(key)
-        rows = whole_blocks(again, _ROWS) if again else _places(own[key].shape[1 if by_column else 0])
-        before = decoded(packed[key], rows) if key in packed else own[key][:, rows].T if by_column else own[key][rows]
-        wanted, bound = _expected(path, before.double(), rows, sides, by_entry=transposed and not by_column)
-        if again:
-            exact = {} if sides[0].adapter.pairs()[path].magnitude is None else {"exact": 0.0}
-            check_quantized(again, rows, wanted, **exact)
-        else:
-            _check_close(path, (found[key][:, rows].T if by_column else found[key][rows]), wanted, bound)
-        compared += wanted.numel()
-    return compared
-
-
-def _check_close(path: str, found: Tensor, wanted: Tensor, bound: Tensor) -> None:
-    """Raise VerificationError where numbers are further away than rounding may take them."""
-    info = torch.finfo(found.dtype)
-    bound = bound + info.eps / 2 * 1.01 * wanted.abs() + info.tiny
-    off = (found.double() - wanted).abs()
-    if not (off - bound).max() <= 0:
-        raise VerificationError(
-            f"{path}: what was written is up to {float(off.max()):.3g} away from base + adapter; rounding allows "
-            f"{float(bound.max()):.3g} at most"
-        )
-
-
-def _expected(
-    path: str, before: Tensor, rows: Tensor, parts: Sequence[Part], *, by_entry: bool
-) -> tuple[Tensor, Tensor]:
-    """Some outputs of base + adapters in fp64, and how far a sum of them in fp32 may be off.
-
-    Args:
-        before: those outputs of the base. rows: which they are.
-        by_entry: whether they are the entries of an embedding.
-    """
-    wanted, size = before.clone(), before.abs()
-    rank = 0
-    for part in parts:
-        pair, scaling = part.adapter.pairs()[path], part.adapter.config.scaling_of(path) * part.weight
-        a, b = (pair.b.T, pair.a.T[rows]) if by_entry else (pair.a, pair.b[rows])
-        wanted += scaling * (b.double() @ a.double())
-        size = size + abs(scaling) * (b.double().abs() @ a.double().abs())
-        rank += pair.a.shape[0]
-    error = (rank + 4) * torch.finfo(torch.float32).eps * size
-    magnitude = parts[0].adapter.pairs()[path].magnitude
-    if magnitude is not None:
-        columns = (magnitude[rows].double() / wanted.norm(dim=1)).unsqueeze(1)
-        # A DoRA's norm is taken of factors rounded to the base's dtype, as they are when the adapter is used.
-        error = columns.abs() * (error + _DORA * wanted.abs())
-        wanted = columns * wanted
-    return wanted, error
-
-
-_DORA: Final = 2**-7
+    return torch.linspace(0, count - 1, min(ROWS, count), dtype=torch.float64).long()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from lora_kit.adapter import Adapter, Pair
-from lora_kit.errors import BaseModelError, ExportError
+from lora_kit.errors import BaseModelError, ExportError, MergeError
 from lora_kit.files import printable
+from lora_kit.fit import fitted
 from lora_kit.inspect import KIT_BASE
 from lora_kit.merge.base import local_folder
+from lora_kit.merge.outline import Head, shell
 from lora_kit.models import quiet
 
 
@@ -121,10 +123,26 @@ class Case:
         Raises:
             BaseModelError: the base that was given has none that can be read.
         """
+        return None if self._config is None else self._config.to_dict()
+
+    @functools.cached_property
+    def _config(self) -> Any:
         # A name in an adapter was written by whoever made it: only what the caller says is looked up.
         if self.base is None or not (self.given or self.base == KIT_BASE):
             return None
-        return _config(self.base)
+        return _config(self.base, self._head)
+
+    @property
+    def _head(self) -> Head:
+        try:
+            return Head.of(self.adapter)
+        except MergeError:
+            return Head(None)  # a task that says nothing about the model
+
+    def check_base(self, allow: Collection[str]) -> None:
+        """Where the base is known, raise AdapterError unless the adapter fits a model of its config."""
+        if self._config is not None:
+            fitted(self.name, self.adapter, shell(self._config, self._head), dtype=torch.float32, allow=allow)
 
     def needed_config(self, why: str) -> dict[str, Any]:
         """As `base_config`.
@@ -137,20 +155,18 @@ class Case:
         return self.base_config
 
 
-def _config(base: str) -> dict[str, Any]:
+def _config(base: str, head: Head) -> Any:
     """transformers' config of a base, with the defaults that its file leaves out."""
     from transformers import AutoConfig
 
     folder = local_folder(base)
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(
-                folder or base, local_files_only=folder is not None, trust_remote_code=False
+            return AutoConfig.from_pretrained(
+                folder or base, local_files_only=folder is not None, trust_remote_code=False, **head.fields
             )
     except Exception as error:  # a damaged file, or any failure of the network, of whatever library it comes from
         where = "its config cannot be read" if folder else "no such folder, and the hub gave no config"
         raise BaseModelError(
             f"{printable(base)}: {where} ({type(error).__name__})", hint="give the base as a local folder"
         ) from error
-    found: dict[str, Any] = config.to_dict()
-    return found

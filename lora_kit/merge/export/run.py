@@ -87,7 +87,7 @@ class Verdict:
         if self.refused:
             told = "\n  ".join(self.refused)
             raise ExportError(
-                f"{self.reader} cannot take this adapter:\n  {told}", hint=f"target {MERGED!r} takes any adapter"
+                f"{self.reader} cannot take this adapter:\n  {told}", hint=f"target {MERGED!r} writes a whole model"
             )
 
 
@@ -122,15 +122,15 @@ def check(
     Args:
         adapter: a folder, a name in the store or an Adapter.
         target: one of `TARGETS`.
-        base: hub id, local folder or `kit-base`; its config is read where what is right depends on it.
+        base: hub id, local folder or `kit-base`; where it is known, the adapter must fit a model of its config.
         max_lora_rank: what the reader is started with.
         allow: what `Adapter.load` allows.
 
     Raises:
         ConfigError: an unknown target. ExportError: the base is needed and not known.
-        BaseModelError: its config cannot be read.
+        BaseModelError: its config cannot be read. AdapterError: the adapter does not fit it.
     """
-    return _verdict(_case(Parent.of(adapter, allow=allow), base), target, max_lora_rank)
+    return _verdict(_case(Parent.of(adapter, allow=allow), base), target, max_lora_rank, allow)
 
 
 def export(
@@ -159,7 +159,7 @@ def export(
 
     Raises:
         ExportError: the reader cannot take it, every reason being listed; or the output lies in the adapter.
-        ConfigError, BaseModelError: as in `check`. StorageError: the output exists, or the disk refuses.
+        ConfigError, BaseModelError, AdapterError: as in `check`. StorageError: the output exists, or the disk refuses.
     """
     _check_target(target)
     out = Path(out)
@@ -170,7 +170,7 @@ def export(
     if target == MERGED:
         return _merged(case, out, replace=replace, allow=allow)
     check_output(out, replace=replace, owned=is_export)
-    verdict = _verdict(case, target, max_lora_rank)
+    verdict = _verdict(case, target, max_lora_rank, allow)
     verdict.demand()
     with staged(out, replace=replace, owned=is_export, needed=2 * parent.adapter.nbytes) as folder:
         _TARGETS[target].write(case, folder)
@@ -204,12 +204,18 @@ def _case(parent: Parent, base: str | Path | None) -> Case:
     return Case(parent.name, parent.adapter, named if base is None else str(base), given=base is not None)
 
 
-def _verdict(case: Case, target: str, limit: int | None) -> Verdict:
+def _verdict(case: Case, target: str, limit: int | None, allow: Collection[str]) -> Verdict:
     _check_target(target)
     if target == MERGED:
         return Verdict(MERGED, "any reader", (), (), ("the base, which is merged into",))
-    goal, rank = _TARGETS[target], case.plain.rank
+    goal, config = _TARGETS[target], case.adapter.config
+    if goal.plain and config.target_parameters:
+        why = f"target_parameters: {listed(config.target_parameters)} would be left out"
+        return Verdict(target, goal.reader, (why,), (), ())
+    if goal.plain:
+        case.check_base(allow)
     refused = list(goal.unfit(case))
+    rank = case.plain.rank if goal.plain else config.largest_rank
     if limit is not None and rank > limit:
         refused.append(f"r: rank {rank} is above max_lora_rank {limit}; resize it to {limit}")
     changed = case.plain.changes if goal.plain else ()
