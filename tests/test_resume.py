@@ -501,3 +501,30 @@ def test_what_else_lies_in_the_run_folder_stays(tmp_path: Path) -> None:
     (run_of(Path(recipe["out"])) / "thesis.txt").write_text("mine")
     train(recipe, base=base_of())
     assert [path.name for path in run_of(Path(recipe["out"])).iterdir()] == ["thesis.txt"]
+
+
+# What is asked of transformers
+
+
+@pytest.mark.parametrize("name", ["_save_checkpoint", "_load_from_checkpoint", "_load_rng_state"])
+def test_a_transformers_without_a_method_that_is_needed_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.delattr(transformers.Trainer, name)
+    with pytest.raises(VerificationError, match=f"transformers {transformers.__version__} has no Trainer.{name}"):
+        train(long_recipe(tmp_path), base=base_of())
+    assert not run_of(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["_load_from_checkpoint", "_load_rng_state"])
+def test_a_transformers_that_goes_on_in_another_way_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    from lora_kit.train.resume import ResumableTrainer
+
+    recipe = long_recipe(tmp_path)
+    killed(recipe, die_at(5))
+    monkeypatch.setattr(ResumableTrainer, name, lambda *_: None)  # as if it were not called
+    with pytest.raises(VerificationError, match="went on from a checkpoint in a way of its own"):
+        train(recipe, base=base_of())
+    assert not (tmp_path / "out").exists()

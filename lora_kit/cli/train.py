@@ -113,7 +113,7 @@ def _plan_facts(plan: Plan) -> list[tuple[str, str]]:
     data, steps, memory, measured = plan.data, plan.steps, plan.memory, plan.measured
     cut = f"; {data.cut:,} rows cut to fit {data.longest:,} tokens" if data.cut else ""
     fewer = f" (memory ran out with {steps.micro_batch})" if measured.micro_batch != steps.micro_batch else ""
-    speed = measured.tokens / measured.seconds
+    speed, accumulation = measured.tokens / measured.seconds, -(-steps.batch // measured.micro_batch)
     estimate = [("weights", memory.weights), ("trained", memory.trained), ("gradients", memory.gradients),
                 ("optimiser", memory.optimizer), ("activations", memory.activations)]  # fmt: skip
     facts = [
@@ -129,7 +129,7 @@ def _plan_facts(plan: Plan) -> list[tuple[str, str]]:
             "steps",
             f"{steps.steps:,}, {steps.warmup:,} of them warm-up; {steps.per_epoch:,} for each pass over the data",
         ),
-        ("batch", f"{steps.batch} samples: {measured.micro_batch} at once{fewer}, accumulation {steps.accumulation}"),
+        ("batch", f"{steps.batch} samples: {measured.micro_batch} at once{fewer}, accumulation {accumulation}"),
         ("memory", f"{size(memory.total)} estimated, if all rows were as long as the longest"),
         *(("", f"{name}: {size(amount)}") for name, amount in estimate if amount),
         ("one step", f"{measured.seconds:.3f} s, {measured.tokens:,} tokens, {speed:,.0f} tokens/s, measured"),

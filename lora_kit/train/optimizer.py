@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from lora_kit.layers import B, LoraLinear
+from lora_kit.layers import AloneLayer, B, LoraLinear
 
 
 def raise_rate_of_b(optimizer: torch.optim.Optimizer, model: Any, ratio: float) -> None:
-    """Give the B of every linear layer `ratio` times the learning rate: Hayou et al. 2024, arXiv:2402.12354.
+    """Give the B of every layer but embeddings `ratio` times the learning rate: Hayou et al. 2024, arXiv:2402.12354.
 
     A and B of an embedding keep their rate: there it is A that begins at zero.
 
@@ -18,7 +18,7 @@ def raise_rate_of_b(optimizer: torch.optim.Optimizer, model: Any, ratio: float) 
         optimizer: that has made no step yet.
         model: whose parameters it has.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    layers = [module for module in model.modules() if isinstance(module, (LoraLinear, AloneLayer))]
     chosen = {
         id(leaf) for layer in layers for name, leaf in layer.named_parameters(recurse=False) if name.startswith(B)
     }

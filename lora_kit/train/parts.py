@@ -17,6 +17,12 @@ PART_TOKENS: Final = {"cpu": 64, "cuda": 2048}
 CPU (14 to 110, layers 256 to 1,024 wide); estimated for a GPU, from the launches of a model of a billion weights."""
 
 
+def tokens_in(batch: Mapping[str, Tensor]) -> Tensor:
+    """How many tokens a batch has, padding left out and what a decoder writes counted too: int64 ()."""
+    read = batch["attention_mask"].sum()
+    return read + (batch["labels"] != IGNORED).sum() if "decoder_input_ids" in batch else read
+
+
 def split(batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     """The rows of a batch in parts, the longest rows first, each part padded to its own longest row.
 

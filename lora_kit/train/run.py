@@ -188,6 +188,7 @@ def _trainer(
     from transformers import EarlyStoppingCallback
     from transformers.integrations import TensorBoardCallback
 
+    from lora_kit.train.reached import Reached
     from lora_kit.train.resume import ResumableTrainer
 
     patience = job.recipe.train.get("early_stopping_patience")
@@ -197,7 +198,7 @@ def _trainer(
     whose: dict[str, Any] = {"run": run, "identity": job.identity, "setting": job.setting, "stop": stop}
     try:
         args = training_arguments(job.recipe.train, device=job.base.device, folder=scratch, name=job.recipe.name)
-        trainer = ResumableTrainer(model, args, callbacks=[*stopping, *callbacks], **data, **whose)
+        trainer = ResumableTrainer(model, args, callbacks=[Reached(), *stopping, *callbacks], **data, **whose)
     except (torch.OutOfMemoryError, LoraKitError):
         raise
     except (ValueError, TypeError, ImportError, RuntimeError) as error:

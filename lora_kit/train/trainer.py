@@ -22,7 +22,7 @@ from lora_kit.modes import casting
 from lora_kit.train.clock import peak_bytes
 from lora_kit.train.memory import Batch, MicroBatches, sum_of
 from lora_kit.train.optimizer import raise_rate_of_b
-from lora_kit.train.parts import split
+from lora_kit.train.parts import split, tokens_in
 from lora_kit.train.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ class Trainer(transformers.Trainer):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of a batch; where memory runs out, the step is done again with fewer rows at once."""
         loss = self._micro.do(inputs, num_items_in_batch)
-        self._seen += inputs["attention_mask"].sum().to(self._seen.device)
+        self._seen += tokens_in(inputs).to(self._seen.device)
         self._loss_sum += loss
         return loss
 

@@ -127,16 +127,25 @@ class Plan:
             StorageError: a process is at work on that one.
         """
         with FileLock(self.folder / LOCKS / "sweep").held():
-            if exists(self.folder / PLAN):
-                told = list(differences(Plan.read(self.folder).identity, self.identity))
-                if told and not replace:
-                    raise RecipeError(
-                        f"{printable(self.folder)} holds another sweep:\n  " + "\n  ".join(told),
-                        hint="go back to that one to go on with it, or ask to replace (--replace) to start anew",
-                    )
-                if told:
-                    self._clear()
+            if self.check_folder(replace=replace):
+                self._clear()
             self._write()
+
+    def check_folder(self, *, replace: bool) -> list[str]:
+        """What differs from the sweep that the folder holds.
+
+        Raises:
+            RecipeError: something does, and that sweep is not to be replaced.
+        """
+        if not exists(self.folder / PLAN):
+            return []
+        told = list(differences(Plan.read(self.folder).identity, self.identity))
+        if told and not replace:
+            raise RecipeError(
+                f"{printable(self.folder)} holds another sweep:\n  " + "\n  ".join(told),
+                hint="go back to that one to go on with it, or ask to replace (--replace) to start anew",
+            )
+        return told
 
     def _clear(self) -> None:
         locks = [FileLock(path) for path in (self.folder / LOCKS).iterdir() if path.name.isdecimal()]
@@ -145,6 +154,11 @@ class Plan:
         for entry in self.folder.iterdir():
             if entry.name != LOCKS:  # which this process holds one of
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def shares_base(recipe: Recipe) -> bool:
+    """Whether trainings of a recipe can have one base, loaded once; the others load what they will change."""
+    return recipe.dtype == "auto" and recipe.quantize is None and recipe.method != "full"
 
 
 def over_of(space: Space) -> dict[str, Any]:

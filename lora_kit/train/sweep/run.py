@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_kit.config import LoraConfig
-from lora_kit.errors import ConfigError, RecipeError, VerificationError, listed
+from lora_kit.errors import ConfigError, RecipeError
 from lora_kit.evaluate.metrics import ALWAYS, checked
 from lora_kit.files import check_output, printable
 from lora_kit.models import Base, quiet
@@ -22,7 +17,7 @@ from lora_kit.train.arguments import best_metric
 from lora_kit.train.prepare import check_place, prepared, read
 from lora_kit.train.reading import load_recipe, recipe_fields
 from lora_kit.train.recipe import Recipe
-from lora_kit.train.sweep.plan import Plan, over_of, sums_of_files
+from lora_kit.train.sweep.plan import Plan, over_of, shares_base, sums_of_files
 from lora_kit.train.sweep.space import Space, check_values, size_of, space_of
 from lora_kit.train.values import as_json, one_of
 
@@ -35,7 +30,6 @@ METHODS: Final = ("grid", "random", "tpe")
 PRUNERS: Final = ("median",)
 KEEP: Final = ("best", "all")
 _TRIALS: Final = 20
-_POLL_SECONDS: Final = 0.5
 
 
 def sweep(
@@ -91,6 +85,8 @@ def sweep(
     plan, base = _planned(wanted, fields, space, base, method=method, metric=metric, trials=trials, seed=seed,
                           prune=prune, keep=keep, replace=replace)  # fmt: skip
     plan.take_folder(replace=replace)
+    # These need optuna, and what they import takes its time.
+    from lora_kit.train.sweep.processes import shared
     from lora_kit.train.sweep.report import finished
     from lora_kit.train.sweep.study import Study
     from lora_kit.train.sweep.worker import Worker
@@ -100,7 +96,7 @@ def sweep(
             Worker(plan, base=base).run()
         else:
             del base
-            _shared(plan, workers)
+            shared(plan, workers)
     except BaseException:
         logger.warning("stopped; the same command goes on with the sweep in %s", printable(plan.folder))
         raise
@@ -161,10 +157,10 @@ def _planned(
         identity=identity,
         **asked,
     )
+    plan.check_folder(replace=replace)
     if mark_of(plan.out).get("sweep") != plan.digest:
         check_output(plan.out, replace=replace, owned=owned)
-    shared = wanted.dtype == "auto" and wanted.quantize is None and wanted.method != "full"
-    return plan, base or (job.base if shared else None)
+    return plan, base or (job.base if shares_base(wanted) else None)
 
 
 def _as_plain(fields: Mapping[str, Any], wanted: Recipe) -> dict[str, Any]:
@@ -212,64 +208,3 @@ def _check(
     swept = [key for key in ("base", "dtype", "quantize") if key in space]
     if base is not None and swept:
         raise RecipeError(f"{swept[0]} is swept, and a base that is loaded already was given", hint="leave it out")
-
-
-# Several processes
-
-
-def _shared(plan: Plan, workers: int) -> None:
-    """Work on a plan with several processes, until every trial has ended.
-
-    Raises:
-        VerificationError: every worker has ended, and trials are left.
-    """
-    from lora_kit.train.sweep.worker import Worker
-
-    watch = Worker(plan)
-    with _started(plan, workers) as processes:
-        while not watch.is_done:
-            watch.tell()
-            if all(process.poll() is not None for process in processes):
-                break
-            time.sleep(_POLL_SECONDS)
-    watch.tell()
-    if not watch.is_done:
-        last = [line for number in range(workers) for line in _log(plan, number).read_text().splitlines()[-1:]]
-        raise VerificationError(f"all {workers} workers ended before the sweep did: {listed(last)}")
-
-
-@contextlib.contextmanager
-def _started(plan: Plan, workers: int) -> Iterator[Sequence[subprocess.Popen[bytes]]]:
-    """Workers in processes of their own. What ends this one ends them too, at a step that is whole.
-
-    They have a session of their own, since an interrupt from the terminal would reach them besides: one interrupt lets
-    a training end its step, a second one does not.
-    """
-    threads = str(max(1, (os.cpu_count() or 1) // workers))
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
-    processes: list[subprocess.Popen[bytes]] = []
-    try:
-        for number in range(workers):
-            command = [sys.executable, "-m", "lora_kit.train.sweep", str(plan.folder), str(os.getpid())]
-            with open(_log(plan, number), "wb") as log:
-                processes.append(
-                    subprocess.Popen(
-                        command,
-                        env=environment,
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=log,
-                        start_new_session=True,
-                    )
-                )
-        yield processes
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-        for process in processes:
-            process.wait()
-
-
-def _log(plan: Plan, number: int) -> Path:
-    return plan.folder / f"worker-{number}.log"

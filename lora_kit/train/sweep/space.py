@@ -33,6 +33,7 @@ _NUMBER: Final = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _RANGE: Final = re.compile(rf"\s*({_NUMBER})\.\.({_NUMBER})(:log)?\s*")
 _FIXED: Final = {
     "out": "every trial has a folder of its own",
+    "task": "trials are compared by one metric",
     "data.validation": "trials are compared on the same rows",
 }
 _MOST: Final = 10_000

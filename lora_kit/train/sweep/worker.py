@@ -15,7 +15,7 @@ from lora_kit.train.prepare import prepared, read
 from lora_kit.train.reading import load_recipe
 from lora_kit.train.recipe import Recipe
 from lora_kit.train.run import train
-from lora_kit.train.sweep.plan import Plan
+from lora_kit.train.sweep.plan import Plan, shares_base
 from lora_kit.train.sweep.study import Study
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class Worker:
         given = self._recipe
         if any(getattr(recipe, name) != getattr(given, name) for name in _LOADED_AS):
             return None
-        if self._base is None and given.dtype == "auto" and given.quantize is None:
+        if self._base is None and shares_base(recipe):
             with quiet():
                 self._base = prepared(given, read(given), None).base
         return self._base
