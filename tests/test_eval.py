@@ -227,7 +227,7 @@ def test_what_is_said_of_a_row_stands_beside_what_was_expected(tmp_path: Path) -
 def test_tagged_words_are_measured_by_word_and_by_row(tmp_path: Path) -> None:
     base = tagger()
     path = texts.write(tmp_path / "rows.jsonl", TAGGED)
-    report = train(recipe_of(tmp_path, rows=TAGGED, task="tokens", steps=40), base=base)
+    report = train(recipe_of(tmp_path, rows=TAGGED, task="tokens", steps=25), base=base)
     found = evaluate(base, [report.out], path, metrics=["loss", "accuracy", "exact_match", "f1"]).results[0]
     assert report.after is not None
     assert {name: found.metrics[name] for name in ("loss", "accuracy")} == pytest.approx(report.after.metrics())
@@ -241,7 +241,7 @@ def test_tagged_words_are_measured_by_word_and_by_row(tmp_path: Path) -> None:
 # Texts for texts
 
 
-@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize("kind", ["t5", "bart", "m2m"])
 def test_a_decoder_writes_what_transformers_writes(tmp_path: Path, kind: str) -> None:
     base = both(kind)
     path = texts.write(tmp_path / "rows.jsonl", ROWS)
@@ -251,22 +251,23 @@ def test_a_decoder_writes_what_transformers_writes(tmp_path: Path, kind: str) ->
         ids = base.tokenizer(case.given, return_tensors="pt")["input_ids"]
         out = base.model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)[0]
         assert said == base.tokenizer.decode(out, skip_special_tokens=True).strip()
+    assert any(result.said) is (kind != "t5")
     given = encode(read_rows(path), base.tokenizer, max_length=64, separator="", task="seq2seq")
     wanted = measure(base.model, given, Collator(texts.PAD, base.decoder_inputs)).metrics()
     assert {name: result.metrics[name] for name in wanted} == pytest.approx(wanted, abs=1e-6)
 
 
 def test_adapters_of_an_encoder_and_decoder_stand_side_by_side(tmp_path: Path) -> None:
-    base = both("t5")
+    base = both("bart")
     path = texts.write(tmp_path / "rows.jsonl", ROWS)
-    fields = {"task_type": "SEQ_2_SEQ_LM", "target_modules": ["q", "v"]}
+    fields = {"task_type": "SEQ_2_SEQ_LM", "target_modules": ["q_proj", "v_proj"]}
     given = [made(base, seed=1, separator="", **fields), None, made(base, seed=2, separator="", **fields)]
     together = evaluate(base, given, path, metrics=["loss", "exact_match"], batch_size=9)
     for adapter, result in zip(given, together.results, strict=True):
         single = evaluate(base, [adapter], path, metrics=["loss", "exact_match"]).results[0]
         assert (result.said, result.unended) == (single.said, single.unended)
         assert result.metrics == pytest.approx(single.metrics, abs=1e-6)
-    assert len({each.said for each in together.results}) > 1
+    assert len({each.said for each in together.results}) == 3
     assert [row.text for row in generate(base, given, "one", sampling=Sampling(max_new_tokens=8))] == [
         generate(base, [each], "one", sampling=Sampling(max_new_tokens=8))[0].text for each in given
     ]
@@ -334,7 +335,9 @@ def test_the_logits_of_a_batch_are_gone_before_the_next(tmp_path: Path, kind: st
         alive.append(sum(reference() is not None for reference in kept))
         kept.append(weakref.ref(output))
 
-    with_labels: dict[str, Any] = {"label2id": {"no": 0, "yes": 1}} if kind == "whole text" else {"label2id": {"P": 0, "O": 1, "L": 2}}
+    with_labels: dict[str, Any] = (
+        {"label2id": {"no": 0, "yes": 1}} if kind == "whole text" else {"label2id": {"P": 0, "O": 1, "L": 2}}
+    )
     given = encode(read_rows(texts.write(tmp_path / "rows.jsonl", rows)), base.tokenizer, max_length=64, **with_labels)
     with head.register_forward_hook(watch):
         measure(base.model, given, Collator(texts.PAD), batch_size=1, metrics=[] if kind == "next token" else ["f1"])

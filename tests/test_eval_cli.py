@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import texts
 import tiny
+import transformers
 
 import lora_kit as lk
 from lora_kit.cli import main
@@ -102,3 +103,22 @@ def test_what_is_wrong_is_one_line(here: Path, capsys: Capture, arguments: list[
 def test_texts_that_were_cut_off_are_told(here: Path, capsys: Capture) -> None:
     _, _, err = run(capsys, "-a", "one", "--metrics", "bleu", "--max-new-tokens", "1")
     assert "2 of 2 texts of one did not end in time; --max-new-tokens gives them more" in err
+
+
+def test_labels_from_training_are_known_without_being_told(here: Path, capsys: Capture) -> None:
+    config = tiny.bert().config
+    transformers.BertModel(config).save_pretrained("encoder")
+    texts.bert_tokenizer().save_pretrained("encoder")
+    rows = [{"text": word * n, "label": label} for word, label in (("good ", "y"), ("bad ", "n")) for n in (1, 2, 3)]
+    texts.write(here / "labelled.jsonl", rows)
+    recipe = {"base": "encoder", "task": "classify", "out": "adapters/mood", "train": {"max_steps": 8}}
+    report = lk.train({**recipe, "data": {"train": "labelled.jsonl", "validation": "labelled.jsonl"}})
+    capsys.readouterr()
+    assert main(["eval", "--base", "encoder", "-a", "mood", "--data", "labelled.jsonl", "--json"]) == 0
+    [result] = json.loads(capsys.readouterr().out)["results"]
+    assert report.after is not None
+    assert result["metrics"]["loss"] == pytest.approx(report.after.loss, rel=1e-5)
+    assert set(result["metrics"]) == {"loss", "accuracy", "f1"}
+    # A base without a head of its own knows no labels.
+    assert main(["eval", "--base", "encoder", "--data", "labelled.jsonl"]) == 2
+    assert "label 'y' is not one of LABEL_0, LABEL_1, LABEL_2" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import pytest
 import texts
 import tiny
 import torch
+from test_tasks import both
 
 import lora_kit as lk
 from lora_kit.errors import AdapterError, ConfigError, DataError, UnknownAdapterError
@@ -177,3 +178,25 @@ def test_adapters_are_labelled_by_folder_and_told_apart(base: Base, tmp_path: Pa
 def test_kit_base_answers_by_name(tmp_path: Path) -> None:
     found = generate("kit-base", [None], "Once upon a time", sampling=Sampling(max_new_tokens=5))
     assert found[0].tokens == 5 or found[0].ended == "eos"
+
+
+def test_an_encoder_and_decoder_answers_by_its_folder(tmp_path: Path) -> None:
+    model = both("bart")
+    model.model.save_pretrained(tmp_path / "base")
+    model.tokenizer.save_pretrained(tmp_path / "base")
+    adapter = made(model, seed=1, separator="", task_type="SEQ_2_SEQ_LM", target_modules=["q_proj"])
+    seen: list[str] = []
+    rows = [None, adapter]
+    found = generate(str(tmp_path / "base"), rows, "one", sampling=SHORT, on_text=lambda row, text: seen.append(text))
+    for row, result in zip(rows, found, strict=True):
+        assert result == generate(model, [row], "one", sampling=SHORT)[0]
+        assert result.prompt == "one"
+    assert {row.text for row in found} <= set(seen)
+    assert found[0].text != found[1].text
+    ids = model.tokenizer("one", return_tensors="pt")["input_ids"]
+    alone = model.model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)[0]
+    assert generate(str(tmp_path / "base"), [None], "one", sampling=SHORT)[0].text == model.tokenizer.decode(
+        alone, skip_special_tokens=True
+    )
+    with pytest.raises(AdapterError, match="different tasks"):
+        generate(model, [adapter, made(model, seed=2, task_type="CAUSAL_LM", target_modules=["q_proj"])], "one")
