@@ -227,6 +227,8 @@ def test_an_encoder_reads_the_prompt_and_a_decoder_writes_the_completion_and_its
         target = tokenizer("cd")["input_ids"]
         assert samples[0]["labels"].tolist() == (target if texts.EOS in target else [*target, texts.EOS])
         assert samples[1]["labels"].tolist() == samples[0]["labels"].tolist()
+        # A tokenizer that ends every text does not end one twice.
+        assert samples[1]["input_ids"].tolist().count(texts.EOS) == 1
         assert samples.num_labels == samples.num_tokens - len(samples.ids)
 
 
@@ -341,6 +343,7 @@ def test_a_decoder_writes_what_it_learned(tmp_path: Path) -> None:
     rows = [{"prompt": "one", "completion": "1"}, {"prompt": "two", "completion": "22"}]
     recipe = recipe_of(tmp_path, steps=120, rows=rows, task="seq2seq", lora={"r": 8, "lora_alpha": 32})
     report = train(recipe, base=base)
+    assert report.tokens == 120 * paired(tmp_path, rows, base.tokenizer).num_tokens
     bank = attach(base.model)
     bank.load("again", report.out)
     bank.use("again")

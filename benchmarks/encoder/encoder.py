@@ -1,14 +1,11 @@
 """Is an adapter on an encoder as good as the whole encoder, and as good as PEFT's?
 
 A pretrained BERT learns to classify: features (a head on the frozen body), LoRA (r=16 on all linear layers), and full
-fine-tuning, each by lora_kit and by PEFT (by transformers alone where nothing is adapted). Both sides begin with the same
-weights, the same head and the same A and B, and get the same rows in the same batches; first it is checked that their
-losses are the same while there is no dropout. Every method has its learning rate chosen by one rule: three, a factor of
-about three apart, tried by runs of a fifth of the length, judged on 1,000 rows taken out of the training set. The
-test set is looked at once, by the run at the chosen rate. What is judged is what was saved, loaded again.
+fine-tuning, each by lora_kit and by PEFT (by transformers alone where nothing is adapted). What makes the comparison
+fair, and what its numbers are not, stands in README.md.
 
-    python -m benchmarks.encoder.encoder --data FOLDER --encoder FOLDER     # FOLDER/banking77/train.jsonl, test.jsonl, …
-    python -m benchmarks.encoder.encoder --data FOLDER --encoder FOLDER --collect   # the result of what is finished
+    python -m benchmarks.encoder.encoder --data FOLDER --encoder FOLDER    # banking77/train.jsonl, test.jsonl and so on
+    python -m benchmarks.encoder.encoder --data FOLDER --encoder FOLDER --collect    # the result of what is finished
 
 Whatever is finished is kept in the work folder, under a key of everything that decides it, and is not done again.
 """
@@ -26,6 +23,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -125,17 +123,15 @@ class Bench:
 
     def method(self, method: str) -> dict[str, Any]:
         """Rates tried, and what each side came to with the one that was chosen."""
-        tried = {f"{rate:g}": self.once(f"{method}-{rate:g}", lambda r=rate: self.tried(method, r))  # type: ignore[misc]
-                 for rate in RATES[method]}  # fmt: skip
+        tried = {
+            f"{rate:g}": self.once(f"{method}-{rate:g}", partial(self.tried, method, rate)) for rate in RATES[method]
+        }
         judged = {rate: found["accuracy"] for rate, found in tried.items() if found}
         if len(judged) < len(RATES[method]):
             return {"tried": judged}
-        best = max(judged, key=lambda rate: judged[rate])
-        return {
-            "tried": judged,
-            "rate": float(best),
-            **{side: self.once(f"{method}-{side}", lambda s=side: self.final(method, float(best), s)) for side in SIDES},  # type: ignore[misc]
-        }
+        rate = float(max(judged, key=lambda name: judged[name]))
+        finals = {side: self.once(f"{method}-{side}", partial(self.final, method, rate, side)) for side in SIDES}
+        return {"tried": judged, "rate": rate, **finals}
 
     def tried(self, method: str, rate: float) -> dict[str, Any]:
         """Accuracy of a short run on rows that it has not seen."""
@@ -275,7 +271,9 @@ HOW: Final = {
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="banking77/ and sst2/, each train.jsonl, test.jsonl")
+    parser.add_argument(
+        "--data", type=Path, metavar="FOLDER", help="banking77/ and sst2/, each train.jsonl, test.jsonl"
+    )
     parser.add_argument("--encoder", type=Path, metavar="FOLDER", help="a BERT as save_pretrained writes it")
     parser.add_argument("--sets", nargs="+", choices=list(EPOCHS), default=list(EPOCHS))
     parser.add_argument("--work", type=Path, default=HERE.parent / "work" / "encoder", help="what finished work leaves")
@@ -291,7 +289,49 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def page(result: Mapping[str, Any]) -> str:
     """The result as Markdown."""
-    return table([], [])
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    machine = result["machine"]
+    made = f"{result['date']}; {machine['device']}, {machine['threads']} thread; {versions}."
+    return "\n\n".join([*(part for name, found in result["data"].items() for part in section(name, found)), made])
+
+
+def section(name: str, found: Mapping[str, Any]) -> list[str]:
+    """What there is of one data set."""
+    facts, full = found["facts"], accuracies(found, "full")
+    lines = []
+    for method, cells in found["methods"].items():
+        own = accuracies(found, method)
+        tried = ", ".join(f"{rate}: {percent(value)}" for rate, value in cells["tried"].items())
+        rate = f"{cells['rate']:g}" if "rate" in cells else "–"
+        behind = [f"{100 * (own[side] - full[side]):+.1f}" if side in own and side in full else "–" for side in SIDES]
+        timed = (found["time"] or {}).get(method, {}).get("lora_kit")
+        shown = [percent(own[side]) if side in own else "–" for side in SIDES]
+        lines.append([method, f"{trained(found, method):,}", rate, tried, *shown, *behind, ratio(timed)])
+    head = ["method", "trained", "rate", "rates tried", "lora_kit", "PEFT", "to full", "PEFT", "CPU time of PEFT's"]
+    told = (
+        f"**{name}**: {facts['train']['rows']:,} rows to train on, {facts['test']['rows']:,} to test on, "
+        f"{facts['labels']} labels; {facts['steps']} steps, {facts['epochs']} of the data."
+    )
+    agreement = found["agreement"]
+    if agreement:
+        worst = max(each["worst"] for each in agreement.values())
+        told += f" Without dropout the losses of the first steps differ by {worst:.0e} of their value at the most."
+    return [told, table(head, lines)]
+
+
+def accuracies(found: Mapping[str, Any], method: str) -> dict[str, float]:
+    """Accuracy on the test set by side, of what is finished."""
+    cells = found["methods"][method]
+    return {side: cells[side]["accuracy"] for side in SIDES if cells.get(side)}
+
+
+def trained(found: Mapping[str, Any], method: str) -> int:
+    """Elements that a method trains."""
+    return int(found["agreement"][method]["trainable"]) if found["agreement"] else 0
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
 
 
 def say(line: str) -> None:

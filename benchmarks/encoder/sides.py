@@ -1,4 +1,4 @@
-"""One training of a text classifier, done by lora_kit and by peft (or transformers alone): same start, rows and order."""
+"""One training of a text classifier, by lora_kit and by peft (or transformers alone): same start, rows and order."""
 
 from __future__ import annotations
 
@@ -105,9 +105,7 @@ def ours(task: Training, out: Path) -> Trained:
     watch = Watch()
     report = lk.train(recipe, replace=True, callbacks=[watch])
     losses = tuple(entry["loss"] for entry in report.history if "loss" in entry)
-    return Trained(
-        trainable=report.trainable, seconds=watch.seconds, cpu_seconds=watch.cpu_seconds, losses=losses
-    )
+    return Trained(trainable=report.trainable, seconds=watch.seconds, cpu_seconds=watch.cpu_seconds, losses=losses)
 
 
 def our_accuracy(task: Training, out: Path, test: Path) -> float:
@@ -139,7 +137,7 @@ def theirs(task: Training, out: Path) -> Trained:
         trainer = transformers.Trainer(
             model=model,
             args=transformers.TrainingArguments(output_dir=scratch, use_cpu=True, **task.arguments),
-            train_dataset=list(encoded(task, tokenizer)),  # type: ignore[arg-type]
+            train_dataset=list(encoded(task, tokenizer)),
             data_collator=transformers.DataCollatorWithPadding(tokenizer),
             callbacks=[watch],
         )
