@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 
@@ -13,6 +14,12 @@ import torch
 
 # A shell that starts something in the background has it ignore SIGINT, and tests interrupt themselves with it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported by now stays: every training collects garbage first, most of whose time it would take."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 import lora_kit as lk
 from lora_kit.adapter import pair_keys
 from lora_kit.cli import main
-from lora_kit.errors import ConfigError, ExportError, StorageError
+from lora_kit.errors import AdapterError, BaseMismatchError, ConfigError, ExportError, StorageError
 from lora_kit.merge.export import check
 from lora_kit.merge.export.llama_cpp import ARCHITECTURES
 
@@ -417,6 +417,31 @@ def test_an_unknown_target_and_an_adapter_without_pairs_are_refused(base: Path, 
     told = check(folder, "mlx", base=base).refused
     assert [why.partition(":")[0] for why in told] == ["modules_to_save", "target_modules"]
     assert check(folder, "peft").refused == ()
+
+
+def test_a_base_that_the_adapter_does_not_fit_is_refused(base: Path, awkward: Path, tmp_path: Path) -> None:
+    wide = transformers.LlamaForCausalLM(transformers.LlamaConfig(**tiny_shape(hidden_size=64)))
+    wide.config.save_pretrained(tmp_path / "wide")
+    for target in ("gguf", "vllm", "mlx"):
+        with pytest.raises(AdapterError, match="does not fit this model"):
+            lk.export(awkward, target, tmp_path / "out", base=tmp_path / "wide")
+    heads = transformers.LlamaConfig(**tiny_shape(vocab_size=97))
+    heads.architectures = ["LlamaForCausalLM"]
+    heads.save_pretrained(tmp_path / "other")
+    with pytest.raises(BaseMismatchError, match="other names or shapes"):
+        lk.export(awkward, "gguf", tmp_path / "out", base=tmp_path / "other")
+    assert not (tmp_path / "out").exists()
+    lk.export(awkward, "gguf", tmp_path / "out", base=tmp_path / "other", allow=["other-base"])
+
+
+def test_pairs_for_parameters_stay_with_peft(tmp_path: Path) -> None:
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**tiny_shape(num_local_experts=2)))
+    config = lk.LoraConfig(r=2, target_modules=("q_proj",), target_parameters=("experts.down_proj",))
+    bank = lk.attach(model, config, name="a")
+    bank.save("a", tmp_path / "moe")
+    assert check(tmp_path / "moe", "peft", max_lora_rank=2).refused == ()
+    for target in ("vllm", "gguf", "mlx"):
+        assert check(tmp_path / "moe", target).refused[0].startswith("target_parameters: ")
 
 
 def test_only_an_earlier_export_is_replaced_and_never_what_is_read(base: Path, awkward: Path, tmp_path: Path) -> None:

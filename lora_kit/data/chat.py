@@ -19,7 +19,7 @@ from typing import Any, Final
 from lora_kit.data.formats import Message, RowError
 from lora_kit.data.sources import LONG
 from lora_kit.errors import DataError
-from lora_kit.models import special_tokens
+from lora_kit.models import special_tokens, text_ids
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ class ChatEncoder:
         ids: list[int] = []
         learned: list[bool] = []
         for text, answer in self._pieces(messages):
-            piece = _tokens(self.tokenizer, text)
+            piece = text_ids(self.tokenizer, text)
             # What a template puts after the end of an answer (a line break, often) is never generated.
             until = len(piece) - piece[::-1].index(self._end) if answer and self._end in piece else 0
             if answer and not until:
@@ -228,11 +228,6 @@ class ChatEncoder:
             f"{self.max_length}",
             kind=LONG,
         )
-
-
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
 
 
 def _special_ids(tokenizer: Any) -> set[int]:

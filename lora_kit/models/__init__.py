@@ -12,6 +12,7 @@ from lora_kit.models.prompts import (
     render_prompt,
     source_ids,
     special_tokens,
+    text_ids,
     without_special,
 )
 
@@ -33,5 +34,6 @@ __all__ = [
     "render_prompt",
     "source_ids",
     "special_tokens",
+    "text_ids",
     "without_special",
 ]

@@ -30,18 +30,22 @@ def special_tokens(tokenizer: Any, *, side: Literal["text", "text_target"] = "te
     return [], []
 
 
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a text and nothing else; what is too long for the model is the caller's to see to."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
 def prompt_ids(tokenizer: Any, text: str) -> list[int]:
     """Tokens of a rendered prompt: one BOS if the tokenizer adds one (never a second), no EOS."""
     prefix, _ = special_tokens(tokenizer)
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return [*prefix, *without_special(ids, prefix, [])]
+    return [*prefix, *without_special(text_ids(tokenizer, text), prefix, [])]
 
 
 def source_ids(tokenizer: Any, text: str) -> list[int]:
     """Tokens of what an encoder reads: the text between the tokenizer's own special tokens, none of them doubled."""
     prefix, suffix = special_tokens(tokenizer)
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return [*prefix, *without_special(ids, prefix, suffix), *suffix]
+    return [*prefix, *without_special(text_ids(tokenizer, text), prefix, suffix), *suffix]
 
 
 def without_special(ids: list[int], prefix: list[int], suffix: list[int]) -> list[int]:
