@@ -1,6 +1,6 @@
 """Readers of PEFT's format: PEFT itself, vLLM, SGLang and Text Generation Inference, each with what it leaves unread.
 
-What they read, late 2026:
+What they read, by their sources (versions differ, and none of them was run here):
 
 - vLLM: `PEFTHelper` refuses use_dora, modules_to_save and ranks above `--max-lora-rank`, which is one of a few values
   (vllm/config/lora.py); older versions ignore rank_pattern and alpha_pattern.
