@@ -39,6 +39,7 @@ VERBS = [
     "preview",
     "resize",
     "sign",
+    "sweep",
     "train",
     "verify",
 ]

@@ -308,6 +308,7 @@ def test_a_model_that_was_trained_whole_is_given_what_its_recipe_says(tmp_path: 
 
 def test_nothing_random_is_drawn_and_modes_and_weights_stay(rows: Path) -> None:
     base = Base(model=tiny.gpt2(), tokenizer=texts.tokenizer(), name="tiny")
+    base.model.transformer.drop.p = 0.9
     base.model.train()
     base.model.transformer.h[0].eval()
     adapter = made(base, seed=1)
@@ -321,6 +322,8 @@ def test_nothing_random_is_drawn_and_modes_and_weights_stay(rows: Path) -> None:
     assert list(now) == list(before)
     assert all(torch.equal(now[name], before[name]) for name in now)
     assert [each.metrics for each in first.results] == [each.metrics for each in second.results]
+    base.model.eval()
+    assert evaluate(base, [adapter, None], rows, metrics=["exact_match"]).results[1].said == first.results[1].said
 
 
 @pytest.mark.parametrize("kind", ["whole text", "words", "next token"])

@@ -32,7 +32,7 @@ model of the family with random weights, in transformers {transformers} and peft
 
 - **default targets**: what `target_modules="all-linear"` covers, and how many layers of the tiny model that are. Heads,
   embeddings and the routers of mixtures are left alone; name them to have them. Experts that are fused into one tensor
-  are covered where `target_parameters` names them.
+  are covered where `target_parameters` names them, convolutions (in one or two dimensions) where `target_modules` does.
 - **trains**: four steps lower the loss; every pair gets a gradient; nothing else changes.
 - **loads, swaps**: saved, loaded into a fresh model, the same outputs; to another adapter and back, to the base and
   back, bit for bit.

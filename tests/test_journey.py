@@ -95,6 +95,15 @@ def test_reviews_become_a_classifier(here: Path, capsys: Capture) -> None:
     assert Path("reviews.csv").read_bytes() == given
 
 
+def test_a_byte_order_mark_is_no_part_of_a_name_whatever_the_encoding(here: Path, capsys: Capture) -> None:
+    given = export("mixed.csv", [["text", "label"], ["caf\xe9", "a"], ["b", "b"], ["c", "a"]])
+    Path("mixed.csv").write_bytes(given.replace("\xe9".encode(), "\xe9".encode("cp1252")))
+    code, _, err = run(capsys, "prepare", "mixed.csv")
+    assert (code, "mixed.csv:2: not UTF-8" in err, "--encoding cp1252" in err) == (2, True, True)
+    code, out, _ = run(capsys, "prepare", "mixed.csv", "--encoding", "cp1252")
+    assert (code, "3 rows: text and label" in out) == (0, True)
+
+
 def test_questions_become_answers(here: Path, capsys: Capture) -> None:
     rows = [[" Question ", "ANSWER", "id"]]
     rows += [[f'Where is room {n}?\nHe said "hurry"', f"Room {n} is on the {floor} floor.", str(n)]

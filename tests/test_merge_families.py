@@ -5,12 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
+import peft
 import pytest
+import test_merge
+import texts
+import tiny as tiny_models
 import torch
 import transformers
 from torch import Tensor, nn
 
 import lora_kit as lk
+from lora_kit.errors import AdapterError, ConfigError, MergeError
 from lora_kit.layers import kind_of
 from lora_kit.merge import logits, merge
 from lora_kit.models import quiet
@@ -157,3 +162,78 @@ def rounding_bound(model: Any, found: Tensor, paths: list[str]) -> float:
             unit = torch.finfo(torch.bfloat16).eps / 2
             parameter.data *= 1 + torch.empty_like(parameter).uniform_(-unit, unit)
         return 3 * float((answers(model) - found).abs().max())
+
+
+def test_a_convolution_is_merged_as_peft_computes_it(tmp_path: Path) -> None:
+    model = tiny("vit", torch.float32)
+    with quiet():
+        model.save_pretrained(tmp_path / "base")
+    tuned = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, lora_alpha=3, target_modules=["projection"], init_lora_weights=False)
+    ).eval()
+    tuned.save_pretrained(tmp_path / "x")
+    wanted = answers(tuned)
+    with tuned.disable_adapter():
+        without = answers(tuned)
+    merge(tmp_path / "base", tmp_path / "x", tmp_path / "merged")
+    with quiet():
+        merged = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(answers(merged), wanted, rtol=0, atol=1e-5)
+    assert float((wanted - without).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"bias": "all"}, "bias"),
+        ({"bias": "lora_only"}, "bias"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+        ({"modules_to_save": ["embed_tokens"]}, r"embed_tokens\.weight with 100 rows, .* lm_head\.weight"),
+        ({}, r"embed_tokens\.weight"),
+    ],
+    ids=["all biases", "biases of layers", "biases of pairs", "tokens", "half of a larger vocabulary", "and not named"],
+)
+def test_what_peft_adapters_may_hold_and_is_not_merged_is_refused_by_name(
+    tmp_path: Path, fields: dict[str, Any], told: str
+) -> None:
+    model = tiny("llama", torch.float32)
+    with quiet():
+        model.save_pretrained(tmp_path / "base")
+    if not fields or "modules_to_save" in fields:
+        model.resize_token_embeddings(100)
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], **fields))
+    tuned.save_pretrained(tmp_path / "x", save_embedding_layers=True if not fields else "auto")
+    with pytest.raises((ConfigError, AdapterError, MergeError), match=told):
+        merge(tmp_path / "base", tmp_path / "x", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_larger_vocabulary_comes_with_its_tokenizer(tmp_path: Path, tied: bool) -> None:
+    model = tiny_models.llama(tie=tied)
+    base = test_merge.base_folder(tmp_path / "base", model)
+    model.resize_token_embeddings(100)
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], init_lora_weights=False
+    )
+    tuned = peft.get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "modules_to_save" in name:
+                parameter.normal_(std=0.1)
+    tuned.save_pretrained(tmp_path / "x")
+    tokenizer = texts.tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(tmp_path / "x")
+    ids = torch.tensor([[3, 98, 99, 5]])
+    with torch.no_grad():
+        wanted = tuned(input_ids=ids).logits
+    merge(base, tmp_path / "x", tmp_path / "merged", allow=["untie"] if tied else [])
+    with quiet():
+        merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        found = merged(input_ids=ids).logits
+    assert merged.config.vocab_size == found.shape[-1] == 100
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    assert "<new>" in transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab()

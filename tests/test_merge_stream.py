@@ -563,8 +563,8 @@ def test_everything_an_adapter_holds_must_have_a_place(
 ) -> None:
     real = run.outline
 
-    def forgetful(*given: Any) -> Any:
-        found = real(*given)
+    def forgetful(*given: Any, **named: Any) -> Any:
+        found = real(*given, **named)
         names = {key: name for key, name in found.names.items() if "layers.1.mlp.up_proj" not in key}
         return dataclasses.replace(found, names=names)
 

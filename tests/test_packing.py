@@ -24,6 +24,7 @@ from lora_kit.loss import head_of
 from lora_kit.models import load_base
 from lora_kit.train import train
 from lora_kit.train.parts import split
+from lora_kit.train.prepare import digest_of_samples
 
 pytestmark = pytest.mark.usefixtures(_one_thread_and_no_pictures.__name__)
 
@@ -151,6 +152,13 @@ def test_padding_of_a_row_belongs_to_no_sample(tmp_path: Path) -> None:
     end = len(packed[1]["input_ids"])
     assert part["position_ids"][1, end:].tolist() == [0] * (len(packed[0]["input_ids"]) - end)
     assert (part["labels"][1, end:] == IGNORED).all()
+
+
+def test_the_same_samples_in_other_rows_are_another_run(tmp_path: Path) -> None:
+    samples = samples_of(tmp_path)
+    rows = Packed(samples, ((0, 1), (2,)), 40), Packed(samples, ((0,), (1, 2)), 40)
+    assert len({digest_of_samples(found) for found in (samples, *rows)}) == 3
+    assert digest_of_samples(rows[0]) == digest_of_samples(Packed(samples, ((0, 1), (2,)), 40))
 
 
 # Equal to unpacked

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -446,12 +447,13 @@ def test_an_interrupt_of_the_command_exits_with_130_and_the_same_command_goes_on
     assert main(command) == 130
     at_step(-1, 0, die)
     captured = capsys.readouterr().err
-    assert "trial 0 of 0 to 2: loss" in captured
+    assert "trial 0: loss" in captured
     assert "the same command goes on" in captured
     assert main([*command, "--json"]) == 0
     captured = capsys.readouterr()
     assert "going on with trial 1" in captured.err
-    assert "trial 0 of" not in captured.err
+    assert "3 of 3 done, best: trial" in captured.err
+    assert "trial 0:" not in captured.err
     found = json.loads(captured.out)
     assert [trial["state"] for trial in found["trials"]] == ["complete"] * 3
     assert main(command) == 0
@@ -488,6 +490,22 @@ def test_another_recipe_space_or_data_is_refused_with_the_difference(tmp_path: P
     assert len(replaced.trials) == 1
 
 
+def test_a_plan_that_is_damaged_is_not_overwritten_unasked(tmp_path: Path) -> None:
+    recipe = swept(tmp_path)
+    sweep(recipe, [RANKS], base=base_of(), trials=1)
+    (tmp_path / "out.sweep" / "plan.json").write_text('{"out": "x"}')
+    with pytest.raises(RecipeError, match=r"plan.json is damaged"):
+        sweep(recipe, [RANKS], base=base_of(), trials=1)
+    assert len(sweep(recipe, [RANKS], base=base_of(), trials=1, replace=True).trials) == 1
+
+
+def test_without_optuna_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ConfigError, match=r"needs optuna") as caught:
+        sweep(swept(tmp_path), [RANKS], base=base_of())
+    assert "lora-kit[sweep]" in caught.value.hint
+
+
 # Several processes
 
 
@@ -495,6 +513,7 @@ def forked(work: Callable[[], Any]) -> int:
     child = os.fork()
     if child == 0:
         code = 1
+        signal.alarm(300)  # who waits for a trial that nobody runs does not wait for ever
         try:
             work()
             code = 0

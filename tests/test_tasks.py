@@ -19,11 +19,13 @@ from tokenizers import normalizers, processors
 from lora_kit.adapter import Adapter
 from lora_kit.bank import attach
 from lora_kit.data import IGNORED, Collator, Encoded, encode, label_names, prepare, read_rows, spans
+from lora_kit.data.samples import joined
 from lora_kit.errors import BaseModelError, DataError, RecipeError
 from lora_kit.evaluate import measure
 from lora_kit.loss import head_of
 from lora_kit.models import Base, load_base, source_ids
 from lora_kit.train import load_recipe, train
+from lora_kit.train.prepare import digest_of_samples
 
 pytestmark = pytest.mark.usefixtures(_one_thread_and_no_pictures.__name__)
 
@@ -256,9 +258,10 @@ def test_the_loss_is_what_the_model_itself_says(tmp_path: Path, kind: str) -> No
     assert found.perplexity == pytest.approx(float(own.exp()), rel=1e-4)
 
 
-def test_a_frozen_head_of_a_decoder_is_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", [PAIRS, [{"prompt": "b", "completion": "more than it reads"}]])
+def test_a_frozen_head_of_a_decoder_is_left_out(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     base = both()
-    samples = paired(tmp_path, PAIRS, base.tokenizer)
+    samples = paired(tmp_path, rows, texts.tokenizer())
     batch = Collator(texts.PAD, base.decoder_inputs)(list(samples))
     labels = batch.pop("labels")
     base.model.requires_grad_(False)
@@ -373,6 +376,12 @@ def test_features_train_the_head_of_words_alone(tmp_path: Path) -> None:
     report = train(recipe_of(tmp_path, method="features", **changes_of("bert")), base=tagger())
     adapter = Adapter.load(report.out)
     assert set(adapter.tensors) == {f"base_model.model.classifier.{name}" for name in ("weight", "bias")}
+
+
+def test_samples_that_are_divided_otherwise_are_another_run() -> None:
+    one, other = joined([([4], [5, 6]), ([7], [8])], kind="target"), joined([([4], [5]), ([7], [6, 8])], kind="target")
+    assert torch.equal(one.labels, other.labels)
+    assert digest_of_samples(one) != digest_of_samples(other)
 
 
 # What does not go together

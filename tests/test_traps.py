@@ -400,7 +400,7 @@ TRAPS = (
         beginning_once,
         (
             Mistake("models:without_special", "ids[len(prefix) :] if", "ids if"),
-            Mistake("data.chat:_tokens", "add_special_tokens=False", "add_special_tokens=True"),
+            Mistake("models:text_ids", "add_special_tokens=False", "add_special_tokens=True"),
         ),
     ),
     Trap(

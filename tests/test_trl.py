@@ -12,7 +12,6 @@ import pytest
 import texts
 import tiny
 import torch
-import transformers
 from datasets import Dataset
 
 from lora_kit.adapter import Adapter
@@ -157,7 +156,7 @@ def test_dpo_changes_the_adapter_and_nothing_else(kind: str, how: dict[str, bool
     check_only_the_adapter_changed(bank, before, initial)
 
 
-class Kept(transformers.TrainerCallback):
+class Kept:
     """What a model was given and gave, call by call."""
 
     def __init__(self, module: torch.nn.Module) -> None:

@@ -80,7 +80,7 @@ class Bench:
         self.train, self.test = (self._limited(sides.read(data / name / f"{split}.jsonl")) for split in SPLITS)
         labels = {row["label"] for row in self.train}
         self.labels = tuple(str(label) for label in sorted(labels))
-        decides = [name, asdict(settings), RATES, EPOCHS[name], self.facts()]
+        decides = [name, asdict(settings), self.facts()]
         self.work = work / f"{name}-{digest(json.dumps(decides, sort_keys=True).encode())[:12]}"
         self.work.mkdir(parents=True, exist_ok=True)
         write_rows(self.work / "test.jsonl", self.test)
@@ -123,15 +123,23 @@ class Bench:
 
     def method(self, method: str) -> dict[str, Any]:
         """Rates tried, and what each side came to with the one that was chosen."""
-        tried = {
-            f"{rate:g}": self.once(f"{method}-{rate:g}", partial(self.tried, method, rate)) for rate in RATES[method]
+        judged: dict[float, float] = {}
+        waiting = list(RATES[method])
+        while waiting:
+            rate = waiting.pop(0)
+            found = self.once(f"{method}-{rate:g}", partial(self.tried, method, rate))
+            if found is None:
+                break
+            judged[rate] = found["accuracy"]
+            if not waiting:
+                waiting = beyond(judged)
+        if not judged:
+            return {"tried": {}}
+        best = best_of(judged)
+        finals = {
+            side: self.once(f"{method}-{best:g}-{side}", partial(self.final, method, best, side)) for side in SIDES
         }
-        judged = {rate: found["accuracy"] for rate, found in tried.items() if found}
-        if len(judged) < len(RATES[method]):
-            return {"tried": judged}
-        rate = float(max(judged, key=lambda name: judged[name]))
-        finals = {side: self.once(f"{method}-{side}", partial(self.final, method, rate, side)) for side in SIDES}
-        return {"tried": judged, "rate": rate, **finals}
+        return {"tried": dict(sorted(judged.items())), "rate": best, **finals}
 
     def tried(self, method: str, rate: float) -> dict[str, Any]:
         """Accuracy of a short run on rows that it has not seen."""
@@ -214,6 +222,19 @@ class Bench:
 
 
 SPLITS: Final = ("train", "test")
+
+
+def best_of(judged: Mapping[float, float]) -> float:
+    """The rate of the highest accuracy; of equals the lowest."""
+    return max(sorted(judged), key=lambda rate: judged[rate])
+
+
+def beyond(judged: Mapping[float, float]) -> list[float]:
+    """The next rate to try: one further where the best is the last of those tried at either end."""
+    rates, best = sorted(judged), best_of(judged)
+    if best == rates[-1]:
+        return [float(f"{10 * rates[-2]:g}")]
+    return [float(f"{rates[1] / 10:g}")] if best == rates[0] else []
 
 
 def in_batches(rows: Sequence[dict[str, Any]], batch: int, steps: int, *, seed: int) -> list[dict[str, Any]]:
@@ -301,7 +322,7 @@ def section(name: str, found: Mapping[str, Any]) -> list[str]:
     lines = []
     for method, cells in found["methods"].items():
         own = accuracies(found, method)
-        tried = ", ".join(f"{rate}: {percent(value)}" for rate, value in cells["tried"].items())
+        tried = ", ".join(f"{float(rate):g}: {percent(value)}" for rate, value in cells["tried"].items())
         rate = f"{cells['rate']:g}" if "rate" in cells else "–"
         behind = [f"{100 * (own[side] - full[side]):+.1f}" if side in own and side in full else "–" for side in SIDES]
         timed = (found["time"] or {}).get(method, {}).get("lora_kit")

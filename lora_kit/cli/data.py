@@ -23,7 +23,7 @@ _LINES: Final = 10
 """Lines told of each kind of finding; all of them stand in the manifest."""
 _MEANINGS: Final = {
     "bad": "cannot be read as a row",
-    "empty": "without text",
+    "empty": "without text or label",
     "long": "too long to be trained on",
     "duplicates": "say the same as an earlier row",
     "conflicts": "have the input of an earlier row and another label",

@@ -36,7 +36,7 @@ def sweep(
     replace: Replace = False,
     json: AsJson = False,
 ) -> None:
-    """Train a recipe with many values of some of its keys; the best result is kept.
+    """Train with many values of some keys; keep the best.
 
     A sweep that was stopped goes on when the same command is given again; given twice at once, the two share the
     trials. Any key of the recipe is a flag here too, for all trials.

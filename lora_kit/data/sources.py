@@ -61,6 +61,10 @@ class Contents:
     sha256: str
 
 
+_MARK: Final = b"\xef\xbb\xbf"
+"""What spreadsheets put before a text in UTF-8, also where later lines are in another encoding."""
+
+
 def read_file(path: Path, *, encoding: str = "utf-8") -> Contents:
     """What stands in a file; the ending of its name says what kind of file it is.
 
@@ -71,7 +75,9 @@ def read_file(path: Path, *, encoding: str = "utf-8") -> Contents:
     contents = _bytes(path)
     if suffix not in _READERS:
         raise DataError(f"{path}: files of this kind are not read", hint=f"kinds: {' '.join(KINDS)}")
-    text = contents if suffix == ".parquet" else _recoded(path, contents, encoding).removeprefix(b"\xef\xbb\xbf")
+    text = (
+        contents if suffix == ".parquet" else _recoded(path, contents.removeprefix(_MARK), encoding).removeprefix(_MARK)
+    )
     return Contents(*_READERS[suffix](path, text), hashlib.sha256(contents).hexdigest())
 
 

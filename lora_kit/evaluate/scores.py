@@ -12,8 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from lora_kit.evaluate.metrics import METRICS
-
 Rows = Sequence[Sequence[int]]
 """The labels of each sample, by number."""
 Span = tuple[int, int, str]
@@ -138,8 +136,3 @@ def _rouge_l(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float
 
     found = rouge_score(list(texts), [list(each) for each in references], accumulate="best", rouge_keys="rougeL")
     return float(found["rougeL_fmeasure"])
-
-
-def better(name: str, one: float, other: float) -> bool:
-    """Whether one value of a metric is better than another."""
-    return one > other if METRICS[name].greater_is_better else one < other

@@ -20,6 +20,8 @@ CARD: Final = "README.md"
 _SUFFIXES: Final = {".json", ".txt", ".jinja", ".model", ".tiktoken", ".spm", ".vocab"}
 _NAMES: Final = ("license", "notice", "use_policy")
 _NOT_CARRIED: Final = {CONFIG, CARD, MERGE_RECORD, "adapter_config.json", "lora_kit.json", "trainer_state.json"}
+_TOKENIZER: Final = ("tokenizer", "special_tokens_map", "added_tokens", "vocab.", "merges.", "chat_template")
+_TOKENIZER_SUFFIXES: Final = {".model", ".tiktoken", ".spm", ".vocab"}
 _TEMPLATES: Final = "additional_chat_templates"
 
 
@@ -33,6 +35,15 @@ def carry(base: Path, out: Path) -> tuple[str, ...]:
             shutil.copyfileobj(source, target)
         carried.append(str(name))
     return tuple(carried)
+
+
+def carry_tokenizer(folder: Path, out: Path) -> None:
+    """Copy a tokenizer that lies beside an adapter, in the place of the base's; none where there is none."""
+    if (folder / "tokenizer_config.json").is_file():
+        for file in _companions(folder):
+            if file.name.startswith(_TOKENIZER) or file.suffix in _TOKENIZER_SUFFIXES:
+                with opened(file) as (source, _), (out / file.name).open("wb") as target:
+                    shutil.copyfileobj(source, target)
 
 
 def _companions(base: Path) -> Iterator[Path]:
@@ -57,8 +68,9 @@ def write_config(
         raise BaseModelError(f"{base / CONFIG} cannot be read: {error}") from None
     fields = {name: value for name, value in {**fields, **changes}.items() if name not in without}
     for part in (fields, *(value for value in fields.values() if isinstance(value, dict))):
-        if "tie_word_embeddings" in changes and "tie_word_embeddings" in part:
-            part["tie_word_embeddings"] = changes["tie_word_embeddings"]
+        for name in ("tie_word_embeddings", "vocab_size"):
+            if name in changes and name in part:
+                part[name] = changes[name]
         for name in ("dtype", "torch_dtype"):
             if dtype is not None and name in part:
                 part[name] = str(dtype).removeprefix("torch.")
@@ -68,6 +80,8 @@ def write_config(
 def config_changes(base: Outline, folder: Path, head: Head, *, untied: bool) -> dict[str, Any]:
     """What the config must say of the merged model that the base's own does not."""
     changes: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
+    if base.resized:
+        changes["vocab_size"] = base.config.get_text_config().vocab_size
     if head.fields:
         config = base.config
         changes["architectures"] = [type(base.model).__name__]

@@ -80,6 +80,7 @@ class Outline:
         unclaimed: stored tensors that fill nothing, and that transformers does not know as harmless leftovers.
         missing: keys that nothing fills.
         ties: keys that are one parameter, for every such parameter.
+        resized: keys of embeddings that an adapter brings with another number of rows.
         declared: keys that are one parameter by the config, whatever the files hold.
     """
 
@@ -91,6 +92,7 @@ class Outline:
     unclaimed: tuple[str, ...]
     missing: tuple[str, ...]
     ties: tuple[tuple[str, ...], ...]
+    resized: tuple[str, ...]
     declared: tuple[tuple[str, ...], ...]
 
     def pieces(self, key: str) -> tuple[Piece, ...] | None:
@@ -129,14 +131,23 @@ def shell(config: Any, head: Head) -> nn.Module:
     return model.eval()
 
 
-def outline(folder: Path, shards: Sequence[Shard], head: Head) -> Outline:
+def outline(folder: Path, shards: Sequence[Shard], head: Head, *, saved: Mapping[str, Tensor] | None = None) -> Outline:
     """What transformers would fill with what, were it to load this folder.
+
+    Args:
+        saved: tensors that an adapter brings; where its embeddings have other rows than the model's, the model has
+            theirs.
 
     Raises:
         BaseModelError: the config cannot be read, or a tensor has another shape than its place.
+        MergeError: only some of the tables of a vocabulary have another size.
     """
     config = read_config(folder, head)
     model = shell(config, head)
+    resized = resized_tables(model, saved or {})
+    if resized:
+        config.get_text_config().vocab_size = len((saved or {})[resized[0]])
+        model = shell(config, head)
     stored = {name: tensor for shard in shards for name, tensor in shard.tensors.items()}
     names, conversions, unclaimed = _assigned(model, stored)
     converted = {target for one in conversions.values() for target in one.check(model)}
@@ -147,12 +158,12 @@ def outline(folder: Path, shards: Sequence[Shard], head: Head) -> Outline:
     misfits = [
         f"{name} {tuple(stored[name].shape)} for {key} {tuple(places[key].shape)}"
         for key, name in names.items()
-        if stored[name].shape != places[key].shape
+        if stored[name].shape != places[key].shape and key not in resized
     ]
     if misfits:
         raise BaseModelError(f"{printable(folder)}: the weights do not fit the model: {listed(misfits, most=3)}")
     groups = _groups(model)
-    for group in groups:
+    for group in (group for group in groups if not set(group) & set(resized)):
         _fill(model, group, {key: stored[names[key]] for key in group if key in names})
     filled = {key for group in groups if any(key in names for key in group) for key in group}
     missing = set(places) - filled - converted
@@ -167,8 +178,32 @@ def outline(folder: Path, shards: Sequence[Shard], head: Head) -> Outline:
         unclaimed=tuple(sorted(info.unexpected_keys)),
         missing=tuple(sorted(info.missing_keys)),
         ties=tuple(tuple(group) for group in _groups(model) if len(group) > 1),
+        resized=resized,
         declared=tuple(tuple(group) for group in groups if len(group) > 1),
     )
+
+
+def resized_tables(model: Any, saved: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Keys of a model's embeddings, where an adapter brings them with another number of rows.
+
+    Raises:
+        MergeError: it brings one, and nothing for the other.
+    """
+    own = model.state_dict()
+    modules = {module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None}
+    tables = tuple(f"{path}.weight" for path, module in model.named_modules() if module in modules)
+    other = [key for key in tables if key in saved and saved[key].shape[1:] == own[key].shape[1:]]
+    other = [key for key in other if len(saved[key]) != len(own[key])]
+    if not other:
+        return ()
+    rows = len(saved[other[0]])
+    left = [key for key in tables if key not in saved or len(saved[key]) != rows]
+    if left:
+        raise MergeError(
+            f"the adapter brings {other[0]} with {rows:,} rows, and nothing of that size for {listed(left)}",
+            hint="save both with the adapter: modules_to_save with the embedding and the head",
+        )
+    return tables
 
 
 def _assigned(model: Any, stored: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, Conversion], set[str]]:

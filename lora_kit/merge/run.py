@@ -88,7 +88,8 @@ def merge(
     quantisation.check_choice(quantized, original=original, dtype=dtype, verify=verify)
     sources, wanted = _sources(adapter), None if dtype is None else float_dtype(dtype)
     local = [folder for name in (base, original) if name is not None and (folder := local_folder(name))]
-    inputs = [*local, *(Path(source) for source, _ in sources if not isinstance(source, Adapter))]
+    beside = tuple(Path(source) for source, _ in sources if not isinstance(source, Adapter))
+    inputs = [*local, *beside]
     preflight.refuse_overlap(out, inputs)
     check_output(out, replace=replace, owned=preflight.is_merged_folder)
     parts = [_part(source, weight, allow=allow) for source, weight in sources]
@@ -105,7 +106,7 @@ def merge(
         shards = quantisation.read_quantized(folder, shards)
     needed = _needed(shards, parts, wanted) - _size(journal.place_of(out))
     with staged(out, replace=replace, owned=preflight.is_merged_folder, needed=needed) as staging:
-        work = _Work(str(base), folder, shards, parts, wanted, frozenset(allow), quantized)
+        work = _Work(str(base), folder, shards, parts, wanted, frozenset(allow), quantized, beside)
         report, origin = work.into(staging, out=out, progress=progress)
         if verify == "logits":
             report = dataclasses.replace(report, logits=work.logits_of(staging, report))
@@ -125,6 +126,7 @@ class _Work:
     dtype: torch.dtype | None
     allow: frozenset[str]
     quantized: str | None
+    beside: tuple[Path, ...]
 
     @property
     def head(self) -> Head:
@@ -136,7 +138,8 @@ class _Work:
     def into(self, staging: Path, *, out: Path, progress: stream.Progress | None) -> tuple[MergeReport, dict[str, Any]]:
         """Write the merged model and check it. Returns the report, and the base's fingerprint."""
         head = self.head
-        base = outline(self.folder, self.shards, head)
+        saved = {key: tensor for part in self.parts for key, tensor in part.adapter.saved().items()}
+        base = outline(self.folder, self.shards, head, saved=saved)
         todo = plan(
             base, self.shards, self.parts, head=head, dtype=self.dtype, allow=self.allow, quantized=self.quantized
         )
@@ -144,6 +147,8 @@ class _Work:
         gone = ["quantization_config"] if self.quantized == quantisation.DEQUANTIZED else []
         companions.write_config(self.folder, staging, changes=changes, without=gone, dtype=self.dtype)
         companions.carry(self.folder, staging)
+        for folder in self.beside if base.resized else ():
+            companions.carry_tokenizer(folder, staging)
         with journal.kept(out, self._key(todo)) as kept:
             written = stream.write(todo, staging, kept=kept, progress=progress)
         report = MergeReport(

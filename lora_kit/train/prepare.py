@@ -79,7 +79,10 @@ class Job:
         """What decides the result: see `lora_kit.train.checkpoints`. Rows count by their content, not by their path."""
         recipe = self.recipe.to_dict()
         del recipe["out"], recipe["data"]["train"], recipe["data"]["validation"]
-        rows = {"train": _digest(self.train), "validation": self.validation and _digest(self.validation)}
+        rows = {
+            "train": digest_of_samples(self.train),
+            "validation": self.validation and digest_of_samples(self.validation),
+        }
         base = fingerprint(self.base.model)
         sums = {"rows": rows, "base": digest_of({key: base[key] for key in ("structure", "weights")})}
         return recipe | {"sha256": sums, "device": self.base.device.type}
@@ -91,10 +94,10 @@ class Job:
         return {"versions": versions, "threads": torch.get_num_threads()}
 
 
-def _digest(samples: Encoded | Packed) -> str:
+def digest_of_samples(samples: Encoded | Packed) -> str:
     """sha256 of samples as the model sees them."""
     if isinstance(samples, Packed):
-        return digest_of({"samples": _digest(samples.samples), "rows": samples.rows})
+        return digest_of({"samples": digest_of_samples(samples.samples), "rows": samples.rows})
     found = hashlib.sha256(samples.kind.encode())
     for tensor in (samples.offsets, samples.ids, samples.labels, samples.label_offsets):
         found.update(tensor.contiguous().numpy().data)

@@ -139,7 +139,10 @@ class Plan:
         """
         if not exists(self.folder / PLAN):
             return []
-        told = list(differences(Plan.read(self.folder).identity, self.identity))
+        try:
+            told = list(differences(Plan.read(self.folder).identity, self.identity))
+        except AdapterError as error:
+            told = [error.message]
         if told and not replace:
             raise RecipeError(
                 f"{printable(self.folder)} holds another sweep:\n  " + "\n  ".join(told),

@@ -58,7 +58,11 @@ class Worker:
         for trial in self._study.done:
             if trial.number not in self._told:
                 self._told.add(trial.number)
-                logger.info("%s", line(self._plan, trial, self._study.best))
+                logger.info("%s; %s", line(self._plan, trial), self._standing())
+
+    def _standing(self) -> str:
+        best, done = self._study.best, f"{len(self._told)} of {self._plan.trials} done"
+        return done if best is None else f"{done}, best: trial {best.number} with {best.value:.5g}"
 
     def _run(self, trial: FrozenTrial) -> None:
         if PRUNED_AT in trial.user_attrs:  # decided before the process died
@@ -120,7 +124,7 @@ class _Reports(TrainerCallback):
             control.should_training_stop = True
 
 
-def line(plan: Plan, trial: FrozenTrial, best: FrozenTrial | None) -> str:
+def line(plan: Plan, trial: FrozenTrial) -> str:
     """How a trial ended, in words."""
     values = ", ".join(f"{key} {shown(value)}" for key, value in trial.params.items())
     how = {
@@ -128,8 +132,7 @@ def line(plan: Plan, trial: FrozenTrial, best: FrozenTrial | None) -> str:
         TrialState.PRUNED: f"pruned at {plan.metric} {trial.value or 0:.5g}",
         TrialState.FAIL: f"failed: {trial.user_attrs.get('error')}",
     }[trial.state]
-    against = "" if best is None else f"; best: trial {best.number} with {best.value:.5g}"
-    return f"trial {trial.number} of 0 to {plan.trials - 1}: {how} ({values}){against}"
+    return f"trial {trial.number}: {how} ({values})"
 
 
 def shown(value: Any) -> str:
