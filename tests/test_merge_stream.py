@@ -36,6 +36,7 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     """Tiny weights are one block of rows; with blocks as small as they get they are several, as large ones are."""
     if request.param == "many blocks":
         monkeypatch.setattr(rows, "_ELEMENTS", 1)
+        monkeypatch.setattr(sink, "_SLAB", 2048)  # so that its memory is used again and again
 
 
 @pytest.fixture

@@ -143,6 +143,41 @@ def test_leaks_and_conflicts_are_found_whatever_the_case(here: Path, base: str) 
     assert found.parts[0].dropped == {"leaks": [2]}
 
 
+def test_conflicts_are_left_out_with_the_rows_they_contradict(here: Path, base: str) -> None:
+    rows = [{"text": t, "label": n} for t, n in (("One", 0), ("two", 1), ("one ", 1), ("six", 0), ("ten", 1))]
+    train = texts.write(here / "a.jsonl", rows)
+    found = prepare(train, here / "out", base=base, share=0, drop=["conflicts"])
+    assert found.parts[0].dropped == {"conflicts": [1, 3]}
+    assert [row["text"] for row in lines(here / "out" / "train.jsonl")] == ["two", "six", "ten"]
+
+
+def test_a_misspelt_label_is_told_and_put_right(here: Path, base: str) -> None:
+    rows = [{"text": f"text {n}", "label": ("positive", "negative")[n % 2]} for n in range(60)]
+    train = texts.write(here / "a.jsonl", [*rows, {"text": "good", "label": "Postive"}])
+    found = prepare(train, base=base).parts[0].examined
+    assert found.lookalikes == {"Postive": "positive"}
+    found = prepare(train, here / "out", base=base, share=0, relabel={"Postive": "positive"}).parts[0].examined
+    assert found.labels == {"positive": 31, "negative": 30}
+    assert lines(here / "out" / "train.jsonl")[-1]["label"] == "positive"
+    valid = texts.write(here / "b.jsonl", [{"text": "bad", "label": "negatve"}])
+    both = {"Postive": "positive", "negatve": "negative"}
+    rows[0]["label"] = "negatve"
+    train = texts.write(here / "c.jsonl", [*rows, {"text": "good", "label": "Postive"}])
+    found_both = prepare(train, here / "both", validation=valid, base=base, relabel=both)
+    assert [part.examined.faults for part in found_both.parts] == [(), ()]
+    assert json.loads((here / "out" / "manifest.json").read_text())["settings"]["relabel"] == {"Postive": "positive"}
+
+
+def test_numbers_are_relabelled_as_numbers_and_are_not_taken_for_misspelt(here: Path, base: str) -> None:
+    rows = [{"text": f"text {n}", "label": n % 2 + 10} for n in range(60)]
+    train = texts.write(here / "a.jsonl", [*rows, {"text": "good", "label": 12}])
+    assert prepare(train, base=base).parts[0].examined.lookalikes == {}
+    prepare(train, here / "out", base=base, share=0, relabel={"12": "11"})
+    assert lines(here / "out" / "train.jsonl")[-1]["label"] == 11
+    with pytest.raises(DataError, match="has no label 'postive' to rename"):
+        prepare(train, base=base, relabel={"postive": "positive"})
+
+
 def test_a_label_that_is_not_trained_on_is_a_fault_of_the_validation(here: Path, base: str) -> None:
     train = texts.write(here / "a.jsonl", [{"text": "one", "label": "x"}, {"text": "two", "label": "y"}])
     valid = texts.write(here / "b.jsonl", [{"text": "six", "label": "z"}, {"text": "ten", "label": "x"}])

@@ -573,6 +573,7 @@ def test_a_sweep_that_somebody_works_on_is_not_replaced_by_another(tmp_path: Pat
     recipe, told = swept(tmp_path), []
 
     def other() -> None:
+        at_step(-1, 0, die)  # once
         with pytest.raises(StorageError, match="another process works on") as caught:
             sweep(recipe, [RATES], base=base_of(), replace=True)
         told.append(str(caught.value))

@@ -43,6 +43,7 @@ def prepare(
     max_length: int | None = None,
     chat_template: str | None = None,
     rename: Annotated[list[str] | None, Parameter(negative="", consume_multiple=True)] = None,
+    relabel: Annotated[list[str] | None, Parameter(negative="", consume_multiple=True)] = None,
     encoding: str = "utf-8",
     drop: Annotated[list[str] | None, Parameter(negative="", consume_multiple=True)] = None,
     seed: int = 0,
@@ -62,8 +63,9 @@ def prepare(
         max_length: Tokens of a sample at the most; by default what the base can see, 2,048 at the most.
         chat_template: Of conversations: plain, or a Jinja file; by default the base's own.
         rename: Columns under other names: question=prompt answer=completion.
+        relabel: Labels under other names: postive=positive.
         encoding: Of the file: utf-8, utf-16, cp1252, …
-        drop: Rows to leave out: bad, empty, long, duplicates, leaks.
+        drop: Rows to leave out: bad, empty, long, duplicates, conflicts, leaks.
         seed: Of the split.
     """
     from lora_kit.data import prepare as run
@@ -76,7 +78,8 @@ def prepare(
         base=base,
         max_length=max_length,
         template=chat_template,
-        rename=_pairs(rename or ()),
+        rename=_pairs(rename or (), "rename", "question=prompt answer=completion"),
+        relabel=_pairs(relabel or (), "relabel", "postive=positive"),
         encoding=encoding,
         drop=drop or (),
         seed=seed,
@@ -113,12 +116,12 @@ def preview(recipe: Path, /, *, row: int = 1, validation: Annotated[bool, Parame
         print(f"{samples.num_labels:,} of {tokens:,} tokens are learned ({samples.num_labels / tokens:.0%})")
 
 
-def _pairs(given: Sequence[str]) -> dict[str, str]:
+def _pairs(given: Sequence[str], flag: str, example: str) -> dict[str, str]:
     """`["question=prompt"]` as `{"question": "prompt"}`."""
     pairs = [item.rpartition("=") for item in given]
     wrong = [item for item, (old, _, new) in zip(given, pairs, strict=True) if not old or not new]
     if wrong:
-        raise DataError(f"rename {wrong[0]!r} is not old=new", hint="--rename question=prompt answer=completion")
+        raise DataError(f"{flag} {wrong[0]!r} is not old=new", hint=f"--{flag} {example}")
     return {old: new for old, _, new in pairs}
 
 
@@ -145,6 +148,9 @@ def _show(part: Part, found: Preparation) -> None:
     print_table(("label", what, "share"), [(n, f"{c:,}", f"{c / labelled:.1%}") for n, c in shown])
     if len(labels) > len(shown):
         print(f"and {len(labels) - len(shown)} more labels, the rarest with {min(labels.values()):,} {what}")
+    for label, other in examined.lookalikes.items():
+        likely = shlex.quote(f"{label}={other}")
+        print(harmless(f"label {label!r} ({labels[label]:,} {what}) looks like {other!r}: --relabel {likely}"))
     print()
 
 

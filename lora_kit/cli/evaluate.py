@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 @app.command(name="eval")
 def evaluate(
-    *,
     data: Path,
+    *,
     adapter: Adapters | None = None,
     base: str | None = None,
     compare: Annotated[bool, Parameter(negative="")] = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -50,6 +51,9 @@ def train(
     with told():
         report = run(wanted, replace=replace)
     print_table(("", ""), _train_facts(report))
+    if wanted.method != "full" and wanted.data.validation:
+        told_data, told_out = shlex.quote(str(wanted.data.validation)), shlex.quote(str(report.out))
+        print(harmless(f"\nnext:\n  lora-kit eval {told_data} --adapter {told_out} --compare"))
 
 
 def _switch(values: dict[str, str], name: str) -> bool:

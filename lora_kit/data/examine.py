@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from lora_kit.data.chat import ChatTemplate
 from lora_kit.data.encode import Measured, measure
+from lora_kit.data.labels import lookalikes, relabelled
 from lora_kit.data.rows import Rows, label_names, scan_rows
 from lora_kit.data.samples import LABEL
 from lora_kit.data.sources import Fault
@@ -28,6 +29,7 @@ class Reading:
     separator: str
     task: str
     rename: Mapping[str, str]
+    relabel: Mapping[str, str]
     encoding: str
 
 
@@ -68,6 +70,11 @@ class Examined:
         return dict(Counter(str(label) for labels in self.rows.labels for label in labels).most_common())
 
     @property
+    def lookalikes(self) -> dict[str, str]:
+        """A rare label → the frequent one it is likely to be meant for."""
+        return lookalikes(self.labels)
+
+    @property
     def learned(self) -> float:
         """The share of tokens with a loss; of rows with labels every row has one, and this is 0."""
         samples = self.measured.encoded
@@ -92,7 +99,10 @@ def examine(
         DataError: the file cannot be read as a whole, or holds no rows of one format; see `scan_rows` and `measure`.
     """
     found = scan_rows(path, rename=reading.rename, encoding=reading.encoding, split=split)
-    rows = found.rows
+    there = {str(label) for labels in found.rows.labels for label in labels}
+    # A label that only the training rows have misspelt is no mistake of the validation's.
+    relabel = {old: new for old, new in reading.relabel.items() if label2id is None or old in there}
+    rows = relabelled(found.rows, relabel)
     if rows.values and rows.format in ("label", "words") and label2id is None:
         label2id = {name: number for number, name in enumerate(label_names(rows))}
     measured = measure(

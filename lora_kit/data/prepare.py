@@ -32,8 +32,8 @@ MANIFEST: Final = "manifest.json"
 TRAIN: Final = "train.jsonl"
 VALIDATION: Final = "validation.jsonl"
 RECIPE: Final = "recipe.yaml"
-DUPLICATES, LEAKS = "duplicates", "leaks"
-DROPPABLE: Final = (BAD, EMPTY, LONG, DUPLICATES, LEAKS)
+DUPLICATES, CONFLICTS, LEAKS = "duplicates", "conflicts", "leaks"
+DROPPABLE: Final = (BAD, EMPTY, LONG, DUPLICATES, CONFLICTS, LEAKS)
 """What can be left out: rows that cannot be read, without text, too long; repeats; training rows validated on."""
 SHARE: Final = 0.05
 _FORMAT: Final = 1
@@ -83,6 +83,7 @@ class Part:
             "dropped": {kind: list(lines) for kind, lines in self.dropped.items()},
             "unused": list(found.unused),
             "labels": found.labels,
+            "lookalikes": found.lookalikes,
             "tokens": self.tokens,
             "cut": list(found.measured.cut),
         }
@@ -139,6 +140,7 @@ def prepare(
     max_length: int | None = None,
     template: str | None = None,
     rename: Mapping[str, str] | None = None,
+    relabel: Mapping[str, str] | None = None,
     encoding: str = "utf-8",
     drop: Collection[str] = (),
     seed: int = 0,
@@ -157,6 +159,7 @@ def prepare(
         template: of conversations: `plain`, a Jinja file or the text of one; None for the tokenizer's own, and `plain`
             for a base without one.
         rename: columns to the names they are to go by.
+        relabel: labels to the names they are to have.
         encoding: of the files.
         drop: what to leave out, of `DROPPABLE`. Of repeats the first row stays; leaks are taken from the training rows.
         seed: of the split.
@@ -181,6 +184,7 @@ def prepare(
         separator=DEFAULT_SEPARATOR,
         task="seq2seq" if reader.both else "causal-lm",
         rename=dict(rename or {}),
+        relabel=dict(relabel or {}),
         encoding=encoding,
     )
     chosen = _template(template, tokenizer, base)
@@ -193,6 +197,7 @@ def prepare(
         "max_length": length,
         "chat_template": _named(template, tokenizer) if rows.format == "chat" else None,
         "rename": reading.rename,
+        "relabel": reading.relabel,
         "encoding": encoding,
         "drop": sorted(drop),
         "share": 0.0 if validation is not None else share,
@@ -262,6 +267,8 @@ def _mended(path: Path, found: Examined, leaked: Mapping[int, int], drop: Collec
     wrong = {
         **{kind: found.lines_of(kind) for kind in (BAD, EMPTY, LONG)},
         DUPLICATES: list(found.duplicates),
+        # Nobody knows which of them is right.
+        CONFLICTS: sorted({*found.conflicts, *found.conflicts.values()}),
         LEAKS: list(leaked),
     }
     dropped = {kind: lines for kind, lines in wrong.items() if kind in drop and lines}

@@ -128,7 +128,7 @@ def _loaded(base: str | Base, labels: Sequence[str], values: Sequence[Adapter | 
     for label, value in zip(labels, values, strict=True):
         kind = value.config.task_type if value is not None else None
         if kind is not None and TASK_TYPES.get(kind) not in _WRITING:
-            hint = "give one of a causal-lm task"
+            hint = "`lora-kit eval FILE --out said.jsonl` says what it makes of texts"
             raise AdapterError(f"adapter {label!r} was made for {kind}: it does not write text", hint=hint)
     task = task_of(labels, values)
     if not isinstance(base, str):
