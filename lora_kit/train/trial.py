@@ -12,7 +12,7 @@ from lora_kit.data import Encoded, Packed
 from lora_kit.train.arguments import training_arguments
 from lora_kit.train.clock import Clock
 from lora_kit.train.footprint import Footprint, footprint
-from lora_kit.train.planning import Measured, Steps
+from lora_kit.train.plans import Measured, Steps
 from lora_kit.train.prepare import Job
 from lora_kit.train.trainer import Trainer
 
