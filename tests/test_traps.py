@@ -2,6 +2,9 @@
 
 A check is what the person who trains would have noticed. It is made twice: on the code as it is, and with a mistake of
 one line planted in it, where it must fail.
+
+A check that fails is what is wanted here, many times over, so pytest is not to explain each failure: without being cut
+short, as on a CI, the differences of long lists take it minutes. PYTEST_DONT_REWRITE
 """
 
 from __future__ import annotations
