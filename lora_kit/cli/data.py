@@ -150,7 +150,11 @@ def _show(part: Part, found: Preparation) -> None:
         print(f"and {len(labels) - len(shown)} more labels, the rarest with {min(labels.values()):,} {what}")
     for label, other in examined.lookalikes.items():
         likely = shlex.quote(f"{label}={other}")
-        print(harmless(f"label {label!r} ({labels[label]:,} of {labelled:,} {what}) looks like {other!r}: --relabel {likely}"))
+        print(
+            harmless(
+                f"label {label!r} ({labels[label]:,} of {labelled:,} {what}) looks like {other!r}: --relabel {likely}"
+            )
+        )
     print()
 
 
