@@ -323,6 +323,13 @@ def test_convert_on_the_command_line_says_what_it_did(tmp_path: Path, capsys: py
     assert main(["convert", str(source), "--out", str(tmp_path / "o"), "--rename", "x", "--alpha", "1"]) == 2
 
 
+def test_pairs_for_convolutions_are_converted_too(tmp_path: Path) -> None:
+    values = {"conv.lora_A.default.weight": torch.ones(4, 3, 5), "conv.lora_B.default.weight": torch.ones(8, 4, 1)}
+    source = folders.foreign(tmp_path / "x", values, target_modules=["conv"])
+    assert main(["convert", str(source), "--out", str(tmp_path / "out")]) == 0
+    assert lk.Adapter.load(tmp_path / "out").all_pairs()["conv"].kind == "convolution"
+
+
 # Real ones, where a folder of them is given
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from lora_kit.cli.app import ADAPTERS, Adapters, AsJson, Replace, Store, app
+from lora_kit.cli.app import ADAPTERS, Adapters, AsJson, Replace, Store, app, check_adapter_output
 from lora_kit.cli.merge import bytes_bar
 from lora_kit.cli.screen import brief, print_json, print_table, size
 from lora_kit.errors import ConfigError
@@ -55,7 +55,7 @@ def combine(
     if len(weight) != len(adapter):
         raise ConfigError(f"{len(adapter)} adapters and {len(weight)} weights were given", hint="one --weight for each")
     folders = [find_adapter(name, store=store) for name in adapter]
-    _check_output(out, replace=replace)
+    check_adapter_output(out, replace=replace)
     parents = list(zip(folders, weight, strict=True))
     made = run(parents, method=method, rank=rank, density=density, seed=seed, allow=allow or ())
     _save(made, out, replace=replace, json=json)
@@ -87,7 +87,7 @@ def resize(
     from lora_kit.merge.algebra import resize as run
 
     folder = find_adapter(adapter, store=store)
-    _check_output(out, replace=replace)
+    check_adapter_output(out, replace=replace)
     _save(run(folder, rank=rank, energy=energy, bytes=bytes), out, replace=replace, json=json)
 
 
@@ -116,18 +116,10 @@ def extract(
     """
     from lora_kit.merge.algebra import extract as run
 
-    _check_output(out, replace=replace)
+    check_adapter_output(out, replace=replace)
     with bytes_bar("comparing") as progress:
         made = run(base, tuned, rank=rank, energy=energy, others=others, progress=progress)
     _save(made, out, replace=replace, json=json)
-
-
-def _check_output(out: Path, *, replace: bool) -> None:
-    """Refuse an output before any work."""
-    from lora_kit.adapter import is_adapter_folder
-    from lora_kit.files import check_output
-
-    check_output(out, replace=replace, owned=is_adapter_folder)
 
 
 def _save(made: Adapter, out: Path, *, replace: bool, json: bool) -> None:

@@ -39,3 +39,11 @@ Store = Annotated[Path, Parameter(help="The folder in which adapters are looked 
 AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of tables.")]
 Replace = Annotated[bool, Parameter(negative="", help="Replace the output if it exists.")]
 ADAPTERS: Final = Path("adapters")
+
+
+def check_adapter_output(out: Path, *, replace: bool) -> None:
+    """Refuse a folder that no adapter may be written to, before any work."""
+    from lora_kit.adapter import is_adapter_folder
+    from lora_kit.files import check_output
+
+    check_output(out, replace=replace, owned=is_adapter_folder)

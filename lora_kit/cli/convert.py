@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from lora_kit.cli.app import AsJson, Replace, app
+from lora_kit.cli.app import AsJson, Replace, app, check_adapter_output
 from lora_kit.cli.screen import print_json, print_table
 from lora_kit.errors import ConfigError
 
@@ -41,11 +41,9 @@ def convert(
         enable_lora: Which of the equal parts of a fused projection have a pair, once for each part.
         base: What the base is called.
     """
-    from lora_kit.adapter import is_adapter_folder
-    from lora_kit.files import check_output
     from lora_kit.foreign import convert as run
 
-    check_output(out, replace=replace, owned=is_adapter_folder)
+    check_adapter_output(out, replace=replace)
     pairs = [item.partition("=") for item in rename or ()]
     if any(not old or not sign for old, sign, _ in pairs):
         raise ConfigError(f"--rename {rename} was given", hint="OLD=NEW, as in language_model.model=model")
@@ -57,5 +55,5 @@ def convert(
         print_json({"out": str(out), "digest": made.digest, **facts})
         return
     rows = [("adapter", str(out)), ("digest", made.digest), ("written by", facts["layout"])]
-    rows += [("pairs", str(len(made.pairs()))), ("saved whole", ", ".join(made.config.modules_to_save) or "none")]
+    rows += [("pairs", str(len(made.all_pairs()))), ("saved whole", ", ".join(made.config.modules_to_save) or "none")]
     print_table(("", ""), rows + [("", note) for note in facts["notes"]])
