@@ -164,15 +164,16 @@ def inspect(adapter: str | Path, *, store: str | Path = STORE) -> Inspection:
 
 def _loaded(path: Path) -> tuple[Adapter, tuple[str, ...]]:
     """An adapter, and how another tool wrote it where it cannot be loaded as it is."""
-    if path.is_dir() and (path / RECORD).exists():
-        return Adapter.load(path), ()  # of ours: that something is wrong with it is not to be explained away
     try:
         return Adapter.load(path), ()
     except (AdapterError, ConfigError) as error:
-        try:
-            found = foreign.read(path)
-        except LoraKitError:
-            raise (error if path.is_dir() else None) or AdapterError(f"{path} is no adapter") from None
+        if (path / RECORD).exists():
+            raise  # of ours: that something is wrong with it is not to be explained away
+        refusal = error if path.is_dir() else AdapterError(f"{path} is no adapter")
+    try:
+        found = foreign.read(path)
+    except LoraKitError:
+        raise refusal from None
     told = (f"written by {found.layout}: `lora-kit convert` makes an adapter of ours of it", *found.notes)
     return found.adapter, (*told, *(f"not said: {what}; shown as if scaling were 1" for what in found.open))
 
