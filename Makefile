@@ -26,8 +26,8 @@ demo: $(READY) ## three tasks on the built-in base: train, compare, swap, merge
 	@$(OFFLINE) $(BIN)/lora-kit demo
 
 .PHONY: test
-test: $(READY) ## the tests, offline
-	@$(OFFLINE) $(BIN)/pytest
+test: $(READY) ## the tests, offline, a process for each core
+	@$(OFFLINE) $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 .PHONY: format-check
 format-check: $(READY)

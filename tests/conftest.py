@@ -1,4 +1,4 @@
-"""Every test runs offline, on tiny models, with two threads at the most."""
+"""Every test runs offline, on tiny models, and with one thread: a forked child waits for ever for torch's others."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import os
 import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
 
+torch.set_num_threads(1)
+# Parallel workers have a width of their own here, and what is written to no terminal is to have ours.
+os.environ.pop("COLUMNS", None)
 # A shell that starts something in the background has it ignore SIGINT, and tests interrupt themselves with it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -25,3 +29,10 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_pictures_and_no_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer than the trainings of tests."""
+    monkeypatch.setattr("lora_kit.train.artifacts.loss_curve", lambda *_, **__: None)
+    monkeypatch.setattr("lora_kit.train.samples.COUNT", 0)

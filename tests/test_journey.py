@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from test_resume import _one_thread_and_no_pictures
 
 from lora_kit.cli import main
 
 Capture = pytest.CaptureFixture[str]
-pytestmark = pytest.mark.usefixtures(_one_thread_and_no_pictures.__name__)
+pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 
 GOOD = ("Great service", "Loved the room", "Friendly staff", "Best café in town", "Wonderful view")
 BAD = ("Terrible smell", "Dirty room", "Rude staff", "Worst hôtel ever", "Cold food")

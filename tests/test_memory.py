@@ -23,10 +23,7 @@ from lora_kit.train.memory import is_out_of_memory
 ROWS = [*PAIRS, {"prompt": "g", "completion": "hi"}, {"prompt": "jk", "completion": "l"}]
 
 
-@pytest.fixture(autouse=True)
-def _no_pictures_and_no_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_kit.train.artifacts.loss_curve", lambda *_, **__: None)
-    monkeypatch.setattr("lora_kit.train.samples.COUNT", 0)
+pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 
 
 def allocate_too_much(*_: Any) -> None:

@@ -602,7 +602,6 @@ def test_a_merge_killed_at_any_call_leaves_nothing_or_all_and_the_next_one_finis
     merge(base, adapter, place / "x")
     whole = test_merge.contents(place / "x")
     shutil.rmtree(place / "x")
-    torch.set_num_threads(1)  # a forked child has none of the others
     seen = set()
     take = sink.Sink._take
 
@@ -640,7 +639,6 @@ def killed(base: Path, adapter: Path, out: Path, *, after: int) -> None:
     """A merge that dies once it has finished so many files."""
 
     def work() -> None:
-        torch.set_num_threads(1)
         real, count = journal.Kept.finish, itertools.count(1)
 
         def finish(kept: journal.Kept, *given: Any, **named: Any) -> None:

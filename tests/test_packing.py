@@ -12,7 +12,7 @@ import texts
 import tiny
 import torch
 import transformers
-from test_resume import _one_thread_and_no_pictures, die_at, killed, long_recipe, results, unbroken
+from test_resume import die_at, killed, long_recipe, results, unbroken
 from test_train import base_of, recipe_of
 
 from lora_kit.adapter import Adapter
@@ -26,7 +26,7 @@ from lora_kit.train import train
 from lora_kit.train.parts import split
 from lora_kit.train.prepare import digest_of_samples
 
-pytestmark = pytest.mark.usefixtures(_one_thread_and_no_pictures.__name__)
+pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "one", "completion": "two"},

@@ -16,11 +16,7 @@ from lora_kit.cli import main
 from lora_kit.errors import RecipeError, StorageError
 from lora_kit.train import Plan, plan, train
 
-
-@pytest.fixture(autouse=True)
-def _no_pictures_and_no_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_kit.train.artifacts.loss_curve", lambda *_, **__: None)
-    monkeypatch.setattr("lora_kit.train.samples.COUNT", 0)
+pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

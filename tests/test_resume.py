@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,7 @@ TIMINGS = {"seconds", "tokens_per_second", "peak_bytes"}
 DROPOUT = {"lora_dropout": 0.2}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread_and_no_pictures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A forked process has none of its parent's threads; pictures and samples take longer than these trainings."""
-    monkeypatch.setattr("lora_kit.train.artifacts.loss_curve", lambda *_, **__: None)
-    monkeypatch.setattr("lora_kit.train.samples.COUNT", 0)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 
 
 def long_recipe(folder: Path, *, steps: int = 7, **changes: Any) -> dict[str, Any]:

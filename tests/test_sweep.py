@@ -40,19 +40,13 @@ RANKS = "lora.r=2,4,8"
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_no_pictures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A forked process has none of its parent's threads; pictures and samples take longer than these trainings."""
-    monkeypatch.setattr("lora_kit.train.artifacts.loss_curve", lambda *_, **__: None)
-    monkeypatch.setattr("lora_kit.train.samples.COUNT", 0)
+def _nothing_beside_the_trials(monkeypatch: pytest.MonkeyPatch, no_pictures_and_no_samples: None) -> Iterator[None]:
     monkeypatch.setattr("lora_kit.train.sweep.report.picture", lambda *_: None)
     monkeypatch.setattr(working._Reports, "on_step_end", TrainerCallback.on_step_end, raising=False)
     monkeypatch.setattr(working, "train", train)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     gc.freeze()  # every training looks for garbage
     yield
     gc.unfreeze()
-    torch.set_num_threads(before)
 
 
 def swept(folder: Path, **train: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import texts
 import tiny
 import torch
 import transformers
-from test_resume import _one_thread_and_no_pictures, die_at, killed, long_recipe, results, unbroken
+from test_resume import die_at, killed, long_recipe, results, unbroken
 from test_train import recipe_of
 from tokenizers import normalizers, processors
 
@@ -27,7 +27,7 @@ from lora_kit.models import Base, load_base, source_ids
 from lora_kit.train import load_recipe, train
 from lora_kit.train.prepare import digest_of_samples
 
-pytestmark = pytest.mark.usefixtures(_one_thread_and_no_pictures.__name__)
+pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 
 TAGGED = [
     {"words": ["Ann", "met", "Bob"], "labels": ["P", "O", "P"]},

@@ -21,7 +21,7 @@ import texts
 import tiny
 import torch
 from planting import Mistake, plant
-from test_resume import _one_thread_and_no_pictures, long_recipe, results, unbroken
+from test_resume import long_recipe, results, unbroken
 from test_train import LABELLED, At, base_of, recipe_of, same_state, state
 from torch import Tensor, nn
 from torch.nn import functional
@@ -37,7 +37,7 @@ from lora_kit.models import load_base, prompt_ids
 from lora_kit.ops import lora_add, lora_linear
 from lora_kit.train import train
 
-pytestmark = pytest.mark.usefixtures(_one_thread_and_no_pictures.__name__)
+pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 
 ROWS = [
     {"prompt": "one", "completion": "two"},
