@@ -6,60 +6,35 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from lora_kit import checks
+from lora_kit.checks import MAX_RANK
 from lora_kit.errors import ConfigError
-from lora_kit.patterns import MAX_EXPRESSIONS, PatternTable, expression, is_plain_name
+from lora_kit.fields import (
+    ALWAYS,
+    CARRIED,
+    NAMING_CODE,
+    UNSUPPORTED,
+    plain,
+    refuse_moving_init,
+    refuse_unsupported,
+)
+from lora_kit.patterns import PatternTable, ends
 from lora_kit.strictjson import parse_object, shown
 
-MAX_RANK: Final = 65_536
-"""Above any useful rank; a config asking for more is refused before anything is allocated."""
-MAX_ALPHA: Final = 1e30
-"""So that the scaling is finite in fp32."""
-MAX_NAMES: Final = 65_536
-"""Entries a list of names or a table of patterns may have."""
+__all__ = ["ALL_LINEAR", "MAX_RANK", "NO_TARGETS", "LoraConfig"]
+
 ALL_LINEAR: Final = "all-linear"
 NO_TARGETS: Final = "dummy-target-modules"
 """What PEFT writes for `target_modules` when an adapter has saved modules only."""
 
 _GAUSSIAN: Final = "gaussian"
-
-# Fields of PEFT that change the arithmetic, with the value that leaves it as it is. Anything else is refused by name.
-_UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
-    "use_qalora": (False, None),
-    "use_bdlora": (False, None),
-    "lora_bias": (False, None),
-    "bias": ("none", None),
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "velora_config": (None,),
-    "monteclora_config": (None,),
-    "layer_replication": (None,),
-    "trainable_token_indices": (None,),
-}
-_ALWAYS: Final[Mapping[str, str]] = {"peft_type": "LORA", "bias": "none"}
-"""Fields that have one value here."""
-# Fields of PEFT that name code to import, with the values that name none.
-_NAMING_CODE: Final[Mapping[str, tuple[Any, ...]]] = {
-    "auto_mapping": (None,),
-    "megatron_config": (None,),
-    "megatron_core": (None, "megatron.core"),
-}
-# Fields of PEFT that say how training began or ran, or what this version wrote; they do not change what the tensors
-# mean.
-_CARRIED: Final = (
-    "peft_version",
-    "loftq_config",
-    "eva_config",
-    "corda_config",
-    "lora_ga_config",
-    "qalora_group_size",
-    "ensure_weight_tying",
-)
+_FROM_WEIGHT: Final = re.compile(r"pissa(_niter_[1-9]\d?)?|olora")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +60,13 @@ class LoraConfig:
         use_rslora: rank-stabilised scaling.
         use_dora: train a length for every row of the adapted weight as well (Liu et al. 2024, arXiv 2402.09353).
         modules_to_save: modules trained and saved whole beside the low-rank pairs (a classification head).
+        trainable_token_indices: tokens whose rows of the input embedding are trained and saved, and nothing else of it:
+            new ones. Or a mapping from names of embeddings (and of heads, where these are not tied) to such tokens. A
+            head that shares the embedding's weight has the same rows.
         init_lora_weights: True: A Kaiming-uniform, B zero. `"gaussian"`: A normal with deviation 1/r, B zero. False:
-            both random, so that a fresh adapter does something (for tests).
+            both random, so that a fresh adapter does something (for tests). `"pissa"`, `"olora"`: from the layer's own
+            weight, which stays as it is: see `lora_kit.layers.starts`; saved as a plain pair of rank 2r.
+            `"pissa_niter_N"`: by N iterations, 1 to 99, quick where weights are large (16 is usual).
         fan_in_fan_out: the covered weights are stored (in, out), as transformers' Conv1D does. For other tools; here
             the layer itself is asked.
         base_model_name_or_path, revision, task_type, inference_mode: labels carried for other tools.
@@ -94,6 +74,10 @@ class LoraConfig:
 
     Raises:
         ConfigError: on construction, for a value of the wrong type or out of range.
+
+    Example:
+        lk.LoraConfig(r=8, lora_alpha=16, target_modules=("q_proj", "v_proj"))
+        lk.LoraConfig(target_modules=(), modules_to_save=("score",))      # a head alone
     """
 
     r: int = 8
@@ -109,6 +93,7 @@ class LoraConfig:
     use_rslora: bool = False
     use_dora: bool = False
     modules_to_save: tuple[str, ...] = ()
+    trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
     init_lora_weights: bool | str = True
     fan_in_fan_out: bool = False
     base_model_name_or_path: str | None = None
@@ -117,30 +102,69 @@ class LoraConfig:
     inference_mode: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
 
+    if TYPE_CHECKING:
+        # What may be given: lists as well, as in PEFT. The fields are what becomes of it.
+        def __init__(
+            self,
+            *,
+            r: int = ...,
+            lora_alpha: float = ...,
+            lora_dropout: float = ...,
+            target_modules: str | Collection[str] = ...,
+            target_parameters: str | Collection[str] = ...,
+            exclude_modules: str | Collection[str] | None = ...,
+            layers_to_transform: int | Sequence[int] | None = ...,
+            layers_pattern: str | Collection[str] | None = ...,
+            rank_pattern: Mapping[str, int] = ...,
+            alpha_pattern: Mapping[str, float] = ...,
+            use_rslora: bool = ...,
+            use_dora: bool = ...,
+            modules_to_save: str | Collection[str] = ...,
+            trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = ...,
+            init_lora_weights: bool | str = ...,
+            fan_in_fan_out: bool = ...,
+            base_model_name_or_path: str | None = ...,
+            revision: str | None = ...,
+            task_type: str | None = ...,
+            inference_mode: bool = ...,
+            extra: Mapping[str, Any] = ...,
+        ) -> None: ...
+
     def __post_init__(self) -> None:
-        _check_rank("r", self.r)
-        _check_alpha("lora_alpha", self.lora_alpha)
+        checks.check_rank("r", self.r)
+        checks.check_alpha("lora_alpha", self.lora_alpha)
         dropout = self.lora_dropout
-        _require(_is_number(dropout) and 0 <= dropout < 1, "lora_dropout", dropout, "a number from 0 to below 1")
-        self._set("target_modules", _names("target_modules", self.target_modules, regex_allowed=True) or ())
-        self._set("target_parameters", _names("target_parameters", self.target_parameters) or ())
-        self._set("exclude_modules", _names("exclude_modules", self.exclude_modules, regex_allowed=True))
-        self._set("modules_to_save", _names("modules_to_save", self.modules_to_save) or ())
-        self._set("layers_pattern", _names("layers_pattern", self.layers_pattern))
-        self._set("layers_to_transform", _indices("layers_to_transform", self.layers_to_transform))
-        self._set("rank_pattern", _pattern("rank_pattern", self.rank_pattern, _check_rank))
-        self._set("alpha_pattern", _pattern("alpha_pattern", self.alpha_pattern, _check_alpha))
+        fits = checks.is_number(dropout) and 0 <= dropout < 1
+        checks.require(fits, "lora_dropout", dropout, "a number from 0 to below 1")
+        for name in ("target_modules", "exclude_modules"):
+            self._set(name, checks.names_or_expression(name, getattr(self, name), words=(ALL_LINEAR,)))
+        for name in ("target_parameters", "modules_to_save", "layers_pattern"):
+            self._set(name, checks.names(name, getattr(self, name)))
+        for name in ("target_modules", "target_parameters", "modules_to_save"):
+            self._set(name, getattr(self, name) or ())
+        self._set("layers_to_transform", checks.layer_numbers("layers_to_transform", self.layers_to_transform))
+        self._set("rank_pattern", checks.patterns("rank_pattern", self.rank_pattern, checks.check_rank))
+        self._set("alpha_pattern", checks.patterns("alpha_pattern", self.alpha_pattern, checks.check_alpha))
+        self._set("trainable_token_indices", checks.tokens("trainable_token_indices", self.trainable_token_indices))
         init = self.init_lora_weights
-        _require(isinstance(init, bool) or init == _GAUSSIAN, "init_lora_weights", init, "true, false or 'gaussian'")
+        known = isinstance(init, bool) or init == _GAUSSIAN or self.starts_from_weight
+        words = "true, false, 'gaussian', 'pissa', 'pissa_niter_N' with N from 1 to 99, or 'olora'"
+        checks.require(known, "init_lora_weights", init, words)
         for name in ("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode"):
-            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
+            checks.require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
         for name in ("base_model_name_or_path", "revision", "task_type"):
             value = getattr(self, name)
-            _require(value is None or isinstance(value, str), name, value, "a string or null")
+            checks.require(value is None or isinstance(value, str), name, value, "a string or null")
         self._set("extra", MappingProxyType(dict(self.extra)))
         if self.target_parameters:
             self._check_parameters()
-        if not self.target_modules and not self.modules_to_save and not self.target_parameters:
+        for name in ("use_dora", "target_parameters"):
+            if self.starts_from_weight and getattr(self, name):
+                raise ConfigError(
+                    f"{name} with init_lora_weights={shown(self.init_lora_weights)} is not supported",
+                    hint=f"init_lora_weights: true, or leave {name} out",
+                )
+        if not (self.target_modules or self.modules_to_save or self.target_parameters or self.trainable_token_indices):
             raise ConfigError(
                 "target_modules and modules_to_save are both empty: this adapter would hold nothing",
                 hint="name layers to adapt, or a head to train with modules_to_save",
@@ -156,7 +180,7 @@ class LoraConfig:
         for name in ("lora_dropout", "use_dora", "rank_pattern", "alpha_pattern"):
             if getattr(self, name):
                 raise ConfigError(
-                    f"target_parameters with {name}={shown(_plain(getattr(self, name)))} is not supported",
+                    f"target_parameters with {name}={shown(plain(getattr(self, name)))} is not supported",
                     hint=f"leave {name} out, or target modules only",
                 )
 
@@ -168,6 +192,12 @@ class LoraConfig:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         plain = {name: dict(value) if isinstance(value, MappingProxyType) else value for name, value in values.items()}
         return _rebuild, (plain,)
+
+    @property
+    def starts_from_weight(self) -> bool:
+        """Whether a fresh pair is made of its layer's weight (PiSSA, OLoRA)."""
+        init = self.init_lora_weights
+        return isinstance(init, str) and _FROM_WEIGHT.fullmatch(init) is not None
 
     def rank_of(self, path: str) -> int:
         """The rank at the module of this path: the first `rank_pattern` that matches, else `r`."""
@@ -181,6 +211,13 @@ class LoraConfig:
         """What `B A x` is multiplied by at the module of this path: alpha/r, or alpha/sqrt(r) with `use_rslora`."""
         rank = self.rank_of(path)
         return self.alpha_of(path) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def tokens_of(self, path: str) -> tuple[int, ...]:
+        """The tokens whose rows are trained in the embedding of this path; empty where it is not named."""
+        given = self.trainable_token_indices
+        if given is None or isinstance(given, tuple):
+            return given or ()  # the model says which embedding a list is of
+        return next((given[end] for end in ends(path) if end in given), ())
 
     @functools.cached_property
     def _ranks(self) -> PatternTable:
@@ -197,13 +234,16 @@ class LoraConfig:
 
     @classmethod
     def of(cls, config: Any) -> LoraConfig:
-        """A LoraConfig from one, from a mapping of PEFT's fields, or from a `peft.LoraConfig`."""
+        """The config of a fresh adapter: a LoraConfig, a mapping of PEFT's fields, or a `peft.LoraConfig`."""
         if isinstance(config, cls):
             return config
-        if isinstance(config, Mapping):
-            return cls.from_dict(config)
         if callable(getattr(config, "to_dict", None)) and hasattr(config, "peft_type"):
-            return cls.from_dict(config.to_dict())
+            config = config.to_dict()
+        if isinstance(config, Mapping):
+            # What would not do for an adapter that is read, since its tensors then need a changed base, does for one
+            # that is yet to be trained.
+            init = config.get("init_lora_weights", True)
+            return dataclasses.replace(cls.from_dict({**config, "init_lora_weights": True}), init_lora_weights=init)
         raise ConfigError(f"a LoraConfig was expected, {type(config).__name__} was given")
 
     @classmethod
@@ -220,7 +260,7 @@ class LoraConfig:
             raise ConfigError(
                 f"peft_type is {shown(kind)}: only LORA adapters are read", hint="convert it to LoRA in PEFT first"
             )
-        _refuse_unsupported(fields)
+        refuse_unsupported(fields)
         own = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         known = {name: value for name, value in fields.items() if name in own}
         if known.get("target_modules", ()) in (None, NO_TARGETS):
@@ -230,10 +270,10 @@ class LoraConfig:
         for name in ("rank_pattern", "alpha_pattern"):
             known[name] = known.get(name) or {}
         if isinstance(known.get("init_lora_weights"), str) and known["init_lora_weights"] != _GAUSSIAN:
-            _refuse_moving_init(known["init_lora_weights"])
+            refuse_moving_init(known["init_lora_weights"])
         if known.get("task_type") is not None:
             known["task_type"] = getattr(known["task_type"], "value", known["task_type"])
-        extra = {name: value for name, value in fields.items() if name not in own and name not in _ALWAYS}
+        extra = {name: value for name, value in fields.items() if name not in own and name not in ALWAYS}
         return cls(**known, extra={name: getattr(value, "value", value) for name, value in extra.items()})
 
     @classmethod
@@ -255,109 +295,27 @@ class LoraConfig:
     @property
     def unknown_fields(self) -> list[str]:
         """Names in `extra` that PEFT's LoraConfig does not have either."""
-        return sorted(set(self.extra) - set(_CARRIED) - set(_NAMING_CODE) - set(_UNSUPPORTED))
+        return sorted(set(self.extra) - set(CARRIED) - set(NAMING_CODE) - set(UNSUPPORTED))
 
     @property
     def fields_naming_code(self) -> list[str]:
         """Names in `extra` of fields that ask PEFT to import something. They are carried, and never acted on."""
-        return [name for name, neutral in _NAMING_CODE.items() if self.extra.get(name) not in neutral]
+        return [name for name, neutral in NAMING_CODE.items() if self.extra.get(name) not in neutral]
 
     def to_dict(self) -> dict[str, Any]:
         """PEFT's fields as JSON values, in a fixed order."""
-        fields = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "extra"}
-        if not fields["target_parameters"]:  # which few adapters have
-            del fields["target_parameters"]
+        fields = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "extra"}
+        for name in ("target_parameters", "trainable_token_indices"):  # which few adapters have
+            if not fields[name]:
+                del fields[name]
         fields["target_modules"] = fields["target_modules"] or NO_TARGETS
         fields["modules_to_save"] = fields["modules_to_save"] or None
-        return dict(sorted({**_ALWAYS, **{k: _plain(v) for k, v in self.extra.items()}, **fields}.items()))
+        return dict(sorted({**ALWAYS, **{k: plain(v) for k, v in self.extra.items()}, **fields}.items()))
 
     def to_json(self) -> str:
+        """The text of an `adapter_config.json`."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
 
 def _rebuild(values: dict[str, Any]) -> LoraConfig:
     return LoraConfig(**values)
-
-
-def _refuse_unsupported(fields: Mapping[str, Any]) -> None:
-    if fields.get("enable_lora"):
-        raise ConfigError(
-            f"enable_lora={shown(fields['enable_lora'])} is of PEFT before 0.3: pairs for parts of a layer",
-            hint="`lora-kit convert` makes plain pairs of them",
-        )
-    for name, neutral in _UNSUPPORTED.items():
-        if name in fields and fields[name] not in neutral:
-            raise ConfigError(f"{name}={shown(fields[name])} is not supported", hint="load this adapter with PEFT")
-
-
-def _refuse_moving_init(init: str) -> None:
-    raise ConfigError(
-        f"init_lora_weights={shown(init)} starts from a changed base, so its tensors do not fit the original one",
-        hint="save it in PEFT with path_initial_model_for_weight_conversion, which makes a plain LoRA of it",
-    )
-
-
-def _require(holds: bool, name: str, value: Any, expected: str) -> None:
-    if not holds:
-        raise ConfigError(f"{name} must be {expected}; {shown(value)} was given")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
-
-
-def _check_rank(name: str, value: Any) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    _require(whole and 1 <= value <= MAX_RANK, name, value, f"a whole number from 1 to {MAX_RANK:,}")
-
-
-def _check_alpha(name: str, value: Any) -> None:
-    _require(_is_number(value) and 0 < abs(value) <= MAX_ALPHA, name, value, "a finite number other than 0")
-
-
-def _names(name: str, value: Any, *, regex_allowed: bool = False) -> str | tuple[str, ...] | None:
-    if value is None:
-        return None
-    if isinstance(value, str):
-        if not regex_allowed:
-            return (value,)
-        if value != ALL_LINEAR:
-            expression(value)
-        return value
-    _require(isinstance(value, (list, tuple, set, frozenset)), name, value, "a name, or a list of names")
-    _require(all(isinstance(item, str) and item for item in value), name, value, "a list of names")
-    _require(len(value) <= MAX_NAMES, name, value, f"a list of at most {MAX_NAMES:,} names")
-    return tuple(sorted(value)) if isinstance(value, (set, frozenset)) else tuple(value)
-
-
-def _indices(name: str, value: Any) -> tuple[int, ...] | None:
-    if value is None:
-        return None
-    items = (value,) if isinstance(value, int) else value
-    whole = isinstance(items, (list, tuple)) and all(isinstance(i, int) and not isinstance(i, bool) for i in items)
-    _require(whole and all(i >= 0 for i in items), name, value, "a list of layer numbers from 0")
-    return tuple(items) or None
-
-
-def _pattern(name: str, value: Any, check: Callable[[str, Any], None]) -> Mapping[str, Any]:
-    _require(isinstance(value, Mapping), name, value, "a mapping from module names to numbers")
-    _require(all(isinstance(key, str) for key in value), name, value, "a mapping from module names to numbers")
-    expressions = [key for key in value if not is_plain_name(key)]
-    few = len(value) <= MAX_NAMES and len(expressions) <= MAX_EXPRESSIONS
-    _require(few, name, value, f"a mapping of at most {MAX_NAMES:,} names and {MAX_EXPRESSIONS:,} expressions")
-    for key, item in value.items():
-        check(f"{name}[{shown(key)}]", item)
-    for key in expressions:
-        expression(rf"(.*\.)?({key})")
-    return MappingProxyType(dict(value))
-
-
-def _plain(value: Any) -> Any:
-    """JSON values: tuples and sets become lists, mappings dicts."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value

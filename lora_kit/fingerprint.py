@@ -10,8 +10,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from lora_kit.layers import features_of, kind_of
-from lora_kit.targets import Modules, named_layers
+from lora_kit.layers import features_of, has_numbers, kind_of
+from lora_kit.selection import Modules, named_layers
 
 SAMPLED_TENSORS: Final = 32
 SAMPLED_VALUES: Final = 32
@@ -94,7 +94,7 @@ def _sampled_parameters(modules: Modules) -> dict[str, nn.Parameter]:
     found = {}
     for path, module in modules:
         for key, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_floating_point() and not parameter.is_meta:
+            if parameter is not None and has_numbers(parameter) and not parameter.is_meta:
                 found[f"{path}.{key}" if path else key] = parameter
     return found
 

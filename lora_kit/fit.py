@@ -8,10 +8,12 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lora_kit.adapter import Adapter, Pair
+from lora_kit.adapter import Adapter, Pair, TokenRows
 from lora_kit.errors import AdapterError, BaseMismatchError
 from lora_kit.fingerprint import differences
-from lora_kit.targets import Coverage, Target, named_layers, survey
+from lora_kit.selection import named_layers
+from lora_kit.targets import Coverage, Target, survey
+from lora_kit.tokens import TokenTarget
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,8 @@ def _check_base(name: str, adapter: Adapter, model: nn.Module, coverage: Coverag
     if adapter.base is None:
         logger.info("%s: it does not say which base it was made for", name)
         return
-    told = differences(adapter.base, model, ignore=coverage.saved)
+    # Rows that a tokenizer got room for are random until they are trained, in one resized base and in another.
+    told = differences(adapter.base, model, ignore=coverage.replaced)
     if told and "other-base" not in allow:
         made_for = adapter.base.get("name") or "another base"
         raise BaseMismatchError(
@@ -72,6 +75,7 @@ def _misfits(adapter: Adapter, model: nn.Module, coverage: Coverage, dtype: torc
     for path, pair in pairs.items():
         told += _unfit_pair(path, pair, expected.get(path), present)
     told += _unfit_saved(adapter.saved(), coverage.saved, present)
+    told += coverage.problems or _unfit_tokens(adapter.tokens(), coverage.tokens)
     told += _unfit_copies(adapter.base_copies(), present)
     told += _overflowing(adapter.tensors, dtype)
     return sorted(told)
@@ -97,6 +101,20 @@ def _unfit_pair(path: str, pair: Pair, target: Target | None, present: Mapping[s
     if pair.a.shape[0] != target.rows:
         return [f"{path}: pairs of {pair.a.shape[0]} rows for {target.experts} experts of rank {target.rank}"]
     return []
+
+
+def _unfit_tokens(tokens: Mapping[str, TokenRows], targets: Sequence[TokenTarget]) -> list[str]:
+    """How rows of embeddings differ from those that the config covers."""
+    expected = {target.path: target for target in targets}
+    told = [f"the file has no rows of tokens for {path}" for path in expected.keys() - tokens.keys()]
+    told += [
+        f"the config covers no rows of {path}, of which the file has some" for path in tokens.keys() - expected.keys()
+    ]
+    return told + [
+        f"{path}: rows of {tokens[path].rows.shape[1]} features for a table of {expected[path].features}"
+        for path in tokens.keys() & expected.keys()
+        if tokens[path].rows.shape[1] != expected[path].features
+    ]
 
 
 def _unfit_saved(saved: Mapping[str, Tensor], paths: Sequence[str], present: Mapping[str, nn.Module]) -> list[str]:

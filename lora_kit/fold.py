@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kit.errors import MergeError
-from lora_kit.layers import MAGNITUDE, A, AloneLayer, B, LoraLinear, SlotLayer, keeps_transposed
+from lora_kit.layers import MAGNITUDE, AloneLayer, LoraLinear, SlotLayer, is_quantised, keeps_transposed, pair_of
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,18 @@ def folded(path: str, layer: SlotLayer, slot: int) -> tuple[Tensor, Retention]:
     assert entry is not None
     weight = weight_of(layer)
     if isinstance(layer, AloneLayer):
-        return _rounded(path, weight.float(), layer.changed(entry, weight.float()), weight.dtype)
+        return rounded(path, weight.float(), layer.changed(entry, weight.float()), weight.dtype)
     exact = weight.T.float() if keeps_transposed(layer.base_layer) else weight.float()
-    target = exact + (entry.tensors[B].float() @ entry.tensors[A].float()).mul_(entry.scaling)
+    a, b = pair_of(entry)
+    target = exact + (b.float() @ a.float()).mul_(entry.scaling)
     if MAGNITUDE in entry.tensors:
         assert isinstance(layer, LoraLinear)
         target *= layer.column_scale(entry).unsqueeze(1)
-    merged, retention = _rounded(path, exact, target, weight.dtype)
+    merged, retention = rounded(path, exact, target, weight.dtype)
     return (merged.T.contiguous() if keeps_transposed(layer.base_layer) else merged), retention
 
 
-def _rounded(path: str, exact: Tensor, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Retention]:
+def rounded(path: str, exact: Tensor, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Retention]:
     """What a weight is to be, rounded to its dtype, and what of the change survives that.
 
     Args:
@@ -75,11 +76,12 @@ def check_foldable(model: nn.Module, layers: Iterable[tuple[str, SlotLayer]]) ->
             if parameter is not None:
                 owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     for path, layer in layers:
+        if is_quantised(layer.base_layer):
+            raise MergeError(
+                f"{path} is quantised; a delta would be lost in it",
+                hint="merge into the 16-bit original, or keep the adapter beside this base",
+            )
         for parameter in layer.base_layer.parameters():
-            if not parameter.is_floating_point():
-                raise MergeError(
-                    f"{path} is quantised; a delta would be lost in it", hint="merge into the 16-bit original"
-                )
             if owners[id(parameter)] > 1:
                 raise MergeError(
                     f"the weight of {path} is shared with another module, which the merge would change too",

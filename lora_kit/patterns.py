@@ -7,7 +7,7 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import regex
@@ -127,3 +127,11 @@ class PatternTable:
             if matches(pattern, path):
                 return value
         return found
+
+
+def ends(path: str) -> Iterator[str]:
+    """The names that a module goes by: its path, and what is left of it after each dot."""
+    yield path
+    while "." in path:
+        path = path.partition(".")[2]
+        yield path

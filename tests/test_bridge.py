@@ -24,6 +24,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"use_rslora": True, "target_modules": ["q_proj", "embed_tokens"]}),
     ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "use_dora": True, "lora_dropout": 0.1}),
 ]
 ADAMS: dict[str, dict[str, Any]] = {"foreach": {"foreach": True}, "fused": {"fused": True}}
 
@@ -268,13 +269,13 @@ def half_disabled(model: Any) -> Any:
     return model
 
 
-def conv() -> Any:
+def conv(layer: nn.Module, **fields: Any) -> Any:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv, self.out = nn.Conv3d(2, 3, 3), nn.Linear(4, 4)
+            self.conv, self.out = layer, nn.Linear(4, 4)
 
-    return peft.get_peft_model(Net(), peft.LoraConfig(target_modules=["conv", "out"]))
+    return peft.get_peft_model(Net(), peft.LoraConfig(target_modules=["conv", "out"], **fields))
 
 
 def other_method() -> Any:
@@ -292,8 +293,10 @@ REFUSED: list[tuple[str, Callable[[], Any]]] = [
     ("some of its layers", lambda: half_disabled(peft_model())),
     ("lora_bias", lambda: peft_model(target_modules=["q_proj"], lora_bias=True)),
     ("init_lora_weights", lambda: peft_model(init_lora_weights="pissa")),
-    ("use_dora with lora_dropout", lambda: peft_model(use_dora=True, lora_dropout=0.1)),
-    ("Conv3d", conv),
+    ("rows of tokens|trainable_token_indices", lambda: peft_model(trainable_token_indices=[3])),
+    ("DoraConv2dVariant", lambda: conv(nn.Conv2d(2, 3, 3), use_dora=True)),
+    ("with groups, dilation or another padding", lambda: conv(nn.Conv2d(2, 3, 3, dilation=2))),
+    ("Conv3d", lambda: conv(nn.Conv3d(2, 3, 3))),
 ]
 
 

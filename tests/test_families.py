@@ -40,6 +40,16 @@ model of the family with random weights, in transformers {transformers} and peft
 - **merges**: folded into the model, saved, read again by transformers: the same outputs.
 - **PEFT**: reads what is saved here, and what it saves is read here, with the same outputs.
 
+What the table leaves open:
+
+- **Mamba**: its mixer reads the weights of `dt_proj`, and on a GPU those of `x_proj` and `out_proj`, without calling
+  the layers: a pair there would be ignored, always or in training, so these are left alone, and refused by name. PEFT
+  refuses `out_proj` and `conv1d` for the same reason.
+- **experts**: where fused experts say how they compute, as nearly all of transformers' classes do, their pairs are
+  added token by token: no changed weight is made, and rows may differ. Others (Llama 4, JetMoe) are given a changed
+  weight for the length of a forward, as PEFT does it everywhere, and refuse rows.
+- **routers** of mixtures have pairs where `target_parameters` names their weight (`mlp.gate.weight`).
+
 | family | class | default targets | trains | loads, swaps | rows | merges | PEFT |
 |---|---|---|---|---|---|---|---|
 """

@@ -16,7 +16,7 @@ from lora_kit.adapter.folder import (
     check_allowances,
     is_adapter_folder,
 )
-from lora_kit.adapter.sorting import PREFIX, Pair, magnitude_key, pair_keys
+from lora_kit.adapter.sorting import PREFIX, Pair, TokenRows, magnitude_key, pair_keys, tokens_key
 from lora_kit.adapter.value import Adapter
 
 __all__ = [
@@ -31,8 +31,10 @@ __all__ = [
     "Adapter",
     "AdapterFolder",
     "Pair",
+    "TokenRows",
     "check_allowances",
     "is_adapter_folder",
     "magnitude_key",
     "pair_keys",
+    "tokens_key",
 ]

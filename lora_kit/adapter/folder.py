@@ -94,7 +94,7 @@ class AdapterFolder:
         text = read_text(folder / CONFIG, limit=_CONFIG_LIMIT)
         record = _read_record(folder)
         facts = None if record is None or "changed-files" in allow else _facts(record, told)
-        config = LoraConfig.from_json(text, source=printable(folder / CONFIG))
+        config = _config(text, record, source=printable(folder / CONFIG))
         return cls(told, text, config, record, facts, _weights_file(folder))
 
     @property
@@ -147,6 +147,16 @@ class AdapterFolder:
         if self.config.fields_naming_code:
             names = self.config.fields_naming_code
             logger.info("%s: fields that name code are kept and not acted on: %s", self.shown, listed(names))
+
+
+def _config(text: str, record: Mapping[str, Any] | None, *, source: str) -> LoraConfig:
+    try:
+        return LoraConfig.from_json(text, source=source)
+    except ConfigError as error:
+        if record is None or record.get("method") != "peft":
+            raise
+        hint = "peft.PeftModel.from_pretrained loads it, as its model card shows"
+        raise ConfigError(f"{error.message}; this one was trained by `method: peft`", hint=hint) from None
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:
@@ -246,6 +256,7 @@ def card(name: str, config: LoraConfig, metrics: Any, *, parameters: int, digest
         ("rank, alpha", f"{config.r}, {config.lora_alpha:g}" if config.target_modules else "no low-rank pairs"),
         ("target modules", targets or "none"),
         ("modules saved whole", ", ".join(config.modules_to_save) or "none"),
+        *([("rows of tokens", tokens_said(config))] if config.trainable_token_indices else []),
         ("parameters", f"{parameters:,}"),
         ("digest", digest),
     ]
@@ -278,6 +289,14 @@ bank.use({label})
 ```
 It is in PEFT's format: `peft.PeftModel.from_pretrained(model, {path})` loads it as well.
 """.encode()
+
+
+def tokens_said(config: LoraConfig) -> str:
+    """The tokens of which an adapter has rows, in words; empty where it has none."""
+    given = config.trainable_token_indices or ()
+    by_name = given if isinstance(given, Mapping) else {"": given} if given else {}
+    said = [(name, listed([str(index) for index in indices])) for name, indices in by_name.items()]
+    return "; ".join(f"{name}: {told}" if name else told for name, told in said)
 
 
 def _cell(value: object) -> str:

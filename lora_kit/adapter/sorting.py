@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_kit.config import LoraConfig
-from lora_kit.errors import AdapterError
+from lora_kit.errors import AdapterError, listed
 from lora_kit.files import printable
 from lora_kit.weights import DTYPES
 
@@ -28,6 +28,8 @@ _PARTS: Final = {
 """What follows the mark: the kind of layer, and what of its pair the tensor is."""
 _NESTED: Final = ".base_layer"
 """PEFT's wrappers of several parameters of one module are nested."""
+_TOKENS_SUFFIX: Final = ".token_adapter.trainable_tokens_delta"
+"""PEFT's name for the rows of new tokens, which are the rows themselves and no difference to others."""
 _COPY_SUFFIX: Final = ".base_layer.weight"
 """PEFT writes the frozen table of an adapted embedding beside its pair, under this suffix."""
 _READ: Final = frozenset(DTYPES.values())
@@ -64,6 +66,23 @@ class Pair:
         return list(zip(each_a, each_b, strict=True))
 
 
+@dataclass(frozen=True)
+class TokenRows:
+    """Rows of an embedding, or of a head, that an adapter has in place of the base's.
+
+    Attributes:
+        indices: the tokens, one per row. rows: (k, dim).
+    """
+
+    indices: tuple[int, ...]
+    rows: Tensor
+
+
+def tokens_key(path: str) -> str:
+    """The key of the rows of new tokens in PEFT's weight file, of the embedding of this path."""
+    return f"{PREFIX}{path}{_TOKENS_SUFFIX}"
+
+
 def magnitude_key(path: str) -> str:
     """The key of a DoRA's magnitude in PEFT's weight file for the layer of this path."""
     return f"{PREFIX}{path}{_MARK}magnitude_vector"
@@ -83,12 +102,14 @@ class Sorted:
     Attributes:
         pairs: by path of their layer.
         saved: tensors of modules saved whole (`model.score.weight`).
+        tokens: rows of embeddings, by path of the embedding.
         copies: weights of the base, by path of the layer.
         misfits: what does not fit the config, in words.
     """
 
     pairs: dict[str, Pair] = field(default_factory=dict)
     saved: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, TokenRows] = field(default_factory=dict)
     copies: dict[str, Tensor] = field(default_factory=dict)
     misfits: list[str] = field(default_factory=list)
 
@@ -112,7 +133,7 @@ def sort_out(config: LoraConfig, tensors: Mapping[str, Tensor], allow: Collectio
         found.misfits += wrong
         if not wrong:
             found.pairs[path] = Pair(sides["A"], sides["B"], kind, sides.get("magnitude"))
-    found.misfits += _absent(config, found.saved)
+    found.misfits += [*_absent(config, found.saved), *_unfit_tokens(config, found.tokens)]
     if not tensors:
         found.misfits.append("the file holds no tensors")
     elif (config.target_modules or config.target_parameters) and not parts:
@@ -140,6 +161,9 @@ def _sort_keys(
         elif ours and path and end in _PARTS:
             kind, part = _PARTS[end]
             parts.setdefault((path, kind), {})[part] = tensor
+        elif ours and bare.endswith(_TOKENS_SUFFIX):
+            path = bare.removesuffix(_TOKENS_SUFFIX)
+            found.tokens[path] = TokenRows(config.tokens_of(path), tensor)
         elif ours and _is_within(bare, config.modules_to_save):
             found.saved[bare] = tensor
         elif ours and bare.endswith(_COPY_SUFFIX):
@@ -158,7 +182,7 @@ def _unfit_values(tensors: Mapping[str, Tensor]) -> Iterator[str]:
             yield f"{printable(key)} is {tensor.dtype} on {tensor.device}; plain numbers on the CPU are expected"
         elif tensor.is_floating_point():
             numbers[key] = tensor
-        elif _MARK in key or key.endswith((".weight", ".bias")):
+        elif _MARK in key or key.endswith((".weight", ".bias", _TOKENS_SUFFIX)):
             yield f"{printable(key)} has dtype {tensor.dtype}; a floating dtype is expected"
     few: dict[torch.dtype, list[str]] = {}
     for key, tensor in numbers.items():
@@ -208,6 +232,19 @@ def _is_of_a_parameter(path: str, config: LoraConfig) -> bool:
     module = path.replace(_NESTED, "")
     owners = (name.rpartition(".")[0] for name in config.target_parameters)
     return any(module == owner or module.endswith("." + owner) for owner in owners)
+
+
+def _unfit_tokens(config: LoraConfig, tokens: Mapping[str, TokenRows]) -> Iterator[str]:
+    given = config.trainable_token_indices
+    if given is not None and not tokens:
+        yield "the config has trainable_token_indices, but the file holds no rows of them"
+    if isinstance(given, tuple) and len(tokens) > 1:
+        yield f"trainable_token_indices is a list for one embedding; the file holds rows of {listed(sorted(tokens))}"
+    for path, held in tokens.items():
+        if not held.indices:
+            yield f"{path}: rows of tokens, of which the config's trainable_token_indices says nothing"
+        elif held.rows.ndim != 2 or len(held.rows) != len(held.indices):
+            yield f"{path}: rows {tuple(held.rows.shape)} for {len(held.indices)} tokens of trainable_token_indices"
 
 
 def _is_within(key: str, modules: Sequence[str]) -> bool:

@@ -28,7 +28,7 @@ from lora_kit.adapter.folder import (
     is_adapter_folder,
     record_bytes,
 )
-from lora_kit.adapter.sorting import Pair, sort_out
+from lora_kit.adapter.sorting import Pair, TokenRows, sort_out
 from lora_kit.config import LoraConfig
 from lora_kit.errors import AdapterError, LoraKitError, listed
 from lora_kit.files import write_folder
@@ -56,9 +56,15 @@ class Adapter:
         config: what the adapter is.
         tensors: by PEFT's keys; on the CPU, not to be written to.
         record: further facts carried in `lora_kit.json` (base, recipe, seed, metrics, versions).
+        allow: of `ALLOWANCES`: what may pass instead of being refused.
+
+    Attributes:
+        config, record: as given.
+        tensors: by PEFT's keys, read-only: `lora_A` (r, in), `lora_B` (out, r), saved modules as in the base.
 
     Raises:
         AdapterError: on construction, listing every tensor that does not fit the config.
+        ConfigError: on construction: `allow` names nothing that is known.
     """
 
     def __init__(
@@ -70,11 +76,20 @@ class Adapter:
         allow: Collection[str] = (),
     ) -> None:
         check_allowances(allow)
+        if config.starts_from_weight:
+            raise AdapterError(
+                f"init_lora_weights={config.init_lora_weights} is of an adapter that is yet to be trained",
+                hint="a bank's snapshot of one is a plain adapter",
+            )
         self.config = config
         self.tensors: Mapping[str, Tensor] = MappingProxyType({key: t.detach() for key, t in tensors.items()})
         self.record: Mapping[str, Any] = MappingProxyType(dict(record or {}))
         self._sorted = sort_out(config, self.tensors, allow)
-        if self._sorted.pairs and not any(pair.b.any() for pair in self._sorted.pairs.values()):
+        if (
+            self._sorted.pairs
+            and not self._sorted.tokens
+            and not any(pair.b.any() for pair in self._sorted.pairs.values())
+        ):
             logger.warning("every lora_B is zero: this adapter does nothing")
 
     @property
@@ -86,13 +101,20 @@ class Adapter:
         """The low-rank pairs by path of their layer.
 
         Raises:
-            AdapterError: some are for parameters or convolutions; whoever asks for these would misread them.
+            AdapterError: some are for parameters or convolutions, or there are rows of new tokens as well; whoever asks
+                for pairs alone would misread these.
         """
         others = {pair.kind for pair in self._sorted.pairs.values()} - {"linear", "embedding"}
         if others:
             raise AdapterError(
                 f"it has pairs for a {listed(sorted(others))}, which this cannot handle",
                 hint="load it into a bank; bank.merge folds it into the model in memory",
+            )
+        if self._sorted.tokens:
+            raise AdapterError(
+                f"it has rows of new tokens (trainable_token_indices) for {listed(sorted(self._sorted.tokens))}, which "
+                "this cannot handle",
+                hint="load it into a bank, or merge it into its base",
             )
         return self.all_pairs()
 
@@ -103,6 +125,10 @@ class Adapter:
     def saved(self) -> Mapping[str, Tensor]:
         """The tensors of modules saved whole, by path (`score.weight`)."""
         return MappingProxyType(self._sorted.saved)
+
+    def tokens(self) -> Mapping[str, TokenRows]:
+        """Rows of embeddings and heads (`trainable_token_indices`), by path of the module."""
+        return MappingProxyType(self._sorted.tokens)
 
     def base_copies(self) -> Mapping[str, Tensor]:
         """Weights of the base that PEFT wrote along with an adapted embedding, by path of the layer."""
@@ -146,6 +172,11 @@ class Adapter:
 
         Raises:
             AdapterError, ConfigError: what is wrong with which file; nothing is kept.
+            StorageError: a file cannot be read, or does not fit in memory.
+
+        Example:
+            adapter = lk.Adapter.load("adapters/sql")
+            adapter.config.r, adapter.num_parameters, adapter.digest
         """
         check_allowances(allow)
         folder = Path(folder)
@@ -227,6 +258,8 @@ def _identity(config: LoraConfig, weights_sha256: str) -> str:
     meaning = {name: _number(fields[name]) for name in _IDENTITY_FIELDS}
     if config.target_parameters:
         meaning["target_parameters"] = fields["target_parameters"]
+    if config.trainable_token_indices:
+        meaning["trainable_token_indices"] = fields["trainable_token_indices"]
     return hashlib.sha256(f"{json.dumps(meaning)}\n{weights_sha256}".encode()).hexdigest()
 
 

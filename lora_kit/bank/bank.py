@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -12,76 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kit.adapter import PREFIX, Adapter, check_allowances, magnitude_key, pair_keys
+from lora_kit.adapter import Adapter, check_allowances
+from lora_kit.bank.counting import counted
+from lora_kit.bank.folding import fold_in
+from lora_kit.bank.fresh import begin
+from lora_kit.bank.offers import Offers
 from lora_kit.bank.places import WrappedLayers
 from lora_kit.bank.reference import Reference
 from lora_kit.bank.residents import Resident, Residents
-from lora_kit.cache import AdapterCache, Offer
-from lora_kit.config import ALL_LINEAR, LoraConfig
-from lora_kit.errors import AdapterError, BankError, ConfigError, UnknownAdapterError
-from lora_kit.fingerprint import fingerprint
+from lora_kit.bank.starting import plain
+from lora_kit.bank.values import base_of, restore, value_of
+from lora_kit.cache import AdapterCache
+from lora_kit.config import LoraConfig
+from lora_kit.errors import BankError, ConfigError
 from lora_kit.fit import fitted
-from lora_kit.fold import Retention, check_foldable, folded, weight_of
-from lora_kit.layers import (
-    BASE,
-    MAGNITUDE,
-    A,
-    B,
-    LoraLinear,
-    Routing,
-    SavedModule,
-    SlotLayer,
-    initialise,
-    is_packed,
-    kind_of,
-    pause_packing,
-    resume_packing,
-)
-from lora_kit.ops import dora_scale
-from lora_kit.targets import Coverage, Target, find, suffixes, survey
-
-
-def attach(
-    model: nn.Module,
-    config: Any = None,
-    *,
-    name: str = "default",
-    slots: int | None = None,
-    max_rank: int | None = None,
-    dtype: torch.dtype | None = None,
-    cache_bytes: int = 2**30,
-) -> AdapterBank:
-    """Put a bank beside a model. Outputs stay bitwise what they were; `bank.detach()` takes everything away again.
-
-    Args:
-        model: the base; its parameters are frozen until `detach`.
-        config: a LoraConfig (or PEFT's) to start a trainable adapter with, which becomes the active one.
-        name: of that adapter.
-        slots: adapters there is room for. The room is fixed, so that compiled and captured models stay valid. None: it
-            grows when it must.
-        max_rank: the largest rank there is room for, fixed likewise; None: it grows.
-        dtype: of the slabs. fp32 where a config is given, since trainable adapters are fp32; else the model's own.
-        cache_bytes: host memory for offered adapters that had to leave their slots, the least recently used ones first
-            to go.
-
-    Raises:
-        BankError: the model has a bank already.
-        TargetError: the config does not fit the model; the model is as it was.
-    """
-    if any(isinstance(module, SlotLayer) for module in model.modules()) or "_lora_kit_bank" in model.__dict__:
-        raise BankError("this model has a bank already", hint="add adapters to that one, or detach it first")
-    if config is not None:
-        dtype = dtype or torch.float32
-    dtype = dtype or _dtype_of(model)
-    bank = AdapterBank(model, slots=slots, max_rank=max_rank, dtype=dtype, cache_bytes=cache_bytes)
-    if config is not None:
-        try:
-            bank.add(name, config)
-        except BaseException:
-            bank.detach()
-            raise
-        bank.use(name)
-    return bank
+from lora_kit.fold import Retention
+from lora_kit.layers import BASE, Routing, is_packed, pause_packing, resume_packing
+from lora_kit.targets import Coverage, find
 
 
 class AdapterBank:
@@ -100,12 +47,12 @@ class AdapterBank:
         self.model = model
         self.dtype = dtype
         self.cache = AdapterCache(cache_bytes)
-        self._max_rank = max_rank
         self._routing = Routing()
         self._returning: list[tuple[int, ...]] = []  # slots that blocks now open go back to
+        self._turn = threading.RLock()  # one thread at a time changes who is here, or who is used
         self._layers = WrappedLayers(model, self._routing, max_rank=max_rank, dtype=dtype)
         self._residents = Residents(self._layers, slots=slots, max_rank=max_rank, cache=self.cache)
-        self._offers: dict[str, Offer] = {}
+        self._offers = Offers(self._residents, model, dtype=dtype, max_rank=max_rank, cache=self.cache)
         self._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
@@ -137,6 +84,7 @@ class AdapterBank:
 
         Raises:
             BankError: the adapter was loaded, not added.
+            UnknownAdapterError: no adapter of that name.
         """
         leaves = self._resident(name).leaves
         if not leaves:
@@ -144,12 +92,16 @@ class AdapterBank:
         return leaves
 
     def coverage(self, name: str) -> Coverage:
-        """Which layers an adapter covers."""
+        """Which layers an adapter covers.
+
+        Raises:
+            UnknownAdapterError: no adapter of that name.
+        """
         return self._resident(name).coverage
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells this base from others; see `lora_kit.fingerprint`."""
-        return fingerprint(self.model, name=_model_name(self.model))
+        return base_of(self.model)
 
     def _resident(self, name: str) -> Resident:
         """The adapter of that name in its slot; what is offered is brought in."""
@@ -163,7 +115,9 @@ class AdapterBank:
         """Start a trainable adapter: fresh leaf parameters, `B A` zero. It is used once `use` says so.
 
         Raises:
-            TargetError: the config does not fit the model. BankError: the name is taken, or there is no room.
+            TargetError: the config does not fit the model.
+            BankError: the name is taken, there is no room, or slots are not fp32.
+            ConfigError: the config or the name is none.
         """
         config = LoraConfig.of(config)
         if self.dtype != torch.float32:
@@ -176,21 +130,13 @@ class AdapterBank:
                 "bitsandbytes packed this base for inference on this CPU, and no gradient passes it now",
                 hint="load it anew, and attach before its first inference",
             )
-        self._check_name(name)
-        coverage = find(self.model, config)
-        resident = Resident(config, coverage)
-        with self._residents.admitted({name: resident}, keep=self._slots_in_use()):
-            for target in coverage.targets:
-                device = self._layers[target.path].device
-                a = torch.empty(target.shapes[0], device=device)
-                b = torch.empty(target.shapes[1], device=device)
-                initialise(a, b, kind=target.kind, init=config.init_lora_weights)
-                self._residents.put(resident, target.path, {A: a, B: b} | self._lengths(target, a, b), target.scaling)
-            for path in coverage.saved:
-                self._residents.put(resident, path, self._layers[path].base_layer.state_dict(), 1.0)
-            for path in resident.layers:
-                resident.leaves += self._layers[path].make_trainable(resident.slot, config.lora_dropout)
-        return coverage
+        with self._turn:
+            self._check_name(name)
+            resident = Resident(config, find(self.model, config))
+            plain(config)  # what could not be saved is not trained
+            with self._residents.admitted({name: resident}, keep=self._slots_in_use()):
+                begin(resident, self._residents, self._layers)
+        return resident.coverage
 
     def load(self, name: str, source: str | Path | Adapter, *, allow: Collection[str] = ()) -> Adapter:
         """Put an adapter into a slot, where `use` and `rows` find it by name.
@@ -201,16 +147,20 @@ class AdapterBank:
                 refused.
 
         Raises:
-            AdapterError: listing every way in which it does not fit the model; the bank is as it was.
-            BaseMismatchError: it was made for another base. BankError: the name is taken, or there is no room.
+            AdapterError: it cannot be read, or does not fit the model, every way being listed; the bank is as it was.
+            BaseMismatchError: it was made for another base.
+            BankError: the name is taken, or there is no room.
+            ConfigError: its config, the name or `allow` is none.
         """
         check_allowances(allow)
         self._check_name(name)
         adapter = source if isinstance(source, Adapter) else Adapter.load(source, allow=allow)
-        coverage = fitted(name, adapter, self.model, dtype=self.dtype, allow=allow)
-        resident = Resident(adapter.config, coverage, adapter)
-        with self._residents.admitted({name: resident}, keep=self._slots_in_use()):
-            self._residents.fill(resident)
+        with self._turn:
+            self._check_name(name)  # another thread may have taken it meanwhile
+            coverage = fitted(name, adapter, self.model, dtype=self.dtype, allow=allow)
+            resident = Resident(adapter.config, coverage, adapter)
+            with self._residents.admitted({name: resident}, keep=self._slots_in_use()):
+                self._residents.fill(resident)
         return adapter
 
     def offer(self, name: str, source: str | Path | Adapter, *, allow: Collection[str] = ()) -> None:
@@ -227,25 +177,25 @@ class AdapterBank:
                 or do not fit are refused at the first use.
             BankError: the name is taken, or the rank is larger than there is room for.
         """
-        self._check_name(name)
-        offer = Offer(source, allow=allow)
-        if self._max_rank is not None and offer.config.largest_rank > self._max_rank:
-            self._residents.check_rank(name, survey(self.model, offer.config))
-        self._offers[name] = offer
+        with self._turn:
+            self._check_name(name)
+            self._offers.add(name, source, allow=allow)
 
     def unload(self, name: str) -> None:
         """Take an adapter out and free its slot. One that was offered is so no longer.
 
         Raises:
             BankError: it is in use.
+            UnknownAdapterError: no adapter of that name.
         """
-        if name in self._residents:
-            if self._residents[name].slot in self._slots_in_use():
-                raise BankError(f"{name!r} is in use", hint="use(None) or another adapter first")
-            self._residents.remove(name)
-        elif name not in self._offers:
-            raise self._unknown(name)
-        self._offers.pop(name, None)
+        with self._turn:
+            if name in self._residents:
+                if self._residents[name].slot in self._slots_in_use():
+                    raise BankError(f"{name!r} is in use", hint="use(None) or another adapter first")
+                self._residents.remove(name)
+            elif name not in self._offers:
+                raise self._offers.unknown(name)
+            self._offers.remove(name)
 
     def restore(self, name: str, adapter: Adapter) -> None:
         """Copy an adapter's values into the trainable adapter of that name, leaf by leaf.
@@ -253,25 +203,21 @@ class AdapterBank:
         Raises:
             AdapterError: the two do not hold the same tensors; nothing is copied.
             BankError: the adapter of that name was loaded, not added.
+            UnknownAdapterError: no adapter of that name.
         """
         self.parameters(name)  # only a trainable one has values to overwrite
-        leaves = self._tensors(name)
-        told = [f"{key} is missing" for key in leaves.keys() - adapter.tensors.keys()]
-        told += [f"{key} is not expected" for key in adapter.tensors.keys() - leaves.keys()]
-        common = leaves.keys() & adapter.tensors.keys()
-        told += [
-            f"{key} is {tuple(adapter.tensors[key].shape)}, {tuple(leaves[key].shape)} is expected"
-            for key in common
-            if adapter.tensors[key].shape != leaves[key].shape
-        ]
-        if told:
-            raise AdapterError(f"this adapter does not fit {name!r}:\n  " + "\n  ".join(sorted(told)))
-        with torch.no_grad():
-            for key, leaf in leaves.items():
-                leaf.copy_(adapter.tensors[key])
+        restore(name, self._resident(name), self._layers, adapter)
 
     def detach(self) -> None:
-        """Give the model back as it was: its own layers, keys, bits and `requires_grad`."""
+        """Give the model back as it was: its own layers, keys, bits and `requires_grad`.
+
+        Raises:
+            BankError: it was detached already, or a block of `using` or `rows` is open.
+        """
+        if self._returning:
+            raise BankError(
+                "a detach inside using() or rows() would leave nothing to go back to", hint="leave it first"
+            )
         if self.model.__dict__.pop("_lora_kit_bank", None) is None:
             raise BankError("this bank was detached already")
         self._layers.unwrap()
@@ -289,14 +235,22 @@ class AdapterBank:
 
         What is offered and has no slot is brought in first, here as in `using` and `rows`; if that fails, everything is
         as it was.
+
+        Raises:
+            UnknownAdapterError: no adapter of that name. For one that is offered also what `load` raises.
         """
-        if name is not None and name not in self._residents:
-            self._bring_in([name], beside=())
-        self._routing.to_slot(BASE if name is None else self._residents.slot_of(name))
+        with self._turn:
+            if name is not None and name not in self._residents:
+                self._bring_in([name], beside=())
+            self._routing.to_slot(BASE if name is None else self._residents.slot_of(name))
 
     @contextlib.contextmanager
     def using(self, name: str | None) -> Iterator[None]:
-        """`use` for the length of a block."""
+        """`use` for the length of a block.
+
+        Raises:
+            UnknownAdapterError: as `use`.
+        """
         with self._routed([name]):
             yield
 
@@ -305,10 +259,20 @@ class AdapterBank:
         """Route row i of the batch to the adapter names[i], or to the base with None, for the length of a block.
 
         Beams and several returned sequences belong to the row they come from.
+
+        Raises:
+            UnknownAdapterError: as `use`.
+            ConfigError: what was given is no list of names.
+            RoutingError: in the forward: the batch has another number of rows.
+
+        Example:
+            with bank.rows(["sql", None]):
+                model.generate(**tokenizer(["all names:"] * 2, return_tensors="pt"), max_new_tokens=2)
         """
-        if isinstance(names, str) or not names:
-            raise ConfigError(f"a list with one name (or None) per row was expected; {names!r} was given")
-        with self._routed(names):
+        names = [] if names is None or isinstance(names, str) else list(names)
+        if not names:
+            raise ConfigError("a list with one name (or None) per row was expected")
+        with self._routed(names), counted(self.model, len(names), routed=self._route):
             yield
 
     def reference(self) -> Reference:
@@ -319,11 +283,16 @@ class AdapterBank:
         """
         return Reference(self)
 
+    def _route(self) -> tuple[int, tuple[int, ...]]:
+        """How deep in blocks this is, and the slots in use."""
+        return len(self._returning), self._routing.held
+
     @contextlib.contextmanager
     def _routed(self, names: Sequence[str | None]) -> Iterator[None]:
-        slots = self._slots_of(names)
-        self._returning.append(self._routing.held)
-        self._routing.to_rows(slots)
+        with self._turn:
+            slots = self._slots_of(names)
+            self._returning.append(self._routing.held)
+            self._routing.to_rows(slots)
         try:
             yield
         finally:
@@ -332,15 +301,17 @@ class AdapterBank:
     # Values
 
     def snapshot(self, name: str) -> Adapter:
-        """The adapter as a value: what it was loaded from, or a copy of a trainable one as it stands."""
+        """The adapter as a value: what it was loaded from, or a copy of a trainable one as it stands.
+
+        Raises:
+            UnknownAdapterError: no adapter of that name.
+        """
         if name in self._offers and name not in self._residents:
-            return self._offers[name].value(self.cache)
+            return self._offers.value(name)
         resident = self._resident(name)
         if resident.adapter is not None:
             return resident.adapter
-        config = self._resolved(resident)
-        tensors = {key: leaf.detach().to("cpu", copy=True).contiguous() for key, leaf in self._tensors(name).items()}
-        return Adapter(config, tensors, record={"base": self.fingerprint()})
+        return value_of(resident, self._layers, self.model)
 
     def save(
         self,
@@ -355,6 +326,11 @@ class AdapterBank:
 
         Args:
             record, files, replace: as in `Adapter.save`.
+
+        Raises:
+            UnknownAdapterError: no adapter of that name.
+            StorageError: the folder exists, or the disk refuses; what was there is as it was.
+            ConfigError: as in `Adapter.save`.
         """
         adapter = self.snapshot(name)
         adapter.save(folder, record=record, files=files, replace=replace)
@@ -363,36 +339,28 @@ class AdapterBank:
     def merge(self, name: str) -> list[Retention]:
         """Fold an adapter into the in-memory weights of the base, and unload it. This cannot be undone.
 
-        Accumulated in fp32 and rounded once to the weight's dtype.
+        Accumulated in fp32 and rounded once to the weight's dtype. Rows of new tokens take the places of the base's,
+        for all that share the weight.
 
         Raises:
             MergeError: a covered weight is quantised or shared with another module, or the result is not finite; the
                 model is as it was.
+            BankError: inside `using` or `rows`.
+            UnknownAdapterError: no adapter of that name.
         """
         resident = self._resident(name)
         if self._returning:
             raise BankError(
                 "a merge inside using() or rows() would change the base under them", hint="leave the block first"
             )
-        check_foldable(self.model, ((path, self._layers[path]) for path in resident.layers))
-        # Everything is computed before anything is written: a failure must leave the base whole, and keeping copies of
-        # all weights would double the memory. Largest first, so that what does not fit in memory is found at once.
-        pairs = [path for path in resident.layers if not isinstance(self._layers[path], SavedModule)]
-        pairs.sort(key=lambda path: -weight_of(self._layers[path]).numel())
-        retentions = {path: folded(path, self._layers[path], resident.slot)[1] for path in pairs}
-        with torch.no_grad():
-            for path in pairs:
-                weight_of(self._layers[path]).copy_(folded(path, self._layers[path], resident.slot)[0])
-            for path in set(resident.layers) - set(pairs):
-                self._layers[path].base_layer.load_state_dict(self._entry(resident, path))
+        retained = fold_in(resident, self._layers, self.model)
         if resident.slot == self._routing.slot:
             self._routing.to_slot(BASE)
-        changed = tuple(resident.layers)
+        changed = {*resident.layers, *resident.coverage.replaced}
         self._residents.remove(name)
-        self._offers.pop(name, None)
-        for path in changed:
-            self._layers[path].base_changed()
-        return [retentions[path] for path in changed if path in retentions]
+        self._offers.remove(name)
+        self._layers.base_changed(changed)
+        return retained
 
     # Inside
 
@@ -407,87 +375,17 @@ class AdapterBank:
         """The slot of each name, used just now; what is offered and has none is brought in, all of it or nothing."""
         absent = [name for name in names if name is not None and name not in self._residents]
         if absent:
-            self._bring_in(dict.fromkeys(absent), beside=names)
+            self._bring_in(absent, beside=names)
         return [BASE if name is None else self._residents.slot_of(name) for name in names]
 
     def _bring_in(self, names: Collection[str], *, beside: Collection[str | None]) -> None:
-        """Put offered adapters into slots, all of them or none; those beside them keep theirs."""
         for name in names:
-            if name not in self._offers:
-                raise self._unknown(name)
-        beside = [name for name in beside if name in self._residents]
-        keep = self._slots_in_use() | {self._residents[name].slot for name in beside if name is not None}
-        self._residents.leaving(names, keep=keep)  # that there is no room is said before anything is read
-        arriving = {name: self._arrival(name, self._offers[name]) for name in names}
-        with self._residents.admitted(arriving, keep=keep):
-            for resident in arriving.values():
-                self._residents.fill(resident)
-
-    def _arrival(self, name: str, offer: Offer) -> Resident:
-        """An offered adapter, found to fit the model."""
-        adapter = offer.value(self.cache)
-        coverage = fitted(name, adapter, self.model, dtype=self.dtype, allow=offer.allow)
-        return Resident(adapter.config, coverage, adapter, offer)
-
-    def _unknown(self, name: object) -> UnknownAdapterError:
-        return UnknownAdapterError(str(name), dict.fromkeys([*self._residents, *self._offers]))
+            if not isinstance(name, str):
+                raise self._offers.unknown(name)
+        self._offers.bring_in(dict.fromkeys(names), beside=beside, in_use=self._slots_in_use())
 
     def _slots_in_use(self) -> set[int]:
         return {*self._routing.held, *chain.from_iterable(self._returning)}
 
-    def _lengths(self, target: Target, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-        """The magnitude a DoRA starts from, which leaves the weight as it is."""
-        if not target.dora:
-            return {}
-        layer = self._layers[target.path]
-        assert isinstance(layer, LoraLinear)
-        ones = torch.ones(target.out_features, device=layer.device)
-        return {MAGNITUDE: 1 / dora_scale(layer.weight_matrix(), a, b, target.scaling, ones)}
-
-    def _put(self, resident: Resident, path: str, tensors: Mapping[str, Tensor], scaling: float) -> None:
-        resident.layers.append(path)
-        self._layers[path].put(resident.slot, tensors, scaling)
-
     def _entry(self, resident: Resident, path: str) -> Mapping[str, Tensor]:
-        entry = self._layers[path].entries[resident.slot]
-        assert entry is not None
-        return entry.tensors
-
-    def _tensors(self, name: str) -> dict[str, Tensor]:
-        """An adapter's live tensors by PEFT's keys."""
-        resident = self._resident(name)
-        tensors: dict[str, Tensor] = {}
-        keys = {target.path: target.key for target in resident.coverage.targets}
-        for path in resident.layers:
-            layer, held = self._layers[path], self._entry(resident, path)
-            if isinstance(layer, SavedModule):
-                tensors |= {f"{PREFIX}{path}.{key}": tensor for key, tensor in held.items()}
-            else:
-                key_a, key_b = pair_keys(keys[path], kind_of(layer) or "linear")
-                tensors[key_a], tensors[key_b] = held[A], held[B]
-                if MAGNITUDE in held:
-                    tensors[magnitude_key(path)] = held[MAGNITUDE]
-        return tensors
-
-    def _resolved(self, resident: Resident) -> LoraConfig:
-        """The config as it is saved: names instead of `all-linear`, and the base it belongs to."""
-        config = resident.config
-        targets = (
-            suffixes(self.model, resident.coverage) if config.target_modules == ALL_LINEAR else config.target_modules
-        )
-        conv1d = any(type(self._layers[path].base_layer).__name__ == "Conv1D" for path in resident.layers)
-        return dataclasses.replace(
-            config,
-            target_modules=targets,
-            fan_in_fan_out=config.fan_in_fan_out or conv1d,
-            base_model_name_or_path=config.base_model_name_or_path or _model_name(self.model),
-            inference_mode=True,
-        )
-
-
-def _dtype_of(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-
-def _model_name(model: nn.Module) -> str | None:
-    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
+        return self._layers.entry(path, resident.slot).tensors

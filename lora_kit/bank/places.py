@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import nn
 
 from lora_kit.errors import TargetError
-from lora_kit.layers import LoraConvolution, LoraParameter, Routing, SavedModule, SlotLayer, kind_of, wrap
-from lora_kit.targets import Coverage, is_of_an_expert
+from lora_kit.layers import (
+    LoraConvolution,
+    LoraParameter,
+    Routing,
+    SavedModule,
+    SlotLayer,
+    TiedTokens,
+    TokenTable,
+    innermost,
+    kind_of,
+    wrap,
+)
+from lora_kit.layers.slots import Entry
+from lora_kit.selection import is_of_an_expert
+from lora_kit.targets import Coverage
+from lora_kit.tokens import TokenTarget, key_of, path_of
 
 
 class Slots:
@@ -62,6 +76,12 @@ class WrappedLayers:
     def __getitem__(self, path: str) -> SlotLayer:
         return self._layers[path]
 
+    def entry(self, path: str, slot: int) -> Entry:
+        """What a slot holds in a layer."""
+        entry = self._layers[path].entries[slot]
+        assert entry is not None
+        return entry
+
     def reserve(self, coverage: Coverage, room: int) -> None:
         """Wrap what is covered, and have this many slots in every wrapper.
 
@@ -70,9 +90,10 @@ class WrappedLayers:
         Raises:
             TargetError: another adapter covers a module that lies inside one of these, or around it.
         """
-        ranks = {target.path: self._max_rank or target.rank for target in coverage.targets}
+        ranks = {target.path: self._max_rank or target.room for target in coverage.targets}
         whole = frozenset(coverage.saved)
-        self._check_nesting(dict.fromkeys(ranks, False) | dict.fromkeys(whole, True))
+        seen = [path for target in coverage.tokens for path in target.places]
+        self._check_nesting(dict.fromkeys([*ranks, *seen], False) | dict.fromkeys(whole, True))
         new: dict[str, SlotLayer] = {}
         parameters = {target.path for target in coverage.targets if target.kind == "parameter"}
         for path in [*ranks, *coverage.saved]:
@@ -86,6 +107,9 @@ class WrappedLayers:
         for path in ranks:
             if path not in self._layers:
                 self._wrap_parameter(path)
+        for target in coverage.tokens:
+            ranks[target.key] = len(target.indices)
+            self._wrap_tables(target, room)
         for path, layer in self._layers.items():
             layer.reserve(room, ranks.get(path, 0), self._dtype)
 
@@ -102,13 +126,37 @@ class WrappedLayers:
         replace_modules(self._model, {module: layer})
         self._layers[path] = layer
 
+    def _wrap_tables(self, target: TokenTarget, room: int) -> None:
+        """Put a table of rows around an embedding, and around what shares its weight a layer that sees the same rows.
+
+        They stand outside of what other adapters have there.
+        """
+        if target.key in self._layers:
+            return
+        module = self._model.get_submodule(target.path)
+        table = TokenTable(module, self._routing)
+        table.reserve(room, len(target.indices), self._dtype)
+        replace_modules(self._model, {module: table})
+        self._layers[target.key] = table
+        for path in target.tied:
+            module = self._model.get_submodule(path)
+            tied = TiedTokens(module, self._routing, table)
+            replace_modules(self._model, {module: tied})
+            self._layers[key_of(path)] = tied
+
+    def base_changed(self, paths: Collection[str]) -> None:
+        """Bring up to date what was derived from the weights of the modules of these paths."""
+        for key, layer in self._layers.items():
+            if path_of(key) in paths:
+                layer.base_changed()
+
     def take_over(self, layers: Mapping[str, SlotLayer]) -> None:
         """Count layers as wrapped, by path, that stand in the model already."""
         self._layers |= layers
 
     def unwrap(self) -> None:
         """Put the model's own layers back."""
-        replace_modules(self._model, {layer: _innermost(layer) for layer in self._layers.values()})
+        replace_modules(self._model, {layer: innermost(layer) for layer in self._layers.values()})
         self._layers.clear()
 
     def _check_nesting(self, covered: Mapping[str, bool]) -> None:
@@ -117,7 +165,7 @@ class WrappedLayers:
         Args:
             covered: path to whether it is saved whole.
         """
-        saved = {path: isinstance(layer, SavedModule) for path, layer in self._layers.items()}
+        saved = {path_of(key): isinstance(layer, SavedModule) for key, layer in self._layers.items()}
         if covered.items() <= saved.items():
             return
         clashes = [(path, path) for path in covered if saved.get(path, covered[path]) != covered[path]]
@@ -125,7 +173,8 @@ class WrappedLayers:
         clashes += [(path, above) for path in saved for above in _above(path) if above in saved]
         for path, other in clashes:
             raise TargetError(
-                f"{path} and {other}: one adapter saves the module whole and another puts pairs into it",
+                f"{path} and {other}: one adapter saves the module whole and another puts pairs into it, or rows"
+                " of tokens",
                 hint="use a bank for each",
             )
 
@@ -137,13 +186,6 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
             for key, child in parent._modules.items():
                 if child is not None and child in new:
                     parent._modules[key] = new[child]
-
-
-def _innermost(layer: nn.Module) -> nn.Module:
-    """The model's own module inside a wrapper, or inside several."""
-    while isinstance(layer, SlotLayer):
-        layer = layer.base_layer
-    return layer
 
 
 def _above(path: str) -> Iterator[str]:

@@ -16,7 +16,7 @@ from lora_kit.cache import AdapterCache, Offer
 from lora_kit.config import LoraConfig
 from lora_kit.errors import BankError, listed
 from lora_kit.fit import below
-from lora_kit.layers import BASE, MAGNITUDE, A, B
+from lora_kit.layers import BASE, INDICES, MAGNITUDE, ROWS, A, B
 from lora_kit.targets import Coverage
 
 
@@ -58,7 +58,7 @@ class Residents:
         self._leavable: OrderedDict[str, None] = OrderedDict()  # names, the least recently used first
 
     def __contains__(self, name: object) -> bool:
-        return name in self._named
+        return isinstance(name, str) and name in self._named
 
     def __getitem__(self, name: str) -> Resident:
         return self._named[name]
@@ -75,7 +75,7 @@ class Residents:
 
     def check_rank(self, name: str, coverage: Coverage) -> None:
         """Raise BankError for a rank that there is no room for."""
-        rank = max((target.rank for target in coverage.targets), default=0)
+        rank = max((target.room for target in coverage.targets), default=0)
         if self._max_rank is not None and rank > self._max_rank:
             raise BankError(
                 f"{name!r} has rank {rank}; there is room for {self._max_rank}", hint="attach with a larger max_rank"
@@ -160,6 +160,9 @@ class Residents:
             self.put(resident, target.path, tensors, target.scaling)
         for path in resident.coverage.saved:
             self.put(resident, path, below(adapter.saved(), path), 1.0)
+        for rows in resident.coverage.tokens:
+            held = adapter.tokens()[rows.path]
+            self.put(resident, rows.key, {ROWS: held.rows, INDICES: torch.tensor(held.indices)}, 1.0)
 
     def put(self, resident: Resident, path: str, tensors: Mapping[str, Tensor], scaling: float) -> None:
         """Copy what an adapter brings to one layer into its slot."""

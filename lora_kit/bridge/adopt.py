@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -15,8 +15,24 @@ from lora_kit.bank.residents import Resident
 from lora_kit.bridge.guard import guard, release
 from lora_kit.bridge.reading import Layer, Reading, read
 from lora_kit.errors import BankError, TargetError, listed
-from lora_kit.layers import AdoptedEmbedding, AdoptedLinear, AdoptedModule, AdoptingLayer, Routing, SlotLayer, kind_of
+from lora_kit.layers import (
+    AdoptedConvolution,
+    AdoptedEmbedding,
+    AdoptedLinear,
+    AdoptedModule,
+    AdoptedParameter,
+    AdoptingLayer,
+    Routing,
+    SlotLayer,
+    kind_of,
+)
 from lora_kit.targets import Coverage, survey
+
+_KINDS: Final[dict[str, type[AdoptingLayer]]] = {
+    "linear": AdoptedLinear,
+    "embedding": AdoptedEmbedding,
+    "convolution": AdoptedConvolution,
+}
 
 
 def adopt(peft_model: Any) -> AdoptedBank:
@@ -59,10 +75,13 @@ class AdoptedBank(AdapterBank):
         self._frozen.clear()
         self.peft_model = peft_model
         self._reading = reading
-        self._theirs = {layer.module: _stand_in(layer, self._routing) for layer in reading.layers}
+        self._theirs: dict[nn.Module, AdoptingLayer] = {}
+        for layer in reversed(reading.layers):  # what is inside another one first
+            self._theirs[layer.module] = _stand_in(layer, self._theirs.get(layer.inside), self._routing)
         self._layers.take_over({layer.path: self._theirs[layer.module] for layer in reading.layers})
         self._adopted: dict[str, Resident] = {}
-        replace_modules(self.model, self._theirs)
+        inside = {layer.inside for layer in reading.layers}
+        replace_modules(self.model, {theirs: ours for theirs, ours in self._theirs.items() if theirs not in inside})
         guard(peft_model, self)
 
     def take_in(self, name: str) -> None:
@@ -86,11 +105,11 @@ class AdoptedBank(AdapterBank):
     @contextlib.contextmanager
     def as_peft(self) -> Iterator[None]:
         """The PeftModel as PEFT made it for the length of a block, which may not add or remove adapters."""
-        self._give_back()
+        stood = self._give_back()
         try:
             yield
         finally:
-            replace_modules(self.model, self._theirs)
+            replace_modules(self.model, stood)
             guard(self.peft_model, self)
             self._note_trainable()
 
@@ -124,12 +143,22 @@ class AdoptedBank(AdapterBank):
             self._give_back()
         super().detach()
 
-    def _give_back(self) -> None:
-        """PEFT's own layers in their places, in the mode that ours were put into meanwhile."""
-        replace_modules(self.model, {ours: theirs for theirs, ours in self._theirs.items()})
-        for theirs, ours in self._theirs.items():
-            _same_mode(theirs, ours)
+    def _give_back(self) -> Mapping[nn.Module, SlotLayer]:
+        """PEFT's own layers in their places, in the mode that ours were put into meanwhile; returns what stood there.
+
+        That may be a wrapper around one of ours, which an adapter brought that came here.
+        """
+        ours = {layer: theirs for theirs, layer in self._theirs.items()}
+        stood = {}
+        for layer in _wrappers(self.model):
+            found = next((ours[each] for each in _within(layer) if each in ours), None)
+            if found is not None:
+                stood[found] = layer
+        replace_modules(self.model, {layer: theirs for theirs, layer in stood.items()})
+        for theirs, layer in self._theirs.items():
+            _same_mode(theirs, layer)
         release(self.peft_model)
+        return stood
 
     def _note_trainable(self) -> None:
         """See which parameters require grad by now."""
@@ -150,12 +179,29 @@ class AdoptedBank(AdapterBank):
             raise BankError(f"{what} after the PeftModel was adopted", hint="save adapters, and load them in PEFT")
 
 
-def _stand_in(layer: Layer, routing: Routing) -> AdoptingLayer:
-    """A layer of ours around the base of one of PEFT's."""
-    kind = AdoptedModule if layer.saved else AdoptedEmbedding if kind_of(layer.base) == "embedding" else AdoptedLinear
-    ours: AdoptingLayer = kind(layer.base, routing)
+def _stand_in(layer: Layer, inside: AdoptingLayer | None, routing: Routing) -> AdoptingLayer:
+    """A layer of ours around the base of one of PEFT's, or around the one that stands in for what is inside it."""
+    ours: AdoptingLayer
+    if layer.parameter:
+        ours = AdoptedParameter(inside or layer.base, layer.parameter, routing)
+    else:
+        ours = (AdoptedModule if layer.saved else _KINDS[kind_of(layer.base) or "linear"])(layer.base, routing)
     ours.training = layer.module.training
     return ours
+
+
+def _wrappers(model: nn.Module) -> Iterator[SlotLayer]:
+    """Wrappers that stand in a model, without those inside others."""
+    for parent in model.modules():
+        if not isinstance(parent, SlotLayer):
+            yield from (child for child in parent.children() if isinstance(child, SlotLayer))
+
+
+def _within(layer: nn.Module) -> Iterator[nn.Module]:
+    """A wrapper and the wrappers inside it."""
+    while isinstance(layer, SlotLayer):
+        yield layer
+        layer = layer.base_layer
 
 
 def _same_mode(theirs: nn.Module, ours: SlotLayer) -> None:
@@ -164,7 +210,7 @@ def _same_mode(theirs: nn.Module, ours: SlotLayer) -> None:
         return
     theirs.training = ours.training
     for name, child in theirs.named_children():
-        if child is not ours.base_layer and name != "original_module":
+        if name not in ("base_layer", "original_module"):
             child.train(ours.training)
 
 
@@ -179,6 +225,8 @@ def _coverage(name: str, reading: Reading) -> Coverage:
     said = {target.path for target in coverage.targets} | set(coverage.saved)
     odd = sorted(here ^ said)
     if odd:
+        reasons = dict(coverage.skipped)
+        odd = [f"{path} ({reasons[path]})" if path in reasons else path for path in odd]
         raise TargetError(
             f"adapter {name!r}: its config and its layers do not agree on {listed(odd)}",
             hint="nothing was changed; it goes on in PEFT",

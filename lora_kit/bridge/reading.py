@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -10,13 +11,18 @@ from torch import nn
 
 from lora_kit.config import LoraConfig
 from lora_kit.errors import BankError, ConfigError, listed
-from lora_kit.layers import MAGNITUDE, A, B, kind_of
+from lora_kit.layers import MAGNITUDE, A, B, kind_of, own_parameters
 
 _HINT: Final = "what cannot be adopted goes on in PEFT; nothing was changed"
+_OF_PARAMETER: Final = "peft.tuners.lora.layer.ParamWrapper"
+_INSIDE: Final = re.compile(r"(\.base_layer)+$")
 _LAYERS: Final = frozenset(
     {
         "peft.tuners.lora.layer.Linear",
         "peft.tuners.lora.layer.Embedding",
+        "peft.tuners.lora.layer.Conv1d",
+        "peft.tuners.lora.layer.Conv2d",
+        _OF_PARAMETER,
         "peft.tuners.lora.bnb.Linear4bit",
         "peft.tuners.lora.bnb.Linear8bitLt",
     }
@@ -44,9 +50,10 @@ class Layer:
     """A layer of PEFT's in a model.
 
     Attributes:
-        path: in the base model.
+        path: in the base model; of a parameter where that is what is adapted.
         module: PEFT's wrapper. base: what it wraps.
         saved: whether adapters replace the base as a whole.
+        parameter: the name of the base's one parameter that is adapted; empty where it is the layer's weight.
         adapters: what each adapter has here, by its name.
     """
 
@@ -55,6 +62,13 @@ class Layer:
     base: nn.Module
     saved: bool
     adapters: Mapping[str, Held]
+    parameter: str = ""
+
+    @property
+    def inside(self) -> nn.Module:
+        """What the wrapper is directly around: the base, or the wrapper of another parameter of it."""
+        found: nn.Module = self.base if self.saved else self.module.base_layer
+        return found
 
 
 @dataclass(frozen=True)
@@ -111,9 +125,11 @@ def _config(name: str, config: Any) -> LoraConfig:
         own = LoraConfig.of(config)
     except ConfigError as error:
         raise ConfigError(f"adapter {name!r}: {error.message}", hint=_HINT) from None
-    if own.use_dora and own.lora_dropout:
-        # PEFT feeds the dropped input to the base as well there, so the two would not train alike.
-        raise ConfigError(f"adapter {name!r}: use_dora with lora_dropout={own.lora_dropout} is not adopted", hint=_HINT)
+    if own.starts_from_weight:
+        # PEFT has taken the start out of the base, which is another one now.
+        raise ConfigError(f"adapter {name!r}: init_lora_weights={own.init_lora_weights} is not adopted", hint=_HINT)
+    if own.trainable_token_indices is not None:
+        raise ConfigError(f"adapter {name!r}: trainable_token_indices is not adopted", hint=_HINT)
     return own
 
 
@@ -128,7 +144,10 @@ def _layers(base: nn.Module) -> Iterator[Layer]:
             held = {name: Held(dict(copy.named_parameters())) for name, copy in copies.items()}
             yield Layer(path, module, module.original_module, True, held)
         elif isinstance(module, BaseTunerLayer):
-            yield Layer(path, module, module.get_base_layer(), False, dict(_pairs(module)))
+            name = _parameter_of(module)
+            # Of several parameters of one module, each has a wrapper around that of the one before.
+            path = f"{_INSIDE.sub('', path)}.{name}" if name else path
+            yield Layer(path, module, module.get_base_layer(), False, dict(_pairs(module)), name)
 
 
 def _pairs(module: Any) -> Iterator[tuple[str, Held]]:
@@ -147,8 +166,7 @@ def _problems(layer: Layer, configs: Mapping[str, LoraConfig]) -> Iterator[str]:
     """Why a layer of ours could not stand in for this one, in words."""
     from peft.utils.other import ModulesToSaveWrapper
 
-    module = layer.module
-    kind = f"{type(module).__module__}.{type(module).__name__}"
+    module, kind = layer.module, _name_of(layer.module)
     if layer.saved and type(module) is not ModulesToSaveWrapper:
         yield f"{layer.path} is a {type(module).__name__}"
         return
@@ -157,7 +175,9 @@ def _problems(layer: Layer, configs: Mapping[str, LoraConfig]) -> Iterator[str]:
         return
     if layer.saved and next(layer.base.buffers(), None) is not None:
         yield f"{layer.path} is saved whole and has buffers"
-    if not layer.saved and (kind_of(layer.base) is None or module.base_layer is not layer.base):
+    if layer.parameter:
+        yield from _out_of_order(layer)
+    elif not layer.saved and (kind_of(layer.base) is None or module.base_layer is not layer.base):
         yield f"{layer.path} wraps a {type(module.base_layer).__name__}"
     if not layer.saved and module.merged:
         yield f"{layer.path} is merged with {listed(module.merged_adapters)}"
@@ -165,6 +185,28 @@ def _problems(layer: Layer, configs: Mapping[str, LoraConfig]) -> Iterator[str]:
         yield f"{layer.path} has hooks, or a forward of its own"
     for name, held in layer.adapters.items():
         yield from (f"{layer.path}: {problem}" for problem in _problems_of(name, held, layer, configs[name]))
+
+
+def _name_of(module: object) -> str:
+    return f"{type(module).__module__}.{type(module).__name__}"
+
+
+def _parameter_of(module: Any) -> str:
+    """The parameter that a wrapper is for; empty for a wrapper of a layer."""
+    return module.parameter_name if _name_of(module) == _OF_PARAMETER else ""
+
+
+def _out_of_order(layer: Layer) -> Iterator[str]:
+    """Wrappers of one module's parameters stand in their order, by which an adapter's file tells them apart."""
+    inside: Any = layer.inside
+    if inside is layer.base:
+        return
+    if _name_of(inside) != _OF_PARAMETER:
+        yield f"{layer.path} wraps a {type(inside).__name__}"
+        return
+    order = [name for name, _ in own_parameters(layer.base)]
+    if order.index(inside.parameter_name) >= order.index(layer.parameter):
+        yield f"{layer.path} is wrapped around {inside.parameter_name}, which comes later"
 
 
 def _is_hooked(module: nn.Module) -> bool:

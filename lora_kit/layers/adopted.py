@@ -7,14 +7,18 @@ another place or another order would set the two apart.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lora_kit.errors import RoutingError
+from lora_kit.layers.alone import LoraConvolution, LoraParameter
 from lora_kit.layers.pairs import LoraEmbedding, LoraLinear
 from lora_kit.layers.saved import SavedModule
 from lora_kit.layers.slots import Entry, SlotLayer, leaf_name
+from lora_kit.layers.starts import MAGNITUDE, A, B
 
 
 class AdoptingLayer(SlotLayer):
@@ -24,7 +28,8 @@ class AdoptingLayer(SlotLayer):
         """Have a slot hold these very parameters, trainable where they require grad."""
         self.routing.prepared.pop(self, None)
         for name, tensor in tensors.items():
-            self.register_parameter(leaf_name(name, slot), tensor)
+            # Not `register_parameter`: that refuses names which a wrapper inside this one has as well.
+            self._parameters[leaf_name(name, slot)] = tensor
         self.entries[slot] = Entry(dict(tensors), scaling, dropout)
         self.scaling[slot] = scaling
         self.note_trainable()
@@ -56,12 +61,33 @@ class AdoptingLayer(SlotLayer):
 class AdoptedLinear(AdoptingLayer, LoraLinear):
     """A linear layer with pairs that stand alone."""
 
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        entry = None if self.routing.mixed or not self.training else self._uniform()
+        if entry is None or not _drops_as_dora(entry):
+            return super().forward(x, *args, **kwargs)
+        # y + (c - 1) W drop(x) + c s B A drop(x): PEFT drops the input of the base's share of the change as well.
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        dropped = functional.dropout(x, entry.dropout).to(y.dtype)
+        pair = dropped @ entry.tensors[A].to(y.dtype).mT @ entry.tensors[B].to(y.dtype).mT
+        whole = functional.linear(dropped, self.weight_matrix().to(y.dtype))
+        columns = self.column_scale(entry)
+        return (y + (columns - 1) * whole + columns * entry.scaling * pair).to(y.dtype)
+
+    def _by_row(self, y: Tensor, x: Tensor) -> Tensor:
+        entries = [self.entries[slot] for slot in self.routing.rows] if self.training else []
+        if any(entry is not None and _drops_as_dora(entry) for entry in entries):
+            raise RoutingError(
+                "rows of adopted adapters that are DoRA with dropout cannot be trained together",
+                hint="use() one adapter at a time",
+            )
+        return super()._by_row(y, x)
+
     def _can_gather(self, y: Tensor, x: Tensor) -> bool:
         return False
 
-    def adopt(self, slot: int, tensors: Mapping[str, nn.Parameter], scaling: float, dropout: float) -> None:
-        super().adopt(slot, tensors, scaling, dropout)
-        self._refresh_columns()
+    def note_trainable(self) -> None:
+        super().note_trainable()
+        self._refresh_columns()  # what no longer trains, or was loaded anew, has another length
 
 
 class AdoptedEmbedding(AdoptingLayer, LoraEmbedding):
@@ -70,6 +96,18 @@ class AdoptedEmbedding(AdoptingLayer, LoraEmbedding):
 
 class AdoptedModule(AdoptingLayer, SavedModule):
     """A module saved whole, whose copies stand alone."""
+
+
+class AdoptedParameter(AdoptingLayer, LoraParameter):
+    """Fused experts, or another module, with pairs of a parameter."""
+
+
+class AdoptedConvolution(AdoptingLayer, LoraConvolution):
+    """A convolution with pairs."""
+
+
+def _drops_as_dora(entry: Entry) -> bool:
+    return MAGNITUDE in entry.tensors and entry.dropout > 0
 
 
 def _padded(tensor: Tensor, like: Tensor) -> Tensor:

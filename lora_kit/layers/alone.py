@@ -1,7 +1,7 @@
 """Layers whose pairs stand alone: fused experts and other parameters, and convolutions.
 
-There is no slab to read by index, since such a layer takes one weight for all its rows: rows of different adapters are
-computed adapter by adapter.
+There is no slab to read by index. Fused experts take the tokens of all rows at once (`layers.experts`); other layers
+take one weight for all their rows, so rows of different adapters are computed adapter by adapter.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_kit.errors import RoutingError
-from lora_kit.layers.pairs import A, B
+from lora_kit.layers.experts import MATRICES, Factors, are_fused, are_plain, mixture
+from lora_kit.layers.kinds import innermost
 from lora_kit.layers.routing import Routing
 from lora_kit.layers.slots import Entry, SlotLayer
+from lora_kit.layers.starts import A, B
+from lora_kit.ops.grouped import padded_rank
 
 _CONVOLVE: Final[dict[int, Callable[..., Tensor]]] = {3: functional.conv1d, 4: functional.conv2d}
 """By the dimensions of the weight."""
@@ -72,6 +75,9 @@ class LoraParameter(AloneLayer):
     expert, `lora_B` (out, r·E) with the experts of one rank side by side. W is (E, out, in), or (E, in, out) where the
     module says `is_transposed`; a matrix (out, in) is one expert. Where several parameters of a module have pairs, one
     wrapper is around the other.
+
+    Experts that say how they compute are computed in rank space, by the outermost wrapper for all. Other modules are
+    black boxes, which are given the sum instead of W.
     """
 
     def __init__(self, base_layer: nn.Module, parameter: str, routing: Routing) -> None:
@@ -81,34 +87,111 @@ class LoraParameter(AloneLayer):
     @property
     def own(self) -> nn.Parameter:
         """W, in the innermost module."""
-        module = self.base_layer
-        while isinstance(module, SlotLayer):
-            module = module.base_layer
-        weight = module._parameters[self.parameter]
+        weight = innermost(self)._parameters[self.parameter]
         assert weight is not None
         return weight
 
+    def _chain(self) -> list[nn.Module]:
+        """This wrapper, those inside it, and the innermost module."""
+        chain: list[nn.Module] = [self]
+        while isinstance(chain[-1], SlotLayer):
+            chain.append(chain[-1].base_layer)
+        return chain
+
     def changed(self, entry: Entry, weight: Tensor) -> Tensor:
-        count = weight.shape[0] if weight.ndim == 3 else 1
-        a, b = entry.tensors[A].to(weight.dtype), entry.tensors[B].to(weight.dtype)
-        each_a = a.reshape(count, -1, a.shape[-1])  # (E, r, in)
-        each_b = b.reshape(b.shape[0], -1, count).permute(2, 0, 1)  # (E, out, r)
+        each_a, each_b = self._by_expert(entry)
+        each_a, each_b = each_a.to(weight.dtype), each_b.to(weight.dtype)
         left, right = (each_a.mT, each_b.mT) if self._is_transposed(weight) else (each_b, each_a)
         stacked = weight if weight.ndim == 3 else weight.unsqueeze(0)
-        return torch.baddbmm(stacked, left, right, alpha=entry.scaling).view(weight.shape)
+        # Autocast would change the dtype of the sum, which is the module's to choose.
+        with torch.autocast(weight.device.type, enabled=False):
+            return torch.baddbmm(stacked, left, right, alpha=entry.scaling).view(weight.shape)
+
+    def _by_expert(self, entry: Entry) -> tuple[Tensor, Tensor]:
+        """A as (E, r, in), B as (E, out, r)."""
+        a, b = entry.tensors[A], entry.tensors[B]
+        count = self.own.shape[0] if self.own.ndim == 3 else 1
+        return a.reshape(count, -1, a.shape[-1]), b.reshape(b.shape[0], -1, count).permute(2, 0, 1)
 
     def _is_transposed(self, weight: Tensor) -> bool:
         return weight.ndim == 3 and is_transposed(self.base_layer)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs and self._is_in_rank_space(args):
+            return self._in_rank_space(*args)
         if self.routing.mixed:
+            self._check_order()
             return self._by_rows(args, kwargs)
         entry = self.entries[self.routing.slot]
         if entry is None:
             return self.base_layer(*args, **kwargs)
-        inner = "base_layer." * _depth(self.base_layer) + self.parameter
+        inner = "base_layer." * (len(self._chain()) - 2) + self.parameter
         changed = {inner: self.changed(entry, self.own)}
         return torch.func.functional_call(self.base_layer, changed, args, kwargs)
+
+    def _is_in_rank_space(self, args: tuple[Any, ...]) -> bool:
+        """Whether experts that say how they compute are called, and nothing of them but their matrices has pairs."""
+        *wrappers, module = self._chain()
+        if torch.compiler.is_compiling() or len(args) != 3 or not (are_fused(module) and are_plain(module)):
+            return False
+        return {getattr(wrapper, "parameter", "") for wrapper in wrappers} <= MATRICES
+
+    def _check_order(self) -> None:
+        """Raise RoutingError where tokens may come in another order than the batch's."""
+        module = innermost(self)
+        if self.own.ndim == 3 and not are_fused(module):
+            raise RoutingError(
+                f"a {type(module).__name__} does not say which row a token belongs to, so rows of adapters that cover "
+                "it cannot differ",
+                hint="use() one adapter at a time, or adapters that leave the experts alone",
+            )
+
+    def _in_rank_space(self, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        *wrappers, module = self._chain()
+        self.routing.check(states)
+        rows = self.routing.rows if self.routing.mixed else (self.routing.slot,)
+        slots = tuple(sorted(set(rows)))
+        factors = {layer.parameter: layer.factors(slots) for layer in wrappers if isinstance(layer, LoraParameter)}
+        updates = {name: held for name, held in factors.items() if held is not None}
+        if not updates:
+            unchanged: Tensor = module(states, index, weights)
+            return unchanged
+        owner = None
+        if len(slots) > 1:
+            owner = torch.tensor([slots.index(slot) for slot in rows], device=states.device)
+            owner = owner.repeat_interleave(states.shape[0] // len(rows))
+        return mixture(module, states, index, weights, updates, owner)
+
+    def factors(self, slots: tuple[int, ...]) -> Factors | None:
+        """The pairs of some slots as `mixture` takes them; None where none of them has any.
+
+        Those that nobody trains are made once, and kept until others are asked for.
+        """
+        entries = [self.entries[slot] for slot in slots]
+        held = [entry for entry in entries if entry is not None]
+        if not held:
+            return None
+        if any(isinstance(entry.tensors[A], nn.Parameter) for entry in held):
+            return self._factors(entries, self.own.dtype)
+        key, kept = (slots, self.own.dtype), self.routing.prepared.get(self)
+        if kept is None or kept[0] != key:
+            # Memory made in inference mode could not be used in training.
+            with torch.inference_mode(False), torch.no_grad():
+                kept = self.routing.prepared[self] = key, self._factors(entries, self.own.dtype)
+        found: Factors = kept[1]
+        return found
+
+    def _factors(self, entries: Sequence[Entry | None], dtype: torch.dtype) -> Factors:
+        """Stacked adapter by adapter within each expert, with zeros where one has none, or is of lower rank."""
+        sides = [(*self._by_expert(entry), entry.scaling) if entry else None for entry in entries]
+        like = next(side for side in sides if side)
+        nothing = like[0][:, :0], like[1][:, :, :0], 0.0
+        exact = torch.promote_types(like[1].dtype, dtype)
+        rank = padded_rank(max(side[0].shape[1] for side in sides if side), dtype)
+        chosen = [side or nothing for side in sides]
+        a = torch.stack([_ranked(each.to(dtype), rank) for each, _, _ in chosen], 1)
+        b = torch.stack([_ranked((each.mT.to(exact) * s).to(dtype), rank) for _, each, s in chosen], 1)
+        return Factors(a.flatten(0, 1).mT, b.flatten(0, 1))
 
 
 class LoraConvolution(AloneLayer):
@@ -147,9 +230,9 @@ def is_transposed(module: nn.Module) -> bool:
     return bool(getattr(module, "is_transposed", False))
 
 
-def _depth(module: nn.Module) -> int:
-    """Wrappers around the innermost module."""
-    return 1 + _depth(module.base_layer) if isinstance(module, SlotLayer) else 0
+def _ranked(tensor: Tensor, rank: int) -> Tensor:
+    """(E, r, features) with zeros up to a rank."""
+    return functional.pad(tensor, (0, 0, 0, rank - tensor.shape[1]))
 
 
 def _joined(parts: Sequence[Any], back: Tensor) -> Any:

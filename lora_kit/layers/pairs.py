@@ -13,6 +13,7 @@ from lora_kit.layers.gathered import Pair, Part, Room, choices, gathered
 from lora_kit.layers.kinds import features_of, keeps_transposed, kind_of
 from lora_kit.layers.routing import BASE, Routing
 from lora_kit.layers.slots import Entry, SlotLayer
+from lora_kit.layers.starts import MAGNITUDE, A, B, has_start, in_slabs, pair_of, start_of, trained_of
 from lora_kit.ops import (
     backend,
     dora_scale,
@@ -25,11 +26,6 @@ from lora_kit.ops import (
     plain,
     scale_columns,
 )
-
-A: Final = "lora_A"
-B: Final = "lora_B"
-MAGNITUDE: Final = "lora_magnitude_vector"
-"""What an adapter brings to a layer, in PEFT's words."""
 
 _KEPT: Final = 4
 """Rows with an adapter, for each slot, whose pairs are kept from one forward to the next."""
@@ -104,19 +100,28 @@ class LoraLinear(_PairLayer):
         if entry is None:
             y: Tensor = self.base_layer(x, *args, **kwargs)
             return y
-        a, b, dropout = entry.tensors[A], entry.tensors[B], entry.dropout if self.training else 0.0
+        dropout = entry.dropout if self.training else 0.0
+        if dropout and has_start(entry):
+            # Dropped is the input of the pair that is trained, not of what its start takes out of the base.
+            y = self._added(x, args, kwargs, *start_of(entry), entry.scaling, 0.0)
+            return lora_add(y, x, *trained_of(entry), entry.scaling, dropout=dropout)
+        y = self._added(x, args, kwargs, *pair_of(entry), entry.scaling, dropout)
+        return scale_columns(y, self._columns_now(entry), self._bias) if MAGNITUDE in entry.tensors else y
+
+    def _added(
+        self, x: Tensor, args: Any, kwargs: dict[str, Any], a: Tensor, b: Tensor, scaling: float, dropout: float
+    ) -> Tensor:
+        """base(x) + scaling · B A x."""
         plain = None if args or kwargs else self._plain()
         if plain is None:
-            y = lora_add(self.base_layer(x, *args, **kwargs), x, a, b, entry.scaling, dropout=dropout)
-        else:
-            y = lora_linear(x, *plain, a, b, entry.scaling, dropout=dropout)
-        return scale_columns(y, self.column_scale(entry), self._bias) if MAGNITUDE in entry.tensors else y
+            return lora_add(self.base_layer(x, *args, **kwargs), x, a, b, scaling, dropout=dropout)
+        return lora_linear(x, *plain, a, b, scaling, dropout=dropout)
 
     def _by_row(self, y: Tensor, x: Tensor) -> Tensor:
         """y = base(x) with each row's update."""
         if not self._can_gather(y, x):
             index = self.routing.index(x)
-            y = lora_add_rows(y, self._dropped_by_row(x), self._slab(A), self._slab(B), self.scaling, index)
+            y = self._add_slabs(y, x, index)
             return y if self.columns is None else self._scaled_by_row(y, index)
         self.routing.check(x)
         rows = len(self.routing.rows)
@@ -125,6 +130,16 @@ class LoraLinear(_PairLayer):
         for part in self._gathered(y.dtype):
             part.add_(into, flat)
         return y if self.columns is None else self._scaled_by_row(y, self.routing.index(x))
+
+    def _add_slabs(self, y: Tensor, x: Tensor, index: Tensor) -> Tensor:
+        """y with what the slabs hold for each row."""
+        slabs, dropped = (self._slab(A), self._slab(B)), self._dropped_by_row(x)
+        if self.trains and any(entry is not None and has_start(entry) for entry in self.entries):
+            if dropped is not x:
+                nothing = torch.zeros_like(slabs[0]), torch.zeros_like(slabs[1])
+                y = lora_add_rows(y, x, *in_slabs(nothing, self.entries, start_of), self.scaling, index)
+            slabs = in_slabs(slabs, self.entries, pair_of if dropped is x else trained_of)
+        return lora_add_rows(y, dropped, *slabs, self.scaling, index)
 
     def _can_gather(self, y: Tensor, x: Tensor) -> bool:
         """Whether the rows' pairs may be taken out of the slabs once for many forwards: nothing about them changes."""
@@ -164,8 +179,8 @@ class LoraLinear(_PairLayer):
             return None
         if base._forward_pre_hooks or base._forward_hooks or base._backward_hooks or base._backward_pre_hooks:
             return None
-        weight: Any = base._parameters["weight"]
-        bias: Any = base._parameters["bias"]
+        weight: Any = base._parameters.get("weight")
+        bias: Any = base._parameters.get("bias")
         if "forward" in base.__dict__ or type(weight) not in _PLAIN or weight.requires_grad:
             return None
         return weight.mT if transposed else weight, bias
@@ -200,6 +215,12 @@ class LoraLinear(_PairLayer):
         if self.columns is not None:
             self._refresh_columns()
         return self
+
+    def _columns_now(self, entry: Entry) -> Tensor:
+        """`column_scale` of the entry in use, computed once unless the adapter is trained."""
+        if entry.trainable or self.columns is None:
+            return self.column_scale(entry)
+        return self.columns[self.routing.slot]
 
     def column_scale(self, entry: Entry) -> Tensor:
         """c = m / |W + s B A| of a DoRA, (out,)."""

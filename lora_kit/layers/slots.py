@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from lora_kit.layers.routing import Routing
+
+CONSTANT: Final = "start of "
+"""How the names of tensors begin that are never trained."""
 
 
 @dataclass
@@ -41,7 +45,8 @@ class SlotLayer(nn.Module):
         # Found at once, where nn.Module would look for it in three dictionaries in every forward.
         self.__dict__["base_layer"] = base_layer
         self.routing = routing
-        self.device = next((p.device for p in base_layer.parameters()), torch.device("cpu"))
+        held = chain(base_layer.parameters(), base_layer.buffers())
+        self.device = next((tensor.device for tensor in held), torch.device("cpu"))
         self.dtype = torch.float32
         self.rank = 0
         self.slabs: dict[str, Tensor] = {}
@@ -103,7 +108,7 @@ class SlotLayer(nn.Module):
         assert entry is not None
         leaves = []
         for name, view in entry.tensors.items():
-            if view.is_floating_point():
+            if view.is_floating_point() and not name.startswith(CONSTANT):
                 leaf = nn.Parameter(view)
                 # Not `register_parameter`: that refuses names which a wrapper inside this one has as well.
                 self._parameters[leaf_name(name, slot)] = leaf

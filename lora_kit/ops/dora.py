@@ -25,9 +25,9 @@ def dora_scale(weight: Tensor, a: Tensor, b: Tensor, scaling: float, magnitude: 
         # scale.
         a, b = a.to(weight.dtype).float(), b.to(weight.dtype).float()
         weight = weight.float()
-        square = weight.square().sum(1)
-        square += 2 * scaling * ((weight @ a.mT) * b).sum(1)
-        square += scaling**2 * ((b @ (a @ a.mT)) * b).sum(1)
+        square = torch.linalg.vecdot(weight, weight)
+        square += 2 * scaling * torch.linalg.vecdot(weight @ a.mT, b)
+        square += scaling**2 * torch.linalg.vecdot(b @ (a @ a.mT), b)
         norm = square.clamp_min_(0).sqrt_()
     return magnitude.float() / norm
 

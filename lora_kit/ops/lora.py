@@ -230,7 +230,7 @@ class _Update:
         ctx.scaling = scaling
         ctx.dropout = _Dropout(dropout, x.device) if dropout else None
         if ctx.dropout is not None:
-            flat = flat * ctx.dropout.mask(flat)
+            flat = flat * ctx.dropout.mask(x).reshape(flat.shape)  # drawn as x lies in memory, like F.dropout's
         h = backend.bodies(y).add_(y.view(-1, y.shape[-1]), flat, a, b, scaling)
         ctx.save_for_backward(x, a, b, h, *more)
 
@@ -247,7 +247,7 @@ class _Update:
         x, a, b, h = saved
         needs_x, needs_a, needs_b = needs
         flat = x.reshape(-1, x.shape[-1])
-        mask = ctx.dropout.mask_again(flat) if ctx.dropout is not None else None
+        mask = ctx.dropout.mask_again(x).reshape(flat.shape) if ctx.dropout is not None else None
         if base is not None and mask is None:
             g = backend.bodies(dy).add_(base, dy, b.mT, a.mT, ctx.scaling)
         else:
