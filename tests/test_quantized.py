@@ -5,18 +5,27 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
+import texts
 import tiny
 import torch
 import transformers
+from test_merge import adapter_folder, base_folder
+from test_merge_quantized import llama
+from test_train import PAIRS
 from torch import Tensor, nn
 
 import lora_kit as lk
-from lora_kit.errors import BankError, MergeError, TargetError
+from lora_kit.cli import main
+from lora_kit.errors import BankError, BaseModelError, ConfigError, MergeError, TargetError
+from lora_kit.generate import generate
+from lora_kit.models import load_base
 
 KINDS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
@@ -230,3 +239,62 @@ def test_what_cannot_be_done_on_a_quantised_base_is_refused(kind: str, folder: P
         bank.add("b", lk.LoraConfig(**FIELDS, use_dora=True))
     assert bank.names == ("a",)
     assert same(packed(model), before)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4-double"])
+def test_a_base_that_bitsandbytes_reads_wrong_is_refused_with_its_layers(kind: str, tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "narrow", tiny.llama())  # 32 and 48 wide
+    with pytest.raises(BaseModelError, match=r"rows are no whole blocks.*q_proj \(32 wide\)") as caught:
+        load_base(base, quantize=kind, device="cpu")
+    assert "int8" in caught.value.hint
+    assert load_base(base, quantize="int8", device="cpu").model.is_quantized
+
+
+def test_a_quantised_base_is_not_quantised_again(folder: Path, tmp_path: Path) -> None:
+    read(folder, "nf4").save_pretrained(tmp_path / "base")
+    texts.tokenizer().save_pretrained(tmp_path / "base")
+    with pytest.raises(BaseModelError, match="quantised already, by bitsandbytes"):
+        load_base(tmp_path / "base", quantize="int8")
+    assert load_base(tmp_path / "base").model.is_quantized
+
+
+def test_a_method_whose_package_is_missing_is_told_in_one_line(folder: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(folder, tmp_path / "base")
+    texts.tokenizer().save_pretrained(base)
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "vptq", "config_for_layers": {}, "shared_layer_config": {}}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BaseModelError, match="vptq") as caught:
+        load_base(base)
+    assert "\n" not in str(caught.value)
+
+
+def test_evaluating_and_generating_say_where_the_base_is_in_another_form(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = base_folder(tmp_path / "base", llama())
+    rows = texts.write(tmp_path / "rows.jsonl", PAIRS)
+    adapter = adapter_folder(base, tmp_path / "a").resolve()
+    lk.Adapter(
+        lk.Adapter.load(adapter).config, lk.Adapter.load(adapter).tensors, record={"recipe": {"quantize": "nf4"}}
+    ).save(adapter, replace=True)
+    given = ["--base", str(base), "--adapter", str(adapter)]
+    assert main(["eval", str(rows), *given, "--quantize", "nf4", "--metrics", "loss", "--json"]) == 0
+    quantised = capsys.readouterr()
+    assert "trained on its base" not in quantised.err
+    assert main(["eval", str(rows), *given, "--metrics", "loss", "--json"]) == 0
+    plain = capsys.readouterr()
+    assert "a was trained on its base in nf4, which is loaded as it is here" in plain.err
+    assert json.loads(plain.out)["results"] != json.loads(quantised.out)["results"]
+    assert main(["generate", *given, "--quantize", "int8", "--prompt", "one", "--max-new-tokens", "2"]) == 0
+    told = capsys.readouterr().err
+    assert "in nf4, which is loaded in int8" in told
+    assert "MatMul8bitLt" not in told
+    assert main(["generate", *given, "--quantize", "int3", "--prompt", "one"]) == 2
+    assert "did you mean 'int8'" in capsys.readouterr().err
+
+
+def test_a_base_that_is_loaded_is_not_quantised_by_name(tmp_path: Path) -> None:
+    base = load_base(base_folder(tmp_path / "base", llama()))
+    with pytest.raises(ConfigError, match="quantize does nothing"):
+        generate(base, [None], "one", quantize="nf4")

@@ -24,7 +24,7 @@ from lora_kit.evaluate.settings import Setting, check_format, labels_of_adapter,
 from lora_kit.files import printable
 from lora_kit.generate.answers import hosted
 from lora_kit.generate.decoding import Written
-from lora_kit.generate.named import Given, labels_of, read_adapter, task_of
+from lora_kit.generate.named import Given, check_quantize, labels_of, read_adapter, task_of
 from lora_kit.inspect import STORE
 from lora_kit.models import Base, load_base, load_reader
 
@@ -54,6 +54,7 @@ def evaluate(
     out: str | Path | None = None,
     replace: bool = False,
     store: str | Path = STORE,
+    quantize: str | None = None,
     on_progress: Progress | None = None,
 ) -> EvalReport:
     """Measure adapters of one base, and the base itself, on the rows of a file.
@@ -73,14 +74,20 @@ def evaluate(
         out: a file for what everyone said of each row, as JSONL.
         replace: that file may be replaced.
         store: where adapters are looked up by name.
+        quantize: how to load the base, as in `load_base`.
         on_progress: called as rows are done.
 
     Raises:
         ConfigError: a metric that is unknown or does not fit, or a value out of range; nothing was loaded.
         UnknownAdapterError, AdapterError: an adapter that is not there, cannot be read, does not fit the base, or is of
             another task than its neighbours.
-        DataError: rows that the adapters cannot be given.
+        DataError: rows that cannot be read, or that the adapters cannot be given.
+        BaseModelError: the base cannot be found or read.
         StorageError: `out` exists, or cannot be written.
+
+    Example:
+        report = lk.evaluate("kit-base", [None, "adapters/sql"], "test.jsonl")
+        report["sql"].metrics["loss"]
     """
     if not adapters:
         raise ConfigError("nothing to evaluate was given", hint="name an adapter, or None for the base itself")
@@ -97,7 +104,8 @@ def evaluate(
     questions = questions_of(rows) if of_texts(wanted, wanted_task) else ()
     if out is not None:
         _check_out(Path(out), wanted, wanted_task, replace=replace)
-    loaded = _loaded(base, values, wanted_task)
+    check_quantize(base, labels, read, quantize)
+    loaded = _loaded(base, values, wanted_task, quantize)
     plan = _plan(loaded, values, rows, questions, wanted, max_length=max_length, max_new_tokens=max_new_tokens)
     started = time.perf_counter()
     with hosted(loaded.model, values) as bank:
@@ -133,12 +141,12 @@ def _task(base: str | Base, of_adapters: str | None, rows: Rows) -> str:
     return "seq2seq" if task == "causal-lm" and load_reader(base).both else task
 
 
-def _loaded(base: str | Base, values: Mapping[str, Adapter | None], task: str) -> Base:
+def _loaded(base: str | Base, values: Mapping[str, Adapter | None], task: str, quantize: str | None) -> Base:
     if isinstance(base, Base):
         return base
     names = next((found for value in values.values() if value and (found := labels_of_adapter(value))), ())
     label2id = {name: number for number, name in enumerate(names)} if task in ("classify", "tokens") else {}
-    return load_base(base, task=task, label2id=label2id or None)
+    return load_base(base, task=task, label2id=label2id or None, quantize=quantize)
 
 
 @dataclass(frozen=True)

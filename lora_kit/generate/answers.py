@@ -14,7 +14,7 @@ from lora_kit.adapter import Adapter
 from lora_kit.bank import AdapterBank, attach
 from lora_kit.errors import AdapterError, ConfigError, DataError
 from lora_kit.generate.decoding import Sampling, text_of, write
-from lora_kit.generate.named import TASK_TYPES, Given, labels_of, read_adapter, task_of
+from lora_kit.generate.named import TASK_TYPES, Given, check_quantize, labels_of, read_adapter, task_of
 from lora_kit.generate.prompts import asked, styles
 from lora_kit.inspect import STORE
 from lora_kit.models import Base, load_base, load_reader
@@ -49,6 +49,7 @@ def generate(
     sampling: Sampling | None = None,
     template: Literal["adapter", "raw"] = "adapter",
     store: str | Path = STORE,
+    quantize: str | None = None,
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[Generation]:
     """Let several adapters of one base answer a prompt, as one batch.
@@ -62,6 +63,7 @@ def generate(
             or followed by the separator there. The base itself gets what the first adapter beside it gets, so that only
             the adapter differs; alone it gets the prompt as it is. `raw` gives every row the prompt as it is.
         store: where adapters are looked up by name.
+        quantize: how to load the base, as in `load_base`.
         on_text: called with a row and its text so far each time the text grows.
 
     Returns:
@@ -77,7 +79,8 @@ def generate(
     sampling = sampling or Sampling()
     values = [read_adapter(adapter, store=store) for adapter in adapters]
     labels = labels_of(adapters, values)
-    loaded = _loaded(base, labels, values)
+    check_quantize(base, labels, values, quantize)
+    loaded = _loaded(base, labels, values, quantize)
     own = styles(values, base_alone="") if template == "adapter" else [""] * len(values)
     rows = [asked(loaded, prompt, style) for style in own]
     limit, limited_by = _limit(loaded, max(len(row.ids) for row in rows), sampling.max_new_tokens)
@@ -123,7 +126,7 @@ def routed(bank: AdapterBank | None, labels: Sequence[str]) -> contextlib.Abstra
     return bank.rows([label if label in bank.names else None for label in labels])
 
 
-def _loaded(base: str | Base, labels: Sequence[str], values: Sequence[Adapter | None]) -> Base:
+def _loaded(base: str | Base, labels: Sequence[str], values: Sequence[Adapter | None], quantize: str | None) -> Base:
     """The base, loaded for what the adapters were made for; on its own for what it is."""
     for label, value in zip(labels, values, strict=True):
         kind = value.config.task_type if value is not None else None
@@ -133,7 +136,8 @@ def _loaded(base: str | Base, labels: Sequence[str], values: Sequence[Adapter | 
     task = task_of(labels, values)
     if not isinstance(base, str):
         return base
-    return load_base(base, task=task or ("seq2seq" if load_reader(base).both else "causal-lm"))
+    task = task or ("seq2seq" if load_reader(base).both else "causal-lm")
+    return load_base(base, task=task, quantize=quantize)
 
 
 def _limit(base: Base, longest: int, wanted: int) -> tuple[int, Literal["max_new_tokens", "context"]]:

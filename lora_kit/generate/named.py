@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from lora_kit.adapter import Adapter
-from lora_kit.errors import AdapterError
+from lora_kit.errors import AdapterError, ConfigError
 from lora_kit.inspect import find_adapter
+from lora_kit.models import Base
+
+logger = logging.getLogger(__name__)
 
 BASE_ROW: Final = "base"
 """What the row of the base itself is called."""
@@ -71,3 +75,19 @@ def task_of(labels: Sequence[str], values: Sequence[Adapter | None]) -> str | No
         told = ", ".join(f"{label!r} for {task}" for task, label in tasks.items())
         raise AdapterError(f"adapters of different tasks: {told}", hint="take those of one task together")
     return next(iter(tasks), None)
+
+
+def check_quantize(
+    base: str | Base, labels: Sequence[str], values: Sequence[Adapter | None], quantize: str | None
+) -> None:
+    """Refuse to quantise a base that is loaded already, and say which adapters were trained on one in another form."""
+    if not isinstance(base, str):
+        if quantize is not None:
+            raise ConfigError("quantize does nothing for a base that is loaded already", hint="load it so")
+        return
+    for label, value in zip(labels, values, strict=True):
+        recipe = value.record.get("recipe") if value is not None else None
+        trained = recipe.get("quantize") if isinstance(recipe, Mapping) else quantize
+        if trained != quantize:
+            told = "%s was trained on its base %s, which is loaded %s here"
+            logger.warning(told, label, *(f"in {form}" if form else "as it is" for form in (trained, quantize)))

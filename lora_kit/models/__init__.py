@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lora_kit.models.finding import KIT_BASE, KIT_FOLDER, quiet
+from lora_kit.models.finding import KIT_BASE, KIT_FOLDER, check_config, first_told, quiet
 from lora_kit.models.heads import LABELLED, head_modules
-from lora_kit.models.loading import QUANTIZATIONS, TASKS, Base, Reader, load_base, load_reader
+from lora_kit.models.loading import TASKS, Base, Reader, load_base, load_reader
 from lora_kit.models.prompts import (
     DEFAULT_SEPARATOR,
     decoder_inputs,
@@ -15,6 +15,7 @@ from lora_kit.models.prompts import (
     text_ids,
     without_special,
 )
+from lora_kit.models.quantization import QUANTIZATIONS
 
 __all__ = [
     "DEFAULT_SEPARATOR",
@@ -25,7 +26,9 @@ __all__ = [
     "TASKS",
     "Base",
     "Reader",
+    "check_config",
     "decoder_inputs",
+    "first_told",
     "head_modules",
     "load_base",
     "load_reader",

@@ -10,9 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from lora_kit.errors import BaseModelError, LoraKitError, nearest
+from lora_kit.errors import AdapterError, BaseModelError, LoraKitError, nearest
+from lora_kit.files import printable, read_text
+from lora_kit.strictjson import shown
 
 logger = logging.getLogger(__name__)
+
+_CONFIG_LIMIT: Final = 16 * 2**20
+_MOST: Final = {"layers": 4096, "layer": 4096, "blocks": 4096, "labels": 2**20}
+"""How many of what a config counts are more than any model has, by the ends of the fields' names."""
 
 KIT_BASE: Final = "kit-base"
 KIT_FOLDER: Final = Path(__file__).parents[1] / "kit_base"
@@ -45,14 +51,34 @@ def _near(path: Path) -> str:
 def _check_folder(path: Path) -> None:
     if (path / "adapter_config.json").exists():
         raise BaseModelError(f"{path}: this folder holds an adapter, not a base", hint="give it as the adapter")
-    config = path / "config.json"
-    if not config.is_file():
+    if not (path / "config.json").is_file():
         hint = "a base is a folder as save_pretrained writes it"
         raise BaseModelError(f"{path}: no config.json in this folder", hint=hint)
+    check_config(path / "config.json")
+
+
+def check_config(file: Path) -> None:
+    """Refuse a config that transformers would fail on without a word, or build a model of for ever.
+
+    Raises:
+        BaseModelError: not a JSON object, or with numbers of layers or labels that no model has.
+    """
     try:
-        json.loads(config.read_text("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise BaseModelError(f"{config}: not JSON: {error}") from None
+        config = json.loads(read_text(file.resolve(), limit=_CONFIG_LIMIT))
+    except AdapterError as error:
+        raise BaseModelError(error.message, hint=error.hint) from None
+    except (ValueError, RecursionError) as error:
+        raise BaseModelError(f"{printable(file)}: not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise BaseModelError(f"{printable(file)}: a JSON object was expected, found {type(config).__name__}")
+    names = config.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise BaseModelError(f"{printable(file)}: architectures is {shown(names)}; a list of names was expected")
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for name, value in part.items():
+            most = next((limit for end, limit in _MOST.items() if name.endswith(end)), None)
+            if most is not None and isinstance(value, (int, float)) and not value <= most:
+                raise BaseModelError(f"{printable(file)}: {name} is {shown(value)}; at most {most:,} are built")
 
 
 def _hub_offline(name: str) -> bool:
@@ -101,8 +127,13 @@ def translated(name: str) -> Iterator[None]:
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise BaseModelError(f"{name}: this model asks to run code of its own, which is never done") from None
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise BaseModelError(f"{name}: could not be read: {lines[0]}") from error
+        raise BaseModelError(f"{name}: could not be read: {first_told(error)}") from error
+
+
+def first_told(error: Exception) -> str:
+    """The first line of an error of others, with the next one where it only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return printable(" ".join(lines[: 2 if lines[0].endswith(":") else 1]))
 
 
 @contextlib.contextmanager

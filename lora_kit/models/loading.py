@@ -18,15 +18,16 @@ from torch import Tensor
 from lora_kit.dtypes import float_dtype
 from lora_kit.errors import BaseModelError, listed, nearest
 from lora_kit.fingerprint import fingerprint
+from lora_kit.layers import pause_packing
 from lora_kit.models.finding import locate, quiet, translated
 from lora_kit.models.heads import check_filled
 from lora_kit.models.prompts import decoder_inputs
+from lora_kit.models.quantization import QUANTIZATIONS, asked, hush, method_of, refuse_misread, refuse_twice
 
 logger = logging.getLogger(__name__)
 
 TASKS: Final = ("causal-lm", "classify", "tokens", "seq2seq")
 """Text that goes on; a label for a text; a label for each word; a text for a text, by an encoder and a decoder."""
-QUANTIZATIONS: Final = ("nf4", "int8")
 _HEAD_SEED: Final = 0
 """A head that the checkpoint does not have is drawn from this seed, so that one base is the same base every time."""
 
@@ -49,6 +50,7 @@ class Base:
 
     @property
     def device(self) -> torch.device:
+        """Where the model is."""
         return next(self.model.parameters()).device
 
     def fingerprint(self) -> dict[str, Any]:
@@ -85,11 +87,17 @@ def load_base(
         label2id: names of the labels to their numbers, kept in the model's config.
         dtype: `bf16`, `fp16`, `fp32` or a torch.dtype; None or `auto` for the checkpoint's own.
         device: where to put it; None for CUDA where there is one and the CPU otherwise.
-        quantize: `nf4` or `int8` through bitsandbytes; None for the weights as they are.
+        quantize: one of `QUANTIZATIONS`, through bitsandbytes; None for the weights as they are: also those of a
+            checkpoint that is quantised already, by whatever package transformers reads it with.
 
     Raises:
-        BaseModelError: nothing of that name, files that are missing or torn, or weights that do not fill the model.
+        BaseModelError: nothing of that name, files that are missing or torn, weights that do not fill the model or
+            that are quantised already, or 4-bit weights that bitsandbytes reads wrong on this device.
         ConfigError: an unknown dtype.
+
+    Example:
+        base = lk.load_base("kit-base", dtype="fp32")
+        base.model, base.tokenizer
     """
     _check_one_of("task", task, TASKS)
     _check_one_of("quantize", quantize, QUANTIZATIONS)
@@ -100,6 +108,7 @@ def load_base(
     with quiet(), translated(name):
         config = _config(source, task=task, num_labels=num_labels, label2id=label2id, offline=offline)
         _check_architecture(name, config, task)
+        refuse_twice(name, config, quantize)
         tokenizer = _tokenizer(source, config, offline=offline)
         model = _model(source, config, task, dtype=torch_dtype, device=place, quantize=quantize, offline=offline)
     _ensure_pad(model, tokenizer, name, task)
@@ -222,7 +231,6 @@ def _model(
         "tokens": transformers.AutoModelForTokenClassification,
         "seq2seq": transformers.AutoModelForSeq2SeqLM,
     }
-    placed = {"quantization_config": _quantization(quantize), "device_map": {"": device}} if quantize else {}
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(_HEAD_SEED)
@@ -233,31 +241,15 @@ def _model(
             local_files_only=offline,
             trust_remote_code=False,
             output_loading_info=True,
-            **placed,
+            **asked(quantize, method_of(config), device),
         )
     check_filled(source, task, info)
-    if not (quantize or getattr(model, "is_quantized", False)):
+    if not getattr(model, "is_quantized", False):
         return model.to(device)
-    for module in model.modules():
-        # At the first inference on a CPU, bitsandbytes would pack 4-bit weights in place into a form that passes no
-        # gradient on: the base would change under its adapters, and training after evaluating would go wrong unseen.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    refuse_misread(source, model)
+    pause_packing(model)
+    hush()
     return model
-
-
-def _quantization(kind: str | None) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        # fp16 overflows in 4-bit training; bf16 does not.
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
 
 
 def _ensure_pad(model: Any, tokenizer: Any, name: str, task: str) -> None:

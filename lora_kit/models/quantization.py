@@ -1,0 +1,128 @@
+"""Bases in 4 or 8 bits: what can be asked of bitsandbytes, and what is refused of any that was loaded.
+
+A checkpoint that is quantised already says so in its config, and transformers loads it by whatever package made it.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from lora_kit.errors import BaseModelError, listed
+from lora_kit.files import printable
+
+logger = logging.getLogger(__name__)
+
+QUANTIZATIONS: Final = ("nf4", "nf4-double", "fp4", "fp4-double", "int8")
+"""4 bits in one of two grids, their scales in fp32 or in 8 bits again (double quantisation); or 8 bits by rows."""
+_CAST: Final = "MatMul8bitLt: inputs will be cast"
+_FAR: Final = 0.05
+"""Distance of two ways to read one weight, by its largest number, that no rounding explains."""
+
+
+def asked(kind: str | None, method: str | None, device: torch.device) -> dict[str, Any]:
+    """What transformers is told besides: nothing for a base that is not to be quantised, and is not.
+
+    Args:
+        kind: one of `QUANTIZATIONS`. method: by which the checkpoint is quantised already.
+    """
+    if kind is None and method is None:
+        return {}
+    # Where nobody says, a quantised checkpoint goes to the first CUDA device, or with some methods to the CPU.
+    placed: dict[str, Any] = {"device_map": {"": device}}
+    if kind is not None:
+        return {**placed, "quantization_config": _settings(kind)}
+    if method == "compressed-tensors":
+        from transformers import CompressedTensorsConfig
+
+        # Its package would do that in the first forward, and look for the weights inside our wrappers.
+        logger.info("a checkpoint of compressed-tensors is trained on in 16 bits: its layers compute in no other form")
+        return {**placed, "quantization_config": CompressedTensorsConfig(dequantize=True)}
+    return placed
+
+
+def _settings(kind: str) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    grid, _, scales = kind.partition("-")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=grid,
+        bnb_4bit_use_double_quant=scales == "double",
+        # fp16 overflows in 4-bit training; bf16 does not.
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def method_of(config: Any) -> str | None:
+    """The method that a checkpoint was quantised by, from its config; None for one that is not."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    if method is None and isinstance(found, dict) and (found.get("load_in_4bit") or found.get("load_in_8bit")):
+        method = "bitsandbytes"  # as it was written before methods had names
+    return str(getattr(method, "value", method))
+
+
+def refuse_twice(name: str, config: Any, quantize: str | None) -> None:
+    """Raise BaseModelError where a base is to be quantised that is quantised already."""
+    method = method_of(config)
+    if quantize is not None and method is not None:
+        raise BaseModelError(
+            f"{printable(name)} is quantised already, by {printable(method)}; quantize {quantize!r} was given",
+            hint="leave quantize out, or give the base it was made from",
+        )
+
+
+def refuse_misread(name: str, model: nn.Module) -> None:
+    """Raise BaseModelError for a base whose 4-bit weights bitsandbytes itself reads wrong on this device.
+
+    On a CPU, bitsandbytes 0.50 takes the wrong scales where a row is not a whole number of blocks (64 numbers), unless
+    the rows are read as one. Such a model computes garbage, and an adapter that was trained on it does too elsewhere.
+    """
+    tried: dict[tuple[Any, ...], bool] = {}
+    wrong: list[str] = []
+    for path, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        state = getattr(weight, "quant_state", None)
+        shape = tuple(getattr(state, "shape", ()))
+        if state is None or len(shape) != 2 or shape[1] % state.blocksize == 0:
+            continue
+        key = (shape, state.blocksize, state.quant_type, state.nested)
+        if key not in tried:
+            tried[key] = _is_misread(weight, state)
+        if tried[key]:
+            wrong.append(f"{path} ({shape[1]} wide)")
+    if wrong:
+        raise BaseModelError(
+            f"{printable(name)}: bitsandbytes reads 4-bit weights wrong here whose rows are no whole blocks of 64: "
+            f"{listed(wrong)}",
+            hint="quantize: int8, or none, or another device",
+        )
+
+
+def hush() -> None:
+    """Keep bitsandbytes from saying in every layer of every forward that inputs are cast to fp16 for 8 bits."""
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(_CAST)
+
+
+def _is_misread(weight: Any, state: Any) -> bool:
+    """Whether a weight is another one when it is read as a matrix than when it is read as one row."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    row = copy.copy(state)
+    row.shape = torch.Size([state.shape.numel()])
+    expected = dequantize_4bit(weight.data, row).flatten().float()
+    found = dequantize_4bit(weight.data, state).flatten().float()
+    return bool((found - expected).abs().max() > _FAR * expected.abs().max())
