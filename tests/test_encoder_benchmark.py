@@ -1,17 +1,21 @@
-"""What the encoder benchmark decides by itself: the next rate to try, and the order of the rows."""
+"""What the encoder benchmark decides by itself: which rates are tried, which are best, and the order of the rows."""
 
 from __future__ import annotations
 
-from benchmarks.encoder.encoder import best_of, beyond, in_batches
+from benchmarks.encoder.encoder import TRIED, Rates, best_of, in_batches, slug
 
 
-def test_a_rate_is_tried_beyond_the_best_one_until_it_lies_between_others() -> None:
-    judged = {0.001: 0.2, 0.003: 0.5, 0.01: 0.6}
-    assert beyond(judged) == [0.03]
-    assert beyond({**judged, 0.03: 0.7}) == [0.1]
-    assert beyond({**judged, 0.03: 0.4}) == []
-    assert beyond({0.001: 0.6, 0.003: 0.5, 0.01: 0.4}) == [0.0003]
-    assert best_of({0.01: 0.5, 0.003: 0.5, 0.001: 0.1}) == 0.003
+def test_lora_has_as_many_tries_as_full_all_under_names_of_their_own() -> None:
+    assert len(TRIED["lora"]) == len(TRIED["full"]) == 4
+    for tried in TRIED.values():
+        assert len({slug(rates) for rates in tried}) == len(tried)
+    assert {rates.head for rates in TRIED["lora"]} == {rates.head for rates in TRIED["full"]}
+
+
+def test_the_best_rates_are_those_of_the_highest_accuracy_and_of_equals_the_lowest() -> None:
+    low, middle, high = Rates(0.001, 0.1), Rates(0.003, 0.01), Rates(0.003, 0.1)
+    assert best_of({high: 0.6, low: 0.5, middle: 0.5}) == high
+    assert best_of({high: 0.5, middle: 0.5, low: 0.4}) == middle
 
 
 def test_every_epoch_has_every_row_once_in_batches_of_like_lengths() -> None:

@@ -94,6 +94,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "best kept": ("llama", {"train": {"learning_rate": 0.3, "eval_strategy": "steps", "eval_steps": 1,
                                       "early_stopping_patience": 5, "loraplus_lr_ratio": 2.0}}),
     "features": ("llama", {"method": "features", "lora": {}}),
+    "new tokens": ("llama", {"lora": {**DROPOUT, "trainable_token_indices": {"embed_tokens": [9, 7], "lm_head": [7]}}}),
     "classify": ("bert", {"task": "classify", "rows": LABELLED}),
     "dora, bf16": ("llama", {"lora": {**DROPOUT, "use_dora": True}, "train": {"bf16": True}}),
     "plateau": ("llama", {"train": {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
 import signal
 import sys
 import time
+import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -28,7 +30,7 @@ from lora_kit.train import train
 
 pytest.importorskip("optuna", reason="optuna is not installed (pip install 'lora-kit[sweep]')")
 
-from lora_kit.train.sweep import sweep
+from lora_kit.train.sweep import processes, sweep
 from lora_kit.train.sweep import worker as working
 from lora_kit.train.sweep.plan import Plan
 from lora_kit.train.sweep.report import SweepReport, TrialReport, picture
@@ -309,7 +311,7 @@ def test_the_base_is_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         loaded.append(name)
         return base_of()
 
-    monkeypatch.setattr("lora_kit.train.prepare.load_base", load)
+    monkeypatch.setattr("lora_kit.train.bases.load_base", load)
     report = sweep(swept(tmp_path), [RANKS], trials=2)
     assert loaded == ["tiny"]
     assert len(report.trials) == 2
@@ -434,7 +436,7 @@ def test_a_journal_that_ends_within_a_line_is_gone_on_with(tmp_path: Path, caplo
 def test_an_interrupt_of_the_command_exits_with_130_and_the_same_command_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lora_kit.train.prepare.load_base", lambda *_, **__: base_of())
+    monkeypatch.setattr("lora_kit.train.bases.load_base", lambda *_, **__: base_of())
     (tmp_path / "recipe.yaml").write_text(json.dumps(swept(tmp_path)))
     command = ["sweep", str(tmp_path / "recipe.yaml"), "--over", RANKS, "--over", RATES, "--trials", "3"]
     at_step(1, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
@@ -605,3 +607,23 @@ def test_workers_share_a_sweep_and_end_with_what_started_them(tmp_path: Path) ->
         assert time.monotonic() < deadline, "workers outlive what started them"
         time.sleep(0.2)
     assert told(sweep(again, over)) == told(alone)
+
+
+def test_a_sweep_whose_folder_is_taken_away_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Elsewhere:
+        """A study whose last trial another process runs, and will never be seen to end."""
+
+        is_done = False
+        done: tuple[Any, ...] = ()
+        next = contextlib.nullcontext
+
+        def __init__(self, plan: Any) -> None: ...
+
+    plan: Any = types.SimpleNamespace(folder=tmp_path / "sweep", fields=None)
+    monkeypatch.setattr(working, "Study", Elsewhere)
+    monkeypatch.setattr(working, "load_recipe", lambda fields: None)
+    monkeypatch.setattr(working, "_POLL_SECONDS", 0)
+    monkeypatch.setattr(processes, "_started", lambda plan, workers: contextlib.nullcontext([]))
+    for work in (working.Worker(plan).run, lambda: processes.shared(plan, 2)):
+        with pytest.raises(StorageError, match="was removed while its trials ran"):
+            work()

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any, Final
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -37,11 +38,26 @@ from benchmarks.harness import environment, fill, quiet, ratio, table, timings
 
 HERE: Final = Path(__file__).resolve().parent
 RESULT: Final = HERE.parent / "results" / "encoder.json"
-RATES: Final[Mapping[str, tuple[float, ...]]] = {
-    "features": (3e-3, 1e-2, 3e-2),
-    "lora": (3e-4, 1e-3, 3e-3),
-    "full": (5e-5, 1.5e-4, 5e-4),
+
+
+@dataclass(frozen=True, order=True)
+class Rates:
+    """Learning rates: of everything, and of the head where it has its own."""
+
+    rate: float
+    head: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.rate:g}" if self.head is None else f"{self.rate:g}, head {self.head:g}"
+
+
+HEAD_RATES: Final = (0.01, 0.1)
+TRIED: Final[Mapping[str, tuple[Rates, ...]]] = {
+    "features": tuple(Rates(rate) for rate in (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)),
+    "lora": tuple(Rates(rate, head) for rate in (0.001, 0.003) for head in HEAD_RATES),
+    "full": tuple(Rates(rate, head) for rate in (0.00015, 0.0005) for head in HEAD_RATES),
 }
+"""As many for `lora` as for `full`; the head alone learns in a fraction of their time, and has six."""
 EPOCHS: Final = {"banking77": 2, "sst2": 1}
 SIDES: Final[Mapping[str, tuple[Callable[..., Trained], Callable[..., float]]]] = {
     "lora_kit": (sides.ours, sides.our_accuracy),
@@ -55,15 +71,16 @@ class Settings:
 
     Attributes:
         batch: rows in a step.
-        search: a run that tries a rate has one in so many of the steps.
+        search: steps of a run that tries rates.
         held: rows of the training set that judge such a run.
         agree: steps over which losses are compared, in fp32 and without dropout.
         rounds, turn: of the timing, and steps in a turn.
         limit: rows of the training and of the test set at the most; 0 for all.
+        seed: of the search, and the first of the runs that are judged by the test set.
     """
 
     batch: int = 32
-    search: int = 5
+    search: int = 124
     held: int = 1000
     agree: int = 5
     rounds: int = 5
@@ -75,8 +92,11 @@ class Settings:
 class Bench:
     """The runs on one data set, each done once."""
 
-    def __init__(self, name: str, data: Path, encoder: Path, work: Path, settings: Settings, *, done: bool) -> None:
+    def __init__(
+        self, name: str, data: Path, encoder: Path, work: Path, settings: Settings, *, seeds: int, done: bool
+    ) -> None:
         self.name, self.settings, self.encoder, self.done = name, settings, encoder, done
+        self.seeds = range(settings.seed, settings.seed + seeds)
         self.train, self.test = (self._limited(sides.read(data / name / f"{split}.jsonl")) for split in SPLITS)
         labels = {row["label"] for row in self.train}
         self.labels = tuple(str(label) for label in sorted(labels))
@@ -117,65 +137,72 @@ class Bench:
     def result(self) -> dict[str, Any]:
         """Everything about this data set; what is not finished is left out where only finished work is asked for."""
         found: dict[str, Any] = {"facts": self.facts(), "agreement": self.once("agreement", self.agreement)}
-        found["methods"] = {method: self.method(method) for method in RATES}
+        found["methods"] = {method: self.searched(method) for method in TRIED}
+        for seed in self.seeds:
+            for side in SIDES:
+                for method, cells in found["methods"].items():
+                    if "best" in cells:
+                        told = self.once(*self.final(method, Rates(**cells["best"]), side, seed))
+                        cells[side] = [*cells.get(side, []), *([told] if told else [])]
         found["time"] = self.once("time", self.timed)
         return found
 
-    def method(self, method: str) -> dict[str, Any]:
-        """Rates tried, and what each side came to with the one that was chosen."""
-        judged: dict[float, float] = {}
-        waiting = list(RATES[method])
-        while waiting:
-            rate = waiting.pop(0)
-            found = self.once(f"{method}-{rate:g}", partial(self.tried, method, rate))
-            if found is None:
-                break
-            judged[rate] = found["accuracy"]
-            if not waiting:
-                waiting = beyond(judged)
-        if not judged:
-            return {"tried": {}}
-        best = best_of(judged)
-        finals = {
-            side: self.once(f"{method}-{best:g}-{side}", partial(self.final, method, best, side)) for side in SIDES
-        }
-        return {"tried": dict(sorted(judged.items())), "rate": best, **finals}
+    def searched(self, method: str) -> dict[str, Any]:
+        """The rates tried and, once all of them are, the best."""
+        judged: dict[Rates, float] = {}
+        for rates in TRIED[method]:
+            found = self.once(f"{method}-{slug(rates)}", partial(self.tried, method, rates))
+            if found is not None:
+                judged[rates] = found["accuracy"]
+        told: dict[str, Any] = {"tried": [{**asdict(rates), "accuracy": found} for rates, found in judged.items()]}
+        return told | ({"best": asdict(best_of(judged))} if len(judged) == len(TRIED[method]) else {})
 
-    def tried(self, method: str, rate: float) -> dict[str, Any]:
+    def tried(self, method: str, rates: Rates) -> dict[str, Any]:
         """Accuracy of a short run on rows that it has not seen."""
         rows = list(self.train)
         random.Random(self.settings.seed).shuffle(rows)
         count = min(self.settings.held, len(rows) // 5)
         held, rest = rows[:count], rows[count:]
         write_rows(self.work / "held.jsonl", held)
-        steps = max(1, self.steps // self.settings.search)
-        return self.run(method, rate, "lora_kit", rows=rest, steps=steps, judge=self.work / "held.jsonl")
+        steps = min(self.settings.search, self.steps)
+        task = self.training(method, rates, rows=rest, steps=steps)
+        return self.run(task, "lora_kit", judge=self.work / "held.jsonl")
 
-    def final(self, method: str, rate: float, side: str) -> dict[str, Any]:
-        return self.run(method, rate, side, rows=self.train, steps=self.steps, judge=self.work / "test.jsonl")
+    def final(self, method: str, rates: Rates, side: str, seed: int) -> tuple[str, Callable[[], dict[str, Any]]]:
+        """The name of a run that the test set judges, and the run."""
 
-    def run(
-        self, method: str, rate: float, side: str, *, rows: list[dict[str, Any]], steps: int, judge: Path
-    ) -> dict[str, Any]:
+        def work() -> dict[str, Any]:
+            task = self.training(method, rates, rows=self.train, steps=self.steps, seed=seed)
+            return self.run(task, side, judge=self.work / "test.jsonl")
+
+        return f"{method}-{slug(rates)}-{side}" + (f"-{seed}" if seed else ""), work
+
+    def run(self, task: Training, side: str, *, judge: Path) -> dict[str, Any]:
         train, judged = SIDES[side]
-        task = replace(self.training(method, rate, rows=rows, steps=steps), log=max(1, min(25, steps)))
-        out = self.work / f"{method}-{side}"
-        trained = train(task, out)
+        out = self.work / f"{task.method}-{side}"
+        trained = train(replace(task, log=max(1, min(25, task.steps))), out)
         told = {**asdict(trained), "losses": [round(loss, 4) for loss in trained.losses]}
-        return {"accuracy": judged(task, out, judge), "steps": steps, **told}
+        return {"accuracy": judged(task, out, judge), "steps": task.steps, **told}
 
     def training(
-        self, method: str, rate: float, *, rows: list[dict[str, Any]], steps: int, start: str = "start"
+        self,
+        method: str,
+        rates: Rates,
+        *,
+        rows: list[dict[str, Any]],
+        steps: int,
+        start: str = "start",
+        seed: int | None = None,
     ) -> Training:
-        file = self.work / f"rows-{method}-{steps}.jsonl"
-        settings = self.settings
-        write_rows(file, in_batches(rows, settings.batch, steps, seed=settings.seed))
+        file, batch = self.work / f"rows-{method}-{steps}.jsonl", self.settings.batch
+        seed = self.settings.seed if seed is None else seed
+        write_rows(file, in_batches(rows, batch, steps, seed=seed))
         dropout = 0.0 if start == "still" else None
         if not (self.work / start / "config.json").exists():
             sides.start_of(self.encoder, self.labels, self.work / start, dropout=dropout)
         return Training(
-            start=self.work / start, rows=file, labels=self.labels, method=method, rate=rate, steps=steps,
-            batch=settings.batch, seed=settings.seed,
+            start=self.work / start, rows=file, labels=self.labels, method=method, rate=rates.rate, head=rates.head,
+            steps=steps, batch=batch, seed=seed,
         )  # fmt: skip
 
     def few(self, steps: int) -> list[dict[str, Any]]:
@@ -192,9 +219,9 @@ class Bench:
             AssertionError: it is no rounding: one side does other work than the other.
         """
         found: dict[str, Any] = {}
-        for method, rates in RATES.items():
+        for method, tried in TRIED.items():
             steps = self.settings.agree
-            task = self.training(method, rates[1], rows=self.few(steps), steps=steps, start="still")
+            task = self.training(method, tried[0], rows=self.few(steps), steps=steps, start="still")
             task = replace(task, bf16=False, log=1)
             own, other = (train(task, self.work / f"agree-{method}-{side}") for side, (train, _) in SIDES.items())
             assert own.trainable == other.trainable, f"{method}: {own.trainable} and {other.trainable} are trained"
@@ -210,12 +237,12 @@ class Bench:
         for number in range(self.settings.rounds + 1):
             for method, side in cells[:: -1 if number % 2 else 1]:
                 steps = self.settings.turn
-                task = self.training(method, RATES[method][0], rows=self.few(steps), steps=steps)
+                task = self.training(method, TRIED[method][0], rows=self.few(steps), steps=steps)
                 trained = SIDES[side][0](task, self.work / f"timed-{method}-{side}")
                 if number:
                     taken[f"{method}, {side}"].append(trained.cpu_seconds)
         told = {}
-        for method in RATES:
+        for method in TRIED:
             pair = {side: taken[f"{method}, {side}"] for side in ("peft", "lora_kit")}
             told[method] = {side: asdict(found) for side, found in timings(pair).items()}
         return told
@@ -224,17 +251,13 @@ class Bench:
 SPLITS: Final = ("train", "test")
 
 
-def best_of(judged: Mapping[float, float]) -> float:
-    """The rate of the highest accuracy; of equals the lowest."""
-    return max(sorted(judged), key=lambda rate: judged[rate])
+def best_of(judged: Mapping[Rates, float]) -> Rates:
+    """The rates of the highest accuracy; of equals the lowest."""
+    return max(sorted(judged), key=lambda rates: judged[rates])
 
 
-def beyond(judged: Mapping[float, float]) -> list[float]:
-    """The next rate to try: one further where the best is the last of those tried at either end."""
-    rates, best = sorted(judged), best_of(judged)
-    if best == rates[-1]:
-        return [float(f"{10 * rates[-2]:g}")]
-    return [float(f"{rates[1] / 10:g}")] if best == rates[0] else []
+def slug(rates: Rates) -> str:
+    return f"{rates.rate:g}" + ("" if rates.head is None else f"-head-{rates.head:g}")
 
 
 def in_batches(rows: Sequence[dict[str, Any]], batch: int, steps: int, *, seed: int) -> list[dict[str, Any]]:
@@ -271,7 +294,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = Settings(limit=arguments.limit)
     found: dict[str, Any] = {}
     for name in arguments.sets:
-        bench = Bench(name, arguments.data, arguments.encoder, arguments.work, settings, done=arguments.collect)
+        folders = arguments.data, arguments.encoder, arguments.work
+        bench = Bench(name, *folders, settings, seeds=arguments.seeds, done=arguments.collect)
         found[name] = bench.result()
         told = {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "settings": asdict(settings), "how": HOW}
         text = json.dumps({**told, "data": found, **environment()}, indent=2, ensure_ascii=False)
@@ -283,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 HOW: Final = {
-    "accuracy": "share of the test set, in fp32, of the saved result loaded again; one run, one seed",
+    "accuracy": "share of the test set, in fp32, of the saved result loaded again; a run for each seed",
     "cpu_seconds": "of the training loop of that run; on a machine that others used at the same time",
     "seconds": "of the same loop by the clock, so with the waiting for others",
     "time": "CPU seconds of a few steps, the sides taking turns: the ratio is the one to quote",
@@ -299,6 +323,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sets", nargs="+", choices=list(EPOCHS), default=list(EPOCHS))
     parser.add_argument("--work", type=Path, default=HERE.parent / "work" / "encoder", help="what finished work leaves")
     parser.add_argument("--out", type=Path, default=RESULT, help="README.md follows the default one only")
+    parser.add_argument("--seeds", type=int, default=1, help="runs that the test set judges, of each method and side")
     parser.add_argument("--limit", type=int, default=0, help="about so many rows of each split, to try it out")
     parser.add_argument("--collect", action="store_true", help="run nothing: write what is finished")
     parser.add_argument("--table", action="store_true", help="write README.md from the result that is there")
@@ -322,13 +347,14 @@ def section(name: str, found: Mapping[str, Any]) -> list[str]:
     lines = []
     for method, cells in found["methods"].items():
         own = accuracies(found, method)
-        tried = ", ".join(f"{float(rate):g}: {percent(value)}" for rate, value in cells["tried"].items())
-        rate = f"{cells['rate']:g}" if "rate" in cells else "–"
-        behind = [f"{100 * (own[side] - full[side]):+.1f}" if side in own and side in full else "–" for side in SIDES]
+        tried = "; ".join(f"{shown(each)}: {percent(each['accuracy'])}" for each in cells["tried"])
+        behind = [f"{100 * (mean(own[side]) - mean(full[side])):+.1f}" if own[side] and full[side] else "–"
+                  for side in SIDES]  # fmt: skip
+        reached = [", ".join(percent(value) for value in own[side]) or "–" for side in SIDES]
         timed = (found["time"] or {}).get(method, {}).get("lora_kit")
-        shown = [percent(own[side]) if side in own else "–" for side in SIDES]
-        lines.append([method, f"{trained(found, method):,}", rate, tried, *shown, *behind, ratio(timed)])
-    head = ["method", "trained", "rate", "rates tried", "lora_kit", "PEFT", "to full", "PEFT", "CPU time of PEFT's"]
+        best = shown(cells["best"]) if "best" in cells else "–"
+        lines.append([method, f"{trained(found, method):,}", best, tried, *reached, *behind, ratio(timed)])
+    head = ["method", "trained", "rates", "rates tried", "lora_kit", "PEFT", "to full", "PEFT", "CPU time of PEFT's"]
     told = (
         f"**{name}**: {facts['train']['rows']:,} rows to train on, {facts['test']['rows']:,} to test on, "
         f"{facts['labels']} labels; {facts['steps']} steps, {facts['epochs']} of the data."
@@ -340,10 +366,14 @@ def section(name: str, found: Mapping[str, Any]) -> list[str]:
     return [told, table(head, lines)]
 
 
-def accuracies(found: Mapping[str, Any], method: str) -> dict[str, float]:
-    """Accuracy on the test set by side, of what is finished."""
+def shown(rates: Mapping[str, Any]) -> str:
+    return str(Rates(rates["rate"], rates["head"]))
+
+
+def accuracies(found: Mapping[str, Any], method: str) -> dict[str, list[float]]:
+    """Accuracies on the test set by side, one for each seed that is finished."""
     cells = found["methods"][method]
-    return {side: cells[side]["accuracy"] for side in SIDES if cells.get(side)}
+    return {side: [run["accuracy"] for run in cells.get(side, [])] for side in SIDES}
 
 
 def trained(found: Mapping[str, Any], method: str) -> int:

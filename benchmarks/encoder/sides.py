@@ -29,6 +29,7 @@ class Training:
         rows: JSONL file in the order in which it is read: `batch` rows are a step.
         labels: their names, in the order of the head's rows.
         method: `features` (the head alone), `lora` or `full`.
+        rate, head: learning rates, of everything and of the head; None for the same.
         log: steps between two entries of the log.
     """
 
@@ -37,6 +38,7 @@ class Training:
     labels: tuple[str, ...]
     method: str
     rate: float
+    head: float | None
     steps: int
     batch: int
     seed: int
@@ -97,7 +99,7 @@ def ours(task: Training, out: Path) -> Trained:
         "task": "classify",
         "method": task.method,
         "dtype": "fp32",
-        "train": task.arguments,
+        "train": {**task.arguments, **({} if task.head is None else {"head_learning_rate": task.head})},
         "out": str(out),
     }
     if task.method == "lora":
@@ -134,9 +136,11 @@ def theirs(task: Training, out: Path) -> Trained:
             parameter.requires_grad_(name.startswith(HEAD))
     watch = Watch()
     with tempfile.TemporaryDirectory() as scratch:
+        args = transformers.TrainingArguments(output_dir=scratch, use_cpu=True, **task.arguments)
         trainer = transformers.Trainer(
             model=model,
-            args=transformers.TrainingArguments(output_dir=scratch, use_cpu=True, **task.arguments),
+            args=args,
+            optimizers=(None if task.head is None else with_two_rates(model, args, task.head), None),
             train_dataset=list(encoded(task, tokenizer)),
             data_collator=transformers.DataCollatorWithPadding(tokenizer),
             callbacks=[watch],
@@ -152,6 +156,16 @@ def theirs(task: Training, out: Path) -> Trained:
         cpu_seconds=watch.cpu_seconds,
         losses=tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry),
     )
+
+
+def with_two_rates(model: Any, args: transformers.TrainingArguments, head: float) -> torch.optim.Optimizer:
+    """The optimiser that transformers.Trainer would make (there is no weight decay), the head in a group of its own."""
+    kind, settings = transformers.Trainer.get_optimizer_cls_and_kwargs(args)
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    of_head = [parameter for name, parameter in trained if HEAD in name.split(".")]
+    others = [parameter for name, parameter in trained if HEAD not in name.split(".")]
+    made: torch.optim.Optimizer = kind([{"params": others}, {"params": of_head, "lr": head}], **settings)
+    return made
 
 
 def with_peft(model: Any, task: Training) -> Any:

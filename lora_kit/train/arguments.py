@@ -19,12 +19,21 @@ if TYPE_CHECKING:
 
 DEFAULTS: Final[Mapping[str, Any]] = {"logging_steps": 10, "report_to": "none", "save_total_limit": 2, "seed": 0}
 """What `train` holds where a recipe says nothing and transformers' own default is not wanted."""
-SAVE_STRATEGIES: Final[Mapping[str, str]] = {"lora": "steps", "features": "steps", "full": "no"}
+SAVE_STRATEGIES: Final[Mapping[str, str]] = {"lora": "steps", "features": "steps", "full": "no", "peft": "steps"}
 """When checkpoints are written: those of `full` hold every weight three times."""
-LEARNING_RATES: Final[Mapping[str, float]] = {"lora": 2e-4, "features": 1e-3, "full": 5e-5}
+LEARNING_RATES: Final[Mapping[str, float]] = {"lora": 2e-4, "features": 1e-3, "full": 5e-5, "peft": 1e-3}
 
-OWN_FIELDS: Final[Mapping[str, Any]] = {"early_stopping_patience": int, "loraplus_lr_ratio": float}
+OWN_FIELDS: Final[Mapping[str, Any]] = {
+    "early_stopping_patience": int,
+    "loraplus_lr_ratio": float,
+    "head_learning_rate": float,
+}
 """What `train` may hold besides names of transformers.TrainingArguments."""
+
+_COUNTS: Final = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+_LENGTHS: Final = ("num_train_epochs", "logging_steps", "save_steps", "eval_steps")
+_AMOUNTS: Final = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers")
+_SEEDS: Final = ("seed", "data_seed")
 
 _CHECKPOINTS: Final = "a checkpoint holds all it takes to go on, and the same recipe goes on from it by itself"
 _ONE_DEVICE: Final = "training runs on one device so far"
@@ -85,9 +94,26 @@ def train_section(given: Mapping[str, Any], method: str) -> dict[str, Any]:
             raise RecipeError(f"train.{key} cannot be set", hint="nothing is sent anywhere")
     known(given, [key for key in hints if key not in _REFUSED], where="train.")
     values = {key: coerced(f"train.{key}", hints[key], value) for key, value in given.items()}
+    _check_numbers(values)
     defaults = {**DEFAULTS, "learning_rate": LEARNING_RATES[method], "save_strategy": SAVE_STRATEGIES[method]}
     found = {**defaults, **{key: value for key, value in values.items() if value is not None or key not in defaults}}
     return {**_best_defaults(found), **found}
+
+
+def _check_numbers(values: Mapping[str, Any]) -> None:
+    """Raise RecipeError for a number that training would fail on, or do nothing with, after the base was loaded."""
+    wanted = (
+        (_COUNTS, lambda number: number >= 1, "1 or more"),
+        (_LENGTHS, lambda number: number > 0, "above 0"),
+        (_AMOUNTS, lambda number: number >= 0, "0 or more"),
+        (_SEEDS, lambda number: 0 <= number < 2**32, "from 0 to below 2^32"),
+        (("max_steps",), lambda number: number, "1 or more, or -1 to count in epochs"),
+    )
+    for names, holds, expected in wanted:
+        for name in names:
+            value = values.get(name)
+            if isinstance(value, (int, float)) and not holds(value):
+                raise RecipeError(f"train.{name} must be {expected}; {value} was given")
 
 
 def _best_defaults(train: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,14 +167,25 @@ def check_best(train: Mapping[str, Any], task: str) -> None:
             raise RecipeError(f"train.{key} is no, and {why} it", hint=f"train.{key}: epoch, or steps")
 
 
-def check_loraplus(train: Mapping[str, Any], method: str) -> None:
-    ratio = train.get("loraplus_lr_ratio")
-    if ratio is None:
-        return
-    if method != "lora":
-        raise RecipeError(f"train.loraplus_lr_ratio is a matter of A and B; method {method} has none")
-    if ratio <= 0:
-        raise RecipeError(f"train.loraplus_lr_ratio must be above 0; {ratio} was given", hint="16 is a usual value")
+def check_rates(train: Mapping[str, Any], method: str) -> None:
+    """Whether what has a learning rate of its own is there to have one."""
+    ratio, head = train.get("loraplus_lr_ratio"), train.get("head_learning_rate")
+    if ratio is not None:
+        if method != "lora":
+            raise RecipeError(f"train.loraplus_lr_ratio is a matter of A and B; method {method} has none")
+        if ratio <= 0:
+            raise RecipeError(f"train.loraplus_lr_ratio must be above 0; {ratio} was given", hint="16 is a usual value")
+    if head is not None:
+        if method == "features":
+            raise RecipeError(
+                "method features trains the head alone: train.head_learning_rate would be its only rate",
+                hint="train.learning_rate",
+            )
+        if method == "peft":
+            raise RecipeError("train.head_learning_rate is for the methods lora and full; the method is peft")
+        if head <= 0:
+            hint = "ten times train.learning_rate is a good first try for a new head"
+            raise RecipeError(f"train.head_learning_rate must be above 0; {head} was given", hint=hint)
 
 
 def check_compilable(train: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_kit.train.charts import Curve, Mark, chart
+from lora_kit.train.peft_card import loading
 from lora_kit.train.report import TrainReport
 from lora_kit.train.samples import Sample
 
@@ -162,11 +163,9 @@ def _samples(samples: Sequence[Sample]) -> str:
 
 
 def _loading(report: TrainReport, labels: int) -> str:
-    python, shell = _of_model(report) if report.method == "full" else _of_adapter(report, labels)
-    return (
-        f"<section><h2>How to load it</h2><pre><code>{safe(python)}</code></pre>"
-        f"<pre><code>{safe(shell)}</code></pre></section>"
-    )
+    told = {"full": _of_model, "peft": _of_peft}.get(report.method, _of_adapter)(report, labels)
+    blocks = "".join(f"<pre><code>{safe(text)}</code></pre>" for text in told)
+    return f"<section><h2>How to load it</h2>{blocks}</section>"
 
 
 def _of_adapter(report: TrainReport, labels: int) -> tuple[str, str]:
@@ -182,7 +181,12 @@ def _of_adapter(report: TrainReport, labels: int) -> tuple[str, str]:
     return python, f"lora-kit generate --base {shlex.quote(recipe.base)} --adapter {shlex.quote(out)} --prompt '…'"
 
 
-def _of_model(report: TrainReport) -> tuple[str, str]:
+def _of_peft(report: TrainReport, labels: int) -> tuple[str]:
+    recipe = report.recipe
+    return (loading(recipe.base, str(report.out), task=recipe.task, labels=labels),)
+
+
+def _of_model(report: TrainReport, labels: int) -> tuple[str, str]:
     recipe, out = report.recipe, str(report.out)
     task = "" if recipe.task == "causal-lm" else f", task={recipe.task!r}"
     python = f"import lora_kit as lk\n\nbase = lk.load_base({out!r}{task})    # base.model, base.tokenizer"

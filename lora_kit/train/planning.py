@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_kit.bank import attach
 from lora_kit.data import ChatTemplate, Packed, Rows
 from lora_kit.data.encode import measure
 from lora_kit.models import Base, quiet
@@ -19,7 +18,8 @@ from lora_kit.train.arguments import check_reporting, training_arguments
 from lora_kit.train.checkpoints import RunFolder
 from lora_kit.train.contexts import borrowed, compiled_layers, repeatable
 from lora_kit.train.memory import explained
-from lora_kit.train.plans import Data, Kind, Plan, Steps
+from lora_kit.train.methods import Trainable, trainable
+from lora_kit.train.plans import Data, Plan, Steps
 from lora_kit.train.prepare import Job, check_out, check_place, prepared, read
 from lora_kit.train.reading import load_recipe
 from lora_kit.train.recipe import Recipe
@@ -47,39 +47,19 @@ def plan(
         rows = read(wanted)
         job = prepared(wanted, rows, base)
         found = RunFolder(wanted.out).standing(job.identity, replace=replace)
-        with explained(), _trainable(job) as kinds:
-            return _planned(job, rows[0], kinds, found.step if found else 0)
+        with explained(), _same_randomness(job.base.device), trainable(job) as ready:
+            return _planned(ready, rows[0], found.step if found else 0)
 
 
-@contextlib.contextmanager
-def _trainable(job: Job) -> Iterator[tuple[Kind, ...]]:
-    """Within, the model is as it would be trained; gives what of it would be."""
-    from transformers import set_seed
-
-    model = job.base.model
-    with torch.random.fork_rng(devices=[job.base.device] if job.base.device.type == "cuda" else []):
-        set_seed(job.recipe.seed)
-        if job.recipe.method == "full":
-            model.requires_grad_(True)
-            yield (Kind("every weight", 1, model.num_parameters()),)
-            return
-        bank = attach(model, job.recipe.lora, name=job.recipe.name)
-        try:
-            coverage = bank.coverage(job.recipe.name)
-            found: dict[str, list[int]] = {}
-            for target in coverage.targets:
-                found.setdefault(target.path.rpartition(".")[2], []).append(target.parameters)
-            kinds = [Kind(name, len(each), sum(each)) for name, each in found.items()]
-            if coverage.saved:
-                kinds.append(Kind(", ".join(coverage.saved), len(coverage.saved), coverage.saved_parameters))
-            yield tuple(kinds)
-        finally:
-            bank.detach()
+def _same_randomness(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Torch's generators as they were, afterwards."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
-def _planned(job: Job, rows: Rows, kinds: tuple[Kind, ...], goes_on_from: int) -> Plan:
+def _planned(ready: Trainable, rows: Rows, goes_on_from: int) -> Plan:
     from lora_kit.train.trial import tried
 
+    job = ready.job
     model, recipe = job.base.model, job.recipe
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lora_kit-"))
@@ -89,16 +69,14 @@ def _planned(job: Job, rows: Rows, kinds: tuple[Kind, ...], goes_on_from: int) -
             stack.enter_context(compiled_layers(model))
         steps = _steps(job, folder)
         measured, memory = tried(job, steps, folder=folder)
-        trainable = sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad)
-        parameters = model.num_parameters()
     data = _data(job, rows)
     tokens = data.tokens * (steps.steps - goes_on_from) / steps.per_epoch
     return Plan(
         out=Path(recipe.out),
         goes_on_from=goes_on_from,
-        trainable=trainable,
-        parameters=parameters,
-        kinds=kinds,
+        trainable=ready.count,
+        parameters=ready.parameters,
+        kinds=ready.kinds,
         data=data,
         steps=steps,
         memory=memory,

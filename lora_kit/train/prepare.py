@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import functools
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -36,27 +34,29 @@ from lora_kit.data import (
 from lora_kit.errors import DataError, RecipeError, StorageError, listed
 from lora_kit.evaluate.metrics import of_texts
 from lora_kit.evaluate.questions import Exam, exam, questions_of
-from lora_kit.files import check_output, printable
+from lora_kit.files import check_output, check_path, printable
 from lora_kit.fingerprint import fingerprint
-from lora_kit.models import DEFAULT_SEPARATOR, LABELLED, Base, head_modules, load_base
+from lora_kit.models import DEFAULT_SEPARATOR, LABELLED, Base, head_modules
 from lora_kit.train.arguments import best_metric
+from lora_kit.train.bases import base_for
 from lora_kit.train.checkpoints import digest_of
+from lora_kit.train.peft_section import TASK_TYPES, saves_modules
 from lora_kit.train.recipe import HEAD, Recipe
 
 logger = logging.getLogger(__name__)
 
 RECIPE: Final = "recipe.yaml"
-_TASK_TYPES: Final = {
-    "causal-lm": "CAUSAL_LM",
-    "classify": "SEQ_CLS",
-    "tokens": "TOKEN_CLS",
-    "seq2seq": "SEQ_2_SEQ_LM",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Everything a training needs, checked."""
+    """Everything a training needs, checked.
+
+    Attributes:
+        labels: their names, where the task has some.
+        exam: what is asked in validation, where the best model is told by what it writes.
+        identity: what decides the result, see `lora_kit.train.checkpoints`.
+    """
 
     recipe: Recipe
     base: Base
@@ -64,6 +64,7 @@ class Job:
     validation: Encoded | None
     labels: tuple[str, ...]
     exam: Exam | None
+    identity: Mapping[str, Any]
 
     @property
     def measured(self) -> dict[str, Any]:
@@ -74,24 +75,28 @@ class Job:
     def collator(self) -> Collator:
         return Collator(self.base.tokenizer.pad_token_id, self.base.decoder_inputs)
 
-    @functools.cached_property
-    def identity(self) -> dict[str, Any]:
-        """What decides the result: see `lora_kit.train.checkpoints`. Rows count by their content, not by their path."""
-        recipe = self.recipe.to_dict()
-        del recipe["out"], recipe["data"]["train"], recipe["data"]["validation"]
-        rows = {
-            "train": digest_of_samples(self.train),
-            "validation": self.validation and digest_of_samples(self.validation),
-        }
-        base = fingerprint(self.base.model)
-        sums = {"rows": rows, "base": digest_of({key: base[key] for key in ("structure", "weights")})}
-        return recipe | {"sha256": sums, "device": self.base.device.type}
+    def of_model(self, model: Any) -> Job:
+        """The same job with its base inside another model, which is trained, measured and asked instead."""
+        base = dataclasses.replace(self.base, model=model)
+        asked = self.exam and dataclasses.replace(self.exam, base=base)
+        return dataclasses.replace(self, base=base, exam=asked)
 
     @property
     def setting(self) -> dict[str, Any]:
         """What may change the last bits of the result."""
-        versions = {name: metadata.version(name) for name in ("lora-kit", "torch", "transformers")}
+        packages = ["lora-kit", "torch", "transformers", *(["peft"] if self.recipe.method == "peft" else [])]
+        versions = {name: metadata.version(name) for name in packages}
         return {"versions": versions, "threads": torch.get_num_threads()}
+
+
+def _identity(recipe: Recipe, base: Base, train: Encoded | Packed, validation: Encoded | None) -> Mapping[str, Any]:
+    """What decides the result: rows count by their content, not by their path."""
+    fields = recipe.to_dict()
+    del fields["out"], fields["data"]["train"], fields["data"]["validation"]
+    rows = {"train": digest_of_samples(train), "validation": validation and digest_of_samples(validation)}
+    found = fingerprint(base.model)
+    sums = {"rows": rows, "base": digest_of({key: found[key] for key in ("structure", "weights")})}
+    return fields | {"sha256": sums, "device": base.device.type}
 
 
 def digest_of_samples(samples: Encoded | Packed) -> str:
@@ -109,6 +114,7 @@ def check_place(recipe: Recipe) -> None:
     if not recipe.name:
         raise RecipeError(f"out {recipe.out!r} has no name", hint="its last part names the adapter")
     out = Path(recipe.out)
+    check_path(out)
     above = next(folder for folder in out.absolute().parents if folder.exists())
     if not above.is_dir():
         raise StorageError(f"{printable(out)} lies in {printable(above)}, which is not a folder")
@@ -157,7 +163,7 @@ def prepared(recipe: Recipe, rows: tuple[Rows, Rows | None], given: Base | None)
         # A head that knows these labels already keeps them in its own order.
         label2id = dict(given.model.config.label2id)
         names = tuple(sorted(names, key=label2id.__getitem__))
-    base = _loaded(recipe, label2id) if given is None else _borrowed_base(recipe, given, label2id)
+    base = base_for(recipe, given, label2id)
     template = _template(recipe, rows[0], base)
     recipe = _resolved(recipe, rows[0], base, template)
     settings: dict[str, Any] = {
@@ -175,7 +181,15 @@ def prepared(recipe: Recipe, rows: tuple[Rows, Rows | None], given: Base | None)
     if validation is None:
         logger.info("no evaluation: the recipe names no data.validation")
     asked = _exam(recipe, rows[1], base, template)
-    return Job(recipe=recipe, base=base, train=packed, validation=validation, labels=names, exam=asked)
+    return Job(
+        recipe=recipe,
+        base=base,
+        train=packed,
+        validation=validation,
+        labels=names,
+        exam=asked,
+        identity=_identity(recipe, base, packed, validation),
+    )
 
 
 def _exam(recipe: Recipe, rows: Rows | None, base: Base, template: ChatTemplate | None) -> Exam | None:
@@ -195,31 +209,6 @@ def _packed(recipe: Recipe, base: Base, samples: Encoded) -> Packed:
     told = "%d samples in %d rows of %d tokens, %.1f%% of them filled"
     logger.info(told, len(samples), len(packed), packed.max_length, 100 * packed.filled)
     return packed
-
-
-def _loaded(recipe: Recipe, label2id: Mapping[str, int]) -> Base:
-    # Small steps are lost in 16 bits: every weight is trained in fp32 unless the recipe asks for something else.
-    dtype = "fp32" if recipe.method == "full" and recipe.dtype == "auto" else recipe.dtype
-    return load_base(recipe.base, task=recipe.task, label2id=label2id or None, dtype=dtype, quantize=recipe.quantize)
-
-
-def _borrowed_base(recipe: Recipe, base: Base, label2id: Mapping[str, int]) -> Base:
-    """A base that someone else loaded, checked against the recipe; a copy of it where its weights will change."""
-    if (base.name, base.task) != (recipe.base, recipe.task):
-        given = f"the base given is {base.name} ({base.task})"
-        raise RecipeError(f"the recipe is for {recipe.base} ({recipe.task}), {given}")
-    if recipe.dtype != "auto" or recipe.quantize:
-        raise RecipeError("dtype and quantize do nothing for a base that is loaded already", hint="load it so")
-    if label2id and base.model.config.num_labels != len(label2id):
-        raise RecipeError(f"the base given has {base.model.config.num_labels} labels, the data {len(label2id)}")
-    if recipe.method != "full":
-        return base
-    if getattr(base.model, "is_quantized", False):
-        raise RecipeError("method full cannot train the weights of a quantised base", hint="use method lora")
-    model = copy.deepcopy(base.model).float()
-    if label2id:
-        model.config.label2id, model.config.id2label = dict(label2id), {v: k for k, v in label2id.items()}
-    return dataclasses.replace(base, model=model)
 
 
 def _template(recipe: Recipe, rows: Rows, base: Base) -> ChatTemplate | None:
@@ -243,23 +232,43 @@ def _resolved(recipe: Recipe, rows: Rows, base: Base, template: ChatTemplate | N
         separator = ""
     text = template.text if template else None
     data = dataclasses.replace(recipe.data, max_length=length, separator=separator, chat_template=text)
-    return recipe.replace(data=data, lora=_config(recipe, base))
+    recipe = recipe.replace(data=data)
+    if recipe.method == "full":
+        return recipe
+    if recipe.method == "peft":
+        return recipe.replace(peft=_peft_section(recipe, base))
+    return recipe.replace(lora=_config(recipe, base))
 
 
 def _config(recipe: Recipe, base: Base) -> LoraConfig:
     """The adapter's config with its head by name, and with labels for other tools."""
-    if recipe.method == "full":
-        return recipe.lora
-    saved = [name for name in recipe.lora.modules_to_save if name != HEAD]
-    # A head of a new task is random at first: an adapter that did not bring it would be of no use.
-    if recipe.task in LABELLED or HEAD in recipe.lora.modules_to_save:
-        head = [name for name in head_modules(base.model, recipe.task) if name not in saved]
-        if head and recipe.method == "lora":
-            logger.info("the head is trained and saved whole: %s", listed(head))
-        saved += head
     return dataclasses.replace(
         recipe.lora,
-        modules_to_save=tuple(saved),
+        modules_to_save=_saved_whole(recipe, base, recipe.lora.modules_to_save),
         base_model_name_or_path=recipe.lora.base_model_name_or_path or base.name,
-        task_type=_TASK_TYPES[recipe.task],
+        task_type=TASK_TYPES[recipe.task],
     )
+
+
+def _peft_section(recipe: Recipe, base: Base) -> dict[str, Any]:
+    """The section with the head by name."""
+    given = recipe.peft.get("modules_to_save") or ()
+    saved = _saved_whole(recipe, base, (given,) if isinstance(given, str) else given)
+    if saved and not saves_modules(recipe.peft):
+        kind = recipe.peft["peft_type"]
+        raise RecipeError(f"task {recipe.task} trains a head, which {kind} does not save", hint="use another peft_type")
+    return {**recipe.peft, "modules_to_save": list(saved)} if saved else dict(recipe.peft)
+
+
+def _saved_whole(recipe: Recipe, base: Base, given: Sequence[str]) -> tuple[str, ...]:
+    """What is trained and saved whole, the head by name.
+
+    A head of a new task is random at first: an adapter that did not bring it would be of no use.
+    """
+    saved = [name for name in given if name != HEAD]
+    if recipe.task in LABELLED or HEAD in given:
+        head = [name for name in head_modules(base.model, recipe.task) if name not in saved]
+        if head and recipe.method != "features":
+            logger.info("the head is trained and saved whole: %s", listed(head))
+        saved += head
+    return tuple(saved)

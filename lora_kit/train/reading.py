@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -13,8 +12,10 @@ from typing import Any, Final
 import yaml
 
 from lora_kit.config import LoraConfig
-from lora_kit.errors import ConfigError, RecipeError, listed, nearest
+from lora_kit.errors import AdapterError, ConfigError, RecipeError, listed, nearest
+from lora_kit.files import exists, printable, read_text
 from lora_kit.train.recipe import HEAD, DataSpec, Recipe
+from lora_kit.train.typed import NAMES
 from lora_kit.train.values import Loader, coerced, copied, known, mapping_of, parsed
 
 _SIZE_LIMIT: Final = 2**20
@@ -25,8 +26,8 @@ _LISTS: Final = (
     "modules_to_save",
     "layers_to_transform",
     "layers_pattern",
+    "trainable_token_indices",
 )
-_NAMES: Final = re.compile(r"[\w.-]+(,[\w.-]+)*")
 
 
 def load_recipe(
@@ -68,18 +69,13 @@ def _read(path: Path) -> dict[str, Any]:
     suffix = path.suffix.lower()
     if suffix not in (".yaml", ".yml", ".toml"):
         raise RecipeError(f"{path}: a recipe is a .yaml, .yml or .toml file")
-    try:
-        contents = path.read_bytes()
-        text = contents.decode("utf-8")
-    except FileNotFoundError:
+    if not exists(path):
         here = [str(path.parent / item.name) for item in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise RecipeError(f"{path}: no such file", hint=nearest(str(path), here)) from None
-    except OSError as error:
-        raise RecipeError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not UTF-8 at byte {error.start}") from None
-    if len(contents) > _SIZE_LIMIT:
-        raise RecipeError(f"{path} has {len(contents):,} bytes; a recipe has at most {_SIZE_LIMIT:,}")
+        raise RecipeError(f"{printable(path)}: no such file", hint=nearest(str(path), here))
+    try:
+        text = read_text(path.resolve(), limit=_SIZE_LIMIT)
+    except AdapterError as error:
+        raise RecipeError(error.message, hint=error.hint) from None
     try:
         fields = tomllib.loads(text) if suffix == ".toml" else yaml.load(text, Loader=Loader)
     except (tomllib.TOMLDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
@@ -97,7 +93,7 @@ def _override(fields: dict[str, Any], key: str, value: Any) -> None:
     if not dot:
         fields[key] = value
         return
-    if section not in ("data", "lora", "train"):
+    if section not in ("data", "lora", "peft", "train"):
         known = [f.name for f in dataclasses.fields(Recipe)]
         raise RecipeError(
             f"--{key}: a recipe has no section {section!r}", hint=nearest(section, known) or f"known: {listed(known)}"
@@ -125,6 +121,9 @@ def _built(fields: Mapping[str, Any]) -> Recipe:
     if values.get("quantize") in ("none", "null", ""):
         del values["quantize"]
     values["data"] = _data_section(values["data"])
+    if method == "peft" and values.get("lora"):
+        raise RecipeError("method peft has no lora section", hint="take it out, or use method lora")
+    values["peft"] = mapping_of("peft", values.get("peft", {}))
     if not isinstance(values.get("lora"), LoraConfig):
         values["lora"] = _lora_section(mapping_of("lora", values.get("lora", {})), method)
     values["train"] = mapping_of("train", values.get("train", {}))
@@ -160,12 +159,12 @@ def _lora_section(section: Mapping[str, Any], method: str) -> LoraConfig:
 def _lora_value(key: str, hint: Any, value: Any) -> Any:
     listable = key in _LISTS
     if isinstance(value, str) and listable and value != "all-linear":
-        if value.startswith("["):
+        if value.startswith(("[", "{")):
             value = parsed(f"lora.{key}", value)
-        elif _NAMES.fullmatch(value):
+        elif NAMES.fullmatch(value):
             # A bare name as a regular expression could only match a module at the top: names are meant.
             value = value.split(",")
-        if key == "layers_to_transform" and isinstance(value, list):
+        if key in ("layers_to_transform", "trainable_token_indices") and isinstance(value, list):
             value = [coerced(f"lora.{key}", int, item) for item in value]
     if listable:
         return tuple(value) if isinstance(value, list) else value

@@ -14,12 +14,21 @@ import yaml
 from lora_kit.config import LoraConfig
 from lora_kit.errors import RecipeError
 from lora_kit.models import DEFAULT_SEPARATOR, QUANTIZATIONS, TASKS
-from lora_kit.train.arguments import check_best, check_compilable, check_evaluation, check_loraplus, train_section
+from lora_kit.train.arguments import check_best, check_compilable, check_evaluation, check_rates, train_section
+from lora_kit.train.peft_section import peft_section
 from lora_kit.train.values import as_json, one_of
 
-METHODS: Final = ("lora", "features", "full")
-LATER_METHODS: Final = ("peft",)
+METHODS: Final = ("lora", "features", "full", "peft")
 DTYPES: Final = ("auto", "bf16", "fp16", "fp32")
+_SECTIONS: Final[Mapping[str, tuple[str, ...]]] = {
+    "lora": ("lora",),
+    "features": ("lora",),
+    "full": (),
+    "peft": ("peft",),
+}
+"""Which of the sections `lora` and `peft` a recipe of a method has."""
+CHANGES_BASE: Final = ("full", "peft")
+"""Methods that change the model they are given, which nobody else must have then."""
 HEAD: Final = "head"
 """Stands in `modules_to_save` for the head of whatever base is loaded."""
 _LABELS: Final = ("base_model_name_or_path", "revision", "task_type", "inference_mode")
@@ -55,14 +64,16 @@ class Recipe:
         data: files and how they are read.
         out: folder of the result; the name of the adapter is its last part.
         task: one of `lora_kit.models.TASKS`.
-        method: `lora`; `features` to train only the head; `full` to train every weight.
+        method: `lora`; `features` to train only the head; `full` to train every weight; `peft` for an adapter that PEFT
+            makes, trains and saves.
         lora: the adapter's config.
+        peft: `peft_type` and fields of PEFT's config of that type, for method `peft`; see `peft_section`.
         train: names of transformers.TrainingArguments with their values; what is not named has that class's default,
             but for `DEFAULTS`, `LEARNING_RATES` and `SAVE_STRATEGIES` here. Besides: `early_stopping_patience`, how
-            many evaluations may pass without a better one, and `loraplus_lr_ratio`, how many times the learning rate
-            of A that of B is (Hayou et al. 2024, arXiv:2402.12354).
+            many evaluations may pass without a better one, `loraplus_lr_ratio`, how many times the learning rate of A
+            that of B is (Hayou et al. 2024, arXiv:2402.12354), and `head_learning_rate`, that of the head.
         dtype: of the base: `auto` for the checkpoint's own (`full` then trains in fp32), `bf16`, `fp16`, `fp32`.
-        quantize: `nf4` or `int8` to train an adapter on a quantised base.
+        quantize: one of `lora_kit.models.QUANTIZATIONS`, to train an adapter on a quantised base.
         compile: compile the base's repeated layers (torch.compile) for the training.
 
     Raises:
@@ -75,6 +86,7 @@ class Recipe:
     task: str = "causal-lm"
     method: str = "lora"
     lora: LoraConfig = field(default_factory=LoraConfig)
+    peft: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = "auto"
     quantize: str | None = None
@@ -82,7 +94,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         one_of("task", self.task, TASKS)
-        one_of("method", self.method, METHODS, later=LATER_METHODS)
+        one_of("method", self.method, METHODS)
         one_of("dtype", self.dtype, DTYPES)
         if self.quantize is not None:
             one_of("quantize", self.quantize, QUANTIZATIONS)
@@ -98,11 +110,22 @@ class Recipe:
             raise RecipeError(f"data.max_length must be at least 2; {self.data.max_length} was given")
         object.__setattr__(self, "train", MappingProxyType(train_section(self.train, self.method)))
         object.__setattr__(self, "lora", _lora_for(self.method, self.lora))
+        object.__setattr__(self, "peft", MappingProxyType(self._peft_for_method()))
         check_evaluation(self.train, self.data.validation)
         check_best(self.train, self.task)
-        check_loraplus(self.train, self.method)
+        check_rates(self.train, self.method)
         if self.compile:
             check_compilable(self.train)
+
+    def _peft_for_method(self) -> dict[str, Any]:
+        if self.method != "peft":
+            if self.peft:
+                raise RecipeError(f"method {self.method} has no peft section", hint="use method peft, or take it out")
+            return {}
+        if self.compile:
+            raise RecipeError("compile is not for method peft: not every layer of PEFT compiles", hint="compile: false")
+        checkpointing = any(self.train.get(key) for key in ("gradient_checkpointing", "activation_checkpointing"))
+        return peft_section(self.peft, packing=self.data.packing, checkpointing=checkpointing)
 
     @property
     def seed(self) -> int:
@@ -123,8 +146,10 @@ class Recipe:
         fields["data"] = dataclasses.asdict(self.data)
         fields["train"] = {key: as_json(value) for key, value in sorted(self.train.items())}
         fields["lora"] = _lora_fields(self.lora)
-        if self.method == "full":
-            del fields["lora"]
+        fields["peft"] = as_json(dict(self.peft))
+        for section in ("lora", "peft"):
+            if section not in _SECTIONS[self.method]:
+                del fields[section]
         return fields
 
     def to_yaml(self) -> str:
@@ -138,10 +163,9 @@ def _lora_for(method: str, config: LoraConfig) -> LoraConfig:
         RecipeError: the config says something that the method does not do.
     """
     untouched = config == LoraConfig()
-    if method == "full" and not untouched:
-        raise RecipeError(
-            "method full trains every weight and has no lora section", hint="take it out, or use method lora"
-        )
+    if "lora" not in _SECTIONS[method] and not untouched:
+        what = "trains every weight and " if method == "full" else ""
+        raise RecipeError(f"method {method} {what}has no lora section", hint="take it out, or use method lora")
     if method != "features":
         return config
     if untouched:

@@ -13,21 +13,22 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from lora_kit.bank import AdapterBank, attach
 from lora_kit.errors import LoraKitError, RecipeError
 from lora_kit.evaluate import Evaluation, measure
-from lora_kit.files import sole_writer, staged
+from lora_kit.files import sole_writer
 from lora_kit.models import Base, quiet
 from lora_kit.train.arguments import check_reporting, training_arguments
 from lora_kit.train.artifacts import beside
-from lora_kit.train.checkpoints import Checkpoint, RunFolder, digest_of
+from lora_kit.train.checkpoints import Checkpoint, RunFolder
 from lora_kit.train.clock import Clock
 from lora_kit.train.contexts import borrowed, compiled_layers, repeatable
 from lora_kit.train.memory import explained
-from lora_kit.train.prepare import Job, check_out, check_place, is_model_of_ours, prepared, read
+from lora_kit.train.methods import Trainable, trainable
+from lora_kit.train.optimizer import Rates
+from lora_kit.train.prepare import Job, check_out, check_place, prepared, read
 from lora_kit.train.reading import load_recipe
 from lora_kit.train.recipe import Recipe
-from lora_kit.train.report import TrainReport, history, metrics
+from lora_kit.train.report import TrainReport, history
 from lora_kit.train.samples import Samples
 from lora_kit.train.signals import Stop
 
@@ -79,10 +80,9 @@ def train(
         job = prepared(wanted, read(wanted), base)
         found = run.resumable(job.identity, job.setting, replace=replace)
         start = _Start(run=run, checkpoint=found, replace=replace)
-        how = _train_full if wanted.method == "full" else _train_adapter
         try:
-            with explained():
-                report = how(job, start, callbacks)
+            with explained(), trainable(job) as ready:
+                report = _made(ready, start, callbacks)
         except BaseException:
             run.say_where_it_stands()
             raise
@@ -99,49 +99,12 @@ class _Start:
     replace: bool
 
 
-def _train_adapter(job: Job, start: _Start, callbacks: Sequence[TrainerCallback]) -> TrainReport:
-    from transformers import set_seed
-
-    recipe, model = job.recipe, job.base.model
-    set_seed(recipe.seed)
-    bank = attach(model, recipe.lora, name=recipe.name)
-    try:
-        trainable = bank.coverage(recipe.name).parameters
-        parameters = model.num_parameters()
-        logger.info("%s", bank.coverage(recipe.name))
-        samples = Samples(job)
-        report = _report(job, _trained(job, model, start, callbacks), trainable, parameters)
-        files = beside(report, samples=samples.after(), labels=len(job.labels))
-        return _save_adapter(job, bank, report, files, replace=start.replace)
-    finally:
-        bank.detach()
-
-
-def _save_adapter(
-    job: Job, bank: AdapterBank, report: TrainReport, files: Mapping[str, bytes], *, replace: bool
-) -> TrainReport:
-    recipe = job.recipe
-    record: dict[str, Any] = {"recipe": recipe.to_dict(), "seed": recipe.seed, "metrics": metrics(report)}
-    record["run"] = digest_of(job.identity)
-    if job.labels:
-        record["labels"] = list(job.labels)
-    adapter = bank.save(recipe.name, report.out, record=record, files=files, replace=replace)
-    return dataclasses.replace(report, digest=adapter.digest)
-
-
-def _train_full(job: Job, start: _Start, callbacks: Sequence[TrainerCallback]) -> TrainReport:
-    model = job.base.model
-    model.requires_grad_(True)
-    count = model.num_parameters()
-    samples = Samples(job)
-    report = _report(job, _trained(job, model, start, callbacks), count, count)
-    files = beside(report, samples=samples.after(), labels=len(job.labels))
-    with staged(report.out, replace=start.replace, owned=is_model_of_ours) as folder:
-        model.save_pretrained(folder)
-        job.base.tokenizer.save_pretrained(folder)
-        for name, data in files.items():
-            (folder / name).write_bytes(data)
-    return report
+def _made(ready: Trainable, start: _Start, callbacks: Sequence[TrainerCallback]) -> TrainReport:
+    """Train, and save the result."""
+    samples = Samples(ready.job)
+    report = _report(ready, _trained(ready.job, start, callbacks))
+    files = beside(report, samples=samples.after(), labels=len(ready.job.labels))
+    return ready.save(report, files, replace=start.replace)
 
 
 # The training
@@ -158,9 +121,9 @@ class _Done:
     after: Evaluation | None
 
 
-def _trained(job: Job, model: Any, start: _Start, callbacks: Sequence[TrainerCallback]) -> _Done:
-    """Train a model's trainable parameters. What the Trainer changes besides them is put back."""
-    device = job.base.device
+def _trained(job: Job, start: _Start, callbacks: Sequence[TrainerCallback]) -> _Done:
+    """Train what requires a gradient. What the Trainer changes on the model besides is put back."""
+    model, device = job.base.model, job.base.device
     with contextlib.ExitStack() as stack:
         # The Trainer wants a folder of its own, though nothing is written there: checkpoints go to the run's.
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="lora_kit-"))
@@ -169,7 +132,7 @@ def _trained(job: Job, model: Any, start: _Start, callbacks: Sequence[TrainerCal
         if job.recipe.compile:
             stack.enter_context(compiled_layers(model))
         stop = Stop()
-        trainer = _trainer(job, model, scratch, callbacks, run=start.run, stop=stop)
+        trainer = _trainer(job, scratch, callbacks, run=start.run, stop=stop)
         before = _evaluated(job, trainer)
         clock = Clock(device)
         try:
@@ -183,7 +146,7 @@ def _trained(job: Job, model: Any, start: _Start, callbacks: Sequence[TrainerCal
 
 
 def _trainer(
-    job: Job, model: Any, scratch: str, callbacks: Sequence[TrainerCallback], *, run: RunFolder, stop: Stop
+    job: Job, scratch: str, callbacks: Sequence[TrainerCallback], *, run: RunFolder, stop: Stop
 ) -> ResumableTrainer:
     from transformers import EarlyStoppingCallback
     from transformers.integrations import TensorBoardCallback
@@ -194,11 +157,11 @@ def _trainer(
     patience = job.recipe.train.get("early_stopping_patience")
     stopping = [EarlyStoppingCallback(patience)] if patience else []
     data: dict[str, Any] = {"train": job.train, "validation": job.validation, "collator": job.collator}
-    data["loraplus"], data["measured"] = job.recipe.train.get("loraplus_lr_ratio"), job.measured
+    data["rates"], data["measured"] = Rates.of(job.recipe.train, job.recipe.task), job.measured
     whose: dict[str, Any] = {"run": run, "identity": job.identity, "setting": job.setting, "stop": stop}
     try:
         args = training_arguments(job.recipe.train, device=job.base.device, folder=scratch, name=job.recipe.name)
-        trainer = ResumableTrainer(model, args, callbacks=[Reached(), *stopping, *callbacks], **data, **whose)
+        trainer = ResumableTrainer(job.base.model, args, callbacks=[Reached(), *stopping, *callbacks], **data, **whose)
     except (torch.OutOfMemoryError, LoraKitError):
         raise
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
@@ -218,8 +181,8 @@ def _evaluated(job: Job, trainer: ResumableTrainer) -> Evaluation | None:
     return measure(trainer.model, job.validation, job.collator, batch_size=size, autocast=autocast, **job.measured)
 
 
-def _report(job: Job, done: _Done, trainable: int, parameters: int) -> TrainReport:
-    state = done.trainer.state
+def _report(ready: Trainable, done: _Done) -> TrainReport:
+    job, state = ready.job, done.trainer.state
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     report = TrainReport(
         out=Path(job.recipe.out),
@@ -232,8 +195,8 @@ def _report(job: Job, done: _Done, trainable: int, parameters: int) -> TrainRepo
         tokens=done.trainer.tokens,
         peak_bytes=done.peak_bytes,
         micro_batch=done.trainer.micro_batch,
-        trainable=trainable,
-        parameters=parameters,
+        trainable=ready.count,
+        parameters=ready.parameters,
         train_loss=losses[-1],
         before=done.before,
         after=done.after,

@@ -21,7 +21,7 @@ from lora_kit.loss import Head, head_of
 from lora_kit.modes import casting
 from lora_kit.train.clock import peak_bytes
 from lora_kit.train.memory import Batch, MicroBatches, sum_of
-from lora_kit.train.optimizer import raise_rate_of_b
+from lora_kit.train.optimizer import ONE_RATE, Rates
 from lora_kit.train.parts import split, tokens_in
 from lora_kit.train.progress import Progress
 
@@ -37,6 +37,7 @@ class Trainer(transformers.Trainer):
     what it says is the mean over the steps since the last line.
 
     Args:
+        rates: of what does not learn at `args.learning_rate`.
         measured: what `lora_kit.evaluate.measure` is asked for besides the loss.
 
     Attributes:
@@ -54,7 +55,7 @@ class Trainer(transformers.Trainer):
         validation: Encoded | None,
         collator: Collator,
         callbacks: list[transformers.TrainerCallback],
-        loraplus: float | None = None,
+        rates: Rates = ONE_RATE,
         measured: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
@@ -66,7 +67,7 @@ class Trainer(transformers.Trainer):
             model._hf_peft_config_loaded = True
         self._progress = Progress()
         self._train, self._validation, self._collator = train, validation, collator
-        self._head, self._loraplus, self._measured = Head(None), loraplus, measured
+        self._head, self._rates, self._measured = Head(None), rates, measured
         super().__init__(
             model=model,
             args=args,
@@ -167,11 +168,11 @@ class Trainer(transformers.Trainer):
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """transformers' own, with a rate of its own for B where the recipe asks for LoRA+."""
-        if self.optimizer is not None or self._loraplus is None:
-            return super().create_optimizer(model)
+        """transformers' own, with rates of their own for what the recipe gives one."""
+        made_before = self.optimizer is not None
         optimizer = super().create_optimizer(model)
-        raise_rate_of_b(optimizer, self.model, self._loraplus)
+        if not made_before:
+            self._rates.give(optimizer, self.model)
         return optimizer
 
     def evaluate(

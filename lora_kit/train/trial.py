@@ -12,6 +12,7 @@ from lora_kit.data import Encoded, Packed
 from lora_kit.train.arguments import training_arguments
 from lora_kit.train.clock import Clock
 from lora_kit.train.footprint import Footprint, footprint
+from lora_kit.train.optimizer import Rates
 from lora_kit.train.plans import Measured, Steps
 from lora_kit.train.prepare import Job
 from lora_kit.train.trainer import Trainer
@@ -90,7 +91,7 @@ def tried(job: Job, steps: Steps, *, folder: str) -> tuple[Measured, Footprint]:
         validation=None,
         collator=job.collator,
         callbacks=[timer],
-        loraplus=job.recipe.train.get("loraplus_lr_ratio"),
+        rates=Rates.of(job.recipe.train, job.recipe.task),
     )
     timer.trainer = trainer
     try:

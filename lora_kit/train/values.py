@@ -55,7 +55,21 @@ def coerced(name: str, hint: Any, value: Any) -> Any:
     Raises:
         RecipeError: it cannot be.
     """
-    kinds = list(typing.get_args(hint)) if _is_union(hint) else [hint]
+    return as_one_of(name, kinds_of(hint), value)
+
+
+def kinds_of(hint: Any) -> list[Any]:
+    """The members of a union; anything else alone."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return list(typing.get_args(hint)) if union else [hint]
+
+
+def as_one_of(name: str, kinds: Sequence[Any], value: Any) -> Any:
+    """The value as one of some types, the narrowest that it can be.
+
+    Raises:
+        RecipeError: it can be none of them.
+    """
     if type(None) in kinds and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
         return None
     choices = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, enum.Enum)]
@@ -70,10 +84,6 @@ def coerced(name: str, hint: Any, value: Any) -> Any:
         _TYPE_WORDS[kind] for kind in _TYPE_WORDS if kind in {typing.get_origin(k) or k for k in kinds}
     )
     raise RecipeError(f"{name} must be {expected or 'another kind of value'}; {value!r} was given")
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
 def _narrowest(kind: Any) -> int:
@@ -171,9 +181,7 @@ def mapping_of(name: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
-def one_of(name: str, value: str, known: Sequence[str], *, later: Sequence[str] = ()) -> None:
-    if value in later:
-        raise RecipeError(f"{name} {value!r} is not there yet", hint=f"known: {listed(known)}")
+def one_of(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise RecipeError(
             f"{name} {value!r} is not known", hint=nearest(str(value), known) or f"known: {listed(known)}"

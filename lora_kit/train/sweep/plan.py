@@ -24,7 +24,7 @@ from lora_kit.evaluate import METRICS
 from lora_kit.files import exists, printable, read_json
 from lora_kit.train.checkpoints import differences, digest_of
 from lora_kit.train.reading import load_recipe
-from lora_kit.train.recipe import Recipe
+from lora_kit.train.recipe import CHANGES_BASE, Recipe
 from lora_kit.train.sweep.locks import FileLock
 from lora_kit.train.sweep.space import Choices, Params, Space, space_of
 
@@ -161,7 +161,7 @@ class Plan:
 
 def shares_base(recipe: Recipe) -> bool:
     """Whether trainings of a recipe can have one base, loaded once; the others load what they will change."""
-    return recipe.dtype == "auto" and recipe.quantize is None and recipe.method != "full"
+    return recipe.dtype == "auto" and recipe.quantize is None and recipe.method not in CHANGES_BASE
 
 
 def over_of(space: Space) -> dict[str, Any]:
@@ -178,6 +178,8 @@ def sums_of_files(space: Space) -> dict[str, str]:
 
 
 def _sha256(path: Path) -> str:
+    if path.exists() and not path.is_file():
+        raise RecipeError(f"data.train {printable(path)} is not a file")
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -32,6 +32,7 @@ def shared(plan: Plan, workers: int) -> None:
     watch = Worker(plan)
     with _started(plan, workers) as processes:
         while not watch.is_done:
+            watch.check_there()
             watch.tell()
             if all(process.poll() is not None for process in processes):
                 break

@@ -69,6 +69,7 @@ def sweep(
 
     Raises:
         RecipeError, DataError, BaseModelError: what was given is wrong, or differs from what was begun; no trial ran.
+        ConfigError: an argument that is none, or optuna is not installed.
         StorageError: the machine; what was done is kept.
         VerificationError: no trial came through.
     """

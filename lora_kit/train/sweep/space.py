@@ -153,7 +153,7 @@ def _check_key(key: str) -> None:
     if key in _FIXED:
         raise RecipeError(f"{key} cannot be swept", hint=_FIXED[key])
     keys = recipe_keys()
-    if key in keys:
+    if key in keys or key.startswith("peft."):  # whose fields depend on the type: the recipe tells
         return
     last = key.rpartition(".")[2]
     # People leave the section out, or name another one.
@@ -167,6 +167,7 @@ def recipe_keys() -> list[str]:
     sections: dict[str, Iterable[str]] = {
         "data": [field.name for field in dataclasses.fields(DataSpec)],
         "lora": [field.name for field in dataclasses.fields(LoraConfig) if field.name != "extra"],
+        "peft": (),
         "train": [*training_fields(), *OWN_FIELDS],
     }
     own = [field.name for field in dataclasses.fields(Recipe) if field.name not in sections]

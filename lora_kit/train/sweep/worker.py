@@ -9,7 +9,8 @@ from typing import Any, Final
 from optuna.trial import FrozenTrial, TrialState
 from transformers import TrainerCallback
 
-from lora_kit.errors import LoraKitError
+from lora_kit.errors import LoraKitError, StorageError
+from lora_kit.files import printable
 from lora_kit.models import Base, quiet
 from lora_kit.train.prepare import prepared, read
 from lora_kit.train.reading import load_recipe
@@ -46,12 +47,18 @@ class Worker:
     def run(self) -> None:
         """Work until every trial has ended, those of other processes too: one of them may die."""
         while not self.is_done:
+            self.check_there()
             with self._study.next() as trial:
                 if trial is None:
                     time.sleep(_POLL_SECONDS)
                 else:
                     self._run(trial)
             self.tell()
+
+    def check_there(self) -> None:
+        """Raise StorageError where the sweep's folder is gone: nothing that others end would be seen any more."""
+        if not self._plan.folder.is_dir():
+            raise StorageError(f"{printable(self._plan.folder)} was removed while its trials ran", hint="begin again")
 
     def tell(self) -> None:
         """Log the trials that have ended since the last time."""
