@@ -109,6 +109,7 @@ class Inspection:
         base: fingerprint of the base it was made for; None where it says nothing.
         record: what its `lora_kit.json` carries.
         notes: what had to be done to read it, and what its files do not say, where another tool wrote it in its way.
+        tokens: which tokens it has rows of, by path of the embedding or head.
     """
 
     name: str
@@ -122,6 +123,7 @@ class Inspection:
     base: Mapping[str, Any] | None
     record: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def norm(self) -> float:
@@ -159,6 +161,7 @@ def inspect(adapter: str | Path, *, store: str | Path = STORE) -> Inspection:
         base=value.base if isinstance(value.base, Mapping) else None,
         record=value.record,
         notes=notes,
+        tokens={path: held.indices for path, held in value.tokens().items()},
     )
 
 
@@ -324,7 +327,9 @@ def _config_fields(config: LoraConfig | None) -> dict[str, Any]:
     return {
         "rank": config.r if targets else None,
         "alpha": config.lora_alpha if targets else None,
-        "targets": ((targets,) if isinstance(targets, str) else targets) + config.modules_to_save,
+        "targets": ((targets,) if isinstance(targets, str) else targets)
+        + config.modules_to_save
+        + (("trainable_token_indices",) if config.trainable_token_indices else ()),
         "base": config.base_model_name_or_path,
     }
 

@@ -19,7 +19,7 @@ import torch
 import lora_kit as lk
 from lora_kit.cli import app, harmless, main
 from lora_kit.doctor import CHECKS, NotHereError, examine
-from lora_kit.errors import ConfigError, MergeError, StorageError, VerificationError
+from lora_kit.errors import AdapterError, ConfigError, MergeError, StorageError, VerificationError
 
 VERBS = [
     "check",
@@ -177,6 +177,18 @@ def test_what_nobody_expected_names_its_class_and_the_way_to_see_more(
     fails(monkeypatch, ZeroDivisionError("oops\nsecond line"))
     main(["list"])
     assert only_line(capsys.readouterr().err) == "error: ZeroDivisionError: oops second line (run again with --debug)"
+
+
+def test_a_list_of_misfits_is_one_line_too(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    fails(monkeypatch, AdapterError("it does not fit:\n  a is missing\n  b is none", hint="look"))
+    assert main(["list"]) == 2
+    assert only_line(capsys.readouterr().err) == "error: it does not fit: a is missing; b is none (look)"
+
+
+@pytest.mark.parametrize("flag", ["--replace", "--force"])
+def test_an_output_is_replaced_with_either_word(here: Path, flag: str, capsys: Capture) -> None:
+    resize = ["resize", "sql", "--rank", "1", "--out", "adapters/two"]
+    assert [main(resize), main(resize), main([*resize, flag])] == [0, 3, 0]
 
 
 @pytest.mark.parametrize("arguments", [["list", "--debug"], ["--debug", "list"]])

@@ -34,9 +34,11 @@ def run(capsys: Capture, *arguments: str) -> tuple[int, str, str]:
 
 def test_from_a_messy_csv_to_an_answer_with_no_file_edited(here: Path, capsys: Capture) -> None:
     code, _, err = run(capsys, "prepare", "messy.csv", "--base", "base")
-    assert (code, "--encoding cp1252" in err) == (2, True)
-    code, _, err = run(capsys, "prepare", "messy.csv", "--base", "base", "--encoding", "cp1252")
     assert (code, "lora-kit prepare --rename mine=prompt" in err) == (2, True)
+    code, _, err = run(capsys, "prepare", "messy.csv", "--base", "base", *MENDED[:3])
+    assert (code, "--encoding cp1252" in err, "--drop bad" in err) == (2, True, True)
+    code, out, _ = run(capsys, "prepare", "messy.csv", "--base", "base", *MENDED[:3], "--drop", "bad")
+    assert (code, "line 17: not UTF-8: byte 0xe9 in 'caf'…" in out.replace("\n", "")) == (0, True)
 
     code, out, err = run(capsys, "prepare", "messy.csv", "--base", "base", *MENDED)
     assert (code, err) == (0, "")

@@ -214,10 +214,32 @@ def test_a_csv_may_have_long_cells_and_not_one_name_twice(tmp_path: Path) -> Non
         read_rows(written(tmp_path / "twice.csv", "text,text\na,b\n"))
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("rows.csv", "text\nfine\ncaf\u00e9\nwell\n"),
+        ("rows.tsv", "text\nfine\ncaf\u00e9\nwell\n"),
+        ("rows.txt", "fine\n\ncaf\u00e9\n\nwell\n"),
+        ("rows.json", '[{"text": "fine"}, {"text": "caf\u00e9"}, {"text": "well"}]'),
+        ("rows.jsonl", '{"text": "fine"}\n{"text": "caf\u00e9"}\n{"text": "well"}\n'),
+    ],
+)
+def test_a_row_that_is_not_utf8_spoils_no_other(tmp_path: Path, name: str, text: str) -> None:
+    found = scan_rows(written(tmp_path / name, text.encode("cp1252")))
+    assert found.rows.values == (("fine",), ("well",))
+    (fault,) = found.faults
+    assert (fault.kind, fault.what.startswith("not UTF-8")) == ("bad", True)
+
+
 def test_a_file_in_another_encoding_is_refused_with_the_way_to_read_it(tmp_path: Path) -> None:
     file = written(tmp_path / "rows.csv", "text,n\na,1\ncaf\u00e9,2\n".encode("cp1252"))
-    with pytest.raises(DataError, match=r"rows\.csv:3: not UTF-8 at byte 14 .*--encoding cp1252"):
+    with pytest.raises(DataError, match=r"rows\.csv:3: not UTF-8: byte 0xe9 in 'caf'… .*--encoding cp1252"):
         read_rows(file)
+    header = written(tmp_path / "header.csv", "text,caf\u00e9\na,1\n".encode("cp1252"))
+    with pytest.raises(DataError, match=r"header\.csv:1: not UTF-8.*--encoding cp1252"):
+        scan_rows(header)
+    with pytest.raises(DataError, match=r"wide\.csv:1: not UTF-8.*--encoding utf-16"):
+        scan_rows(written(tmp_path / "wide.csv", "text\na\n".encode("utf-16")))
     assert scan_rows(file, encoding="cp1252").rows.values == (("a",), ("caf\u00e9",))
     with pytest.raises(DataError, match="encoding 'klingon' is not known"):
         scan_rows(file, encoding="klingon")

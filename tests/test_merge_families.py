@@ -188,11 +188,10 @@ def test_a_convolution_is_merged_as_peft_computes_it(tmp_path: Path) -> None:
         ({"bias": "all"}, "bias"),
         ({"bias": "lora_only"}, "bias"),
         ({"lora_bias": True}, "lora_bias"),
-        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({"modules_to_save": ["embed_tokens"]}, r"embed_tokens\.weight with 100 rows, .* lm_head\.weight"),
         ({}, r"embed_tokens\.weight"),
     ],
-    ids=["all biases", "biases of layers", "biases of pairs", "tokens", "half of a larger vocabulary", "and not named"],
+    ids=["all biases", "biases of layers", "biases of pairs", "half of a larger vocabulary", "and not named"],
 )
 def test_what_peft_adapters_may_hold_and_is_not_merged_is_refused_by_name(
     tmp_path: Path, fields: dict[str, Any], told: str

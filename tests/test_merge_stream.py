@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import hashlib
+import io
 import itertools
 import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -696,3 +701,26 @@ def test_what_another_merge_had_finished_is_not_taken_up(sharded: Path, adapter:
     merge(sharded, adapter, out)
     merge(sharded, adapter, tmp_path / "unbroken")
     assert test_merge.contents(out) == test_merge.contents(tmp_path / "unbroken")
+
+
+def test_memory_is_filled_again_only_once_it_was_written(tmp_path: Path) -> None:
+    class Slow(io.FileIO):
+        """A disk that is slower than what makes the bytes."""
+
+        def write(self, data: Any, /) -> int:
+            time.sleep(0.005)
+            return super().write(data)
+
+    wanted, slabs = b"", collections.deque[Tensor]()
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        for name in ("one", "two"):
+            with Slow(tmp_path / name, "wb") as file:
+                made = sink.Sink(file, pool, slabs)
+                for number in range(2 * sink._AHEAD):
+                    made.room(sink._SLAB, torch.uint8).fill_(number)
+                facts = made.finish()
+            wanted = b"".join(bytes([number]) * sink._SLAB for number in range(2 * sink._AHEAD))
+            assert (tmp_path / name).read_bytes() == wanted
+            assert facts == {"size": len(wanted), "sha256": hashlib.sha256(wanted).hexdigest()}
+            # Nothing is there twice, and no more was made than may wait, be written and be filled at one time.
+            assert len({slab.data_ptr() for slab in slabs}) == len(slabs) <= sink._AHEAD + 2

@@ -480,7 +480,7 @@ TRAPS = (
     ),
     Trap(
         attention_reads_past,
-        (Mistake("targets:_attention_internals", "isinstance(module, nn.MultiheadAttention)", "False"),),
+        (Mistake("selection:attention_internals", "isinstance(module, nn.MultiheadAttention)", "False"),),
     ),
     Trap(
         past_a_wrapper,

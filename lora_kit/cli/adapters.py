@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,7 @@ def inspect(adapter: str, /, *, store: Store = ADAPTERS, json: AsJson = False) -
     Layers, norms of the deltas and how they are spread over their ranks, size, base, record.
 
     Args:
-        adapter: A folder, or a name in the store.
+        adapter: A folder, a name in the store, or what another tool wrote.
     """
     from lora_kit.inspect import inspect as run
 
@@ -80,6 +80,10 @@ def inspect(adapter: str, /, *, store: Store = ADAPTERS, json: AsJson = False) -
     )
 
 
+def _told(indices: Sequence[int]) -> str:
+    return f"{len(indices):,} tokens: {listed([str(index) for index in indices])}"
+
+
 def _facts(found: Inspection) -> list[tuple[str, str]]:
     ranks = sorted({layer.rank for layer in found.layers})
     facts = [
@@ -95,6 +99,7 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
             "saved whole",
             ", ".join(f"{key} {'×'.join(map(str, shape))}" for key, shape in found.saved.items()) or "none",
         ),
+        *((f"rows of {path}", _told(indices)) for path, indices in found.tokens.items()),
         ("parameters", f"{found.parameters:,}"),
         ("size", size(found.bytes)),
         ("‖delta‖", f"{found.norm:.4g}"),

@@ -7,6 +7,8 @@ from typing import Annotated, Final
 
 from cyclopts import App, Parameter
 
+from lora_kit.cli.help import FilledHelp
+
 BAD_INPUT: Final = 2
 MACHINE: Final = 3
 UNEXPECTED: Final = 1
@@ -24,7 +26,7 @@ app = App(
     help="Train one small adapter per task on a frozen base, swap adapters, merge one.",
     help_epilogue=f"{DEBUG} with any command shows the traceback of an error.",
     help_format="plaintext",
-    help_formatter="plain",
+    help_formatter=FilledHelp(),
     version=_version,
     suppress_keyboard_interrupt=False,
     verbose=False,
@@ -37,7 +39,9 @@ Adapters = Annotated[
 ]
 Store = Annotated[Path, Parameter(help="The folder in which adapters are looked up by name.")]
 AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of tables.")]
-Replace = Annotated[bool, Parameter(negative="", help="Replace the output if it exists.")]
+Replace = Annotated[
+    bool, Parameter(name=["--replace", "--force"], negative="", help="Replace the output if it exists, in one step.")
+]
 ADAPTERS: Final = Path("adapters")
 
 

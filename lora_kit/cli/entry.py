@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from cyclopts import CycloptsError
 
 from lora_kit.cli.app import BAD_INPUT, DEBUG, MACHINE, UNEXPECTED, app
-from lora_kit.cli.screen import harmless, one_line
+from lora_kit.cli.screen import harmless, listing, one_line
 from lora_kit.cli.shell import logged, steady_streams, terminable
 from lora_kit.errors import LoraKitError
 
@@ -49,8 +49,8 @@ def _explained(error: Exception, *, debug: bool) -> tuple[str, int]:
 
 
 def _fail(message: str, code: int, *, hint: str = "") -> int:
-    line = f"error: {harmless(message)}" + (f" ({hint})" if hint else "")
-    print(line.replace("\n", "\n  "), file=sys.stderr)
+    line = f"error: {harmless(listing(message))}" + (f" ({hint})" if hint else "")
+    print(line, file=sys.stderr)
     return code
 
 

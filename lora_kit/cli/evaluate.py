@@ -26,6 +26,7 @@ def evaluate(
     *,
     adapter: Adapters | None = None,
     base: str | None = None,
+    quantize: str | None = None,
     compare: Annotated[bool, Parameter(negative="")] = False,
     metrics: Annotated[list[str] | None, Parameter(negative="", consume_multiple=True)] = None,
     batch_size: int = 16,
@@ -43,6 +44,7 @@ def evaluate(
     Args:
         data: File of rows, of any kind that prepare reads.
         base: Base model: hub id, local folder or kit-base; by default the one the adapters name.
+        quantize: Load it in nf4, nf4-double, fp4, fp4-double or int8.
         compare: Measure the base alone as well.
         metrics: Of loss, perplexity, accuracy, f1, f1_macro, f1_micro, exact_match, bleu, chrf, rouge, with commas.
         batch_size: Rows at once.
@@ -66,6 +68,7 @@ def evaluate(
             out=out,
             replace=replace,
             store=store,
+            quantize=quantize,
             on_progress=on_progress,
         )
     if json:

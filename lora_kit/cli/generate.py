@@ -25,6 +25,7 @@ def generate(
     prompt: str,
     adapter: Adapters | None = None,
     base: str | None = None,
+    quantize: str | None = None,
     compare: Annotated[bool, Parameter(negative="")] = False,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
@@ -40,6 +41,7 @@ def generate(
     Args:
         prompt: What is asked.
         base: Base model: hub id, local folder or kit-base; by default the one the adapters name.
+        quantize: Load it in nf4, nf4-double, fp4, fp4-double or int8.
         compare: Show what the base alone writes as well.
         max_new_tokens: Most tokens to write.
         temperature: 0 takes the likeliest token each time; above 0 samples.
@@ -62,6 +64,7 @@ def generate(
             sampling=sampling,
             template="raw" if raw else "adapter",
             store=store,
+            quantize=quantize,
             on_text=on_text,
         )
     screen.finish(results)

@@ -69,6 +69,12 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def listing(text: str) -> str:
+    """A message and the lines of its list, in one line: `it does not fit: this; that`."""
+    head, *items = (line.strip() for line in text.split("\n"))
+    return f"{head.removesuffix(':')}: {'; '.join(items)}" if items else head
+
+
 def brief(value: Any, *, most: int = 300) -> str:
     text = json.dumps(value, default=str) if isinstance(value, (Mapping, list, tuple)) else str(value)
     return text if len(text) <= most else f"{text[:most]}…"

@@ -28,7 +28,7 @@ def train(
     """Train an adapter from a recipe; flags win over it.
 
     The recipe is YAML or TOML. Any key of it is a flag: --base, --out, --lora.r 8, --train.learning_rate 1e-3,
-    --data.train rows.jsonl; --replace replaces an adapter that is there. A training that was stopped
+    --data.train rows.jsonl; --replace, or --force, replaces an adapter that is there. A training that was stopped
     goes on from its last checkpoint when the same command is given again. --dry-run says what would be done and how
     long it would take, and trains and writes nothing; --json prints that as JSON.
 
@@ -39,19 +39,19 @@ def train(
     from lora_kit.train import train as run
 
     values = _dotted(flags)
-    replace, dry, as_json = (_switch(values, name) for name in ("replace", "dry_run", "json"))
+    replace, force, dry, as_json = (_switch(values, name) for name in ("replace", "force", "dry_run", "json"))
     if as_json and not dry:
         raise ConfigError("--json goes with --dry-run", hint="a training writes metrics.jsonl")
     wanted = load_recipe(recipe, overrides=values)
     if dry:
-        found = plan(wanted, replace=replace)
+        found = plan(wanted, replace=replace or force)
         print_json(found.to_json()) if as_json else print_table(("", ""), _plan_facts(found))
         return
     print(_headline(wanted), flush=True)
     with told():
-        report = run(wanted, replace=replace)
+        report = run(wanted, replace=replace or force)
     print_table(("", ""), _train_facts(report))
-    if wanted.method != "full" and wanted.data.validation:
+    if wanted.method in ("lora", "features") and wanted.data.validation:
         told_data, told_out = shlex.quote(str(wanted.data.validation)), shlex.quote(str(report.out))
         print(harmless(f"\nnext:\n  lora-kit eval {told_data} --adapter {told_out} --compare"))
 
@@ -92,9 +92,16 @@ def _headline(recipe: Recipe) -> str:
     length = f"{recipe.train.get('num_train_epochs', 3):g} x the data"
     if recipe.train.get("max_steps", -1) > 0:
         length = f"{recipe.train['max_steps']} steps"
-    rate = f"{recipe.train['learning_rate']:g}"
+    lora += f" {recipe.peft['peft_type']}" if recipe.method == "peft" else ""
     what = f"{recipe.task}, {recipe.method}{lora} on {recipe.base}"
-    return harmless(f"{what}: {recipe.data.train}, {length}, learning rate {rate} -> {recipe.out}")
+    return harmless(f"{what}: {recipe.data.train}, {length}, learning rate {_rates(recipe)} -> {recipe.out}")
+
+
+def _rates(recipe: Recipe) -> str:
+    head, ratio = (recipe.train.get(name) for name in ("head_learning_rate", "loraplus_lr_ratio"))
+    own = [f"head {head:g}"] if head is not None else []
+    own += [f"B times {ratio:g}"] if ratio is not None else []
+    return f"{recipe.train['learning_rate']:g}" + (f" ({', '.join(own)})" if own else "")
 
 
 def _train_facts(report: TrainReport) -> list[tuple[str, str]]:
@@ -133,6 +140,7 @@ def _plan_facts(plan: Plan) -> list[tuple[str, str]]:
             "steps",
             f"{steps.steps:,}, {steps.warmup:,} of them warm-up; {steps.per_epoch:,} for each pass over the data",
         ),
+        ("learning rate", _rates(plan.recipe)),
         ("batch", f"{steps.batch} samples: {measured.micro_batch} at once{fewer}, accumulation {accumulation}"),
         ("memory", f"{size(memory.total)} estimated, if all rows were as long as the longest"),
         *(("", f"{name}: {size(amount)}") for name, amount in estimate if amount),

@@ -242,7 +242,8 @@ def _read(path: Path) -> str:
         if not path.is_file():
             hint = f"{PLAIN}, the path of a Jinja file, or a template itself"
             raise DataError(f"chat_template {str(path)!r}: no such file", hint=hint)
-        text = path.read_bytes()[: _LARGEST + 1].decode("utf-8")
+        with path.open("rb") as file:
+            text = file.read(_LARGEST + 1).decode("utf-8")
     except (OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -64,12 +65,12 @@ class Examined:
         """Everything that stands in the file, be it a row or a fault."""
         return len({*self.rows.lines, *(fault.line for fault in self.faults)})
 
-    @property
+    @functools.cached_property
     def labels(self) -> dict[str, int]:
         """Texts or words of each label, the most frequent first."""
         return dict(Counter(str(label) for labels in self.rows.labels for label in labels).most_common())
 
-    @property
+    @functools.cached_property
     def lookalikes(self) -> dict[str, str]:
         """A rare label → the frequent one it is likely to be meant for."""
         return lookalikes(self.labels)

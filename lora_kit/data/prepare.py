@@ -22,7 +22,7 @@ from lora_kit.data.encode import LONGEST
 from lora_kit.data.examine import Examined, Reading, examine, histogram, leaks
 from lora_kit.data.formats import FORMATS
 from lora_kit.data.rows import Rows, refusal
-from lora_kit.data.sources import BAD, EMPTY, LONG
+from lora_kit.data.sources import BAD, EMPTY, LONG, NOT_UTF8
 from lora_kit.data.split import split
 from lora_kit.errors import DataError, listed, nearest
 from lora_kit.files import check_output, write_folder
@@ -167,6 +167,7 @@ def prepare(
 
     Raises:
         DataError: the files cannot be read, or rows that cannot be trained on are neither mended nor left out.
+        BaseModelError: the base's tokenizer cannot be read.
         StorageError: `out` exists, or cannot be written.
     """
     _check(drop, share)
@@ -252,15 +253,24 @@ def _parts(
     train = examine(source, reading, template=template)
     if not len(train.rows):
         raise refusal(source, train.faults)
+    _refuse_another_encoding(source, train, drop)
     if validation is None:
         return (_mended(source, train, {}, drop),)
     label2id = {name: number for number, name in enumerate(train.labels)} if train.labels else None
     other = examine(validation, reading, template=template, label2id=label2id, split="validation")
+    _refuse_another_encoding(validation, other, drop)
     if other.rows.format != train.rows.format:
         kinds = f"{source} has rows of the format {train.rows.format}, {validation} of the format {other.rows.format}"
         raise DataError(kinds, hint="both files have one format")
     leaked = leaks(train.rows, other.rows)
     return _mended(source, train, leaked, drop), _mended(validation, other, {}, drop)
+
+
+def _refuse_another_encoding(path: Path, found: Examined, drop: Collection[str]) -> None:
+    """Rows that are not UTF-8 are more likely a file in another encoding than rows to be left out."""
+    faults = [fault for fault in found.faults if fault.what.startswith(NOT_UTF8)]
+    if faults and BAD not in drop:
+        raise refusal(path, faults, hint=f"to leave these rows out: --drop {BAD}")
 
 
 def _mended(path: Path, found: Examined, leaked: Mapping[int, int], drop: Collection[str]) -> Part:

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from lora_kit.data.formats import LAYOUTS, Layout, RowError, layout_of
 from lora_kit.data.hub import is_dataset, read_dataset
-from lora_kit.data.sources import Fault, Record, read_file
+from lora_kit.data.sources import NOT_UTF8, OTHER_ENCODING, Fault, Record, read_file
 from lora_kit.errors import DataError, listed
 
 logger = logging.getLogger(__name__)
@@ -136,6 +136,8 @@ def refusal(path: Path, faults: Sequence[Fault], *, hint: str = "") -> DataError
     """An error that names the first of the lines that are wrong."""
     told = [f"{path}:{fault.line}: {fault.what}" for fault in faults[:_SHOWN]]
     more = f"\nand {len(faults) - _SHOWN} more lines" if len(faults) > _SHOWN else ""
+    if any(fault.what.startswith(NOT_UTF8) for fault in faults):
+        hint = f"{OTHER_ENCODING}; {hint}" if hint else OTHER_ENCODING
     return DataError("\n".join(told) + more, hint=hint)
 
 

@@ -13,6 +13,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -61,6 +62,12 @@ class Contents:
     sha256: str
 
 
+NOT_UTF8: Final = "not UTF-8"
+"""How the fault of a row begins that is in another encoding."""
+OTHER_ENCODING: Final = "lora-kit prepare --encoding cp1252 reads it, if that is what it is"
+_UTF16: Final = (b"\xff\xfe", b"\xfe\xff")
+_STRAY: Final = re.compile("[\udc80-\udcff]")
+_BEFORE: Final = 20
 _MARK: Final = b"\xef\xbb\xbf"
 """What spreadsheets put before a text in UTF-8, also where later lines are in another encoding."""
 
@@ -107,13 +114,21 @@ def _recoded(path: Path, contents: bytes, encoding: str) -> bytes:
 
 
 def _text(path: Path, contents: bytes) -> str:
-    try:
-        return contents.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = contents.count(b"\n", 0, error.start) + 1
-        guess = "utf-16" if contents[:2] in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
-        hint = f"lora-kit prepare --encoding {guess} reads it, if that is what it is"
-        raise DataError(f"{path}:{line}: not UTF-8 at byte {error.start} of the file", hint=hint) from None
+    """The contents, in which a byte that is not UTF-8 stands for itself: it spoils its own row alone.
+
+    Raises:
+        DataError: all of it is in UTF-16.
+    """
+    if contents.startswith(_UTF16):
+        hint = "lora-kit prepare --encoding utf-16 reads it, if that is what it is"
+        raise DataError(f"{path}:1: {NOT_UTF8} at byte 0 of the file", hint=hint)
+    return contents.decode("utf-8", "surrogateescape")
+
+
+def _stray(text: str) -> str:
+    """What is wrong with a row of this text; nothing where it was UTF-8."""
+    found = _STRAY.search(text)
+    return f"{NOT_UTF8}: byte 0x{ord(found[0]) - 0xDC00:02x} in {text[: found.start()][-_BEFORE:]!r}…" if found else ""
 
 
 # JSON
@@ -128,7 +143,7 @@ def _jsonl(path: Path, contents: bytes) -> tuple[list[Record], list[Fault]]:
         try:
             row = json.loads(line.decode("utf-8"), object_pairs_hook=_no_repeats)
         except UnicodeDecodeError as error:
-            faults.append(Fault(number, f"not UTF-8 at byte {error.start} of the line"))
+            faults.append(Fault(number, f"{NOT_UTF8} at byte {error.start} of the line"))
         except (RecursionError, ValueError) as error:
             faults.append(Fault(number, _told(error)))
         else:
@@ -153,7 +168,11 @@ def _json(path: Path, contents: bytes) -> tuple[list[Record], list[Fault]]:
             item, end = decoder.raw_decode(text, place)
         except (RecursionError, ValueError) as error:
             return rows, [*faults, Fault(number, f"{_told(error)}; nothing after it can be read")]
-        _sort(number, item, rows, faults)
+        stray = _stray(text[place:end])
+        if stray:
+            faults.append(Fault(number, stray))
+        else:
+            _sort(number, item, rows, faults)
         place = _skipped(text, end)
         closed = text.startswith("]", place)
         if not closed and not text.startswith(",", place):
@@ -219,10 +238,13 @@ def _table(path: Path, text: str, delimiter: str) -> tuple[list[Record], list[Fa
     faults: list[Fault] = []
     with _long_cells():
         for line, cells in _lines_of_cells(text, delimiter):
+            stray = "" if isinstance(cells, str) else _first_stray(cells)
             if isinstance(cells, str):
                 faults.append(Fault(line, cells))
             elif not header:
                 header = _header(path, line, cells)
+            elif stray:
+                faults.append(Fault(line, stray))
             elif len(cells) != len(header):
                 faults.append(Fault(line, f"{len(cells)} cells, and the header has {len(header)}"))
             else:
@@ -246,8 +268,15 @@ def _lines_of_cells(text: str, delimiter: str) -> Iterator[tuple[int, list[str] 
                 yield line, cells
 
 
+def _first_stray(cells: Iterable[str]) -> str:
+    return next(filter(None, map(_stray, cells)), "")
+
+
 def _header(path: Path, line: int, cells: Sequence[str]) -> list[str]:
     names = [cell.strip() for cell in cells]
+    stray = _first_stray(names)
+    if stray:
+        raise DataError(f"{path}:{line}: {stray}", hint=OTHER_ENCODING)
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise DataError(f"{path}:{line}: the header has {listed(twice)} twice")
@@ -306,7 +335,9 @@ def _txt(path: Path, contents: bytes) -> tuple[list[Record], list[Fault]]:
             else:
                 rows.append((number, {"text": line}))
         open_ = bool(line.strip())
-    return rows, []
+    faults = [Fault(number, stray) for number, row in rows if (stray := _stray(row["text"]))]
+    wrong = {fault.line for fault in faults}
+    return [row for row in rows if row[0] not in wrong], faults
 
 
 _READERS: Final = {

@@ -11,12 +11,13 @@ from lora_kit.files.reading import (
     read_regular,
     read_text,
 )
-from lora_kit.files.writing import Owned, check_output, sole_writer, staged, sync_folder, write_folder
+from lora_kit.files.writing import Owned, check_output, check_path, sole_writer, staged, sync_folder, write_folder
 
 __all__ = [
     "Owned",
     "buffer",
     "check_output",
+    "check_path",
     "exists",
     "fill",
     "folder_exists",

@@ -21,6 +21,7 @@ _NO_PATH: Final = (errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
 _LARGE: Final = 4 * 2**20
 _PIECE: Final = 8 * 2**20
 _MOST_SHOWN: Final = 500
+_POINTER: Final = b"version https://git-lfs"
 
 
 def printable(value: object) -> str:
@@ -183,7 +184,11 @@ def read_text(path: Path, *, limit: int) -> str:
         if size > limit:
             raise AdapterError(f"{printable(path)} has {size:,} bytes; at most {limit:,} are expected")
 
+    data = bytes(read_regular(path, check_size=check_size))
+    if data.startswith(_POINTER):
+        raise AdapterError(f"{printable(path)}: a git-lfs pointer, not the file", hint="run 'git lfs pull'")
     try:
-        return str(read_regular(path, check_size=check_size), "utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise AdapterError(f"{printable(path)}: not UTF-8 at byte {error.start}") from None
+        line, column = data.count(b"\n", 0, error.start) + 1, error.start - data.rfind(b"\n", 0, error.start)
+        raise AdapterError(f"{printable(path)}: not UTF-8 at line {line} column {column}") from None

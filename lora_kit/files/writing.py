@@ -93,9 +93,8 @@ def check_output(target: Path, *, replace: bool = False, owned: Owned | None = N
     Raises:
         StorageError: saying which of the two it is.
     """
+    check_path(target)
     mode = mode_of(target, follow=False)
-    if "\0" in str(target):
-        raise StorageError(f"{printable(target)} is not a path", hint="choose another output")
     if not mode:
         return
     if not stat.S_ISDIR(mode):
@@ -110,6 +109,12 @@ def check_output(target: Path, *, replace: bool = False, owned: Owned | None = N
             raise StorageError(
                 f"{printable(target)} holds something else, so it is not replaced", hint="choose another output"
             )
+
+
+def check_path(target: Path) -> None:
+    """Raise StorageError for a path that no file system takes."""
+    if "\0" in str(target):
+        raise StorageError(f"{printable(target)} is not a path", hint="choose another output")
 
 
 def _taken(target: Path) -> StorageError:

@@ -7,7 +7,7 @@ from typing import Final
 
 from lora_kit.errors import BaseModelError
 from lora_kit.files import printable
-from lora_kit.models import KIT_BASE, KIT_FOLDER, quiet
+from lora_kit.models import KIT_BASE, KIT_FOLDER, check_config, quiet
 
 _WANTED: Final = [
     "*.json",
@@ -42,6 +42,7 @@ def find_base(base: str | Path) -> Path:
         raise BaseModelError(
             f"{printable(base)} has no config.json", hint="a base is a folder as save_pretrained writes it"
         )
+    check_config(folder / "config.json")
     return folder
 
 

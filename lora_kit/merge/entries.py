@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kit.adapter import Adapter, Pair
+from lora_kit.adapter import Adapter, Pair, TokenRows
 from lora_kit.merge.packed import Packed
 from lora_kit.merge.shards import Shard
 
@@ -49,10 +49,11 @@ class Entry:
         name: in its file.
         source: the base's tensor, or what an adapter brings instead of it.
         dtype: of the result.
-        how: `copied`, `cast`, `dequantized`, `folded`, `requantized`, `replaced` or `added`.
+        how: `copied`, `cast`, `dequantized`, `folded`, `requantized`, `replaced`, `added`, or `with new rows`.
         path: of the module, where an adapter changes it.
         updates: what is folded into it.
         transposed: whether it is kept as (in, out), or each of its matrices is.
+        rows: that take the places of some of its own.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Entry:
     path: str = ""
     updates: tuple[Update, ...] = ()
     transposed: bool = False
+    rows: TokenRows | None = None
 
     @property
     def stored(self) -> dict[str, tuple[torch.dtype, torch.Size]]:

@@ -82,7 +82,7 @@ def check_folded(
         packed: quantised weights of the base, by key. packed_now: those of the result.
     """
     module = base.model.get_submodule(key.rpartition(".")[0])
-    own, found = base.model.state_dict()[key], merged.model.state_dict()[key]
+    own, found = base.values[key], merged.values[key]
     if sides[0].pair.kind == "parameter" and own.ndim == 3:
         return sum(
             _check_rows(

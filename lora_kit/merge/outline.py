@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
@@ -17,7 +18,7 @@ from lora_kit.errors import BaseModelError, LoraKitError, MergeError, listed
 from lora_kit.files import printable
 from lora_kit.merge.conversion import Conversion, Piece
 from lora_kit.merge.shards import Shard
-from lora_kit.models import quiet
+from lora_kit.models import first_told, quiet
 
 _CLASSES: Final[Mapping[str | None, str]] = {
     None: "AutoModelForCausalLM",
@@ -94,6 +95,12 @@ class Outline:
     ties: tuple[tuple[str, ...], ...]
     resized: tuple[str, ...]
     declared: tuple[tuple[str, ...], ...]
+
+    @cached_property
+    def values(self) -> Mapping[str, Tensor]:
+        """The model's state dict, made once: making it takes longer than what is done with an entry."""
+        values: Mapping[str, Tensor] = self.model.state_dict()
+        return values
 
     def pieces(self, key: str) -> tuple[Piece, ...] | None:
         """The stored tensors that a parameter is made of, where each is some rows of one of its matrices."""
@@ -279,5 +286,4 @@ def _translated(folder: Path) -> Iterator[None]:
             raise BaseModelError(
                 f"{printable(folder)}: this model asks to run code of its own, which is never done"
             ) from None
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise BaseModelError(f"{printable(folder)}: could not be read: {printable(lines[0])}") from error
+        raise BaseModelError(f"{printable(folder)}: could not be read: {first_told(error)}") from error

@@ -21,6 +21,7 @@ from lora_kit.merge.entries import Entry, Part, Plan, Update
 from lora_kit.merge.outline import Head, Outline, shell
 from lora_kit.merge.packed import Packed
 from lora_kit.merge.shards import Shard
+from lora_kit.merge.tokens import Rows, add_rows, alike
 from lora_kit.targets import Target
 
 _FOLDABLE: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -32,15 +33,17 @@ class _Changes:
 
     Attributes:
         parts: the same by name in the base's files, where a parameter is several tensors there.
+        rows: that take the places of a table's own.
     """
 
     updates: dict[str, list[Update]] = field(default_factory=dict)
     parts: dict[str, list[Update]] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
+    rows: Rows = field(default_factory=dict)
 
     @property
     def keys(self) -> list[str]:
-        return sorted({*self.updates, *self.parts, *self.values})
+        return sorted({*self.updates, *self.parts, *self.values, *self.rows})
 
 
 def plan(
@@ -92,13 +95,16 @@ def plan(
         raise MergeError(f"nothing in the base's files is {listed(changes.keys)}, which the adapter changes")
     # Wide tensors first, as safetensors aligns them; within a width the base's own order.
     ordered = {name: tuple(sorted(found, key=_width, reverse=True)) for name, found in entries.items()}
-    return Plan(tuple((shard, ordered[shard.name]) for shard in shards), untied, tuple(sorted(left_out)))
+    # A file that held nothing but parts of other files' weights has nothing left to hold.
+    filled = tuple((shard, ordered[shard.name]) for shard in shards if ordered[shard.name])
+    return Plan(filled, untied, tuple(sorted(left_out)))
 
 
 def _changes(base: Outline, parts: Sequence[Part], allow: Collection[str]) -> _Changes:
     changes = _Changes()
     for name, adapter, weight in parts:
         coverage = fitted(name, adapter, base.model, dtype=torch.float32, allow=allow)
+        add_rows(changes.rows, Part(name, adapter, weight), coverage)
         alone = weight == 1 and len(parts) == 1
         if not alone and adapter.config.use_dora:
             raise MergeError(f"{name!r} is a DoRA, which scales the whole weight", hint="merge it alone, with weight 1")
@@ -111,7 +117,8 @@ def _changes(base: Outline, parts: Sequence[Part], allow: Collection[str]) -> _C
             if key in changes.values:
                 raise MergeError(f"two of the adapters replace {key}", hint="merge them one after the other")
             changes.values[key] = tensor
-    both = sorted(changes.updates.keys() & changes.values.keys())
+    both = sorted((changes.updates.keys() | changes.rows.keys()) & changes.values.keys())
+    both += sorted(changes.rows.keys() & changes.updates.keys())
     if both:
         raise MergeError(f"one adapter replaces what another changes: {listed(both)}")
     return changes
@@ -165,6 +172,11 @@ def _check_base(base: Outline, head: Head, changes: _Changes) -> None:
 def _untied(base: Outline, head: Head, changes: _Changes, allow: Collection[str]) -> tuple[str, ...]:
     """Keys that must be parameters of their own, since an adapter changes one and not the other."""
     groups = {base.declared_with(key) for key in changes.keys}
+    for group in [group for group in groups if len(group) > 1 and alike(changes.rows, group)]:
+        groups.remove(group)
+        for key in group:
+            if key not in base.names:  # what it is tied to has them
+                del changes.rows[key]
     keys = tuple(key for group in sorted(groups) if len(group) > 1 for key in group)
     # What the files hold apart is loaded apart, whatever the config says of it.
     shared = [key for key in keys if len(base.tied_with(key)) > 1]
@@ -216,7 +228,12 @@ def _entry(
     own = dtype if dtype is not None and tensor.dtype in _FOLDABLE else tensor.dtype
     updates = tuple(changes.updates.pop(key, ()) if key else changes.parts.pop(name, ()))
     value = changes.values.pop(key, None) if key else None
+    rows = changes.rows.pop(key, None) if key else None
     path = (key or name).removesuffix(".weight") if updates else (key or "").rpartition(".")[0]
+    if rows is not None:
+        if tensor.dtype not in _FOLDABLE:
+            raise MergeError(f"{path} is quantised ({tensor.dtype}); its rows are not replaced")
+        return Entry(name, tensor, own, "with new rows", path, rows=rows)
     if value is not None:
         return Entry(name, value, own if value.is_floating_point() else value.dtype, "replaced", path)
     if updates:
@@ -248,7 +265,7 @@ def _is_transposed(module: nn.Module, tensor: Tensor | Packed, updates: Sequence
 
 def _untied_copy(base: Outline, key: str, changes: _Changes, dtype: torch.dtype | None) -> Entry:
     """The tensor of a key that had none of its own: the one it was tied to, with its own changes."""
-    value = base.model.state_dict()[key]
+    value = base.values[key]
     return _entry(base, key, value, key, changes, dtype)
 
 

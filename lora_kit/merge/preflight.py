@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from lora_kit.adapter import Adapter
 from lora_kit.errors import AdapterError, MergeError
-from lora_kit.files import printable, read_json
+from lora_kit.files import check_path, printable, read_json
 
 MERGE_RECORD: Final = "lora_kit_merge.json"
 """In a merged folder: what was merged into what, and what the checks found."""
@@ -17,9 +17,10 @@ _LIMIT: Final = 16 * 2**20
 
 
 def refuse_overlap(out: Path, inputs: Sequence[Path]) -> None:
-    """Raise MergeError where the output is an input, or one lies inside the other."""
+    """Raise MergeError where the output is an input, or one lies inside the other, and StorageError for no path."""
+    check_path(out)
     out = out.resolve()
-    for folder in (path.resolve() for path in inputs):
+    for folder in (path.resolve() for path in inputs if "\0" not in str(path)):  # which reading it refuses
         if out == folder:
             raise MergeError(
                 f"the output {printable(out)} is itself an input of this merge", hint="choose another output"

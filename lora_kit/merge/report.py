@@ -40,7 +40,7 @@ class MergeReport:
         adapters: digests, each with its weight.
         dtype: of the merged weights; the coarsest, where they differ.
         quantized: what was chosen for a quantised base: `original`, `dequantized` or `requantized`; None for another.
-        counts: tensors that were `copied`, `cast`, `folded`, `replaced` and `added`.
+        counts: tensors that were `copied`, `cast`, `folded`, `replaced`, `added` and written `with new rows`.
         tensors: of each weight with a delta, how large that was and which share of it survived rounding.
         untied: parameters that were one in the base and are several now.
         left_out: tensors of the base that the merged model has no place for.

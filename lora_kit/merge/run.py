@@ -82,6 +82,11 @@ def merge(
         AdapterError, BaseMismatchError, BaseModelError: an input that cannot be read or does not fit, another original.
         StorageError: the output exists, or the disk refuses.
         VerificationError: what was written is not the base with the adapter.
+        ConfigError: an argument that is none.
+
+    Example:
+        report = lk.merge("kit-base", "adapters/sql", "merged/sql", dtype="bfloat16")
+        report.retention
     """
     started, out = time.perf_counter(), Path(out)
     _check_arguments(allow, verify)
@@ -196,6 +201,7 @@ class _Work:
             else [
                 *{path.removesuffix(".base_layer") for path in adapter.all_pairs()},
                 *{key.rpartition(".")[0] for key in adapter.saved()},
+                *adapter.tokens(),
             ],
             dtype=getattr(torch, report.dtype),
             allow=self.allow - set(OWN_ALLOWANCES),
@@ -224,8 +230,14 @@ def _sources(adapter: Source | Sequence[tuple[Source, float]]) -> list[tuple[Sou
     """Every adapter with its weight."""
     if isinstance(adapter, (str, Path, Adapter)):
         return [(adapter, 1.0)]
-    found = [(source, float(weight)) for source, weight in adapter]
-    if not found or not all(math.isfinite(weight) and weight for _, weight in found):
+    try:
+        found = [(source, float(weight)) for source, weight in adapter]
+    except (TypeError, ValueError):
+        found = []
+    sound = all(
+        isinstance(source, (str, Path, Adapter)) and math.isfinite(weight) and weight for source, weight in found
+    )
+    if not found or not sound:
         raise ConfigError("an adapter, or a list of (adapter, weight) with finite weights that are not 0, was expected")
     return found
 

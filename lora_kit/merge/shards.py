@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +22,7 @@ INDEX: Final = "model.safetensors.index.json"
 _FORMS: Final = ((WEIGHTS, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 _INDEX_LIMIT: Final = 256 * 2**20
 _FILE_NAME: Final = re.compile(r"[\w.-]+\.(safetensors|bin)")
+_SHARD_NAME: Final = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def unpacked(shards: Sequence[Shard], dtype: torch.dtype) -> tuple[Shard, ...]:
 def _indexed(folder: Path, index: str) -> tuple[Shard, ...]:
     """The shards that an index lists, in the order of their names."""
     places = _places(folder / index)
+    _refuse_more(folder, index, set(places.values()))
     shards = []
     for file in sorted(set(places.values())):
         shard = _read(folder / file)
@@ -86,6 +88,20 @@ def _indexed(folder: Path, index: str) -> tuple[Shard, ...]:
             raise BaseModelError(f"{printable(folder / file)} and {index} disagree: {other}", hint="a shard is torn")
         shards.append(shard)
     return tuple(shards)
+
+
+def _refuse_more(folder: Path, index: str, files: Collection[str]) -> None:
+    """Raise BaseModelError for a file that is called as shards are, and that the index does not know.
+
+    Weights under other names (`consolidated.safetensors`) are the same ones for other programs.
+    """
+    more = sorted(file.name for file in folder.iterdir() if _SHARD_NAME.fullmatch(file.name) and file.name not in files)
+    more = [name for name in more if name.endswith(Path(min(files)).suffix)]
+    if more:
+        raise BaseModelError(
+            f"{printable(folder)}: {index} does not know the shard {printable(listed(more))}",
+            hint="remove it, or fetch the whole base again",
+        )
 
 
 def _places(index: Path) -> dict[str, str]:

@@ -25,8 +25,9 @@ from lora_kit.merge.entries import Entry, Plan
 from lora_kit.merge.journal import Kept
 from lora_kit.merge.packed import Packed
 from lora_kit.merge.rows import Fold, blocks
-from lora_kit.merge.shards import INDEX
+from lora_kit.merge.shards import INDEX, WEIGHTS
 from lora_kit.merge.sink import Facts, Sink
+from lora_kit.merge.tokens import Replacement
 from lora_kit.weights import DTYPES
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class Written:
 
 
 def write(plan: Plan, folder: Path, *, kept: Kept, progress: Progress | None = None) -> Written:
-    """Write the weight files of a plan, and their index where there are several.
+    """Write the weight files of a plan, and their index where they are not one of the usual name.
 
     While one file is written, those before it are read back.
 
@@ -92,7 +93,7 @@ def write(plan: Plan, folder: Path, *, kept: Kept, progress: Progress | None = N
             check.result()
     for name in written.files:
         os.rename(kept.folder / name, folder / name)
-    if len(plan.shards) > 1:
+    if [shard.name for shard, _ in plan.shards] != [WEIGHTS]:
         (folder / INDEX).write_bytes(_index(plan))
     return written
 
@@ -140,6 +141,10 @@ def _put(entries: Sequence[Entry], sink: Sink, retention: list[Retention]) -> It
             again = fold.packed().parts
             yield from _put_whole((_bytes(again[name]) for name in entry.stored), sink)
             retention.append(fold.retention)
+        elif entry.rows is not None:
+            replacement = Replacement(entry)
+            yield from replacement.into(sink.room)
+            retention.append(replacement.retention)
         elif entry.updates:
             fold = Fold(entry)
             yield from fold.into(sink.room)

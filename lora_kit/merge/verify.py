@@ -13,6 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from lora_kit.adapter import TokenRows
 from lora_kit.errors import BaseModelError, MergeError, VerificationError, listed
 from lora_kit.fold import Retention
 from lora_kit.merge.decode import decoded
@@ -21,6 +22,7 @@ from lora_kit.merge.folded import ROWS, check_folded, check_pieces, sides_of
 from lora_kit.merge.outline import Head, Outline, outline
 from lora_kit.merge.quantized import packed_by_key
 from lora_kit.merge.shards import Shard, read_shards, unpacked
+from lora_kit.merge.tokens import check_rows, rows_by_key
 
 LEAST_RETAINED: Final = 0.5
 """Share of a tensor's delta that must survive rounding, unless its loss is allowed."""
@@ -60,12 +62,13 @@ def check_result(folder: Path, base: Outline, shards: Sequence[Shard], parts: Se
     sides = sides_of(base.model, parts)
     saved = {key: tensor for part in parts for key, tensor in part.adapter.saved().items()}
     pieces = {name for key in sides if key in base.converted for name, *_ in base.pieces(key) or ()}
-    changed = {*sides, *saved}
+    changed, rows = {*sides, *saved}, rows_by_key(base, parts)
     _check_places(base, merged, changed)
-    changed_names = pieces | {name for key, name in merged.names.items() if key in changed}
+    changed_names = pieces | {name for key, name in merged.names.items() if key in changed or key in rows}
     compared = _check_untouched(base, merged, shards, written, changed_names)
-    values = merged.model.state_dict()
+    values = merged.values
     compared += sum(_check_same(key, values[key], tensor) for key, tensor in saved.items())
+    compared += sum(_check_table(key, merged, base, held) for key, held in sorted(rows.items()))
     packed, packed_now = packed_by_key(base, shards), packed_by_key(merged, written)
     own, found = (
         {name: tensor for shard in some for name, tensor in shard.tensors.items()} for some in (shards, written)
@@ -103,7 +106,7 @@ def _check_untouched(
     places = {name: key for key, name in merged.names.items()}
     own = {name: tensor for shard in shards for name, tensor in shard.tensors.items()}
     packed, packed_now = ({n: one for shard in some for n, one in shard.packed.items()} for some in (shards, written))
-    values = base.model.state_dict()
+    values = base.values
     for name, tensor in ((name, tensor) for shard in written for name, tensor in shard.tensors.items()):
         key = places.get(name)
         if name in changed:
@@ -121,6 +124,11 @@ def _check_untouched(
         else:
             compared += _check_same(name, tensor, wanted)
     return compared
+
+
+def _check_table(key: str, merged: Outline, base: Outline, held: TokenRows) -> int:
+    found, own = merged.values[key], base.values[key]
+    return check_rows(key, found, own, held, _places(len(own)))
 
 
 def _check_same(name: str, found: Tensor, wanted: Tensor) -> int:

@@ -71,6 +71,11 @@ def combine(
         BaseMismatchError: they were made for different bases.
         MergeError: a DoRA; a module saved whole for which no rule is exact; layers of different shapes.
         ConfigError: a method, rank, density or weight that is none.
+        UnknownAdapterError, AdapterError: an adapter that is not there or cannot be read.
+
+    Example:
+        both = lk.combine([("adapters/sql", 0.7), ("adapters/tone", -0.3)])
+        both.record["made"]["error"]["share"]
     """
     _check(method, rank, density)
     weights = _weights(adapters)

@@ -79,6 +79,7 @@ def compare(one: Source, other: Source, *, allow: Collection[str] = ()) -> Compa
     Raises:
         BaseMismatchError: they were made for different bases.
         MergeError: a DoRA, or a layer of different shapes.
+        UnknownAdapterError, AdapterError: an adapter that is not there or cannot be read.
     """
     parents = [Parent.of(one, allow=allow), Parent.of(other, allow=allow)]
     for parent in parents:

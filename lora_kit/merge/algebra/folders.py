@@ -76,7 +76,7 @@ def _head(folder: Path) -> Head:
 
 def _check_alike(one: Model, two: Model) -> None:
     """Raise MergeError unless both have the same parameters in the same shapes, and everything stored has its place."""
-    first, second = one.outline.model.state_dict(), two.outline.model.state_dict()
+    first, second = one.outline.values, two.outline.values
     if first.keys() != second.keys():
         raise MergeError(
             f"{one.name} and {two.name} are not of one architecture: {listed(sorted(first.keys() ^ second.keys()))}"

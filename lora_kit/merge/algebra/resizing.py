@@ -40,6 +40,7 @@ def resize(
     Raises:
         ConfigError: not exactly one of rank, energy and bytes; or one that is none, or fewer bytes than rank 1 takes.
         MergeError: a DoRA.
+        UnknownAdapterError, AdapterError: an adapter that is not there or cannot be read.
     """
     asked = _check({"rank": rank, "energy": energy, "bytes": bytes})
     parent = Parent.of(adapter, allow=allow)

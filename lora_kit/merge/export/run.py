@@ -128,7 +128,8 @@ def check(
 
     Raises:
         ConfigError: an unknown target. ExportError: the base is needed and not known.
-        BaseModelError: its config cannot be read. AdapterError: the adapter does not fit it.
+        BaseModelError: its config cannot be read.
+        AdapterError, UnknownAdapterError: the adapter does not fit it, cannot be read, or is not there.
     """
     return _verdict(_case(Parent.of(adapter, allow=allow), base), target, max_lora_rank, allow)
 
@@ -159,7 +160,11 @@ def export(
 
     Raises:
         ExportError: the reader cannot take it, every reason being listed; or the output lies in the adapter.
-        ConfigError, BaseModelError, AdapterError: as in `check`. StorageError: the output exists, or the disk refuses.
+        ConfigError, BaseModelError, AdapterError, UnknownAdapterError: as in `check`.
+        StorageError: the output exists, or the disk refuses.
+
+    Example:
+        lk.export("adapters/sql", "vllm", "out/sql", max_lora_rank=16)
     """
     _check_target(target)
     out = Path(out)

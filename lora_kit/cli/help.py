@@ -1,0 +1,69 @@
+"""Help as plain text that fits the terminal: each entry filled to its width, and indented where it goes on."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from cyclopts.help import HelpEntry, HelpPanel
+    from rich.console import Console, ConsoleOptions
+
+_WIDEST: Final = 100
+"""Columns of a line that is still read with ease."""
+
+
+class FilledHelp:
+    """A help formatter as cyclopts calls it."""
+
+    def render_usage(self, console: Console, options: ConsoleOptions, usage: Any) -> None:
+        told = _words(console, usage)
+        if told:
+            _print(console, told if told.startswith("Usage:") else f"Usage: {told}", hang=4)
+            console.print()
+
+    def render_description(self, console: Console, options: ConsoleOptions, description: Any) -> None:
+        for paragraph in re.split(r"\n\s*\n", _text(console, description)):
+            if paragraph.strip():
+                _print(console, " ".join(paragraph.split()))
+                console.print()
+
+    def __call__(self, console: Console, options: ConsoleOptions, panel: HelpPanel) -> None:
+        if not panel.entries:
+            return
+        console.print(f"{panel.title}:", markup=False, highlight=False)
+        for entry in panel.entries:
+            _print(console, f"{_names(entry)}: {_told(console, entry)}", indent=2, hang=6)
+        console.print()
+
+
+def _names(entry: HelpEntry) -> str:
+    return ", ".join(entry.display_labels_with_metavar or (*entry.positive_names, *entry.positive_shorts))
+
+
+def _told(console: Console, entry: HelpEntry) -> str:
+    """What is said of an entry; that a flag is not given by default needs no saying."""
+    told = [_words(console, entry.description)]
+    if entry.default is not None and str(entry.default) != "False":
+        told.append(f"[default: {entry.default}]")
+    if entry.required:
+        told.append("[required]")
+    return " ".join(filter(None, told))
+
+
+def _words(console: Console, shown: Any) -> str:
+    return " ".join(_text(console, shown).split())
+
+
+def _text(console: Console, shown: Any) -> str:
+    """What something that rich can show says."""
+    with console.capture() as captured:
+        console.print(shown or "", markup=False, highlight=False)
+    return captured.get()
+
+
+def _print(console: Console, text: str, *, indent: int = 0, hang: int = 0) -> None:
+    lines = textwrap.wrap(text, min(console.width, _WIDEST), initial_indent=" " * indent, subsequent_indent=" " * hang,
+                          break_long_words=False, break_on_hyphens=False)  # fmt: skip
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
