@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lora_kit import data
     from lora_kit.adapter import Adapter
     from lora_kit.bank import AdapterBank, attach
-    from lora_kit.bridge import adopt
+    from lora_kit.bridge.adopt import adopt  # the module has the function's name, which type checkers would take
     from lora_kit.config import LoraConfig
     from lora_kit.errors import LoraKitError
     from lora_kit.evaluate import evaluate

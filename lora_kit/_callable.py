@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from types import ModuleType
 from typing import Any
@@ -11,6 +12,11 @@ class _CallableModule(ModuleType):
     # Importing a package binds its name in the parent, over a function of that name.
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the function, for notebooks and editors that ask."""
+        return inspect.signature(getattr(self, self.__name__.rpartition(".")[2]))
 
 
 def make_callable(package: str) -> None:

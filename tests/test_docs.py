@@ -1,0 +1,150 @@
+"""The documents: the code, the commands and the recipes that they show run."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import re
+import shutil
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pages
+import pytest
+import torch
+import world
+import yaml
+from pages import PAGES, Block, blocks, name_of
+
+import lora_kit as lk
+from lora_kit.bridge import AdoptedBank
+from lora_kit.cli import app, main
+from lora_kit.cli.train import _dotted
+from lora_kit.train import load_recipe
+
+TRAINERS = "docs/trainers.md"
+"""Its code is run by test_trl.py, which knows how to put TRL away again."""
+MINUTES = {"demo", "doctor", "sweep"}
+"""Verbs that are not run here: their lines are read. Each has tests of its own."""
+PARSED_ONLY = {"sign", "verify"}
+"""They need keys that other programs make; test_signing.py runs them."""
+DEFAULTS = {
+    "base": "kit-base",
+    "data": {"train": "train.jsonl", "validation": "valid.jsonl"},
+    "out": "adapters/made",
+}
+"""What a piece of a recipe is completed with."""
+MADE_THERE = {"README.md": ("adapters/mine",), "docs/tour.md": ("adapters/sql", "adapters/mine")}
+"""What a page makes itself, so that it is not there before."""
+SWITCHES = ("dry_run", "json", "replace")
+"""Flags of `train` that are no recipe keys."""
+
+pytestmark = [
+    pytest.mark.usefixtures("no_pictures_and_no_samples"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+
+def with_blocks(*languages: str) -> pytest.MarkDecorator:
+    found = [page for page in PAGES if blocks(page, *languages)]
+    return pytest.mark.parametrize("page", found, ids=name_of)
+
+
+def each_block(*languages: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("block", [b for page in PAGES for b in blocks(page, *languages)], ids=str)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return world.build(tmp_path_factory.mktemp("documents") / "world")
+
+
+@pytest.fixture
+def here(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory of its own with what the documents speak of."""
+    shutil.copytree(built, tmp_path / "here", copy_function=os.link)
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def names_for(page: Path) -> dict[str, Any]:
+    """What the code of a page takes for granted, beside the files of `world`."""
+    names: dict[str, Any] = {"lk": lk}
+    if name_of(page) == "README.md":
+        names |= {"torch": torch, "model": lk.load_base("kit-base").model}
+    return names
+
+
+def recipes(page: Path) -> list[dict[str, Any]]:
+    """The whole recipes of a page."""
+    found = [yaml.safe_load(block.code) for block in blocks(page, "yaml")]
+    return [recipe for recipe in found if {"base", "out"} <= set(recipe)]
+
+
+def set_out(page: Path) -> None:
+    """What a page makes is not there yet; its own recipe is `recipe.yaml`."""
+    for folder in MADE_THERE.get(name_of(page), ()):
+        shutil.rmtree(folder)
+    Path("recipe.yaml").write_text(yaml.safe_dump((recipes(page) or [DEFAULTS])[0]), "utf-8")
+
+
+# What is shown runs
+
+
+@with_blocks("python")
+def test_the_python_of_a_page_runs(page: Path, here: Path) -> None:
+    if name_of(page) == TRAINERS:
+        pytest.skip("run by test_trl.py")
+    set_out(page)
+    names = names_for(page)
+    for block in blocks(page, "python"):
+        code = compile(block.code, str(block), "exec")
+        if block.runs:
+            exec(code, names)
+
+
+@with_blocks("sh")
+def test_the_commands_of_a_page_run(page: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    set_out(page)
+    for block in blocks(page, "sh"):
+        for command in pages.commands(block):
+            if command[0] != "lora-kit":
+                continue
+            parsed(command[1:], str(block))
+            if block.runs and command[1] not in MINUTES | PARSED_ONLY:
+                code = main(command[1:])
+                assert code == 0, f"{block}: {' '.join(command)}\n{capsys.readouterr().err}"
+
+
+def parsed(tokens: list[str], where: str) -> None:
+    """Let the application read a command; recipe keys among its flags go through the reader of recipes."""
+    try:
+        _, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
+        flags = _dotted(bound.arguments.get("flags", ()))
+        load_recipe(DEFAULTS, overrides={key: value for key, value in flags.items() if key not in SWITCHES})
+    except Exception as error:
+        raise AssertionError(f"{where}: {' '.join(tokens)}: {error}") from error
+
+
+@each_block("yaml", "toml")
+def test_recipes_that_are_shown_pass_the_strict_reader(block: Block) -> None:
+    shown = yaml.safe_load(block.code) if block.language == "yaml" else tomllib.loads(block.code)
+    load_recipe({**DEFAULTS, **shown})
+
+
+@each_block("python")
+def test_calls_that_are_shown_fit_what_they_call(block: Block) -> None:
+    """Where code is not run, its calls of this library are compared with the functions at least."""
+    for call in (node for node in ast.walk(ast.parse(block.code)) if isinstance(node, ast.Call)):
+        found = re.fullmatch(r"(lk|bank)\.([\w.]+)", ast.unparse(call.func))
+        if not found or any(keyword.arg is None for keyword in call.keywords):
+            continue
+        function: Any = lk if found[1] == "lk" else AdoptedBank
+        for name in found[2].split("."):
+            function = getattr(function, name)
+        function = getattr(function, "sweep" if found[2] == "sweep" else found[2], function)  # a callable package
+        own = [None] if found[1] == "bank" else []
+        signature = inspect.signature(function)
+        signature.bind(*own, *call.args, **{str(keyword.arg): keyword.value for keyword in call.keywords})
