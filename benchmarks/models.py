@@ -45,19 +45,22 @@ def token_ids(rows: int, length: int) -> Tensor:
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
-def lora(r: int, targets: Sequence[str] = ALL) -> lk.LoraConfig:
-    return lk.LoraConfig(r=r, lora_alpha=2 * r, target_modules=tuple(targets), task_type="CAUSAL_LM")
+def lora(r: int, targets: Sequence[str] = ALL, *, use_dora: bool = False) -> lk.LoraConfig:
+    return lk.LoraConfig(r=r, lora_alpha=2 * r, target_modules=tuple(targets), use_dora=use_dora, task_type="CAUSAL_LM")
 
 
-def adapters(model: Any, ranks: Sequence[int], *, targets: Sequence[str] = ALL) -> list[lk.Adapter]:
+def adapters(
+    model: Any, ranks: Sequence[int], *, targets: Sequence[str] = ALL, use_dora: bool = False
+) -> list[lk.Adapter]:
     """One adapter per rank, each of other values and with a delta that is felt; the model is as it was afterwards."""
     made = []
     for seed, r in enumerate(ranks):
-        bank = lk.attach(model, lora(r, targets), name="a")
+        bank = lk.attach(model, lora(r, targets, use_dora=use_dora), name="a")
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for leaf in bank.parameters("a"):
-                leaf.copy_(torch.randn(leaf.shape, generator=generator) * 0.02)
+                if leaf.ndim > 1:  # a DoRA's lengths stay those of the weight
+                    leaf.copy_(torch.randn(leaf.shape, generator=generator) * 0.02)
         made.append(bank.snapshot("a"))
         bank.detach()
     return made
@@ -73,6 +76,7 @@ def in_peft(model: Any, values: Mapping[str, lk.Adapter], *, adapter_dtype: str 
             r=value.config.r,
             lora_alpha=int(value.config.lora_alpha),
             target_modules=list(value.config.target_modules),
+            use_dora=value.config.use_dora,
             task_type=value.config.task_type,
         )
         upcast = adapter_dtype == "fp32"

@@ -14,7 +14,7 @@ from benchmarks.training.training import Setting
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SUITES: Final = ("training", "inference", "counts", "control", "merge", "algebra", "job")
+SUITES: Final = ("training", "inference", "counts", "control", "merge", "algebra", "job", "quantized")
 _HERE: Final = Path(__file__).resolve().parent
 _COLORS: Final = {"lora_kit": "tab:green", "peft": "tab:orange", "full fine-tuning": "0.6"}
 

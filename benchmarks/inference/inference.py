@@ -44,13 +44,15 @@ class Batch:
     ranks: tuple[int, ...] = (16,)
     dtype: str = "fp32"
     on_base: Literal["none", "half"] = "none"
+    variant: Literal["LoRA", "DoRA"] = "LoRA"
 
     @property
     def label(self) -> str:
         plural = "s" if self.adapters > 1 else ""
         ranks = "" if len(self.ranks) == 1 else f", ranks {' and '.join(map(str, self.ranks))}"
         base = ", half of the rows on the base" if self.on_base == "half" else ""
-        return f"{self.work} {self.adapters} adapter{plural} in {self.rows} rows{ranks}{base}, {self.dtype}"
+        variant = "" if self.variant == "LoRA" else f", {self.variant}"
+        return f"{self.work} {self.adapters} adapter{plural} in {self.rows} rows{ranks}{base}, {self.dtype}{variant}"
 
     @property
     def names(self) -> list[str | None]:
@@ -67,6 +69,8 @@ def batches() -> dict[Batch, tuple[Literal["short", "full"], float | None]]:
     return {
         Batch("forward", 4, 1): ("short", None),
         Batch("forward", 4, 1, dtype="bf16"): ("full", None),
+        Batch("forward", 4, 1, variant="DoRA"): ("full", None),
+        Batch("decode", 8, 1, variant="DoRA"): ("full", None),
         Batch("prefill", 8, 1): ("full", None),
         Batch("prefill", 8, 8): ("short", 1.10),
         Batch("prefill", 8, 8, dtype="bf16"): ("full", None),
@@ -128,7 +132,8 @@ class Cases:
 def build(batch: Batch) -> Cases:
     ids = token_ids(batch.rows, LENGTH[batch.work])
     ranks = [batch.ranks[number % len(batch.ranks)] for number in range(batch.adapters)]
-    values = {f"a{number}": value for number, value in enumerate(adapters(llama(), ranks))}
+    made = adapters(llama(), ranks, use_dora=batch.variant == "DoRA")
+    values = {f"a{number}": value for number, value in enumerate(made)}
     base, ours, theirs = (llama(dtype=batch.dtype).requires_grad_(False) for _ in range(3))
     bank, wrapped = bank_of(ours, values), in_peft(theirs, values).eval()
     # One adapter for all rows is no mixed batch for PEFT either: it is active already, and that is the faster way.

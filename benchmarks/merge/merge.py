@@ -107,11 +107,11 @@ def once(case: str, place: Path) -> tuple[float, int]:
 @contextmanager
 def anonymous_peak() -> Iterator[list[int]]:
     """The most anonymous memory of the process inside the block, in bytes above what there was before it."""
-    before, done, peak = _anonymous(), threading.Event(), [0]
+    before, done, peak = anonymous(), threading.Event(), [0]
 
     def watch() -> None:
         while not done.wait(_TICK):
-            peak[0] = max(peak[0], _anonymous() - before)
+            peak[0] = max(peak[0], anonymous() - before)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -122,7 +122,8 @@ def anonymous_peak() -> Iterator[list[int]]:
         watcher.join()
 
 
-def _anonymous() -> int:
+def anonymous() -> int:
+    """Bytes of anonymous memory in use."""
     found = re.search(r"^RssAnon:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert found
     return int(found[1]) * 1024

@@ -32,16 +32,21 @@ class Setting:
     r: int = 16
     targets: tuple[str, ...] = ALL
     checkpointing: str = "none"
+    variant: str = "LoRA"
 
     @property
     def label(self) -> str:
         layers = "all linears" if self.targets == ALL else "q, v"
         kept = "" if self.checkpointing == "none" else ", checkpointing"
-        return f"{self.dtype}, width {self.width}, r={self.r}, {layers}{kept}"
+        variant = "" if self.variant == "LoRA" else f", {self.variant}"
+        return f"{self.dtype}, width {self.width}, r={self.r}, {layers}{kept}{variant}"
 
     @property
     def cases(self) -> tuple[str, ...]:
         return CASES if self.dtype == "bf16" else tuple(case for case in CASES if "bf16" not in case)
+
+    def adapter(self) -> lk.Adapter:
+        return adapters(self.base(), [self.r], targets=self.targets, use_dora=self.variant == "DoRA")[0]
 
     def base(self) -> Any:
         """The model in training mode. Only full fine-tuning and adapters ask for a gradient later."""
@@ -61,6 +66,7 @@ def settings() -> list[Setting]:
         {"r": 64},
         {"targets": QV},
         {"checkpointing": "layers"},
+        {"variant": "DoRA"},
     ]
     return [replace(Setting(dtype), **change) for dtype in ("fp32", "bf16") for change in varied]
 
@@ -140,7 +146,7 @@ def check(setting: Setting, adapter: lk.Adapter) -> None:
 
 
 def timed(setting: Setting, effort: Effort) -> dict[str, Any]:
-    adapter = adapters(setting.base(), [setting.r], targets=setting.targets)[0]
+    adapter = setting.adapter()
     check(setting, adapter)
     cases = {case: build(case, setting, adapter).step for case in effort.of(setting.cases)}
     return {"timings": effort.compare(cases)}
@@ -148,7 +154,7 @@ def timed(setting: Setting, effort: Effort) -> dict[str, Any]:
 
 def peak(case: str, setting: Setting) -> int:
     """Peak memory of one step above the loaded model, in bytes. The libraries are warm: a step was taken before."""
-    built = build(case, setting, adapters(setting.base(), [setting.r], targets=setting.targets)[0])
+    built = build(case, setting, setting.adapter())
     built.step()
     return peak_bytes(built.step)
 
