@@ -27,7 +27,7 @@ from benchmarks.merge.merge import anonymous, anonymous_peak
 from benchmarks.models import adapters, llama, lora, token_ids
 
 CASES: Final = ("lora_kit", "peft")
-FORMS: Final = ("bf16", "nf4-double")
+FORMS: Final = ("bf16", "nf4", "nf4-double", "int8")
 R: Final = 16
 STEPS: Final = 3
 _LOSS: Final = 1e-3
