@@ -122,3 +122,11 @@ def test_threads_that_load_one_name_at_once_lose_no_slot(monkeypatch: pytest.Mon
     bank.unload("a")
     bank.load("c", adapter)
     assert bank.names == ("b", "c")
+
+
+@pytest.mark.parametrize("room", [{"slots": 0}, {"slots": True}, {"max_rank": -1}, {"max_rank": 8.0}])
+def test_room_that_is_no_number_of_adapters_or_ranks_is_refused(room: dict[str, Any]) -> None:
+    model = tiny.llama()
+    with pytest.raises(ConfigError, match="whole number from 1"):
+        lk.attach(model, **room)
+    lk.attach(model).detach()

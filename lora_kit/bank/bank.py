@@ -42,7 +42,7 @@ class AdapterBank:
         self, model: nn.Module, *, slots: int | None, max_rank: int | None, dtype: torch.dtype, cache_bytes: int
     ) -> None:
         for label, value in (("slots", slots), ("max_rank", max_rank)):
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{label} must be a whole number from 1; {value!r} was given")
         self.model = model
         self.dtype = dtype
