@@ -121,7 +121,7 @@ def prose(rows: Mapping[str, Mapping[str, Any]]) -> str:
         timings = rows[suite_name][label]["timings"]
         return f"{timings['lora_kit']['ratio']:.2f} × (PEFT: {timings['peft']['ratio']:.2f})"
 
-    fp32, bf16 = Setting("fp32").label, Setting("bf16").label
+    fp32, bf16, dora = Setting("fp32").label, Setting("bf16").label, Setting("fp32", variant="DoRA").label
     made_on = read("training")
     machine, peft = made_on["machine"], made_on["versions"]["peft"]
     sentences = [
@@ -132,6 +132,8 @@ def prose(rows: Mapping[str, Mapping[str, Any]]) -> str:
         f"adapters {times('inference', 'decode 8 adapters in 8 rows, fp32')}, of 32 with 32",
         f"{times('inference', 'decode 32 adapters in 32 rows, fp32')},",
         f"a prefill of 8 × 64 tokens with 8 adapters {times('inference', 'prefill 8 adapters in 8 rows, fp32')}.",
+        f"A DoRA's training step takes {times('training', f'training step, {dora}')}, decoding with one",
+        f"{times('inference', 'decode 1 adapter in 8 rows, fp32, DoRA')}.",
         _jobs(rows["job"]),
         f"With {most} adapters loaded in 224 layers a swap takes {own_swap:.1f} µs (PEFT: {other_swap / 1e3:.0f} ms);",
         f"loading one more takes {own[0]:.0f} ms at the beginning and {own[1]:.0f} ms at the end",
