@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import signal
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too
@@ -36,3 +38,18 @@ def no_pictures_and_no_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take longer than the trainings of tests."""
     monkeypatch.setattr("lora_kit.train.artifacts.loss_curve", lambda *_, **__: None)
     monkeypatch.setattr("lora_kit.train.samples.COUNT", 0)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import world
+
+    return world.build(tmp_path_factory.mktemp("documents") / "world")
+
+
+@pytest.fixture
+def here(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory of its own with what the documents speak of."""
+    shutil.copytree(built, tmp_path / "here", copy_function=os.link)
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"

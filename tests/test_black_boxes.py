@@ -17,7 +17,7 @@ import pytest
 import tiny
 import torch
 from boxes import BOXES, AwqLinear, Box, Codes, GptqLinear, compressed
-from test_quantized import FIELDS, adam, shaken, trained
+from test_quantized import FIELDS, adam, swaps_and_rows, trained
 from torch import Tensor, nn
 
 import lora_kit as lk
@@ -58,7 +58,8 @@ def seen(name: str) -> Row:
     assert torch.equal(tiny.logits(model, tiny.batch()), base)
     with tempfile.TemporaryDirectory() as folder:
         trains = _trains(box, model, bank, Path(folder) / "start")
-        swaps, rows = _swaps_and_rows(model, bank, base)
+        bank.add("bb", lk.LoraConfig(**FIELDS))
+        swaps, rows = swaps_and_rows(model, bank, base)
         saved = _saved(model, bank, box.make(), Path(folder) / "a")
     kept, merge = _kept(model), _merge(model, bank)
     bank.detach()
@@ -75,25 +76,6 @@ def _trains(box: Box, model: Any, bank: lk.AdapterBank, folder: Path) -> str:
     judged = trained(theirs, adam([p for p in theirs.parameters() if p.requires_grad]), range(5))
     torch.testing.assert_close(ours, judged, rtol=1e-3, atol=0)
     return "as PEFT does" if box.plain is None else "as PEFT does on the dequantised weights"
-
-
-def _swaps_and_rows(model: Any, bank: lk.AdapterBank, base: Tensor) -> tuple[str, str]:
-    bank.add("bb", lk.LoraConfig(**FIELDS))
-    alone: dict[str | None, Tensor] = {None: base}
-    for name in ("a", "bb"):
-        shaken(bank, name)
-        bank.use(name)
-        alone[name] = tiny.logits(model, tiny.batch())
-        assert (alone[name] - base).abs().max() > 0.1
-    for name, expected in alone.items():
-        bank.use(name)
-        assert torch.equal(tiny.logits(model, tiny.batch()), expected)
-    order = ["bb", None, "a"]
-    with bank.rows(order):
-        mixed = tiny.logits(model, tiny.batch())
-    # Where activations are rounded to int8, the last bit of a float may tip one of them.
-    torch.testing.assert_close(mixed, torch.stack([alone[n][row] for row, n in enumerate(order)]), rtol=0, atol=1e-2)
-    return "yes", "yes"
 
 
 def _saved(model: Any, bank: lk.AdapterBank, pristine: Any, folder: Path) -> str:

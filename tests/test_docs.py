@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import os
 import re
 import shutil
 import tomllib
@@ -14,7 +13,6 @@ from typing import Any
 import pages
 import pytest
 import torch
-import world
 import yaml
 from pages import PAGES, Block, blocks, name_of
 
@@ -54,19 +52,6 @@ def with_blocks(*languages: str) -> pytest.MarkDecorator:
 
 def each_block(*languages: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("block", [b for page in PAGES for b in blocks(page, *languages)], ids=str)
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return world.build(tmp_path_factory.mktemp("documents") / "world")
-
-
-@pytest.fixture
-def here(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory of its own with what the documents speak of."""
-    shutil.copytree(built, tmp_path / "here", copy_function=os.link)
-    monkeypatch.chdir(tmp_path / "here")
-    return tmp_path / "here"
 
 
 def names_for(page: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
 import shutil
 import textwrap
@@ -14,7 +13,6 @@ import pytest
 import texts
 import tiny
 import torch
-import world
 from raising import CASES
 
 import lora_kit as lk
@@ -60,21 +58,15 @@ def listed_errors(name: str) -> set[str]:
     return set(re.findall(r"\b\w+Error\b", section(inspect.getdoc(PUBLIC[name]) or "", "Raises")))
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return world.build(tmp_path_factory.mktemp("docstrings") / "world")
-
-
 @pytest.fixture
-def here(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(built, tmp_path / "here", copy_function=os.link)
-    monkeypatch.chdir(tmp_path / "here")
+def here(here: Path) -> Path:
+    """With another base and a torn adapter as well."""
     tiny.bert().save_pretrained("other-base")
     texts.bert_tokenizer().save_pretrained("other-base")
     torn = Path("adapters/torn")
     shutil.copytree("adapters/sql", torn)
     (torn / "adapter_model.safetensors").write_bytes(b"torn")
-    return tmp_path / "here"
+    return here
 
 
 # Examples

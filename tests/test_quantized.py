@@ -103,6 +103,30 @@ def shaken(bank: lk.AdapterBank, name: str) -> None:
             parameter.add_(0.05 * torch.randn_like(parameter))
 
 
+def swaps_and_rows(model: Any, bank: lk.AdapterBank, base: torch.Tensor) -> tuple[str, str]:
+    """Adapters `a` and `bb` and the base, one after another and as rows of a batch: two cells of a table.
+
+    Args:
+        base: its logits.
+    """
+    alone: dict[str | None, torch.Tensor] = {None: base}
+    for name in ("a", "bb"):
+        shaken(bank, name)
+        bank.use(name)
+        alone[name] = tiny.logits(model, tiny.batch())
+        assert (alone[name] - base).abs().max() > 0.1
+    for name, expected in alone.items():
+        bank.use(name)
+        assert torch.equal(tiny.logits(model, tiny.batch()), expected)
+    order = ["bb", None, "a"]
+    with bank.rows(order):
+        mixed = tiny.logits(model, tiny.batch())
+    # Where activations are rounded to int8 or bf16, the last bit of a float may tip one of them.
+    wanted = torch.stack([alone[name][row] for row, name in enumerate(order)])
+    torch.testing.assert_close(mixed, wanted, rtol=0, atol=1e-2)
+    return "yes", "yes"
+
+
 @every_kind
 def test_training_follows_peft_on_the_same_quantised_base(kind: str, folder: Path, tmp_path: Path) -> None:
     model = quantised(folder, kind)

@@ -63,15 +63,9 @@ class _PairLayer(SlotLayer):
             return True
         if self.trains and torch.is_grad_enabled():
             return False
-        if self._is_recorded():
+        if self.is_recorded():
             return True
         return self.device.type == "cuda" and self.routing.slot != BASE and backend.bodies(x) is not plain
-
-    def _is_recorded(self) -> bool:
-        """Whether this forward is being compiled, or captured into a CUDA graph, to run again under another routing."""
-        if torch.compiler.is_compiling():
-            return True
-        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _uniform(self) -> Entry | None:
         """What the one slot of the whole batch holds here."""
@@ -143,7 +137,7 @@ class LoraLinear(_PairLayer):
 
     def _can_gather(self, y: Tensor, x: Tensor) -> bool:
         """Whether the rows' pairs may be taken out of the slabs once for many forwards: nothing about them changes."""
-        if self.trains or not self.routing.mixed or self._is_recorded() or backend.bodies(y) is not plain:
+        if self.trains or not self.routing.mixed or self.is_recorded() or backend.bodies(y) is not plain:
             return False
         return not (torch.is_grad_enabled() and (y.requires_grad or x.requires_grad)) and is_free(y)
 

@@ -91,6 +91,12 @@ class SlotLayer(nn.Module):
             self.entries += [None] * (slots - has_slots)
             self._tie(copy=True)
 
+    def is_recorded(self) -> bool:
+        """Whether this forward is being compiled, or captured into a CUDA graph, to run again under another routing."""
+        if torch.compiler.is_compiling():
+            return True
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
     def put(self, slot: int, tensors: Mapping[str, Tensor], scaling: float) -> None:
         """Copy an adapter's tensors into a slot."""
         self.routing.prepared.pop(self, None)

@@ -179,12 +179,6 @@ class TokenTable(_TokenLayer):
             return False
         return self.is_recorded()
 
-    def is_recorded(self) -> bool:
-        """Whether this forward is being compiled, or captured into a CUDA graph, to run again under another routing."""
-        if torch.compiler.is_compiling():
-            return True
-        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
     def rows_of_slots(self) -> Tensor:
         """(slots, k, d), differentiable."""
         return self._slab(ROWS)
