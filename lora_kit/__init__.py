@@ -12,37 +12,37 @@ from lora_kit.version import __version__
 
 if TYPE_CHECKING:
     from lora_kit import data
-    from lora_kit.adapter import Adapter
-    from lora_kit.bank import AdapterBank, attach
-    from lora_kit.bridge.adopt import adopt  # the module has the function's name, which type checkers would take
-    from lora_kit.config import LoraConfig
+    from lora_kit.adapter.adapter import Adapter
+    from lora_kit.algebra.combine import combine
+    from lora_kit.algebra.extract import extract
+    from lora_kit.algebra.resize import resize
+    from lora_kit.bank.bank import AdapterBank, attach
+    from lora_kit.bank.peft_bridge.adopt import adopt
+    from lora_kit.config.lora_config import LoraConfig
     from lora_kit.errors import LoraKitError
-    from lora_kit.evaluate import evaluate
-    from lora_kit.merge import merge
-    from lora_kit.merge.algebra import combine, extract, resize
-    from lora_kit.merge.export import export
-    from lora_kit.models import load_base
-    from lora_kit.train import train
-    from lora_kit.train.sweep import sweep
-
+    from lora_kit.evaluation.evaluate import evaluate
+    from lora_kit.exporters.export import export
+    from lora_kit.merging.merge import merge
+    from lora_kit.models.loading import load_base
+    from lora_kit.sweeps.sweep import sweep
+    from lora_kit.training.train import train
 
 _HOMES = {
-    "Adapter": "lora_kit.adapter",
-    "AdapterBank": "lora_kit.bank",
-    "LoraConfig": "lora_kit.config",
-    "LoraKitError": "lora_kit.errors",
-    "adopt": "lora_kit.bridge",
-    "attach": "lora_kit.bank",
-    "combine": "lora_kit.merge.algebra",
-    "data": "lora_kit.data",
-    "evaluate": "lora_kit.evaluate",
-    "export": "lora_kit.merge.export",
-    "extract": "lora_kit.merge.algebra",
-    "load_base": "lora_kit.models",
-    "merge": "lora_kit.merge",
-    "resize": "lora_kit.merge.algebra",
-    "sweep": "lora_kit.train.sweep",
-    "train": "lora_kit.train",
+    "Adapter": "adapter.adapter",
+    "AdapterBank": "bank.bank",
+    "LoraConfig": "config.lora_config",
+    "LoraKitError": "errors",
+    "adopt": "bank.peft_bridge.adopt",
+    "attach": "bank.bank",
+    "combine": "algebra.combine",
+    "evaluate": "evaluation.evaluate",
+    "export": "exporters.export",
+    "extract": "algebra.extract",
+    "load_base": "models.loading",
+    "merge": "merging.merge",
+    "resize": "algebra.resize",
+    "sweep": "sweeps.sweep",
+    "train": "training.train",
 }
 
 __all__ = [
@@ -67,11 +67,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "data":  # a package of its own, which binds itself here
+        return importlib.import_module(f"{__name__}.data")
     if name not in _HOMES:
         raise AttributeError(f"module 'lora_kit' has no attribute {name!r}")
-    home = importlib.import_module(_HOMES[name])
-    # A package of that name is callable itself, and is what the name means once it has been imported.
-    value = home if _HOMES[name] == f"{__name__}.{name}" else getattr(home, name)
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
 

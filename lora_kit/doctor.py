@@ -18,11 +18,12 @@ from typing import Any, Final, Literal
 
 import torch
 
-from lora_kit.bank import attach
-from lora_kit.config import LoraConfig
+from lora_kit.bank.bank import attach
+from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import LoraKitError, VerificationError
-from lora_kit.files import printable
-from lora_kit.models import KIT_BASE, load_base
+from lora_kit.io.text import printable
+from lora_kit.models.loading import load_base
+from lora_kit.models.locate import KIT_BASE
 from lora_kit.version import __version__
 
 LIBRARIES: Final = (

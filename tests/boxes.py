@@ -21,7 +21,8 @@ from test_merge import base_folder
 from test_merge_quantized import llama
 from torch import Tensor, nn
 
-from lora_kit.models import load_base, quiet
+from lora_kit.models.loading import load_base
+from lora_kit.models.locate import quiet
 
 GROUP = 32
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

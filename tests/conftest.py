@@ -36,8 +36,8 @@ def _seeded() -> None:
 @pytest.fixture
 def no_pictures_and_no_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take longer than the trainings of tests."""
-    monkeypatch.setattr("lora_kit.train.artifacts.loss_curve", lambda *_, **__: None)
-    monkeypatch.setattr("lora_kit.train.samples.COUNT", 0)
+    monkeypatch.setattr("lora_kit.training.report.artifacts.loss_curve", lambda *_, **__: None)
+    monkeypatch.setattr("lora_kit.training.report.samples.COUNT", 0)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import lora_kit as lk
-from lora_kit.adapter import CONFIG, WEIGHTS, pair_keys
+from lora_kit.adapter.folder import CONFIG, WEIGHTS
+from lora_kit.adapter.peft_keys import pair_keys
 
 PATHS = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
 A0, B0 = pair_keys(PATHS[0], "linear")

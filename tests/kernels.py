@@ -18,9 +18,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from lora_kit.ops import backend, plain
+from lora_kit.ops import dispatch, torch_kernels
 
-Kernels = backend.Kernels
+Kernels = dispatch.Kernels
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 BOUND: Final = {FP32: 2e-6, FP16: 1e-3, BF16: 8e-3}
@@ -175,7 +175,7 @@ def check_base(kernels: Kernels, device: torch.device) -> None:
         assert h.shape == (rows, tokens, 3)
         assert not h.any()
         assert not y.any()
-        assert kernels is plain or bool(y.signbit().all())
+        assert kernels is torch_kernels or bool(y.signbit().all())
 
 
 def check_compiled(kernels: Kernels, device: torch.device) -> None:
@@ -186,20 +186,20 @@ def check_compiled(kernels: Kernels, device: torch.device) -> None:
     index = given.slots(3, 3)
 
     def updated(y: Tensor, x: Tensor, index: Tensor) -> Tensor:
-        y, body = y + 1, backend.bodies(x)
+        y, body = y + 1, dispatch.bodies(x)
         h = body.shrink_rows(x, a, index)
         body.expand_rows_(y, h, b, scaling, index)
         body.add_rows_(y, x, a, b, scaling, index)
         body.add_(y[0], x[0], a[1], b[1], 0.5)
         return y * 2
 
-    if kernels is not plain:
+    if kernels is not torch_kernels:
         given_to_op = (y, x, a, b, scaling, index)
         torch.library.opcheck(
             torch.ops.lora_kit.add_rows_.default, given_to_op, test_utils=("test_schema", "test_faketensor")
         )
     compiled = torch.compile(updated, backend="aot_eager", fullgraph=True)
-    assert backend.bodies(x) is kernels
+    assert dispatch.bodies(x) is kernels
     torch.testing.assert_close(compiled(y, x, index), updated(y, x, index))
     torch.testing.assert_close(compiled(y, x, index.flip(0)), updated(y, x, index.flip(0)))
 
@@ -265,7 +265,7 @@ CHECKS: Final[dict[str, Callable[[Kernels, torch.device], None]]] = {
 def main() -> None:
     """Every check on the CPU, with the kernels that LORA_KIT_KERNELS asks for."""
     device, wrong = torch.device("cpu"), {}
-    kernels = backend.kernels(device, FP32)
+    kernels = dispatch.kernels(device, FP32)
     for name, check in CHECKS.items():
         try:
             check(kernels, device)

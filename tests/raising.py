@@ -12,10 +12,10 @@ import texts
 import tiny
 
 import lora_kit as lk
-from lora_kit.adapter import Adapter
-from lora_kit.data import prepare
-from lora_kit.merge.algebra import compare
-from lora_kit.merge.export import check
+from lora_kit.adapter.adapter import Adapter
+from lora_kit.algebra.compare import compare
+from lora_kit.data.preparation.prepare import prepare
+from lora_kit.exporters.export import check
 
 SQL, TORN = "adapters/sql", "adapters/torn"
 

@@ -12,32 +12,39 @@ from types import ModuleType
 from typing import Any, Final
 
 from lora_kit import _HOMES as HOMES
-from lora_kit.cli import app
+from lora_kit.cli.app import app
 
 DOCS: Final = Path(__file__).resolve().parents[1] / "docs"
 MADE: Final = "Made by `python tests/reference.py`; a test fails when it is stale."
 CLASSES: Final = (
-    ("An adapter", "lora_kit.adapter.Adapter"),
-    ("A config", "lora_kit.config.LoraConfig"),
-    ("A bank", "lora_kit.bank.AdapterBank"),
-    ("The bank of a PeftModel", "lora_kit.bridge.AdoptedBank"),
-    ("A base", "lora_kit.models.Base"),
+    ("An adapter", "lora_kit.adapter.adapter.Adapter"),
+    ("A config", "lora_kit.config.lora_config.LoraConfig"),
+    ("A bank", "lora_kit.bank.bank.AdapterBank"),
+    ("The bank of a PeftModel", "lora_kit.bank.peft_bridge.adopt.AdoptedBank"),
+    ("A base", "lora_kit.models.loading.Base"),
 )
 """Whose methods are listed one by one."""
 FURTHER: Final = {
-    "lora_kit.train": ("load_recipe", "plan", "Recipe", "TrainReport", "Plan"),
-    "lora_kit.train.sweep.report": ("SweepReport",),
+    "lora_kit.training.recipe.load": ("load_recipe",),
+    "lora_kit.training.recipe.recipe": ("Recipe",),
+    "lora_kit.training.plan.plan": ("plan",),
+    "lora_kit.training.results": ("TrainReport", "Plan"),
+    "lora_kit.sweeps.sweep_report": ("SweepReport",),
     "lora_kit.data": ("prepare", "read_rows", "encode", "chat_template", "Collator", "Preparation"),
-    "lora_kit.evaluate": ("METRICS", "EvalReport", "Evaluation"),
-    "lora_kit.generate": ("generate", "Sampling", "Generation"),
-    "lora_kit.inspect": ("list_adapters", "inspect", "find_adapter", "Inspection"),
-    "lora_kit.merge": ("MergeReport",),
-    "lora_kit.merge.algebra": ("compare", "Comparison"),
-    "lora_kit.merge.export": ("check", "Verdict", "Export"),
-    "lora_kit.foreign": ("convert",),
-    "lora_kit.signing": ("sign", "verify"),
-    "lora_kit.targets": ("Coverage",),
-    "lora_kit.fingerprint": ("fingerprint",),
+    "lora_kit.evaluation.metrics": ("METRICS",),
+    "lora_kit.evaluation.eval_report": ("EvalReport",),
+    "lora_kit.evaluation.measure": ("Evaluation",),
+    "lora_kit.generation.generate": ("generate", "Generation"),
+    "lora_kit.generation.decoding": ("Sampling",),
+    "lora_kit.adapter.store": ("list_adapters", "find_adapter"),
+    "lora_kit.adapter.inspect": ("inspect", "Inspection"),
+    "lora_kit.merging.merge_report": ("MergeReport",),
+    "lora_kit.algebra.compare": ("compare", "Comparison"),
+    "lora_kit.exporters.export": ("check", "Verdict", "Export"),
+    "lora_kit.adapter.conversion.convert": ("convert",),
+    "lora_kit.adapter.signing": ("sign", "verify"),
+    "lora_kit.targets.coverage": ("Coverage",),
+    "lora_kit.targets.fingerprint": ("fingerprint",),
     "lora_kit.doctor": ("examine",),
 }
 """What people use beside the names of the package, by module."""

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lora_kit as lk
-from lora_kit.adapter import PREFIX, pair_keys
+from lora_kit.adapter.peft_keys import PREFIX, pair_keys
+from lora_kit.algebra.assemble import with_ranks
+from lora_kit.algebra.combine import METHODS
+from lora_kit.algebra.compare import compare, spectrum
+from lora_kit.algebra.dense_svd import leading
+from lora_kit.algebra.low_rank import Factors, distance, summed
 from lora_kit.errors import BaseMismatchError, ConfigError, MergeError, UnknownAdapterError
-from lora_kit.merge.algebra import METHODS, compare, spectrum
-from lora_kit.merge.algebra.dense import leading
-from lora_kit.merge.algebra.factors import Factors, distance, summed
-from lora_kit.merge.algebra.made import with_ranks
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
 Deltas = dict[str, Tensor]

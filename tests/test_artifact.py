@@ -27,10 +27,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_kit as lk
-from lora_kit import weights
-from lora_kit.adapter import CARD, CONFIG, OLD_WEIGHTS, PREFIX, RECORD, WEIGHTS
+from lora_kit.adapter.folder import CARD, CONFIG, OLD_WEIGHTS, RECORD, WEIGHTS
+from lora_kit.adapter.peft_keys import PREFIX
 from lora_kit.errors import AdapterError, ConfigError, LoraKitError, StorageError
-from lora_kit.files import reading
+from lora_kit.io import read
+from lora_kit.io import safetensors as weights
 
 Damage = Callable[[bytes], bytes]
 
@@ -217,7 +218,7 @@ def test_a_large_file_is_read_whole(tmp_path: Path) -> None:
     made = folders.tensors() | {PREFIX + "score.weight": torch.randn(1_100, 1_000)}
     adapter = lk.Adapter(folders.config(modules_to_save=["score"]), made)
     again = lk.Adapter.load(adapter.save(tmp_path / "large"))
-    assert (tmp_path / "large" / WEIGHTS).stat().st_size > reading._LARGE
+    assert (tmp_path / "large" / WEIGHTS).stat().st_size > read._LARGE
     assert again == adapter
     again.saved()["score.weight"][0, 0] = 7  # memory of its own, not the file's
     assert lk.Adapter.load(tmp_path / "large") == adapter
@@ -244,7 +245,7 @@ def test_a_huge_sparse_file_is_refused_in_little_memory(tmp_path: Path, claims: 
 def test_a_file_that_memory_does_not_hold_is_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = folders.tensors() | {"large": torch.ones(2**20)}
     folder = folders.foreign(tmp_path / "big", values)
-    monkeypatch.setattr(reading, "_available_memory", lambda: 1_000)
+    monkeypatch.setattr(read, "_available_memory", lambda: 1_000)
     told = refused(folder, StorageError)
     assert f"needs {sum(t.nbytes for t in values.values()):,} bytes of memory; 1,000 are available" in told
 

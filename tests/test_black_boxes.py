@@ -23,8 +23,8 @@ from torch import Tensor, nn
 import lora_kit as lk
 from benchmarks.harness import filled, table
 from lora_kit.errors import MergeError, TargetError
-from lora_kit.layers import is_quantised, kind_of
-from lora_kit.models import load_base
+from lora_kit.layers.introspect import is_quantised, kind_of
+from lora_kit.models.loading import load_base
 
 PAGE = Path(__file__).parents[1] / "docs" / "quantized.md"
 COLUMNS = ("base", "from a folder", "trains", "swaps", "rows", "saved, loaded", "weight kept for the backward", "merge")

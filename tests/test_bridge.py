@@ -15,7 +15,7 @@ from torch import nn
 
 import lora_kit as lk
 from lora_kit.errors import BankError, ConfigError, LoraKitError
-from lora_kit.layers import SlotLayer
+from lora_kit.layers.slot_layer import SlotLayer
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"target_modules": "all-linear"}),
@@ -351,7 +351,7 @@ def test_what_would_change_layers_is_refused_while_they_are_ours() -> None:
 
 def test_no_method_of_peft_that_reaches_into_layers_is_forgotten() -> None:
     """New methods of a later PEFT must be looked at, and named here or in the guard."""
-    from lora_kit.bridge.guard import GUARDED
+    from lora_kit.bank.peft_bridge.guard import GUARDED
 
     harmless = {
         "forward", "generate", "get_base_model", "get_nb_trainable_parameters", "print_trainable_parameters",

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import lora_kit as lk
 from lora_kit.errors import BankError, RoutingError
-from lora_kit.layers import AdoptedConvolution, AdoptedParameter, LoraParameter
+from lora_kit.layers.external_params import AdoptedConvolution, AdoptedParameter
+from lora_kit.layers.parameter import LoraParameter
 
 BY_NAME: Final = {family.name: family for family in FAMILIES}
 FUSED: Final = ["experts.gate_up_proj", "experts.down_proj"]

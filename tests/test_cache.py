@@ -16,18 +16,12 @@ import torch
 from torch import Tensor
 
 import lora_kit as lk
-from lora_kit.adapter import CONFIG, WEIGHTS
-from lora_kit.cache import AdapterCache
-from lora_kit.errors import (
-    AdapterError,
-    BankError,
-    BaseMismatchError,
-    ConfigError,
-    LoraKitError,
-    UnknownAdapterError,
-)
-from lora_kit.fingerprint import fingerprint
-from lora_kit.layers import LoraLinear, SlotLayer
+from lora_kit.adapter.folder import CONFIG, WEIGHTS
+from lora_kit.bank.adapter_cache import AdapterCache
+from lora_kit.errors import AdapterError, BankError, BaseMismatchError, ConfigError, LoraKitError, UnknownAdapterError
+from lora_kit.layers.linear import LoraLinear
+from lora_kit.layers.slot_layer import SlotLayer
+from lora_kit.targets.fingerprint import fingerprint
 
 SIZE = folders.adapter().nbytes
 INPUTS = tiny.batch(rows=4)

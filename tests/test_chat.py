@@ -11,12 +11,16 @@ import tiny
 import torch
 
 import lora_kit as lk
-from lora_kit.data import IGNORED, ChatTemplate, Encoded, chat_template, encode, read_rows
-from lora_kit.data.chat import ChatEncoder
+from lora_kit.data.batches import IGNORED, Encoded
+from lora_kit.data.chat import ChatEncoder, ChatTemplate, chat_template
+from lora_kit.data.encode import encode
+from lora_kit.data.rows import read_rows
 from lora_kit.errors import DataError, RecipeError
-from lora_kit.generate import Sampling, generate, template_of
-from lora_kit.models import Base
-from lora_kit.train import train
+from lora_kit.generation.decoding import Sampling
+from lora_kit.generation.generate import generate
+from lora_kit.generation.prompts import template_of
+from lora_kit.models.loading import Base
+from lora_kit.training.train import train
 
 # Like Llama's: a BOS of its own, an end after every turn, and a line break after the end that nobody generates.
 TURNS = (

@@ -17,9 +17,11 @@ import tiny
 import torch
 
 import lora_kit as lk
-from lora_kit.cli import app, harmless, main
+from lora_kit.cli.app import app
+from lora_kit.cli.main import main
 from lora_kit.doctor import CHECKS, NotHereError, examine
 from lora_kit.errors import AdapterError, ConfigError, MergeError, StorageError, VerificationError
+from lora_kit.io.text import harmless
 
 VERBS = [
     "check",
@@ -65,7 +67,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def list_adapters(store: Path) -> None:
         raise error
 
-    monkeypatch.setattr("lora_kit.inspect.list_adapters", list_adapters)
+    monkeypatch.setattr("lora_kit.adapter.store.list_adapters", list_adapters)
 
 
 def only_line(text: str) -> str:
@@ -226,7 +228,7 @@ def test_sigterm_goes_through_the_cleanup_and_exits_143(monkeypatch: pytest.Monk
         finally:
             cleaned.append(store)
 
-    monkeypatch.setattr("lora_kit.inspect.list_adapters", list_adapters)
+    monkeypatch.setattr("lora_kit.adapter.store.list_adapters", list_adapters)
     before = signal.getsignal(signal.SIGTERM)
     assert main(["list"]) == 143
     assert cleaned
@@ -319,7 +321,8 @@ def test_inspect_shows_layers_and_identity(here: Path, capsys: Capture) -> None:
 
 
 def test_generate_alone_prints_only_the_text(here: Path, capsys: Capture) -> None:
-    from lora_kit.generate import Sampling, generate
+    from lora_kit.generation.decoding import Sampling
+    from lora_kit.generation.generate import generate
 
     arguments = ["generate", "--base", "base", "--adapter", "sql", "--prompt", "one", "--max-new-tokens", "6"]
     assert main(arguments) == 0
@@ -403,7 +406,7 @@ def test_train_takes_flags_over_the_recipe(here: Path, capsys: Capture) -> None:
 
 def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
-    monkeypatch.setattr("lora_kit.demo.run", given.update, raising=False)
+    monkeypatch.setattr("lora_kit.demo.demo", given.update, raising=False)
     assert main(["demo", "--out", "elsewhere", "--seed", "3"]) == 0
     assert given["out"] == Path("elsewhere")
     assert given["seed"] == 3

@@ -10,7 +10,7 @@ import tiny
 from folders import adapter, contents
 
 import lora_kit as lk
-from lora_kit.cli import main
+from lora_kit.cli.main import main
 
 Capture = pytest.CaptureFixture[str]
 MIX = ["combine", "--adapter", "one", "--weight", "0.7", "--adapter", "two", "--weight=-0.3", "--out"]

@@ -9,7 +9,7 @@ import pytest
 import texts
 import tiny
 
-from lora_kit.cli import main
+from lora_kit.cli.main import main
 
 Capture = pytest.CaptureFixture[str]
 MENDED = ["--rename", "Question=prompt", "Answer=completion", "--encoding", "cp1252"]

@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_kit as lk
-from lora_kit.adapter import CONFIG
-from lora_kit.config import LoraConfig
+from lora_kit.adapter.folder import CONFIG
+from lora_kit.config.lora_config import LoraConfig
+from lora_kit.config.module_patterns import matches
 from lora_kit.errors import AdapterError, ConfigError, LoraKitError
-from lora_kit.patterns import matches
 
 SLOW = r"(.|\w)*[^_a-z]"
 """Takes for ever on any path of a layer."""

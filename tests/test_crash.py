@@ -22,9 +22,9 @@ import folders
 import pytest
 
 import lora_kit as lk
-from lora_kit.adapter import CONFIG, WEIGHTS
+from lora_kit.adapter.folder import CONFIG, WEIGHTS
 from lora_kit.errors import StorageError
-from lora_kit.files import writing
+from lora_kit.io import atomic_write
 
 OLD, NEW = folders.adapter(seed=1), folders.adapter(seed=2)
 WATCHED = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir"}
@@ -79,7 +79,7 @@ def at_call(number: int, act: Callable[[], None], *, below: Path) -> None:
 
     sys.addaudithook(watch)
     os.fsync, os.fchmod, fcntl.flock = wrapped(os.fsync), wrapped(os.fchmod), wrapped(fcntl.flock)
-    writing._exchange = wrapped(writing._exchange)
+    atomic_write._exchange = wrapped(atomic_write._exchange)
     Path.write_bytes = write_bytes  # type: ignore[method-assign, assignment]
 
 
@@ -175,7 +175,7 @@ def test_a_first_save_killed_at_any_call_leaves_nothing_or_all(target: Path) -> 
 def test_where_folders_cannot_be_exchanged_the_next_save_puts_the_old_one_back(
     target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writing, "_exchange", writing._exchange_in_two)
+    monkeypatch.setattr(atomic_write, "_exchange", atomic_write._exchange_in_two)
     missing = 0
     for _number, _ending in endings(target, die, replace=True):
         missing += not target.exists()
@@ -192,7 +192,7 @@ def test_where_folders_cannot_be_exchanged_the_next_save_puts_the_old_one_back(
 def test_a_save_that_fails_at_any_call_leaves_the_old_adapter_and_nothing_else(
     target: Path, monkeypatch: pytest.MonkeyPatch, act: Callable[[], None], exchange: str
 ) -> None:
-    monkeypatch.setattr(writing, "_exchange", getattr(writing, exchange))
+    monkeypatch.setattr(atomic_write, "_exchange", getattr(atomic_write, exchange))
     failed = 0
     for number, ending in endings(target, act, replace=True):
         found = lk.Adapter.load(target)
@@ -372,7 +372,7 @@ def test_what_appears_while_writing_is_not_overwritten(target: Path) -> None:
     out = target.with_name("out")
 
     def race() -> None:
-        with writing.staged(out) as staging:
+        with atomic_write.staged(out) as staging:
             (staging / "a").write_text("ours")
             out.mkdir()
             (out / "thesis.txt").write_text("mine")
@@ -415,7 +415,7 @@ def test_of_two_processes_with_one_output_the_second_is_told(target: Path) -> No
     ready, set_ready = os.pipe()
     child = os.fork()
     if child == 0:
-        with writing.staged(target, replace=True):
+        with atomic_write.staged(target, replace=True):
             os.write(set_ready, b"!")
             time.sleep(30)
         os._exit(0)

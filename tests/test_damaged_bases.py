@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 import lora_kit as lk
 from lora_kit.errors import BaseModelError, ConfigError, StorageError
-from lora_kit.merge.base import find_base
-from lora_kit.merge.shards import read_shards
+from lora_kit.merging.checkpoint.shards import read_shards
+from lora_kit.models.locate import find_base
 
 
 @pytest.fixture

@@ -13,9 +13,11 @@ import pytest
 import texts
 import torch
 
-from lora_kit.data import IGNORED, Collator, Encoded, encode, label_names, read_rows, scan_rows
+from lora_kit.data.batches import IGNORED, Collator, Encoded
+from lora_kit.data.encode import encode
+from lora_kit.data.rows import label_names, read_rows, scan_rows
 from lora_kit.errors import DataError
-from lora_kit.models import prompt_ids, render_prompt
+from lora_kit.models.prompt_tokens import prompt_ids, render_prompt
 
 PAIRS = [{"prompt": "ab", "completion": "cd"}, {"prompt": "abcdef", "completion": "g"}]
 

@@ -13,12 +13,13 @@ import pytest
 from rich.console import Console
 
 import lora_kit as lk
-from lora_kit.demo import run, ship, work
-from lora_kit.demo.results import Agreement, DemoReport
+from lora_kit.demo import demo_steps, ship
+from lora_kit.demo.demo import run
+from lora_kit.demo.demo_results import Agreement, DemoReport
+from lora_kit.demo.demo_tasks import TASKS, Row, Task, as_pirate, task
 from lora_kit.demo.show import Show
-from lora_kit.demo.tasks import TASKS, Row, Task, as_pirate, task
 from lora_kit.errors import ConfigError, DataError, StorageError, VerificationError
-from lora_kit.models import Base
+from lora_kit.models.loading import Base
 
 ADAPTERS = Path(__file__).resolve().parents[1] / "adapters"
 TINY = dict.fromkeys(TASKS, 2)
@@ -65,7 +66,7 @@ def test_more_training_rows_leave_the_held_out_rows_as_they_are(made: Task) -> N
 
 @every_task
 def test_every_single_word_of_the_held_out_rows_occurs_in_training(made: Task) -> None:
-    split = made.split(train=work.BATCH * work.STEPS[made.name], held_out=work.HELD_OUT)
+    split = made.split(train=demo_steps.BATCH * demo_steps.STEPS[made.name], held_out=demo_steps.HELD_OUT)
     assert words(split.held_out) <= words(split.train)
 
 
@@ -180,7 +181,7 @@ def test_a_demo_leaves_adapters_rows_figures_a_picture_and_a_merged_model(tiny: 
     for name in TASKS:
         assert lk.Adapter.load(tiny.out / name).record["metrics"]["held_out_right"] == 0
         assert (tiny.out / name / "recipe.yaml").is_file()
-        assert len((tiny.out / "data" / name / "train.jsonl").read_text().splitlines()) == 2 * work.BATCH
+        assert len((tiny.out / "data" / name / "train.jsonl").read_text().splitlines()) == 2 * demo_steps.BATCH
         assert len((tiny.out / "data" / name / "held_out.jsonl").read_text().splitlines()) == 2
     assert (tiny.out / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert (tiny.out / "scene-merged" / "model.safetensors").is_file()
@@ -226,7 +227,7 @@ def test_a_demo_replaces_an_earlier_demo_and_nothing_else(tmp_path: Path, monkey
     def stop() -> Base:
         raise _StoppedHere
 
-    monkeypatch.setattr(work, "load", stop)
+    monkeypatch.setattr(demo_steps, "load", stop)
     for _ in range(2):
         with pytest.raises(_StoppedHere):
             run(tmp_path / "mine")
@@ -241,7 +242,7 @@ def test_a_demo_replaces_an_earlier_demo_and_nothing_else(tmp_path: Path, monkey
 
 
 def test_adapters_that_are_not_good_enough_are_not_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work, "TASKS", {"mood": TASKS["mood"]})
+    monkeypatch.setattr(demo_steps, "TASKS", {"mood": TASKS["mood"]})
     with pytest.raises(VerificationError, match="mood 0%; at least 90% is wanted"):
         ship.ship(tmp_path / "store", scratch=tmp_path / "scratch", steps={"mood": 1}, held_out=2)
     assert not (tmp_path / "store").exists()
@@ -250,7 +251,7 @@ def test_adapters_that_are_not_good_enough_are_not_shipped(tmp_path: Path, monke
 def test_adapters_that_are_good_enough_replace_those_in_the_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(work, "TASKS", {"mood": TASKS["mood"]})
+    monkeypatch.setattr(demo_steps, "TASKS", {"mood": TASKS["mood"]})
     monkeypatch.setattr(ship, "LEAST", 0)
     for steps in (1, 2):
         (found,) = ship.ship(tmp_path / "store", scratch=tmp_path / "scratch", steps={"mood": steps}, held_out=2)
@@ -262,15 +263,15 @@ def test_adapters_that_are_good_enough_replace_those_in_the_store(
 
 @pytest.fixture(scope="module")
 def kit_base() -> Base:
-    return work.load()
+    return demo_steps.load()
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_shipped_adapter_loads_strictly_and_does_its_task(name: str, kit_base: Base) -> None:
-    split = TASKS[name].split(train=work.BATCH * work.STEPS[name], held_out=ship.HELD_OUT)
+    split = TASKS[name].split(train=demo_steps.BATCH * demo_steps.STEPS[name], held_out=ship.HELD_OUT)
     rows = split.held_out[:GOLDEN_ROWS]
-    with work.with_adapters(kit_base, {name: ADAPTERS / name}) as bank, bank.using(name):
-        texts = work.answer(kit_base, [row.prompt for row in rows])
+    with demo_steps.with_adapters(kit_base, {name: ADAPTERS / name}) as bank, bank.using(name):
+        texts = demo_steps.answer(kit_base, [row.prompt for row in rows])
     assert TASKS[name].score(rows, texts) >= GOLDEN_LEAST
 
 

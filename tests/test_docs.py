@@ -17,10 +17,11 @@ import yaml
 from pages import PAGES, Block, blocks, name_of
 
 import lora_kit as lk
-from lora_kit.bridge import AdoptedBank
-from lora_kit.cli import app, main
+from lora_kit.bank.peft_bridge.adopt import AdoptedBank
+from lora_kit.cli.app import app
+from lora_kit.cli.main import main
 from lora_kit.cli.train import _dotted
-from lora_kit.train import load_recipe
+from lora_kit.training.recipe.load import load_recipe
 
 TRAINERS = "docs/trainers.md"
 """Its code is run by test_trl.py, which knows how to put TRL away again."""

@@ -20,8 +20,8 @@ from reference import arguments, verbs
 
 import lora_kit as lk
 from lora_kit import errors
-from lora_kit.bridge import AdoptedBank
-from lora_kit.train.sweep.space import recipe_keys
+from lora_kit.bank.peft_bridge.adopt import AdoptedBank
+from lora_kit.sweeps.space import recipe_keys
 
 OTHER_PROGRAMS = {"llama-server", "pip", "pytest", "git"}
 OTHER_FLAGS = {"--max-loras", "--max-cpu-loras", "--lora-modules"}

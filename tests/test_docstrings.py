@@ -17,10 +17,10 @@ from raising import CASES
 
 import lora_kit as lk
 from lora_kit import errors
-from lora_kit.adapter import Adapter
-from lora_kit.data import prepare
-from lora_kit.merge.algebra import compare
-from lora_kit.merge.export import check
+from lora_kit.adapter.adapter import Adapter
+from lora_kit.algebra.compare import compare
+from lora_kit.data.preparation.prepare import prepare
+from lora_kit.exporters.export import check
 
 PUBLIC: dict[str, Any] = {
     "attach": lk.attach,
@@ -34,7 +34,7 @@ PUBLIC: dict[str, Any] = {
     "load_base": lk.load_base,
     "prepare": prepare,
     "sweep": lk.sweep,
-    **{name: getattr(getattr(lk, name), name) for name in ("evaluate", "merge", "train")},
+    **{name: getattr(lk, name) for name in ("evaluate", "merge", "train")},
     "LoraConfig": lk.LoraConfig,
     "Adapter": Adapter,
     **{f"Adapter.{name}": getattr(Adapter, name) for name in ("load", "save")},

@@ -17,13 +17,19 @@ from test_tasks import TAGGED, both, tagger
 from test_train import recipe_of
 
 import lora_kit as lk
-from lora_kit.data import ChatTemplate, Collator, encode, read_rows
+from lora_kit.data.batches import Collator
+from lora_kit.data.chat import ChatTemplate
+from lora_kit.data.encode import encode
+from lora_kit.data.rows import read_rows
 from lora_kit.errors import AdapterError, BaseModelError, ConfigError, DataError, StorageError
-from lora_kit.evaluate import EvalReport, evaluate, measure
-from lora_kit.evaluate.questions import answers, exam, questions_of
-from lora_kit.generate import Sampling, generate
-from lora_kit.models import Base
-from lora_kit.train import train
+from lora_kit.evaluation.eval_report import EvalReport
+from lora_kit.evaluation.evaluate import evaluate
+from lora_kit.evaluation.generation_metrics import answers, exam, questions_of
+from lora_kit.evaluation.measure import measure
+from lora_kit.generation.decoding import Sampling
+from lora_kit.generation.generate import generate
+from lora_kit.models.loading import Base
+from lora_kit.training.train import train
 
 # Two answers to the first prompt; one prompt as long as three others.
 ROWS = [
@@ -374,7 +380,7 @@ def test_what_does_not_fit_is_refused_before_the_base_is_loaded(
     def never(*_: Any, **__: Any) -> None:
         raise BaseModelError("the base was loaded")
 
-    monkeypatch.setattr("lora_kit.evaluate.run.load_base", never)
+    monkeypatch.setattr("lora_kit.evaluation.evaluate.load_base", never)
     adapter = made(base, seed=1, task_type="CAUSAL_LM")
     with pytest.raises(ConfigError, match=told):
         evaluate("no/base", [adapter], rows, **settings)

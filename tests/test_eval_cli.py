@@ -11,7 +11,7 @@ import tiny
 import transformers
 
 import lora_kit as lk
-from lora_kit.cli import main
+from lora_kit.cli.main import main
 
 Capture = pytest.CaptureFixture[str]
 ROWS = [

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from lora_kit.errors import ConfigError
-from lora_kit.evaluate import METRICS
-from lora_kit.evaluate.metrics import ALWAYS, checked, known, of_texts
-from lora_kit.evaluate.scores import entities, label_scores, text_scores
-from lora_kit.models import TASKS
+from lora_kit.evaluation.metrics import ALWAYS, METRICS, checked, known, of_texts
+from lora_kit.evaluation.scores import entities, label_scores, text_scores
+from lora_kit.models.loading import TASKS
 
 ALL = ("accuracy", "f1", "f1_macro", "f1_micro", "exact_match")
 
@@ -119,7 +118,7 @@ def test_metrics_are_refused_by_name_and_by_task() -> None:
 
 
 def test_a_metric_without_its_package_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_kit.evaluate.metrics.find_spec", lambda name: None)
+    monkeypatch.setattr("lora_kit.evaluation.metrics.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'lora-kit\[eval\]'"):
         checked(["bleu"], "causal-lm")
     assert checked(["exact_match"], "causal-lm") == ("exact_match",)

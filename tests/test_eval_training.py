@@ -12,9 +12,11 @@ from test_tasks import both
 from test_train import recipe_of
 
 from lora_kit.errors import DataError, RecipeError
-from lora_kit.evaluate import evaluate
-from lora_kit.models import Base
-from lora_kit.train import TrainReport, load_recipe, train
+from lora_kit.evaluation.evaluate import evaluate
+from lora_kit.models.loading import Base
+from lora_kit.training.recipe.load import load_recipe
+from lora_kit.training.results import TrainReport
+from lora_kit.training.train import train
 
 PAIRS = [{"prompt": "a", "completion": "bb"}, {"prompt": "c", "completion": "d"}, {"prompt": "a", "completion": "e"}]
 LABELLED = [{"text": word * n, "label": label} for word, label in (("good ", "yes"), ("bad ", "no")) for n in (1, 2, 3)]
@@ -69,9 +71,9 @@ def test_nothing_is_generated_in_validation_unless_a_metric_asks_for_it(
         asked.append(len(exams[""].rows))
         return answers(exams, **settings)
 
-    from lora_kit.evaluate.questions import answers
+    from lora_kit.evaluation.generation_metrics import answers
 
-    monkeypatch.setattr("lora_kit.evaluate.measuring.answers", counted)
+    monkeypatch.setattr("lora_kit.evaluation.measure.answers", counted)
     report = train(recipe_of(tmp_path, rows=PAIRS, train=EVERY_TWO, steps=2), base=llama())
     assert report.after is not None
     assert (asked, set(report.after.metrics())) == ([], {"loss", "perplexity"})

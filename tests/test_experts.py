@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_kit as lk
 from lora_kit.errors import RoutingError
-from lora_kit.layers import LoraParameter
+from lora_kit.layers.parameter import LoraParameter
 
 EXPERTS, USED, ROWS, TOKENS, WIDTH, INNER = 5, 2, 3, 4, 16, 24
 _SAME: Final = {"hidden_size": WIDTH, "num_experts_per_tok": USED, "num_local_experts": EXPERTS}

@@ -20,11 +20,11 @@ from folders import contents
 from torch import Tensor
 
 import lora_kit as lk
-from lora_kit.adapter import pair_keys
-from lora_kit.cli import main
+from lora_kit.adapter.peft_keys import pair_keys
+from lora_kit.cli.main import main
 from lora_kit.errors import AdapterError, BaseMismatchError, ConfigError, ExportError, StorageError
-from lora_kit.merge.export import check
-from lora_kit.merge.export.llama_cpp import ARCHITECTURES
+from lora_kit.exporters.export import check
+from lora_kit.exporters.llama_cpp import ARCHITECTURES
 
 AWKWARD: dict[str, Any] = {
     "r": 4,
@@ -268,7 +268,7 @@ def test_gguf_holds_what_llama_cpp_checks_and_the_same_updates(base: Path, awkwa
 
 def test_reordered_rows_attend_the_same_when_neighbours_are_turned(tmp_path: Path) -> None:
     """The order is right if llama.cpp's rotation of it gives the scores that transformers' gives."""
-    from lora_kit.merge.export.llama_cpp import interleaved
+    from lora_kit.exporters.llama_cpp import interleaved
 
     heads, size, positions = 2, 8, torch.arange(5)
     q, k = torch.randn(2, heads * size, 5).double()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import lora_kit as lk
 from lora_kit.errors import RoutingError
-from lora_kit.layers import LoraExpert
+from lora_kit.layers.linear import LoraExpert
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 RANK = 2

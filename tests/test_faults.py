@@ -16,10 +16,11 @@ from folders import A0, B0, PATHS
 from torch import nn
 
 import lora_kit as lk
-from lora_kit.adapter import CONFIG, PREFIX, RECORD, WEIGHTS
+from lora_kit.adapter.folder import CONFIG, RECORD, WEIGHTS
+from lora_kit.adapter.peft_keys import PREFIX
 from lora_kit.errors import BaseMismatchError, LoraKitError, StorageError
-from lora_kit.fingerprint import differences, fingerprint
-from lora_kit.layers import LoraLinear
+from lora_kit.layers.linear import LoraLinear
+from lora_kit.targets.fingerprint import differences, fingerprint
 
 Fault = Callable[[Path], Any]
 

@@ -18,11 +18,12 @@ import transformers
 from torch import Tensor, nn
 
 import lora_kit as lk
-from lora_kit.adapter import CONFIG, OLD_WEIGHTS, PREFIX, WEIGHTS
-from lora_kit.cli import main
+from lora_kit.adapter.conversion.convert import convert, read
+from lora_kit.adapter.folder import CONFIG, OLD_WEIGHTS, WEIGHTS
+from lora_kit.adapter.inspect import inspect
+from lora_kit.adapter.peft_keys import PREFIX
+from lora_kit.cli.main import main
 from lora_kit.errors import AdapterError, ConfigError
-from lora_kit.foreign import convert, read
-from lora_kit.inspect import inspect
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
 REAL = os.environ.get("LORA_KIT_FOREIGN_ADAPTERS")

@@ -12,8 +12,10 @@ from test_tasks import both
 
 import lora_kit as lk
 from lora_kit.errors import AdapterError, ConfigError, DataError, UnknownAdapterError
-from lora_kit.generate import Sampling, generate, separator_of
-from lora_kit.models import Base
+from lora_kit.generation.decoding import Sampling
+from lora_kit.generation.generate import generate
+from lora_kit.generation.prompts import separator_of
+from lora_kit.models.loading import Base
 
 SHORT = Sampling(max_new_tokens=8)
 

@@ -13,8 +13,8 @@ import torch
 from torch.nn import functional
 
 from lora_kit.errors import VerificationError
-from lora_kit.loss import Head, head_of
-from lora_kit.train.parts import part_sizes, split
+from lora_kit.evaluation.loss import Head, head_of
+from lora_kit.training.loop.length_buckets import part_sizes, split
 
 IGNORED = -100
 
@@ -150,7 +150,7 @@ def test_rows_of_one_length_stay_together() -> None:
 
 
 def test_parts_hold_every_row_once_without_needless_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_kit.train.parts.PART_TOKENS", {"cpu": 0})
+    monkeypatch.setattr("lora_kit.training.loop.length_buckets.PART_TOKENS", {"cpu": 0})
     lengths = torch.tensor([2, 9, 3, 9])
     mask = (torch.arange(9) < lengths[:, None]).long()
     ids = torch.arange(36).view(4, 9) * mask

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 from reference import arguments, names_of, verbs
 
-from lora_kit.cli import main
+from lora_kit.cli.main import main
 
 Capture = pytest.CaptureFixture[str]
 

@@ -12,11 +12,12 @@ import pytest
 import texts
 from test_train import base_of, recipe_of
 
-from lora_kit.cli import main
-from lora_kit.data import label_names, prepare, read_rows
-from lora_kit.data.hub import is_dataset
+from lora_kit.cli.main import main
+from lora_kit.data.hub_datasets import is_dataset
+from lora_kit.data.preparation.prepare import prepare
+from lora_kit.data.rows import label_names, read_rows
 from lora_kit.errors import DataError
-from lora_kit.train import train
+from lora_kit.training.train import train
 
 CARD = """---
 configs:

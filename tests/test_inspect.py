@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_kit as lk
-from lora_kit.adapter import pair_keys
+from lora_kit.adapter.inspect import inspect, singular_values
+from lora_kit.adapter.peft_keys import pair_keys
+from lora_kit.adapter.store import base_of, find_adapter, folder_bytes, list_adapters
 from lora_kit.errors import AdapterError, ConfigError, UnknownAdapterError
-from lora_kit.inspect import base_of, find_adapter, folder_bytes, inspect, list_adapters, singular_values
 
 
 def saved(folder: Path, *, base: str | None = "kit-base", rank: int = 3, **fields: object) -> Path:

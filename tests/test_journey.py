@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_kit.cli import main
+from lora_kit.cli.main import main
 
 Capture = pytest.CaptureFixture[str]
 pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_kit as lk
 from lora_kit.errors import TargetError
-from lora_kit.layers import SlotLayer
+from lora_kit.layers.slot_layer import SlotLayer
 
 MANY = 64
 

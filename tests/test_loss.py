@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lora_kit.errors import DataError
-from lora_kit.ops import chunked_cross_entropy
+from lora_kit.ops.cross_entropy import chunked_cross_entropy
 
 N, D, V = 13, 7, 11
 IGNORED = -100

@@ -13,12 +13,13 @@ import torch
 from test_resume import SignalAt, die_at, killed, results
 from test_train import LABELLED, PAIRS, At, base_of, recipe_of, same_state, state
 
-from lora_kit.adapter import Adapter
-from lora_kit.cli import main
+from lora_kit.adapter.adapter import Adapter
+from lora_kit.cli.main import main
 from lora_kit.errors import StorageError
-from lora_kit.models import Base
-from lora_kit.train import TrainReport, train
-from lora_kit.train.memory import is_out_of_memory
+from lora_kit.models.loading import Base
+from lora_kit.training.loop.oom_retry import is_out_of_memory
+from lora_kit.training.results import TrainReport
+from lora_kit.training.train import train
 
 ROWS = [*PAIRS, {"prompt": "g", "completion": "hi"}, {"prompt": "jk", "completion": "l"}]
 
@@ -170,7 +171,7 @@ def test_the_command_exits_with_3(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe(tmp_path, out="out", base="kit-base")))
-    monkeypatch.setattr("lora_kit.train.trainer.Trainer._forward_and_backward", allocate_too_much)
+    monkeypatch.setattr("lora_kit.training.loop.trainer.Trainer._forward_and_backward", allocate_too_much)
     assert main(["train", str(tmp_path / "recipe.yaml")]) == 3
     assert "memory ran out with one row at once" in capsys.readouterr().err
 

@@ -14,18 +14,14 @@ import torch
 import transformers
 
 import lora_kit as lk
-from lora_kit.errors import (
-    AdapterError,
-    BaseMismatchError,
-    BaseModelError,
-    MergeError,
-    StorageError,
-    VerificationError,
-)
-from lora_kit.merge import companions, journal, logits, merge, stream
-from lora_kit.merge import verify as proof
-from lora_kit.merge.preflight import MERGE_RECORD, merged_digests
-from lora_kit.models import load_base
+from lora_kit.errors import AdapterError, BaseMismatchError, BaseModelError, MergeError, StorageError, VerificationError
+from lora_kit.merging import model_files
+from lora_kit.merging.merge import merge
+from lora_kit.merging.preflight import MERGE_RECORD, merged_digests
+from lora_kit.merging.verification import logits
+from lora_kit.merging.verification import verify as proof
+from lora_kit.merging.writing import journal, writer
+from lora_kit.models.loading import load_base
 
 
 def base_folder(folder: Path, model: Any) -> Path:
@@ -169,7 +165,7 @@ def test_an_output_that_exists_is_refused_before_any_work(
 ) -> None:
     merge(base, adapter, tmp_path / "merged")
     before = contents(tmp_path / "merged")
-    monkeypatch.setattr("lora_kit.merge.run.outline", None)
+    monkeypatch.setattr("lora_kit.merging.merge.outline", None)
     with pytest.raises(StorageError, match="exists"):
         merge(base, adapter, tmp_path / "merged")
     assert contents(tmp_path / "merged") == before
@@ -211,9 +207,9 @@ def test_an_output_in_the_way_of_an_input_is_refused(
 
 
 def test_the_embedded_base_is_no_output() -> None:
-    import lora_kit.kit_base
+    import lora_kit.models.kit_base
 
-    folder = Path(lora_kit.kit_base.__path__[0])
+    folder = Path(lora_kit.models.kit_base.__path__[0])
     with pytest.raises(MergeError):
         merge("kit-base", folder.parent.parent / "nowhere", folder / "merged")
     assert not (folder / "merged").exists()
@@ -222,7 +218,7 @@ def test_the_embedded_base_is_no_output() -> None:
 def test_an_output_that_cannot_be_made_is_refused_before_any_work(
     base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_kit.merge.run.outline", None)
+    monkeypatch.setattr("lora_kit.merging.merge.outline", None)
     with pytest.raises(StorageError):
         merge(base, adapter, "/proc/nowhere/merged")
 
@@ -278,7 +274,7 @@ def test_a_failed_merge_leaves_nothing(
             raise KeyboardInterrupt
         raise VerificationError("no") if failing == "check_result" else OSError(28, "No space left on device")
 
-    places = {"carry": companions, "check_result": proof, "write": stream, "KeyboardInterrupt": journal}
+    places = {"carry": model_files, "check_result": proof, "write": writer, "KeyboardInterrupt": journal}
     monkeypatch.setattr(places[failing], failing if failing != "KeyboardInterrupt" else "read_back", fail)
     before, around = contents(base), beside(base)
     with pytest.raises((StorageError, VerificationError, KeyboardInterrupt)):

@@ -13,7 +13,7 @@ import tiny
 import torch
 
 import lora_kit as lk
-from lora_kit.cli import main
+from lora_kit.cli.main import main
 from lora_kit.cli.merge import bytes_bar
 
 Capture = pytest.CaptureFixture[str]

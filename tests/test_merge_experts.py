@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 import lora_kit as lk
 from lora_kit.errors import BaseModelError, MergeError
-from lora_kit.merge import logits, merge, rows
-from lora_kit.merge.entries import Entry, Plan
-from lora_kit.merge.shards import WEIGHTS
-from lora_kit.models import quiet
+from lora_kit.merging.checkpoint.shards import WEIGHTS
+from lora_kit.merging.merge import merge
+from lora_kit.merging.planned_tensors import Entry, Plan
+from lora_kit.merging.verification import logits
+from lora_kit.merging.writing import fold_blocks
+from lora_kit.models.locate import quiet
 
 FUSED: Final[dict[str, dict[str, Any]]] = {
     "gpt_oss": {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 16},
@@ -80,7 +82,7 @@ def by_peft(model: Any, folder: Path, **fields: Any) -> Any:
 def test_the_merged_model_answers_as_peft_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, which: str, elements: int
 ) -> None:
-    monkeypatch.setattr(rows, "_ELEMENTS", elements)
+    monkeypatch.setattr(fold_blocks, "_ELEMENTS", elements)
     model = model_of(family)
     base = test_merge.base_folder(tmp_path / "base", model)
     names = experts_of(model)
@@ -233,6 +235,6 @@ def test_a_base_with_an_expert_too_few_is_refused(mixtral: Path, adapter: Path, 
 def test_experts_in_a_form_that_is_not_known_are_refused(
     mixtral: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_kit.merge.conversion.Conversion.pieces", lambda *given: None)
+    monkeypatch.setattr("lora_kit.merging.checkpoint.fused_weights.Conversion.pieces", lambda *given: None)
     with pytest.raises(MergeError, match="another form"):
         merge(mixtral, adapter, tmp_path / "merged")

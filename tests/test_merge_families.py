@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 import lora_kit as lk
 from lora_kit.errors import AdapterError, ConfigError, MergeError
-from lora_kit.layers import kind_of
-from lora_kit.merge import logits, merge
-from lora_kit.models import quiet
+from lora_kit.layers.introspect import kind_of
+from lora_kit.merging.merge import merge
+from lora_kit.merging.verification import logits
+from lora_kit.models.locate import quiet
 
 SMALL: Final[dict[str, Any]] = {
     "vocab_size": 96,

@@ -18,13 +18,17 @@ from test_merge_stream import ALL, changed, edited, refused, stored
 from torch import Tensor, nn
 
 import lora_kit as lk
-from lora_kit.cli import main
+from lora_kit.cli.main import main
 from lora_kit.errors import BaseMismatchError, BaseModelError, ConfigError, MergeError
-from lora_kit.merge import decode, logits, merge, rows
-from lora_kit.merge.packed import FourBit, Packed, find_packed
-from lora_kit.merge.plan import Entry, Plan
-from lora_kit.merge.shards import INDEX, WEIGHTS
-from lora_kit.models import load_base, quiet
+from lora_kit.merging.checkpoint import bnb_decode
+from lora_kit.merging.checkpoint.bnb_weights import FourBit, Packed, find_packed
+from lora_kit.merging.checkpoint.shards import INDEX, WEIGHTS
+from lora_kit.merging.merge import merge
+from lora_kit.merging.planned_tensors import Entry, Plan
+from lora_kit.merging.verification import logits
+from lora_kit.merging.writing import fold_blocks
+from lora_kit.models.loading import load_base
+from lora_kit.models.locate import quiet
 
 KINDS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
@@ -113,7 +117,7 @@ def test_nothing_is_chosen_for_anybody(base: Path, adapter: Path, tmp_path: Path
 def test_dequantized_weights_are_those_of_transformers_plus_the_adapter(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elements: int
 ) -> None:
-    monkeypatch.setattr(rows, "_ELEMENTS", elements)
+    monkeypatch.setattr(fold_blocks, "_ELEMENTS", elements)
     report = merge(base, adapter, tmp_path / "merged", quantized="dequantized")
     assert "quantization_config" not in files(tmp_path / "merged")
     wanted = {name: tensor.bfloat16() for name, tensor in with_delta(dequantized(base), adapter).items()}
@@ -161,7 +165,7 @@ def test_requantized_weights_are_what_transformers_makes_of_the_merged_ones(
     merge(base, adapter, tmp_path / "plain", quantized="dequantized")
     wanted = stored(quantized(tmp_path / "plain", tmp_path / "wanted", kind))
     for elements in (2**17, 1):
-        monkeypatch.setattr(rows, "_ELEMENTS", elements)
+        monkeypatch.setattr(fold_blocks, "_ELEMENTS", elements)
         out = tmp_path / f"merged {elements}"
         report = merge(base, adapter, out, quantized="requantized", allow=["lost-delta"])
         found = stored(out)
@@ -350,9 +354,9 @@ def test_one_part_written_wrong_is_found(
 ) -> None:
     if kind == "int8" and what == "state":
         pytest.skip("8 bits have none")
-    real = rows.Fold.packed
+    real = fold_blocks.Fold.packed
 
-    def mutated(fold: rows.Fold) -> Any:
+    def mutated(fold: fold_blocks.Fold) -> Any:
         again = real(fold)
         if "1.mlp.up_proj" not in again.name:
             return again
@@ -368,7 +372,7 @@ def test_one_part_written_wrong_is_found(
             value[part] = value[part].roll(1, 0) if value[part].unique().numel() > 1 else value[part] * 0
         return dataclasses.replace(again, parts=value)
 
-    monkeypatch.setattr(rows.Fold, "packed", mutated)
+    monkeypatch.setattr(fold_blocks.Fold, "packed", mutated)
     found = refused(base, adapter, tmp_path / "merged", quantized="requantized", allow=["lost-delta"])
     assert found.startswith("VerificationError")
 
@@ -432,7 +436,7 @@ def test_a_quantised_weight_that_is_damaged_is_refused_by_name(
 def test_rows_of_any_width_are_read_as_the_whole_weight_is(
     shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "_ELEMENTS", 1)
+    monkeypatch.setattr(fold_blocks, "_ELEMENTS", 1)
     from bitsandbytes.functional import dequantize_blockwise, quantize_4bit
 
     weight = torch.randn(shape)
@@ -445,7 +449,7 @@ def test_rows_of_any_width_are_read_as_the_whole_weight_is(
     levels = state.code[torch.where(flat % 2 == 0, two >> 4, two & 15).long()]
     scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
     whole = (levels * scales[flat // 64]).view(shape)
-    assert torch.equal(torch.cat([packed[part] for part in rows.blocks(*shape, multiple=packed.step)]), whole)
-    assert torch.equal(decode.decoded(packed, torch.arange(shape[0])), whole)
-    again = packed.pack(weight[part] for part in rows.blocks(*shape, multiple=packed.step))
+    assert torch.equal(torch.cat([packed[part] for part in fold_blocks.blocks(*shape, multiple=packed.step)]), whole)
+    assert torch.equal(bnb_decode.decoded(packed, torch.arange(shape[0])), whole)
+    again = packed.pack(weight[part] for part in fold_blocks.blocks(*shape, multiple=packed.step))
     assert torch.equal(again[slice(0, shape[0])], whole)

@@ -28,10 +28,13 @@ from torch import Tensor
 
 import lora_kit as lk
 from lora_kit.errors import BaseModelError, ConfigError, MergeError, StorageError, VerificationError
-from lora_kit.merge import companions, journal, merge, rows, run, sink, stream
-from lora_kit.merge.plan import Entry, Plan
-from lora_kit.merge.shards import INDEX, WEIGHTS
-from lora_kit.models import load_base
+from lora_kit.merging import merge as run
+from lora_kit.merging import model_files
+from lora_kit.merging.checkpoint.shards import INDEX, WEIGHTS
+from lora_kit.merging.merge import merge
+from lora_kit.merging.planned_tensors import Entry, Plan
+from lora_kit.merging.writing import fold_blocks, hashing_file, journal, writer
+from lora_kit.models.loading import load_base
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -40,8 +43,8 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny weights are one block of rows; with blocks as small as they get they are several, as large ones are."""
     if request.param == "many blocks":
-        monkeypatch.setattr(rows, "_ELEMENTS", 1)
-        monkeypatch.setattr(sink, "_SLAB", 2048)  # so that its memory is used again and again
+        monkeypatch.setattr(fold_blocks, "_ELEMENTS", 1)
+        monkeypatch.setattr(hashing_file, "_SLAB", 2048)  # so that its memory is used again and again
 
 
 @pytest.fixture
@@ -227,7 +230,7 @@ def test_a_base_of_pickled_tensors_is_read_and_written_as_safetensors(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, dtype: str | None
 ) -> None:
     merge(base, adapter, tmp_path / "wanted", dtype=dtype)
-    monkeypatch.setattr(stream, "_PART", 100)
+    monkeypatch.setattr(writer, "_PART", 100)
     tensors = stored(base)
     if form == "transposed":
         tensors = {name: tensor.mT.contiguous().mT if tensor.ndim == 2 else tensor for name, tensor in tensors.items()}
@@ -529,7 +532,7 @@ def test_a_file_that_changes_after_it_was_written_is_found_by_its_digest(
 def test_an_alias_that_the_config_still_ties_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = test_merge.base_folder(tmp_path / "base", tiny.llama(tie=True))
     adapter = test_merge.adapter_folder(base, tmp_path / "sql", target_modules=["embed_tokens"])
-    monkeypatch.setattr(companions, "config_changes", lambda *given, **named: {})
+    monkeypatch.setattr(model_files, "config_changes", lambda *given, **named: {})
     assert "ties" in refused(base, adapter, tmp_path / "merged", allow=["untie"])
 
 
@@ -608,7 +611,7 @@ def test_a_merge_killed_at_any_call_leaves_nothing_or_all_and_the_next_one_finis
     whole = test_merge.contents(place / "x")
     shutil.rmtree(place / "x")
     seen = set()
-    take = sink.Sink._take
+    take = hashing_file.Sink._take
 
     def halved(file: Any, piece: memoryview) -> None:
         """One tensor in two goes, with a call to die at between them."""
@@ -621,7 +624,7 @@ def test_a_merge_killed_at_any_call_leaves_nothing_or_all_and_the_next_one_finis
 
         def work(number: int = number) -> None:
             test_crash.at_call(number, test_crash.die, below=place)
-            pytest.MonkeyPatch().setattr(sink.Sink, "_take", halved)
+            pytest.MonkeyPatch().setattr(hashing_file.Sink, "_take", halved)
             merge(base, adapter, place / "x")
 
         ending = test_crash.in_child(work)
@@ -677,13 +680,13 @@ def test_a_merge_that_was_killed_is_taken_up_where_it_was_whole(
         place.rename(tmp_path / "elsewhere")
         place.symlink_to(tmp_path / "elsewhere")
     written: list[str] = []
-    real = stream._write_file
+    real = writer._write_file
 
-    def counted(file: sink.Sink, *given: Any, **named: Any) -> Any:
+    def counted(file: hashing_file.Sink, *given: Any, **named: Any) -> Any:
         written.append(Path(str(file._file.name)).name)
         return real(file, *given, **named)
 
-    monkeypatch.setattr(stream, "_write_file", counted)
+    monkeypatch.setattr(writer, "_write_file", counted)
     report = merge(sharded, adapter, out)
     again = {"nothing": files[2:], "a byte of a file": [files[0], *files[2:]]}.get(since, files)
     assert written == again
@@ -715,12 +718,12 @@ def test_memory_is_filled_again_only_once_it_was_written(tmp_path: Path) -> None
     with ThreadPoolExecutor(max_workers=1) as pool:
         for name in ("one", "two"):
             with Slow(tmp_path / name, "wb") as file:
-                made = sink.Sink(file, pool, slabs)
-                for number in range(2 * sink._AHEAD):
-                    made.room(sink._SLAB, torch.uint8).fill_(number)
+                made = hashing_file.Sink(file, pool, slabs)
+                for number in range(2 * hashing_file._AHEAD):
+                    made.room(hashing_file._SLAB, torch.uint8).fill_(number)
                 facts = made.finish()
-            wanted = b"".join(bytes([number]) * sink._SLAB for number in range(2 * sink._AHEAD))
+            wanted = b"".join(bytes([number]) * hashing_file._SLAB for number in range(2 * hashing_file._AHEAD))
             assert (tmp_path / name).read_bytes() == wanted
             assert facts == {"size": len(wanted), "sha256": hashlib.sha256(wanted).hexdigest()}
             # Nothing is there twice, and no more was made than may wait, be written and be filled at one time.
-            assert len({slab.data_ptr() for slab in slabs}) == len(slabs) <= sink._AHEAD + 2
+            assert len({slab.data_ptr() for slab in slabs}) == len(slabs) <= hashing_file._AHEAD + 2

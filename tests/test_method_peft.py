@@ -18,22 +18,27 @@ from test_resume import SignalAt, die_at, killed, long_recipe, results, unbroken
 from test_tasks import both
 from test_train import LABELLED, PAIRS, At, base_of, recipe_of, same_state, state
 
-from lora_kit.adapter import Adapter
-from lora_kit.bank import attach
-from lora_kit.cli import main
-from lora_kit.data import Collator, encode, read_rows
+from lora_kit.adapter.adapter import Adapter
+from lora_kit.adapter.inspect import inspect
+from lora_kit.adapter.store import list_adapters
+from lora_kit.bank.bank import attach
+from lora_kit.cli.main import main
+from lora_kit.data.batches import Collator
+from lora_kit.data.encode import encode
+from lora_kit.data.rows import read_rows
 from lora_kit.errors import ConfigError, LoraKitError, RecipeError, StorageError
-from lora_kit.evaluate import measure
-from lora_kit.generate import Sampling
-from lora_kit.generate.decoding import write
-from lora_kit.generate.prompts import Asked
-from lora_kit.inspect import inspect, list_adapters
-from lora_kit.merge import merge
-from lora_kit.train import TrainReport, load_recipe, plan, train
-from lora_kit.train.methods import trainable
-from lora_kit.train.peft_section import REFUSED_TYPES
-from lora_kit.train.prepare import prepared, read
-from lora_kit.train.sweep.space import check_values, space_of
+from lora_kit.evaluation.measure import measure
+from lora_kit.generation.decoding import Sampling, write
+from lora_kit.generation.prompts import Asked
+from lora_kit.merging.merge import merge
+from lora_kit.sweeps.space import check_values, space_of
+from lora_kit.training.job.job import prepared, read
+from lora_kit.training.job.methods import trainable
+from lora_kit.training.plan.plan import plan
+from lora_kit.training.recipe.load import load_recipe
+from lora_kit.training.recipe.peft_config import REFUSED_TYPES
+from lora_kit.training.results import TrainReport
+from lora_kit.training.train import train
 
 LEAST: dict[str, Any] = {"base": "kit-base", "data": "train.jsonl", "out": "adapters/x", "method": "peft"}
 PROMPT: dict[str, Any] = {"num_virtual_tokens": 4}
@@ -449,7 +454,7 @@ def test_the_loss_is_taken_in_chunks_where_the_head_gets_the_positions_of_the_te
     for kind, changes in (("LOHA", {}), ("PREFIX_TUNING", {}), ("PROMPT_TUNING", {}),
                           ("IA3", {"target_modules": ["lm_head"], "feedforward_modules": []})):  # fmt: skip
         caplog.clear()
-        with caplog.at_level("INFO", logger="lora_kit.train.trainer"):
+        with caplog.at_level("INFO", logger="lora_kit.training.loop.trainer"):
             trained(tmp_path, kind, peft=changes, out=str(tmp_path / kind), steps=1)
         told[kind] = "in chunks" in caplog.text
     assert told == {"LOHA": True, "PREFIX_TUNING": True, "PROMPT_TUNING": False, "IA3": False}

@@ -14,7 +14,9 @@ import tiny
 import torch
 
 from lora_kit.errors import BaseModelError, ConfigError
-from lora_kit.models import head_modules, load_base, prompt_ids, render_prompt, special_tokens
+from lora_kit.models.heads import head_modules
+from lora_kit.models.loading import load_base
+from lora_kit.models.prompt_tokens import prompt_ids, render_prompt, special_tokens
 
 
 @pytest.fixture(scope="module")

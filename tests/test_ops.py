@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_kit.ops import lora_add, lora_add_embedding, lora_add_embedding_rows, lora_add_rows, lora_linear
+from lora_kit.ops.lora import lora_add, lora_add_embedding, lora_add_embedding_rows, lora_add_rows, lora_linear
 
 DTYPES = [torch.float32, torch.bfloat16]
 

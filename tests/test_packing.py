@@ -15,16 +15,19 @@ import transformers
 from test_resume import die_at, killed, long_recipe, results, unbroken
 from test_train import base_of, recipe_of
 
-from lora_kit.adapter import Adapter
-from lora_kit.bank import attach
-from lora_kit.config import LoraConfig
-from lora_kit.data import IGNORED, Collator, Encoded, Packed, encode, pack, read_rows, why_not_packed
+from lora_kit.adapter.adapter import Adapter
+from lora_kit.bank.bank import attach
+from lora_kit.config.lora_config import LoraConfig
+from lora_kit.data.batches import IGNORED, Collator, Encoded
+from lora_kit.data.encode import encode
+from lora_kit.data.packing import Packed, pack, why_not_packed
+from lora_kit.data.rows import read_rows
 from lora_kit.errors import RecipeError
-from lora_kit.loss import head_of
-from lora_kit.models import load_base
-from lora_kit.train import train
-from lora_kit.train.parts import split
-from lora_kit.train.prepare import digest_of_samples
+from lora_kit.evaluation.loss import head_of
+from lora_kit.models.loading import load_base
+from lora_kit.training.job.job import digest_of_samples
+from lora_kit.training.loop.length_buckets import split
+from lora_kit.training.train import train
 
 pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 

@@ -13,8 +13,8 @@ import transformers
 from torch import nn
 
 import lora_kit as lk
+from lora_kit.adapter.inspect import inspect
 from lora_kit.errors import AdapterError, ConfigError, TargetError
-from lora_kit.inspect import inspect
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"r": 4, "lora_alpha": 8}),

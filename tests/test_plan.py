@@ -12,9 +12,11 @@ from test_memory import narrow
 from test_resume import die_at, killed, long_recipe, run_of
 from test_train import LABELLED, PAIRS, base_of, recipe_of, same_state, state
 
-from lora_kit.cli import main
+from lora_kit.cli.main import main
 from lora_kit.errors import RecipeError, StorageError
-from lora_kit.train import Plan, plan, train
+from lora_kit.training.plan.plan import plan
+from lora_kit.training.results import Plan
+from lora_kit.training.train import train
 
 pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 

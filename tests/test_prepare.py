@@ -13,12 +13,15 @@ import texts
 import tiny
 
 import lora_kit as lk
-from lora_kit.data import Preparation, Rows, encode, prepare, read_rows, spans
-from lora_kit.data.examine import histogram, input_of, leaks
-from lora_kit.data.samples import joined
-from lora_kit.data.split import split
+from lora_kit.data.batches import joined
+from lora_kit.data.encode import encode
+from lora_kit.data.preparation.examine import histogram, input_of, leaks
+from lora_kit.data.preparation.prepare import Preparation, prepare
+from lora_kit.data.preparation.split import split
+from lora_kit.data.preview import spans
+from lora_kit.data.rows import Rows, read_rows
 from lora_kit.errors import DataError, LoraKitError, StorageError
-from lora_kit.train import load_recipe
+from lora_kit.training.recipe.load import load_recipe
 
 PAIRS = [{"prompt": f"ask {n}", "completion": f"say {n}"} for n in range(20)]
 

@@ -22,10 +22,10 @@ from test_train import PAIRS
 from torch import Tensor, nn
 
 import lora_kit as lk
-from lora_kit.cli import main
+from lora_kit.cli.main import main
 from lora_kit.errors import BankError, BaseModelError, ConfigError, MergeError, TargetError
-from lora_kit.generate import generate
-from lora_kit.models import load_base
+from lora_kit.generation.generate import generate
+from lora_kit.models.loading import load_base
 
 KINDS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},

@@ -26,12 +26,14 @@ from test_train import PAIRS
 
 import lora_kit as lk
 from benchmarks.harness import filled, table
-from lora_kit.evaluate import evaluate
-from lora_kit.generate import generate
-from lora_kit.layers import is_quantised
-from lora_kit.merge import merge
-from lora_kit.models import QUANTIZATIONS, Base, load_base
-from lora_kit.train import TrainReport, train
+from lora_kit.evaluation.evaluate import evaluate
+from lora_kit.generation.generate import generate
+from lora_kit.layers.introspect import is_quantised
+from lora_kit.merging.merge import merge
+from lora_kit.models.loading import Base, load_base
+from lora_kit.models.quantization import QUANTIZATIONS
+from lora_kit.training.results import TrainReport
+from lora_kit.training.train import train
 
 PAGE = Path(__file__).parents[1] / "docs" / "quantized.md"
 COLUMNS = (
@@ -60,8 +62,8 @@ class Row:
 def seen(kind: str) -> Row:
     """Everything that is asked of a kind, on one tiny Llama in bf16."""
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lora_kit.train.artifacts.loss_curve", lambda *_, **__: None)
-        patch.setattr("lora_kit.train.samples.COUNT", 0)
+        patch.setattr("lora_kit.training.report.artifacts.loss_curve", lambda *_, **__: None)
+        patch.setattr("lora_kit.training.report.samples.COUNT", 0)
         folder = Path(name)
         original = base_folder(folder / "original", llama())
         recipe = _recipe(folder, original, kind)

@@ -10,15 +10,17 @@ import torch
 from test_resume import die_at, killed, long_recipe, results, unbroken
 from test_train import LABELLED, base_of, recipe_of
 
-from lora_kit.adapter import Adapter
-from lora_kit.bank import attach
-from lora_kit.cli import main
-from lora_kit.config import LoraConfig
+from lora_kit.adapter.adapter import Adapter
+from lora_kit.bank.bank import attach
+from lora_kit.cli.main import main
+from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import RecipeError
-from lora_kit.models import Base
-from lora_kit.train import load_recipe, plan, train
-from lora_kit.train.optimizer import Rates
-from lora_kit.train.trainer import Trainer
+from lora_kit.models.loading import Base
+from lora_kit.training.loop.learning_rates import Rates
+from lora_kit.training.loop.trainer import Trainer
+from lora_kit.training.plan.plan import plan
+from lora_kit.training.recipe.load import load_recipe
+from lora_kit.training.train import train
 
 pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 HEAD = {"classifier.weight", "classifier.bias"}

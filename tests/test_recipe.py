@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from lora_kit.config import LoraConfig
+from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import RecipeError
-from lora_kit.train import DataSpec, Recipe, load_recipe
+from lora_kit.training.recipe.load import load_recipe
+from lora_kit.training.recipe.recipe import DataSpec, Recipe
 
 LEAST: dict[str, Any] = {"base": "kit-base", "data": "train.jsonl", "out": "adapters/x"}
 

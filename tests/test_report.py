@@ -21,19 +21,21 @@ import torch
 from test_memory import narrow
 from test_train import LABELLED, PAIRS, At, base_of, recipe_of, weights_of
 
-from lora_kit.adapter import Adapter
+from lora_kit.adapter.adapter import Adapter
 from lora_kit.errors import RecipeError
-from lora_kit.generate import Sampling, generate
-from lora_kit.train import TrainReport, train
-from lora_kit.train.charts import Curve, Mark, chart, thinned, ticks
-from lora_kit.train.samples import LENGTH
+from lora_kit.generation.decoding import Sampling
+from lora_kit.generation.generate import generate
+from lora_kit.training.report.plots import Curve, Mark, chart, thinned, ticks
+from lora_kit.training.report.samples import LENGTH
+from lora_kit.training.results import TrainReport
+from lora_kit.training.train import train
 
 NASTY = "<script>alert('x')</script> & \"quotes\" \x1b[31m \u202e"
 
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_kit.train.artifacts.loss_curve", lambda *_, **__: None)
+    monkeypatch.setattr("lora_kit.training.report.artifacts.loss_curve", lambda *_, **__: None)
 
 
 class Reader(HTMLParser):
@@ -161,7 +163,7 @@ def test_a_model_that_cannot_answer_is_trained_all_the_same(
     def fails(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("lora_kit.train.samples.write", fails)
+    monkeypatch.setattr("lora_kit.training.report.samples.write", fails)
     report = train(recipe_of(tmp_path), base=base_of())
     assert "Before and after" not in page_of(report)
     assert "no samples in the report: OutOfMemoryError: CUDA out of memory" in caplog.text
@@ -172,7 +174,7 @@ def test_the_report_changes_neither_the_bytes_nor_the_digest(tmp_path: Path, mon
     first = train({**recipe, "out": str(tmp_path / "first")}, base=base_of("gpt2"))
     (first.out / "report.html").unlink()
     # Neither is it part of the adapter: with no sample drawn the same bytes come out.
-    monkeypatch.setattr("lora_kit.train.samples.COUNT", 0)
+    monkeypatch.setattr("lora_kit.training.report.samples.COUNT", 0)
     second = train({**recipe, "out": str(tmp_path / "second")}, base=base_of("gpt2"))
     assert weights_of(first) == weights_of(second)
     assert first.digest == second.digest == Adapter.load(second.out).digest
@@ -247,7 +249,7 @@ def test_without_a_terminal_there_is_a_line_now_and_then(
         assert re.search(r"loss 4\.\d+, .*tokens/s, \d+\.\d\d GB, 0:00:0\d left$", said[0])
         assert sum("eval_loss" in message for message in said) == 2
         caplog.clear()
-        monkeypatch.setattr("lora_kit.train.progress.LEAST_SECONDS", 0)
+        monkeypatch.setattr("lora_kit.training.loop.progress.LEAST_SECONDS", 0)
         train(recipe_of(tmp_path, steps=6, train=section, out=str(tmp_path / "b")), base=base_of())
         assert sum(bool(re.match(r"step \d+ of 6: loss", message)) for message in caplog.messages) == 6
 

@@ -19,12 +19,13 @@ from safetensors.torch import load_file
 from test_crash import at_call, die, in_child
 from test_train import LABELLED, PAIRS, At, base_of, recipe_of
 
-from lora_kit.adapter import Adapter
-from lora_kit.cli import main
+from lora_kit.adapter.adapter import Adapter
+from lora_kit.cli.main import main
 from lora_kit.errors import RecipeError, StorageError, VerificationError
-from lora_kit.models import Base
-from lora_kit.train import checkpoints, train
-from lora_kit.train.checkpoints import RunFolder
+from lora_kit.models.loading import Base
+from lora_kit.training.loop import checkpoints
+from lora_kit.training.loop.checkpoints import RunFolder
+from lora_kit.training.train import train
 
 TIMINGS = {"seconds", "tokens_per_second", "peak_bytes"}
 DROPOUT = {"lora_dropout": 0.2}
@@ -232,7 +233,7 @@ def test_a_command_stopped_by_a_signal_exits_with_its_code_and_the_same_command_
     recipe = recipe_of(tmp_path, base="kit-base", lora=DROPOUT, steps=4)
     expected = unbroken(recipe, lambda: None)  # type: ignore[arg-type, return-value]
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    from lora_kit.train.trainer import Trainer
+    from lora_kit.training.loop.trainer import Trainer
 
     work = Trainer.training_step
 
@@ -513,7 +514,7 @@ def test_a_transformers_without_a_method_that_is_needed_is_refused_at_once(
 def test_a_transformers_that_goes_on_in_another_way_is_found_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    from lora_kit.train.resume import ResumableTrainer
+    from lora_kit.training.loop.resumable import ResumableTrainer
 
     recipe = long_recipe(tmp_path)
     killed(recipe, die_at(5))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lora_kit as lk
 from lora_kit.errors import BankError, TargetError
-from lora_kit.layers import LoraLinear
+from lora_kit.layers.linear import LoraLinear
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "a": {"r": 4},

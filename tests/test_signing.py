@@ -13,9 +13,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from folders import adapter, contents
 
 import lora_kit as lk
-from lora_kit.cli import main
+from lora_kit.adapter.signing import SIGNATURE, sign, verify
+from lora_kit.cli.main import main
 from lora_kit.errors import AdapterError, ConfigError, StorageError, VerificationError
-from lora_kit.signing import SIGNATURE, sign, verify
 
 Capture = pytest.CaptureFixture[str]
 

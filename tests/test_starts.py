@@ -20,8 +20,9 @@ import lora_kit as lk
 from benchmarks.harness import filled
 from benchmarks.starts import starts as benchmark
 from lora_kit.errors import AdapterError, BankError, ConfigError, LoraKitError, TargetError
-from lora_kit.layers.starts import start
-from lora_kit.train import load_recipe, train
+from lora_kit.layers.initialization import start
+from lora_kit.training.recipe.load import load_recipe
+from lora_kit.training.train import train
 
 INITS = ("pissa", "pissa_niter_8", "olora")
 every_init = pytest.mark.parametrize("init", INITS)
@@ -118,8 +119,8 @@ def test_a_few_iterations_find_what_the_whole_decomposition_does() -> None:
 
 
 def test_long_work_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr("lora_kit.layers.starts._TOLD_EVERY", -1.0)
-    with caplog.at_level("INFO", logger="lora_kit.layers.starts"):
+    monkeypatch.setattr("lora_kit.layers.initialization._TOLD_EVERY", -1.0)
+    with caplog.at_level("INFO", logger="lora_kit.layers.initialization"):
         lk.attach(tiny.llama(), SHARED)
     assert caplog.messages[-1].startswith("pissa: 14 of 14 layers have a start; pissa_niter_16")
 

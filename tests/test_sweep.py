@@ -22,20 +22,21 @@ from test_crash import die, in_child
 from test_train import LABELLED, PAIRS, base_of, recipe_of
 from transformers import TrainerCallback
 
-from lora_kit.adapter import Adapter
-from lora_kit.cli import main
+from lora_kit.adapter.adapter import Adapter
+from lora_kit.cli.main import main
 from lora_kit.errors import ConfigError, DataError, RecipeError, StorageError, VerificationError
-from lora_kit.models import Base
-from lora_kit.train import train
+from lora_kit.models.loading import Base
+from lora_kit.training.train import train
 
 pytest.importorskip("optuna", reason="optuna is not installed (pip install 'lora-kit[sweep]')")
 
-from lora_kit.train.sweep import processes, sweep
-from lora_kit.train.sweep import worker as working
-from lora_kit.train.sweep.plan import Plan
-from lora_kit.train.sweep.report import SweepReport, TrialReport, picture
-from lora_kit.train.sweep.space import Choices, Range, space_of
-from lora_kit.train.sweep.study import Study, proposed
+from lora_kit.sweeps import processes
+from lora_kit.sweeps import worker as working
+from lora_kit.sweeps.space import Choices, Range, space_of
+from lora_kit.sweeps.study import Study, proposed
+from lora_kit.sweeps.sweep import sweep
+from lora_kit.sweeps.sweep_plan import Plan
+from lora_kit.sweeps.sweep_report import SweepReport, TrialReport, picture
 
 RATES = "train.learning_rate=1e-3..1e-1:log"
 RANKS = "lora.r=2,4,8"
@@ -43,7 +44,7 @@ RANKS = "lora.r=2,4,8"
 
 @pytest.fixture(autouse=True)
 def _nothing_beside_the_trials(monkeypatch: pytest.MonkeyPatch, no_pictures_and_no_samples: None) -> Iterator[None]:
-    monkeypatch.setattr("lora_kit.train.sweep.report.picture", lambda *_: None)
+    monkeypatch.setattr("lora_kit.sweeps.sweep_report.picture", lambda *_: None)
     monkeypatch.setattr(working._Reports, "on_step_end", TrainerCallback.on_step_end, raising=False)
     monkeypatch.setattr(working, "train", train)
     gc.freeze()  # every training looks for garbage
@@ -311,7 +312,7 @@ def test_the_base_is_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         loaded.append(name)
         return base_of()
 
-    monkeypatch.setattr("lora_kit.train.bases.load_base", load)
+    monkeypatch.setattr("lora_kit.training.job.base_model.load_base", load)
     report = sweep(swept(tmp_path), [RANKS], trials=2)
     assert loaded == ["tiny"]
     assert len(report.trials) == 2
@@ -436,7 +437,7 @@ def test_a_journal_that_ends_within_a_line_is_gone_on_with(tmp_path: Path, caplo
 def test_an_interrupt_of_the_command_exits_with_130_and_the_same_command_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lora_kit.train.bases.load_base", lambda *_, **__: base_of())
+    monkeypatch.setattr("lora_kit.training.job.base_model.load_base", lambda *_, **__: base_of())
     (tmp_path / "recipe.yaml").write_text(json.dumps(swept(tmp_path)))
     command = ["sweep", str(tmp_path / "recipe.yaml"), "--over", RANKS, "--over", RATES, "--trials", "3"]
     at_step(1, 2, lambda: os.kill(os.getpid(), signal.SIGINT))

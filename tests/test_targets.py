@@ -15,7 +15,7 @@ from torch import nn
 
 import lora_kit as lk
 from lora_kit.errors import ConfigError, TargetError
-from lora_kit.targets import find, suffixes
+from lora_kit.targets.coverage import find, suffixes
 
 # transformers 5 calls ViT's projections as everybody else does.
 RENAMED = {"ViTForImageClassification": {"query": "q_proj", "value": "v_proj"}}

@@ -16,16 +16,21 @@ from test_resume import die_at, killed, long_recipe, results, unbroken
 from test_train import recipe_of
 from tokenizers import normalizers, processors
 
-from lora_kit.adapter import Adapter
-from lora_kit.bank import attach
-from lora_kit.data import IGNORED, Collator, Encoded, encode, label_names, prepare, read_rows, spans
-from lora_kit.data.samples import joined
+from lora_kit.adapter.adapter import Adapter
+from lora_kit.bank.bank import attach
+from lora_kit.data.batches import IGNORED, Collator, Encoded, joined
+from lora_kit.data.encode import encode
+from lora_kit.data.preparation.prepare import prepare
+from lora_kit.data.preview import spans
+from lora_kit.data.rows import label_names, read_rows
 from lora_kit.errors import BaseModelError, DataError, RecipeError
-from lora_kit.evaluate import measure
-from lora_kit.loss import head_of
-from lora_kit.models import Base, load_base, source_ids
-from lora_kit.train import load_recipe, train
-from lora_kit.train.prepare import digest_of_samples
+from lora_kit.evaluation.loss import head_of
+from lora_kit.evaluation.measure import measure
+from lora_kit.models.loading import Base, load_base
+from lora_kit.models.prompt_tokens import source_ids
+from lora_kit.training.job.job import digest_of_samples
+from lora_kit.training.recipe.load import load_recipe
+from lora_kit.training.train import train
 
 pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 

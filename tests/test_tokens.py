@@ -17,6 +17,8 @@ from test_train import PAIRS, base_of, recipe_of
 from torch import nn
 
 import lora_kit as lk
+from lora_kit.adapter.inspect import inspect
+from lora_kit.adapter.store import list_adapters
 from lora_kit.errors import (
     AdapterError,
     BankError,
@@ -26,10 +28,9 @@ from lora_kit.errors import (
     TargetError,
     VerificationError,
 )
-from lora_kit.inspect import inspect, list_adapters
-from lora_kit.merge.tokens import Replacement
-from lora_kit.train import train
-from lora_kit.train.reading import load_recipe
+from lora_kit.merging.new_token_rows import Replacement
+from lora_kit.training.recipe.load import load_recipe
+from lora_kit.training.train import train
 
 NEW = [90, 5, 93]
 CLOSE: dict[str, float] = {"rtol": 0.0, "atol": 1e-5}
@@ -489,7 +490,7 @@ def test_a_merge_of_files_writes_the_rows_and_keeps_what_is_tied(make: Any, tmp_
 def test_a_merge_of_files_in_another_dtype_rounds_the_rows_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_kit.merge.rows._ELEMENTS", 16 * 32)  # several blocks
+    monkeypatch.setattr("lora_kit.merging.writing.fold_blocks._ELEMENTS", 16 * 32)  # several blocks
     model = tied()
     model.save_pretrained(tmp_path / "base")
     adapter = adapter_of(model)

@@ -19,9 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lora_kit
-from lora_kit.adapter import Adapter
-from lora_kit.bank import attach
-from lora_kit.data import Collator, encode, read_rows
+from lora_kit.adapter.adapter import Adapter
+from lora_kit.bank.bank import attach
+from lora_kit.data.batches import Collator
+from lora_kit.data.encode import encode
+from lora_kit.data.rows import read_rows
 from lora_kit.errors import (
     BaseModelError,
     DataError,
@@ -31,9 +33,10 @@ from lora_kit.errors import (
     TargetError,
     VerificationError,
 )
-from lora_kit.evaluate import measure
-from lora_kit.models import Base, load_base
-from lora_kit.train import TrainReport, train
+from lora_kit.evaluation.measure import measure
+from lora_kit.models.loading import Base, load_base
+from lora_kit.training.results import TrainReport
+from lora_kit.training.train import train
 
 PAIRS = [
     {"prompt": "one", "completion": "two"},
@@ -280,9 +283,9 @@ def test_training_makes_no_logits_of_a_batch(tmp_path: Path, monkeypatch: pytest
                     self.most = max(self.most, leaf.numel() // 96)
             return found
 
-    monkeypatch.setattr("lora_kit.ops.loss.LOGITS_BYTES", {"cpu": 1})
-    monkeypatch.setattr("lora_kit.ops.loss.LEAST_ROWS", 2)
-    monkeypatch.setattr("lora_kit.train.samples.COUNT", 0)  # the report's samples are written, not trained on
+    monkeypatch.setattr("lora_kit.ops.cross_entropy.LOGITS_BYTES", {"cpu": 1})
+    monkeypatch.setattr("lora_kit.ops.cross_entropy.LEAST_ROWS", 2)
+    monkeypatch.setattr("lora_kit.training.report.samples.COUNT", 0)  # the report's samples are written, not trained on
     found = []
     for name, prepare in (("without", lambda _: None), ("from", keep_logits)):
         base = base_of()
@@ -348,7 +351,7 @@ def test_an_error_within_a_step_leaves_the_head_as_it_was(tmp_path: Path, monkey
     def fails(*_: Any, **__: Any) -> None:
         raise MemoryError("no room")
 
-    monkeypatch.setattr("lora_kit.loss.chunked_cross_entropy", fails)
+    monkeypatch.setattr("lora_kit.evaluation.loss.chunked_cross_entropy", fails)
     with pytest.raises(MemoryError, match="no room"):
         train({**recipe_of(tmp_path), "data": str(tmp_path / "rows.jsonl")}, base=base)
     assert vars(base.model.lm_head) == attributes
@@ -359,7 +362,7 @@ def test_a_batch_in_parts_gives_the_same_losses(tmp_path: Path, monkeypatch: pyt
     rows, task = (LABELLED, {"task": "classify"}) if kind == "bert" else (PAIRS, {})
     found = []
     for cost in (0, 10**6):
-        monkeypatch.setattr("lora_kit.train.parts.PART_TOKENS", {"cpu": cost})
+        monkeypatch.setattr("lora_kit.training.loop.length_buckets.PART_TOKENS", {"cpu": cost})
         base = base_of(kind, **({"labels": 2} if kind == "bert" else {}))
         for module in base.model.modules():
             if isinstance(module, torch.nn.Dropout):
@@ -437,7 +440,7 @@ def test_kit_base_learns_from_a_recipe_file(tmp_path: Path) -> None:
         f"base: kit-base\ndata: {{train: {tmp_path}/rows.jsonl, validation: {tmp_path}/rows.jsonl}}\n"
         f"out: {tmp_path}/out\ntrain: {{max_steps: 8, learning_rate: 5e-3}}\n"
     )
-    report = lora_kit.train(tmp_path / "recipe.yaml", overrides={"lora.r": "4"})
+    report = lora_kit.training(tmp_path / "recipe.yaml", overrides={"lora.r": "4"})
     assert report.after is not None
     assert report.before is not None
     assert report.after.loss < report.before.loss

@@ -26,16 +26,20 @@ from test_train import LABELLED, At, base_of, recipe_of, same_state, state
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_kit.adapter import Adapter
-from lora_kit.bank import attach
-from lora_kit.config import LoraConfig
-from lora_kit.data import IGNORED, ChatTemplate, Collator, Encoded, encode, read_rows
+from lora_kit.adapter.adapter import Adapter
+from lora_kit.bank.bank import attach
+from lora_kit.config.lora_config import LoraConfig
+from lora_kit.data.batches import IGNORED, Collator, Encoded
+from lora_kit.data.chat import ChatTemplate
+from lora_kit.data.encode import encode
+from lora_kit.data.rows import read_rows
 from lora_kit.errors import AdapterError, BaseModelError, DataError, LoraKitError, TargetError, VerificationError
-from lora_kit.evaluate import measure
-from lora_kit.generate import template_of
-from lora_kit.models import load_base, prompt_ids
-from lora_kit.ops import lora_add, lora_linear
-from lora_kit.train import train
+from lora_kit.evaluation.measure import measure
+from lora_kit.generation.prompts import template_of
+from lora_kit.models.loading import load_base
+from lora_kit.models.prompt_tokens import prompt_ids
+from lora_kit.ops.lora import lora_add, lora_linear
+from lora_kit.training.train import train
 
 pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 
@@ -314,7 +318,7 @@ def past_a_wrapper(folder: Path) -> None:
         told: list[str] = []
         handler = logging.Handler()
         handler.emit = lambda record, told=told: told.append(record.getMessage())  # type: ignore[method-assign]
-        logger = logging.getLogger("lora_kit.train.reached")
+        logger = logging.getLogger("lora_kit.training.loop.unused_parameters")
         logger.addHandler(handler)
         try:
             train(recipe_of(folder, train={"save_strategy": "no"}), base=base, replace=True)
@@ -362,26 +366,26 @@ TRAPS = (
         accumulation,
         (
             Mistake(
-                "train.trainer:Trainer._loss",
+                "training.loop.trainer:Trainer._loss",
                 "/ num_items_in_batch",
                 "/ (labels != -100).sum() / self.args.gradient_accumulation_steps",
             ),
-            Mistake("train.trainer:Trainer._forward_and_backward", "in split(batch)", "in split(batch)[:1]"),
-            Mistake("train.parts:split", "read=int(longest[0])", "read=int(longest[-1])"),
+            Mistake("training.loop.trainer:Trainer._forward_and_backward", "in split(batch)", "in split(batch)[:1]"),
+            Mistake("training.loop.length_buckets:split", "read=int(longest[0])", "read=int(longest[-1])"),
         ),
     ),
     Trap(
         padding,
         (
-            Mistake("data.samples:Collator.__call__", "for row in ids], batch_first=True", "for row in ids], True, 1"),
-            Mistake("data.samples:Collator.__call__", "padding_value=IGNORED", "padding_value=self.pad_token_id"),
+            Mistake("data.batches:Collator.__call__", "for row in ids], batch_first=True", "for row in ids], True, 1"),
+            Mistake("data.batches:Collator.__call__", "padding_value=IGNORED", "padding_value=self.pad_token_id"),
         ),
     ),
     Trap(
         packing,
         (
             Mistake("data.packing:Packed.__getitem__", "torch.arange(len(part[", "torch.ones(len(part["),
-            Mistake("train.parts:_trimmed", '{"attention_mask"} if', "set() if"),
+            Mistake("training.loop.length_buckets:_trimmed", '{"attention_mask"} if', "set() if"),
         ),
         (AssertionError, RuntimeError),
     ),
@@ -390,7 +394,7 @@ TRAPS = (
         (
             Mistake("data.encode:_ended", "[*ids, eos]", "ids"),
             Mistake(
-                "data.samples:Collator.__call__",
+                "data.batches:Collator.__call__",
                 "padding_value=IGNORED)",
                 "padding_value=IGNORED).masked_fill(pad_sequence(ids, True) == self.pad_token_id, IGNORED)",
             ),
@@ -402,8 +406,8 @@ TRAPS = (
     Trap(
         beginning_once,
         (
-            Mistake("models:without_special", "ids[len(prefix) :] if", "ids if"),
-            Mistake("models:text_ids", "add_special_tokens=False", "add_special_tokens=True"),
+            Mistake("models.prompt_tokens:without_special", "ids[len(prefix) :] if", "ids if"),
+            Mistake("models.prompt_tokens:text_ids", "add_special_tokens=False", "add_special_tokens=True"),
         ),
     ),
     Trap(
@@ -427,27 +431,35 @@ TRAPS = (
     ),
     Trap(
         template_is_kept,
-        (Mistake("train.prepare:_resolved", "chat_template=text", "chat_template=None"),),
+        (Mistake("training.job.job:_resolved", "chat_template=text", "chat_template=None"),),
     ),
     Trap(
         going_on,
         (
             Mistake(
-                "train.resume:ResumableTrainer._begin_epoch", 'self._went_on_from["epoch_random"]', "random_states()"
+                "training.loop.resumable:ResumableTrainer._begin_epoch",
+                'self._went_on_from["epoch_random"]',
+                "random_states()",
             ),
-            Mistake("train.resume:ResumableTrainer._load_rng_state", 'self._went_on_from["random"]', "random_states()"),
-            Mistake("train.resume:ResumableTrainer._load_weights", "tensor.copy_(kept[name])", "pass"),
             Mistake(
-                "train.resume:ResumableTrainer._fill",
+                "training.loop.resumable:ResumableTrainer._load_rng_state",
+                'self._went_on_from["random"]',
+                "random_states()",
+            ),
+            Mistake("training.loop.resumable:ResumableTrainer._load_weights", "tensor.copy_(kept[name])", "pass"),
+            Mistake(
+                "training.loop.resumable:ResumableTrainer._fill",
                 "self.optimizer.state_dict()",
                 '{**self.optimizer.state_dict(), "state": {}}',
             ),
             Mistake(
-                "train.resume:ResumableTrainer._fill",
+                "training.loop.resumable:ResumableTrainer._fill",
                 "self.lr_scheduler.state_dict()",
                 '{**self.lr_scheduler.state_dict(), "last_epoch": 0}',
             ),
-            Mistake("train.resume:ResumableTrainer._fill", "self._loss_sum.cpu()", "0 * self._loss_sum.cpu()"),
+            Mistake(
+                "training.loop.resumable:ResumableTrainer._fill", "self._loss_sum.cpu()", "0 * self._loss_sum.cpu()"
+            ),
         ),
     ),
     Trap(
@@ -458,7 +470,9 @@ TRAPS = (
         only_the_adapter,
         (
             Mistake(
-                "layers.saved:SavedModule.neutral", "repeat(slots, *[1] * tensor.ndim)", "expand(slots, *tensor.shape)"
+                "layers.saved_module:SavedModule.neutral",
+                "repeat(slots, *[1] * tensor.ndim)",
+                "expand(slots, *tensor.shape)",
             ),
         ),
     ),
@@ -480,15 +494,15 @@ TRAPS = (
     ),
     Trap(
         attention_reads_past,
-        (Mistake("selection:attention_internals", "isinstance(module, nn.MultiheadAttention)", "False"),),
+        (Mistake("targets.match:attention_internals", "isinstance(module, nn.MultiheadAttention)", "False"),),
     ),
     Trap(
         past_a_wrapper,
-        (Mistake("train.reached:Reached.on_pre_optimizer_step", "each.grad is None", "False"),),
+        (Mistake("training.loop.unused_parameters:Reached.on_pre_optimizer_step", "each.grad is None", "False"),),
     ),
     Trap(
         not_a_number,
-        (Mistake("train.trainer:Trainer.log", "not math.isfinite(logs.get(key, 0.0))", "False"),),
+        (Mistake("training.loop.trainer:Trainer.log", "not math.isfinite(logs.get(key, 0.0))", "False"),),
         (AdapterError,),  # no adapter is made of such tensors; but that is found out only at the very end
     ),
 )

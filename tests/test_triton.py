@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lora_kit.errors import ConfigError
-from lora_kit.ops import backend, plain
+from lora_kit.ops import dispatch, torch_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU, CUDA, FP32, BF16 = torch.device("cpu"), torch.device("cuda"), torch.float32, torch.bfloat16
@@ -25,12 +25,12 @@ with_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str]:
     """What `kernels.py` found, in a process of its own: a kernel is interpreted or not from where it is defined."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", backend.VARIABLE: "triton", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", dispatch.VARIABLE: "triton", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "tests" / "kernels.py")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["kernels"] == "lora_kit.ops.triton_lora"
+    assert found["kernels"] == "lora_kit.ops.triton_kernels"
     wrong: dict[str, str] = found["wrong"]
     return wrong
 
@@ -43,14 +43,14 @@ def test_interpreted_kernels_compute_what_fp64_does(check: str, interpreted: dic
 
 @pytest.mark.parametrize("check", kernels.CHECKS)
 def test_plain_bodies_pass_the_same_checks(check: str) -> None:
-    kernels.CHECKS[check](plain, CPU)
+    kernels.CHECKS[check](torch_kernels, CPU)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("check", kernels.CHECKS)
 def test_kernels_on_cuda_compute_what_fp64_does(check: str) -> None:
-    kernels.CHECKS[check](backend.kernels(CUDA, FP32), CUDA)
+    kernels.CHECKS[check](dispatch.kernels(CUDA, FP32), CUDA)
 
 
 class Absent:
@@ -86,7 +86,7 @@ def test_kernels_compile_for_devices_that_are_not_here(
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from lora_kit.ops import triton_lora
+    from lora_kit.ops import triton_kernels
 
     compiled, run = [], JITFunction.run
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -99,9 +99,9 @@ def test_kernels_compile_for_devices_that_are_not_here(
     for n in (1, 40, 8192):
         x = torch.empty(2, n, 2048, dtype=of_x, device="meta")
         y = torch.empty(2, n, 8192, dtype=of_x, device="meta")
-        triton_lora.add_(y[0], x[0], a[0], b[0], 0.5)
-        triton_lora.add_rows_(y, x, a, b, scaling, slots)
-        triton_lora.add_rows_(y[:1], x[:1], a, b, scaling, slots[:1])
+        triton_kernels.add_(y[0], x[0], a[0], b[0], 0.5)
+        triton_kernels.add_rows_(y, x, a, b, scaling, slots)
+        triton_kernels.add_rows_(y[:1], x[:1], a, b, scaling, slots[:1])
     kinds = {kernel.metadata.name for kernel in compiled}
     assert len(kinds) == 4, kinds
     # The least that a device of these generations gives one program.
@@ -109,30 +109,30 @@ def test_kernels_compile_for_devices_that_are_not_here(
 
 
 def test_cpu_tensors_take_the_plain_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(backend.VARIABLE, raising=False)
-    assert all(backend.kernels(CPU, dtype) is plain for dtype in (FP32, BF16, torch.float64))
-    monkeypatch.setattr(backend, "_chosen", {})
-    assert backend.bodies(torch.zeros(1)) is plain
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    assert all(dispatch.kernels(CPU, dtype) is torch_kernels for dtype in (FP32, BF16, torch.float64))
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    assert dispatch.bodies(torch.zeros(1)) is torch_kernels
 
 
 @with_triton
 def test_cuda_tensors_take_triton_but_not_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_kit.ops import triton_lora
+    from lora_kit.ops import triton_kernels
 
-    monkeypatch.delenv(backend.VARIABLE, raising=False)
-    assert all(backend.kernels(CUDA, dtype) is triton_lora for dtype in (FP32, BF16, torch.float16))
-    assert backend.kernels(CUDA, torch.float64) is plain
-    monkeypatch.setenv(backend.VARIABLE, "plain")
-    assert backend.kernels(CUDA, FP32) is plain
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    assert all(dispatch.kernels(CUDA, dtype) is triton_kernels for dtype in (FP32, BF16, torch.float16))
+    assert dispatch.kernels(CUDA, torch.float64) is torch_kernels
+    monkeypatch.setenv(dispatch.VARIABLE, "plain")
+    assert dispatch.kernels(CUDA, FP32) is torch_kernels
 
 
 def test_cuda_tensors_take_the_plain_bodies_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(backend.VARIABLE, raising=False)
-    monkeypatch.setattr(backend, "find_spec", lambda name: None)
-    assert backend.kernels(CUDA, FP32) is plain
-    monkeypatch.setenv(backend.VARIABLE, "triton")
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    assert dispatch.kernels(CUDA, FP32) is torch_kernels
+    monkeypatch.setenv(dispatch.VARIABLE, "triton")
     with pytest.raises(ConfigError, match="triton is not installed"):
-        backend.kernels(CUDA, FP32)
+        dispatch.kernels(CUDA, FP32)
 
 
 @pytest.mark.parametrize(
@@ -147,14 +147,14 @@ def test_kernels_that_cannot_be_had_are_an_error(
     forced: str, device: torch.device, dtype: torch.dtype, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setenv(backend.VARIABLE, forced)
+    monkeypatch.setenv(dispatch.VARIABLE, forced)
     with pytest.raises(ConfigError, match=expected):
-        backend.kernels(device, dtype)
+        dispatch.kernels(device, dtype)
 
 
 @with_triton
 def test_fp32_is_multiplied_in_fp32_unless_torch_may_do_less() -> None:
-    from lora_kit.ops.triton_lora import _precision
+    from lora_kit.ops.triton_kernels import _precision
 
     x, before = torch.zeros(1), torch.get_float32_matmul_precision()
     assert _precision(x) == "ieee"

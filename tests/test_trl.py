@@ -14,9 +14,9 @@ import tiny
 import torch
 from datasets import Dataset
 
-from lora_kit.adapter import Adapter
-from lora_kit.bank import AdapterBank, attach
-from lora_kit.config import LoraConfig
+from lora_kit.adapter.adapter import Adapter
+from lora_kit.bank.bank import AdapterBank, attach
+from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import BankError
 
 trl = pytest.importorskip("trl", reason="TRL is not installed (pip install 'lora-kit[bench]')")

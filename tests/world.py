@@ -18,7 +18,7 @@ import lora_kit as lk
 PAIRS = [{"prompt": f"all names of table {n}", "completion": f"select name from t{n};"} for n in range(8)]
 LABELLED = [{"text": f"where is card {n}", "label": "card"} for n in range(4)]
 LABELLED += [{"text": f"send {n} pounds", "label": "money"} for n in range(4)]
-KIT = ROOT / "lora_kit" / "kit_base"
+KIT = ROOT / "lora_kit" / "models" / "kit_base"
 
 
 def build(folder: Path) -> Path:

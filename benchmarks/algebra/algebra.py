@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import lora_kit as lk
 from benchmarks.harness import Effort, Row, ratios, table
-from lora_kit.adapter import pair_keys
-from lora_kit.merge.algebra.dense import leading
+from lora_kit.adapter.peft_keys import pair_keys
+from lora_kit.algebra.dense_svd import leading
 
 Factors = tuple[Tensor, Tensor]
 """B and A of an update."""

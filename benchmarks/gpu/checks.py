@@ -17,7 +17,9 @@ import lora_kit as lk
 from benchmarks.gpu.bases import TINY, llama
 from benchmarks.gpu.graphs import captured
 from benchmarks.models import adapters, bank_of, lora
-from lora_kit.ops import backend, chunked_cross_entropy, lora_add, lora_add_rows, lora_linear
+from lora_kit.ops import dispatch
+from lora_kit.ops.cross_entropy import chunked_cross_entropy
+from lora_kit.ops.lora import lora_add, lora_add_rows, lora_linear
 
 Check = Callable[[torch.device], None]
 
@@ -57,7 +59,7 @@ def kernel_checks() -> Any:
 
 
 def check_kernels(name: str, device: torch.device) -> None:
-    kernel_checks().CHECKS[name](backend.kernels(device, torch.float32), device)
+    kernel_checks().CHECKS[name](dispatch.kernels(device, torch.float32), device)
 
 
 # The operations, forward and backward, their factors in fp32

@@ -24,7 +24,8 @@ from benchmarks.gpu.checks import agree
 from benchmarks.gpu.graphs import captured
 from benchmarks.harness import Effort, median_us, peak_bytes
 from benchmarks.models import adapters, bank_of, in_peft, lora, token_ids
-from lora_kit.ops import backend, chunked_cross_entropy, plain
+from lora_kit.ops import dispatch, torch_kernels
+from lora_kit.ops.cross_entropy import chunked_cross_entropy
 
 R: Final = 16
 OUT_OF_TIME: Final = "out of time"
@@ -145,7 +146,7 @@ class Product:
         """The product of the base layer, or of its backward."""
         return t["y"] @ t["weight"] if self.backward else t["x"] @ t["weight"].mT
 
-    def update(self, body: backend.Kernels, t: Mapping[str, Tensor]) -> None:
+    def update(self, body: dispatch.Kernels, t: Mapping[str, Tensor]) -> None:
         if self.routed:
             body.add_rows_(t["y"], t["x"], t["a"], t["b"], t["scaling"], t["slots"])
         elif self.backward:
@@ -153,7 +154,7 @@ class Product:
         else:
             body.add_(t["y"][0], t["x"][0], t["a"][0], t["b"][0], 1 / self.size_in)
 
-    def changed(self, body: backend.Kernels, t: Mapping[str, Tensor]) -> Tensor:
+    def changed(self, body: dispatch.Kernels, t: Mapping[str, Tensor]) -> Tensor:
         """What an update makes of fresh copies."""
         fresh = {**t, "x": t["x"].clone(), "y": t["y"].clone()}
         self.update(body, fresh)
@@ -185,10 +186,10 @@ def kernels(plan: Plan, deadline: Deadline) -> dict[str, Any]:
 
 def one_product(product: Product, plan: Plan, effort: Effort) -> dict[str, Any]:
     """Many calls in one CUDA graph over several sets of tensors: neither launches nor the cache are measured."""
-    chosen = backend.kernels(plan.device, torch.bfloat16)
+    chosen = dispatch.kernels(plan.device, torch.bfloat16)
     moved, operations = product.bytes_and_operations()
     sets = [product.tensors(plan.device) for _ in range(max(2, min(8, (1 << 28) // moved)))]
-    agree(product.changed(chosen, sets[0]), product.changed(plain, sets[0]), bound=NEAR)
+    agree(product.changed(chosen, sets[0]), product.changed(torch_kernels, sets[0]), bound=NEAR)
     calls = plan.calls if product.rows * product.tokens <= 512 else max(2, plan.calls // 10)
 
     def over_sets(call: Callable[[Mapping[str, Tensor]], Any]) -> Callable[[], Tensor]:
@@ -199,8 +200,8 @@ def one_product(product: Product, plan: Plan, effort: Effort) -> dict[str, Any]:
 
         return captured(run, plan.device)
 
-    cases = {"base": over_sets(product.base), "plain": over_sets(partial(product.update, plain))}
-    if chosen is not plain:
+    cases = {"base": over_sets(product.base), "plain": over_sets(partial(product.update, torch_kernels))}
+    if chosen is not torch_kernels:
         cases["triton"] = over_sets(partial(product.update, chosen))
     timings = effort.compare(cases)
     return {

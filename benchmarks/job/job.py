@@ -88,7 +88,7 @@ def tokenizer_of(vocabulary: int, words: Sequence[str]) -> Any:
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    from lora_kit.models import load_base
+    from lora_kit.models.loading import load_base
 
     if vocabulary != LARGE:
         return load_base("kit-base").tokenizer
@@ -114,9 +114,9 @@ def rows_of(words: Sequence[str], setting: Setting) -> Iterator[dict[str, str]]:
 
 def ours(setting: Setting, place: Path) -> dict[str, Any]:
     import lora_kit as lk
-    from lora_kit.models import load_base
+    from lora_kit.models.loading import load_base
 
-    importlib.import_module("lora_kit.train.trainer")  # what a training imports by itself
+    importlib.import_module("lora_kit.training.loop.trainer")  # what a training imports by itself
     base = load_base(place / "base", device="cpu")
     arguments = {**shared(setting), **({"bf16": True} if setting.dtype == "bf16" and not setting.defaults else {})}
     recipe = {

@@ -58,7 +58,7 @@ LARGE: Final = Size(2048, 20, "450MB", rounds=3)
 
 def prepare(place: Path, size: Size) -> None:
     """A base with kit-base's tokenizer, and an adapter for it."""
-    from lora_kit.models import load_base
+    from lora_kit.models.loading import load_base
 
     model = llama(width=size.width, layers=size.layers, dtype="bf16")
     model.save_pretrained(place / "base", max_shard_size=size.shard)
@@ -94,7 +94,7 @@ WAYS: Final[dict[str, Callable[[Path, Path], None]]] = dict(zip(CASES, (copied, 
 
 def once(case: str, place: Path) -> tuple[float, int]:
     """Seconds and peak bytes of one merge. Run in a process of its own."""
-    for module in ("lora_kit.merge", "transformers.models.llama.modeling_llama", "peft"):
+    for module in ("lora_kit.merging", "transformers.models.llama.modeling_llama", "peft"):
         importlib.import_module(module)
     out = place / case
     shutil.rmtree(out, ignore_errors=True)

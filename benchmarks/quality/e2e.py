@@ -288,8 +288,10 @@ class Bench:
 
     def _perplexity(self, model: Any, tokenizer: Any, split: str, *, rows: int | None = None) -> dict[str, Any]:
         """Per token of the completions, end included, given the prompts."""
-        from lora_kit.data import Collator, Rows, encode, read_rows
-        from lora_kit.evaluate import measure
+        from lora_kit.data.batches import Collator
+        from lora_kit.data.encode import encode
+        from lora_kit.data.rows import Rows, read_rows
+        from lora_kit.evaluation.measure import measure
 
         read_ = read_rows(self.files[split])
         step = max(1, len(read_) // rows) if rows else 1
@@ -345,7 +347,7 @@ class Bench:
         }
 
     def base_facts(self) -> dict[str, Any]:
-        weights = ROOT / "lora_kit" / "kit_base" / "model.safetensors"
+        weights = ROOT / "lora_kit" / "models" / "kit_base" / "model.safetensors"
         return {"name": "kit-base", "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
 
 
@@ -353,7 +355,7 @@ def write(model: Any, tokenizer: Any, prompts: Sequence[str], *, beams: int, bat
     """What a model writes after each prompt, in batches of similar length."""
     import torch
 
-    from lora_kit.models import prompt_ids, render_prompt
+    from lora_kit.models.prompt_tokens import prompt_ids, render_prompt
 
     ids = [prompt_ids(tokenizer, render_prompt(prompt)) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))

@@ -52,7 +52,7 @@ LARGE: Final = Size(1536, 10)
 
 def prepare(place: Path, size: Size) -> None:
     """A base with kit-base's tokenizer, and an adapter for it."""
-    from lora_kit.models import load_base
+    from lora_kit.models.loading import load_base
 
     model = llama(width=size.width, layers=size.layers, dtype="bf16")
     model.save_pretrained(place / "base")
@@ -85,7 +85,7 @@ def once(case: str, form: str, place: Path) -> dict[str, Any]:
     Returns:
         bytes of the loaded model, the most while it is loaded and while it trains; losses; processor seconds of a step.
     """
-    from lora_kit.models import load_base
+    from lora_kit.models.loading import load_base
 
     for module in ("transformers.models.llama.modeling_llama", "peft", "bitsandbytes"):
         importlib.import_module(module)

@@ -31,8 +31,10 @@ from torch import Tensor
 
 import lora_kit as lk
 from benchmarks.harness import environment, fill, quiet, table
-from lora_kit.data import Collator, Encoded, Rows, encode, read_rows
-from lora_kit.evaluate import measure
+from lora_kit.data.batches import Collator, Encoded
+from lora_kit.data.encode import encode
+from lora_kit.data.rows import Rows, read_rows
+from lora_kit.evaluation.measure import measure
 
 HERE: Final = Path(__file__).resolve().parent
 RESULT: Final = HERE.parent / "results" / "starts.json"

@@ -12,23 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kit.adapter import Adapter, check_allowances
-from lora_kit.bank.counting import counted
-from lora_kit.bank.folding import fold_in
-from lora_kit.bank.fresh import begin
-from lora_kit.bank.offers import Offers
-from lora_kit.bank.places import WrappedLayers
-from lora_kit.bank.reference import Reference
+from lora_kit.adapter.adapter import Adapter
+from lora_kit.adapter.folder import check_allowances
+from lora_kit.bank.adapter_cache import AdapterCache
+from lora_kit.bank.initialize import begin, plain
+from lora_kit.bank.lazy import Offers
+from lora_kit.bank.merge_in_memory import fold_in
+from lora_kit.bank.model_layers import WrappedLayers
+from lora_kit.bank.reference_model import Reference
 from lora_kit.bank.residents import Resident, Residents
-from lora_kit.bank.starting import plain
-from lora_kit.bank.values import base_of, restore, value_of
-from lora_kit.cache import AdapterCache
-from lora_kit.config import LoraConfig
+from lora_kit.bank.row_check import counted
+from lora_kit.bank.snapshot import base_of, restore, value_of
+from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import BankError, ConfigError
-from lora_kit.fit import fitted
-from lora_kit.fold import Retention
-from lora_kit.layers import BASE, Routing, is_packed, pause_packing, resume_packing
-from lora_kit.targets import Coverage, find
+from lora_kit.layers.fold import Retention
+from lora_kit.layers.introspect import is_packed, pause_packing, resume_packing
+from lora_kit.layers.routing import BASE, Routing
+from lora_kit.layers.slot_layer import SlotLayer
+from lora_kit.targets.compatibility import fitted
+from lora_kit.targets.coverage import Coverage, find
 
 
 class AdapterBank:
@@ -100,7 +102,7 @@ class AdapterBank:
         return self._resident(name).coverage
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells this base from others; see `lora_kit.fingerprint`."""
+        """What tells this base from others; see `lora_kit.targets.fingerprint`."""
         return base_of(self.model)
 
     def _resident(self, name: str) -> Resident:
@@ -389,3 +391,56 @@ class AdapterBank:
 
     def _entry(self, resident: Resident, path: str) -> Mapping[str, Tensor]:
         return self._layers.entry(path, resident.slot).tensors
+
+
+def attach(
+    model: nn.Module,
+    config: Any = None,
+    *,
+    name: str = "default",
+    slots: int | None = None,
+    max_rank: int | None = None,
+    dtype: torch.dtype | None = None,
+    cache_bytes: int = 2**30,
+) -> AdapterBank:
+    """Put a bank beside a model. Outputs stay bitwise what they were; `bank.detach()` takes everything away again.
+
+    Args:
+        model: the base; its parameters are frozen until `detach`.
+        config: a LoraConfig (or PEFT's) to start a trainable adapter with, which becomes the active one.
+        name: of that adapter.
+        slots: adapters there is room for. The room is fixed, so that compiled and captured models stay valid. None: it
+            grows when it must.
+        max_rank: the largest rank there is room for, fixed likewise; None: it grows. (Room for rows of new tokens grows
+            when it must.)
+        dtype: of the slabs. fp32 where a config is given, since trainable adapters are fp32; else the model's own.
+        cache_bytes: host memory for offered adapters that had to leave their slots, the least recently used ones first
+            to go.
+
+    Raises:
+        BankError: the model has a bank already.
+        TargetError: the config does not fit the model; the model is as it was.
+        ConfigError: the config, `slots` or `max_rank` is none.
+
+    Example:
+        bank = lk.attach(model, lk.LoraConfig(r=8, lora_alpha=16), name="sql")
+        optimizer = torch.optim.AdamW(bank.parameters("sql"), lr=1e-3)
+    """
+    if any(isinstance(module, SlotLayer) for module in model.modules()) or "_lora_kit_bank" in model.__dict__:
+        raise BankError("this model has a bank already", hint="add adapters to that one, or detach it first")
+    if config is not None:
+        dtype = dtype or torch.float32
+    dtype = dtype or _dtype_of(model)
+    bank = AdapterBank(model, slots=slots, max_rank=max_rank, dtype=dtype, cache_bytes=cache_bytes)
+    if config is not None:
+        try:
+            bank.add(name, config)
+        except BaseException:
+            bank.detach()
+            raise
+        bank.use(name)
+    return bank
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

@@ -10,14 +10,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lora_kit.adapter import Adapter
-from lora_kit.bank.places import Slots, WrappedLayers
-from lora_kit.cache import AdapterCache, Offer
-from lora_kit.config import LoraConfig
+from lora_kit.adapter.adapter import Adapter
+from lora_kit.bank.adapter_cache import AdapterCache, Offer
+from lora_kit.bank.model_layers import Slots, WrappedLayers
+from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import BankError, listed
-from lora_kit.fit import below
-from lora_kit.layers import BASE, INDICES, MAGNITUDE, ROWS, A, B
-from lora_kit.targets import Coverage
+from lora_kit.layers.initialization import MAGNITUDE, A, B
+from lora_kit.layers.routing import BASE
+from lora_kit.layers.token_embedding import INDICES, ROWS
+from lora_kit.targets.compatibility import below
+from lora_kit.targets.coverage import Coverage
 
 
 @dataclass

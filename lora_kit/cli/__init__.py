@@ -3,22 +3,29 @@
 Exit codes: 0 good, 2 what was given is wrong, 3 the machine, 4 a verification failed, 130 on SIGINT, 143 on SIGTERM.
 """
 
-from lora_kit.cli import (  # noqa: F401 - each adds its verbs
-    adapters,
-    algebra,
+from lora_kit.cli import (  # noqa: F401 - each adds its verb
+    check,
+    combine,
+    compare,
     convert,
-    data,
-    evaluate,
+    demo,
+    doctor,
+    eval,
     export,
+    extract,
     generate,
-    machine,
+    inspect,
+    list,
     merge,
-    signing,
+    prepare,
+    preview,
+    resize,
+    sign,
     sweep,
     train,
+    verify,
 )
 from lora_kit.cli.app import app
-from lora_kit.cli.entry import main
-from lora_kit.cli.screen import harmless
+from lora_kit.cli.main import main
 
-__all__ = ["app", "harmless", "main"]
+__all__ = ["app", "main"]

@@ -7,7 +7,7 @@ from typing import Annotated, Final
 
 from cyclopts import App, Parameter
 
-from lora_kit.cli.help import FilledHelp
+from lora_kit.cli.help_format import FilledHelp
 
 BAD_INPUT: Final = 2
 MACHINE: Final = 3
@@ -47,7 +47,7 @@ ADAPTERS: Final = Path("adapters")
 
 def check_adapter_output(out: Path, *, replace: bool) -> None:
     """Refuse a folder that no adapter may be written to, before any work."""
-    from lora_kit.adapter import is_adapter_folder
-    from lora_kit.files import check_output
+    from lora_kit.adapter.folder import is_adapter_folder
+    from lora_kit.io.atomic_write import check_output
 
     check_output(out, replace=replace, owned=is_adapter_folder)

@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from lora_kit.cli.app import AsJson, Replace, app, check_adapter_output
-from lora_kit.cli.screen import print_json, print_table
+from lora_kit.cli.output import print_json, print_table
 from lora_kit.errors import ConfigError
 
 Renames = Annotated[
@@ -41,7 +41,7 @@ def convert(
         enable_lora: Which of the equal parts of a fused projection have a pair, once for each part.
         base: What the base is called.
     """
-    from lora_kit.foreign import convert as run
+    from lora_kit.adapter.conversion.convert import convert as run
 
     check_adapter_output(out, replace=replace)
     pairs = [item.partition("=") for item in rename or ()]

@@ -1,4 +1,4 @@
-"""`export` and `check`: adapters for other readers."""
+"""`export`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from lora_kit.cli.app import ADAPTERS, AsJson, Replace, Store, app
-from lora_kit.cli.screen import print_json, print_table, size
+from lora_kit.cli.output import print_json, print_table, size
 
 if TYPE_CHECKING:
-    from lora_kit.merge.export import Verdict
+    from lora_kit.exporters.export import Verdict
 
 Target = Annotated[str, Parameter(help="merged, peft, vllm, sglang, tgi, gguf, ollama or mlx.")]
 Base = Annotated[
@@ -42,8 +42,8 @@ def export(
         adapter: A folder, or a name in the store.
         out: The folder to write.
     """
-    from lora_kit.inspect import find_adapter
-    from lora_kit.merge.export import export as run
+    from lora_kit.adapter.store import find_adapter
+    from lora_kit.exporters.export import export as run
 
     folder = find_adapter(adapter, store=store)
     made = run(folder, target, out, base=base, max_lora_rank=max_lora_rank, replace=replace)
@@ -52,35 +52,6 @@ def export(
         return
     rows = [("written", str(made.out)), ("for", made.target), ("size", size(made.bytes))]
     print_table(("", ""), rows + [("changed", change) for change in made.changed])
-
-
-@app.command
-def check(
-    adapter: str,
-    /,
-    *,
-    target: Target,
-    base: Base = None,
-    max_lora_rank: MaxRank = None,
-    store: Store = ADAPTERS,
-    json: AsJson = False,
-) -> None:
-    """Say in advance whether another program takes an adapter.
-
-    Exit code 2 if it does not.
-
-    Args:
-        adapter: A folder, or a name in the store.
-    """
-    from lora_kit.inspect import find_adapter
-    from lora_kit.merge.export import check as run
-
-    found = run(find_adapter(adapter, store=store), target, base=base, max_lora_rank=max_lora_rank)
-    if json:
-        print_json({**found.to_json(), "fits": not found.refused})
-    else:
-        print_table(("", ""), _told(found))
-    found.demand()
 
 
 def _told(found: Verdict) -> list[tuple[str, str]]:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from lora_kit.cli.app import ADAPTERS, Adapters, Store, app
-from lora_kit.cli.screen import console, harmless
+from lora_kit.cli.output import console
+from lora_kit.io.text import harmless
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from lora_kit.generate import Generation
+    from lora_kit.generation.generate import Generation
 
 
 @app.command
@@ -49,9 +50,10 @@ def generate(
         seed: Seed of the sampling.
         raw: Give the model the prompt as it is, without what the adapter's training put after prompts.
     """
-    from lora_kit.generate import BASE_ROW, Sampling
-    from lora_kit.generate import generate as run
-    from lora_kit.inspect import base_of
+    from lora_kit.adapter.store import base_of
+    from lora_kit.generation.adapter_args import BASE_ROW
+    from lora_kit.generation.decoding import Sampling
+    from lora_kit.generation.generate import generate as run
 
     rows: list[str | None] = [*([None] if compare or not adapter else []), *(adapter or [])]
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Final
 from cyclopts import Parameter
 
 from lora_kit.cli.app import ADAPTERS, Adapters, AsJson, Replace, Store, app
-from lora_kit.cli.screen import print_json, print_table, size
+from lora_kit.cli.output import print_json, print_table, size
 from lora_kit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lora_kit.merge import MergeReport
-
+    from lora_kit.merging.merge_report import MergeReport
 
 _SHOWN: Final = 5
 _ALLOWED: Final = (
@@ -54,8 +53,8 @@ def merge(
         quantized: Where the base is quantised: original, dequantized or requantized.
         original: With original: the model that the base was quantised from, a hub id or a folder.
     """
-    from lora_kit.inspect import base_of, find_adapter
-    from lora_kit.merge import merge as run
+    from lora_kit.adapter.store import base_of, find_adapter
+    from lora_kit.merging.merge import merge as run
 
     weights = weight or [1.0] * len(adapter)
     if len(weights) != len(adapter):

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from lora_kit.cli.app import AsJson, Replace, app
-from lora_kit.cli.screen import print_json, print_table
+from lora_kit.cli.output import print_json, print_table
 from lora_kit.cli.train import _dotted as dotted
 
 if TYPE_CHECKING:
-    from lora_kit.train.sweep.report import SweepReport, TrialReport
+    from lora_kit.sweeps.sweep_report import SweepReport, TrialReport
 
 _OVER = "KEY=VALUE,VALUE or KEY=LOW..HIGH or KEY=LOW..HIGH:log; may be repeated."
 
@@ -51,7 +51,7 @@ def sweep(
         keep: best, or all: the results of all trials stay in the sweep's folder.
         workers: Processes that share the trials.
     """
-    from lora_kit.train.sweep import sweep as run
+    from lora_kit.sweeps.sweep import sweep as run
 
     asked: dict[str, Any] = {"method": method, "metric": metric, "trials": trials, "seed": seed, "prune": prune}
     with _followed():
@@ -67,7 +67,7 @@ def sweep(
 @contextlib.contextmanager
 def _followed() -> Iterator[None]:
     """A line for every trial that has ended."""
-    logger = logging.getLogger("lora_kit.train.sweep")
+    logger = logging.getLogger("lora_kit.sweeps")
     before = logger.level
     logger.setLevel(logging.INFO)
     try:

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from lora_kit.cli.app import app
-from lora_kit.cli.screen import harmless, print_json, print_table, size
-from lora_kit.cli.shell import told
+from lora_kit.cli.output import print_json, print_table, size
+from lora_kit.cli.process import told
 from lora_kit.errors import ConfigError
+from lora_kit.io.text import harmless
 
 if TYPE_CHECKING:
-    from lora_kit.train import Plan, Recipe, TrainReport
+    from lora_kit.training.recipe.recipe import Recipe
+    from lora_kit.training.results import Plan, TrainReport
 
 
 @app.command(usage="Usage: lora-kit train RECIPE [--KEY VALUE ...]")
@@ -35,8 +37,9 @@ def train(
     Args:
         recipe: The recipe's file.
     """
-    from lora_kit.train import load_recipe, plan
-    from lora_kit.train import train as run
+    from lora_kit.training.plan.plan import plan
+    from lora_kit.training.recipe.load import load_recipe
+    from lora_kit.training.train import train as run
 
     values = _dotted(flags)
     replace, force, dry, as_json = (_switch(values, name) for name in ("replace", "force", "dry_run", "json"))

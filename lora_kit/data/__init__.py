@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from lora_kit.data.batches import IGNORED, NEXT, WORD, WRITTEN, Collator, Encoded
 from lora_kit.data.chat import ChatTemplate, chat_template
 from lora_kit.data.encode import LONGEST, encode
-from lora_kit.data.formats import FORMATS
+from lora_kit.data.layouts import FORMATS
 from lora_kit.data.packing import Packed, pack, why_not_packed
-from lora_kit.data.prepare import Preparation, prepare
+from lora_kit.data.preparation.prepare import Preparation, prepare
 from lora_kit.data.preview import Span, spans
 from lora_kit.data.rows import Rows, Scan, label_names, read_rows, scan_rows
-from lora_kit.data.samples import IGNORED, NEXT, WORD, WRITTEN, Collator, Encoded
 
 __all__ = [
     "FORMATS",

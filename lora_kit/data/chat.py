@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from lora_kit.data.formats import Message, RowError
-from lora_kit.data.sources import LONG
+from lora_kit.data.layouts import Message, RowError
+from lora_kit.data.readers import LONG
 from lora_kit.errors import DataError
-from lora_kit.models import special_tokens, text_ids
+from lora_kit.models.prompt_tokens import special_tokens, text_ids
 
 logger = logging.getLogger(__name__)
 

@@ -20,13 +20,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from lora_kit.data.batches import IGNORED, LABEL, NEXT, TARGET, WORD, Encoded, joined
 from lora_kit.data.chat import ChatEncoder, ChatTemplate
-from lora_kit.data.formats import RowError
+from lora_kit.data.layouts import RowError
+from lora_kit.data.readers import BAD, LONG, Fault
 from lora_kit.data.rows import Rows, refusal
-from lora_kit.data.samples import IGNORED, LABEL, NEXT, TARGET, WORD, Encoded, joined
-from lora_kit.data.sources import BAD, LONG, Fault
 from lora_kit.errors import DataError, listed
-from lora_kit.models import DEFAULT_SEPARATOR, render_prompt, special_tokens, without_special
+from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR, render_prompt, special_tokens, without_special
 
 logger = logging.getLogger(__name__)
 

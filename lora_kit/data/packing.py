@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kit.data.samples import NEXT, Encoded
-from lora_kit.modes import evaluating
+from lora_kit.data.batches import NEXT, Encoded
+from lora_kit.torch_utils import evaluating
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from lora_kit.data.samples import IGNORED, LABEL, TARGET, Encoded
+from lora_kit.data.batches import IGNORED, LABEL, TARGET, Encoded
 
 
 @dataclass(frozen=True)

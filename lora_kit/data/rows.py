@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from lora_kit.data.formats import LAYOUTS, Layout, RowError, layout_of
-from lora_kit.data.hub import is_dataset, read_dataset
-from lora_kit.data.sources import NOT_UTF8, OTHER_ENCODING, Fault, Record, read_file
+from lora_kit.data.hub_datasets import is_dataset, read_dataset
+from lora_kit.data.layouts import LAYOUTS, Layout, RowError, layout_of
+from lora_kit.data.readers import NOT_UTF8, OTHER_ENCODING, Fault, Record, read_file
 from lora_kit.errors import DataError, listed
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ class Rows:
     Attributes:
         path: the file, or the name of the data set.
         format: `completion`, `chat`, `label`, `words` or `text`.
-        values: one tuple per row; see `lora_kit.data.formats`.
+        values: one tuple per row; see `lora_kit.data.layouts`.
         lines: the line each row begins on, from 1; in a JSON array and in a Parquet file its number.
         layout: what the columns are called together; see there too.
     """
@@ -72,8 +72,8 @@ class Scan:
 def read_rows(path: str | Path, *, split: str = "train") -> Rows:
     """The rows of a file or a data set of the hub.
 
-    The kinds of files are listed in `lora_kit.data.sources`, names of data sets in `lora_kit.data.hub`, and layouts in
-    `lora_kit.data.formats`.
+    The kinds of files are listed in `lora_kit.data.readers`, names of data sets in `lora_kit.data.hub_datasets`, and
+    layouts in    `lora_kit.data.layouts`.
 
     The first row decides the layout. Texts are strings with something other than white space in them; labels are
     strings or whole numbers, of one kind in a file. Further keys are ignored, and that is logged. Empty lines are no

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_kit.demo.results import Trained
+from lora_kit.demo.demo_results import Trained
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from lora_kit.demo import work
-from lora_kit.demo.results import Trained
+from lora_kit.demo import demo_steps
+from lora_kit.demo.demo_results import Trained
 from lora_kit.errors import LoraKitError, VerificationError
 
 EPOCHS: Final = 2
@@ -26,7 +26,7 @@ def ship(
     store: str | Path,
     *,
     scratch: str | Path = Path("runs/ship"),
-    steps: Mapping[str, int] = work.STEPS,
+    steps: Mapping[str, int] = demo_steps.STEPS,
     held_out: int = HELD_OUT,
 ) -> list[Trained]:
     """Train the demo's adapters in `scratch` and put them into the store, replacing those that are there.
@@ -35,7 +35,9 @@ def ship(
         VerificationError: one of them is not good enough; the store is as it was.
     """
     scratch = Path(scratch)
-    found_all = work.train_all(work.load(), out=scratch, seed=0, steps=steps, epochs=EPOCHS, held_out=held_out)
+    found_all = demo_steps.train_all(
+        demo_steps.load(), out=scratch, seed=0, steps=steps, epochs=EPOCHS, held_out=held_out
+    )
     trained = list(found_all)
     poor = [f"{found.task.name} {found.score:.0%}" for found in trained if found.score < LEAST]
     if poor:
@@ -43,7 +45,7 @@ def ship(
             f"right on held-out rows: {', '.join(poor)}; at least {LEAST:.0%} is wanted", hint="the store is as it was"
         )
     for found in trained:
-        work.copy(found.report.out, Path(store) / found.task.name)
+        demo_steps.copy(found.report.out, Path(store) / found.task.name)
     return trained
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lora_kit.demo.results import SWAP_SECONDS, Agreement, DemoReport, Merged, Mixed, Swaps, Trained
+from lora_kit.demo.demo_results import SWAP_SECONDS, Agreement, DemoReport, Merged, Mixed, Swaps, Trained
 
 _PIPE_WIDTH: Final = 120
 """Columns where there is no terminal to ask."""

@@ -19,8 +19,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from lora_kit.layers.kinds import has_numbers
-from lora_kit.ops.grouped import grouped_product
+from lora_kit.layers.introspect import has_numbers
+from lora_kit.ops.grouped_mm import grouped_product
 
 MATRICES: Final = frozenset({"gate_up_proj", "up_proj", "down_proj"})
 """Parameters of fused experts that tokens are multiplied with."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_kit.errors import RoutingError
-from lora_kit.layers.gathered import Room
+from lora_kit.layers.row_gather import Room
 
 BASE: Final = 0
 """The slot that means "no adapter"."""

@@ -15,14 +15,14 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from lora_kit.dtypes import float_dtype
 from lora_kit.errors import BaseModelError, listed, nearest
-from lora_kit.fingerprint import fingerprint
-from lora_kit.layers import pause_packing
-from lora_kit.models.finding import locate, quiet, translated
+from lora_kit.layers.introspect import pause_packing
 from lora_kit.models.heads import check_filled
-from lora_kit.models.prompts import decoder_inputs
+from lora_kit.models.locate import locate, quiet, translated
+from lora_kit.models.prompt_tokens import decoder_inputs
 from lora_kit.models.quantization import QUANTIZATIONS, asked, hush, method_of, refuse_misread, refuse_twice
+from lora_kit.targets.fingerprint import fingerprint
+from lora_kit.torch_utils import float_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Base:
         return next(self.model.parameters()).device
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells this base from others; see `lora_kit.fingerprint`."""
+        """What tells this base from others; see `lora_kit.targets.fingerprint`."""
         return fingerprint(self.model, name=self.name)
 
     @property

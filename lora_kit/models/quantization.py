@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lora_kit.errors import BaseModelError, listed
-from lora_kit.files import printable
+from lora_kit.io.text import printable
 
 logger = logging.getLogger(__name__)
 

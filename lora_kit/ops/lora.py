@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lora_kit.ops import backend, plain
+from lora_kit.ops import dispatch, torch_kernels
 
 
 def lora_linear(
@@ -86,7 +86,7 @@ def lora_add_rows(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor, s
     Returns:
         (n, ..., out) in the dtype of y. Gradients go to y, x, a and b.
     """
-    if torch.compiler.is_compiling() and (torch.is_grad_enabled() or backend.bodies(y) is plain):
+    if torch.compiler.is_compiling() and (torch.is_grad_enabled() or dispatch.bodies(y) is torch_kernels):
         # The compiler gets the plain equation, but for kernels that read the slabs where they lie.
         rows = slots.shape[0]
         h = torch.bmm(x.to(y.dtype).reshape(rows, -1, x.shape[-1]), a[slots].to(y.dtype).mT)
@@ -98,7 +98,7 @@ def lora_add_rows(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor, s
         y = y if is_free(y) else _copy(y)
         rows = slots.shape[0]
         flat = _cast(x, y.dtype).reshape(rows, -1, x.shape[-1])
-        backend.bodies(y).add_rows_(y.view(rows, -1, y.shape[-1]), flat, a, b, scaling, slots)
+        dispatch.bodies(y).add_rows_(y.view(rows, -1, y.shape[-1]), flat, a, b, scaling, slots)
         return y
 
 
@@ -145,7 +145,7 @@ def _added(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: 
     """y, which may be overwritten, with the update of x, which is of its dtype; no gradients."""
     if dropout:
         x = functional.dropout(x, dropout)
-    backend.bodies(y).add_(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), a, b, scaling)
+    dispatch.bodies(y).add_(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), a, b, scaling)
     return y
 
 
@@ -231,7 +231,7 @@ class _Update:
         ctx.dropout = _Dropout(dropout, x.device) if dropout else None
         if ctx.dropout is not None:
             flat = flat * ctx.dropout.mask(x).reshape(flat.shape)  # drawn as x lies in memory, like F.dropout's
-        h = backend.bodies(y).add_(y.view(-1, y.shape[-1]), flat, a, b, scaling)
+        h = dispatch.bodies(y).add_(y.view(-1, y.shape[-1]), flat, a, b, scaling)
         ctx.save_for_backward(x, a, b, h, *more)
 
     @staticmethod
@@ -249,7 +249,7 @@ class _Update:
         flat = x.reshape(-1, x.shape[-1])
         mask = ctx.dropout.mask_again(x).reshape(flat.shape) if ctx.dropout is not None else None
         if base is not None and mask is None:
-            g = backend.bodies(dy).add_(base, dy, b.mT, a.mT, ctx.scaling)
+            g = dispatch.bodies(dy).add_(base, dy, b.mT, a.mT, ctx.scaling)
         else:
             g = dy @ b.to(dy.dtype)
             if needs_x:
@@ -321,7 +321,7 @@ class _LoraAddRows(torch.autograd.Function):
         ctx.x_dtype = x.dtype
         x, y, rows = _cast(x, y.dtype), _writable(ctx, y), slots.shape[0]
         into, flat = y.view(rows, -1, y.shape[-1]), x.reshape(rows, -1, x.shape[-1])
-        h = backend.bodies(y).add_rows_(into, flat, a, b, scaling, slots)  # (R, tokens, r)
+        h = dispatch.bodies(y).add_rows_(into, flat, a, b, scaling, slots)  # (R, tokens, r)
         ctx.save_for_backward(x, a, b, scaling, slots, h)
         return y
 
@@ -329,7 +329,7 @@ class _LoraAddRows(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b, scaling, slots, h = ctx.saved_tensors
-        rows, body = slots.shape[0], backend.bodies(dy)
+        rows, body = slots.shape[0], dispatch.bodies(dy)
         _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
         d, x3 = dy.reshape(rows, -1, dy.shape[-1]), x.reshape(rows, -1, x.shape[-1])
         dx = None

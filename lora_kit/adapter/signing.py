@@ -1,0 +1,117 @@
+"""Who made an adapter: its folder signed with a key, and checked with the other half of it.
+
+By OpenSSF's model-signing (https://github.com/sigstore/model-transparency): a Sigstore bundle over the sha256 of every
+file in the folder, made with an elliptic curve key. No network is asked.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any, Final
+
+from lora_kit.adapter.adapter import Adapter
+from lora_kit.errors import AdapterError, ConfigError, StorageError, VerificationError
+from lora_kit.io.read import exists
+from lora_kit.io.text import printable
+
+SIGNATURE: Final = "model.sig"
+_BAD_FILE: Final = re.compile(r"Hash mismatch for \\?'(.+?)\\?':")
+_OTHER_FILES: Final = re.compile(r"((?:Extra|Missing) files) .+?: ([^\"\]]+)")
+
+
+def sign(folder: str | Path, *, key: str | Path, replace: bool = False) -> Path:
+    """Sign an adapter's folder as it is now; it is loaded first, so that nothing damaged is signed.
+
+    Args:
+        folder: of the adapter.
+        key: a private elliptic curve key in a PEM file, without a password.
+        replace: a signature that is there already may be replaced.
+
+    Returns:
+        The signature: `model.sig` in the folder.
+
+    Raises:
+        AdapterError, ConfigError: the adapter or the key cannot be read; or model-signing is not installed.
+        StorageError: there is a signature, or the disk refuses.
+    """
+    folder, library = Path(folder).resolve(), _library()
+    Adapter.load(folder)
+    target = folder / SIGNATURE
+    if exists(target) and not replace:
+        raise StorageError(f"{printable(folder)} is signed already", hint="replace the signature with --replace")
+    config = library.signing.Config().set_hashing_config(_files(library, folder))
+    signer = _with_key(config.use_elliptic_key_signer, key, private_key=Path(key))
+    staging = folder.parent / f".{folder.name}.{SIGNATURE}"
+    try:
+        signer.sign(folder, staging)
+        os.replace(staging, target)
+    except OSError as error:
+        raise StorageError(f"{printable(target)} cannot be written: {error.strerror}") from error
+    finally:
+        staging.unlink(missing_ok=True)
+    return target
+
+
+def verify(folder: str | Path, *, key: str | Path) -> Adapter:
+    """Check that an adapter's folder is, file by file, what the owner of a key has signed.
+
+    Args:
+        folder: of the adapter, with `model.sig` in it.
+        key: the public key in a PEM file.
+
+    Returns:
+        The adapter, loaded after the check.
+
+    Raises:
+        AdapterError, ConfigError: there is no signature, the key cannot be read; or model-signing is not installed.
+        VerificationError: another key, a changed, missing or added file, a damaged signature.
+    """
+    folder, library = Path(folder).resolve(), _library()
+    if not exists(folder / SIGNATURE):
+        raise AdapterError(f"{printable(folder)} is not signed", hint=f"there is no {SIGNATURE} in it")
+    config = library.verifying.Config().set_hashing_config(_files(library, folder))
+    checker = _with_key(config.use_elliptic_key_verifier, key, public_key=Path(key))
+    try:
+        checker.verify(folder, folder / SIGNATURE)
+    except Exception as error:  # a signature of others is read: whatever it breaks, it does not hold
+        raise VerificationError(
+            f"{printable(folder)} is not what the owner of this key signed: {_told(error)}", hint="do not use it"
+        ) from error
+    return Adapter.load(folder)
+
+
+def _files(library: Any, folder: Path) -> Any:
+    """Every file of the folder but the signature, those that begin with a dot as well."""
+    return library.hashing.Config().set_ignored_paths(paths=[folder / SIGNATURE], ignore_git_paths=False)
+
+
+def _with_key(use: Any, key: str | Path, **named: Path) -> Any:
+    try:
+        return use(**named)
+    except OSError as error:
+        raise ConfigError(f"the key {printable(key)} cannot be read: {error.strerror}") from error
+    except Exception as error:  # of whatever library looks at it
+        (kind,) = (name.replace("_", " ") for name in named)
+        raise ConfigError(
+            f"{printable(key)} is not a {kind} that can be used here ({type(error).__name__})",
+            hint="an elliptic curve key in PEM form, without a password",
+        ) from error
+
+
+def _told(error: Exception) -> str:
+    text = str(error)
+    changed = [f"{name} was changed" for name in _BAD_FILE.findall(text)]
+    others = [f"{kind.lower()}: {names}" for kind, names in _OTHER_FILES.findall(text)]
+    return printable("; ".join(changed + others) or text.partition("\n")[0][:200] or type(error).__name__)
+
+
+def _library() -> Any:
+    try:
+        import model_signing
+    except ImportError as error:
+        raise ConfigError(
+            f"model-signing cannot be imported ({printable(error)})", hint="pip install 'lora-kit[sign]'"
+        ) from None
+    return model_signing

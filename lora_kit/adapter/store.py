@@ -1,0 +1,175 @@
+"""The adapter store: what a folder of adapters holds, and the one that a name stands for."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from lora_kit.adapter.adapter import Adapter
+from lora_kit.adapter.folder import CONFIG, OLD_WEIGHTS, WEIGHTS
+from lora_kit.config.lora_config import LoraConfig
+from lora_kit.errors import AdapterError, ConfigError, LoraKitError, UnknownAdapterError, listed, nearest
+
+STORE: Final = Path("adapters")
+"""Where adapters are looked up by name: one folder per task, in the working directory."""
+KIT_BASE: Final = "kit-base"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSummary:
+    """One line of a store.
+
+    Attributes:
+        name: the folder's name: a label, not an identity.
+        folder: where it is.
+        rank, alpha, targets: from its config; None or empty where it cannot be read.
+        base: name of the base it says it was made for.
+        bytes: size of the folder's files.
+        metrics: what its record says was measured.
+        digest: its identity; empty where it is broken.
+        problem: why it cannot be loaded; empty for a sound adapter.
+    """
+
+    name: str
+    folder: Path
+    rank: int | None = None
+    alpha: float | None = None
+    targets: tuple[str, ...] = ()
+    base: str | None = None
+    bytes: int = 0
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    digest: str = ""
+    problem: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return jsonable(self)
+
+
+def list_adapters(store: str | Path = STORE) -> list[AdapterSummary]:
+    """Every adapter folder of a store by name, broken ones too, with the reason in `problem`.
+
+    A folder counts as an adapter when it holds an adapter's config or weights; other folders and files are passed over.
+
+    Raises:
+        AdapterError: the store is not a folder.
+    """
+    store = Path(store)
+    if not store.is_dir():
+        raise AdapterError(f"{str(store)!r} is not a folder", hint="give the folder that holds one folder per adapter")
+    return [_summary(folder) for folder in sorted(store.iterdir()) if _looks_like_adapter(folder)]
+
+
+def find_adapter(adapter: str | Path, *, store: str | Path = STORE) -> Path:
+    """The folder of an adapter given as a folder, or by its name in the store.
+
+    Raises:
+        UnknownAdapterError: neither exists; names the nearest one of the store.
+    """
+    given, store = Path(adapter), Path(store)
+    bare_name = len(given.parts) == 1 and given.name == str(adapter) != ".."
+    if bare_name and not _looks_like_adapter(given) and _looks_like_adapter(store / given):
+        return store / given
+    if str(adapter) and given.is_dir():
+        return given
+    known = [folder.name for folder in sorted(store.iterdir()) if _looks_like_adapter(folder)] if store.is_dir() else []
+    error = UnknownAdapterError(str(adapter), known)
+    error.hint = nearest(given.name, known) or f"a folder, or a name in {store}/: {listed(known)}"
+    raise error
+
+
+def base_of(adapters: Sequence[str | Path], *, store: str | Path = STORE) -> str:
+    """The base to use where none is given: `kit-base`, if that is what every adapter was made for.
+
+    Any other name in an adapter's config was written by whoever made it: it is shown, never loaded by itself.
+
+    Raises:
+        ConfigError: an adapter names another base, or none.
+    """
+    for adapter in adapters:
+        named = Adapter.load(find_adapter(adapter, store=store)).config.base_model_name_or_path
+        if named != KIT_BASE:
+            said = f"names {named!r} as its base" if named else "names no base"
+            raise ConfigError(
+                f"adapter {str(adapter)!r} {said}, and no base was given", hint="give the base with --base"
+            )
+    return KIT_BASE
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the regular files directly in a folder; links are not followed."""
+    return sum(entry.lstat().st_size for entry in folder.iterdir() if entry.is_file() and not entry.is_symlink())
+
+
+def jsonable(value: Any) -> Any:
+    """JSON values of dataclasses, mappings and sequences; anything else, NaN and infinities too, as its text."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: jsonable(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [jsonable(item) for item in value]
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return str(value)
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.split(".")]
+
+
+def _summary(folder: Path) -> AdapterSummary:
+    try:
+        adapter = Adapter.load(folder)
+    except (LoraKitError, OSError) as error:
+        problem = error.message if isinstance(error, LoraKitError) else error.strerror or type(error).__name__
+        return AdapterSummary(
+            name=folder.name,
+            folder=folder,
+            bytes=folder_bytes(folder),
+            problem=problem,
+            **_config_fields(_config_alone(folder)),
+        )
+    metrics = adapter.record.get("metrics")
+    return AdapterSummary(
+        name=folder.name,
+        folder=folder,
+        bytes=folder_bytes(folder),
+        digest=adapter.digest,
+        metrics=metrics if isinstance(metrics, Mapping) else {},
+        **_config_fields(adapter.config),
+    )
+
+
+def _config_alone(folder: Path) -> LoraConfig | None:
+    """The config of a broken adapter, where that much can be read."""
+    file = folder / CONFIG
+    try:
+        if not file.is_file() or file.stat().st_size > 2**20:
+            return None
+        return LoraConfig.from_json(file.read_text("utf-8"))
+    except (LoraKitError, OSError, ValueError):
+        return None
+
+
+def _config_fields(config: LoraConfig | None) -> dict[str, Any]:
+    if config is None:
+        return {}
+    targets = config.target_modules
+    return {
+        "rank": config.r if targets else None,
+        "alpha": config.lora_alpha if targets else None,
+        "targets": ((targets,) if isinstance(targets, str) else targets)
+        + config.modules_to_save
+        + (("trainable_token_indices",) if config.trainable_token_indices else ()),
+        "base": config.base_model_name_or_path,
+    }
+
+
+def _looks_like_adapter(folder: Path) -> bool:
+    return any((folder / name).is_file() or (folder / name).is_symlink() for name in (CONFIG, WEIGHTS, OLD_WEIGHTS))

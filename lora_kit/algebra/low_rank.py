@@ -1,0 +1,120 @@
+"""Low-rank updates as factors, and their algebra in rank space: a dense product is never formed.
+
+    D = B A,  B = Q_b R_b,  Aᵀ = Q_a R_a   ⇒   D = Q_b (R_b R_aᵀ) Q_aᵀ
+
+The core `R_b R_aᵀ` is k × k, and its SVD is that of D: `O((out + in) k²)` where a dense one takes `O(out · in · min)`.
+The sum of updates is their factors side by side. All in double precision.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_kit.adapter.peft_keys import Pair
+
+
+@dataclass(frozen=True)
+class Factors:
+    """An update D = B A.
+
+    Attributes:
+        b: float64 (out, k). a: float64 (k, in).
+    """
+
+    b: Tensor
+    a: Tensor
+
+    @classmethod
+    def of(cls, pair: Pair, scaling: float) -> Factors:
+        """`scaling · B A`, the scaling in B."""
+        return cls(pair.b.double() * scaling, pair.a.double())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of D."""
+        return self.b.shape[0], self.a.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """k: columns of B."""
+        return self.b.shape[1]
+
+    def times(self, number: float) -> Factors:
+        return Factors(self.b * number, self.a)
+
+    def dense(self) -> Tensor:
+        """D in float32 (out, in)."""
+        return self.b.float() @ self.a.float()
+
+    def rounded(self) -> Factors:
+        """What is left of it in the float32 that files hold."""
+        return Factors(self.b.float().double(), self.a.float().double())
+
+    def core(self) -> Tensor:
+        """`R_b R_aᵀ`, which has the singular values and the norm of D."""
+        return torch.linalg.qr(self.b, mode="r").R @ torch.linalg.qr(self.a.T, mode="r").R.T
+
+    def norm(self) -> float:
+        """Frobenius norm of D. Where terms cancel, it is still right to rounding: Gram matrices would square that."""
+        return float(self.core().norm())
+
+    def inner(self, other: Factors) -> float:
+        """`⟨D, D'⟩ = tr(Dᵀ D')`."""
+        return float(((self.b.T @ other.b) * (self.a @ other.a.T)).sum())
+
+    def values(self) -> Tensor:
+        """The singular values of D: (k,), falling."""
+        return torch.linalg.svdvals(self.core())
+
+    def svd(self) -> Spectrum:
+        q_b, r_b = torch.linalg.qr(self.b)
+        q_a, r_a = torch.linalg.qr(self.a.T)
+        u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+        return Spectrum(q_b @ u, s, vh @ q_a.T)
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The thin SVD of an update: `D = U diag(s) Vᵀ`.
+
+    Attributes:
+        u: float64 (out, k). s: (k,), falling. vh: (k, in).
+    """
+
+    u: Tensor
+    s: Tensor
+    vh: Tensor
+
+    def best(self, rank: int) -> Factors:
+        """The nearest update of this rank (Eckart, Young 1936), its singular values shared evenly by both factors."""
+        root = self.s[:rank].sqrt()
+        return Factors(self.u[:, :rank] * root, root[:, None] * self.vh[:rank])
+
+
+def enough(parts: Tensor, wanted: float) -> int:
+    """How many of the first parts add up to what is wanted: 1 at least, and all where rounding took the last bit."""
+    reached = parts.cumsum(0) >= wanted
+    return int(reached.to(torch.uint8).argmax()) + 1 if reached.any() else len(parts)
+
+
+def summed(terms: Iterable[Factors]) -> Factors:
+    """`Σ D_i`, exactly: the factors side by side; ranks add."""
+    found = list(terms)
+    return Factors(torch.cat([one.b for one in found], dim=1), torch.cat([one.a for one in found], dim=0))
+
+
+def distance(one: Factors, other: Factors) -> float:
+    """`‖D - D'‖` in the Frobenius norm."""
+    return summed([one, other.times(-1.0)]).norm()
+
+
+def relative(distance: float, norm: float) -> float:
+    """A distance as a share of a norm; 0 of nothing is 0, and anything of nothing is infinite."""
+    if distance == 0.0:
+        return 0.0
+    return distance / norm if norm else math.inf

@@ -1,0 +1,122 @@
+"""How a PeftModel behaves while its layers are ours: what goes on, what is led to the bank, what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from lora_kit.errors import BankError
+
+if TYPE_CHECKING:
+    from lora_kit.bank.peft_bridge.adopt import AdoptedBank
+
+_BASE: Final = "__base__"
+"""What PEFT calls the base among the adapters of a batch's rows."""
+_SUFFIX: Final = "Adopted"
+
+
+def _in_peft(name: str) -> Callable[..., Any]:
+    """A method that PEFT carries out itself, its own layers in their places."""
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._lora_kit.as_peft():
+            return getattr(self, name)(*args, **kwargs)
+
+    method.__name__ = name
+    return method
+
+
+def _refused(name: str) -> Callable[..., Any]:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise BankError(f"{name} was called, and the layers of this PeftModel are adopted", hint="bank.to_peft() first")
+
+    method.__name__ = name
+    return method
+
+
+@contextlib.contextmanager
+def _disable_adapter(self: Any) -> Iterator[None]:
+    with self._lora_kit.using(None):
+        yield
+
+
+def _set_adapter(self: Any, adapter_name: str, inference_mode: bool = False) -> None:
+    if not isinstance(adapter_name, str):
+        raise BankError(f"one adapter is active at a time; {adapter_name!r} was given", hint="bank.to_peft() first")
+    bank = self._lora_kit
+    with bank.as_peft():
+        self.set_adapter(adapter_name, inference_mode=inference_mode)
+    bank.use(adapter_name)
+
+
+def _load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    """Values for an adapter that is there, as a Trainer loads its best checkpoint."""
+    if adapter_name not in self.peft_config:
+        raise BankError(f"load_adapter was called for {adapter_name!r}, a new one", hint="bank.load(name, folder)")
+    with self._lora_kit.as_peft():
+        return self.load_adapter(model_id, adapter_name, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _rows(self: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
+    """`adapter_names`, one per row of the batch."""
+    names = kwargs.get("adapter_names")
+    if names is None:
+        yield
+        return
+    with self._lora_kit.rows([None if name == _BASE else name for name in names]):
+        yield
+
+
+_MODEL: Final[Mapping[str, Callable[..., Any]]] = {
+    "state_dict": _in_peft("state_dict"),
+    "load_state_dict": _in_peft("load_state_dict"),
+    "save_pretrained": _in_peft("save_pretrained"),
+    "get_layer_status": _in_peft("get_layer_status"),
+    "get_model_status": _in_peft("get_model_status"),
+    "load_adapter": _load_adapter,
+    "set_adapter": _set_adapter,
+    "disable_adapter": _disable_adapter,
+    **{name: _refused(name) for name in ("add_adapter", "delete_adapter", "set_requires_grad")},
+}
+"""Methods of a PeftModel that reach into its layers."""
+_TUNER: Final[Mapping[str, Callable[..., Any]]] = {
+    "state_dict": _in_peft("state_dict"),
+    "load_state_dict": _in_peft("load_state_dict"),
+    "_enable_peft_forward_hooks": _rows,
+    **{
+        name: _refused(name)
+        for name in (
+            "add_weighted_adapter",
+            "delete_adapter",
+            "disable_adapter_layers",
+            "enable_adapter_layers",
+            "inject_adapter",
+            "merge_adapter",
+            "merge_and_unload",
+            "set_adapter",
+            "set_requires_grad",
+            "subtract_mutated_init",
+            "unload",
+            "unmerge_adapter",
+        )
+    },
+}
+"""Methods of the LoraModel inside."""
+GUARDED: Final = (_MODEL, _TUNER)
+
+
+def guard(peft_model: Any, bank: AdoptedBank) -> None:
+    """Have a PeftModel and its tuner ask the bank."""
+    for module, methods in zip((peft_model, peft_model.base_model), GUARDED, strict=True):
+        kind = type(module)
+        module.__class__ = type(_SUFFIX + kind.__name__, (kind,), {**methods, "__module__": kind.__module__})
+        module.__dict__["_lora_kit"] = bank
+
+
+def release(peft_model: Any) -> None:
+    """Undo `guard`."""
+    for module in (peft_model, peft_model.base_model):
+        del module.__dict__["_lora_kit"]
+        module.__class__ = type(module).__mro__[1]

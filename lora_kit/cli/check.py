@@ -1,0 +1,41 @@
+"""`check`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_kit.cli.app import ADAPTERS, AsJson, Store, app
+from lora_kit.cli.output import print_json, print_table
+
+if TYPE_CHECKING:
+    pass
+from lora_kit.cli.export import Base, MaxRank, Target, _told
+
+
+@app.command
+def check(
+    adapter: str,
+    /,
+    *,
+    target: Target,
+    base: Base = None,
+    max_lora_rank: MaxRank = None,
+    store: Store = ADAPTERS,
+    json: AsJson = False,
+) -> None:
+    """Say in advance whether another program takes an adapter.
+
+    Exit code 2 if it does not.
+
+    Args:
+        adapter: A folder, or a name in the store.
+    """
+    from lora_kit.adapter.store import find_adapter
+    from lora_kit.exporters.export import check as run
+
+    found = run(find_adapter(adapter, store=store), target, base=base, max_lora_rank=max_lora_rank)
+    if json:
+        print_json({**found.to_json(), "fits": not found.refused})
+    else:
+        print_table(("", ""), _told(found))
+    found.demand()

@@ -1,0 +1,52 @@
+"""`compare`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_kit.cli.app import ADAPTERS, AsJson, Store, app
+from lora_kit.cli.output import brief, print_json, print_table
+
+if TYPE_CHECKING:
+    from lora_kit.algebra.compare import Comparison
+from lora_kit.cli.combine import Allow
+
+
+@app.command
+def compare(one: str, other: str, /, *, allow: Allow = None, store: Store = ADAPTERS, json: AsJson = False) -> None:
+    """Show how two adapters of one base are alike.
+
+    Args:
+        one: A folder, or a name in the store.
+        other: The same.
+    """
+    from lora_kit.adapter.store import find_adapter
+    from lora_kit.algebra.compare import compare as run
+
+    found = run(find_adapter(one, store=store), find_adapter(other, store=store), allow=allow or ())
+    if json:
+        print_json(found.to_json())
+        return
+    print_table(("", ""), _likeness(found, one, other))
+    print_table(
+        ("layer", "cosine", "inputs", "outputs", "‖delta‖", ""),
+        [
+            (
+                path,
+                f"{like.cosine:+.3f}",
+                f"{like.inputs:.3f}",
+                f"{like.outputs:.3f}",
+                *(f"{n:.4g}" for n in like.norms),
+            )
+            for path, like in found.layers.items()
+        ],
+    )
+    print_table(("field", one, other), [(name, brief(a), brief(b)) for name, (a, b) in found.configs.items()])
+
+
+def _likeness(found: Comparison, one: str, other: str) -> list[tuple[str, str]]:
+    rows = [("cosine of all updates", f"{found.cosine:+.4f}"), ("layers of both", str(len(found.layers)))]
+    rows += [
+        (f"only in {name}", ", ".join(paths)) for name, paths in zip((one, other), found.alone, strict=True) if paths
+    ]
+    return rows + [(f"{key}, saved whole", how) for key, how in found.saved.items()]

@@ -1,0 +1,20 @@
+"""`demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lora_kit.cli.app import app
+
+
+@app.command
+def demo(*, out: Path = Path("runs/demo"), seed: int = 0) -> None:
+    """Train three adapters, compare, swap and merge them.
+
+    Args:
+        out: Folder for what it makes.
+        seed: Seed of data and training.
+    """
+    from lora_kit.demo.demo import run
+
+    run(out=out, seed=seed)

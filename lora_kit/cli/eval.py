@@ -1,0 +1,124 @@
+"""`eval`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from lora_kit.cli.app import ADAPTERS, Adapters, AsJson, Replace, Store, app
+from lora_kit.cli.output import print_json, print_table
+from lora_kit.cli.process import told
+from lora_kit.errors import ConfigError
+from lora_kit.io.text import harmless
+
+if TYPE_CHECKING:
+    from lora_kit.evaluation.eval_report import EvalReport
+    from lora_kit.evaluation.evaluate import Progress
+
+
+@app.command(name="eval")
+def evaluate(
+    data: Path,
+    *,
+    adapter: Adapters | None = None,
+    base: str | None = None,
+    quantize: str | None = None,
+    compare: Annotated[bool, Parameter(negative="")] = False,
+    metrics: Annotated[list[str] | None, Parameter(negative="", consume_multiple=True)] = None,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    max_new_tokens: int | None = None,
+    out: Path | None = None,
+    replace: Replace = False,
+    store: Store = ADAPTERS,
+    json: AsJson = False,
+) -> None:
+    """Measure adapters on the rows of a file, side by side.
+
+    Each gets the rows as it saw those of its training. Rows with the same prompt are references of one another.
+
+    Args:
+        data: File of rows, of any kind that prepare reads.
+        base: Base model: hub id, local folder or kit-base; by default the one the adapters name.
+        quantize: Load it in nf4, nf4-double, fp4, fp4-double or int8.
+        compare: Measure the base alone as well.
+        metrics: Of loss, perplexity, accuracy, f1, f1_macro, f1_micro, exact_match, bleu, chrf, rouge, with commas.
+        batch_size: Rows at once.
+        max_length: Tokens of a sample at the most; by default what each adapter was trained with.
+        max_new_tokens: Tokens of an answer at the most; by default what the longest reference has.
+        out: File for what everyone said of each row, as JSONL.
+    """
+    from lora_kit.adapter.store import base_of
+    from lora_kit.evaluation.evaluate import evaluate as run
+
+    rows: list[str | None] = [*([None] if compare or not adapter else []), *(adapter or [])]
+    with told(), _progress() as on_progress:
+        report = run(
+            base or base_of(adapter or [], store=store),
+            rows,
+            data,
+            metrics=_names(metrics),
+            batch_size=batch_size,
+            max_length=max_length,
+            max_new_tokens=max_new_tokens,
+            out=out,
+            replace=replace,
+            store=store,
+            quantize=quantize,
+            on_progress=on_progress,
+        )
+    if json:
+        print_json(report.to_json())
+    else:
+        _show(report, out)
+
+
+def _names(given: Sequence[str] | None) -> list[str] | None:
+    """`["bleu,rouge", "chrf"]` as `["bleu", "rouge", "chrf"]`."""
+    if given is None:
+        return None
+    names = [name.strip() for item in given for name in item.split(",") if name.strip()]
+    if not names:
+        raise ConfigError("--metrics names none", hint="--metrics loss,exact_match")
+    return names
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar for each adapter on stderr, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    tasks: dict[str, Any] = {}
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+
+        def on_progress(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = bar.add_task(harmless(label), total=total)
+            bar.update(tasks[label], completed=done)
+
+        yield on_progress
+
+
+def _show(report: EvalReport, out: Path | None) -> None:
+    from lora_kit.evaluation.eval_report import columns
+
+    names = columns(report.results)
+    print_table(
+        ("", *names), [(each.name, *(f"{each.metrics[name]:.4f}" for name in names)) for each in report.results]
+    )
+    asked = f", {len(report.cases):,} prompts" if report.cases and len(report.cases) != report.rows else ""
+    print(harmless(f"\n{report.rows:,} rows{asked} of {report.data}, {report.seconds:.1f} s"))
+    for each in report.results:
+        if each.unended:
+            cut = f"note: {each.unended:,} of {len(each.said):,} texts of {each.name} did not end in time"
+            print(harmless(f"{cut}; --max-new-tokens gives them more"), file=sys.stderr)
+    if out is not None:
+        print(harmless(f"written: {out}"))

@@ -1,0 +1,164 @@
+"""`prepare`."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+from cyclopts import Parameter
+
+from lora_kit.cli.app import AsJson, Replace, app
+from lora_kit.cli.output import print_json, print_table
+from lora_kit.errors import DataError, listed
+from lora_kit.io.text import harmless
+
+if TYPE_CHECKING:
+    from lora_kit.data.preparation.prepare import Part, Preparation
+
+_BAR: Final = 40
+"""Characters of the longest bar of a histogram."""
+_LINES: Final = 10
+"""Lines told of each kind of finding; all of them stand in the manifest."""
+_MEANINGS: Final = {
+    "bad": "cannot be read as a row",
+    "empty": "without text or label",
+    "long": "too long to be trained on",
+    "duplicates": "say the same as an earlier row",
+    "conflicts": "have the input of an earlier row and another label",
+    "leaks": "have the input of a row for validation",
+}
+
+
+@app.command
+def prepare(
+    source: Path,
+    /,
+    *,
+    out: Path | None = None,
+    validation: Path | None = None,
+    share: float = 0.05,
+    base: str = "kit-base",
+    max_length: int | None = None,
+    chat_template: str | None = None,
+    rename: Annotated[list[str] | None, Parameter(negative="", consume_multiple=True)] = None,
+    relabel: Annotated[list[str] | None, Parameter(negative="", consume_multiple=True)] = None,
+    encoding: str = "utf-8",
+    drop: Annotated[list[str] | None, Parameter(negative="", consume_multiple=True)] = None,
+    seed: int = 0,
+    replace: Replace = False,
+    json: AsJson = False,
+) -> None:
+    """Look at a file of rows, mend it, split it, and write a recipe to train with.
+
+    Reads JSONL, JSON, CSV, TSV, Parquet and text: prompt and completion, instructions, chats, text and label, text.
+
+    Args:
+        source: The file, or a data set of the hub: owner/name:split or owner/name/config:split.
+        out: Folder to write; without it the file is only looked at.
+        validation: File or data set of its own for validation; otherwise a share of the rows is set aside.
+        share: Share of the rows set aside for validation; 0 for none.
+        base: Base model whose tokens are counted: hub id, local folder or kit-base.
+        max_length: Tokens of a sample at the most; by default what the base can see, 2,048 at the most.
+        chat_template: Of conversations: plain, or a Jinja file; by default the base's own.
+        rename: Columns under other names: question=prompt answer=completion.
+        relabel: Labels under other names: postive=positive.
+        encoding: Of the file: utf-8, utf-16, cp1252, …
+        drop: Rows to leave out: bad, empty, long, duplicates, conflicts, leaks.
+        seed: Of the split.
+    """
+    from lora_kit.data.preparation.prepare import prepare as run
+
+    found = run(
+        source,
+        out,
+        validation=validation,
+        share=share,
+        base=base,
+        max_length=max_length,
+        template=chat_template,
+        rename=_pairs(rename or (), "rename", "question=prompt answer=completion"),
+        relabel=_pairs(relabel or (), "relabel", "postive=positive"),
+        encoding=encoding,
+        drop=drop or (),
+        seed=seed,
+        replace=replace,
+    )
+    if json:
+        print_json(found.to_json())
+        return
+    for part in found.parts:
+        _show(part, found)
+    _close(found)
+
+
+def _pairs(given: Sequence[str], flag: str, example: str) -> dict[str, str]:
+    """`["question=prompt"]` as `{"question": "prompt"}`."""
+    pairs = [item.rpartition("=") for item in given]
+    wrong = [item for item, (old, _, new) in zip(given, pairs, strict=True) if not old or not new]
+    if wrong:
+        raise DataError(f"{flag} {wrong[0]!r} is not old=new", hint=f"--{flag} {example}")
+    return {old: new for old, _, new in pairs}
+
+
+def _show(part: Part, found: Preparation) -> None:
+    examined = part.examined
+    tokens = part.tokens
+    cut, length = len(examined.measured.cut), found.settings["max_length"]
+    facts = [
+        (part.path.name, f"{examined.total:,} rows: {found.layout}"),
+        ("not used", listed(list(examined.unused)) if examined.unused else ""),
+        ("tokens", f"{tokens['shortest']:,} to {tokens['longest']:,} in a row, median {tokens['median']:,}"),
+        ("learned", f"{tokens['learned']:.0%} of the tokens" if tokens["learned"] else ""),
+        ("cut", f"{cut:,} rows at {length:,} tokens ({found.settings['base']})" if cut else ""),
+        *((kind, text) for kind, text in _findings(part)),
+    ]
+    print_table(("", ""), [fact for fact in facts if fact[1]])
+    bins = tokens["histogram"]
+    most = max((count for _, _, count in bins), default=1) or 1
+    bars = [(f"{low:,}–{high:,}", f"{count:,}", "█" * round(_BAR * count / most)) for low, high, count in bins]
+    print_table(("tokens", "rows", ""), bars)
+    labels = examined.labels
+    shown = list(labels.items())[:_LINES]
+    labelled, what = sum(labels.values()), "words" if examined.rows.format == "words" else "rows"
+    print_table(("label", what, "share"), [(n, f"{c:,}", f"{c / labelled:.1%}") for n, c in shown])
+    if len(labels) > len(shown):
+        print(f"and {len(labels) - len(shown)} more labels, the rarest with {min(labels.values()):,} {what}")
+    for label, other in examined.lookalikes.items():
+        likely = shlex.quote(f"{label}={other}")
+        print(
+            harmless(
+                f"label {label!r} ({labels[label]:,} of {labelled:,} {what}) looks like {other!r}: --relabel {likely}"
+            )
+        )
+    print()
+
+
+def _findings(part: Part) -> Iterator[tuple[str, str]]:
+    """What is wrong, with lines, and what was done about it."""
+    examined = part.examined
+    for kind in ("bad", "empty", "long"):
+        faults = [f"line {fault.line}: {fault.what}" for fault in examined.faults if fault.kind == kind]
+        yield kind, _told(kind, faults, part) if faults else ""
+    for kind, lines in (("duplicates", examined.duplicates), ("conflicts", examined.conflicts), ("leaks", part.leaks)):
+        yield kind, _told(kind, [f"line {line}, see {other}" for line, other in lines.items()], part) if lines else ""
+
+
+def _told(kind: str, items: Sequence[str], part: Part) -> str:
+    done = "left out" if kind in part.dropped else "kept"
+    if kind in ("bad", "empty", "long") and done == "kept":
+        done = f"to be mended, or --drop {kind}"
+    more = [f"and {len(items) - _LINES:,} more"] if len(items) > _LINES else []
+    return "\n".join([f"{len(items):,} {_MEANINGS[kind]} ({done})", *items[:_LINES], *more])
+
+
+def _close(found: Preparation) -> None:
+    rows = f"{len(found.train):,} rows to train on, {len(found.validation or ()):,} to validate on"
+    if found.recipe is None:
+        print(f"{rows}; nothing was written, --out FOLDER does")
+        return
+    if found.settings["chat_template"] == "plain":
+        print(harmless(f"{found.settings['base']} has no chat template of its own: the recipe says plain"))
+    recipe = shlex.quote(str(found.recipe))
+    print(harmless(f"{rows}: {found.out}\n\nnext:\n  lora-kit preview {recipe}\n  lora-kit train {recipe}"))

@@ -1,0 +1,118 @@
+"""How a command lives in its process: streams, signals, logs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+from lora_kit.io.text import harmless
+
+
+class _Steady:
+    """A text stream that goes on, into nothing, once nobody reads it any more.
+
+    A command whose reader has left (`| head -1`) finishes its work instead of dying in the middle of it.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        if hasattr(stream, "reconfigure"):
+            # A locale that cannot show a character must not stop a command either.
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._whoever_reads():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._whoever_reads():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _whoever_reads(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            # What is buffered would fail again at exit: the descriptor itself is led away.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+
+@contextlib.contextmanager
+def steady_streams() -> Iterator[None]:
+    """Standard output and error that cannot make a command fail: closed, broken, or in a narrow encoding."""
+    before = sys.stdout, sys.stderr
+    with contextlib.ExitStack() as stack:
+        steady = [_Steady(stream or stack.enter_context(open(os.devnull, "w"))) for stream in before]
+        sys.stdout, sys.stderr = steady
+        try:
+            yield
+        finally:
+            for stream in steady:
+                # What could not be written was an error above, or concerns an error that is on its way already.
+                with contextlib.suppress(OSError):
+                    stream.flush()
+            sys.stdout, sys.stderr = before
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM ends a command as SIGINT does: through its clean-up, with exit code 143."""
+
+    def stop(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread, where signals are none of ours
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def logged(*, debug: bool) -> Iterator[None]:
+    """Warnings of the library as lines on stderr; with `--debug` everything it logs."""
+    import logging
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            grade = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
+            print(grade + harmless(record.getMessage()), file=sys.stderr)
+
+    logger, handler = logging.getLogger("lora_kit"), Lines()
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if debug else logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Progress in lines where there is no terminal for a bar."""
+    import logging
+
+    logger = logging.getLogger("lora_kit")
+    before = logger.level
+    if not sys.stderr.isatty():
+        logger.setLevel(min(before, logging.INFO))
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,28 @@
+"""`sign`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lora_kit.cli.app import ADAPTERS, AsJson, Replace, Store, app
+from lora_kit.cli.output import print_json, print_table
+
+
+@app.command
+def sign(
+    adapter: str, /, *, key: Path, replace: Replace = False, store: Store = ADAPTERS, json: AsJson = False
+) -> None:
+    """Sign an adapter's folder with a private key.
+
+    Args:
+        adapter: A folder, or a name in the store.
+        key: Private elliptic curve key: a PEM file without a password.
+    """
+    from lora_kit.adapter.signing import sign as run
+    from lora_kit.adapter.store import find_adapter
+
+    signature = run(find_adapter(adapter, store=store), key=key, replace=replace)
+    if json:
+        print_json({"signature": str(signature)})
+        return
+    print_table(("", ""), [("signature", str(signature))])

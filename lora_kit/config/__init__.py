@@ -1,0 +1,5 @@
+"""What an adapter is, in PEFT's words. No torch here: reading a config allocates nothing."""
+
+from lora_kit.config.lora_config import LoraConfig
+
+__all__ = ["LoraConfig"]

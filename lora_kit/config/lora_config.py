@@ -1,0 +1,322 @@
+"""LoraConfig: what an adapter is, in PEFT's field names. No torch here: reading a config allocates nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
+
+from lora_kit.config import validation
+from lora_kit.config.module_patterns import PatternTable, ends
+from lora_kit.config.peft_fields import (
+    ALWAYS,
+    CARRIED,
+    NAMING_CODE,
+    UNSUPPORTED,
+    plain,
+    refuse_moving_init,
+    refuse_unsupported,
+)
+from lora_kit.config.validation import MAX_RANK
+from lora_kit.errors import ConfigError
+from lora_kit.io.strict_json import parse_object
+from lora_kit.io.text import shown
+
+__all__ = ["ALL_LINEAR", "MAX_RANK", "NO_TARGETS", "LoraConfig"]
+
+ALL_LINEAR: Final = "all-linear"
+NO_TARGETS: Final = "dummy-target-modules"
+"""What PEFT writes for `target_modules` when an adapter has saved modules only."""
+
+_GAUSSIAN: Final = "gaussian"
+_FROM_WEIGHT: Final = re.compile(r"pissa(_niter_[1-9]\d?)?|olora")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    r"""A low-rank update of chosen linear layers: `y = base(x) + scaling · B A x`.
+
+    `scaling` is `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora` (Kalajdzievski 2023, arXiv 2312.03732).
+
+    Attributes:
+        r: rank of the update; 1 to 65,536.
+        lora_alpha: numerator of the scaling; finite and not zero.
+        lora_dropout: probability of dropping an element of a layer's input on its way to A, in training; 0 to below 1.
+        target_modules: `"all-linear"`; or names, each matching a module of that path or whose path ends in `.name`; or
+            one regular expression that must match a whole path. Empty for an adapter of saved modules only.
+        target_parameters: parameters that get pairs where their module is no linear layer, by ends of their paths: the
+            fused experts of a mixture (`mlp.experts.gate_up_proj`), the weight of its router. Not with dropout, DoRA,
+            or patterns of ranks and alphas.
+        exclude_modules: names or one regular expression, as above, taken out again.
+        layers_to_transform: indices of the layers to adapt; all of them if None.
+        layers_pattern: names of the module lists those indices count in (`layers`, `h`); any if None.
+        rank_pattern, alpha_pattern: exceptions to `r` and `lora_alpha`: a name or regular expression that matches the
+            end of a path, to its value. The first match wins.
+        use_rslora: rank-stabilised scaling.
+        use_dora: train a length for every row of the adapted weight as well (Liu et al. 2024, arXiv 2402.09353).
+        modules_to_save: modules trained and saved whole beside the low-rank pairs (a classification head).
+        trainable_token_indices: tokens whose rows of the input embedding are trained and saved, and nothing else of it:
+            new ones. Or a mapping from names of embeddings (and of heads, where these are not tied) to such tokens. A
+            head that shares the embedding's weight has the same rows.
+        init_lora_weights: True: A Kaiming-uniform, B zero. `"gaussian"`: A normal with deviation 1/r, B zero. False:
+            both random, so that a fresh adapter does something (for tests). `"pissa"`, `"olora"`: from the layer's own
+            weight, which stays as it is: see `lora_kit.layers.initialization`; saved as a plain pair of rank 2r.
+            `"pissa_niter_N"`: by N iterations, 1 to 99, quick where weights are large (16 is usual).
+        fan_in_fan_out: the covered weights are stored (in, out), as transformers' Conv1D does. For other tools; here
+            the layer itself is asked.
+        base_model_name_or_path, revision, task_type, inference_mode: labels carried for other tools.
+        extra: unknown fields of a foreign config, kept when it is saved again.
+
+    Raises:
+        ConfigError: on construction, for a value of the wrong type or out of range.
+
+    Example:
+        lk.LoraConfig(r=8, lora_alpha=16, target_modules=("q_proj", "v_proj"))
+        lk.LoraConfig(target_modules=(), modules_to_save=("score",))      # a head alone
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = ALL_LINEAR
+    target_parameters: tuple[str, ...] = ()
+    exclude_modules: str | tuple[str, ...] | None = None
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
+    init_lora_weights: bool | str = True
+    fan_in_fan_out: bool = False
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    task_type: str | None = None
+    inference_mode: bool = False
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    if TYPE_CHECKING:
+        # What may be given: lists as well, as in PEFT. The fields are what becomes of it.
+        def __init__(
+            self,
+            *,
+            r: int = ...,
+            lora_alpha: float = ...,
+            lora_dropout: float = ...,
+            target_modules: str | Collection[str] = ...,
+            target_parameters: str | Collection[str] = ...,
+            exclude_modules: str | Collection[str] | None = ...,
+            layers_to_transform: int | Sequence[int] | None = ...,
+            layers_pattern: str | Collection[str] | None = ...,
+            rank_pattern: Mapping[str, int] = ...,
+            alpha_pattern: Mapping[str, float] = ...,
+            use_rslora: bool = ...,
+            use_dora: bool = ...,
+            modules_to_save: str | Collection[str] = ...,
+            trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = ...,
+            init_lora_weights: bool | str = ...,
+            fan_in_fan_out: bool = ...,
+            base_model_name_or_path: str | None = ...,
+            revision: str | None = ...,
+            task_type: str | None = ...,
+            inference_mode: bool = ...,
+            extra: Mapping[str, Any] = ...,
+        ) -> None: ...
+
+    def __post_init__(self) -> None:
+        validation.check_rank("r", self.r)
+        validation.check_alpha("lora_alpha", self.lora_alpha)
+        dropout = self.lora_dropout
+        fits = validation.is_number(dropout) and 0 <= dropout < 1
+        validation.require(fits, "lora_dropout", dropout, "a number from 0 to below 1")
+        for name in ("target_modules", "exclude_modules"):
+            self._set(name, validation.names_or_expression(name, getattr(self, name), words=(ALL_LINEAR,)))
+        for name in ("target_parameters", "modules_to_save", "layers_pattern"):
+            self._set(name, validation.names(name, getattr(self, name)))
+        for name in ("target_modules", "target_parameters", "modules_to_save"):
+            self._set(name, getattr(self, name) or ())
+        self._set("layers_to_transform", validation.layer_numbers("layers_to_transform", self.layers_to_transform))
+        self._set("rank_pattern", validation.patterns("rank_pattern", self.rank_pattern, validation.check_rank))
+        self._set("alpha_pattern", validation.patterns("alpha_pattern", self.alpha_pattern, validation.check_alpha))
+        self._set("trainable_token_indices", validation.tokens("trainable_token_indices", self.trainable_token_indices))
+        init = self.init_lora_weights
+        known = isinstance(init, bool) or init == _GAUSSIAN or self.starts_from_weight
+        words = "true, false, 'gaussian', 'pissa', 'pissa_niter_N' with N from 1 to 99, or 'olora'"
+        validation.require(known, "init_lora_weights", init, words)
+        for name in ("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode"):
+            validation.require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
+        for name in ("base_model_name_or_path", "revision", "task_type"):
+            value = getattr(self, name)
+            validation.require(value is None or isinstance(value, str), name, value, "a string or null")
+        self._set("extra", MappingProxyType(dict(self.extra)))
+        if self.target_parameters:
+            self._check_parameters()
+        for name in ("use_dora", "target_parameters"):
+            if self.starts_from_weight and getattr(self, name):
+                raise ConfigError(
+                    f"{name} with init_lora_weights={shown(self.init_lora_weights)} is not supported",
+                    hint=f"init_lora_weights: true, or leave {name} out",
+                )
+        if not (self.target_modules or self.modules_to_save or self.target_parameters or self.trainable_token_indices):
+            raise ConfigError(
+                "target_modules and modules_to_save are both empty: this adapter would hold nothing",
+                hint="name layers to adapt, or a head to train with modules_to_save",
+            )
+
+    def _check_parameters(self) -> None:
+        bare = [name for name in self.target_parameters if "." not in name]
+        if bare:
+            raise ConfigError(
+                f"target_parameters names {shown(bare[0])} without its module",
+                hint="as in experts.gate_up_proj: a weight file says modules, not parameters",
+            )
+        for name in ("lora_dropout", "use_dora", "rank_pattern", "alpha_pattern"):
+            if getattr(self, name):
+                raise ConfigError(
+                    f"target_parameters with {name}={shown(plain(getattr(self, name)))} is not supported",
+                    hint=f"leave {name} out, or target modules only",
+                )
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Mapping proxies do not pickle; the plain fields do.
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        plain = {name: dict(value) if isinstance(value, MappingProxyType) else value for name, value in values.items()}
+        return _rebuild, (plain,)
+
+    @property
+    def starts_from_weight(self) -> bool:
+        """Whether a fresh pair is made of its layer's weight (PiSSA, OLoRA)."""
+        init = self.init_lora_weights
+        return isinstance(init, str) and _FROM_WEIGHT.fullmatch(init) is not None
+
+    def rank_of(self, path: str) -> int:
+        """The rank at the module of this path: the first `rank_pattern` that matches, else `r`."""
+        return self._ranks.first(path, default=self.r)
+
+    def alpha_of(self, path: str) -> float:
+        """The alpha at the module of this path: the first `alpha_pattern` that matches, else `lora_alpha`."""
+        return self._alphas.first(path, default=self.lora_alpha)
+
+    def scaling_of(self, path: str) -> float:
+        """What `B A x` is multiplied by at the module of this path: alpha/r, or alpha/sqrt(r) with `use_rslora`."""
+        rank = self.rank_of(path)
+        return self.alpha_of(path) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def tokens_of(self, path: str) -> tuple[int, ...]:
+        """The tokens whose rows are trained in the embedding of this path; empty where it is not named."""
+        given = self.trainable_token_indices
+        if given is None or isinstance(given, tuple):
+            return given or ()  # the model says which embedding a list is of
+        return next((given[end] for end in ends(path) if end in given), ())
+
+    @functools.cached_property
+    def _ranks(self) -> PatternTable:
+        return PatternTable(self.rank_pattern)
+
+    @functools.cached_property
+    def _alphas(self) -> PatternTable:
+        return PatternTable(self.alpha_pattern)
+
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank any module of this adapter can have; 0 where there are no pairs."""
+        return max(self.r, *self.rank_pattern.values(), 0) if self.target_modules or self.target_parameters else 0
+
+    @classmethod
+    def of(cls, config: Any) -> LoraConfig:
+        """The config of a fresh adapter: a LoraConfig, a mapping of PEFT's fields, or a `peft.LoraConfig`."""
+        if isinstance(config, cls):
+            return config
+        if callable(getattr(config, "to_dict", None)) and hasattr(config, "peft_type"):
+            config = config.to_dict()
+        if isinstance(config, Mapping):
+            # What would not do for an adapter that is read, since its tensors then need a changed base, does for one
+            # that is yet to be trained.
+            init = config.get("init_lora_weights", True)
+            return dataclasses.replace(cls.from_dict({**config, "init_lora_weights": True}), init_lora_weights=init)
+        raise ConfigError(f"a LoraConfig was expected, {type(config).__name__} was given")
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> LoraConfig:
+        """From the fields of an `adapter_config.json`; unknown ones go to `extra`.
+
+        Raises:
+            ConfigError: for another kind of adapter, or a field of PEFT's that changes the arithmetic and is not
+                supported.
+        """
+        kind = fields.get("peft_type", "LORA")
+        kind = getattr(kind, "value", kind)
+        if kind != "LORA":
+            raise ConfigError(
+                f"peft_type is {shown(kind)}: only LORA adapters are read", hint="convert it to LoRA in PEFT first"
+            )
+        refuse_unsupported(fields)
+        own = {f.name for f in dataclasses.fields(cls)} - {"extra"}
+        known = {name: value for name, value in fields.items() if name in own}
+        if known.get("target_modules", ()) in (None, NO_TARGETS):
+            known["target_modules"] = ()
+        for name in ("modules_to_save", "target_parameters"):
+            known[name] = known.get(name) or ()
+        for name in ("rank_pattern", "alpha_pattern"):
+            known[name] = known.get(name) or {}
+        if isinstance(known.get("init_lora_weights"), str) and known["init_lora_weights"] != _GAUSSIAN:
+            refuse_moving_init(known["init_lora_weights"])
+        if known.get("task_type") is not None:
+            known["task_type"] = getattr(known["task_type"], "value", known["task_type"])
+        extra = {name: value for name, value in fields.items() if name not in own and name not in ALWAYS}
+        return cls(**known, extra={name: getattr(value, "value", value) for name, value in extra.items()})
+
+    @classmethod
+    def from_json(cls, text: str, *, source: str = "adapter_config.json") -> LoraConfig:
+        """From the text of an `adapter_config.json`.
+
+        Raises:
+            ConfigError: naming `source`, with line and column where the text is not JSON.
+        """
+        try:
+            fields = parse_object(text)
+        except ValueError as error:
+            raise ConfigError(f"{source}: {error}") from None
+        try:
+            return cls.from_dict(fields)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error.message}", hint=error.hint) from None
+
+    @property
+    def unknown_fields(self) -> list[str]:
+        """Names in `extra` that PEFT's LoraConfig does not have either."""
+        return sorted(set(self.extra) - set(CARRIED) - set(NAMING_CODE) - set(UNSUPPORTED))
+
+    @property
+    def fields_naming_code(self) -> list[str]:
+        """Names in `extra` of fields that ask PEFT to import something. They are carried, and never acted on."""
+        return [name for name, neutral in NAMING_CODE.items() if self.extra.get(name) not in neutral]
+
+    def to_dict(self) -> dict[str, Any]:
+        """PEFT's fields as JSON values, in a fixed order."""
+        fields = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "extra"}
+        for name in ("target_parameters", "trainable_token_indices"):  # which few adapters have
+            if not fields[name]:
+                del fields[name]
+        fields["target_modules"] = fields["target_modules"] or NO_TARGETS
+        fields["modules_to_save"] = fields["modules_to_save"] or None
+        return dict(sorted({**ALWAYS, **{k: plain(v) for k, v in self.extra.items()}, **fields}.items()))
+
+    def to_json(self) -> str:
+        """The text of an `adapter_config.json`."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+def _rebuild(values: dict[str, Any]) -> LoraConfig:
+    return LoraConfig(**values)

@@ -1,0 +1,137 @@
+"""Regular expressions from files of others, over module names: refused where compiling or matching would take long."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import regex
+
+from lora_kit.errors import ConfigError
+from lora_kit.io.text import shown
+
+MAX_PATTERN_LENGTH: Final = 10_000
+MAX_COMPILE_COST: Final = 2**13
+MAX_EXPRESSIONS: Final = 1_000
+"""Entries of a table of patterns that are more than plain names."""
+MATCH_SECONDS: Final = 0.5
+"""Time one regular expression may take on one module name, or in slow matches altogether, before it is refused."""
+SLOW_SECONDS: Final = 1e-3
+"""A match that takes longer is a slow one: a thousand times what a usual one takes."""
+_PLAIN_NAME: Final = re.compile(r"[\w.-]+")
+_COUNTS: Final = re.compile(r"\{(\d*),?(\d*)\}")
+
+
+def matches(pattern: str, text: str) -> bool:
+    """Whether a regular expression matches the whole text, in bounded time.
+
+    Raises:
+        ConfigError: the pattern is malformed, or takes longer than `MATCH_SECONDS`, on one text or in all slow matches.
+    """
+    return expression(pattern).matches(text)
+
+
+class Expression:
+    """A compiled regular expression that is refused once it has cost too much."""
+
+    def __init__(self, pattern: str) -> None:
+        if len(pattern) > MAX_PATTERN_LENGTH:
+            raise ConfigError(
+                f"a pattern of {len(pattern):,} characters was given; at most {MAX_PATTERN_LENGTH:,} are read"
+            )
+        self._pattern = pattern
+        self._spent = 0.0
+        if _compile_cost(pattern) > MAX_COMPILE_COST:
+            raise ConfigError(
+                f"the pattern {shown(pattern)} is nested too deeply, or repeats too often", hint="simplify it"
+            )
+        try:
+            # PEFT reads patterns with `re`. `regex` understands more (recursion, fuzzy matching): none of it is ours.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                re.compile(pattern)
+            self._compiled = regex.compile(pattern)
+        except (re.error, regex.error, OverflowError, RecursionError, ValueError) as error:
+            raise ConfigError(f"{shown(pattern)} is not a regular expression: {error}") from None
+
+    def matches(self, text: str) -> bool:
+        began = time.thread_time()
+        try:
+            found = self._compiled.fullmatch(text, timeout=MATCH_SECONDS)
+        except (TimeoutError, MemoryError):
+            raise self._too_slow(text) from None
+        spent = time.thread_time() - began
+        if spent > SLOW_SECONDS:
+            # One slow match may pass; one for every module of a model may not.
+            self._spent += spent
+            if self._spent > MATCH_SECONDS:
+                raise self._too_slow(text)
+        return found is not None
+
+    def _too_slow(self, text: str) -> ConfigError:
+        return ConfigError(
+            f"the pattern {shown(self._pattern)} takes too long to match {shown(text)}",
+            hint="nested repetitions backtrack; simplify it",
+        )
+
+
+def _compile_cost(pattern: str) -> int:
+    """A bound on what compiling takes: `regex` doubles its work with every level and unrolls counted repetitions."""
+    level = deepest = 0
+    for character in pattern:
+        level += {"(": 1, ")": -1}.get(character, 0)
+        deepest = max(deepest, level)
+    cost = 2 ** min(deepest, 64)
+    for counts in _COUNTS.findall(pattern):
+        cost *= max(int(count[:9] or 1) for count in counts) or 1
+        cost = min(cost, 2**64)
+    return cost
+
+
+expression = functools.lru_cache(maxsize=4 * MAX_EXPRESSIONS)(Expression)
+
+
+def is_plain_name(pattern: str) -> bool:
+    """Whether a pattern is a name: what it matches can be looked up."""
+    return _PLAIN_NAME.fullmatch(pattern) is not None
+
+
+class PatternTable:
+    """A `rank_pattern` or `alpha_pattern`: plain names are looked up, expressions are tried in their order."""
+
+    def __init__(self, patterns: Mapping[str, Any]) -> None:
+        self._names: dict[str, tuple[int, Any]] = {}
+        self._expressions: list[tuple[int, str, Any]] = []
+        for place, (key, value) in enumerate(patterns.items()):
+            if is_plain_name(key):
+                self._names[key] = (place, value)
+            else:
+                self._expressions.append((place, rf"(.*\.)?({key})", value))
+
+    def first(self, path: str, *, default: Any) -> Any:
+        """The value of the first entry that matches the end of a path, from a dot or its beginning."""
+        best, found, end = math.inf, default, path
+        while end and self._names:
+            place, value = self._names.get(end, (math.inf, None))
+            if place < best:
+                best, found = place, value
+            end = end.partition(".")[2]
+        for place, pattern, value in self._expressions:
+            if place > best:
+                break
+            if matches(pattern, path):
+                return value
+        return found
+
+
+def ends(path: str) -> Iterator[str]:
+    """The names that a module goes by: its path, and what is left of it after each dot."""
+    yield path
+    while "." in path:
+        path = path.partition(".")[2]
+        yield path

@@ -1,0 +1,146 @@
+"""What an evaluation of several adapters found: their metrics side by side, and what each of them said."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_kit.adapter.store import jsonable
+from lora_kit.errors import StorageError
+from lora_kit.evaluation.generation_metrics import Prompt
+from lora_kit.io.atomic_write import sync_folder
+from lora_kit.io.text import printable
+
+Said = str | tuple[str, ...]
+"""A text or a label; of a text with labelled words, one label for each."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row, or the rows with one prompt.
+
+    Attributes:
+        lines: where it stands in the file.
+        given: the prompt, the conversation so far, the text, or the words.
+        expected: what would have been right: every reference, or the label (of each word).
+    """
+
+    lines: tuple[int, ...]
+    given: Prompt | tuple[str, ...]
+    expected: Said
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What one adapter reached.
+
+    Attributes:
+        name: the adapter's label, or `base`.
+        digest: of the adapter; None for the base.
+        metrics: by name.
+        said: what it said of each case; empty where no metric is about that.
+        unended: how many of the texts were cut off before they ended.
+    """
+
+    name: str
+    digest: str | None
+    metrics: Mapping[str, float]
+    said: tuple[Said, ...] = ()
+    unended: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalReport:
+    """What an evaluation found.
+
+    Attributes:
+        data: the file.
+        task: what the adapters were made for.
+        rows: of the file.
+        cases: what was asked, where what is said was looked at.
+        results: one for each adapter, in the order given.
+        seconds: wall time, without loading the base.
+    """
+
+    data: Path
+    task: str
+    rows: int
+    cases: tuple[Case, ...]
+    results: tuple[Result, ...]
+    seconds: float
+
+    def __getitem__(self, name: str) -> Result:
+        """The result of an adapter by its label."""
+        return {result.name: result for result in self.results}[name]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values, without the cases."""
+        results = [
+            {"name": each.name, "digest": each.digest, "metrics": jsonable(each.metrics), "unended": each.unended}
+            for each in self.results
+        ]
+        told = {"data": str(self.data), "task": self.task, "rows": self.rows, "seconds": round(self.seconds, 3)}
+        return {**told, "results": results}
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Each case as JSON values, with what everyone said of it."""
+        for place, case in enumerate(self.cases):
+            given = case.given
+            if isinstance(given, tuple) and given and isinstance(given[0], tuple):
+                given = [{"role": role, "content": content} for role, content in given]  # type: ignore[assignment]
+            said = {each.name: jsonable(each.said[place]) for each in self.results}
+            yield {"lines": list(case.lines), "given": given, "expected": jsonable(case.expected), "said": said}
+
+    def save(self, path: str | Path, *, replace: bool = False) -> None:
+        """Write the cases as JSONL, a line for each, all or nothing.
+
+        Raises:
+            StorageError: there is a file already, or it cannot be written.
+        """
+        path = Path(path)
+        check_file(path, replace=replace)
+        staging = path.with_name(f".{path.name}.{os.getpid()}")
+        with _as_storage_error(path):
+            try:
+                with staging.open("x", encoding="utf-8") as file:
+                    file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines())
+                    file.flush()
+                    os.fsync(file.fileno())
+                staging.replace(path)
+            finally:
+                staging.unlink(missing_ok=True)
+            sync_folder(path.parent)
+
+
+def check_file(path: Path, *, replace: bool) -> None:
+    """Refuse a file that cannot be written, before hours of work and not after.
+
+    Raises:
+        StorageError: it exists, or its folder does not.
+    """
+    if path.is_dir():
+        raise StorageError(f"{printable(path)} is a folder", hint="predictions are written to one file")
+    if path.exists() and not (replace and path.is_file()):
+        raise StorageError(f"{printable(path)} exists", hint="--replace replaces it")
+    if not path.parent.is_dir():
+        raise StorageError(f"{printable(path.parent)} is no folder, so {printable(path)} cannot be written")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise StorageError(f"{printable(path)} cannot be written: {printable(path.parent)} may not be written to")
+
+
+@contextlib.contextmanager
+def _as_storage_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{printable(path)} cannot be written: {error.strerror}") from error
+
+
+def columns(results: Sequence[Result]) -> list[str]:
+    """The names of all metrics of some results, in their order."""
+    return list(dict.fromkeys(name for result in results for name in result.metrics))

@@ -1,0 +1,138 @@
+"""llama.cpp: an adapter as a GGUF file, under the names and in the row order of its converted models.
+
+What is written is what llama.cpp's own converter writes and its loader checks: `general.type` adapter, `adapter.type`
+lora, one `adapter.lora.alpha`, a scale of alpha / rank; names from the `gguf` package's own map.
+https://github.com/ggml-org/llama.cpp/blob/master/convert_lora_to_gguf.py
+https://github.com/ggml-org/llama.cpp/blob/master/src/llama-adapter.cpp
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+from typing import Any, Final
+
+from torch import Tensor
+
+from lora_kit.adapter.peft_keys import Pair
+from lora_kit.errors import ExportError, listed
+from lora_kit.exporters.plain_lora import Case
+from lora_kit.exporters.servers import unfit_plain
+from lora_kit.io.text import printable
+
+FILE: Final = "adapter.gguf"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How llama.cpp keeps the models of one transformers class.
+
+    Attributes:
+        name: its own word.
+        interleaved: whether rows of q and k are reordered, as its rotary embedding turns neighbours, not halves
+            (`permute` in https://github.com/ggml-org/llama.cpp/blob/master/conversion/llama.py).
+    """
+
+    name: str
+    interleaved: bool = False
+
+
+ARCHITECTURES: Final = {
+    "LlamaForCausalLM": Architecture("llama", interleaved=True),
+    "MistralForCausalLM": Architecture("llama", interleaved=True),
+    "Qwen2ForCausalLM": Architecture("qwen2"),
+    "Qwen3ForCausalLM": Architecture("qwen3"),
+    "GemmaForCausalLM": Architecture("gemma"),
+    "Gemma2ForCausalLM": Architecture("gemma2"),
+    "Gemma3ForCausalLM": Architecture("gemma3"),
+    "Phi3ForCausalLM": Architecture("phi3"),
+}
+_HEADS: Final = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+
+
+def unfit(case: Case) -> Iterator[str]:
+    yield from unfit_plain(case)
+    config = case.needed_config("llama.cpp's names and row order depend on the architecture")
+    found = architecture_of(config)
+    if found is None:
+        yield f"the base is a {printable(_class(config))}; {listed(list(ARCHITECTURES))} are converted"
+        return
+    names = _names(found, config)
+    tied = bool(config.get("tie_word_embeddings"))
+    for path in case.adapter.pairs():
+        if names.get_name(path) is None:
+            yield f"target_modules: {path} has no name in llama.cpp's {found.name}"
+        elif tied and path.rpartition(".")[2] in ("lm_head", "embed_tokens"):
+            yield f"target_modules: {path} is tied in this base, and llama.cpp would use the update in both places"
+
+
+def write(case: Case, folder: Path) -> None:
+    """The GGUF file: float32, `<name>.weight.lora_a` (r, in) and `.lora_b` (out, r)."""
+    gguf = _gguf()
+    config = case.needed_config("llama.cpp's names and row order depend on the architecture")
+    found = architecture_of(config)
+    assert found is not None  # it would have been refused
+    writer = gguf.GGUFWriter(folder / FILE, found.name)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(case.plain.alpha))
+    writer.add_name(case.name)
+    names = _names(found, config)
+    for path, pair in case.plain.pairs.items():
+        a, b = _oriented(path, pair, found, config)
+        for tensor, side in ((a, "lora_a"), (b, "lora_b")):
+            writer.add_tensor(f"{names.get_name(path)}.weight.{side}", tensor.float().contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _oriented(path: str, pair: Pair, found: Architecture, config: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """A and B as llama.cpp multiplies them: q and k in its row order, A of an embedding a row per token."""
+    leaf = path.rpartition(".")[2]
+    if pair.kind == "embedding":
+        return pair.a.T, pair.b
+    if found.interleaved and leaf in _HEADS:
+        return pair.a, interleaved(pair.b, config[_HEADS[leaf]])
+    return pair.a, pair.b
+
+
+def interleaved(rows: Tensor, heads: int) -> Tensor:
+    """Rows of every head's first and second half in turn: what the rotary embedding turns together, side by side."""
+    return rows.reshape(heads, 2, len(rows) // heads // 2, -1).transpose(1, 2).reshape(rows.shape)
+
+
+def architecture_of(config: dict[str, Any]) -> Architecture | None:
+    """How a base is kept, by its config; None where this package does not know."""
+    return ARCHITECTURES.get(_class(config))
+
+
+def _class(config: dict[str, Any]) -> str:
+    classes = config.get("architectures") or []
+    return str(classes[0]) if classes else f"model without architectures, model_type {config.get('model_type')}"
+
+
+def _names(found: Architecture, config: dict[str, Any]) -> Any:
+    """The `gguf` package's map from transformers' module paths to its own."""
+    gguf = _gguf()
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    return gguf.get_tensor_name_map(kinds[found.name], config["num_hidden_layers"])
+
+
+def _gguf() -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise ExportError("the gguf package is not installed", hint="pip install 'lora-kit[export]'") from None
+    return gguf
+
+
+def command(case: Case) -> str:
+    assert case.out is not None
+    return f"""```sh
+llama-server -m base.gguf --lora {quote(str(case.out / FILE))}
+```
+`base.gguf` is the base `{case.base_name}`, converted by llama.cpp's `convert_hf_to_gguf.py`; it may be quantised."""

@@ -1,0 +1,172 @@
+"""What every export starts from: the adapter in a form that any reader understands, and what is known of its base."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kit.adapter.adapter import Adapter
+from lora_kit.adapter.peft_keys import Pair
+from lora_kit.adapter.store import KIT_BASE
+from lora_kit.errors import BaseModelError, ExportError, MergeError
+from lora_kit.io.text import printable
+from lora_kit.merging.checkpoint.meta_model import Head, shell
+from lora_kit.models.locate import local_folder, quiet
+from lora_kit.targets.compatibility import fitted
+
+
+@dataclass(frozen=True)
+class Plain:
+    """An adapter of one rank and one scaling `alpha / rank`: no patterns, nothing rank-stabilised.
+
+    Where it was so already, its tensors are as they were, bit for bit. Elsewhere each scaling is in B, in float32,
+    alpha is the rank, and smaller ranks are filled up with zeros.
+
+    Attributes:
+        rank, alpha: of every pair.
+        pairs: by path of their layer.
+        changes: what was done, in words.
+    """
+
+    rank: int
+    alpha: int
+    pairs: Mapping[str, Pair]
+    changes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> Plain:
+        config, pairs = adapter.config, adapter.pairs()
+        rank = max((pair.a.shape[0] for pair in pairs.values()), default=config.r)
+        alpha = int(config.lora_alpha)
+        changes = [
+            f"{name}: folded into lora_B"
+            for name, there in (("use_rslora", config.use_rslora), ("alpha_pattern", bool(config.alpha_pattern)))
+            if there
+        ]
+        if alpha != config.lora_alpha or alpha < 1:
+            changes.append(f"lora_alpha {config.lora_alpha:g}: folded into lora_B, as whole numbers from 1 are read")
+        if any(pair.a.shape[0] != rank for pair in pairs.values()):
+            changes.append(f"rank_pattern: every pair filled up with zeros to rank {rank}")
+        elif config.r != rank or config.rank_pattern:
+            changes.append(f"rank_pattern: all pairs have rank {rank}, and r says so")
+        if not changes:
+            return cls(rank, alpha, pairs, ())
+        folded = {path: _folded(pair, config.scaling_of(path), rank) for path, pair in pairs.items()}
+        return cls(rank, rank, folded, tuple(changes))
+
+    def delta(self, path: str) -> Tensor:
+        """`alpha / rank · B A` in double precision."""
+        pair = self.pairs[path]
+        return self.alpha / self.rank * (pair.b.double() @ pair.a.double())
+
+
+def _folded(pair: Pair, scaling: float, rank: int) -> Pair:
+    missing = rank - pair.a.shape[0]
+    a, b = pair.a.float(), (pair.b.double() * scaling).float()
+    if missing:
+        a = torch.cat([a, a.new_zeros(missing, a.shape[1])])
+        b = torch.cat([b, b.new_zeros(b.shape[0], missing)], dim=1)
+    return Pair(a, b, pair.kind)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One adapter on its way to one reader.
+
+    Attributes:
+        name: what the adapter is called there.
+        adapter: as it is here.
+        base: hub id, local folder or `kit-base`, where it is known.
+        given: whether that was said by the caller, and not only by the adapter.
+        out: the folder that is written; None where nothing is.
+    """
+
+    name: str
+    adapter: Adapter
+    base: str | None
+    given: bool
+    out: Path | None = None
+
+    @functools.cached_property
+    def plain(self) -> Plain:
+        return Plain.of(self.adapter)
+
+    @property
+    def base_path(self) -> str | None:
+        """The base as other tools find it: a hub id, or the folder of a local one; None where it is not known."""
+        if self.base is None or not (self.given or self.base == KIT_BASE):
+            return self.base
+        folder = local_folder(self.base)
+        return self.base if folder is None else str(folder.resolve())
+
+    @property
+    def base_name(self) -> str:
+        """The base in a command."""
+        return printable(self.base_path or "BASE")
+
+    @property
+    def labelled(self) -> str:
+        """`name=folder`, as servers take an adapter on their command line."""
+        return quote(f"{self.name}={self.out}")
+
+    @functools.cached_property
+    def base_config(self) -> dict[str, Any] | None:
+        """transformers' config of the base; None where no base is known well enough to look.
+
+        Raises:
+            BaseModelError: the base that was given has none that can be read.
+        """
+        return None if self._config is None else self._config.to_dict()
+
+    @functools.cached_property
+    def _config(self) -> Any:
+        # A name in an adapter was written by whoever made it: only what the caller says is looked up.
+        if self.base is None or not (self.given or self.base == KIT_BASE):
+            return None
+        return _config(self.base, self._head)
+
+    @property
+    def _head(self) -> Head:
+        try:
+            return Head.of(self.adapter)
+        except MergeError:
+            return Head(None)  # a task that says nothing about the model
+
+    def check_base(self, allow: Collection[str]) -> None:
+        """Where the base is known, raise AdapterError unless the adapter fits a model of its config."""
+        if self._config is not None:
+            fitted(self.name, self.adapter, shell(self._config, self._head), dtype=torch.float32, allow=allow)
+
+    def needed_config(self, why: str) -> dict[str, Any]:
+        """As `base_config`.
+
+        Raises:
+            ExportError: no base is known.
+        """
+        if self.base_config is None:
+            raise ExportError(f"the base's config is needed: {why}", hint="give the base: a folder or a hub id")
+        return self.base_config
+
+
+def _config(base: str, head: Head) -> Any:
+    """transformers' config of a base, with the defaults that its file leaves out."""
+    from transformers import AutoConfig
+
+    folder = local_folder(base)
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(
+                folder or base, local_files_only=folder is not None, trust_remote_code=False, **head.fields
+            )
+    except Exception as error:  # a damaged file, or any failure of the network, of whatever library it comes from
+        where = "its config cannot be read" if folder else "no such folder, and the hub gave no config"
+        raise BaseModelError(
+            f"{printable(base)}: {where} ({type(error).__name__})", hint="give the base as a local folder"
+        ) from error

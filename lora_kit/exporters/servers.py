@@ -1,0 +1,209 @@
+"""Readers of PEFT's format: PEFT itself, vLLM, SGLang and Text Generation Inference, each with what it leaves unread.
+
+What they read, by their sources (versions differ, and none of them was run here):
+
+- vLLM: `PEFTHelper` refuses use_dora, modules_to_save and ranks above `--max-lora-rank`, which is one of a few values
+  (vllm/config/lora.py); older versions ignore rank_pattern and alpha_pattern.
+  https://github.com/vllm-project/vllm/blob/main/vllm/lora/peft_helper.py
+- SGLang: `LoRAAdapter` scales by lora_alpha / r, whatever use_rslora and the patterns say. It stacks q/k/v and gate/up,
+  which must have one rank, looks k and v up beside q, and up beside gate, and stops where q has no v.
+  https://github.com/sgl-project/sglang/blob/main/python/sglang/srt/lora/lora.py
+- TGI: `LoraWeights.prepare_weights` stacks one kind of layer over the whole model: a kind that any layer lacks is left
+  out without a word; patterns and embeddings are not read.
+  https://github.com/huggingface/text-generation-inference/blob/main/server/text_generation_server/adapters/lora.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from shlex import quote
+from typing import Any, Final
+
+from torch import Tensor
+
+from lora_kit.adapter.folder import CONFIG, WEIGHTS
+from lora_kit.adapter.peft_keys import pair_keys
+from lora_kit.errors import listed
+from lora_kit.exporters.plain_lora import Case
+from lora_kit.io.safetensors import canonical
+
+VLLM_RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What `--max-lora-rank` may be."""
+_TGI_KINDS: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_LAYER: Final = re.compile(r"model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)")
+_NUMBERED: Final = re.compile(r"(^|\.)layers\.\d+\.")
+_CLASSES: Final = {
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+}
+_LABELLED: Final = ("SEQ_CLS", "TOKEN_CLS")
+_NEEDS: Final = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+"""What SGLang looks up only beside another layer."""
+
+
+# What cannot be carried
+
+
+def unfit_plain(case: Case) -> Iterator[str]:
+    """What no reader but PEFT takes."""
+    config = case.adapter.config
+    if config.use_dora:
+        yield "use_dora: a DoRA rescales every row of the whole weight; merge it instead"
+    if config.modules_to_save:
+        yield f"modules_to_save: {listed(config.modules_to_save)} would be left out; merge it instead"
+    pairs = case.adapter.pairs()
+    if not pairs:
+        yield "target_modules: there is no low-rank pair"
+    for path in (path for path, pair in pairs.items() if pair.kind not in ("linear", "embedding")):
+        yield f"target_modules: {path} is neither a linear layer nor an embedding; merge it instead"
+
+
+def unfit_vllm(case: Case) -> Iterator[str]:
+    yield from unfit_plain(case)
+    if case.plain.rank > VLLM_RANKS[-1]:
+        yield f"r: {case.plain.rank} is above {VLLM_RANKS[-1]}, the largest that can be served; resize it"
+
+
+def unfit_sglang(case: Case) -> Iterator[str]:
+    yield from unfit_plain(case)
+    paths = case.adapter.pairs().keys()
+    for path in paths:
+        start, _, leaf = path.rpartition(".")
+        if not _NUMBERED.search(path) and leaf not in ("lm_head", "embed_tokens"):
+            yield f"target_modules: {path} is in no numbered layer (layers.0), and would be left out"
+        beside = _NEEDS.get(leaf)
+        if beside and f"{start}.{beside}" not in paths:
+            yield f"target_modules: {path} is read only beside a {beside} of the same layer, which has no pair"
+        if leaf == "q_proj" and f"{start}.v_proj" not in paths:
+            yield f"target_modules: {path} is stacked with the v_proj of the same layer, which has no pair"
+
+
+def unfit_tgi(case: Case) -> Iterator[str]:
+    yield from unfit_plain(case)
+    kinds: dict[str, set[int]] = {}
+    for path, pair in case.adapter.pairs().items():
+        found = _LAYER.fullmatch(path)
+        if found and found[2] in _TGI_KINDS and pair.kind == "linear":
+            kinds.setdefault(found[2], set()).add(int(found[1]))
+        elif path != "lm_head":
+            yield f"target_modules: {path} is not read; {listed(_TGI_KINDS)} and lm_head of a decoder are"
+    count = _layers(case, kinds.values())
+    for kind, numbers in kinds.items():
+        missing = sorted(set(range(count)) - numbers)
+        if missing:
+            told = listed([str(number) for number in missing])
+            yield f"target_modules: {kind} of every layer would be left out, as layer {told} has none; merge it instead"
+
+
+def _layers(case: Case, covered: Iterable[set[int]]) -> int:
+    """How many layers the base has: from its config; else as many as are covered, where bare names cover all."""
+    config = case.adapter.config
+    if case.base_config is not None:
+        return int(case.base_config.get("num_hidden_layers") or 0)
+    names = isinstance(config.target_modules, tuple) and not any("." in name for name in config.target_modules)
+    if not names or config.layers_to_transform is not None or config.exclude_modules:
+        return int(case.needed_config("whether every layer has a pair").get("num_hidden_layers") or 0)
+    return max((max(numbers) + 1 for numbers in covered), default=0)
+
+
+# What is written
+
+
+def write_peft(case: Case, folder: Path) -> None:
+    """The adapter as it is: PEFT reads all of it."""
+    fields = case.adapter.config.to_dict()
+    fields["base_model_name_or_path"] = case.base_path
+    _write(folder, fields, case.adapter.tensors)
+
+
+def write_plain(case: Case, folder: Path) -> None:
+    """The adapter with nothing in its config that some version of some reader passes over."""
+    config, plain = case.adapter.config, case.plain
+    fields: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": config.task_type,
+        "base_model_name_or_path": case.base_path,
+        "r": plain.rank,
+        "lora_alpha": plain.alpha,
+        "target_modules": _targets(case),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": config.fan_in_fan_out,
+        "inference_mode": True,
+        "modules_to_save": None,
+        "use_rslora": False,
+        "use_dora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+    tensors = {}
+    for path, pair in plain.pairs.items():
+        key_a, key_b = pair_keys(path, pair.kind)
+        tensors[key_a], tensors[key_b] = pair.a, pair.b
+    _write(folder, fields, tensors)
+
+
+def _targets(case: Case) -> list[str]:
+    """Names that cover exactly what the adapter covers, also where its own config needs more than names for it."""
+    config = case.adapter.config
+    narrowed = config.exclude_modules or config.layers_to_transform is not None
+    if isinstance(config.target_modules, tuple) and not narrowed:
+        return sorted(config.target_modules)
+    return sorted(case.adapter.pairs())
+
+
+def _write(folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    (folder / CONFIG).write_text(f"{json.dumps(fields, indent=2, sort_keys=True)}\n", "utf-8")
+    with (folder / WEIGHTS).open("wb") as file:
+        for piece in canonical(tensors):
+            file.write(piece)
+
+
+# How it is loaded
+
+
+def command_peft(case: Case) -> str:
+    task, labels = case.adapter.config.task_type, case.adapter.record.get("labels")
+    count = f", num_labels={len(labels)}" if isinstance(labels, list) and task in _LABELLED else ""
+    return f"""```python
+import peft, transformers
+
+model = transformers.{_CLASSES.get(task or "", "AutoModelForCausalLM")}.from_pretrained({case.base_name!r}{count})
+model = peft.PeftModel.from_pretrained(model, {str(case.out)!r})
+```"""
+
+
+def command_vllm(case: Case) -> str:
+    options = f"--enable-lora --max-lora-rank {vllm_rank(case.plain.rank)} --lora-modules {case.labelled}"
+    return f"""```sh
+vllm serve {quote(case.base_name)} {options}
+```
+Requests name it as their model: `"model": {json.dumps(case.name)}`."""
+
+
+def command_sglang(case: Case) -> str:
+    options = f"--enable-lora --lora-paths {case.labelled}"
+    return f"""```sh
+python -m sglang.launch_server --model-path {quote(case.base_name)} {options}
+```
+Requests to `/generate` name it: `"lora_path": {json.dumps(case.name)}`."""
+
+
+def command_tgi(case: Case) -> str:
+    return f"""```sh
+text-generation-launcher --model-id {quote(case.base_name)} --lora-adapters {case.labelled}
+```
+Requests name it among their parameters: `"adapter_id": {json.dumps(case.name)}`."""
+
+
+def needs_vllm(case: Case) -> list[str]:
+    return [f"--max-lora-rank {vllm_rank(case.plain.rank)} (16 where nothing is said)"]
+
+
+def vllm_rank(rank: int) -> int:
+    """The smallest `--max-lora-rank` that takes this rank."""
+    return next((limit for limit in VLLM_RANKS if limit >= rank), VLLM_RANKS[-1])

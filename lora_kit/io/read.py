@@ -1,0 +1,187 @@
+"""Reading files of others without harm."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, Final
+
+from lora_kit.errors import AdapterError, StorageError
+from lora_kit.io.strict_json import parse_object
+from lora_kit.io.text import printable
+
+_ABSENT: Final = (errno.ENOENT, errno.ENOTDIR)
+_NO_PATH: Final = (errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
+_LARGE: Final = 4 * 2**20
+_PIECE: Final = 8 * 2**20
+_POINTER: Final = b"version https://git-lfs"
+
+
+def folder_exists(path: Path) -> bool:
+    """Whether there is a folder at a path; a link to one counts.
+
+    Raises:
+        StorageError: it cannot be looked at.
+    """
+    return stat.S_ISDIR(mode_of(path, follow=True))
+
+
+def exists(path: Path) -> bool:
+    """Whether there is anything at a path, be it a link that leads nowhere.
+
+    Raises:
+        StorageError: it cannot be looked at.
+    """
+    return mode_of(path, follow=False) != 0
+
+
+def mode_of(path: Path, *, follow: bool) -> int:
+    """`st_mode`; 0 where nothing is there or the path cannot be one."""
+    try:
+        return os.stat(path, follow_symlinks=follow).st_mode
+    except ValueError:  # a NUL
+        return 0
+    except OSError as error:
+        if error.errno in (*_ABSENT, *_NO_PATH):
+            return 0
+        raise StorageError(f"{printable(path)} cannot be read: {error.strerror}") from error
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[BufferedReader, int]]:
+    """A regular file inside its folder, open for reading, and its size.
+
+    A link is followed where it stays in the folder, or in the hub's cache that the folder belongs to.
+
+    Raises:
+        AdapterError: missing, a link that leads out, or not a regular file.
+        StorageError: it cannot be read, by the block neither, or there is not enough memory for it.
+    """
+    shown = printable(path)
+    try:
+        with _open(path, shown) as file:
+            yield file, os.fstat(file.fileno()).st_size
+    except StorageError:
+        raise
+    except OSError as error:
+        if error.errno in _ABSENT:
+            raise AdapterError(f"{shown} does not exist") from None
+        if error.errno in _NO_PATH:
+            raise AdapterError(f"{shown} leads nowhere: {error.strerror}") from None
+        raise StorageError(f"{shown} cannot be read: {error.strerror}") from error
+    except MemoryError:
+        raise StorageError(f"{shown} does not fit in memory") from None
+
+
+def read_regular(path: Path, *, check_size: Callable[[int], None]) -> memoryview:
+    """The bytes of a regular file; see `opened`.
+
+    Args:
+        check_size: is given the size of the file, and raises to refuse it.
+    """
+    with opened(path) as (file, size):
+        check_size(size)
+        data = buffer(size, printable(path))
+        return data[: fill(file, data)]  # it may have shrunk meanwhile
+
+
+def _open(path: Path, shown: str) -> BufferedReader:
+    real = Path(os.path.realpath(path, strict=True))
+    if path.is_symlink() and not _inside(real, path.parent):
+        raise AdapterError(f"{shown} is a link that leads out of its folder", hint="copy the file here")
+    # Looked at first, since opening a device may act on it. Without O_NONBLOCK, opening a FIFO waits for a writer.
+    if not stat.S_ISREG(os.stat(real).st_mode):
+        raise AdapterError(f"{shown} is not a regular file")
+    file = os.fdopen(os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise AdapterError(f"{shown} is not a regular file")
+    return file
+
+
+def _inside(real: Path, folder: Path) -> bool:
+    """Whether a resolved path lies in a folder, or in the hub's cache around a snapshot folder."""
+    root = folder.resolve()
+    for above in root.parents:
+        if above.name == "snapshots" and (above.parent / "blobs").is_dir():
+            root = above.parent
+    return real.is_relative_to(root)
+
+
+def buffer(size: int, shown: str) -> memoryview:
+    """Memory to read a file into; a large one in huge pages, since touching small ones costs more than reading.
+
+    Raises:
+        StorageError: there is not enough memory.
+    """
+    if size < _LARGE:
+        return memoryview(bytearray(size))
+    available = _available_memory()
+    if available is not None and size > available:
+        raise StorageError(f"{shown} needs {size:,} bytes of memory; {available:,} are available")
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return memoryview(bytearray(size))
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(memory)
+
+
+def fill(file: BufferedReader, memory: memoryview, seen: Callable[[memoryview], object] | None = None) -> int:
+    """Read from a file until memory is full or the file ends; how many bytes that were.
+
+    Args:
+        seen: is given each piece as it is read.
+    """
+    filled = 0
+    while filled < len(memory):
+        piece = memory[filled : filled + _PIECE]
+        count = file.readinto(piece)
+        if not count:
+            break
+        if seen is not None:
+            seen(piece[:count])
+        filled += count
+    return filled
+
+
+def _available_memory() -> int | None:
+    """Bytes the machine can give without swapping; None where it does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, IndexError, StopIteration):
+        return None
+
+
+def read_json(path: Path, *, limit: int) -> dict[str, Any]:
+    """A JSON object from a small file; AdapterError where it is anything else."""
+    text = read_text(path, limit=limit)
+    try:
+        return parse_object(text)
+    except ValueError as error:
+        raise AdapterError(f"{printable(path)}: {error}") from None
+
+
+def read_text(path: Path, *, limit: int) -> str:
+    """The text of a small file; AdapterError where it is anything else."""
+
+    def check_size(size: int) -> None:
+        if size > limit:
+            raise AdapterError(f"{printable(path)} has {size:,} bytes; at most {limit:,} are expected")
+
+    data = bytes(read_regular(path, check_size=check_size))
+    if data.startswith(_POINTER):
+        raise AdapterError(f"{printable(path)}: a git-lfs pointer, not the file", hint="run 'git lfs pull'")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line, column = data.count(b"\n", 0, error.start) + 1, error.start - data.rfind(b"\n", 0, error.start)
+        raise AdapterError(f"{printable(path)}: not UTF-8 at line {line} column {column}") from None

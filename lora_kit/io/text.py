@@ -1,0 +1,45 @@
+"""Values and names of others as text that is short and cannot steer a terminal."""
+
+from __future__ import annotations
+
+import reprlib
+import unicodedata
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    pass
+
+MAX_DIGITS: Final = 40
+_REPR: Final = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 120
+
+
+def shown(value: Any) -> str:
+    """A value from outside as Python writes it, cut short where it is long."""
+    if isinstance(value, int) and value.bit_length() > 4 * MAX_DIGITS:
+        return f"a number of {value.bit_length():,} bits"
+    return _REPR.repr(value)
+
+
+_MOST_SHOWN: Final = 500
+
+
+def printable(value: object) -> str:
+    """Text from outside, with control characters escaped, cut short where it is long."""
+    text = str(value)
+    text = text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def harmless(text: str) -> str:
+    r"""Text with everything that could steer a terminal escaped: `\x1b`, `\u202e`; line breaks and tabs stay.
+
+    Names in files that others wrote end up in messages and tables; an escape sequence in one must not act.
+    """
+    return "".join(c if c in "\n\t" or not _steers(c) else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def _steers(character: str) -> bool:
+    # Control characters, surrogates, unassigned ones, and marks that reorder text; joiners inside emoji are harmless.
+    category = unicodedata.category(character)
+    return category in ("Cc", "Cs", "Co", "Cn") or (category == "Cf" and character not in "\u200c\u200d")

@@ -1,0 +1,1 @@
+"""Folding an adapter into its base: refused early, verified from what was written, all or nothing."""

@@ -1,0 +1,1 @@
+"""Proving a merge from what was written."""

@@ -1,0 +1,1 @@
+"""The merged weights on their way to the disk."""

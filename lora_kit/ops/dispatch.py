@@ -1,0 +1,71 @@
+"""Which kernels take the products of a low-rank update: Triton's on CUDA, plain torch everywhere else."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Final, Protocol
+
+import torch
+from torch import Tensor
+
+from lora_kit.errors import ConfigError
+from lora_kit.ops import torch_kernels
+
+VARIABLE: Final = "LORA_KIT_KERNELS"
+"""`plain` or `triton` here takes that one for everything; one that cannot be had is an error."""
+
+_TRITON_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Kernels(Protocol):
+    """The products, as `plain` documents them."""
+
+    def add_(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor: ...
+    def add_rows_(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor, slots: Tensor) -> Tensor: ...
+    def shrink_rows(self, x: Tensor, a: Tensor, slots: Tensor) -> Tensor: ...
+    def expand_rows_(self, y: Tensor, h: Tensor, b: Tensor, scaling: Tensor, slots: Tensor) -> None: ...
+
+
+_chosen: dict[tuple[torch.device, torch.dtype], Kernels] = {}
+
+
+def bodies(x: Tensor) -> Kernels:
+    """The kernels for products in the dtype of x, on its device. Chosen once for each of these, then looked up.
+
+    Raises:
+        ConfigError: LORA_KIT_KERNELS names kernels that do not exist, or cannot be had here.
+    """
+    key = x.device, x.dtype
+    if key not in _chosen:
+        _chosen[key] = kernels(*key)
+    return _chosen[key]
+
+
+def kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
+    """`triton_lora` or `plain`, whichever fits; raises as `bodies` does."""
+    forced = os.environ.get(VARIABLE, "")
+    if forced not in ("", "plain", "triton"):
+        raise ConfigError(f"{VARIABLE}={forced} names no kernels", hint="plain or triton, or leave it unset")
+    if forced == "plain" or (not forced and device.type != "cuda"):
+        return torch_kernels
+    missing = _missing_for_triton(device, dtype)
+    if forced and missing:
+        raise ConfigError(f"{VARIABLE}=triton, but {missing}", hint=f"unset {VARIABLE}, or set it to plain")
+    if missing:
+        return torch_kernels
+    from lora_kit.ops import triton_kernels
+
+    return triton_kernels
+
+
+def _missing_for_triton(device: torch.device, dtype: torch.dtype) -> str:
+    """Why Triton's kernels cannot be had; empty if they can."""
+    if dtype not in _TRITON_DTYPES:
+        return f"its kernels do not compute in {dtype}"
+    # Triton's interpreter runs the same kernels on the CPU, slowly: that is for tests.
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {device}, not on a CUDA device"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    return ""

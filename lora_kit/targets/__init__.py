@@ -1,0 +1,1 @@
+"""What a config covers in a model, and whether an adapter is compatible with it."""

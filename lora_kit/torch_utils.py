@@ -1,0 +1,109 @@
+"""What torch is asked for in one place: dtypes by name, modes for a block, random states, time and peak memory."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from lora_kit.errors import ConfigError, listed, nearest
+
+
+def casting(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    """Autocast to a dtype, or nothing."""
+    return torch.autocast(device.type, dtype=dtype) if dtype else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode within, every module's own mode again after."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+FLOATS: Final[Mapping[str, torch.dtype]] = {
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "fp32": torch.float32,
+    "float32": torch.float32,
+}
+
+
+def float_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """One of `FLOATS`, by name or as it is.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    if isinstance(dtype, torch.dtype) and dtype in FLOATS.values():
+        return dtype
+    if not isinstance(dtype, str) or dtype not in FLOATS:
+        hint = nearest(str(dtype), FLOATS) or listed(list(FLOATS))
+        raise ConfigError(f"dtype {dtype!r} is not known", hint=hint)
+    return FLOATS[dtype]
+
+
+class Clock:
+    """Wall time and peak memory of a piece of work, from the moment it is made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._started = device, time.perf_counter()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    @property
+    def seconds(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter() - self._started
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory in use: of the CUDA device since the start, or of the whole process since it began."""
+        return peak_bytes(self._device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory in use so far: of a CUDA device since its count was set back, else of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    import sys
+
+    # Linux counts in kilobytes, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def random_states() -> dict[str, Any]:
+    """The states of the global generators of torch, its CUDA devices, numpy and Python, as plain values and tensors."""
+    state: Any = np.random.get_state()
+    name, keys, *rest = state
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "python": random.getstate(),
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Put all generators into states that `random_states` gave."""
+    torch.set_rng_state(states["torch"])
+    if states["cuda"]:
+        torch.cuda.set_rng_state_all(states["cuda"])
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))

@@ -1,0 +1,239 @@
+"""Method `peft`: a base inside a PeftModel, as it is trained and as it is saved."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from lora_kit.adapter.adapter import Adapter
+from lora_kit.adapter.folder import CARD, CONFIG, RECORD, WEIGHTS, check_names, is_adapter_folder, record_bytes
+from lora_kit.config.lora_config import LoraConfig
+from lora_kit.errors import LoraKitError, RecipeError, VerificationError
+from lora_kit.io.atomic_write import write_folder
+from lora_kit.models.locate import quiet
+from lora_kit.torch_utils import evaluating
+from lora_kit.training.job.job import Job
+from lora_kit.training.loop.length_buckets import split
+from lora_kit.training.loop.oom_retry import is_out_of_memory
+from lora_kit.training.recipe.peft_config import peft_config
+from lora_kit.training.report.peft_card import card
+from lora_kit.training.results import Kind
+
+logger = logging.getLogger(__name__)
+
+_LABELS: Final = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_version",
+    "revision",
+    "task_type",
+)
+"""Fields of a config that do not change what the tensors mean."""
+
+
+class PeftAdapter:
+    """The adapter of a job in its base, which it changes for good.
+
+    Attributes:
+        model: the PeftModel. Tokens that it puts before a text are no positions of its logits.
+        kinds: what is trained.
+        count: elements that are trained. parameters: of the whole model.
+
+    Raises:
+        RecipeError: PEFT refuses the base or the section, or cannot run them together.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._kind: str = job.recipe.peft["peft_type"]
+        self._name, self._fingerprint = job.base.name, job.base.fingerprint()
+        self._quantised = bool(getattr(job.base.model, "is_quantized", False))
+        paths = {path for path, _ in job.base.model.named_modules()}
+        config = peft_config(job.recipe.peft, task=job.recipe.task)
+        with self._explained():
+            from peft import get_peft_model
+
+            self.model: Any = get_peft_model(job.base.model, config)
+        self.count, self.parameters = self.model.get_nb_trainable_parameters()
+        if not self.count:
+            raise RecipeError(f"peft: {self._kind} trains nothing of {self._name}")
+        self.kinds = _kinds(self.model, paths)
+        with self._explained():
+            _leave_out_prompt(self.model, job)
+        self._say_what_is_short()
+
+    def save(self, folder: Path, *, record: Mapping[str, Any], files: Mapping[str, bytes], replace: bool) -> str:
+        """Write PEFT's folder with our record beside it, all or nothing, synced to disk; gives its digest.
+
+        Args:
+            record: of the training.
+            files: further files, by name.
+            replace: an adapter that is there may be replaced.
+
+        Raises:
+            StorageError: the folder exists, or the disk refuses; what was there is as it was.
+        """
+        from safetensors.torch import save
+
+        tensors, fields = self._tensors(), self._fields()
+        weights = save(tensors, metadata={"format": "pt"})
+        lora = _as_lora(fields, tensors)
+        digest = lora.digest if lora else _digest(fields, weights)
+        contents = dict(files)
+        check_names(contents)
+        name = Path(os.path.abspath(folder)).name
+        contents[CARD] = card(
+            name,
+            fields,
+            record,
+            elements=sum(tensor.numel() for tensor in tensors.values()),
+            digest=digest,
+            of_ours=lora is not None,
+        )
+        contents[CONFIG] = f"{json.dumps(fields, indent=2, sort_keys=True)}\n".encode()
+        contents[WEIGHTS] = weights
+        own = {"base": self._fingerprint, "method": "peft", "peft_type": self._kind}
+        # Last, because it vouches for the others.
+        contents[RECORD] = record_bytes({**record, **own}, contents, digest=digest)
+        write_folder(folder, contents, replace=replace, owned=is_adapter_folder)
+        return digest
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What PEFT would save, without copies of the base's embeddings."""
+        from peft import get_peft_model_state_dict
+
+        found = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in sorted(found.items())}
+        if not tensors:
+            raise VerificationError(f"PEFT finds nothing to save of this {self._kind}")
+        return tensors
+
+    def _fields(self) -> dict[str, Any]:
+        """The config as PEFT has filled it in, as JSON values that do not depend on the order of a set."""
+        fields: dict[str, Any] = self.model.peft_config["default"].to_dict()
+        return _plain({**fields, "inference_mode": True, "base_model_name_or_path": self._name})
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What PEFT raises within as an error of ours, and what it warns of in the log."""
+        try:
+            with quiet(), warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("default")
+                yield
+            for line in dict.fromkeys(str(each.message) for each in told):
+                logger.info("peft: %s", line)
+        except LoraKitError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            what = " ".join(str(error).split()) or type(error).__name__
+            hint = "not every type can work on quantised weights" if self._quantised else ""
+            raise RecipeError(f"peft: {self._kind} does not go with {self._name}: {what}", hint=hint) from error
+
+    def _say_what_is_short(self) -> None:
+        short = {
+            str(p.dtype).removeprefix("torch.") for p in self.model.parameters() if p.requires_grad and p.itemsize < 4
+        }
+        if short:
+            logger.warning("%s is trained in %s, where small steps are lost; dtype: fp32 helps", self._kind, *short)
+
+
+def _kinds(model: Any, paths: set[str]) -> tuple[Kind, ...]:
+    """The trained parameters by the last name of the base's module that they belong to."""
+    found: dict[str, dict[str, int]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parts = name.removeprefix("base_model.").removeprefix("model.").split(".")
+            ends = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+            path = next((end for end in ends if end in paths), parts[0])
+            sizes = found.setdefault(path.rpartition(".")[2], {})
+            sizes[path] = sizes.get(path, 0) + parameter.numel()
+    return tuple(Kind(name, len(sizes), sum(sizes.values())) for name, sizes in found.items())
+
+
+def _leave_out_prompt(model: Any, job: Job) -> None:
+    """Have a model give logits for the positions it was given, and none for tokens of its own before them.
+
+    How many there are is found out by one forward of a sample.
+
+    Raises:
+        RecipeError: its logits are of another form.
+    """
+    batch = {name: tensor.to(job.base.device) for name, tensor in job.collator([job.train[0]]).items()}
+    inputs = split(batch)[0]
+    labels = inputs.pop("labels")
+    options = {"use_cache": False} if job.recipe.task in ("causal-lm", "seq2seq") else {}
+    with evaluating(model), torch.no_grad():
+        shape = model(**inputs, **options).logits.shape
+    before = 0 if labels.ndim == 1 else shape[1] - labels.shape[1]
+    if len(shape) != labels.ndim + 1 or before < 0:
+        kind = model.peft_config["default"].peft_type.value
+        raise RecipeError(f"peft: {kind} gives logits {tuple(shape)} for labels {tuple(labels.shape)}")
+
+    def cut(module: Any, given: Any, output: Any) -> Any:
+        output.logits = output.logits[:, before:]
+        return output
+
+    if before:
+        model.register_forward_hook(cut)
+        if job.recipe.task == "causal-lm":
+            _write_one_by_one(model)
+
+
+def _write_one_by_one(model: Any) -> None:
+    """Have a model write after each prompt of a batch alone.
+
+    Its own tokens would come before the padding of a shorter prompt, and the prompt's positions would be others than in
+    training.
+    """
+    write = model.generate
+
+    def generate(*, input_ids: Tensor, attention_mask: Tensor, generation_config: Any, **others: Any) -> Tensor:
+        rows = []
+        for ids, mask in zip(input_ids, attention_mask, strict=True):
+            padding = int((mask == 0).sum())
+            config = copy.deepcopy(generation_config)
+            config.max_length -= padding
+            given = {"input_ids": ids[None, padding:], "attention_mask": mask[None, padding:]}
+            rows.append(torch.cat([ids[:padding], write(**given, generation_config=config, **others)[0]]))
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=generation_config.pad_token_id)
+
+    model.generate = generate
+
+
+def _as_lora(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter | None:
+    """The same adapter in our terms; None where it is another kind of adapter."""
+    try:
+        return Adapter(LoraConfig.from_dict(fields), tensors)
+    except LoraKitError:
+        return None
+
+
+def _digest(fields: Mapping[str, Any], weights: bytes) -> str:
+    """sha256 of the fields that give the tensors meaning and of the sha256 of the weight file."""
+    meaning = {key: value for key, value in sorted(fields.items()) if key not in _LABELS}
+    return hashlib.sha256(f"{json.dumps(meaning)}\n{hashlib.sha256(weights).hexdigest()}".encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """JSON values; sets in order."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(_plain, value))
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

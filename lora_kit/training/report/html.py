@@ -1,0 +1,203 @@
+"""The report of a training as one page of HTML that stands alone: no network, no script, everything in it escaped."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from html import escape
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lora_kit.training.report.peft_card import loading
+from lora_kit.training.report.plots import Curve, Mark, chart
+from lora_kit.training.report.samples import Sample
+from lora_kit.training.results import TrainReport
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+"""A browser fetches nothing for this page, whatever stands in it."""
+
+
+def page(report: TrainReport, *, samples: Sequence[Sample] = (), labels: int = 0) -> str:
+    """The report as HTML.
+
+    Args:
+        report: of the training; its history gives the curves.
+        samples: answers before and after.
+        labels: how many there are, where the task has some.
+    """
+    name, recipe = safe(report.recipe.name), report.recipe
+    lead = safe(f"{recipe.task}, {recipe.method}, on {recipe.base}")
+    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    sections = [_facts(report), _events(report), _charts(report), _samples(samples), _loading(report, labels)]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{name}</title><style>\n{style}</style></head>\n<body><main>\n"
+        f'<header><h1>{name}</h1><p class="lead">{lead}</p></header>\n'
+        + "\n".join(part for part in [*sections, _recipe(report)] if part)
+        + f"\n{_footer(report)}\n</main></body></html>\n"
+    )
+
+
+def safe(value: object) -> str:
+    """A value as text of a page: escaped, controls made visible, its direction of writing kept to itself."""
+    text = str(value).encode("utf-8", "backslashreplace").decode()
+    shown = "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return f"<bdi>{escape(shown)}</bdi>" if not shown.isascii() else escape(shown)
+
+
+# What it did
+
+
+def _facts(report: TrainReport) -> str:
+    facts: list[tuple[str, str, str]] = []
+    before, after = (found.metrics() if found else {} for found in (report.before, report.after))
+    for key, value in after.items():
+        facts.append((f"validation {key}", f"{value:.4g}", f"{before[key]:.4g} before" if key in before else ""))
+    facts.append(("training loss", f"{report.train_loss:.4g}", "nats per label, last interval"))
+    share = report.trainable / report.parameters
+    facts.append(("trained", f"{share:.2%}", f"{report.trainable:,} of {report.parameters:,} parameters"))
+    kept = f"step {report.kept:,} kept, the best" if report.kept != report.steps else f"{report.tokens:,} tokens"
+    facts.append(("steps", f"{report.steps:,}", kept))
+    took = str(timedelta(seconds=round(report.seconds))) if report.seconds >= 60 else f"{report.seconds:.1f} s"
+    facts.append(("time", took, f"{report.tokens_per_second:,.0f} tokens/s"))
+    facts.append(("memory", _gigabytes(report.peak_bytes), "at the most"))
+    cells = (
+        f"<div><dt>{safe(title)}</dt><dd>{safe(value)}<small>{safe(more)}</small></dd></div>"
+        for title, value, more in facts
+    )
+    return f'<dl class="facts">{"".join(cells)}</dl>'
+
+
+def _events(report: TrainReport) -> str:
+    """What did not go straight on."""
+    told = []
+    if report.resumed:
+        told.append(f"Stopped, and gone on from the checkpoint of step {report.resumed:,}.")
+    for entry in _halvings(report):
+        told.append(
+            f"Memory ran out in step {entry['step']:,}: from there {entry['micro_batch']} rows at once and "
+            f"{entry['accumulation']} times accumulated, the same rows per step as before."
+        )
+    if report.kept != report.steps:
+        told.append(f"The weights of step {report.kept:,} were kept: the best evaluation.")
+    return f'<ul class="events">{"".join(f"<li>{safe(line)}</li>" for line in told)}</ul>' if told else ""
+
+
+def _halvings(report: TrainReport) -> list[Mapping[str, Any]]:
+    return [entry for entry in report.history if "micro_batch" in entry]
+
+
+# Curves
+
+
+def _charts(report: TrainReport) -> str:
+    marks = [Mark(entry["step"], f"{entry['micro_batch']} rows at once") for entry in _halvings(report)]
+    marks += [Mark(report.resumed, "went on")] if report.resumed else []
+    marks += [Mark(report.kept, "kept")] if report.kept != report.steps else []
+    drawn = [chart("loss, nats per label", loss, shown=_short, marks=marks)] if (loss := _losses(report)) else []
+    drawn += [chart(title, [curve], shown=shown) for title, curve, shown in _others(report)]
+    return f'<section><h2>Curves over steps</h2><div class="charts">{"".join(drawn)}</div></section>'
+
+
+def _losses(report: TrainReport) -> list[Curve]:
+    curves = [
+        Curve("training", _points(report, "loss")),
+        Curve("validation", _points(report, "eval_loss"), dots=True),
+    ]
+    return [curve for curve in curves if curve.points]
+
+
+def _others(report: TrainReport) -> Iterator[tuple[str, Curve, Any]]:
+    further = dict.fromkeys(key for entry in report.history for key in entry if key.startswith("eval_"))
+    # Perplexity is the loss once more, on a scale on which only the first value can be seen.
+    titles: dict[str, tuple[str, Any]] = {
+        key: (f"validation {key.removeprefix('eval_')}", _short)
+        for key in further
+        if key not in ("eval_loss", "eval_perplexity")
+    }
+    titles |= {
+        "learning_rate": ("learning rate", _short),
+        "grad_norm": ("gradient norm", _short),
+        "tokens_per_second": ("tokens per second", lambda value: f"{value:,.0f}"),
+        "peak_bytes": ("memory, at the most so far", _gigabytes),
+    }
+    for key, (title, shown) in titles.items():
+        if points := _points(report, key):
+            yield title, Curve("", points, dots=key in further), shown
+
+
+def _points(report: TrainReport, key: str) -> list[tuple[float, float]]:
+    """(step, value) wherever the log has both; the last line sums the whole training up and is no point."""
+    values = [(entry["step"], entry[key]) for entry in report.history if key in entry and "train_loss" not in entry]
+    return [(step, value) for step, value in values if isinstance(value, (int, float)) and math.isfinite(value)]
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _gigabytes(value: float) -> str:
+    return f"{value / 1e9:.2f} GB"
+
+
+# Samples, loading, recipe
+
+
+def _samples(samples: Sequence[Sample]) -> str:
+    if not samples:
+        return ""
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{safe(text)}</td>" for text in (each.prompt, each.expected, each.before, each.after))
+        + "</tr>" for each in samples
+    )  # fmt: skip
+    return (
+        '<section><h2>Before and after</h2><p class="note">Validation samples; the likeliest answer of the model as it '
+        'was and as it is now.</p><div class="wide"><table><thead><tr><th>asked</th><th>in the data</th><th>before</th>'
+        f"<th>after</th></tr></thead><tbody>{rows}</tbody></table></div></section>"
+    )
+
+
+def _loading(report: TrainReport, labels: int) -> str:
+    told = {"full": _of_model, "peft": _of_peft}.get(report.method, _of_adapter)(report, labels)
+    blocks = "".join(f"<pre><code>{safe(text)}</code></pre>" for text in told)
+    return f"<section><h2>How to load it</h2>{blocks}</section>"
+
+
+def _of_adapter(report: TrainReport, labels: int) -> tuple[str, str]:
+    recipe, out = report.recipe, str(report.out)
+    task = "" if recipe.task == "causal-lm" else f", task={recipe.task!r}"
+    task += f", num_labels={labels}" if labels else ""
+    python = (
+        f"import lora_kit as lk\n\nbase = lk.load_base({recipe.base!r}{task})\nbank = lk.attach(base.model)\n"
+        f"bank.load({recipe.name!r}, {out!r})\nbank.use({recipe.name!r})    # bank.use(None): the base again"
+    )
+    if labels:
+        return python, f"lora-kit eval --adapter {shlex.quote(out)} --data rows.jsonl"
+    return python, f"lora-kit generate --base {shlex.quote(recipe.base)} --adapter {shlex.quote(out)} --prompt '…'"
+
+
+def _of_peft(report: TrainReport, labels: int) -> tuple[str]:
+    recipe = report.recipe
+    return (loading(recipe.base, str(report.out), task=recipe.task, labels=labels),)
+
+
+def _of_model(report: TrainReport, labels: int) -> tuple[str, str]:
+    recipe, out = report.recipe, str(report.out)
+    task = "" if recipe.task == "causal-lm" else f", task={recipe.task!r}"
+    python = f"import lora_kit as lk\n\nbase = lk.load_base({out!r}{task})    # base.model, base.tokenizer"
+    verb = "generate --prompt '…'" if recipe.task in ("causal-lm", "seq2seq") else "eval --data rows.jsonl"
+    return python, f"lora-kit {verb} --base {shlex.quote(out)}"
+
+
+def _recipe(report: TrainReport) -> str:
+    return f"<section><h2>Recipe</h2><pre><code>{safe(report.recipe.to_yaml())}</code></pre></section>"
+
+
+def _footer(report: TrainReport) -> str:
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("lora-kit", "torch", "transformers"))
+    return f"<footer>{safe(versions)}</footer>"
