@@ -21,7 +21,7 @@ import torch
 from lora_kit.bank.bank import attach
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import LoraKitError, VerificationError
-from lora_kit.io.text import printable
+from lora_kit.io.text import escape_text
 from lora_kit.models.loading import load_base
 from lora_kit.models.locate import KIT_BASE
 from lora_kit.version import __version__
@@ -92,18 +92,18 @@ def examine(checks: Mapping[str, Callable[[], str]] | None = None) -> Examinatio
         checks: trials by name, each returning a note or raising; `CHECKS` by default.
     """
     trials = CHECKS if checks is None else checks
-    return Examination(facts=facts(), checks=tuple(_tried(name, trial) for name, trial in trials.items()))
+    return Examination(facts=collect_facts(), checks=tuple(_run_check(name, trial) for name, trial in trials.items()))
 
 
-def facts() -> dict[str, str]:
+def collect_facts() -> dict[str, str]:
     """Versions, processor, memory and devices."""
     found = {
         "lora_kit": __version__,
         "python": f"{platform.python_version()} ({platform.system()} {platform.release()})",
     }
-    found |= {name: _installed(name) for name in LIBRARIES}
-    found["processor"] = f"{_processor()}, {_cores()} cores, torch uses {torch.get_num_threads()}"
-    found["memory"] = _memory()
+    found |= {name: _installed_version_of(name) for name in LIBRARIES}
+    found["processor"] = f"{_describe_processor()}, {_count_cores()} cores, torch uses {torch.get_num_threads()}"
+    found["memory"] = _describe_memory()
     devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     for index, device in enumerate(devices):
         capability = f"compute {device.major}.{device.minor}"
@@ -113,21 +113,21 @@ def facts() -> dict[str, str]:
     return found if devices else {**found, "cuda": "no device"}
 
 
-def _tried(name: str, trial: Callable[[], str]) -> Check:
+def _run_check(name: str, trial: Callable[[], str]) -> Check:
     started = time.perf_counter()
     state: Literal["good", "failed", "not here"] = "good"
     try:
-        with _quiet():
+        with _silence_warnings():
             note = trial()
     except NotHereError as reason:
         state, note = "not here", reason.message
     except Exception as error:  # whatever it is, it is what the doctor was asked to find
         lines = str(error).strip().splitlines() or ["no message"]
         state, note = "failed", f"{type(error).__name__}: {lines[0]}"
-    return Check(name=name, state=state, seconds=time.perf_counter() - started, note=printable(note))
+    return Check(name=name, state=state, seconds=time.perf_counter() - started, note=escape_text(note))
 
 
-def _training_step(dtype: torch.dtype) -> str:
+def _try_training_step(dtype: torch.dtype) -> str:
     """One step of an adapter on a tiny decoder: the adapter must move, and nothing else."""
     import transformers
 
@@ -158,7 +158,7 @@ def _training_step(dtype: torch.dtype) -> str:
     return f"{device.type}: loss {losses[0]:.4f} to {losses[-1]:.4f} in {len(losses)} steps"
 
 
-def _compiles() -> str:
+def _try_compile() -> str:
     def product(x: torch.Tensor) -> torch.Tensor:
         return torch.relu(x @ x.T) + 1
 
@@ -178,7 +178,7 @@ def _compiles() -> str:
     return f"{device}: equal to plain torch"
 
 
-def _four_bit() -> str:
+def _try_four_bit() -> str:
     import bitsandbytes.functional as bnb
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -190,13 +190,13 @@ def _four_bit() -> str:
     return f"{device}: NF4 comes back within {error:.2f} of the largest weight"
 
 
-def _triton() -> str:
+def _try_triton() -> str:
     if not torch.cuda.is_available():
         raise NotHereError("its kernels run on CUDA devices only; plain torch is used")
     return f"version {importlib.import_module('triton').__version__}"
 
 
-def _loads_kit_base() -> str:
+def _try_kit_base() -> str:
     base = load_base(KIT_BASE)
     ids = base.tokenizer("Once upon a time", return_tensors="pt")["input_ids"].to(base.device)
     with torch.inference_mode():
@@ -208,7 +208,7 @@ def _loads_kit_base() -> str:
     )
 
 
-def _writes() -> str:
+def _try_writing() -> str:
     here = Path.cwd()
     with tempfile.NamedTemporaryFile(dir=here) as file:
         file.write(b"lora_kit")
@@ -219,19 +219,19 @@ def _writes() -> str:
 
 
 CHECKS: Final[Mapping[str, Callable[[], str]]] = {
-    "LoRA step, fp32": lambda: _training_step(torch.float32),
-    "LoRA step, bf16": lambda: _training_step(torch.bfloat16),
-    "kit-base": _loads_kit_base,
-    "torch.compile": _compiles,
-    "bitsandbytes, 4-bit": _four_bit,
-    "Triton": _triton,
-    "writing here": _writes,
+    "LoRA step, fp32": lambda: _try_training_step(torch.float32),
+    "LoRA step, bf16": lambda: _try_training_step(torch.bfloat16),
+    "kit-base": _try_kit_base,
+    "torch.compile": _try_compile,
+    "bitsandbytes, 4-bit": _try_four_bit,
+    "Triton": _try_triton,
+    "writing here": _try_writing,
 }
 """The trials by name."""
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _silence_warnings() -> Iterator[None]:
     """Keeps warnings, and bitsandbytes' line about `kernels`, out of the report."""
     logger = logging.getLogger("bitsandbytes")
     before = logger.level
@@ -244,14 +244,14 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _installed(name: str) -> str:
+def _installed_version_of(name: str) -> str:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return "not installed"
 
 
-def _processor() -> str:
+def _describe_processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
@@ -260,12 +260,12 @@ def _processor() -> str:
     return named[0] if named else platform.machine()
 
 
-def _cores() -> int:
+def _count_cores() -> int:
     """Cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _memory() -> str:
+def _describe_memory() -> str:
     try:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -68,7 +68,9 @@ class UnknownAdapterError(LoraKitError, LookupError):
 
     def __init__(self, name: str, known: Iterable[str]) -> None:
         known = list(known)
-        super().__init__(f"no adapter is called {name!r}", hint=nearest(name, known) or f"loaded: {listed(known)}")
+        super().__init__(
+            f"no adapter is called {name!r}", hint=suggest_nearest(name, known) or f"loaded: {format_list(known)}"
+        )
 
 
 class BankError(LoraKitError, RuntimeError):
@@ -107,13 +109,13 @@ class VerificationError(LoraKitError, RuntimeError):
     exit_code = 4
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def suggest_nearest(word: str, known: Iterable[str]) -> str:
     """`did you mean 'x'?`, or an empty string where nothing known is close."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else ""
 
 
-def listed(items: Sequence[str], *, most: int = 8) -> str:
+def format_list(items: Sequence[str], *, most: int = 8) -> str:
     """`a, b, c and 4 more`; `none` for nothing."""
     shown = ", ".join(items[:most])
     return f"{shown} and {len(items) - most} more" if len(items) > most else shown or "none"

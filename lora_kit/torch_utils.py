@@ -11,16 +11,16 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from lora_kit.errors import ConfigError, listed, nearest
+from lora_kit.errors import ConfigError, format_list, suggest_nearest
 
 
-def casting(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+def use_autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
     """Autocast to a dtype, or nothing."""
     return torch.autocast(device.type, dtype=dtype) if dtype else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def evaluating(model: Any) -> Iterator[None]:
+def use_eval_mode(model: Any) -> Iterator[None]:
     """Evaluation mode within, every module's own mode again after."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -31,7 +31,7 @@ def evaluating(model: Any) -> Iterator[None]:
             module.training = mode
 
 
-FLOATS: Final[Mapping[str, torch.dtype]] = {
+FLOAT_DTYPES: Final[Mapping[str, torch.dtype]] = {
     "bf16": torch.bfloat16,
     "bfloat16": torch.bfloat16,
     "fp16": torch.float16,
@@ -41,18 +41,18 @@ FLOATS: Final[Mapping[str, torch.dtype]] = {
 }
 
 
-def float_dtype(dtype: str | torch.dtype) -> torch.dtype:
+def parse_float_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """One of `FLOATS`, by name or as it is.
 
     Raises:
         ConfigError: it is none of them.
     """
-    if isinstance(dtype, torch.dtype) and dtype in FLOATS.values():
+    if isinstance(dtype, torch.dtype) and dtype in FLOAT_DTYPES.values():
         return dtype
-    if not isinstance(dtype, str) or dtype not in FLOATS:
-        hint = nearest(str(dtype), FLOATS) or listed(list(FLOATS))
+    if not isinstance(dtype, str) or dtype not in FLOAT_DTYPES:
+        hint = suggest_nearest(str(dtype), FLOAT_DTYPES) or format_list(list(FLOAT_DTYPES))
         raise ConfigError(f"dtype {dtype!r} is not known", hint=hint)
-    return FLOATS[dtype]
+    return FLOAT_DTYPES[dtype]
 
 
 class Clock:
@@ -72,10 +72,10 @@ class Clock:
     @property
     def peak_bytes(self) -> int:
         """The most memory in use: of the CUDA device since the start, or of the whole process since it began."""
-        return peak_bytes(self._device)
+        return read_peak_bytes(self._device)
 
 
-def peak_bytes(device: torch.device) -> int:
+def read_peak_bytes(device: torch.device) -> int:
     """The most memory in use so far: of a CUDA device since its count was set back, else of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -86,7 +86,7 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def random_states() -> dict[str, Any]:
+def capture_random_states() -> dict[str, Any]:
     """The states of the global generators of torch, its CUDA devices, numpy and Python, as plain values and tensors."""
     state: Any = np.random.get_state()
     name, keys, *rest = state
@@ -98,7 +98,7 @@ def random_states() -> dict[str, Any]:
     }
 
 
-def set_random_states(states: dict[str, Any]) -> None:
+def restore_random_states(states: dict[str, Any]) -> None:
     """Put all generators into states that `random_states` gave."""
     torch.set_rng_state(states["torch"])
     if states["cuda"]:

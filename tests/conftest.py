@@ -36,13 +36,13 @@ def _seeded() -> None:
 @pytest.fixture
 def no_pictures_and_no_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take longer than the trainings of tests."""
-    monkeypatch.setattr("lora_kit.training.report.artifacts.loss_curve", lambda *_, **__: None)
-    monkeypatch.setattr("lora_kit.training.report.samples.COUNT", 0)
+    monkeypatch.setattr("lora_kit.training.report.artifacts.plot_loss_curve", lambda *_, **__: None)
+    monkeypatch.setattr("lora_kit.training.report.samples.SAMPLE_COUNT", 0)
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import world
+    from tests.support import world
 
     return world.build(tmp_path_factory.mktemp("documents") / "world")
 

@@ -10,18 +10,18 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-import pages
 import pytest
 import torch
 import yaml
-from pages import PAGES, Block, blocks, name_of
 
 import lora_kit as lk
 from lora_kit.bank.peft_bridge.adopt import AdoptedBank
 from lora_kit.cli.app import app
 from lora_kit.cli.main import main
-from lora_kit.cli.train import _dotted
+from lora_kit.cli.train import parse_recipe_flags
 from lora_kit.training.recipe.load import load_recipe
+from tests.support import pages
+from tests.support.pages import PAGES, Block, blocks, name_of
 
 TRAINERS = "docs/trainers.md"
 """Its code is run by test_trl.py, which knows how to put TRL away again."""
@@ -108,7 +108,7 @@ def parsed(tokens: list[str], where: str) -> None:
     """Let the application read a command; recipe keys among its flags go through the reader of recipes."""
     try:
         _, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
-        flags = _dotted(bound.arguments.get("flags", ()))
+        flags = parse_recipe_flags(bound.arguments.get("flags", ()))
         load_recipe(DEFAULTS, overrides={key: value for key, value in flags.items() if key not in SWITCHES})
     except Exception as error:
         raise AssertionError(f"{where}: {' '.join(tokens)}: {error}") from error

@@ -12,16 +12,16 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-import pages
 import pytest
-import reference
-from pages import PAGES, ROOT, name_of
-from reference import arguments, verbs
 
 import lora_kit as lk
 from lora_kit import errors
 from lora_kit.bank.peft_bridge.adopt import AdoptedBank
 from lora_kit.sweeps.space import recipe_keys
+from tests.support import pages
+from tests.support.pages import PAGES, ROOT, name_of
+from tools import docs_reference as reference
+from tools.docs_reference import arguments, verbs
 
 OTHER_PROGRAMS = {"llama-server", "pip", "pytest", "git"}
 OTHER_FLAGS = {"--max-loras", "--max-cpu-loras", "--lora-modules"}
@@ -169,7 +169,7 @@ def test_what_errors_are_said_to_say_stands_in_the_code() -> None:
 @pytest.mark.parametrize("name", reference.PAGES)
 def test_reference_pages_are_fresh(name: str) -> None:
     written = (ROOT / "docs" / name).read_text("utf-8")
-    assert written == reference.PAGES[name](), "stale: run `python tests/reference.py`"
+    assert written == reference.PAGES[name](), "stale: run `python -m tools.docs_reference`"
 
 
 def test_targets_and_extras_in_the_documents_exist() -> None:

@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import texts
-import tiny
 import torch
-from raising import CASES
 
 import lora_kit as lk
 from lora_kit import errors
@@ -21,6 +18,8 @@ from lora_kit.adapter.adapter import Adapter
 from lora_kit.algebra.compare import compare
 from lora_kit.data.preparation.prepare import prepare
 from lora_kit.exporters.export import check
+from tests.support import texts, tiny
+from tests.support.raising import CASES
 
 PUBLIC: dict[str, Any] = {
     "attach": lk.attach,

@@ -8,11 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import folders
 import pytest
-import tiny
 import torch
-from folders import A0, B0, PATHS
 from torch import nn
 
 import lora_kit as lk
@@ -20,7 +17,9 @@ from lora_kit.adapter.folder import CONFIG, RECORD, WEIGHTS
 from lora_kit.adapter.peft_keys import PREFIX
 from lora_kit.errors import BaseMismatchError, LoraKitError, StorageError
 from lora_kit.layers.linear import LoraLinear
-from lora_kit.targets.fingerprint import differences, fingerprint
+from lora_kit.targets.fingerprint import fingerprint, list_base_mismatches
+from tests.support import folders, tiny
+from tests.support.folders import A0, B0, PATHS
 
 Fault = Callable[[Path], Any]
 
@@ -185,11 +184,11 @@ def test_one_base_is_the_same_base_in_every_dtype(first: torch.dtype, then: torc
     with torch.no_grad():
         for number, parameter in enumerate(stored.parameters()):
             parameter.copy_(torch.randn_like(parameter) * 10.0 ** -(number % 9))
-    assert differences(fingerprint(stored.to(first)), tiny_like(stored, then)) == []
+    assert list_base_mismatches(fingerprint(stored.to(first)), tiny_like(stored, then)) == []
     other = tiny_like(stored, then)
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight[0, 0] += 0.1
-    assert "model.layers.1.mlp.up_proj.weight among them" in differences(fingerprint(stored), other)[0]
+    assert "model.layers.1.mlp.up_proj.weight among them" in list_base_mismatches(fingerprint(stored), other)[0]
 
 
 def tiny_like(model: nn.Module, dtype: torch.dtype) -> Any:
@@ -199,10 +198,10 @@ def tiny_like(model: nn.Module, dtype: torch.dtype) -> Any:
 
 
 def test_another_structure_is_another_base() -> None:
-    told = differences(fingerprint(tiny.gpt2()), tiny.llama())
+    told = list_base_mismatches(fingerprint(tiny.gpt2()), tiny.llama())
     assert told[0] == "its layers have other names or shapes"
     larger = tiny.bert(labels=5)
-    assert differences(fingerprint(tiny.bert()), larger)[0] == "its layers have other names or shapes"
+    assert list_base_mismatches(fingerprint(tiny.bert()), larger)[0] == "its layers have other names or shapes"
 
 
 def test_a_fingerprint_does_not_see_the_bank_and_survives_its_file(tmp_path: Path) -> None:
@@ -221,8 +220,8 @@ def test_a_head_the_adapter_brings_does_not_count(tmp_path: Path) -> None:
     before = fingerprint(model)
     with torch.no_grad():
         model.lm_head.weight.add_(1)
-    assert differences(before, model)
-    assert not differences(before, model, ignore=("lm_head",))
+    assert list_base_mismatches(before, model)
+    assert not list_base_mismatches(before, model, ignore=("lm_head",))
 
 
 @pytest.mark.parametrize(

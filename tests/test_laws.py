@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +14,7 @@ from torch import nn
 
 import lora_kit as lk
 from lora_kit.errors import BankError, LoraKitError, RoutingError, UnknownAdapterError
+from tests.support import tiny
 
 KINDS = [(name, dtype) for name in tiny.MODELS for dtype in (torch.float32, torch.bfloat16)]
 every_kind = pytest.mark.parametrize(("kind", "dtype"), KINDS, ids=[f"{k}-{str(d)[6:]}" for k, d in KINDS])

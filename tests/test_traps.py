@@ -17,19 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import texts
-import tiny
 import torch
-from planting import Mistake, plant
-from test_resume import long_recipe, results, unbroken
-from test_train import LABELLED, At, base_of, recipe_of, same_state, state
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.bank.bank import attach
 from lora_kit.config.lora_config import LoraConfig
-from lora_kit.data.batches import IGNORED, Collator, Encoded
+from lora_kit.data.batches import IGNORE_INDEX, Collator, EncodedDataset
 from lora_kit.data.chat import ChatTemplate
 from lora_kit.data.encode import encode
 from lora_kit.data.rows import read_rows
@@ -37,9 +32,13 @@ from lora_kit.errors import AdapterError, BaseModelError, DataError, LoraKitErro
 from lora_kit.evaluation.measure import measure
 from lora_kit.generation.prompts import template_of
 from lora_kit.models.loading import load_base
-from lora_kit.models.prompt_tokens import prompt_ids
+from lora_kit.models.prompt_tokens import tokenize_prompt
 from lora_kit.ops.lora import lora_add, lora_linear
 from lora_kit.training.train import train
+from tests.support import texts, tiny
+from tests.support.planting import Mistake, plant
+from tests.training.test_resumable import long_recipe, results, unbroken
+from tests.training.test_train import LABELLED, At, base_of, recipe_of, same_state, state
 
 pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 
@@ -65,7 +64,9 @@ TALK = [
 ]
 
 
-def samples_of(folder: Path, rows: Sequence[dict[str, Any]], *, tokenizer: Any = None, **settings: Any) -> Encoded:
+def samples_of(
+    folder: Path, rows: Sequence[dict[str, Any]], *, tokenizer: Any = None, **settings: Any
+) -> EncodedDataset:
     given = {"max_length": 64, **settings}
     return encode(read_rows(texts.write(folder / "some.jsonl", rows)), tokenizer or texts.tokenizer(), **given)
 
@@ -140,7 +141,7 @@ def end_is_learned(folder: Path) -> None:
         samples = samples_of(folder, rows, tokenizer=tokenizer, max_length=200, template=template)
         batch = Collator(tokenizer.pad_token_id)(list(samples))
         assert (batch["labels"] == texts.EOS).sum(1).tolist() == [ends] * len(rows)
-        last = [labels[labels != IGNORED][-1].item() for labels in batch["labels"]]
+        last = [labels[labels != IGNORE_INDEX][-1].item() for labels in batch["labels"]]
         assert last == [texts.EOS] * len(rows)
 
 
@@ -153,7 +154,7 @@ def beginning_once(folder: Path) -> None:
         for sample in samples:
             ids = sample["input_ids"].tolist()
             assert (ids[0], ids.count(texts.BOS)) == (texts.BOS, 1)
-    assert prompt_ids(tokenizer, "<s>ab") == prompt_ids(tokenizer, "ab")
+    assert tokenize_prompt(tokenizer, "<s>ab") == tokenize_prompt(tokenizer, "ab")
 
 
 def response_is_kept(folder: Path) -> None:
@@ -161,7 +162,7 @@ def response_is_kept(folder: Path) -> None:
     sample = samples_of(folder, [{"prompt": "abcdefghijkl", "completion": "uvwxyz"}], max_length=10)[0]
     words = texts.tokenizer().convert_ids_to_tokens(sample["input_ids"].tolist())
     assert words == ["k", "l", "\n", *"uvwxyz", "</s>"]
-    assert (sample["labels"] != IGNORED).sum() == 7
+    assert (sample["labels"] != IGNORE_INDEX).sum() == 7
 
 
 def nothing_to_learn(folder: Path) -> None:
@@ -177,7 +178,7 @@ def only_answers(folder: Path) -> None:
     tokenizer = texts.tokenizer()
     template = ChatTemplate(TURNS, "turns")
     sample = samples_of(folder, [{"messages": TALK}], tokenizer=tokenizer, max_length=200, template=template)[0]
-    learned = sample["labels"][sample["labels"] != IGNORED].tolist()
+    learned = sample["labels"][sample["labels"] != IGNORE_INDEX].tolist()
     assert tokenizer.convert_ids_to_tokens(learned) == ["y", "o", "</s>", "s", "o", "</s>"]
 
 
@@ -371,7 +372,7 @@ TRAPS = (
                 "/ (labels != -100).sum() / self.args.gradient_accumulation_steps",
             ),
             Mistake("training.loop.trainer:Trainer._forward_and_backward", "in split(batch)", "in split(batch)[:1]"),
-            Mistake("training.loop.length_buckets:split", "read=int(longest[0])", "read=int(longest[-1])"),
+            Mistake("training.loop.length_buckets:split_by_length", "read=int(longest[0])", "read=int(longest[-1])"),
         ),
     ),
     Trap(
@@ -384,15 +385,15 @@ TRAPS = (
     Trap(
         packing,
         (
-            Mistake("data.packing:Packed.__getitem__", "torch.arange(len(part[", "torch.ones(len(part["),
-            Mistake("training.loop.length_buckets:_trimmed", '{"attention_mask"} if', "set() if"),
+            Mistake("data.packing:PackedDataset.__getitem__", "torch.arange(len(part[", "torch.ones(len(part["),
+            Mistake("training.loop.length_buckets:_trim_padding", '{"attention_mask"} if', "set() if"),
         ),
         (AssertionError, RuntimeError),
     ),
     Trap(
         end_is_learned,
         (
-            Mistake("data.encode:_ended", "[*ids, eos]", "ids"),
+            Mistake("data.encode:_append_eos", "[*ids, eos]", "ids"),
             Mistake(
                 "data.batches:Collator.__call__",
                 "padding_value=IGNORED)",
@@ -406,16 +407,18 @@ TRAPS = (
     Trap(
         beginning_once,
         (
-            Mistake("models.prompt_tokens:without_special", "ids[len(prefix) :] if", "ids if"),
-            Mistake("models.prompt_tokens:text_ids", "add_special_tokens=False", "add_special_tokens=True"),
+            Mistake("models.prompt_tokens:strip_special_tokens", "ids[len(prefix) :] if", "ids if"),
+            Mistake("models.prompt_tokens:tokenize_text", "add_special_tokens=False", "add_special_tokens=True"),
         ),
     ),
     Trap(
         response_is_kept,
         (
-            Mistake("data.encode:_completions", "prompt[max(0, len(prompt) - room) :]", "prompt[: max(0, room)]"),
-            Mistake("data.encode:_completions", "_ended(written, tokenizer.eos_token_id)", "written[:4]"),
-            Mistake("data.encode:_completions", "len(prefix) - len(completion)", "len(prefix)"),
+            Mistake(
+                "data.encode:_encode_completions", "prompt[max(0, len(prompt) - room) :]", "prompt[: max(0, room)]"
+            ),
+            Mistake("data.encode:_encode_completions", "_ended(written, tokenizer.eos_token_id)", "written[:4]"),
+            Mistake("data.encode:_encode_completions", "len(prefix) - len(completion)", "len(prefix)"),
         ),
     ),
     Trap(
@@ -431,7 +434,7 @@ TRAPS = (
     ),
     Trap(
         template_is_kept,
-        (Mistake("training.job.job:_resolved", "chat_template=text", "chat_template=None"),),
+        (Mistake("training.job.job:_resolve_recipe", "chat_template=text", "chat_template=None"),),
     ),
     Trap(
         going_on,
@@ -464,7 +467,7 @@ TRAPS = (
     ),
     Trap(
         base_is_whole,
-        (Mistake("models.heads:check_filled", "if absent or mismatched", "if mismatched"),),
+        (Mistake("models.heads:check_loading_info", "if absent or mismatched", "if mismatched"),),
     ),
     Trap(
         only_the_adapter,
@@ -486,7 +489,7 @@ TRAPS = (
     ),
     Trap(
         views,
-        (Mistake("ops.lora:is_free", " and not y._is_view()", ""),),
+        (Mistake("ops.lora:can_overwrite", " and not y._is_view()", ""),),
     ),
     Trap(
         dropout,
@@ -494,11 +497,17 @@ TRAPS = (
     ),
     Trap(
         attention_reads_past,
-        (Mistake("targets.match:attention_internals", "isinstance(module, nn.MultiheadAttention)", "False"),),
+        (Mistake("targets.match:find_attention_internals", "isinstance(module, nn.MultiheadAttention)", "False"),),
     ),
     Trap(
         past_a_wrapper,
-        (Mistake("training.loop.unused_parameters:Reached.on_pre_optimizer_step", "each.grad is None", "False"),),
+        (
+            Mistake(
+                "training.loop.unused_parameters:UnusedParameterCallback.on_pre_optimizer_step",
+                "each.grad is None",
+                "False",
+            ),
+        ),
     ),
     Trap(
         not_a_number,

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import lora_kit as lk
 from benchmarks.harness import Effort, Row, ratios, table
-from lora_kit.adapter.peft_keys import pair_keys
-from lora_kit.algebra.dense_svd import leading
+from lora_kit.adapter.peft_keys import lora_weight_keys
+from lora_kit.algebra.dense_svd import approximate_low_rank
 
 Factors = tuple[Tensor, Tensor]
 """B and A of an update."""
@@ -47,7 +47,7 @@ def low_rank(rank: int, seed: int) -> tuple[Tensor, Tensor]:
 @cache
 def adapter(seed: int = 0) -> lk.Adapter:
     b, a = low_rank(BEFORE, seed)
-    key_a, key_b = pair_keys("layer", "linear")
+    key_a, key_b = lora_weight_keys("layer", "linear")
     return lk.Adapter(lk.LoraConfig(r=BEFORE, lora_alpha=BEFORE, target_modules=("layer",)), {key_a: a, key_b: b})
 
 
@@ -83,7 +83,7 @@ def combined() -> Factors:
 
 
 def extracted() -> Factors:
-    found = leading(difference(), rank=TAKEN)
+    found = approximate_low_rank(difference(), rank=TAKEN)
     return found.b, found.a
 
 

@@ -51,7 +51,7 @@ def agree(result: Tensor, expected: Tensor, *, bound: float) -> None:
 
 
 def kernel_checks() -> Any:
-    """The module `tests/kernels.py`."""
+    """The module `tests/support/kernels.py`."""
     folder = str(Path(__file__).resolve().parents[2] / "tests")
     if folder not in sys.path:
         sys.path.append(folder)
@@ -59,7 +59,7 @@ def kernel_checks() -> Any:
 
 
 def check_kernels(name: str, device: torch.device) -> None:
-    kernel_checks().CHECKS[name](dispatch.kernels(device, torch.float32), device)
+    kernel_checks().CHECKS[name](dispatch.choose_kernels(device, torch.float32), device)
 
 
 # The operations, forward and backward, their factors in fp32

@@ -186,7 +186,7 @@ def kernels(plan: Plan, deadline: Deadline) -> dict[str, Any]:
 
 def one_product(product: Product, plan: Plan, effort: Effort) -> dict[str, Any]:
     """Many calls in one CUDA graph over several sets of tensors: neither launches nor the cache are measured."""
-    chosen = dispatch.kernels(plan.device, torch.bfloat16)
+    chosen = dispatch.choose_kernels(plan.device, torch.bfloat16)
     moved, operations = product.bytes_and_operations()
     sets = [product.tensors(plan.device) for _ in range(max(2, min(8, (1 << 28) // moved)))]
     agree(product.changed(chosen, sets[0]), product.changed(torch_kernels, sets[0]), bound=NEAR)

@@ -355,9 +355,9 @@ def write(model: Any, tokenizer: Any, prompts: Sequence[str], *, beams: int, bat
     """What a model writes after each prompt, in batches of similar length."""
     import torch
 
-    from lora_kit.models.prompt_tokens import prompt_ids, render_prompt
+    from lora_kit.models.prompt_tokens import render_prompt, tokenize_prompt
 
-    ids = [prompt_ids(tokenizer, render_prompt(prompt)) for prompt in prompts]
+    ids = [tokenize_prompt(tokenizer, render_prompt(prompt)) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     texts = [""] * len(ids)
     for start in range(0, len(order), batch):

@@ -31,7 +31,7 @@ from torch import Tensor
 
 import lora_kit as lk
 from benchmarks.harness import environment, fill, quiet, table
-from lora_kit.data.batches import Collator, Encoded
+from lora_kit.data.batches import Collator, EncodedDataset
 from lora_kit.data.encode import encode
 from lora_kit.data.rows import Rows, read_rows
 from lora_kit.evaluation.measure import measure
@@ -84,7 +84,7 @@ class Bench:
         self.choosing = self._encoded(data / "valid.jsonl", slice(0, count))
         self.judging = self._encoded(data / "valid.jsonl", slice(count, count + settings.judged_by))
 
-    def _encoded(self, file: Path, part: slice) -> Encoded:
+    def _encoded(self, file: Path, part: slice) -> EncodedDataset:
         """Some of the rows that are short enough, in an order that is the same for all."""
         rows = read_rows(file)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:LOOKED_AT].tolist()
@@ -103,7 +103,7 @@ class Bench:
         losses = [self.once(name, rate, seed=seed, judges=self.judging) for seed in self.settings.seeds]
         return {"rate": rate, "tried": {f"{each:g}": loss for each, loss in sorted(tried.items())}, "losses": losses}
 
-    def once(self, name: str, rate: float, *, seed: int, judges: Encoded) -> float:
+    def once(self, name: str, rate: float, *, seed: int, judges: EncodedDataset) -> float:
         """What a run came to, from the work folder where it was finished before."""
         finished = json.loads(WORK.read_text(encoding="utf-8")) if WORK.exists() else {}
         key = f"{name}, rate {rate:g}, seed {seed}, {self.settings}"
@@ -113,7 +113,7 @@ class Bench:
             WORK.write_text(json.dumps(finished, indent=1), encoding="utf-8")
         return float(finished[key])
 
-    def run(self, name: str, rate: float, *, seed: int, judges: Encoded) -> float:
+    def run(self, name: str, rate: float, *, seed: int, judges: EncodedDataset) -> float:
         """The loss on some rows after a training; infinity where it came apart."""
         settings, model = self.settings, self.base.model
         with self._attached(name, seed) as bank:

@@ -22,21 +22,21 @@ from lora_kit.adapter.folder import (
     WEIGHTS,
     AdapterFolder,
     check_allowances,
-    check_names,
-    config_bytes,
+    check_file_names,
+    encode_config,
+    encode_record,
     is_adapter_folder,
-    record_bytes,
 )
-from lora_kit.adapter.model_card import card
-from lora_kit.adapter.peft_keys import Pair, TokenRows, sort_out
+from lora_kit.adapter.model_card import render_model_card
+from lora_kit.adapter.peft_keys import LoraWeights, TokenEmbeddings, classify_tensors
 from lora_kit.config.lora_config import LoraConfig
-from lora_kit.errors import AdapterError, LoraKitError, listed
+from lora_kit.errors import AdapterError, LoraKitError, format_list
 from lora_kit.io.atomic_write import write_folder
-from lora_kit.io.safetensors import canonical, canonical_sha256
+from lora_kit.io.safetensors import encode_safetensors, hash_tensors
 
 logger = logging.getLogger(__name__)
 
-_READS: Final = 3
+_READ_ATTEMPTS: Final = 3
 """Times a folder is read anew because another one took its place meanwhile."""
 _IDENTITY_FIELDS: Final = (
     "lora_alpha",
@@ -84,11 +84,11 @@ class Adapter:
         self.config = config
         self.tensors: Mapping[str, Tensor] = MappingProxyType({key: t.detach() for key, t in tensors.items()})
         self.record: Mapping[str, Any] = MappingProxyType(dict(record or {}))
-        self._sorted = sort_out(config, self.tensors, allow)
+        self._contents = classify_tensors(config, self.tensors, allow)
         if (
-            self._sorted.pairs
-            and not self._sorted.tokens
-            and not any(pair.b.any() for pair in self._sorted.pairs.values())
+            self._contents.pairs
+            and not self._contents.tokens
+            and not any(pair.b.any() for pair in self._contents.pairs.values())
         ):
             logger.warning("every lora_B is zero: this adapter does nothing")
 
@@ -97,47 +97,48 @@ class Adapter:
         """Fingerprint of the base it was made for, where it is known."""
         return self.record.get("base")
 
-    def pairs(self) -> Mapping[str, Pair]:
+    def pairs(self) -> Mapping[str, LoraWeights]:
         """The low-rank pairs by path of their layer.
 
         Raises:
             AdapterError: some are for parameters or convolutions, or there are rows of new tokens as well; whoever asks
                 for pairs alone would misread these.
         """
-        others = {pair.kind for pair in self._sorted.pairs.values()} - {"linear", "embedding"}
+        others = {pair.kind for pair in self._contents.pairs.values()} - {"linear", "embedding"}
         if others:
             raise AdapterError(
-                f"it has pairs for a {listed(sorted(others))}, which this cannot handle",
+                f"it has pairs for a {format_list(sorted(others))}, which this cannot handle",
                 hint="load it into a bank; bank.merge folds it into the model in memory",
             )
-        if self._sorted.tokens:
+        if self._contents.tokens:
             raise AdapterError(
-                f"it has rows of new tokens (trainable_token_indices) for {listed(sorted(self._sorted.tokens))}, which "
+                f"it has rows of new tokens (trainable_token_indices) for "
+                f"{format_list(sorted(self._contents.tokens))}, which "
                 "this cannot handle",
                 hint="load it into a bank, or merge it into its base",
             )
         return self.all_pairs()
 
-    def all_pairs(self) -> Mapping[str, Pair]:
+    def all_pairs(self) -> Mapping[str, LoraWeights]:
         """The low-rank pairs by path, those for parameters (`target_parameters`) and convolutions among them."""
-        return MappingProxyType(self._sorted.pairs)
+        return MappingProxyType(self._contents.pairs)
 
     def saved(self) -> Mapping[str, Tensor]:
         """The tensors of modules saved whole, by path (`score.weight`)."""
-        return MappingProxyType(self._sorted.saved)
+        return MappingProxyType(self._contents.saved)
 
-    def tokens(self) -> Mapping[str, TokenRows]:
+    def tokens(self) -> Mapping[str, TokenEmbeddings]:
         """Rows of embeddings and heads (`trainable_token_indices`), by path of the module."""
-        return MappingProxyType(self._sorted.tokens)
+        return MappingProxyType(self._contents.tokens)
 
     def base_copies(self) -> Mapping[str, Tensor]:
         """Weights of the base that PEFT wrote along with an adapted embedding, by path of the layer."""
-        return MappingProxyType(self._sorted.copies)
+        return MappingProxyType(self._contents.copies)
 
     @property
     def num_parameters(self) -> int:
         """Elements of the pairs and saved modules."""
-        copies = sum(tensor.numel() for tensor in self._sorted.copies.values())
+        copies = sum(tensor.numel() for tensor in self._contents.copies.values())
         return sum(tensor.numel() for tensor in self.tensors.values()) - copies
 
     @property
@@ -151,7 +152,7 @@ class Adapter:
 
         Names and labels do not count.
         """
-        return _identity(self.config, canonical_sha256(self.tensors))
+        return _compute_digest(self.config, hash_tensors(self.tensors))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Adapter) and self.digest == other.digest
@@ -160,7 +161,7 @@ class Adapter:
         return hash(self.digest)
 
     def __repr__(self) -> str:
-        size = f"{len(self._sorted.pairs)} pairs, r={self.config.r}, {self.num_parameters:,} parameters"
+        size = f"{len(self._contents.pairs)} pairs, r={self.config.r}, {self.num_parameters:,} parameters"
         return f"Adapter({size}, {self.digest[:12]})"
 
     @classmethod
@@ -180,19 +181,19 @@ class Adapter:
         """
         check_allowances(allow)
         folder = Path(folder)
-        for _ in range(_READS):
-            found = _place(folder)
+        for _ in range(_READ_ATTEMPTS):
+            found = _stat_folder(folder)
             try:
                 return cls._read(folder, allow)
             except LoraKitError:
-                if _place(folder) == found:
+                if _stat_folder(folder) == found:
                     raise
         return cls._read(folder, allow)
 
     @classmethod
     def _read(cls, folder: Path, allow: Collection[str]) -> Adapter:
         found = AdapterFolder.open(folder, allow=allow)
-        found.say_what_is_not_used()
+        found.log_caveats()
         if found.facts is None:
             return cls._of(found, found.read(seen=lambda piece: None).tensors, allow)
         sha, refusal = hashlib.sha256(), None
@@ -207,7 +208,7 @@ class Adapter:
         if refusal is not None:
             raise refusal
         if weights.canonical:
-            adapter.digest = _identity(adapter.config, sha.hexdigest())
+            adapter.digest = _compute_digest(adapter.config, sha.hexdigest())
         found.check_identity(adapter.digest)
         return adapter
 
@@ -240,22 +241,22 @@ class Adapter:
         folder = Path(folder)
         facts = {**self.record, **(record or {})}
         contents = dict(files or {})
-        check_names(contents)
+        check_file_names(contents)
         name = Path(os.path.abspath(folder)).name
-        contents[CARD] = card(
+        contents[CARD] = render_model_card(
             name, self.config, facts.get("metrics"), parameters=self.num_parameters, digest=self.digest
         )
-        contents[CONFIG] = config_bytes(self.config)
-        contents[WEIGHTS] = b"".join(canonical(self.tensors))
+        contents[CONFIG] = encode_config(self.config)
+        contents[WEIGHTS] = b"".join(encode_safetensors(self.tensors))
         # Last, because it vouches for the others.
-        contents[RECORD] = record_bytes(facts, contents, digest=self.digest)
+        contents[RECORD] = encode_record(facts, contents, digest=self.digest)
         write_folder(folder, contents, replace=replace, owned=is_adapter_folder)
         return folder
 
 
-def _identity(config: LoraConfig, weights_sha256: str) -> str:
+def _compute_digest(config: LoraConfig, weights_sha256: str) -> str:
     fields = config.to_dict()
-    meaning = {name: _number(fields[name]) for name in _IDENTITY_FIELDS}
+    meaning = {name: _normalize_numbers(fields[name]) for name in _IDENTITY_FIELDS}
     if config.target_parameters:
         meaning["target_parameters"] = fields["target_parameters"]
     if config.trainable_token_indices:
@@ -263,14 +264,14 @@ def _identity(config: LoraConfig, weights_sha256: str) -> str:
     return hashlib.sha256(f"{json.dumps(meaning)}\n{weights_sha256}".encode()).hexdigest()
 
 
-def _number(value: Any) -> Any:
+def _normalize_numbers(value: Any) -> Any:
     """16.0 is 16: a number's identity is its value."""
     if isinstance(value, Mapping):
-        return {key: _number(item) for key, item in value.items()}
+        return {key: _normalize_numbers(item) for key, item in value.items()}
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _place(folder: Path) -> tuple[int, int] | None:
+def _stat_folder(folder: Path) -> tuple[int, int] | None:
     """Which folder is at a path just now."""
     try:
         status = os.stat(folder)

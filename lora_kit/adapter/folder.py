@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from lora_kit.config.lora_config import LoraConfig
-from lora_kit.errors import AdapterError, ConfigError, listed
+from lora_kit.errors import AdapterError, ConfigError, format_list
 from lora_kit.io.read import exists, folder_exists, read_json, read_text
-from lora_kit.io.safetensors import Seen, Weights, read_pickle, read_safetensors
-from lora_kit.io.text import printable, shown
+from lora_kit.io.safetensors import ChunkCallback, WeightFileContents, read_pickle, read_safetensors
+from lora_kit.io.text import escape_text, format_value
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ WEIGHTS: Final = "adapter_model.safetensors"
 OLD_WEIGHTS: Final = "adapter_model.bin"
 CARD: Final = "README.md"
 RECORD: Final = "lora_kit.json"
-FORMAT: Final = 2
+RECORD_FORMAT: Final = 2
 """Version of `lora_kit.json`."""
 ALLOWANCES: Final = ("other-base", "extra-keys", "changed-files", "unmatched-targets")
 """What a caller may let pass: another base than the adapter's, tensors beyond its config, files changed since they were
@@ -54,7 +54,7 @@ def is_adapter_folder(folder: Path) -> bool:
 def check_allowances(allow: Collection[str]) -> None:
     unknown = [name for name in allow if name not in ALLOWANCES]
     if isinstance(allow, str) or unknown:
-        raise ConfigError(f"allow={allow!r} was given; expected any of {listed(ALLOWANCES)}")
+        raise ConfigError(f"allow={allow!r} was given; expected any of {format_list(ALLOWANCES)}")
 
 
 # Reading
@@ -86,16 +86,16 @@ class AdapterFolder:
         Raises:
             AdapterError, ConfigError: what is wrong with which file.
         """
-        told = printable(folder)
+        told = escape_text(folder)
         if not folder_exists(folder):
             raise AdapterError(f"{told} is not a folder", hint="an adapter is a folder with an adapter_config.json")
         if not exists(folder / CONFIG):
             raise ConfigError(f"{told} has no {CONFIG}", hint="is it an adapter folder?")
         text = read_text(folder / CONFIG, limit=_CONFIG_LIMIT)
         record = _read_record(folder)
-        facts = None if record is None or "changed-files" in allow else _facts(record, told)
-        config = _config(text, record, source=printable(folder / CONFIG))
-        return cls(told, text, config, record, facts, _weights_file(folder))
+        facts = None if record is None or "changed-files" in allow else _file_facts_of(record, told)
+        config = _parse_config(text, record, source=escape_text(folder / CONFIG))
+        return cls(told, text, config, record, facts, _find_weights_file(folder))
 
     @property
     def digest(self) -> str | None:
@@ -103,7 +103,7 @@ class AdapterFolder:
         claimed = None if self.record is None else self.record.get("digest")
         return claimed if isinstance(claimed, str) else None
 
-    def read(self, *, seen: Seen) -> Weights:
+    def read(self, *, seen: ChunkCallback) -> WeightFileContents:
         """The weight file, once its size and its header promise that it is worth reading.
 
         Args:
@@ -112,7 +112,7 @@ class AdapterFolder:
 
         def check_size(size: int) -> None:
             if self.facts is not None:
-                _check_size(self.facts.get(self.weights.name), size, printable(self.weights))
+                _check_size(self.facts.get(self.weights.name), size, escape_text(self.weights))
 
         read = read_pickle if self.weights.name == OLD_WEIGHTS else read_safetensors
         return read(self.weights, check_size=check_size, seen=seen)
@@ -134,7 +134,7 @@ class AdapterFolder:
         if self.record is not None and self.record.get("digest") != digest:
             raise AdapterError(f"{self.shown}: the digest in {RECORD} is not that of the adapter", hint="save it again")
 
-    def say_what_is_not_used(self) -> None:
+    def log_caveats(self) -> None:
         if self.weights.name == OLD_WEIGHTS:
             logger.warning("%s: reading plain tensors from %s, an older format", self.shown, OLD_WEIGHTS)
         if self.record is None:
@@ -142,14 +142,14 @@ class AdapterFolder:
                 "%s has no %s: neither its files nor the base it was made for can be checked", self.shown, RECORD
             )
         if self.config.unknown_fields:
-            names = [printable(name) for name in self.config.unknown_fields]
-            logger.warning("%s: unknown fields are kept as they are: %s", self.shown, listed(names))
+            names = [escape_text(name) for name in self.config.unknown_fields]
+            logger.warning("%s: unknown fields are kept as they are: %s", self.shown, format_list(names))
         if self.config.fields_naming_code:
             names = self.config.fields_naming_code
-            logger.info("%s: fields that name code are kept and not acted on: %s", self.shown, listed(names))
+            logger.info("%s: fields that name code are kept and not acted on: %s", self.shown, format_list(names))
 
 
-def _config(text: str, record: Mapping[str, Any] | None, *, source: str) -> LoraConfig:
+def _parse_config(text: str, record: Mapping[str, Any] | None, *, source: str) -> LoraConfig:
     try:
         return LoraConfig.from_json(text, source=source)
     except ConfigError as error:
@@ -166,15 +166,15 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
     record = read_json(folder / RECORD, limit=_RECORD_LIMIT)
     for name, kind in _RECORD_TYPES.items():
         if not isinstance(record.get(name), (kind, type(None))):
-            raise AdapterError(f"{printable(folder / RECORD)}: {name} is {shown(record[name])}; it is damaged")
+            raise AdapterError(f"{escape_text(folder / RECORD)}: {name} is {format_value(record[name])}; it is damaged")
     return record
 
 
-def _facts(record: Mapping[str, Any], told: str) -> Mapping[str, Any]:
+def _file_facts_of(record: Mapping[str, Any], told: str) -> Mapping[str, Any]:
     """What a record says of the files beside it."""
-    if record.get("format") != FORMAT:
+    if record.get("format") != RECORD_FORMAT:
         raise AdapterError(
-            f"{told}/{RECORD} has format {shown(record.get('format'))}; format {FORMAT} is read",
+            f"{told}/{RECORD} has format {format_value(record.get('format'))}; format {RECORD_FORMAT} is read",
             hint="allow 'changed-files' to read it unchecked, and save it again",
         )
     return record.get("files") or {}
@@ -189,39 +189,39 @@ def _check_size(fact: Any, size: int, told: str) -> None:
         raise AdapterError(f"{told}: {what}: {size:,} bytes, {expected:,} are expected")
 
 
-def _weights_file(folder: Path) -> Path:
+def _find_weights_file(folder: Path) -> Path:
     for name in (WEIGHTS, OLD_WEIGHTS):
         if exists(folder / name):
             return folder / name
-    raise AdapterError(f"{printable(folder)} has neither {WEIGHTS} nor {OLD_WEIGHTS}")
+    raise AdapterError(f"{escape_text(folder)} has neither {WEIGHTS} nor {OLD_WEIGHTS}")
 
 
 # Writing
 
 
-def config_bytes(config: LoraConfig) -> bytes:
+def encode_config(config: LoraConfig) -> bytes:
     """`adapter_config.json`."""
-    return _json(config.to_dict(), CONFIG, _CONFIG_LIMIT)
+    return _encode_json(config.to_dict(), CONFIG, _CONFIG_LIMIT)
 
 
-def record_bytes(facts: Mapping[str, Any], files: Mapping[str, bytes], *, digest: str) -> bytes:
+def encode_record(facts: Mapping[str, Any], files: Mapping[str, bytes], *, digest: str) -> bytes:
     """`lora_kit.json`, which vouches for the other files."""
     sums = {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in files.items()}
-    own = {"format": FORMAT, "digest": digest, "files": sums, "versions": _versions()}
-    return _json({**facts, **own}, RECORD, _RECORD_LIMIT)
+    own = {"format": RECORD_FORMAT, "digest": digest, "files": sums, "versions": _collect_versions()}
+    return _encode_json({**facts, **own}, RECORD, _RECORD_LIMIT)
 
 
-def check_names(files: Iterable[str]) -> None:
+def check_file_names(files: Iterable[str]) -> None:
     """Raise ConfigError for names that further files of an adapter cannot have."""
     for name in files:
         if name in (CARD, CONFIG, WEIGHTS, OLD_WEIGHTS, RECORD) or name in ("", ".", "..") or set(name) & {"/", "\0"}:
-            raise ConfigError(f"{shown(name)} cannot be the name of a further file of an adapter")
+            raise ConfigError(f"{format_value(name)} cannot be the name of a further file of an adapter")
 
 
-def _json(value: Any, name: str, limit: int) -> bytes:
+def _encode_json(value: Any, name: str, limit: int) -> bytes:
     """A small file; what is written must be what can be read."""
     try:
-        text = json.dumps(_finite(value), indent=2, sort_keys=name == RECORD, ensure_ascii=name != RECORD)
+        text = json.dumps(_replace_nonfinite(value), indent=2, sort_keys=name == RECORD, ensure_ascii=name != RECORD)
         data = f"{text}\n".encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"what is to be written to {name} is not JSON: {error}") from None
@@ -230,16 +230,16 @@ def _json(value: Any, name: str, limit: int) -> bytes:
     return data
 
 
-def _finite(value: Any) -> Any:
+def _replace_nonfinite(value: Any) -> Any:
     """JSON has no NaN and no infinity: a metric that is none is written as null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: _replace_nonfinite(item) for key, item in value.items()}
+    return [_replace_nonfinite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _versions() -> dict[str, str]:
+def _collect_versions() -> dict[str, str]:
     import torch
 
     from lora_kit.version import __version__

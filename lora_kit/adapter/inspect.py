@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.adapter.conversion.convert import read as read_foreign
+from lora_kit.adapter.conversion.convert import read_foreign_adapter as read_foreign
 from lora_kit.adapter.folder import RECORD
-from lora_kit.adapter.peft_keys import Pair
-from lora_kit.adapter.store import STORE, _natural, find_adapter, folder_bytes, jsonable
+from lora_kit.adapter.peft_keys import LoraWeights
+from lora_kit.adapter.store import STORE, _natural_sort_key, find_adapter, sum_file_sizes, to_json_value
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import AdapterError, ConfigError, LoraKitError
 
@@ -99,7 +99,7 @@ class Inspection:
         return math.sqrt(sum(layer.norm**2 for layer in self.layers))
 
     def to_json(self) -> dict[str, Any]:
-        return {**jsonable(self), "config": self.config.to_dict(), "norm": self.norm}
+        return {**to_json_value(self), "config": self.config.to_dict(), "norm": self.norm}
 
 
 def inspect(adapter: str | Path, *, store: str | Path = STORE) -> Inspection:
@@ -117,15 +117,15 @@ def inspect(adapter: str | Path, *, store: str | Path = STORE) -> Inspection:
         AdapterError, ConfigError: it cannot be read.
     """
     folder = Path(adapter) if Path(adapter).is_file() else find_adapter(adapter, store=store)
-    value, notes = _loaded(folder)
+    value, notes = _load_or_convert(folder)
     return Inspection(
         name=folder.resolve().name,
         folder=folder,
         config=value.config,
-        layers=layers_of(value),
+        layers=summarize_layers(value),
         saved={key: tuple(tensor.shape) for key, tensor in value.saved().items()},
         parameters=value.num_parameters,
-        bytes=folder.stat().st_size if folder.is_file() else folder_bytes(folder),
+        bytes=folder.stat().st_size if folder.is_file() else sum_file_sizes(folder),
         digest=value.digest,
         base=value.base if isinstance(value.base, Mapping) else None,
         record=value.record,
@@ -134,7 +134,7 @@ def inspect(adapter: str | Path, *, store: str | Path = STORE) -> Inspection:
     )
 
 
-def _loaded(path: Path) -> tuple[Adapter, tuple[str, ...]]:
+def _load_or_convert(path: Path) -> tuple[Adapter, tuple[str, ...]]:
     """An adapter, and how another tool wrote it where it cannot be loaded as it is."""
     try:
         return Adapter.load(path), ()
@@ -150,13 +150,13 @@ def _loaded(path: Path) -> tuple[Adapter, tuple[str, ...]]:
     return found.adapter, (*told, *(f"not said: {what}; shown as if scaling were 1" for what in found.open))
 
 
-def layers_of(adapter: Adapter) -> tuple[LayerSummary, ...]:
+def summarize_layers(adapter: Adapter) -> tuple[LayerSummary, ...]:
     """One summary per low-rank pair, by path, numbers in it as numbers."""
-    pairs = sorted(adapter.all_pairs().items(), key=lambda item: _natural(item[0]))
-    return tuple(_layer(path, pair, adapter.config) for path, pair in pairs)
+    pairs = sorted(adapter.all_pairs().items(), key=lambda item: _natural_sort_key(item[0]))
+    return tuple(_summarize_layer(path, pair, adapter.config) for path, pair in pairs)
 
 
-def singular_values(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+def compute_singular_values(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     """Those of `B A` in rank space: with `B = Q_b R_b` and `Aᵀ = Q_a R_a` they are the ones of `R_b R_aᵀ`.
 
     Shapes: b (out, r), a (r, in), of any floating dtype; float64 (min(r, out, in),), falling. The product is never
@@ -166,9 +166,9 @@ def singular_values(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     return torch.linalg.svdvals(torch.linalg.qr(b, mode="r").R @ torch.linalg.qr(a.T, mode="r").R.T)
 
 
-def _layer(path: str, pair: Pair, config: LoraConfig) -> LayerSummary:
+def _summarize_layer(path: str, pair: LoraWeights, config: LoraConfig) -> LayerSummary:
     scaling = config.scaling_of(path)
-    by_expert = [singular_values(b, a) for a, b in pair.by_expert(config.rank_of(path))]
+    by_expert = [compute_singular_values(b, a) for a, b in pair.split_by_expert(config.rank_of(path))]
     values = abs(scaling) * torch.cat(by_expert).sort(descending=True).values
     return LayerSummary(
         path=path,

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from lora_kit.config.lora_config import LoraConfig
-from lora_kit.errors import AdapterError, listed
+from lora_kit.errors import AdapterError, format_list
 from lora_kit.io.safetensors import DTYPES
-from lora_kit.io.text import printable
+from lora_kit.io.text import escape_text
 
 PREFIX: Final = "base_model.model."
 """Before every key of PEFT's weight files."""
 
 _MARK: Final = ".lora_"
-_PARTS: Final = {
+_KEY_ENDINGS: Final = {
     "A.weight": ("linear", "A"),
     "B.weight": ("linear", "B"),
     "embedding_A": ("embedding", "A"),
@@ -26,21 +26,21 @@ _PARTS: Final = {
     "magnitude_vector": ("linear", "magnitude"),
 }
 """What follows the mark: the kind of layer, and what of its pair the tensor is."""
-_NESTED: Final = ".base_layer"
+_NESTED_SUFFIX: Final = ".base_layer"
 """PEFT's wrappers of several parameters of one module are nested."""
 _TOKENS_SUFFIX: Final = ".token_adapter.trainable_tokens_delta"
 """PEFT's name for the rows of new tokens, which are the rows themselves and no difference to others."""
 _COPY_SUFFIX: Final = ".base_layer.weight"
 """PEFT writes the frozen table of an adapted embedding beside its pair, under this suffix."""
-_READ: Final = frozenset(DTYPES.values())
+_READABLE_DTYPES: Final = frozenset(DTYPES.values())
 _NAME_LIMIT: Final = 1_000
-_MISFITS_SHOWN: Final = 200
-_FEW: Final = 4_096
+_MAX_MISMATCHES_SHOWN: Final = 200
+_SMALL_TENSOR: Final = 4_096
 """Elements up to which calling an operation costs more than what it does."""
 
 
 @dataclass(frozen=True)
-class Pair:
+class LoraWeights:
     """The update of one layer, `B A` before scaling.
 
     Attributes:
@@ -57,7 +57,7 @@ class Pair:
     kind: str
     magnitude: Tensor | None = None
 
-    def by_expert(self, rank: int) -> list[tuple[Tensor, Tensor]]:
+    def split_by_expert(self, rank: int) -> list[tuple[Tensor, Tensor]]:
         """A (r, in) and B (out, r) of each expert of a parameter; of any other layer its two as matrices."""
         if self.kind != "parameter":
             return [(self.a.flatten(1), self.b.flatten(1))]
@@ -67,7 +67,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class TokenRows:
+class TokenEmbeddings:
     """Rows of an embedding, or of a head, that an adapter has in place of the base's.
 
     Attributes:
@@ -78,7 +78,7 @@ class TokenRows:
     rows: Tensor
 
 
-def tokens_key(path: str) -> str:
+def token_embeddings_key(path: str) -> str:
     """The key of the rows of new tokens in PEFT's weight file, of the embedding of this path."""
     return f"{PREFIX}{path}{_TOKENS_SUFFIX}"
 
@@ -88,7 +88,7 @@ def magnitude_key(path: str) -> str:
     return f"{PREFIX}{path}{_MARK}magnitude_vector"
 
 
-def pair_keys(path: str, kind: str) -> tuple[str, str]:
+def lora_weight_keys(path: str, kind: str) -> tuple[str, str]:
     """The keys of A and B in PEFT's weight file for the layer of this path."""
     if kind == "embedding":
         return f"{PREFIX}{path}{_MARK}embedding_A", f"{PREFIX}{path}{_MARK}embedding_B"
@@ -96,7 +96,7 @@ def pair_keys(path: str, kind: str) -> tuple[str, str]:
 
 
 @dataclass
-class Sorted:
+class AdapterTensors:
     """An adapter's tensors by what they are for, each by path of its module.
 
     Attributes:
@@ -107,39 +107,39 @@ class Sorted:
         misfits: what does not fit the config, in words.
     """
 
-    pairs: dict[str, Pair] = field(default_factory=dict)
+    pairs: dict[str, LoraWeights] = field(default_factory=dict)
     saved: dict[str, Tensor] = field(default_factory=dict)
-    tokens: dict[str, TokenRows] = field(default_factory=dict)
+    tokens: dict[str, TokenEmbeddings] = field(default_factory=dict)
     copies: dict[str, Tensor] = field(default_factory=dict)
     misfits: list[str] = field(default_factory=list)
 
 
-def sort_out(config: LoraConfig, tensors: Mapping[str, Tensor], allow: Collection[str]) -> Sorted:
+def classify_tensors(config: LoraConfig, tensors: Mapping[str, Tensor], allow: Collection[str]) -> AdapterTensors:
     """The tensors of an adapter, sorted.
 
     Raises:
         AdapterError: listing every tensor that does not fit the config.
     """
-    found = Sorted(misfits=list(_unfit_values(tensors)))
-    parts = _sort_keys(config, tensors, allow, found)
+    found = AdapterTensors(misfits=list(_find_invalid_values(tensors)))
+    parts = _classify_keys(config, tensors, allow, found)
     for (path, kind), sides in parts.items():
         if "A" in sides and sides["A"].ndim > 2:
             kind = "convolution"
-        elif _is_of_a_parameter(path, config):
+        elif _is_parameter_path(path, config):
             kind = "parameter"
-        wrong = _unfit_pair(path, sides, config)
+        wrong = _find_weight_mismatches(path, sides, config)
         if path in found.pairs:
             wrong.append(f"{path}: pairs for a linear layer and for an embedding")
         found.misfits += wrong
         if not wrong:
-            found.pairs[path] = Pair(sides["A"], sides["B"], kind, sides.get("magnitude"))
-    found.misfits += [*_absent(config, found.saved), *_unfit_tokens(config, found.tokens)]
+            found.pairs[path] = LoraWeights(sides["A"], sides["B"], kind, sides.get("magnitude"))
+    found.misfits += [*_find_missing_modules(config, found.saved), *_find_token_mismatches(config, found.tokens)]
     if not tensors:
         found.misfits.append("the file holds no tensors")
     elif (config.target_modules or config.target_parameters) and not parts:
         found.misfits.append("the config has target_modules, but the file holds no pair")
     if found.misfits:
-        told = found.misfits[:_MISFITS_SHOWN]
+        told = found.misfits[:_MAX_MISMATCHES_SHOWN]
         if len(found.misfits) > len(told):
             told.append(f"and {len(found.misfits) - len(told):,} more")
         hint = "`lora-kit convert` knows the names of other tools" if not found.pairs and tensors else ""
@@ -147,8 +147,8 @@ def sort_out(config: LoraConfig, tensors: Mapping[str, Tensor], allow: Collectio
     return found
 
 
-def _sort_keys(
-    config: LoraConfig, tensors: Mapping[str, Tensor], allow: Collection[str], found: Sorted
+def _classify_keys(
+    config: LoraConfig, tensors: Mapping[str, Tensor], allow: Collection[str], found: AdapterTensors
 ) -> dict[tuple[str, str], dict[str, Tensor]]:
     """Put saved modules and copies where they belong; returns the parts of pairs by (path, kind)."""
     parts: dict[tuple[str, str], dict[str, Tensor]] = {}
@@ -157,13 +157,13 @@ def _sort_keys(
         path, _, end = bare.rpartition(_MARK)
         ours = bare != key
         if not key.isprintable() or len(key) > _NAME_LIMIT:
-            found.misfits.append(f"{printable(key)} is not the name of a tensor")
-        elif ours and path and end in _PARTS:
-            kind, part = _PARTS[end]
+            found.misfits.append(f"{escape_text(key)} is not the name of a tensor")
+        elif ours and path and end in _KEY_ENDINGS:
+            kind, part = _KEY_ENDINGS[end]
             parts.setdefault((path, kind), {})[part] = tensor
         elif ours and bare.endswith(_TOKENS_SUFFIX):
             path = bare.removesuffix(_TOKENS_SUFFIX)
-            found.tokens[path] = TokenRows(config.tokens_of(path), tensor)
+            found.tokens[path] = TokenEmbeddings(config.tokens_of(path), tensor)
         elif ours and _is_within(bare, config.modules_to_save):
             found.saved[bare] = tensor
         elif ours and bare.endswith(_COPY_SUFFIX):
@@ -174,29 +174,29 @@ def _sort_keys(
     return parts
 
 
-def _unfit_values(tensors: Mapping[str, Tensor]) -> Iterator[str]:
+def _find_invalid_values(tensors: Mapping[str, Tensor]) -> Iterator[str]:
     """What the values are that may not be: none but finite numbers, floating ones where they are weights."""
     numbers: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        if tensor.dtype not in _READ or not tensor.is_cpu:
-            yield f"{printable(key)} is {tensor.dtype} on {tensor.device}; plain numbers on the CPU are expected"
+        if tensor.dtype not in _READABLE_DTYPES or not tensor.is_cpu:
+            yield f"{escape_text(key)} is {tensor.dtype} on {tensor.device}; plain numbers on the CPU are expected"
         elif tensor.is_floating_point():
             numbers[key] = tensor
         elif _MARK in key or key.endswith((".weight", ".bias", _TOKENS_SUFFIX)):
-            yield f"{printable(key)} has dtype {tensor.dtype}; a floating dtype is expected"
+            yield f"{escape_text(key)} has dtype {tensor.dtype}; a floating dtype is expected"
     few: dict[torch.dtype, list[str]] = {}
     for key, tensor in numbers.items():
-        if tensor.numel() <= _FEW:
+        if tensor.numel() <= _SMALL_TENSOR:
             few.setdefault(tensor.dtype, []).append(key)
-        elif not _all_finite(tensor):
-            yield f"{printable(key)} holds NaN or infinity"
+        elif not _is_finite(tensor):
+            yield f"{escape_text(key)} holds NaN or infinity"
     for keys in few.values():
         # Small ones together, since every call has its price; one by one only to say which it is.
-        if not _all_finite(torch.cat([numbers[key].reshape(-1) for key in keys])):
-            yield from (f"{printable(key)} holds NaN or infinity" for key in keys if not _all_finite(numbers[key]))
+        if not _is_finite(torch.cat([numbers[key].reshape(-1) for key in keys])):
+            yield from (f"{escape_text(key)} holds NaN or infinity" for key in keys if not _is_finite(numbers[key]))
 
 
-def _all_finite(tensor: Tensor) -> bool:
+def _is_finite(tensor: Tensor) -> bool:
     """Whether every value is finite, in fp32 too."""
     tensor = tensor.float() if tensor.dtype == torch.float64 else tensor
     # NaN and infinity always show in a sum, which takes one pass and no memory; a sum that overflows says nothing.
@@ -204,11 +204,11 @@ def _all_finite(tensor: Tensor) -> bool:
     return bool(total.isfinite()) or bool(tensor.isfinite().all())
 
 
-def _unfit_pair(path: str, sides: Mapping[str, Tensor], config: LoraConfig) -> list[str]:
+def _find_weight_mismatches(path: str, sides: Mapping[str, Tensor], config: LoraConfig) -> list[str]:
     a, b, magnitude = sides.get("A"), sides.get("B"), sides.get("magnitude")
     told = [f"{path}: lora_{side} is missing" for side in "AB" if side not in sides]
     if a is not None and b is not None:
-        told += _unfit_shapes(path, a.shape, b.shape, config)
+        told += _find_shape_mismatches(path, a.shape, b.shape, config)
     if config.use_dora != (magnitude is not None):
         there = "missing" if magnitude is None else "there"
         told.append(f"{path}: use_dora is {config.use_dora}, and a magnitude is {there}")
@@ -217,29 +217,30 @@ def _unfit_pair(path: str, sides: Mapping[str, Tensor], config: LoraConfig) -> l
     return told
 
 
-def _unfit_shapes(path: str, a: Sequence[int], b: Sequence[int], config: LoraConfig) -> list[str]:
+def _find_shape_mismatches(path: str, a: Sequence[int], b: Sequence[int], config: LoraConfig) -> list[str]:
     if not 2 <= len(a) == len(b) <= 4 or set(b[2:]) - {1}:
         return [f"{path}: A {tuple(a)} and B {tuple(b)} are not matrices"]
     rank = config.rank_of(path)
-    if a[0] == b[1] == rank or (_is_of_a_parameter(path, config) and a[0] == b[1] and a[0] % rank == 0):
+    if a[0] == b[1] == rank or (_is_parameter_path(path, config) and a[0] == b[1] and a[0] % rank == 0):
         return []
     hint = "; A looks transposed" if a[1] == rank and a[0] != rank else ""
     return [f"{path}: the config says rank {rank}, the tensors are A {tuple(a)} and B {tuple(b)}{hint}"]
 
 
-def _is_of_a_parameter(path: str, config: LoraConfig) -> bool:
+def _is_parameter_path(path: str, config: LoraConfig) -> bool:
     """Whether the pair at a path is that of one of the parameters that a config targets."""
-    module = path.replace(_NESTED, "")
+    module = path.replace(_NESTED_SUFFIX, "")
     owners = (name.rpartition(".")[0] for name in config.target_parameters)
     return any(module == owner or module.endswith("." + owner) for owner in owners)
 
 
-def _unfit_tokens(config: LoraConfig, tokens: Mapping[str, TokenRows]) -> Iterator[str]:
+def _find_token_mismatches(config: LoraConfig, tokens: Mapping[str, TokenEmbeddings]) -> Iterator[str]:
     given = config.trainable_token_indices
     if given is not None and not tokens:
         yield "the config has trainable_token_indices, but the file holds no rows of them"
     if isinstance(given, tuple) and len(tokens) > 1:
-        yield f"trainable_token_indices is a list for one embedding; the file holds rows of {listed(sorted(tokens))}"
+        names = format_list(sorted(tokens))
+        yield f"trainable_token_indices is a list for one embedding; the file holds rows of {names}"
     for path, held in tokens.items():
         if not held.indices:
             yield f"{path}: rows of tokens, of which the config's trainable_token_indices says nothing"
@@ -252,6 +253,6 @@ def _is_within(key: str, modules: Sequence[str]) -> bool:
     return any(f".{name}." in f".{key}" for name in modules)
 
 
-def _absent(config: LoraConfig, saved: Mapping[str, Tensor]) -> list[str]:
+def _find_missing_modules(config: LoraConfig, saved: Mapping[str, Tensor]) -> list[str]:
     names = [name for name in config.modules_to_save if not any(_is_within(key, [name]) for key in saved)]
     return [f"modules_to_save names {name}, of which the file holds nothing" for name in names]

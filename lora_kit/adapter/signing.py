@@ -14,7 +14,7 @@ from typing import Any, Final
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.errors import AdapterError, ConfigError, StorageError, VerificationError
 from lora_kit.io.read import exists
-from lora_kit.io.text import printable
+from lora_kit.io.text import escape_text
 
 SIGNATURE: Final = "model.sig"
 _BAD_FILE: Final = re.compile(r"Hash mismatch for \\?'(.+?)\\?':")
@@ -36,19 +36,19 @@ def sign(folder: str | Path, *, key: str | Path, replace: bool = False) -> Path:
         AdapterError, ConfigError: the adapter or the key cannot be read; or model-signing is not installed.
         StorageError: there is a signature, or the disk refuses.
     """
-    folder, library = Path(folder).resolve(), _library()
+    folder, library = Path(folder).resolve(), _import_model_signing()
     Adapter.load(folder)
     target = folder / SIGNATURE
     if exists(target) and not replace:
-        raise StorageError(f"{printable(folder)} is signed already", hint="replace the signature with --replace")
-    config = library.signing.Config().set_hashing_config(_files(library, folder))
-    signer = _with_key(config.use_elliptic_key_signer, key, private_key=Path(key))
+        raise StorageError(f"{escape_text(folder)} is signed already", hint="replace the signature with --replace")
+    config = library.signing.Config().set_hashing_config(_build_hashing_config(library, folder))
+    signer = _apply_key(config.use_elliptic_key_signer, key, private_key=Path(key))
     staging = folder.parent / f".{folder.name}.{SIGNATURE}"
     try:
         signer.sign(folder, staging)
         os.replace(staging, target)
     except OSError as error:
-        raise StorageError(f"{printable(target)} cannot be written: {error.strerror}") from error
+        raise StorageError(f"{escape_text(target)} cannot be written: {error.strerror}") from error
     finally:
         staging.unlink(missing_ok=True)
     return target
@@ -68,50 +68,51 @@ def verify(folder: str | Path, *, key: str | Path) -> Adapter:
         AdapterError, ConfigError: there is no signature, the key cannot be read; or model-signing is not installed.
         VerificationError: another key, a changed, missing or added file, a damaged signature.
     """
-    folder, library = Path(folder).resolve(), _library()
+    folder, library = Path(folder).resolve(), _import_model_signing()
     if not exists(folder / SIGNATURE):
-        raise AdapterError(f"{printable(folder)} is not signed", hint=f"there is no {SIGNATURE} in it")
-    config = library.verifying.Config().set_hashing_config(_files(library, folder))
-    checker = _with_key(config.use_elliptic_key_verifier, key, public_key=Path(key))
+        raise AdapterError(f"{escape_text(folder)} is not signed", hint=f"there is no {SIGNATURE} in it")
+    config = library.verifying.Config().set_hashing_config(_build_hashing_config(library, folder))
+    checker = _apply_key(config.use_elliptic_key_verifier, key, public_key=Path(key))
     try:
         checker.verify(folder, folder / SIGNATURE)
     except Exception as error:  # a signature of others is read: whatever it breaks, it does not hold
         raise VerificationError(
-            f"{printable(folder)} is not what the owner of this key signed: {_told(error)}", hint="do not use it"
+            f"{escape_text(folder)} is not what the owner of this key signed: {_describe_failure(error)}",
+            hint="do not use it",
         ) from error
     return Adapter.load(folder)
 
 
-def _files(library: Any, folder: Path) -> Any:
+def _build_hashing_config(library: Any, folder: Path) -> Any:
     """Every file of the folder but the signature, those that begin with a dot as well."""
     return library.hashing.Config().set_ignored_paths(paths=[folder / SIGNATURE], ignore_git_paths=False)
 
 
-def _with_key(use: Any, key: str | Path, **named: Path) -> Any:
+def _apply_key(use: Any, key: str | Path, **named: Path) -> Any:
     try:
         return use(**named)
     except OSError as error:
-        raise ConfigError(f"the key {printable(key)} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"the key {escape_text(key)} cannot be read: {error.strerror}") from error
     except Exception as error:  # of whatever library looks at it
         (kind,) = (name.replace("_", " ") for name in named)
         raise ConfigError(
-            f"{printable(key)} is not a {kind} that can be used here ({type(error).__name__})",
+            f"{escape_text(key)} is not a {kind} that can be used here ({type(error).__name__})",
             hint="an elliptic curve key in PEM form, without a password",
         ) from error
 
 
-def _told(error: Exception) -> str:
+def _describe_failure(error: Exception) -> str:
     text = str(error)
     changed = [f"{name} was changed" for name in _BAD_FILE.findall(text)]
     others = [f"{kind.lower()}: {names}" for kind, names in _OTHER_FILES.findall(text)]
-    return printable("; ".join(changed + others) or text.partition("\n")[0][:200] or type(error).__name__)
+    return escape_text("; ".join(changed + others) or text.partition("\n")[0][:200] or type(error).__name__)
 
 
-def _library() -> Any:
+def _import_model_signing() -> Any:
     try:
         import model_signing
     except ImportError as error:
         raise ConfigError(
-            f"model-signing cannot be imported ({printable(error)})", hint="pip install 'lora-kit[sign]'"
+            f"model-signing cannot be imported ({escape_text(error)})", hint="pip install 'lora-kit[sign]'"
         ) from None
     return model_signing

@@ -12,7 +12,7 @@ from typing import Any, Final
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.folder import CONFIG, OLD_WEIGHTS, WEIGHTS
 from lora_kit.config.lora_config import LoraConfig
-from lora_kit.errors import AdapterError, ConfigError, LoraKitError, UnknownAdapterError, listed, nearest
+from lora_kit.errors import AdapterError, ConfigError, LoraKitError, UnknownAdapterError, format_list, suggest_nearest
 
 STORE: Final = Path("adapters")
 """Where adapters are looked up by name: one folder per task, in the working directory."""
@@ -46,7 +46,7 @@ class AdapterSummary:
     problem: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        return jsonable(self)
+        return to_json_value(self)
 
 
 def list_adapters(store: str | Path = STORE) -> list[AdapterSummary]:
@@ -60,7 +60,7 @@ def list_adapters(store: str | Path = STORE) -> list[AdapterSummary]:
     store = Path(store)
     if not store.is_dir():
         raise AdapterError(f"{str(store)!r} is not a folder", hint="give the folder that holds one folder per adapter")
-    return [_summary(folder) for folder in sorted(store.iterdir()) if _looks_like_adapter(folder)]
+    return [_summarize_adapter(folder) for folder in sorted(store.iterdir()) if _has_adapter_files(folder)]
 
 
 def find_adapter(adapter: str | Path, *, store: str | Path = STORE) -> Path:
@@ -71,17 +71,17 @@ def find_adapter(adapter: str | Path, *, store: str | Path = STORE) -> Path:
     """
     given, store = Path(adapter), Path(store)
     bare_name = len(given.parts) == 1 and given.name == str(adapter) != ".."
-    if bare_name and not _looks_like_adapter(given) and _looks_like_adapter(store / given):
+    if bare_name and not _has_adapter_files(given) and _has_adapter_files(store / given):
         return store / given
     if str(adapter) and given.is_dir():
         return given
-    known = [folder.name for folder in sorted(store.iterdir()) if _looks_like_adapter(folder)] if store.is_dir() else []
+    known = [folder.name for folder in sorted(store.iterdir()) if _has_adapter_files(folder)] if store.is_dir() else []
     error = UnknownAdapterError(str(adapter), known)
-    error.hint = nearest(given.name, known) or f"a folder, or a name in {store}/: {listed(known)}"
+    error.hint = suggest_nearest(given.name, known) or f"a folder, or a name in {store}/: {format_list(known)}"
     raise error
 
 
-def base_of(adapters: Sequence[str | Path], *, store: str | Path = STORE) -> str:
+def infer_base(adapters: Sequence[str | Path], *, store: str | Path = STORE) -> str:
     """The base to use where none is given: `kit-base`, if that is what every adapter was made for.
 
     Any other name in an adapter's config was written by whoever made it: it is shown, never loaded by itself.
@@ -99,19 +99,19 @@ def base_of(adapters: Sequence[str | Path], *, store: str | Path = STORE) -> str
     return KIT_BASE
 
 
-def folder_bytes(folder: Path) -> int:
+def sum_file_sizes(folder: Path) -> int:
     """Bytes of the regular files directly in a folder; links are not followed."""
     return sum(entry.lstat().st_size for entry in folder.iterdir() if entry.is_file() and not entry.is_symlink())
 
 
-def jsonable(value: Any) -> Any:
+def to_json_value(value: Any) -> Any:
     """JSON values of dataclasses, mappings and sequences; anything else, NaN and infinities too, as its text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: jsonable(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: to_json_value(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): jsonable(item) for key, item in value.items()}
+        return {str(key): to_json_value(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [jsonable(item) for item in value]
+        return [to_json_value(item) for item in value]
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -119,11 +119,11 @@ def jsonable(value: Any) -> Any:
     return str(value)
 
 
-def _natural(path: str) -> list[tuple[int, str]]:
+def _natural_sort_key(path: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.split(".")]
 
 
-def _summary(folder: Path) -> AdapterSummary:
+def _summarize_adapter(folder: Path) -> AdapterSummary:
     try:
         adapter = Adapter.load(folder)
     except (LoraKitError, OSError) as error:
@@ -131,22 +131,22 @@ def _summary(folder: Path) -> AdapterSummary:
         return AdapterSummary(
             name=folder.name,
             folder=folder,
-            bytes=folder_bytes(folder),
+            bytes=sum_file_sizes(folder),
             problem=problem,
-            **_config_fields(_config_alone(folder)),
+            **_summarize_config(_read_config_only(folder)),
         )
     metrics = adapter.record.get("metrics")
     return AdapterSummary(
         name=folder.name,
         folder=folder,
-        bytes=folder_bytes(folder),
+        bytes=sum_file_sizes(folder),
         digest=adapter.digest,
         metrics=metrics if isinstance(metrics, Mapping) else {},
-        **_config_fields(adapter.config),
+        **_summarize_config(adapter.config),
     )
 
 
-def _config_alone(folder: Path) -> LoraConfig | None:
+def _read_config_only(folder: Path) -> LoraConfig | None:
     """The config of a broken adapter, where that much can be read."""
     file = folder / CONFIG
     try:
@@ -157,7 +157,7 @@ def _config_alone(folder: Path) -> LoraConfig | None:
         return None
 
 
-def _config_fields(config: LoraConfig | None) -> dict[str, Any]:
+def _summarize_config(config: LoraConfig | None) -> dict[str, Any]:
     if config is None:
         return {}
     targets = config.target_modules
@@ -171,5 +171,5 @@ def _config_fields(config: LoraConfig | None) -> dict[str, Any]:
     }
 
 
-def _looks_like_adapter(folder: Path) -> bool:
+def _has_adapter_files(folder: Path) -> bool:
     return any((folder / name).is_file() or (folder / name).is_symlink() for name in (CONFIG, WEIGHTS, OLD_WEIGHTS))

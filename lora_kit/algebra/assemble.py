@@ -12,23 +12,23 @@ from typing import Any, Final
 from torch import Tensor
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.adapter.peft_keys import PREFIX, pair_keys
-from lora_kit.algebra.low_rank import Factors, distance, relative
-from lora_kit.algebra.sources import Parent
+from lora_kit.adapter.peft_keys import PREFIX, lora_weight_keys
+from lora_kit.algebra.low_rank import LowRankUpdate, compute_distance, compute_relative_error
+from lora_kit.algebra.sources import SourceAdapter
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.config.module_patterns import is_plain_name
 
 logger = logging.getLogger(__name__)
 
-Updates = Mapping[str, tuple[str, Factors]]
+UpdatesByPath = Mapping[str, tuple[str, LowRankUpdate]]
 """Kind of layer and update, by path."""
 
-MADE: Final = "made"
+PROVENANCE: Final = "made"
 """In `lora_kit.json`: how an adapter was made of others."""
 
 
 @dataclass
-class Error:
+class ErrorTally:
     """How far made updates are from those that were meant, as a share: in all, and where it is largest.
 
     ‖made - meant‖ / ‖meant‖ in Frobenius norms, made being the float32 that is kept.
@@ -42,23 +42,23 @@ class Error:
     def add(self, path: str, missed: float, meant: float) -> None:
         self.missed += missed**2
         self.meant += meant**2
-        share = relative(missed, meant)
+        share = compute_relative_error(missed, meant)
         if share > self.worst:
             self.worst, self.path = share, path
 
-    def compare(self, path: str, made: Factors, meant: Factors) -> None:
-        self.add(path, distance(made.rounded(), meant), meant.norm())
+    def compare(self, path: str, made: LowRankUpdate, meant: LowRankUpdate) -> None:
+        self.add(path, compute_distance(made.round_to_float32(), meant), meant.norm())
 
     @property
     def share(self) -> float:
-        return relative(self.missed**0.5, self.meant**0.5)
+        return compute_relative_error(self.missed**0.5, self.meant**0.5)
 
     def to_json(self) -> dict[str, Any]:
         return {"share": self.share, "worst": self.worst, "worst_layer": self.path}
 
 
-def assembled(
-    config: LoraConfig, updates: Updates, saved: Mapping[str, Tensor], *, record: Mapping[str, Any]
+def assemble_adapter(
+    config: LoraConfig, updates: UpdatesByPath, saved: Mapping[str, Tensor], *, record: Mapping[str, Any]
 ) -> Adapter:
     """The adapter of these updates, every scaling 1, pairs in float32.
 
@@ -68,38 +68,43 @@ def assembled(
     """
     tensors = {f"{PREFIX}{key}": tensor.clone() for key, tensor in saved.items()}
     for path, (kind, factors) in updates.items():
-        key_a, key_b = pair_keys(path, kind)
+        key_a, key_b = lora_weight_keys(path, kind)
         tensors[key_a], tensors[key_b] = factors.a.float().contiguous(), factors.b.float().contiguous()
     ranks = {path: factors.rank for path, (_, factors) in updates.items()}
-    return Adapter(with_ranks(config, ranks), tensors, record=record)
+    return Adapter(apply_ranks(config, ranks), tensors, record=record)
 
 
-def with_ranks(config: LoraConfig, ranks: Mapping[str, int]) -> LoraConfig:
+def apply_ranks(config: LoraConfig, ranks: Mapping[str, int]) -> LoraConfig:
     """A config with these ranks by path, and alphas that make every scaling 1."""
     usual = max(Counter(ranks.values()).items(), key=lambda found: (found[1], found[0]))[0] if ranks else config.r
     # The first match wins, and a path may be the end of another one: longer ones come first.
     deep_first = sorted(ranks, key=lambda path: (-path.count("."), path))
-    patterns = {path: _pattern(path) for path in deep_first if ranks[path] != usual}
+    patterns = {path: _escape_path(path) for path in deep_first if ranks[path] != usual}
     table = {pattern: ranks[path] for path, pattern in patterns.items()}
-    fields = _fields(config) | {"r": usual, "lora_alpha": usual, "rank_pattern": table, "alpha_pattern": table}
+    fields = _copy_config_fields(config) | {
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": table,
+        "alpha_pattern": table,
+    }
     found = LoraConfig(**fields, use_rslora=False)
     # A path with the usual rank that ends like one with another rank has to be named, too.
     hidden = {path for path in deep_first if found.rank_of(path) != ranks[path]}
     if hidden:
-        table = {_pattern(path): ranks[path] for path in deep_first if path in patterns or path in hidden}
+        table = {_escape_path(path): ranks[path] for path in deep_first if path in patterns or path in hidden}
         found = LoraConfig(**{**fields, "rank_pattern": table, "alpha_pattern": table}, use_rslora=False)
     return found
 
 
-def _fields(config: LoraConfig) -> dict[str, Any]:
+def _copy_config_fields(config: LoraConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "use_rslora"}
 
 
-def _pattern(path: str) -> str:
+def _escape_path(path: str) -> str:
     return path if is_plain_name(path) else re.escape(path)
 
 
-def selection(configs: Sequence[LoraConfig], paths: Sequence[str]) -> dict[str, Any]:
+def build_target_fields(configs: Sequence[LoraConfig], paths: Sequence[str]) -> dict[str, Any]:
     """The fields of a config that cover what these configs cover together.
 
     Args:
@@ -117,30 +122,32 @@ def selection(configs: Sequence[LoraConfig], paths: Sequence[str]) -> dict[str, 
     return {"target_modules": tuple(sorted(paths))}
 
 
-def record_of(parents: Sequence[Parent], base: Mapping[str, Any] | None, made: Mapping[str, Any]) -> dict[str, Any]:
+def build_record(
+    parents: Sequence[SourceAdapter], base: Mapping[str, Any] | None, made: Mapping[str, Any]
+) -> dict[str, Any]:
     """What is known of an adapter made of others: its base, how prompts are put, labels; and how it was made.
 
     What was measured of the parents is not true of it, and is left out.
     """
-    record: dict[str, Any] = {MADE: dict(made)}
+    record: dict[str, Any] = {PROVENANCE: dict(made)}
     if base is not None:
         record["base"] = dict(base)
     for name, values in (
-        ("recipe", [_prompts(parent.adapter.record) for parent in parents]),
+        ("recipe", [_extract_prompt_fields(parent.adapter.record) for parent in parents]),
         ("labels", [parent.adapter.record.get("labels") for parent in parents]),
     ):
         known = [value for value in values if value]
         if known and all(value == known[0] for value in known):
             record[name] = known[0]
         elif known:
-            logger.warning("the adapters were trained with different %s: none is carried over", _WORDS[name])
+            logger.warning("the adapters were trained with different %s: none is carried over", _RECORD_WORDS[name])
     return record
 
 
-_WORDS: Final = {"recipe": "prompts (recipe.data.separator or chat_template)", "labels": "labels"}
+_RECORD_WORDS: Final = {"recipe": "prompts (recipe.data.separator or chat_template)", "labels": "labels"}
 
 
-def _prompts(record: Mapping[str, Any]) -> dict[str, Any] | None:
+def _extract_prompt_fields(record: Mapping[str, Any]) -> dict[str, Any] | None:
     """The part of a recipe that says how prompts are put."""
     recipe = record.get("recipe")
     data = recipe.get("data") if isinstance(recipe, Mapping) else None

@@ -12,32 +12,32 @@ import torch
 from torch import Tensor
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.algebra.assemble import Error, Updates, assembled, record_of, selection
-from lora_kit.algebra.dense_svd import leading, missed
-from lora_kit.algebra.low_rank import Factors, summed
-from lora_kit.algebra.sources import Parent, Source, common_base, lineage
+from lora_kit.algebra.assemble import ErrorTally, UpdatesByPath, assemble_adapter, build_record, build_target_fields
+from lora_kit.algebra.dense_svd import approximate_low_rank, compute_residual_norm
+from lora_kit.algebra.low_rank import LowRankUpdate, sum_updates
+from lora_kit.algebra.sources import AdapterLike, SourceAdapter, describe_sources, find_common_base
 from lora_kit.config.lora_config import LoraConfig
-from lora_kit.errors import ConfigError, MergeError, listed, nearest
-from lora_kit.models.locate import quiet
+from lora_kit.errors import ConfigError, MergeError, format_list, suggest_nearest
+from lora_kit.models.locate import silence_libraries
 
 logger = logging.getLogger(__name__)
 
 
-class Term(NamedTuple):
+class WeightedUpdate(NamedTuple):
     """One adapter's share in a layer: `weight · factors`, the scaling being in the factors already."""
 
-    factors: Factors
+    factors: LowRankUpdate
     scaling: float
     weight: float
 
 
-EXACT: Final = ("cat", "svd", "linear")
-PRUNING: Final = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
-METHODS: Final = (*EXACT, *PRUNING)
+EXACT_METHODS: Final = ("cat", "svd", "linear")
+PRUNING_METHODS: Final = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+METHODS: Final = (*EXACT_METHODS, *PRUNING_METHODS)
 
 
 def combine(
-    adapters: Sequence[tuple[Source, float]],
+    adapters: Sequence[tuple[AdapterLike, float]],
     *,
     method: str = "cat",
     rank: int | None = None,
@@ -77,46 +77,55 @@ def combine(
         both = lk.combine([("adapters/sql", 0.7), ("adapters/tone", -0.3)])
         both.record["made"]["error"]["share"]
     """
-    _check(method, rank, density)
-    weights = _weights(adapters)
-    parents = [Parent.of(source, allow=allow) for source, _ in adapters]
+    _check_combine_arguments(method, rank, density)
+    weights = _parse_weights(adapters)
+    parents = [SourceAdapter.of(source, allow=allow) for source, _ in adapters]
     for parent in parents:
         parent.check_linear("combined")
-    base = common_base(parents, allow=allow)
+    base = find_common_base(parents, allow=allow)
     own = [parent.updates() for parent in parents]
-    kinds = _kinds(parents, own)
-    saved = _saved(parents, weights, kinds)
-    updates: dict[str, tuple[str, Factors]] = {}
-    error = Error()
+    kinds = _collect_kinds(parents, own)
+    saved = _collect_saved_modules(parents, weights, kinds)
+    updates: dict[str, tuple[str, LowRankUpdate]] = {}
+    error = ErrorTally()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for path, kind in kinds.items():
-            terms = _terms(path, parents, own, weights)
-            updates[path] = kind, _combined(path, terms, method, rank, density, error)
+            terms = _collect_terms(path, parents, own, weights)
+            updates[path] = kind, _combine_layer(path, terms, method, rank, density, error)
     if method == "linear":
-        _warn_of(error)
-    made: dict[str, Any] = {"by": "combine", "method": method, "parents": lineage(parents, weights)}
+        _warn_about_linear(error)
+    made: dict[str, Any] = {"by": "combine", "method": method, "parents": describe_sources(parents, weights)}
     made |= {"rank": rank} if rank else {}
-    made |= {"density": density, "seed": seed} if method in PRUNING else {}
-    record = record_of(parents, base, made | {"error": error.to_json()})
-    return assembled(_config([parent.adapter.config for parent in parents], list(kinds)), updates, saved, record=record)
+    made |= {"density": density, "seed": seed} if method in PRUNING_METHODS else {}
+    record = build_record(parents, base, made | {"error": error.to_json()})
+    return assemble_adapter(
+        _build_combined_config([parent.adapter.config for parent in parents], list(kinds)),
+        updates,
+        saved,
+        record=record,
+    )
 
 
-def _check(method: str, rank: int | None, density: float | None) -> None:
+def _check_combine_arguments(method: str, rank: int | None, density: float | None) -> None:
     if method not in METHODS:
-        raise ConfigError(f"method {method!r} is not known", hint=nearest(method, METHODS) or listed(METHODS))
+        raise ConfigError(
+            f"method {method!r} is not known", hint=suggest_nearest(method, METHODS) or format_list(METHODS)
+        )
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ConfigError(f"rank={rank!r} was given; a whole number from 1 is expected")
     if rank is not None and method in ("cat", "linear"):
         raise ConfigError(f"{method!r} takes no rank", hint="svd is the nearest of a rank; or resize the result")
-    if (density is not None) != (method in PRUNING):
+    if (density is not None) != (method in PRUNING_METHODS):
         told = "needs a density" if density is None else "takes no density"
-        raise ConfigError(f"{method!r} {told}", hint="the share of values that is kept, of " + listed(PRUNING))
+        raise ConfigError(
+            f"{method!r} {told}", hint="the share of values that is kept, of " + format_list(PRUNING_METHODS)
+        )
     if density is not None and not 0 < density <= 1:
         raise ConfigError(f"density={density!r} was given; a number above 0 up to 1 is expected")
 
 
-def _weights(adapters: Sequence[tuple[Source, float]]) -> list[float]:
+def _parse_weights(adapters: Sequence[tuple[AdapterLike, float]]) -> list[float]:
     try:
         found = [float(weight) for _, weight in adapters]
     except (TypeError, ValueError):
@@ -126,7 +135,7 @@ def _weights(adapters: Sequence[tuple[Source, float]]) -> list[float]:
     return found
 
 
-def _kinds(parents: Sequence[Parent], own: Sequence[Updates]) -> dict[str, str]:
+def _collect_kinds(parents: Sequence[SourceAdapter], own: Sequence[UpdatesByPath]) -> dict[str, str]:
     """The kind of every layer that any of the adapters covers; where two cover one, they must agree on it."""
     seen: dict[str, tuple[str, tuple[int, int], str]] = {}
     misfits = []
@@ -138,11 +147,15 @@ def _kinds(parents: Sequence[Parent], own: Sequence[Updates]) -> dict[str, str]:
                     f"{path}: {first[0]} {first[1]} in {first[2]!r}, {kind} {factors.shape} in {parent.name!r}"
                 )
     if misfits:
-        raise MergeError(f"layers of different shapes cannot be combined: {listed(misfits)}", hint="is it one base?")
+        raise MergeError(
+            f"layers of different shapes cannot be combined: {format_list(misfits)}", hint="is it one base?"
+        )
     return {path: kind for path, (kind, _, _) in seen.items()}
 
 
-def _saved(parents: Sequence[Parent], weights: Sequence[float], paths: Collection[str]) -> dict[str, Tensor]:
+def _collect_saved_modules(
+    parents: Sequence[SourceAdapter], weights: Sequence[float], paths: Collection[str]
+) -> dict[str, Tensor]:
     """Modules saved whole: exact is only to take one as it is, from the one adapter that has it, with weight 1."""
     owners: dict[str, str] = {}
     found: dict[str, Tensor] = {}
@@ -150,7 +163,8 @@ def _saved(parents: Sequence[Parent], weights: Sequence[float], paths: Collectio
         saved = parent.adapter.saved()
         if saved and weight != 1:
             raise MergeError(
-                f"{parent.name!r} replaces {listed(sorted(saved))} (modules_to_save), of which there is no share of "
+                f"{parent.name!r} replaces {format_list(sorted(saved))} (modules_to_save), of which there is no share "
+                f"of "
                 f"{weight:g}",
                 hint="give it weight 1",
             )
@@ -164,17 +178,17 @@ def _saved(parents: Sequence[Parent], weights: Sequence[float], paths: Collectio
         found |= saved
     both = sorted({key.rpartition(".")[0] for key in found} & set(paths))
     if both:
-        raise MergeError(f"one adapter replaces what another changes: {listed(both)} (modules_to_save)")
+        raise MergeError(f"one adapter replaces what another changes: {format_list(both)} (modules_to_save)")
     return found
 
 
-def _config(configs: Sequence[LoraConfig], paths: Sequence[str]) -> LoraConfig:
+def _build_combined_config(configs: Sequence[LoraConfig], paths: Sequence[str]) -> LoraConfig:
     tasks = {config.task_type for config in configs if config.task_type}
     if len(tasks) > 1:
-        raise MergeError(f"the adapters were made for different tasks: {listed(sorted(tasks))} (task_type)")
+        raise MergeError(f"the adapters were made for different tasks: {format_list(sorted(tasks))} (task_type)")
     names = [config.base_model_name_or_path for config in configs if config.base_model_name_or_path]
     return LoraConfig(
-        **selection(configs, paths),
+        **build_target_fields(configs, paths),
         modules_to_save=tuple(dict.fromkeys(name for config in configs for name in config.modules_to_save)),
         fan_in_fan_out=any(config.fan_in_fan_out for config in configs),
         base_model_name_or_path=names[0] if names else None,
@@ -183,34 +197,36 @@ def _config(configs: Sequence[LoraConfig], paths: Sequence[str]) -> LoraConfig:
     )
 
 
-def _terms(path: str, parents: Sequence[Parent], own: Sequence[Updates], weights: Sequence[float]) -> list[Term]:
+def _collect_terms(
+    path: str, parents: Sequence[SourceAdapter], own: Sequence[UpdatesByPath], weights: Sequence[float]
+) -> list[WeightedUpdate]:
     return [
-        Term(updates[path][1], parent.adapter.config.scaling_of(path), weight)
+        WeightedUpdate(updates[path][1], parent.adapter.config.scaling_of(path), weight)
         for parent, updates, weight in zip(parents, own, weights, strict=True)
         if path in updates
     ]
 
 
-def _combined(
-    path: str, terms: Sequence[Term], method: str, rank: int | None, density: float | None, error: Error
-) -> Factors:
+def _combine_layer(
+    path: str, terms: Sequence[WeightedUpdate], method: str, rank: int | None, density: float | None, error: ErrorTally
+) -> LowRankUpdate:
     """The update of one layer; what it misses is added to the error."""
     most = rank or max(term.factors.rank for term in terms)
     if density is not None:
-        dense = _pruned(terms, method, density)
-        made = leading(dense, rank=most)
-        error.add(path, missed(dense, made), float(dense.double().norm()))
+        dense = _prune_and_sum(terms, method, density)
+        made = approximate_low_rank(dense, rank=most)
+        error.add(path, compute_residual_norm(dense, made), float(dense.double().norm()))
         return made
-    exact = summed(term.factors.times(term.weight) for term in terms)
+    exact = sum_updates(term.factors.scale_by(term.weight) for term in terms)
     if method == "linear":
-        made = _linear(path, terms)
+        made = _combine_factors_linearly(path, terms)
     else:
         made = exact if method == "cat" or exact.rank <= most else exact.svd().best(most)
     error.compare(path, made, exact)
     return made
 
 
-def _linear(path: str, terms: Sequence[Term]) -> Factors:
+def _combine_factors_linearly(path: str, terms: Sequence[WeightedUpdate]) -> LowRankUpdate:
     """PEFT's `linear`: sums of the factors, each with the root of its weight and scaling, the sign on A."""
     ranks = sorted({term.factors.rank for term in terms})
     if len(ranks) > 1:
@@ -221,12 +237,12 @@ def _linear(path: str, terms: Sequence[Term]) -> Factors:
     shares = [(term, math.sqrt(abs(term.weight * term.scaling))) for term in terms]
     b = torch.stack([term.factors.b * (root / term.scaling) for term, root in shares]).sum(0)
     a = torch.stack([term.factors.a * math.copysign(root, term.weight * term.scaling) for term, root in shares]).sum(0)
-    return Factors(b, a)
+    return LowRankUpdate(b, a)
 
 
-def _pruned(terms: Sequence[Term], method: str, density: float) -> Tensor:
+def _prune_and_sum(terms: Sequence[WeightedUpdate], method: str, density: float) -> Tensor:
     """PEFT's function of that name on dense deltas: float32 (out, in)."""
-    with quiet():
+    with silence_libraries():
         from peft.utils import merge_utils
 
     run: Callable[..., Tensor] = getattr(merge_utils, method)
@@ -235,7 +251,7 @@ def _pruned(terms: Sequence[Term], method: str, density: float) -> Tensor:
         return run([term.factors.dense() for term in terms], torch.tensor([term.weight for term in terms]), density)
 
 
-def _warn_of(error: Error) -> None:
+def _warn_about_linear(error: ErrorTally) -> None:
     logger.warning(
         "'linear' is not the sum of the adapters: it is off by %.1f%% of it, at most by %.1f%% (%s); "
         "'cat' is exact, and 'svd' is the nearest of a rank",

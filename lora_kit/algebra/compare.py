@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.adapter.store import jsonable
-from lora_kit.algebra.low_rank import Factors, Spectrum
-from lora_kit.algebra.sources import Parent, Source, common_base
-from lora_kit.errors import MergeError, listed
+from lora_kit.adapter.store import to_json_value
+from lora_kit.algebra.low_rank import LowRankUpdate, ThinSvd
+from lora_kit.algebra.sources import AdapterLike, SourceAdapter, find_common_base
+from lora_kit.errors import MergeError, format_list
 
-_ZERO: Final = 1e-6
+_ROUNDING_SHARE: Final = 1e-6
 """A singular value below this share of the largest is rounding."""
 
 
@@ -56,7 +56,7 @@ class Comparison:
     saved: Mapping[str, str]
 
     def to_json(self) -> dict[str, Any]:
-        found: dict[str, Any] = jsonable(self)
+        found: dict[str, Any] = to_json_value(self)
         return found
 
 
@@ -65,11 +65,11 @@ def spectrum(adapter: Adapter) -> dict[str, Tensor]:
 
     Of a DoRA they are those of the update before its rows are rescaled.
     """
-    own = Parent.of(adapter).updates()
+    own = SourceAdapter.of(adapter).updates()
     return {path: factors.values() for path, (_, factors) in own.items()}
 
 
-def compare(one: Source, other: Source, *, allow: Collection[str] = ()) -> Comparison:
+def compare(one: AdapterLike, other: AdapterLike, *, allow: Collection[str] = ()) -> Comparison:
     """How two adapters of one base are alike.
 
     Args:
@@ -81,60 +81,60 @@ def compare(one: Source, other: Source, *, allow: Collection[str] = ()) -> Compa
         MergeError: a DoRA, or a layer of different shapes.
         UnknownAdapterError, AdapterError: an adapter that is not there or cannot be read.
     """
-    parents = [Parent.of(one, allow=allow), Parent.of(other, allow=allow)]
+    parents = [SourceAdapter.of(one, allow=allow), SourceAdapter.of(other, allow=allow)]
     for parent in parents:
         parent.check_linear("compared")
-    common_base(parents, allow=allow)
+    find_common_base(parents, allow=allow)
     first, second = ({path: factors for path, (_, factors) in parent.updates().items()} for parent in parents)
     unfit = [path for path in first if path in second and first[path].shape != second[path].shape]
     if unfit:
-        raise MergeError(f"layers of different shapes cannot be compared: {listed(unfit)}", hint="is it one base?")
-    layers = {path: _likeness(first[path], second[path]) for path in first if path in second}
+        raise MergeError(f"layers of different shapes cannot be compared: {format_list(unfit)}", hint="is it one base?")
+    layers = {path: _compare_layer(first[path], second[path]) for path in first if path in second}
     products = math.fsum(found.cosine * math.prod(found.norms) for found in layers.values())
     lengths = [math.sqrt(math.fsum(factors.norm() ** 2 for factors in own.values())) for own in (first, second)]
     a, b = (parent.adapter for parent in parents)
     return Comparison(
-        cosine=_ratio(products, math.prod(lengths)),
+        cosine=_divide_or_zero(products, math.prod(lengths)),
         layers=layers,
         alone=(tuple(p for p in first if p not in second), tuple(p for p in second if p not in first)),
-        configs=_differences(a, b),
-        saved=_saved(a.saved(), b.saved()),
+        configs=_compare_configs(a, b),
+        saved=_compare_saved_modules(a.saved(), b.saved()),
     )
 
 
-def _likeness(one: Factors, other: Factors) -> Likeness:
+def _compare_layer(one: LowRankUpdate, other: LowRankUpdate) -> Likeness:
     a, b = one.svd(), other.svd()
     norms = float(a.s.norm()), float(b.s.norm())
     return Likeness(
-        cosine=_ratio(one.inner(other), math.prod(norms)),
-        inputs=_overlap(_kept(a).vh, _kept(b).vh),
-        outputs=_overlap(_kept(a).u.T, _kept(b).u.T),
+        cosine=_divide_or_zero(one.inner(other), math.prod(norms)),
+        inputs=_measure_overlap(_drop_rounding_directions(a).vh, _drop_rounding_directions(b).vh),
+        outputs=_measure_overlap(_drop_rounding_directions(a).u.T, _drop_rounding_directions(b).u.T),
         norms=norms,
     )
 
 
-def _kept(found: Spectrum) -> Spectrum:
+def _drop_rounding_directions(found: ThinSvd) -> ThinSvd:
     """Without the directions that are nothing but rounding."""
-    count = int((found.s > _ZERO * found.s[0]).sum())
-    return Spectrum(found.u[:, :count], found.s[:count], found.vh[:count])
+    count = int((found.s > _ROUNDING_SHARE * found.s[0]).sum())
+    return ThinSvd(found.u[:, :count], found.s[:count], found.vh[:count])
 
 
-def _overlap(one: Tensor, other: Tensor) -> float:
+def _measure_overlap(one: Tensor, other: Tensor) -> float:
     """Of the spaces that two sets of orthonormal rows span."""
-    return _ratio(float((one @ other.T).square().sum()), min(len(one), len(other)))
+    return _divide_or_zero(float((one @ other.T).square().sum()), min(len(one), len(other)))
 
 
-def _ratio(part: float, whole: float) -> float:
+def _divide_or_zero(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-def _differences(one: Adapter, other: Adapter) -> dict[str, tuple[Any, Any]]:
+def _compare_configs(one: Adapter, other: Adapter) -> dict[str, tuple[Any, Any]]:
     first, second = one.config.to_dict(), other.config.to_dict()
     names = sorted(first.keys() | second.keys())
     return {name: (first.get(name), second.get(name)) for name in names if first.get(name) != second.get(name)}
 
 
-def _saved(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, str]:
+def _compare_saved_modules(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, str]:
     def told(key: str) -> str:
         if key not in other:
             return "only first"

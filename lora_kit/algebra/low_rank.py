@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_kit.adapter.peft_keys import Pair
+from lora_kit.adapter.peft_keys import LoraWeights
 
 
 @dataclass(frozen=True)
-class Factors:
+class LowRankUpdate:
     """An update D = B A.
 
     Attributes:
@@ -30,7 +30,7 @@ class Factors:
     a: Tensor
 
     @classmethod
-    def of(cls, pair: Pair, scaling: float) -> Factors:
+    def of(cls, pair: LoraWeights, scaling: float) -> LowRankUpdate:
         """`scaling · B A`, the scaling in B."""
         return cls(pair.b.double() * scaling, pair.a.double())
 
@@ -44,42 +44,42 @@ class Factors:
         """k: columns of B."""
         return self.b.shape[1]
 
-    def times(self, number: float) -> Factors:
-        return Factors(self.b * number, self.a)
+    def scale_by(self, number: float) -> LowRankUpdate:
+        return LowRankUpdate(self.b * number, self.a)
 
     def dense(self) -> Tensor:
         """D in float32 (out, in)."""
         return self.b.float() @ self.a.float()
 
-    def rounded(self) -> Factors:
+    def round_to_float32(self) -> LowRankUpdate:
         """What is left of it in the float32 that files hold."""
-        return Factors(self.b.float().double(), self.a.float().double())
+        return LowRankUpdate(self.b.float().double(), self.a.float().double())
 
-    def core(self) -> Tensor:
+    def compute_core(self) -> Tensor:
         """`R_b R_aᵀ`, which has the singular values and the norm of D."""
         return torch.linalg.qr(self.b, mode="r").R @ torch.linalg.qr(self.a.T, mode="r").R.T
 
     def norm(self) -> float:
         """Frobenius norm of D. Where terms cancel, it is still right to rounding: Gram matrices would square that."""
-        return float(self.core().norm())
+        return float(self.compute_core().norm())
 
-    def inner(self, other: Factors) -> float:
+    def inner(self, other: LowRankUpdate) -> float:
         """`⟨D, D'⟩ = tr(Dᵀ D')`."""
         return float(((self.b.T @ other.b) * (self.a @ other.a.T)).sum())
 
     def values(self) -> Tensor:
         """The singular values of D: (k,), falling."""
-        return torch.linalg.svdvals(self.core())
+        return torch.linalg.svdvals(self.compute_core())
 
-    def svd(self) -> Spectrum:
+    def svd(self) -> ThinSvd:
         q_b, r_b = torch.linalg.qr(self.b)
         q_a, r_a = torch.linalg.qr(self.a.T)
         u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-        return Spectrum(q_b @ u, s, vh @ q_a.T)
+        return ThinSvd(q_b @ u, s, vh @ q_a.T)
 
 
 @dataclass(frozen=True)
-class Spectrum:
+class ThinSvd:
     """The thin SVD of an update: `D = U diag(s) Vᵀ`.
 
     Attributes:
@@ -90,30 +90,30 @@ class Spectrum:
     s: Tensor
     vh: Tensor
 
-    def best(self, rank: int) -> Factors:
+    def best(self, rank: int) -> LowRankUpdate:
         """The nearest update of this rank (Eckart, Young 1936), its singular values shared evenly by both factors."""
         root = self.s[:rank].sqrt()
-        return Factors(self.u[:, :rank] * root, root[:, None] * self.vh[:rank])
+        return LowRankUpdate(self.u[:, :rank] * root, root[:, None] * self.vh[:rank])
 
 
-def enough(parts: Tensor, wanted: float) -> int:
+def find_smallest_rank(parts: Tensor, wanted: float) -> int:
     """How many of the first parts add up to what is wanted: 1 at least, and all where rounding took the last bit."""
     reached = parts.cumsum(0) >= wanted
     return int(reached.to(torch.uint8).argmax()) + 1 if reached.any() else len(parts)
 
 
-def summed(terms: Iterable[Factors]) -> Factors:
+def sum_updates(terms: Iterable[LowRankUpdate]) -> LowRankUpdate:
     """`Σ D_i`, exactly: the factors side by side; ranks add."""
     found = list(terms)
-    return Factors(torch.cat([one.b for one in found], dim=1), torch.cat([one.a for one in found], dim=0))
+    return LowRankUpdate(torch.cat([one.b for one in found], dim=1), torch.cat([one.a for one in found], dim=0))
 
 
-def distance(one: Factors, other: Factors) -> float:
+def compute_distance(one: LowRankUpdate, other: LowRankUpdate) -> float:
     """`‖D - D'‖` in the Frobenius norm."""
-    return summed([one, other.times(-1.0)]).norm()
+    return sum_updates([one, other.scale_by(-1.0)]).norm()
 
 
-def relative(distance: float, norm: float) -> float:
+def compute_relative_error(distance: float, norm: float) -> float:
     """A distance as a share of a norm; 0 of nothing is 0, and anything of nothing is infinite."""
     if distance == 0.0:
         return 0.0

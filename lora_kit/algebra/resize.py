@@ -8,17 +8,17 @@ from typing import Any, Final
 from torch import Tensor
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.algebra.assemble import Error, assembled, record_of
-from lora_kit.algebra.low_rank import Factors, enough
-from lora_kit.algebra.sources import Parent, Source, lineage
+from lora_kit.algebra.assemble import ErrorTally, assemble_adapter, build_record
+from lora_kit.algebra.low_rank import LowRankUpdate, find_smallest_rank
+from lora_kit.algebra.sources import AdapterLike, SourceAdapter, describe_sources
 from lora_kit.errors import ConfigError
 
-_ITEM: Final = 4
+_BYTES_PER_VALUE: Final = 4
 """Bytes of a value as it is saved."""
 
 
 def resize(
-    adapter: Source,
+    adapter: AdapterLike,
     *,
     rank: int | None = None,
     energy: float | None = None,
@@ -42,35 +42,39 @@ def resize(
         MergeError: a DoRA.
         UnknownAdapterError, AdapterError: an adapter that is not there or cannot be read.
     """
-    asked = _check({"rank": rank, "energy": energy, "bytes": bytes})
-    parent = Parent.of(adapter, allow=allow)
+    asked = _parse_limit({"rank": rank, "energy": energy, "bytes": bytes})
+    parent = SourceAdapter.of(adapter, allow=allow)
     parent.check_linear("resized")
     own = parent.updates()
     if not own:
         raise ConfigError(f"{parent.name!r} has no low-rank pairs: there is nothing to resize")
-    ranks = _ranks(asked, {path: factors for path, (_, factors) in own.items()}, parent.adapter.saved())
-    updates, error = {}, Error()
+    ranks = _choose_ranks(asked, {path: factors for path, (_, factors) in own.items()}, parent.adapter.saved())
+    updates, error = {}, ErrorTally()
     for path, (kind, factors) in own.items():
         made = factors if ranks[path] >= factors.rank else factors.svd().best(ranks[path])
         error.compare(path, made, factors)
         updates[path] = kind, made
-    made_by = {"by": "resize", **asked, "parents": lineage([parent]), "error": error.to_json()}
-    record = record_of([parent], parent.adapter.base, made_by)
-    return assembled(parent.adapter.config, updates, parent.adapter.saved(), record=record)
+    made_by = {"by": "resize", **asked, "parents": describe_sources([parent]), "error": error.to_json()}
+    record = build_record([parent], parent.adapter.base, made_by)
+    return assemble_adapter(parent.adapter.config, updates, parent.adapter.saved(), record=record)
 
 
-def _ranks(asked: Mapping[str, Any], own: Mapping[str, Factors], saved: Mapping[str, Tensor]) -> dict[str, int]:
+def _choose_ranks(
+    asked: Mapping[str, Any], own: Mapping[str, LowRankUpdate], saved: Mapping[str, Tensor]
+) -> dict[str, int]:
     """The rank of every layer, at most."""
     if "rank" in asked:
         return dict.fromkeys(own, asked["rank"])
     squares = {path: factors.values().square() for path, factors in own.items()}
     if "energy" in asked:
-        return {path: enough(parts, asked["energy"] * float(parts.sum())) for path, parts in squares.items()}
-    cost = {path: _ITEM * sum(factors.shape) for path, factors in own.items()}
-    return _within(asked["bytes"] - sum(tensor.nbytes for tensor in saved.values()), cost, squares)
+        return {
+            path: find_smallest_rank(parts, asked["energy"] * float(parts.sum())) for path, parts in squares.items()
+        }
+    cost = {path: _BYTES_PER_VALUE * sum(factors.shape) for path, factors in own.items()}
+    return _spend_bytes(asked["bytes"] - sum(tensor.nbytes for tensor in saved.values()), cost, squares)
 
 
-def _check(asked: Mapping[str, Any]) -> dict[str, Any]:
+def _parse_limit(asked: Mapping[str, Any]) -> dict[str, Any]:
     """What was asked for, the one thing of it."""
     given = {name: value for name, value in asked.items() if value is not None}
     if len(given) != 1:
@@ -85,7 +89,7 @@ def _check(asked: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _within(limit: int, cost: Mapping[str, int], squares: Mapping[str, Tensor]) -> dict[str, int]:
+def _spend_bytes(limit: int, cost: Mapping[str, int], squares: Mapping[str, Tensor]) -> dict[str, int]:
     """Ranks whose pairs fit into so many bytes: one each, then what keeps most of `‖update‖²` for its size.
 
     A layer's singular values fall, so that taking the best for its size first takes each layer's in their order.

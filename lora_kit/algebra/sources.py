@@ -11,26 +11,26 @@ from typing import Any
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.folder import check_allowances
 from lora_kit.adapter.store import find_adapter
-from lora_kit.algebra.low_rank import Factors
+from lora_kit.algebra.low_rank import LowRankUpdate
 from lora_kit.errors import BaseMismatchError, MergeError
-from lora_kit.io.text import printable
-from lora_kit.targets.fingerprint import disagreements
+from lora_kit.io.text import escape_text
+from lora_kit.targets.fingerprint import list_fingerprint_mismatches
 
 logger = logging.getLogger(__name__)
 
-Source = str | Path | Adapter
+AdapterLike = str | Path | Adapter
 """An adapter: a folder, a name in the store, or the value itself."""
 
 
 @dataclass(frozen=True)
-class Parent:
+class SourceAdapter:
     """An adapter, and what it is called in messages."""
 
     name: str
     adapter: Adapter
 
     @classmethod
-    def of(cls, source: Source, *, allow: Collection[str] = ()) -> Parent:
+    def of(cls, source: AdapterLike, *, allow: Collection[str] = ()) -> SourceAdapter:
         check_allowances(allow)
         if isinstance(source, Adapter):
             return cls(source.digest[:12], source)
@@ -46,15 +46,16 @@ class Parent:
                 hint="merge it into its base, and extract an adapter from the result",
             )
 
-    def updates(self) -> dict[str, tuple[str, Factors]]:
+    def updates(self) -> dict[str, tuple[str, LowRankUpdate]]:
         """Kind and `scaling · B A` of every layer, by path."""
         config = self.adapter.config
         return {
-            path: (pair.kind, Factors.of(pair, config.scaling_of(path))) for path, pair in self.adapter.pairs().items()
+            path: (pair.kind, LowRankUpdate.of(pair, config.scaling_of(path)))
+            for path, pair in self.adapter.pairs().items()
         }
 
 
-def common_base(parents: Sequence[Parent], *, allow: Collection[str]) -> Mapping[str, Any] | None:
+def find_common_base(parents: Sequence[SourceAdapter], *, allow: Collection[str]) -> Mapping[str, Any] | None:
     """The fingerprint of the base that these adapters were made for; None where none says it, or where they differ.
 
     Raises:
@@ -65,10 +66,13 @@ def common_base(parents: Sequence[Parent], *, allow: Collection[str]) -> Mapping
     told = []
     for parent, base in known[1:]:
         (first, origin), saved = known[0], {key.rpartition(".")[0] for key in parent.adapter.saved()}
-        told += [f"{first.name!r} and {parent.name!r}: {why}" for why in disagreements(origin, base, ignore=saved)]
+        told += [
+            f"{first.name!r} and {parent.name!r}: {why}"
+            for why in list_fingerprint_mismatches(origin, base, ignore=saved)
+        ]
     names = {parent.name: parent.adapter.config.base_model_name_or_path for parent in parents}
     if unknown and len({name for name in names.values() if name}) > 1:
-        said = ", ".join(f"{name!r} for {printable(base)}" for name, base in names.items() if base)
+        said = ", ".join(f"{name!r} for {escape_text(base)}" for name, base in names.items() if base)
         told.append(f"{said}; nothing else says whether these are one")
     if told and "other-base" not in allow:
         raise BaseMismatchError(
@@ -83,7 +87,7 @@ def common_base(parents: Sequence[Parent], *, allow: Collection[str]) -> Mapping
     return known[0][1] if known else None
 
 
-def lineage(parents: Sequence[Parent], weights: Sequence[float] | None = None) -> list[dict[str, Any]]:
+def describe_sources(parents: Sequence[SourceAdapter], weights: Sequence[float] | None = None) -> list[dict[str, Any]]:
     """What the record says of the parents: their digests, and the weight each came with."""
     weights = weights or [1.0] * len(parents)
     return [

@@ -10,7 +10,7 @@ from pathlib import Path
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.folder import AdapterFolder, check_allowances
 from lora_kit.errors import AdapterError, ConfigError
-from lora_kit.io.text import printable
+from lora_kit.io.text import escape_text
 
 
 class AdapterCache:
@@ -66,7 +66,7 @@ class AdapterCache:
             self.bytes = 0
 
 
-class Offer:
+class LazyAdapter:
     """An adapter of which only the config was read so far.
 
     Args:
@@ -84,7 +84,7 @@ class Offer:
         check_allowances(allow)
         self.allow = frozenset(allow)
         self._digest: str | None = None
-        self._was_read = False  # until then the digest is what the folder claims
+        self._has_been_read = False  # until then the digest is what the folder claims
         if isinstance(source, Adapter):
             self._source: Adapter | Path = source
             self.config = source.config
@@ -101,10 +101,10 @@ class Offer:
         """
         if isinstance(self._source, Adapter):
             return self._source
-        kept = cache.get(self._digest) if self._was_read and self._digest else None
+        kept = cache.get(self._digest) if self._has_been_read and self._digest else None
         return kept or self._read(self._source)
 
-    def put_aside(self, adapter: Adapter, cache: AdapterCache) -> None:
+    def put_in_cache(self, adapter: Adapter, cache: AdapterCache) -> None:
         """Keep its value for the next time, where it would have to be read."""
         if isinstance(self._source, Path):
             cache.put(adapter)
@@ -113,8 +113,8 @@ class Offer:
         adapter = Adapter.load(folder, allow=self.allow)
         if self._digest not in (None, adapter.digest) and "changed-files" not in self.allow:
             raise AdapterError(
-                f"{printable(folder)} was changed since it was offered: its digest is {adapter.digest[:12]} now",
+                f"{escape_text(folder)} was changed since it was offered: its digest is {adapter.digest[:12]} now",
                 hint="unload the name and offer it again",
             )
-        self._digest, self._was_read = adapter.digest, True
+        self._digest, self._has_been_read = adapter.digest, True
         return adapter

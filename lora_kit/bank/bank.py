@@ -15,22 +15,22 @@ from torch import Tensor, nn
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.folder import check_allowances
 from lora_kit.bank.adapter_cache import AdapterCache
-from lora_kit.bank.initialize import begin, plain
-from lora_kit.bank.lazy import Offers
-from lora_kit.bank.merge_in_memory import fold_in
+from lora_kit.bank.initialize import initialize_adapter, make_plain_config
+from lora_kit.bank.lazy import LazyAdapters
+from lora_kit.bank.merge_in_memory import fold_into_model
 from lora_kit.bank.model_layers import WrappedLayers
-from lora_kit.bank.reference_model import Reference
-from lora_kit.bank.residents import Resident, Residents
-from lora_kit.bank.row_check import counted
-from lora_kit.bank.snapshot import base_of, restore, value_of
+from lora_kit.bank.reference_model import ReferenceModel
+from lora_kit.bank.residents import LoadedAdapter, LoadedAdapters
+from lora_kit.bank.row_check import check_batch_rows
+from lora_kit.bank.snapshot import fingerprint_model, restore_adapter, snapshot_adapter
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import BankError, ConfigError
 from lora_kit.layers.fold import Retention
 from lora_kit.layers.introspect import is_packed, pause_packing, resume_packing
-from lora_kit.layers.routing import BASE, Routing
+from lora_kit.layers.routing import BASE_SLOT, Routing
 from lora_kit.layers.slot_layer import SlotLayer
-from lora_kit.targets.compatibility import fitted
-from lora_kit.targets.coverage import Coverage, find
+from lora_kit.targets.compatibility import match_adapter
+from lora_kit.targets.coverage import Coverage, find_coverage
 
 
 class AdapterBank:
@@ -50,15 +50,17 @@ class AdapterBank:
         self.dtype = dtype
         self.cache = AdapterCache(cache_bytes)
         self._routing = Routing()
-        self._returning: list[tuple[int, ...]] = []  # slots that blocks now open go back to
-        self._turn = threading.RLock()  # one thread at a time changes who is here, or who is used
+        self._outer_routes: list[tuple[int, ...]] = []  # slots that blocks now open go back to
+        self._change_lock = threading.RLock()  # one thread at a time changes who is here, or who is used
         self._layers = WrappedLayers(model, self._routing, max_rank=max_rank, dtype=dtype)
-        self._residents = Residents(self._layers, slots=slots, max_rank=max_rank, cache=self.cache)
-        self._offers = Offers(self._residents, model, dtype=dtype, max_rank=max_rank, cache=self.cache)
+        self._loaded_adapters = LoadedAdapters(self._layers, slots=slots, max_rank=max_rank, cache=self.cache)
+        self._lazy_adapters = LazyAdapters(
+            self._loaded_adapters, model, dtype=dtype, max_rank=max_rank, cache=self.cache
+        )
         self._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
-        self._paused = pause_packing(model)
+        self._paused_layers = pause_packing(model)
         model.__dict__["_lora_kit_bank"] = True
 
     # What is here
@@ -66,17 +68,17 @@ class AdapterBank:
     @property
     def names(self) -> tuple[str, ...]:
         """Adapters that have a slot."""
-        return tuple(self._residents)
+        return tuple(self._loaded_adapters)
 
     @property
     def offered(self) -> tuple[str, ...]:
         """Adapters that are brought into a slot when they are needed, those that have one among them."""
-        return tuple(self._offers)
+        return tuple(self._lazy_adapters)
 
     @property
     def active(self) -> str | tuple[str | None, ...] | None:
         """The adapter in use: a name, one name per row inside `rows`, or None for the base."""
-        names = {self._residents[name].slot: name for name in self._residents}
+        names = {self._loaded_adapters[name].slot: name for name in self._loaded_adapters}
         if self._routing.mixed:
             return tuple(names.get(slot) for slot in self._routing.rows)
         return names.get(self._routing.slot)
@@ -88,7 +90,7 @@ class AdapterBank:
             BankError: the adapter was loaded, not added.
             UnknownAdapterError: no adapter of that name.
         """
-        leaves = self._resident(name).leaves
+        leaves = self._get_loaded(name).leaves
         if not leaves:
             raise BankError(f"{name!r} was loaded and is not trainable", hint="add one, then restore this into it")
         return leaves
@@ -99,17 +101,17 @@ class AdapterBank:
         Raises:
             UnknownAdapterError: no adapter of that name.
         """
-        return self._resident(name).coverage
+        return self._get_loaded(name).coverage
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells this base from others; see `lora_kit.targets.fingerprint`."""
-        return base_of(self.model)
+        return fingerprint_model(self.model)
 
-    def _resident(self, name: str) -> Resident:
+    def _get_loaded(self, name: str) -> LoadedAdapter:
         """The adapter of that name in its slot; what is offered is brought in."""
-        if name not in self._residents:
+        if name not in self._loaded_adapters:
             self._bring_in([name], beside=())
-        return self._residents[name]
+        return self._loaded_adapters[name]
 
     # Coming and going
 
@@ -132,12 +134,12 @@ class AdapterBank:
                 "bitsandbytes packed this base for inference on this CPU, and no gradient passes it now",
                 hint="load it anew, and attach before its first inference",
             )
-        with self._turn:
+        with self._change_lock:
             self._check_name(name)
-            resident = Resident(config, find(self.model, config))
-            plain(config)  # what could not be saved is not trained
-            with self._residents.admitted({name: resident}, keep=self._slots_in_use()):
-                begin(resident, self._residents, self._layers)
+            resident = LoadedAdapter(config, find_coverage(self.model, config))
+            make_plain_config(config)  # what could not be saved is not trained
+            with self._loaded_adapters.admit_adapters({name: resident}, keep=self._slots_in_use()):
+                initialize_adapter(resident, self._loaded_adapters, self._layers)
         return resident.coverage
 
     def load(self, name: str, source: str | Path | Adapter, *, allow: Collection[str] = ()) -> Adapter:
@@ -157,12 +159,12 @@ class AdapterBank:
         check_allowances(allow)
         self._check_name(name)
         adapter = source if isinstance(source, Adapter) else Adapter.load(source, allow=allow)
-        with self._turn:
+        with self._change_lock:
             self._check_name(name)  # another thread may have taken it meanwhile
-            coverage = fitted(name, adapter, self.model, dtype=self.dtype, allow=allow)
-            resident = Resident(adapter.config, coverage, adapter)
-            with self._residents.admitted({name: resident}, keep=self._slots_in_use()):
-                self._residents.fill(resident)
+            coverage = match_adapter(name, adapter, self.model, dtype=self.dtype, allow=allow)
+            resident = LoadedAdapter(adapter.config, coverage, adapter)
+            with self._loaded_adapters.admit_adapters({name: resident}, keep=self._slots_in_use()):
+                self._loaded_adapters.fill(resident)
         return adapter
 
     def offer(self, name: str, source: str | Path | Adapter, *, allow: Collection[str] = ()) -> None:
@@ -179,9 +181,9 @@ class AdapterBank:
                 or do not fit are refused at the first use.
             BankError: the name is taken, or the rank is larger than there is room for.
         """
-        with self._turn:
+        with self._change_lock:
             self._check_name(name)
-            self._offers.add(name, source, allow=allow)
+            self._lazy_adapters.add(name, source, allow=allow)
 
     def unload(self, name: str) -> None:
         """Take an adapter out and free its slot. One that was offered is so no longer.
@@ -190,14 +192,14 @@ class AdapterBank:
             BankError: it is in use.
             UnknownAdapterError: no adapter of that name.
         """
-        with self._turn:
-            if name in self._residents:
-                if self._residents[name].slot in self._slots_in_use():
+        with self._change_lock:
+            if name in self._loaded_adapters:
+                if self._loaded_adapters[name].slot in self._slots_in_use():
                     raise BankError(f"{name!r} is in use", hint="use(None) or another adapter first")
-                self._residents.remove(name)
-            elif name not in self._offers:
-                raise self._offers.unknown(name)
-            self._offers.remove(name)
+                self._loaded_adapters.remove(name)
+            elif name not in self._lazy_adapters:
+                raise self._lazy_adapters.make_unknown_error(name)
+            self._lazy_adapters.remove(name)
 
     def restore(self, name: str, adapter: Adapter) -> None:
         """Copy an adapter's values into the trainable adapter of that name, leaf by leaf.
@@ -208,7 +210,7 @@ class AdapterBank:
             UnknownAdapterError: no adapter of that name.
         """
         self.parameters(name)  # only a trainable one has values to overwrite
-        restore(name, self._resident(name), self._layers, adapter)
+        restore_adapter(name, self._get_loaded(name), self._layers, adapter)
 
     def detach(self) -> None:
         """Give the model back as it was: its own layers, keys, bits and `requires_grad`.
@@ -216,17 +218,17 @@ class AdapterBank:
         Raises:
             BankError: it was detached already, or a block of `using` or `rows` is open.
         """
-        if self._returning:
+        if self._outer_routes:
             raise BankError(
                 "a detach inside using() or rows() would leave nothing to go back to", hint="leave it first"
             )
         if self.model.__dict__.pop("_lora_kit_bank", None) is None:
             raise BankError("this bank was detached already")
         self._layers.unwrap()
-        resume_packing(self._paused)
-        for held in (self._residents, self._offers, self.cache):
+        resume_packing(self._paused_layers)
+        for held in (self._loaded_adapters, self._lazy_adapters, self.cache):
             held.clear()
-        self._routing.to_slot(BASE)
+        self._routing.route_to_slot(BASE_SLOT)
         for parameter in self._frozen:
             parameter.requires_grad_(True)
 
@@ -241,10 +243,10 @@ class AdapterBank:
         Raises:
             UnknownAdapterError: no adapter of that name. For one that is offered also what `load` raises.
         """
-        with self._turn:
-            if name is not None and name not in self._residents:
+        with self._change_lock:
+            if name is not None and name not in self._loaded_adapters:
                 self._bring_in([name], beside=())
-            self._routing.to_slot(BASE if name is None else self._residents.slot_of(name))
+            self._routing.route_to_slot(BASE_SLOT if name is None else self._loaded_adapters.slot_of(name))
 
     @contextlib.contextmanager
     def using(self, name: str | None) -> Iterator[None]:
@@ -253,7 +255,7 @@ class AdapterBank:
         Raises:
             UnknownAdapterError: as `use`.
         """
-        with self._routed([name]):
+        with self._route_rows([name]):
             yield
 
     @contextlib.contextmanager
@@ -274,31 +276,31 @@ class AdapterBank:
         names = [] if names is None or isinstance(names, str) else list(names)
         if not names:
             raise ConfigError("a list with one name (or None) per row was expected")
-        with self._routed(names), counted(self.model, len(names), routed=self._route):
+        with self._route_rows(names), check_batch_rows(self.model, len(names), routed=self._get_route):
             yield
 
-    def reference(self) -> Reference:
+    def reference(self) -> ReferenceModel:
         """The base as a model of its own, for trainers that want a reference model beside the one they train.
 
         Raises:
             BankError: an adapter covers the head, which such trainers use without its adapter.
         """
-        return Reference(self)
+        return ReferenceModel(self)
 
-    def _route(self) -> tuple[int, tuple[int, ...]]:
+    def _get_route(self) -> tuple[int, tuple[int, ...]]:
         """How deep in blocks this is, and the slots in use."""
-        return len(self._returning), self._routing.held
+        return len(self._outer_routes), self._routing.held
 
     @contextlib.contextmanager
-    def _routed(self, names: Sequence[str | None]) -> Iterator[None]:
-        with self._turn:
+    def _route_rows(self, names: Sequence[str | None]) -> Iterator[None]:
+        with self._change_lock:
             slots = self._slots_of(names)
-            self._returning.append(self._routing.held)
-            self._routing.to_rows(slots)
+            self._outer_routes.append(self._routing.held)
+            self._routing.route_to_rows(slots)
         try:
             yield
         finally:
-            self._routing.to_rows(self._returning.pop())
+            self._routing.route_to_rows(self._outer_routes.pop())
 
     # Values
 
@@ -308,12 +310,12 @@ class AdapterBank:
         Raises:
             UnknownAdapterError: no adapter of that name.
         """
-        if name in self._offers and name not in self._residents:
-            return self._offers.value(name)
-        resident = self._resident(name)
+        if name in self._lazy_adapters and name not in self._loaded_adapters:
+            return self._lazy_adapters.value(name)
+        resident = self._get_loaded(name)
         if resident.adapter is not None:
             return resident.adapter
-        return value_of(resident, self._layers, self.model)
+        return snapshot_adapter(resident, self._layers, self.model)
 
     def save(
         self,
@@ -350,18 +352,18 @@ class AdapterBank:
             BankError: inside `using` or `rows`.
             UnknownAdapterError: no adapter of that name.
         """
-        resident = self._resident(name)
-        if self._returning:
+        resident = self._get_loaded(name)
+        if self._outer_routes:
             raise BankError(
                 "a merge inside using() or rows() would change the base under them", hint="leave the block first"
             )
-        retained = fold_in(resident, self._layers, self.model)
+        retained = fold_into_model(resident, self._layers, self.model)
         if resident.slot == self._routing.slot:
-            self._routing.to_slot(BASE)
+            self._routing.route_to_slot(BASE_SLOT)
         changed = {*resident.layers, *resident.coverage.replaced}
-        self._residents.remove(name)
-        self._offers.remove(name)
-        self._layers.base_changed(changed)
+        self._loaded_adapters.remove(name)
+        self._lazy_adapters.remove(name)
+        self._layers.refresh_from_base(changed)
         return retained
 
     # Inside
@@ -369,27 +371,27 @@ class AdapterBank:
     def _check_name(self, name: Any) -> None:
         if not isinstance(name, str) or not name:
             raise ConfigError(f"an adapter's name is a string; {name!r} was given")
-        if name in self._residents or name in self._offers:
-            state = "loaded" if name in self._residents else "offered"
+        if name in self._loaded_adapters or name in self._lazy_adapters:
+            state = "loaded" if name in self._loaded_adapters else "offered"
             raise BankError(f"{name!r} is {state} already", hint="unload it first")
 
     def _slots_of(self, names: Sequence[str | None]) -> list[int]:
         """The slot of each name, used just now; what is offered and has none is brought in, all of it or nothing."""
-        absent = [name for name in names if name is not None and name not in self._residents]
+        absent = [name for name in names if name is not None and name not in self._loaded_adapters]
         if absent:
             self._bring_in(absent, beside=names)
-        return [BASE if name is None else self._residents.slot_of(name) for name in names]
+        return [BASE_SLOT if name is None else self._loaded_adapters.slot_of(name) for name in names]
 
     def _bring_in(self, names: Collection[str], *, beside: Collection[str | None]) -> None:
         for name in names:
             if not isinstance(name, str):
-                raise self._offers.unknown(name)
-        self._offers.bring_in(dict.fromkeys(names), beside=beside, in_use=self._slots_in_use())
+                raise self._lazy_adapters.make_unknown_error(name)
+        self._lazy_adapters.bring_in(dict.fromkeys(names), beside=beside, in_use=self._slots_in_use())
 
     def _slots_in_use(self) -> set[int]:
-        return {*self._routing.held, *chain.from_iterable(self._returning)}
+        return {*self._routing.held, *chain.from_iterable(self._outer_routes)}
 
-    def _entry(self, resident: Resident, path: str) -> Mapping[str, Tensor]:
+    def _entry(self, resident: LoadedAdapter, path: str) -> Mapping[str, Tensor]:
         return self._layers.entry(path, resident.slot).tensors
 
 

@@ -11,39 +11,51 @@ import torch
 from torch import Tensor
 
 from lora_kit.bank.model_layers import WrappedLayers
-from lora_kit.bank.residents import Resident, Residents
+from lora_kit.bank.residents import LoadedAdapter, LoadedAdapters
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import AdapterError
-from lora_kit.layers.initialization import MAGNITUDE, A, B, Starts, initialise, joined, parted
+from lora_kit.layers.initialization import (
+    MAGNITUDE,
+    A,
+    B,
+    WeightInitializer,
+    initialize_lora,
+    join_initialization,
+    split_initialization,
+)
 from lora_kit.layers.linear import LoraLinear
-from lora_kit.layers.token_embedding import INDICES, ROWS, TokenTable
+from lora_kit.layers.token_embedding import TOKEN_EMBEDDINGS, TOKEN_INDICES, TokenTable
 from lora_kit.ops.dora import dora_scale
-from lora_kit.targets.coverage import Target
+from lora_kit.targets.coverage import LayerTarget
 
 
-def begin(resident: Resident, residents: Residents, layers: WrappedLayers) -> None:
+def initialize_adapter(resident: LoadedAdapter, residents: LoadedAdapters, layers: WrappedLayers) -> None:
     """Fill a resident's slot with what leaves the base's outputs as they are, and make it trainable."""
     config, coverage = resident.config, resident.coverage
-    starts = Starts(config.init_lora_weights, len(coverage.targets))
+    starts = WeightInitializer(config.init_lora_weights, len(coverage.targets))
     for target in coverage.targets:
-        residents.put(resident, target.path, _pair(target, config, starts, layers), target.scaling)
+        residents.put(resident, target.path, _make_lora_weights(target, config, starts, layers), target.scaling)
     for path in coverage.saved:
         residents.put(resident, path, layers[path].base_layer.state_dict(), 1.0)
     for rows in coverage.tokens:
         table = layers[rows.key]
         assert isinstance(table, TokenTable)
         indices = torch.tensor(rows.indices, device=table.device)
-        residents.put(resident, rows.key, {ROWS: table.own_rows(indices), INDICES: indices}, 1.0)
+        residents.put(
+            resident, rows.key, {TOKEN_EMBEDDINGS: table.get_base_embeddings(indices), TOKEN_INDICES: indices}, 1.0
+        )
     for path in resident.layers:
         resident.leaves += layers[path].make_trainable(resident.slot, config.lora_dropout)
 
 
-def _pair(target: Target, config: LoraConfig, starts: Starts, layers: WrappedLayers) -> dict[str, Tensor]:
+def _make_lora_weights(
+    target: LayerTarget, config: LoraConfig, starts: WeightInitializer, layers: WrappedLayers
+) -> dict[str, Tensor]:
     layer = layers[target.path]
     a, b = (torch.zeros(shape, device=layer.device) for shape in target.shapes)
     if target.started:
         return {A: a, B: b} | starts.of(target.path, layer.base_layer, rank=target.rank, scaling=target.scaling)
-    initialise(a, b, kind=target.kind, init=config.init_lora_weights)
+    initialize_lora(a, b, kind=target.kind, init=config.init_lora_weights)
     if not target.dora:
         return {A: a, B: b}
     assert isinstance(layer, LoraLinear)
@@ -52,11 +64,11 @@ def _pair(target: Target, config: LoraConfig, starts: Starts, layers: WrappedLay
     return {A: a, B: b, MAGNITUDE: 1 / dora_scale(layer.weight_matrix(), a, b, target.scaling, ones)}
 
 
-StartTensors = Mapping[tuple[str, str], tuple[Tensor, Tensor]]
+InitialWeights = Mapping[tuple[str, str], tuple[Tensor, Tensor]]
 """A₀ and B₀ of pairs, by the keys of their A and B in an adapter's file."""
 
 
-def plain(config: LoraConfig) -> LoraConfig:
+def make_plain_config(config: LoraConfig) -> LoraConfig:
     """The config an adapter is saved with: where its pairs had a start, of twice the rank with the same scaling."""
     if not config.starts_from_weight:
         return config
@@ -71,20 +83,20 @@ def plain(config: LoraConfig) -> LoraConfig:
     )
 
 
-def beginning(config: LoraConfig) -> dict[str, Any]:
+def describe_initialization(config: LoraConfig) -> dict[str, Any]:
     """What a record says of how an adapter began, where its tensors and its config do not."""
     if not config.starts_from_weight:
         return {}
     return {"start": {"init_lora_weights": config.init_lora_weights, "r": config.r, "lora_alpha": config.lora_alpha}}
 
 
-def saved(tensors: Mapping[str, Tensor], starts: StartTensors) -> dict[str, Tensor]:
+def convert_to_saved(tensors: Mapping[str, Tensor], starts: InitialWeights) -> dict[str, Tensor]:
     """Trained tensors as they are saved, by PEFT's keys."""
-    pairs = {keys: joined(tensors[keys[0]], tensors[keys[1]], *start) for keys, start in starts.items()}
+    pairs = {keys: join_initialization(tensors[keys[0]], tensors[keys[1]], *start) for keys, start in starts.items()}
     return {**tensors, **{key: t for keys, pair in pairs.items() for key, t in zip(keys, pair, strict=True)}}
 
 
-def trained(tensors: Mapping[str, Tensor], starts: StartTensors) -> dict[str, Tensor]:
+def convert_to_trained(tensors: Mapping[str, Tensor], starts: InitialWeights) -> dict[str, Tensor]:
     """Saved tensors as they are trained, bit for bit.
 
     Raises:
@@ -93,7 +105,7 @@ def trained(tensors: Mapping[str, Tensor], starts: StartTensors) -> dict[str, Te
     found = dict(tensors)
     for keys, start in starts.items():
         if found.keys() >= set(keys):
-            pair = parted(found[keys[0]], found[keys[1]], *start)
+            pair = split_initialization(found[keys[0]], found[keys[1]], *start)
             if pair is None:
                 raise AdapterError(
                     f"{keys[0]} and its lora_B did not start where those do that they are to be restored into",

@@ -11,19 +11,19 @@ from torch import nn
 from lora_kit.errors import TargetError
 from lora_kit.layers.conv import LoraConvolution
 from lora_kit.layers.embedding import LoraEmbedding
-from lora_kit.layers.introspect import innermost, kind_of
+from lora_kit.layers.introspect import kind_of, unwrap_module
 from lora_kit.layers.linear import LoraExpert, LoraLinear
 from lora_kit.layers.parameter import LoraParameter
 from lora_kit.layers.routing import Routing
 from lora_kit.layers.saved_module import SavedModule
-from lora_kit.layers.slot_layer import Entry, SlotLayer
-from lora_kit.layers.token_embedding import TiedTokens, TokenTable
+from lora_kit.layers.slot_layer import SlotEntry, SlotLayer
+from lora_kit.layers.token_embedding import TiedTokenLayer, TokenTable
 from lora_kit.targets.coverage import Coverage
-from lora_kit.targets.match import is_of_an_expert
+from lora_kit.targets.match import is_in_expert
 from lora_kit.targets.token_rows import TokenTarget, key_of, path_of
 
 
-class Slots:
+class SlotAllocator:
     """Which slots are free. Slot 0 is nobody's: it means "no adapter".
 
     Args:
@@ -72,7 +72,7 @@ class WrappedLayers:
     def __getitem__(self, path: str) -> SlotLayer:
         return self._layers[path]
 
-    def entry(self, path: str, slot: int) -> Entry:
+    def entry(self, path: str, slot: int) -> SlotEntry:
         """What a slot holds in a layer."""
         entry = self._layers[path].entries[slot]
         assert entry is not None
@@ -88,14 +88,14 @@ class WrappedLayers:
         """
         ranks = {target.path: self._max_rank or target.room for target in coverage.targets}
         whole = frozenset(coverage.saved)
-        seen = [path for target in coverage.tokens for path in target.places]
+        seen = [path for target in coverage.tokens for path in target.all_paths]
         self._check_nesting(dict.fromkeys([*ranks, *seen], False) | dict.fromkeys(whole, True))
         new: dict[str, SlotLayer] = {}
         parameters = {target.path for target in coverage.targets if target.kind == "parameter"}
         for path in [*ranks, *coverage.saved]:
             if path not in self._layers and path not in parameters:
                 module = self._model.get_submodule(path)
-                new[path] = SavedModule(module, self._routing) if path in whole else self._wrapper(path, module)
+                new[path] = SavedModule(module, self._routing) if path in whole else self._make_wrapper(path, module)
                 new[path].reserve(room, ranks.get(path, 0), self._dtype)
         if new:
             replace_modules(self._model, {layer.base_layer: layer for layer in new.values()})
@@ -109,10 +109,10 @@ class WrappedLayers:
         for path, layer in self._layers.items():
             layer.reserve(room, ranks.get(path, 0), self._dtype)
 
-    def _wrapper(self, path: str, module: nn.Module) -> SlotLayer:
+    def _make_wrapper(self, path: str, module: nn.Module) -> SlotLayer:
         if kind_of(module) == "convolution":
             return LoraConvolution(module, self._routing)
-        return wrap(module, self._routing, of_an_expert=is_of_an_expert(path))
+        return wrap_layer(module, self._routing, of_an_expert=is_in_expert(path))
 
     def _wrap_parameter(self, path: str) -> None:
         """Put a wrapper around the module of a parameter, outside of those that others of its parameters have."""
@@ -136,15 +136,15 @@ class WrappedLayers:
         self._layers[target.key] = table
         for path in target.tied:
             module = self._model.get_submodule(path)
-            tied = TiedTokens(module, self._routing, table)
+            tied = TiedTokenLayer(module, self._routing, table)
             replace_modules(self._model, {module: tied})
             self._layers[key_of(path)] = tied
 
-    def base_changed(self, paths: Collection[str]) -> None:
+    def refresh_from_base(self, paths: Collection[str]) -> None:
         """Bring up to date what was derived from the weights of the modules of these paths."""
         for key, layer in self._layers.items():
             if path_of(key) in paths:
-                layer.base_changed()
+                layer.refresh_from_base()
 
     def take_over(self, layers: Mapping[str, SlotLayer]) -> None:
         """Count layers as wrapped, by path, that stand in the model already."""
@@ -152,7 +152,7 @@ class WrappedLayers:
 
     def unwrap(self) -> None:
         """Put the model's own layers back."""
-        replace_modules(self._model, {layer: innermost(layer) for layer in self._layers.values()})
+        replace_modules(self._model, {layer: unwrap_module(layer) for layer in self._layers.values()})
         self._layers.clear()
 
     def _check_nesting(self, covered: Mapping[str, bool]) -> None:
@@ -166,7 +166,7 @@ class WrappedLayers:
             return
         clashes = [(path, path) for path in covered if saved.get(path, covered[path]) != covered[path]]
         saved |= covered
-        clashes += [(path, above) for path in saved for above in _above(path) if above in saved]
+        clashes += [(path, above) for path in saved for above in _iterate_parents(path) if above in saved]
         for path, other in clashes:
             raise TargetError(
                 f"{path} and {other}: one adapter saves the module whole and another puts pairs into it, or rows"
@@ -184,14 +184,14 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
                     parent._modules[key] = new[child]
 
 
-def _above(path: str) -> Iterator[str]:
+def _iterate_parents(path: str) -> Iterator[str]:
     """Paths of the modules around a module."""
     while "." in path:
         path = path.rpartition(".")[0]
         yield path
 
 
-def wrap(module: nn.Module, routing: Routing, *, of_an_expert: bool = False) -> SlotLayer:
+def wrap_layer(module: nn.Module, routing: Routing, *, of_an_expert: bool = False) -> SlotLayer:
     """The wrapper for a layer that carries pairs.
 
     Args:

@@ -9,13 +9,13 @@ from torch import nn
 
 from lora_kit.errors import BankError
 from lora_kit.layers.slot_layer import SlotLayer
-from lora_kit.torch_utils import evaluating
+from lora_kit.torch_utils import use_eval_mode
 
 if TYPE_CHECKING:
     from lora_kit.bank.bank import AdapterBank
 
 
-class Reference(nn.Module):
+class ReferenceModel(nn.Module):
     """The base model as it was before adapters, computed by the model that has them. Made by `bank.reference()`.
 
     A call is a call of the model without an adapter, without dropout and without a gradient; afterwards everything is
@@ -37,7 +37,7 @@ class Reference(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Not in forward, which TRL replaces by one that calls parts of the model.
-        with torch.no_grad(), evaluating(self._bank.model), self._bank.using(None):
+        with torch.no_grad(), use_eval_mode(self._bank.model), self._bank.using(None):
             return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

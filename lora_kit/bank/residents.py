@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.bank.adapter_cache import AdapterCache, Offer
-from lora_kit.bank.model_layers import Slots, WrappedLayers
+from lora_kit.bank.adapter_cache import AdapterCache, LazyAdapter
+from lora_kit.bank.model_layers import SlotAllocator, WrappedLayers
 from lora_kit.config.lora_config import LoraConfig
-from lora_kit.errors import BankError, listed
+from lora_kit.errors import BankError, format_list
 from lora_kit.layers.initialization import MAGNITUDE, A, B
-from lora_kit.layers.routing import BASE
-from lora_kit.layers.token_embedding import INDICES, ROWS
-from lora_kit.targets.compatibility import below
+from lora_kit.layers.routing import BASE_SLOT
+from lora_kit.layers.token_embedding import TOKEN_EMBEDDINGS, TOKEN_INDICES
+from lora_kit.targets.compatibility import select_module_tensors
 from lora_kit.targets.coverage import Coverage
 
 
 @dataclass
-class Resident:
+class LoadedAdapter:
     """An adapter in a slot.
 
     Attributes:
@@ -36,13 +36,13 @@ class Resident:
     config: LoraConfig
     coverage: Coverage
     adapter: Adapter | None = None
-    offer: Offer | None = None
-    slot: int = BASE
+    offer: LazyAdapter | None = None
+    slot: int = BASE_SLOT
     layers: list[str] = field(default_factory=list)
     leaves: list[nn.Parameter] = field(default_factory=list)
 
 
-class Residents:
+class LoadedAdapters:
     """Adapters by name, each with a slot of the layers it covers.
 
     Args:
@@ -53,26 +53,26 @@ class Residents:
 
     def __init__(self, layers: WrappedLayers, *, slots: int | None, max_rank: int | None, cache: AdapterCache) -> None:
         self._layers = layers
-        self._slots = Slots(slots)
+        self._slots = SlotAllocator(slots)
         self._max_rank = max_rank
         self._cache = cache
-        self._named: dict[str, Resident] = {}
-        self._leavable: OrderedDict[str, None] = OrderedDict()  # names, the least recently used first
+        self._by_name: dict[str, LoadedAdapter] = {}
+        self._evictable: OrderedDict[str, None] = OrderedDict()  # names, the least recently used first
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and name in self._named
+        return isinstance(name, str) and name in self._by_name
 
-    def __getitem__(self, name: str) -> Resident:
-        return self._named[name]
+    def __getitem__(self, name: str) -> LoadedAdapter:
+        return self._by_name[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._named)
+        return iter(self._by_name)
 
     def slot_of(self, name: str) -> int:
         """The slot of an adapter, which is the last one to leave then."""
-        resident = self._named[name]
+        resident = self._by_name[name]
         if resident.offer is not None:
-            self._leavable.move_to_end(name)
+            self._evictable.move_to_end(name)
         return resident.slot
 
     def check_rank(self, name: str, coverage: Coverage) -> None:
@@ -83,7 +83,7 @@ class Residents:
                 f"{name!r} has rank {rank}; there is room for {self._max_rank}", hint="attach with a larger max_rank"
             )
 
-    def leaving(self, arriving: Collection[str], *, keep: Collection[int]) -> list[str]:
+    def select_evictions(self, arriving: Collection[str], *, keep: Collection[int]) -> list[str]:
         """Names that have to leave for others, the least recently used first.
 
         Args:
@@ -95,20 +95,20 @@ class Residents:
         missing = self._slots.missing(len(arriving))
         if not missing:
             return []
-        free = [name for name in self._leavable if self._named[name].slot not in keep]
+        free = [name for name in self._evictable if self._by_name[name].slot not in keep]
         if len(free) < missing:
             needed = "needs a slot" if len(arriving) == 1 else f"need {len(arriving)} slots"
-            others = listed([name for name in self._named if name not in free])
+            others = format_list([name for name in self._by_name if name not in free])
             available = len(arriving) - missing + len(free)
             had = f"all but {available}" if available else f"all {self._slots.limit}"
             raise BankError(
-                f"{listed([repr(name) for name in arriving])} {needed}, and {had} are taken by {others}",
+                f"{format_list([repr(name) for name in arriving])} {needed}, and {had} are taken by {others}",
                 hint="unload one or use another, or attach with more slots",
             )
         return free[:missing]
 
     @contextlib.contextmanager
-    def admitted(self, arriving: Mapping[str, Resident], *, keep: Collection[int]) -> Iterator[None]:
+    def admit_adapters(self, arriving: Mapping[str, LoadedAdapter], *, keep: Collection[int]) -> Iterator[None]:
         """Slots and wrappers for new residents; when the block fails they are taken out again, and who left is back.
 
         Args:
@@ -119,7 +119,7 @@ class Residents:
         """
         for name, resident in arriving.items():
             self.check_rank(name, resident.coverage)
-        left = {name: self._named[name] for name in self.leaving(arriving, keep=keep)}
+        left = {name: self._by_name[name] for name in self.select_evictions(arriving, keep=keep)}
         # Tensors made in inference mode could not be written to outside it, by the next swap or load.
         with torch.inference_mode(False):
             for resident in arriving.values():  # before anybody leaves, since memory may run out
@@ -131,25 +131,25 @@ class Residents:
                     self._enter(name, resident)
                 yield
             except BaseException:
-                for name in arriving.keys() & self._named.keys():
+                for name in arriving.keys() & self._by_name.keys():
                     self.remove(name)
                 for name, resident in reversed(left.items()):
                     self._enter(name, resident)
-                    self._leavable.move_to_end(name, last=False)
+                    self._evictable.move_to_end(name, last=False)
                     self.fill(resident)
                 raise
         for resident in left.values():
             assert resident.offer is not None
             assert resident.adapter is not None
-            resident.offer.put_aside(resident.adapter, self._cache)
+            resident.offer.put_in_cache(resident.adapter, self._cache)
 
-    def _enter(self, name: str, resident: Resident) -> None:
+    def _enter(self, name: str, resident: LoadedAdapter) -> None:
         resident.slot = self._slots.take()
-        self._named[name] = resident
+        self._by_name[name] = resident
         if resident.offer is not None:
-            self._leavable[name] = None
+            self._evictable[name] = None
 
-    def fill(self, resident: Resident) -> None:
+    def fill(self, resident: LoadedAdapter) -> None:
         """Copy the values of an adapter into its slot."""
         adapter = resident.adapter
         assert adapter is not None
@@ -161,20 +161,20 @@ class Residents:
                 tensors[MAGNITUDE] = pair.magnitude
             self.put(resident, target.path, tensors, target.scaling)
         for path in resident.coverage.saved:
-            self.put(resident, path, below(adapter.saved(), path), 1.0)
+            self.put(resident, path, select_module_tensors(adapter.saved(), path), 1.0)
         for rows in resident.coverage.tokens:
             held = adapter.tokens()[rows.path]
-            self.put(resident, rows.key, {ROWS: held.rows, INDICES: torch.tensor(held.indices)}, 1.0)
+            self.put(resident, rows.key, {TOKEN_EMBEDDINGS: held.rows, TOKEN_INDICES: torch.tensor(held.indices)}, 1.0)
 
-    def put(self, resident: Resident, path: str, tensors: Mapping[str, Tensor], scaling: float) -> None:
+    def put(self, resident: LoadedAdapter, path: str, tensors: Mapping[str, Tensor], scaling: float) -> None:
         """Copy what an adapter brings to one layer into its slot."""
         resident.layers.append(path)
         self._layers[path].put(resident.slot, tensors, scaling)
 
     def remove(self, name: str) -> None:
         """Empty the slot of an adapter, and free it."""
-        resident = self._named.pop(name)
-        self._leavable.pop(name, None)
+        resident = self._by_name.pop(name)
+        self._evictable.pop(name, None)
         for path in resident.layers:
             self._layers[path].clear(resident.slot)
         resident.layers.clear()
@@ -182,6 +182,6 @@ class Residents:
 
     def clear(self) -> None:
         """Forget everybody; what is in the layers' slots stays there."""
-        self._named.clear()
-        self._leavable.clear()
-        self._slots = Slots(self._slots.limit)
+        self._by_name.clear()
+        self._evictable.clear()
+        self._slots = SlotAllocator(self._slots.limit)

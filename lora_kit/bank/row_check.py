@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from lora_kit.errors import RoutingError
 
-_INPUTS: Final = ("input_ids", "inputs_embeds", "decoder_input_ids")
+_INPUT_NAMES: Final = ("input_ids", "inputs_embeds", "decoder_input_ids")
 """Arguments of transformers' models with one entry per row."""
 
 
 @contextlib.contextmanager
-def counted(model: nn.Module, rows: int, *, routed: Callable[[], object]) -> Iterator[None]:
+def check_batch_rows(model: nn.Module, rows: int, *, routed: Callable[[], object]) -> Iterator[None]:
     """For the length of a block, a forward of a batch that cannot be split evenly between so many rows is refused.
 
     Args:
@@ -32,7 +32,9 @@ def counted(model: nn.Module, rows: int, *, routed: Callable[[], object]) -> Ite
         # Compiled code is not to be made anew for another number of rows.
         if torch.compiler.is_compiling() or routed() != here:
             return
-        batch = next((kwargs[name] for name in _INPUTS if isinstance(kwargs.get(name), Tensor)), args[0] if args else 0)
+        batch = next(
+            (kwargs[name] for name in _INPUT_NAMES if isinstance(kwargs.get(name), Tensor)), args[0] if args else 0
+        )
         if isinstance(batch, Tensor) and batch.ndim and batch.shape[0] % rows:
             raise RoutingError(
                 f"{rows} rows were routed, but the model was given a batch of {batch.shape[0]}",

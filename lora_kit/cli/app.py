@@ -15,7 +15,7 @@ UNEXPECTED: Final = 1
 DEBUG: Final = "--debug"
 
 
-def _version() -> str:
+def _read_version() -> str:
     from lora_kit.version import __version__
 
     return __version__
@@ -27,7 +27,7 @@ app = App(
     help_epilogue=f"{DEBUG} with any command shows the traceback of an error.",
     help_format="plaintext",
     help_formatter=FilledHelp(),
-    version=_version,
+    version=_read_version,
     suppress_keyboard_interrupt=False,
     verbose=False,
 )
@@ -42,7 +42,7 @@ AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON 
 Replace = Annotated[
     bool, Parameter(name=["--replace", "--force"], negative="", help="Replace the output if it exists, in one step.")
 ]
-ADAPTERS: Final = Path("adapters")
+DEFAULT_STORE: Final = Path("adapters")
 
 
 def check_adapter_output(out: Path, *, replace: bool) -> None:

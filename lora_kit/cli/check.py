@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_kit.cli.app import ADAPTERS, AsJson, Store, app
+from lora_kit.cli.app import DEFAULT_STORE, AsJson, Store, app
 from lora_kit.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
     pass
-from lora_kit.cli.export import Base, MaxRank, Target, _told
+from lora_kit.cli.export import BaseOption, MaxRankOption, TargetOption, _format_verdict
 
 
 @app.command
@@ -17,10 +17,10 @@ def check(
     adapter: str,
     /,
     *,
-    target: Target,
-    base: Base = None,
-    max_lora_rank: MaxRank = None,
-    store: Store = ADAPTERS,
+    target: TargetOption,
+    base: BaseOption = None,
+    max_lora_rank: MaxRankOption = None,
+    store: Store = DEFAULT_STORE,
     json: AsJson = False,
 ) -> None:
     """Say in advance whether another program takes an adapter.
@@ -37,5 +37,5 @@ def check(
     if json:
         print_json({**found.to_json(), "fits": not found.refused})
     else:
-        print_table(("", ""), _told(found))
+        print_table(("", ""), _format_verdict(found))
     found.demand()

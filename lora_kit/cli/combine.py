@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from lora_kit.cli.app import ADAPTERS, Adapters, AsJson, Replace, Store, app, check_adapter_output
-from lora_kit.cli.output import print_json, print_table, size
+from lora_kit.cli.app import DEFAULT_STORE, Adapters, AsJson, Replace, Store, app, check_adapter_output
+from lora_kit.cli.output import format_size, print_json, print_table
 from lora_kit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def combine(
     seed: int = 0,
     replace: Replace = False,
     allow: Allow = None,
-    store: Store = ADAPTERS,
+    store: Store = DEFAULT_STORE,
     json: AsJson = False,
 ) -> None:
     """Make one adapter of several, each with a weight.
@@ -56,17 +56,17 @@ def combine(
     check_adapter_output(out, replace=replace)
     parents = list(zip(folders, weight, strict=True))
     made = run(parents, method=method, rank=rank, density=density, seed=seed, allow=allow or ())
-    _save(made, out, replace=replace, json=json)
+    _save_and_show(made, out, replace=replace, json=json)
 
 
-def _save(made: Adapter, out: Path, *, replace: bool, json: bool) -> None:
-    from lora_kit.adapter.store import folder_bytes
+def _save_and_show(made: Adapter, out: Path, *, replace: bool, json: bool) -> None:
+    from lora_kit.adapter.store import sum_file_sizes
 
     made.save(out, replace=replace)
     told: Any = made.record["made"]
     ranks = sorted({pair.a.shape[0] for pair in made.pairs().values()})
     if json:
-        print_json({"out": str(out), "digest": made.digest, "ranks": ranks, "bytes": folder_bytes(out), "made": told})
+        print_json({"out": str(out), "digest": made.digest, "ranks": ranks, "bytes": sum_file_sizes(out), "made": told})
         return
     error = told["error"]
     meant = "the difference" if told["by"] == "extract" else "what was meant"
@@ -78,6 +78,6 @@ def _save(made: Adapter, out: Path, *, replace: bool, json: bool) -> None:
         ("saved whole", ", ".join(made.saved()) or "none"),
         ("left out", ", ".join(told.get("left_out") or ()) or "nothing"),
         ("error", f"{error['share']:.3g} of {meant}, at most {error['worst']:.3g} in {error['worst_layer'] or 'any'}"),
-        ("size", size(folder_bytes(out))),
+        ("size", format_size(sum_file_sizes(out))),
     ]
     print_table(("", ""), rows)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_kit.cli.app import ADAPTERS, AsJson, Store, app
-from lora_kit.cli.output import brief, print_json, print_table
+from lora_kit.cli.app import DEFAULT_STORE, AsJson, Store, app
+from lora_kit.cli.output import abbreviate, print_json, print_table
 
 if TYPE_CHECKING:
     from lora_kit.algebra.compare import Comparison
@@ -13,7 +13,9 @@ from lora_kit.cli.combine import Allow
 
 
 @app.command
-def compare(one: str, other: str, /, *, allow: Allow = None, store: Store = ADAPTERS, json: AsJson = False) -> None:
+def compare(
+    one: str, other: str, /, *, allow: Allow = None, store: Store = DEFAULT_STORE, json: AsJson = False
+) -> None:
     """Show how two adapters of one base are alike.
 
     Args:
@@ -27,7 +29,7 @@ def compare(one: str, other: str, /, *, allow: Allow = None, store: Store = ADAP
     if json:
         print_json(found.to_json())
         return
-    print_table(("", ""), _likeness(found, one, other))
+    print_table(("", ""), _build_likeness_rows(found, one, other))
     print_table(
         ("layer", "cosine", "inputs", "outputs", "‖delta‖", ""),
         [
@@ -41,10 +43,10 @@ def compare(one: str, other: str, /, *, allow: Allow = None, store: Store = ADAP
             for path, like in found.layers.items()
         ],
     )
-    print_table(("field", one, other), [(name, brief(a), brief(b)) for name, (a, b) in found.configs.items()])
+    print_table(("field", one, other), [(name, abbreviate(a), abbreviate(b)) for name, (a, b) in found.configs.items()])
 
 
-def _likeness(found: Comparison, one: str, other: str) -> list[tuple[str, str]]:
+def _build_likeness_rows(found: Comparison, one: str, other: str) -> list[tuple[str, str]]:
     rows = [("cosine of all updates", f"{found.cosine:+.4f}"), ("layers of both", str(len(found.layers)))]
     rows += [
         (f"only in {name}", ", ".join(paths)) for name, paths in zip((one, other), found.alone, strict=True) if paths

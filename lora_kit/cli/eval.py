@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from lora_kit.cli.app import ADAPTERS, Adapters, AsJson, Replace, Store, app
+from lora_kit.cli.app import DEFAULT_STORE, Adapters, AsJson, Replace, Store, app
 from lora_kit.cli.output import print_json, print_table
-from lora_kit.cli.process import told
+from lora_kit.cli.process import show_progress_lines
 from lora_kit.errors import ConfigError
-from lora_kit.io.text import harmless
+from lora_kit.io.text import escape_for_terminal
 
 if TYPE_CHECKING:
     from lora_kit.evaluation.eval_report import EvalReport
-    from lora_kit.evaluation.evaluate import Progress
+    from lora_kit.evaluation.evaluate import EvalProgress
 
 
 @app.command(name="eval")
@@ -35,7 +35,7 @@ def evaluate(
     max_new_tokens: int | None = None,
     out: Path | None = None,
     replace: Replace = False,
-    store: Store = ADAPTERS,
+    store: Store = DEFAULT_STORE,
     json: AsJson = False,
 ) -> None:
     """Measure adapters on the rows of a file, side by side.
@@ -53,16 +53,16 @@ def evaluate(
         max_new_tokens: Tokens of an answer at the most; by default what the longest reference has.
         out: File for what everyone said of each row, as JSONL.
     """
-    from lora_kit.adapter.store import base_of
+    from lora_kit.adapter.store import infer_base
     from lora_kit.evaluation.evaluate import evaluate as run
 
     rows: list[str | None] = [*([None] if compare or not adapter else []), *(adapter or [])]
-    with told(), _progress() as on_progress:
+    with show_progress_lines(), _show_progress() as on_progress:
         report = run(
-            base or base_of(adapter or [], store=store),
+            base or infer_base(adapter or [], store=store),
             rows,
             data,
-            metrics=_names(metrics),
+            metrics=_split_names(metrics),
             batch_size=batch_size,
             max_length=max_length,
             max_new_tokens=max_new_tokens,
@@ -75,10 +75,10 @@ def evaluate(
     if json:
         print_json(report.to_json())
     else:
-        _show(report, out)
+        _show_eval_report(report, out)
 
 
-def _names(given: Sequence[str] | None) -> list[str] | None:
+def _split_names(given: Sequence[str] | None) -> list[str] | None:
     """`["bleu,rouge", "chrf"]` as `["bleu", "rouge", "chrf"]`."""
     if given is None:
         return None
@@ -89,7 +89,7 @@ def _names(given: Sequence[str] | None) -> list[str] | None:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Progress]:
+def _show_progress() -> Iterator[EvalProgress]:
     """A bar for each adapter on stderr, where that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -101,24 +101,24 @@ def _progress() -> Iterator[Progress]:
 
         def on_progress(label: str, done: int, total: int) -> None:
             if label not in tasks:
-                tasks[label] = bar.add_task(harmless(label), total=total)
+                tasks[label] = bar.add_task(escape_for_terminal(label), total=total)
             bar.update(tasks[label], completed=done)
 
         yield on_progress
 
 
-def _show(report: EvalReport, out: Path | None) -> None:
-    from lora_kit.evaluation.eval_report import columns
+def _show_eval_report(report: EvalReport, out: Path | None) -> None:
+    from lora_kit.evaluation.eval_report import metric_names_of
 
-    names = columns(report.results)
+    names = metric_names_of(report.results)
     print_table(
         ("", *names), [(each.name, *(f"{each.metrics[name]:.4f}" for name in names)) for each in report.results]
     )
     asked = f", {len(report.cases):,} prompts" if report.cases and len(report.cases) != report.rows else ""
-    print(harmless(f"\n{report.rows:,} rows{asked} of {report.data}, {report.seconds:.1f} s"))
+    print(escape_for_terminal(f"\n{report.rows:,} rows{asked} of {report.data}, {report.seconds:.1f} s"))
     for each in report.results:
         if each.unended:
             cut = f"note: {each.unended:,} of {len(each.said):,} texts of {each.name} did not end in time"
-            print(harmless(f"{cut}; --max-new-tokens gives them more"), file=sys.stderr)
+            print(escape_for_terminal(f"{cut}; --max-new-tokens gives them more"), file=sys.stderr)
     if out is not None:
-        print(harmless(f"written: {out}"))
+        print(escape_for_terminal(f"written: {out}"))

@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from lora_kit.cli.app import ADAPTERS, AsJson, Replace, Store, app
-from lora_kit.cli.output import print_json, print_table, size
+from lora_kit.cli.app import DEFAULT_STORE, AsJson, Replace, Store, app
+from lora_kit.cli.output import format_size, print_json, print_table
 
 if TYPE_CHECKING:
     from lora_kit.exporters.export import Verdict
 
-Target = Annotated[str, Parameter(help="merged, peft, vllm, sglang, tgi, gguf, ollama or mlx.")]
-Base = Annotated[
+TargetOption = Annotated[str, Parameter(help="merged, peft, vllm, sglang, tgi, gguf, ollama or mlx.")]
+BaseOption = Annotated[
     str | None,
     Parameter(help="Hub id, local folder or kit-base: the adapter's base, whose config gguf and ollama need."),
 ]
-MaxRank = Annotated[int | None, Parameter(help="The largest rank the reader is started for.")]
+MaxRankOption = Annotated[int | None, Parameter(help="The largest rank the reader is started for.")]
 
 
 @app.command
@@ -26,12 +26,12 @@ def export(
     adapter: str,
     /,
     *,
-    target: Target,
+    target: TargetOption,
     out: Path,
-    base: Base = None,
-    max_lora_rank: MaxRank = None,
+    base: BaseOption = None,
+    max_lora_rank: MaxRankOption = None,
     replace: Replace = False,
-    store: Store = ADAPTERS,
+    store: Store = DEFAULT_STORE,
     json: AsJson = False,
 ) -> None:
     """Write an adapter for another program, doing the same there as here.
@@ -50,11 +50,11 @@ def export(
     if json:
         print_json(made.to_json())
         return
-    rows = [("written", str(made.out)), ("for", made.target), ("size", size(made.bytes))]
+    rows = [("written", str(made.out)), ("for", made.target), ("size", format_size(made.bytes))]
     print_table(("", ""), rows + [("changed", change) for change in made.changed])
 
 
-def _told(found: Verdict) -> list[tuple[str, str]]:
+def _format_verdict(found: Verdict) -> list[tuple[str, str]]:
     rows = [("reader", found.reader), ("fits", "no" if found.refused else "yes")]
     rows += [("cannot take", reason) for reason in found.refused]
     rows += [("export changes", change) for change in found.changed]

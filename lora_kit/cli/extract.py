@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_kit.cli.app import AsJson, Replace, app, check_adapter_output
-from lora_kit.cli.merge import bytes_bar
+from lora_kit.cli.merge import show_bytes_bar
 
 if TYPE_CHECKING:
     pass
-from lora_kit.cli.combine import _save
+from lora_kit.cli.combine import _save_and_show
 
 
 @app.command
@@ -39,6 +39,6 @@ def extract(
     from lora_kit.algebra.extract import extract as run
 
     check_adapter_output(out, replace=replace)
-    with bytes_bar("comparing") as progress:
+    with show_bytes_bar("comparing") as progress:
         made = run(base, tuned, rank=rank, energy=energy, others=others, progress=progress)
-    _save(made, out, replace=replace, json=json)
+    _save_and_show(made, out, replace=replace, json=json)

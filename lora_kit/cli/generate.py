@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from lora_kit.cli.app import ADAPTERS, Adapters, Store, app
-from lora_kit.cli.output import console
-from lora_kit.io.text import harmless
+from lora_kit.cli.app import DEFAULT_STORE, Adapters, Store, app
+from lora_kit.cli.output import create_console
+from lora_kit.io.text import escape_for_terminal
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -33,7 +33,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     raw: Annotated[bool, Parameter(negative="")] = False,
-    store: Store = ADAPTERS,
+    store: Store = DEFAULT_STORE,
 ) -> None:
     """Answer a prompt with adapters, side by side.
 
@@ -50,17 +50,17 @@ def generate(
         seed: Seed of the sampling.
         raw: Give the model the prompt as it is, without what the adapter's training put after prompts.
     """
-    from lora_kit.adapter.store import base_of
+    from lora_kit.adapter.store import infer_base
     from lora_kit.generation.adapter_args import BASE_ROW
     from lora_kit.generation.decoding import Sampling
     from lora_kit.generation.generate import generate as run
 
     rows: list[str | None] = [*([None] if compare or not adapter else []), *(adapter or [])]
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    screen = _Screen([BASE_ROW if row is None else Path(row).name for row in rows])
-    with screen.growing() as on_text:
+    screen = _AnswerDisplay([BASE_ROW if row is None else Path(row).name for row in rows])
+    with screen.stream_rows() as on_text:
         results = run(
-            base or base_of(adapter or [], store=store),
+            base or infer_base(adapter or [], store=store),
             rows,
             prompt,
             sampling=sampling,
@@ -72,53 +72,58 @@ def generate(
     screen.finish(results)
 
 
-class _Screen:
+class _AnswerDisplay:
     """Rows of text that grow: panels on a terminal; elsewhere one row as it comes, several as blocks at the end."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        self._console = console()
+        self._console = create_console()
         self._names = list(names)
         self._texts = [""] * len(names)
         self._written = ""
         self._live: Any = None
 
     @contextlib.contextmanager
-    def growing(self) -> Iterator[Callable[[int, str], None]]:
+    def stream_rows(self) -> Iterator[Callable[[int, str], None]]:
         if not self._console.is_terminal:
             yield self._append
             return
         from rich.live import Live
 
-        with Live(self._panels(), console=self._console, transient=True, refresh_per_second=12) as self._live:
+        with Live(self._render_panels(), console=self._console, transient=True, refresh_per_second=12) as self._live:
             yield self._redraw
 
     def finish(self, results: Sequence[Generation]) -> None:
         self._names, self._texts = [row.name for row in results], [row.text for row in results]
         if self._console.is_terminal:
-            self._console.print(self._panels())
+            self._console.print(self._render_panels())
         elif len(results) == 1:
-            print(harmless(self._texts[0].removeprefix(self._written)))
+            print(escape_for_terminal(self._texts[0].removeprefix(self._written)))
         else:
-            print("\n\n".join(harmless(f"--- {n}\n{t}") for n, t in zip(self._names, self._texts, strict=True)))
+            print(
+                "\n\n".join(escape_for_terminal(f"--- {n}\n{t}") for n, t in zip(self._names, self._texts, strict=True))
+            )
         cut = [row.name for row in results if row.ended == "context"]
         if cut:
-            print(f"note: the base reads no further; cut off: {harmless(', '.join(cut))}", file=sys.stderr)
+            print(f"note: the base reads no further; cut off: {escape_for_terminal(', '.join(cut))}", file=sys.stderr)
 
     def _append(self, row: int, text: str) -> None:
         if len(self._names) == 1 and text.startswith(self._written):
-            print(harmless(text[len(self._written) :]), end="", flush=True)
+            print(escape_for_terminal(text[len(self._written) :]), end="", flush=True)
             self._written = text
 
     def _redraw(self, row: int, text: str) -> None:
         self._texts[row] = text
-        self._live.update(self._panels())
+        self._live.update(self._render_panels())
 
-    def _panels(self) -> RenderableType:
+    def _render_panels(self) -> RenderableType:
         from rich.console import Group
         from rich.panel import Panel
         from rich.text import Text
 
         titled = zip(self._names, self._texts, strict=True)
         return Group(
-            *(Panel(Text(harmless(text)), title=Text(harmless(name)), title_align="left") for name, text in titled)
+            *(
+                Panel(Text(escape_for_terminal(text)), title=Text(escape_for_terminal(name)), title_align="left")
+                for name, text in titled
+            )
         )

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from cyclopts.help import HelpEntry, HelpPanel
     from rich.console import Console, ConsoleOptions
 
-_WIDEST: Final = 100
+_MAX_WIDTH: Final = 100
 """Columns of a line that is still read with ease."""
 
 
@@ -18,15 +18,15 @@ class FilledHelp:
     """A help formatter as cyclopts calls it."""
 
     def render_usage(self, console: Console, options: ConsoleOptions, usage: Any) -> None:
-        told = _words(console, usage)
+        told = _render_words(console, usage)
         if told:
-            _print(console, told if told.startswith("Usage:") else f"Usage: {told}", hang=4)
+            _print_wrapped(console, told if told.startswith("Usage:") else f"Usage: {told}", hang=4)
             console.print()
 
     def render_description(self, console: Console, options: ConsoleOptions, description: Any) -> None:
-        for paragraph in re.split(r"\n\s*\n", _text(console, description)):
+        for paragraph in re.split(r"\n\s*\n", _render_text(console, description)):
             if paragraph.strip():
-                _print(console, " ".join(paragraph.split()))
+                _print_wrapped(console, " ".join(paragraph.split()))
                 console.print()
 
     def __call__(self, console: Console, options: ConsoleOptions, panel: HelpPanel) -> None:
@@ -34,17 +34,17 @@ class FilledHelp:
             return
         console.print(f"{panel.title}:", markup=False, highlight=False)
         for entry in panel.entries:
-            _print(console, f"{_names(entry)}: {_told(console, entry)}", indent=2, hang=6)
+            _print_wrapped(console, f"{_join_names(entry)}: {_describe_entry(console, entry)}", indent=2, hang=6)
         console.print()
 
 
-def _names(entry: HelpEntry) -> str:
+def _join_names(entry: HelpEntry) -> str:
     return ", ".join(entry.display_labels_with_metavar or (*entry.positive_names, *entry.positive_shorts))
 
 
-def _told(console: Console, entry: HelpEntry) -> str:
+def _describe_entry(console: Console, entry: HelpEntry) -> str:
     """What is said of an entry; that a flag is not given by default needs no saying."""
-    told = [_words(console, entry.description)]
+    told = [_render_words(console, entry.description)]
     if entry.default is not None and str(entry.default) != "False":
         told.append(f"[default: {entry.default}]")
     if entry.required:
@@ -52,18 +52,19 @@ def _told(console: Console, entry: HelpEntry) -> str:
     return " ".join(filter(None, told))
 
 
-def _words(console: Console, shown: Any) -> str:
-    return " ".join(_text(console, shown).split())
+def _render_words(console: Console, shown: Any) -> str:
+    return " ".join(_render_text(console, shown).split())
 
 
-def _text(console: Console, shown: Any) -> str:
+def _render_text(console: Console, shown: Any) -> str:
     """What something that rich can show says."""
     with console.capture() as captured:
         console.print(shown or "", markup=False, highlight=False)
     return captured.get()
 
 
-def _print(console: Console, text: str, *, indent: int = 0, hang: int = 0) -> None:
-    lines = textwrap.wrap(text, min(console.width, _WIDEST), initial_indent=" " * indent, subsequent_indent=" " * hang,
+def _print_wrapped(console: Console, text: str, *, indent: int = 0, hang: int = 0) -> None:
+    lines = textwrap.wrap(text, min(console.width, _MAX_WIDTH), initial_indent=" " * indent,
+                          subsequent_indent=" " * hang,
                           break_long_words=False, break_on_hyphens=False)  # fmt: skip
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lora_kit.cli.app import ADAPTERS, AsJson, Store, app
-from lora_kit.cli.output import brief, print_json, print_table, size
-from lora_kit.errors import listed
+from lora_kit.cli.app import DEFAULT_STORE, AsJson, Store, app
+from lora_kit.cli.output import abbreviate, format_size, print_json, print_table
+from lora_kit.errors import format_list
 
 if TYPE_CHECKING:
     from lora_kit.adapter.inspect import Inspection
 
 
 @app.command
-def inspect(adapter: str, /, *, store: Store = ADAPTERS, json: AsJson = False) -> None:
+def inspect(adapter: str, /, *, store: Store = DEFAULT_STORE, json: AsJson = False) -> None:
     """Show what an adapter is made of.
 
     Layers, norms of the deltas and how they are spread over their ranks, size, base, record.
@@ -28,7 +28,7 @@ def inspect(adapter: str, /, *, store: Store = ADAPTERS, json: AsJson = False) -
     if json:
         print_json(found.to_json())
         return
-    print_table(("", ""), _facts(found))
+    print_table(("", ""), _build_adapter_facts(found))
     print_table(
         ("layer", "kind", "shape", "rank", "effective", "99 % in", "scaling", "‖delta‖"),
         [
@@ -47,18 +47,18 @@ def inspect(adapter: str, /, *, store: Store = ADAPTERS, json: AsJson = False) -
     )
 
 
-def _told(indices: Sequence[int]) -> str:
-    return f"{len(indices):,} tokens: {listed([str(index) for index in indices])}"
+def _format_token_indices(indices: Sequence[int]) -> str:
+    return f"{len(indices):,} tokens: {format_list([str(index) for index in indices])}"
 
 
-def _facts(found: Inspection) -> list[tuple[str, str]]:
+def _build_adapter_facts(found: Inspection) -> list[tuple[str, str]]:
     ranks = sorted({layer.rank for layer in found.layers})
     facts = [
         ("adapter", found.name),
         ("folder", str(found.folder)),
         ("digest", found.digest),
         ("base", found.config.base_model_name_or_path or "not said"),
-        ("fingerprint", _fingerprint(found.base)),
+        ("fingerprint", _describe_fingerprint(found.base)),
         ("rank", ", ".join(map(str, ranks)) or "no pairs"),
         ("alpha", f"{found.config.lora_alpha:g}" + (" (rank-stabilised)" if found.config.use_rslora else "")),
         ("layers", str(len(found.layers))),
@@ -66,18 +66,20 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
             "saved whole",
             ", ".join(f"{key} {'×'.join(map(str, shape))}" for key, shape in found.saved.items()) or "none",
         ),
-        *((f"rows of {path}", _told(indices)) for path, indices in found.tokens.items()),
+        *((f"rows of {path}", _format_token_indices(indices)) for path, indices in found.tokens.items()),
         ("parameters", f"{found.parameters:,}"),
-        ("size", size(found.bytes)),
+        ("size", format_size(found.bytes)),
         ("‖delta‖", f"{found.norm:.4g}"),
     ]
     facts += [("note", note) for note in found.notes]
     return facts + [
-        (key, brief(value)) for key, value in found.record.items() if key in ("recipe", "seed", "metrics", "created")
+        (key, abbreviate(value))
+        for key, value in found.record.items()
+        if key in ("recipe", "seed", "metrics", "created")
     ]
 
 
-def _fingerprint(base: Mapping[str, Any] | None) -> str:
+def _describe_fingerprint(base: Mapping[str, Any] | None) -> str:
     if base is None:
         return "not said, so whether a base is the right one cannot be checked"
     weights = base.get("weights")

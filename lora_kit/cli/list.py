@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_kit.cli.app import ADAPTERS, AsJson, app
-from lora_kit.cli.output import console, metrics, number, print_json, print_table, size
-from lora_kit.errors import listed
-from lora_kit.io.text import harmless
+from lora_kit.cli.app import DEFAULT_STORE, AsJson, app
+from lora_kit.cli.output import create_console, format_metrics, format_number, format_size, print_json, print_table
+from lora_kit.errors import format_list
+from lora_kit.io.text import escape_for_terminal
 
 if TYPE_CHECKING:
     pass
 
 
 @app.command(name="list")
-def list_(store: Path = ADAPTERS, /, *, json: AsJson = False) -> None:
+def list_(store: Path = DEFAULT_STORE, /, *, json: AsJson = False) -> None:
     """List the adapters of a store, broken ones too.
 
     Args:
@@ -30,12 +30,12 @@ def list_(store: Path = ADAPTERS, /, *, json: AsJson = False) -> None:
     rows = [
         (
             summary.name,
-            number(summary.rank),
-            number(summary.alpha),
-            listed(sorted({target.rpartition(".")[2] for target in summary.targets})),
+            format_number(summary.rank),
+            format_number(summary.alpha),
+            format_list(sorted({target.rpartition(".")[2] for target in summary.targets})),
             summary.base or "",
-            size(summary.bytes),
-            metrics(summary.metrics),
+            format_size(summary.bytes),
+            format_metrics(summary.metrics),
             summary.digest[:12],
             f"broken: {summary.problem}" if summary.problem else "good",
         )
@@ -43,4 +43,4 @@ def list_(store: Path = ADAPTERS, /, *, json: AsJson = False) -> None:
     ]
     print_table(("adapter", "rank", "alpha", "targets", "base", "size", "metrics", "digest", "state"), rows)
     if not found:
-        console().print(f"no adapters in {harmless(str(store))}")
+        create_console().print(f"no adapters in {escape_for_terminal(str(store))}")

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from cyclopts import CycloptsError
 
 from lora_kit.cli.app import BAD_INPUT, DEBUG, MACHINE, UNEXPECTED, app
-from lora_kit.cli.output import listing, one_line
-from lora_kit.cli.process import logged, steady_streams, terminable
+from lora_kit.cli.output import flatten_list_message, join_words
+from lora_kit.cli.process import handle_sigterm, log_to_stderr, protect_streams
 from lora_kit.errors import LoraKitError
-from lora_kit.io.text import harmless
+from lora_kit.io.text import escape_for_terminal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     tokens = list(sys.argv[1:] if argv is None else argv)
     debug = _take_flag(tokens, DEBUG)
-    with steady_streams(), terminable(), logged(debug=debug):
+    with protect_streams(), handle_sigterm(), log_to_stderr(debug=debug):
         try:
             app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
             sys.stdout.flush()
@@ -32,33 +32,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         except SystemExit as error:
             return error.code if isinstance(error.code, int) else UNEXPECTED if error.code else 0
         except CycloptsError as error:
-            return _fail(one_line(str(error)), BAD_INPUT, hint="lora-kit --help")
+            return _fail(join_words(str(error)), BAD_INPUT, hint="lora-kit --help")
         except Exception as error:
             if debug:
-                _traceback()
-            return _fail(*_explained(error, debug=debug))
+                _print_traceback()
+            return _fail(*_explain_error(error, debug=debug))
     return 0
 
 
-def _explained(error: Exception, *, debug: bool) -> tuple[str, int]:
+def _explain_error(error: Exception, *, debug: bool) -> tuple[str, int]:
     """The line and the exit code of an error."""
     if isinstance(error, LoraKitError):
         return str(error), error.exit_code
     code = MACHINE if isinstance(error, (MemoryError, OSError)) or "OutOfMemory" in type(error).__name__ else UNEXPECTED
     again = "" if debug else f" (run again with {DEBUG})"
-    return f"{type(error).__name__}: {one_line(str(error))}{again}", code
+    return f"{type(error).__name__}: {join_words(str(error))}{again}", code
 
 
 def _fail(message: str, code: int, *, hint: str = "") -> int:
-    line = f"error: {harmless(listing(message))}" + (f" ({hint})" if hint else "")
+    line = f"error: {escape_for_terminal(flatten_list_message(message))}" + (f" ({hint})" if hint else "")
     print(line, file=sys.stderr)
     return code
 
 
-def _traceback() -> None:
+def _print_traceback() -> None:
     import traceback
 
-    print(harmless(traceback.format_exc()), file=sys.stderr, end="")
+    print(escape_for_terminal(traceback.format_exc()), file=sys.stderr, end="")
 
 
 def _take_flag(tokens: list[str], flag: str) -> bool:

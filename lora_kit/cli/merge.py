@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import Parameter
 
-from lora_kit.cli.app import ADAPTERS, Adapters, AsJson, Replace, Store, app
-from lora_kit.cli.output import print_json, print_table, size
+from lora_kit.cli.app import DEFAULT_STORE, Adapters, AsJson, Replace, Store, app
+from lora_kit.cli.output import format_size, print_json, print_table
 from lora_kit.errors import ConfigError
 
 if TYPE_CHECKING:
     from lora_kit.merging.merge_report import MergeReport
 
-_SHOWN: Final = 5
-_ALLOWED: Final = (
+_MAX_SHOWN_TENSORS: Final = 5
+_ALLOW_HELP: Final = (
     "other-base: merge into another base than the adapter's; untie: write tied weights apart; "
     "lost-delta: go on where rounding eats most of a delta."
 )
@@ -37,8 +37,8 @@ def merge(
     quantized: str | None = None,
     original: str | None = None,
     replace: Replace = False,
-    allow: Annotated[list[str] | None, Parameter(negative="", help=_ALLOWED)] = None,
-    store: Store = ADAPTERS,
+    allow: Annotated[list[str] | None, Parameter(negative="", help=_ALLOW_HELP)] = None,
+    store: Store = DEFAULT_STORE,
     json: AsJson = False,
 ) -> None:
     """Fold an adapter into its base; write a model folder.
@@ -53,7 +53,7 @@ def merge(
         quantized: Where the base is quantised: original, dequantized or requantized.
         original: With original: the model that the base was quantised from, a hub id or a folder.
     """
-    from lora_kit.adapter.store import base_of, find_adapter
+    from lora_kit.adapter.store import find_adapter, infer_base
     from lora_kit.merging.merge import merge as run
 
     weights = weight or [1.0] * len(adapter)
@@ -62,9 +62,9 @@ def merge(
             f"{len(adapter)} adapters and {len(weights)} weights were given", hint="one --weight for each"
         )
     folders = [find_adapter(name, store=store) for name in adapter]
-    with bytes_bar("merging") as progress:
+    with show_bytes_bar("merging") as progress:
         report = run(
-            base or base_of(adapter, store=store),
+            base or infer_base(adapter, store=store),
             list(zip(folders, weights, strict=True)),
             out,
             dtype=dtype,
@@ -78,11 +78,11 @@ def merge(
     if json:
         print_json(report.to_json())
         return
-    print_table(("", ""), _merge_facts(report))
-    print_table(("least survived in", "of the weight", "survived"), _worst(report))
+    print_table(("", ""), _build_merge_facts(report))
+    print_table(("least survived in", "of the weight", "survived"), _find_worst(report))
 
 
-def _merge_facts(report: MergeReport) -> list[tuple[str, str]]:
+def _build_merge_facts(report: MergeReport) -> list[tuple[str, str]]:
     kept = f"{report.retention:.1%} of the delta survived rounding to {report.dtype}"
     rate = report.bytes / report.seconds if report.seconds else 0.0
     facts = [
@@ -103,16 +103,20 @@ def _merge_facts(report: MergeReport) -> list[tuple[str, str]]:
         found = report.logits
         facts.append(("logits", f"at most {found.largest_difference:.3g} from base + adapter; bound {found.bound:.3g}"))
         facts.append(("effect", f"the adapter changes a logit by up to {found.effect:.3g}"))
-    return [*facts, ("size", size(report.bytes)), ("time", f"{report.seconds:.1f} s, {size(int(rate))}/s")]
+    return [
+        *facts,
+        ("size", format_size(report.bytes)),
+        ("time", f"{report.seconds:.1f} s, {format_size(int(rate))}/s"),
+    ]
 
 
-def _worst(report: MergeReport) -> list[tuple[str, str, str]]:
-    worst = sorted(report.tensors, key=lambda tensor: tensor.retained)[:_SHOWN]
+def _find_worst(report: MergeReport) -> list[tuple[str, str, str]]:
+    worst = sorted(report.tensors, key=lambda tensor: tensor.retained)[:_MAX_SHOWN_TENSORS]
     return [(one.path, f"{one.relative:.2%}", f"{one.retained:.1%}") for one in worst]
 
 
 @contextlib.contextmanager
-def bytes_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+def show_bytes_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     """A bar with bytes per second on stderr, where that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn

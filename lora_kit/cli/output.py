@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from rich.console import Console
-from lora_kit.io.text import harmless
+from lora_kit.io.text import escape_for_terminal
 
 _PIPE_WIDTH: Final = 200
 """Columns of a table where there is no terminal to ask."""
-_TELLING: Final = ("perplexity", "accuracy", "loss", "train_loss", "steps")
+_MAIN_METRICS: Final = ("perplexity", "accuracy", "loss", "train_loss", "steps")
 
 
-def console() -> Console:
+def create_console() -> Console:
     from rich.console import Console
 
     made = Console(markup=False, highlight=False, emoji=False)
@@ -36,8 +36,8 @@ def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Non
     for title in header:
         table.add_column(title, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(harmless(cell)) for cell in row))
-    screen = console()
+        table.add_row(*(Text(escape_for_terminal(cell)) for cell in row))
+    screen = create_console()
     if screen.is_terminal:
         screen.print(table)
         return
@@ -50,33 +50,33 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
 
-def one_line(text: str) -> str:
+def join_words(text: str) -> str:
     return " ".join(text.split())
 
 
-def listing(text: str) -> str:
+def flatten_list_message(text: str) -> str:
     """A message and the lines of its list, in one line: `it does not fit: this; that`."""
     head, *items = (line.strip() for line in text.split("\n"))
     return f"{head.removesuffix(':')}: {'; '.join(items)}" if items else head
 
 
-def brief(value: Any, *, most: int = 300) -> str:
+def abbreviate(value: Any, *, most: int = 300) -> str:
     text = json.dumps(value, default=str) if isinstance(value, (Mapping, list, tuple)) else str(value)
     return text if len(text) <= most else f"{text[:most]}…"
 
 
-def metrics(values: Mapping[str, Any]) -> str:
+def format_metrics(values: Mapping[str, Any]) -> str:
     """The three that tell most of a record's metrics."""
     numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-    order = [*(key for key in _TELLING if key in numbers), *(key for key in numbers if key not in _TELLING)]
+    order = [*(key for key in _MAIN_METRICS if key in numbers), *(key for key in numbers if key not in _MAIN_METRICS)]
     return ", ".join(f"{key} {numbers[key]:.4g}" for key in order[:3])
 
 
-def number(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
 
 
-def size(count: int) -> str:
+def format_size(count: int) -> str:
     """Bytes in powers of 1000."""
     if count < 1000:
         return f"{count} B"

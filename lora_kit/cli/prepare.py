@@ -11,15 +11,15 @@ from cyclopts import Parameter
 
 from lora_kit.cli.app import AsJson, Replace, app
 from lora_kit.cli.output import print_json, print_table
-from lora_kit.errors import DataError, listed
-from lora_kit.io.text import harmless
+from lora_kit.errors import DataError, format_list
+from lora_kit.io.text import escape_for_terminal
 
 if TYPE_CHECKING:
-    from lora_kit.data.preparation.prepare import Part, Preparation
+    from lora_kit.data.preparation.prepare import Preparation, PreparedFile
 
-_BAR: Final = 40
+_BAR_WIDTH: Final = 40
 """Characters of the longest bar of a histogram."""
-_LINES: Final = 10
+_MAX_LINES: Final = 10
 """Lines told of each kind of finding; all of them stand in the manifest."""
 _MEANINGS: Final = {
     "bad": "cannot be read as a row",
@@ -78,8 +78,8 @@ def prepare(
         base=base,
         max_length=max_length,
         template=chat_template,
-        rename=_pairs(rename or (), "rename", "question=prompt answer=completion"),
-        relabel=_pairs(relabel or (), "relabel", "postive=positive"),
+        rename=_parse_renames(rename or (), "rename", "question=prompt answer=completion"),
+        relabel=_parse_renames(relabel or (), "relabel", "postive=positive"),
         encoding=encoding,
         drop=drop or (),
         seed=seed,
@@ -89,11 +89,11 @@ def prepare(
         print_json(found.to_json())
         return
     for part in found.parts:
-        _show(part, found)
-    _close(found)
+        _show_file(part, found)
+    _show_next_steps(found)
 
 
-def _pairs(given: Sequence[str], flag: str, example: str) -> dict[str, str]:
+def _parse_renames(given: Sequence[str], flag: str, example: str) -> dict[str, str]:
     """`["question=prompt"]` as `{"question": "prompt"}`."""
     pairs = [item.rpartition("=") for item in given]
     wrong = [item for item, (old, _, new) in zip(given, pairs, strict=True) if not old or not new]
@@ -102,25 +102,25 @@ def _pairs(given: Sequence[str], flag: str, example: str) -> dict[str, str]:
     return {old: new for old, _, new in pairs}
 
 
-def _show(part: Part, found: Preparation) -> None:
+def _show_file(part: PreparedFile, found: Preparation) -> None:
     examined = part.examined
     tokens = part.tokens
     cut, length = len(examined.measured.cut), found.settings["max_length"]
     facts = [
         (part.path.name, f"{examined.total:,} rows: {found.layout}"),
-        ("not used", listed(list(examined.unused)) if examined.unused else ""),
+        ("not used", format_list(list(examined.unused)) if examined.unused else ""),
         ("tokens", f"{tokens['shortest']:,} to {tokens['longest']:,} in a row, median {tokens['median']:,}"),
         ("learned", f"{tokens['learned']:.0%} of the tokens" if tokens["learned"] else ""),
         ("cut", f"{cut:,} rows at {length:,} tokens ({found.settings['base']})" if cut else ""),
-        *((kind, text) for kind, text in _findings(part)),
+        *((kind, text) for kind, text in _list_findings(part)),
     ]
     print_table(("", ""), [fact for fact in facts if fact[1]])
     bins = tokens["histogram"]
     most = max((count for _, _, count in bins), default=1) or 1
-    bars = [(f"{low:,}–{high:,}", f"{count:,}", "█" * round(_BAR * count / most)) for low, high, count in bins]
+    bars = [(f"{low:,}–{high:,}", f"{count:,}", "█" * round(_BAR_WIDTH * count / most)) for low, high, count in bins]
     print_table(("tokens", "rows", ""), bars)
     labels = examined.labels
-    shown = list(labels.items())[:_LINES]
+    shown = list(labels.items())[:_MAX_LINES]
     labelled, what = sum(labels.values()), "words" if examined.rows.format == "words" else "rows"
     print_table(("label", what, "share"), [(n, f"{c:,}", f"{c / labelled:.1%}") for n, c in shown])
     if len(labels) > len(shown):
@@ -128,37 +128,42 @@ def _show(part: Part, found: Preparation) -> None:
     for label, other in examined.lookalikes.items():
         likely = shlex.quote(f"{label}={other}")
         print(
-            harmless(
+            escape_for_terminal(
                 f"label {label!r} ({labels[label]:,} of {labelled:,} {what}) looks like {other!r}: --relabel {likely}"
             )
         )
     print()
 
 
-def _findings(part: Part) -> Iterator[tuple[str, str]]:
+def _list_findings(part: PreparedFile) -> Iterator[tuple[str, str]]:
     """What is wrong, with lines, and what was done about it."""
     examined = part.examined
     for kind in ("bad", "empty", "long"):
         faults = [f"line {fault.line}: {fault.what}" for fault in examined.faults if fault.kind == kind]
-        yield kind, _told(kind, faults, part) if faults else ""
+        yield kind, _describe_finding(kind, faults, part) if faults else ""
     for kind, lines in (("duplicates", examined.duplicates), ("conflicts", examined.conflicts), ("leaks", part.leaks)):
-        yield kind, _told(kind, [f"line {line}, see {other}" for line, other in lines.items()], part) if lines else ""
+        yield (
+            kind,
+            _describe_finding(kind, [f"line {line}, see {other}" for line, other in lines.items()], part)
+            if lines
+            else "",
+        )
 
 
-def _told(kind: str, items: Sequence[str], part: Part) -> str:
+def _describe_finding(kind: str, items: Sequence[str], part: PreparedFile) -> str:
     done = "left out" if kind in part.dropped else "kept"
     if kind in ("bad", "empty", "long") and done == "kept":
         done = f"to be mended, or --drop {kind}"
-    more = [f"and {len(items) - _LINES:,} more"] if len(items) > _LINES else []
-    return "\n".join([f"{len(items):,} {_MEANINGS[kind]} ({done})", *items[:_LINES], *more])
+    more = [f"and {len(items) - _MAX_LINES:,} more"] if len(items) > _MAX_LINES else []
+    return "\n".join([f"{len(items):,} {_MEANINGS[kind]} ({done})", *items[:_MAX_LINES], *more])
 
 
-def _close(found: Preparation) -> None:
+def _show_next_steps(found: Preparation) -> None:
     rows = f"{len(found.train):,} rows to train on, {len(found.validation or ()):,} to validate on"
     if found.recipe is None:
         print(f"{rows}; nothing was written, --out FOLDER does")
         return
     if found.settings["chat_template"] == "plain":
-        print(harmless(f"{found.settings['base']} has no chat template of its own: the recipe says plain"))
+        print(escape_for_terminal(f"{found.settings['base']} has no chat template of its own: the recipe says plain"))
     recipe = shlex.quote(str(found.recipe))
-    print(harmless(f"{rows}: {found.out}\n\nnext:\n  lora-kit preview {recipe}\n  lora-kit train {recipe}"))
+    print(escape_for_terminal(f"{rows}: {found.out}\n\nnext:\n  lora-kit preview {recipe}\n  lora-kit train {recipe}"))

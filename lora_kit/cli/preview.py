@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from lora_kit.cli.app import app
-from lora_kit.cli.output import console
+from lora_kit.cli.output import create_console
 from lora_kit.errors import DataError
-from lora_kit.io.text import harmless
+from lora_kit.io.text import escape_for_terminal
 
 if TYPE_CHECKING:
-    from lora_kit.data.batches import Encoded
+    from lora_kit.data.batches import EncodedDataset
     from lora_kit.data.preview import Span
 
 
@@ -27,26 +27,26 @@ def preview(recipe: Path, /, *, row: int = 1, validation: Annotated[bool, Parame
         row: Which row, from 1.
         validation: One of the rows for validation.
     """
-    from lora_kit.data.preview import spans
+    from lora_kit.data.preview import preview_sample
 
-    tokenizer, samples, label = _sample(recipe, row, "validation" if validation else "train")
+    tokenizer, samples, label = _load_sample(recipe, row, "validation" if validation else "train")
     for place in range(len(samples)):
         if len(samples) > 1:
             print(f"--- sample {place + 1} of {len(samples)} of this row")
-        _show_spans(spans(tokenizer, samples, place))
+        _show_spans(preview_sample(tokenizer, samples, place))
     tokens = samples.num_tokens
     if label is not None:
-        print(f"{tokens:,} tokens, label {harmless(label)}")
+        print(f"{tokens:,} tokens, label {escape_for_terminal(label)}")
     else:
         print(f"{samples.num_labels:,} of {tokens:,} tokens are learned ({samples.num_labels / tokens:.0%})")
 
 
-def _sample(path: Path, row: int, side: str) -> tuple[Any, Encoded, str | None]:
+def _load_sample(path: Path, row: int, side: str) -> tuple[Any, EncodedDataset, str | None]:
     """The tokenizer of a recipe, the samples of one of its rows, and its label if it has one."""
     from lora_kit.data.chat import chat_template
-    from lora_kit.data.encode import LONGEST, encode
-    from lora_kit.data.rows import label_names, read_rows
-    from lora_kit.models.loading import load_reader
+    from lora_kit.data.encode import DEFAULT_MAX_LENGTH, encode
+    from lora_kit.data.rows import collect_label_names, read_rows
+    from lora_kit.models.loading import load_input_spec
     from lora_kit.training.recipe.load import load_recipe
 
     recipe = load_recipe(path)
@@ -56,16 +56,16 @@ def _sample(path: Path, row: int, side: str) -> tuple[Any, Encoded, str | None]:
     rows = read_rows(file, split=side)
     if not 1 <= row <= len(rows):
         raise DataError(f"row {row} was asked for; {rows.path} has {len(rows):,}", hint="rows count from 1")
-    reader = load_reader(recipe.base)
+    reader = load_input_spec(recipe.base)
     tokenizer, limit = reader.tokenizer, reader.max_length
     template = None
     if rows.format == "chat":
         template = chat_template(recipe.data.chat_template, tokenizer, base=recipe.base)
-    names = label_names(read_rows(recipe.data.train)) if any(rows.labels) else ()
+    names = collect_label_names(read_rows(recipe.data.train)) if any(rows.labels) else ()
     samples = encode(
         rows.only([row - 1]),
         tokenizer,
-        max_length=recipe.data.max_length or min(limit, LONGEST),
+        max_length=recipe.data.max_length or min(limit, DEFAULT_MAX_LENGTH),
         separator=recipe.data.separator,
         template=template,
         label2id={name: number for number, name in enumerate(names)},
@@ -76,13 +76,13 @@ def _sample(path: Path, row: int, side: str) -> tuple[Any, Encoded, str | None]:
 
 def _show_spans(found: Sequence[Span]) -> None:
     """Colour on a terminal; elsewhere each span on a line of its own, `+` before those with a loss."""
-    screen = console()
+    screen = create_console()
     if not screen.is_terminal:
-        print("\n".join(f"{'+' if span.learned else ' '} {harmless(repr(span.text))}" for span in found))
+        print("\n".join(f"{'+' if span.learned else ' '} {escape_for_terminal(repr(span.text))}" for span in found))
         return
     from rich.text import Text
 
     text = Text()
     for span in found:
-        text.append(harmless(span.text), style="bold green" if span.learned else "dim")
+        text.append(escape_for_terminal(span.text), style="bold green" if span.learned else "dim")
     screen.print(text)

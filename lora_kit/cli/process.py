@@ -9,10 +9,10 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from lora_kit.io.text import harmless
+from lora_kit.io.text import escape_for_terminal
 
 
-class _Steady:
+class _SteadyStream:
     """A text stream that goes on, into nothing, once nobody reads it any more.
 
     A command whose reader has left (`| head -1`) finishes its work instead of dying in the middle of it.
@@ -28,16 +28,16 @@ class _Steady:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        with self._whoever_reads():
+        with self._ignore_broken_pipe():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with self._whoever_reads():
+        with self._ignore_broken_pipe():
             self._stream.flush()
 
     @contextlib.contextmanager
-    def _whoever_reads(self) -> Iterator[None]:
+    def _ignore_broken_pipe(self) -> Iterator[None]:
         try:
             yield
         except BrokenPipeError:
@@ -48,11 +48,11 @@ class _Steady:
 
 
 @contextlib.contextmanager
-def steady_streams() -> Iterator[None]:
+def protect_streams() -> Iterator[None]:
     """Standard output and error that cannot make a command fail: closed, broken, or in a narrow encoding."""
     before = sys.stdout, sys.stderr
     with contextlib.ExitStack() as stack:
-        steady = [_Steady(stream or stack.enter_context(open(os.devnull, "w"))) for stream in before]
+        steady = [_SteadyStream(stream or stack.enter_context(open(os.devnull, "w"))) for stream in before]
         sys.stdout, sys.stderr = steady
         try:
             yield
@@ -65,7 +65,7 @@ def steady_streams() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def terminable() -> Iterator[None]:
+def handle_sigterm() -> Iterator[None]:
     """SIGTERM ends a command as SIGINT does: through its clean-up, with exit code 143."""
 
     def stop(number: int, _: Any) -> None:
@@ -83,14 +83,14 @@ def terminable() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def logged(*, debug: bool) -> Iterator[None]:
+def log_to_stderr(*, debug: bool) -> Iterator[None]:
     """Warnings of the library as lines on stderr; with `--debug` everything it logs."""
     import logging
 
     class Lines(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             grade = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-            print(grade + harmless(record.getMessage()), file=sys.stderr)
+            print(grade + escape_for_terminal(record.getMessage()), file=sys.stderr)
 
     logger, handler = logging.getLogger("lora_kit"), Lines()
     before = logger.level
@@ -104,7 +104,7 @@ def logged(*, debug: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told() -> Iterator[None]:
+def show_progress_lines() -> Iterator[None]:
     """Progress in lines where there is no terminal for a bar."""
     import logging
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_kit.cli.app import ADAPTERS, AsJson, Replace, Store, app, check_adapter_output
+from lora_kit.cli.app import DEFAULT_STORE, AsJson, Replace, Store, app, check_adapter_output
 
 if TYPE_CHECKING:
     pass
-from lora_kit.cli.combine import _save
+from lora_kit.cli.combine import _save_and_show
 
 
 @app.command
@@ -22,7 +22,7 @@ def resize(
     energy: float | None = None,
     bytes: int | None = None,
     replace: Replace = False,
-    store: Store = ADAPTERS,
+    store: Store = DEFAULT_STORE,
     json: AsJson = False,
 ) -> None:
     """Bring an adapter to smaller ranks, losing as little as they allow.
@@ -39,4 +39,4 @@ def resize(
 
     folder = find_adapter(adapter, store=store)
     check_adapter_output(out, replace=replace)
-    _save(run(folder, rank=rank, energy=energy, bytes=bytes), out, replace=replace, json=json)
+    _save_and_show(run(folder, rank=rank, energy=energy, bytes=bytes), out, replace=replace, json=json)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_kit.cli.app import ADAPTERS, AsJson, Replace, Store, app
+from lora_kit.cli.app import DEFAULT_STORE, AsJson, Replace, Store, app
 from lora_kit.cli.output import print_json, print_table
 
 
 @app.command
 def sign(
-    adapter: str, /, *, key: Path, replace: Replace = False, store: Store = ADAPTERS, json: AsJson = False
+    adapter: str, /, *, key: Path, replace: Replace = False, store: Store = DEFAULT_STORE, json: AsJson = False
 ) -> None:
     """Sign an adapter's folder with a private key.
 

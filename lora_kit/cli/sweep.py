@@ -12,12 +12,12 @@ from cyclopts import Parameter
 
 from lora_kit.cli.app import AsJson, Replace, app
 from lora_kit.cli.output import print_json, print_table
-from lora_kit.cli.train import _dotted as dotted
+from lora_kit.cli.train import parse_recipe_flags as dotted
 
 if TYPE_CHECKING:
     from lora_kit.sweeps.sweep_report import SweepReport, TrialReport
 
-_OVER = "KEY=VALUE,VALUE or KEY=LOW..HIGH or KEY=LOW..HIGH:log; may be repeated."
+_OVER_HELP = "KEY=VALUE,VALUE or KEY=LOW..HIGH or KEY=LOW..HIGH:log; may be repeated."
 
 
 @app.command(usage="Usage: lora-kit sweep RECIPE --over KEY=VALUES [OPTIONS] [--KEY VALUE ...]")
@@ -25,7 +25,7 @@ def sweep(
     recipe: Path,
     /,
     *flags: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
-    over: Annotated[list[str], Parameter(negative="", help=_OVER)],
+    over: Annotated[list[str], Parameter(negative="", help=_OVER_HELP)],
     method: str | None = None,
     metric: str | None = None,
     trials: int | None = None,
@@ -54,18 +54,18 @@ def sweep(
     from lora_kit.sweeps.sweep import sweep as run
 
     asked: dict[str, Any] = {"method": method, "metric": metric, "trials": trials, "seed": seed, "prune": prune}
-    with _followed():
+    with _log_trials():
         report = run(recipe, over, overrides=dotted(flags), keep=keep, workers=workers, replace=replace, **asked)
     if json:
         print_json(report.to_json())
         return
-    print_table(("trial", report.metric, *report.best.params, "steps", "seconds", ""), _rows(report))
+    print_table(("trial", report.metric, *report.best.params, "steps", "seconds", ""), _build_trial_rows(report))
     print_table(("", ""), [("best", f"trial {report.best.number}"), ("written", str(report.out)),
                            ("more", str(report.folder))])  # fmt: skip
 
 
 @contextlib.contextmanager
-def _followed() -> Iterator[None]:
+def _log_trials() -> Iterator[None]:
     """A line for every trial that has ended."""
     logger = logging.getLogger("lora_kit.sweeps")
     before = logger.level
@@ -76,17 +76,17 @@ def _followed() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _rows(report: SweepReport) -> list[tuple[str, ...]]:
+def _build_trial_rows(report: SweepReport) -> list[tuple[str, ...]]:
     """The trials, the best ones first, those without a value last."""
     sign = -1 if report.direction == "maximize" else 1
 
     def order(trial: TrialReport) -> tuple[bool, float]:
         return trial.state != "complete", sign * (trial.value or 0)
 
-    return [_row(trial, report.best.params) for trial in sorted(report.trials, key=order)]
+    return [_build_trial_row(trial, report.best.params) for trial in sorted(report.trials, key=order)]
 
 
-def _row(trial: TrialReport, keys: Mapping[str, Any]) -> tuple[str, ...]:
+def _build_trial_row(trial: TrialReport, keys: Mapping[str, Any]) -> tuple[str, ...]:
     numbers = (trial.value, *(trial.params[key] for key in keys))
     cells = [f"{cell:.5g}" if isinstance(cell, float) else "" if cell is None else str(cell) for cell in numbers]
     seconds = "" if trial.seconds is None else f"{trial.seconds:.1f}"

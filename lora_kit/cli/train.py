@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from lora_kit.cli.app import app
-from lora_kit.cli.output import print_json, print_table, size
-from lora_kit.cli.process import told
+from lora_kit.cli.output import format_size, print_json, print_table
+from lora_kit.cli.process import show_progress_lines
 from lora_kit.errors import ConfigError
-from lora_kit.io.text import harmless
+from lora_kit.io.text import escape_for_terminal
 
 if TYPE_CHECKING:
     from lora_kit.training.recipe.recipe import Recipe
-    from lora_kit.training.results import Plan, TrainReport
+    from lora_kit.training.results import TrainPlan, TrainReport
 
 
 @app.command(usage="Usage: lora-kit train RECIPE [--KEY VALUE ...]")
@@ -41,25 +41,25 @@ def train(
     from lora_kit.training.recipe.load import load_recipe
     from lora_kit.training.train import train as run
 
-    values = _dotted(flags)
-    replace, force, dry, as_json = (_switch(values, name) for name in ("replace", "force", "dry_run", "json"))
+    values = parse_recipe_flags(flags)
+    replace, force, dry, as_json = (_take_switch(values, name) for name in ("replace", "force", "dry_run", "json"))
     if as_json and not dry:
         raise ConfigError("--json goes with --dry-run", hint="a training writes metrics.jsonl")
     wanted = load_recipe(recipe, overrides=values)
     if dry:
         found = plan(wanted, replace=replace or force)
-        print_json(found.to_json()) if as_json else print_table(("", ""), _plan_facts(found))
+        print_json(found.to_json()) if as_json else print_table(("", ""), _build_plan_facts(found))
         return
-    print(_headline(wanted), flush=True)
-    with told():
+    print(_format_headline(wanted), flush=True)
+    with show_progress_lines():
         report = run(wanted, replace=replace or force)
-    print_table(("", ""), _train_facts(report))
+    print_table(("", ""), _build_train_facts(report))
     if wanted.method in ("lora", "features") and wanted.data.validation:
         told_data, told_out = shlex.quote(str(wanted.data.validation)), shlex.quote(str(report.out))
-        print(harmless(f"\nnext:\n  lora-kit eval {told_data} --adapter {told_out} --compare"))
+        print(escape_for_terminal(f"\nnext:\n  lora-kit eval {told_data} --adapter {told_out} --compare"))
 
 
-def _switch(values: dict[str, str], name: str) -> bool:
+def _take_switch(values: dict[str, str], name: str) -> bool:
     """Takes a flag without a value out of the others."""
     given = values.pop(name, "false")
     if given not in ("true", "false"):
@@ -67,7 +67,7 @@ def _switch(values: dict[str, str], name: str) -> bool:
     return given == "true"
 
 
-def _dotted(flags: Sequence[str]) -> dict[str, str]:
+def parse_recipe_flags(flags: Sequence[str]) -> dict[str, str]:
     """`--lora.r 8 --out=x --replace` as `{"lora.r": "8", "out": "x", "replace": "true"}`.
 
     Dashes in keys count as underscores.
@@ -90,30 +90,32 @@ def _dotted(flags: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _headline(recipe: Recipe) -> str:
+def _format_headline(recipe: Recipe) -> str:
     lora = f" r={recipe.lora.r} alpha={recipe.lora.lora_alpha:g}" if recipe.method == "lora" else ""
     length = f"{recipe.train.get('num_train_epochs', 3):g} x the data"
     if recipe.train.get("max_steps", -1) > 0:
         length = f"{recipe.train['max_steps']} steps"
     lora += f" {recipe.peft['peft_type']}" if recipe.method == "peft" else ""
     what = f"{recipe.task}, {recipe.method}{lora} on {recipe.base}"
-    return harmless(f"{what}: {recipe.data.train}, {length}, learning rate {_rates(recipe)} -> {recipe.out}")
+    return escape_for_terminal(
+        f"{what}: {recipe.data.train}, {length}, learning rate {_format_rates(recipe)} -> {recipe.out}"
+    )
 
 
-def _rates(recipe: Recipe) -> str:
+def _format_rates(recipe: Recipe) -> str:
     head, ratio = (recipe.train.get(name) for name in ("head_learning_rate", "loraplus_lr_ratio"))
     own = [f"head {head:g}"] if head is not None else []
     own += [f"B times {ratio:g}"] if ratio is not None else []
     return f"{recipe.train['learning_rate']:g}" + (f" ({', '.join(own)})" if own else "")
 
 
-def _train_facts(report: TrainReport) -> list[tuple[str, str]]:
+def _build_train_facts(report: TrainReport) -> list[tuple[str, str]]:
     stopped = f"; went on from step {report.resumed:,}" if report.resumed else ""
     facts = [
         ("written", str(report.out)),
         ("trained", f"{report.trainable:,} of {report.parameters:,} parameters, {report.steps:,} steps{stopped}"),
         ("time", f"{report.seconds:.1f} s, {report.tokens_per_second:,.0f} tokens/s"),
-        ("memory", f"{size(report.peak_bytes)} at the most"),
+        ("memory", f"{format_size(report.peak_bytes)} at the most"),
         ("training loss", f"{report.train_loss:.4f}"),
     ]
     before, after = (evaluation.metrics() if evaluation else {} for evaluation in (report.before, report.after))
@@ -123,7 +125,7 @@ def _train_facts(report: TrainReport) -> list[tuple[str, str]]:
     return facts + ([("digest", report.digest)] if report.digest else [])
 
 
-def _plan_facts(plan: Plan) -> list[tuple[str, str]]:
+def _build_plan_facts(plan: TrainPlan) -> list[tuple[str, str]]:
     data, steps, memory, measured = plan.data, plan.steps, plan.memory, plan.measured
     cut = f"; {data.cut:,} rows cut to fit {data.longest:,} tokens" if data.cut else ""
     fewer = f" (memory ran out with {steps.micro_batch})" if measured.micro_batch != steps.micro_batch else ""
@@ -143,11 +145,11 @@ def _plan_facts(plan: Plan) -> list[tuple[str, str]]:
             "steps",
             f"{steps.steps:,}, {steps.warmup:,} of them warm-up; {steps.per_epoch:,} for each pass over the data",
         ),
-        ("learning rate", _rates(plan.recipe)),
+        ("learning rate", _format_rates(plan.recipe)),
         ("batch", f"{steps.batch} samples: {measured.micro_batch} at once{fewer}, accumulation {accumulation}"),
-        ("memory", f"{size(memory.total)} estimated, if all rows were as long as the longest"),
-        *(("", f"{name}: {size(amount)}") for name, amount in estimate if amount),
+        ("memory", f"{format_size(memory.total)} estimated, if all rows were as long as the longest"),
+        *(("", f"{name}: {format_size(amount)}") for name, amount in estimate if amount),
         ("one step", f"{measured.seconds:.3f} s, {measured.tokens:,} tokens, {speed:,.0f} tokens/s, measured"),
-        ("", f"{size(measured.peak_bytes)} at the most in it and in one of the longest rows, measured"),
+        ("", f"{format_size(measured.peak_bytes)} at the most in it and in one of the longest rows, measured"),
         ("all steps", f"about {timedelta(seconds=round(plan.seconds))}, evaluations left out"),
     ]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_kit.cli.app import ADAPTERS, AsJson, Store, app
+from lora_kit.cli.app import DEFAULT_STORE, AsJson, Store, app
 from lora_kit.cli.output import print_json, print_table
 
 
 @app.command
-def verify(adapter: str, /, *, key: Path, store: Store = ADAPTERS, json: AsJson = False) -> None:
+def verify(adapter: str, /, *, key: Path, store: Store = DEFAULT_STORE, json: AsJson = False) -> None:
     """Check that an adapter is what the owner of a key has signed.
 
     Exit code 4 if it is not.

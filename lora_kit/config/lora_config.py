@@ -13,20 +13,20 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_kit.config import validation
-from lora_kit.config.module_patterns import PatternTable, ends
+from lora_kit.config.module_patterns import PatternTable, suffixes_of
 from lora_kit.config.peft_fields import (
-    ALWAYS,
-    CARRIED,
-    NAMING_CODE,
-    UNSUPPORTED,
-    plain,
-    refuse_moving_init,
+    CARRIED_FIELDS,
+    FIELDS_NAMING_CODE,
+    FIXED_FIELDS,
+    UNSUPPORTED_FIELDS,
+    refuse_base_changing_init,
     refuse_unsupported,
+    to_plain_value,
 )
 from lora_kit.config.validation import MAX_RANK
 from lora_kit.errors import ConfigError
 from lora_kit.io.strict_json import parse_object
-from lora_kit.io.text import shown
+from lora_kit.io.text import format_value
 
 __all__ = ["ALL_LINEAR", "MAX_RANK", "NO_TARGETS", "LoraConfig"]
 
@@ -35,7 +35,7 @@ NO_TARGETS: Final = "dummy-target-modules"
 """What PEFT writes for `target_modules` when an adapter has saved modules only."""
 
 _GAUSSIAN: Final = "gaussian"
-_FROM_WEIGHT: Final = re.compile(r"pissa(_niter_[1-9]\d?)?|olora")
+_WEIGHT_BASED_INIT: Final = re.compile(r"pissa(_niter_[1-9]\d?)?|olora")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,18 +135,27 @@ class LoraConfig:
         validation.check_rank("r", self.r)
         validation.check_alpha("lora_alpha", self.lora_alpha)
         dropout = self.lora_dropout
-        fits = validation.is_number(dropout) and 0 <= dropout < 1
+        fits = validation.is_finite_number(dropout) and 0 <= dropout < 1
         validation.require(fits, "lora_dropout", dropout, "a number from 0 to below 1")
         for name in ("target_modules", "exclude_modules"):
-            self._set(name, validation.names_or_expression(name, getattr(self, name), words=(ALL_LINEAR,)))
+            self._set(name, validation.parse_names_or_expression(name, getattr(self, name), words=(ALL_LINEAR,)))
         for name in ("target_parameters", "modules_to_save", "layers_pattern"):
-            self._set(name, validation.names(name, getattr(self, name)))
+            self._set(name, validation.parse_names(name, getattr(self, name)))
         for name in ("target_modules", "target_parameters", "modules_to_save"):
             self._set(name, getattr(self, name) or ())
-        self._set("layers_to_transform", validation.layer_numbers("layers_to_transform", self.layers_to_transform))
-        self._set("rank_pattern", validation.patterns("rank_pattern", self.rank_pattern, validation.check_rank))
-        self._set("alpha_pattern", validation.patterns("alpha_pattern", self.alpha_pattern, validation.check_alpha))
-        self._set("trainable_token_indices", validation.tokens("trainable_token_indices", self.trainable_token_indices))
+        self._set(
+            "layers_to_transform", validation.parse_layer_indices("layers_to_transform", self.layers_to_transform)
+        )
+        self._set(
+            "rank_pattern", validation.parse_pattern_table("rank_pattern", self.rank_pattern, validation.check_rank)
+        )
+        self._set(
+            "alpha_pattern", validation.parse_pattern_table("alpha_pattern", self.alpha_pattern, validation.check_alpha)
+        )
+        self._set(
+            "trainable_token_indices",
+            validation.parse_token_indices("trainable_token_indices", self.trainable_token_indices),
+        )
         init = self.init_lora_weights
         known = isinstance(init, bool) or init == _GAUSSIAN or self.starts_from_weight
         words = "true, false, 'gaussian', 'pissa', 'pissa_niter_N' with N from 1 to 99, or 'olora'"
@@ -162,7 +171,7 @@ class LoraConfig:
         for name in ("use_dora", "target_parameters"):
             if self.starts_from_weight and getattr(self, name):
                 raise ConfigError(
-                    f"{name} with init_lora_weights={shown(self.init_lora_weights)} is not supported",
+                    f"{name} with init_lora_weights={format_value(self.init_lora_weights)} is not supported",
                     hint=f"init_lora_weights: true, or leave {name} out",
                 )
         if not (self.target_modules or self.modules_to_save or self.target_parameters or self.trainable_token_indices):
@@ -175,13 +184,14 @@ class LoraConfig:
         bare = [name for name in self.target_parameters if "." not in name]
         if bare:
             raise ConfigError(
-                f"target_parameters names {shown(bare[0])} without its module",
+                f"target_parameters names {format_value(bare[0])} without its module",
                 hint="as in experts.gate_up_proj: a weight file says modules, not parameters",
             )
         for name in ("lora_dropout", "use_dora", "rank_pattern", "alpha_pattern"):
             if getattr(self, name):
                 raise ConfigError(
-                    f"target_parameters with {name}={shown(plain(getattr(self, name)))} is not supported",
+                    f"target_parameters with {name}={format_value(to_plain_value(getattr(self, name)))} is "
+                    "not supported",
                     hint=f"leave {name} out, or target modules only",
                 )
 
@@ -198,7 +208,7 @@ class LoraConfig:
     def starts_from_weight(self) -> bool:
         """Whether a fresh pair is made of its layer's weight (PiSSA, OLoRA)."""
         init = self.init_lora_weights
-        return isinstance(init, str) and _FROM_WEIGHT.fullmatch(init) is not None
+        return isinstance(init, str) and _WEIGHT_BASED_INIT.fullmatch(init) is not None
 
     def rank_of(self, path: str) -> int:
         """The rank at the module of this path: the first `rank_pattern` that matches, else `r`."""
@@ -218,7 +228,7 @@ class LoraConfig:
         given = self.trainable_token_indices
         if given is None or isinstance(given, tuple):
             return given or ()  # the model says which embedding a list is of
-        return next((given[end] for end in ends(path) if end in given), ())
+        return next((given[end] for end in suffixes_of(path) if end in given), ())
 
     @functools.cached_property
     def _ranks(self) -> PatternTable:
@@ -259,7 +269,8 @@ class LoraConfig:
         kind = getattr(kind, "value", kind)
         if kind != "LORA":
             raise ConfigError(
-                f"peft_type is {shown(kind)}: only LORA adapters are read", hint="convert it to LoRA in PEFT first"
+                f"peft_type is {format_value(kind)}: only LORA adapters are read",
+                hint="convert it to LoRA in PEFT first",
             )
         refuse_unsupported(fields)
         own = {f.name for f in dataclasses.fields(cls)} - {"extra"}
@@ -271,10 +282,10 @@ class LoraConfig:
         for name in ("rank_pattern", "alpha_pattern"):
             known[name] = known.get(name) or {}
         if isinstance(known.get("init_lora_weights"), str) and known["init_lora_weights"] != _GAUSSIAN:
-            refuse_moving_init(known["init_lora_weights"])
+            refuse_base_changing_init(known["init_lora_weights"])
         if known.get("task_type") is not None:
             known["task_type"] = getattr(known["task_type"], "value", known["task_type"])
-        extra = {name: value for name, value in fields.items() if name not in own and name not in ALWAYS}
+        extra = {name: value for name, value in fields.items() if name not in own and name not in FIXED_FIELDS}
         return cls(**known, extra={name: getattr(value, "value", value) for name, value in extra.items()})
 
     @classmethod
@@ -296,22 +307,22 @@ class LoraConfig:
     @property
     def unknown_fields(self) -> list[str]:
         """Names in `extra` that PEFT's LoraConfig does not have either."""
-        return sorted(set(self.extra) - set(CARRIED) - set(NAMING_CODE) - set(UNSUPPORTED))
+        return sorted(set(self.extra) - set(CARRIED_FIELDS) - set(FIELDS_NAMING_CODE) - set(UNSUPPORTED_FIELDS))
 
     @property
     def fields_naming_code(self) -> list[str]:
         """Names in `extra` of fields that ask PEFT to import something. They are carried, and never acted on."""
-        return [name for name, neutral in NAMING_CODE.items() if self.extra.get(name) not in neutral]
+        return [name for name, neutral in FIELDS_NAMING_CODE.items() if self.extra.get(name) not in neutral]
 
     def to_dict(self) -> dict[str, Any]:
         """PEFT's fields as JSON values, in a fixed order."""
-        fields = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "extra"}
+        fields = {f.name: to_plain_value(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "extra"}
         for name in ("target_parameters", "trainable_token_indices"):  # which few adapters have
             if not fields[name]:
                 del fields[name]
         fields["target_modules"] = fields["target_modules"] or NO_TARGETS
         fields["modules_to_save"] = fields["modules_to_save"] or None
-        return dict(sorted({**ALWAYS, **{k: plain(v) for k, v in self.extra.items()}, **fields}.items()))
+        return dict(sorted({**FIXED_FIELDS, **{k: to_plain_value(v) for k, v in self.extra.items()}, **fields}.items()))
 
     def to_json(self) -> str:
         """The text of an `adapter_config.json`."""

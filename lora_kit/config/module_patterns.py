@@ -13,7 +13,7 @@ from typing import Any, Final
 import regex
 
 from lora_kit.errors import ConfigError
-from lora_kit.io.text import shown
+from lora_kit.io.text import format_value
 
 MAX_PATTERN_LENGTH: Final = 10_000
 MAX_COMPILE_COST: Final = 2**13
@@ -33,7 +33,7 @@ def matches(pattern: str, text: str) -> bool:
     Raises:
         ConfigError: the pattern is malformed, or takes longer than `MATCH_SECONDS`, on one text or in all slow matches.
     """
-    return expression(pattern).matches(text)
+    return compile_expression(pattern).matches(text)
 
 
 class Expression:
@@ -45,10 +45,10 @@ class Expression:
                 f"a pattern of {len(pattern):,} characters was given; at most {MAX_PATTERN_LENGTH:,} are read"
             )
         self._pattern = pattern
-        self._spent = 0.0
-        if _compile_cost(pattern) > MAX_COMPILE_COST:
+        self._seconds_spent = 0.0
+        if _estimate_compile_cost(pattern) > MAX_COMPILE_COST:
             raise ConfigError(
-                f"the pattern {shown(pattern)} is nested too deeply, or repeats too often", hint="simplify it"
+                f"the pattern {format_value(pattern)} is nested too deeply, or repeats too often", hint="simplify it"
             )
         try:
             # PEFT reads patterns with `re`. `regex` understands more (recursion, fuzzy matching): none of it is ours.
@@ -57,30 +57,30 @@ class Expression:
                 re.compile(pattern)
             self._compiled = regex.compile(pattern)
         except (re.error, regex.error, OverflowError, RecursionError, ValueError) as error:
-            raise ConfigError(f"{shown(pattern)} is not a regular expression: {error}") from None
+            raise ConfigError(f"{format_value(pattern)} is not a regular expression: {error}") from None
 
     def matches(self, text: str) -> bool:
         began = time.thread_time()
         try:
             found = self._compiled.fullmatch(text, timeout=MATCH_SECONDS)
         except (TimeoutError, MemoryError):
-            raise self._too_slow(text) from None
+            raise self._too_slow_error(text) from None
         spent = time.thread_time() - began
         if spent > SLOW_SECONDS:
             # One slow match may pass; one for every module of a model may not.
-            self._spent += spent
-            if self._spent > MATCH_SECONDS:
-                raise self._too_slow(text)
+            self._seconds_spent += spent
+            if self._seconds_spent > MATCH_SECONDS:
+                raise self._too_slow_error(text)
         return found is not None
 
-    def _too_slow(self, text: str) -> ConfigError:
+    def _too_slow_error(self, text: str) -> ConfigError:
         return ConfigError(
-            f"the pattern {shown(self._pattern)} takes too long to match {shown(text)}",
+            f"the pattern {format_value(self._pattern)} takes too long to match {format_value(text)}",
             hint="nested repetitions backtrack; simplify it",
         )
 
 
-def _compile_cost(pattern: str) -> int:
+def _estimate_compile_cost(pattern: str) -> int:
     """A bound on what compiling takes: `regex` doubles its work with every level and unrolls counted repetitions."""
     level = deepest = 0
     for character in pattern:
@@ -93,7 +93,7 @@ def _compile_cost(pattern: str) -> int:
     return cost
 
 
-expression = functools.lru_cache(maxsize=4 * MAX_EXPRESSIONS)(Expression)
+compile_expression = functools.lru_cache(maxsize=4 * MAX_EXPRESSIONS)(Expression)
 
 
 def is_plain_name(pattern: str) -> bool:
@@ -129,7 +129,7 @@ class PatternTable:
         return found
 
 
-def ends(path: str) -> Iterator[str]:
+def suffixes_of(path: str) -> Iterator[str]:
     """The names that a module goes by: its path, and what is left of it after each dot."""
     yield path
     while "." in path:

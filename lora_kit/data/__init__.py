@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-from lora_kit.data.batches import IGNORED, NEXT, WORD, WRITTEN, Collator, Encoded
+from lora_kit.data.batches import GENERATIVE_KINDS, IGNORE_INDEX, NEXT, WORD, Collator, EncodedDataset
 from lora_kit.data.chat import ChatTemplate, chat_template
-from lora_kit.data.encode import LONGEST, encode
+from lora_kit.data.encode import DEFAULT_MAX_LENGTH, encode
 from lora_kit.data.layouts import FORMATS
-from lora_kit.data.packing import Packed, pack, why_not_packed
+from lora_kit.data.packing import PackedDataset, pack, reason_not_packable
 from lora_kit.data.preparation.prepare import Preparation, prepare
-from lora_kit.data.preview import Span, spans
-from lora_kit.data.rows import Rows, Scan, label_names, read_rows, scan_rows
+from lora_kit.data.preview import Span, preview_sample
+from lora_kit.data.rows import Rows, Scan, collect_label_names, read_rows, scan_rows
 
 __all__ = [
+    "DEFAULT_MAX_LENGTH",
     "FORMATS",
-    "IGNORED",
-    "LONGEST",
+    "GENERATIVE_KINDS",
+    "IGNORE_INDEX",
     "NEXT",
     "WORD",
-    "WRITTEN",
     "ChatTemplate",
     "Collator",
-    "Encoded",
-    "Packed",
+    "EncodedDataset",
+    "PackedDataset",
     "Preparation",
     "Rows",
     "Scan",
     "Span",
     "chat_template",
+    "collect_label_names",
     "encode",
-    "label_names",
     "pack",
     "prepare",
+    "preview_sample",
     "read_rows",
+    "reason_not_packable",
     "scan_rows",
-    "spans",
-    "why_not_packed",
 ]

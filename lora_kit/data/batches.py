@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-IGNORED: Final = -100
+IGNORE_INDEX: Final = -100
 """The label of a position on which no loss is taken."""
 
 NEXT, LABEL, WORD, TARGET = "token", "label", "word", "target"
 """Kinds of samples: each token is the label of the position before it; one label for the whole text; a label on the
 first token of each word; an input for an encoder and the tokens that a decoder is to write."""
-WRITTEN: Final = (NEXT, TARGET)
+GENERATIVE_KINDS: Final = (NEXT, TARGET)
 """The kinds whose labels are tokens that a model writes."""
 
 
 @dataclass(frozen=True)
-class Encoded(torch.utils.data.Dataset[dict[str, Tensor]]):
+class EncodedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Samples ready to be put into batches.
 
     Attributes:
@@ -44,9 +44,9 @@ class Encoded(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """`input_ids` int64 (length,), and `labels`: int64 (labels,), or () for a label of the whole text."""
-        labels = self.labels[_place(self.label_offsets, index)].long()
+        labels = self.labels[_slice_at(self.label_offsets, index)].long()
         return {
-            "input_ids": self.ids[_place(self.offsets, index)].long(),
+            "input_ids": self.ids[_slice_at(self.offsets, index)].long(),
             "labels": labels[0] if self.kind == LABEL else labels,
         }
 
@@ -66,25 +66,25 @@ class Encoded(torch.utils.data.Dataset[dict[str, Tensor]]):
     @property
     def num_labels(self) -> int:
         """Positions on which a loss is taken: tokens that are written, words, or texts."""
-        return int((self.labels != IGNORED).sum())
+        return int((self.labels != IGNORE_INDEX).sum())
 
 
-def _place(offsets: Tensor, index: int) -> slice:
+def _slice_at(offsets: Tensor, index: int) -> slice:
     return slice(int(offsets[index]), int(offsets[index + 1]))
 
 
-def joined(samples: Sequence[tuple[Sequence[int], Sequence[int]]], *, kind: str) -> Encoded:
+def join_samples(samples: Sequence[tuple[Sequence[int], Sequence[int]]], *, kind: str) -> EncodedDataset:
     """Samples of (tokens, labels) as one data set."""
-    return Encoded(
+    return EncodedDataset(
         ids=torch.tensor([token for ids, _ in samples for token in ids], dtype=torch.int32),
-        offsets=_offsets([len(ids) for ids, _ in samples]),
+        offsets=_compute_offsets([len(ids) for ids, _ in samples]),
         labels=torch.tensor([label for _, labels in samples for label in labels], dtype=torch.int32),
         kind=kind,
-        label_offsets=_offsets([len(labels) for _, labels in samples]),
+        label_offsets=_compute_offsets([len(labels) for _, labels in samples]),
     )
 
 
-def _offsets(lengths: Sequence[int]) -> Tensor:
+def _compute_offsets(lengths: Sequence[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0)
 
 
@@ -112,7 +112,9 @@ class Collator:
         batch = {
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-            "labels": torch.stack(labels) if whole else pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+            "labels": torch.stack(labels)
+            if whole
+            else pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
         }
         if self.decoder_inputs is not None:
             batch["decoder_input_ids"] = self.decoder_inputs(batch["labels"])

@@ -19,7 +19,7 @@ from typing import Any, Final
 from lora_kit.data.layouts import Message, RowError
 from lora_kit.data.readers import LONG
 from lora_kit.errors import DataError
-from lora_kit.models.prompt_tokens import special_tokens, text_ids
+from lora_kit.models.prompt_tokens import find_special_tokens, tokenize_text
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ _PLAIN_TEXT: Final = (
     "{{ eos_token if message['role'] == 'assistant' }}{{ '\\n\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
-_LARGEST: Final = 2**20
+_MAX_TEMPLATE_BYTES: Final = 2**20
 
 Sample = tuple[list[int], list[bool]]
 """Tokens, and on which of them there is a loss."""
@@ -55,13 +55,13 @@ class ChatTemplate:
         Raises:
             DataError: the template does not take this conversation.
         """
-        return self._rendered(tokenizer, messages, add_generation_prompt=True)
+        return self._render(tokenizer, messages, add_generation_prompt=True)
 
     def told(self, tokenizer: Any, messages: Sequence[Message]) -> str:
         """The conversation; raises as `asked` does."""
-        return self._rendered(tokenizer, messages, add_generation_prompt=False)
+        return self._render(tokenizer, messages, add_generation_prompt=False)
 
-    def _rendered(self, tokenizer: Any, messages: Sequence[Message], **settings: Any) -> str:
+    def _render(self, tokenizer: Any, messages: Sequence[Message], **settings: Any) -> str:
         given = [{"role": role, "content": content} for role, content in messages]
         try:
             text = tokenizer.apply_chat_template(given, chat_template=self.text, tokenize=False, **settings)
@@ -76,14 +76,14 @@ class ChatTemplate:
             DataError: the template puts no special token after one, so a model could not learn where to end.
         """
         text = self.told(tokenizer, [("user", "a"), ("assistant", "b")]).rstrip()
-        ends = [token for token in _special_ids(tokenizer) if text.endswith(tokenizer.convert_ids_to_tokens(token))]
+        ends = [token for token in _special_ids_of(tokenizer) if text.endswith(tokenizer.convert_ids_to_tokens(token))]
         if not ends:
             hint = "an answer ends with {{ eos_token }} or with another special token of the tokenizer"
             raise DataError(f"{self.name} puts no special token after an answer", hint=hint)
         return max(ends, key=lambda token: len(tokenizer.convert_ids_to_tokens(token)))
 
 
-def own_template(tokenizer: Any) -> str | None:
+def chat_template_of(tokenizer: Any) -> str | None:
     """The chat template that a tokenizer brings, if it brings one."""
     own = tokenizer.chat_template
     return own.get("default") if isinstance(own, dict) else own
@@ -100,7 +100,7 @@ def chat_template(given: str | None, tokenizer: Any, *, base: str) -> ChatTempla
         DataError: there is none, or it cannot be read.
     """
     if given is None:
-        own = own_template(tokenizer)
+        own = chat_template_of(tokenizer)
         if not own:
             hint = f"data.chat_template: {PLAIN}, or the path of a Jinja file"
             raise DataError(f"{base} has no chat template", hint=hint)
@@ -108,15 +108,15 @@ def chat_template(given: str | None, tokenizer: Any, *, base: str) -> ChatTempla
             logger.warning("the chat template of %s puts the day it is rendered on into conversations", base)
         return ChatTemplate(own, f"the chat template of {base}")
     if given == PLAIN:
-        begins, _ = special_tokens(tokenizer)
+        begins, _ = find_special_tokens(tokenizer)
         bos = "{{ bos_token }}" if begins and begins[0] == tokenizer.bos_token_id else ""
         return ChatTemplate(bos + _PLAIN_TEXT, "the plain chat template")
     if "{{" in given or "{%" in given:
         return ChatTemplate(given, "the chat template of the recipe")
-    return ChatTemplate(_read(Path(given)), f"the chat template {given}")
+    return ChatTemplate(_read_template(Path(given)), f"the chat template {given}")
 
 
-def _exchanges(messages: Sequence[Message]) -> list[list[Message]]:
+def _split_exchanges(messages: Sequence[Message]) -> list[list[Message]]:
     """Questions with the answers to them; questions without an answer at the end are left out, they carry no loss."""
     found: list[list[Message]] = []
     for place, message in enumerate(messages):
@@ -157,7 +157,7 @@ class ChatEncoder:
     def _parts(self, messages: Sequence[Message]) -> list[Sample]:
         """From the end to the beginning: as many exchanges as fit, and so on before them."""
         system = messages[:1] if messages[0][0] == "system" else messages[:0]
-        exchanges = _exchanges(messages[len(system) :])
+        exchanges = _split_exchanges(messages[len(system) :])
         parts: list[Sample] = []
 
         def since(start: int) -> Sample:
@@ -170,7 +170,7 @@ class ChatEncoder:
                 parts.insert(0, since(start))
             else:
                 start = len(exchanges) - 1
-                parts.insert(0, self._shortened([*system, *exchanges[start]]))
+                parts.insert(0, self._shorten_question([*system, *exchanges[start]]))
             del exchanges[start:]
         return parts
 
@@ -178,7 +178,7 @@ class ChatEncoder:
         ids: list[int] = []
         learned: list[bool] = []
         for text, answer in self._pieces(messages):
-            piece = text_ids(self.tokenizer, text)
+            piece = tokenize_text(self.tokenizer, text)
             # What a template puts after the end of an answer (a line break, often) is never generated.
             until = len(piece) - piece[::-1].index(self._end) if answer and self._end in piece else 0
             if answer and not until:
@@ -203,7 +203,7 @@ class ChatEncoder:
             yield whole[len(before) : len(through)], True
             place = len(through)
 
-    def _shortened(self, messages: Sequence[Message]) -> Sample:
+    def _shorten_question(self, messages: Sequence[Message]) -> Sample:
         """One exchange without the beginning of its longest question.
 
         Raises:
@@ -230,24 +230,24 @@ class ChatEncoder:
         )
 
 
-def _special_ids(tokenizer: Any) -> set[int]:
+def _special_ids_of(tokenizer: Any) -> set[int]:
     """Tokens that are no text: those with a role, and those that were added as special (`<|end|>`)."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
     return special - {tokenizer.unk_token_id}
 
 
-def _read(path: Path) -> str:
+def _read_template(path: Path) -> str:
     try:
         if not path.is_file():
             hint = f"{PLAIN}, the path of a Jinja file, or a template itself"
             raise DataError(f"chat_template {str(path)!r}: no such file", hint=hint)
         with path.open("rb") as file:
-            text = file.read(_LARGEST + 1).decode("utf-8")
+            text = file.read(_MAX_TEMPLATE_BYTES + 1).decode("utf-8")
     except (OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"chat_template {str(path)!r} cannot be read: {error}") from None
-    if len(text) > _LARGEST or not ("{{" in text or "{%" in text):
+    if len(text) > _MAX_TEMPLATE_BYTES or not ("{{" in text or "{%" in text):
         raise DataError(f"{path} is not a chat template", hint="it is a Jinja template, of 1 MB at the most")
     return text

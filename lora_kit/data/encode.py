@@ -20,21 +20,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from lora_kit.data.batches import IGNORED, LABEL, NEXT, TARGET, WORD, Encoded, joined
+from lora_kit.data.batches import IGNORE_INDEX, LABEL, NEXT, TARGET, WORD, EncodedDataset, join_samples
 from lora_kit.data.chat import ChatEncoder, ChatTemplate
 from lora_kit.data.layouts import RowError
 from lora_kit.data.readers import BAD, LONG, Fault
-from lora_kit.data.rows import Rows, refusal
-from lora_kit.errors import DataError, listed
-from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR, render_prompt, special_tokens, without_special
+from lora_kit.data.rows import Rows, build_fault_error
+from lora_kit.errors import DataError, format_list
+from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR, find_special_tokens, render_prompt, strip_special_tokens
 
 logger = logging.getLogger(__name__)
 
-LONGEST: Final = 2048
+DEFAULT_MAX_LENGTH: Final = 2048
 """Tokens of a sample where nobody sets a lower limit."""
-_BATCH: Final = 1024
+_TOKENIZER_BATCH: Final = 1024
 """Rows handed to the tokenizer at once."""
-_CUT: Final[Mapping[str, str]] = {
+_CUT_MESSAGES: Final[Mapping[str, str]] = {
     "completion": "prompts were cut on the left",
     "chat": "conversations were taken apart, or lost the beginning of a question,",
     "label": "texts were cut at the end",
@@ -42,11 +42,11 @@ _CUT: Final[Mapping[str, str]] = {
     "words": "texts were cut at the end, and the labels there are not learned,",
 }
 """What is done to rows that are too long."""
-_CUT_SOURCE: Final = "prompts were cut at the end"
+_CUT_SOURCE_MESSAGE: Final = "prompts were cut at the end"
 
 
 @dataclass(frozen=True)
-class Measured:
+class EncodingResult:
     """Rows as samples, with what had to be done to them.
 
     Attributes:
@@ -56,7 +56,7 @@ class Measured:
         faults: the rows that cannot be trained on.
     """
 
-    encoded: Encoded
+    encoded: EncodedDataset
     lengths: tuple[int, ...]
     cut: tuple[int, ...]
     faults: tuple[Fault, ...]
@@ -71,7 +71,7 @@ def encode(
     template: ChatTemplate | None = None,
     label2id: Mapping[str, int] | None = None,
     task: str = "causal-lm",
-) -> Encoded:
+) -> EncodedDataset:
     """Tokens and labels of the rows of a file.
 
     A prompt that is too long loses tokens on its left; a completion is never cut. A conversation is taken apart between
@@ -90,7 +90,7 @@ def encode(
     Raises:
         DataError: rows that cannot keep a label, or whose label is unknown; names their lines.
     """
-    found = measure(
+    found = encode_with_faults(
         rows,
         tokenizer,
         max_length=max_length,
@@ -100,15 +100,15 @@ def encode(
         task=task,
     )
     if found.faults:
-        raise refusal(rows.path, found.faults, hint=_hint(found.faults))
+        raise build_fault_error(rows.path, found.faults, hint=_suggest_fix(found.faults))
     if found.cut:
         level = logging.INFO if rows.format == "text" else logging.WARNING
-        done = _CUT_SOURCE if found.encoded.kind == TARGET else _CUT[rows.format]
+        done = _CUT_SOURCE_MESSAGE if found.encoded.kind == TARGET else _CUT_MESSAGES[rows.format]
         logger.log(level, "%s: %d of %d %s to fit %d tokens", rows.path, len(found.cut), len(rows), done, max_length)
     return found.encoded
 
 
-def measure(
+def encode_with_faults(
     rows: Rows,
     tokenizer: Any,
     *,
@@ -117,7 +117,7 @@ def measure(
     template: ChatTemplate | None = None,
     label2id: Mapping[str, int] | None = None,
     task: str = "causal-lm",
-) -> Measured:
+) -> EncodingResult:
     """As `encode`, but rows that cannot be trained on are told, not raised.
 
     Raises:
@@ -125,36 +125,36 @@ def measure(
     """
     kind = {"label": LABEL, "words": WORD}.get(rows.format, NEXT)
     if kind == LABEL:
-        each = _labelled(rows, tokenizer, max_length, label2id or {})
+        each = _encode_labeled_texts(rows, tokenizer, max_length, label2id or {})
     elif kind == WORD:
-        each = _words(rows, tokenizer, max_length, label2id or {})
+        each = _encode_words(rows, tokenizer, max_length, label2id or {})
     elif tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no EOS token, so a model could not learn where to end")
     elif task == "seq2seq":
-        kind, each = TARGET, _targets(rows, tokenizer, max_length)
+        kind, each = TARGET, _encode_seq2seq(rows, tokenizer, max_length)
     elif rows.format == "text":
-        each = _texts(rows, tokenizer, max_length)
+        each = _encode_texts(rows, tokenizer, max_length)
     elif rows.format == "chat":
-        each = _chats(rows, tokenizer, max_length, template)
+        each = _encode_chats(rows, tokenizer, max_length, template)
     else:
-        each = _completions(rows, tokenizer, max_length, separator)
+        each = _encode_completions(rows, tokenizer, max_length, separator)
     done = list(zip(rows.lines, each, strict=True))
-    return Measured(
-        encoded=joined([sample for _, row in done for sample in row.samples], kind=kind),
+    return EncodingResult(
+        encoded=join_samples([sample for _, row in done for sample in row.samples], kind=kind),
         lengths=tuple(row.length for _, row in done),
         cut=tuple(line for line, row in done if row.cut),
         faults=tuple(Fault(line, row.fault, row.kind) for line, row in done if row.fault),
     )
 
 
-def _hint(faults: Sequence[Fault]) -> str:
+def _suggest_fix(faults: Sequence[Fault]) -> str:
     if any(fault.kind == LONG for fault in faults):
         return "raise data.max_length, shorten these rows, or take them out: lora-kit prepare --drop long"
     return ""
 
 
 @dataclass(frozen=True)
-class _Done:
+class _EncodedRow:
     """What became of one row."""
 
     length: int
@@ -164,24 +164,26 @@ class _Done:
     kind: str = LONG
 
 
-def _completions(rows: Rows, tokenizer: Any, max_length: int, separator: str) -> Iterator[_Done]:
-    prefix, _ = special_tokens(tokenizer)
-    prompts = _tokens(tokenizer, [render_prompt(value[0], separator=separator) for value in rows.values])
-    completions = _tokens(tokenizer, [value[1] for value in rows.values])
+def _encode_completions(rows: Rows, tokenizer: Any, max_length: int, separator: str) -> Iterator[_EncodedRow]:
+    prefix, _ = find_special_tokens(tokenizer)
+    prompts = _tokenize_batches(tokenizer, [render_prompt(value[0], separator=separator) for value in rows.values])
+    completions = _tokenize_batches(tokenizer, [value[1] for value in rows.values])
     for raw, written in zip(prompts, completions, strict=True):
-        completion, prompt = _ended(written, tokenizer.eos_token_id), without_special(raw, prefix, [])
+        completion, prompt = _append_eos(written, tokenizer.eos_token_id), strip_special_tokens(raw, prefix, [])
         length = len(prefix) + len(prompt) + len(completion)
         room = max_length - len(prefix) - len(completion)
         # Something must stand before the first label, or nothing predicts it.
         if room < 0 or not (prefix or (prompt and room)):
-            yield _Done(length, fault=f"the completion has {len(completion)} tokens and max_length is {max_length}")
+            yield _EncodedRow(
+                length, fault=f"the completion has {len(completion)} tokens and max_length is {max_length}"
+            )
             continue
         kept = prefix + prompt[max(0, len(prompt) - room) :]
-        labels = [IGNORED] * len(kept) + completion
-        yield _Done(length, [(kept + completion, labels)], cut=len(prompt) > room)
+        labels = [IGNORE_INDEX] * len(kept) + completion
+        yield _EncodedRow(length, [(kept + completion, labels)], cut=len(prompt) > room)
 
 
-def _chats(rows: Rows, tokenizer: Any, max_length: int, template: ChatTemplate | None) -> Iterator[_Done]:
+def _encode_chats(rows: Rows, tokenizer: Any, max_length: int, template: ChatTemplate | None) -> Iterator[_EncodedRow]:
     if template is None:
         raise DataError(f"{rows.path} holds conversations, and no chat template was given")
     encoder = ChatEncoder(tokenizer, template, max_length=max_length)
@@ -189,82 +191,84 @@ def _chats(rows: Rows, tokenizer: Any, max_length: int, template: ChatTemplate |
         try:
             length, samples = encoder.samples(messages)
         except RowError as error:
-            yield _Done(0, fault=str(error), kind=error.kind)
+            yield _EncodedRow(0, fault=str(error), kind=error.kind)
             continue
         labelled = [
-            (ids, [token if loss else IGNORED for token, loss in zip(ids, learned, strict=True)])
+            (ids, [token if loss else IGNORE_INDEX for token, loss in zip(ids, learned, strict=True)])
             for ids, learned in samples
         ]
-        yield _Done(length, labelled, cut=length > max_length)
+        yield _EncodedRow(length, labelled, cut=length > max_length)
 
 
-def _texts(rows: Rows, tokenizer: Any, max_length: int) -> Iterator[_Done]:
-    prefix, _ = special_tokens(tokenizer)
-    for raw in _tokens(tokenizer, [value[0] for value in rows.values]):
-        ids = prefix + _ended(without_special(raw, prefix, []), tokenizer.eos_token_id)
+def _encode_texts(rows: Rows, tokenizer: Any, max_length: int) -> Iterator[_EncodedRow]:
+    prefix, _ = find_special_tokens(tokenizer)
+    for raw in _tokenize_batches(tokenizer, [value[0] for value in rows.values]):
+        ids = prefix + _append_eos(strip_special_tokens(raw, prefix, []), tokenizer.eos_token_id)
         if len(ids) < 2 or max_length < 2:
-            yield _Done(len(ids), fault=f"{len(ids)} token and max_length {max_length} leave nothing to predict")
+            yield _EncodedRow(len(ids), fault=f"{len(ids)} token and max_length {max_length} leave nothing to predict")
             continue
         windows = [ids[start : start + max_length] for start in range(0, len(ids) - 1, max_length - 1)]
-        yield _Done(len(ids), [(window, [IGNORED, *window[1:]]) for window in windows], cut=len(windows) > 1)
+        yield _EncodedRow(len(ids), [(window, [IGNORE_INDEX, *window[1:]]) for window in windows], cut=len(windows) > 1)
 
 
-def _targets(rows: Rows, tokenizer: Any, max_length: int) -> Iterator[_Done]:
+def _encode_seq2seq(rows: Rows, tokenizer: Any, max_length: int) -> Iterator[_EncodedRow]:
     if rows.format != "completion":
         what = f"{rows.path} has rows of the format {rows.format}"
         raise DataError(f"{what}; an encoder and a decoder learn from prompt and completion")
-    prefix, suffix = special_tokens(tokenizer)
-    before, after = special_tokens(tokenizer, side="text_target")
+    prefix, suffix = find_special_tokens(tokenizer)
+    before, after = find_special_tokens(tokenizer, side="text_target")
     if tokenizer.eos_token_id not in after:
         after = [tokenizer.eos_token_id, *after]
-    room = _room(max_length, prefix, suffix)
-    prompts = _tokens(tokenizer, [value[0] for value in rows.values])
-    completions = _tokens(tokenizer, [value[1] for value in rows.values], side="text_target")
+    room = _compute_token_budget(max_length, prefix, suffix)
+    prompts = _tokenize_batches(tokenizer, [value[0] for value in rows.values])
+    completions = _tokenize_batches(tokenizer, [value[1] for value in rows.values], side="text_target")
     for raw, written in zip(prompts, completions, strict=True):
-        source = without_special(raw, prefix, suffix)
-        target = before + without_special(written, before, after) + after
+        source = strip_special_tokens(raw, prefix, suffix)
+        target = before + strip_special_tokens(written, before, after) + after
         length = max(len(prefix) + len(source) + len(suffix), len(target))
         if len(target) > max_length:
-            yield _Done(length, fault=f"the completion has {len(target)} tokens and max_length is {max_length}")
+            yield _EncodedRow(length, fault=f"the completion has {len(target)} tokens and max_length is {max_length}")
             continue
-        yield _Done(length, [(prefix + source[:room] + suffix, target)], cut=len(source) > room)
+        yield _EncodedRow(length, [(prefix + source[:room] + suffix, target)], cut=len(source) > room)
 
 
-def _labelled(rows: Rows, tokenizer: Any, max_length: int, label2id: Mapping[str, int]) -> Iterator[_Done]:
-    prefix, suffix = special_tokens(tokenizer)
-    room = _room(max_length, prefix, suffix)
-    for value, ids in zip(rows.values, _tokens(tokenizer, [value[0] for value in rows.values]), strict=True):
+def _encode_labeled_texts(
+    rows: Rows, tokenizer: Any, max_length: int, label2id: Mapping[str, int]
+) -> Iterator[_EncodedRow]:
+    prefix, suffix = find_special_tokens(tokenizer)
+    room = _compute_token_budget(max_length, prefix, suffix)
+    for value, ids in zip(rows.values, _tokenize_batches(tokenizer, [value[0] for value in rows.values]), strict=True):
         label = str(value[1])
         length = len(prefix) + len(ids) + len(suffix)
         if label not in label2id:
-            yield _Done(length, fault=_unknown(label, label2id), kind=BAD)
+            yield _EncodedRow(length, fault=_describe_unknown_label(label, label2id), kind=BAD)
             continue
-        yield _Done(length, [(prefix + ids[:room] + suffix, [label2id[label]])], cut=len(ids) > room)
+        yield _EncodedRow(length, [(prefix + ids[:room] + suffix, [label2id[label]])], cut=len(ids) > room)
 
 
-def _words(rows: Rows, tokenizer: Any, max_length: int, label2id: Mapping[str, int]) -> Iterator[_Done]:
+def _encode_words(rows: Rows, tokenizer: Any, max_length: int, label2id: Mapping[str, int]) -> Iterator[_EncodedRow]:
     """Words as they stand in running text, one space between them: what a model is given when it is used."""
     if not tokenizer.is_fast:
         raise DataError("the tokenizer does not say where in a text its tokens stand, so words would lose their labels")
-    prefix, suffix = special_tokens(tokenizer)
-    room = _room(max_length, prefix, suffix)
+    prefix, suffix = find_special_tokens(tokenizer)
+    room = _compute_token_budget(max_length, prefix, suffix)
     for words, labels in rows.values:
         found = tokenizer(" ".join(words), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids, firsts = found["input_ids"], _first_tokens(words, found["offset_mapping"])
+        ids, firsts = found["input_ids"], _find_first_tokens(words, found["offset_mapping"])
         length = len(prefix) + len(ids) + len(suffix)
         faults = [f"word {n} ({word!r}) has no token of its own" for n, word in enumerate(words, 1) if n not in firsts]
-        faults += [_unknown(str(label), label2id) for label in labels if str(label) not in label2id]
+        faults += [_describe_unknown_label(str(label), label2id) for label in labels if str(label) not in label2id]
         if faults:
-            yield _Done(length, fault=faults[0], kind=BAD)
+            yield _EncodedRow(length, fault=faults[0], kind=BAD)
             continue
-        marked = [IGNORED] * len(ids)
+        marked = [IGNORE_INDEX] * len(ids)
         for number, token in firsts.items():
             marked[token] = label2id[str(labels[number - 1])]
-        learned = [IGNORED] * len(prefix) + marked[:room] + [IGNORED] * len(suffix)
-        yield _Done(length, [(prefix + ids[:room] + suffix, learned)], cut=len(ids) > room)
+        learned = [IGNORE_INDEX] * len(prefix) + marked[:room] + [IGNORE_INDEX] * len(suffix)
+        yield _EncodedRow(length, [(prefix + ids[:room] + suffix, learned)], cut=len(ids) > room)
 
 
-def _first_tokens(words: Sequence[str], spans: Sequence[tuple[int, int]]) -> dict[int, int]:
+def _find_first_tokens(words: Sequence[str], spans: Sequence[tuple[int, int]]) -> dict[int, int]:
     """The number of a word, from 1 → its first token; words without one of their own are left out.
 
     Args:
@@ -283,7 +287,7 @@ def _first_tokens(words: Sequence[str], spans: Sequence[tuple[int, int]]) -> dic
     return firsts
 
 
-def _room(max_length: int, prefix: Sequence[int], suffix: Sequence[int]) -> int:
+def _compute_token_budget(max_length: int, prefix: Sequence[int], suffix: Sequence[int]) -> int:
     """Tokens that there is room for beside the special ones."""
     room = max_length - len(prefix) - len(suffix)
     if room < 1:
@@ -291,18 +295,18 @@ def _room(max_length: int, prefix: Sequence[int], suffix: Sequence[int]) -> int:
     return room
 
 
-def _unknown(label: str, label2id: Mapping[str, int]) -> str:
-    return f"label {label!r} is not one of {listed(list(label2id))}, which are those of the training rows"
+def _describe_unknown_label(label: str, label2id: Mapping[str, int]) -> str:
+    return f"label {label!r} is not one of {format_list(list(label2id))}, which are those of the training rows"
 
 
-def _tokens(
+def _tokenize_batches(
     tokenizer: Any, texts: Sequence[str], *, side: Literal["text", "text_target"] = "text"
 ) -> Iterator[list[int]]:
-    for start in range(0, len(texts), _BATCH):
+    for start in range(0, len(texts), _TOKENIZER_BATCH):
         # verbose=False: what is too long is dealt with here, and said here.
-        some = {side: list(texts[start : start + _BATCH])}
+        some = {side: list(texts[start : start + _TOKENIZER_BATCH])}
         yield from tokenizer(**some, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _ended(ids: list[int], eos: int) -> list[int]:
+def _append_eos(ids: list[int], eos: int) -> list[int]:
     return ids if ids and ids[-1] == eos else [*ids, eos]

@@ -13,18 +13,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from lora_kit.data.readers import KINDS, Contents, with_class_names
+from lora_kit.data.readers import READABLE_SUFFIXES, Contents, resolve_class_names
 from lora_kit.errors import DataError
 
-_NAME: Final = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:/(\w[\w.-]*))?(?::([^/]+))?")
+_DATASET_NAME: Final = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:/(\w[\w.-]*))?(?::([^/]+))?")
 
 
 def is_dataset(given: Path) -> bool:
     """Whether a name is one of a data set: not that of a file or a folder here, and not like one."""
-    name = _NAME.fullmatch(str(given))
+    name = _DATASET_NAME.fullmatch(str(given))
     if name is None or given.exists() or Path(given.parts[0]).exists():
         return False
-    return Path(name[1]).suffix.lower() not in KINDS
+    return Path(name[1]).suffix.lower() not in READABLE_SUFFIXES
 
 
 def read_dataset(given: Path, *, split: str) -> Contents:
@@ -37,26 +37,26 @@ def read_dataset(given: Path, *, split: str) -> Contents:
     Raises:
         DataError: it cannot be read; says what was tried.
     """
-    name = _NAME.fullmatch(str(given))
+    name = _DATASET_NAME.fullmatch(str(given))
     assert name is not None
     repository, config, split = name[1], name[2], name[3] or split
     tried = f"{given}: no such file here, and no data set of the hub that can be read"
     try:
-        with _quiet():
-            found = _loaded(repository, config, split)
+        with _silence_progress_bars():
+            found = _load_split(repository, config, split)
     except Exception as error:  # whatever datasets and the network raise
         told = " ".join(str(error).split()) or type(error).__name__
         what = f"{repository}, {f'config {config}, ' if config else ''}split {split}"
         hint = "owner/name:split or owner/name/config:split; what was read once needs no network (HF_HUB_OFFLINE=1)"
         raise DataError(f"{tried} ({what}): {told}", hint=hint) from None
-    rows = with_class_names(found.to_list(), found.features)
+    rows = resolve_class_names(found.to_list(), found.features)
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
     return Contents(list(enumerate(rows, start=1)), [], digest.hexdigest())
 
 
-def _loaded(repository: str, config: str | None, split: str) -> Any:
+def _load_split(repository: str, config: str | None, split: str) -> Any:
     from datasets import load_dataset  # type: ignore[import-untyped]
     from huggingface_hub import HfApi, constants
 
@@ -67,7 +67,7 @@ def _loaded(repository: str, config: str | None, split: str) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _silence_progress_bars() -> Iterator[None]:
     """Keeps the bars of datasets off the terminal."""
     import datasets
 

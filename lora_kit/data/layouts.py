@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from lora_kit.data.readers import BAD, EMPTY
-from lora_kit.errors import listed
+from lora_kit.errors import format_list
 
 Row = Mapping[str, Any]
 Message = tuple[str, str]
@@ -40,7 +40,7 @@ _SHAREGPT_ROLES: Final[Mapping[str, str]] = {
     "gpt": "assistant",
     "assistant": "assistant",
 }
-_MEANING: Final = ("tool_calls", "function_call", "weight", "tool_call_id")
+_UNSUPPORTED_KEYS: Final = ("tool_calls", "function_call", "weight", "tool_call_id")
 """Keys of a message that change what it says or whether it is trained on, so that they cannot be passed over."""
 
 
@@ -82,7 +82,7 @@ class Layout:
         """
         missing = [key for key in self.keys if key not in row]
         if missing:
-            raise RowError(f"{listed(missing)} missing; the first row has it")
+            raise RowError(f"{format_list(missing)} missing; the first row has it")
         return self.read(row)
 
 
@@ -91,7 +91,7 @@ def layout_of(keys: Sequence[str]) -> Layout | None:
     return next((layout for layout in LAYOUTS if set(layout.keys) <= set(keys)), None)
 
 
-def _string(name: str, value: Any) -> str:
+def _read_string(name: str, value: Any) -> str:
     """A text with something other than white space in it."""
     if value is None or (isinstance(value, str) and not value.strip()):
         what = f"{name} is empty" if value is not None else f"{name} must be a string; NoneType was given"
@@ -105,88 +105,92 @@ def _string(name: str, value: Any) -> str:
     return value
 
 
-def _perhaps(name: str, value: Any) -> str:
+def _read_optional_string(name: str, value: Any) -> str:
     """A text, or an empty string where there is none."""
-    return "" if value is None or value == "" else _string(name, value)
+    return "" if value is None or value == "" else _read_string(name, value)
 
 
-def _completion(row: Row) -> tuple[str, str]:
-    return _string("prompt", row["prompt"]), _string("completion", row["completion"])
+def _read_completion(row: Row) -> tuple[str, str]:
+    return _read_string("prompt", row["prompt"]), _read_string("completion", row["completion"])
 
 
-def _instruction(row: Row) -> tuple[str, str]:
-    given = _perhaps("input", row.get("input"))
-    instruction = _string("instruction", row["instruction"])
-    return f"{instruction}\n\n{given}" if given else instruction, _string("output", row["output"])
+def _read_instruction(row: Row) -> tuple[str, str]:
+    given = _read_optional_string("input", row.get("input"))
+    instruction = _read_string("instruction", row["instruction"])
+    return f"{instruction}\n\n{given}" if given else instruction, _read_string("output", row["output"])
 
 
-def _labelled(row: Row) -> tuple[str, str | int]:
-    return _string("text", row["text"]), _label("label", row["label"])
+def _read_labeled_text(row: Row) -> tuple[str, str | int]:
+    return _read_string("text", row["text"]), _read_label("label", row["label"])
 
 
-def _label(name: str, value: Any) -> str | int:
+def _read_label(name: str, value: Any) -> str | int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     if value is not None and not isinstance(value, str):
         raise RowError(f"{name} must be a string or a whole number; {type(value).__name__} was given")
-    return _string(name, value)
+    return _read_string(name, value)
 
 
-def _tagged(row: Row, words: str, labels: str) -> tuple[tuple[str, ...], tuple[str | int, ...]]:
-    given, tags = _listed(row, words), _listed(row, labels)
+def _read_tagged_words(row: Row, words: str, labels: str) -> tuple[tuple[str, ...], tuple[str | int, ...]]:
+    given, tags = _read_list(row, words), _read_list(row, labels)
     if len(given) != len(tags):
         raise RowError(f"{len(given)} {words} and {len(tags)} {labels}; each word has one")
     if not given:
         raise RowError(f"{words} is empty", kind=EMPTY)
     return (
-        tuple(_string(f"{words} {number}", item) for number, item in given),
-        tuple(_label(f"{labels} {number}", item) for number, item in tags),
+        tuple(_read_string(f"{words} {number}", item) for number, item in given),
+        tuple(_read_label(f"{labels} {number}", item) for number, item in tags),
     )
 
 
-def _words(row: Row) -> tuple[tuple[str, ...], tuple[str | int, ...]]:
-    return _tagged(row, "words", "labels")
+def _read_words(row: Row) -> tuple[tuple[str, ...], tuple[str | int, ...]]:
+    return _read_tagged_words(row, "words", "labels")
 
 
-def _ner(row: Row) -> tuple[tuple[str, ...], tuple[str | int, ...]]:
-    return _tagged(row, "tokens", "ner_tags")
+def _read_ner(row: Row) -> tuple[tuple[str, ...], tuple[str | int, ...]]:
+    return _read_tagged_words(row, "tokens", "ner_tags")
 
 
-def _plain(row: Row) -> tuple[str]:
-    return (_string("text", row["text"]),)
+def _read_plain_text(row: Row) -> tuple[str]:
+    return (_read_string("text", row["text"]),)
 
 
-def _messages(row: Row) -> tuple[tuple[Message, ...]]:
+def _read_messages(row: Row) -> tuple[tuple[Message, ...]]:
     known = {role: role for role in ROLES}
-    return (_conversation([_message(n, item, "role", "content", known) for n, item in _listed(row, "messages")]),)
+    return (
+        _build_conversation(
+            [_read_message(n, item, "role", "content", known) for n, item in _read_list(row, "messages")]
+        ),
+    )
 
 
-def _sharegpt(row: Row) -> tuple[tuple[Message, ...]]:
-    found = [_message(n, item, "from", "value", _SHAREGPT_ROLES) for n, item in _listed(row, "conversations")]
-    system = _perhaps("system", row.get("system"))
-    return (_conversation([("system", system), *found] if system else found),)
+def _read_sharegpt(row: Row) -> tuple[tuple[Message, ...]]:
+    found = [_read_message(n, item, "from", "value", _SHAREGPT_ROLES) for n, item in _read_list(row, "conversations")]
+    system = _read_optional_string("system", row.get("system"))
+    return (_build_conversation([("system", system), *found] if system else found),)
 
 
-def _listed(row: Row, key: str) -> list[tuple[int, Any]]:
+def _read_list(row: Row, key: str) -> list[tuple[int, Any]]:
     items = row[key]
     if not isinstance(items, list):
         raise RowError(f"{key} must be a list; {type(items).__name__} was given")
     return list(enumerate(items, start=1))
 
 
-def _message(number: int, item: Any, who: str, what: str, roles: Mapping[str, str]) -> Message:
+def _read_message(number: int, item: Any, who: str, what: str, roles: Mapping[str, str]) -> Message:
     if not isinstance(item, dict) or who not in item or what not in item:
         raise RowError(f"message {number} must have {who} and {what}")
-    changed = [key for key in _MEANING if item.get(key) is not None]
+    changed = [key for key in _UNSUPPORTED_KEYS if item.get(key) is not None]
     if changed:
-        raise RowError(f"message {number} has {listed(changed)}, which cannot be trained on yet")
+        raise RowError(f"message {number} has {format_list(changed)}, which cannot be trained on yet")
     role = item[who]
     if not isinstance(role, str) or role not in roles:
-        raise RowError(f"message {number} is from {role!r}, which is not one of {listed(list(roles))}")
-    return roles[role], _string(f"message {number} ({role})", item[what])
+        raise RowError(f"message {number} is from {role!r}, which is not one of {format_list(list(roles))}")
+    return roles[role], _read_string(f"message {number} ({role})", item[what])
 
 
-def _conversation(messages: Sequence[Message]) -> tuple[Message, ...]:
+def _build_conversation(messages: Sequence[Message]) -> tuple[Message, ...]:
     if not any(role == "assistant" for role, _ in messages):
         kind = BAD if messages else EMPTY
         raise RowError("no message is from the assistant, so there is nothing to learn", kind=kind)
@@ -197,13 +201,13 @@ def _conversation(messages: Sequence[Message]) -> tuple[Message, ...]:
 
 
 LAYOUTS: Final = (
-    Layout("prompt and completion", ("prompt", "completion"), "completion", _completion),
-    Layout("instruction", ("instruction", "output"), "completion", _instruction, optional=("input",)),
-    Layout("messages", ("messages",), "chat", _messages),
-    Layout("ShareGPT conversations", ("conversations",), "chat", _sharegpt, optional=("system",)),
-    Layout("text and label", ("text", "label"), "label", _labelled),
-    Layout("words and labels", ("words", "labels"), "words", _words),
-    Layout("tokens and ner_tags", ("tokens", "ner_tags"), "words", _ner),
-    Layout("text", ("text",), "text", _plain),
+    Layout("prompt and completion", ("prompt", "completion"), "completion", _read_completion),
+    Layout("instruction", ("instruction", "output"), "completion", _read_instruction, optional=("input",)),
+    Layout("messages", ("messages",), "chat", _read_messages),
+    Layout("ShareGPT conversations", ("conversations",), "chat", _read_sharegpt, optional=("system",)),
+    Layout("text and label", ("text", "label"), "label", _read_labeled_text),
+    Layout("words and labels", ("words", "labels"), "words", _read_words),
+    Layout("tokens and ner_tags", ("tokens", "ner_tags"), "words", _read_ner),
+    Layout("text", ("text",), "text", _read_plain_text),
 )
 """The first one all of whose keys the first row has is the layout of the file."""

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kit.data.batches import NEXT, Encoded
-from lora_kit.torch_utils import evaluating
+from lora_kit.data.batches import NEXT, EncodedDataset
+from lora_kit.torch_utils import use_eval_mode
 
 
 @dataclass(frozen=True)
-class Packed(torch.utils.data.Dataset[dict[str, Tensor]]):
+class PackedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Rows of several samples.
 
     Attributes:
@@ -32,7 +32,7 @@ class Packed(torch.utils.data.Dataset[dict[str, Tensor]]):
         max_length: tokens of a row at the most.
     """
 
-    samples: Encoded
+    samples: EncodedDataset
     rows: tuple[tuple[int, ...], ...]
     max_length: int
     kind: str = NEXT
@@ -60,7 +60,7 @@ class Packed(torch.utils.data.Dataset[dict[str, Tensor]]):
         return self.samples.num_tokens / (len(self) * self.max_length)
 
 
-def pack(samples: Encoded, *, max_length: int, seed: int) -> Packed:
+def pack(samples: EncodedDataset, *, max_length: int, seed: int) -> PackedDataset:
     """Put samples into as few rows as may be: the longest first, each into the fullest row that has room for it.
 
     Args:
@@ -89,14 +89,14 @@ def pack(samples: Encoded, *, max_length: int, seed: int) -> Packed:
             insort(rooms, left)
         if left:
             rows_with[left].append(row)
-    return Packed(samples, tuple(map(tuple, rows)), max_length)
+    return PackedDataset(samples, tuple(map(tuple, rows)), max_length)
 
 
-_LENGTHS = (5, 3, 4)
+_PROBE_LENGTHS = (5, 3, 4)
 """Tokens of the samples in a row of the probe."""
 
 
-def why_not_packed(model: Any) -> str:
+def reason_not_packable(model: Any) -> str:
     """What keeps a model from computing packed samples as if each were alone; empty where nothing does.
 
     Two things must hold, in a batch of two rows of random tokens: the logits of a sample have no gradient at all with
@@ -105,31 +105,31 @@ def why_not_packed(model: Any) -> str:
     if not {"position_ids", "kwargs"} & set(inspect.signature(model.forward).parameters):
         return "it takes no positions"
     device, vocabulary = next(model.parameters()).device, model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(vocabulary, (2, sum(_LENGTHS)), generator=torch.Generator().manual_seed(0)).to(device)
-    positions = torch.cat([torch.arange(length) for length in _LENGTHS]).expand_as(ids).to(device)
-    with evaluating(model):
-        logits, embedded = _with_embeddings(model, input_ids=ids, position_ids=positions)
-        for own in _places():
+    ids = torch.randint(vocabulary, (2, sum(_PROBE_LENGTHS)), generator=torch.Generator().manual_seed(0)).to(device)
+    positions = torch.cat([torch.arange(length) for length in _PROBE_LENGTHS]).expand_as(ids).to(device)
+    with use_eval_mode(model):
+        logits, embedded = _run_with_embeddings(model, input_ids=ids, position_ids=positions)
+        for own in _probe_slices():
             weights = torch.linspace(-1, 1, logits[0, own].numel(), device=device).view_as(logits[0, own])
             reached = torch.autograd.grad((logits[0, own].float() * weights).sum(), embedded, retain_graph=True)[0]
             seen = reached[0].abs().amax(-1).nonzero().flatten().tolist()
             if not seen or any(place not in range(own.start, own.stop) for place in seen):
                 return "its tokens see those of other samples in their row"
-        for own in _places():
+        for own in _probe_slices():
             with torch.no_grad():
                 alone = model(input_ids=ids[:, own], attention_mask=torch.ones_like(ids[:, own]), use_cache=False)
-            if not _close(logits[:, own].detach(), alone.logits, model):
+            if not _is_within_rounding(logits[:, own].detach(), alone.logits, model):
                 return "it computes other logits for a sample in a row than for the sample alone"
     return ""
 
 
-def _places() -> list[slice]:
+def _probe_slices() -> list[slice]:
     """Where the samples of a row of the probe stand."""
-    ends = torch.tensor([0, *_LENGTHS]).cumsum(0).tolist()
+    ends = torch.tensor([0, *_PROBE_LENGTHS]).cumsum(0).tolist()
     return [slice(start, end) for start, end in pairwise(ends)]
 
 
-def _with_embeddings(model: Any, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+def _run_with_embeddings(model: Any, **inputs: Tensor) -> tuple[Tensor, Tensor]:
     """The logits of a model, and the embeddings of its tokens, which they have gradients for."""
     kept: list[Tensor] = []
 
@@ -145,7 +145,7 @@ def _with_embeddings(model: Any, **inputs: Tensor) -> tuple[Tensor, Tensor]:
         hook.remove()
 
 
-def _close(found: Tensor, expected: Tensor, model: Any) -> bool:
+def _is_within_rounding(found: Tensor, expected: Tensor, model: Any) -> bool:
     """Whether logits differ by no more than rounding may have made of them."""
     dtypes = {tensor.dtype for tensor in (*model.parameters(), found) if tensor.is_floating_point()}
     rounding = max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from lora_kit.data.batches import IGNORED, LABEL, TARGET, Encoded
+from lora_kit.data.batches import IGNORE_INDEX, LABEL, TARGET, EncodedDataset
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,14 @@ class Span:
     learned: bool
 
 
-def spans(tokenizer: Any, samples: Encoded, index: int) -> list[Span]:
+def preview_sample(tokenizer: Any, samples: EncodedDataset, index: int) -> list[Span]:
     """A sample in spans, what a decoder writes after what its encoder reads.
 
     Where the whole text has one label, no token is learned; of words their first token is, by its label.
     """
     sample = samples[index]
     ids, labels = sample["input_ids"].tolist(), sample["labels"]
-    learned = [False] * len(ids) if samples.kind in (LABEL, TARGET) else (labels != IGNORED).tolist()
+    learned = [False] * len(ids) if samples.kind in (LABEL, TARGET) else (labels != IGNORE_INDEX).tolist()
     if samples.kind == TARGET:
         ids, learned = ids + labels.tolist(), learned + [True] * len(labels)
     found, place = [], 0

@@ -12,11 +12,11 @@ from typing import Any, Final
 from lora_kit.data.hub_datasets import is_dataset, read_dataset
 from lora_kit.data.layouts import LAYOUTS, Layout, RowError, layout_of
 from lora_kit.data.readers import NOT_UTF8, OTHER_ENCODING, Fault, Record, read_file
-from lora_kit.errors import DataError, listed
+from lora_kit.errors import DataError, format_list
 
 logger = logging.getLogger(__name__)
 
-_SHOWN: Final = 8
+_MAX_SHOWN_FAULTS: Final = 8
 """Wrong lines told in one error."""
 
 
@@ -87,9 +87,9 @@ def read_rows(path: str | Path, *, split: str = "train") -> Rows:
     """
     found = scan_rows(path, split=split)
     if found.faults:
-        raise refusal(found.rows.path, found.faults)
+        raise build_fault_error(found.rows.path, found.faults)
     if found.unused:
-        logger.warning("%s: keys that are not used: %s", found.rows.path, listed(found.unused))
+        logger.warning("%s: keys that are not used: %s", found.rows.path, format_list(found.unused))
     return found.rows
 
 
@@ -113,8 +113,8 @@ def scan_rows(
         raise DataError(f"{path} has no rows", hint="a kind of file is known by the ending of its name")
     if not records:
         return Scan(Rows(path, "", (), ()), tuple(faults), (), found.sha256)
-    records = _renamed(path, records, rename or {})
-    layout = _layout_of(path, records[0][1])
+    records = _rename_columns(path, records, rename or {})
+    layout = _find_layout(path, records[0][1])
     values, lines = [], []
     for line, row in records:
         try:
@@ -124,7 +124,7 @@ def scan_rows(
         else:
             lines.append(line)
     rows = Rows(path, layout.format, tuple(values), tuple(lines), layout.name)
-    faults += _mixed_labels(rows)
+    faults += _find_mixed_labels(rows)
     wrong = {fault.line for fault in faults}
     rows = rows.only([place for place, line in enumerate(lines) if line not in wrong])
     used = {*layout.keys, *layout.optional}
@@ -132,16 +132,16 @@ def scan_rows(
     return Scan(rows, tuple(sorted(faults)), tuple(sorted(unused)), found.sha256)
 
 
-def refusal(path: Path, faults: Sequence[Fault], *, hint: str = "") -> DataError:
+def build_fault_error(path: Path, faults: Sequence[Fault], *, hint: str = "") -> DataError:
     """An error that names the first of the lines that are wrong."""
-    told = [f"{path}:{fault.line}: {fault.what}" for fault in faults[:_SHOWN]]
-    more = f"\nand {len(faults) - _SHOWN} more lines" if len(faults) > _SHOWN else ""
+    told = [f"{path}:{fault.line}: {fault.what}" for fault in faults[:_MAX_SHOWN_FAULTS]]
+    more = f"\nand {len(faults) - _MAX_SHOWN_FAULTS} more lines" if len(faults) > _MAX_SHOWN_FAULTS else ""
     if any(fault.what.startswith(NOT_UTF8) for fault in faults):
         hint = f"{OTHER_ENCODING}; {hint}" if hint else OTHER_ENCODING
     return DataError("\n".join(told) + more, hint=hint)
 
 
-def label_names(rows: Rows) -> tuple[str, ...]:
+def collect_label_names(rows: Rows) -> tuple[str, ...]:
     """The names of the labels in a file, sorted (numbers by size); the place of a name is its number.
 
     Raises:
@@ -153,30 +153,30 @@ def label_names(rows: Rows) -> tuple[str, ...]:
     return names
 
 
-def _renamed(path: Path, records: Sequence[Record], names: Mapping[str, str]) -> Sequence[Record]:
+def _rename_columns(path: Path, records: Sequence[Record], names: Mapping[str, str]) -> Sequence[Record]:
     if not names:
         return records
     known = {key for _, row in records for key in row}
     absent = sorted(set(names) - known)
     if absent:
-        raise DataError(f"{path} has no {listed(absent)} to rename", hint=f"it has {listed(sorted(known))}")
+        raise DataError(f"{path} has no {format_list(absent)} to rename", hint=f"it has {format_list(sorted(known))}")
     taken = sorted(new for new in names.values() if new in known - set(names))
     twice = sorted({new for new in names.values() if list(names.values()).count(new) > 1})
     if taken or twice:
-        raise DataError(f"{path}: {listed(taken or twice)} would stand there twice after renaming")
+        raise DataError(f"{path}: {format_list(taken or twice)} would stand there twice after renaming")
     return [(line, {names.get(key, key): value for key, value in row.items()}) for line, row in records]
 
 
-def _layout_of(path: Path, row: Mapping[str, Any]) -> Layout:
+def _find_layout(path: Path, row: Mapping[str, Any]) -> Layout:
     layout = layout_of(list(row))
     if layout is None:
         formats = "; ".join(" and ".join(layout.keys) for layout in LAYOUTS)
         hint = f"formats: {formats}. lora-kit prepare --rename mine=prompt gives columns other names"
-        raise DataError(f"{path}: the first row has the keys {listed(sorted(row))}", hint=hint)
+        raise DataError(f"{path}: the first row has the keys {format_list(sorted(row))}", hint=hint)
     return layout
 
 
-def _mixed_labels(rows: Rows) -> list[Fault]:
+def _find_mixed_labels(rows: Rows) -> list[Fault]:
     kind = next((type(label) for labels in rows.labels for label in labels), str)
     return [
         Fault(line, f"label is {type(other).__name__}, and {kind.__name__} in the first row")

@@ -22,8 +22,8 @@ from lora_kit.demo.demo_results import Agreement, Merged, Mixed, MixedRow, Swaps
 from lora_kit.demo.demo_tasks import TASKS, Split, Task
 from lora_kit.merging.merge import merge
 from lora_kit.models.loading import Base, load_base
-from lora_kit.models.locate import KIT_BASE, quiet
-from lora_kit.models.prompt_tokens import prompt_ids, render_prompt
+from lora_kit.models.locate import KIT_BASE, silence_libraries
+from lora_kit.models.prompt_tokens import render_prompt, tokenize_prompt
 from lora_kit.training.recipe.recipe import DataSpec, Recipe
 from lora_kit.training.results import TrainReport
 from lora_kit.training.train import train
@@ -114,7 +114,7 @@ def answer(base: Base, prompts: Sequence[str]) -> list[str]:
 
 def batch(base: Base, prompts: Sequence[str]) -> dict[str, Tensor]:
     """Prompts as training saw them, padded on the left: `input_ids` and `attention_mask`, int64 (prompts, longest)."""
-    rows = [prompt_ids(base.tokenizer, render_prompt(prompt)) for prompt in prompts]
+    rows = [tokenize_prompt(base.tokenizer, render_prompt(prompt)) for prompt in prompts]
     longest, pad = max(map(len, rows)), base.tokenizer.pad_token_id
     ids = [[pad] * (longest - len(row)) + row for row in rows]
     mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
@@ -258,7 +258,7 @@ def _written(base: Base, inputs: Mapping[str, Tensor]) -> list[str]:
         eos_token_id=base.tokenizer.eos_token_id,
         pad_token_id=base.tokenizer.pad_token_id,
     )
-    with quiet():
+    with silence_libraries():
         written = base.model.generate(**inputs, generation_config=config)
     texts: list[str] = base.tokenizer.batch_decode(written[:, length:], skip_special_tokens=True)
     return texts

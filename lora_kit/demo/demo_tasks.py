@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from lora_kit.errors import ConfigError, DataError, nearest
+from lora_kit.errors import ConfigError, DataError, suggest_nearest
 
 _TRIES_PER_ROW: Final = 200
 """Draws of already seen combinations in a row after which the word lists count as used up."""
@@ -101,7 +101,9 @@ def task(name: str) -> Task:
         ConfigError: there is none.
     """
     if name not in TASKS:
-        raise ConfigError(f"no demo task is called {name!r}", hint=nearest(name, TASKS) or f"known: {', '.join(TASKS)}")
+        raise ConfigError(
+            f"no demo task is called {name!r}", hint=suggest_nearest(name, TASKS) or f"known: {', '.join(TASKS)}"
+        )
     return TASKS[name]
 
 

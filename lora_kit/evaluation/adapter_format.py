@@ -12,13 +12,13 @@ from typing import Any, Final
 import yaml
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.data.batches import Encoded
+from lora_kit.data.batches import EncodedDataset
 from lora_kit.data.chat import ChatTemplate, chat_template
-from lora_kit.data.encode import LONGEST, encode
+from lora_kit.data.encode import DEFAULT_MAX_LENGTH, encode
 from lora_kit.data.layouts import FORMATS
 from lora_kit.data.rows import Rows
-from lora_kit.errors import AdapterError, DataError, listed
-from lora_kit.generation.prompts import Style, data_of, separator_of, template_of
+from lora_kit.errors import AdapterError, DataError, format_list
+from lora_kit.generation.prompts import PromptStyle, data_of, separator_of, template_of
 from lora_kit.io.read import read_text
 from lora_kit.models.loading import Base
 from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR
@@ -27,11 +27,11 @@ logger = logging.getLogger(__name__)
 
 _RECIPE: Final = "recipe.yaml"
 """Stands beside a model that was trained whole."""
-_LARGEST: Final = 2**20
+_MAX_RECIPE_BYTES: Final = 2**20
 
 
 @dataclass(frozen=True)
-class Setting:
+class EncodingSettings:
     """What decides how rows are put.
 
     Attributes:
@@ -40,7 +40,7 @@ class Setting:
         labels: the names of the labels, in the order of their numbers.
     """
 
-    style: Style
+    style: PromptStyle
     max_length: int
     labels: tuple[str, ...] = ()
 
@@ -53,7 +53,7 @@ def task_for(rows: Rows) -> str:
 def check_format(rows: Rows, task: str) -> None:
     """Raise DataError unless the task takes these rows."""
     if rows.format not in FORMATS[task]:
-        told = f"{rows.path} has rows of the format {rows.format}; task {task} takes {listed(FORMATS[task])}"
+        told = f"{rows.path} has rows of the format {rows.format}; task {task} takes {format_list(FORMATS[task])}"
         raise DataError(told, hint=f"they are for an adapter of task {task_for(rows)}")
 
 
@@ -63,17 +63,17 @@ def labels_of_adapter(adapter: Adapter) -> tuple[str, ...]:
     return tuple(map(str, names)) if isinstance(names, Sequence) and not isinstance(names, str) else ()
 
 
-def settings(
+def resolve_settings(
     base: Base, values: Mapping[str, Adapter | None], rows: Rows, *, max_length: int | None
-) -> dict[str, Setting]:
+) -> dict[str, EncodingSettings]:
     """The setting of each adapter, by label; the base has that of the first adapter beside it.
 
     Raises:
         AdapterError: the labels of an adapter are not as many as the model's.
         DataError: the base alone has no chat template to put conversations in.
     """
-    own = {label: _setting(base, value, max_length) for label, value in values.items() if value is not None}
-    first = next(iter(own.values()), None) or _of_base(base, rows, max_length)
+    own = {label: _settings_of_adapter(base, value, max_length) for label, value in values.items() if value is not None}
+    first = next(iter(own.values()), None) or _settings_of_base(base, rows, max_length)
     found = {label: own.get(label, first) for label in values}
     if base.task in ("classify", "tokens"):
         size = base.model.config.num_labels
@@ -84,37 +84,41 @@ def settings(
     return found
 
 
-def _setting(base: Base, adapter: Adapter, max_length: int | None) -> Setting:
+def _settings_of_adapter(base: Base, adapter: Adapter, max_length: int | None) -> EncodingSettings:
     recorded = (data_of(adapter) or {}).get("max_length")
     style = template_of(adapter) or separator_of(adapter)
-    return Setting(style, _length(base, max_length, recorded), labels_of_adapter(adapter) or _labels_of_model(base))
+    return EncodingSettings(
+        style, _resolve_max_length(base, max_length, recorded), labels_of_adapter(adapter) or _labels_of_model(base)
+    )
 
 
-def _of_base(base: Base, rows: Rows, max_length: int | None) -> Setting:
+def _settings_of_base(base: Base, rows: Rows, max_length: int | None) -> EncodingSettings:
     """Of a base alone: what stands in the recipe it was trained whole by, else what a recipe would say by default."""
-    recorded = _recipe_data(base)
-    style: Style = recorded.get("separator", "" if base.task == "seq2seq" else DEFAULT_SEPARATOR)
+    recorded = _read_recipe_data(base)
+    style: PromptStyle = recorded.get("separator", "" if base.task == "seq2seq" else DEFAULT_SEPARATOR)
     if isinstance(recorded.get("chat_template"), str):
         style = ChatTemplate(recorded["chat_template"], f"the chat template of {base.name}")
     elif rows.format == "chat":
         style = chat_template(None, base.tokenizer, base=base.name)
-    return Setting(style, _length(base, max_length, recorded.get("max_length")), _labels_of_model(base))
+    return EncodingSettings(
+        style, _resolve_max_length(base, max_length, recorded.get("max_length")), _labels_of_model(base)
+    )
 
 
-def _recipe_data(base: Base) -> Mapping[str, Any]:
+def _read_recipe_data(base: Base) -> Mapping[str, Any]:
     path = Path(base.name).expanduser() / _RECIPE
     if not path.is_file():
         return {}
     try:
-        found = yaml.safe_load(read_text(path, limit=_LARGEST))
+        found = yaml.safe_load(read_text(path, limit=_MAX_RECIPE_BYTES))
     except yaml.YAMLError:
         found = None
     data = found.get("data") if isinstance(found, Mapping) else None
     return data if isinstance(data, Mapping) else {}
 
 
-def _length(base: Base, wanted: int | None, recorded: Any) -> int:
-    own = recorded if isinstance(recorded, int) and recorded > 1 else LONGEST
+def _resolve_max_length(base: Base, wanted: int | None, recorded: Any) -> int:
+    own = recorded if isinstance(recorded, int) and recorded > 1 else DEFAULT_MAX_LENGTH
     return min(wanted or own, base.max_length)
 
 
@@ -125,14 +129,14 @@ def _labels_of_model(base: Base) -> tuple[str, ...]:
     return tuple(str(names[number]) for number in sorted(names))
 
 
-def samples(base: Base, rows: Rows, setting: Setting) -> Encoded:
+def encode_rows(base: Base, rows: Rows, setting: EncodingSettings) -> EncodedDataset:
     """The rows as an adapter of this setting saw those of its training.
 
     Raises:
         DataError: they cannot be put so; names their lines.
     """
     return encode(
-        _in_style(rows, setting.style),
+        _convert_rows(rows, setting.style),
         base.tokenizer,
         max_length=setting.max_length,
         separator=setting.style if isinstance(setting.style, str) else "",
@@ -142,7 +146,7 @@ def samples(base: Base, rows: Rows, setting: Setting) -> Encoded:
     )
 
 
-def _in_style(rows: Rows, style: Style) -> Rows:
+def _convert_rows(rows: Rows, style: PromptStyle) -> Rows:
     """Prompts and completions as conversations of one exchange, or the other way round."""
     if isinstance(style, ChatTemplate) and rows.format == "completion":
         told = tuple(((("user", prompt), ("assistant", completion)),) for prompt, completion in rows.values)

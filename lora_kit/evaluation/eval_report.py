@@ -10,18 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_kit.adapter.store import jsonable
+from lora_kit.adapter.store import to_json_value
 from lora_kit.errors import StorageError
 from lora_kit.evaluation.generation_metrics import Prompt
 from lora_kit.io.atomic_write import sync_folder
-from lora_kit.io.text import printable
+from lora_kit.io.text import escape_text
 
-Said = str | tuple[str, ...]
+Answer = str | tuple[str, ...]
 """A text or a label; of a text with labelled words, one label for each."""
 
 
 @dataclass(frozen=True)
-class Case:
+class EvalCase:
     """A row, or the rows with one prompt.
 
     Attributes:
@@ -32,7 +32,7 @@ class Case:
 
     lines: tuple[int, ...]
     given: Prompt | tuple[str, ...]
-    expected: Said
+    expected: Answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Result:
     name: str
     digest: str | None
     metrics: Mapping[str, float]
-    said: tuple[Said, ...] = ()
+    said: tuple[Answer, ...] = ()
     unended: int = 0
 
 
@@ -70,7 +70,7 @@ class EvalReport:
     data: Path
     task: str
     rows: int
-    cases: tuple[Case, ...]
+    cases: tuple[EvalCase, ...]
     results: tuple[Result, ...]
     seconds: float
 
@@ -81,7 +81,7 @@ class EvalReport:
     def to_json(self) -> dict[str, Any]:
         """JSON values, without the cases."""
         results = [
-            {"name": each.name, "digest": each.digest, "metrics": jsonable(each.metrics), "unended": each.unended}
+            {"name": each.name, "digest": each.digest, "metrics": to_json_value(each.metrics), "unended": each.unended}
             for each in self.results
         ]
         told = {"data": str(self.data), "task": self.task, "rows": self.rows, "seconds": round(self.seconds, 3)}
@@ -93,8 +93,8 @@ class EvalReport:
             given = case.given
             if isinstance(given, tuple) and given and isinstance(given[0], tuple):
                 given = [{"role": role, "content": content} for role, content in given]  # type: ignore[assignment]
-            said = {each.name: jsonable(each.said[place]) for each in self.results}
-            yield {"lines": list(case.lines), "given": given, "expected": jsonable(case.expected), "said": said}
+            said = {each.name: to_json_value(each.said[place]) for each in self.results}
+            yield {"lines": list(case.lines), "given": given, "expected": to_json_value(case.expected), "said": said}
 
     def save(self, path: str | Path, *, replace: bool = False) -> None:
         """Write the cases as JSONL, a line for each, all or nothing.
@@ -103,9 +103,9 @@ class EvalReport:
             StorageError: there is a file already, or it cannot be written.
         """
         path = Path(path)
-        check_file(path, replace=replace)
+        check_predictions_file(path, replace=replace)
         staging = path.with_name(f".{path.name}.{os.getpid()}")
-        with _as_storage_error(path):
+        with _translate_os_errors(path):
             try:
                 with staging.open("x", encoding="utf-8") as file:
                     file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines())
@@ -117,30 +117,30 @@ class EvalReport:
             sync_folder(path.parent)
 
 
-def check_file(path: Path, *, replace: bool) -> None:
+def check_predictions_file(path: Path, *, replace: bool) -> None:
     """Refuse a file that cannot be written, before hours of work and not after.
 
     Raises:
         StorageError: it exists, or its folder does not.
     """
     if path.is_dir():
-        raise StorageError(f"{printable(path)} is a folder", hint="predictions are written to one file")
+        raise StorageError(f"{escape_text(path)} is a folder", hint="predictions are written to one file")
     if path.exists() and not (replace and path.is_file()):
-        raise StorageError(f"{printable(path)} exists", hint="--replace replaces it")
+        raise StorageError(f"{escape_text(path)} exists", hint="--replace replaces it")
     if not path.parent.is_dir():
-        raise StorageError(f"{printable(path.parent)} is no folder, so {printable(path)} cannot be written")
+        raise StorageError(f"{escape_text(path.parent)} is no folder, so {escape_text(path)} cannot be written")
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise StorageError(f"{printable(path)} cannot be written: {printable(path.parent)} may not be written to")
+        raise StorageError(f"{escape_text(path)} cannot be written: {escape_text(path.parent)} may not be written to")
 
 
 @contextlib.contextmanager
-def _as_storage_error(path: Path) -> Iterator[None]:
+def _translate_os_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"{printable(path)} cannot be written: {error.strerror}") from error
+        raise StorageError(f"{escape_text(path)} cannot be written: {error.strerror}") from error
 
 
-def columns(results: Sequence[Result]) -> list[str]:
+def metric_names_of(results: Sequence[Result]) -> list[str]:
     """The names of all metrics of some results, in their order."""
     return list(dict.fromkeys(name for result in results for name in result.metrics))

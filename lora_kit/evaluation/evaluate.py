@@ -13,25 +13,38 @@ from typing import Final
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.store import STORE
 from lora_kit.bank.bank import AdapterBank
-from lora_kit.data.batches import Collator, Encoded
+from lora_kit.data.batches import Collator, EncodedDataset
 from lora_kit.data.rows import Rows, read_rows
-from lora_kit.errors import ConfigError, listed
-from lora_kit.evaluation.adapter_format import Setting, check_format, labels_of_adapter, samples, settings, task_for
-from lora_kit.evaluation.eval_report import Case, EvalReport, Result, Said, check_file
-from lora_kit.evaluation.forward import Forward, forward
-from lora_kit.evaluation.generation_metrics import Exam, Question, answers, exam, questions_of
-from lora_kit.evaluation.measure import perplexity, true_labels
-from lora_kit.evaluation.metrics import checked, of_texts
-from lora_kit.evaluation.scores import label_scores, text_scores
-from lora_kit.generation.adapter_args import Given, check_quantize, labels_of, read_adapter, task_of
-from lora_kit.generation.decoding import Written
-from lora_kit.generation.generate import hosted
-from lora_kit.io.text import printable
-from lora_kit.models.loading import Base, load_base, load_reader
+from lora_kit.errors import ConfigError, format_list
+from lora_kit.evaluation.adapter_format import (
+    EncodingSettings,
+    check_format,
+    encode_rows,
+    labels_of_adapter,
+    resolve_settings,
+    task_for,
+)
+from lora_kit.evaluation.eval_report import Answer, EvalCase, EvalReport, Result, check_predictions_file
+from lora_kit.evaluation.forward import ForwardResult, run_forward
+from lora_kit.evaluation.generation_metrics import (
+    EvalPrompt,
+    GenerationTask,
+    build_generation_task,
+    collect_eval_prompts,
+    generate_completions,
+)
+from lora_kit.evaluation.measure import compute_perplexity, true_labels_of
+from lora_kit.evaluation.metrics import select_generation_metrics, validate_metrics
+from lora_kit.evaluation.scores import score_labels, score_texts
+from lora_kit.generation.adapter_args import AdapterSource, check_quantize, labels_of, read_adapter, task_of
+from lora_kit.generation.decoding import Completion
+from lora_kit.generation.generate import attach_adapters
+from lora_kit.io.text import escape_text
+from lora_kit.models.loading import Base, load_base, load_input_spec
 
 logger = logging.getLogger(__name__)
 
-DEFAULTS: Final[Mapping[str, tuple[str, ...]]] = {
+DEFAULT_METRICS: Final[Mapping[str, tuple[str, ...]]] = {
     "causal-lm": ("loss", "perplexity"),
     "seq2seq": ("loss", "perplexity"),
     "classify": ("loss", "accuracy", "f1"),
@@ -39,13 +52,13 @@ DEFAULTS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """What is measured where nobody says: nothing that takes a generation."""
 
-Progress = Callable[[str, int, int], None]
+EvalProgress = Callable[[str, int, int], None]
 """Told the label of an adapter, how many of its rows are done, and how many there are."""
 
 
 def evaluate(
     base: str | Base,
-    adapters: Sequence[Given],
+    adapters: Sequence[AdapterSource],
     data: str | Path | Rows,
     *,
     metrics: Sequence[str] | None = None,
@@ -56,7 +69,7 @@ def evaluate(
     replace: bool = False,
     store: str | Path = STORE,
     quantize: str | None = None,
-    on_progress: Progress | None = None,
+    on_progress: EvalProgress | None = None,
 ) -> EvalReport:
     """Measure adapters of one base, and the base itself, on the rows of a file.
 
@@ -99,23 +112,25 @@ def evaluate(
     labels = labels_of(adapters, read)
     values = dict(zip(labels, read, strict=True))
     rows = data if isinstance(data, Rows) else read_rows(data)
-    wanted_task = _task(base, task_of(labels, read), rows)
+    wanted_task = _resolve_task(base, task_of(labels, read), rows)
     check_format(rows, wanted_task)
-    wanted = checked(DEFAULTS[wanted_task] if metrics is None else metrics, wanted_task)
-    questions = questions_of(rows) if of_texts(wanted, wanted_task) else ()
+    wanted = validate_metrics(DEFAULT_METRICS[wanted_task] if metrics is None else metrics, wanted_task)
+    questions = collect_eval_prompts(rows) if select_generation_metrics(wanted, wanted_task) else ()
     if out is not None:
         _check_out(Path(out), wanted, wanted_task, replace=replace)
     check_quantize(base, labels, read, quantize)
-    loaded = _loaded(base, values, wanted_task, quantize)
-    plan = _plan(loaded, values, rows, questions, wanted, max_length=max_length, max_new_tokens=max_new_tokens)
+    loaded = _load_for_evaluation(base, values, wanted_task, quantize)
+    plan = _build_eval_plan(
+        loaded, values, rows, questions, wanted, max_length=max_length, max_new_tokens=max_new_tokens
+    )
     started = time.perf_counter()
-    with hosted(loaded.model, values) as bank:
-        found = _Run(plan, bank, batch_size, on_progress).results(values)
+    with attach_adapters(loaded.model, values) as bank:
+        found = _EvalRun(plan, bank, batch_size, on_progress).results(values)
     report = EvalReport(
         data=rows.path,
         task=wanted_task,
         rows=len(rows),
-        cases=tuple(_cases(rows, questions)),
+        cases=tuple(_build_cases(rows, questions)),
         results=tuple(found[label] for label in labels),
         seconds=time.perf_counter() - started,
     )
@@ -125,13 +140,13 @@ def evaluate(
 
 
 def _check_out(out: Path, metrics: Sequence[str], task: str, *, replace: bool) -> None:
-    if task in ("causal-lm", "seq2seq") and not of_texts(metrics, task):
-        told = f"{printable(out)} is for what is said, and {listed(metrics)} needs nothing to be said"
+    if task in ("causal-lm", "seq2seq") and not select_generation_metrics(metrics, task):
+        told = f"{escape_text(out)} is for what is said, and {format_list(metrics)} needs nothing to be said"
         raise ConfigError(told, hint="ask for exact_match too")
-    check_file(out, replace=replace)
+    check_predictions_file(out, replace=replace)
 
 
-def _task(base: str | Base, of_adapters: str | None, rows: Rows) -> str:
+def _resolve_task(base: str | Base, of_adapters: str | None, rows: Rows) -> str:
     """What the adapters were made for; of a base alone, what it is and the rows are for."""
     own = base.task if isinstance(base, Base) else None
     if own and of_adapters and own != of_adapters:
@@ -139,10 +154,12 @@ def _task(base: str | Base, of_adapters: str | None, rows: Rows) -> str:
     if own or of_adapters or isinstance(base, Base):
         return own or str(of_adapters)
     task = task_for(rows)
-    return "seq2seq" if task == "causal-lm" and load_reader(base).both else task
+    return "seq2seq" if task == "causal-lm" and load_input_spec(base).both else task
 
 
-def _loaded(base: str | Base, values: Mapping[str, Adapter | None], task: str, quantize: str | None) -> Base:
+def _load_for_evaluation(
+    base: str | Base, values: Mapping[str, Adapter | None], task: str, quantize: str | None
+) -> Base:
     if isinstance(base, Base):
         return base
     names = next((found for value in values.values() if value and (found := labels_of_adapter(value))), ())
@@ -151,37 +168,37 @@ def _loaded(base: str | Base, values: Mapping[str, Adapter | None], task: str, q
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _EvalPlan:
     """Everything that is to be done, checked."""
 
     base: Base
     metrics: tuple[str, ...]
-    settings: Mapping[str, Setting]
-    samples: Mapping[str, Encoded]
-    exams: Mapping[str, Exam]
+    settings: Mapping[str, EncodingSettings]
+    samples: Mapping[str, EncodedDataset]
+    exams: Mapping[str, GenerationTask]
 
 
-def _plan(
+def _build_eval_plan(
     base: Base,
     values: Mapping[str, Adapter | None],
     rows: Rows,
-    questions: tuple[Question, ...],
+    questions: tuple[EvalPrompt, ...],
     metrics: tuple[str, ...],
     *,
     max_length: int | None,
     max_new_tokens: int | None,
-) -> _Plan:
+) -> _EvalPlan:
     """Adapters that were trained in one way share their samples and their prompts."""
-    found = settings(base, values, rows, max_length=max_length)
+    found = resolve_settings(base, values, rows, max_length=max_length)
     each = dict.fromkeys(found.values())
-    encoded: dict[Setting, Encoded] = {}
-    exams: dict[Setting, Exam] = {}
+    encoded: dict[EncodingSettings, EncodedDataset] = {}
+    exams: dict[EncodingSettings, GenerationTask] = {}
     for setting in each:
-        if set(metrics) - set(of_texts(metrics, base.task)):
-            encoded[setting] = samples(base, rows, setting)
+        if set(metrics) - set(select_generation_metrics(metrics, base.task)):
+            encoded[setting] = encode_rows(base, rows, setting)
         if questions:
-            exams[setting] = exam(base, questions, setting.style, max_new_tokens=max_new_tokens)
-    return _Plan(
+            exams[setting] = build_generation_task(base, questions, setting.style, max_new_tokens=max_new_tokens)
+    return _EvalPlan(
         base,
         metrics,
         found,
@@ -190,31 +207,33 @@ def _plan(
     )
 
 
-class _Run:
+class _EvalRun:
     """The work: first what takes a forward of each sample, adapter by adapter, then what is written, in one go."""
 
-    def __init__(self, plan: _Plan, bank: AdapterBank | None, batch_size: int, on_progress: Progress | None) -> None:
+    def __init__(
+        self, plan: _EvalPlan, bank: AdapterBank | None, batch_size: int, on_progress: EvalProgress | None
+    ) -> None:
         self._plan, self._bank, self._batch_size, self._on_progress = plan, bank, batch_size, on_progress
         self._done: Counter[str] = Counter()
         self._collator = Collator(plan.base.tokenizer.pad_token_id, plan.base.decoder_inputs)
 
     def results(self, values: Mapping[str, Adapter | None]) -> dict[str, Result]:
-        passes = {label: self._passed(label, each) for label, each in self._plan.samples.items()}
-        written = answers(
+        passes = {label: self._run_samples(label, each) for label, each in self._plan.samples.items()}
+        written = generate_completions(
             self._plan.exams,
             bank=self._bank,
             batch_size=self._batch_size,
             on_rows=lambda label: self._told(label, 1),
         )
         return {
-            label: self._result(label, value, passes.get(label), written.get(label, []))
+            label: self._build_result(label, value, passes.get(label), written.get(label, []))
             for label, value in values.items()
         }
 
-    def _passed(self, label: str, each: Encoded) -> Forward:
+    def _run_samples(self, label: str, each: EncodedDataset) -> ForwardResult:
         if self._bank is not None:
             self._bank.use(label if label in self._bank.names else None)
-        return forward(
+        return run_forward(
             self._plan.base.model,
             each,
             self._collator,
@@ -222,19 +241,23 @@ class _Run:
             on_rows=lambda count: self._told(label, count),
         )
 
-    def _result(self, label: str, value: Adapter | None, passed: Forward | None, written: list[Written]) -> Result:
+    def _build_result(
+        self, label: str, value: Adapter | None, passed: ForwardResult | None, written: list[Completion]
+    ) -> Result:
         plan, names = self._plan, self._plan.settings[label].labels
         found: dict[str, float] = {}
-        said: tuple[Said, ...] = ()
+        said: tuple[Answer, ...] = ()
         if passed is not None:
-            found = {"loss": passed.loss, "perplexity": perplexity(passed.loss)}
+            found = {"loss": passed.loss, "perplexity": compute_perplexity(passed.loss)}
             if passed.predicted:
                 others = [name for name in plan.metrics if name not in found]
-                found |= label_scores(others, true_labels(plan.samples[label]), passed.predicted, labels=names)
-                said = tuple(_named(row, names, single=plan.base.task == "classify") for row in passed.predicted)
+                found |= score_labels(others, true_labels_of(plan.samples[label]), passed.predicted, labels=names)
+                said = tuple(_name_labels(row, names, single=plan.base.task == "classify") for row in passed.predicted)
         if written:
             texts = [each.text for each in written]
-            found |= text_scores(of_texts(plan.metrics, plan.base.task), texts, plan.exams[label].references)
+            found |= score_texts(
+                select_generation_metrics(plan.metrics, plan.base.task), texts, plan.exams[label].references
+            )
             said = tuple(text.strip() for text in texts)
         unended = sum(not each.ended for each in written)
         scores = {name: found[name] for name in plan.metrics}
@@ -249,16 +272,16 @@ class _Run:
             self._on_progress(label, self._done[label], total)
 
 
-def _named(row: Sequence[int], names: Sequence[str], *, single: bool) -> Said:
+def _name_labels(row: Sequence[int], names: Sequence[str], *, single: bool) -> Answer:
     return names[row[0]] if single else tuple(names[label] for label in row)
 
 
-def _cases(rows: Rows, questions: Sequence[Question]) -> list[Case]:
+def _build_cases(rows: Rows, questions: Sequence[EvalPrompt]) -> list[EvalCase]:
     if questions:
-        return [Case(each.lines, each.prompt, each.references) for each in questions]
+        return [EvalCase(each.lines, each.prompt, each.references) for each in questions]
     if rows.format not in ("label", "words"):
         return []
     return [
-        Case((line,), value[0], str(value[1]) if rows.format == "label" else tuple(map(str, value[1])))
+        EvalCase((line,), value[0], str(value[1]) if rows.format == "label" else tuple(map(str, value[1])))
         for line, value in zip(rows.lines, rows.values, strict=True)
     ]

@@ -14,12 +14,12 @@ from lora_kit.data.chat import ChatTemplate
 from lora_kit.data.layouts import Message
 from lora_kit.data.rows import Rows
 from lora_kit.errors import ConfigError, DataError
-from lora_kit.generation.decoding import Sampling, Written, write
-from lora_kit.generation.generate import routed
-from lora_kit.generation.prompts import Asked, Style, asked
+from lora_kit.generation.decoding import Completion, Sampling, generate_batch
+from lora_kit.generation.generate import route_rows
+from lora_kit.generation.prompts import EncodedPrompt, PromptStyle, encode_prompt
 from lora_kit.models.loading import Base
-from lora_kit.models.prompt_tokens import special_tokens
-from lora_kit.torch_utils import casting, evaluating
+from lora_kit.models.prompt_tokens import find_special_tokens
+from lora_kit.torch_utils import use_autocast, use_eval_mode
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ Prompt = str | tuple[Message, ...]
 
 
 @dataclass(frozen=True)
-class Question:
+class EvalPrompt:
     """A prompt of a file and every answer to it that stands there: references of one another.
 
     Attributes:
@@ -43,7 +43,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Exam:
+class GenerationTask:
     """Questions put to a model in one style.
 
     Attributes:
@@ -54,8 +54,8 @@ class Exam:
     """
 
     base: Base
-    questions: tuple[Question, ...]
-    rows: tuple[Asked, ...]
+    questions: tuple[EvalPrompt, ...]
+    rows: tuple[EncodedPrompt, ...]
     max_new_tokens: int
 
     @property
@@ -63,7 +63,7 @@ class Exam:
         return [question.references for question in self.questions]
 
 
-def questions_of(rows: Rows) -> tuple[Question, ...]:
+def collect_eval_prompts(rows: Rows) -> tuple[EvalPrompt, ...]:
     """The questions of a file: its prompts, each once; of a conversation every answer, after all that stands before it.
 
     Raises:
@@ -83,12 +83,14 @@ def questions_of(rows: Rows) -> tuple[Question, ...]:
                 hint="what is written is measured on prompts and completions, or on conversations",
             )
     return tuple(
-        Question(prompt, tuple(text for text, _ in each), tuple(line for _, line in each))
+        EvalPrompt(prompt, tuple(text for text, _ in each), tuple(line for _, line in each))
         for prompt, each in found.items()
     )
 
 
-def exam(base: Base, questions: Sequence[Question], style: Style, *, max_new_tokens: int | None = None) -> Exam:
+def build_generation_task(
+    base: Base, questions: Sequence[EvalPrompt], style: PromptStyle, *, max_new_tokens: int | None = None
+) -> GenerationTask:
     """Questions in a style. A prompt without room for an answer after it is cut as in training, and that is logged.
 
     Args:
@@ -98,26 +100,26 @@ def exam(base: Base, questions: Sequence[Question], style: Style, *, max_new_tok
         DataError: a prompt cannot be put in this style.
         ConfigError: an answer may fill the base's whole context.
     """
-    limit = max_new_tokens or _longest(base, questions)
+    limit = max_new_tokens or _measure_longest_reference(base, questions)
     room = base.max_length - (1 if base.task == "seq2seq" else limit)
     if room < 1 or limit >= base.max_length:
         what = f"an answer may have {limit:,} tokens; {base.name} sees {base.max_length:,} at once"
         raise ConfigError(what, hint="give a smaller max_new_tokens")
-    whole = [asked(base, _in_style(question, style), style) for question in questions]
+    whole = [encode_prompt(base, _convert_prompt(question, style), style) for question in questions]
     cut = sum(len(row.ids) > room for row in whole)
     if cut:
         side = "at the end" if base.task == "seq2seq" else "on the left"
         logger.warning("%d of %d prompts were cut %s to fit %d tokens", cut, len(whole), side, room)
-    return Exam(base, tuple(questions), tuple(_fitting(base, row, room) for row in whole), limit)
+    return GenerationTask(base, tuple(questions), tuple(_cut_prompt(base, row, room) for row in whole), limit)
 
 
-def _longest(base: Base, questions: Sequence[Question]) -> int:
+def _measure_longest_reference(base: Base, questions: Sequence[EvalPrompt]) -> int:
     texts = [text for question in questions for text in question.references]
     ids = base.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return max(map(len, ids)) + 1
 
 
-def _in_style(question: Question, style: Style) -> Prompt:
+def _convert_prompt(question: EvalPrompt, style: PromptStyle) -> Prompt:
     """The prompt as the style takes it: a single message is a text to an adapter that knows no conversations."""
     prompt = question.prompt
     if isinstance(style, ChatTemplate) or isinstance(prompt, str):
@@ -128,24 +130,24 @@ def _in_style(question: Question, style: Style) -> Prompt:
     return prompt[0][1]
 
 
-def _fitting(base: Base, row: Asked, room: int) -> Asked:
+def _cut_prompt(base: Base, row: EncodedPrompt, room: int) -> EncodedPrompt:
     if len(row.ids) <= room:
         return row
-    before, after = special_tokens(base.tokenizer)
+    before, after = find_special_tokens(base.tokenizer)
     if base.task == "seq2seq":
         return dataclasses.replace(row, ids=row.ids[: max(0, room - len(after))] + after)
     kept = before if row.ids[: len(before)] == before and len(before) < room else []
     return dataclasses.replace(row, ids=kept + row.ids[len(row.ids) - (room - len(kept)) :])
 
 
-def answers(
-    exams: Mapping[str, Exam],
+def generate_completions(
+    exams: Mapping[str, GenerationTask],
     *,
     bank: AdapterBank | None = None,
     batch_size: int,
     autocast: torch.dtype | None = None,
     on_rows: Callable[[str], None] | None = None,
-) -> dict[str, list[Written]]:
+) -> dict[str, list[Completion]]:
     """What is answered to each question of each exam, the likeliest token at a time.
 
     Args:
@@ -161,18 +163,18 @@ def answers(
         # Up and down in turn: rows of two adapters in one batch are of like length.
         for place in sorted(range(len(each.rows)), key=lambda p: len(each.rows[p].ids), reverse=turn % 2 == 0)
     ]
-    found: dict[tuple[str, int], Written] = {}
+    found: dict[tuple[str, int], Completion] = {}
     for start in range(0, len(places), batch_size):
         chosen = places[start : start + batch_size]
         first = exams[chosen[0][0]]  # they ask the same questions of one base, so they have one limit
         rows = [exams[label].rows[place] for label, place in chosen]
         sampling = Sampling(max_new_tokens=first.max_new_tokens)
         with (
-            evaluating(first.base.model),
-            casting(first.base.device, autocast),
-            routed(bank, [label for label, _ in chosen]),
+            use_eval_mode(first.base.model),
+            use_autocast(first.base.device, autocast),
+            route_rows(bank, [label for label, _ in chosen]),
         ):
-            written = write(first.base, rows, sampling=sampling, limit=first.max_new_tokens)
+            written = generate_batch(first.base, rows, sampling=sampling, limit=first.max_new_tokens)
         for key, text in zip(chosen, written, strict=True):
             found[key] = text
             if on_rows is not None:

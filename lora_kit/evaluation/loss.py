@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_kit.data.batches import IGNORED, NEXT, WRITTEN
+from lora_kit.data.batches import GENERATIVE_KINDS, IGNORE_INDEX, NEXT
 from lora_kit.errors import VerificationError
 from lora_kit.ops.cross_entropy import chunked_cross_entropy
-from lora_kit.torch_utils import evaluating
+from lora_kit.torch_utils import use_eval_mode
 
 
 @dataclass(frozen=True)
-class Head:
+class LossHead:
     """How a model's loss is taken.
 
     Attributes:
@@ -35,12 +35,12 @@ class Head:
 
     linear: nn.Linear | None
     reason: str = ""
-    ahead: int = 1
+    label_shift: int = 1
 
     @contextlib.contextmanager
     def left_out(self) -> Iterator[None]:
         """Within, the model gives the states before its head for logits, if it can do without them."""
-        with contextlib.nullcontext() if self.linear is None else _replaced(self.linear, lambda states: states):
+        with contextlib.nullcontext() if self.linear is None else _replace_forward(self.linear, lambda states: states):
             yield
 
     def loss(self, given: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Tensor:
@@ -55,9 +55,9 @@ class Head:
         """
         if labels.ndim == 1:
             return functional.cross_entropy(given.float(), labels, reduction="sum", label_smoothing=smoothing)
-        labels = functional.pad(labels[:, self.ahead :], (0, self.ahead), value=IGNORED)
+        labels = functional.pad(labels[:, self.label_shift :], (0, self.label_shift), value=IGNORE_INDEX)
         if self.linear is None:
-            kept = labels != IGNORED
+            kept = labels != IGNORE_INDEX
             logits = given[kept].float()
             return functional.cross_entropy(logits, labels[kept], reduction="sum", label_smoothing=smoothing)
         if given.shape[-1] != self.linear.in_features:
@@ -69,12 +69,12 @@ class Head:
             self.linear.weight,
             labels.flatten(),
             bias=self.linear.bias,
-            ignore_index=IGNORED,
+            ignore_index=IGNORE_INDEX,
             smoothing=smoothing,
         )
 
 
-def head_of(model: Any, sample: Mapping[str, Tensor], *, kind: str = NEXT) -> Head:
+def probe_head(model: Any, sample: Mapping[str, Tensor], *, kind: str = NEXT) -> LossHead:
     """How the loss of this model is to be taken, found out by one forward of a sample; the model is as it was.
 
     The head is left out where it is a plain linear layer, frozen (or no gradient is wanted), and the model gives for
@@ -85,15 +85,15 @@ def head_of(model: Any, sample: Mapping[str, Tensor], *, kind: str = NEXT) -> He
         kind: of the samples; only where tokens are written can the head be left out.
     """
     ahead = int(kind == NEXT)
-    if kind not in WRITTEN:
-        return Head(None, "labels are no tokens", ahead)
+    if kind not in GENERATIVE_KINDS:
+        return LossHead(None, "labels are no tokens", ahead)
     sample = {name: tensor[:, :2] for name, tensor in sample.items()}
     linear: Any = model.get_output_embeddings()
-    reason = _not_plain(linear) or _used_otherwise(model, linear, sample)
-    return Head(None if reason else linear, reason, ahead)
+    reason = _reason_not_plain(linear) or _reason_not_logits_only(model, linear, sample)
+    return LossHead(None if reason else linear, reason, ahead)
 
 
-def _not_plain(head: Any) -> str:
+def _reason_not_plain(head: Any) -> str:
     """What keeps a head from being taken in chunks; empty for nothing."""
     if type(head) is not nn.Linear:
         return "the model has no head" if head is None else f"the head is a {type(head).__name__}"
@@ -107,7 +107,7 @@ def _not_plain(head: Any) -> str:
     return ""
 
 
-def _used_otherwise(model: Any, head: nn.Linear, sample: Mapping[str, Tensor]) -> str:
+def _reason_not_logits_only(model: Any, head: nn.Linear, sample: Mapping[str, Tensor]) -> str:
     """What a model does with its head besides giving its output for logits; empty for nothing.
 
     The head's output is made up here: numbers so large that a soft cap cannot leave them as they are.
@@ -121,7 +121,7 @@ def _used_otherwise(model: Any, head: nn.Linear, sample: Mapping[str, Tensor]) -
         made.append((logits, logits.clone()))  # a copy, since the model may write into what its head gives
         return logits
 
-    with evaluating(model), torch.no_grad(), _replaced(head, stand_in):
+    with use_eval_mode(model), torch.no_grad(), _replace_forward(head, stand_in):
         given = model(**sample, use_cache=False).logits
     if len(made) != 1:
         return f"the model uses its head {len(made)} times"
@@ -135,7 +135,7 @@ def _used_otherwise(model: Any, head: nn.Linear, sample: Mapping[str, Tensor]) -
 
 
 @contextlib.contextmanager
-def _replaced(head: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def _replace_forward(head: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Another forward for a head, whatever happens within."""
     vars(head)["forward"] = forward
     try:

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from lora_kit.data.batches import IGNORED, WRITTEN, Collator, Encoded
-from lora_kit.evaluation.forward import forward
-from lora_kit.evaluation.generation_metrics import Exam, answers
-from lora_kit.evaluation.scores import label_scores, text_scores
+from lora_kit.data.batches import GENERATIVE_KINDS, IGNORE_INDEX, Collator, EncodedDataset
+from lora_kit.evaluation.forward import run_forward
+from lora_kit.evaluation.generation_metrics import GenerationTask, generate_completions
+from lora_kit.evaluation.scores import score_labels, score_texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +47,14 @@ class Evaluation:
 
 def measure(
     model: Any,
-    samples: Encoded,
+    samples: EncodedDataset,
     collator: Collator,
     *,
     batch_size: int = 8,
     autocast: torch.dtype | None = None,
     metrics: Sequence[str] = (),
     labels: Sequence[str] = (),
-    exam: Exam | None = None,
+    exam: GenerationTask | None = None,
 ) -> Evaluation:
     """Evaluate a model as it stands, with whatever adapter is active; it is left in the modes it was in.
 
@@ -66,33 +66,33 @@ def measure(
         exam: what the model is asked, for metrics of what it writes; of the base whose model it is.
     """
     started = time.perf_counter()
-    found = forward(model, samples, collator, batch_size=batch_size, autocast=autocast)
-    written = samples.kind in WRITTEN
+    found = run_forward(model, samples, collator, batch_size=batch_size, autocast=autocast)
+    written = samples.kind in GENERATIVE_KINDS
     further = [name for name in metrics if name not in ("loss", "perplexity", "accuracy")]
     scores: dict[str, float] = {}
     if not written:
-        scores = label_scores(["accuracy", *further], true_labels(samples), found.predicted, labels=labels)
+        scores = score_labels(["accuracy", *further], true_labels_of(samples), found.predicted, labels=labels)
     elif exam is not None and further:
-        texts = answers({"": exam}, batch_size=batch_size, autocast=autocast)[""]
-        scores = text_scores(further, [each.text for each in texts], exam.references)
+        texts = generate_completions({"": exam}, batch_size=batch_size, autocast=autocast)[""]
+        scores = score_texts(further, [each.text for each in texts], exam.references)
     return Evaluation(
         loss=found.loss,
         labels=samples.num_labels,
         samples=len(samples),
-        perplexity=perplexity(found.loss) if written else None,
+        perplexity=compute_perplexity(found.loss) if written else None,
         accuracy=scores.pop("accuracy", None),
         further=scores,
         seconds=time.perf_counter() - started,
     )
 
 
-def true_labels(samples: Encoded) -> list[list[int]]:
+def true_labels_of(samples: EncodedDataset) -> list[list[int]]:
     """The labels of each sample."""
     ends = samples.label_offsets.tolist()
     rows = [samples.labels[start:end] for start, end in pairwise(ends)]
-    return [row[row != IGNORED].tolist() for row in rows]
+    return [row[row != IGNORE_INDEX].tolist() for row in rows]
 
 
-def perplexity(loss: float) -> float:
+def compute_perplexity(loss: float) -> float:
     """exp(loss); infinite where that is too large for a float."""
     return math.exp(loss) if loss < 700 else math.inf

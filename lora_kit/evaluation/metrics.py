@@ -8,10 +8,10 @@ from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Final
 
-from lora_kit.errors import ConfigError, listed, nearest
+from lora_kit.errors import ConfigError, format_list, suggest_nearest
 
-_WRITING: Final = ("causal-lm", "seq2seq")
-_LABELLING: Final = ("classify", "tokens")
+_GENERATIVE_TASKS: Final = ("causal-lm", "seq2seq")
+_LABEL_TASKS: Final = ("classify", "tokens")
 
 
 @dataclass(frozen=True)
@@ -31,21 +31,21 @@ class Metric:
 
 METRICS: Final[Mapping[str, Metric]] = MappingProxyType(
     {
-        "loss": Metric(_WRITING + _LABELLING, greater_is_better=False),
-        "perplexity": Metric(_WRITING, greater_is_better=False),
-        "accuracy": Metric(_LABELLING),
-        "f1": Metric(_LABELLING),
-        "f1_macro": Metric(_LABELLING),
-        "f1_micro": Metric(_LABELLING),
-        "exact_match": Metric((*_WRITING, "tokens")),
-        "bleu": Metric(_WRITING, package="sacrebleu"),
-        "chrf": Metric(_WRITING, package="sacrebleu"),
-        "rouge": Metric(_WRITING, package="torchmetrics"),
+        "loss": Metric(_GENERATIVE_TASKS + _LABEL_TASKS, greater_is_better=False),
+        "perplexity": Metric(_GENERATIVE_TASKS, greater_is_better=False),
+        "accuracy": Metric(_LABEL_TASKS),
+        "f1": Metric(_LABEL_TASKS),
+        "f1_macro": Metric(_LABEL_TASKS),
+        "f1_micro": Metric(_LABEL_TASKS),
+        "exact_match": Metric((*_GENERATIVE_TASKS, "tokens")),
+        "bleu": Metric(_GENERATIVE_TASKS, package="sacrebleu"),
+        "chrf": Metric(_GENERATIVE_TASKS, package="sacrebleu"),
+        "rouge": Metric(_GENERATIVE_TASKS, package="torchmetrics"),
     }
 )
 """Loss in nats per label; BLEU and chrF from 0 to 100, as sacrebleu gives them; from accuracy on the others 0 to 1."""
 
-ALWAYS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+BASIC_METRICS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {
         "causal-lm": ("loss", "perplexity"),
         "seq2seq": ("loss", "perplexity"),
@@ -56,17 +56,17 @@ ALWAYS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
 """What an evaluation in training gives, by task, whatever else is asked for: it costs nothing more."""
 
 
-def known(task: str) -> tuple[str, ...]:
+def metrics_for_task(task: str) -> tuple[str, ...]:
     """The metrics that fit a task."""
     return tuple(name for name, metric in METRICS.items() if task in metric.tasks)
 
 
-def of_texts(names: Sequence[str], task: str) -> tuple[str, ...]:
+def select_generation_metrics(names: Sequence[str], task: str) -> tuple[str, ...]:
     """Those of some metrics that are about what a model writes: they take a generation."""
-    return tuple(name for name in names if task in _WRITING and name not in ALWAYS[task])
+    return tuple(name for name in names if task in _GENERATIVE_TASKS and name not in BASIC_METRICS[task])
 
 
-def checked(names: Sequence[str], task: str) -> tuple[str, ...]:
+def validate_metrics(names: Sequence[str], task: str) -> tuple[str, ...]:
     """The metrics asked for, each once.
 
     Raises:
@@ -74,11 +74,12 @@ def checked(names: Sequence[str], task: str) -> tuple[str, ...]:
     """
     for name in names:
         if name not in METRICS:
-            hint = nearest(name, METRICS) or f"known: {listed(list(METRICS), most=len(METRICS))}"
+            hint = suggest_nearest(name, METRICS) or f"known: {format_list(list(METRICS), most=len(METRICS))}"
             raise ConfigError(f"metric {name!r} is not known", hint=hint)
         if task not in METRICS[name].tasks:
             raise ConfigError(
-                f"metric {name!r} does not fit task {task}", hint=f"known for {task}: {listed(known(task))}"
+                f"metric {name!r} does not fit task {task}",
+                hint=f"known for {task}: {format_list(metrics_for_task(task))}",
             )
         package = METRICS[name].package
         if package and find_spec(package) is None:

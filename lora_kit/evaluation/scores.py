@@ -12,13 +12,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
-Rows = Sequence[Sequence[int]]
+LabelRows = Sequence[Sequence[int]]
 """The labels of each sample, by number."""
-Span = tuple[int, int, str]
+EntitySpan = tuple[int, int, str]
 """Where an entity begins and ends, and what it is."""
 
 
-def label_scores(names: Sequence[str], true: Rows, given: Rows, *, labels: Sequence[str]) -> dict[str, float]:
+def score_labels(names: Sequence[str], true: LabelRows, given: LabelRows, *, labels: Sequence[str]) -> dict[str, float]:
     """Metrics of labels, by name.
 
     `f1` is, where texts have one of two labels, that of the second label; where the labels of words are of the form
@@ -29,32 +29,32 @@ def label_scores(names: Sequence[str], true: Rows, given: Rows, *, labels: Seque
         labels: what the numbers mean.
     """
     flat_true, flat_given = ([label for row in rows for label in row] for rows in (true, given))
-    counted = counts(flat_true, flat_given)
+    counted = count_outcomes(flat_true, flat_given)
     ways: dict[str, Callable[[], float]] = {
-        "accuracy": lambda: _share(a == b for a, b in zip(flat_true, flat_given, strict=True)),
-        "exact_match": lambda: _share(list(a) == list(b) for a, b in zip(true, given, strict=True)),
-        "f1_micro": lambda: f1(*map(sum, zip(*counted.values(), strict=True))),
-        "f1_macro": lambda: _macro(counted),
-        "f1": lambda: _usual_f1(true, given, counted, labels),
+        "accuracy": lambda: _compute_share(a == b for a, b in zip(flat_true, flat_given, strict=True)),
+        "exact_match": lambda: _compute_share(list(a) == list(b) for a, b in zip(true, given, strict=True)),
+        "f1_micro": lambda: compute_f1(*map(sum, zip(*counted.values(), strict=True))),
+        "f1_macro": lambda: _compute_macro_f1(counted),
+        "f1": lambda: _compute_default_f1(true, given, counted, labels),
     }
     return {name: ways[name]() for name in names}
 
 
-def counts(true: Sequence[Any], given: Sequence[Any]) -> dict[Any, tuple[int, int, int]]:
+def count_outcomes(true: Sequence[Any], given: Sequence[Any]) -> dict[Any, tuple[int, int, int]]:
     """(TP, FP, FN) of each class that is true or predicted somewhere."""
     right = Counter(a for a, b in zip(true, given, strict=True) if a == b)
     all_true, all_given = Counter(true), Counter(given)
     return {key: (right[key], all_given[key] - right[key], all_true[key] - right[key]) for key in all_true | all_given}
 
 
-def f1(right: int, wrong: int, missed: int) -> float:
+def compute_f1(right: int, wrong: int, missed: int) -> float:
     """2 TP / (2 TP + FP + FN); 0 where there is nothing."""
     return 2 * right / (2 * right + wrong + missed) if right else 0.0
 
 
-def entities(tags: Sequence[str]) -> list[Span]:
+def find_entities(tags: Sequence[str]) -> list[EntitySpan]:
     """The entities that B-x, I-x and O mark; an I-x that does not go on with an x begins one."""
-    found: list[Span] = []
+    found: list[EntitySpan] = []
     for place, tag in enumerate(tags):
         mark, _, kind = tag.partition("-")
         if mark == "I" and found and found[-1][1:] == (place, kind):
@@ -64,36 +64,40 @@ def entities(tags: Sequence[str]) -> list[Span]:
     return found
 
 
-def _usual_f1(true: Rows, given: Rows, counted: Mapping[Any, tuple[int, int, int]], labels: Sequence[str]) -> float:
-    if marks_entities(labels):
-        return _entity_f1(true, given, labels)
+def _compute_default_f1(
+    true: LabelRows, given: LabelRows, counted: Mapping[Any, tuple[int, int, int]], labels: Sequence[str]
+) -> float:
+    if is_bio_scheme(labels):
+        return _compute_entity_f1(true, given, labels)
     if len(labels) == 2 and all(len(row) == 1 for row in true):
-        return f1(*counted.get(1, (0, 0, 0)))
-    return _macro(counted)
+        return compute_f1(*counted.get(1, (0, 0, 0)))
+    return _compute_macro_f1(counted)
 
 
-def marks_entities(labels: Sequence[str]) -> bool:
+def is_bio_scheme(labels: Sequence[str]) -> bool:
     """Whether labels are of the form B-x, I-x and O."""
-    return any(label[:2] == "B-" for label in labels) and all(label == "O" or label[:2] in _MARKS for label in labels)
+    return any(label[:2] == "B-" for label in labels) and all(
+        label == "O" or label[:2] in _BIO_PREFIXES for label in labels
+    )
 
 
-_MARKS: Final = ("B-", "I-")
+_BIO_PREFIXES: Final = ("B-", "I-")
 
 
-def _entity_f1(true: Rows, given: Rows, labels: Sequence[str]) -> float:
+def _compute_entity_f1(true: LabelRows, given: LabelRows, labels: Sequence[str]) -> float:
     """Of all entities together: one is right where its place and its kind are."""
     right = wrong = missed = 0
     for row_true, row_given in zip(true, given, strict=True):
-        there, found = ({*entities([labels[label] for label in row])} for row in (row_true, row_given))
+        there, found = ({*find_entities([labels[label] for label in row])} for row in (row_true, row_given))
         right, wrong, missed = right + len(there & found), wrong + len(found - there), missed + len(there - found)
-    return f1(right, wrong, missed)
+    return compute_f1(right, wrong, missed)
 
 
-def _macro(counted: Mapping[Any, tuple[int, int, int]]) -> float:
-    return sum(f1(*each) for each in counted.values()) / len(counted)
+def _compute_macro_f1(counted: Mapping[Any, tuple[int, int, int]]) -> float:
+    return sum(compute_f1(*each) for each in counted.values()) / len(counted)
 
 
-def _share(right: Iterator[bool]) -> float:
+def _compute_share(right: Iterator[bool]) -> float:
     found = list(right)
     return sum(found) / len(found)
 
@@ -101,7 +105,7 @@ def _share(right: Iterator[bool]) -> float:
 # Texts
 
 
-def text_scores(names: Sequence[str], texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+def score_texts(names: Sequence[str], texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """Metrics of texts, by name.
 
     Args:
@@ -111,15 +115,15 @@ def text_scores(names: Sequence[str], texts: Sequence[str], references: Sequence
     written = [text.strip() for text in texts]
     wanted = [[text.strip() for text in each] for each in references]
     ways: dict[str, Callable[[], float]] = {
-        "exact_match": lambda: _share(text in each for text, each in zip(written, wanted, strict=True)),
-        "bleu": lambda: _sacrebleu("BLEU", written, wanted),
-        "chrf": lambda: _sacrebleu("CHRF", written, wanted),
-        "rouge": lambda: _rouge_l(written, wanted),
+        "exact_match": lambda: _compute_share(text in each for text, each in zip(written, wanted, strict=True)),
+        "bleu": lambda: _score_sacrebleu("BLEU", written, wanted),
+        "chrf": lambda: _score_sacrebleu("CHRF", written, wanted),
+        "rouge": lambda: _score_rouge_l(written, wanted),
     }
     return {name: ways[name]() for name in names}
 
 
-def _sacrebleu(kind: str, texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+def _score_sacrebleu(kind: str, texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Over the whole corpus, with sacrebleu's own settings (Post 2018, arXiv:1804.08771)."""
     from sacrebleu import metrics
 
@@ -130,7 +134,7 @@ def _sacrebleu(kind: str, texts: Sequence[str], references: Sequence[Sequence[st
     return score
 
 
-def _rouge_l(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+def _score_rouge_l(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """The mean F of the longest common subsequence of words with the nearest reference (Lin 2004, W04-1013)."""
     from torchmetrics.functional.text import rouge_score
 

@@ -12,13 +12,13 @@ from typing import Any, Final
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.folder import ALLOWANCES
-from lora_kit.adapter.store import KIT_BASE, find_adapter, folder_bytes, jsonable
-from lora_kit.algebra.sources import Parent, Source
-from lora_kit.errors import ConfigError, ExportError, listed, nearest
+from lora_kit.adapter.store import KIT_BASE, find_adapter, sum_file_sizes, to_json_value
+from lora_kit.algebra.sources import AdapterLike, SourceAdapter
+from lora_kit.errors import ConfigError, ExportError, format_list, suggest_nearest
 from lora_kit.exporters import llama_cpp, mlx, ollama, servers
-from lora_kit.exporters.plain_lora import Case
-from lora_kit.io.atomic_write import check_output, staged
-from lora_kit.io.text import printable
+from lora_kit.exporters.plain_lora import ExportCase
+from lora_kit.io.atomic_write import check_output, stage_folder
+from lora_kit.io.text import escape_text
 from lora_kit.merging.merge import merge
 
 RECORD: Final = "lora_kit_export.json"
@@ -27,7 +27,7 @@ MERGED: Final = "merged"
 
 
 @dataclass(frozen=True)
-class Target:
+class ExportTarget:
     """A reader.
 
     Attributes:
@@ -40,25 +40,37 @@ class Target:
     """
 
     reader: str
-    unfit: Callable[[Case], Iterator[str]]
-    write: Callable[[Case, Path], None]
-    command: Callable[[Case], str]
+    find_unsupported: Callable[[ExportCase], Iterator[str]]
+    write: Callable[[ExportCase, Path], None]
+    command: Callable[[ExportCase], str]
     plain: bool = True
-    needs: Callable[[Case], list[str]] = lambda case: []
+    needs: Callable[[ExportCase], list[str]] = lambda case: []
 
 
-def _all(case: Case) -> Iterator[str]:
+def _accept_all(case: ExportCase) -> Iterator[str]:
     return iter(())
 
 
 _TARGETS: Final = {
-    "peft": Target("PEFT", _all, servers.write_peft, servers.command_peft, plain=False),
-    "vllm": Target("vLLM", servers.unfit_vllm, servers.write_plain, servers.command_vllm, needs=servers.needs_vllm),
-    "sglang": Target("SGLang", servers.unfit_sglang, servers.write_plain, servers.command_sglang),
-    "tgi": Target("Text Generation Inference", servers.unfit_tgi, servers.write_plain, servers.command_tgi),
-    "gguf": Target("llama.cpp", llama_cpp.unfit, llama_cpp.write, llama_cpp.command),
-    "ollama": Target("Ollama", ollama.unfit, ollama.write, ollama.command, needs=ollama.needs),
-    "mlx": Target("mlx-lm", mlx.unfit, mlx.write, mlx.command),
+    "peft": ExportTarget("PEFT", _accept_all, servers.write_peft, servers.format_peft_command, plain=False),
+    "vllm": ExportTarget(
+        "vLLM",
+        servers.find_unsupported_by_vllm,
+        servers.write_plain,
+        servers.format_vllm_command,
+        needs=servers.list_vllm_requirements,
+    ),
+    "sglang": ExportTarget(
+        "SGLang", servers.find_unsupported_by_sglang, servers.write_plain, servers.format_sglang_command
+    ),
+    "tgi": ExportTarget(
+        "Text Generation Inference", servers.find_unsupported_by_tgi, servers.write_plain, servers.format_tgi_command
+    ),
+    "gguf": ExportTarget("llama.cpp", llama_cpp.find_unsupported, llama_cpp.write, llama_cpp.format_command),
+    "ollama": ExportTarget(
+        "Ollama", ollama.find_unsupported, ollama.write, ollama.format_command, needs=ollama.list_requirements
+    ),
+    "mlx": ExportTarget("mlx-lm", mlx.find_unsupported, mlx.write, mlx.format_command),
 }
 TARGETS: Final = (*_TARGETS, MERGED)
 
@@ -81,7 +93,7 @@ class Verdict:
     needed: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        found: dict[str, Any] = jsonable(self)
+        found: dict[str, Any] = to_json_value(self)
         return found
 
     def demand(self) -> None:
@@ -107,12 +119,12 @@ class Export:
     bytes: int
 
     def to_json(self) -> dict[str, Any]:
-        found: dict[str, Any] = jsonable(self)
+        found: dict[str, Any] = to_json_value(self)
         return found
 
 
 def check(
-    adapter: Source,
+    adapter: AdapterLike,
     target: str,
     *,
     base: str | Path | None = None,
@@ -133,11 +145,11 @@ def check(
         BaseModelError: its config cannot be read.
         AdapterError, UnknownAdapterError: the adapter does not fit it, cannot be read, or is not there.
     """
-    return _verdict(_case(Parent.of(adapter, allow=allow), base), target, max_lora_rank, allow)
+    return _judge_case(_build_case(SourceAdapter.of(adapter, allow=allow), base), target, max_lora_rank, allow)
 
 
 def export(
-    adapter: Source,
+    adapter: AdapterLike,
     target: str,
     out: str | Path,
     *,
@@ -171,20 +183,22 @@ def export(
     _check_target(target)
     out = Path(out)
     if not isinstance(adapter, Adapter):
-        _check_apart(out, find_adapter(adapter))
-    parent = Parent.of(adapter, allow=[name for name in allow if name in ALLOWANCES] if target == MERGED else allow)
-    case = dataclasses.replace(_case(parent, base), out=Path(os.path.abspath(out)))
+        _check_not_in_adapter(out, find_adapter(adapter))
+    parent = SourceAdapter.of(
+        adapter, allow=[name for name in allow if name in ALLOWANCES] if target == MERGED else allow
+    )
+    case = dataclasses.replace(_build_case(parent, base), out=Path(os.path.abspath(out)))
     if target == MERGED:
-        return _merged(case, out, replace=replace, allow=allow)
+        return _export_merged(case, out, replace=replace, allow=allow)
     check_output(out, replace=replace, owned=is_export)
-    verdict = _verdict(case, target, max_lora_rank, allow)
+    verdict = _judge_case(case, target, max_lora_rank, allow)
     verdict.demand()
-    with staged(out, replace=replace, owned=is_export, needed=2 * parent.adapter.nbytes) as folder:
+    with stage_folder(out, replace=replace, owned=is_export, needed=2 * parent.adapter.nbytes) as folder:
         _TARGETS[target].write(case, folder)
-        (folder / CARD).write_text(_card(case, verdict), "utf-8")
+        (folder / CARD).write_text(_format_card(case, verdict), "utf-8")
         record = {"adapter": parent.adapter.digest, "base": case.base, "changed": verdict.changed, "target": target}
         (folder / RECORD).write_text(f"{json.dumps(record, indent=2)}\n", "utf-8")
-        size = folder_bytes(folder)
+        size = sum_file_sizes(folder)
     return Export(out, target, verdict.changed, size)
 
 
@@ -195,33 +209,35 @@ def is_export(folder: Path) -> bool:
 
 def _check_target(target: str) -> None:
     if target not in TARGETS:
-        raise ConfigError(f"target {target!r} is not known", hint=nearest(target, TARGETS) or listed(TARGETS))
-
-
-def _check_apart(out: Path, folder: Path) -> None:
-    """Refuse to write over what is read."""
-    if out.resolve() == folder.resolve() or out.resolve().is_relative_to(folder.resolve()):
-        raise ExportError(
-            f"the output {printable(out)} lies in the adapter it is made of", hint="choose an output beside it"
+        raise ConfigError(
+            f"target {target!r} is not known", hint=suggest_nearest(target, TARGETS) or format_list(TARGETS)
         )
 
 
-def _case(parent: Parent, base: str | Path | None) -> Case:
+def _check_not_in_adapter(out: Path, folder: Path) -> None:
+    """Refuse to write over what is read."""
+    if out.resolve() == folder.resolve() or out.resolve().is_relative_to(folder.resolve()):
+        raise ExportError(
+            f"the output {escape_text(out)} lies in the adapter it is made of", hint="choose an output beside it"
+        )
+
+
+def _build_case(parent: SourceAdapter, base: str | Path | None) -> ExportCase:
     named = parent.adapter.config.base_model_name_or_path
-    return Case(parent.name, parent.adapter, named if base is None else str(base), given=base is not None)
+    return ExportCase(parent.name, parent.adapter, named if base is None else str(base), given=base is not None)
 
 
-def _verdict(case: Case, target: str, limit: int | None, allow: Collection[str]) -> Verdict:
+def _judge_case(case: ExportCase, target: str, limit: int | None, allow: Collection[str]) -> Verdict:
     _check_target(target)
     if target == MERGED:
         return Verdict(MERGED, "any reader", (), (), ("the base, which is merged into",))
     goal, config = _TARGETS[target], case.adapter.config
     if goal.plain and config.target_parameters:
-        why = f"target_parameters: {listed(config.target_parameters)} would be left out"
+        why = f"target_parameters: {format_list(config.target_parameters)} would be left out"
         return Verdict(target, goal.reader, (why,), (), ())
     if goal.plain:
         case.check_base(allow)
-    refused = list(goal.unfit(case))
+    refused = list(goal.find_unsupported(case))
     rank = case.plain.rank if goal.plain else config.largest_rank
     if limit is not None and rank > limit:
         refused.append(f"r: rank {rank} is above max_lora_rank {limit}; resize it to {limit}")
@@ -229,7 +245,7 @@ def _verdict(case: Case, target: str, limit: int | None, allow: Collection[str])
     return Verdict(target, goal.reader, tuple(refused), changed, tuple(goal.needs(case)))
 
 
-def _merged(case: Case, out: Path, *, replace: bool, allow: Collection[str]) -> Export:
+def _export_merged(case: ExportCase, out: Path, *, replace: bool, allow: Collection[str]) -> Export:
     """A whole model, by `merge`. A base that only the adapter names is not looked up, unless it is the built-in one."""
     if case.base is None or not (case.given or case.base == KIT_BASE):
         raise ExportError("the base is needed to merge into", hint="give the base: a folder or a hub id")
@@ -237,17 +253,17 @@ def _merged(case: Case, out: Path, *, replace: bool, allow: Collection[str]) -> 
     return Export(out, MERGED, (), report.bytes)
 
 
-def _card(case: Case, verdict: Verdict) -> str:
+def _format_card(case: ExportCase, verdict: Verdict) -> str:
     goal = _TARGETS[verdict.target]
     changes = "".join(f"- {change}\n" for change in verdict.changed) or "- nothing\n"
     shape = f"\n| rank, alpha | {case.plain.rank}, {case.plain.alpha} |" if goal.plain else ""
-    return f"""# {printable(case.name)} for {goal.reader}
+    return f"""# {escape_text(case.name)} for {goal.reader}
 
 {goal.command(case)}
 
 | | |
 |---|---|
-| base | {printable(case.base or "not said").replace("|", "/")} |
+| base | {escape_text(case.base or "not said").replace("|", "/")} |
 | adapter | {case.adapter.digest} |{shape}
 
 Exported by lora_kit; the updates are the adapter's own. What was rewritten so that this reader does not pass over it:

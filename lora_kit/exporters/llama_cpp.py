@@ -16,17 +16,17 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from lora_kit.adapter.peft_keys import Pair
-from lora_kit.errors import ExportError, listed
-from lora_kit.exporters.plain_lora import Case
-from lora_kit.exporters.servers import unfit_plain
-from lora_kit.io.text import printable
+from lora_kit.adapter.peft_keys import LoraWeights
+from lora_kit.errors import ExportError, format_list
+from lora_kit.exporters.plain_lora import ExportCase
+from lora_kit.exporters.servers import find_unsupported_by_all
+from lora_kit.io.text import escape_text
 
-FILE: Final = "adapter.gguf"
+GGUF_FILE: Final = "adapter.gguf"
 
 
 @dataclass(frozen=True)
-class Architecture:
+class GgufArchitecture:
     """How llama.cpp keeps the models of one transformers class.
 
     Attributes:
@@ -40,26 +40,26 @@ class Architecture:
 
 
 ARCHITECTURES: Final = {
-    "LlamaForCausalLM": Architecture("llama", interleaved=True),
-    "MistralForCausalLM": Architecture("llama", interleaved=True),
-    "Qwen2ForCausalLM": Architecture("qwen2"),
-    "Qwen3ForCausalLM": Architecture("qwen3"),
-    "GemmaForCausalLM": Architecture("gemma"),
-    "Gemma2ForCausalLM": Architecture("gemma2"),
-    "Gemma3ForCausalLM": Architecture("gemma3"),
-    "Phi3ForCausalLM": Architecture("phi3"),
+    "LlamaForCausalLM": GgufArchitecture("llama", interleaved=True),
+    "MistralForCausalLM": GgufArchitecture("llama", interleaved=True),
+    "Qwen2ForCausalLM": GgufArchitecture("qwen2"),
+    "Qwen3ForCausalLM": GgufArchitecture("qwen3"),
+    "GemmaForCausalLM": GgufArchitecture("gemma"),
+    "Gemma2ForCausalLM": GgufArchitecture("gemma2"),
+    "Gemma3ForCausalLM": GgufArchitecture("gemma3"),
+    "Phi3ForCausalLM": GgufArchitecture("phi3"),
 }
-_HEADS: Final = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+_HEAD_COUNT_FIELDS: Final = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 
 
-def unfit(case: Case) -> Iterator[str]:
-    yield from unfit_plain(case)
-    config = case.needed_config("llama.cpp's names and row order depend on the architecture")
+def find_unsupported(case: ExportCase) -> Iterator[str]:
+    yield from find_unsupported_by_all(case)
+    config = case.require_config("llama.cpp's names and row order depend on the architecture")
     found = architecture_of(config)
     if found is None:
-        yield f"the base is a {printable(_class(config))}; {listed(list(ARCHITECTURES))} are converted"
+        yield f"the base is a {escape_text(_class_name_of(config))}; {format_list(list(ARCHITECTURES))} are converted"
         return
-    names = _names(found, config)
+    names = _build_name_map(found, config)
     tied = bool(config.get("tie_word_embeddings"))
     for path in case.adapter.pairs():
         if names.get_name(path) is None:
@@ -68,20 +68,20 @@ def unfit(case: Case) -> Iterator[str]:
             yield f"target_modules: {path} is tied in this base, and llama.cpp would use the update in both places"
 
 
-def write(case: Case, folder: Path) -> None:
+def write(case: ExportCase, folder: Path) -> None:
     """The GGUF file: float32, `<name>.weight.lora_a` (r, in) and `.lora_b` (out, r)."""
-    gguf = _gguf()
-    config = case.needed_config("llama.cpp's names and row order depend on the architecture")
+    gguf = _import_gguf()
+    config = case.require_config("llama.cpp's names and row order depend on the architecture")
     found = architecture_of(config)
     assert found is not None  # it would have been refused
-    writer = gguf.GGUFWriter(folder / FILE, found.name)
+    writer = gguf.GGUFWriter(folder / GGUF_FILE, found.name)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(case.plain.alpha))
     writer.add_name(case.name)
-    names = _names(found, config)
+    names = _build_name_map(found, config)
     for path, pair in case.plain.pairs.items():
-        a, b = _oriented(path, pair, found, config)
+        a, b = _orient_weights(path, pair, found, config)
         for tensor, side in ((a, "lora_a"), (b, "lora_b")):
             writer.add_tensor(f"{names.get_name(path)}.weight.{side}", tensor.float().contiguous().numpy())
     writer.write_header_to_file()
@@ -90,39 +90,41 @@ def write(case: Case, folder: Path) -> None:
     writer.close()
 
 
-def _oriented(path: str, pair: Pair, found: Architecture, config: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _orient_weights(
+    path: str, pair: LoraWeights, found: GgufArchitecture, config: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
     """A and B as llama.cpp multiplies them: q and k in its row order, A of an embedding a row per token."""
     leaf = path.rpartition(".")[2]
     if pair.kind == "embedding":
         return pair.a.T, pair.b
-    if found.interleaved and leaf in _HEADS:
-        return pair.a, interleaved(pair.b, config[_HEADS[leaf]])
+    if found.interleaved and leaf in _HEAD_COUNT_FIELDS:
+        return pair.a, interleave_heads(pair.b, config[_HEAD_COUNT_FIELDS[leaf]])
     return pair.a, pair.b
 
 
-def interleaved(rows: Tensor, heads: int) -> Tensor:
+def interleave_heads(rows: Tensor, heads: int) -> Tensor:
     """Rows of every head's first and second half in turn: what the rotary embedding turns together, side by side."""
     return rows.reshape(heads, 2, len(rows) // heads // 2, -1).transpose(1, 2).reshape(rows.shape)
 
 
-def architecture_of(config: dict[str, Any]) -> Architecture | None:
+def architecture_of(config: dict[str, Any]) -> GgufArchitecture | None:
     """How a base is kept, by its config; None where this package does not know."""
-    return ARCHITECTURES.get(_class(config))
+    return ARCHITECTURES.get(_class_name_of(config))
 
 
-def _class(config: dict[str, Any]) -> str:
+def _class_name_of(config: dict[str, Any]) -> str:
     classes = config.get("architectures") or []
     return str(classes[0]) if classes else f"model without architectures, model_type {config.get('model_type')}"
 
 
-def _names(found: Architecture, config: dict[str, Any]) -> Any:
+def _build_name_map(found: GgufArchitecture, config: dict[str, Any]) -> Any:
     """The `gguf` package's map from transformers' module paths to its own."""
-    gguf = _gguf()
+    gguf = _import_gguf()
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     return gguf.get_tensor_name_map(kinds[found.name], config["num_hidden_layers"])
 
 
-def _gguf() -> Any:
+def _import_gguf() -> Any:
     try:
         import gguf
     except ImportError:
@@ -130,9 +132,9 @@ def _gguf() -> Any:
     return gguf
 
 
-def command(case: Case) -> str:
+def format_command(case: ExportCase) -> str:
     assert case.out is not None
     return f"""```sh
-llama-server -m base.gguf --lora {quote(str(case.out / FILE))}
+llama-server -m base.gguf --lora {quote(str(case.out / GGUF_FILE))}
 ```
 `base.gguf` is the base `{case.base_name}`, converted by llama.cpp's `convert_hf_to_gguf.py`; it may be quantised."""

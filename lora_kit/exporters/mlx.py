@@ -14,27 +14,27 @@ from pathlib import Path
 from shlex import quote
 from typing import Final
 
-from lora_kit.exporters.plain_lora import Case
-from lora_kit.exporters.servers import unfit_plain
-from lora_kit.io.safetensors import canonical
+from lora_kit.exporters.plain_lora import ExportCase
+from lora_kit.exporters.servers import find_unsupported_by_all
+from lora_kit.io.safetensors import encode_safetensors
 
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapters.safetensors"
 _LAYER: Final = re.compile(r"model\.layers\.\d+\.(.+)")
-_ALONE: Final = ("lm_head", "model.embed_tokens")
+_OUTSIDE_LAYERS: Final = ("lm_head", "model.embed_tokens")
 
 
-def unfit(case: Case) -> Iterator[str]:
-    yield from unfit_plain(case)
+def find_unsupported(case: ExportCase) -> Iterator[str]:
+    yield from find_unsupported_by_all(case)
     for path in case.adapter.pairs():
-        if path in _ALONE:
-            if case.needed_config("whether embedding and head are tied").get("tie_word_embeddings"):
+        if path in _OUTSIDE_LAYERS:
+            if case.require_config("whether embedding and head are tied").get("tie_word_embeddings"):
                 yield f"target_modules: {path} is tied in this base, and mlx-lm would use the update in both places"
         elif not _LAYER.fullmatch(path):
             yield f"target_modules: {path} is not where mlx-lm has its layers (model.layers)"
 
 
-def write(case: Case, folder: Path) -> None:
+def write(case: ExportCase, folder: Path) -> None:
     plain = case.plain
     keys = {found[1] if (found := _LAYER.fullmatch(path)) else path for path in plain.pairs}
     fields = {
@@ -53,11 +53,11 @@ def write(case: Case, folder: Path) -> None:
     for path, pair in plain.pairs.items():
         tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"] = pair.a.T.contiguous(), pair.b.T.contiguous()
     with (folder / WEIGHTS).open("wb") as file:
-        for piece in canonical(tensors):
+        for piece in encode_safetensors(tensors):
             file.write(piece)
 
 
-def command(case: Case) -> str:
+def format_command(case: ExportCase) -> str:
     return f"""```sh
 mlx_lm.generate --model {quote(case.base_name)} --adapter-path {quote(str(case.out))} --prompt "..."
 ```"""

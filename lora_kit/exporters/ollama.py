@@ -14,38 +14,40 @@ from shlex import quote
 from typing import Final
 
 from lora_kit.exporters import llama_cpp
-from lora_kit.exporters.plain_lora import Case
+from lora_kit.exporters.plain_lora import ExportCase
 from lora_kit.models.locate import find_base
 
 MODELFILE: Final = "Modelfile"
-_OWN_ENGINE: Final = ("gemma3", "qwen3")
-_LAST: Final = "0.34.0"
+_OWN_ENGINE_ARCHITECTURES: Final = ("gemma3", "qwen3")
+_LAST_VERSION: Final = "0.34.0"
 
 
-def unfit(case: Case) -> Iterator[str]:
-    yield from llama_cpp.unfit(case)
-    found = llama_cpp.architecture_of(case.needed_config("Ollama has LoRA for some architectures only"))
-    if found is not None and found.name in _OWN_ENGINE:
+def find_unsupported(case: ExportCase) -> Iterator[str]:
+    yield from llama_cpp.find_unsupported(case)
+    found = llama_cpp.architecture_of(case.require_config("Ollama has LoRA for some architectures only"))
+    if found is not None and found.name in _OWN_ENGINE_ARCHITECTURES:
         yield f"the base is a {found.name}, which Ollama runs in its own engine, and that has no LoRA; merge it instead"
 
 
-def write(case: Case, folder: Path) -> None:
+def write(case: ExportCase, folder: Path) -> None:
     """The GGUF file and a Modelfile."""
     llama_cpp.write(case, folder)
     assert case.base is not None  # its config was read
-    (folder / MODELFILE).write_text(f"FROM {find_base(case.base).resolve()}\nADAPTER ./{llama_cpp.FILE}\n", "utf-8")
+    (folder / MODELFILE).write_text(
+        f"FROM {find_base(case.base).resolve()}\nADAPTER ./{llama_cpp.GGUF_FILE}\n", "utf-8"
+    )
 
 
-def needs(case: Case) -> list[str]:
-    return [f"Ollama up to {_LAST}: later ones create no model from an adapter"]
+def list_requirements(case: ExportCase) -> list[str]:
+    return [f"Ollama up to {_LAST_VERSION}: later ones create no model from an adapter"]
 
 
-def command(case: Case) -> str:
+def format_command(case: ExportCase) -> str:
     return f"""```sh
 cd {quote(str(case.out))} && ollama create {quote(case.name)} -f {MODELFILE} && ollama run {quote(case.name)}
 ```
-This needs Ollama up to {_LAST}: later ones create no model from an adapter. There, merge the adapter, convert the model
-with llama.cpp's `convert_hf_to_gguf.py`, and let `FROM` name that file.
+This needs Ollama up to {_LAST_VERSION}: later ones create no model from an adapter. There, merge the adapter, convert
+the model with llama.cpp's `convert_hf_to_gguf.py`, and let `FROM` name that file.
 
 `FROM` is the base's folder, which Ollama converts; its own name for the same base does as well. The prompt format is
 the base's: Ollama cannot know the one the adapter was trained with."""

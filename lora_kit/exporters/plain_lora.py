@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.adapter.peft_keys import Pair
+from lora_kit.adapter.peft_keys import LoraWeights
 from lora_kit.adapter.store import KIT_BASE
 from lora_kit.errors import BaseModelError, ExportError, MergeError
-from lora_kit.io.text import printable
-from lora_kit.merging.checkpoint.meta_model import Head, shell
-from lora_kit.models.locate import local_folder, quiet
-from lora_kit.targets.compatibility import fitted
+from lora_kit.io.text import escape_text
+from lora_kit.merging.checkpoint.meta_model import TaskHead, build_empty_model
+from lora_kit.models.locate import find_local_folder, silence_libraries
+from lora_kit.targets.compatibility import match_adapter
 
 
 @dataclass(frozen=True)
-class Plain:
+class PlainLora:
     """An adapter of one rank and one scaling `alpha / rank`: no patterns, nothing rank-stabilised.
 
     Where it was so already, its tensors are as they were, bit for bit. Elsewhere each scaling is in B, in float32,
@@ -37,11 +37,11 @@ class Plain:
 
     rank: int
     alpha: int
-    pairs: Mapping[str, Pair]
+    pairs: Mapping[str, LoraWeights]
     changes: tuple[str, ...]
 
     @classmethod
-    def of(cls, adapter: Adapter) -> Plain:
+    def of(cls, adapter: Adapter) -> PlainLora:
         config, pairs = adapter.config, adapter.pairs()
         rank = max((pair.a.shape[0] for pair in pairs.values()), default=config.r)
         alpha = int(config.lora_alpha)
@@ -58,7 +58,7 @@ class Plain:
             changes.append(f"rank_pattern: all pairs have rank {rank}, and r says so")
         if not changes:
             return cls(rank, alpha, pairs, ())
-        folded = {path: _folded(pair, config.scaling_of(path), rank) for path, pair in pairs.items()}
+        folded = {path: _fold_scaling(pair, config.scaling_of(path), rank) for path, pair in pairs.items()}
         return cls(rank, rank, folded, tuple(changes))
 
     def delta(self, path: str) -> Tensor:
@@ -67,17 +67,17 @@ class Plain:
         return self.alpha / self.rank * (pair.b.double() @ pair.a.double())
 
 
-def _folded(pair: Pair, scaling: float, rank: int) -> Pair:
+def _fold_scaling(pair: LoraWeights, scaling: float, rank: int) -> LoraWeights:
     missing = rank - pair.a.shape[0]
     a, b = pair.a.float(), (pair.b.double() * scaling).float()
     if missing:
         a = torch.cat([a, a.new_zeros(missing, a.shape[1])])
         b = torch.cat([b, b.new_zeros(b.shape[0], missing)], dim=1)
-    return Pair(a, b, pair.kind)
+    return LoraWeights(a, b, pair.kind)
 
 
 @dataclass(frozen=True)
-class Case:
+class ExportCase:
     """One adapter on its way to one reader.
 
     Attributes:
@@ -95,24 +95,24 @@ class Case:
     out: Path | None = None
 
     @functools.cached_property
-    def plain(self) -> Plain:
-        return Plain.of(self.adapter)
+    def plain(self) -> PlainLora:
+        return PlainLora.of(self.adapter)
 
     @property
     def base_path(self) -> str | None:
         """The base as other tools find it: a hub id, or the folder of a local one; None where it is not known."""
         if self.base is None or not (self.given or self.base == KIT_BASE):
             return self.base
-        folder = local_folder(self.base)
+        folder = find_local_folder(self.base)
         return self.base if folder is None else str(folder.resolve())
 
     @property
     def base_name(self) -> str:
         """The base in a command."""
-        return printable(self.base_path or "BASE")
+        return escape_text(self.base_path or "BASE")
 
     @property
-    def labelled(self) -> str:
+    def server_argument(self) -> str:
         """`name=folder`, as servers take an adapter on their command line."""
         return quote(f"{self.name}={self.out}")
 
@@ -130,21 +130,23 @@ class Case:
         # A name in an adapter was written by whoever made it: only what the caller says is looked up.
         if self.base is None or not (self.given or self.base == KIT_BASE):
             return None
-        return _config(self.base, self._head)
+        return _load_base_config(self.base, self._head)
 
     @property
-    def _head(self) -> Head:
+    def _head(self) -> TaskHead:
         try:
-            return Head.of(self.adapter)
+            return TaskHead.of(self.adapter)
         except MergeError:
-            return Head(None)  # a task that says nothing about the model
+            return TaskHead(None)  # a task that says nothing about the model
 
     def check_base(self, allow: Collection[str]) -> None:
         """Where the base is known, raise AdapterError unless the adapter fits a model of its config."""
         if self._config is not None:
-            fitted(self.name, self.adapter, shell(self._config, self._head), dtype=torch.float32, allow=allow)
+            match_adapter(
+                self.name, self.adapter, build_empty_model(self._config, self._head), dtype=torch.float32, allow=allow
+            )
 
-    def needed_config(self, why: str) -> dict[str, Any]:
+    def require_config(self, why: str) -> dict[str, Any]:
         """As `base_config`.
 
         Raises:
@@ -155,18 +157,18 @@ class Case:
         return self.base_config
 
 
-def _config(base: str, head: Head) -> Any:
+def _load_base_config(base: str, head: TaskHead) -> Any:
     """transformers' config of a base, with the defaults that its file leaves out."""
     from transformers import AutoConfig
 
-    folder = local_folder(base)
+    folder = find_local_folder(base)
     try:
-        with quiet():
+        with silence_libraries():
             return AutoConfig.from_pretrained(
                 folder or base, local_files_only=folder is not None, trust_remote_code=False, **head.fields
             )
     except Exception as error:  # a damaged file, or any failure of the network, of whatever library it comes from
         where = "its config cannot be read" if folder else "no such folder, and the hub gave no config"
         raise BaseModelError(
-            f"{printable(base)}: {where} ({type(error).__name__})", hint="give the base as a local folder"
+            f"{escape_text(base)}: {where} ({type(error).__name__})", hint="give the base as a local folder"
         ) from error

@@ -25,36 +25,36 @@ from typing import Any, Final
 from torch import Tensor
 
 from lora_kit.adapter.folder import CONFIG, WEIGHTS
-from lora_kit.adapter.peft_keys import pair_keys
-from lora_kit.errors import listed
-from lora_kit.exporters.plain_lora import Case
-from lora_kit.io.safetensors import canonical
+from lora_kit.adapter.peft_keys import lora_weight_keys
+from lora_kit.errors import format_list
+from lora_kit.exporters.plain_lora import ExportCase
+from lora_kit.io.safetensors import encode_safetensors
 
 VLLM_RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` may be."""
 _TGI_KINDS: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _LAYER: Final = re.compile(r"model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)")
-_NUMBERED: Final = re.compile(r"(^|\.)layers\.\d+\.")
-_CLASSES: Final = {
+_NUMBERED_LAYER: Final = re.compile(r"(^|\.)layers\.\d+\.")
+_AUTO_CLASSES: Final = {
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
 }
-_LABELLED: Final = ("SEQ_CLS", "TOKEN_CLS")
-_NEEDS: Final = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+_LABELED_TASKS: Final = ("SEQ_CLS", "TOKEN_CLS")
+_READ_BESIDE: Final = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 """What SGLang looks up only beside another layer."""
 
 
 # What cannot be carried
 
 
-def unfit_plain(case: Case) -> Iterator[str]:
+def find_unsupported_by_all(case: ExportCase) -> Iterator[str]:
     """What no reader but PEFT takes."""
     config = case.adapter.config
     if config.use_dora:
         yield "use_dora: a DoRA rescales every row of the whole weight; merge it instead"
     if config.modules_to_save:
-        yield f"modules_to_save: {listed(config.modules_to_save)} would be left out; merge it instead"
+        yield f"modules_to_save: {format_list(config.modules_to_save)} would be left out; merge it instead"
     pairs = case.adapter.pairs()
     if not pairs:
         yield "target_modules: there is no low-rank pair"
@@ -62,65 +62,65 @@ def unfit_plain(case: Case) -> Iterator[str]:
         yield f"target_modules: {path} is neither a linear layer nor an embedding; merge it instead"
 
 
-def unfit_vllm(case: Case) -> Iterator[str]:
-    yield from unfit_plain(case)
+def find_unsupported_by_vllm(case: ExportCase) -> Iterator[str]:
+    yield from find_unsupported_by_all(case)
     if case.plain.rank > VLLM_RANKS[-1]:
         yield f"r: {case.plain.rank} is above {VLLM_RANKS[-1]}, the largest that can be served; resize it"
 
 
-def unfit_sglang(case: Case) -> Iterator[str]:
-    yield from unfit_plain(case)
+def find_unsupported_by_sglang(case: ExportCase) -> Iterator[str]:
+    yield from find_unsupported_by_all(case)
     paths = case.adapter.pairs().keys()
     for path in paths:
         start, _, leaf = path.rpartition(".")
-        if not _NUMBERED.search(path) and leaf not in ("lm_head", "embed_tokens"):
+        if not _NUMBERED_LAYER.search(path) and leaf not in ("lm_head", "embed_tokens"):
             yield f"target_modules: {path} is in no numbered layer (layers.0), and would be left out"
-        beside = _NEEDS.get(leaf)
+        beside = _READ_BESIDE.get(leaf)
         if beside and f"{start}.{beside}" not in paths:
             yield f"target_modules: {path} is read only beside a {beside} of the same layer, which has no pair"
         if leaf == "q_proj" and f"{start}.v_proj" not in paths:
             yield f"target_modules: {path} is stacked with the v_proj of the same layer, which has no pair"
 
 
-def unfit_tgi(case: Case) -> Iterator[str]:
-    yield from unfit_plain(case)
+def find_unsupported_by_tgi(case: ExportCase) -> Iterator[str]:
+    yield from find_unsupported_by_all(case)
     kinds: dict[str, set[int]] = {}
     for path, pair in case.adapter.pairs().items():
         found = _LAYER.fullmatch(path)
         if found and found[2] in _TGI_KINDS and pair.kind == "linear":
             kinds.setdefault(found[2], set()).add(int(found[1]))
         elif path != "lm_head":
-            yield f"target_modules: {path} is not read; {listed(_TGI_KINDS)} and lm_head of a decoder are"
-    count = _layers(case, kinds.values())
+            yield f"target_modules: {path} is not read; {format_list(_TGI_KINDS)} and lm_head of a decoder are"
+    count = _count_layers(case, kinds.values())
     for kind, numbers in kinds.items():
         missing = sorted(set(range(count)) - numbers)
         if missing:
-            told = listed([str(number) for number in missing])
+            told = format_list([str(number) for number in missing])
             yield f"target_modules: {kind} of every layer would be left out, as layer {told} has none; merge it instead"
 
 
-def _layers(case: Case, covered: Iterable[set[int]]) -> int:
+def _count_layers(case: ExportCase, covered: Iterable[set[int]]) -> int:
     """How many layers the base has: from its config; else as many as are covered, where bare names cover all."""
     config = case.adapter.config
     if case.base_config is not None:
         return int(case.base_config.get("num_hidden_layers") or 0)
     names = isinstance(config.target_modules, tuple) and not any("." in name for name in config.target_modules)
     if not names or config.layers_to_transform is not None or config.exclude_modules:
-        return int(case.needed_config("whether every layer has a pair").get("num_hidden_layers") or 0)
+        return int(case.require_config("whether every layer has a pair").get("num_hidden_layers") or 0)
     return max((max(numbers) + 1 for numbers in covered), default=0)
 
 
 # What is written
 
 
-def write_peft(case: Case, folder: Path) -> None:
+def write_peft(case: ExportCase, folder: Path) -> None:
     """The adapter as it is: PEFT reads all of it."""
     fields = case.adapter.config.to_dict()
     fields["base_model_name_or_path"] = case.base_path
-    _write(folder, fields, case.adapter.tensors)
+    _write_adapter(folder, fields, case.adapter.tensors)
 
 
-def write_plain(case: Case, folder: Path) -> None:
+def write_plain(case: ExportCase, folder: Path) -> None:
     """The adapter with nothing in its config that some version of some reader passes over."""
     config, plain = case.adapter.config, case.plain
     fields: dict[str, Any] = {
@@ -129,7 +129,7 @@ def write_plain(case: Case, folder: Path) -> None:
         "base_model_name_or_path": case.base_path,
         "r": plain.rank,
         "lora_alpha": plain.alpha,
-        "target_modules": _targets(case),
+        "target_modules": _list_target_names(case),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": config.fan_in_fan_out,
@@ -142,12 +142,12 @@ def write_plain(case: Case, folder: Path) -> None:
     }
     tensors = {}
     for path, pair in plain.pairs.items():
-        key_a, key_b = pair_keys(path, pair.kind)
+        key_a, key_b = lora_weight_keys(path, pair.kind)
         tensors[key_a], tensors[key_b] = pair.a, pair.b
-    _write(folder, fields, tensors)
+    _write_adapter(folder, fields, tensors)
 
 
-def _targets(case: Case) -> list[str]:
+def _list_target_names(case: ExportCase) -> list[str]:
     """Names that cover exactly what the adapter covers, also where its own config needs more than names for it."""
     config = case.adapter.config
     narrowed = config.exclude_modules or config.layers_to_transform is not None
@@ -156,54 +156,54 @@ def _targets(case: Case) -> list[str]:
     return sorted(case.adapter.pairs())
 
 
-def _write(folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def _write_adapter(folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     (folder / CONFIG).write_text(f"{json.dumps(fields, indent=2, sort_keys=True)}\n", "utf-8")
     with (folder / WEIGHTS).open("wb") as file:
-        for piece in canonical(tensors):
+        for piece in encode_safetensors(tensors):
             file.write(piece)
 
 
 # How it is loaded
 
 
-def command_peft(case: Case) -> str:
+def format_peft_command(case: ExportCase) -> str:
     task, labels = case.adapter.config.task_type, case.adapter.record.get("labels")
-    count = f", num_labels={len(labels)}" if isinstance(labels, list) and task in _LABELLED else ""
+    count = f", num_labels={len(labels)}" if isinstance(labels, list) and task in _LABELED_TASKS else ""
     return f"""```python
 import peft, transformers
 
-model = transformers.{_CLASSES.get(task or "", "AutoModelForCausalLM")}.from_pretrained({case.base_name!r}{count})
+model = transformers.{_AUTO_CLASSES.get(task or "", "AutoModelForCausalLM")}.from_pretrained({case.base_name!r}{count})
 model = peft.PeftModel.from_pretrained(model, {str(case.out)!r})
 ```"""
 
 
-def command_vllm(case: Case) -> str:
-    options = f"--enable-lora --max-lora-rank {vllm_rank(case.plain.rank)} --lora-modules {case.labelled}"
+def format_vllm_command(case: ExportCase) -> str:
+    options = f"--enable-lora --max-lora-rank {choose_vllm_rank(case.plain.rank)} --lora-modules {case.server_argument}"
     return f"""```sh
 vllm serve {quote(case.base_name)} {options}
 ```
 Requests name it as their model: `"model": {json.dumps(case.name)}`."""
 
 
-def command_sglang(case: Case) -> str:
-    options = f"--enable-lora --lora-paths {case.labelled}"
+def format_sglang_command(case: ExportCase) -> str:
+    options = f"--enable-lora --lora-paths {case.server_argument}"
     return f"""```sh
 python -m sglang.launch_server --model-path {quote(case.base_name)} {options}
 ```
 Requests to `/generate` name it: `"lora_path": {json.dumps(case.name)}`."""
 
 
-def command_tgi(case: Case) -> str:
+def format_tgi_command(case: ExportCase) -> str:
     return f"""```sh
-text-generation-launcher --model-id {quote(case.base_name)} --lora-adapters {case.labelled}
+text-generation-launcher --model-id {quote(case.base_name)} --lora-adapters {case.server_argument}
 ```
 Requests name it among their parameters: `"adapter_id": {json.dumps(case.name)}`."""
 
 
-def needs_vllm(case: Case) -> list[str]:
-    return [f"--max-lora-rank {vllm_rank(case.plain.rank)} (16 where nothing is said)"]
+def list_vllm_requirements(case: ExportCase) -> list[str]:
+    return [f"--max-lora-rank {choose_vllm_rank(case.plain.rank)} (16 where nothing is said)"]
 
 
-def vllm_rank(rank: int) -> int:
+def choose_vllm_rank(rank: int) -> int:
     """The smallest `--max-lora-rank` that takes this rank."""
     return next((limit for limit in VLLM_RANKS if limit >= rank), VLLM_RANKS[-1])

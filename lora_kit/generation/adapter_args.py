@@ -24,11 +24,11 @@ TASK_TYPES: Final = {
 }
 """PEFT's words for the tasks."""
 
-Given = str | Path | Adapter | None
+AdapterSource = str | Path | Adapter | None
 """A folder, a name in the store, an Adapter, or None for the base itself."""
 
 
-def read_adapter(given: Given, *, store: str | Path) -> Adapter | None:
+def read_adapter(given: AdapterSource, *, store: str | Path) -> Adapter | None:
     """The adapter that is meant, read strictly; None for the base.
 
     Raises:
@@ -39,10 +39,10 @@ def read_adapter(given: Given, *, store: str | Path) -> Adapter | None:
     return Adapter.load(find_adapter(given, store=store))
 
 
-def labels_of(given: Sequence[Given], values: Sequence[Adapter | None]) -> list[str]:
+def labels_of(given: Sequence[AdapterSource], values: Sequence[Adapter | None]) -> list[str]:
     """A short label for each: the folder's name where that is unique, else with a part of the digest."""
     digests: dict[str, set[str]] = {}
-    short = [_short_label(item, value) for item, value in zip(given, values, strict=True)]
+    short = [_short_label_of(item, value) for item, value in zip(given, values, strict=True)]
     for label, value in zip(short, values, strict=True):
         digests.setdefault(label, set()).add(value.digest if value else "")
     return [
@@ -51,7 +51,7 @@ def labels_of(given: Sequence[Given], values: Sequence[Adapter | None]) -> list[
     ]
 
 
-def _short_label(given: Given, value: Adapter | None) -> str:
+def _short_label_of(given: AdapterSource, value: Adapter | None) -> str:
     if value is None:
         return BASE_ROW
     return value.digest[:12] if isinstance(given, Adapter) or given is None else Path(given).resolve().name

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_kit.errors import ConfigError
-from lora_kit.generation.prompts import Asked, end_tokens
+from lora_kit.generation.prompts import EncodedPrompt, end_tokens_of
 from lora_kit.models.loading import Base
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Written:
+class Completion:
     """What a row wrote: its text, its tokens with the one that ended it, and whether one did."""
 
     text: str
@@ -54,7 +54,9 @@ class Written:
     ended: bool
 
 
-def write(base: Base, rows: Sequence[Asked], *, sampling: Sampling, limit: int, streamer: Any = None) -> list[Written]:
+def generate_batch(
+    base: Base, rows: Sequence[EncodedPrompt], *, sampling: Sampling, limit: int, streamer: Any = None
+) -> list[Completion]:
     """What the model writes after each prompt, as one batch, with whatever is routed to its rows.
 
     The random generator is as it was afterwards.
@@ -63,32 +65,34 @@ def write(base: Base, rows: Sequence[Asked], *, sampling: Sampling, limit: int, 
         limit: most tokens that a row may write, so that the longest one still fits into the base's context.
         streamer: one of transformers, which is shown each token as it comes.
     """
-    inputs = _padded(base, [row.ids for row in rows])
+    inputs = _pad_rows(base, [row.ids for row in rows])
     # Where rows end differently, each goes on until its own end and what follows that is cut off.
     ends = frozenset.intersection(*(row.ends for row in rows))
     start = 1 if base.task == "seq2seq" else inputs["input_ids"].shape[1]
     with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
         torch.manual_seed(sampling.seed)
-        config = _generation_config(base, sampling, start + limit, ends=ends)
+        config = _build_generation_config(base, sampling, start + limit, ends=ends)
         out = base.model.generate(**inputs, generation_config=config, streamer=streamer)
-    return [_written(base.tokenizer, ids, row.ends) for ids, row in zip(out[:, start:].tolist(), rows, strict=True)]
+    return [
+        _build_completion(base.tokenizer, ids, row.ends) for ids, row in zip(out[:, start:].tolist(), rows, strict=True)
+    ]
 
 
-def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
+def decode_ids(tokenizer: Any, ids: Sequence[int]) -> str:
     text: str = tokenizer.decode(ids, skip_special_tokens=True)
     return text
 
 
-def _written(tokenizer: Any, ids: Sequence[int], ends: Collection[int]) -> Written:
+def _build_completion(tokenizer: Any, ids: Sequence[int], ends: Collection[int]) -> Completion:
     """The tokens up to and with the first that ends the text; what follows it is padding or another row's."""
     end = next((place for place, token in enumerate(ids) if token in ends), None)
     own = list(ids if end is None else ids[: end + 1])
-    return Written(text_of(tokenizer, own), own, end is not None)
+    return Completion(decode_ids(tokenizer, own), own, end is not None)
 
 
-def _padded(base: Base, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+def _pad_rows(base: Base, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     """int64 (rows, longest), with a mask: padding before a text that goes on, after one that an encoder reads."""
-    longest, pad = max(map(len, rows)), _pad_token(base)
+    longest, pad = max(map(len, rows)), _pad_token_of(base)
     before = base.task != "seq2seq"
     ids = [
         [pad] * (longest - len(row)) + list(row) if before else [*row, *[pad] * (longest - len(row))] for row in rows
@@ -101,7 +105,7 @@ def _padded(base: Base, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     }
 
 
-def _generation_config(base: Base, sampling: Sampling, length: int, *, ends: Collection[int]) -> GenerationConfig:
+def _build_generation_config(base: Base, sampling: Sampling, length: int, *, ends: Collection[int]) -> GenerationConfig:
     from transformers import GenerationConfig
 
     chosen: dict[str, Any] = {"do_sample": False}
@@ -109,23 +113,23 @@ def _generation_config(base: Base, sampling: Sampling, length: int, *, ends: Col
         chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     if base.task == "seq2seq":
         own = base.model.generation_config
-        chosen["decoder_start_token_id"] = _start_token(base.model)
+        chosen["decoder_start_token_id"] = _start_token_of(base.model)
         chosen["forced_bos_token_id"] = getattr(own, "forced_bos_token_id", None)
     return GenerationConfig(
-        max_length=length, eos_token_id=sorted(ends) or None, pad_token_id=_pad_token(base), **chosen
+        max_length=length, eos_token_id=sorted(ends) or None, pad_token_id=_pad_token_of(base), **chosen
     )
 
 
-def _start_token(model: Any) -> int | None:
+def _start_token_of(model: Any) -> int | None:
     """What a decoder begins with."""
     own = getattr(model.generation_config, "decoder_start_token_id", None)
     start: int | None = own if own is not None else model.config.decoder_start_token_id
     return start
 
 
-def _pad_token(base: Base) -> int:
+def _pad_token_of(base: Base) -> int:
     pad = base.tokenizer.pad_token_id
-    return int(pad) if pad is not None else min(end_tokens(base), default=0)
+    return int(pad) if pad is not None else min(end_tokens_of(base), default=0)
 
 
 def _require(holds: bool, name: str, value: Any, expected: str) -> None:

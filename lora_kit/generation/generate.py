@@ -14,12 +14,12 @@ from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.store import STORE
 from lora_kit.bank.bank import AdapterBank, attach
 from lora_kit.errors import AdapterError, ConfigError, DataError
-from lora_kit.generation.adapter_args import TASK_TYPES, Given, check_quantize, labels_of, read_adapter, task_of
-from lora_kit.generation.decoding import Sampling, text_of, write
-from lora_kit.generation.prompts import asked, styles
-from lora_kit.models.loading import Base, load_base, load_reader
+from lora_kit.generation.adapter_args import TASK_TYPES, AdapterSource, check_quantize, labels_of, read_adapter, task_of
+from lora_kit.generation.decoding import Sampling, decode_ids, generate_batch
+from lora_kit.generation.prompts import encode_prompt, resolve_styles
+from lora_kit.models.loading import Base, load_base, load_input_spec
 
-_WRITING = ("causal-lm", "seq2seq")
+_GENERATIVE_TASKS = ("causal-lm", "seq2seq")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Generation:
 
 def generate(
     base: str | Base,
-    adapters: Sequence[Given],
+    adapters: Sequence[AdapterSource],
     prompt: str,
     *,
     sampling: Sampling | None = None,
@@ -80,13 +80,13 @@ def generate(
     values = [read_adapter(adapter, store=store) for adapter in adapters]
     labels = labels_of(adapters, values)
     check_quantize(base, labels, values, quantize)
-    loaded = _loaded(base, labels, values, quantize)
-    own = styles(values, base_alone="") if template == "adapter" else [""] * len(values)
-    rows = [asked(loaded, prompt, style) for style in own]
-    limit, limited_by = _limit(loaded, max(len(row.ids) for row in rows), sampling.max_new_tokens)
-    growing = _Growing(loaded, [row.ends for row in rows], on_text=on_text) if on_text else None
-    with hosted(loaded.model, dict(zip(labels, values, strict=True))) as bank, routed(bank, labels):
-        written = write(loaded, rows, sampling=sampling, limit=limit, streamer=growing)
+    loaded = _load_for_generation(base, labels, values, quantize)
+    own = resolve_styles(values, base_alone="") if template == "adapter" else [""] * len(values)
+    rows = [encode_prompt(loaded, prompt, style) for style in own]
+    limit, limited_by = _limit_new_tokens(loaded, max(len(row.ids) for row in rows), sampling.max_new_tokens)
+    growing = _RowStreamer(loaded, [row.ends for row in rows], on_text=on_text) if on_text else None
+    with attach_adapters(loaded.model, dict(zip(labels, values, strict=True))) as bank, route_rows(bank, labels):
+        written = generate_batch(loaded, rows, sampling=sampling, limit=limit, streamer=growing)
     return [
         Generation(
             name=label,
@@ -100,7 +100,7 @@ def generate(
 
 
 @contextlib.contextmanager
-def hosted(model: Any, adapters: Mapping[str, Adapter | None]) -> Iterator[AdapterBank | None]:
+def attach_adapters(model: Any, adapters: Mapping[str, Adapter | None]) -> Iterator[AdapterBank | None]:
     """A bank with these adapters beside a model for the length of a block; None where there are none.
 
     Raises:
@@ -119,28 +119,30 @@ def hosted(model: Any, adapters: Mapping[str, Adapter | None]) -> Iterator[Adapt
         bank.detach()
 
 
-def routed(bank: AdapterBank | None, labels: Sequence[str]) -> contextlib.AbstractContextManager[None]:
+def route_rows(bank: AdapterBank | None, labels: Sequence[str]) -> contextlib.AbstractContextManager[None]:
     """Each row of a batch to the adapter of its label for the length of a block; a label without one is the base's."""
     if bank is None:
         return contextlib.nullcontext()
     return bank.rows([label if label in bank.names else None for label in labels])
 
 
-def _loaded(base: str | Base, labels: Sequence[str], values: Sequence[Adapter | None], quantize: str | None) -> Base:
+def _load_for_generation(
+    base: str | Base, labels: Sequence[str], values: Sequence[Adapter | None], quantize: str | None
+) -> Base:
     """The base, loaded for what the adapters were made for; on its own for what it is."""
     for label, value in zip(labels, values, strict=True):
         kind = value.config.task_type if value is not None else None
-        if kind is not None and TASK_TYPES.get(kind) not in _WRITING:
+        if kind is not None and TASK_TYPES.get(kind) not in _GENERATIVE_TASKS:
             hint = "`lora-kit eval FILE --out said.jsonl` says what it makes of texts"
             raise AdapterError(f"adapter {label!r} was made for {kind}: it does not write text", hint=hint)
     task = task_of(labels, values)
     if not isinstance(base, str):
         return base
-    task = task or ("seq2seq" if load_reader(base).both else "causal-lm")
+    task = task or ("seq2seq" if load_input_spec(base).both else "causal-lm")
     return load_base(base, task=task, quantize=quantize)
 
 
-def _limit(base: Base, longest: int, wanted: int) -> tuple[int, Literal["max_new_tokens", "context"]]:
+def _limit_new_tokens(base: Base, longest: int, wanted: int) -> tuple[int, Literal["max_new_tokens", "context"]]:
     """How many tokens may be written, and what limits them."""
     context = base.max_length
     if longest >= context:
@@ -149,7 +151,7 @@ def _limit(base: Base, longest: int, wanted: int) -> tuple[int, Literal["max_new
     return (wanted, "max_new_tokens") if wanted <= room else (room, "context")
 
 
-class _Growing:
+class _RowStreamer:
     """A transformers streamer over a batch: decodes each row as it grows and passes its text on."""
 
     def __init__(self, base: Base, ends: Sequence[Collection[int]], *, on_text: Callable[[int, str], None]) -> None:
@@ -172,7 +174,7 @@ class _Growing:
             self._ids[row].append(token)
             self._open[row] = token not in self._ends[row]
             # A character of several tokens decodes to a replacement mark until its last token is there.
-            text = text_of(self._tokenizer, self._ids[row])
+            text = decode_ids(self._tokenizer, self._ids[row])
             if text != self._shown[row] and not text.endswith("\N{REPLACEMENT CHARACTER}"):
                 self._shown[row] = text
                 self._on_text(row, text)

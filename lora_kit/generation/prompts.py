@@ -11,14 +11,14 @@ from lora_kit.data.chat import ChatTemplate
 from lora_kit.data.layouts import Message
 from lora_kit.errors import DataError
 from lora_kit.models.loading import Base
-from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR, prompt_ids, render_prompt, source_ids
+from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR, render_prompt, tokenize_prompt, tokenize_source
 
-Style = ChatTemplate | str
+PromptStyle = ChatTemplate | str
 """In a chat template, or followed by a separator."""
 
 
 @dataclass(frozen=True)
-class Asked:
+class EncodedPrompt:
     """A prompt as a row of a batch: its text, its tokens, and the tokens that end an answer to it."""
 
     text: str
@@ -26,7 +26,7 @@ class Asked:
     ends: frozenset[int]
 
 
-def asked(base: Base, prompt: str | Sequence[Message], style: Style) -> Asked:
+def encode_prompt(base: Base, prompt: str | Sequence[Message], style: PromptStyle) -> EncodedPrompt:
     """A prompt, or a conversation so far, in the style of an adapter.
 
     Args:
@@ -35,23 +35,23 @@ def asked(base: Base, prompt: str | Sequence[Message], style: Style) -> Asked:
     Raises:
         DataError: it is not text, or has no token.
     """
-    tokenizer, ends = base.tokenizer, end_tokens(base)
+    tokenizer, ends = base.tokenizer, end_tokens_of(base)
     if isinstance(style, ChatTemplate):
         messages = [("user", prompt)] if isinstance(prompt, str) else prompt
-        text = style.asked(tokenizer, [(role, _text_of(content)) for role, content in messages])
+        text = style.asked(tokenizer, [(role, _require_utf8(content)) for role, content in messages])
         # The template has put a BOS where there is to be one.
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         ends |= {style.end(tokenizer)}
     else:
         assert isinstance(prompt, str)
-        text = render_prompt(_text_of(prompt), separator=style)
-        ids = source_ids(tokenizer, text) if base.task == "seq2seq" else prompt_ids(tokenizer, text)
+        text = render_prompt(_require_utf8(prompt), separator=style)
+        ids = tokenize_source(tokenizer, text) if base.task == "seq2seq" else tokenize_prompt(tokenizer, text)
     if not ids:
         raise DataError("the prompt has no token", hint="give some text to go on from")
-    return Asked(text, ids, ends)
+    return EncodedPrompt(text, ids, ends)
 
 
-def _text_of(prompt: str) -> str:
+def _require_utf8(prompt: str) -> str:
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError:
@@ -59,7 +59,7 @@ def _text_of(prompt: str) -> str:
     return prompt
 
 
-def end_tokens(base: Base) -> frozenset[int]:
+def end_tokens_of(base: Base) -> frozenset[int]:
     """The tokens that end a text: those of the model and that of the tokenizer."""
     own = getattr(base.model.generation_config, "eos_token_id", None)
     ids = own if isinstance(own, list) else [own]
@@ -69,7 +69,7 @@ def end_tokens(base: Base) -> frozenset[int]:
 # What the record of an adapter says
 
 
-def styles(adapters: Sequence[Adapter | None], *, base_alone: Style) -> list[Style]:
+def resolve_styles(adapters: Sequence[Adapter | None], *, base_alone: PromptStyle) -> list[PromptStyle]:
     """Each adapter's own; the base's is that of the first adapter beside it."""
     own = [None if adapter is None else template_of(adapter) or separator_of(adapter) for adapter in adapters]
     first = next((style for style in own if style is not None), base_alone)

@@ -16,30 +16,32 @@ from typing import Final
 
 from lora_kit.errors import StorageError
 from lora_kit.io.read import mode_of
-from lora_kit.io.text import printable
+from lora_kit.io.text import escape_text
 
-Owned = Callable[[Path], bool]
+FolderPredicate = Callable[[Path], bool]
 """Says whether an existing folder is one of ours, which may be replaced."""
 
 _RENAME_EXCHANGE: Final = 2
 _AT_FDCWD: Final = -100
 _NO_EXCHANGE: Final = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 _NO_FOLDER_SYNC: Final = (errno.EINVAL, errno.ENOTSUP)
-_FULL: Final = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+_DISK_FULL_ERRNOS: Final = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 def write_folder(
-    target: Path, files: Mapping[str, bytes], *, replace: bool = False, owned: Owned | None = None
+    target: Path, files: Mapping[str, bytes], *, replace: bool = False, owned: FolderPredicate | None = None
 ) -> None:
     """Write a folder of these files, in their order, all or nothing; see `staged`."""
     needed = sum(map(len, files.values()))
-    with staged(target, replace=replace, owned=owned, needed=needed) as staging:
+    with stage_folder(target, replace=replace, owned=owned, needed=needed) as staging:
         for name, data in files.items():
             (staging / name).write_bytes(data)
 
 
 @contextmanager
-def staged(target: Path, *, replace: bool = False, owned: Owned | None = None, needed: int = 0) -> Iterator[Path]:
+def stage_folder(
+    target: Path, *, replace: bool = False, owned: FolderPredicate | None = None, needed: int = 0
+) -> Iterator[Path]:
     """A sibling folder to write into; when the block ends well it is synced and takes the target's place in one step.
 
     When the block raises, or the process dies, the target is what it was; what a dead process left behind is removed by
@@ -56,25 +58,25 @@ def staged(target: Path, *, replace: bool = False, owned: Owned | None = None, n
     """
     target = Path(os.path.abspath(target))
     check_output(target, replace=replace, owned=owned)
-    with _as_storage_error(target, needed), _parents(target), _lock(target):
+    with _translate_os_errors(target, needed), _create_parents(target), _lock(target):
         _recover(target)
         check_output(target, replace=replace, owned=owned)  # another process may have written it in between
         free = shutil.disk_usage(target.parent).free
         if free < needed:
-            raise StorageError(f"{printable(target)} needs {needed:,} bytes; {free:,} are free")
-        staging = _beside(target, "staging")
+            raise StorageError(f"{escape_text(target)} needs {needed:,} bytes; {free:,} are free")
+        staging = _sibling_path(target, "staging")
         try:
             staging.mkdir()
             yield staging
             _sync_tree(staging)
-            _take_place(staging, target, replace=replace)
+            _move_into_place(staging, target, replace=replace)
         finally:
             # It holds what was not finished, or what was replaced.
             shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextmanager
-def sole_writer(target: Path) -> Iterator[None]:
+def lock_output(target: Path) -> Iterator[None]:
     """Nobody else works on a target until the block ends or the process dies; the folders above it are there.
 
     Raises:
@@ -82,13 +84,13 @@ def sole_writer(target: Path) -> Iterator[None]:
     """
     target = Path(os.path.abspath(target))
     with contextlib.ExitStack() as stack:
-        with _as_storage_error(target, 0):
-            stack.enter_context(_parents(target))
+        with _translate_os_errors(target, 0):
+            stack.enter_context(_create_parents(target))
             stack.enter_context(_lock(target))
         yield
 
 
-def check_output(target: Path, *, replace: bool = False, owned: Owned | None = None) -> None:
+def check_output(target: Path, *, replace: bool = False, owned: FolderPredicate | None = None) -> None:
     """Refuse, before any work, an output that exists and may not be replaced.
 
     Raises:
@@ -100,26 +102,26 @@ def check_output(target: Path, *, replace: bool = False, owned: Owned | None = N
         return
     if not stat.S_ISDIR(mode):
         kind = "a link" if stat.S_ISLNK(mode) else "not a folder"
-        raise StorageError(f"{printable(target)} exists and is {kind}", hint="choose another output")
-    with _as_storage_error(target, 0):
+        raise StorageError(f"{escape_text(target)} exists and is {kind}", hint="choose another output")
+    with _translate_os_errors(target, 0):
         if _is_empty(target):
             return
         if not replace:
-            raise _taken(target)
+            raise _already_exists_error(target)
         if owned is not None and not owned(target):
             raise StorageError(
-                f"{printable(target)} holds something else, so it is not replaced", hint="choose another output"
+                f"{escape_text(target)} holds something else, so it is not replaced", hint="choose another output"
             )
 
 
 def check_path(target: Path) -> None:
     """Raise StorageError for a path that no file system takes."""
     if "\0" in str(target):
-        raise StorageError(f"{printable(target)} is not a path", hint="choose another output")
+        raise StorageError(f"{escape_text(target)} is not a path", hint="choose another output")
 
 
-def _taken(target: Path) -> StorageError:
-    return StorageError(f"{printable(target)} exists already", hint="choose another output, or ask to replace it")
+def _already_exists_error(target: Path) -> StorageError:
+    return StorageError(f"{escape_text(target)} exists already", hint="choose another output, or ask to replace it")
 
 
 def _is_empty(folder: Path) -> bool:
@@ -127,19 +129,19 @@ def _is_empty(folder: Path) -> bool:
 
 
 @contextmanager
-def _as_storage_error(target: Path, needed: int) -> Iterator[None]:
+def _translate_os_errors(target: Path, needed: int) -> Iterator[None]:
     """An OSError is raised again as a StorageError that names the target and, on a full disk, the bytes needed."""
     try:
         yield
     except StorageError:
         raise
     except OSError as error:
-        size = f"; {needed:,} bytes are needed" if error.errno in _FULL and needed else ""
-        raise StorageError(f"{printable(target)} cannot be written: {error.strerror or error}{size}") from error
+        size = f"; {needed:,} bytes are needed" if error.errno in _DISK_FULL_ERRNOS and needed else ""
+        raise StorageError(f"{escape_text(target)} cannot be written: {error.strerror or error}{size}") from error
 
 
 @contextmanager
-def _parents(target: Path) -> Iterator[None]:
+def _create_parents(target: Path) -> Iterator[None]:
     """The folders above a target; those that were missing are taken away again when the block raises."""
     missing = [folder for folder in target.parents if not folder.exists()]
     try:
@@ -152,15 +154,15 @@ def _parents(target: Path) -> Iterator[None]:
         raise
 
 
-def _beside(target: Path, suffix: str) -> Path:
+def _sibling_path(target: Path, suffix: str) -> Path:
     return target.with_name(f".{target.name}.{suffix}")
 
 
 @contextmanager
 def _lock(target: Path) -> Iterator[None]:
     """The only writer of a target, until the block ends or the process dies. A file, since NFS locks no folders."""
-    path = _beside(target, "lock")
-    descriptor = _locked(path, target)
+    path = _sibling_path(target, "lock")
+    descriptor = _acquire_lock(path, target)
     try:
         yield
     finally:
@@ -169,7 +171,7 @@ def _lock(target: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _locked(path: Path, target: Path) -> int:
+def _acquire_lock(path: Path, target: Path) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
@@ -178,7 +180,7 @@ def _locked(path: Path, target: Path) -> int:
                 return descriptor
         except BlockingIOError:
             os.close(descriptor)
-            raise StorageError(f"another process is writing {printable(target)}", hint="wait for it") from None
+            raise StorageError(f"another process is writing {escape_text(target)}", hint="wait for it") from None
         except FileNotFoundError:
             pass
         except BaseException:
@@ -189,7 +191,7 @@ def _locked(path: Path, target: Path) -> int:
 
 def _recover(target: Path) -> None:
     """Put back or remove what a process that died has left behind."""
-    aside, staging = _beside(target, "replaced"), _beside(target, "staging")
+    aside, staging = _sibling_path(target, "replaced"), _sibling_path(target, "staging")
     if os.path.lexists(aside) and not os.path.lexists(target):
         os.rename(aside, target)
     for left in (aside, staging):
@@ -225,7 +227,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _take_place(staging: Path, target: Path, *, replace: bool) -> None:
+def _move_into_place(staging: Path, target: Path, *, replace: bool) -> None:
     """Put a finished folder in the target's place in one step; what was there is in the staging folder then.
 
     A failure undoes the step.
@@ -251,7 +253,7 @@ def _rename_over_nothing(staging: Path, target: Path) -> None:
         os.rename(staging, target)
     except OSError as error:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
-            raise _taken(target) from None
+            raise _already_exists_error(target) from None
         raise
 
 
@@ -269,7 +271,7 @@ def _exchange(staging: Path, target: Path) -> None:
 
 
 def _exchange_in_two(staging: Path, target: Path) -> None:
-    aside = _beside(target, "replaced")
+    aside = _sibling_path(target, "replaced")
     try:
         os.rename(target, aside)
         os.rename(staging, target)

@@ -15,13 +15,13 @@ from typing import Any, Final
 
 from lora_kit.errors import AdapterError, StorageError
 from lora_kit.io.strict_json import parse_object
-from lora_kit.io.text import printable
+from lora_kit.io.text import escape_text
 
-_ABSENT: Final = (errno.ENOENT, errno.ENOTDIR)
-_NO_PATH: Final = (errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
-_LARGE: Final = 4 * 2**20
-_PIECE: Final = 8 * 2**20
-_POINTER: Final = b"version https://git-lfs"
+_ABSENT_ERRNOS: Final = (errno.ENOENT, errno.ENOTDIR)
+_INVALID_PATH_ERRNOS: Final = (errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
+_HUGE_PAGES_FROM: Final = 4 * 2**20
+_CHUNK_BYTES: Final = 8 * 2**20
+_LFS_POINTER: Final = b"version https://git-lfs"
 
 
 def folder_exists(path: Path) -> bool:
@@ -49,13 +49,13 @@ def mode_of(path: Path, *, follow: bool) -> int:
     except ValueError:  # a NUL
         return 0
     except OSError as error:
-        if error.errno in (*_ABSENT, *_NO_PATH):
+        if error.errno in (*_ABSENT_ERRNOS, *_INVALID_PATH_ERRNOS):
             return 0
-        raise StorageError(f"{printable(path)} cannot be read: {error.strerror}") from error
+        raise StorageError(f"{escape_text(path)} cannot be read: {error.strerror}") from error
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[BufferedReader, int]]:
+def open_regular_file(path: Path) -> Iterator[tuple[BufferedReader, int]]:
     """A regular file inside its folder, open for reading, and its size.
 
     A link is followed where it stays in the folder, or in the hub's cache that the folder belongs to.
@@ -64,37 +64,37 @@ def opened(path: Path) -> Iterator[tuple[BufferedReader, int]]:
         AdapterError: missing, a link that leads out, or not a regular file.
         StorageError: it cannot be read, by the block neither, or there is not enough memory for it.
     """
-    shown = printable(path)
+    shown = escape_text(path)
     try:
         with _open(path, shown) as file:
             yield file, os.fstat(file.fileno()).st_size
     except StorageError:
         raise
     except OSError as error:
-        if error.errno in _ABSENT:
+        if error.errno in _ABSENT_ERRNOS:
             raise AdapterError(f"{shown} does not exist") from None
-        if error.errno in _NO_PATH:
+        if error.errno in _INVALID_PATH_ERRNOS:
             raise AdapterError(f"{shown} leads nowhere: {error.strerror}") from None
         raise StorageError(f"{shown} cannot be read: {error.strerror}") from error
     except MemoryError:
         raise StorageError(f"{shown} does not fit in memory") from None
 
 
-def read_regular(path: Path, *, check_size: Callable[[int], None]) -> memoryview:
+def read_regular_file(path: Path, *, check_size: Callable[[int], None]) -> memoryview:
     """The bytes of a regular file; see `opened`.
 
     Args:
         check_size: is given the size of the file, and raises to refuse it.
     """
-    with opened(path) as (file, size):
+    with open_regular_file(path) as (file, size):
         check_size(size)
-        data = buffer(size, printable(path))
-        return data[: fill(file, data)]  # it may have shrunk meanwhile
+        data = allocate_buffer(size, escape_text(path))
+        return data[: read_into(file, data)]  # it may have shrunk meanwhile
 
 
 def _open(path: Path, shown: str) -> BufferedReader:
     real = Path(os.path.realpath(path, strict=True))
-    if path.is_symlink() and not _inside(real, path.parent):
+    if path.is_symlink() and not _is_inside(real, path.parent):
         raise AdapterError(f"{shown} is a link that leads out of its folder", hint="copy the file here")
     # Looked at first, since opening a device may act on it. Without O_NONBLOCK, opening a FIFO waits for a writer.
     if not stat.S_ISREG(os.stat(real).st_mode):
@@ -106,7 +106,7 @@ def _open(path: Path, shown: str) -> BufferedReader:
     return file
 
 
-def _inside(real: Path, folder: Path) -> bool:
+def _is_inside(real: Path, folder: Path) -> bool:
     """Whether a resolved path lies in a folder, or in the hub's cache around a snapshot folder."""
     root = folder.resolve()
     for above in root.parents:
@@ -115,13 +115,13 @@ def _inside(real: Path, folder: Path) -> bool:
     return real.is_relative_to(root)
 
 
-def buffer(size: int, shown: str) -> memoryview:
+def allocate_buffer(size: int, shown: str) -> memoryview:
     """Memory to read a file into; a large one in huge pages, since touching small ones costs more than reading.
 
     Raises:
         StorageError: there is not enough memory.
     """
-    if size < _LARGE:
+    if size < _HUGE_PAGES_FROM:
         return memoryview(bytearray(size))
     available = _available_memory()
     if available is not None and size > available:
@@ -134,7 +134,7 @@ def buffer(size: int, shown: str) -> memoryview:
     return memoryview(memory)
 
 
-def fill(file: BufferedReader, memory: memoryview, seen: Callable[[memoryview], object] | None = None) -> int:
+def read_into(file: BufferedReader, memory: memoryview, seen: Callable[[memoryview], object] | None = None) -> int:
     """Read from a file until memory is full or the file ends; how many bytes that were.
 
     Args:
@@ -142,7 +142,7 @@ def fill(file: BufferedReader, memory: memoryview, seen: Callable[[memoryview], 
     """
     filled = 0
     while filled < len(memory):
-        piece = memory[filled : filled + _PIECE]
+        piece = memory[filled : filled + _CHUNK_BYTES]
         count = file.readinto(piece)
         if not count:
             break
@@ -167,7 +167,7 @@ def read_json(path: Path, *, limit: int) -> dict[str, Any]:
     try:
         return parse_object(text)
     except ValueError as error:
-        raise AdapterError(f"{printable(path)}: {error}") from None
+        raise AdapterError(f"{escape_text(path)}: {error}") from None
 
 
 def read_text(path: Path, *, limit: int) -> str:
@@ -175,13 +175,13 @@ def read_text(path: Path, *, limit: int) -> str:
 
     def check_size(size: int) -> None:
         if size > limit:
-            raise AdapterError(f"{printable(path)} has {size:,} bytes; at most {limit:,} are expected")
+            raise AdapterError(f"{escape_text(path)} has {size:,} bytes; at most {limit:,} are expected")
 
-    data = bytes(read_regular(path, check_size=check_size))
-    if data.startswith(_POINTER):
-        raise AdapterError(f"{printable(path)}: a git-lfs pointer, not the file", hint="run 'git lfs pull'")
+    data = bytes(read_regular_file(path, check_size=check_size))
+    if data.startswith(_LFS_POINTER):
+        raise AdapterError(f"{escape_text(path)}: a git-lfs pointer, not the file", hint="run 'git lfs pull'")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line, column = data.count(b"\n", 0, error.start) + 1, error.start - data.rfind(b"\n", 0, error.start)
-        raise AdapterError(f"{printable(path)}: not UTF-8 at line {line} column {column}") from None
+        raise AdapterError(f"{escape_text(path)}: not UTF-8 at line {line} column {column}") from None

@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any, Final
 
-from lora_kit.io.text import MAX_DIGITS, shown
+from lora_kit.io.text import MAX_DIGITS, format_value
 
 MAX_NESTING: Final = 64
 """Levels of objects and lists a JSON text may have."""
@@ -21,10 +21,10 @@ def parse_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(
             text,
-            object_pairs_hook=_named_once,
+            object_pairs_hook=_build_unique_object,
             parse_constant=_refuse_constant,
-            parse_int=_whole_number,
-            parse_float=_finite_number,
+            parse_int=_parse_whole_number,
+            parse_float=_parse_finite_number,
         )
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at line {error.lineno} column {error.colno}") from None
@@ -48,12 +48,12 @@ def _is_deep(value: Any) -> bool:
     return True
 
 
-def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _build_unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"{shown(twice)} occurs twice")
+        raise ValueError(f"{format_value(twice)} occurs twice")
     return fields
 
 
@@ -61,14 +61,14 @@ def _refuse_constant(text: str) -> Any:
     raise ValueError(f"not JSON: {text} is not a number there")
 
 
-def _whole_number(text: str) -> int:
+def _parse_whole_number(text: str) -> int:
     if len(text) > MAX_DIGITS:
         raise ValueError(f"a number of {len(text):,} digits")
     return int(text)
 
 
-def _finite_number(text: str) -> float:
+def _parse_finite_number(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"the number {shown(text)} is too large")
+        raise ValueError(f"the number {format_value(text)} is too large")
     return value

@@ -14,32 +14,34 @@ _REPR: Final = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 120
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value from outside as Python writes it, cut short where it is long."""
     if isinstance(value, int) and value.bit_length() > 4 * MAX_DIGITS:
         return f"a number of {value.bit_length():,} bits"
     return _REPR.repr(value)
 
 
-_MOST_SHOWN: Final = 500
+_MAX_TEXT_LENGTH: Final = 500
 
 
-def printable(value: object) -> str:
+def escape_text(value: object) -> str:
     """Text from outside, with control characters escaped, cut short where it is long."""
     text = str(value)
-    text = text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…"
+    text = text if len(text) <= _MAX_TEXT_LENGTH else f"{text[:_MAX_TEXT_LENGTH]}…"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def harmless(text: str) -> str:
+def escape_for_terminal(text: str) -> str:
     r"""Text with everything that could steer a terminal escaped: `\x1b`, `\u202e`; line breaks and tabs stay.
 
     Names in files that others wrote end up in messages and tables; an escape sequence in one must not act.
     """
-    return "".join(c if c in "\n\t" or not _steers(c) else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(
+        c if c in "\n\t" or not _can_steer_terminal(c) else c.encode("unicode_escape").decode("ascii") for c in text
+    )
 
 
-def _steers(character: str) -> bool:
+def _can_steer_terminal(character: str) -> bool:
     # Control characters, surrogates, unassigned ones, and marks that reorder text; joiners inside emoji are harmless.
     category = unicodedata.category(character)
     return category in ("Cc", "Cs", "Co", "Cn") or (category == "Cf" and character not in "\u200c\u200d")

@@ -5,18 +5,18 @@ from __future__ import annotations
 from torch import Tensor
 
 from lora_kit.layers.initialization import A, B
-from lora_kit.layers.linear import _PairLayer
+from lora_kit.layers.linear import _LoraLayer
 from lora_kit.ops.lora import lora_add_embedding, lora_add_embedding_rows
 
 
-class LoraEmbedding(_PairLayer):
+class LoraEmbedding(_LoraLayer):
     """base(ids) + scaling · Aᵀ[ids] Bᵀ: the same update where the layer looks rows up."""
 
     def forward(self, ids: Tensor) -> Tensor:
         y = self.base_layer(ids)
         # Gemma and BART multiply what they look up; the update is of the table, so it is multiplied too.
         scale = float(getattr(self.base_layer, "embed_scale", 1.0))
-        if self._routes_by_index(y):
+        if self._is_routed_by_index(y):
             a, b = self._slab(A), self._slab(B)
             return lora_add_embedding_rows(y, ids, a, b, self.scaling * scale, self.routing.index(ids))
         entry = self._uniform()

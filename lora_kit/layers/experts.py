@@ -19,17 +19,17 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from lora_kit.layers.introspect import has_numbers
-from lora_kit.ops.grouped_mm import grouped_product
+from lora_kit.layers.introspect import is_unquantized
+from lora_kit.ops.grouped_mm import grouped_matmul
 
-MATRICES: Final = frozenset({"gate_up_proj", "up_proj", "down_proj"})
+EXPERT_MATRICES: Final = frozenset({"gate_up_proj", "up_proj", "down_proj"})
 """Parameters of fused experts that tokens are multiplied with."""
-_SAID: Final = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate")
+_REQUIRED_ATTRIBUTES: Final = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate")
 _HOOKS: Final = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 @dataclass(frozen=True)
-class Factors:
+class ExpertFactors:
     """The pairs of one parameter, for every expert e and adapter k of a batch at e · K + k.
 
     Attributes:
@@ -40,37 +40,42 @@ class Factors:
     b: Tensor
 
 
-def are_fused(module: nn.Module) -> bool:
+def is_fused_experts(module: nn.Module) -> bool:
     """Whether a module is fused experts that say how they compute, and are called with tokens in the batch's order."""
-    return all(hasattr(module, name) for name in _SAID)
+    return all(hasattr(module, name) for name in _REQUIRED_ATTRIBUTES)
 
 
-def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter | None]]:
+def list_own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter | None]]:
     """A module's own parameters in the order in which its class makes them, by which an adapter's file counts them.
 
     PEFT takes a parameter out and puts it back behind the others whenever it computes with a changed one. Classes of
     fused experts make what leads into them first, and each bias after its matrix.
     """
     found = list(module._parameters.items())
-    return sorted(found, key=lambda item: _place(item[0])) if are_fused(module) else found
+    return sorted(found, key=lambda item: _creation_key(item[0])) if is_fused_experts(module) else found
 
 
-def _place(name: str) -> tuple[bool, bool]:
+def _creation_key(name: str) -> tuple[bool, bool]:
     return name.startswith("down_proj"), name.endswith("_bias")
 
 
-def are_plain(module: nn.Module) -> bool:
+def is_unmodified(module: nn.Module) -> bool:
     """Whether fused experts compute as they say and do nothing else: not hooked, quantised or spread over devices."""
     held = [tensor for tensor in module._parameters.values() if tensor is not None]
     if getattr(module, "_is_expert_parallel", False) or "forward" in module.__dict__:
         return False
     if any(getattr(module, hooks) for hooks in _HOOKS):
         return False
-    return all(has_numbers(tensor) for tensor in held)
+    return all(is_unquantized(tensor) for tensor in held)
 
 
-def mixture(
-    module: Any, states: Tensor, index: Tensor, weights: Tensor, updates: Mapping[str, Factors], owner: Tensor | None
+def forward_experts(
+    module: Any,
+    states: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    updates: Mapping[str, ExpertFactors],
+    owner: Tensor | None,
 ) -> Tensor:
     """What fused experts give with updates of their parameters.
 
@@ -88,13 +93,13 @@ def mixture(
         key = key * adapters + owner.repeat_interleave(index.shape[1])
     key, order = key.sort(stable=True)
     groups = torch.arange(module.num_experts * adapters, device=key.device)
-    sent = _Sent(module, key // adapters, torch.searchsorted(key, groups, right=True).int(), adapters)
+    sent = _DispatchedTokens(module, key // adapters, torch.searchsorted(key, groups, right=True).int(), adapters)
     x = states.index_select(0, order // index.shape[1])
     if module.has_gate:
-        x = module._apply_gate(sent.through("gate_up_proj", x, updates))
+        x = module._apply_gate(sent.multiply_by("gate_up_proj", x, updates))
     else:
-        x = module.act_fn(sent.through("up_proj", x, updates))
-    x = sent.through("down_proj", x, updates)
+        x = module.act_fn(sent.multiply_by("up_proj", x, updates))
+    x = sent.multiply_by("down_proj", x, updates)
     if getattr(module, "has_post_expert_norm", False):
         x = module.post_expert_norm(x)
     x = x * weights.reshape(-1).index_select(0, order).unsqueeze(1)
@@ -102,7 +107,7 @@ def mixture(
 
 
 @dataclass(frozen=True)
-class _Sent:
+class _DispatchedTokens:
     """Tokens in the order in which experts take them.
 
     Attributes:
@@ -114,7 +119,7 @@ class _Sent:
     ends: Tensor
     adapters: int
 
-    def through(self, name: str, x: Tensor, updates: Mapping[str, Factors]) -> Tensor:
+    def multiply_by(self, name: str, x: Tensor, updates: Mapping[str, ExpertFactors]) -> Tensor:
         """The product with one parameter, its bias and its update added.
 
         Args:
@@ -123,9 +128,9 @@ class _Sent:
         weight, update = getattr(self.module, name), updates.get(name)
         x = x.to(weight.dtype)
         whole = self.ends[self.adapters - 1 :: self.adapters].contiguous()  # of an expert, whatever the adapter
-        y = grouped_product(x, weight if self.module.is_transposed else weight.mT, whole)
+        y = grouped_matmul(x, weight if self.module.is_transposed else weight.mT, whole)
         if self.module.has_bias:
             y.add_(getattr(self.module, f"{name}_bias").index_select(0, self.expert))
         if update is not None:
-            y.add_(grouped_product(grouped_product(x, update.a, self.ends), update.b, self.ends))
+            y.add_(grouped_matmul(grouped_matmul(x, update.a, self.ends), update.b, self.ends))
         return y

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_kit.errors import MergeError
-from lora_kit.layers.initialization import MAGNITUDE, pair_of
-from lora_kit.layers.introspect import is_quantised, keeps_transposed
+from lora_kit.layers.initialization import MAGNITUDE, lora_weights_of
+from lora_kit.layers.introspect import is_quantized, is_stored_transposed
 from lora_kit.layers.linear import LoraLinear
-from lora_kit.layers.parameter import AloneLayer
+from lora_kit.layers.parameter import UnstackedLayer
 from lora_kit.layers.slot_layer import SlotLayer
 
 
@@ -31,7 +31,7 @@ class Retention:
 
 
 @torch.no_grad()
-def folded(path: str, layer: SlotLayer, slot: int) -> tuple[Tensor, Retention]:
+def fold_slot(path: str, layer: SlotLayer, slot: int) -> tuple[Tensor, Retention]:
     """weight + scaling · B A (rescaled by row for a DoRA), in the weight's own dtype and layout.
 
     Raises:
@@ -40,19 +40,19 @@ def folded(path: str, layer: SlotLayer, slot: int) -> tuple[Tensor, Retention]:
     entry = layer.entries[slot]
     assert entry is not None
     weight = weight_of(layer)
-    if isinstance(layer, AloneLayer):
-        return rounded(path, weight.float(), layer.changed(entry, weight.float()), weight.dtype)
-    exact = weight.T.float() if keeps_transposed(layer.base_layer) else weight.float()
-    a, b = pair_of(entry)
+    if isinstance(layer, UnstackedLayer):
+        return round_to_dtype(path, weight.float(), layer.changed(entry, weight.float()), weight.dtype)
+    exact = weight.T.float() if is_stored_transposed(layer.base_layer) else weight.float()
+    a, b = lora_weights_of(entry)
     target = exact + (b.float() @ a.float()).mul_(entry.scaling)
     if MAGNITUDE in entry.tensors:
         assert isinstance(layer, LoraLinear)
-        target *= layer.column_scale(entry).unsqueeze(1)
-    merged, retention = rounded(path, exact, target, weight.dtype)
-    return (merged.T.contiguous() if keeps_transposed(layer.base_layer) else merged), retention
+        target *= layer.compute_dora_scale(entry).unsqueeze(1)
+    merged, retention = round_to_dtype(path, exact, target, weight.dtype)
+    return (merged.T.contiguous() if is_stored_transposed(layer.base_layer) else merged), retention
 
 
-def rounded(path: str, exact: Tensor, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Retention]:
+def round_to_dtype(path: str, exact: Tensor, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Retention]:
     """What a weight is to be, rounded to its dtype, and what of the change survives that.
 
     Args:
@@ -80,7 +80,7 @@ def check_foldable(model: nn.Module, layers: Iterable[tuple[str, SlotLayer]]) ->
             if parameter is not None:
                 owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     for path, layer in layers:
-        if is_quantised(layer.base_layer):
+        if is_quantized(layer.base_layer):
             raise MergeError(
                 f"{path} is quantised; a delta would be lost in it",
                 hint="merge into the 16-bit original, or keep the adapter beside this base",
@@ -94,8 +94,8 @@ def check_foldable(model: nn.Module, layers: Iterable[tuple[str, SlotLayer]]) ->
 
 
 def weight_of(layer: SlotLayer) -> nn.Parameter:
-    if isinstance(layer, AloneLayer):
-        return layer.own
+    if isinstance(layer, UnstackedLayer):
+        return layer.base_weight
     weight = layer.base_layer.weight
     assert isinstance(weight, nn.Parameter)
     return weight

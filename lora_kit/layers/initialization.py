@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_kit.errors import TargetError
-from lora_kit.layers.introspect import keeps_transposed
-from lora_kit.layers.slot_layer import CONSTANT, Entry
+from lora_kit.layers.introspect import is_stored_transposed
+from lora_kit.layers.slot_layer import CONSTANT_PREFIX, SlotEntry
 
 logger = logging.getLogger(__name__)
 
@@ -36,20 +36,20 @@ A: Final = "lora_A"
 B: Final = "lora_B"
 MAGNITUDE: Final = "lora_magnitude_vector"
 """What an adapter brings to a layer, in PEFT's words."""
-START_A: Final = CONSTANT + A
-START_B: Final = CONSTANT + B
+INITIAL_A: Final = CONSTANT_PREFIX + A
+INITIAL_B: Final = CONSTANT_PREFIX + B
 """A₀ and B₀, which are not trained; a slot that has them holds D_A and D_B as its A and B."""
 
-_BEYOND: Final = 8
+_OVERSAMPLING: Final = 8
 """Directions that a randomised decomposition looks at besides those asked for: they make these more exact."""
-_TOLD_EVERY: Final = 10.0
+_LOG_INTERVAL: Final = 10.0
 """Seconds between two lines of the log."""
 
 
 # How they begin
 
 
-class Starts:
+class WeightInitializer:
     """The starts of an adapter's layers, one after another; long work is logged.
 
     Args:
@@ -67,25 +67,25 @@ class Starts:
         Raises:
             TargetError: its weight cannot be read, or has fewer directions than that.
         """
-        weight = _dense(path, module)
+        weight = _read_dense_weight(path, module)
         if rank > min(weight.shape):
             size = " × ".join(str(each) for each in weight.shape)
             raise TargetError(
                 f"{path}: init_lora_weights={self._init} has no {rank} directions of a weight of {size}",
                 hint=f"a rank of {min(weight.shape)} at the most there (r, or rank_pattern)",
             )
-        a, b = start(weight, str(self._init), rank=rank, scaling=scaling)
+        a, b = decompose_weight(weight, str(self._init), rank=rank, scaling=scaling)
         b = b.mT.contiguous().mT  # as it lies in a slab
         self._done += 1
-        if time.monotonic() - self._told > _TOLD_EVERY:
+        if time.monotonic() - self._told > _LOG_INTERVAL:
             self._told = time.monotonic()
             quicker = "; pissa_niter_16 takes a fraction of the time" if self._init == "pissa" else ""
             logger.info("%s: %d of %d layers have a start%s", self._init, self._done, self._count, quicker)
-        return {START_A: a, START_B: b}
+        return {INITIAL_A: a, INITIAL_B: b}
 
 
 @torch.no_grad()
-def start(weight: Tensor, init: str, *, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+def decompose_weight(weight: Tensor, init: str, *, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
     """A₀ (r, in) and B₀ (out, r) of a weight.
 
     `pissa` takes the whole singular value decomposition, O(out · in · min(out, in)). `pissa_niter_N` takes a randomised
@@ -105,14 +105,14 @@ def start(weight: Tensor, init: str, *, rank: int, scaling: float) -> tuple[Tens
         u, values, vt = torch.linalg.svd(weight, full_matrices=False)
     else:
         iterations = int(init.rpartition("_")[2])
-        u, values, v = torch.svd_lowrank(weight, q=min(rank + _BEYOND, *weight.shape), niter=iterations)
+        u, values, v = torch.svd_lowrank(weight, q=min(rank + _OVERSAMPLING, *weight.shape), niter=iterations)
         vt = v.mT
     root = (values[:rank] / abs(scaling)).sqrt()
     sign = 1.0 if scaling > 0 else -1.0
     return root.unsqueeze(1) * vt[:rank], u[:, :rank] * (sign * root)
 
 
-def _dense(path: str, module: nn.Module) -> Tensor:
+def _read_dense_weight(path: str, module: nn.Module) -> Tensor:
     """The weight of a linear layer, (out, in) in fp32; of a quantised one, what it stands for.
 
     Raises:
@@ -136,43 +136,43 @@ def _dense(path: str, module: nn.Module) -> Tensor:
             hint="init_lora_weights: true needs no weight",
         )
     dense: Tensor = weight.detach().float()
-    return dense.mT if keeps_transposed(module) else dense
+    return dense.mT if is_stored_transposed(module) else dense
 
 
 # What a slot with a start computes with
 
 
-def has_start(entry: Entry) -> bool:
-    return START_A in entry.tensors
+def has_initialization(entry: SlotEntry) -> bool:
+    return INITIAL_A in entry.tensors
 
 
-def pair_of(entry: Entry) -> tuple[Tensor, Tensor]:
+def lora_weights_of(entry: SlotEntry) -> tuple[Tensor, Tensor]:
     """What is added to the base: A (r, in) and B (out, r); with a start (2r, in) and (out, 2r). Differentiable."""
     held = entry.tensors
-    if START_A not in held:
+    if INITIAL_A not in held:
         return held[A], held[B]
-    return joined(held[A], held[B], held[START_A], held[START_B])
+    return join_initialization(held[A], held[B], held[INITIAL_A], held[INITIAL_B])
 
 
-def start_of(entry: Entry) -> tuple[Tensor, Tensor]:
+def negated_initialization_of(entry: SlotEntry) -> tuple[Tensor, Tensor]:
     """A₀ and -B₀: what takes the start out of the base."""
-    return entry.tensors[START_A], -entry.tensors[START_B]
+    return entry.tensors[INITIAL_A], -entry.tensors[INITIAL_B]
 
 
-def trained_of(entry: Entry) -> tuple[Tensor, Tensor]:
+def trained_weights_of(entry: SlotEntry) -> tuple[Tensor, Tensor]:
     """A₀ + D_A and B₀ + D_B: the pair as it was published. Differentiable."""
     held = entry.tensors
-    if START_A not in held:
+    if INITIAL_A not in held:
         return held[A], held[B]
-    return held[START_A] + held[A], held[START_B] + held[B]
+    return held[INITIAL_A] + held[A], held[INITIAL_B] + held[B]
 
 
-def joined(a: Tensor, b: Tensor, start_a: Tensor, start_b: Tensor) -> tuple[Tensor, Tensor]:
+def join_initialization(a: Tensor, b: Tensor, start_a: Tensor, start_b: Tensor) -> tuple[Tensor, Tensor]:
     """[A₀ + D_A; D_A] (2r, in) and [D_B, B₀] (out, 2r), in memory the rank before the features, as in a slab."""
     return torch.cat([start_a + a, a]), torch.cat([b.mT, start_b.mT]).mT
 
 
-def parted(a: Tensor, b: Tensor, start_a: Tensor, start_b: Tensor) -> tuple[Tensor, Tensor] | None:
+def split_initialization(a: Tensor, b: Tensor, start_a: Tensor, start_b: Tensor) -> tuple[Tensor, Tensor] | None:
     """D_A and D_B of a pair that `joined` has made of them and this start, bit for bit; None of any other pair."""
     rank = start_a.shape[0]
     if a.shape[0] != 2 * rank or b.shape[1] != 2 * rank:
@@ -182,10 +182,10 @@ def parted(a: Tensor, b: Tensor, start_a: Tensor, start_b: Tensor) -> tuple[Tens
     return (moved_a, moved_b) if fits else None
 
 
-def in_slabs(
+def replace_initialized_slots(
     slabs: tuple[Tensor, Tensor],
-    entries: Sequence[Entry | None],
-    pair: Callable[[Entry], tuple[Tensor, Tensor]],
+    entries: Sequence[SlotEntry | None],
+    pair: Callable[[SlotEntry], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
     """Slabs A and B in which the slots with a start hold what `pair` makes of it; differentiable.
 
@@ -194,13 +194,13 @@ def in_slabs(
     """
     slab_a, slab_b = slabs[0].clone(), slabs[1].clone()
     for slot, entry in enumerate(entries):
-        if entry is not None and has_start(entry):
+        if entry is not None and has_initialization(entry):
             a, b = pair(entry)
             slab_a[slot, : a.shape[0]], slab_b[slot, :, : b.shape[1]] = a, b
     return slab_a, slab_b
 
 
-def initialise(a: Tensor, b: Tensor, *, kind: str, init: bool | str) -> None:
+def initialize_lora(a: Tensor, b: Tensor, *, kind: str, init: bool | str) -> None:
     """Fill a fresh pair in place, as PEFT does: `B A` is zero unless `init` is False.
 
     Args:

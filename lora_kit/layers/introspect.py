@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from lora_kit.layers.slot_layer import SlotLayer
 
-_PACKS: Final = "support_avx512bf16_for_cpu"
+_PACKING_FLAG: Final = "support_avx512bf16_for_cpu"
 
 
-def innermost(module: nn.Module) -> nn.Module:
+def unwrap_module(module: nn.Module) -> nn.Module:
     """The model's own module inside a wrapper, or inside several."""
     while isinstance(module, SlotLayer):
         module = module.base_layer
@@ -21,15 +21,15 @@ def innermost(module: nn.Module) -> nn.Module:
 
 def kind_of(module: nn.Module) -> str | None:
     """`linear`, `embedding`, `convolution`, or None for a module that cannot carry a low-rank pair."""
-    module = innermost(module)
+    module = unwrap_module(module)
     if isinstance(module, nn.Embedding):
         return "embedding"
-    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" or holds_codes(module):
+    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" or is_quantized_linear(module):
         return "linear"
     return "convolution" if isinstance(module, (nn.Conv1d, nn.Conv2d)) else None
 
 
-def has_numbers(tensor: Tensor) -> bool:
+def is_unquantized(tensor: Tensor) -> bool:
     """Whether a tensor is what it shows: floats of 16 bits or more.
 
     A quantised weight is not: it holds codes, in an integer dtype, in 8 bits with a scale elsewhere, or in a subclass
@@ -38,7 +38,7 @@ def has_numbers(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point() and tensor.dtype.itemsize > 1
 
 
-def holds_codes(module: nn.Module) -> bool:
+def is_quantized_linear(module: nn.Module) -> bool:
     """Whether a module is a quantised linear layer of another make than nn.Linear, as those for GPTQ, AWQ and HQQ are.
 
     It says how wide it is, holds something other than floats, and its forward maps (..., in) to (..., out): all that a
@@ -47,25 +47,25 @@ def holds_codes(module: nn.Module) -> bool:
     if not all(isinstance(module.__dict__.get(name), int) for name in ("in_features", "out_features")):
         return False
     own = (*module._parameters.values(), *module._buffers.values())
-    return any(tensor is not None and not has_numbers(tensor) for tensor in own)
+    return any(tensor is not None and not is_unquantized(tensor) for tensor in own)
 
 
-def is_quantised(module: nn.Module) -> bool:
+def is_quantized(module: nn.Module) -> bool:
     """Whether a module, or something in it, holds codes instead of weights."""
-    if any(holds_codes(part) for part in module.modules()):
+    if any(is_quantized_linear(part) for part in module.modules()):
         return True
-    return not all(has_numbers(parameter) for parameter in module.parameters())
+    return not all(is_unquantized(parameter) for parameter in module.parameters())
 
 
-def keeps_transposed(module: nn.Module) -> bool:
+def is_stored_transposed(module: nn.Module) -> bool:
     """Whether a layer keeps its weight as (in, out): transformers' Conv1D, and the table of an embedding."""
-    module = innermost(module)
+    module = unwrap_module(module)
     return type(module).__name__ == "Conv1D" or isinstance(module, nn.Embedding)
 
 
 def features_of(module: nn.Module) -> tuple[int, int]:
     """(in, out) of a layer that carries pairs; for an embedding (entries, dim), for a convolution its channels."""
-    module = innermost(module)
+    module = unwrap_module(module)
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
@@ -81,16 +81,16 @@ def pause_packing(model: nn.Module) -> list[nn.Module]:
     At the first inference on some CPUs it packs them in place, into a form that passes no gradient on: the base would
     change under its adapters, and training after an evaluation would go wrong unseen.
     """
-    layers = [module for module in model.modules() if getattr(module, _PACKS, False) and not is_packed(module)]
+    layers = [module for module in model.modules() if getattr(module, _PACKING_FLAG, False) and not is_packed(module)]
     for layer in layers:
-        setattr(layer, _PACKS, False)
+        setattr(layer, _PACKING_FLAG, False)
     return layers
 
 
 def resume_packing(layers: Iterable[nn.Module]) -> None:
     """Undo `pause_packing`."""
     for layer in layers:
-        setattr(layer, _PACKS, True)
+        setattr(layer, _PACKING_FLAG, True)
 
 
 def is_packed(module: nn.Module) -> bool:

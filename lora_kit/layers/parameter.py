@@ -10,37 +10,37 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_kit.errors import RoutingError
-from lora_kit.layers.experts import MATRICES, Factors, are_fused, are_plain, mixture
+from lora_kit.layers.experts import EXPERT_MATRICES, ExpertFactors, forward_experts, is_fused_experts, is_unmodified
 from lora_kit.layers.initialization import A, B
-from lora_kit.layers.introspect import innermost
+from lora_kit.layers.introspect import unwrap_module
 from lora_kit.layers.routing import Routing
-from lora_kit.layers.slot_layer import Entry, SlotLayer
-from lora_kit.ops.grouped_mm import padded_rank
+from lora_kit.layers.slot_layer import SlotEntry, SlotLayer
+from lora_kit.ops.grouped_mm import round_up_rank
 
 
-class AloneLayer(SlotLayer):
+class UnstackedLayer(SlotLayer):
     """A layer without slabs. Subclasses say what weight it changes, and how, and use it in `forward`."""
 
-    def neutral(self, slots: int, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    def make_identity_stack(self, slots: int, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
         return {}
 
     def _place(self, name: str, slot: int, tensor: Tensor) -> Tensor:
         return tensor.detach().to(self.device, self.dtype, copy=True)
 
-    def _tie(self, *, copy: bool) -> None:
+    def _rebind_entries(self, *, copy: bool) -> None:
         if not copy:  # on another device; room for more slots concerns nobody who stands alone
-            super()._tie(copy=copy)
+            super()._rebind_entries(copy=copy)
 
     @property
-    def own(self) -> nn.Parameter:
+    def base_weight(self) -> nn.Parameter:
         """The base weight that is changed."""
         raise NotImplementedError
 
-    def changed(self, entry: Entry, weight: Tensor) -> Tensor:
+    def changed(self, entry: SlotEntry, weight: Tensor) -> Tensor:
         """The weight with an update, in the dtype of the weight given, which is the base's in some dtype."""
         raise NotImplementedError
 
-    def _by_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _forward_by_adapter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Each adapter's rows through the module by themselves."""
         if kwargs or not args or not all(isinstance(x, Tensor) and x.shape[:1] == args[0].shape[:1] for x in args):
             raise RoutingError(
@@ -58,10 +58,10 @@ class AloneLayer(SlotLayer):
             with routing.alone(slot):
                 parts.append(self(*(x.index_select(0, mine) for x in args)))
             order.append(mine)
-        return _joined(parts, torch.cat(order).argsort())
+        return _join_outputs(parts, torch.cat(order).argsort())
 
 
-class LoraParameter(AloneLayer):
+class LoraParameter(UnstackedLayer):
     """A module of which one parameter W has pairs: it computes with Wₑ + scaling · Bₑ Aₑ for every expert e.
 
     The pairs of all experts are stacked as PEFT stacks them for `target_parameters`: `lora_A` (E·r, in) expert by
@@ -78,21 +78,21 @@ class LoraParameter(AloneLayer):
         self.parameter = parameter
 
     @property
-    def own(self) -> nn.Parameter:
+    def base_weight(self) -> nn.Parameter:
         """W, in the innermost module."""
-        weight = innermost(self)._parameters[self.parameter]
+        weight = unwrap_module(self)._parameters[self.parameter]
         assert weight is not None
         return weight
 
-    def _chain(self) -> list[nn.Module]:
+    def _list_chain(self) -> list[nn.Module]:
         """This wrapper, those inside it, and the innermost module."""
         chain: list[nn.Module] = [self]
         while isinstance(chain[-1], SlotLayer):
             chain.append(chain[-1].base_layer)
         return chain
 
-    def changed(self, entry: Entry, weight: Tensor) -> Tensor:
-        each_a, each_b = self._by_expert(entry)
+    def changed(self, entry: SlotEntry, weight: Tensor) -> Tensor:
+        each_a, each_b = self._split_by_expert(entry)
         each_a, each_b = each_a.to(weight.dtype), each_b.to(weight.dtype)
         left, right = (each_a.mT, each_b.mT) if self._is_transposed(weight) else (each_b, each_a)
         stacked = weight if weight.ndim == 3 else weight.unsqueeze(0)
@@ -100,47 +100,47 @@ class LoraParameter(AloneLayer):
         with torch.autocast(weight.device.type, enabled=False):
             return torch.baddbmm(stacked, left, right, alpha=entry.scaling).view(weight.shape)
 
-    def _by_expert(self, entry: Entry) -> tuple[Tensor, Tensor]:
+    def _split_by_expert(self, entry: SlotEntry) -> tuple[Tensor, Tensor]:
         """A as (E, r, in), B as (E, out, r)."""
         a, b = entry.tensors[A], entry.tensors[B]
-        count = self.own.shape[0] if self.own.ndim == 3 else 1
+        count = self.base_weight.shape[0] if self.base_weight.ndim == 3 else 1
         return a.reshape(count, -1, a.shape[-1]), b.reshape(b.shape[0], -1, count).permute(2, 0, 1)
 
     def _is_transposed(self, weight: Tensor) -> bool:
         return weight.ndim == 3 and is_transposed(self.base_layer)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not kwargs and self._is_in_rank_space(args):
-            return self._in_rank_space(*args)
+        if not kwargs and self._can_use_rank_space(args):
+            return self._forward_in_rank_space(*args)
         if self.routing.mixed:
             self._check_order()
-            return self._by_rows(args, kwargs)
+            return self._forward_by_adapter(args, kwargs)
         entry = self.entries[self.routing.slot]
         if entry is None:
             return self.base_layer(*args, **kwargs)
-        inner = "base_layer." * (len(self._chain()) - 2) + self.parameter
-        changed = {inner: self.changed(entry, self.own)}
+        inner = "base_layer." * (len(self._list_chain()) - 2) + self.parameter
+        changed = {inner: self.changed(entry, self.base_weight)}
         return torch.func.functional_call(self.base_layer, changed, args, kwargs)
 
-    def _is_in_rank_space(self, args: tuple[Any, ...]) -> bool:
+    def _can_use_rank_space(self, args: tuple[Any, ...]) -> bool:
         """Whether experts that say how they compute are called, and nothing of them but their matrices has pairs."""
-        *wrappers, module = self._chain()
-        if torch.compiler.is_compiling() or len(args) != 3 or not (are_fused(module) and are_plain(module)):
+        *wrappers, module = self._list_chain()
+        if torch.compiler.is_compiling() or len(args) != 3 or not (is_fused_experts(module) and is_unmodified(module)):
             return False
-        return {getattr(wrapper, "parameter", "") for wrapper in wrappers} <= MATRICES
+        return {getattr(wrapper, "parameter", "") for wrapper in wrappers} <= EXPERT_MATRICES
 
     def _check_order(self) -> None:
         """Raise RoutingError where tokens may come in another order than the batch's."""
-        module = innermost(self)
-        if self.own.ndim == 3 and not are_fused(module):
+        module = unwrap_module(self)
+        if self.base_weight.ndim == 3 and not is_fused_experts(module):
             raise RoutingError(
                 f"a {type(module).__name__} does not say which row a token belongs to, so rows of adapters that cover "
                 "it cannot differ",
                 hint="use() one adapter at a time, or adapters that leave the experts alone",
             )
 
-    def _in_rank_space(self, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        *wrappers, module = self._chain()
+    def _forward_in_rank_space(self, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        *wrappers, module = self._list_chain()
         self.routing.check(states)
         rows = self.routing.rows if self.routing.mixed else (self.routing.slot,)
         slots = tuple(sorted(set(rows)))
@@ -153,9 +153,9 @@ class LoraParameter(AloneLayer):
         if len(slots) > 1:
             owner = torch.tensor([slots.index(slot) for slot in rows], device=states.device)
             owner = owner.repeat_interleave(states.shape[0] // len(rows))
-        return mixture(module, states, index, weights, updates, owner)
+        return forward_experts(module, states, index, weights, updates, owner)
 
-    def factors(self, slots: tuple[int, ...]) -> Factors | None:
+    def factors(self, slots: tuple[int, ...]) -> ExpertFactors | None:
         """The pairs of some slots as `mixture` takes them; None where none of them has any.
 
         Those that nobody trains are made once, and kept until others are asked for.
@@ -165,26 +165,26 @@ class LoraParameter(AloneLayer):
         if not held:
             return None
         if any(isinstance(entry.tensors[A], nn.Parameter) for entry in held):
-            return self._factors(entries, self.own.dtype)
-        key, kept = (slots, self.own.dtype), self.routing.prepared.get(self)
+            return self._stack_factors(entries, self.base_weight.dtype)
+        key, kept = (slots, self.base_weight.dtype), self.routing.row_cache.get(self)
         if kept is None or kept[0] != key:
             # Memory made in inference mode could not be used in training.
             with torch.inference_mode(False), torch.no_grad():
-                kept = self.routing.prepared[self] = key, self._factors(entries, self.own.dtype)
-        found: Factors = kept[1]
+                kept = self.routing.row_cache[self] = key, self._stack_factors(entries, self.base_weight.dtype)
+        found: ExpertFactors = kept[1]
         return found
 
-    def _factors(self, entries: Sequence[Entry | None], dtype: torch.dtype) -> Factors:
+    def _stack_factors(self, entries: Sequence[SlotEntry | None], dtype: torch.dtype) -> ExpertFactors:
         """Stacked adapter by adapter within each expert, with zeros where one has none, or is of lower rank."""
-        sides = [(*self._by_expert(entry), entry.scaling) if entry else None for entry in entries]
+        sides = [(*self._split_by_expert(entry), entry.scaling) if entry else None for entry in entries]
         like = next(side for side in sides if side)
         nothing = like[0][:, :0], like[1][:, :, :0], 0.0
         exact = torch.promote_types(like[1].dtype, dtype)
-        rank = padded_rank(max(side[0].shape[1] for side in sides if side), dtype)
+        rank = round_up_rank(max(side[0].shape[1] for side in sides if side), dtype)
         chosen = [side or nothing for side in sides]
-        a = torch.stack([_ranked(each.to(dtype), rank) for each, _, _ in chosen], 1)
-        b = torch.stack([_ranked((each.mT.to(exact) * s).to(dtype), rank) for _, each, s in chosen], 1)
-        return Factors(a.flatten(0, 1).mT, b.flatten(0, 1))
+        a = torch.stack([_pad_rank(each.to(dtype), rank) for each, _, _ in chosen], 1)
+        b = torch.stack([_pad_rank((each.mT.to(exact) * s).to(dtype), rank) for _, each, s in chosen], 1)
+        return ExpertFactors(a.flatten(0, 1).mT, b.flatten(0, 1))
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -192,13 +192,13 @@ def is_transposed(module: nn.Module) -> bool:
     return bool(getattr(module, "is_transposed", False))
 
 
-def _ranked(tensor: Tensor, rank: int) -> Tensor:
+def _pad_rank(tensor: Tensor, rank: int) -> Tensor:
     """(E, r, features) with zeros up to a rank."""
     return functional.pad(tensor, (0, 0, 0, rank - tensor.shape[1]))
 
 
-def _joined(parts: Sequence[Any], back: Tensor) -> Any:
+def _join_outputs(parts: Sequence[Any], back: Tensor) -> Any:
     """The outputs of parts of a batch in the order of the whole: tensors, or tuples of tensors."""
     if isinstance(parts[0], tuple):
-        return tuple(_joined(each, back) for each in zip(*parts, strict=True))
+        return tuple(_join_outputs(each, back) for each in zip(*parts, strict=True))
     return torch.cat(list(parts)).index_select(0, back)

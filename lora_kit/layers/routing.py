@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lora_kit.errors import RoutingError
-from lora_kit.layers.row_gather import Room
+from lora_kit.layers.row_gather import GatherBuffer
 
-BASE: Final = 0
+BASE_SLOT: Final = 0
 """The slot that means "no adapter"."""
 
 
@@ -30,28 +30,28 @@ class Routing:
 
     def __init__(self) -> None:
         self.mixed = False
-        self.slot = BASE
+        self.slot = BASE_SLOT
         self.rows: tuple[int, ...] = ()
         self._uniform: dict[torch.device, Tensor] = {}
         self._by_row: dict[torch.device, Tensor] = {}
-        self.prepared: dict[Any, Any] = {}
-        self._prepared_for: tuple[int, ...] = ()
-        self.room = Room()
+        self.row_cache: dict[Any, Any] = {}
+        self._cached_rows: tuple[int, ...] = ()
+        self.room = GatherBuffer()
 
-    def to_slot(self, slot: int) -> None:
+    def route_to_slot(self, slot: int) -> None:
         """Route every row to one slot. Device tensors are written in place, so captured graphs follow."""
         self.mixed, self.slot, self.rows = False, slot, ()
         for tensor in self._uniform.values():
             tensor.fill_(slot)
 
-    def to_rows(self, slots: Sequence[int]) -> None:
+    def route_to_rows(self, slots: Sequence[int]) -> None:
         """Route row i of the batch to slots[i]."""
         if len(set(slots)) == 1:
-            self.to_slot(slots[0])
+            self.route_to_slot(slots[0])
             return
-        self.mixed, self.slot, self.rows = True, BASE, tuple(slots)
-        if self.rows != self._prepared_for:
-            self.prepared, self._prepared_for = {}, self.rows
+        self.mixed, self.slot, self.rows = True, BASE_SLOT, tuple(slots)
+        if self.rows != self._cached_rows:
+            self.row_cache, self._cached_rows = {}, self.rows
         for device in self._uniform:
             index = torch.tensor(self.rows, device=device)
             held = self._by_row.get(device)

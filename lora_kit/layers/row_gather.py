@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 
-class Pair(NamedTuple):
+class RowSlot(NamedTuple):
     """What one row of a batch uses."""
 
     slot: int
@@ -25,7 +25,7 @@ class Pair(NamedTuple):
 
 
 @dataclass
-class Part:
+class RowGroup:
     """Some rows of a batch with their pairs.
 
     Attributes:
@@ -59,7 +59,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Choice:
+class RowSelection:
     """Rows that are done together, and what of the slabs they use.
 
     Attributes:
@@ -74,7 +74,7 @@ class Choice:
     scaling: float | Tensor
 
 
-class Room:
+class GatherBuffer:
     """Memory that taken pairs lie in, used again from one routing to the next.
 
     With fresh memory each time, half of a first forward's extra cost was the kernel's: pages to map, also for
@@ -84,7 +84,7 @@ class Room:
     def __init__(self) -> None:
         self._held: dict[str, Tensor] = {}
 
-    def take(self, name: str, slab: Tensor, choice: Choice, dtype: torch.dtype) -> Tensor:
+    def take(self, name: str, slab: Tensor, choice: RowSelection, dtype: torch.dtype) -> Tensor:
         """(R', rank, features) of a slab (S, r, features): where it lies if the slots follow one another, else a copy.
 
         A copy lies here under the name, until the name is used again.
@@ -109,17 +109,19 @@ class Room:
         return held[:size].view(shape)
 
 
-def choices(pairs: Sequence[Pair | None], device: torch.device) -> list[Choice]:
+def select_row_groups(pairs: Sequence[RowSlot | None], device: torch.device) -> list[RowSelection]:
     """How a batch is taken apart, at most in two; the same for all layers in which its rows use the same pairs.
 
     Args:
         pairs: of each row; None for the base.
     """
     held = {row: pair for row, pair in enumerate(pairs) if pair is not None}
-    return [_choice(rows, len(pairs), device) for rows in _by_rank(held)]
+    return [_select_rows(rows, len(pairs), device) for rows in _split_by_rank(held)]
 
 
-def gathered(a: Tensor, b: Tensor, chosen: Sequence[Choice], dtype: torch.dtype, room: Room) -> list[Part]:
+def gather_row_groups(
+    a: Tensor, b: Tensor, chosen: Sequence[RowSelection], dtype: torch.dtype, room: GatherBuffer
+) -> list[RowGroup]:
     """The parts of a batch.
 
     Args:
@@ -127,7 +129,7 @@ def gathered(a: Tensor, b: Tensor, chosen: Sequence[Choice], dtype: torch.dtype,
         dtype: of the activations.
     """
     return [
-        Part(
+        RowGroup(
             rows=choice.rows,
             a=room.take(f"a{number}", a, choice, dtype).mT,
             b=room.take(f"b{number}", b.mT, choice, dtype),
@@ -137,7 +139,7 @@ def gathered(a: Tensor, b: Tensor, chosen: Sequence[Choice], dtype: torch.dtype,
     ]
 
 
-def _by_rank(rows: dict[int, Pair]) -> list[dict[int, Pair]]:
+def _split_by_rank(rows: dict[int, RowSlot]) -> list[dict[int, RowSlot]]:
     """Rows in one part, or in two where paying the highest rank for all of them were half as much work again."""
     ranks = [pair.rank for pair in rows.values()]
     if not rows or 2 * max(ranks) * len(ranks) <= 3 * sum(ranks):
@@ -149,17 +151,17 @@ def _by_rank(rows: dict[int, Pair]) -> list[dict[int, Pair]]:
     return [low, {row: pair for row, pair in rows.items() if row not in low}]
 
 
-def _choice(rows: dict[int, Pair], count: int, device: torch.device) -> Choice:
+def _select_rows(rows: dict[int, RowSlot], count: int, device: torch.device) -> RowSelection:
     slots, ranks, scalings = zip(*rows.values(), strict=True)
-    return Choice(
-        rows=None if len(rows) == count else _index(list(rows), device),
-        slots=_index(slots, device),
+    return RowSelection(
+        rows=None if len(rows) == count else _as_index(list(rows), device),
+        slots=_as_index(slots, device),
         rank=max(ranks),
         scaling=scalings[0] if len(set(scalings)) == 1 else torch.tensor(scalings, device=device).view(-1, 1, 1),
     )
 
 
-def _index(numbers: Sequence[int], device: torch.device) -> slice | Tensor:
+def _as_index(numbers: Sequence[int], device: torch.device) -> slice | Tensor:
     """Numbers as an index: a range where they follow one another."""
     if list(numbers) == list(range(numbers[0], numbers[0] + len(numbers))):
         return slice(numbers[0], numbers[-1] + 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_kit.errors import RoutingError
-from lora_kit.layers.routing import BASE
+from lora_kit.layers.routing import BASE_SLOT
 from lora_kit.layers.slot_layer import SlotLayer
 
 
@@ -20,7 +20,7 @@ class SavedModule(SlotLayer):
     module is a black box, and a head is a small part of a model.
     """
 
-    def neutral(self, slots: int, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    def make_identity_stack(self, slots: int, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
         def repeated(tensor: Tensor) -> Tensor:
             kind = dtype if tensor.is_floating_point() else tensor.dtype
             return tensor.detach().to(self.device, kind).unsqueeze(0).repeat(slots, *[1] * tensor.ndim)
@@ -53,7 +53,7 @@ class SavedModule(SlotLayer):
             raise RoutingError("a saved module that takes more than one tensor cannot serve rows of different adapters")
         x = args[0]
         self.routing.index(x)  # checks the batch
-        held = [slot if self.entries[slot] else BASE for slot in rows]
+        held = [slot if self.entries[slot] else BASE_SLOT for slot in rows]
         owner = torch.tensor(held).repeat_interleave(x.shape[0] // len(rows))
         order, parts = [], []
         for slot in sorted(set(held)):

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from lora_kit.layers.routing import Routing
 
-CONSTANT: Final = "start of "
+CONSTANT_PREFIX: Final = "start of "
 """How the names of tensors begin that are never trained."""
 
 
 @dataclass
-class Entry:
+class SlotEntry:
     """What one slot of a layer holds: its part of each slab, without padding.
 
     Attributes:
@@ -49,9 +49,9 @@ class SlotLayer(nn.Module):
         self.device = next((tensor.device for tensor in held), torch.device("cpu"))
         self.dtype = torch.float32
         self.rank = 0
-        self.slabs: dict[str, Tensor] = {}
+        self.stacked_weights: dict[str, Tensor] = {}
         self.scaling = torch.zeros(0, device=self.device)
-        self.entries: list[Entry | None] = []
+        self.entries: list[SlotEntry | None] = []
         self.trains = False
         routing.prepare(self.device)
         self.train(base_layer.training)
@@ -65,15 +65,15 @@ class SlotLayer(nn.Module):
                 raise
             return getattr(base_layer, name)
 
-    def neutral(self, slots: int, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    def make_identity_stack(self, slots: int, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """Slabs of this many slots in which every slot leaves the base's output as it is."""
         raise NotImplementedError
 
     def _place(self, name: str, slot: int, tensor: Tensor) -> Tensor:
         """Where a slot keeps a tensor: the part of the slab that has its shape, or memory of its own without a slab."""
-        if name not in self.slabs:
+        if name not in self.stacked_weights:
             return tensor.detach().to(self.device, torch.float32, copy=True)
-        return _corner(self.slabs[name][slot], tensor.shape)
+        return _narrow_to(self.stacked_weights[name][slot], tensor.shape)
 
     def reserve(self, slots: int, rank: int, dtype: torch.dtype) -> None:
         """Make room for this many slots of this rank; what is there stays, and stays the same leaf parameters."""
@@ -81,15 +81,15 @@ class SlotLayer(nn.Module):
         if slots <= has_slots and rank <= self.rank:
             return
         slots, rank = max(slots, has_slots), max(rank, self.rank)
-        slabs = self.neutral(slots, rank, dtype)
-        self.routing.prepared.pop(self, None)
+        slabs = self.make_identity_stack(slots, rank, dtype)
+        self.routing.row_cache.pop(self, None)
         self.dtype, self.rank = dtype, rank
         scaling = torch.zeros(slots, device=self.device)
         with torch.no_grad():
             scaling[:has_slots] = self.scaling
-            self.slabs, self.scaling = slabs, scaling
+            self.stacked_weights, self.scaling = slabs, scaling
             self.entries += [None] * (slots - has_slots)
-            self._tie(copy=True)
+            self._rebind_entries(copy=True)
 
     def is_recorded(self) -> bool:
         """Whether this forward is being compiled, or captured into a CUDA graph, to run again under another routing."""
@@ -99,10 +99,10 @@ class SlotLayer(nn.Module):
 
     def put(self, slot: int, tensors: Mapping[str, Tensor], scaling: float) -> None:
         """Copy an adapter's tensors into a slot."""
-        self.routing.prepared.pop(self, None)
+        self.routing.row_cache.pop(self, None)
         places = {name: self._place(name, slot, tensor) for name, tensor in tensors.items()}
         # Entered first: should a copy fail, `clear` finds the slot and makes it neutral again.
-        self.entries[slot] = Entry(places, scaling)
+        self.entries[slot] = SlotEntry(places, scaling)
         with torch.no_grad():
             for name, tensor in tensors.items():
                 places[name].copy_(tensor)
@@ -114,7 +114,7 @@ class SlotLayer(nn.Module):
         assert entry is not None
         leaves = []
         for name, view in entry.tensors.items():
-            if view.is_floating_point() and not name.startswith(CONSTANT):
+            if view.is_floating_point() and not name.startswith(CONSTANT_PREFIX):
                 leaf = nn.Parameter(view)
                 # Not `register_parameter`: that refuses names which a wrapper inside this one has as well.
                 self._parameters[leaf_name(name, slot)] = leaf
@@ -131,25 +131,25 @@ class SlotLayer(nn.Module):
             return
         for name in entry.tensors:
             self._parameters.pop(leaf_name(name, slot), None)
-        self.routing.prepared.pop(self, None)
+        self.routing.row_cache.pop(self, None)
         self.entries[slot] = None
         if entry.trainable:
             self.trains = any(e is not None and e.trainable for e in self.entries)
-        self._make_neutral([slot])
+        self._reset_slots([slot])
 
-    def base_changed(self) -> None:
+    def refresh_from_base(self) -> None:
         """Bring up to date what was derived from the base's weights."""
-        self._make_neutral([slot for slot, entry in enumerate(self.entries) if entry is None])
+        self._reset_slots([slot for slot, entry in enumerate(self.entries) if entry is None])
 
-    def _make_neutral(self, slots: Sequence[int]) -> None:
+    def _reset_slots(self, slots: Sequence[int]) -> None:
         with torch.no_grad():
-            values = self.neutral(1, self.rank, self.dtype)
+            values = self.make_identity_stack(1, self.rank, self.dtype)
             for slot in slots:
                 for name, value in values.items():
-                    self.slabs[name][slot].copy_(value[0])
+                    self.stacked_weights[name][slot].copy_(value[0])
                 self.scaling[slot] = 0
 
-    def _tie(self, *, copy: bool) -> None:
+    def _rebind_entries(self, *, copy: bool) -> None:
         """Point every entry at the present slabs, first copying its values there if asked."""
         for slot, entry in enumerate(self.entries):
             if entry is None:
@@ -173,12 +173,12 @@ class SlotLayer(nn.Module):
         device = fn(torch.empty(0, device=self.device)).device
         if device != self.device:
             self.device = device
-            self.routing.prepared.pop(self, None)
-            self.slabs = {name: slab.to(device) for name, slab in self.slabs.items()}
+            self.routing.row_cache.pop(self, None)
+            self.stacked_weights = {name: slab.to(device) for name, slab in self.stacked_weights.items()}
             self.scaling = self.scaling.to(device)
             self.routing.prepare(device)
             gradients = {id(p): p.grad.to(device) for p in leaves.values() if p is not None and p.grad is not None}
-            self._tie(copy=False)
+            self._rebind_entries(copy=False)
             for leaf in leaves.values():
                 if leaf is not None:
                     leaf.grad = gradients.get(id(leaf))
@@ -186,16 +186,16 @@ class SlotLayer(nn.Module):
 
     def _slab(self, name: str) -> Tensor:
         """A whole slab, differentiable with respect to the leaf parameters that live in it."""
-        slab = self.slabs[name]
+        slab = self.stacked_weights[name]
         if not (self.trains and torch.is_grad_enabled()):
             return slab
         leaves = [
             (slot, e.tensors[name]) for slot, e in enumerate(self.entries) if e and e.trainable and name in e.tensors
         ]
-        return _Tied.apply(slab, [slot for slot, _ in leaves], *[leaf for _, leaf in leaves])
+        return _StackedFromLeaves.apply(slab, [slot for slot, _ in leaves], *[leaf for _, leaf in leaves])
 
 
-class _Tied(torch.autograd.Function):
+class _StackedFromLeaves(torch.autograd.Function):
     """A slab as a function of the leaves that share its memory: the value is there, their gradients are cut out."""
 
     @staticmethod
@@ -205,11 +205,11 @@ class _Tied(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_slab: Tensor) -> tuple[Tensor | None, ...]:
-        parts = [_corner(d_slab[slot], shape) for slot, shape in zip(ctx.slots, ctx.shapes, strict=True)]
+        parts = [_narrow_to(d_slab[slot], shape) for slot, shape in zip(ctx.slots, ctx.shapes, strict=True)]
         return None, None, *parts
 
 
-def _corner(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+def _narrow_to(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """The view of a tensor's first entries along each axis."""
     for axis, size in enumerate(shape):
         tensor = tensor.narrow(axis, 0, size)

@@ -14,24 +14,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_kit.layers.introspect import features_of, has_numbers, keeps_transposed, kind_of
-from lora_kit.layers.routing import BASE, Routing
+from lora_kit.layers.introspect import features_of, is_stored_transposed, is_unquantized, kind_of
+from lora_kit.layers.routing import BASE_SLOT, Routing
 from lora_kit.layers.slot_layer import SlotLayer
-from lora_kit.ops.lora import is_free
+from lora_kit.ops.lora import can_overwrite
 
-ROWS: Final = "token_rows"
-INDICES: Final = "token_indices"
+TOKEN_EMBEDDINGS: Final = "token_rows"
+TOKEN_INDICES: Final = "token_indices"
 """What an adapter brings: rows (k, d), and which tokens they are of (k,) int64."""
-_ORDER: Final = "token_order"
+_TOKEN_ORDER: Final = "token_order"
 """Places of a slot's indices from the least one to the largest, by which they are looked up."""
 
 
-def unfit_for_tokens(module: nn.Module) -> str:
+def reason_not_token_table(module: nn.Module) -> str:
     """What keeps a module from having rows of its own for some tokens; empty for nothing."""
     weight, kind = getattr(module, "weight", None), kind_of(module)
     if kind not in ("embedding", "linear") or not isinstance(weight, Tensor) or type(module).__name__ == "Conv1D":
         return f"a {type(module).__name__} is neither an embedding nor a linear head"
-    if not has_numbers(weight):
+    if not is_unquantized(weight):
         return "its weight is quantised"
     if isinstance(module, nn.Embedding):
         if module.max_norm is not None:
@@ -44,7 +44,7 @@ def unfit_for_tokens(module: nn.Module) -> str:
 def table_size(module: nn.Module) -> tuple[int, int]:
     """Tokens and features of an embedding or a head."""
     size_in, size_out = features_of(module)
-    return (size_in, size_out) if keeps_transposed(module) else (size_out, size_in)
+    return (size_in, size_out) if is_stored_transposed(module) else (size_out, size_in)
 
 
 class _TokenLayer(SlotLayer):
@@ -57,15 +57,15 @@ class _TokenLayer(SlotLayer):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base_layer(x)
         routing, table = self.routing, self.table
-        if not table.routes_by_index() and (routing.slot == BASE or table.entries[routing.slot] is None):
+        if not table.is_routed_by_index() and (routing.slot == BASE_SLOT or table.entries[routing.slot] is None):
             return y
         if kind_of(self.base_layer) == "embedding":
-            return self._looked_up(y, x)
-        return self._scored_by_row(y, x) if table.routes_by_index() else self._scored(y, x)
+            return self._look_up_tokens(y, x)
+        return self._score_tokens_by_row(y, x) if table.is_routed_by_index() else self._score_tokens(y, x)
 
-    def _looked_up(self, y: Tensor, ids: Tensor) -> Tensor:
+    def _look_up_tokens(self, y: Tensor, ids: Tensor) -> Tensor:
         """y (..., d) with the adapter's rows where ids are tokens that it has some of."""
-        indices, order, rows, first = self.table.to_look_up(ids)
+        indices, order, rows, first = self.table.get_lookup(ids)
         flat = ids.reshape(len(indices), -1).long().contiguous()
         place = torch.searchsorted(indices, flat, sorter=order).clamp_(max=indices.shape[1] - 1)
         place = order.gather(1, place)
@@ -77,37 +77,37 @@ class _TokenLayer(SlotLayer):
             chosen = chosen * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)
         return torch.where(found.unsqueeze(-1), chosen, y.reshape(chosen.shape)).view(y.shape)
 
-    def _scored(self, y: Tensor, x: Tensor) -> Tensor:
+    def _score_tokens(self, y: Tensor, x: Tensor) -> Tensor:
         """y (..., V) with the scores of the one adapter's tokens.
 
         What is added is x (row - base's row)ᵀ, which is nothing, to the bit, while they are the same.
         """
         entry = self.table.entries[self.routing.slot]
         assert entry is not None
-        indices = entry.tensors[INDICES].to(x.device)
-        change = (entry.tensors[ROWS].to(x.device) - self._weight[indices]).to(x.dtype)
+        indices = entry.tensors[TOKEN_INDICES].to(x.device)
+        change = (entry.tensors[TOKEN_EMBEDDINGS].to(x.device) - self._weight[indices]).to(x.dtype)
         update = functional.linear(x, change).to(y.dtype)
-        return y.index_add_(-1, indices, update) if is_free(y) else y.index_add(-1, indices, update)
+        return y.index_add_(-1, indices, update) if can_overwrite(y) else y.index_add(-1, indices, update)
 
-    def _scored_by_row(self, y: Tensor, x: Tensor) -> Tensor:
+    def _score_tokens_by_row(self, y: Tensor, x: Tensor) -> Tensor:
         """y (n, ..., V) with the scores of the tokens of each row's adapter."""
-        change, places = self._changes(x)
+        change, places = self._compute_changes(x)
         count = len(change)
         update = torch.bmm(x.reshape(count, -1, x.shape[-1]), change.mT).to(y.dtype)
         places = places.unsqueeze(1).expand(update.shape)
         return y.reshape(count, -1, y.shape[-1]).scatter_add(2, places, update).view(y.shape)
 
-    def _changes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _compute_changes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Of each row of the batch: row - base's row (R, k, d) in the dtype of x, and where it goes (R, k).
 
         Kept from one forward to the next while nothing about it changes.
         """
-        index, table, prepared = self.routing.index(x), self.table, self.routing.prepared
+        index, table, prepared = self.routing.index(x), self.table, self.routing.row_cache
         keeps = self.routing.mixed and not table.trains and not table.is_recorded()
         kept = prepared.get(table) if keeps else None
         if kept is None or kept[0].dtype != x.dtype:
-            indices = table.slabs[INDICES].to(x.device).index_select(0, index)
-            rows = table.rows_of_slots().to(x.device).index_select(0, index)
+            indices = table.stacked_weights[TOKEN_INDICES].to(x.device).index_select(0, index)
+            rows = table.get_stacked_embeddings().to(x.device).index_select(0, index)
             places = indices.clamp(max=self._weight.shape[0] - 1)  # a slot's empty places add nothing anywhere
             own = (indices < self._weight.shape[0]).unsqueeze(-1)
             kept = torch.where(own, rows - self._weight[places], 0).to(x.dtype), places
@@ -123,7 +123,7 @@ class _TokenLayer(SlotLayer):
         return weight
 
 
-class TiedTokens(_TokenLayer):
+class TiedTokenLayer(_TokenLayer):
     """A module that shares the weight of an embedding, and so the rows that adapters have of it."""
 
     def __init__(self, base_layer: nn.Module, routing: Routing, table: TokenTable) -> None:
@@ -138,7 +138,7 @@ class TiedTokens(_TokenLayer):
     def reserve(self, slots: int, rank: int, dtype: torch.dtype) -> None:
         """Nothing is kept here."""
 
-    def base_changed(self) -> None:
+    def refresh_from_base(self) -> None:
         """Nothing is derived here."""
 
 
@@ -152,26 +152,26 @@ class TokenTable(_TokenLayer):
     def table(self) -> TokenTable:
         return self
 
-    def neutral(self, slots: int, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    def make_identity_stack(self, slots: int, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
         count, features = table_size(self.base_layer)
         return {
-            ROWS: torch.zeros(slots, rank, features, dtype=dtype, device=self.device),
-            INDICES: torch.full((slots, rank), count, device=self.device),
-            _ORDER: torch.arange(rank, device=self.device).repeat(slots, 1),
+            TOKEN_EMBEDDINGS: torch.zeros(slots, rank, features, dtype=dtype, device=self.device),
+            TOKEN_INDICES: torch.full((slots, rank), count, device=self.device),
+            _TOKEN_ORDER: torch.arange(rank, device=self.device).repeat(slots, 1),
         }
 
     def put(self, slot: int, tensors: Mapping[str, Tensor], scaling: float) -> None:
-        super().put(slot, {**tensors, _ORDER: tensors[INDICES].argsort()}, scaling)
+        super().put(slot, {**tensors, _TOKEN_ORDER: tensors[TOKEN_INDICES].argsort()}, scaling)
 
-    def base_changed(self) -> None:
-        super().base_changed()
-        self.routing.prepared.pop(self, None)
+    def refresh_from_base(self) -> None:
+        super().refresh_from_base()
+        self.routing.row_cache.pop(self, None)
 
-    def own_rows(self, indices: Tensor) -> Tensor:
+    def get_base_embeddings(self, indices: Tensor) -> Tensor:
         """What the base has for these tokens: (k, d) in fp32."""
         return self._weight.detach()[indices].float()
 
-    def routes_by_index(self) -> bool:
+    def is_routed_by_index(self) -> bool:
         """Whether slots are read from a tensor: where rows differ, and where a forward is recorded to run again."""
         if self.routing.mixed:
             return True
@@ -179,21 +179,23 @@ class TokenTable(_TokenLayer):
             return False
         return self.is_recorded()
 
-    def rows_of_slots(self) -> Tensor:
+    def get_stacked_embeddings(self) -> Tensor:
         """(slots, k, d), differentiable."""
-        return self._slab(ROWS)
+        return self._slab(TOKEN_EMBEDDINGS)
 
-    def to_look_up(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
+    def get_lookup(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
         """The tokens (R, k) that each of R rows of a batch has, their order (R, k), and rows (N, d) to take from.
 
         The last is where a row's own begin there: (R, 1), or one number.
         """
-        if not self.routes_by_index():
+        if not self.is_routed_by_index():
             entry = self.entries[self.routing.slot]
             assert entry is not None
             held = {name: tensor.to(ids.device) for name, tensor in entry.tensors.items()}
-            return held[INDICES].unsqueeze(0), held[_ORDER].unsqueeze(0), held[ROWS], 0
+            return held[TOKEN_INDICES].unsqueeze(0), held[_TOKEN_ORDER].unsqueeze(0), held[TOKEN_EMBEDDINGS], 0
         index = self.routing.index(ids)
-        indices, order = (self.slabs[name].to(ids.device).index_select(0, index) for name in (INDICES, _ORDER))
-        rows = self.rows_of_slots().to(ids.device)
+        indices, order = (
+            self.stacked_weights[name].to(ids.device).index_select(0, index) for name in (TOKEN_INDICES, _TOKEN_ORDER)
+        )
+        rows = self.get_stacked_embeddings().to(ids.device)
         return indices, order, rows.flatten(0, 1), index.unsqueeze(1) * rows.shape[1]

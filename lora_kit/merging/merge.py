@@ -16,36 +16,36 @@ import torch
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.folder import ALLOWANCES
-from lora_kit.errors import ConfigError, MergeError, listed
-from lora_kit.io.atomic_write import check_output, staged
+from lora_kit.errors import ConfigError, MergeError, format_list
+from lora_kit.io.atomic_write import check_output, stage_folder
 from lora_kit.merging import model_files, preflight
 from lora_kit.merging import quantized_base as quantisation
-from lora_kit.merging.checkpoint.bnb_weights import Packed
-from lora_kit.merging.checkpoint.meta_model import Head, outline
+from lora_kit.merging.checkpoint.bnb_weights import QuantizedWeight
+from lora_kit.merging.checkpoint.meta_model import TaskHead, build_meta_model
 from lora_kit.merging.checkpoint.shards import Shard, read_shards
 from lora_kit.merging.merge_report import LogitCheck, MergeReport
-from lora_kit.merging.plan_merge import plan
-from lora_kit.merging.planned_tensors import Part, Plan
+from lora_kit.merging.plan_merge import plan_merge
+from lora_kit.merging.planned_tensors import MergePlan, WeightedAdapter
 from lora_kit.merging.verification import logits
 from lora_kit.merging.verification import verify as proof
 from lora_kit.merging.writing import journal, writer
-from lora_kit.models.locate import find_base, local_folder
+from lora_kit.models.locate import find_base, find_local_folder
 from lora_kit.targets.fingerprint import fingerprint
-from lora_kit.torch_utils import float_dtype
+from lora_kit.torch_utils import parse_float_dtype
 from lora_kit.version import __version__
 
-FORMAT: Final = 2
+RECORD_FORMAT: Final = 2
 """Version of `lora_kit_merge.json`."""
-OWN_ALLOWANCES: Final = ("untie", "lost-delta")
+MERGE_ALLOWANCES: Final = ("untie", "lost-delta")
 """What a merge may do beyond what an adapter may be: write tied parameters apart, lose most of a delta in rounding."""
-CHECKS: Final = ("weights", "logits")
+VERIFICATIONS: Final = ("weights", "logits")
 
-Source = str | Path | Adapter
+AdapterOrFolder = str | Path | Adapter
 
 
 def merge(
     base: str | Path,
-    adapter: Source | Sequence[tuple[Source, float]],
+    adapter: AdapterOrFolder | Sequence[tuple[AdapterOrFolder, float]],
     out: str | Path,
     *,
     dtype: str | torch.dtype | None = None,
@@ -54,7 +54,7 @@ def merge(
     verify: str = "weights",
     quantized: str | None = None,
     original: str | Path | None = None,
-    progress: writer.Progress | None = None,
+    progress: writer.BytesProgress | None = None,
 ) -> MergeReport:
     """Fold an adapter into its base, `W' = round(W + scaling · B A)`, and write the result as a model folder.
 
@@ -93,77 +93,79 @@ def merge(
     """
     started, out = time.perf_counter(), Path(out)
     _check_arguments(allow, verify)
-    quantisation.check_choice(quantized, original=original, dtype=dtype, verify=verify)
-    sources, wanted = _sources(adapter), None if dtype is None else float_dtype(dtype)
-    local = [folder for name in (base, original) if name is not None and (folder := local_folder(name))]
+    quantisation.check_quantized_choice(quantized, original=original, dtype=dtype, verify=verify)
+    sources, wanted = _parse_sources(adapter), None if dtype is None else parse_float_dtype(dtype)
+    local = [folder for name in (base, original) if name is not None and (folder := find_local_folder(name))]
     beside = tuple(Path(source) for source, _ in sources if not isinstance(source, Adapter))
     inputs = [*local, *beside]
     preflight.refuse_overlap(out, inputs)
     check_output(out, replace=replace, owned=preflight.is_merged_folder)
-    parts = [_part(source, weight, allow=allow) for source, weight in sources]
+    parts = [_load_weighted_adapter(source, weight, allow=allow) for source, weight in sources]
     if verify == "logits":
-        logits.check_askable(parts)
+        logits.check_logits_comparable(parts)
     folder = find_base(base)
-    quantisation.check_base(folder, quantized)
+    quantisation.check_quantized_base(folder, quantized)
     if original is not None:
-        quantisation.check_original(folder, find_base(original), Head.of(parts[0].adapter))
+        quantisation.check_original(folder, find_base(original), TaskHead.of(parts[0].adapter))
         base, folder = original, find_base(original)
     preflight.refuse_merged(folder, [part.adapter for part in parts])
     shards = read_shards(folder)
     if quantized in (quantisation.DEQUANTIZED, quantisation.REQUANTIZED):
-        shards = quantisation.read_quantized(folder, shards)
-    needed = _needed(shards, parts, wanted) - _size(journal.place_of(out))
-    with staged(out, replace=replace, owned=preflight.is_merged_folder, needed=needed) as staging:
-        work = _Work(str(base), folder, shards, parts, wanted, frozenset(allow), quantized, beside)
+        shards = quantisation.read_quantized_shards(folder, shards)
+    needed = _estimate_bytes(shards, parts, wanted) - _measure_folder(journal.journal_folder_of(out))
+    with stage_folder(out, replace=replace, owned=preflight.is_merged_folder, needed=needed) as staging:
+        work = _MergeJob(str(base), folder, shards, parts, wanted, frozenset(allow), quantized, beside)
         report, origin = work.into(staging, out=out, progress=progress)
         if verify == "logits":
-            report = dataclasses.replace(report, logits=work.logits_of(staging, report))
-        _write_record(staging, report, origin=origin, earlier=preflight.merged_digests(folder))
-        size = _size(staging)
+            report = dataclasses.replace(report, logits=work.compare_logits(staging, report))
+        _write_record(staging, report, origin=origin, earlier=preflight.read_merged_digests(folder))
+        size = _measure_folder(staging)
     return dataclasses.replace(report, out=out, bytes=size, seconds=time.perf_counter() - started)
 
 
 @dataclass(frozen=True)
-class _Work:
+class _MergeJob:
     """Everything a merge needs, found to be there."""
 
     base: str
     folder: Path
     shards: tuple[Shard, ...]
-    parts: list[Part]
+    parts: list[WeightedAdapter]
     dtype: torch.dtype | None
     allow: frozenset[str]
     quantized: str | None
     beside: tuple[Path, ...]
 
     @property
-    def head(self) -> Head:
-        heads = [Head.of(part.adapter) for part in self.parts]
+    def head(self) -> TaskHead:
+        heads = [TaskHead.of(part.adapter) for part in self.parts]
         if any(head != heads[0] for head in heads):
             raise MergeError("the adapters were made for different tasks or labels", hint="merge those of one task")
         return heads[0]
 
-    def into(self, staging: Path, *, out: Path, progress: writer.Progress | None) -> tuple[MergeReport, dict[str, Any]]:
+    def into(
+        self, staging: Path, *, out: Path, progress: writer.BytesProgress | None
+    ) -> tuple[MergeReport, dict[str, Any]]:
         """Write the merged model and check it. Returns the report, and the base's fingerprint."""
         head = self.head
         saved = {key: tensor for part in self.parts for key, tensor in part.adapter.saved().items()}
-        base = outline(self.folder, self.shards, head, saved=saved)
-        todo = plan(
+        base = build_meta_model(self.folder, self.shards, head, saved=saved)
+        todo = plan_merge(
             base, self.shards, self.parts, head=head, dtype=self.dtype, allow=self.allow, quantized=self.quantized
         )
-        changes = model_files.config_changes(base, self.folder, head, untied=bool(todo.untied))
+        changes = model_files.compute_config_changes(base, self.folder, head, untied=bool(todo.untied))
         gone = ["quantization_config"] if self.quantized == quantisation.DEQUANTIZED else []
         model_files.write_config(self.folder, staging, changes=changes, without=gone, dtype=self.dtype)
-        model_files.carry(self.folder, staging)
-        for folder in self.beside if base.resized else ():
-            model_files.carry_tokenizer(folder, staging)
-        with journal.kept(out, self._key(todo)) as kept:
-            written = writer.write(todo, staging, kept=kept, progress=progress)
+        model_files.copy_sidecars(self.folder, staging)
+        for folder in self.beside if base.resized_embeddings else ():
+            model_files.copy_tokenizer(folder, staging)
+        with journal.keep_finished_files(out, self._key(todo)) as kept:
+            written = writer.write_shards(todo, staging, kept=kept, progress=progress)
         report = MergeReport(
             out=staging,
             base=self.base,
             adapters={part.adapter.digest: part.weight for part in self.parts},
-            dtype=_dtype_of(todo),
+            dtype=_coarsest_dtype_of(todo),
             counts=todo.counts,
             tensors=tuple(written.retention),
             untied=todo.untied,
@@ -176,7 +178,7 @@ class _Work:
         compared = proof.check_result(staging, base, self.shards, self.parts, head=head)
         return dataclasses.replace(report, compared=compared), fingerprint(base.model, name=self.base)
 
-    def _key(self, todo: Plan) -> str:
+    def _key(self, todo: MergePlan) -> str:
         """What the bytes of the weight files depend on."""
         files = [file.stat() for file in sorted(self.folder.iterdir()) if file.is_file()]
         facts = [
@@ -191,10 +193,10 @@ class _Work:
         ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
-    def logits_of(self, staging: Path, report: MergeReport) -> LogitCheck:
+    def compare_logits(self, staging: Path, report: MergeReport) -> LogitCheck:
         """The logits of what was written beside those of base + adapter."""
         adapter = self.parts[0].adapter
-        return logits.check(
+        return logits.check_logits(
             self.base,
             staging,
             self.parts[0],
@@ -207,7 +209,7 @@ class _Work:
                 *adapter.tokens(),
             ],
             dtype=getattr(torch, report.dtype),
-            allow=self.allow - set(OWN_ALLOWANCES),
+            allow=self.allow - set(MERGE_ALLOWANCES),
         )
 
 
@@ -215,21 +217,23 @@ def _write_record(folder: Path, report: MergeReport, *, origin: Mapping[str, Any
     """The model card and, last, the record that says what this folder is."""
     (folder / model_files.CARD).write_bytes(report.page().encode())
     found = {key: value for key, value in report.to_json().items() if key not in ("out", "bytes", "seconds")}
-    record = {**found, "format": FORMAT, "base": origin, "merged": [*earlier, *report.adapters]}
+    record = {**found, "format": RECORD_FORMAT, "base": origin, "merged": [*earlier, *report.adapters]}
     text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False)
     (folder / preflight.MERGE_RECORD).write_bytes(f"{text}\n".encode())
 
 
 def _check_arguments(allow: Collection[str], verify: str) -> None:
-    known = (*ALLOWANCES, *OWN_ALLOWANCES)
+    known = (*ALLOWANCES, *MERGE_ALLOWANCES)
     unknown = [name for name in allow if name not in known]
     if isinstance(allow, str) or unknown:
-        raise ConfigError(f"allow={allow!r} was given; expected any of {listed(known)}")
-    if verify not in CHECKS:
-        raise ConfigError(f"verify={verify!r} was given; expected one of {listed(CHECKS)}")
+        raise ConfigError(f"allow={allow!r} was given; expected any of {format_list(known)}")
+    if verify not in VERIFICATIONS:
+        raise ConfigError(f"verify={verify!r} was given; expected one of {format_list(VERIFICATIONS)}")
 
 
-def _sources(adapter: Source | Sequence[tuple[Source, float]]) -> list[tuple[Source, float]]:
+def _parse_sources(
+    adapter: AdapterOrFolder | Sequence[tuple[AdapterOrFolder, float]],
+) -> list[tuple[AdapterOrFolder, float]]:
     """Every adapter with its weight."""
     if isinstance(adapter, (str, Path, Adapter)):
         return [(adapter, 1.0)]
@@ -245,32 +249,34 @@ def _sources(adapter: Source | Sequence[tuple[Source, float]]) -> list[tuple[Sou
     return found
 
 
-def _part(source: Source, weight: float, *, allow: Collection[str]) -> Part:
+def _load_weighted_adapter(source: AdapterOrFolder, weight: float, *, allow: Collection[str]) -> WeightedAdapter:
     """An adapter, read."""
     allow = [name for name in allow if name in ALLOWANCES]
     adapter = source if isinstance(source, Adapter) else Adapter.load(source, allow=allow)
     name = adapter.digest[:12] if isinstance(source, Adapter) else Path(source).resolve().name
-    return Part(name, adapter, weight)
+    return WeightedAdapter(name, adapter, weight)
 
 
-def _needed(shards: Sequence[Shard], parts: Sequence[Part], dtype: torch.dtype | None) -> int:
+def _estimate_bytes(shards: Sequence[Shard], parts: Sequence[WeightedAdapter], dtype: torch.dtype | None) -> int:
     """Bytes of weights to be written, at the most."""
     tensors = [tensor for shard in shards for tensor in shard.tensors.values()]
     tensors += [tensor for part in parts for tensor in part.adapter.saved().values()]
     return sum(t.numel() * (dtype if dtype and t.is_floating_point() else t.dtype).itemsize for t in tensors)
 
 
-def _dtype_of(plan: Plan) -> str:
+def _coarsest_dtype_of(plan: MergePlan) -> str:
     """The coarsest of the tensors that an adapter changes: it decides how much they were rounded."""
     kinds = {
-        entry.source.kind for entry in plan.entries if entry.how == "requantized" and isinstance(entry.source, Packed)
+        entry.source.kind
+        for entry in plan.entries
+        if entry.how == "requantized" and isinstance(entry.source, QuantizedWeight)
     }
     if kinds:
-        return listed(sorted(kinds))
+        return format_list(sorted(kinds))
     dtypes = {entry.dtype for entry in plan.entries if entry.path and entry.dtype.is_floating_point}
     return str(max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)).removeprefix("torch.")
 
 
-def _size(folder: Path) -> int:
+def _measure_folder(folder: Path) -> int:
     """Bytes of the files below a folder; 0 where there is none."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

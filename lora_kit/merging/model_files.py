@@ -11,46 +11,46 @@ from typing import Any, Final
 import torch
 
 from lora_kit.errors import BaseModelError
-from lora_kit.io.read import opened
-from lora_kit.merging.checkpoint.meta_model import Head, Outline
+from lora_kit.io.read import open_regular_file
+from lora_kit.merging.checkpoint.meta_model import MetaModel, TaskHead
 from lora_kit.merging.preflight import MERGE_RECORD
 
 CONFIG: Final = "config.json"
 CARD: Final = "README.md"
-_SUFFIXES: Final = {".json", ".txt", ".jinja", ".model", ".tiktoken", ".spm", ".vocab"}
-_NAMES: Final = ("license", "notice", "use_policy")
-_NOT_CARRIED: Final = {CONFIG, CARD, MERGE_RECORD, "adapter_config.json", "lora_kit.json", "trainer_state.json"}
-_TOKENIZER: Final = ("tokenizer", "special_tokens_map", "added_tokens", "vocab.", "merges.", "chat_template")
+_SIDECAR_SUFFIXES: Final = {".json", ".txt", ".jinja", ".model", ".tiktoken", ".spm", ".vocab"}
+_LEGAL_FILES: Final = ("license", "notice", "use_policy")
+_NOT_COPIED: Final = {CONFIG, CARD, MERGE_RECORD, "adapter_config.json", "lora_kit.json", "trainer_state.json"}
+_TOKENIZER_PREFIXES: Final = ("tokenizer", "special_tokens_map", "added_tokens", "vocab.", "merges.", "chat_template")
 _TOKENIZER_SUFFIXES: Final = {".model", ".tiktoken", ".spm", ".vocab"}
-_TEMPLATES: Final = "additional_chat_templates"
+_TEMPLATE_FOLDER: Final = "additional_chat_templates"
 
 
-def carry(base: Path, out: Path) -> tuple[str, ...]:
+def copy_sidecars(base: Path, out: Path) -> tuple[str, ...]:
     """Copy the files that go with a model's weights, byte for byte; code never does. Returns their names."""
     carried = []
-    for file in _companions(base):
+    for file in _find_sidecars(base):
         name = file.relative_to(base)
         (out / name).parent.mkdir(exist_ok=True)
-        with opened(file) as (source, _), (out / name).open("xb") as target:
+        with open_regular_file(file) as (source, _), (out / name).open("xb") as target:
             shutil.copyfileobj(source, target)
         carried.append(str(name))
     return tuple(carried)
 
 
-def carry_tokenizer(folder: Path, out: Path) -> None:
+def copy_tokenizer(folder: Path, out: Path) -> None:
     """Copy a tokenizer that lies beside an adapter, in the place of the base's; none where there is none."""
     if (folder / "tokenizer_config.json").is_file():
-        for file in _companions(folder):
-            if file.name.startswith(_TOKENIZER) or file.suffix in _TOKENIZER_SUFFIXES:
-                with opened(file) as (source, _), (out / file.name).open("wb") as target:
+        for file in _find_sidecars(folder):
+            if file.name.startswith(_TOKENIZER_PREFIXES) or file.suffix in _TOKENIZER_SUFFIXES:
+                with open_regular_file(file) as (source, _), (out / file.name).open("wb") as target:
                     shutil.copyfileobj(source, target)
 
 
-def _companions(base: Path) -> Iterator[Path]:
-    for file in sorted([*base.iterdir(), *base.glob(f"{_TEMPLATES}/*.jinja")]):
-        known = file.suffix in _SUFFIXES or file.name.lower().startswith(_NAMES)
+def _find_sidecars(base: Path) -> Iterator[Path]:
+    for file in sorted([*base.iterdir(), *base.glob(f"{_TEMPLATE_FOLDER}/*.jinja")]):
+        known = file.suffix in _SIDECAR_SUFFIXES or file.name.lower().startswith(_LEGAL_FILES)
         index = file.name.endswith(".index.json")
-        if known and not index and file.name not in _NOT_CARRIED and file.is_file():
+        if known and not index and file.name not in _NOT_COPIED and file.is_file():
             yield file
 
 
@@ -77,30 +77,30 @@ def write_config(
     (out / CONFIG).write_bytes(f"{json.dumps(fields, indent=2)}\n".encode())
 
 
-def config_changes(base: Outline, folder: Path, head: Head, *, untied: bool) -> dict[str, Any]:
+def compute_config_changes(base: MetaModel, folder: Path, head: TaskHead, *, untied: bool) -> dict[str, Any]:
     """What the config must say of the merged model that the base's own does not."""
     changes: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
-    if base.resized:
+    if base.resized_embeddings:
         changes["vocab_size"] = base.config.get_text_config().vocab_size
     if head.fields:
         config = base.config
         changes["architectures"] = [type(base.model).__name__]
         changes["id2label"], changes["label2id"] = config.id2label, config.label2id
         pad = config.get_text_config().pad_token_id
-        changes["pad_token_id"] = _pad(folder) if pad is None else pad
+        changes["pad_token_id"] = _find_pad_token(folder) if pad is None else pad
         if head.task == "SEQ_CLS":
             changes["problem_type"] = "single_label_classification"
     return changes
 
 
-def _pad(folder: Path) -> int | None:
+def _find_pad_token(folder: Path) -> int | None:
     """The token that pads: decoders that classify look for the last one that is another."""
     from transformers import AutoTokenizer
 
-    from lora_kit.models.locate import quiet
+    from lora_kit.models.locate import silence_libraries
 
     try:
-        with quiet():
+        with silence_libraries():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError):
         return None  # a base without a tokenizer is merged as it is

@@ -10,53 +10,53 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lora_kit.adapter.peft_keys import TokenRows
-from lora_kit.errors import MergeError, VerificationError, listed
-from lora_kit.layers.fold import rounded
-from lora_kit.merging.checkpoint.meta_model import Outline
-from lora_kit.merging.planned_tensors import Entry, Part
-from lora_kit.merging.writing.fold_blocks import blocks
-from lora_kit.targets.coverage import Coverage, survey
+from lora_kit.adapter.peft_keys import TokenEmbeddings
+from lora_kit.errors import MergeError, VerificationError, format_list
+from lora_kit.layers.fold import round_to_dtype
+from lora_kit.merging.checkpoint.meta_model import MetaModel
+from lora_kit.merging.planned_tensors import PlannedTensor, WeightedAdapter
+from lora_kit.merging.writing.fold_blocks import split_rows
+from lora_kit.targets.coverage import Coverage, survey_coverage
 
-Rows = dict[str, TokenRows]
+TokenEmbeddingsByKey = dict[str, TokenEmbeddings]
 """By state dict key of the table."""
 
 
-def add_rows(rows: Rows, part: Part, coverage: Coverage) -> None:
+def add_token_embeddings(rows: TokenEmbeddingsByKey, part: WeightedAdapter, coverage: Coverage) -> None:
     """Note the rows that an adapter has, of every key that stands for their table.
 
     Raises:
         MergeError: they come with a weight, or another adapter has some of them too.
     """
     if coverage.tokens and part.weight != 1:
-        places = listed([target.path for target in coverage.tokens])
+        places = format_list([target.path for target in coverage.tokens])
         raise MergeError(f"{part.name!r} replaces rows of {places}, which cannot be weighted", hint="weight 1")
-    for key, held in _rows_of(part, coverage).items():
+    for key, held in _token_embeddings_of(part, coverage).items():
         before = rows.get(key)
-        rows[key] = held if before is None else _both(key, before, held)
+        rows[key] = held if before is None else _concatenate_rows(key, before, held)
 
 
-def rows_by_key(base: Outline, parts: Sequence[Part]) -> Rows:
+def collect_token_embeddings(base: MetaModel, parts: Sequence[WeightedAdapter]) -> TokenEmbeddingsByKey:
     """What adapters put into the tables of a model, by state dict key."""
-    found: Rows = {}
+    found: TokenEmbeddingsByKey = {}
     for part in parts:
-        add_rows(found, part, survey(base.model, part.adapter.config))
+        add_token_embeddings(found, part, survey_coverage(base.model, part.adapter.config))
     return found
 
 
-def _rows_of(part: Part, coverage: Coverage) -> Rows:
+def _token_embeddings_of(part: WeightedAdapter, coverage: Coverage) -> TokenEmbeddingsByKey:
     tokens = part.adapter.tokens()
-    return {f"{path}.weight": tokens[target.path] for target in coverage.tokens for path in target.places}
+    return {f"{path}.weight": tokens[target.path] for target in coverage.tokens for path in target.all_paths}
 
 
-def _both(key: str, one: TokenRows, other: TokenRows) -> TokenRows:
+def _concatenate_rows(key: str, one: TokenEmbeddings, other: TokenEmbeddings) -> TokenEmbeddings:
     twice = sorted({*one.indices} & {*other.indices})
     if twice:
         raise MergeError(f"two of the adapters replace row {twice[0]} of {key}", hint="merge them one after the other")
-    return TokenRows((*one.indices, *other.indices), torch.cat([one.rows.float(), other.rows.float()]))
+    return TokenEmbeddings((*one.indices, *other.indices), torch.cat([one.rows.float(), other.rows.float()]))
 
 
-def alike(rows: Mapping[str, TokenRows], group: Sequence[str]) -> bool:
+def has_equal_rows(rows: Mapping[str, TokenEmbeddings], group: Sequence[str]) -> bool:
     """Whether keys of one parameter all get the same rows, so that it stays one."""
     first, *others = [rows.get(key) for key in group]
     return first is not None and all(
@@ -64,21 +64,21 @@ def alike(rows: Mapping[str, TokenRows], group: Sequence[str]) -> bool:
     )
 
 
-class Replacement:
+class TokenReplacement:
     """A tensor with an adapter's rows in the places of some of its own."""
 
-    def __init__(self, entry: Entry) -> None:
+    def __init__(self, entry: PlannedTensor) -> None:
         assert entry.rows is not None
         assert isinstance(entry.source, Tensor)
         self._entry, self._source = entry, entry.source
         indices, order = torch.tensor(entry.rows.indices).sort()
         self._indices = indices
         before = self._source[indices].float()
-        self._rows, self.retention = rounded(entry.path, before, entry.rows.rows[order].float(), entry.dtype)
+        self._rows, self.retention = round_to_dtype(entry.path, before, entry.rows.rows[order].float(), entry.dtype)
 
     def into(self, room: Callable[[int, torch.dtype], Tensor]) -> Iterator[int]:
         """Put the tensor, block by block, into memory that is asked for; its bytes each time."""
-        for rows in blocks(*self._source.shape):
+        for rows in split_rows(*self._source.shape):
             part = self._source[rows]
             place = room(part.numel(), self._entry.dtype).view(part.shape).copy_(part)
             first, last = (int(torch.searchsorted(self._indices, end)) for end in (rows.start, rows.stop))
@@ -86,7 +86,7 @@ class Replacement:
             yield place.nbytes
 
 
-def check_rows(key: str, found: Tensor, own: Tensor, held: TokenRows, places: Tensor) -> int:
+def check_token_embeddings(key: str, found: Tensor, own: Tensor, held: TokenEmbeddings, places: Tensor) -> int:
     """Raise VerificationError unless a table is the base's with an adapter's rows; how many numbers were compared.
 
     Args:
@@ -95,12 +95,14 @@ def check_rows(key: str, found: Tensor, own: Tensor, held: TokenRows, places: Te
     """
     indices = torch.tensor(held.indices)
     kept = places[~torch.isin(places, indices)]
-    same = torch.equal(found[indices], held.rows.to(found.dtype)) and _same(found[kept], own[kept].to(found.dtype))
+    same = torch.equal(found[indices], held.rows.to(found.dtype)) and _has_same_bytes(
+        found[kept], own[kept].to(found.dtype)
+    )
     if found.shape != own.shape or not same:
         raise VerificationError(f"{key} was written with other rows than it should have")
     return found.shape[1] * (len(indices) + len(kept))
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _has_same_bytes(one: Tensor, other: Tensor) -> bool:
     """The same bytes: NaN, which a base may hold, is not equal to itself."""
     return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))

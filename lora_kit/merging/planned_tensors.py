@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.adapter.peft_keys import Pair, TokenRows
-from lora_kit.merging.checkpoint.bnb_weights import Packed
+from lora_kit.adapter.peft_keys import LoraWeights, TokenEmbeddings
+from lora_kit.merging.checkpoint.bnb_weights import QuantizedWeight
 from lora_kit.merging.checkpoint.shards import Shard
 
 
-class Part(NamedTuple):
+class WeightedAdapter(NamedTuple):
     """An adapter, and how much of it is merged."""
 
     name: str
@@ -25,7 +25,7 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Update:
+class WeightUpdate:
     """scaling · B A, to be added to one weight, or to one matrix of several.
 
     Attributes:
@@ -33,17 +33,17 @@ class Update:
         expert: which matrix that is.
     """
 
-    pair: Pair
+    pair: LoraWeights
     scaling: float
     expert: int = 0
 
-    def rows(self, begin: int, end: int) -> Update:
+    def rows(self, begin: int, end: int) -> WeightUpdate:
         """What it adds to some rows of the weight."""
         return replace(self, pair=replace(self.pair, b=self.pair.b[begin:end]))
 
 
 @dataclass(frozen=True)
-class Entry:
+class PlannedTensor:
     """One tensor of the result; of a weight that is quantised again, all that it is stored in.
 
     Attributes:
@@ -58,26 +58,26 @@ class Entry:
     """
 
     name: str
-    source: Tensor | Packed
+    source: Tensor | QuantizedWeight
     dtype: torch.dtype
     how: str
     path: str = ""
-    updates: tuple[Update, ...] = ()
+    updates: tuple[WeightUpdate, ...] = ()
     transposed: bool = False
-    rows: TokenRows | None = None
+    rows: TokenEmbeddings | None = None
 
     @property
     def stored(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
         """What it is written as, in the order of the bytes."""
-        if self.how == "requantized" and isinstance(self.source, Packed):
+        if self.how == "requantized" and isinstance(self.source, QuantizedWeight):
             parts = self.source.parts
             return {name: (parts[name].dtype, shape) for name, shape in self.source.sizes().items()}
         return {self.name: (self.dtype, self.source.shape)}
 
     @property
-    def matrices(self) -> tuple[Entry, ...]:
+    def matrices(self) -> tuple[PlannedTensor, ...]:
         """An entry for each matrix of it, in the order of their bytes."""
-        if self.source.ndim == 2 or isinstance(self.source, Packed):
+        if self.source.ndim == 2 or isinstance(self.source, QuantizedWeight):
             return (self,)
         if self.updates[0].pair.kind == "convolution":
             return (replace(self, source=self.source.flatten(1)),)
@@ -90,7 +90,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MergePlan:
     """The weight files of the result.
 
     Attributes:
@@ -99,12 +99,12 @@ class Plan:
         left_out: tensors of the base that the merged model has no place for.
     """
 
-    shards: tuple[tuple[Shard, tuple[Entry, ...]], ...]
+    shards: tuple[tuple[Shard, tuple[PlannedTensor, ...]], ...]
     untied: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
 
     @property
-    def entries(self) -> Iterator[Entry]:
+    def entries(self) -> Iterator[PlannedTensor]:
         return (entry for _, entries in self.shards for entry in entries)
 
     @property

@@ -11,11 +11,11 @@ from lora_kit.adapter.adapter import Adapter
 from lora_kit.errors import AdapterError, MergeError
 from lora_kit.io.atomic_write import check_path
 from lora_kit.io.read import read_json
-from lora_kit.io.text import printable
+from lora_kit.io.text import escape_text
 
 MERGE_RECORD: Final = "lora_kit_merge.json"
 """In a merged folder: what was merged into what, and what the checks found."""
-_LIMIT: Final = 16 * 2**20
+_RECORD_LIMIT: Final = 16 * 2**20
 
 
 def refuse_overlap(out: Path, inputs: Sequence[Path]) -> None:
@@ -25,21 +25,21 @@ def refuse_overlap(out: Path, inputs: Sequence[Path]) -> None:
     for folder in (path.resolve() for path in inputs if "\0" not in str(path)):  # which reading it refuses
         if out == folder:
             raise MergeError(
-                f"the output {printable(out)} is itself an input of this merge", hint="choose another output"
+                f"the output {escape_text(out)} is itself an input of this merge", hint="choose another output"
             )
         if out.is_relative_to(folder) or folder.is_relative_to(out):
             raise MergeError(
-                f"the output {printable(out)} and the input {printable(folder)} lie inside each other",
+                f"the output {escape_text(out)} and the input {escape_text(folder)} lie inside each other",
                 hint="choose an output beside it",
             )
 
 
 def refuse_merged(base: Path, adapters: Sequence[Adapter]) -> None:
     """Raise MergeError for a base into which one of these adapters was merged already, and for one given twice."""
-    merged, seen = merged_digests(base), set[str]()
+    merged, seen = read_merged_digests(base), set[str]()
     for digest in (adapter.digest for adapter in adapters):
         if digest in merged:
-            told = f"this adapter ({digest[:12]}) was merged into {printable(base)} already"
+            told = f"this adapter ({digest[:12]}) was merged into {escape_text(base)} already"
             raise MergeError(told, hint="use it as it is")
         if digest in seen:
             raise MergeError(
@@ -48,7 +48,7 @@ def refuse_merged(base: Path, adapters: Sequence[Adapter]) -> None:
         seen.add(digest)
 
 
-def quantisation(config: Path) -> Any:
+def read_quantization_config(config: Path) -> Any:
     """The `quantization_config` of a base's config; None where there is none."""
     try:
         return json.loads(config.read_text("utf-8")).get("quantization_config")
@@ -56,7 +56,7 @@ def quantisation(config: Path) -> Any:
         return None  # loading the base says what is wrong with it
 
 
-def merged_digests(base: Path) -> tuple[str, ...]:
+def read_merged_digests(base: Path) -> tuple[str, ...]:
     """Digests of the adapters that are in this base already, oldest first; none where it has no record of a merge.
 
     Raises:
@@ -66,11 +66,11 @@ def merged_digests(base: Path) -> tuple[str, ...]:
     if not file.exists():
         return ()
     try:
-        merged = read_json(file, limit=_LIMIT).get("merged")
+        merged = read_json(file, limit=_RECORD_LIMIT).get("merged")
     except AdapterError as error:
         raise MergeError(error.message, hint="the base's record of its merges is damaged") from None
     if not isinstance(merged, list) or not all(isinstance(digest, str) for digest in merged):
-        raise MergeError(f"{printable(file)}: 'merged' is not a list of digests", hint="the record is damaged")
+        raise MergeError(f"{escape_text(file)}: 'merged' is not a list of digests", hint="the record is damaged")
     return tuple(merged)
 
 

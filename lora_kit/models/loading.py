@@ -15,14 +15,21 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from lora_kit.errors import BaseModelError, listed, nearest
+from lora_kit.errors import BaseModelError, format_list, suggest_nearest
 from lora_kit.layers.introspect import pause_packing
-from lora_kit.models.heads import check_filled
-from lora_kit.models.locate import locate, quiet, translated
-from lora_kit.models.prompt_tokens import decoder_inputs
-from lora_kit.models.quantization import QUANTIZATIONS, asked, hush, method_of, refuse_misread, refuse_twice
+from lora_kit.models.heads import check_loading_info
+from lora_kit.models.locate import locate, silence_libraries, translate_load_errors
+from lora_kit.models.prompt_tokens import prepare_decoder_inputs
+from lora_kit.models.quantization import (
+    QUANTIZATIONS,
+    build_quantization_kwargs,
+    quantization_method_of,
+    refuse_already_quantized,
+    refuse_misread_weights,
+    silence_cast_warnings,
+)
 from lora_kit.targets.fingerprint import fingerprint
-from lora_kit.torch_utils import float_dtype
+from lora_kit.torch_utils import parse_float_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +67,12 @@ class Base:
     @property
     def decoder_inputs(self) -> Callable[[Tensor], Tensor] | None:
         """What a decoder reads while it learns to write labels, see `decoder_inputs`; None without an encoder."""
-        return functools.partial(decoder_inputs, self.model) if self.task == "seq2seq" else None
+        return functools.partial(prepare_decoder_inputs, self.model) if self.task == "seq2seq" else None
 
     @property
     def max_length(self) -> int:
         """Tokens the model can see at once; 2^30 where neither the model nor the tokenizer says."""
-        return _max_length(self.model.config, self.tokenizer)
+        return _max_length_of(self.model.config, self.tokenizer)
 
 
 def load_base(
@@ -101,17 +108,17 @@ def load_base(
     """
     _check_one_of("task", task, TASKS)
     _check_one_of("quantize", quantize, QUANTIZATIONS)
-    torch_dtype = _dtype(dtype)
-    place = _device(device)
+    torch_dtype = _resolve_dtype(dtype)
+    place = _resolve_device(device)
     source, offline = locate(base)
     name = str(base)
-    with quiet(), translated(name):
-        config = _config(source, task=task, num_labels=num_labels, label2id=label2id, offline=offline)
+    with silence_libraries(), translate_load_errors(name):
+        config = _load_config(source, task=task, num_labels=num_labels, label2id=label2id, offline=offline)
         _check_architecture(name, config, task)
-        refuse_twice(name, config, quantize)
-        tokenizer = _tokenizer(source, config, offline=offline)
-        model = _model(source, config, task, dtype=torch_dtype, device=place, quantize=quantize, offline=offline)
-    _ensure_pad(model, tokenizer, name, task)
+        refuse_already_quantized(name, config, quantize)
+        tokenizer = _load_tokenizer(source, config, offline=offline)
+        model = _load_model(source, config, task, dtype=torch_dtype, device=place, quantize=quantize, offline=offline)
+    _ensure_pad_token(model, tokenizer, name, task)
     # What adapters are said to be made for: the name it was asked for by, not where the package happens to lie.
     model.config._name_or_path = name
     model.eval()
@@ -119,7 +126,7 @@ def load_base(
 
 
 @dataclass(frozen=True)
-class Reader:
+class InputSpec:
     """How a base reads, known without its weights.
 
     Attributes:
@@ -133,20 +140,20 @@ class Reader:
     both: bool
 
 
-def load_reader(base: str | Path) -> Reader:
+def load_input_spec(base: str | Path) -> InputSpec:
     """The tokenizer of a base and what its config says of its input.
 
     Raises:
         BaseModelError: nothing of that name, or no tokenizer that can be read.
     """
     source, offline = locate(base)
-    with quiet(), translated(str(base)):
-        config = _config(source, task="causal-lm", num_labels=None, label2id=None, offline=offline)
-        tokenizer = _tokenizer(source, config, offline=offline)
-    return Reader(tokenizer, _max_length(config, tokenizer), bool(getattr(config, "is_encoder_decoder", False)))
+    with silence_libraries(), translate_load_errors(str(base)):
+        config = _load_config(source, task="causal-lm", num_labels=None, label2id=None, offline=offline)
+        tokenizer = _load_tokenizer(source, config, offline=offline)
+    return InputSpec(tokenizer, _max_length_of(config, tokenizer), bool(getattr(config, "is_encoder_decoder", False)))
 
 
-def _max_length(config: Any, tokenizer: Any) -> int:
+def _max_length_of(config: Any, tokenizer: Any) -> int:
     text = config.get_text_config()
     limits = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
     limits.append(getattr(tokenizer, "model_max_length", None))
@@ -155,15 +162,15 @@ def _max_length(config: Any, tokenizer: Any) -> int:
 
 def _check_one_of(name: str, value: str | None, known: Sequence[str]) -> None:
     if value is not None and value not in known:
-        hint = nearest(str(value), known) or f"known: {listed(known)}"
+        hint = suggest_nearest(str(value), known) or f"known: {format_list(known)}"
         raise BaseModelError(f"{name} {value!r} is not known", hint=hint)
 
 
-def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
-    return "auto" if dtype is None or dtype == "auto" else float_dtype(dtype)
+def _resolve_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
+    return "auto" if dtype is None or dtype == "auto" else parse_float_dtype(dtype)
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def _resolve_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -175,7 +182,7 @@ def _device(device: str | torch.device | None) -> torch.device:
     return place
 
 
-def _config(
+def _load_config(
     source: str, *, task: str, num_labels: int | None, label2id: Mapping[str, int] | None, offline: bool
 ) -> Any:
     from transformers import AutoConfig
@@ -200,7 +207,7 @@ def _check_architecture(name: str, config: Any, task: str) -> None:
         raise BaseModelError(f"{name} has an encoder, which task causal-lm has no use for", hint="task: seq2seq")
 
 
-def _tokenizer(source: str, config: Any, *, offline: bool) -> Any:
+def _load_tokenizer(source: str, config: Any, *, offline: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
@@ -213,7 +220,7 @@ def _tokenizer(source: str, config: Any, *, offline: bool) -> Any:
         ) from error
 
 
-def _model(
+def _load_model(
     source: str,
     config: Any,
     task: str,
@@ -241,18 +248,18 @@ def _model(
             local_files_only=offline,
             trust_remote_code=False,
             output_loading_info=True,
-            **asked(quantize, method_of(config), device),
+            **build_quantization_kwargs(quantize, quantization_method_of(config), device),
         )
-    check_filled(source, task, info)
+    check_loading_info(source, task, info)
     if not getattr(model, "is_quantized", False):
         return model.to(device)
-    refuse_misread(source, model)
+    refuse_misread_weights(source, model)
     pause_packing(model)
-    hush()
+    silence_cast_warnings()
     return model
 
 
-def _ensure_pad(model: Any, tokenizer: Any, name: str, task: str) -> None:
+def _ensure_pad_token(model: Any, tokenizer: Any, name: str, task: str) -> None:
     """Make the pad token exist. Reusing EOS is safe: padding is masked by its place, never by its id."""
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from lora_kit.errors import AdapterError, BaseModelError, LoraKitError, nearest
+from lora_kit.errors import AdapterError, BaseModelError, LoraKitError, suggest_nearest
 from lora_kit.io.read import read_text
-from lora_kit.io.text import printable, shown
+from lora_kit.io.text import escape_text, format_value
 
 logger = logging.getLogger(__name__)
 
 _CONFIG_LIMIT: Final = 16 * 2**20
-_MOST: Final = {"layers": 4096, "layer": 4096, "blocks": 4096, "labels": 2**20}
+_MAX_CONFIG_COUNTS: Final = {"layers": 4096, "layer": 4096, "blocks": 4096, "labels": 2**20}
 """How many of what a config counts are more than any model has, by the ends of the fields' names."""
 
 KIT_BASE: Final = "kit-base"
@@ -37,15 +37,15 @@ def locate(base: str | Path) -> tuple[str, bool]:
         raise BaseModelError(f"{text} is a file", hint="a base is a folder, a hub id, or kit-base")
     # `organisation/model` on the hub looks like a path; it is one if the folder before the slash is here.
     if isinstance(base, Path) or not _HUB_ID.fullmatch(text) or ("/" in text and path.parent.is_dir()):
-        raise BaseModelError(f"{text}: no such folder", hint=_near(path))
-    return text, _hub_offline(text)
+        raise BaseModelError(f"{text}: no such folder", hint=_suggest_folder(path))
+    return text, _needs_local_cache(text)
 
 
-def _near(path: Path) -> str:
+def _suggest_folder(path: Path) -> str:
     """A hint at a folder of nearly that name."""
     parent = path.parent
     folders = [str(parent / entry.name) for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
-    return nearest(str(path), [*folders, KIT_BASE]) or "give a folder, a hub id, or kit-base"
+    return suggest_nearest(str(path), [*folders, KIT_BASE]) or "give a folder, a hub id, or kit-base"
 
 
 def _check_folder(path: Path) -> None:
@@ -68,20 +68,24 @@ def check_config(file: Path) -> None:
     except AdapterError as error:
         raise BaseModelError(error.message, hint=error.hint) from None
     except (ValueError, RecursionError) as error:
-        raise BaseModelError(f"{printable(file)}: not JSON: {error}") from None
+        raise BaseModelError(f"{escape_text(file)}: not JSON: {error}") from None
     if not isinstance(config, dict):
-        raise BaseModelError(f"{printable(file)}: a JSON object was expected, found {type(config).__name__}")
+        raise BaseModelError(f"{escape_text(file)}: a JSON object was expected, found {type(config).__name__}")
     names = config.get("architectures")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise BaseModelError(f"{printable(file)}: architectures is {shown(names)}; a list of names was expected")
+        raise BaseModelError(
+            f"{escape_text(file)}: architectures is {format_value(names)}; a list of names was expected"
+        )
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for name, value in part.items():
-            most = next((limit for end, limit in _MOST.items() if name.endswith(end)), None)
+            most = next((limit for end, limit in _MAX_CONFIG_COUNTS.items() if name.endswith(end)), None)
             if most is not None and isinstance(value, (int, float)) and not value <= most:
-                raise BaseModelError(f"{printable(file)}: {name} is {shown(value)}; at most {most:,} are built")
+                raise BaseModelError(
+                    f"{escape_text(file)}: {name} is {format_value(value)}; at most {most:,} are built"
+                )
 
 
-def _hub_offline(name: str) -> bool:
+def _needs_local_cache(name: str) -> bool:
     """Whether a hub id must be read from the local cache.
 
     Raises:
@@ -99,7 +103,7 @@ def _hub_offline(name: str) -> bool:
             info = HfApi().model_info(name, timeout=10)
         except (GatedRepoError, RepositoryNotFoundError):
             told = f"{name}: the hub has no such model, or it needs a login"
-            raise BaseModelError(told, hint=_near(Path(name))) from None
+            raise BaseModelError(told, hint=_suggest_folder(Path(name))) from None
         except Exception as error:  # any failure of the network, of whatever library it comes from
             reason = f"the hub did not answer ({type(error).__name__})"
         else:
@@ -108,7 +112,7 @@ def _hub_offline(name: str) -> bool:
                 raise BaseModelError(f"{name}: no config.json in this repository", hint="an adapter is not a base")
             return False
     if not cached:
-        close = nearest(name, [KIT_BASE])
+        close = suggest_nearest(name, [KIT_BASE])
         hint = close or "give a local folder, or kit-base, which needs no network"
         raise BaseModelError(f"{name}: no such folder here, it is not in the local cache, and {reason}", hint=hint)
     logger.info("%s: read from the local cache, since %s", name, reason)
@@ -116,7 +120,7 @@ def _hub_offline(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def translated(name: str) -> Iterator[None]:
+def translate_load_errors(name: str) -> Iterator[None]:
     """What transformers and safetensors raise, as one typed line."""
     try:
         yield
@@ -127,17 +131,17 @@ def translated(name: str) -> Iterator[None]:
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise BaseModelError(f"{name}: this model asks to run code of its own, which is never done") from None
-        raise BaseModelError(f"{name}: could not be read: {first_told(error)}") from error
+        raise BaseModelError(f"{name}: could not be read: {summarize_error(error)}") from error
 
 
-def first_told(error: Exception) -> str:
+def summarize_error(error: Exception) -> str:
     """The first line of an error of others, with the next one where it only announces it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return printable(" ".join(lines[: 2 if lines[0].endswith(":") else 1]))
+    return escape_text(" ".join(lines[: 2 if lines[0].endswith(":") else 1]))
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def silence_libraries() -> Iterator[None]:
     """Keeps transformers' bars and load reports, and bitsandbytes' line about `kernels`, off the terminal."""
     from transformers.utils import logging as theirs
 
@@ -156,7 +160,7 @@ def quiet() -> Iterator[None]:
             theirs.enable_progress_bar()
 
 
-_WANTED: Final = [
+_BASE_PATTERNS: Final = [
     "*.json",
     "*.safetensors",
     "*.txt",
@@ -167,10 +171,10 @@ _WANTED: Final = [
     "*.vocab",
     "LICENSE*",
 ]
-_OLDER: Final = ["pytorch_model*"]
+_PICKLE_PATTERNS: Final = ["pytorch_model*"]
 
 
-def local_folder(base: str | Path) -> Path | None:
+def find_local_folder(base: str | Path) -> Path | None:
     """The folder a base is read from, where it is a local one."""
     folder = KIT_FOLDER if base == KIT_BASE else Path(base).expanduser()
     return folder if folder.is_dir() else None
@@ -182,33 +186,33 @@ def find_base(base: str | Path) -> Path:
     Raises:
         BaseModelError: there is no such base, it is none, or it cannot be fetched.
     """
-    folder = local_folder(base) or _fetched(base)
+    folder = find_local_folder(base) or _fetch_base(base)
     if (folder / "adapter_config.json").exists():
-        raise BaseModelError(f"{printable(base)} is an adapter, not a base", hint="give it as the adapter")
+        raise BaseModelError(f"{escape_text(base)} is an adapter, not a base", hint="give it as the adapter")
     if not (folder / "config.json").is_file():
         raise BaseModelError(
-            f"{printable(base)} has no config.json", hint="a base is a folder as save_pretrained writes it"
+            f"{escape_text(base)} has no config.json", hint="a base is a folder as save_pretrained writes it"
         )
     check_config(folder / "config.json")
     return folder
 
 
-def _fetched(base: str | Path) -> Path:
+def _fetch_base(base: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        with quiet():
-            folder = Path(snapshot_download(str(base), allow_patterns=_WANTED))
+        with silence_libraries():
+            folder = Path(snapshot_download(str(base), allow_patterns=_BASE_PATTERNS))
             if not any(folder.glob("*.safetensors")):
-                folder = Path(snapshot_download(str(base), allow_patterns=[*_WANTED, *_OLDER]))
+                folder = Path(snapshot_download(str(base), allow_patterns=[*_BASE_PATTERNS, *_PICKLE_PATTERNS]))
     except HFValidationError:
         raise BaseModelError(
-            f"{printable(base)}: no such folder", hint="give a folder, a hub id, or kit-base"
+            f"{escape_text(base)}: no such folder", hint="give a folder, a hub id, or kit-base"
         ) from None
     except Exception as error:  # any failure of the network, of whatever library it comes from
         raise BaseModelError(
-            f"{printable(base)}: no such folder here, and the hub did not give it ({type(error).__name__})",
+            f"{escape_text(base)}: no such folder here, and the hub did not give it ({type(error).__name__})",
             hint="give a local folder, or kit-base, which needs no network",
         ) from error
     return folder

@@ -16,7 +16,9 @@ def render_prompt(prompt: str, *, separator: str = DEFAULT_SEPARATOR) -> str:
     return prompt + separator
 
 
-def special_tokens(tokenizer: Any, *, side: Literal["text", "text_target"] = "text") -> tuple[list[int], list[int]]:
+def find_special_tokens(
+    tokenizer: Any, *, side: Literal["text", "text_target"] = "text"
+) -> tuple[list[int], list[int]]:
     """What the tokenizer puts before and after a text: a BOS and nothing, `[CLS]` and `[SEP]`, or nothing at all.
 
     Args:
@@ -30,31 +32,31 @@ def special_tokens(tokenizer: Any, *, side: Literal["text", "text_target"] = "te
     return [], []
 
 
-def text_ids(tokenizer: Any, text: str) -> list[int]:
+def tokenize_text(tokenizer: Any, text: str) -> list[int]:
     """Tokens of a text and nothing else; what is too long for the model is the caller's to see to."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 
-def prompt_ids(tokenizer: Any, text: str) -> list[int]:
+def tokenize_prompt(tokenizer: Any, text: str) -> list[int]:
     """Tokens of a rendered prompt: one BOS if the tokenizer adds one (never a second), no EOS."""
-    prefix, _ = special_tokens(tokenizer)
-    return [*prefix, *without_special(text_ids(tokenizer, text), prefix, [])]
+    prefix, _ = find_special_tokens(tokenizer)
+    return [*prefix, *strip_special_tokens(tokenize_text(tokenizer, text), prefix, [])]
 
 
-def source_ids(tokenizer: Any, text: str) -> list[int]:
+def tokenize_source(tokenizer: Any, text: str) -> list[int]:
     """Tokens of what an encoder reads: the text between the tokenizer's own special tokens, none of them doubled."""
-    prefix, suffix = special_tokens(tokenizer)
-    return [*prefix, *without_special(text_ids(tokenizer, text), prefix, suffix), *suffix]
+    prefix, suffix = find_special_tokens(tokenizer)
+    return [*prefix, *strip_special_tokens(tokenize_text(tokenizer, text), prefix, suffix), *suffix]
 
 
-def without_special(ids: list[int], prefix: list[int], suffix: list[int]) -> list[int]:
+def strip_special_tokens(ids: list[int], prefix: list[int], suffix: list[int]) -> list[int]:
     """Tokens of a text without special tokens that it brings itself, where they would be put there anyway."""
     ids = ids[len(prefix) :] if prefix and ids[: len(prefix)] == prefix else ids
     return ids[: -len(suffix)] if suffix and ids[-len(suffix) :] == suffix else ids
 
 
-def decoder_inputs(model: Any, labels: Tensor) -> Tensor:
+def prepare_decoder_inputs(model: Any, labels: Tensor) -> Tensor:
     """What a decoder reads while it learns to write these labels: int64 (rows, length), shifted right.
 
     Args:

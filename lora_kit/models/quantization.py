@@ -12,19 +12,19 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from lora_kit.errors import BaseModelError, listed
-from lora_kit.io.text import printable
+from lora_kit.errors import BaseModelError, format_list
+from lora_kit.io.text import escape_text
 
 logger = logging.getLogger(__name__)
 
 QUANTIZATIONS: Final = ("nf4", "nf4-double", "fp4", "fp4-double", "int8")
 """4 bits in one of two grids, their scales in fp32 or in 8 bits again (double quantisation); or 8 bits by rows."""
-_CAST: Final = "MatMul8bitLt: inputs will be cast"
-_FAR: Final = 0.05
+_CAST_WARNING: Final = "MatMul8bitLt: inputs will be cast"
+_MISREAD_TOLERANCE: Final = 0.05
 """Distance of two ways to read one weight, by its largest number, that no rounding explains."""
 
 
-def asked(kind: str | None, method: str | None, device: torch.device) -> dict[str, Any]:
+def build_quantization_kwargs(kind: str | None, method: str | None, device: torch.device) -> dict[str, Any]:
     """What transformers is told besides: nothing for a base that is not to be quantised, and is not.
 
     Args:
@@ -35,7 +35,7 @@ def asked(kind: str | None, method: str | None, device: torch.device) -> dict[st
     # Where nobody says, a quantised checkpoint goes to the first CUDA device, or with some methods to the CPU.
     placed: dict[str, Any] = {"device_map": {"": device}}
     if kind is not None:
-        return {**placed, "quantization_config": _settings(kind)}
+        return {**placed, "quantization_config": _build_bnb_config(kind)}
     if method == "compressed-tensors":
         from transformers import CompressedTensorsConfig
 
@@ -45,7 +45,7 @@ def asked(kind: str | None, method: str | None, device: torch.device) -> dict[st
     return placed
 
 
-def _settings(kind: str) -> Any:
+def _build_bnb_config(kind: str) -> Any:
     from transformers import BitsAndBytesConfig
 
     if kind == "int8":
@@ -60,7 +60,7 @@ def _settings(kind: str) -> Any:
     )
 
 
-def method_of(config: Any) -> str | None:
+def quantization_method_of(config: Any) -> str | None:
     """The method that a checkpoint was quantised by, from its config; None for one that is not."""
     found = getattr(config, "quantization_config", None)
     if found is None:
@@ -71,17 +71,17 @@ def method_of(config: Any) -> str | None:
     return str(getattr(method, "value", method))
 
 
-def refuse_twice(name: str, config: Any, quantize: str | None) -> None:
+def refuse_already_quantized(name: str, config: Any, quantize: str | None) -> None:
     """Raise BaseModelError where a base is to be quantised that is quantised already."""
-    method = method_of(config)
+    method = quantization_method_of(config)
     if quantize is not None and method is not None:
         raise BaseModelError(
-            f"{printable(name)} is quantised already, by {printable(method)}; quantize {quantize!r} was given",
+            f"{escape_text(name)} is quantised already, by {escape_text(method)}; quantize {quantize!r} was given",
             hint="leave quantize out, or give the base it was made from",
         )
 
 
-def refuse_misread(name: str, model: nn.Module) -> None:
+def refuse_misread_weights(name: str, model: nn.Module) -> None:
     """Raise BaseModelError for a base whose 4-bit weights bitsandbytes itself reads wrong on this device.
 
     On a CPU, bitsandbytes 0.50 takes the wrong scales where a row is not a whole number of blocks (64 numbers), unless
@@ -102,19 +102,19 @@ def refuse_misread(name: str, model: nn.Module) -> None:
             wrong.append(f"{path} ({shape[1]} wide)")
     if wrong:
         raise BaseModelError(
-            f"{printable(name)}: bitsandbytes reads 4-bit weights wrong here whose rows are no whole blocks of 64: "
-            f"{listed(wrong)}",
+            f"{escape_text(name)}: bitsandbytes reads 4-bit weights wrong here whose rows are no whole blocks of 64: "
+            f"{format_list(wrong)}",
             hint="quantize: int8, or none, or another device",
         )
 
 
-def hush() -> None:
+def silence_cast_warnings() -> None:
     """Keep bitsandbytes from saying in every layer of every forward that inputs are cast to fp16 for 8 bits."""
-    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_news)
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_not_cast_warning)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith(_CAST)
+def _is_not_cast_warning(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(_CAST_WARNING)
 
 
 def _is_misread(weight: Any, state: Any) -> bool:
@@ -125,4 +125,4 @@ def _is_misread(weight: Any, state: Any) -> bool:
     row.shape = torch.Size([state.shape.numel()])
     expected = dequantize_4bit(weight.data, row).flatten().float()
     found = dequantize_4bit(weight.data, state).flatten().float()
-    return bool((found - expected).abs().max() > _FAR * expected.abs().max())
+    return bool((found - expected).abs().max() > _MISREAD_TOLERANCE * expected.abs().max())

@@ -22,7 +22,7 @@ from torch import Tensor
 from lora_kit.errors import DataError
 
 LOGITS_BYTES: Final = {"cpu": 2**25, "cuda": 2**28}
-LEAST_ROWS: Final = 128
+MIN_CHUNK_ROWS: Final = 128
 """How much there is at once by default: as many rows as these bytes of logits hold in the dtype of the sums, but never
 so few that reading W costs more than multiplying with it. On a CPU that is 262 rows of 32,000 logits or 128 of 128,256
 (half as many are a fifth slower, more are hardly faster); on a GPU 512 of the latter."""
@@ -58,7 +58,7 @@ def chunked_cross_entropy(
             synchronisation: on a CPU) a label that is no class.
     """
     _check_shapes(hidden, weight, bias, labels)
-    dtype = _computed_in(hidden)
+    dtype = _compute_dtype_of(hidden)
     if weight.dtype != dtype and not torch.is_autocast_enabled(hidden.device.type):
         raise DataError(
             f"hidden is {hidden.dtype} and weight {weight.dtype}; outside autocast both must be of one dtype"
@@ -70,9 +70,9 @@ def chunked_cross_entropy(
     if chunk is None:
         sums = torch.promote_types(dtype, torch.float32)
         held = LOGITS_BYTES["cpu" if hidden.device.type == "cpu" else "cuda"]
-        chunk = max(LEAST_ROWS, held // (weight.shape[0] * sums.itemsize))
+        chunk = max(MIN_CHUNK_ROWS, held // (weight.shape[0] * sums.itemsize))
     with torch.autocast(hidden.device.type, enabled=False):
-        head = _Head(weight.to(dtype), None if bias is None else bias.to(dtype), labels, rows, chunk, smoothing)
+        head = _FrozenHead(weight.to(dtype), None if bias is None else bias.to(dtype), labels, rows, chunk, smoothing)
         if torch.is_grad_enabled() and hidden.requires_grad:
             total: Tensor = _ChunkedCrossEntropy.apply(hidden, head)
             return total
@@ -101,7 +101,7 @@ def _check_labels(labels: Tensor, classes: int) -> None:
             raise DataError(f"label {low if low < 0 else high} is none of the {classes} classes")
 
 
-def _computed_in(x: Tensor) -> torch.dtype:
+def _compute_dtype_of(x: Tensor) -> torch.dtype:
     """The dtype in which a linear layer computes with this input."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
@@ -110,7 +110,7 @@ def _computed_in(x: Tensor) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class _Head:
+class _FrozenHead:
     """The head, what is asked of it, and the rows of `hidden` that it is asked for.
 
     Attributes:
@@ -137,11 +137,11 @@ class _Head:
             here = slice(start, min(start + self.chunk, len(self.rows)))
             x = hidden.index_select(0, self.rows[here]).to(dtype)
             narrow, z = logits[: len(x)], wide[: len(x)]
-            self._logits(x, out=narrow)
+            self._compute_logits(x, out=narrow)
             if z.dtype != dtype:
                 z.copy_(narrow)
             label = self.labels[here].unsqueeze(1)
-            loss, others, s = self._exponentials_(z, label)
+            loss, others, s = self._exponentiate_(z, label)
             total += loss
             if gradient is not None:
                 narrow.copy_(z)
@@ -152,13 +152,13 @@ class _Head:
                     gradient[here].sub_(center, alpha=self.smoothing)
         return total
 
-    def _logits(self, x: Tensor, *, out: Tensor) -> None:
+    def _compute_logits(self, x: Tensor, *, out: Tensor) -> None:
         if self.bias is None:
             torch.mm(x, self.weight.mT, out=out)
         else:
             torch.addmm(self.bias, x, self.weight.mT, out=out)
 
-    def _exponentials_(self, z: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _exponentiate_(self, z: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Turn logits in place into E with a zero at each label; the summed loss, and Σ_{j ≠ y} E_j and s (k, 1)."""
         z.sub_(z.amax(1, keepdim=True))
         own = z.gather(1, label)
@@ -174,7 +174,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """The summed loss of the labelled rows; the backward only multiplies what the forward formed."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: _Head) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: _FrozenHead) -> Tensor:
         # In the dtype of the sums, so that it is rounded once, after it has been multiplied.
         sums = torch.promote_types(head.weight.dtype, torch.float32)
         gradient = hidden.new_empty(len(head.rows), hidden.shape[1], dtype=sums)

@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_kit.errors import ConfigError
 from lora_kit.ops import torch_kernels
 
-VARIABLE: Final = "LORA_KIT_KERNELS"
+KERNELS_VARIABLE: Final = "LORA_KIT_KERNELS"
 """`plain` or `triton` here takes that one for everything; one that cannot be had is an error."""
 
 _TRITON_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,31 +27,33 @@ class Kernels(Protocol):
     def expand_rows_(self, y: Tensor, h: Tensor, b: Tensor, scaling: Tensor, slots: Tensor) -> None: ...
 
 
-_chosen: dict[tuple[torch.device, torch.dtype], Kernels] = {}
+_kernels_cache: dict[tuple[torch.device, torch.dtype], Kernels] = {}
 
 
-def bodies(x: Tensor) -> Kernels:
+def get_kernels(x: Tensor) -> Kernels:
     """The kernels for products in the dtype of x, on its device. Chosen once for each of these, then looked up.
 
     Raises:
         ConfigError: LORA_KIT_KERNELS names kernels that do not exist, or cannot be had here.
     """
     key = x.device, x.dtype
-    if key not in _chosen:
-        _chosen[key] = kernels(*key)
-    return _chosen[key]
+    if key not in _kernels_cache:
+        _kernels_cache[key] = choose_kernels(*key)
+    return _kernels_cache[key]
 
 
-def kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
+def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     """`triton_lora` or `plain`, whichever fits; raises as `bodies` does."""
-    forced = os.environ.get(VARIABLE, "")
+    forced = os.environ.get(KERNELS_VARIABLE, "")
     if forced not in ("", "plain", "triton"):
-        raise ConfigError(f"{VARIABLE}={forced} names no kernels", hint="plain or triton, or leave it unset")
+        raise ConfigError(f"{KERNELS_VARIABLE}={forced} names no kernels", hint="plain or triton, or leave it unset")
     if forced == "plain" or (not forced and device.type != "cuda"):
         return torch_kernels
-    missing = _missing_for_triton(device, dtype)
+    missing = _reason_not_triton(device, dtype)
     if forced and missing:
-        raise ConfigError(f"{VARIABLE}=triton, but {missing}", hint=f"unset {VARIABLE}, or set it to plain")
+        raise ConfigError(
+            f"{KERNELS_VARIABLE}=triton, but {missing}", hint=f"unset {KERNELS_VARIABLE}, or set it to plain"
+        )
     if missing:
         return torch_kernels
     from lora_kit.ops import triton_kernels
@@ -59,7 +61,7 @@ def kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     return triton_kernels
 
 
-def _missing_for_triton(device: torch.device, dtype: torch.dtype) -> str:
+def _reason_not_triton(device: torch.device, dtype: torch.dtype) -> str:
     """Why Triton's kernels cannot be had; empty if they can."""
     if dtype not in _TRITON_DTYPES:
         return f"its kernels do not compute in {dtype}"

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
-_BYTES: Final = 16
+_KERNEL_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+_ALIGNMENT_BYTES: Final = 16
 """What the kernel wants the size of every row to be a multiple of, of gradients as well."""
 
 
-def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def grouped_matmul(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """xᵢ W[g(i)] for every row i of group g(i): one kernel, however many groups there are, and no row is copied.
 
     Args:
@@ -36,20 +36,20 @@ def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def padded_rank(rank: int, dtype: torch.dtype) -> int:
+def round_up_rank(rank: int, dtype: torch.dtype) -> int:
     """The rank from which on a kernel takes factors of this rank, filled up with zeros."""
-    multiple = _BYTES // dtype.itemsize
+    multiple = _ALIGNMENT_BYTES // dtype.itemsize
     return -(-rank // multiple) * multiple
 
 
 def _has_kernel(x: Tensor) -> bool:
     if x.device.type == "cuda":
-        return x.dtype in _DTYPES and torch.cuda.get_device_capability(x.device) >= (8, 0)
-    return x.dtype in _DTYPES and x.device.type == "cpu"
+        return x.dtype in _KERNEL_DTYPES and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return x.dtype in _KERNEL_DTYPES and x.device.type == "cpu"
 
 
 def _is_aligned(tensor: Tensor) -> bool:
     size = tensor.element_size()
     strides = [stride for stride in tensor.stride()[-2:] if stride != 1]
-    whole = len(strides) == 1 and not strides[0] * size % _BYTES
-    return whole and not tensor.shape[-1] * size % _BYTES and not tensor.data_ptr() % _BYTES
+    whole = len(strides) == 1 and not strides[0] * size % _ALIGNMENT_BYTES
+    return whole and not tensor.shape[-1] * size % _ALIGNMENT_BYTES and not tensor.data_ptr() % _ALIGNMENT_BYTES

@@ -40,17 +40,17 @@ def lora_linear(
         (..., out), of the dtype a linear layer would give. Gradients go to x, a and b.
     """
     if torch.compiler.is_compiling():
-        return _equation(functional.linear(x, weight, bias), x, a, b, scaling, dropout)
+        return _add_by_equation(functional.linear(x, weight, bias), x, a, b, scaling, dropout)
     dtype = _autocast_dtype(x)
     if dtype is not None:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     elif x.dtype != weight.dtype:
         return functional.linear(x, weight, bias)  # raises, as the base alone would
-    with _NOTHING if dtype is None else _without_autocast(x.device.type):
+    with _NULL_CONTEXT if dtype is None else _disable_autocast(x.device.type):
         if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad):
             return _LoraLinear.apply(x, weight, bias, a, b, scaling, dropout)
         x = _cast(x, weight.dtype)
-        return _added(functional.linear(x, weight, bias), x, a, b, scaling, dropout)
+        return _add_update(functional.linear(x, weight, bias), x, a, b, scaling, dropout)
 
 
 def lora_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, *, dropout: float = 0.0) -> Tensor:
@@ -65,11 +65,11 @@ def lora_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, *, drop
         (..., out) in the dtype of y. Gradients go to y, x, a and b, those of a and b in their own dtypes.
     """
     if torch.compiler.is_compiling():
-        return _equation(y, x, a, b, scaling, dropout)
-    with _without_autocast(y.device.type):
+        return _add_by_equation(y, x, a, b, scaling, dropout)
+    with _disable_autocast(y.device.type):
         if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or a.requires_grad or b.requires_grad):
             return _LoraAdd.apply(y, x, a, b, scaling, dropout)
-        return _added(y if is_free(y) else _copy(y), _cast(x, y.dtype), a, b, scaling, dropout)
+        return _add_update(y if can_overwrite(y) else _copy(y), _cast(x, y.dtype), a, b, scaling, dropout)
 
 
 def lora_add_rows(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor, slots: Tensor) -> Tensor:
@@ -86,19 +86,19 @@ def lora_add_rows(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor, s
     Returns:
         (n, ..., out) in the dtype of y. Gradients go to y, x, a and b.
     """
-    if torch.compiler.is_compiling() and (torch.is_grad_enabled() or dispatch.bodies(y) is torch_kernels):
+    if torch.compiler.is_compiling() and (torch.is_grad_enabled() or dispatch.get_kernels(y) is torch_kernels):
         # The compiler gets the plain equation, but for kernels that read the slabs where they lie.
         rows = slots.shape[0]
         h = torch.bmm(x.to(y.dtype).reshape(rows, -1, x.shape[-1]), a[slots].to(y.dtype).mT)
         h = (h * scaling[slots].view(-1, 1, 1)).to(y.dtype)
         return y + torch.bmm(h, b[slots].to(y.dtype).mT).view(y.shape)
-    with _without_autocast(y.device.type):
+    with _disable_autocast(y.device.type):
         if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or a.requires_grad or b.requires_grad):
             return _LoraAddRows.apply(y, x, a, b, scaling, slots)
-        y = y if is_free(y) else _copy(y)
+        y = y if can_overwrite(y) else _copy(y)
         rows = slots.shape[0]
         flat = _cast(x, y.dtype).reshape(rows, -1, x.shape[-1])
-        dispatch.bodies(y).add_rows_(y.view(rows, -1, y.shape[-1]), flat, a, b, scaling, slots)
+        dispatch.get_kernels(y).add_rows_(y.view(rows, -1, y.shape[-1]), flat, a, b, scaling, slots)
         return y
 
 
@@ -133,7 +133,7 @@ def lora_add_embedding_rows(y: Tensor, ids: Tensor, a: Tensor, b: Tensor, scalin
     return y + torch.bmm(h, b[slots].to(y.dtype).mT).view(y.shape)
 
 
-def _equation(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: float) -> Tensor:
+def _add_by_equation(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: float) -> Tensor:
     """The plain equation, for the compiler: it fuses and schedules by itself."""
     if dropout:
         x = functional.dropout(x, dropout)
@@ -141,11 +141,11 @@ def _equation(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropou
     return torch.add(y, h @ b.to(y.dtype).mT, alpha=scaling)
 
 
-def _added(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: float) -> Tensor:
+def _add_update(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: float) -> Tensor:
     """y, which may be overwritten, with the update of x, which is of its dtype; no gradients."""
     if dropout:
         x = functional.dropout(x, dropout)
-    dispatch.bodies(y).add_(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), a, b, scaling)
+    dispatch.get_kernels(y).add_(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), a, b, scaling)
     return y
 
 
@@ -157,12 +157,12 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
-_NOTHING = contextlib.nullcontext()
+_NULL_CONTEXT = contextlib.nullcontext()
 
 
-def _without_autocast(kind: str) -> contextlib.AbstractContextManager[Any]:
+def _disable_autocast(kind: str) -> contextlib.AbstractContextManager[Any]:
     """Autocast off, where it is on: the dtype is settled already."""
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NULL_CONTEXT
 
 
 _last_cast: tuple[Any, int, Any] | None = None
@@ -186,7 +186,7 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return made
 
 
-def is_free(y: Tensor) -> bool:
+def can_overwrite(y: Tensor) -> bool:
     """Whether y may be overwritten: it is nobody else's memory, and no leaf."""
     return y.is_contiguous() and not y._is_view() and not (y.is_leaf and y.requires_grad)
 
@@ -196,26 +196,26 @@ class _Dropout:
 
     def __init__(self, p: float, device: torch.device) -> None:
         self.p, self.device = p, device
-        self.state = _generator(device).get_state()
+        self.state = _default_generator_of(device).get_state()
 
     def mask(self, x: Tensor) -> Tensor:
         """0 or 1 / (1 - p) for every element of x, from the global generator: the forward's."""
         return torch.empty_like(x).bernoulli_(1 - self.p).div_(1 - self.p)
 
-    def mask_again(self, x: Tensor) -> Tensor:
+    def redraw_mask(self, x: Tensor) -> Tensor:
         """The mask of the forward."""
         generator = torch.Generator(self.device)
         generator.set_state(self.state)
         return torch.empty_like(x).bernoulli_(1 - self.p, generator=generator).div_(1 - self.p)
 
 
-def _generator(device: torch.device) -> torch.Generator:
+def _default_generator_of(device: torch.device) -> torch.Generator:
     if device.type == "cuda":
         return torch.cuda.default_generators[device.index or 0]
     return torch.default_generator
 
 
-class _Update:
+class _LowRankUpdate:
     """What the two functions of one pair share: s · (drop(x) Aᵀ) Bᵀ into y, and its gradients.
 
     With g = dY B (tokens, r):  dX += s · g A,  dA = s · gᵀ x,  dB = s · dYᵀ (x Aᵀ).
@@ -231,7 +231,7 @@ class _Update:
         ctx.dropout = _Dropout(dropout, x.device) if dropout else None
         if ctx.dropout is not None:
             flat = flat * ctx.dropout.mask(x).reshape(flat.shape)  # drawn as x lies in memory, like F.dropout's
-        h = dispatch.bodies(y).add_(y.view(-1, y.shape[-1]), flat, a, b, scaling)
+        h = dispatch.get_kernels(y).add_(y.view(-1, y.shape[-1]), flat, a, b, scaling)
         ctx.save_for_backward(x, a, b, h, *more)
 
     @staticmethod
@@ -247,9 +247,9 @@ class _Update:
         x, a, b, h = saved
         needs_x, needs_a, needs_b = needs
         flat = x.reshape(-1, x.shape[-1])
-        mask = ctx.dropout.mask_again(x).reshape(flat.shape) if ctx.dropout is not None else None
+        mask = ctx.dropout.redraw_mask(x).reshape(flat.shape) if ctx.dropout is not None else None
         if base is not None and mask is None:
-            g = dispatch.bodies(dy).add_(base, dy, b.mT, a.mT, ctx.scaling)
+            g = dispatch.get_kernels(dy).add_(base, dy, b.mT, a.mT, ctx.scaling)
         else:
             g = dy @ b.to(dy.dtype)
             if needs_x:
@@ -280,7 +280,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.x_dtype = x.dtype
         x = _cast(x, weight.dtype)
         y = functional.linear(x, weight, bias)
-        _Update.into(ctx, y, x, a, b, scaling, dropout, weight)
+        _LowRankUpdate.into(ctx, y, x, a, b, scaling, dropout, weight)
         return y
 
     @staticmethod
@@ -290,7 +290,7 @@ class _LoraLinear(torch.autograd.Function):
         d = dy.reshape(-1, dy.shape[-1])
         *saved, weight = ctx.saved_tensors
         base = d @ weight if needs_x else None
-        dx, da, db = _Update.gradients(ctx, d, base, tuple(saved), (needs_x, needs_a, needs_b))
+        dx, da, db = _LowRankUpdate.gradients(ctx, d, base, tuple(saved), (needs_x, needs_a, needs_b))
         return dx, None, None, da, db, None, None
 
 
@@ -300,8 +300,8 @@ class _LoraAdd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: float) -> Tensor:
         ctx.x_dtype = x.dtype
-        y = _writable(ctx, y)
-        _Update.into(ctx, y, _cast(x, y.dtype), a, b, scaling, dropout)
+        y = _ensure_writable(ctx, y)
+        _LowRankUpdate.into(ctx, y, _cast(x, y.dtype), a, b, scaling, dropout)
         return y
 
     @staticmethod
@@ -309,7 +309,7 @@ class _LoraAdd(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
         d, needs = dy.reshape(-1, dy.shape[-1]), (needs_x, needs_a, needs_b)
-        dx, da, db = _Update.gradients(ctx, d, None, ctx.saved_tensors, needs)
+        dx, da, db = _LowRankUpdate.gradients(ctx, d, None, ctx.saved_tensors, needs)
         return dy, dx, da, db, None, None
 
 
@@ -319,9 +319,9 @@ class _LoraAddRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor, slots: Tensor) -> Tensor:
         ctx.x_dtype = x.dtype
-        x, y, rows = _cast(x, y.dtype), _writable(ctx, y), slots.shape[0]
+        x, y, rows = _cast(x, y.dtype), _ensure_writable(ctx, y), slots.shape[0]
         into, flat = y.view(rows, -1, y.shape[-1]), x.reshape(rows, -1, x.shape[-1])
-        h = dispatch.bodies(y).add_rows_(into, flat, a, b, scaling, slots)  # (R, tokens, r)
+        h = dispatch.get_kernels(y).add_rows_(into, flat, a, b, scaling, slots)  # (R, tokens, r)
         ctx.save_for_backward(x, a, b, scaling, slots, h)
         return y
 
@@ -329,7 +329,7 @@ class _LoraAddRows(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b, scaling, slots, h = ctx.saved_tensors
-        rows, body = slots.shape[0], dispatch.bodies(dy)
+        rows, body = slots.shape[0], dispatch.get_kernels(dy)
         _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
         d, x3 = dy.reshape(rows, -1, dy.shape[-1]), x.reshape(rows, -1, x.shape[-1])
         dx = None
@@ -348,9 +348,9 @@ def _copy(y: Tensor) -> Tensor:
     return y.clone(memory_format=torch.contiguous_format)
 
 
-def _writable(ctx: Any, y: Tensor) -> Tensor:
+def _ensure_writable(ctx: Any, y: Tensor) -> Tensor:
     """y itself, marked as overwritten, or a copy where it may not be."""
-    if not is_free(y):
+    if not can_overwrite(y):
         return _copy(y)
     ctx.mark_dirty(y)
     return y

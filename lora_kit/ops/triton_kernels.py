@@ -36,14 +36,14 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-FEW: Final = 16
+MIN_BLOCK_TOKENS: Final = 16
 """The least tokens that a matrix unit takes: up to here they share one program, or have one each."""
 
-BUSY: Final = 128
+TARGET_PROGRAMS: Final = 128
 """Programs that keep a device busy. A shrink that would have fewer splits its sum between several of them."""
 
-FUSED_RANK: Final = 64
-FUSED_FACTOR: Final = 1 << 17
+MAX_FUSED_RANK: Final = 64
+MAX_FUSED_ENTRIES: Final = 1 << 17
 """Entries of A up to which every program of the fused kernel can afford to read all of A, from cache, for itself."""
 
 
@@ -79,7 +79,7 @@ def expand_rows_(y: Tensor, h: Tensor, b: Tensor, scaling: Tensor, slots: Tensor
 def _add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor | float, slots: Tensor | None) -> Tensor:
     """`add_rows_`, or the same with a[0], b[0] and a number for every row where there are no slots."""
     (rows, tokens, _), (_, rank, size_in) = x.shape, a.shape
-    if rows == 1 and tokens <= FEW and rank <= FUSED_RANK and rank * size_in <= FUSED_FACTOR:
+    if rows == 1 and tokens <= MIN_BLOCK_TOKENS and rank <= MAX_FUSED_RANK and rank * size_in <= MAX_FUSED_ENTRIES:
         return _add_few(y, x, a, b, scaling, slots)
     h = _shrink(x, a, slots)
     _expand(y, h, b, scaling, slots)
@@ -90,12 +90,15 @@ def _add_few(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor | float
     """`_add` for one row in one launch: every program takes x Aᵀ anew, and adds to some columns of y."""
     (_, tokens, size_in), (_, size_out, rank) = x.shape, b.shape
     h = torch.empty(1, tokens, rank, dtype=y.dtype, device=y.device)
-    block_rank, block_out = _power_of_two(rank, 16, FUSED_RANK), _power_of_two(triton.cdiv(size_out, BUSY), 32, 128)
+    block_rank, block_out = (
+        _clamp_to_power_of_two(rank, 16, MAX_FUSED_RANK),
+        _clamp_to_power_of_two(triton.cdiv(size_out, TARGET_PROGRAMS), 32, 128),
+    )
     sizes, strides = (tokens, size_in, size_out, rank), (*y.stride()[1:], *x.stride()[1:], *a.stride(), *b.stride())
     with torch.cuda.device_of(y):
         _add_few_kernel[(triton.cdiv(size_out, block_out),)](
             *(y, x, a, b, h, scaling, slots, *sizes, *strides),
-            BLOCK_TOKENS=FEW,
+            BLOCK_TOKENS=MIN_BLOCK_TOKENS,
             BLOCK_IN=4096 // block_rank,
             BLOCK_OUT=block_out,
             BLOCK_RANK=block_rank,
@@ -108,7 +111,7 @@ def _add_few(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor | float
 def _shrink(x: Tensor, a: Tensor, slots: Tensor | None) -> Tensor:
     """`shrink_rows`, or the same with a[0] for every row where there are no slots."""
     rows, tokens, _ = x.shape
-    alone = tokens < FEW or rows * tokens <= 4 * FEW
+    alone = tokens < MIN_BLOCK_TOKENS or rows * tokens <= 4 * MIN_BLOCK_TOKENS
     return _shrink_tokens(x, a, slots) if alone else _shrink_tiles(x, a, slots)
 
 
@@ -116,11 +119,11 @@ def _shrink_tokens(x: Tensor, a: Tensor, slots: Tensor | None) -> Tensor:
     """One program per token and a few ranks: enough programs even for one token, and no row of a matrix unit empty."""
     (rows, tokens, size_in), rank = x.shape, a.shape[1]
     h = torch.empty(rows, tokens, rank, dtype=x.dtype, device=x.device)
-    block_rank = _power_of_two(rows * tokens * rank // BUSY, 1, 4)
+    block_rank = _clamp_to_power_of_two(rows * tokens * rank // TARGET_PROGRAMS, 1, 4)
     with torch.cuda.device_of(x):
         _shrink_tokens_kernel[(rows * tokens, triton.cdiv(rank, block_rank))](
             *(x, a, h, slots, tokens, size_in, rank, *x.stride(), *a.stride()),
-            BLOCK_IN=_power_of_two(size_in, 128, 4096 // block_rank),
+            BLOCK_IN=_clamp_to_power_of_two(size_in, 128, 4096 // block_rank),
             BLOCK_RANK=block_rank,
         )
     return h
@@ -129,11 +132,11 @@ def _shrink_tokens(x: Tensor, a: Tensor, slots: Tensor | None) -> Tensor:
 def _shrink_tiles(x: Tensor, a: Tensor, slots: Tensor | None) -> Tensor:
     """One program per tile of tokens and ranks; where these are few, several of them share the sum over `in`."""
     (rows, tokens, size_in), rank = x.shape, a.shape[1]
-    block_tokens = 64 if rows * tokens >= 32 * BUSY else FEW
-    block_rank = _power_of_two(rank, 16, 64)
+    block_tokens = 64 if rows * tokens >= 32 * TARGET_PROGRAMS else MIN_BLOCK_TOKENS
+    block_rank = _clamp_to_power_of_two(rank, 16, 64)
     block_in = 128 if x.itemsize < 4 and block_rank < 64 else 64
     tiles, ranks = rows * triton.cdiv(tokens, block_tokens), triton.cdiv(rank, block_rank)
-    splits = min(max(BUSY // (tiles * ranks), 1), 16, triton.cdiv(size_in, 4 * block_in))
+    splits = min(max(TARGET_PROGRAMS // (tiles * ranks), 1), 16, triton.cdiv(size_in, 4 * block_in))
     per_split = triton.cdiv(size_in, splits * block_in) * block_in
     h = torch.empty(splits, rows, tokens, rank, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
     with torch.cuda.device_of(x):
@@ -150,19 +153,19 @@ def _shrink_tiles(x: Tensor, a: Tensor, slots: Tensor | None) -> Tensor:
 def _expand(y: Tensor, h: Tensor, b: Tensor, scaling: Tensor | float, slots: Tensor | None) -> None:
     """`expand_rows_`, or the same with b[0] and a number for every row where there are no slots."""
     (rows, tokens, size_out), rank = y.shape, b.shape[2]
-    block_tokens, block_out = (64, 128) if tokens > 4 * FEW else (FEW, 64)
+    block_tokens, block_out = (64, 128) if tokens > 4 * MIN_BLOCK_TOKENS else (MIN_BLOCK_TOKENS, 64)
     with torch.cuda.device_of(y):
         _expand_kernel[(rows * triton.cdiv(tokens, block_tokens), triton.cdiv(size_out, block_out))](
             *(y, h, b, scaling, slots, tokens, size_out, rank, *y.stride(), *h.stride(), *b.stride()),
             BLOCK_TOKENS=block_tokens,
             BLOCK_OUT=block_out,
-            BLOCK_RANK=_power_of_two(rank, 16, 64),
+            BLOCK_RANK=_clamp_to_power_of_two(rank, 16, 64),
             PRECISION=_precision(y),
             num_stages=2,
         )
 
 
-def _power_of_two(size: int, least: int, most: int) -> int:
+def _clamp_to_power_of_two(size: int, least: int, most: int) -> int:
     return min(max(triton.next_power_of_2(size), least), most)
 
 

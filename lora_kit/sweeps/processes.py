@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from lora_kit.errors import VerificationError, listed
-from lora_kit.io.text import printable
+from lora_kit.errors import VerificationError, format_list
+from lora_kit.io.text import escape_text
 from lora_kit.sweeps.sweep_plan import Plan
 from lora_kit.sweeps.worker import Worker
 
@@ -39,12 +39,12 @@ def shared(plan: Plan, workers: int) -> None:
             time.sleep(_POLL_SECONDS)
         for number, process in enumerate(processes):
             if process.poll():
-                log = printable(_log(plan, number))
+                log = escape_text(_log(plan, number))
                 logger.warning("worker %d ended early, with code %d; see %s", number, process.returncode, log)
     watch.tell()
     if not watch.is_done:
         last = [line for number in range(workers) for line in _log(plan, number).read_text().splitlines()[-1:]]
-        raise VerificationError(f"all {workers} workers ended before the sweep did: {listed(last)}")
+        raise VerificationError(f"all {workers} workers ended before the sweep did: {format_list(last)}")
 
 
 @contextlib.contextmanager

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_kit.config.lora_config import LoraConfig
-from lora_kit.errors import RecipeError, listed, nearest
-from lora_kit.training.recipe.coerce import parsed
+from lora_kit.errors import RecipeError, format_list, suggest_nearest
+from lora_kit.training.recipe.coerce import parse_yaml
 from lora_kit.training.recipe.load import load_recipe
 from lora_kit.training.recipe.recipe import DataSpec, Recipe
-from lora_kit.training.recipe.training_arguments import OWN_FIELDS, training_fields
+from lora_kit.training.recipe.training_arguments import OWN_FIELDS, get_training_argument_types
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -118,12 +118,12 @@ def _read(key: str, given: Any) -> Choices | Range:
         match = _RANGE.fullmatch(given)
         if match:
             return _range(key, *match.groups())
-        given = parsed(key, f"[{given}]")
+        given = parse_yaml(key, f"[{given}]")
     if not isinstance(given, Sequence) or not given:
         raise RecipeError(f"{key}: a list of values or a range LOW..HIGH was expected; {given!r} was given")
     values = tuple(_plain(key, value) for value in given)
     if len(set(map(repr, values))) < len(values):
-        raise RecipeError(f"{key} has a value twice: {listed([str(value) for value in values])}")
+        raise RecipeError(f"{key} has a value twice: {format_list([str(value) for value in values])}")
     return Choices(values)
 
 
@@ -158,7 +158,7 @@ def _check_key(key: str) -> None:
     last = key.rpartition(".")[2]
     # People leave the section out, or name another one.
     meant = [known for known in keys if known.rpartition(".")[2] == last]
-    close = f"did you mean {meant[0]!r}?" if meant else nearest(key, keys)
+    close = f"did you mean {meant[0]!r}?" if meant else suggest_nearest(key, keys)
     raise RecipeError(f"a recipe has no key {key!r}", hint=close or "docs/recipes.md lists them")
 
 
@@ -168,7 +168,7 @@ def recipe_keys() -> list[str]:
         "data": [field.name for field in dataclasses.fields(DataSpec)],
         "lora": [field.name for field in dataclasses.fields(LoraConfig) if field.name != "extra"],
         "peft": (),
-        "train": [*training_fields(), *OWN_FIELDS],
+        "train": [*get_training_argument_types(), *OWN_FIELDS],
     }
     own = [field.name for field in dataclasses.fields(Recipe) if field.name not in sections]
     return own + [f"{section}.{name}" for section, names in sections.items() for name in names]

@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lora_kit.io.locks import FileLock
 from lora_kit.io.read import folder_exists
-from lora_kit.io.text import printable
+from lora_kit.io.text import escape_text
 from lora_kit.sweeps.space import Value, grid, size_of
 from lora_kit.sweeps.sweep_plan import LOCKS, Plan
 
@@ -164,7 +164,7 @@ def _mend(path: Path) -> None:
         data = file.read()
         whole = data.rfind(b"\n") + 1
         if whole < len(data):
-            logger.warning("%s ended within a line, which is left out", printable(path))
+            logger.warning("%s ended within a line, which is left out", escape_text(path))
             file.truncate(whole)
 
 

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import ConfigError, RecipeError
-from lora_kit.evaluation.metrics import ALWAYS, checked
+from lora_kit.evaluation.metrics import BASIC_METRICS, validate_metrics
 from lora_kit.io.atomic_write import check_output
-from lora_kit.io.text import printable
+from lora_kit.io.text import escape_text
 from lora_kit.models.loading import Base
-from lora_kit.models.locate import quiet
+from lora_kit.models.locate import silence_libraries
 from lora_kit.sweeps.space import Space, check_values, size_of, space_of
 from lora_kit.sweeps.sweep_plan import Plan, over_of, shares_base, sums_of_files
-from lora_kit.training.job.job import check_place, prepared, read
-from lora_kit.training.recipe.coerce import as_json, one_of
-from lora_kit.training.recipe.load import load_recipe, recipe_fields
+from lora_kit.training.job.job import check_output_writable, prepare_job, read_recipe_rows
+from lora_kit.training.recipe.coerce import as_json, check_one_of
+from lora_kit.training.recipe.load import load_recipe, read_recipe_fields
 from lora_kit.training.recipe.recipe import Recipe
-from lora_kit.training.recipe.training_arguments import best_metric
+from lora_kit.training.recipe.training_arguments import best_metric_of
 
 if TYPE_CHECKING:
     from lora_kit.sweeps.sweep_report import SweepReport
@@ -80,9 +80,9 @@ def sweep(
     if workers > 1 and base is not None:
         raise ConfigError("a base that is loaded already cannot be shared by several workers", hint="leave base out")
     _check_optuna()
-    fields, _ = recipe_fields(recipe, overrides=overrides)
+    fields, _ = read_recipe_fields(recipe, overrides=overrides)
     space, wanted = space_of(over), load_recipe(fields)
-    metric = metric or best_metric(wanted.train)
+    metric = metric or best_metric_of(wanted.train)
     fields = _measuring(metric, wanted, fields)
     wanted = load_recipe(fields)
     plan, base = _planned(wanted, fields, space, base, method=method, metric=metric, trials=trials, seed=seed,
@@ -101,7 +101,7 @@ def sweep(
             del base
             shared(plan, workers)
     except BaseException:
-        logger.warning("stopped; the same command goes on with the sweep in %s", printable(plan.folder))
+        logger.warning("stopped; the same command goes on with the sweep in %s", escape_text(plan.folder))
         raise
     return finished(Study(plan), replace=replace)
 
@@ -121,9 +121,9 @@ def _measuring(metric: str, wanted: Recipe, fields: dict[str, Any]) -> dict[str,
     Raises:
         RecipeError: the recipe tells its best weights by another one.
     """
-    checked([metric], wanted.task)
+    validate_metrics([metric], wanted.task)
     own = wanted.train.get("metric_for_best_model")
-    if metric in ALWAYS[wanted.task] or (own and best_metric(wanted.train) == metric):
+    if metric in BASIC_METRICS[wanted.task] or (own and best_metric_of(wanted.train) == metric):
         return fields
     if own:
         raise RecipeError(
@@ -133,7 +133,7 @@ def _measuring(metric: str, wanted: Recipe, fields: dict[str, Any]) -> dict[str,
     asked: dict[str, Any] = {"train.metric_for_best_model": metric}
     if str(wanted.train.get("eval_strategy", "no")) == "no":
         asked["train.load_best_model_at_end"] = False  # there is one evaluation, at the end
-    return recipe_fields(fields, overrides=asked)[0]
+    return read_recipe_fields(fields, overrides=asked)[0]
 
 
 def _planned(
@@ -147,9 +147,9 @@ def _planned(
     asked["seed"] = wanted.seed if asked["seed"] is None else asked["seed"]
     _check(wanted, space, base, **asked)
     check_values(space, fields)
-    check_place(wanted)
-    with quiet():
-        job = prepared(wanted, read(wanted), base)
+    check_output_writable(wanted)
+    with silence_libraries():
+        job = prepare_job(wanted, read_recipe_rows(wanted), base)
         identity = {**job.identity, "over": over_of(space), "files": sums_of_files(space)}
     identity["sweep"] = {name: asked[name] for name in ("method", "metric", "seed", "prune")}
     plan = Plan(
@@ -193,8 +193,8 @@ def _check(
     keep: str,
     seed: int,
 ) -> None:
-    one_of("method", method, METHODS)
-    one_of("keep", keep, KEEP)
+    check_one_of("method", method, METHODS)
+    check_one_of("keep", keep, KEEP)
     if seed < 0:
         raise ConfigError(f"seed counts from 0; {seed} was given")
     if method == "grid" and size_of(space) is None:
@@ -202,7 +202,7 @@ def _check(
     if wanted.data.validation is None:
         raise RecipeError("a sweep compares trials on data.validation, and the recipe names none")
     if prune is not None:
-        one_of("prune", prune, PRUNERS)
+        check_one_of("prune", prune, PRUNERS)
         if str(wanted.train.get("eval_strategy", "no")) == "no" and "train.eval_strategy" not in space:
             raise RecipeError(
                 "prune compares evaluations made in training, and train.eval_strategy is no",

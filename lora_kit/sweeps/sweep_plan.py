@@ -23,11 +23,11 @@ from lora_kit.errors import AdapterError, RecipeError, StorageError
 from lora_kit.evaluation.metrics import METRICS
 from lora_kit.io.locks import FileLock
 from lora_kit.io.read import exists, read_json
-from lora_kit.io.text import printable
+from lora_kit.io.text import escape_text
 from lora_kit.sweeps.space import Choices, Params, Space, space_of
-from lora_kit.training.loop.checkpoints import differences, digest_of
+from lora_kit.training.loop.checkpoints import describe_differences, hash_json
 from lora_kit.training.recipe.load import load_recipe
-from lora_kit.training.recipe.recipe import CHANGES_BASE, Recipe
+from lora_kit.training.recipe.recipe import METHODS_CHANGING_BASE, Recipe
 
 PLAN: Final = "plan.json"
 LOCKS: Final = "locks"
@@ -69,7 +69,7 @@ class Plan:
     @property
     def digest(self) -> str:
         """Tells this sweep from others; the number of trials does not count, so that there may be more later."""
-        return digest_of(self.identity)
+        return hash_json(self.identity)
 
     @property
     def direction(self) -> Literal["minimize", "maximize"]:
@@ -118,7 +118,7 @@ class Plan:
             space = space_of(found.pop("over"))
             return cls(out=Path(found.pop("out")), space=space, **found)
         except (KeyError, TypeError):
-            raise AdapterError(f"{printable(folder / PLAN)} is damaged") from None
+            raise AdapterError(f"{escape_text(folder / PLAN)} is damaged") from None
 
     def take_folder(self, *, replace: bool) -> None:
         """Make the folder this sweep's, where it is free or is so already; another sweep's goes where that was asked.
@@ -141,12 +141,12 @@ class Plan:
         if not exists(self.folder / PLAN):
             return []
         try:
-            told = list(differences(Plan.read(self.folder).identity, self.identity))
+            told = list(describe_differences(Plan.read(self.folder).identity, self.identity))
         except AdapterError as error:
             told = [error.message]
         if told and not replace:
             raise RecipeError(
-                f"{printable(self.folder)} holds another sweep:\n  " + "\n  ".join(told),
+                f"{escape_text(self.folder)} holds another sweep:\n  " + "\n  ".join(told),
                 hint="go back to that one to go on with it, or ask to replace (--replace) to start anew",
             )
         return told
@@ -154,7 +154,7 @@ class Plan:
     def _clear(self) -> None:
         locks = [FileLock(path) for path in (self.folder / LOCKS).iterdir() if path.name.isdecimal()]
         if not all(lock.is_free for lock in locks):
-            raise StorageError(f"another process works on {printable(self.folder)}", hint="wait for it, or stop it")
+            raise StorageError(f"another process works on {escape_text(self.folder)}", hint="wait for it, or stop it")
         for entry in self.folder.iterdir():
             if entry.name != LOCKS:  # which this process holds one of
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
@@ -162,7 +162,7 @@ class Plan:
 
 def shares_base(recipe: Recipe) -> bool:
     """Whether trainings of a recipe can have one base, loaded once; the others load what they will change."""
-    return recipe.dtype == "auto" and recipe.quantize is None and recipe.method not in CHANGES_BASE
+    return recipe.dtype == "auto" and recipe.quantize is None and recipe.method not in METHODS_CHANGING_BASE
 
 
 def over_of(space: Space) -> dict[str, Any]:
@@ -180,12 +180,12 @@ def sums_of_files(space: Space) -> dict[str, str]:
 
 def _sha256(path: Path) -> str:
     if path.exists() and not path.is_file():
-        raise RecipeError(f"data.train {printable(path)} is not a file")
+        raise RecipeError(f"data.train {escape_text(path)} is not a file")
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise RecipeError(f"data.train {printable(path)} cannot be read: {error.strerror}") from None
+        raise RecipeError(f"data.train {escape_text(path)} cannot be read: {error.strerror}") from None
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -17,12 +17,12 @@ from optuna.trial import FrozenTrial, TrialState
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.folder import CARD, CONFIG, RECORD, WEIGHTS, is_adapter_folder
 from lora_kit.errors import AdapterError, VerificationError
-from lora_kit.io.atomic_write import staged
+from lora_kit.io.atomic_write import stage_folder
 from lora_kit.io.read import exists, folder_exists, read_json
 from lora_kit.sweeps.space import Params
 from lora_kit.sweeps.study import Study
 from lora_kit.sweeps.sweep_plan import Plan, over_of, write_file
-from lora_kit.training.job.job import RECIPE, is_model_of_ours
+from lora_kit.training.job.job import RECIPE_FILE, is_trained_model_folder
 
 logger = logging.getLogger(__name__)
 
@@ -139,16 +139,16 @@ def mark_of(out: Path) -> dict[str, Any]:
 def _place(plan: Plan, best: FrozenTrial, mark: Mapping[str, Any], *, replace: bool) -> None:
     """The best trial's folder at `out`, as if it had been trained there."""
     source = plan.result(best.number)
-    recipe = yaml.safe_load((source / RECIPE).read_text(encoding="utf-8")) | {"out": str(plan.out)}
+    recipe = yaml.safe_load((source / RECIPE_FILE).read_text(encoding="utf-8")) | {"out": str(plan.out)}
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120)
-    changed = {RECIPE: text.encode(), MARK: json.dumps(dict(mark), indent=1).encode()}
+    changed = {RECIPE_FILE: text.encode(), MARK: json.dumps(dict(mark), indent=1).encode()}
     if exists(source / RECORD):
         own = (CARD, CONFIG, WEIGHTS, RECORD)
         files = {path.name: path.read_bytes() for path in source.iterdir() if path.name not in own}
         adapter = Adapter.load(source)
         adapter.save(plan.out, record={"recipe": recipe}, files=files | changed, replace=replace)
         return
-    with staged(plan.out, replace=replace, owned=is_model_of_ours) as folder:
+    with stage_folder(plan.out, replace=replace, owned=is_trained_model_folder) as folder:
         shutil.copytree(source, folder, dirs_exist_ok=True)
         for name, data in changed.items():
             (folder / name).write_bytes(data)
@@ -156,7 +156,7 @@ def _place(plan: Plan, best: FrozenTrial, mark: Mapping[str, Any], *, replace: b
 
 def owned(out: Path) -> bool:
     """Whether a folder is an adapter or a model of ours, which may be replaced."""
-    return is_adapter_folder(out) or is_model_of_ours(out)
+    return is_adapter_folder(out) or is_trained_model_folder(out)
 
 
 def picture(plan: Plan, trials: Sequence[TrialReport]) -> bytes | None:

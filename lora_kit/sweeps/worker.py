@@ -10,12 +10,12 @@ from optuna.trial import FrozenTrial, TrialState
 from transformers import TrainerCallback
 
 from lora_kit.errors import LoraKitError, StorageError
-from lora_kit.io.text import printable
+from lora_kit.io.text import escape_text
 from lora_kit.models.loading import Base
-from lora_kit.models.locate import quiet
+from lora_kit.models.locate import silence_libraries
 from lora_kit.sweeps.study import Study
 from lora_kit.sweeps.sweep_plan import Plan, shares_base
-from lora_kit.training.job.job import prepared, read
+from lora_kit.training.job.job import prepare_job, read_recipe_rows
 from lora_kit.training.recipe.load import load_recipe
 from lora_kit.training.recipe.recipe import Recipe
 from lora_kit.training.train import train
@@ -59,7 +59,7 @@ class Worker:
     def check_there(self) -> None:
         """Raise StorageError where the sweep's folder is gone: nothing that others end would be seen any more."""
         if not self._plan.folder.is_dir():
-            raise StorageError(f"{printable(self._plan.folder)} was removed while its trials ran", hint="begin again")
+            raise StorageError(f"{escape_text(self._plan.folder)} was removed while its trials ran", hint="begin again")
 
     def tell(self) -> None:
         """Log the trials that have ended since the last time."""
@@ -100,8 +100,8 @@ class Worker:
         if any(getattr(recipe, name) != getattr(given, name) for name in _LOADED_AS):
             return None
         if self._base is None and shares_base(recipe):
-            with quiet():
-                self._base = prepared(given, read(given), None).base
+            with silence_libraries():
+                self._base = prepare_job(given, read_recipe_rows(given), None).base
         return self._base
 
 

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.adapter.peft_keys import Pair, TokenRows
+from lora_kit.adapter.peft_keys import LoraWeights, TokenEmbeddings
 from lora_kit.errors import AdapterError, BaseMismatchError
-from lora_kit.targets.coverage import Coverage, Target, survey
-from lora_kit.targets.fingerprint import differences
+from lora_kit.targets.coverage import Coverage, LayerTarget, survey_coverage
+from lora_kit.targets.fingerprint import list_base_mismatches
 from lora_kit.targets.match import named_layers
 from lora_kit.targets.token_rows import TokenTarget
 
 logger = logging.getLogger(__name__)
 
 
-def fitted(
+def match_adapter(
     name: str, adapter: Adapter, model: nn.Module, *, dtype: torch.dtype, allow: Collection[str] = ()
 ) -> Coverage:
     """What an adapter covers in a model.
@@ -32,8 +32,8 @@ def fitted(
     Raises:
         AdapterError: with every misfit. BaseMismatchError: it was made for another base.
     """
-    coverage = survey(model, adapter.config)
-    told = _misfits(adapter, model, coverage, dtype)
+    coverage = survey_coverage(model, adapter.config)
+    told = _find_mismatches(adapter, model, coverage, dtype)
     if "unmatched-targets" not in allow:
         told += [f"nothing in the model matches {entry}" for entry in coverage.unmatched]
     if told:
@@ -51,7 +51,7 @@ def _check_base(name: str, adapter: Adapter, model: nn.Module, coverage: Coverag
         logger.info("%s: it does not say which base it was made for", name)
         return
     # Rows that a tokenizer got room for are random until they are trained, in one resized base and in another.
-    told = differences(adapter.base, model, ignore=coverage.replaced)
+    told = list_base_mismatches(adapter.base, model, ignore=coverage.replaced)
     if told and "other-base" not in allow:
         made_for = adapter.base.get("name") or "another base"
         raise BaseMismatchError(
@@ -62,7 +62,7 @@ def _check_base(name: str, adapter: Adapter, model: nn.Module, coverage: Coverag
         logger.warning("%s: another base than it was made for: %s", name, "; ".join(told))
 
 
-def _misfits(adapter: Adapter, model: nn.Module, coverage: Coverage, dtype: torch.dtype) -> list[str]:
+def _find_mismatches(adapter: Adapter, model: nn.Module, coverage: Coverage, dtype: torch.dtype) -> list[str]:
     """How an adapter's tensors differ from what its config covers in a model; empty where it fits.
 
     Args:
@@ -74,20 +74,22 @@ def _misfits(adapter: Adapter, model: nn.Module, coverage: Coverage, dtype: torc
     expected = {target.key: target for target in coverage.targets}
     told = [f"the file has nothing for {path}, which the config covers" for path in expected.keys() - pairs.keys()]
     for path, pair in pairs.items():
-        told += _unfit_pair(path, pair, expected.get(path), present)
-    told += _unfit_saved(adapter.saved(), coverage.saved, present)
-    told += coverage.problems or _unfit_tokens(adapter.tokens(), coverage.tokens)
-    told += _unfit_copies(adapter.base_copies(), present)
-    told += _overflowing(adapter.tensors, dtype)
+        told += _find_lora_mismatches(path, pair, expected.get(path), present)
+    told += _find_saved_mismatches(adapter.saved(), coverage.saved, present)
+    told += coverage.problems or _find_token_mismatches(adapter.tokens(), coverage.tokens)
+    told += _find_copy_mismatches(adapter.base_copies(), present)
+    told += _find_overflows(adapter.tensors, dtype)
     return sorted(told)
 
 
-def below(tensors: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
+def select_module_tensors(tensors: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
     """The tensors of one module, by their names inside it."""
     return {key.removeprefix(path + "."): tensor for key, tensor in tensors.items() if key.startswith(path + ".")}
 
 
-def _unfit_pair(path: str, pair: Pair, target: Target | None, present: Mapping[str, nn.Module]) -> list[str]:
+def _find_lora_mismatches(
+    path: str, pair: LoraWeights, target: LayerTarget | None, present: Mapping[str, nn.Module]
+) -> list[str]:
     if target is None and path not in present:
         return [f"the model has no module {path}"]
     if target is None:
@@ -104,7 +106,7 @@ def _unfit_pair(path: str, pair: Pair, target: Target | None, present: Mapping[s
     return []
 
 
-def _unfit_tokens(tokens: Mapping[str, TokenRows], targets: Sequence[TokenTarget]) -> list[str]:
+def _find_token_mismatches(tokens: Mapping[str, TokenEmbeddings], targets: Sequence[TokenTarget]) -> list[str]:
     """How rows of embeddings differ from those that the config covers."""
     expected = {target.path: target for target in targets}
     told = [f"the file has no rows of tokens for {path}" for path in expected.keys() - tokens.keys()]
@@ -118,24 +120,26 @@ def _unfit_tokens(tokens: Mapping[str, TokenRows], targets: Sequence[TokenTarget
     ]
 
 
-def _unfit_saved(saved: Mapping[str, Tensor], paths: Sequence[str], present: Mapping[str, nn.Module]) -> list[str]:
+def _find_saved_mismatches(
+    saved: Mapping[str, Tensor], paths: Sequence[str], present: Mapping[str, nn.Module]
+) -> list[str]:
     """How the tensors of modules saved whole differ from those modules."""
     own = {f"{path}.{key}": tensor for path in paths for key, tensor in present[path].state_dict().items()}
     told = [f"{key} is missing, which modules_to_save promises" for key in own.keys() - saved.keys()]
     told += [f"the model has no saved module for {key}" for key in saved.keys() - own.keys()]
     return told + [
-        f"{key} is {_kind(saved[key])}, the model has {_kind(own[key])}"
+        f"{key} is {_describe_tensor(saved[key])}, the model has {_describe_tensor(own[key])}"
         for key in own.keys() & saved.keys()
-        if _kind(own[key]) != _kind(saved[key])
+        if _describe_tensor(own[key]) != _describe_tensor(saved[key])
     ]
 
 
-def _kind(tensor: Tensor) -> str:
+def _describe_tensor(tensor: Tensor) -> str:
     """Shape, and the dtype where it is none of the floating ones, which are cast."""
     return f"{tuple(tensor.shape)}" if tensor.is_floating_point() else f"{tuple(tensor.shape)} of {tensor.dtype}"
 
 
-def _overflowing(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> list[str]:
+def _find_overflows(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> list[str]:
     """Tensors with values beyond the range of fp16, where that is what they would be held in."""
     if dtype != torch.float16:
         return []
@@ -147,7 +151,7 @@ def _overflowing(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> list[str]
     ]
 
 
-def _unfit_copies(copies: Mapping[str, Tensor], present: Mapping[str, nn.Module]) -> list[str]:
+def _find_copy_mismatches(copies: Mapping[str, Tensor], present: Mapping[str, nn.Module]) -> list[str]:
     """Base weights an adapter carries must be the base's own: another table is not an update of this one."""
     told = []
     for path, copied in copies.items():

@@ -10,13 +10,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from lora_kit.layers.introspect import features_of, has_numbers, kind_of
+from lora_kit.layers.introspect import features_of, is_unquantized, kind_of
 from lora_kit.targets.match import Modules, named_layers
 
 SAMPLED_TENSORS: Final = 32
 SAMPLED_VALUES: Final = 32
 _STRUCTURAL: Final = ("linear", "embedding")
-_HALF: Final = "float16:"
+_FLOAT16_MARK: Final = "float16:"
 _STEP: Final = 2**-7
 """Relative distance of neighbouring bfloat16 values, at most."""
 _SMALLEST: Final = 2**-24
@@ -33,13 +33,17 @@ def fingerprint(model: nn.Module, *, name: str | None = None) -> dict[str, Any]:
         to bfloat16, big-endian, with `float16:` before them where they were rounded to that before.
     """
     layers = list(named_layers(model))
-    sampled = _sampled_parameters(layers)
+    sampled = _collect_sampled_parameters(layers)
     names = sorted(sampled)
     chosen = names[:: max(1, len(names) // SAMPLED_TENSORS)]
-    return {"name": name, "structure": _structure(layers), "weights": {key: _sample(sampled[key]) for key in chosen}}
+    return {
+        "name": name,
+        "structure": _hash_structure(layers),
+        "weights": {key: _sample(sampled[key]) for key in chosen},
+    }
 
 
-def differences(made_for: Mapping[str, Any], found: nn.Module, *, ignore: Collection[str] = ()) -> list[str]:
+def list_base_mismatches(made_for: Mapping[str, Any], found: nn.Module, *, ignore: Collection[str] = ()) -> list[str]:
     """How a model differs from the base a fingerprint was taken of, in words; empty where it does not.
 
     One base in fp32, fp16 or bf16 is the same base.
@@ -48,19 +52,21 @@ def differences(made_for: Mapping[str, Any], found: nn.Module, *, ignore: Collec
         ignore: paths of modules whose weights an adapter brings itself, so that the base's do not matter.
     """
     told, layers = [], list(named_layers(found))
-    if made_for.get("structure") not in (None, _structure(layers)):
+    if made_for.get("structure") not in (None, _hash_structure(layers)):
         told.append("its layers have other names or shapes")
-    parameters, weights = _sampled_parameters(layers), made_for.get("weights") or {}
+    parameters, weights = _collect_sampled_parameters(layers), made_for.get("weights") or {}
     if not isinstance(weights, Mapping):
         return [*told, "its fingerprint is damaged"]
-    compared = [key for key in weights if key in parameters and not _within(key, ignore)]
+    compared = [key for key in weights if key in parameters and not _is_within(key, ignore)]
     other = [key for key in compared if not _is_same(weights[key], _sample(parameters[key]))]
     if other:
         told.append(f"{len(other)} of {len(compared)} sampled weights differ, {other[0]} among them")
     return told
 
 
-def disagreements(one: Mapping[str, Any], other: Mapping[str, Any], *, ignore: Collection[str] = ()) -> list[str]:
+def list_fingerprint_mismatches(
+    one: Mapping[str, Any], other: Mapping[str, Any], *, ignore: Collection[str] = ()
+) -> list[str]:
     """How two fingerprints tell two bases apart, in words; empty where they are of one base.
 
     Args:
@@ -71,7 +77,7 @@ def disagreements(one: Mapping[str, Any], other: Mapping[str, Any], *, ignore: C
     if None not in structures and structures[0] != structures[1]:
         told.append("their bases' layers have other names or shapes")
     weights = [found if isinstance(found, Mapping) else {} for found in (one.get("weights"), other.get("weights"))]
-    common = [key for key in weights[0] if key in weights[1] and not _within(key, ignore)]
+    common = [key for key in weights[0] if key in weights[1] and not _is_within(key, ignore)]
     pairs = {key: (weights[0][key], weights[1][key]) for key in common}
     unlike = [key for key, (a, b) in pairs.items() if not isinstance(b, str) or not _is_same(a, b)]
     if unlike:
@@ -79,22 +85,22 @@ def disagreements(one: Mapping[str, Any], other: Mapping[str, Any], *, ignore: C
     return told
 
 
-def _within(key: str, paths: Collection[str]) -> bool:
+def _is_within(key: str, paths: Collection[str]) -> bool:
     return any(key.startswith(f"{path}.") for path in paths)
 
 
-def _structure(modules: Modules) -> str:
+def _hash_structure(modules: Modules) -> str:
     # Convolutions are left out: adapters that were made before these could carry pairs keep their base.
     kinds = [(path, module, kind_of(module)) for path, module in modules]
     layers = [f"{path} {kind} {features_of(module)}" for path, module, kind in kinds if kind in _STRUCTURAL]
     return hashlib.sha256("\n".join(sorted(layers)).encode()).hexdigest()
 
 
-def _sampled_parameters(modules: Modules) -> dict[str, nn.Parameter]:
+def _collect_sampled_parameters(modules: Modules) -> dict[str, nn.Parameter]:
     found = {}
     for path, module in modules:
         for key, parameter in module._parameters.items():
-            if parameter is not None and has_numbers(parameter) and not parameter.is_meta:
+            if parameter is not None and is_unquantized(parameter) and not parameter.is_meta:
                 found[f"{path}.{key}" if path else key] = parameter
     return found
 
@@ -102,12 +108,12 @@ def _sampled_parameters(modules: Modules) -> dict[str, nn.Parameter]:
 def _sample(tensor: Tensor) -> str:
     """Evenly spaced values of a tensor."""
     flat = tensor.detach().reshape(-1)
-    values = flat[_places(flat.numel()).to(flat.device)].to("cpu", torch.bfloat16).view(torch.int16).numpy()
-    return (_HALF if tensor.dtype == torch.float16 else "") + values.astype(">i2").tobytes().hex()
+    values = flat[_choose_positions(flat.numel()).to(flat.device)].to("cpu", torch.bfloat16).view(torch.int16).numpy()
+    return (_FLOAT16_MARK if tensor.dtype == torch.float16 else "") + values.astype(">i2").tobytes().hex()
 
 
 @functools.lru_cache(maxsize=SAMPLED_TENSORS)
-def _places(count: int) -> Tensor:
+def _choose_positions(count: int) -> Tensor:
     return torch.linspace(0, count - 1, min(SAMPLED_VALUES, count), dtype=torch.float64).long()
 
 
@@ -117,19 +123,19 @@ def _is_same(one: Any, other: str) -> bool:
     Rounding to float16 on the way to bfloat16 may end one step beside rounding at once, so that values which went that
     way are compared within a step; all others must be equal.
     """
-    if not isinstance(one, str) or one.startswith(_HALF) == other.startswith(_HALF):
+    if not isinstance(one, str) or one.startswith(_FLOAT16_MARK) == other.startswith(_FLOAT16_MARK):
         return one == other
-    one, other = one.removeprefix(_HALF), other.removeprefix(_HALF)
+    one, other = one.removeprefix(_FLOAT16_MARK), other.removeprefix(_FLOAT16_MARK)
     if len(one) != len(other):
         return False
     try:
-        a, b = _decoded(one), _decoded(other)
+        a, b = _decode_sample(one), _decode_sample(other)
     except ValueError:
         return False
     return bool(((a - b).abs() <= _STEP * torch.maximum(a.abs(), b.abs()) + _SMALLEST).all())
 
 
-def _decoded(digits: str) -> Tensor:
+def _decode_sample(digits: str) -> Tensor:
     data = bytearray(bytes.fromhex(digits))
     data[::2], data[1::2] = data[1::2], data[::2]
     return torch.frombuffer(data, dtype=torch.bfloat16).float()

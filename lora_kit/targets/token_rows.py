@@ -9,13 +9,13 @@ from typing import Any, Final
 from torch import nn
 
 from lora_kit.config.lora_config import LoraConfig
-from lora_kit.layers.introspect import innermost
-from lora_kit.layers.token_embedding import table_size, unfit_for_tokens
+from lora_kit.layers.introspect import unwrap_module
+from lora_kit.layers.token_embedding import reason_not_token_table, table_size
 from lora_kit.targets.match import Modules
 
-_USUAL: Final = "embed_tokens"
+_USUAL_EMBEDDING: Final = "embed_tokens"
 """The input embedding of a model that does not say which it is."""
-_WRAPPER: Final = ".token_adapter"
+_WRAPPER_SUFFIX: Final = ".token_adapter"
 """What follows a module's path in the name of its wrapper; PEFT's word."""
 
 
@@ -43,7 +43,7 @@ class TokenTarget:
         return key_of(self.path)
 
     @property
-    def places(self) -> tuple[str, ...]:
+    def all_paths(self) -> tuple[str, ...]:
         """Paths of all modules that see the rows."""
         return self.path, *self.tied
 
@@ -62,7 +62,7 @@ class TokenCoverage:
     unmatched: tuple[str, ...] = ()
 
 
-def token_coverage(model: Any, modules: Modules, config: LoraConfig) -> TokenCoverage:
+def find_token_coverage(model: Any, modules: Modules, config: LoraConfig) -> TokenCoverage:
     """The rows of embeddings that a config trains in a model.
 
     Args:
@@ -70,17 +70,17 @@ def token_coverage(model: Any, modules: Modules, config: LoraConfig) -> TokenCov
     """
     if config.trainable_token_indices is None:
         return TokenCoverage()
-    by_path, embedding = dict(modules), _input_embedding(model, modules)
-    named, unmatched = _named(config, modules, embedding)
+    by_path, embedding = dict(modules), _find_input_embedding(model, modules)
+    named, unmatched = _resolve_token_names(config, modules, embedding)
     targets, problems = list[TokenTarget](), list[str]()
     for path, indices in named.items():
-        group = _sharing(by_path[path], modules)
+        group = _find_sharing_modules(by_path[path], modules)
         first = embedding if embedding in group else group[0]
         if path != first and named.get(first) == indices:
             continue  # the same rows of the same weight, named twice
         others = [other for other in group if other != path]
-        told = [f"{place}: {why}" for place in group if (why := unfit_for_tokens(by_path[place]))]
-        told = told or [f"{path}: {why}" for why in _beyond(by_path[path], indices)]
+        told = [f"{place}: {why}" for place in group if (why := reason_not_token_table(by_path[place]))]
+        told = told or [f"{path}: {why}" for why in _describe_out_of_range(by_path[path], indices)]
         if path != first or any(named.get(other, indices) != indices for other in others):
             told.append(f"{' and '.join(group)} are one weight, whose rows are trained once: name {first} alone")
         problems += told
@@ -90,26 +90,26 @@ def token_coverage(model: Any, modules: Modules, config: LoraConfig) -> TokenCov
 
 def key_of(path: str) -> str:
     """What a bank calls the wrapper of tokens around the module of this path."""
-    return path + _WRAPPER
+    return path + _WRAPPER_SUFFIX
 
 
 def path_of(key: str) -> str:
     """The path of the module that a bank's wrapper stands around, whatever that is for."""
-    return key.removesuffix(_WRAPPER)
+    return key.removesuffix(_WRAPPER_SUFFIX)
 
 
-def _input_embedding(model: Any, modules: Modules) -> str | None:
+def _find_input_embedding(model: Any, modules: Modules) -> str | None:
     """The path of a model's input embedding, where it has one."""
     try:
         found = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         found = None
-    found = innermost(found) if isinstance(found, nn.Module) else None
-    usual = (path for path, _ in modules if path.rpartition(".")[2] == _USUAL)
+    found = unwrap_module(found) if isinstance(found, nn.Module) else None
+    usual = (path for path, _ in modules if path.rpartition(".")[2] == _USUAL_EMBEDDING)
     return next((path for path, module in modules if module is found), next(usual, None))
 
 
-def _named(
+def _resolve_token_names(
     config: LoraConfig, modules: Modules, embedding: str | None
 ) -> tuple[Mapping[str, tuple[int, ...]], list[str]]:
     """What a config names: rows by path of their module; and names that no module has."""
@@ -120,17 +120,17 @@ def _named(
     return named, [name for name in given or () if not any(f".{path}".endswith(f".{name}") for path in named)]
 
 
-def _sharing(module: nn.Module, modules: Modules) -> list[str]:
+def _find_sharing_modules(module: nn.Module, modules: Modules) -> list[str]:
     """Paths of the modules that have the very weight of this one, itself among them."""
     weight = module._parameters.get("weight")
-    return [path for path, other in modules if other is module or _has(other, weight)]
+    return [path for path, other in modules if other is module or _has_parameter(other, weight)]
 
 
-def _has(module: nn.Module, weight: nn.Parameter | None) -> bool:
+def _has_parameter(module: nn.Module, weight: nn.Parameter | None) -> bool:
     return weight is not None and any(parameter is weight for parameter in module._parameters.values())
 
 
-def _beyond(module: nn.Module, indices: Sequence[int]) -> Iterator[str]:
+def _describe_out_of_range(module: nn.Module, indices: Sequence[int]) -> Iterator[str]:
     """What is said of rows that a module does not have."""
     count = table_size(module)[0]
     beyond = [index for index in indices if index >= count]

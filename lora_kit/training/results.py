@@ -11,7 +11,7 @@ from lora_kit.evaluation.measure import Evaluation
 from lora_kit.training.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
-    from lora_kit.training.plan.memory_estimate import Footprint
+    from lora_kit.training.plan.memory_estimate import MemoryEstimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,26 +60,26 @@ class TrainReport:
         return self.tokens / self.seconds
 
 
-def history(report: TrainReport, log: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+def build_history(report: TrainReport, log: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """The log of a training: metrics before, what the Trainer logged, metrics after, and a line that sums it up."""
     entries = [entry for entry in log if "train_runtime" not in entry]
     evaluated = {entry["step"] for entry in entries if "eval_loss" in entry}
     if report.before and 0 not in evaluated:
-        yield {"step": 0, **_prefixed(report.before)}
+        yield {"step": 0, **_prefix_metrics(report.before)}
     for entry in entries:
         yield {"step": entry["step"], **{key: value for key, value in entry.items() if key != "step"}}
     if report.after and report.kept not in evaluated:
-        yield {"step": report.kept, **_prefixed(report.after)}
+        yield {"step": report.kept, **_prefix_metrics(report.after)}
     speed = round(report.tokens_per_second, 1)
     total = {"seconds": round(report.seconds, 3), "tokens": report.tokens, "tokens_per_second": speed}
     yield {"step": report.steps, "train_loss": report.train_loss, **total, "peak_bytes": report.peak_bytes}
 
 
-def _prefixed(evaluation: Evaluation) -> dict[str, float]:
+def _prefix_metrics(evaluation: Evaluation) -> dict[str, float]:
     return {f"eval_{key}": value for key, value in evaluation.metrics().items()}
 
 
-def metrics(report: TrainReport) -> dict[str, Any]:
+def collect_record_metrics(report: TrainReport) -> dict[str, Any]:
     """What goes into the adapter's record: nothing that changes from run to run."""
     found: dict[str, Any] = {"steps": report.steps, "tokens": report.tokens, "train_loss": report.train_loss}
     if report.kept != report.steps:
@@ -93,7 +93,7 @@ def metrics(report: TrainReport) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Kind:
+class TrainedModules:
     """Modules of one name: how many are trained, with how many parameters."""
 
     name: str
@@ -102,7 +102,7 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class Data:
+class DataSummary:
     """Rows of the training file as samples.
 
     Attributes:
@@ -121,7 +121,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Steps:
+class StepCounts:
     """How the training goes over the data.
 
     Attributes:
@@ -138,7 +138,7 @@ class Steps:
 
 
 @dataclass(frozen=True)
-class Measured:
+class StepMeasurement:
     """Two steps that were done to see, and undone: one of the longest samples there are, then one of any.
 
     Attributes:
@@ -154,7 +154,7 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class TrainPlan:
     """What a training would do.
 
     Attributes:
@@ -170,11 +170,11 @@ class Plan:
     goes_on_from: int
     trainable: int
     parameters: int
-    kinds: tuple[Kind, ...]
-    data: Data
-    steps: Steps
-    memory: Footprint
-    measured: Measured
+    kinds: tuple[TrainedModules, ...]
+    data: DataSummary
+    steps: StepCounts
+    memory: MemoryEstimate
+    measured: StepMeasurement
     seconds: float
     recipe: Recipe
 

@@ -15,23 +15,23 @@ import torch
 
 from lora_kit.errors import LoraKitError, RecipeError
 from lora_kit.evaluation.measure import Evaluation, measure
-from lora_kit.io.atomic_write import sole_writer
+from lora_kit.io.atomic_write import lock_output
 from lora_kit.models.loading import Base
-from lora_kit.models.locate import quiet
+from lora_kit.models.locate import silence_libraries
 from lora_kit.torch_utils import Clock
-from lora_kit.training.job.job import Job, check_out, check_place, prepared, read
-from lora_kit.training.job.methods import Trainable, trainable
+from lora_kit.training.job.job import Job, check_output_available, check_output_writable, prepare_job, read_recipe_rows
+from lora_kit.training.job.methods import TrainableJob, make_job_trainable
 from lora_kit.training.loop.checkpoints import Checkpoint, RunFolder
-from lora_kit.training.loop.contexts import borrowed, compiled_layers, repeatable
-from lora_kit.training.loop.learning_rates import Rates
-from lora_kit.training.loop.oom_retry import explained
-from lora_kit.training.loop.signals import Stop
+from lora_kit.training.loop.contexts import compile_layers, preserve_model_settings, use_deterministic_kernels
+from lora_kit.training.loop.learning_rates import LearningRates
+from lora_kit.training.loop.oom_retry import translate_out_of_memory
+from lora_kit.training.loop.signals import StopRequest
 from lora_kit.training.recipe.load import load_recipe
 from lora_kit.training.recipe.recipe import Recipe
-from lora_kit.training.recipe.training_arguments import check_reporting, training_arguments
-from lora_kit.training.report.artifacts import beside
-from lora_kit.training.report.samples import Samples
-from lora_kit.training.results import TrainReport, history
+from lora_kit.training.recipe.training_arguments import build_training_arguments, check_reporting
+from lora_kit.training.report.artifacts import build_result_files
+from lora_kit.training.report.samples import SampleAnswers
+from lora_kit.training.results import TrainReport, build_history
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LOGS: Final = ".tensorboard"
+TENSORBOARD_SUFFIX: Final = ".tensorboard"
 """Where TensorBoard looks for a run: the output's path and this, unless TENSORBOARD_LOGGING_DIR says otherwise."""
 
 
@@ -72,20 +72,20 @@ def train(
         VerificationError: the loss stopped being a number. Nothing is written.
     """
     wanted = load_recipe(recipe, overrides=overrides)
-    check_place(wanted)
+    check_output_writable(wanted)
     check_reporting(wanted.train)
     run = RunFolder(wanted.out)
-    with sole_writer(run.folder), quiet():
+    with lock_output(run.folder), silence_libraries():
         run.remove_if_done()
-        check_out(wanted, replace=replace)
-        job = prepared(wanted, read(wanted), base)
-        found = run.resumable(job.identity, job.setting, replace=replace)
+        check_output_available(wanted, replace=replace)
+        job = prepare_job(wanted, read_recipe_rows(wanted), base)
+        found = run.find_resumable(job.identity, job.setting, replace=replace)
         start = _Start(run=run, checkpoint=found, replace=replace)
         try:
-            with explained(), trainable(job) as ready:
-                report = _made(ready, start, callbacks)
+            with translate_out_of_memory(), make_job_trainable(job) as ready:
+                report = _train_and_save(ready, start, callbacks)
         except BaseException:
-            run.say_where_it_stands()
+            run.log_resume_point()
             raise
         run.remove()
     return report
@@ -100,11 +100,11 @@ class _Start:
     replace: bool
 
 
-def _made(ready: Trainable, start: _Start, callbacks: Sequence[TrainerCallback]) -> TrainReport:
+def _train_and_save(ready: TrainableJob, start: _Start, callbacks: Sequence[TrainerCallback]) -> TrainReport:
     """Train, and save the result."""
-    samples = Samples(ready.job)
-    report = _report(ready, _trained(ready.job, start, callbacks))
-    files = beside(report, samples=samples.after(), labels=len(ready.job.labels))
+    samples = SampleAnswers(ready.job)
+    report = _build_report(ready, _run_training(ready.job, start, callbacks))
+    files = build_result_files(report, samples=samples.after(), labels=len(ready.job.labels))
     return ready.save(report, files, replace=start.replace)
 
 
@@ -112,7 +112,7 @@ def _made(ready: Trainable, start: _Start, callbacks: Sequence[TrainerCallback])
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Done:
+class _TrainingOutcome:
     """A training that went through."""
 
     trainer: ResumableTrainer
@@ -122,19 +122,19 @@ class _Done:
     after: Evaluation | None
 
 
-def _trained(job: Job, start: _Start, callbacks: Sequence[TrainerCallback]) -> _Done:
+def _run_training(job: Job, start: _Start, callbacks: Sequence[TrainerCallback]) -> _TrainingOutcome:
     """Train what requires a gradient. What the Trainer changes on the model besides is put back."""
     model, device = job.base.model, job.base.device
     with contextlib.ExitStack() as stack:
         # The Trainer wants a folder of its own, though nothing is written there: checkpoints go to the run's.
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="lora_kit-"))
-        stack.enter_context(repeatable(device))
-        stack.enter_context(borrowed(model))
+        stack.enter_context(use_deterministic_kernels(device))
+        stack.enter_context(preserve_model_settings(model))
         if job.recipe.compile:
-            stack.enter_context(compiled_layers(model))
-        stop = Stop()
-        trainer = _trainer(job, scratch, callbacks, run=start.run, stop=stop)
-        before = _evaluated(job, trainer)
+            stack.enter_context(compile_layers(model))
+        stop = StopRequest()
+        trainer = _build_trainer(job, scratch, callbacks, run=start.run, stop=stop)
+        before = _evaluate_validation(job, trainer)
         clock = Clock(device)
         try:
             with stop:
@@ -142,27 +142,29 @@ def _trained(job: Job, start: _Start, callbacks: Sequence[TrainerCallback]) -> _
         finally:
             trainer.close()
         seconds = trainer.seconds_before + clock.seconds - trainer.evaluating_seconds
-        after = dict(trainer.evaluations).get(trainer.kept) or _evaluated(job, trainer)
-    return _Done(trainer=trainer, seconds=seconds, peak_bytes=clock.peak_bytes, before=before, after=after)
+        after = dict(trainer.evaluations).get(trainer.kept) or _evaluate_validation(job, trainer)
+    return _TrainingOutcome(trainer=trainer, seconds=seconds, peak_bytes=clock.peak_bytes, before=before, after=after)
 
 
-def _trainer(
-    job: Job, scratch: str, callbacks: Sequence[TrainerCallback], *, run: RunFolder, stop: Stop
+def _build_trainer(
+    job: Job, scratch: str, callbacks: Sequence[TrainerCallback], *, run: RunFolder, stop: StopRequest
 ) -> ResumableTrainer:
     from transformers import EarlyStoppingCallback
     from transformers.integrations import TensorBoardCallback
 
     from lora_kit.training.loop.resumable import ResumableTrainer
-    from lora_kit.training.loop.unused_parameters import Reached
+    from lora_kit.training.loop.unused_parameters import UnusedParameterCallback
 
     patience = job.recipe.train.get("early_stopping_patience")
     stopping = [EarlyStoppingCallback(patience)] if patience else []
     data: dict[str, Any] = {"train": job.train, "validation": job.validation, "collator": job.collator}
-    data["rates"], data["measured"] = Rates.of(job.recipe.train, job.recipe.task), job.measured
+    data["rates"], data["measured"] = LearningRates.of(job.recipe.train, job.recipe.task), job.measured
     whose: dict[str, Any] = {"run": run, "identity": job.identity, "setting": job.setting, "stop": stop}
     try:
-        args = training_arguments(job.recipe.train, device=job.base.device, folder=scratch, name=job.recipe.name)
-        trainer = ResumableTrainer(job.base.model, args, callbacks=[Reached(), *stopping, *callbacks], **data, **whose)
+        args = build_training_arguments(job.recipe.train, device=job.base.device, folder=scratch, name=job.recipe.name)
+        trainer = ResumableTrainer(
+            job.base.model, args, callbacks=[UnusedParameterCallback(), *stopping, *callbacks], **data, **whose
+        )
     except (torch.OutOfMemoryError, LoraKitError):
         raise
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
@@ -171,18 +173,18 @@ def _trainer(
     for each in trainer.callback_handler.callbacks:
         # Transformers would have TensorBoard's files in its own folder, which goes with the training.
         if isinstance(each, TensorBoardCallback) and each.logging_dir is None:
-            each.logging_dir = f"{run.out}{LOGS}"
+            each.logging_dir = f"{run.out}{TENSORBOARD_SUFFIX}"
     return trainer
 
 
-def _evaluated(job: Job, trainer: ResumableTrainer) -> Evaluation | None:
+def _evaluate_validation(job: Job, trainer: ResumableTrainer) -> Evaluation | None:
     if job.validation is None:
         return None
     size, autocast = trainer.args.per_device_eval_batch_size, trainer.autocast_dtype
     return measure(trainer.model, job.validation, job.collator, batch_size=size, autocast=autocast, **job.measured)
 
 
-def _report(ready: Trainable, done: _Done) -> TrainReport:
+def _build_report(ready: TrainableJob, done: _TrainingOutcome) -> TrainReport:
     job, state = ready.job, done.trainer.state
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     report = TrainReport(
@@ -205,4 +207,4 @@ def _report(ready: Trainable, done: _Done) -> TrainReport:
         digest=None,
         recipe=job.recipe,
     )
-    return dataclasses.replace(report, history=tuple(history(report, state.log_history)))
+    return dataclasses.replace(report, history=tuple(build_history(report, state.log_history)))

@@ -9,22 +9,22 @@ from pathlib import Path
 from typing import Final
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.adapter.conversion.foreign_files import Source
-from lora_kit.adapter.conversion.formats import Found, Given, from_loralib, from_mlx, from_peft
+from lora_kit.adapter.conversion.foreign_files import ForeignFiles
+from lora_kit.adapter.conversion.formats import ConversionHints, TranslatedAdapter, from_loralib, from_mlx, from_peft
 from lora_kit.errors import AdapterError, ConfigError, LoraKitError
-from lora_kit.io.text import printable
+from lora_kit.io.text import escape_text
 
-_LAYOUTS: Final[Mapping[str, tuple[tuple[str, ...], Callable[[Source, Given], Found]]]] = {
+_LAYOUTS: Final[Mapping[str, tuple[tuple[str, ...], Callable[[ForeignFiles, ConversionHints], TranslatedAdapter]]]] = {
     "loralib": ((".lora_A", ".lora_B"), from_loralib),
     "mlx-lm": ((".lora_a", ".lora_b"), from_mlx),
     "PEFT": (("",), from_peft),
 }
 """By how their keys end; PEFT's may end in anything once `lora_` is in them."""
-_DIFFUSION: Final = (".lora_down.weight", ".lora_up.weight")
+_DIFFUSION_SUFFIXES: Final = (".lora_down.weight", ".lora_up.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Foreign:
+class ForeignAdapter:
     """An adapter that another tool wrote.
 
     Attributes:
@@ -40,30 +40,30 @@ class Foreign:
     open: tuple[str, ...]
 
 
-def read(
+def read_foreign_adapter(
     source: str | Path,
     *,
     lora_alpha: float | None = None,
     enable_lora: Sequence[bool] | None = None,
     renames: Mapping[str, str] | None = None,
     base: str | None = None,
-) -> Foreign:
+) -> ForeignAdapter:
     """Read what another tool wrote; see `convert`, which refuses what this leaves open.
 
     Raises:
         AdapterError, ConfigError: it is no adapter of a layout that is known, or does not fit together.
     """
-    found = Source.of(Path(source))
-    given = Given(lora_alpha=lora_alpha, enable_lora=enable_lora, renames=renames or {}, base=base)
-    layout, made = _recognised(found)
+    found = ForeignFiles.of(Path(source))
+    given = ConversionHints(lora_alpha=lora_alpha, enable_lora=enable_lora, renames=renames or {}, base=base)
+    layout, made = _recognize_layout(found)
     try:
         said = made(found, given)
         config = said.config if base is None else dataclasses.replace(said.config, base_model_name_or_path=base)
         facts = {"layout": layout, "file": found.weights.name, "sha256": found.sha256, "notes": said.notes}
         adapter = Adapter(config, said.tensors, record={"converted": facts})
     except LoraKitError as error:
-        raise type(error)(f"{printable(source)}: {error.message}", hint=error.hint) from None
-    return Foreign(layout=layout, adapter=adapter, notes=tuple(said.notes), open=tuple(said.open))
+        raise type(error)(f"{escape_text(source)}: {error.message}", hint=error.hint) from None
+    return ForeignAdapter(layout=layout, adapter=adapter, notes=tuple(said.notes), open=tuple(said.open))
 
 
 def convert(
@@ -87,22 +87,22 @@ def convert(
         ConfigError: the files leave open what was not given either.
         AdapterError: it is no adapter of a layout that is known, or does not fit together.
     """
-    found = read(source, lora_alpha=lora_alpha, enable_lora=enable_lora, renames=renames, base=base)
+    found = read_foreign_adapter(source, lora_alpha=lora_alpha, enable_lora=enable_lora, renames=renames, base=base)
     if found.open:
-        raise ConfigError(f"{printable(source)}: not said: {'; '.join(found.open)}", hint="give it")
+        raise ConfigError(f"{escape_text(source)}: not said: {'; '.join(found.open)}", hint="give it")
     return found.adapter
 
 
-def _recognised(source: Source) -> tuple[str, Callable[[Source, Given], Found]]:
+def _recognize_layout(source: ForeignFiles) -> tuple[str, Callable[[ForeignFiles, ConversionHints], TranslatedAdapter]]:
     keys = list(source.tensors)
-    shown = ", ".join(printable(key) for key in keys[:3]) or "none"
-    if any(key.endswith(_DIFFUSION) for key in keys):
-        raise AdapterError(f"{printable(source.weights)} has names of a tool for diffusion models: {shown}")
+    shown = ", ".join(escape_text(key) for key in keys[:3]) or "none"
+    if any(key.endswith(_DIFFUSION_SUFFIXES) for key in keys):
+        raise AdapterError(f"{escape_text(source.weights)} has names of a tool for diffusion models: {shown}")
     for layout, (ends, made) in _LAYOUTS.items():
         if any(".lora_" in key and key.endswith(ends) for key in keys):
             return layout, made
     if source.fields and source.fields.get("modules_to_save"):
         return "PEFT", from_peft
     raise AdapterError(
-        f"{printable(source.weights)} has no names of an adapter: {shown}", hint="PEFT, loralib and mlx-lm are read"
+        f"{escape_text(source.weights)} has no names of an adapter: {shown}", hint="PEFT, loralib and mlx-lm are read"
     )

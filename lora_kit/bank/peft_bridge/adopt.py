@@ -11,10 +11,10 @@ from torch import nn
 
 from lora_kit.bank.bank import AdapterBank
 from lora_kit.bank.model_layers import replace_modules
-from lora_kit.bank.peft_bridge.guard import guard, release
-from lora_kit.bank.peft_bridge.read_peft import Layer, Reading, read
-from lora_kit.bank.residents import Resident
-from lora_kit.errors import BankError, TargetError, listed
+from lora_kit.bank.peft_bridge.guard import guard_peft_model, release_peft_model
+from lora_kit.bank.peft_bridge.read_peft import PeftContents, PeftLayer, read_peft_model
+from lora_kit.bank.residents import LoadedAdapter
+from lora_kit.errors import BankError, TargetError, format_list
 from lora_kit.layers.external_params import (
     AdoptedConvolution,
     AdoptedEmbedding,
@@ -26,9 +26,9 @@ from lora_kit.layers.external_params import (
 from lora_kit.layers.introspect import kind_of
 from lora_kit.layers.routing import Routing
 from lora_kit.layers.slot_layer import SlotLayer
-from lora_kit.targets.coverage import Coverage, survey
+from lora_kit.targets.coverage import Coverage, survey_coverage
 
-_KINDS: Final[dict[str, type[AdoptingLayer]]] = {
+_LAYER_CLASSES: Final[dict[str, type[AdoptingLayer]]] = {
     "linear": AdoptedLinear,
     "embedding": AdoptedEmbedding,
     "convolution": AdoptedConvolution,
@@ -48,7 +48,7 @@ def adopt(peft_model: Any) -> AdoptedBank:
     """
     if "_lora_kit" in getattr(peft_model, "__dict__", {}):
         raise BankError("this PeftModel is adopted already", hint="its bank is the one that adopt returned")
-    reading = read(peft_model)
+    reading = read_peft_model(peft_model)
     if any(isinstance(module, SlotLayer) for module in reading.base.modules()):
         raise BankError("there is a bank inside this PeftModel already", hint="detach it first")
     bank = AdoptedBank(peft_model, reading)
@@ -68,21 +68,23 @@ class AdoptedBank(AdapterBank):
         peft_model: whose layers these are.
     """
 
-    def __init__(self, peft_model: Any, reading: Reading) -> None:
+    def __init__(self, peft_model: Any, reading: PeftContents) -> None:
         super().__init__(reading.base, slots=None, max_rank=None, dtype=torch.float32, cache_bytes=2**30)
         for parameter in self._frozen:  # all of them are adapters' own, and go on as they are
             parameter.requires_grad_(True)
         self._frozen.clear()
         self.peft_model = peft_model
-        self._reading = reading
-        self._theirs: dict[nn.Module, AdoptingLayer] = {}
+        self._peft_contents = reading
+        self._stand_ins: dict[nn.Module, AdoptingLayer] = {}
         for layer in reversed(reading.layers):  # what is inside another one first
-            self._theirs[layer.module] = _stand_in(layer, self._theirs.get(layer.inside), self._routing)
-        self._layers.take_over({layer.path: self._theirs[layer.module] for layer in reading.layers})
-        self._adopted: dict[str, Resident] = {}
-        inside = {layer.inside for layer in reading.layers}
-        replace_modules(self.model, {theirs: ours for theirs, ours in self._theirs.items() if theirs not in inside})
-        guard(peft_model, self)
+            self._stand_ins[layer.module] = _make_stand_in(
+                layer, self._stand_ins.get(layer.inner_module), self._routing
+            )
+        self._layers.take_over({layer.path: self._stand_ins[layer.module] for layer in reading.layers})
+        self._adopted_adapters: dict[str, LoadedAdapter] = {}
+        inside = {layer.inner_module for layer in reading.layers}
+        replace_modules(self.model, {theirs: ours for theirs, ours in self._stand_ins.items() if theirs not in inside})
+        guard_peft_model(peft_model, self)
 
     def take_in(self, name: str) -> None:
         """Give a slot to an adapter of the PeftModel.
@@ -90,28 +92,28 @@ class AdoptedBank(AdapterBank):
         Raises:
             TargetError: its config and its layers do not agree.
         """
-        resident = Resident(self._reading.configs[name], _coverage(name, self._reading))
-        with self._residents.admitted({name: resident}, keep=()):
-            for layer in self._reading.layers:
+        resident = LoadedAdapter(self._peft_contents.configs[name], _find_adapter_coverage(name, self._peft_contents))
+        with self._loaded_adapters.admit_adapters({name: resident}, keep=()):
+            for layer in self._peft_contents.layers:
                 held = layer.adapters.get(name)
                 if held is not None:
-                    self._theirs[layer.module].adopt(resident.slot, held.parameters, held.scaling, held.dropout)
+                    self._stand_ins[layer.module].adopt(resident.slot, held.parameters, held.scaling, held.dropout)
                     resident.layers.append(layer.path)
-        self._adopted[name] = resident
-        self._note_trainable()
-        if name == self._reading.active:
+        self._adopted_adapters[name] = resident
+        self._refresh_trainable()
+        if name == self._peft_contents.active:
             self.use(name)
 
     @contextlib.contextmanager
     def as_peft(self) -> Iterator[None]:
         """The PeftModel as PEFT made it for the length of a block, which may not add or remove adapters."""
-        stood = self._give_back()
+        stood = self._restore_peft_layers()
         try:
             yield
         finally:
             replace_modules(self.model, stood)
-            guard(self.peft_model, self)
-            self._note_trainable()
+            guard_peft_model(self.peft_model, self)
+            self._refresh_trainable()
 
     def to_peft(self) -> Any:
         """The PeftModel with its own layers, its parameters the same objects with what they have become.
@@ -125,9 +127,11 @@ class AdoptedBank(AdapterBank):
         active = self.active
         if isinstance(active, tuple):
             raise BankError("inside rows() there is no one adapter to be active in PEFT", hint="leave the block first")
-        flags = [(p, p.requires_grad) for resident in self._adopted.values() for p in self._parameters_of(resident)]
+        flags = [
+            (p, p.requires_grad) for resident in self._adopted_adapters.values() for p in self._parameters_of(resident)
+        ]
         self.detach()
-        if active != self._reading.active:
+        if active != self._peft_contents.active:
             if active is None:
                 self.peft_model.base_model.disable_adapter_layers()
             else:
@@ -140,71 +144,75 @@ class AdoptedBank(AdapterBank):
     def detach(self) -> None:
         """Give the PeftModel its own layers back; the adapter that was active in it is so again."""
         if "_lora_kit_bank" in self.model.__dict__:
-            self._give_back()
+            self._restore_peft_layers()
         super().detach()
 
-    def _give_back(self) -> Mapping[nn.Module, SlotLayer]:
+    def _restore_peft_layers(self) -> Mapping[nn.Module, SlotLayer]:
         """PEFT's own layers in their places, in the mode that ours were put into meanwhile; returns what stood there.
 
         That may be a wrapper around one of ours, which an adapter brought that came here.
         """
-        ours = {layer: theirs for theirs, layer in self._theirs.items()}
+        ours = {layer: theirs for theirs, layer in self._stand_ins.items()}
         stood = {}
-        for layer in _wrappers(self.model):
-            found = next((ours[each] for each in _within(layer) if each in ours), None)
+        for layer in _find_wrappers(self.model):
+            found = next((ours[each] for each in _iterate_nested(layer) if each in ours), None)
             if found is not None:
                 stood[found] = layer
         replace_modules(self.model, {layer: theirs for theirs, layer in stood.items()})
-        for theirs, layer in self._theirs.items():
-            _same_mode(theirs, layer)
-        release(self.peft_model)
+        for theirs, layer in self._stand_ins.items():
+            _copy_mode(theirs, layer)
+        release_peft_model(self.peft_model)
         return stood
 
-    def _note_trainable(self) -> None:
+    def _refresh_trainable(self) -> None:
         """See which parameters require grad by now."""
-        for ours in self._theirs.values():
-            ours.note_trainable()
-        for resident in self._adopted.values():
+        for ours in self._stand_ins.values():
+            ours.refresh_trainable()
+        for resident in self._adopted_adapters.values():
             resident.leaves = [leaf for leaf in self._parameters_of(resident) if leaf.requires_grad]
 
-    def _parameters_of(self, resident: Resident) -> list[nn.Parameter]:
+    def _parameters_of(self, resident: LoadedAdapter) -> list[nn.Parameter]:
         held = [tensor for path in resident.layers for tensor in self._entry(resident, path).values()]
         return [tensor for tensor in held if isinstance(tensor, nn.Parameter)]
 
     def _check_same_adapters(self) -> None:
-        came = [name for name in self._residents if self._adopted.get(name) is not self._residents[name]]
-        gone = [name for name in self._adopted if name not in self._residents]
+        came = [
+            name
+            for name in self._loaded_adapters
+            if self._adopted_adapters.get(name) is not self._loaded_adapters[name]
+        ]
+        gone = [name for name in self._adopted_adapters if name not in self._loaded_adapters]
         if came or gone:
-            what = f"{listed(came)} came" if came else f"{listed(gone)} went"
+            what = f"{format_list(came)} came" if came else f"{format_list(gone)} went"
             raise BankError(f"{what} after the PeftModel was adopted", hint="save adapters, and load them in PEFT")
 
 
-def _stand_in(layer: Layer, inside: AdoptingLayer | None, routing: Routing) -> AdoptingLayer:
+def _make_stand_in(layer: PeftLayer, inside: AdoptingLayer | None, routing: Routing) -> AdoptingLayer:
     """A layer of ours around the base of one of PEFT's, or around the one that stands in for what is inside it."""
     ours: AdoptingLayer
     if layer.parameter:
         ours = AdoptedParameter(inside or layer.base, layer.parameter, routing)
     else:
-        ours = (AdoptedModule if layer.saved else _KINDS[kind_of(layer.base) or "linear"])(layer.base, routing)
+        ours = (AdoptedModule if layer.saved else _LAYER_CLASSES[kind_of(layer.base) or "linear"])(layer.base, routing)
     ours.training = layer.module.training
     return ours
 
 
-def _wrappers(model: nn.Module) -> Iterator[SlotLayer]:
+def _find_wrappers(model: nn.Module) -> Iterator[SlotLayer]:
     """Wrappers that stand in a model, without those inside others."""
     for parent in model.modules():
         if not isinstance(parent, SlotLayer):
             yield from (child for child in parent.children() if isinstance(child, SlotLayer))
 
 
-def _within(layer: nn.Module) -> Iterator[nn.Module]:
+def _iterate_nested(layer: nn.Module) -> Iterator[nn.Module]:
     """A wrapper and the wrappers inside it."""
     while isinstance(layer, SlotLayer):
         yield layer
         layer = layer.base_layer
 
 
-def _same_mode(theirs: nn.Module, ours: SlotLayer) -> None:
+def _copy_mode(theirs: nn.Module, ours: SlotLayer) -> None:
     """Training or evaluation mode, where it was changed meanwhile; the base they share has it already."""
     if theirs.training == ours.training:
         return
@@ -214,13 +222,13 @@ def _same_mode(theirs: nn.Module, ours: SlotLayer) -> None:
             child.train(ours.training)
 
 
-def _coverage(name: str, reading: Reading) -> Coverage:
+def _find_adapter_coverage(name: str, reading: PeftContents) -> Coverage:
     """What an adapter covers, which its config and its layers must agree on: it is saved with that config.
 
     Raises:
         TargetError: they do not.
     """
-    coverage = survey(reading.base, reading.configs[name])
+    coverage = survey_coverage(reading.base, reading.configs[name])
     here = {layer.path for layer in reading.layers if name in layer.adapters}
     said = {target.path for target in coverage.targets} | set(coverage.saved)
     odd = sorted(here ^ said)
@@ -228,7 +236,7 @@ def _coverage(name: str, reading: Reading) -> Coverage:
         reasons = dict(coverage.skipped)
         odd = [f"{path} ({reasons[path]})" if path in reasons else path for path in odd]
         raise TargetError(
-            f"adapter {name!r}: its config and its layers do not agree on {listed(odd)}",
+            f"adapter {name!r}: its config and its layers do not agree on {format_list(odd)}",
             hint="nothing was changed; it goes on in PEFT",
         )
     return coverage

@@ -11,12 +11,12 @@ from lora_kit.errors import BankError
 if TYPE_CHECKING:
     from lora_kit.bank.peft_bridge.adopt import AdoptedBank
 
-_BASE: Final = "__base__"
+_PEFT_BASE: Final = "__base__"
 """What PEFT calls the base among the adapters of a batch's rows."""
-_SUFFIX: Final = "Adopted"
+_CLASS_PREFIX: Final = "Adopted"
 
 
-def _in_peft(name: str) -> Callable[..., Any]:
+def _delegate_to_peft(name: str) -> Callable[..., Any]:
     """A method that PEFT carries out itself, its own layers in their places."""
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -27,7 +27,7 @@ def _in_peft(name: str) -> Callable[..., Any]:
     return method
 
 
-def _refused(name: str) -> Callable[..., Any]:
+def _refuse_method(name: str) -> Callable[..., Any]:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         raise BankError(f"{name} was called, and the layers of this PeftModel are adopted", hint="bank.to_peft() first")
 
@@ -59,34 +59,34 @@ def _load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwa
 
 
 @contextlib.contextmanager
-def _rows(self: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
+def _route_rows(self: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
     """`adapter_names`, one per row of the batch."""
     names = kwargs.get("adapter_names")
     if names is None:
         yield
         return
-    with self._lora_kit.rows([None if name == _BASE else name for name in names]):
+    with self._lora_kit.rows([None if name == _PEFT_BASE else name for name in names]):
         yield
 
 
-_MODEL: Final[Mapping[str, Callable[..., Any]]] = {
-    "state_dict": _in_peft("state_dict"),
-    "load_state_dict": _in_peft("load_state_dict"),
-    "save_pretrained": _in_peft("save_pretrained"),
-    "get_layer_status": _in_peft("get_layer_status"),
-    "get_model_status": _in_peft("get_model_status"),
+_MODEL_METHODS: Final[Mapping[str, Callable[..., Any]]] = {
+    "state_dict": _delegate_to_peft("state_dict"),
+    "load_state_dict": _delegate_to_peft("load_state_dict"),
+    "save_pretrained": _delegate_to_peft("save_pretrained"),
+    "get_layer_status": _delegate_to_peft("get_layer_status"),
+    "get_model_status": _delegate_to_peft("get_model_status"),
     "load_adapter": _load_adapter,
     "set_adapter": _set_adapter,
     "disable_adapter": _disable_adapter,
-    **{name: _refused(name) for name in ("add_adapter", "delete_adapter", "set_requires_grad")},
+    **{name: _refuse_method(name) for name in ("add_adapter", "delete_adapter", "set_requires_grad")},
 }
 """Methods of a PeftModel that reach into its layers."""
-_TUNER: Final[Mapping[str, Callable[..., Any]]] = {
-    "state_dict": _in_peft("state_dict"),
-    "load_state_dict": _in_peft("load_state_dict"),
-    "_enable_peft_forward_hooks": _rows,
+_TUNER_METHODS: Final[Mapping[str, Callable[..., Any]]] = {
+    "state_dict": _delegate_to_peft("state_dict"),
+    "load_state_dict": _delegate_to_peft("load_state_dict"),
+    "_enable_peft_forward_hooks": _route_rows,
     **{
-        name: _refused(name)
+        name: _refuse_method(name)
         for name in (
             "add_weighted_adapter",
             "delete_adapter",
@@ -104,18 +104,18 @@ _TUNER: Final[Mapping[str, Callable[..., Any]]] = {
     },
 }
 """Methods of the LoraModel inside."""
-GUARDED: Final = (_MODEL, _TUNER)
+GUARDED_METHODS: Final = (_MODEL_METHODS, _TUNER_METHODS)
 
 
-def guard(peft_model: Any, bank: AdoptedBank) -> None:
+def guard_peft_model(peft_model: Any, bank: AdoptedBank) -> None:
     """Have a PeftModel and its tuner ask the bank."""
-    for module, methods in zip((peft_model, peft_model.base_model), GUARDED, strict=True):
+    for module, methods in zip((peft_model, peft_model.base_model), GUARDED_METHODS, strict=True):
         kind = type(module)
-        module.__class__ = type(_SUFFIX + kind.__name__, (kind,), {**methods, "__module__": kind.__module__})
+        module.__class__ = type(_CLASS_PREFIX + kind.__name__, (kind,), {**methods, "__module__": kind.__module__})
         module.__dict__["_lora_kit"] = bank
 
 
-def release(peft_model: Any) -> None:
+def release_peft_model(peft_model: Any) -> None:
     """Undo `guard`."""
     for module in (peft_model, peft_model.base_model):
         del module.__dict__["_lora_kit"]

@@ -12,17 +12,17 @@ from typing import Any, Final
 
 from lora_kit.data.batches import LABEL
 from lora_kit.data.chat import ChatTemplate
-from lora_kit.data.encode import Measured, measure
-from lora_kit.data.preparation.labels import lookalikes, relabelled
+from lora_kit.data.encode import EncodingResult, encode_with_faults
+from lora_kit.data.preparation.labels import find_lookalikes, relabel_rows
 from lora_kit.data.readers import Fault
-from lora_kit.data.rows import Rows, label_names, scan_rows
+from lora_kit.data.rows import Rows, collect_label_names, scan_rows
 
 FIRST_BIN: Final = 16
 """The upper end of the first bin of a histogram of lengths; each next one is twice as far."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class ReadOptions:
     """How files are read and rows become tokens: what `scan_rows` and `measure` are given."""
 
     tokenizer: Any
@@ -35,7 +35,7 @@ class Reading:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Examined:
+class ExaminedFile:
     """A file of rows, looked at from all sides; nothing has been changed or left out.
 
     Attributes:
@@ -53,7 +53,7 @@ class Examined:
     unused: tuple[str, ...]
     duplicates: Mapping[int, int]
     conflicts: Mapping[int, int]
-    measured: Measured
+    measured: EncodingResult
     sha256: str
 
     def lines_of(self, kind: str) -> list[int]:
@@ -73,7 +73,7 @@ class Examined:
     @functools.cached_property
     def lookalikes(self) -> dict[str, str]:
         """A rare label → the frequent one it is likely to be meant for."""
-        return lookalikes(self.labels)
+        return find_lookalikes(self.labels)
 
     @property
     def learned(self) -> float:
@@ -84,12 +84,12 @@ class Examined:
 
 def examine(
     path: str | Path,
-    reading: Reading,
+    reading: ReadOptions,
     *,
     template: ChatTemplate | None = None,
     label2id: Mapping[str, int] | None = None,
     split: str = "train",
-) -> Examined:
+) -> ExaminedFile:
     """Look at a file of rows.
 
     Args:
@@ -103,10 +103,10 @@ def examine(
     there = {str(label) for labels in found.rows.labels for label in labels}
     # A label that only the training rows have misspelt is no mistake of the validation's.
     relabel = {old: new for old, new in reading.relabel.items() if label2id is None or old in there}
-    rows = relabelled(found.rows, relabel)
+    rows = relabel_rows(found.rows, relabel)
     if rows.values and rows.format in ("label", "words") and label2id is None:
-        label2id = {name: number for number, name in enumerate(label_names(rows))}
-    measured = measure(
+        label2id = {name: number for number, name in enumerate(collect_label_names(rows))}
+    measured = encode_with_faults(
         rows,
         reading.tokenizer,
         max_length=reading.max_length,
@@ -115,12 +115,12 @@ def examine(
         label2id=label2id,
         task=reading.task,
     )
-    return Examined(
+    return ExaminedFile(
         rows=rows,
         faults=tuple(sorted([*found.faults, *measured.faults])),
         unused=found.unused,
-        duplicates=_repeats(rows.values, rows.lines),
-        conflicts=_conflicts(rows),
+        duplicates=_find_repeats(rows.values, rows.lines),
+        conflicts=_find_conflicts(rows),
         measured=measured,
         sha256=found.sha256,
     )
@@ -140,7 +140,7 @@ def input_of(rows: Rows, value: Sequence[Any]) -> str:
     return " ".join(unicodedata.normalize("NFKC", given).casefold().split())
 
 
-def leaks(train: Rows, validation: Rows) -> dict[int, int]:
+def find_leaks(train: Rows, validation: Rows) -> dict[int, int]:
     """The line of a training row → the line of a validation row with the same input."""
     asked: dict[str, int] = {}
     for line, value in zip(validation.lines, validation.values, strict=True):
@@ -149,7 +149,7 @@ def leaks(train: Rows, validation: Rows) -> dict[int, int]:
     return {line: asked[given] for line, given in inputs if given in asked}
 
 
-def histogram(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+def bin_lengths(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
     """How many lengths lie in 1–16, 17–32, 33–64, …: (lowest, highest, count), up to the last that is not empty."""
     bins: list[tuple[int, int, int]] = []
     low, high = 1, FIRST_BIN
@@ -159,7 +159,7 @@ def histogram(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
     return bins
 
 
-def _repeats(values: Sequence[Any], lines: Sequence[int]) -> dict[int, int]:
+def _find_repeats(values: Sequence[Any], lines: Sequence[int]) -> dict[int, int]:
     first: dict[Any, int] = {}
     repeats = {}
     for line, value in zip(lines, values, strict=True):
@@ -168,7 +168,7 @@ def _repeats(values: Sequence[Any], lines: Sequence[int]) -> dict[int, int]:
     return repeats
 
 
-def _conflicts(rows: Rows) -> dict[int, int]:
+def _find_conflicts(rows: Rows) -> dict[int, int]:
     if rows.format != "label":
         return {}
     first: dict[str, tuple[int, str]] = {}

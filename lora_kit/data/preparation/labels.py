@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from lora_kit.data.rows import Rows
-from lora_kit.errors import DataError, listed, nearest
+from lora_kit.errors import DataError, format_list, suggest_nearest
 
-_ALIKE: Final = 0.85
+_MIN_SIMILARITY: Final = 0.85
 """How alike two labels are at least, where 1 is the same."""
-_RARE: Final = 20
+_MIN_FREQUENCY_RATIO: Final = 20
 """How many times as frequent the other label is at least."""
 
 
-def lookalikes(counts: Mapping[str, int]) -> dict[str, str]:
+def find_lookalikes(counts: Mapping[str, int]) -> dict[str, str]:
     """A rare label → the frequent one it is likely to be meant for; labels that are numbers are not looked at.
 
     Args:
@@ -25,14 +25,16 @@ def lookalikes(counts: Mapping[str, int]) -> dict[str, str]:
     words = {label: count for label, count in counts.items() if not _is_number(label)}
     found = {}
     for label, count in words.items():
-        frequent = {_bare(other): other for other, more in words.items() if more >= _RARE * count}
-        near = difflib.get_close_matches(_bare(label), frequent, n=1, cutoff=_ALIKE)
+        frequent = {
+            _normalize_label(other): other for other, more in words.items() if more >= _MIN_FREQUENCY_RATIO * count
+        }
+        near = difflib.get_close_matches(_normalize_label(label), frequent, n=1, cutoff=_MIN_SIMILARITY)
         if near:
             found[label] = frequent[near[0]]
     return found
 
 
-def relabelled(rows: Rows, names: Mapping[str, str]) -> Rows:
+def relabel_rows(rows: Rows, names: Mapping[str, str]) -> Rows:
     """Rows with labels of other names.
 
     Raises:
@@ -43,7 +45,7 @@ def relabelled(rows: Rows, names: Mapping[str, str]) -> Rows:
     known = {str(label) for labels in rows.labels for label in labels}
     unknown = [name for name in names if name not in known]
     if unknown:
-        hint = nearest(unknown[0], known) or f"there are {listed(sorted(known))}"
+        hint = suggest_nearest(unknown[0], known) or f"there are {format_list(sorted(known))}"
         raise DataError(f"{rows.path} has no label {unknown[0]!r} to rename", hint=hint)
 
     def put(label: Any) -> Any:
@@ -56,7 +58,7 @@ def relabelled(rows: Rows, names: Mapping[str, str]) -> Rows:
     return dataclasses.replace(rows, values=values)
 
 
-def _bare(label: str) -> str:
+def _normalize_label(label: str) -> str:
     return " ".join(label.casefold().replace("_", " ").split())
 
 

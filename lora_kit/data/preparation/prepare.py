@@ -17,16 +17,16 @@ from typing import Any, Final
 
 import yaml
 
-from lora_kit.data.chat import PLAIN, ChatTemplate, chat_template, own_template
-from lora_kit.data.encode import LONGEST
+from lora_kit.data.chat import PLAIN, ChatTemplate, chat_template, chat_template_of
+from lora_kit.data.encode import DEFAULT_MAX_LENGTH
 from lora_kit.data.layouts import FORMATS
-from lora_kit.data.preparation.examine import Examined, Reading, examine, histogram, leaks
+from lora_kit.data.preparation.examine import ExaminedFile, ReadOptions, bin_lengths, examine, find_leaks
 from lora_kit.data.preparation.split import split
 from lora_kit.data.readers import BAD, EMPTY, LONG, NOT_UTF8
-from lora_kit.data.rows import Rows, refusal
-from lora_kit.errors import DataError, listed, nearest
+from lora_kit.data.rows import Rows, build_fault_error
+from lora_kit.errors import DataError, format_list, suggest_nearest
 from lora_kit.io.atomic_write import check_output, write_folder
-from lora_kit.models.loading import load_reader
+from lora_kit.models.loading import load_input_spec
 from lora_kit.models.locate import KIT_BASE
 from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR
 
@@ -37,12 +37,12 @@ RECIPE: Final = "recipe.yaml"
 DUPLICATES, CONFLICTS, LEAKS = "duplicates", "conflicts", "leaks"
 DROPPABLE: Final = (BAD, EMPTY, LONG, DUPLICATES, CONFLICTS, LEAKS)
 """What can be left out: rows that cannot be read, without text, too long; repeats; training rows validated on."""
-SHARE: Final = 0.05
-_FORMAT: Final = 1
+DEFAULT_VALIDATION_SHARE: Final = 0.05
+_MANIFEST_VERSION: Final = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class PreparedFile:
     """One of the files that were read, and what became of it.
 
     Attributes:
@@ -54,7 +54,7 @@ class Part:
     """
 
     path: Path
-    examined: Examined
+    examined: ExaminedFile
     leaks: Mapping[int, int]
     dropped: Mapping[str, Sequence[int]]
     kept: Sequence[int]
@@ -67,7 +67,7 @@ class Part:
             "shortest": lengths[0],
             "median": lengths[len(lengths) // 2],
             "longest": lengths[-1],
-            "histogram": [list(found) for found in histogram(lengths)],
+            "histogram": [list(found) for found in bin_lengths(lengths)],
             "learned": round(self.examined.learned, 6),
         }
 
@@ -79,9 +79,9 @@ class Part:
             "rows": found.total,
             "kept": len(self.kept),
             "faults": [{"line": fault.line, "kind": fault.kind, "what": fault.what} for fault in found.faults],
-            "duplicates": _pairs(found.duplicates),
-            "conflicts": _pairs(found.conflicts),
-            "leaks": _pairs(self.leaks),
+            "duplicates": _lines_to_json(found.duplicates),
+            "conflicts": _lines_to_json(found.conflicts),
+            "leaks": _lines_to_json(self.leaks),
             "dropped": {kind: list(lines) for kind, lines in self.dropped.items()},
             "unused": list(found.unused),
             "labels": found.labels,
@@ -105,7 +105,7 @@ class Preparation:
         files: what was written, with rows and digests.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[PreparedFile, ...]
     format: str
     layout: str
     task: str
@@ -122,7 +122,7 @@ class Preparation:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "format_version": _FORMAT,
+            "format_version": _MANIFEST_VERSION,
             "layout": self.layout,
             "format": self.format,
             "settings": dict(self.settings),
@@ -137,7 +137,7 @@ def prepare(
     out: str | Path | None = None,
     *,
     validation: str | Path | None = None,
-    share: float = SHARE,
+    share: float = DEFAULT_VALIDATION_SHARE,
     base: str = KIT_BASE,
     max_length: int | None = None,
     template: str | None = None,
@@ -173,16 +173,16 @@ def prepare(
         BaseModelError: the base's tokenizer cannot be read.
         StorageError: `out` exists, or cannot be written.
     """
-    _check(drop, share)
+    _check_arguments(drop, share)
     folder = None if out is None else Path(out)
     if folder is not None:
         check_output(folder, replace=replace, owned=is_prepared)
-    reader = load_reader(base)
+    reader = load_input_spec(base)
     tokenizer, limit = reader.tokenizer, reader.max_length
-    length = max_length or min(limit, LONGEST)
+    length = max_length or min(limit, DEFAULT_MAX_LENGTH)
     if not 2 <= length <= limit:
         raise DataError(f"max_length is {length}; it must be 2 at least, and {base} sees {limit} tokens at once")
-    reading = Reading(
+    reading = ReadOptions(
         tokenizer=tokenizer,
         max_length=length,
         separator=DEFAULT_SEPARATOR,
@@ -191,15 +191,15 @@ def prepare(
         relabel=dict(relabel or {}),
         encoding=encoding,
     )
-    chosen = _template(template, tokenizer, base)
-    parts = _parts(Path(source), None if validation is None else Path(validation), reading, chosen, drop)
+    chosen = _resolve_template(template, tokenizer, base)
+    parts = _examine_files(Path(source), None if validation is None else Path(validation), reading, chosen, drop)
     rows = parts[0].examined.rows
     if template is not None and rows.format != "chat":
         raise DataError(f"a chat template was given, and {source} has rows of the format {rows.format}")
     settings = {
         "base": base,
         "max_length": length,
-        "chat_template": _named(template, tokenizer) if rows.format == "chat" else None,
+        "chat_template": _resolve_template_name(template, tokenizer) if rows.format == "chat" else None,
         "rename": reading.rename,
         "relabel": reading.relabel,
         "encoding": encoding,
@@ -208,8 +208,8 @@ def prepare(
         "seed": seed,
     }
     if folder is not None:
-        _refuse_what_is_left(parts)
-    sides = _sides(parts, share=share, seed=seed)
+        _refuse_remaining_faults(parts)
+    sides = _split_rows(parts, share=share, seed=seed)
     found = Preparation(
         parts=parts,
         format=rows.format,
@@ -221,7 +221,7 @@ def prepare(
         out=folder,
         files={},
     )
-    return found if folder is None else _written(found, folder, replace=replace)
+    return found if folder is None else _write_preparation(found, folder, replace=replace)
 
 
 def is_prepared(folder: Path) -> bool:
@@ -229,54 +229,54 @@ def is_prepared(folder: Path) -> bool:
     return (folder / MANIFEST).is_file() and (folder / TRAIN).is_file()
 
 
-def _check(drop: Collection[str], share: float) -> None:
+def _check_arguments(drop: Collection[str], share: float) -> None:
     unknown = sorted(set(drop) - set(DROPPABLE))
     if unknown:
-        hint = nearest(unknown[0], DROPPABLE) or f"known: {listed(DROPPABLE)}"
-        raise DataError(f"drop {listed(unknown)} is not known", hint=hint)
+        hint = suggest_nearest(unknown[0], DROPPABLE) or f"known: {format_list(DROPPABLE)}"
+        raise DataError(f"drop {format_list(unknown)} is not known", hint=hint)
     if not 0 <= share < 1:
         raise DataError(f"the share for validation must be 0 or above and below 1; {share} was given")
 
 
-def _template(given: str | None, tokenizer: Any, base: str) -> ChatTemplate:
-    return chat_template(_named(given, tokenizer), tokenizer, base=base)
+def _resolve_template(given: str | None, tokenizer: Any, base: str) -> ChatTemplate:
+    return chat_template(_resolve_template_name(given, tokenizer), tokenizer, base=base)
 
 
-def _named(given: str | None, tokenizer: Any) -> str | None:
+def _resolve_template_name(given: str | None, tokenizer: Any) -> str | None:
     """The template by the name that a recipe has for it."""
-    return given if given is not None or own_template(tokenizer) else PLAIN
+    return given if given is not None or chat_template_of(tokenizer) else PLAIN
 
 
 # Reading and mending
 
 
-def _parts(
-    source: Path, validation: Path | None, reading: Reading, template: ChatTemplate, drop: Collection[str]
-) -> tuple[Part, ...]:
+def _examine_files(
+    source: Path, validation: Path | None, reading: ReadOptions, template: ChatTemplate, drop: Collection[str]
+) -> tuple[PreparedFile, ...]:
     train = examine(source, reading, template=template)
     if not len(train.rows):
-        raise refusal(source, train.faults)
+        raise build_fault_error(source, train.faults)
     _refuse_another_encoding(source, train, drop)
     if validation is None:
-        return (_mended(source, train, {}, drop),)
+        return (_clean_file(source, train, {}, drop),)
     label2id = {name: number for number, name in enumerate(train.labels)} if train.labels else None
     other = examine(validation, reading, template=template, label2id=label2id, split="validation")
     _refuse_another_encoding(validation, other, drop)
     if other.rows.format != train.rows.format:
         kinds = f"{source} has rows of the format {train.rows.format}, {validation} of the format {other.rows.format}"
         raise DataError(kinds, hint="both files have one format")
-    leaked = leaks(train.rows, other.rows)
-    return _mended(source, train, leaked, drop), _mended(validation, other, {}, drop)
+    leaked = find_leaks(train.rows, other.rows)
+    return _clean_file(source, train, leaked, drop), _clean_file(validation, other, {}, drop)
 
 
-def _refuse_another_encoding(path: Path, found: Examined, drop: Collection[str]) -> None:
+def _refuse_another_encoding(path: Path, found: ExaminedFile, drop: Collection[str]) -> None:
     """Rows that are not UTF-8 are more likely a file in another encoding than rows to be left out."""
     faults = [fault for fault in found.faults if fault.what.startswith(NOT_UTF8)]
     if faults and BAD not in drop:
-        raise refusal(path, faults, hint=f"to leave these rows out: --drop {BAD}")
+        raise build_fault_error(path, faults, hint=f"to leave these rows out: --drop {BAD}")
 
 
-def _mended(path: Path, found: Examined, leaked: Mapping[int, int], drop: Collection[str]) -> Part:
+def _clean_file(path: Path, found: ExaminedFile, leaked: Mapping[int, int], drop: Collection[str]) -> PreparedFile:
     wrong = {
         **{kind: found.lines_of(kind) for kind in (BAD, EMPTY, LONG)},
         DUPLICATES: list(found.duplicates),
@@ -287,19 +287,21 @@ def _mended(path: Path, found: Examined, leaked: Mapping[int, int], drop: Collec
     dropped = {kind: lines for kind, lines in wrong.items() if kind in drop and lines}
     gone = {line for lines in dropped.values() for line in lines}
     kept = [place for place, line in enumerate(found.rows.lines) if line not in gone]
-    return Part(path=path, examined=found, leaks=leaked, dropped=dropped, kept=kept)
+    return PreparedFile(path=path, examined=found, leaks=leaked, dropped=dropped, kept=kept)
 
 
-def _refuse_what_is_left(parts: Sequence[Part]) -> None:
+def _refuse_remaining_faults(parts: Sequence[PreparedFile]) -> None:
     """Faults that were not to be left out: what was written with them could not be trained on."""
     for part in parts:
         left = [fault for fault in part.examined.faults if fault.kind not in part.dropped]
         if left:
             kinds = [kind for kind in DROPPABLE if any(fault.kind == kind for fault in left)]
-            raise refusal(part.path, left, hint=f"mend these rows, or leave them out: --drop {' '.join(kinds)}")
+            raise build_fault_error(
+                part.path, left, hint=f"mend these rows, or leave them out: --drop {' '.join(kinds)}"
+            )
 
 
-def _sides(parts: Sequence[Part], *, share: float, seed: int) -> tuple[Rows, Rows | None]:
+def _split_rows(parts: Sequence[PreparedFile], *, share: float, seed: int) -> tuple[Rows, Rows | None]:
     """The rows to train on, and those to validate on."""
     kept = [part.examined.rows.only(part.kept) for part in parts]
     for part, rows in zip(parts, kept, strict=True):
@@ -314,19 +316,19 @@ def _sides(parts: Sequence[Part], *, share: float, seed: int) -> tuple[Rows, Row
 # Writing
 
 
-def _written(found: Preparation, folder: Path, *, replace: bool) -> Preparation:
+def _write_preparation(found: Preparation, folder: Path, *, replace: bool) -> Preparation:
     sides = {TRAIN: found.train, **({VALIDATION: found.validation} if found.validation is not None else {})}
-    files = {name: "".join(_line(rows, value) for value in rows.values).encode() for name, rows in sides.items()}
-    listing = {name: _entry(data, rows=len(sides[name])) for name, data in files.items()}
-    files[RECIPE] = _recipe(found, folder).encode()
-    listing[RECIPE] = _entry(files[RECIPE])
+    files = {name: "".join(_format_row(rows, value) for value in rows.values).encode() for name, rows in sides.items()}
+    listing = {name: _describe_file(data, rows=len(sides[name])) for name, data in files.items()}
+    files[RECIPE] = _render_recipe(found, folder).encode()
+    listing[RECIPE] = _describe_file(files[RECIPE])
     found = dataclasses.replace(found, files=listing)
     files[MANIFEST] = (json.dumps(found.to_json(), indent=1, ensure_ascii=False) + "\n").encode()
     write_folder(folder, files, replace=replace, owned=is_prepared)
     return found
 
 
-def _line(rows: Rows, value: Sequence[Any]) -> str:
+def _format_row(rows: Rows, value: Sequence[Any]) -> str:
     """A row in the layout its format is written in."""
     if rows.format == "words":
         row: dict[str, Any] = {"words": list(value[0]), "labels": list(value[1])}
@@ -338,11 +340,11 @@ def _line(rows: Rows, value: Sequence[Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _entry(data: bytes, **more: Any) -> dict[str, Any]:
+def _describe_file(data: bytes, **more: Any) -> dict[str, Any]:
     return {**more, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _recipe(found: Preparation, folder: Path) -> str:
+def _render_recipe(found: Preparation, folder: Path) -> str:
     """A recipe that trains on the folder; its paths count from the working directory, as those of every recipe."""
     data: dict[str, Any] = {"train": str(folder / TRAIN)}
     if found.validation is not None:
@@ -361,5 +363,5 @@ def _recipe(found: Preparation, folder: Path) -> str:
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120)
 
 
-def _pairs(lines: Mapping[int, int]) -> list[list[int]]:
+def _lines_to_json(lines: Mapping[int, int]) -> list[list[int]]:
     return [[line, earlier] for line, earlier in lines.items()]

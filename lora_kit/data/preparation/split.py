@@ -28,13 +28,13 @@ def split(rows: Rows, *, share: float, seed: int = 0) -> tuple[list[int], list[i
     Raises:
         DataError: no row can be set aside, since all have one input.
     """
-    strata = _strata(rows)
-    quotas = _quotas({name: sum(map(len, groups.values())) for name, groups in strata.items()}, share)
+    strata = _group_by_label(rows)
+    quotas = _compute_quotas({name: sum(map(len, groups.values())) for name, groups in strata.items()}, share)
     taken: list[int] = []
     for name, groups in strata.items():
-        taken += _taken(groups, quotas[name], seed)
+        taken += _take_groups(groups, quotas[name], seed)
     if not taken:
-        taken = _smallest(strata, seed)
+        taken = _find_smallest_group(strata, seed)
     if not taken:
         raise DataError(
             f"{rows.path}: no row can be set aside for validation, since rows with one input stay together",
@@ -44,7 +44,7 @@ def split(rows: Rows, *, share: float, seed: int = 0) -> tuple[list[int], list[i
     return [place for place in range(len(rows)) if place not in aside], sorted(taken)
 
 
-def _strata(rows: Rows) -> dict[str, _Groups]:
+def _group_by_label(rows: Rows) -> dict[str, _Groups]:
     """Groups that may be set aside, by label; inputs with several labels are always trained on."""
     groups: dict[str, list[int]] = defaultdict(list)
     for place, value in enumerate(rows.values):
@@ -57,7 +57,7 @@ def _strata(rows: Rows) -> dict[str, _Groups]:
     return {name: strata[name] for name in sorted(strata)}
 
 
-def _quotas(sizes: Mapping[str, int], share: float) -> dict[str, int]:
+def _compute_quotas(sizes: Mapping[str, int], share: float) -> dict[str, int]:
     """Rows to take of each stratum, by largest remainders: together the share of all rows, and at least one."""
     exact = {name: share * size for name, size in sizes.items()}
     quotas = {name: int(wanted) for name, wanted in exact.items()}
@@ -67,23 +67,23 @@ def _quotas(sizes: Mapping[str, int], share: float) -> dict[str, int]:
     return quotas
 
 
-def _taken(groups: _Groups, quota: int, seed: int) -> list[int]:
+def _take_groups(groups: _Groups, quota: int, seed: int) -> list[int]:
     """Places of whole groups that together have no more rows than the quota; one group is always left."""
     taken: list[int] = []
     left = len(groups)
-    for given in sorted(groups, key=lambda given: _rank(given, seed)):
+    for given in sorted(groups, key=lambda given: _hash_input(given, seed)):
         if left > 1 and len(taken) + len(groups[given]) <= quota:
             taken += groups[given]
             left -= 1
     return taken
 
 
-def _smallest(strata: Mapping[str, _Groups], seed: int) -> list[int]:
+def _find_smallest_group(strata: Mapping[str, _Groups], seed: int) -> list[int]:
     """The places of the smallest group of those that are not all their stratum has."""
     groups = [group for found in strata.values() if len(found) > 1 for group in found.items()]
-    _, places = min(groups, key=lambda group: (len(group[1]), _rank(group[0], seed)), default=("", []))
+    _, places = min(groups, key=lambda group: (len(group[1]), _hash_input(group[0], seed)), default=("", []))
     return list(places)
 
 
-def _rank(given: str, seed: int) -> str:
+def _hash_input(given: str, seed: int) -> str:
     return hashlib.sha256(f"{seed}\0{given}".encode()).hexdigest()

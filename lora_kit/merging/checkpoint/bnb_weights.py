@@ -20,17 +20,17 @@ import torch
 from torch import Tensor
 
 from lora_kit.errors import BaseModelError
-from lora_kit.io.text import printable
+from lora_kit.io.text import escape_text
 
-_STATE: Final = ".quant_state.bitsandbytes__"
+_STATE_MARK: Final = ".quant_state.bitsandbytes__"
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_ALIGNED: Final = 8
-_NUMBER: Final = 25
+_ALIGNMENT: Final = 8
+_FLOAT_CHARACTERS: Final = 25
 """Characters that a float may take more in JSON than another."""
 
 
 @dataclass(frozen=True)
-class Packed(ABC):
+class QuantizedWeight(ABC):
     """One quantised weight.
 
     Attributes:
@@ -63,15 +63,15 @@ class Packed(ABC):
         """Some rows of the weight: fp32, not rounded to its dtype."""
 
     @abstractmethod
-    def codes(self, tensor: Tensor) -> Tensor:
+    def quantize_to_codes(self, tensor: Tensor) -> Tensor:
         """What rows are packed to, as bytes; they begin at a multiple of `step`."""
 
     @abstractmethod
-    def codes_of(self, rows: slice) -> Tensor:
+    def stored_codes_of(self, rows: slice) -> Tensor:
         """What rows were packed to, as bytes."""
 
     @abstractmethod
-    def pack(self, blocks: Iterable[Tensor]) -> Packed:
+    def pack(self, blocks: Iterable[Tensor]) -> QuantizedWeight:
         """Another weight in its place, packed as this one was.
 
         Args:
@@ -91,12 +91,12 @@ class Packed(ABC):
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    def meta(self) -> Tensor:
+    def to_meta(self) -> Tensor:
         """A tensor of the weight's shape and dtype without numbers."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
-class FourBit(Packed):
+class FourBitWeight(QuantizedWeight):
     """NF4 or FP4, in blocks of consecutive numbers."""
 
     @cached_property
@@ -108,11 +108,11 @@ class FourBit(Packed):
 
     @cached_property
     def _state_name(self) -> str:
-        return next(name for name in self.parts if name.startswith(f"{self.name}{_STATE}"))
+        return next(name for name in self.parts if name.startswith(f"{self.name}{_STATE_MARK}"))
 
     @property
     def kind(self) -> str:
-        return self._state_name.removeprefix(f"{self.name}{_STATE}")
+        return self._state_name.removeprefix(f"{self.name}{_STATE_MARK}")
 
     @cached_property
     def shape(self) -> torch.Size:
@@ -136,7 +136,7 @@ class FourBit(Packed):
 
         begin, end = rows.start * self.shape[1], rows.stop * self.shape[1]
         state = QuantState(
-            absmax=self.scales(begin // self._block, -(-end // self._block)),
+            absmax=self.read_scales(begin // self._block, -(-end // self._block)),
             # As one row: where rows are no whole blocks, bitsandbytes 0.50 scales a matrix wrong on a CPU.
             shape=torch.Size([end - begin]),
             code=self.parts[f"{self.name}.quant_map"],
@@ -144,10 +144,10 @@ class FourBit(Packed):
             quant_type=self.kind,
             dtype=torch.float32,
         )
-        found: Tensor = dequantize_4bit(self.codes_of(rows).unsqueeze(1), state)
+        found: Tensor = dequantize_4bit(self.stored_codes_of(rows).unsqueeze(1), state)
         return found.view(-1, self.shape[1])
 
-    def scales(self, begin: int, end: int) -> Tensor:
+    def read_scales(self, begin: int, end: int) -> Tensor:
         """The scales of some blocks: fp32."""
         found = self.parts[f"{self.name}.absmax"]
         if not self.nested:
@@ -165,30 +165,32 @@ class FourBit(Packed):
         # As a number of fp32, which it was before it became text.
         return whole[begin - first * size :] + torch.tensor(self._state["nested_offset"], dtype=torch.float32)
 
-    def codes(self, tensor: Tensor) -> Tensor:
-        return self._quantized(tensor)[0]
+    def quantize_to_codes(self, tensor: Tensor) -> Tensor:
+        return self._quantize(tensor)[0]
 
-    def codes_of(self, rows: slice) -> Tensor:
+    def stored_codes_of(self, rows: slice) -> Tensor:
         data = self.parts[self.name].reshape(-1).view(torch.uint8)
         return data[rows.start * self.shape[1] // 2 : -(-rows.stop * self.shape[1] // 2)]
 
-    def _quantized(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    def _quantize(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
         from bitsandbytes.functional import quantize_4bit
 
         codes, state = quantize_4bit(tensor.to(self.dtype).contiguous(), blocksize=self._block, quant_type=self.kind)
         return codes.reshape(-1), state.absmax
 
-    def pack(self, blocks: Iterable[Tensor]) -> FourBit:
+    def pack(self, blocks: Iterable[Tensor]) -> FourBitWeight:
         codes, scales = torch.empty_like(self.parts[self.name]), []
         data, filled = codes.reshape(-1).view(torch.uint8), 0
         for block in blocks:
-            packed, absmax = self._quantized(block)
+            packed, absmax = self._quantize(block)
             data[filled : filled + len(packed)] = packed
             filled += len(packed)
             scales.append(absmax)
-        return FourBit(self.name, {**self.parts, self.name: codes, **self._statistics(torch.cat(scales))}, self.dtype)
+        return FourBitWeight(
+            self.name, {**self.parts, self.name: codes, **self._pack_scales(torch.cat(scales))}, self.dtype
+        )
 
-    def _statistics(self, absmax: Tensor) -> dict[str, Tensor]:
+    def _pack_scales(self, absmax: Tensor) -> dict[str, Tensor]:
         """The parts that hold the scales."""
         if not self.nested:
             return {f"{self.name}.absmax": absmax}
@@ -208,14 +210,14 @@ class FourBit(Packed):
     def _state_size(self) -> int:
         """Bytes of the JSON when it is written again: it holds a number that is not known before, so blanks follow."""
         others = sum(part.nbytes for name, part in self.parts.items() if name != self._state_name)
-        size = len(json.dumps({**self._state, "nested_offset": 0})) + _NUMBER
-        return size + -(others + size) % _ALIGNED
+        size = len(json.dumps({**self._state, "nested_offset": 0})) + _FLOAT_CHARACTERS
+        return size + -(others + size) % _ALIGNMENT
 
     def sizes(self) -> dict[str, torch.Size]:
         return {**super().sizes(), **({self._state_name: torch.Size([self._state_size])} if self.nested else {})}
 
 
-class EightBit(Packed):
+class EightBitWeight(QuantizedWeight):
     """int8 by rows, as LLM.int8() does."""
 
     @property
@@ -240,30 +242,30 @@ class EightBit(Packed):
         found: Tensor = int8_vectorwise_dequant(self.parts[self.name][rows], self.parts[self._scale][rows])
         return found
 
-    def codes(self, tensor: Tensor) -> Tensor:
-        return self._quantized(tensor)[0].reshape(-1).view(torch.uint8)
+    def quantize_to_codes(self, tensor: Tensor) -> Tensor:
+        return self._quantize(tensor)[0].reshape(-1).view(torch.uint8)
 
-    def codes_of(self, rows: slice) -> Tensor:
+    def stored_codes_of(self, rows: slice) -> Tensor:
         return self.parts[self.name][rows].reshape(-1).view(torch.uint8)
 
-    def _quantized(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    def _quantize(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
         from bitsandbytes.functional import int8_vectorwise_quant
 
         # transformers rounds a weight to its own dtype before, and bitsandbytes to fp16.
         codes, scales, _ = int8_vectorwise_quant(tensor.to(self.dtype).to(torch.float16).contiguous())
         return codes, scales
 
-    def pack(self, blocks: Iterable[Tensor]) -> EightBit:
+    def pack(self, blocks: Iterable[Tensor]) -> EightBitWeight:
         codes, scales = (torch.empty_like(self.parts[name]) for name in (self.name, self._scale))
         filled = 0
         for block in blocks:
             rows = slice(filled, filled + len(block))
-            codes[rows], scales[rows] = self._quantized(block)
+            codes[rows], scales[rows] = self._quantize(block)
             filled = rows.stop
-        return EightBit(self.name, {**self.parts, self._scale: scales, self.name: codes}, self.dtype)
+        return EightBitWeight(self.name, {**self.parts, self._scale: scales, self.name: codes}, self.dtype)
 
 
-def find_packed(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Packed]:
+def find_quantized_weights(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, QuantizedWeight]:
     """The quantised weights among the tensors of a checkpoint, by their names.
 
     Args:
@@ -272,19 +274,19 @@ def find_packed(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, 
     Raises:
         BaseModelError: one is not whole, or not as it says.
     """
-    found: dict[str, Packed] = {}
+    found: dict[str, QuantizedWeight] = {}
     for name, tensor in tensors.items():
-        stem, state, _ = name.partition(_STATE)
+        stem, state, _ = name.partition(_STATE_MARK)
         if state:
-            found[stem] = _four_bit(stem, tensors)
+            found[stem] = _read_four_bit(stem, tensors)
         elif tensor.dtype == torch.int8 and name.endswith(".weight"):
-            found[name] = _eight_bit(name, tensors, dtype)
+            found[name] = _read_eight_bit(name, tensors, dtype)
     return found
 
 
-def _four_bit(name: str, tensors: Mapping[str, Tensor]) -> FourBit:
+def _read_four_bit(name: str, tensors: Mapping[str, Tensor]) -> FourBitWeight:
     own = {key: tensor for key, tensor in tensors.items() if key == name or key.startswith(f"{name}.")}
-    packed = FourBit(name, own, torch.float32)
+    packed = FourBitWeight(name, own, torch.float32)
     try:
         state = packed._state
         numel, block = math.prod(state["shape"]), int(state["blocksize"])
@@ -300,22 +302,22 @@ def _four_bit(name: str, tensors: Mapping[str, Tensor]) -> FourBit:
         )
         if not whole:
             raise ValueError("its parts do not fit each other")
-        return FourBit(name, own, _DTYPES[state["dtype"]])
+        return FourBitWeight(name, own, _DTYPES[state["dtype"]])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(name, error) from None
+        raise _damaged_error(name, error) from None
 
 
-def _eight_bit(name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> EightBit:
+def _read_eight_bit(name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> EightBitWeight:
     path = name.removesuffix(".weight")
     names = (f"{path}.SCB", name, f"{path}.weight_format")
     own = {key: tensors[key] for key in names if key in tensors}
     scale, form = own.get(names[0]), own.get(names[2])
     if scale is None or own[name].ndim != 2 or scale.shape != own[name].shape[:1]:
-        raise _damaged(name, f"{names[0]} does not fit it")
+        raise _damaged_error(name, f"{names[0]} does not fit it")
     if form is not None and int(form) != 0:
-        raise _damaged(name, "its rows are not stored in their order")
-    return EightBit(name, own, dtype)
+        raise _damaged_error(name, "its rows are not stored in their order")
+    return EightBitWeight(name, own, dtype)
 
 
-def _damaged(name: str, error: object) -> BaseModelError:
-    return BaseModelError(f"the quantised weight {printable(name)} cannot be read: {printable(error)}")
+def _damaged_error(name: str, error: object) -> BaseModelError:
+    return BaseModelError(f"the quantised weight {escape_text(name)} cannot be read: {escape_text(error)}")

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from lora_kit.errors import BaseModelError
-from lora_kit.io.text import printable
+from lora_kit.io.text import escape_text
 
 
-class Piece(NamedTuple):
+class FusedPiece(NamedTuple):
     """A stored tensor that is some rows of one matrix of a parameter.
 
     Attributes:
@@ -30,7 +30,7 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Conversion:
+class FusedWeights:
     """One parameter, or several, and the stored tensors that it is made of.
 
     Attributes:
@@ -50,9 +50,9 @@ class Conversion:
             BaseModelError: the tensors do not make up what the model has there: one is missing, or of another shape.
         """
         try:
-            made = self._made({p: [t.to("meta") for t in own.values()] for p, own in self.sources.items()}, model)
+            made = self._convert({p: [t.to("meta") for t in own.values()] for p, own in self.sources.items()}, model)
         except (RuntimeError, ValueError, IndexError, KeyError) as error:
-            raise self._misfit(printable(str(error).split("\n", 1)[0])) from None
+            raise self._misfit(escape_text(str(error).split("\n", 1)[0])) from None
         places, first = model.state_dict(), self.converter.target_patterns[0]
         found = {self.key.replace(first, target): tensor for target, tensor in made.items()}
         for key, tensor in found.items():
@@ -64,11 +64,11 @@ class Conversion:
     def _misfit(self, told: str) -> BaseModelError:
         names = [name for own in self.sources.values() for name in own]
         return BaseModelError(
-            f"{len(names)} tensors like {printable(names[0])} do not make up {self.key}: {told}",
+            f"{len(names)} tensors like {escape_text(names[0])} do not make up {self.key}: {told}",
             hint="one is missing, or damaged",
         )
 
-    def _made(self, tensors: dict[str, list[Tensor]], model: Any) -> dict[str, Any]:
+    def _convert(self, tensors: dict[str, list[Tensor]], model: Any) -> dict[str, Any]:
         """What transformers makes of tensors in the place of the stored ones, by its patterns of the targets."""
         made: dict[str, Any] = tensors
         for operation in self.converter.operations:
@@ -83,7 +83,7 @@ class Conversion:
             )
         return made
 
-    def pieces(self, model: Any) -> tuple[Piece, ...] | None:
+    def find_pieces(self, model: Any) -> tuple[FusedPiece, ...] | None:
         """What each stored tensor is in the parameter; None where one is not rows of a matrix in their order."""
         stored = [(name, tensor) for own in self.sources.values() for name, tensor in own.items()]
         shape = model.state_dict()[self.key].shape
@@ -96,7 +96,7 @@ class Conversion:
                 numbers.setdefault(pattern, []).append(rows)
                 begins.append(count)
                 count += len(tensor)
-        made = next(iter(self._made(numbers, model).values()))
+        made = next(iter(self._convert(numbers, model).values()))
         if made.shape != (*shape[:2], 1) or count != made.numel():
             return None
         places = torch.empty(count, dtype=torch.int64)
@@ -107,5 +107,5 @@ class Conversion:
             expert, row = divmod(int(own_places[0]), shape[1])
             if not torch.equal(own_places, own_places[0] + torch.arange(len(tensor))) or row + len(tensor) > shape[1]:
                 return None
-            found.append(Piece(name, expert, row, row + len(tensor)))
+            found.append(FusedPiece(name, expert, row, row + len(tensor)))
         return tuple(found)

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.errors import BaseModelError, LoraKitError, MergeError, listed
-from lora_kit.io.text import printable
-from lora_kit.merging.checkpoint.fused_weights import Conversion, Piece
+from lora_kit.errors import BaseModelError, LoraKitError, MergeError, format_list
+from lora_kit.io.text import escape_text
+from lora_kit.merging.checkpoint.fused_weights import FusedPiece, FusedWeights
 from lora_kit.merging.checkpoint.shards import Shard
-from lora_kit.models.locate import first_told, quiet
+from lora_kit.models.locate import silence_libraries, summarize_error
 
-_CLASSES: Final[Mapping[str | None, str]] = {
+_AUTO_CLASSES: Final[Mapping[str | None, str]] = {
     None: "AutoModelForCausalLM",
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -31,7 +31,7 @@ _CLASSES: Final[Mapping[str | None, str]] = {
 
 
 @dataclass(frozen=True)
-class Head:
+class TaskHead:
     """Which model of a base an adapter was made for.
 
     Attributes:
@@ -45,13 +45,14 @@ class Head:
     labels: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, adapter: Adapter) -> Head:
+    def of(cls, adapter: Adapter) -> TaskHead:
         """Raises MergeError for a task there is no class for."""
         task = adapter.config.task_type
-        if task not in _CLASSES:
-            known = [name for name in _CLASSES if name]
+        if task not in _AUTO_CLASSES:
+            known = [name for name in _AUTO_CLASSES if name]
             raise MergeError(
-                f"the adapter was made for {printable(task)}, which is not merged", hint=f"merged are: {listed(known)}"
+                f"the adapter was made for {escape_text(task)}, which is not merged",
+                hint=f"merged are: {format_list(known)}",
             )
         if not (task or "").endswith("_CLS"):
             return cls(task)
@@ -69,7 +70,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Outline:
+class MetaModel:
     """A model whose parameters are the stored tensors themselves, mapped from their files.
 
     Attributes:
@@ -89,12 +90,12 @@ class Outline:
     model: nn.Module
     names: Mapping[str, str]
     converted: frozenset[str]
-    conversions: Mapping[str, Conversion]
+    conversions: Mapping[str, FusedWeights]
     unclaimed: tuple[str, ...]
     missing: tuple[str, ...]
     ties: tuple[tuple[str, ...], ...]
-    resized: tuple[str, ...]
-    declared: tuple[tuple[str, ...], ...]
+    resized_embeddings: tuple[str, ...]
+    declared_ties: tuple[tuple[str, ...], ...]
 
     @cached_property
     def values(self) -> Mapping[str, Tensor]:
@@ -102,43 +103,45 @@ class Outline:
         values: Mapping[str, Tensor] = self.model.state_dict()
         return values
 
-    def pieces(self, key: str) -> tuple[Piece, ...] | None:
+    def find_pieces(self, key: str) -> tuple[FusedPiece, ...] | None:
         """The stored tensors that a parameter is made of, where each is some rows of one of its matrices."""
         conversion = self.conversions.get(key)
-        return conversion.pieces(self.model) if conversion else None
+        return conversion.find_pieces(self.model) if conversion else None
 
-    def tied_with(self, key: str) -> tuple[str, ...]:
+    def find_tied_keys(self, key: str) -> tuple[str, ...]:
         """Keys of the same parameter, the key itself among them."""
         return next((group for group in self.ties if key in group), (key,))
 
-    def declared_with(self, key: str) -> tuple[str, ...]:
+    def find_declared_ties(self, key: str) -> tuple[str, ...]:
         """Keys that the config ties to this one, the key itself among them."""
-        return next((group for group in self.declared if key in group), (key,))
+        return next((group for group in self.declared_ties if key in group), (key,))
 
 
-def read_config(folder: Path, head: Head) -> Any:
+def read_config(folder: Path, head: TaskHead) -> Any:
     """transformers' config of a model folder, with this head."""
     from transformers import AutoConfig
 
-    with quiet(), _translated(folder):
+    with silence_libraries(), _translate_errors(folder):
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **head.fields)
 
 
-def shell(config: Any, head: Head) -> nn.Module:
+def build_empty_model(config: Any, head: TaskHead) -> nn.Module:
     """The model of a config without weights, on the meta device."""
     import transformers
 
     # An adapter that names no task was made for the class the config names.
     named: list[Any] = [getattr(transformers, str(name), None) for name in config.architectures or ()]
-    with quiet(), _translated(Path(str(config._name_or_path))), torch.device("meta"):
+    with silence_libraries(), _translate_errors(Path(str(config._name_or_path))), torch.device("meta"):
         if head.task is None and isinstance(named[0] if named else None, type):
             model: nn.Module = named[0](config)
         else:
-            model = getattr(transformers, _CLASSES[head.task]).from_config(config)
+            model = getattr(transformers, _AUTO_CLASSES[head.task]).from_config(config)
     return model.eval()
 
 
-def outline(folder: Path, shards: Sequence[Shard], head: Head, *, saved: Mapping[str, Tensor] | None = None) -> Outline:
+def build_meta_model(
+    folder: Path, shards: Sequence[Shard], head: TaskHead, *, saved: Mapping[str, Tensor] | None = None
+) -> MetaModel:
     """What transformers would fill with what, were it to load this folder.
 
     Args:
@@ -150,13 +153,13 @@ def outline(folder: Path, shards: Sequence[Shard], head: Head, *, saved: Mapping
         MergeError: only some of the tables of a vocabulary have another size.
     """
     config = read_config(folder, head)
-    model = shell(config, head)
-    resized = resized_tables(model, saved or {})
+    model = build_empty_model(config, head)
+    resized = find_resized_embeddings(model, saved or {})
     if resized:
         config.get_text_config().vocab_size = len((saved or {})[resized[0]])
-        model = shell(config, head)
+        model = build_empty_model(config, head)
     stored = {name: tensor for shard in shards for name, tensor in shard.tensors.items()}
-    names, conversions, unclaimed = _assigned(model, stored)
+    names, conversions, unclaimed = _assign_tensors(model, stored)
     converted = {target for one in conversions.values() for target in one.check(model)}
     places = model.state_dict(keep_vars=True)
     # Of a Conv1D, bitsandbytes quantises the transposed weight.
@@ -168,15 +171,15 @@ def outline(folder: Path, shards: Sequence[Shard], head: Head, *, saved: Mapping
         if stored[name].shape != places[key].shape and key not in resized
     ]
     if misfits:
-        raise BaseModelError(f"{printable(folder)}: the weights do not fit the model: {listed(misfits, most=3)}")
-    groups = _groups(model)
+        raise BaseModelError(f"{escape_text(folder)}: the weights do not fit the model: {format_list(misfits, most=3)}")
+    groups = _group_tied_keys(model)
     for group in (group for group in groups if not set(group) & set(resized)):
-        _fill(model, group, {key: stored[names[key]] for key in group if key in names})
+        _fill_parameter(model, group, {key: stored[names[key]] for key in group if key in names})
     filled = {key for group in groups if any(key in names for key in group) for key in group}
     missing = set(places) - filled - converted
     info: Any = SimpleNamespace(missing_keys=missing, unexpected_keys=unclaimed)
     model._adjust_missing_and_unexpected_keys(info)  # type: ignore[operator]  # transformers' own list of leftovers
-    return Outline(
+    return MetaModel(
         config=config,
         model=model,
         names=names,
@@ -184,13 +187,13 @@ def outline(folder: Path, shards: Sequence[Shard], head: Head, *, saved: Mapping
         conversions=conversions,
         unclaimed=tuple(sorted(info.unexpected_keys)),
         missing=tuple(sorted(info.missing_keys)),
-        ties=tuple(tuple(group) for group in _groups(model) if len(group) > 1),
-        resized=resized,
-        declared=tuple(tuple(group) for group in groups if len(group) > 1),
+        ties=tuple(tuple(group) for group in _group_tied_keys(model) if len(group) > 1),
+        resized_embeddings=resized,
+        declared_ties=tuple(tuple(group) for group in groups if len(group) > 1),
     )
 
 
-def resized_tables(model: Any, saved: Mapping[str, Tensor]) -> tuple[str, ...]:
+def find_resized_embeddings(model: Any, saved: Mapping[str, Tensor]) -> tuple[str, ...]:
     """Keys of a model's embeddings, where an adapter brings them with another number of rows.
 
     Raises:
@@ -207,13 +210,15 @@ def resized_tables(model: Any, saved: Mapping[str, Tensor]) -> tuple[str, ...]:
     left = [key for key in tables if key not in saved or len(saved[key]) != rows]
     if left:
         raise MergeError(
-            f"the adapter brings {other[0]} with {rows:,} rows, and nothing of that size for {listed(left)}",
+            f"the adapter brings {other[0]} with {rows:,} rows, and nothing of that size for {format_list(left)}",
             hint="save both with the adapter: modules_to_save with the embedding and the head",
         )
     return tables
 
 
-def _assigned(model: Any, stored: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, Conversion], set[str]]:
+def _assign_tensors(
+    model: Any, stored: Mapping[str, Tensor]
+) -> tuple[dict[str, str], dict[str, FusedWeights], set[str]]:
     """By transformers' own key mapping: the name of each key filled as it is, what it converts, names left over."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
@@ -223,7 +228,7 @@ def _assigned(model: Any, stored: Mapping[str, Tensor]) -> tuple[dict[str, str],
     renamings: list[Any] = [entry for entry in transforms if not isinstance(entry, WeightConverter)]
     keys, prefix = model.state_dict(), model.base_model_prefix
     names: dict[str, str] = {}
-    conversions: dict[str, Conversion] = {}
+    conversions: dict[str, FusedWeights] = {}
     leftover: set[str] = set()
     for name in sorted(stored, key=dot_natural_key):
         key, pattern = rename_source_key(name, renamings, converters, prefix, keys)
@@ -233,16 +238,16 @@ def _assigned(model: Any, stored: Mapping[str, Tensor]) -> tuple[dict[str, str],
             leftover.add(name)
         elif pattern is not None:
             converter = next(entry for entry in converters if pattern in entry.source_patterns)
-            found = conversions.setdefault(key, Conversion(key, converter, {}))
+            found = conversions.setdefault(key, FusedWeights(key, converter, {}))
             found.sources.setdefault(pattern, {})[name] = stored[name]
         elif key in names:
-            raise BaseModelError(f"{printable(names[key])} and {printable(name)} are both for {key}")
+            raise BaseModelError(f"{escape_text(names[key])} and {escape_text(name)} are both for {key}")
         else:
             names[key] = name
     return names, conversions, leftover
 
 
-def _groups(model: nn.Module) -> list[list[str]]:
+def _group_tied_keys(model: nn.Module) -> list[list[str]]:
     """State dict keys by the tensor they stand for."""
     groups: dict[int, list[str]] = {}
     for key, tensor in model.state_dict(keep_vars=True).items():
@@ -250,7 +255,7 @@ def _groups(model: nn.Module) -> list[list[str]]:
     return list(groups.values())
 
 
-def _fill(model: nn.Module, group: Sequence[str], found: Mapping[str, Tensor]) -> None:
+def _fill_parameter(model: nn.Module, group: Sequence[str], found: Mapping[str, Tensor]) -> None:
     """Put the stored tensors of one parameter in its places.
 
     Where several are stored and differ, they are parameters of their own: so transformers loads them too.
@@ -259,9 +264,9 @@ def _fill(model: nn.Module, group: Sequence[str], found: Mapping[str, Tensor]) -
     if not values:
         return
     same = all(torch.equal(values[0], other) for other in values[1:])
-    shared = _value(values[0])
+    shared = _make_parameter(values[0])
     for key in group:
-        value = shared if same or key not in found else _value(found[key])
+        value = shared if same or key not in found else _make_parameter(found[key])
         path, _, leaf = key.rpartition(".")
         module = model.get_submodule(path)
         if leaf in module._parameters:
@@ -270,12 +275,12 @@ def _fill(model: nn.Module, group: Sequence[str], found: Mapping[str, Tensor]) -
             module._buffers[leaf] = value.data
 
 
-def _value(tensor: Tensor) -> nn.Parameter:
+def _make_parameter(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
 @contextlib.contextmanager
-def _translated(folder: Path) -> Iterator[None]:
+def _translate_errors(folder: Path) -> Iterator[None]:
     """What transformers raises, as one typed line."""
     try:
         yield
@@ -284,6 +289,6 @@ def _translated(folder: Path) -> Iterator[None]:
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise BaseModelError(
-                f"{printable(folder)}: this model asks to run code of its own, which is never done"
+                f"{escape_text(folder)}: this model asks to run code of its own, which is never done"
             ) from None
-        raise BaseModelError(f"{printable(folder)}: could not be read: {first_told(error)}") from error
+        raise BaseModelError(f"{escape_text(folder)}: could not be read: {summarize_error(error)}") from error

@@ -13,14 +13,14 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from lora_kit.errors import AdapterError, BaseModelError, listed
-from lora_kit.io.read import exists, opened, read_json
-from lora_kit.io.text import printable
-from lora_kit.merging.checkpoint.bnb_weights import Packed, find_packed
+from lora_kit.errors import AdapterError, BaseModelError, format_list
+from lora_kit.io.read import exists, open_regular_file, read_json
+from lora_kit.io.text import escape_text
+from lora_kit.merging.checkpoint.bnb_weights import QuantizedWeight, find_quantized_weights
 
 WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
-_FORMS: Final = ((WEIGHTS, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
+_FILE_FORMATS: Final = ((WEIGHTS, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 _INDEX_LIMIT: Final = 256 * 2**20
 _FILE_NAME: Final = re.compile(r"[\w.-]+\.(safetensors|bin)")
 _SHARD_NAME: Final = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
@@ -40,7 +40,7 @@ class Shard:
     name: str
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
-    packed: Mapping[str, Packed] = field(default_factory=dict)
+    packed: Mapping[str, QuantizedWeight] = field(default_factory=dict)
 
 
 def read_shards(folder: Path) -> tuple[Shard, ...]:
@@ -49,15 +49,17 @@ def read_shards(folder: Path) -> tuple[Shard, ...]:
     Raises:
         BaseModelError: there are none; one is missing, damaged, or not what the index says; says which.
     """
-    for single, index in _FORMS:
+    for single, index in _FILE_FORMATS:
         if exists(folder / single):
-            return (_read(folder / single),)
+            return (_read_shard(folder / single),)
         if exists(folder / index):
-            return _indexed(folder, index)
-    raise BaseModelError(f"{printable(folder)} has no weights", hint=f"expected: {WEIGHTS}, or {INDEX} and its shards")
+            return _read_indexed(folder, index)
+    raise BaseModelError(
+        f"{escape_text(folder)} has no weights", hint=f"expected: {WEIGHTS}, or {INDEX} and its shards"
+    )
 
 
-def unpacked(shards: Sequence[Shard], dtype: torch.dtype) -> tuple[Shard, ...]:
+def group_quantized_weights(shards: Sequence[Shard], dtype: torch.dtype) -> tuple[Shard, ...]:
     """The same files as those of a model that is not quantised: what a weight is stored in counts as the weight.
 
     Args:
@@ -66,32 +68,32 @@ def unpacked(shards: Sequence[Shard], dtype: torch.dtype) -> tuple[Shard, ...]:
     Raises:
         BaseModelError: a quantised weight is damaged.
     """
-    packed = find_packed({name: tensor for shard in shards for name, tensor in shard.tensors.items()}, dtype)
+    packed = find_quantized_weights({name: tensor for shard in shards for name, tensor in shard.tensors.items()}, dtype)
     parts = {part for one in packed.values() for part in one.parts}
     found = []
     for shard in shards:
         own = {name: one for name, one in packed.items() if name in shard.tensors}
         rest = {name: tensor for name, tensor in shard.tensors.items() if name in own or name not in parts}
-        found.append(replace(shard, tensors={**rest, **{name: one.meta() for name, one in own.items()}}, packed=own))
+        found.append(replace(shard, tensors={**rest, **{name: one.to_meta() for name, one in own.items()}}, packed=own))
     return tuple(found)
 
 
-def _indexed(folder: Path, index: str) -> tuple[Shard, ...]:
+def _read_indexed(folder: Path, index: str) -> tuple[Shard, ...]:
     """The shards that an index lists, in the order of their names."""
-    places = _places(folder / index)
-    _refuse_more(folder, index, set(places.values()))
+    places = _read_weight_map(folder / index)
+    _refuse_unlisted(folder, index, set(places.values()))
     shards = []
     for file in sorted(set(places.values())):
-        shard = _read(folder / file)
+        shard = _read_shard(folder / file)
         promised = {name for name, place in places.items() if place == file}
         if promised != shard.tensors.keys():
-            other = listed(sorted(promised ^ shard.tensors.keys()))
-            raise BaseModelError(f"{printable(folder / file)} and {index} disagree: {other}", hint="a shard is torn")
+            other = format_list(sorted(promised ^ shard.tensors.keys()))
+            raise BaseModelError(f"{escape_text(folder / file)} and {index} disagree: {other}", hint="a shard is torn")
         shards.append(shard)
     return tuple(shards)
 
 
-def _refuse_more(folder: Path, index: str, files: Collection[str]) -> None:
+def _refuse_unlisted(folder: Path, index: str, files: Collection[str]) -> None:
     """Raise BaseModelError for a file that is called as shards are, and that the index does not know.
 
     Weights under other names (`consolidated.safetensors`) are the same ones for other programs.
@@ -100,32 +102,34 @@ def _refuse_more(folder: Path, index: str, files: Collection[str]) -> None:
     more = [name for name in more if name.endswith(Path(min(files)).suffix)]
     if more:
         raise BaseModelError(
-            f"{printable(folder)}: {index} does not know the shard {printable(listed(more))}",
+            f"{escape_text(folder)}: {index} does not know the shard {escape_text(format_list(more))}",
             hint="remove it, or fetch the whole base again",
         )
 
 
-def _places(index: Path) -> dict[str, str]:
+def _read_weight_map(index: Path) -> dict[str, str]:
     """The file of every tensor, as an index says."""
-    with _of_the_base():
+    with _raise_as_base_error():
         places = read_json(index, limit=_INDEX_LIMIT).get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise BaseModelError(f"{printable(index)} has no weight_map", hint="the index is damaged")
+        raise BaseModelError(f"{escape_text(index)} has no weight_map", hint="the index is damaged")
     for name, file in places.items():
         if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
-            raise BaseModelError(f"{printable(index)}: {printable(name)} is in {printable(file)}, which is not a shard")
+            raise BaseModelError(
+                f"{escape_text(index)}: {escape_text(name)} is in {escape_text(file)}, which is not a shard"
+            )
     return places
 
 
-def _read(file: Path) -> Shard:
-    with _of_the_base(), opened(file) as (handle, _):
+def _read_shard(file: Path) -> Shard:
+    with _raise_as_base_error(), open_regular_file(file) as (handle, _):
         start = handle.read(64)
     if start.startswith(b"version https://git-lfs"):
-        raise BaseModelError(f"{printable(file)}: a git-lfs pointer, not the weights", hint="run 'git lfs pull'")
-    return _pickled(file) if file.suffix == ".bin" else _mapped(file)
+        raise BaseModelError(f"{escape_text(file)}: a git-lfs pointer, not the weights", hint="run 'git lfs pull'")
+    return _load_pickle(file) if file.suffix == ".bin" else _map_safetensors(file)
 
 
-def _mapped(file: Path) -> Shard:
+def _map_safetensors(file: Path) -> Shard:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -133,11 +137,11 @@ def _mapped(file: Path) -> Shard:
             tensors = {name: reader.get_tensor(name) for name in reader.offset_keys()}
             metadata = dict(reader.metadata() or {})
     except (SafetensorError, ValueError, RuntimeError) as error:
-        raise BaseModelError(f"{printable(file)}: damaged: {_first_line(error)}") from None
+        raise BaseModelError(f"{escape_text(file)}: damaged: {_first_line_of(error)}") from None
     return Shard(file.name, tensors, {"format": "pt", **metadata})
 
 
-def _pickled(file: Path) -> Shard:
+def _load_pickle(file: Path) -> Shard:
     """A shard in PyTorch's older form: plain tensors only, never code."""
     # Those from before PyTorch 1.6 are no zip files, and cannot be mapped.
     mapped = zipfile.is_zipfile(file)
@@ -145,11 +149,12 @@ def _pickled(file: Path) -> Shard:
         found: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # damaged pickles fail in every way there is
         raise BaseModelError(
-            f"{printable(file)}: not a file of plain tensors; it may carry code and is not read: {_first_line(error)}",
+            f"{escape_text(file)}: not a file of plain tensors; it may carry code and is not read: "
+            f"{_first_line_of(error)}",
             hint="save it as safetensors",
         ) from None
     if not isinstance(found, dict) or not all(isinstance(name, str) and _is_plain(t) for name, t in found.items()):
-        raise BaseModelError(f"{printable(file)}: a mapping of names to plain tensors was expected")
+        raise BaseModelError(f"{escape_text(file)}: a mapping of names to plain tensors was expected")
     name = re.sub(r"^pytorch_model", "model", file.stem) + ".safetensors"
     return Shard(name, {key: tensor.detach() for key, tensor in found.items()}, {"format": "pt"})
 
@@ -165,7 +170,7 @@ def _is_plain(tensor: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _of_the_base() -> Iterator[None]:
+def _raise_as_base_error() -> Iterator[None]:
     """What is wrong with a file is wrong with the base."""
     try:
         yield
@@ -173,5 +178,5 @@ def _of_the_base() -> Iterator[None]:
         raise BaseModelError(error.message, hint=error.hint) from None
 
 
-def _first_line(error: Exception) -> str:
-    return printable((str(error).splitlines() or [type(error).__name__])[0])
+def _first_line_of(error: Exception) -> str:
+    return escape_text((str(error).splitlines() or [type(error).__name__])[0])

@@ -13,40 +13,41 @@ import torch
 from torch import Tensor, nn
 
 from lora_kit.bank.bank import attach
-from lora_kit.errors import MergeError, VerificationError, listed
-from lora_kit.merging.checkpoint.meta_model import Head
+from lora_kit.errors import MergeError, VerificationError, format_list
+from lora_kit.merging.checkpoint.meta_model import TaskHead
 from lora_kit.merging.merge_report import LogitCheck
-from lora_kit.merging.planned_tensors import Part
+from lora_kit.merging.planned_tensors import WeightedAdapter
 from lora_kit.models.loading import load_base
 
 logger = logging.getLogger(__name__)
 
-_TASKS: Final = {None: "causal-lm", "CAUSAL_LM": "causal-lm", "SEQ_CLS": "classify"}
-_ROWS: Final = 2
-_LENGTH: Final = 24
+_LOADING_TASKS: Final = {None: "causal-lm", "CAUSAL_LM": "causal-lm", "SEQ_CLS": "classify"}
+_PROBE_ROWS: Final = 2
+_PROBE_LENGTH: Final = 24
 _MARGIN: Final = 3.0
 """How many times the response to one draw of rounding noise a difference may be."""
 _FLOOR: Final = 16 * torch.finfo(torch.float32).eps
 """Share of the largest logit by which two orders of one fp32 sum may differ, times the root of the changed tensors."""
 
 
-def check_askable(parts: Sequence[Part]) -> None:
+def check_logits_comparable(parts: Sequence[WeightedAdapter]) -> None:
     """Raise MergeError where logits cannot be compared."""
-    head = Head.of(parts[0].adapter)
-    if head.task not in _TASKS:
+    head = TaskHead.of(parts[0].adapter)
+    if head.task not in _LOADING_TASKS:
         raise MergeError(
-            f"logits of {head.task} are not compared", hint=f"those of {listed([*filter(None, _TASKS)])} are"
+            f"logits of {head.task} are not compared",
+            hint=f"those of {format_list([*filter(None, _LOADING_TASKS)])} are",
         )
     if len(parts) > 1 or any(part.weight != 1 for part in parts):
         raise MergeError("logits are compared for one adapter of weight 1", hint="merge these with verify='weights'")
 
 
-def check(
+def check_logits(
     base: str | Path,
     folder: Path,
-    part: Part,
+    part: WeightedAdapter,
     *,
-    head: Head,
+    head: TaskHead,
     paths: Collection[str] | None,
     dtype: torch.dtype,
     allow: Collection[str],
@@ -60,23 +61,23 @@ def check(
     Raises:
         VerificationError: the difference is more than rounding explains.
     """
-    given: dict[str, Any] = {"task": _TASKS[head.task]}
+    given: dict[str, Any] = {"task": _LOADING_TASKS[head.task]}
     if given["task"] == "classify":
         numbers = {label: number for number, label in enumerate(head.labels)}
         given |= {"label2id": numbers} if numbers else {"num_labels": head.num_labels}
     model = load_base(base, **given).model
     bank = attach(model, dtype=torch.float32)
     bank.load(part.name, part.adapter, allow=allow)
-    without = probe(model)
+    without = compute_probe_logits(model)
     with bank.using(part.name):
-        wanted = probe(model)
+        wanted = compute_probe_logits(model)
     del model, bank
     merged = load_base(folder, **given).model
-    found = probe(merged)
+    found = compute_probe_logits(merged)
     everything = [path for path, _ in merged.named_modules()]
     result = LogitCheck(
         largest_difference=float((found - wanted).abs().max()),
-        bound=rounding_bound(merged, found, paths=everything if paths is None else paths, dtype=dtype),
+        bound=estimate_rounding_bound(merged, found, paths=everything if paths is None else paths, dtype=dtype),
         effect=float((wanted - without).abs().max()),
     )
     _check_bound(result)
@@ -96,22 +97,22 @@ def _check_bound(found: LogitCheck) -> None:
         logger.warning(told, found.effect, found.bound)
 
 
-def probe(model: Any) -> Tensor:
+def compute_probe_logits(model: Any) -> Tensor:
     """Logits of the model for fixed random tokens, computed in fp32: (rows, ...) on the CPU."""
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None)
-    length = min(_LENGTH, context) if isinstance(context, int) and context > 0 else _LENGTH
+    length = min(_PROBE_LENGTH, context) if isinstance(context, int) and context > 0 else _PROBE_LENGTH
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(config.vocab_size, (_ROWS, length), generator=generator).to(model.device)
+    ids = torch.randint(config.vocab_size, (_PROBE_ROWS, length), generator=generator).to(model.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
-    with in_fp32(model), torch.inference_mode():
+    with use_fp32(model), torch.inference_mode():
         logits: Tensor = model(**inputs).logits
     return logits.detach().float().cpu()
 
 
-def rounding_bound(model: nn.Module, logits: Tensor, *, paths: Collection[str], dtype: torch.dtype) -> float:
+def estimate_rounding_bound(model: nn.Module, logits: Tensor, *, paths: Collection[str], dtype: torch.dtype) -> float:
     """What the difference of two logits may be when the modules of these paths were rounded once to `dtype`.
 
     A rounding moves a weight w by a random part of u·|w|, u being half the dtype's epsilon. So the model is given such
@@ -129,17 +130,17 @@ def rounding_bound(model: nn.Module, logits: Tensor, *, paths: Collection[str], 
         torch.finfo(dtype).eps / 2, 4 * torch.finfo(torch.float32).eps
     )  # below that the noise itself is rounded away
     chosen = [p for path in paths for p in model.get_submodule(path).parameters(recurse=False) if p.is_floating_point()]
-    with in_fp32(model):
+    with use_fp32(model):
         for parameter in chosen:
             generator = torch.Generator(parameter.device).manual_seed(0)
             noise = torch.empty_like(parameter).uniform_(-unit, unit, generator=generator)
             parameter.data.mul_(1 + noise)
-        response = float((probe(model) - logits).abs().max())
+        response = float((compute_probe_logits(model) - logits).abs().max())
     return _MARGIN * response + _FLOOR * math.sqrt(max(len(chosen), 1)) * float(logits.abs().max())
 
 
 @contextmanager
-def in_fp32(model: nn.Module) -> Iterator[None]:
+def use_fp32(model: nn.Module) -> Iterator[None]:
     """The model with its parameters in fp32, which holds half precisions exactly; afterwards as it was, bit for bit."""
     before = {parameter: parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     for parameter in before:

@@ -13,29 +13,29 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from lora_kit.adapter.peft_keys import Pair
+from lora_kit.adapter.peft_keys import LoraWeights
 from lora_kit.errors import VerificationError
-from lora_kit.layers.introspect import keeps_transposed
+from lora_kit.layers.introspect import is_stored_transposed
 from lora_kit.layers.parameter import is_transposed
-from lora_kit.merging.checkpoint.bnb_decode import check_quantized, decoded, whole_blocks
-from lora_kit.merging.checkpoint.bnb_weights import Packed
-from lora_kit.merging.checkpoint.meta_model import Outline
-from lora_kit.merging.planned_tensors import Part
-from lora_kit.targets.coverage import Target, survey
+from lora_kit.merging.checkpoint.bnb_decode import check_quantized, dequantize_rows, pick_whole_blocks
+from lora_kit.merging.checkpoint.bnb_weights import QuantizedWeight
+from lora_kit.merging.checkpoint.meta_model import MetaModel
+from lora_kit.merging.planned_tensors import WeightedAdapter
+from lora_kit.targets.coverage import LayerTarget, survey_coverage
 
-ROWS: Final = 16
+COMPARED_ROWS: Final = 16
 """Of a tensor, evenly spaced, that are compared."""
-_ROWS_OF_EACH: Final = 4
+_ROWS_PER_EXPERT: Final = 4
 """Of each expert."""
-_DORA: Final = 2**-7
+_DORA_TOLERANCE: Final = 2**-7
 
 
 @dataclass(frozen=True)
-class Side:
+class ExpectedUpdate:
     """What one adapter does to one weight."""
 
-    target: Target
-    pair: Pair
+    target: LayerTarget
+    pair: LoraWeights
     scaling: float
 
     @property
@@ -58,24 +58,24 @@ class Side:
         return (a[:, rows].T, b.T) if swapped else (b[rows], a)
 
 
-def sides_of(model: nn.Module, parts: Sequence[Part]) -> dict[str, list[Side]]:
+def collect_expected_updates(model: nn.Module, parts: Sequence[WeightedAdapter]) -> dict[str, list[ExpectedUpdate]]:
     """What adapters do to the weights of a model, by state dict key."""
-    found: dict[str, list[Side]] = {}
+    found: dict[str, list[ExpectedUpdate]] = {}
     for part in parts:
         pairs = part.adapter.all_pairs()
-        for target in survey(model, part.adapter.config).targets:
-            side = Side(target, pairs[target.key], target.scaling * part.weight)
+        for target in survey_coverage(model, part.adapter.config).targets:
+            side = ExpectedUpdate(target, pairs[target.key], target.scaling * part.weight)
             found.setdefault(side.key, []).append(side)
     return found
 
 
-def check_folded(
+def check_folded_weight(
     key: str,
-    base: Outline,
-    merged: Outline,
-    sides: Sequence[Side],
-    packed: Mapping[str, Packed],
-    packed_now: Mapping[str, Packed],
+    base: MetaModel,
+    merged: MetaModel,
+    sides: Sequence[ExpectedUpdate],
+    packed: Mapping[str, QuantizedWeight],
+    packed_now: Mapping[str, QuantizedWeight],
 ) -> int:
     """Raise VerificationError unless some rows of a weight are base + adapters; how many numbers that were.
 
@@ -90,7 +90,7 @@ def check_folded(
                 f"{key}[{e}]",
                 own[e],
                 found[e],
-                _places(own.shape[1], _ROWS_OF_EACH),
+                _pick_rows(own.shape[1], _ROWS_PER_EXPERT),
                 sides,
                 e,
                 swapped=is_transposed(module),
@@ -99,15 +99,15 @@ def check_folded(
         )
     again = packed_now.get(key)
     if again is None and key not in packed:
-        swapped = sides[0].pair.kind != "parameter" and keeps_transposed(module)
+        swapped = sides[0].pair.kind != "parameter" and is_stored_transposed(module)
         dora = sides[0].pair.magnitude is not None
         if swapped and dora:  # whose lengths are those of outputs
             own, found, swapped = own.T, found.T, False
         own, found = (w.flatten(1) for w in (own, found))
-        return _check_rows(key, own, found, _places(len(own), ROWS), sides, 0, swapped=swapped)
-    rows = whole_blocks(again, ROWS) if again else _places(len(own), ROWS)
-    before = decoded(packed[key], rows) if key in packed else own[rows]
-    wanted, bound = _expected(before.double(), rows, sides, 0, swapped=False)
+        return _check_rows(key, own, found, _pick_rows(len(own), COMPARED_ROWS), sides, 0, swapped=swapped)
+    rows = pick_whole_blocks(again, COMPARED_ROWS) if again else _pick_rows(len(own), COMPARED_ROWS)
+    before = dequantize_rows(packed[key], rows) if key in packed else own[rows]
+    wanted, bound = _compute_expected_rows(before.double(), rows, sides, 0, swapped=False)
     if again:
         exact = {} if sides[0].pair.magnitude is None else {"exact": 0.0}
         check_quantized(again, rows, wanted, **exact)
@@ -116,11 +116,11 @@ def check_folded(
     return wanted.numel()
 
 
-def check_pieces(
+def check_fused_weight(
     key: str,
-    base: Outline,
-    merged: Outline,
-    sides: Sequence[Side],
+    base: MetaModel,
+    merged: MetaModel,
+    sides: Sequence[ExpectedUpdate],
     own: Mapping[str, Tensor],
     found: Mapping[str, Tensor],
 ) -> int:
@@ -130,26 +130,26 @@ def check_pieces(
         own: the base's tensors by their names. found: those of the result.
     """
     compared = 0
-    pieces = merged.pieces(key)
-    if pieces is None or pieces != base.pieces(key):
+    pieces = merged.find_pieces(key)
+    if pieces is None or pieces != base.find_pieces(key):
         raise VerificationError(f"{key} was written in another form than the base's")
     for name, expert, begin, _ in pieces:
-        rows = _places(len(own[name]), _ROWS_OF_EACH)
-        wanted, bound = _expected(own[name][rows].double(), rows + begin, sides, expert, swapped=False)
+        rows = _pick_rows(len(own[name]), _ROWS_PER_EXPERT)
+        wanted, bound = _compute_expected_rows(own[name][rows].double(), rows + begin, sides, expert, swapped=False)
         _check_close(name, found[name][rows], wanted, bound)
         compared += wanted.numel()
     return compared
 
 
 def _check_rows(
-    name: str, own: Tensor, found: Tensor, rows: Tensor, sides: Sequence[Side], expert: int, *, swapped: bool
+    name: str, own: Tensor, found: Tensor, rows: Tensor, sides: Sequence[ExpectedUpdate], expert: int, *, swapped: bool
 ) -> int:
-    wanted, bound = _expected(own[rows].double(), rows, sides, expert, swapped=swapped)
+    wanted, bound = _compute_expected_rows(own[rows].double(), rows, sides, expert, swapped=swapped)
     _check_close(name, found[rows], wanted, bound)
     return wanted.numel()
 
 
-def _places(count: int, most: int) -> Tensor:
+def _pick_rows(count: int, most: int) -> Tensor:
     return torch.linspace(0, count - 1, min(most, count), dtype=torch.float64).long()
 
 
@@ -165,8 +165,8 @@ def _check_close(name: str, found: Tensor, wanted: Tensor, bound: Tensor) -> Non
         )
 
 
-def _expected(
-    before: Tensor, rows: Tensor, sides: Sequence[Side], expert: int, *, swapped: bool
+def _compute_expected_rows(
+    before: Tensor, rows: Tensor, sides: Sequence[ExpectedUpdate], expert: int, *, swapped: bool
 ) -> tuple[Tensor, Tensor]:
     """Some rows of base + adapters in fp64, and how far a sum of them in fp32 may be off.
 
@@ -185,6 +185,6 @@ def _expected(
     if magnitude is not None:
         columns = (magnitude[rows].double() / wanted.norm(dim=1)).unsqueeze(1)
         # A DoRA's norm is taken of factors rounded to the base's dtype, as they are when the adapter is used.
-        error = columns.abs() * (error + _DORA * wanted.abs())
+        error = columns.abs() * (error + _DORA_TOLERANCE * wanted.abs())
         wanted = columns * wanted
     return wanted, error

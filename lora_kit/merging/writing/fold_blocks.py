@@ -17,34 +17,34 @@ from torch import Tensor
 
 from lora_kit.errors import MergeError
 from lora_kit.layers.fold import Retention
-from lora_kit.merging.checkpoint.bnb_weights import Packed
-from lora_kit.merging.planned_tensors import Entry, Update
+from lora_kit.merging.checkpoint.bnb_weights import QuantizedWeight
+from lora_kit.merging.planned_tensors import PlannedTensor, WeightUpdate
 from lora_kit.ops.dora import dora_scale
 
-_ELEMENTS: Final = 2**18
+_BLOCK_ELEMENTS: Final = 2**18
 """Of a block; one MB of fp32."""
-_LEAST: Final = 16
+_MIN_BLOCK_ROWS: Final = 16
 """Rows of a block. Products of fewer go another way through the BLAS, and end in other bits."""
 
 
-def blocks(rows: int, columns: int, *, multiple: int = 1) -> Iterator[slice]:
+def split_rows(rows: int, columns: int, *, multiple: int = 1) -> Iterator[slice]:
     """Rows in blocks; a short rest is part of the last one.
 
     Args:
         multiple: of which all but the last have a multiple.
     """
-    least = math.lcm(_LEAST, multiple)
-    step = max(least, _ELEMENTS // max(columns, 1) // least * least)
+    least = math.lcm(_MIN_BLOCK_ROWS, multiple)
+    step = max(least, _BLOCK_ELEMENTS // max(columns, 1) // least * least)
     starts = list(range(0, rows, step))
-    if len(starts) > 1 and rows - starts[-1] < _LEAST:
+    if len(starts) > 1 and rows - starts[-1] < _MIN_BLOCK_ROWS:
         starts.pop()
     yield from map(slice, starts, [*starts[1:], rows])
 
 
-class Fold:
+class TensorFold:
     """The fold of one tensor, and what becomes of its delta."""
 
-    def __init__(self, entry: Entry) -> None:
+    def __init__(self, entry: PlannedTensor) -> None:
         self.entry = entry
         self._weight = self._delta = self._lost = 0.0  # squares of norms
 
@@ -55,52 +55,52 @@ class Fold:
         Raises:
             MergeError: they are not finite.
         """
-        for _, target in self._sums():
+        for _, target in self._iterate_sums():
             merged = room(target.numel(), self.entry.dtype).view(target.shape).copy_(target)
             self._tally_lost(target.sub_(merged))
             yield merged.nbytes
 
     @torch.no_grad()
-    def packed(self) -> Packed:
+    def packed(self) -> QuantizedWeight:
         """The merged weight, quantised as the base's is.
 
         Raises:
             MergeError: it is not finite.
         """
         source = self.entry.source
-        assert isinstance(source, Packed)
-        again = source.pack(target for _, target in self._sums())
+        assert isinstance(source, QuantizedWeight)
+        again = source.pack(target for _, target in self._iterate_sums())
         # A second time, since what is left of a number is known once all scales of the weight are.
         self._weight = self._delta = 0.0
-        for rows, target in self._sums():
+        for rows, target in self._iterate_sums():
             self._tally_lost(target.sub_(again[rows]))
         return again
 
-    def _sums(self) -> Iterator[tuple[slice, Tensor]]:
+    def _iterate_sums(self) -> Iterator[tuple[slice, Tensor]]:
         """Rows, and there the sum of weight and delta; good until the next ones are taken."""
         for matrix in self.entry.matrices:
-            yield from self._sums_of(matrix)
+            yield from self._iterate_matrix_sums(matrix)
 
-    def _sums_of(self, entry: Entry) -> Iterator[tuple[slice, Tensor]]:
+    def _iterate_matrix_sums(self, entry: PlannedTensor) -> Iterator[tuple[slice, Tensor]]:
         source = entry.source
-        dtype, columns = torch.promote_types(source.dtype, torch.float32), _column_scale(entry)
-        parts = list(blocks(*source.shape, multiple=source.step if isinstance(source, Packed) else 1))
+        dtype, columns = torch.promote_types(source.dtype, torch.float32), _compute_column_scale(entry)
+        parts = list(split_rows(*source.shape, multiple=source.step if isinstance(source, QuantizedWeight) else 1))
         # Memory that is used again: touching new pages would take longer than the sums.
         most = max(rows.stop - rows.start for rows in parts)
         exacts, targets = (torch.empty(most, source.shape[1], dtype=dtype) for _ in range(2))
-        self._delta += 0.0 if columns is not None else _square_of_delta(entry.updates)
+        self._delta += 0.0 if columns is not None else _sum_squares_of_delta(entry.updates)
         for rows in parts:
             count = rows.stop - rows.start
             exact = exacts[:count].copy_(source[rows])
-            self._weight += _square(exact)
-            target = sum_of_updates(entry, rows, into=targets[:count]).add_(exact)
+            self._weight += _sum_squares(exact)
+            target = sum_updates_into(entry, rows, into=targets[:count]).add_(exact)
             if columns is not None:
                 target *= columns if entry.transposed else columns[rows].unsqueeze(1)
-                self._delta += _square(target - exact)
+                self._delta += _sum_squares(target - exact)
             yield rows, target
 
     def _tally_lost(self, lost: Tensor) -> None:
-        self._lost += _square(lost)
+        self._lost += _sum_squares(lost)
         if not math.isfinite(self._lost):
             raise MergeError(f"{self.entry.path}: the merged weight is not finite in {self.entry.dtype}")
 
@@ -112,7 +112,7 @@ class Fold:
         return Retention(self.entry.path, relative, max(0.0, retained))
 
 
-def sum_of_updates(entry: Entry, rows: slice, *, into: Tensor) -> Tensor:
+def sum_updates_into(entry: PlannedTensor, rows: slice, *, into: Tensor) -> Tensor:
     """Σ s B A for some rows of a weight, the way round it is kept.
 
     Args:
@@ -120,15 +120,15 @@ def sum_of_updates(entry: Entry, rows: slice, *, into: Tensor) -> Tensor:
     """
     first, *others = entry.updates
     if into.dtype == torch.float32:
-        _product(first, rows, transposed=entry.transposed, into=into)
+        _multiply_factors(first, rows, transposed=entry.transposed, into=into)
     else:
-        into.copy_(_product(first, rows, transposed=entry.transposed))
+        into.copy_(_multiply_factors(first, rows, transposed=entry.transposed))
     for other in others:
-        into += _product(other, rows, transposed=entry.transposed)
+        into += _multiply_factors(other, rows, transposed=entry.transposed)
     return into
 
 
-def _product(update: Update, rows: slice, *, transposed: bool, into: Tensor | None = None) -> Tensor:
+def _multiply_factors(update: WeightUpdate, rows: slice, *, transposed: bool, into: Tensor | None = None) -> Tensor:
     """s B A in fp32."""
     a, b, scaling = update.pair.a, update.pair.b, update.scaling
     left, right = (a[:, rows].float().T, b.float().T) if transposed else (b[rows].float(), a.float())
@@ -137,7 +137,7 @@ def _product(update: Update, rows: slice, *, transposed: bool, into: Tensor | No
     return torch.mm(left, right, out=into).mul_(scaling)
 
 
-def _column_scale(entry: Entry) -> Tensor | None:
+def _compute_column_scale(entry: PlannedTensor) -> Tensor | None:
     """c = m / |W + s B A| of a DoRA, (out,); None for others. A block of outputs at a time."""
     update = entry.updates[0]
     pair = update.pair
@@ -147,18 +147,18 @@ def _column_scale(entry: Entry) -> Tensor | None:
     weight = source.T if entry.transposed and isinstance(source, Tensor) else source
     parts = [
         dora_scale(weight[rows], pair.a, pair.b[rows], update.scaling, pair.magnitude[rows])
-        for rows in blocks(*weight.shape, multiple=source.step if isinstance(source, Packed) else 1)
+        for rows in split_rows(*weight.shape, multiple=source.step if isinstance(source, QuantizedWeight) else 1)
     ]
     return torch.cat(parts)
 
 
-def _square_of_delta(updates: Sequence[Update]) -> float:
+def _sum_squares_of_delta(updates: Sequence[WeightUpdate]) -> float:
     """|Σ s B A|², by way of r x r matrices: the sum of (Bᵀ B) ∘ (A Aᵀ)."""
     a = torch.cat([update.pair.a.double() for update in updates])
     b = torch.cat([update.pair.b.double() * update.scaling for update in updates], dim=1)
     return max(0.0, float(((b.T @ b) * (a @ a.T)).sum()))
 
 
-def _square(tensor: Tensor) -> float:
+def _sum_squares(tensor: Tensor) -> float:
     flat = tensor.reshape(-1)
     return float(flat @ flat)

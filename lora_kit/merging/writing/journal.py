@@ -20,9 +20,9 @@ from typing import Any, Final
 from lora_kit.errors import AdapterError, VerificationError
 from lora_kit.io.atomic_write import sync_folder
 from lora_kit.io.read import read_json
-from lora_kit.io.text import printable
+from lora_kit.io.text import escape_text
 from lora_kit.layers.fold import Retention
-from lora_kit.merging.writing.hashing_file import Facts, facts_on_disk
+from lora_kit.merging.writing.hashing_file import FileDigest, hash_on_disk
 
 logger = logging.getLogger(__name__)
 
@@ -30,27 +30,27 @@ _JOURNAL: Final = "journal.json"
 _LIMIT: Final = 256 * 2**20
 
 
-def place_of(target: Path) -> Path:
+def journal_folder_of(target: Path) -> Path:
     """The folder that is kept for an output."""
     target = Path(os.path.abspath(target))
     return target.with_name(f".{target.name}.kept")
 
 
 @contextmanager
-def kept(target: Path, key: str) -> Iterator[Kept]:
+def keep_finished_files(target: Path, key: str) -> Iterator[FinishedFiles]:
     """Files of an output that are finished before the output is; for who holds its lock.
 
     Args:
         key: what the files depend on; those of another key are thrown away.
     """
-    place = place_of(target)
+    place = journal_folder_of(target)
     try:
-        yield Kept(place, key)
+        yield FinishedFiles(place, key)
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
 
-class Kept:
+class FinishedFiles:
     """Finished files of one output, each with what is known of it.
 
     Attributes:
@@ -59,17 +59,17 @@ class Kept:
 
     def __init__(self, folder: Path, key: str) -> None:
         self.folder, self._key = folder, key
-        self._files: dict[str, Any] = _read(folder, key)
+        self._files: dict[str, Any] = _read_journal(folder, key)
         if not self._files:
-            _remove(folder)
+            _remove_path(folder)
             folder.mkdir()
 
-    def finished(self, name: str) -> tuple[Facts, list[Retention]] | None:
+    def finished(self, name: str) -> tuple[FileDigest, list[Retention]] | None:
         """What is known of a file that is there whole; None where it is to be written."""
         try:
             entry = self._files[name]
             facts, retention = dict(entry["facts"]), [Retention(**one) for one in entry["retention"]]
-            read_back(self.folder / name, facts)
+            check_read_back(self.folder / name, facts)
         except (KeyError, TypeError, OSError, VerificationError):
             self._files.pop(name, None)
             (self.folder / name).unlink(missing_ok=True)
@@ -78,7 +78,7 @@ class Kept:
         return facts, retention
 
     def finish(
-        self, name: str, facts: Facts, retention: Sequence[Retention], *, after: Future[None] | None = None
+        self, name: str, facts: FileDigest, retention: Sequence[Retention], *, after: Future[None] | None = None
     ) -> None:
         """Read a written file back, and note that it is whole.
 
@@ -88,7 +88,7 @@ class Kept:
         Raises:
             VerificationError: it is not what was written.
         """
-        read_back(self.folder / name, facts)
+        check_read_back(self.folder / name, facts)
         if after is not None:
             after.result()
         self._files[name] = {"facts": facts, "retention": [asdict(one) for one in retention]}
@@ -101,9 +101,9 @@ class Kept:
         sync_folder(self.folder)
 
 
-def read_back(path: Path, expected: Mapping[str, Any]) -> None:
+def check_read_back(path: Path, expected: Mapping[str, Any]) -> None:
     """Raise VerificationError unless a file on the disk has the size and the sha256 it was written with."""
-    found, name = facts_on_disk(path), printable(path.name)
+    found, name = hash_on_disk(path), escape_text(path.name)
     if found["size"] != expected["size"]:
         told = f"{name} has {found['size']:,} bytes; {expected['size']:,} were written"
         raise VerificationError(told, hint="is the disk sound?")
@@ -111,7 +111,7 @@ def read_back(path: Path, expected: Mapping[str, Any]) -> None:
         raise VerificationError(f"{name} reads back other than it was written", hint="is the disk sound?")
 
 
-def _read(folder: Path, key: str) -> dict[str, Any]:
+def _read_journal(folder: Path, key: str) -> dict[str, Any]:
     """The files a journal of this key vouches for; none where there is no such journal."""
     if folder.is_symlink() or not folder.is_dir():
         return {}
@@ -123,7 +123,7 @@ def _read(folder: Path, key: str) -> dict[str, Any]:
     return files if fields.get("key") == key and isinstance(files, dict) else {}
 
 
-def _remove(path: Path) -> None:
+def _remove_path(path: Path) -> None:
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():

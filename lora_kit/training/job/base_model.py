@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from lora_kit.errors import RecipeError
 from lora_kit.models.loading import Base, load_base
-from lora_kit.training.recipe.recipe import CHANGES_BASE, Recipe
+from lora_kit.training.recipe.recipe import METHODS_CHANGING_BASE, Recipe
 
 
-def base_for(recipe: Recipe, given: Base | None, label2id: Mapping[str, int]) -> Base:
+def prepare_base(recipe: Recipe, given: Base | None, label2id: Mapping[str, int]) -> Base:
     """The base that a recipe trains on.
 
     Args:
@@ -23,17 +23,17 @@ def base_for(recipe: Recipe, given: Base | None, label2id: Mapping[str, int]) ->
         RecipeError: the base given is another, or not for this recipe.
         BaseModelError: the recipe's cannot be loaded.
     """
-    base = _loaded(recipe, label2id) if given is None else _borrowed(recipe, given, label2id)
-    return _with_room_for_prompt(recipe, base)
+    base = _load_recipe_base(recipe, label2id) if given is None else _reuse_loaded_base(recipe, given, label2id)
+    return _reserve_virtual_tokens(recipe, base)
 
 
-def _loaded(recipe: Recipe, label2id: Mapping[str, int]) -> Base:
+def _load_recipe_base(recipe: Recipe, label2id: Mapping[str, int]) -> Base:
     # Small steps are lost in 16 bits: every weight is trained in fp32 unless the recipe asks for something else.
     dtype = "fp32" if recipe.method == "full" and recipe.dtype == "auto" else recipe.dtype
     return load_base(recipe.base, task=recipe.task, label2id=label2id or None, dtype=dtype, quantize=recipe.quantize)
 
 
-def _borrowed(recipe: Recipe, base: Base, label2id: Mapping[str, int]) -> Base:
+def _reuse_loaded_base(recipe: Recipe, base: Base, label2id: Mapping[str, int]) -> Base:
     """A base that someone else loaded, checked against the recipe; a copy of it where its weights will change."""
     if (base.name, base.task) != (recipe.base, recipe.task):
         given = f"the base given is {base.name} ({base.task})"
@@ -42,7 +42,7 @@ def _borrowed(recipe: Recipe, base: Base, label2id: Mapping[str, int]) -> Base:
         raise RecipeError("dtype and quantize do nothing for a base that is loaded already", hint="load it so")
     if label2id and base.model.config.num_labels != len(label2id):
         raise RecipeError(f"the base given has {base.model.config.num_labels} labels, the data {len(label2id)}")
-    if recipe.method not in CHANGES_BASE:
+    if recipe.method not in METHODS_CHANGING_BASE:
         return base
     if recipe.method == "full" and getattr(base.model, "is_quantized", False):
         raise RecipeError("method full cannot train the weights of a quantised base", hint="use method lora")
@@ -55,7 +55,7 @@ def _borrowed(recipe: Recipe, base: Base, label2id: Mapping[str, int]) -> Base:
 
 
 @dataclass(frozen=True)
-class _PromptedBase(Base):
+class _BaseWithVirtualTokens(Base):
     """A base that sees `taken` tokens of an adapter before every text."""
 
     taken: int = 0
@@ -65,10 +65,10 @@ class _PromptedBase(Base):
         return super().max_length - self.taken
 
 
-def _with_room_for_prompt(recipe: Recipe, base: Base) -> Base:
+def _reserve_virtual_tokens(recipe: Recipe, base: Base) -> Base:
     taken = recipe.peft.get("num_virtual_tokens", 0)
     if not taken:
         return base
     if base.max_length - taken < 2:
         raise RecipeError(f"peft.num_virtual_tokens is {taken:,}; {base.name} sees {base.max_length:,} tokens at once")
-    return _PromptedBase(**vars(base), taken=taken)
+    return _BaseWithVirtualTokens(**vars(base), taken=taken)

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from lora_kit.bank.bank import AdapterBank, attach
-from lora_kit.io.atomic_write import staged
-from lora_kit.training.job.job import Job, is_model_of_ours
-from lora_kit.training.loop.checkpoints import digest_of
-from lora_kit.training.results import Kind, TrainReport, metrics
+from lora_kit.io.atomic_write import stage_folder
+from lora_kit.training.job.job import Job, is_trained_model_folder
+from lora_kit.training.loop.checkpoints import hash_json
+from lora_kit.training.results import TrainedModules, TrainReport, collect_record_metrics
 
 logger = logging.getLogger(__name__)
 
 
-class Save(Protocol):
+class ResultSaver(Protocol):
     """Writes the result of a training, all or nothing."""
 
     def __call__(self, report: TrainReport, files: Mapping[str, bytes], *, replace: bool) -> TrainReport:
@@ -37,7 +37,7 @@ class Save(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trainable:
+class TrainableJob:
     """A job whose model requires gradients where its method trains it.
 
     Attributes:
@@ -48,14 +48,14 @@ class Trainable:
     """
 
     job: Job
-    kinds: tuple[Kind, ...]
+    kinds: tuple[TrainedModules, ...]
     count: int
     parameters: int
-    save: Save
+    save: ResultSaver
 
 
 @contextlib.contextmanager
-def trainable(job: Job) -> Iterator[Trainable]:
+def make_job_trainable(job: Job) -> Iterator[TrainableJob]:
     """Within, a job is as its method trains it; afterwards a base that was given is as it was.
 
     Raises:
@@ -68,32 +68,36 @@ def trainable(job: Job) -> Iterator[Trainable]:
         yield ready
 
 
-def record_of(job: Job, report: TrainReport) -> dict[str, Any]:
+def build_training_record(job: Job, report: TrainReport) -> dict[str, Any]:
     """What the record of an adapter says of its training."""
     recipe = job.recipe
-    record: dict[str, Any] = {"recipe": recipe.to_dict(), "seed": recipe.seed, "metrics": metrics(report)}
-    record["run"] = digest_of(job.identity)
+    record: dict[str, Any] = {
+        "recipe": recipe.to_dict(),
+        "seed": recipe.seed,
+        "metrics": collect_record_metrics(report),
+    }
+    record["run"] = hash_json(job.identity)
     if job.labels:
         record["labels"] = list(job.labels)
     return record
 
 
 @contextlib.contextmanager
-def _adapter(job: Job) -> Iterator[Trainable]:
+def _attach_adapter(job: Job) -> Iterator[TrainableJob]:
     """`lora` and `features`: an adapter in a bank beside the model."""
     recipe = job.recipe
     bank = attach(job.base.model, recipe.lora, name=recipe.name)
     logger.info("%s", bank.coverage(recipe.name))
 
     def save(report: TrainReport, files: Mapping[str, bytes], *, replace: bool) -> TrainReport:
-        record = record_of(job, report)
+        record = build_training_record(job, report)
         saved = bank.save(recipe.name, report.out, record=record, files=files, replace=replace)
         return dataclasses.replace(report, digest=saved.digest)
 
     try:
-        yield Trainable(
+        yield TrainableJob(
             job=job,
-            kinds=_kinds(bank, recipe.name),
+            kinds=_count_trained_modules(bank, recipe.name),
             count=bank.coverage(recipe.name).parameters,
             parameters=job.base.model.num_parameters(),
             save=save,
@@ -102,49 +106,51 @@ def _adapter(job: Job) -> Iterator[Trainable]:
         bank.detach()
 
 
-def _kinds(bank: AdapterBank, name: str) -> tuple[Kind, ...]:
+def _count_trained_modules(bank: AdapterBank, name: str) -> tuple[TrainedModules, ...]:
     coverage = bank.coverage(name)
     found: dict[str, list[int]] = {}
     for target in coverage.targets:
         found.setdefault(target.path.rpartition(".")[2], []).append(target.parameters)
-    kinds = [Kind(name, len(each), sum(each)) for name, each in found.items()]
+    kinds = [TrainedModules(name, len(each), sum(each)) for name, each in found.items()]
     if coverage.saved:
-        kinds.append(Kind(", ".join(coverage.saved), len(coverage.saved), coverage.saved_parameters))
-    kinds += [Kind(f"rows of {rows.path}", len(rows.indices), rows.parameters) for rows in coverage.tokens]
+        kinds.append(TrainedModules(", ".join(coverage.saved), len(coverage.saved), coverage.saved_parameters))
+    kinds += [TrainedModules(f"rows of {rows.path}", len(rows.indices), rows.parameters) for rows in coverage.tokens]
     return tuple(kinds)
 
 
 @contextlib.contextmanager
-def _whole(job: Job) -> Iterator[Trainable]:
+def _unfreeze_model(job: Job) -> Iterator[TrainableJob]:
     """`full`: every weight, of a model that nobody else has."""
     model = job.base.model
     model.requires_grad_(True)
     count = model.num_parameters()
 
     def save(report: TrainReport, files: Mapping[str, bytes], *, replace: bool) -> TrainReport:
-        with staged(report.out, replace=replace, owned=is_model_of_ours) as folder:
+        with stage_folder(report.out, replace=replace, owned=is_trained_model_folder) as folder:
             model.save_pretrained(folder)
             job.base.tokenizer.save_pretrained(folder)
             for name, data in files.items():
                 (folder / name).write_bytes(data)
         return report
 
-    yield Trainable(job=job, kinds=(Kind("every weight", 1, count),), count=count, parameters=count, save=save)
+    yield TrainableJob(
+        job=job, kinds=(TrainedModules("every weight", 1, count),), count=count, parameters=count, save=save
+    )
 
 
 @contextlib.contextmanager
-def _of_peft(job: Job) -> Iterator[Trainable]:
+def _wrap_with_peft(job: Job) -> Iterator[TrainableJob]:
     """`peft`: whatever PEFT makes of a model that nobody else has."""
     from lora_kit.training.job.peft_method import PeftAdapter
 
     adapter = PeftAdapter(job)
 
     def save(report: TrainReport, files: Mapping[str, bytes], *, replace: bool) -> TrainReport:
-        digest = adapter.save(report.out, record=record_of(job, report), files=files, replace=replace)
+        digest = adapter.save(report.out, record=build_training_record(job, report), files=files, replace=replace)
         return dataclasses.replace(report, digest=digest)
 
-    yield Trainable(
-        job=job.of_model(adapter.model),
+    yield TrainableJob(
+        job=job.with_model(adapter.model),
         kinds=adapter.kinds,
         count=adapter.count,
         parameters=adapter.parameters,
@@ -152,9 +158,9 @@ def _of_peft(job: Job) -> Iterator[Trainable]:
     )
 
 
-_METHODS: Final[Mapping[str, Callable[[Job], contextlib.AbstractContextManager[Trainable]]]] = {
-    "lora": _adapter,
-    "features": _adapter,
-    "full": _whole,
-    "peft": _of_peft,
+_METHODS: Final[Mapping[str, Callable[[Job], contextlib.AbstractContextManager[TrainableJob]]]] = {
+    "lora": _attach_adapter,
+    "features": _attach_adapter,
+    "full": _unfreeze_model,
+    "peft": _wrap_with_peft,
 }

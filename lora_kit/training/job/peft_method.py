@@ -18,22 +18,22 @@ import torch
 from torch import Tensor
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.adapter.folder import CARD, CONFIG, RECORD, WEIGHTS, check_names, is_adapter_folder, record_bytes
+from lora_kit.adapter.folder import CARD, CONFIG, RECORD, WEIGHTS, check_file_names, encode_record, is_adapter_folder
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import LoraKitError, RecipeError, VerificationError
 from lora_kit.io.atomic_write import write_folder
-from lora_kit.models.locate import quiet
-from lora_kit.torch_utils import evaluating
+from lora_kit.models.locate import silence_libraries
+from lora_kit.torch_utils import use_eval_mode
 from lora_kit.training.job.job import Job
-from lora_kit.training.loop.length_buckets import split
+from lora_kit.training.loop.length_buckets import split_by_length
 from lora_kit.training.loop.oom_retry import is_out_of_memory
-from lora_kit.training.recipe.peft_config import peft_config
-from lora_kit.training.report.peft_card import card
-from lora_kit.training.results import Kind
+from lora_kit.training.recipe.peft_config import build_peft_config
+from lora_kit.training.report.peft_card import render_peft_card
+from lora_kit.training.results import TrainedModules
 
 logger = logging.getLogger(__name__)
 
-_LABELS: Final = (
+_DESCRIPTIVE_FIELDS: Final = (
     "auto_mapping",
     "base_model_name_or_path",
     "inference_mode",
@@ -59,20 +59,20 @@ class PeftAdapter:
     def __init__(self, job: Job) -> None:
         self._kind: str = job.recipe.peft["peft_type"]
         self._name, self._fingerprint = job.base.name, job.base.fingerprint()
-        self._quantised = bool(getattr(job.base.model, "is_quantized", False))
+        self._is_quantized = bool(getattr(job.base.model, "is_quantized", False))
         paths = {path for path, _ in job.base.model.named_modules()}
-        config = peft_config(job.recipe.peft, task=job.recipe.task)
-        with self._explained():
+        config = build_peft_config(job.recipe.peft, task=job.recipe.task)
+        with self._translate_errors():
             from peft import get_peft_model
 
             self.model: Any = get_peft_model(job.base.model, config)
         self.count, self.parameters = self.model.get_nb_trainable_parameters()
         if not self.count:
             raise RecipeError(f"peft: {self._kind} trains nothing of {self._name}")
-        self.kinds = _kinds(self.model, paths)
-        with self._explained():
-            _leave_out_prompt(self.model, job)
-        self._say_what_is_short()
+        self.kinds = _count_trained_modules(self.model, paths)
+        with self._translate_errors():
+            _drop_virtual_token_logits(self.model, job)
+        self._warn_of_low_precision()
 
     def save(self, folder: Path, *, record: Mapping[str, Any], files: Mapping[str, bytes], replace: bool) -> str:
         """Write PEFT's folder with our record beside it, all or nothing, synced to disk; gives its digest.
@@ -87,14 +87,14 @@ class PeftAdapter:
         """
         from safetensors.torch import save
 
-        tensors, fields = self._tensors(), self._fields()
+        tensors, fields = self._collect_tensors(), self._collect_config_fields()
         weights = save(tensors, metadata={"format": "pt"})
-        lora = _as_lora(fields, tensors)
-        digest = lora.digest if lora else _digest(fields, weights)
+        lora = _convert_to_lora(fields, tensors)
+        digest = lora.digest if lora else _hash_adapter(fields, weights)
         contents = dict(files)
-        check_names(contents)
+        check_file_names(contents)
         name = Path(os.path.abspath(folder)).name
-        contents[CARD] = card(
+        contents[CARD] = render_peft_card(
             name,
             fields,
             record,
@@ -106,11 +106,11 @@ class PeftAdapter:
         contents[WEIGHTS] = weights
         own = {"base": self._fingerprint, "method": "peft", "peft_type": self._kind}
         # Last, because it vouches for the others.
-        contents[RECORD] = record_bytes({**record, **own}, contents, digest=digest)
+        contents[RECORD] = encode_record({**record, **own}, contents, digest=digest)
         write_folder(folder, contents, replace=replace, owned=is_adapter_folder)
         return digest
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _collect_tensors(self) -> dict[str, Tensor]:
         """What PEFT would save, without copies of the base's embeddings."""
         from peft import get_peft_model_state_dict
 
@@ -120,16 +120,16 @@ class PeftAdapter:
             raise VerificationError(f"PEFT finds nothing to save of this {self._kind}")
         return tensors
 
-    def _fields(self) -> dict[str, Any]:
+    def _collect_config_fields(self) -> dict[str, Any]:
         """The config as PEFT has filled it in, as JSON values that do not depend on the order of a set."""
         fields: dict[str, Any] = self.model.peft_config["default"].to_dict()
-        return _plain({**fields, "inference_mode": True, "base_model_name_or_path": self._name})
+        return _convert_to_json({**fields, "inference_mode": True, "base_model_name_or_path": self._name})
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _translate_errors(self) -> Iterator[None]:
         """What PEFT raises within as an error of ours, and what it warns of in the log."""
         try:
-            with quiet(), warnings.catch_warnings(record=True) as told:
+            with silence_libraries(), warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("default")
                 yield
             for line in dict.fromkeys(str(each.message) for each in told):
@@ -140,10 +140,10 @@ class PeftAdapter:
             if is_out_of_memory(error):
                 raise
             what = " ".join(str(error).split()) or type(error).__name__
-            hint = "not every type can work on quantised weights" if self._quantised else ""
+            hint = "not every type can work on quantised weights" if self._is_quantized else ""
             raise RecipeError(f"peft: {self._kind} does not go with {self._name}: {what}", hint=hint) from error
 
-    def _say_what_is_short(self) -> None:
+    def _warn_of_low_precision(self) -> None:
         short = {
             str(p.dtype).removeprefix("torch.") for p in self.model.parameters() if p.requires_grad and p.itemsize < 4
         }
@@ -151,7 +151,7 @@ class PeftAdapter:
             logger.warning("%s is trained in %s, where small steps are lost; dtype: fp32 helps", self._kind, *short)
 
 
-def _kinds(model: Any, paths: set[str]) -> tuple[Kind, ...]:
+def _count_trained_modules(model: Any, paths: set[str]) -> tuple[TrainedModules, ...]:
     """The trained parameters by the last name of the base's module that they belong to."""
     found: dict[str, dict[str, int]] = {}
     for name, parameter in model.named_parameters():
@@ -161,10 +161,10 @@ def _kinds(model: Any, paths: set[str]) -> tuple[Kind, ...]:
             path = next((end for end in ends if end in paths), parts[0])
             sizes = found.setdefault(path.rpartition(".")[2], {})
             sizes[path] = sizes.get(path, 0) + parameter.numel()
-    return tuple(Kind(name, len(sizes), sum(sizes.values())) for name, sizes in found.items())
+    return tuple(TrainedModules(name, len(sizes), sum(sizes.values())) for name, sizes in found.items())
 
 
-def _leave_out_prompt(model: Any, job: Job) -> None:
+def _drop_virtual_token_logits(model: Any, job: Job) -> None:
     """Have a model give logits for the positions it was given, and none for tokens of its own before them.
 
     How many there are is found out by one forward of a sample.
@@ -173,10 +173,10 @@ def _leave_out_prompt(model: Any, job: Job) -> None:
         RecipeError: its logits are of another form.
     """
     batch = {name: tensor.to(job.base.device) for name, tensor in job.collator([job.train[0]]).items()}
-    inputs = split(batch)[0]
+    inputs = split_by_length(batch)[0]
     labels = inputs.pop("labels")
     options = {"use_cache": False} if job.recipe.task in ("causal-lm", "seq2seq") else {}
-    with evaluating(model), torch.no_grad():
+    with use_eval_mode(model), torch.no_grad():
         shape = model(**inputs, **options).logits.shape
     before = 0 if labels.ndim == 1 else shape[1] - labels.shape[1]
     if len(shape) != labels.ndim + 1 or before < 0:
@@ -190,10 +190,10 @@ def _leave_out_prompt(model: Any, job: Job) -> None:
     if before:
         model.register_forward_hook(cut)
         if job.recipe.task == "causal-lm":
-            _write_one_by_one(model)
+            _generate_one_by_one(model)
 
 
-def _write_one_by_one(model: Any) -> None:
+def _generate_one_by_one(model: Any) -> None:
     """Have a model write after each prompt of a batch alone.
 
     Its own tokens would come before the padding of a shorter prompt, and the prompt's positions would be others than in
@@ -214,7 +214,7 @@ def _write_one_by_one(model: Any) -> None:
     model.generate = generate
 
 
-def _as_lora(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter | None:
+def _convert_to_lora(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter | None:
     """The same adapter in our terms; None where it is another kind of adapter."""
     try:
         return Adapter(LoraConfig.from_dict(fields), tensors)
@@ -222,18 +222,18 @@ def _as_lora(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapte
         return None
 
 
-def _digest(fields: Mapping[str, Any], weights: bytes) -> str:
+def _hash_adapter(fields: Mapping[str, Any], weights: bytes) -> str:
     """sha256 of the fields that give the tensors meaning and of the sha256 of the weight file."""
-    meaning = {key: value for key, value in sorted(fields.items()) if key not in _LABELS}
+    meaning = {key: value for key, value in sorted(fields.items()) if key not in _DESCRIPTIVE_FIELDS}
     return hashlib.sha256(f"{json.dumps(meaning)}\n{hashlib.sha256(weights).hexdigest()}".encode()).hexdigest()
 
 
-def _plain(value: Any) -> Any:
+def _convert_to_json(value: Any) -> Any:
     """JSON values; sets in order."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _convert_to_json(item) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):
-        return sorted(map(_plain, value))
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return sorted(map(_convert_to_json, value))
+    return [_convert_to_json(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from lora_kit.adapter.folder import RECORD
-from lora_kit.errors import AdapterError, RecipeError, StorageError, listed
-from lora_kit.io.atomic_write import staged
+from lora_kit.errors import AdapterError, RecipeError, StorageError, format_list
+from lora_kit.io.atomic_write import stage_folder
 from lora_kit.io.read import exists, folder_exists, read_json
-from lora_kit.io.text import printable
+from lora_kit.io.text import escape_text
 
 logger = logging.getLogger(__name__)
 
@@ -76,16 +76,16 @@ class RunFolder:
 
     # Reading
 
-    def newest(self) -> Checkpoint | None:
+    def find_newest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole; those after it, which are not, are taken away, and that is logged."""
-        for step in sorted(self._steps(), reverse=True):
+        for step in sorted(self._list_steps(), reverse=True):
             try:
                 found = self.at(step)
                 if found.best is not None:
                     self.at(found.best)
                 return found
             except AdapterError as error:
-                logger.warning("%s is torn, and passed over: %s", printable(self.path(step)), error)
+                logger.warning("%s is torn, and passed over: %s", escape_text(self.path(step)), error)
                 shutil.rmtree(self.path(step))
         return None
 
@@ -100,28 +100,28 @@ class RunFolder:
         if record.get("format") != FORMAT:
             raise AdapterError(f"{MARKER} has format {record.get('format')!r}; format {FORMAT} is read")
         try:
-            changed = [name for name, fact in record["files"].items() if _fact(folder / name) != fact]
+            changed = [name for name, fact in record["files"].items() if _hash_file(folder / name) != fact]
             found = Checkpoint(folder=folder, **{key: record[key] for key in _FIELDS})
         except (KeyError, TypeError, AttributeError):
             raise AdapterError(f"{MARKER} is damaged") from None
         if changed:
-            raise AdapterError(f"{listed(changed)} not as written")
+            raise AdapterError(f"{format_list(changed)} not as written")
         return found
 
     def path(self, step: int) -> Path:
         return self.folder / f"checkpoint-{step}"
 
-    def _steps(self) -> list[int]:
+    def _list_steps(self) -> list[int]:
         if not folder_exists(self.folder):
             return []
         found = [_NAME.fullmatch(entry.name) for entry in self.folder.iterdir()]
         return [int(match[1]) for match in found if match]
 
-    def say_where_it_stands(self) -> None:
+    def log_resume_point(self) -> None:
         """Log from where a run that is stopped will go on."""
-        steps = self._steps()
+        steps = self._list_steps()
         if steps:
-            where = printable(self.folder)
+            where = escape_text(self.folder)
             logger.warning("stopped; the same command goes on from the checkpoint of step %d in %s", max(steps), where)
 
     # Writing
@@ -137,22 +137,24 @@ class RunFolder:
         Raises:
             StorageError: the disk refuses; earlier checkpoints are what they were.
         """
-        with staged(self.path(fields["step"]), replace=True, owned=lambda folder: exists(folder / MARKER)) as folder:
+        with stage_folder(
+            self.path(fields["step"]), replace=True, owned=lambda folder: exists(folder / MARKER)
+        ) as folder:
             fill(folder)
-            facts = {path.name: _fact(path) for path in sorted(folder.iterdir())}
+            facts = {path.name: _hash_file(path) for path in sorted(folder.iterdir())}
             record = {"format": FORMAT, **fields, "files": facts}
             (folder / MARKER).write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
-        logger.debug("checkpoint of step %d in %s", fields["step"], printable(self.folder))
+        logger.debug("checkpoint of step %d in %s", fields["step"], escape_text(self.folder))
         if keep is not None:
             self._rotate(keep)
 
     def _rotate(self, keep: int) -> None:
-        kept = sorted(self._steps(), reverse=True)[:keep]
-        kept += [best for step in kept if (best := self._best_of(step)) is not None]
-        for step in set(self._steps()) - set(kept):
+        kept = sorted(self._list_steps(), reverse=True)[:keep]
+        kept += [best for step in kept if (best := self._read_best_step(step)) is not None]
+        for step in set(self._list_steps()) - set(kept):
             shutil.rmtree(self.path(step))
 
-    def _best_of(self, step: int) -> int | None:
+    def _read_best_step(self, step: int) -> int | None:
         try:
             return read_json(self.path(step) / MARKER, limit=_MARKER_LIMIT).get("best")
         except AdapterError:
@@ -169,17 +171,17 @@ class RunFolder:
             if next(self.folder.iterdir(), None) is None:
                 self.folder.rmdir()
         except OSError as error:
-            logger.warning("%s cannot be removed: %s", printable(self.folder), error.strerror)
+            logger.warning("%s cannot be removed: %s", escape_text(self.folder), error.strerror)
 
     def remove_if_done(self) -> None:
         """Take the checkpoints away where their adapter was saved, and the process died before it could do so."""
-        newest = self.newest() if folder_exists(self.folder) and exists(self.out / RECORD) else None
-        if newest is not None and _saved_by(self.out) == digest_of(newest.identity):
+        newest = self.find_newest() if folder_exists(self.folder) and exists(self.out / RECORD) else None
+        if newest is not None and _read_saved_run(self.out) == hash_json(newest.identity):
             self.remove()
 
     # One run and another
 
-    def resumable(self, identity: Identity, setting: Mapping[str, Any], *, replace: bool) -> Checkpoint | None:
+    def find_resumable(self, identity: Identity, setting: Mapping[str, Any], *, replace: bool) -> Checkpoint | None:
         """Where a run goes on; None where it begins.
 
         Args:
@@ -189,59 +191,60 @@ class RunFolder:
         Raises:
             RecipeError: there are checkpoints of another run, and they are not to be replaced; names what differs.
         """
-        newest = self.newest()
-        found = self._same(newest, identity, replace=replace)
+        newest = self.find_newest()
+        found = self._match_run(newest, identity, replace=replace)
         if found is not None:
-            for line in differences(found.setting, setting):
+            for line in describe_differences(found.setting, setting):
                 logger.warning("%s: the last bits of the result may be others", line)
         elif newest is not None:
-            logger.warning("%s held a run of another recipe; it is replaced", printable(self.folder))
+            logger.warning("%s held a run of another recipe; it is replaced", escape_text(self.folder))
             self.remove()
         return found
 
-    def standing(self, identity: Identity, *, replace: bool) -> Checkpoint | None:
+    def preview_resumable(self, identity: Identity, *, replace: bool) -> Checkpoint | None:
         """Where a run would go on, as `resumable` says it; nothing is changed.
 
         Raises:
             RecipeError: as there.
         """
         whole = []
-        for step in sorted(self._steps(), reverse=True):
+        for step in sorted(self._list_steps(), reverse=True):
             with contextlib.suppress(AdapterError):
                 whole.append(self.at(step))
-        return self._same(whole[0] if whole else None, identity, replace=replace)
+        return self._match_run(whole[0] if whole else None, identity, replace=replace)
 
-    def _same(self, found: Checkpoint | None, identity: Identity, *, replace: bool) -> Checkpoint | None:
+    def _match_run(self, found: Checkpoint | None, identity: Identity, *, replace: bool) -> Checkpoint | None:
         """A checkpoint if it is of this run; None for none, or for one that is to be replaced."""
-        told = list(differences(found.identity, identity)) if found else []
+        told = list(describe_differences(found.identity, identity)) if found else []
         if told and found and not replace:
             raise RecipeError(
-                f"{printable(self.folder)} holds a run at step {found.step} of another recipe:\n  " + "\n  ".join(told),
+                f"{escape_text(self.folder)} holds a run at step {found.step} of another recipe:\n  "
+                + "\n  ".join(told),
                 hint="go back to that recipe to go on, or ask to replace (--replace) to start anew",
             )
         return None if told else found
 
 
-def digest_of(identity: Identity) -> str:
+def hash_json(identity: Identity) -> str:
     """sha256 of what a run is of."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def differences(was: Mapping[str, Any], now: Mapping[str, Any], *, within: str = "") -> Iterator[str]:
+def describe_differences(was: Mapping[str, Any], now: Mapping[str, Any], *, within: str = "") -> Iterator[str]:
     """What differs between two nested mappings, leaf by leaf, in words."""
     for key in sorted({*was, *now}):
         name, old, new = f"{within}{key}", was.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            yield from differences(old, new, within=f"{name}.")
+            yield from describe_differences(old, new, within=f"{name}.")
         elif old != new:
-            yield f"{name} was {_shown(old)}, is {_shown(new)}"
+            yield f"{name} was {_format_value(old)}, is {_format_value(new)}"
 
 
-def _shown(value: Any) -> str:
-    return "not set" if value is None else printable(json.dumps(value, default=str))
+def _format_value(value: Any) -> str:
+    return "not set" if value is None else escape_text(json.dumps(value, default=str))
 
 
-def _saved_by(out: Path) -> Any:
+def _read_saved_run(out: Path) -> Any:
     """The run that an adapter folder was saved by."""
     try:
         return read_json(out / RECORD, limit=_MARKER_LIMIT).get("run")
@@ -249,7 +252,7 @@ def _saved_by(out: Path) -> Any:
         return None
 
 
-def _fact(path: Path) -> dict[str, Any]:
+def _hash_file(path: Path) -> dict[str, Any]:
     """sha256 and size of a file.
 
     Raises:

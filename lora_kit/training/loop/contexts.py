@@ -14,19 +14,19 @@ from lora_kit.errors import BaseModelError
 
 
 @contextlib.contextmanager
-def borrowed(model: Any) -> Iterator[None]:
+def preserve_model_settings(model: Any) -> Iterator[None]:
     """Puts back, whatever happens, what the Trainer changes on a model besides its trained weights.
 
     That is: training mode, `config.use_cache`, gradient checkpointing, and what accelerate hangs on the model.
     """
     modes = [(module, module.training) for module in model.modules()]
     attributes, use_cache = dict(vars(model)), model.config.use_cache if hasattr(model.config, "use_cache") else None
-    checkpointing = _checkpoints_activations(model)
+    checkpointing = _has_gradient_checkpointing(model)
     try:
         yield
     finally:
-        if _checkpoints_activations(model) and not checkpointing:
-            _newest(model, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
+        if _has_gradient_checkpointing(model) and not checkpointing:
+            _get_renamed_attribute(model, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
         for name in set(vars(model)) - set(attributes):
             delattr(model, name)
         if use_cache is not None:
@@ -37,25 +37,25 @@ def borrowed(model: Any) -> Iterator[None]:
             module.training = mode
 
 
-def stop_checkpointing(model: Any) -> list[nn.Module]:
+def disable_gradient_checkpointing(model: Any) -> list[nn.Module]:
     """Turn gradient checkpointing off, and give the layers that were checkpointed; none where it was off."""
-    if not _checkpoints_activations(model):
+    if not _has_gradient_checkpointing(model):
         return []
-    _newest(model, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
-    return _repeated_layers(model)
+    _get_renamed_attribute(model, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
+    return _find_repeated_layers(model)
 
 
-def _checkpoints_activations(model: Any) -> bool:
-    return bool(_newest(model, "is_activation_checkpointing", "is_gradient_checkpointing"))
+def _has_gradient_checkpointing(model: Any) -> bool:
+    return bool(_get_renamed_attribute(model, "is_activation_checkpointing", "is_gradient_checkpointing"))
 
 
-def _newest(model: Any, name: str, older: str) -> Any:
+def _get_renamed_attribute(model: Any, name: str, older: str) -> Any:
     """An attribute under its present name, or under the one it has in older versions of transformers."""
     return getattr(model, name) if hasattr(type(model), name) else getattr(model, older, None)
 
 
 @contextlib.contextmanager
-def repeatable(device: torch.device) -> Iterator[None]:
+def use_deterministic_kernels(device: torch.device) -> Iterator[None]:
     """The same bits from the same run: on CUDA the deterministic kernels, which the CPU always uses."""
     if device.type != "cuda":
         yield
@@ -73,7 +73,7 @@ def repeatable(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def compiled_layers(model: Any) -> Iterator[None]:
+def compile_layers(model: Any) -> Iterator[None]:
     """Each of the model's repeated layers compiled within; one graph serves batches of any length.
 
     Raises:
@@ -81,7 +81,7 @@ def compiled_layers(model: Any) -> Iterator[None]:
     """
     import torch._dynamo
 
-    layers = _repeated_layers(model)
+    layers = _find_repeated_layers(model)
     before = [layer._compiled_call_impl for layer in layers]
     # All layers share their code, so its few graphs (with and without gradients, masks, several rows) count as one's.
     with torch._dynamo.config.patch(recompile_limit=64):
@@ -94,7 +94,7 @@ def compiled_layers(model: Any) -> Iterator[None]:
                 layer._compiled_call_impl = call
 
 
-def _repeated_layers(model: Any) -> list[nn.Module]:
+def _find_repeated_layers(model: Any) -> list[nn.Module]:
     """The longest list of modules of one class: the decoder's (or the encoder's) layers."""
     lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
     same = [layers for layers in lists if len({type(layer) for layer in layers}) == 1]

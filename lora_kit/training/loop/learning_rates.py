@@ -12,14 +12,14 @@ from torch import Tensor
 from lora_kit.errors import RecipeError
 from lora_kit.layers.initialization import B
 from lora_kit.layers.linear import LoraLinear
-from lora_kit.layers.parameter import AloneLayer
+from lora_kit.layers.parameter import UnstackedLayer
 from lora_kit.layers.saved_module import SavedModule
 from lora_kit.layers.slot_layer import SlotLayer
-from lora_kit.models.heads import head_modules
+from lora_kit.models.heads import find_head_modules
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rates:
+class LearningRates:
     """What does not learn at the recipe's `learning_rate`.
 
     Attributes:
@@ -33,11 +33,11 @@ class Rates:
     task: str = "causal-lm"
 
     @classmethod
-    def of(cls, train: Mapping[str, Any], task: str) -> Rates:
+    def of(cls, train: Mapping[str, Any], task: str) -> LearningRates:
         """Those of a recipe's `train` section."""
         return cls(b_ratio=train.get("loraplus_lr_ratio"), head=train.get("head_learning_rate"), task=task)
 
-    def give(self, optimizer: torch.optim.Optimizer, model: Any) -> None:
+    def apply_to(self, optimizer: torch.optim.Optimizer, model: Any) -> None:
         """Move what has a rate of its own into groups of its own.
 
         Args:
@@ -49,31 +49,31 @@ class Rates:
         """
         ratio, head = self.b_ratio, self.head
         if ratio is not None:
-            _regroup(optimizer, tensors_of_b(model), lambda rate: rate * ratio)
+            _regroup(optimizer, find_lora_b_tensors(model), lambda rate: rate * ratio)
         if head is not None:
-            _regroup(optimizer, tensors_of_head(model, self.task), lambda _: head)
+            _regroup(optimizer, find_head_tensors(model, self.task), lambda _: head)
 
 
-ONE_RATE: Final = Rates()
+ONE_RATE: Final = LearningRates()
 """Everything learns at the recipe's `learning_rate`."""
 
 
-def tensors_of_b(model: Any) -> list[Tensor]:
+def find_lora_b_tensors(model: Any) -> list[Tensor]:
     """The B of every layer but embeddings: Hayou et al. 2024, arXiv:2402.12354.
 
     A and B of an embedding keep their rate: there it is A that begins at zero.
     """
-    layers = [module for module in model.modules() if isinstance(module, (LoraLinear, AloneLayer))]
+    layers = [module for module in model.modules() if isinstance(module, (LoraLinear, UnstackedLayer))]
     return [leaf for layer in layers for name, leaf in layer.named_parameters(recurse=False) if name.startswith(B)]
 
 
-def tensors_of_head(model: Any, task: str) -> list[Tensor]:
+def find_head_tensors(model: Any, task: str) -> list[Tensor]:
     """What is trained of the model's head as a whole: its weights, or an adapter's copy of them; no pair's A and B.
 
     Raises:
         RecipeError: nothing is, or it is the embeddings as well.
     """
-    found = list(_whole(model, head_modules(model, task)))
+    found = list(_iterate_trained_tensors(model, find_head_modules(model, task)))
     if not found:
         hint = "lora.modules_to_save: [head] trains it whole, or leave the rate out"
         raise RecipeError("train.head_learning_rate is given, and the head is not trained", hint=hint)
@@ -83,7 +83,7 @@ def tensors_of_head(model: Any, task: str) -> list[Tensor]:
     return found
 
 
-def _whole(model: Any, paths: tuple[str, ...]) -> Iterator[Tensor]:
+def _iterate_trained_tensors(model: Any, paths: tuple[str, ...]) -> Iterator[Tensor]:
     for path in paths:
         for module in model.get_submodule(path).modules():
             if isinstance(module, SavedModule) or not isinstance(module, SlotLayer):

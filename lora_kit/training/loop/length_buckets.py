@@ -10,20 +10,20 @@ from typing import Final
 
 from torch import Tensor
 
-from lora_kit.data.batches import IGNORED
+from lora_kit.data.batches import IGNORE_INDEX
 
-PART_TOKENS: Final = {"cpu": 64, "cuda": 2048}
+BUCKET_OVERHEAD_TOKENS: Final = {"cpu": 64, "cuda": 2048}
 """What a part costs by itself, in tokens: weights that are read again, kernels that are launched again. Measured on a
 CPU (14 to 110, layers 256 to 1,024 wide); estimated for a GPU, from the launches of a model of a billion weights."""
 
 
-def tokens_in(batch: Mapping[str, Tensor]) -> Tensor:
+def count_batch_tokens(batch: Mapping[str, Tensor]) -> Tensor:
     """How many tokens a batch has, padding left out and what a decoder writes counted too: int64 ()."""
     read = batch["attention_mask"].sum()
-    return read + (batch["labels"] != IGNORED).sum() if "decoder_input_ids" in batch else read
+    return read + (batch["labels"] != IGNORE_INDEX).sum() if "decoder_input_ids" in batch else read
 
 
-def split(batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+def split_by_length(batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     """The rows of a batch in parts, the longest rows first, each part padded to its own longest row.
 
     Args:
@@ -31,17 +31,17 @@ def split(batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     """
     mask = batch["attention_mask"]
     lengths, order = mask.sum(1).sort(descending=True, stable=True)
-    cost = PART_TOKENS["cpu" if mask.device.type == "cpu" else "cuda"]
-    sizes = part_sizes(lengths.tolist(), part=cost)
+    cost = BUCKET_OVERHEAD_TOKENS["cpu" if mask.device.type == "cpu" else "cuda"]
+    sizes = choose_bucket_sizes(lengths.tolist(), part=cost)
     return [
-        _trimmed({name: tensor[rows] for name, tensor in batch.items()}, read=int(longest[0]))
+        _trim_padding({name: tensor[rows] for name, tensor in batch.items()}, read=int(longest[0]))
         for rows, longest in zip(order.split(sizes), lengths.split(sizes), strict=True)
     ]
 
 
-def _trimmed(part: Mapping[str, Tensor], *, read: int) -> dict[str, Tensor]:
+def _trim_padding(part: Mapping[str, Tensor], *, read: int) -> dict[str, Tensor]:
     """A part without the padding that all its rows have; what a decoder reads and writes has a length of its own."""
-    written = int((part["labels"] != IGNORED).sum(1).max()) if "decoder_input_ids" in part else read
+    written = int((part["labels"] != IGNORE_INDEX).sum(1).max()) if "decoder_input_ids" in part else read
     ends = {"labels": written, "decoder_input_ids": written}
     # Of rows of several samples the positions tell where attention ends; beside a mask they would be passed over.
     passed_over = {"attention_mask"} if "position_ids" in part else set()
@@ -52,7 +52,7 @@ def _trimmed(part: Mapping[str, Tensor], *, read: int) -> dict[str, Tensor]:
     }
 
 
-def part_sizes(lengths: Sequence[int], *, part: int) -> list[int]:
+def choose_bucket_sizes(lengths: Sequence[int], *, part: int) -> list[int]:
     """Rows of each part, so that Σ (rows · longest + part) is least.
 
     Args:

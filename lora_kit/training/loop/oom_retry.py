@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from lora_kit.errors import StorageError
-from lora_kit.torch_utils import random_states, set_random_states
+from lora_kit.torch_utils import capture_random_states, restore_random_states
 
-HELP: Final = "train.gradient_checkpointing: true, a smaller data.max_length, quantize: nf4, or a smaller lora.r"
-_WORDS: Final = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+OUT_OF_MEMORY_HINT: Final = (
+    "train.gradient_checkpointing: true, a smaller data.max_length, quantize: nf4, or a smaller lora.r"
+)
+_ALLOCATOR_MESSAGES: Final = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
 """What the CPU's allocator says, in a RuntimeError like any other."""
 
 Batch = Mapping[str, Tensor]
@@ -28,12 +30,12 @@ Batch = Mapping[str, Tensor]
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch found no memory, on a device or on the CPU."""
     return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _ALLOCATOR_MESSAGES)
     )
 
 
 @contextlib.contextmanager
-def explained() -> Iterator[None]:
+def translate_out_of_memory() -> Iterator[None]:
     """Memory that runs out within, where no smaller micro-batch would help, is an error of ours.
 
     Raises:
@@ -82,7 +84,7 @@ class MicroBatches:
         self._losses: list[Tensor] = []
         self._random: dict[str, Any] = {}
 
-    def do(self, batch: Batch, count: Any) -> Tensor:
+    def run_batch(self, batch: Batch, count: Any) -> Tensor:
         """Do one more batch of the step.
 
         Args:
@@ -96,7 +98,7 @@ class MicroBatches:
             StorageError: memory does not suffice for a single row.
         """
         if not self._batches:
-            self._random = random_states()
+            self._random = capture_random_states()
         self._batches.append(batch)
         if self._done([batch], count):
             return self._losses[-1]
@@ -105,13 +107,15 @@ class MicroBatches:
             self._halve()
             self._losses = []
             if self._done(self._batches, count):
-                return sum_of(self._losses) - (sum_of(before) if before else 0)
+                return sum_losses(self._losses) - (sum_losses(before) if before else 0)
 
     def _done(self, batches: list[Batch], count: Any) -> bool:
         """Whether memory sufficed."""
         try:
             for batch in batches:
-                self._losses.append(sum_of([self._work(part, count) for part in parts(batch, self.rows)]))
+                self._losses.append(
+                    sum_losses([self._work(part, count) for part in split_into_micro_batches(batch, self.rows)])
+                )
         except RuntimeError as error:
             if is_out_of_memory(error):
                 return False
@@ -119,32 +123,32 @@ class MicroBatches:
         return True
 
     def _halve(self) -> None:
-        most = min(self.rows, max(size_of(batch) for batch in self._batches))
+        most = min(self.rows, max(count_batch_rows(batch) for batch in self._batches))
         self._clear()
         # What the failed step held is in cycles of frames and tracebacks.
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
         if most == 1:
-            raise StorageError("memory ran out with one row at once", hint=HELP)
+            raise StorageError("memory ran out with one row at once", hint=OUT_OF_MEMORY_HINT)
         self.rows = (most + 1) // 2
-        set_random_states(self._random)
+        restore_random_states(self._random)
         self._said(self.rows)
 
 
-def parts(batch: Batch, rows: int) -> Iterator[Batch]:
+def split_into_micro_batches(batch: Batch, rows: int) -> Iterator[Batch]:
     """A batch in order, so many rows at a time; a batch that is not larger as it is."""
-    if size_of(batch) <= rows:
+    if count_batch_rows(batch) <= rows:
         yield batch
         return
-    for start in range(0, size_of(batch), rows):
+    for start in range(0, count_batch_rows(batch), rows):
         yield {name: tensor[start : start + rows] for name, tensor in batch.items()}
 
 
-def size_of(batch: Batch) -> int:
+def count_batch_rows(batch: Batch) -> int:
     """Rows of a batch."""
     return len(next(iter(batch.values())))
 
 
-def sum_of(losses: list[Tensor]) -> Tensor:
+def sum_losses(losses: list[Tensor]) -> Tensor:
     return torch.stack(losses).sum()

@@ -12,9 +12,9 @@ import transformers
 
 logger = logging.getLogger(__name__)
 
-LEAST_SECONDS: Final = 5.0
+MIN_LOG_SECONDS: Final = 5.0
 """Between two lines of the log that say how far a training is; what an evaluation found is always said."""
-_SHOWN: Final = ("loss", "learning_rate", "grad_norm")
+_LOGGED_KEYS: Final = ("loss", "learning_rate", "grad_norm")
 
 
 class Progress(transformers.TrainerCallback):
@@ -23,7 +23,7 @@ class Progress(transformers.TrainerCallback):
     def __init__(self) -> None:
         self._bar: Any = None
         self._task: Any = None
-        self._began, self._from = 0.0, 0
+        self._began, self._first_step = 0.0, 0
         self._said = float("-inf")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -37,7 +37,7 @@ class Progress(transformers.TrainerCallback):
         self._bar = Bar(*columns, console=console, disable=args.disable_tqdm or not console.is_terminal)
         self._task = self._bar.add_task("training", total=state.max_steps, completed=state.global_step, shown="")
         self._bar.start()
-        self._began, self._from = time.perf_counter(), state.global_step
+        self._began, self._first_step = time.perf_counter(), state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._bar.update(self._task, completed=state.global_step)
@@ -46,19 +46,21 @@ class Progress(transformers.TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
-        shown = _shown(logs)
+        shown = _format_logs(logs)
         if not shown:
             return
         if self._bar is not None and "loss" in logs:
             self._bar.update(self._task, shown=shown)
         now = time.perf_counter()
-        if "loss" not in logs or now - self._said >= LEAST_SECONDS or state.global_step >= state.max_steps:
+        if "loss" not in logs or now - self._said >= MIN_LOG_SECONDS or state.global_step >= state.max_steps:
             self._said = now
-            logger.info("step %d of %d: %s%s", state.global_step, state.max_steps, shown, self._left(state, now))
+            logger.info(
+                "step %d of %d: %s%s", state.global_step, state.max_steps, shown, self._format_time_left(state, now)
+            )
 
-    def _left(self, state: Any, now: float) -> str:
+    def _format_time_left(self, state: Any, now: float) -> str:
         """The time that is left, once there is a step to tell it by."""
-        done = state.global_step - self._from
+        done = state.global_step - self._first_step
         if done < 1 or state.global_step >= state.max_steps:
             return ""
         seconds = (now - self._began) / done * (state.max_steps - state.global_step)
@@ -74,8 +76,8 @@ class Progress(transformers.TrainerCallback):
             self._bar.stop()
 
 
-def _shown(logs: Mapping[str, Any]) -> str:
-    parts = [f"{key} {value:.4g}" for key, value in logs.items() if key in _SHOWN or key.startswith("eval_")]
+def _format_logs(logs: Mapping[str, Any]) -> str:
+    parts = [f"{key} {value:.4g}" for key, value in logs.items() if key in _LOGGED_KEYS or key.startswith("eval_")]
     if "tokens_per_second" in logs:
         parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
     if "peak_bytes" in logs:

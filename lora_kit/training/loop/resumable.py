@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers.trainer_callback import ExportableState, TrainerState
 
 from lora_kit.errors import AdapterError, VerificationError
-from lora_kit.io.text import printable
-from lora_kit.torch_utils import random_states, set_random_states
+from lora_kit.io.text import escape_text
+from lora_kit.torch_utils import capture_random_states, restore_random_states
 from lora_kit.training.loop.checkpoints import Checkpoint, Identity, RunFolder
-from lora_kit.training.loop.signals import Stop
+from lora_kit.training.loop.signals import StopRequest
 from lora_kit.training.loop.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 WEIGHTS, LOOP = "weights.safetensors", "loop.pt"
 STATE, OPTIMIZER, SCHEDULER, SCALER = "trainer_state.json", "optimizer.pt", "scheduler.pt", "scaler.pt"
 """Read by transformers.Trainer under these names."""
-_ASKED_OF_TRANSFORMERS: Final = ("_save_checkpoint", "_load_from_checkpoint", "_load_rng_state")
+_OVERRIDDEN_PRIVATE_METHODS: Final = ("_save_checkpoint", "_load_from_checkpoint", "_load_rng_state")
 """Moments of transformers' loop for which it has no public name: methods that it calls, and that are replaced here."""
 
 
@@ -48,21 +48,21 @@ class ResumableTrainer(Trainer):
     """
 
     def __init__(
-        self, *args: Any, run: RunFolder, identity: Identity, setting: dict[str, Any], stop: Stop, **kwargs: Any
+        self, *args: Any, run: RunFolder, identity: Identity, setting: dict[str, Any], stop: StopRequest, **kwargs: Any
     ) -> None:
-        missing = [name for name in _ASKED_OF_TRANSFORMERS if not hasattr(transformers.Trainer, name)]
+        missing = [name for name in _OVERRIDDEN_PRIVATE_METHODS if not hasattr(transformers.Trainer, name)]
         if missing:
-            raise _unfit(f"has no Trainer.{missing[0]}")
+            raise _build_version_error(f"has no Trainer.{missing[0]}")
         super().__init__(*args, **kwargs)
         self._run, self._identity, self._setting, self._stop = run, identity, setting, stop
         self.args.restore_callback_states_from_checkpoint = True
         self.seconds_before, self.resumed = 0.0, 0
-        self._went_on_from: dict[str, Any] | None = None
+        self._resumed_loop: dict[str, Any] | None = None
         self._epoch_random: dict[str, Any] = {}
-        self._in_epoch = self._owed = False
+        self._in_epoch = self._is_save_pending = False
         self._put_back: set[str] = set()
         self._started = 0.0
-        self.add_callback(_Moments(self))
+        self.add_callback(_LoopCallback(self))
 
     def train_from(self, checkpoint: Checkpoint | None) -> None:
         """Train, from where a checkpoint stands or from the beginning."""
@@ -71,20 +71,20 @@ class ResumableTrainer(Trainer):
             self.train()
             self._load_best()
             return
-        logger.info("going on from step %d in %s", checkpoint.step, printable(checkpoint.folder))
+        logger.info("going on from step %d in %s", checkpoint.step, escape_text(checkpoint.folder))
         loop = torch.load(checkpoint.folder / LOOP, map_location="cpu", weights_only=True)
         self.resumed, self.seconds_before = checkpoint.step, loop["seconds"]
-        self._seen += loop["tokens"]
+        self._tokens_seen += loop["tokens"]
         self._micro.rows = loop["micro_batch"]
         if checkpoint.finished:
             self._load_weights(checkpoint.folder)
             self.state = TrainerState.load_from_json(str(checkpoint.folder / STATE))
         else:
-            self._went_on_from = loop
+            self._resumed_loop = loop
             self.args.eval_on_start = False
             self.train(resume_from_checkpoint=str(checkpoint.folder))
             if self._put_back != {"weights", "random"}:
-                raise _unfit("went on from a checkpoint in a way of its own")
+                raise _build_version_error("went on from a checkpoint in a way of its own")
         self._load_best()
 
     # Writing: called by transformers.Trainer
@@ -95,16 +95,16 @@ class ResumableTrainer(Trainer):
         At the end of an epoch or of the training it is put off until what is logged and evaluated then is done: a run
         that goes on from it begins with the next epoch.
         """
-        if self._in_epoch and (self.control.should_training_stop or self._epoch_is_over):
-            self._owed = True
+        if self._in_epoch and (self.control.should_training_stop or self._is_epoch_over):
+            self._is_save_pending = True
             return
-        self._owed = False
+        self._is_save_pending = False
         self._check_weights()
         self._run.write(
-            self._fill,
+            self._write_checkpoint_files,
             keep=self.args.save_total_limit,
             step=self.state.global_step,
-            best=self._best,
+            best=self._best_step,
             finished=self.control.should_training_stop,
             identity=self._identity,
             setting=self._setting,
@@ -112,19 +112,19 @@ class ResumableTrainer(Trainer):
         self._stop.obey()
 
     @property
-    def _epoch_is_over(self) -> bool:
+    def _is_epoch_over(self) -> bool:
         return float(self.state.epoch or 0).is_integer()
 
     def _check_weights(self) -> None:
-        broken = [name for name, tensor in self._trained().items() if not torch.isfinite(tensor).all()]
+        broken = [name for name, tensor in self._get_trained_tensors().items() if not torch.isfinite(tensor).all()]
         if broken:
             raise VerificationError(
                 f"{broken[0]} is not finite by step {self.state.global_step}", hint="a lower train.learning_rate"
             )
 
-    def _fill(self, folder: Path) -> None:
+    def _write_checkpoint_files(self, folder: Path) -> None:
         weights = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-                   for name, tensor in self._trained().items()}  # fmt: skip
+                   for name, tensor in self._get_trained_tensors().items()}  # fmt: skip
         save_file(weights, folder / WEIGHTS)
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
@@ -136,19 +136,19 @@ class ResumableTrainer(Trainer):
         stateful: list[Any] = [each for each in told if isinstance(each, ExportableState)]
         self.state.stateful_callbacks = TrainerState(stateful_callbacks=stateful).stateful_callbacks
         self.state.save_to_json(str(folder / STATE))
-        now = random_states()
+        now = capture_random_states()
         loop = {
             "random": now,
-            "epoch_random": now if self._epoch_is_over else self._epoch_random,
+            "epoch_random": now if self._is_epoch_over else self._epoch_random,
             "loss": self._loss_sum.cpu(),
-            "logged": self._logged,
+            "logged": self._last_logged_step,
             "micro_batch": self._micro.rows,
             "tokens": self.tokens,
             "seconds": self.seconds_before + time.perf_counter() - self._started - self.evaluating_seconds,
         }
         torch.save(loop, folder / LOOP)
 
-    def _trained(self) -> dict[str, Tensor]:
+    def _get_trained_tensors(self) -> dict[str, Tensor]:
         model: Any = self.model
         return {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
 
@@ -159,14 +159,14 @@ class ResumableTrainer(Trainer):
         self._put_back.add("weights")
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if self._went_on_from is not None:
-            set_random_states(self._went_on_from["random"])
+        if self._resumed_loop is not None:
+            restore_random_states(self._resumed_loop["random"])
             self._put_back.add("random")
 
     def _load_weights(self, folder: Path) -> None:
-        trained, kept = self._trained(), load_file(folder / WEIGHTS)
+        trained, kept = self._get_trained_tensors(), load_file(folder / WEIGHTS)
         if {name: tensor.shape for name, tensor in trained.items()} != {key: kept[key].shape for key in kept}:
-            raise AdapterError(f"{printable(folder)} holds other tensors than are trained")
+            raise AdapterError(f"{escape_text(folder)} holds other tensors than are trained")
         with torch.no_grad():
             for name, tensor in trained.items():
                 tensor.copy_(kept[name])
@@ -189,39 +189,39 @@ class ResumableTrainer(Trainer):
     @property
     def kept(self) -> int:
         """The step whose weights the model has after training."""
-        return self.state.global_step if self._best is None else self._best
+        return self.state.global_step if self._best_step is None else self._best_step
 
     @property
-    def _best(self) -> int | None:
+    def _best_step(self) -> int | None:
         """The step whose weights are kept at the end, where that is not the last one."""
         return self.state.best_global_step if self.args.load_best_model_at_end else None
 
     def _load_best(self) -> None:
-        if self._best is not None:
-            self._load_weights(self._run.path(self._best))
+        if self._best_step is not None:
+            self._load_weights(self._run.path(self._best_step))
 
     # Moments of the loop
 
     def _begin_training(self) -> None:
-        if self._went_on_from is None:
-            self._count_from(0)
+        if self._resumed_loop is None:
+            self._restart_averages(0)
         else:
-            self._count_from(self._went_on_from["logged"], self._went_on_from["loss"])
+            self._restart_averages(self._resumed_loop["logged"], self._resumed_loop["loss"])
 
     def _begin_epoch(self) -> None:
-        if self._went_on_from is not None and not self._epoch_random:
-            set_random_states(self._went_on_from["epoch_random"])
-        self._epoch_random, self._in_epoch = random_states(), True
+        if self._resumed_loop is not None and not self._epoch_random:
+            restore_random_states(self._resumed_loop["epoch_random"])
+        self._epoch_random, self._in_epoch = capture_random_states(), True
 
     def _end_step(self, control: transformers.TrainerControl) -> None:
         control.should_save = control.should_save or self._stop.asked is not None
 
     def _end_epoch(self, control: transformers.TrainerControl) -> None:
         self._in_epoch = False
-        control.should_save = control.should_save or self._owed or self._stop.asked is not None
+        control.should_save = control.should_save or self._is_save_pending or self._stop.asked is not None
 
 
-class _Moments(transformers.TrainerCallback):
+class _LoopCallback(transformers.TrainerCallback):
     """Tells a ResumableTrainer where the loop is."""
 
     def __init__(self, trainer: ResumableTrainer) -> None:
@@ -240,7 +240,7 @@ class _Moments(transformers.TrainerCallback):
         self._trainer._end_epoch(control)
 
 
-def _unfit(what: str) -> VerificationError:
+def _build_version_error(what: str) -> VerificationError:
     """This version of transformers is not one that checkpoints can be relied on with."""
     hint = "lora_kit is tested with the version in constraints.txt"
     return VerificationError(f"transformers {transformers.__version__} {what}", hint=hint)

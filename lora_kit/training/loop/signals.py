@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
-class Stop:
+class StopRequest:
     """Whether a training is to stop, asked for by a signal.
 
     Within the context the first SIGINT or SIGTERM only asks; where the training stands whole, it calls `obey`, and the
@@ -35,7 +35,7 @@ class Stop:
             if handler is None or handler == signal.SIG_IGN:
                 continue
             try:
-                signal.signal(number, self._ask)
+                signal.signal(number, self._handle_signal)
             except ValueError:  # not the main thread, which signals go to
                 return self
             self._before[number] = handler
@@ -46,7 +46,7 @@ class Stop:
         if asked is None:
             self._put_back()
         else:
-            self._act(asked)
+            self._run_previous_handler(asked)
 
     def obey(self) -> None:
         """Do what the signal would have done, if there was one.
@@ -56,18 +56,18 @@ class Stop:
                 128 + the signal's number where there was none.
         """
         if self.asked is not None:
-            self._act(self.asked)
+            self._run_previous_handler(self.asked)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         if self.asked is not None:
-            self._act(number)
+            self._run_previous_handler(number)
         self.asked = number
         # What writes to the same stream may have been interrupted in the middle of it.
         with contextlib.suppress(RuntimeError):
             name = signal.Signals(number).name
             logger.warning("%s: this step is done and saved before it stops; once more stops it at once", name)
 
-    def _act(self, number: int) -> None:
+    def _run_previous_handler(self, number: int) -> None:
         handler = self._before[number]
         self._put_back()
         if callable(handler):

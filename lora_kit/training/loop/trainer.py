@@ -14,15 +14,15 @@ import torch
 import transformers
 from torch import Tensor
 
-from lora_kit.data.batches import Collator, Encoded
-from lora_kit.data.packing import Packed
+from lora_kit.data.batches import Collator, EncodedDataset
+from lora_kit.data.packing import PackedDataset
 from lora_kit.errors import VerificationError
-from lora_kit.evaluation.loss import Head, head_of
+from lora_kit.evaluation.loss import LossHead, probe_head
 from lora_kit.evaluation.measure import Evaluation, measure
-from lora_kit.torch_utils import casting, peak_bytes
-from lora_kit.training.loop.learning_rates import ONE_RATE, Rates
-from lora_kit.training.loop.length_buckets import split, tokens_in
-from lora_kit.training.loop.oom_retry import Batch, MicroBatches, sum_of
+from lora_kit.torch_utils import read_peak_bytes, use_autocast
+from lora_kit.training.loop.learning_rates import ONE_RATE, LearningRates
+from lora_kit.training.loop.length_buckets import count_batch_tokens, split_by_length
+from lora_kit.training.loop.oom_retry import Batch, MicroBatches, sum_losses
 from lora_kit.training.loop.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -51,11 +51,11 @@ class Trainer(transformers.Trainer):
         model: Any,
         args: transformers.TrainingArguments,
         *,
-        train: Encoded | Packed,
-        validation: Encoded | None,
+        train: EncodedDataset | PackedDataset,
+        validation: EncodedDataset | None,
         collator: Collator,
         callbacks: list[transformers.TrainerCallback],
-        rates: Rates = ONE_RATE,
+        rates: LearningRates = ONE_RATE,
         measured: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
@@ -67,31 +67,31 @@ class Trainer(transformers.Trainer):
             model._hf_peft_config_loaded = True
         self._progress = Progress()
         self._train, self._validation, self._collator = train, validation, collator
-        self._head, self._rates, self._measured = Head(None), rates, measured
+        self._head, self._rates, self._measure_options = LossHead(None), rates, measured
         super().__init__(
             model=model,
             args=args,
             data_collator=collator,
             train_dataset=train,
             eval_dataset=validation,
-            compute_loss_func=self._loss,
+            compute_loss_func=self._compute_label_loss,
             callbacks=[self._progress, *callbacks],
         )
         # Both print to standard output.
         self.remove_callback(transformers.ProgressCallback)
         self.remove_callback(transformers.PrinterCallback)
-        self._seen = torch.zeros((), dtype=torch.int64, device=args.device)
-        self._loss_sum, self._logged = torch.zeros((), device=args.device), 0
-        self._counted = 0, 0.0
+        self._tokens_seen = torch.zeros((), dtype=torch.int64, device=args.device)
+        self._loss_sum, self._last_logged_step = torch.zeros((), device=args.device), 0
+        self._speed_baseline = 0, 0.0
         self._micro = MicroBatches(
-            args.train_batch_size, work=self._forward_and_backward, clear=model.zero_grad, said=self._say_halved
+            args.train_batch_size, work=self._forward_and_backward, clear=model.zero_grad, said=self._log_halved_batch
         )
         self.evaluations: list[tuple[int, Evaluation]] = []
         self.evaluating_seconds = 0.0
 
     @property
     def tokens(self) -> int:
-        return int(self._seen)
+        return int(self._tokens_seen)
 
     @property
     def micro_batch(self) -> int:
@@ -107,11 +107,11 @@ class Trainer(transformers.Trainer):
         self._head = self._find_head()
         return super().train(*args, **kwargs)
 
-    def _find_head(self) -> Head:
+    def _find_head(self) -> LossHead:
         sample = {name: tensor.to(self.args.device) for name, tensor in self._collator([self._train[0]]).items()}
         del sample["labels"]
         with self.compute_loss_context_manager():
-            head = head_of(self.model, sample, kind=self._train.kind)
+            head = probe_head(self.model, sample, kind=self._train.kind)
         if head.linear is None:
             logger.info("the loss is taken from the model's logits: %s", head.reason)
         else:
@@ -122,7 +122,9 @@ class Trainer(transformers.Trainer):
         with self._head.left_out():
             return super().compute_loss(*args, **kwargs)
 
-    def _loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    def _compute_label_loss(
+        self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         if num_items_in_batch is None:
             raise RuntimeError("transformers.Trainer did not count the labels of the accumulation window")
         smoothing = self.args.label_smoothing_factor
@@ -135,22 +137,24 @@ class Trainer(transformers.Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of a batch; where memory runs out, the step is done again with fewer rows at once."""
-        loss = self._micro.do(inputs, num_items_in_batch)
-        self._seen += tokens_in(inputs).to(self._seen.device)
+        loss = self._micro.run_batch(inputs, num_items_in_batch)
+        self._tokens_seen += count_batch_tokens(inputs).to(self._tokens_seen.device)
         self._loss_sum += loss
         return loss
 
     def _forward_and_backward(self, batch: Batch, count: Any) -> Tensor:
         step, model = super().training_step, self.model_wrapped
-        return sum_of([step(model, part, count) for part in split(batch)])
+        return sum_losses([step(model, part, count) for part in split_by_length(batch)])
 
     def loss_of(self, samples: list[dict[str, Tensor]]) -> Tensor:
         """The loss of some samples as one micro-batch has it, summed over labels, with its graph."""
         batch = {name: tensor.to(self.args.device) for name, tensor in self._collator(samples).items()}
         with self.compute_loss_context_manager():
-            return sum_of([self.compute_loss(self.model_wrapped, part, num_items_in_batch=1) for part in split(batch)])
+            return sum_losses(
+                [self.compute_loss(self.model_wrapped, part, num_items_in_batch=1) for part in split_by_length(batch)]
+            )
 
-    def _say_halved(self, rows: int) -> None:
+    def _log_halved_batch(self, rows: int) -> None:
         step, times = self.state.global_step + 1, -(-self.args.train_batch_size // rows)
         accumulation = self.args.gradient_accumulation_steps * times
         logger.warning(
@@ -161,7 +165,7 @@ class Trainer(transformers.Trainer):
     def autocast_smart_context_manager(
         self, cache_enabled: bool | None = True
     ) -> contextlib.AbstractContextManager[Any]:
-        return casting(self.args.device, self.autocast_dtype)
+        return use_autocast(self.args.device, self.autocast_dtype)
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Matrices decay, vectors (norms, biases) do not: by shape, since an adapter may be called anything."""
@@ -172,7 +176,7 @@ class Trainer(transformers.Trainer):
         made_before = self.optimizer is not None
         optimizer = super().create_optimizer(model)
         if not made_before:
-            self._rates.give(optimizer, self.model)
+            self._rates.apply_to(optimizer, self.model)
         return optimizer
 
     def evaluate(
@@ -187,7 +191,7 @@ class Trainer(transformers.Trainer):
             self._collator,
             batch_size=self.args.eval_batch_size,
             autocast=self.autocast_dtype,
-            **self._measured,
+            **self._measure_options,
         )
         self.evaluations.append((self.state.global_step, found))
         self.evaluating_seconds += found.seconds
@@ -203,9 +207,9 @@ class Trainer(transformers.Trainer):
             VerificationError: the loss or the gradient is NaN or infinite.
         """
         if "loss" in logs:
-            logs["loss"] = self._loss_sum.item() / (self.state.global_step - self._logged)
-            logs |= self._speed()
-            self._count_from(self.state.global_step)
+            logs["loss"] = self._loss_sum.item() / (self.state.global_step - self._last_logged_step)
+            logs |= self._compute_speed()
+            self._restart_averages(self.state.global_step)
         broken = [key for key in ("loss", "grad_norm", "train_loss") if not math.isfinite(logs.get(key, 0.0))]
         # fp16 scales the loss: an infinite gradient is expected there, and skipped by the scaler.
         if broken and not (broken == ["grad_norm"] and self.args.fp16):
@@ -215,17 +219,17 @@ class Trainer(transformers.Trainer):
             )
         super().log(logs, start_time)
 
-    def _speed(self) -> dict[str, float]:
+    def _compute_speed(self) -> dict[str, float]:
         """How fast it went since the last line, evaluations left out, and the most memory so far."""
         tokens, seconds = self.tokens, time.perf_counter() - self.evaluating_seconds
-        since_tokens, since_seconds = self._counted
+        since_tokens, since_seconds = self._speed_baseline
         return {
             "tokens_per_second": round((tokens - since_tokens) / (seconds - since_seconds), 1),
-            "peak_bytes": peak_bytes(self.args.device),
+            "peak_bytes": read_peak_bytes(self.args.device),
         }
 
-    def _count_from(self, step: int, loss: Tensor | None = None) -> None:
+    def _restart_averages(self, step: int, loss: Tensor | None = None) -> None:
         """Begin the mean of the loss anew after a step; `loss`: what has come together since."""
         self._loss_sum = torch.zeros_like(self._loss_sum) if loss is None else loss.to(self._loss_sum.device)
-        self._logged = step
-        self._counted = self.tokens, time.perf_counter() - self.evaluating_seconds
+        self._last_logged_step = step
+        self._speed_baseline = self.tokens, time.perf_counter() - self.evaluating_seconds

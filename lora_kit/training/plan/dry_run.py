@@ -8,19 +8,19 @@ from typing import Any
 import torch
 import transformers
 
-from lora_kit.data.batches import Encoded
-from lora_kit.data.packing import Packed
+from lora_kit.data.batches import EncodedDataset
+from lora_kit.data.packing import PackedDataset
 from lora_kit.torch_utils import Clock
 from lora_kit.training.job.job import Job
-from lora_kit.training.loop.learning_rates import Rates
+from lora_kit.training.loop.learning_rates import LearningRates
 from lora_kit.training.loop.trainer import Trainer
-from lora_kit.training.plan.memory_estimate import Footprint, footprint
-from lora_kit.training.recipe.training_arguments import training_arguments
-from lora_kit.training.results import Measured, Steps
+from lora_kit.training.plan.memory_estimate import MemoryEstimate, estimate_memory
+from lora_kit.training.recipe.training_arguments import build_training_arguments
+from lora_kit.training.results import StepCounts, StepMeasurement
 
-_LEFT_OPEN = ("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "early_stopping_patience",
+_DROPPED_KEYS = ("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "early_stopping_patience",
               "eval_on_start", "lr_scheduler_kwargs", "num_train_epochs", "dataloader_drop_last")  # fmt: skip
-_TWO_STEPS: Mapping[str, Any] = {
+_DRY_RUN_ARGUMENTS: Mapping[str, Any] = {
     "max_steps": 2,
     "save_strategy": "no",
     "eval_strategy": "no",
@@ -32,20 +32,20 @@ _TWO_STEPS: Mapping[str, Any] = {
 }
 
 
-class _Chosen(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+class _SampleSelection(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """Samples of a data set at some places, in that order."""
 
-    def __init__(self, samples: Encoded | Packed, places: list[int]) -> None:
-        self.kind, self._samples, self._places = samples.kind, samples, places
+    def __init__(self, samples: EncodedDataset | PackedDataset, places: list[int]) -> None:
+        self.kind, self._samples, self._positions = samples.kind, samples, places
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._positions)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return self._samples[self._places[index]]
+        return self._samples[self._positions[index]]
 
 
-class _Timer(transformers.TrainerCallback):
+class _StepTimer(transformers.TrainerCallback):
     """Time and tokens of the steps."""
 
     def __init__(self, clock: Clock) -> None:
@@ -61,30 +61,34 @@ class _Timer(transformers.TrainerCallback):
         self.ends.append((self._clock.seconds, self.trainer.tokens))
 
 
-def _lengths(samples: Encoded | Packed) -> torch.Tensor:
+def _count_row_tokens(samples: EncodedDataset | PackedDataset) -> torch.Tensor:
     """Tokens of each row: int64 (rows,)."""
-    if isinstance(samples, Encoded):
+    if isinstance(samples, EncodedDataset):
         return samples.lengths
     return torch.stack([samples.samples.lengths[list(row)].sum() for row in samples.rows])
 
 
-def tried(job: Job, steps: Steps, *, folder: str) -> tuple[Measured, Footprint]:
+def measure_dry_run(job: Job, steps: StepCounts, *, folder: str) -> tuple[StepMeasurement, MemoryEstimate]:
     """Do two steps, the first of which also warms up what is slow only once; the model's trained tensors change.
 
     Args:
         folder: of transformers' own, which nothing is written to.
     """
     batch = min(steps.batch, len(job.train))
-    longest = _lengths(job.train).argsort(descending=True, stable=True)[:batch].tolist()
+    longest = _count_row_tokens(job.train).argsort(descending=True, stable=True)[:batch].tolist()
     some = torch.randperm(len(job.train), generator=torch.Generator().manual_seed(job.recipe.seed))[:batch].tolist()
     micro = min(steps.micro_batch, batch)
     short = -batch % micro  # a step is of whole micro-batches here
     places = [*longest, *longest[:short], *some, *some[:short]]
-    section = {name: value for name, value in job.recipe.train.items() if name not in _LEFT_OPEN}
-    section |= {**_TWO_STEPS, "per_device_train_batch_size": micro, "gradient_accumulation_steps": -(-batch // micro)}
-    args = training_arguments(section, device=job.base.device, folder=folder, name=job.recipe.name)
+    section = {name: value for name, value in job.recipe.train.items() if name not in _DROPPED_KEYS}
+    section |= {
+        **_DRY_RUN_ARGUMENTS,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": -(-batch // micro),
+    }
+    args = build_training_arguments(section, device=job.base.device, folder=folder, name=job.recipe.name)
     clock = Clock(job.base.device)
-    timer, chosen = _Timer(clock), _Chosen(job.train, places)
+    timer, chosen = _StepTimer(clock), _SampleSelection(job.train, places)
     trainer = Trainer(
         job.base.model,
         args,
@@ -92,7 +96,7 @@ def tried(job: Job, steps: Steps, *, folder: str) -> tuple[Measured, Footprint]:
         validation=None,
         collator=job.collator,
         callbacks=[timer],
-        rates=Rates.of(job.recipe.train, job.recipe.task),
+        rates=LearningRates.of(job.recipe.train, job.recipe.task),
     )
     timer.trainer = trainer
     try:
@@ -101,6 +105,8 @@ def tried(job: Job, steps: Steps, *, folder: str) -> tuple[Measured, Footprint]:
         trainer.close()
     (_, _), (first, before), (second, after) = timer.ends
     rows = min(trainer.micro_batch, micro)
-    found = Measured(second - first, after - before, clock.peak_bytes, steps.micro_batch if rows == micro else rows)
+    found = StepMeasurement(
+        second - first, after - before, clock.peak_bytes, steps.micro_batch if rows == micro else rows
+    )
     row = job.train[longest[0]]
-    return found, footprint(trainer, row, rows=min(found.micro_batch, len(job.train)))
+    return found, estimate_memory(trainer, row, rows=min(found.micro_batch, len(job.train)))

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kit.training.loop.contexts import stop_checkpointing
+from lora_kit.training.loop.contexts import disable_gradient_checkpointing
 from lora_kit.training.loop.trainer import Trainer
 
 
 @dataclass(frozen=True)
-class Footprint:
+class MemoryEstimate:
     """Bytes of memory.
 
     Attributes:
@@ -37,7 +37,7 @@ class Footprint:
         return self.weights + self.trained + self.gradients + self.optimizer + self.activations
 
 
-def footprint(trainer: Trainer, longest: dict[str, Tensor], *, rows: int) -> Footprint:
+def estimate_memory(trainer: Trainer, longest: dict[str, Tensor], *, rows: int) -> MemoryEstimate:
     """The memory that a training needs, after a step of it. Gradient checkpointing is off afterwards.
 
     Args:
@@ -45,36 +45,40 @@ def footprint(trainer: Trainer, longest: dict[str, Tensor], *, rows: int) -> Foo
         rows: through the model at once.
     """
     model: Any = trainer.model
-    tensors = _storages([*model.parameters(), *model.buffers()])
+    tensors = _measure_storages([*model.parameters(), *model.buffers()])
     leaves = [tensor for tensor in model.parameters() if tensor.requires_grad]
-    trained = _storages(leaves)
+    trained = _measure_storages(leaves)
     whole = len(leaves) == len(list(model.parameters()))
     assert trainer.optimizer is not None
     states = [value for state in trainer.optimizer.state.values() for value in state.values()]
-    return Footprint(
+    return MemoryEstimate(
         weights=sum(size for place, size in tensors.items() if whole or place not in trained),
         trained=0 if whole else sum(trained.values()),
         gradients=sum(tensor.numel() * tensor.element_size() for tensor in leaves),
-        optimizer=sum(_storages([value for value in states if isinstance(value, Tensor)]).values()),
-        activations=_activations(trainer, longest, rows, set(tensors)),
+        optimizer=sum(_measure_storages([value for value in states if isinstance(value, Tensor)]).values()),
+        activations=_estimate_activations(trainer, longest, rows, set(tensors)),
     )
 
 
-def _storages(tensors: list[Tensor]) -> dict[int, int]:
+def _measure_storages(tensors: list[Tensor]) -> dict[int, int]:
     """Bytes of each storage once, by its place: tied weights share one, and so do A and B of a slot and their slab."""
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
-def _activations(trainer: Trainer, longest: dict[str, Tensor], rows: int, weights: set[int]) -> int:
+def _estimate_activations(trainer: Trainer, longest: dict[str, Tensor], rows: int, weights: set[int]) -> int:
     """Bytes that a micro-batch keeps: of one row, and what each further one adds, casts of weights counted once."""
     model: Any = trainer.model
     model.train()
-    layers = stop_checkpointing(model)
-    one = _kept([longest], trainer, layers, weights)
-    return one if rows == 1 else one + (rows - 1) * (_kept([longest] * 2, trainer, layers, weights) - one)
+    layers = disable_gradient_checkpointing(model)
+    one = _measure_saved_tensors([longest], trainer, layers, weights)
+    return (
+        one if rows == 1 else one + (rows - 1) * (_measure_saved_tensors([longest] * 2, trainer, layers, weights) - one)
+    )
 
 
-def _kept(rows: list[dict[str, Tensor]], trainer: Trainer, layers: list[nn.Module], weights: set[int]) -> int:
+def _measure_saved_tensors(
+    rows: list[dict[str, Tensor]], trainer: Trainer, layers: list[nn.Module], weights: set[int]
+) -> int:
     """Bytes that the forward of some rows keeps for its backward, besides weights.
 
     Args:
@@ -83,12 +87,12 @@ def _kept(rows: list[dict[str, Tensor]], trainer: Trainer, layers: list[nn.Modul
     within, inputs = dict[int, int](), dict[int, int]()
 
     def save(tensor: Tensor) -> Tensor:
-        within.update({place: size for place, size in _storages([tensor]).items() if place not in weights})
+        within.update({place: size for place, size in _measure_storages([tensor]).items() if place not in weights})
         return tensor
 
     def enter(module: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         states = [value for value in (*given, *named.values()) if isinstance(value, Tensor) and value.requires_grad]
-        inputs.update(_storages(states))
+        inputs.update(_measure_storages(states))
 
     hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
     try:

@@ -12,20 +12,20 @@ from typing import Any
 import torch
 
 from lora_kit.data.chat import ChatTemplate
-from lora_kit.data.encode import measure
-from lora_kit.data.packing import Packed
+from lora_kit.data.encode import encode_with_faults
+from lora_kit.data.packing import PackedDataset
 from lora_kit.data.rows import Rows
 from lora_kit.models.loading import Base
-from lora_kit.models.locate import quiet
-from lora_kit.training.job.job import Job, check_out, check_place, prepared, read
-from lora_kit.training.job.methods import Trainable, trainable
+from lora_kit.models.locate import silence_libraries
+from lora_kit.training.job.job import Job, check_output_available, check_output_writable, prepare_job, read_recipe_rows
+from lora_kit.training.job.methods import TrainableJob, make_job_trainable
 from lora_kit.training.loop.checkpoints import RunFolder
-from lora_kit.training.loop.contexts import borrowed, compiled_layers, repeatable
-from lora_kit.training.loop.oom_retry import explained
+from lora_kit.training.loop.contexts import compile_layers, preserve_model_settings, use_deterministic_kernels
+from lora_kit.training.loop.oom_retry import translate_out_of_memory
 from lora_kit.training.recipe.load import load_recipe
 from lora_kit.training.recipe.recipe import Recipe
-from lora_kit.training.recipe.training_arguments import check_reporting, training_arguments
-from lora_kit.training.results import Data, Plan, Steps
+from lora_kit.training.recipe.training_arguments import build_training_arguments, check_reporting
+from lora_kit.training.results import DataSummary, StepCounts, TrainPlan
 
 
 def plan(
@@ -34,7 +34,7 @@ def plan(
     base: Base | None = None,
     overrides: Mapping[str, Any] | None = None,
     replace: bool = False,
-) -> Plan:
+) -> TrainPlan:
     """Say what `train` would do with the same arguments; nothing is trained and nothing is written.
 
     Two steps are done to measure them, on an adapter that is thrown away; a base that is given is the same afterwards.
@@ -43,38 +43,42 @@ def plan(
         LoraKitError: whatever `train` would refuse before its first step.
     """
     wanted = load_recipe(recipe, overrides=overrides)
-    check_place(wanted)
+    check_output_writable(wanted)
     check_reporting(wanted.train)
-    with quiet():
-        check_out(wanted, replace=replace)
-        rows = read(wanted)
-        job = prepared(wanted, rows, base)
-        found = RunFolder(wanted.out).standing(job.identity, replace=replace)
-        with explained(), _same_randomness(job.base.device), trainable(job) as ready:
-            return _planned(ready, rows[0], found.step if found else 0)
+    with silence_libraries():
+        check_output_available(wanted, replace=replace)
+        rows = read_recipe_rows(wanted)
+        job = prepare_job(wanted, rows, base)
+        found = RunFolder(wanted.out).preview_resumable(job.identity, replace=replace)
+        with (
+            translate_out_of_memory(),
+            _preserve_torch_random_states(job.base.device),
+            make_job_trainable(job) as ready,
+        ):
+            return _build_plan(ready, rows[0], found.step if found else 0)
 
 
-def _same_randomness(device: torch.device) -> contextlib.AbstractContextManager[None]:
+def _preserve_torch_random_states(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Torch's generators as they were, afterwards."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
-def _planned(ready: Trainable, rows: Rows, goes_on_from: int) -> Plan:
-    from lora_kit.training.plan.dry_run import tried
+def _build_plan(ready: TrainableJob, rows: Rows, goes_on_from: int) -> TrainPlan:
+    from lora_kit.training.plan.dry_run import measure_dry_run
 
     job = ready.job
     model, recipe = job.base.model, job.recipe
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lora_kit-"))
-        stack.enter_context(repeatable(job.base.device))
-        stack.enter_context(borrowed(model))
+        stack.enter_context(use_deterministic_kernels(job.base.device))
+        stack.enter_context(preserve_model_settings(model))
         if recipe.compile:
-            stack.enter_context(compiled_layers(model))
-        steps = _steps(job, folder)
-        measured, memory = tried(job, steps, folder=folder)
-    data = _data(job, rows)
+            stack.enter_context(compile_layers(model))
+        steps = _count_steps(job, folder)
+        measured, memory = measure_dry_run(job, steps, folder=folder)
+    data = _summarize_data(job, rows)
     tokens = data.tokens * (steps.steps - goes_on_from) / steps.per_epoch
-    return Plan(
+    return TrainPlan(
         out=Path(recipe.out),
         goes_on_from=goes_on_from,
         trainable=ready.count,
@@ -89,11 +93,11 @@ def _planned(ready: Trainable, rows: Rows, goes_on_from: int) -> Plan:
     )
 
 
-def _data(job: Job, rows: Rows) -> Data:
-    recipe, samples = job.recipe, job.train.samples if isinstance(job.train, Packed) else job.train
+def _summarize_data(job: Job, rows: Rows) -> DataSummary:
+    recipe, samples = job.recipe, job.train.samples if isinstance(job.train, PackedDataset) else job.train
     spec, text = recipe.data, recipe.data.chat_template
     assert spec.max_length is not None
-    found = measure(
+    found = encode_with_faults(
         rows,
         job.base.tokenizer,
         max_length=spec.max_length,
@@ -102,7 +106,7 @@ def _data(job: Job, rows: Rows) -> Data:
         label2id={name: number for number, name in enumerate(job.labels)},
         task=recipe.task,
     )
-    return Data(
+    return DataSummary(
         rows=len(rows),
         samples=len(samples),
         tokens=samples.num_tokens,
@@ -112,10 +116,10 @@ def _data(job: Job, rows: Rows) -> Data:
     )
 
 
-def _steps(job: Job, folder: str) -> Steps:
-    args = training_arguments(job.recipe.train, device=job.base.device, folder=folder, name=job.recipe.name)
+def _count_steps(job: Job, folder: str) -> StepCounts:
+    args = build_training_arguments(job.recipe.train, device=job.base.device, folder=folder, name=job.recipe.name)
     micro, accumulation = args.train_batch_size, args.gradient_accumulation_steps
     batches = len(job.train) // micro if args.dataloader_drop_last else math.ceil(len(job.train) / micro)
     per_epoch = max(1, math.ceil(batches / accumulation))
     count = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
-    return Steps(count, args.get_warmup_steps(count), per_epoch, micro * accumulation, micro, accumulation)
+    return StepCounts(count, args.get_warmup_steps(count), per_epoch, micro * accumulation, micro, accumulation)

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from lora_kit.config.validation import MAX_RANK
-from lora_kit.errors import RecipeError, listed, nearest
-from lora_kit.models.locate import quiet
-from lora_kit.training.recipe.coerce import kinds_of, typed_fields
+from lora_kit.errors import RecipeError, format_list, suggest_nearest
+from lora_kit.models.locate import silence_libraries
+from lora_kit.training.recipe.coerce import coerce_fields, union_members_of
 
 TASK_TYPES: Final[Mapping[str, str]] = {
     "causal-lm": "CAUSAL_LM",
@@ -30,7 +30,7 @@ _MOVES: Final = "it changes the base's weights, and what is saved would not fit 
 _OURS: Final = f"{_MOVES}; method lora has it without that"
 _DATA: Final = "it looks at the data before the training, which is not done here"
 _UNSAVED: Final = "it keeps a state between steps that a checkpoint would not hold"
-REFUSED_TYPES: Final[Mapping[str, str]] = {
+UNSUPPORTED_TYPES: Final[Mapping[str, str]] = {
     "ADALORA": f"it takes ranks away between steps; and {_OWN_LOSS}",
     "CPT": _OWN_LOSS,
     "LILY": "its answer to a row depends on the other rows of the batch, and on their padding",
@@ -39,7 +39,7 @@ REFUSED_TYPES: Final[Mapping[str, str]] = {
     "XLORA": _TRAINED,
 }
 """Types that a recipe cannot train, and why."""
-_REFUSED_FIELDS: Final[Mapping[str, str]] = {
+_UNSUPPORTED_FIELDS: Final[Mapping[str, str]] = {
     "arrow_config": _TRAINED,
     "generator_seed": _UNSAVED,
     "kasa_config": f"{_MOVES}; and {_OWN_LOSS}",
@@ -48,7 +48,7 @@ _REFUSED_FIELDS: Final[Mapping[str, str]] = {
     "velora_config": _UNSAVED,
 }
 """Fields that must stay as they are by themselves, and why."""
-_REFUSED_INITS: Final[Mapping[str, str]] = {
+_UNSUPPORTED_INITIALIZATIONS: Final[Mapping[str, str]] = {
     "corda": _DATA,
     "eva": _DATA,
     "lora_ga": _DATA,
@@ -56,7 +56,7 @@ _REFUSED_INITS: Final[Mapping[str, str]] = {
     "olora": _OURS,
     "pissa": _OURS,
 }
-_DECIDED: Final[Mapping[str, str]] = {
+_FIXED_FIELDS: Final[Mapping[str, str]] = {
     "task_type": "the recipe's task decides it",
     "base_model_name_or_path": "it is the recipe's base",
     "revision": "it is the recipe's base",
@@ -71,7 +71,7 @@ _DECIDED: Final[Mapping[str, str]] = {
 """Fields that a recipe does not set."""
 
 
-def peft_section(given: Mapping[str, Any], *, packing: bool, checkpointing: bool) -> dict[str, Any]:
+def parse_peft_section(given: Mapping[str, Any], *, packing: bool, checkpointing: bool) -> dict[str, Any]:
     """The section with its type in capitals and every value of its field's type, as JSON values.
 
     Args:
@@ -82,86 +82,88 @@ def peft_section(given: Mapping[str, Any], *, packing: bool, checkpointing: bool
         RecipeError: a type or a field that PEFT does not have or a recipe cannot train, or a value that PEFT refuses.
     """
     fields = dict(given)
-    kind = _known_type(fields.pop("peft_type", None))
+    kind = _parse_peft_type(fields.pop("peft_type", None))
     for key in fields:
-        if key in _DECIDED:
-            raise RecipeError(f"peft.{key} cannot be set", hint=_DECIDED[key])
-    config_class: Any = _classes()[kind]
-    values = typed_fields(config_class, fields, where="peft.", without=(*_DECIDED, "peft_type"))
+        if key in _FIXED_FIELDS:
+            raise RecipeError(f"peft.{key} cannot be set", hint=_FIXED_FIELDS[key])
+    config_class: Any = _load_config_classes()[kind]
+    values = coerce_fields(config_class, fields, where="peft.", without=(*_FIXED_FIELDS, "peft_type"))
     if isinstance(values.get("r"), int) and values["r"] > MAX_RANK:
         raise RecipeError(f"peft.r must be at most {MAX_RANK:,}; {values['r']:,} was given")
     section = {"peft_type": kind, **values}
-    config = peft_config(section, task="causal-lm")
+    config = build_peft_config(section, task="causal-lm")
     _check_trainable(config)
     if config.is_prompt_learning:
-        _check_prompt(section, config, packing=packing, checkpointing=checkpointing)
+        _check_virtual_tokens(section, config, packing=packing, checkpointing=checkpointing)
     if packing and values.get("alora_invocation_tokens"):
         raise RecipeError("peft.alora_invocation_tokens counts from the end of a row, so data.packing must be false")
     return section
 
 
-def peft_config(section: Mapping[str, Any], *, task: str) -> Any:
+def build_peft_config(section: Mapping[str, Any], *, task: str) -> Any:
     """PEFT's config of a checked section.
 
     Raises:
         RecipeError: values that PEFT refuses together, or a package that it needs and that is missing.
     """
-    config_class: Any = _classes()[section["peft_type"]]
+    config_class: Any = _load_config_classes()[section["peft_type"]]
     hints = typing.get_type_hints(config_class)
     # A copy, since PEFT adds to the lists that it is given.
     given = copy.deepcopy(dict(section))
-    fields = {key: _built(hints[key], value) for key, value in given.items() if key != "peft_type"}
+    fields = {key: _build_nested_config(hints[key], value) for key, value in given.items() if key != "peft_type"}
     try:
-        with quiet():
+        with silence_libraries():
             return config_class(task_type=TASK_TYPES[task], **fields)
     except (ValueError, TypeError, ImportError, AttributeError, KeyError, RuntimeError) as error:
         raise RecipeError(f"peft: {section['peft_type']}: {' '.join(str(error).split())}") from None
 
 
-def saves_modules(section: Mapping[str, Any]) -> bool:
+def can_save_modules(section: Mapping[str, Any]) -> bool:
     """Whether adapters of this type can bring modules saved whole."""
-    return "modules_to_save" in typing.get_type_hints(_classes()[section["peft_type"]])
+    return "modules_to_save" in typing.get_type_hints(_load_config_classes()[section["peft_type"]])
 
 
-def _classes() -> dict[str, Any]:
+def _load_config_classes() -> dict[str, Any]:
     """PEFT's config classes by the names of their types."""
-    with quiet():
+    with silence_libraries():
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     return {kind.value: found for kind, found in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
 
 
-def _known_type(given: Any) -> str:
-    known = sorted(_classes())
+def _parse_peft_type(given: Any) -> str:
+    known = sorted(_load_config_classes())
     if given is None:
-        raise RecipeError("peft.peft_type is missing", hint=f"one of {listed(known, most=len(known))}")
+        raise RecipeError("peft.peft_type is missing", hint=f"one of {format_list(known, most=len(known))}")
     kind = str(given).upper()
     if kind not in known:
-        hint = nearest(kind, known) or f"known: {listed(known, most=len(known))}"
+        hint = suggest_nearest(kind, known) or f"known: {format_list(known, most=len(known))}"
         raise RecipeError(f"peft.peft_type {given!r} is not known", hint=hint)
-    if kind in REFUSED_TYPES:
-        raise RecipeError(f"peft.peft_type {kind} cannot be trained by a recipe: {REFUSED_TYPES[kind]}")
+    if kind in UNSUPPORTED_TYPES:
+        raise RecipeError(f"peft.peft_type {kind} cannot be trained by a recipe: {UNSUPPORTED_TYPES[kind]}")
     return kind
 
 
-def _built(hint: Any, value: Any) -> Any:
+def _build_nested_config(hint: Any, value: Any) -> Any:
     """Mappings as the dataclasses that the config is made of."""
-    classes = [kind for kind in kinds_of(hint) if hasattr(kind, "__dataclass_fields__")]
+    classes = [kind for kind in union_members_of(hint) if hasattr(kind, "__dataclass_fields__")]
     return classes[0](**value) if classes and isinstance(value, Mapping) else value
 
 
 def _check_trainable(config: Any) -> None:
     """Raise RecipeError for what this trainer does not do for PEFT."""
-    for key, why in _REFUSED_FIELDS.items():
+    for key, why in _UNSUPPORTED_FIELDS.items():
         if getattr(config, key, None) not in (None, False):
             raise RecipeError(f"peft.{key} cannot be trained by a recipe: {why}")
     init = str(getattr(config, "init_lora_weights", "")).partition("_niter_")[0]
-    if init in _REFUSED_INITS:
-        raise RecipeError(f"peft.init_lora_weights {init!r} cannot be trained by a recipe: {_REFUSED_INITS[init]}")
+    if init in _UNSUPPORTED_INITIALIZATIONS:
+        raise RecipeError(
+            f"peft.init_lora_weights {init!r} cannot be trained by a recipe: {_UNSUPPORTED_INITIALIZATIONS[init]}"
+        )
     if getattr(config, "auxiliary_loss_weight", 0):
         raise RecipeError(f"peft: {config.peft_type.value}: {_OWN_LOSS}", hint="peft.auxiliary_loss_weight: 0")
 
 
-def _check_prompt(section: Mapping[str, Any], config: Any, *, packing: bool, checkpointing: bool) -> None:
+def _check_virtual_tokens(section: Mapping[str, Any], config: Any, *, packing: bool, checkpointing: bool) -> None:
     """What learned tokens before a text do not go together with."""
     kind = section["peft_type"]
     if not isinstance(config.num_virtual_tokens, int) or config.num_virtual_tokens < 1:

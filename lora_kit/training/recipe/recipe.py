@@ -16,14 +16,14 @@ from lora_kit.errors import RecipeError
 from lora_kit.models.loading import TASKS
 from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR
 from lora_kit.models.quantization import QUANTIZATIONS
-from lora_kit.training.recipe.coerce import as_json, one_of
-from lora_kit.training.recipe.peft_config import peft_section
+from lora_kit.training.recipe.coerce import as_json, check_one_of
+from lora_kit.training.recipe.peft_config import parse_peft_section
 from lora_kit.training.recipe.training_arguments import (
-    check_best,
+    check_best_model_settings,
     check_compilable,
     check_evaluation,
-    check_rates,
-    train_section,
+    check_learning_rates,
+    parse_train_section,
 )
 
 METHODS: Final = ("lora", "features", "full", "peft")
@@ -35,11 +35,11 @@ _SECTIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "peft": ("peft",),
 }
 """Which of the sections `lora` and `peft` a recipe of a method has."""
-CHANGES_BASE: Final = ("full", "peft")
+METHODS_CHANGING_BASE: Final = ("full", "peft")
 """Methods that change the model they are given, which nobody else must have then."""
 HEAD: Final = "head"
 """Stands in `modules_to_save` for the head of whatever base is loaded."""
-_LABELS: Final = ("base_model_name_or_path", "revision", "task_type", "inference_mode")
+_DESCRIPTIVE_FIELDS: Final = ("base_model_name_or_path", "revision", "task_type", "inference_mode")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +101,11 @@ class Recipe:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        one_of("task", self.task, TASKS)
-        one_of("method", self.method, METHODS)
-        one_of("dtype", self.dtype, DTYPES)
+        check_one_of("task", self.task, TASKS)
+        check_one_of("method", self.method, METHODS)
+        check_one_of("dtype", self.dtype, DTYPES)
         if self.quantize is not None:
-            one_of("quantize", self.quantize, QUANTIZATIONS)
+            check_one_of("quantize", self.quantize, QUANTIZATIONS)
         if self.method == "full" and self.quantize:
             raise RecipeError(
                 f"method full cannot train the weights of a base in {self.quantize}", hint="use method lora"
@@ -116,16 +116,16 @@ class Recipe:
             raise RecipeError(f"data.packing is for text that goes on (task causal-lm); the task is {self.task}")
         if self.data.max_length is not None and self.data.max_length < 2:
             raise RecipeError(f"data.max_length must be at least 2; {self.data.max_length} was given")
-        object.__setattr__(self, "train", MappingProxyType(train_section(self.train, self.method)))
-        object.__setattr__(self, "lora", _lora_for(self.method, self.lora))
-        object.__setattr__(self, "peft", MappingProxyType(self._peft_for_method()))
+        object.__setattr__(self, "train", MappingProxyType(parse_train_section(self.train, self.method)))
+        object.__setattr__(self, "lora", _choose_lora_config(self.method, self.lora))
+        object.__setattr__(self, "peft", MappingProxyType(self._parse_own_peft_section()))
         check_evaluation(self.train, self.data.validation)
-        check_best(self.train, self.task)
-        check_rates(self.train, self.method)
+        check_best_model_settings(self.train, self.task)
+        check_learning_rates(self.train, self.method)
         if self.compile:
             check_compilable(self.train)
 
-    def _peft_for_method(self) -> dict[str, Any]:
+    def _parse_own_peft_section(self) -> dict[str, Any]:
         if self.method != "peft":
             if self.peft:
                 raise RecipeError(f"method {self.method} has no peft section", hint="use method peft, or take it out")
@@ -133,7 +133,7 @@ class Recipe:
         if self.compile:
             raise RecipeError("compile is not for method peft: not every layer of PEFT compiles", hint="compile: false")
         checkpointing = any(self.train.get(key) for key in ("gradient_checkpointing", "activation_checkpointing"))
-        return peft_section(self.peft, packing=self.data.packing, checkpointing=checkpointing)
+        return parse_peft_section(self.peft, packing=self.data.packing, checkpointing=checkpointing)
 
     @property
     def seed(self) -> int:
@@ -153,7 +153,7 @@ class Recipe:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields["data"] = dataclasses.asdict(self.data)
         fields["train"] = {key: as_json(value) for key, value in sorted(self.train.items())}
-        fields["lora"] = _lora_fields(self.lora)
+        fields["lora"] = _collect_lora_fields(self.lora)
         fields["peft"] = as_json(dict(self.peft))
         for section in ("lora", "peft"):
             if section not in _SECTIONS[self.method]:
@@ -164,7 +164,7 @@ class Recipe:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
 
 
-def _lora_for(method: str, config: LoraConfig) -> LoraConfig:
+def _choose_lora_config(method: str, config: LoraConfig) -> LoraConfig:
     """The config a method trains with: the one given, or for `features` one of the head alone.
 
     Raises:
@@ -178,7 +178,7 @@ def _lora_for(method: str, config: LoraConfig) -> LoraConfig:
         return config
     if untouched:
         return LoraConfig(target_modules=(), modules_to_save=(HEAD,))
-    labels = {name: getattr(config, name) for name in _LABELS}
+    labels = {name: getattr(config, name) for name in _DESCRIPTIVE_FIELDS}
     if config.target_modules or config != LoraConfig(
         target_modules=(), modules_to_save=config.modules_to_save, **labels
     ):
@@ -188,7 +188,7 @@ def _lora_for(method: str, config: LoraConfig) -> LoraConfig:
     return config
 
 
-def _lora_fields(config: LoraConfig) -> dict[str, Any]:
+def _collect_lora_fields(config: LoraConfig) -> dict[str, Any]:
     """The fields of a config that are not the default, r and lora_alpha always."""
     plain, default = config.to_dict(), LoraConfig().to_dict()
     always = ("r", "lora_alpha", "target_modules")

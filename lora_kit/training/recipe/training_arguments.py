@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from lora_kit.errors import ConfigError, RecipeError
-from lora_kit.evaluation.metrics import METRICS, checked
-from lora_kit.models.locate import quiet
-from lora_kit.training.recipe.coerce import coerced, known
+from lora_kit.evaluation.metrics import METRICS, validate_metrics
+from lora_kit.models.locate import silence_libraries
+from lora_kit.training.recipe.coerce import check_known_keys, coerce_value
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -39,7 +39,7 @@ _CHECKPOINTS: Final = "a checkpoint holds all it takes to go on, and the same re
 _ONE_DEVICE: Final = "training runs on one device so far"
 _COMPILE: Final = "the recipe's `compile: true` compiles the base's layers"
 _OURS: Final = "this is decided by what is trained on what"
-_REFUSED: Final[Mapping[str, str]] = {
+_UNSUPPORTED_KEYS: Final[Mapping[str, str]] = {
     "output_dir": "the output is the recipe's `out`",
     "do_train": _OURS,
     "do_eval": _OURS,
@@ -77,27 +77,27 @@ _REFUSED: Final[Mapping[str, str]] = {
 }
 """Names of transformers.TrainingArguments that a recipe cannot set, and why."""
 
-_RENAMED: Final = {
+_NEWER_NAMES: Final = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
 """Older names of TrainingArguments that recipes may use, and what newer versions of transformers call them."""
 
 
-def train_section(given: Mapping[str, Any], method: str) -> dict[str, Any]:
+def parse_train_section(given: Mapping[str, Any], method: str) -> dict[str, Any]:
     """The `train` section with its defaults, every value of its type."""
-    hints = {**training_fields(), **OWN_FIELDS}
+    hints = {**get_training_argument_types(), **OWN_FIELDS}
     for key in given:
-        if key in _REFUSED:
-            raise RecipeError(f"train.{key} cannot be set", hint=_REFUSED[key])
+        if key in _UNSUPPORTED_KEYS:
+            raise RecipeError(f"train.{key} cannot be set", hint=_UNSUPPORTED_KEYS[key])
         if key.startswith("hub_"):
             raise RecipeError(f"train.{key} cannot be set", hint="nothing is sent anywhere")
-    known(given, [key for key in hints if key not in _REFUSED], where="train.")
-    values = {key: coerced(f"train.{key}", hints[key], value) for key, value in given.items()}
+    check_known_keys(given, [key for key in hints if key not in _UNSUPPORTED_KEYS], where="train.")
+    values = {key: coerce_value(f"train.{key}", hints[key], value) for key, value in given.items()}
     _check_numbers(values)
     defaults = {**DEFAULTS, "learning_rate": LEARNING_RATES[method], "save_strategy": SAVE_STRATEGIES[method]}
     found = {**defaults, **{key: value for key, value in values.items() if value is not None or key not in defaults}}
-    return {**_best_defaults(found), **found}
+    return {**_infer_best_model_defaults(found), **found}
 
 
 def _check_numbers(values: Mapping[str, Any]) -> None:
@@ -116,24 +116,24 @@ def _check_numbers(values: Mapping[str, Any]) -> None:
                 raise RecipeError(f"train.{name} must be {expected}; {value} was given")
 
 
-def _best_defaults(train: Mapping[str, Any]) -> dict[str, Any]:
+def _infer_best_model_defaults(train: Mapping[str, Any]) -> dict[str, Any]:
     """What keeping the best adapter means where the recipe leaves it open."""
     wanted = bool(train.get("early_stopping_patience") or train.get("metric_for_best_model"))
     if not train.get("load_best_model_at_end", wanted):
         return {}
-    metric = best_metric(train)
+    metric = best_metric_of(train)
     higher = metric in METRICS and METRICS[metric].greater_is_better
     return {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": higher}
 
 
-def best_metric(train: Mapping[str, Any]) -> str:
+def best_metric_of(train: Mapping[str, Any]) -> str:
     """The metric by which an evaluation is better than another."""
     return str(train.get("metric_for_best_model") or "loss").removeprefix("eval_")
 
 
-def training_fields() -> dict[str, Any]:
+def get_training_argument_types() -> dict[str, Any]:
     """The names of transformers.TrainingArguments with their types."""
-    with quiet():
+    with silence_libraries():
         from transformers import TrainingArguments
 
         hints = typing.get_type_hints(TrainingArguments)
@@ -146,7 +146,7 @@ def check_evaluation(train: Mapping[str, Any], validation: str | None) -> None:
         raise RecipeError(f"train.{asked[0]} is {train[asked[0]]!r}, and there is no data.validation to evaluate on")
 
 
-def check_best(train: Mapping[str, Any], task: str) -> None:
+def check_best_model_settings(train: Mapping[str, Any], task: str) -> None:
     """Whether the best adapter can be told, where it is to be kept."""
     patience, best = train.get("early_stopping_patience"), train.get("load_best_model_at_end")
     if patience is not None and patience < 1:
@@ -154,7 +154,7 @@ def check_best(train: Mapping[str, Any], task: str) -> None:
     if patience and not best:
         raise RecipeError("train.early_stopping_patience keeps the best adapter; load_best_model_at_end is false")
     try:
-        checked([best_metric(train)], task)
+        validate_metrics([best_metric_of(train)], task)
     except ConfigError as error:
         raise RecipeError(f"train.metric_for_best_model: {error.message}", hint=error.hint) from None
     if not best:
@@ -167,7 +167,7 @@ def check_best(train: Mapping[str, Any], task: str) -> None:
             raise RecipeError(f"train.{key} is no, and {why} it", hint=f"train.{key}: epoch, or steps")
 
 
-def check_rates(train: Mapping[str, Any], method: str) -> None:
+def check_learning_rates(train: Mapping[str, Any], method: str) -> None:
     """Whether what has a learning rate of its own is there to have one."""
     ratio, head = train.get("loraplus_lr_ratio"), train.get("head_learning_rate")
     if ratio is not None:
@@ -204,7 +204,7 @@ def check_reporting(train: Mapping[str, Any]) -> None:
     asked = [given] if isinstance(given, str) else list(given or [])
     if asked in ([], ["none"]):
         return
-    with quiet():
+    with silence_libraries():
         from transformers.integrations import get_reporting_integration_callbacks
 
         for name in asked:
@@ -216,7 +216,9 @@ def check_reporting(train: Mapping[str, Any]) -> None:
                 raise RecipeError(f"train.report_to {name}: {' '.join(str(error).split())}", hint=hint) from None
 
 
-def training_arguments(train: Mapping[str, Any], *, device: torch.device, folder: str, name: str) -> TrainingArguments:
+def build_training_arguments(
+    train: Mapping[str, Any], *, device: torch.device, folder: str, name: str
+) -> TrainingArguments:
     """A checked `train` section as transformers takes it.
 
     Args:
@@ -235,8 +237,8 @@ def training_arguments(train: Mapping[str, Any], *, device: torch.device, folder
         values.pop(own, None)
     # Transformers would have checkpoints at the evaluations only; here the best is kept whenever it is found.
     best = values.pop("load_best_model_at_end", False)
-    for older, newer in _RENAMED.items():
-        if older in values and newer in training_fields():
+    for older, newer in _NEWER_NAMES.items():
+        if older in values and newer in get_training_argument_types():
             values[newer] = values.pop(older)
     if "paged" in str(values.get("optim")) and device.type != "cuda":
         # bitsandbytes would go on with states that are not paged.

@@ -8,21 +8,21 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from lora_kit.training.job.job import RECIPE
-from lora_kit.training.report.html import page
-from lora_kit.training.report.samples import Sample
+from lora_kit.training.job.job import RECIPE_FILE
+from lora_kit.training.report.html import render_report_page
+from lora_kit.training.report.samples import AnsweredSample
 from lora_kit.training.results import TrainReport
 
 logger = logging.getLogger(__name__)
 
-METRICS: Final = "metrics.jsonl"
-PAGE: Final = "report.html"
-PICTURE: Final = "loss.png"
-TEMPLATE: Final = "chat_template.jinja"
+METRICS_FILE: Final = "metrics.jsonl"
+REPORT_FILE: Final = "report.html"
+LOSS_CURVE_FILE: Final = "loss.png"
+CHAT_TEMPLATE_FILE: Final = "chat_template.jinja"
 """The chat template that was trained with, where transformers and servers look for one."""
 
 
-def beside(report: TrainReport, *, samples: Sequence[Sample], labels: int) -> dict[str, bytes]:
+def build_result_files(report: TrainReport, *, samples: Sequence[AnsweredSample], labels: int) -> dict[str, bytes]:
     """The further files of a result, by name. Without matplotlib there is no picture, and that is logged.
 
     Args:
@@ -31,21 +31,21 @@ def beside(report: TrainReport, *, samples: Sequence[Sample], labels: int) -> di
     """
     recipe = report.recipe
     lines = "".join(json.dumps(entry) + "\n" for entry in report.history)
-    files = {RECIPE: recipe.to_yaml().encode(), METRICS: lines.encode()}
-    files[PAGE] = page(report, samples=samples, labels=labels).encode()
+    files = {RECIPE_FILE: recipe.to_yaml().encode(), METRICS_FILE: lines.encode()}
+    files[REPORT_FILE] = render_report_page(report, samples=samples, labels=labels).encode()
     if recipe.data.chat_template:
-        files[TEMPLATE] = recipe.data.chat_template.encode()
-    picture = loss_curve(report.history, title=recipe.name)
-    return {**files, PICTURE: picture} if picture else files
+        files[CHAT_TEMPLATE_FILE] = recipe.data.chat_template.encode()
+    picture = plot_loss_curve(report.history, title=recipe.name)
+    return {**files, LOSS_CURVE_FILE: picture} if picture else files
 
 
-def loss_curve(history: Sequence[Mapping[str, Any]], *, title: str) -> bytes | None:
+def plot_loss_curve(history: Sequence[Mapping[str, Any]], *, title: str) -> bytes | None:
     """A PNG of the training and the validation loss over steps; None where matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        logger.warning("no %s: matplotlib is not installed (pip install 'lora-kit[plot]')", PICTURE)
+        logger.warning("no %s: matplotlib is not installed (pip install 'lora-kit[plot]')", LOSS_CURVE_FILE)
         return None
     figure = Figure(figsize=(6, 3.6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)

@@ -11,16 +11,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lora_kit.training.report.peft_card import loading
+from lora_kit.training.report.peft_card import write_peft_loading_code
 from lora_kit.training.report.plots import Curve, Mark, chart
-from lora_kit.training.report.samples import Sample
+from lora_kit.training.report.samples import AnsweredSample
 from lora_kit.training.results import TrainReport
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+_CONTENT_SECURITY_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 """A browser fetches nothing for this page, whatever stands in it."""
 
 
-def page(report: TrainReport, *, samples: Sequence[Sample] = (), labels: int = 0) -> str:
+def render_report_page(report: TrainReport, *, samples: Sequence[AnsweredSample] = (), labels: int = 0) -> str:
     """The report as HTML.
 
     Args:
@@ -28,22 +28,28 @@ def page(report: TrainReport, *, samples: Sequence[Sample] = (), labels: int = 0
         samples: answers before and after.
         labels: how many there are, where the task has some.
     """
-    name, recipe = safe(report.recipe.name), report.recipe
-    lead = safe(f"{recipe.task}, {recipe.method}, on {recipe.base}")
+    name, recipe = escape_html(report.recipe.name), report.recipe
+    lead = escape_html(f"{recipe.task}, {recipe.method}, on {recipe.base}")
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-    sections = [_facts(report), _events(report), _charts(report), _samples(samples), _loading(report, labels)]
+    sections = [
+        _render_facts(report),
+        _render_events(report),
+        _render_charts(report),
+        _render_samples(samples),
+        _render_loading(report, labels),
+    ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_CONTENT_SECURITY_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{name}</title><style>\n{style}</style></head>\n<body><main>\n"
         f'<header><h1>{name}</h1><p class="lead">{lead}</p></header>\n'
-        + "\n".join(part for part in [*sections, _recipe(report)] if part)
-        + f"\n{_footer(report)}\n</main></body></html>\n"
+        + "\n".join(part for part in [*sections, _render_recipe(report)] if part)
+        + f"\n{_render_footer(report)}\n</main></body></html>\n"
     )
 
 
-def safe(value: object) -> str:
+def escape_html(value: object) -> str:
     """A value as text of a page: escaped, controls made visible, its direction of writing kept to itself."""
     text = str(value).encode("utf-8", "backslashreplace").decode()
     shown = "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -53,7 +59,7 @@ def safe(value: object) -> str:
 # What it did
 
 
-def _facts(report: TrainReport) -> str:
+def _render_facts(report: TrainReport) -> str:
     facts: list[tuple[str, str, str]] = []
     before, after = (found.metrics() if found else {} for found in (report.before, report.after))
     for key, value in after.items():
@@ -65,94 +71,99 @@ def _facts(report: TrainReport) -> str:
     facts.append(("steps", f"{report.steps:,}", kept))
     took = str(timedelta(seconds=round(report.seconds))) if report.seconds >= 60 else f"{report.seconds:.1f} s"
     facts.append(("time", took, f"{report.tokens_per_second:,.0f} tokens/s"))
-    facts.append(("memory", _gigabytes(report.peak_bytes), "at the most"))
+    facts.append(("memory", _format_gigabytes(report.peak_bytes), "at the most"))
     cells = (
-        f"<div><dt>{safe(title)}</dt><dd>{safe(value)}<small>{safe(more)}</small></dd></div>"
+        f"<div><dt>{escape_html(title)}</dt><dd>{escape_html(value)}<small>{escape_html(more)}</small></dd></div>"
         for title, value, more in facts
     )
     return f'<dl class="facts">{"".join(cells)}</dl>'
 
 
-def _events(report: TrainReport) -> str:
+def _render_events(report: TrainReport) -> str:
     """What did not go straight on."""
     told = []
     if report.resumed:
         told.append(f"Stopped, and gone on from the checkpoint of step {report.resumed:,}.")
-    for entry in _halvings(report):
+    for entry in _find_halvings(report):
         told.append(
             f"Memory ran out in step {entry['step']:,}: from there {entry['micro_batch']} rows at once and "
             f"{entry['accumulation']} times accumulated, the same rows per step as before."
         )
     if report.kept != report.steps:
         told.append(f"The weights of step {report.kept:,} were kept: the best evaluation.")
-    return f'<ul class="events">{"".join(f"<li>{safe(line)}</li>" for line in told)}</ul>' if told else ""
+    return f'<ul class="events">{"".join(f"<li>{escape_html(line)}</li>" for line in told)}</ul>' if told else ""
 
 
-def _halvings(report: TrainReport) -> list[Mapping[str, Any]]:
+def _find_halvings(report: TrainReport) -> list[Mapping[str, Any]]:
     return [entry for entry in report.history if "micro_batch" in entry]
 
 
 # Curves
 
 
-def _charts(report: TrainReport) -> str:
-    marks = [Mark(entry["step"], f"{entry['micro_batch']} rows at once") for entry in _halvings(report)]
+def _render_charts(report: TrainReport) -> str:
+    marks = [Mark(entry["step"], f"{entry['micro_batch']} rows at once") for entry in _find_halvings(report)]
     marks += [Mark(report.resumed, "went on")] if report.resumed else []
     marks += [Mark(report.kept, "kept")] if report.kept != report.steps else []
-    drawn = [chart("loss, nats per label", loss, shown=_short, marks=marks)] if (loss := _losses(report)) else []
-    drawn += [chart(title, [curve], shown=shown) for title, curve, shown in _others(report)]
+    drawn = (
+        [chart("loss, nats per label", loss, shown=_format_number, marks=marks)]
+        if (loss := _collect_loss_curves(report))
+        else []
+    )
+    drawn += [chart(title, [curve], shown=shown) for title, curve, shown in _iterate_other_curves(report)]
     return f'<section><h2>Curves over steps</h2><div class="charts">{"".join(drawn)}</div></section>'
 
 
-def _losses(report: TrainReport) -> list[Curve]:
+def _collect_loss_curves(report: TrainReport) -> list[Curve]:
     curves = [
-        Curve("training", _points(report, "loss")),
-        Curve("validation", _points(report, "eval_loss"), dots=True),
+        Curve("training", _collect_points(report, "loss")),
+        Curve("validation", _collect_points(report, "eval_loss"), dots=True),
     ]
     return [curve for curve in curves if curve.points]
 
 
-def _others(report: TrainReport) -> Iterator[tuple[str, Curve, Any]]:
+def _iterate_other_curves(report: TrainReport) -> Iterator[tuple[str, Curve, Any]]:
     further = dict.fromkeys(key for entry in report.history for key in entry if key.startswith("eval_"))
     # Perplexity is the loss once more, on a scale on which only the first value can be seen.
     titles: dict[str, tuple[str, Any]] = {
-        key: (f"validation {key.removeprefix('eval_')}", _short)
+        key: (f"validation {key.removeprefix('eval_')}", _format_number)
         for key in further
         if key not in ("eval_loss", "eval_perplexity")
     }
     titles |= {
-        "learning_rate": ("learning rate", _short),
-        "grad_norm": ("gradient norm", _short),
+        "learning_rate": ("learning rate", _format_number),
+        "grad_norm": ("gradient norm", _format_number),
         "tokens_per_second": ("tokens per second", lambda value: f"{value:,.0f}"),
-        "peak_bytes": ("memory, at the most so far", _gigabytes),
+        "peak_bytes": ("memory, at the most so far", _format_gigabytes),
     }
     for key, (title, shown) in titles.items():
-        if points := _points(report, key):
+        if points := _collect_points(report, key):
             yield title, Curve("", points, dots=key in further), shown
 
 
-def _points(report: TrainReport, key: str) -> list[tuple[float, float]]:
+def _collect_points(report: TrainReport, key: str) -> list[tuple[float, float]]:
     """(step, value) wherever the log has both; the last line sums the whole training up and is no point."""
     values = [(entry["step"], entry[key]) for entry in report.history if key in entry and "train_loss" not in entry]
     return [(step, value) for step, value in values if isinstance(value, (int, float)) and math.isfinite(value)]
 
 
-def _short(value: float) -> str:
+def _format_number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _gigabytes(value: float) -> str:
+def _format_gigabytes(value: float) -> str:
     return f"{value / 1e9:.2f} GB"
 
 
 # Samples, loading, recipe
 
 
-def _samples(samples: Sequence[Sample]) -> str:
+def _render_samples(samples: Sequence[AnsweredSample]) -> str:
     if not samples:
         return ""
     rows = "".join(
-        "<tr>" + "".join(f"<td>{safe(text)}</td>" for text in (each.prompt, each.expected, each.before, each.after))
+        "<tr>"
+        + "".join(f"<td>{escape_html(text)}</td>" for text in (each.prompt, each.expected, each.before, each.after))
         + "</tr>" for each in samples
     )  # fmt: skip
     return (
@@ -162,13 +173,15 @@ def _samples(samples: Sequence[Sample]) -> str:
     )
 
 
-def _loading(report: TrainReport, labels: int) -> str:
-    told = {"full": _of_model, "peft": _of_peft}.get(report.method, _of_adapter)(report, labels)
-    blocks = "".join(f"<pre><code>{safe(text)}</code></pre>" for text in told)
+def _render_loading(report: TrainReport, labels: int) -> str:
+    told = {"full": _write_model_loading, "peft": _write_peft_loading}.get(report.method, _write_adapter_loading)(
+        report, labels
+    )
+    blocks = "".join(f"<pre><code>{escape_html(text)}</code></pre>" for text in told)
     return f"<section><h2>How to load it</h2>{blocks}</section>"
 
 
-def _of_adapter(report: TrainReport, labels: int) -> tuple[str, str]:
+def _write_adapter_loading(report: TrainReport, labels: int) -> tuple[str, str]:
     recipe, out = report.recipe, str(report.out)
     task = "" if recipe.task == "causal-lm" else f", task={recipe.task!r}"
     task += f", num_labels={labels}" if labels else ""
@@ -181,12 +194,12 @@ def _of_adapter(report: TrainReport, labels: int) -> tuple[str, str]:
     return python, f"lora-kit generate --base {shlex.quote(recipe.base)} --adapter {shlex.quote(out)} --prompt '…'"
 
 
-def _of_peft(report: TrainReport, labels: int) -> tuple[str]:
+def _write_peft_loading(report: TrainReport, labels: int) -> tuple[str]:
     recipe = report.recipe
-    return (loading(recipe.base, str(report.out), task=recipe.task, labels=labels),)
+    return (write_peft_loading_code(recipe.base, str(report.out), task=recipe.task, labels=labels),)
 
 
-def _of_model(report: TrainReport, labels: int) -> tuple[str, str]:
+def _write_model_loading(report: TrainReport, labels: int) -> tuple[str, str]:
     recipe, out = report.recipe, str(report.out)
     task = "" if recipe.task == "causal-lm" else f", task={recipe.task!r}"
     python = f"import lora_kit as lk\n\nbase = lk.load_base({out!r}{task})    # base.model, base.tokenizer"
@@ -194,10 +207,10 @@ def _of_model(report: TrainReport, labels: int) -> tuple[str, str]:
     return python, f"lora-kit {verb} --base {shlex.quote(out)}"
 
 
-def _recipe(report: TrainReport) -> str:
-    return f"<section><h2>Recipe</h2><pre><code>{safe(report.recipe.to_yaml())}</code></pre></section>"
+def _render_recipe(report: TrainReport) -> str:
+    return f"<section><h2>Recipe</h2><pre><code>{escape_html(report.recipe.to_yaml())}</code></pre></section>"
 
 
-def _footer(report: TrainReport) -> str:
+def _render_footer(report: TrainReport) -> str:
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("lora-kit", "torch", "transformers"))
-    return f"<footer>{safe(versions)}</footer>"
+    return f"<footer>{escape_html(versions)}</footer>"

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
-from lora_kit.io.text import printable
+from lora_kit.io.text import escape_text
 
 _CLASSES: Final[Mapping[str, str]] = {
     "causal-lm": "AutoModelForCausalLM",
@@ -16,7 +16,7 @@ _CLASSES: Final[Mapping[str, str]] = {
 }
 
 
-def loading(base: str, folder: str, *, task: str, labels: int) -> str:
+def write_peft_loading_code(base: str, folder: str, *, task: str, labels: int) -> str:
     """Python that loads a base and an adapter of PEFT's on it.
 
     Args:
@@ -30,7 +30,7 @@ def loading(base: str, folder: str, *, task: str, labels: int) -> str:
     )
 
 
-def card(
+def render_peft_card(
     name: str, fields: Mapping[str, Any], record: Mapping[str, Any], *, elements: int, digest: str, of_ours: bool
 ) -> bytes:
     """The model card.
@@ -48,8 +48,10 @@ def card(
     rows += [
         (key, f"{value:.6g}" if isinstance(value, float) else str(value)) for key, value in record["metrics"].items()
     ]
-    table = "\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in rows)
-    how = loading(base, f"path/to/{name}", task=record["recipe"]["task"], labels=len(record.get("labels", ())))
+    table = "\n".join(f"| {_escape_cell(key)} | {_escape_cell(value)} |" for key, value in rows)
+    how = write_peft_loading_code(
+        base, f"path/to/{name}", task=record["recipe"]["task"], labels=len(record.get("labels", ()))
+    )
     also = (
         "A bank of lora_kit loads it as well."
         if of_ours
@@ -61,7 +63,7 @@ base_model: {json.dumps(base)}
 tags:
 - {kind.lower()}
 ---
-# {printable(name)}
+# {escape_text(name)}
 
 A {kind} adapter that PEFT made, trained with lora_kit (`method: peft`).
 
@@ -76,5 +78,5 @@ It is in PEFT's own format. {also}
 """.encode()
 
 
-def _cell(value: object) -> str:
-    return printable(value).replace("|", "\\|")
+def _escape_cell(value: object) -> str:
+    return escape_text(value).replace("|", "\\|")

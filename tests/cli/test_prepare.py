@@ -1,0 +1,145 @@
+"""`prepare` and `preview`: from a messy file to an adapter with no file edited by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lora_kit.cli.main import main
+from tests.support import texts, tiny
+
+Capture = pytest.CaptureFixture[str]
+MENDED = ["--rename", "Question=prompt", "Answer=completion", "--encoding", "cp1252"]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a tiny base and a spreadsheet as people save it."""
+    monkeypatch.chdir(tmp_path)
+    tiny.llama().save_pretrained("base")
+    texts.tokenizer().save_pretrained("base")
+    lines = ["id;Question;Answer", *(f'{n};ask {n};"say; {n}"' for n in range(12)), "7;ask 7;say; 7", "8;;nothing"]
+    lines += ['9;"ask 9";"say; 9"', "10;caf\N{LATIN SMALL LETTER E WITH ACUTE};yes", f"11;long;{'a' * 80}"]
+    Path("messy.csv").write_bytes("\r\n".join(lines).encode("cp1252"))
+    return tmp_path
+
+
+def run(capsys: Capture, *arguments: str) -> tuple[int, str, str]:
+    code = main(list(arguments))
+    return code, *capsys.readouterr()
+
+
+def test_from_a_messy_csv_to_an_answer_with_no_file_edited(here: Path, capsys: Capture) -> None:
+    code, _, err = run(capsys, "prepare", "messy.csv", "--base", "base")
+    assert (code, "lora-kit prepare --rename mine=prompt" in err) == (2, True)
+    code, _, err = run(capsys, "prepare", "messy.csv", "--base", "base", *MENDED[:3])
+    assert (code, "--encoding cp1252" in err, "--drop bad" in err) == (2, True, True)
+    code, out, _ = run(capsys, "prepare", "messy.csv", "--base", "base", *MENDED[:3], "--drop", "bad")
+    assert (code, "line 17: not UTF-8: byte 0xe9 in 'caf'…" in out.replace("\n", "")) == (0, True)
+
+    code, out, err = run(capsys, "prepare", "messy.csv", "--base", "base", *MENDED)
+    assert (code, err) == (0, "")
+    assert "17 rows: prompt and completion" in out
+    assert "line 14: 4 cells, and the header has 3" in out
+    assert "line 15: prompt is empty" in out
+    assert "line 16, see 11" in out
+    assert "line 18: the completion has 81 tokens" in out
+    assert "nothing was written" in out
+
+    code, out, err = run(capsys, "prepare", "messy.csv", "--base", "base", *MENDED, "--out", "data/faq")
+    assert code == 2
+    assert "--drop bad empty long" in err
+    assert not Path("data").exists()
+
+    drop = ["--drop", "bad", "empty", "long", "duplicates"]
+    code, out, err = run(capsys, "prepare", "messy.csv", "--base", "base", *MENDED, "--out", "data/faq", *drop)
+    assert (code, err) == (0, "")
+    assert "12 rows to train on, 1 to validate on" in out
+    commands = [line.split()[1:] for line in out.splitlines() if line.startswith("  lora-kit ")]
+    assert [command[0] for command in commands] == ["preview", "train"]
+
+    code, out, _ = run(capsys, *commands[0])
+    assert code == 0
+    assert out.splitlines()[0].startswith("  'a s k")
+    assert out.splitlines()[1].startswith("+ 's a y ;")
+    assert "tokens are learned" in out.splitlines()[2]
+
+    code, _, err = run(capsys, *commands[1], "--train.max_steps", "2")
+    assert code == 0, err
+    code, out, err = run(capsys, "generate", "--base", "base", "--adapter", "faq", "--prompt", "ask 3")
+    assert code == 0, err
+
+
+def test_a_preview_of_a_conversation_shows_what_is_learned(here: Path, capsys: Capture) -> None:
+    chat = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]}
+    texts.write(here / "chat.jsonl", [chat, {**chat, "system": "be"}])
+    arguments = ["--base", "base", "--out", "data/chat", "--share", "0"]
+    code, out, err = run(capsys, "prepare", "chat.jsonl", *arguments)
+    assert (code, err) == (0, "")
+    assert "base has no chat template of its own: the recipe says plain" in out
+    code, out, _ = run(capsys, "preview", "data/chat/recipe.yaml", "--row", "2")
+    assert code == 0
+    assert [line[0] for line in out.splitlines()[:-1]] == [" ", "+"]
+    assert out.splitlines()[1] == "+ 'y o </s>'"
+    assert out.splitlines()[-1].startswith("3 of ")
+
+
+def test_labels_are_shown_with_their_shares(here: Path, capsys: Capture) -> None:
+    rows = [{"text": f"text {n}", "label": "spam" if n % 4 else "ham"} for n in range(16)]
+    code, out, _ = run(capsys, "prepare", str(texts.write(here / "rows.jsonl", rows)), "--base", "base", "--out", "d")
+    assert code == 0
+    assert [line.split() for line in out.splitlines() if "%" in line] == [
+        ["spam", "12", "75.0%"],
+        ["ham", "4", "25.0%"],
+    ]
+    code, out, _ = run(capsys, "preview", "d/recipe.yaml", "--validation")
+    assert code == 0
+    assert out.splitlines()[-1].endswith(("label spam", "label ham"))
+
+
+def test_json_holds_what_the_manifest_holds(here: Path, capsys: Capture) -> None:
+    rows = [{"prompt": f"ask {n}", "completion": "x"} for n in range(9)]
+    texts.write(here / "rows.jsonl", rows)
+    code, out, _ = run(capsys, "prepare", "rows.jsonl", "--base", "base", "--out", "d", "--json")
+    assert code == 0
+    assert json.loads(out) == json.loads(Path("d/manifest.json").read_text())
+
+
+def test_names_in_a_file_cannot_steer_the_terminal(here: Path, capsys: Capture) -> None:
+    texts.write(here / "rows.jsonl", [{"text": "a\x1b[2J", "\x1b[31mkey": 1}, {"text": "b"}, {"text": ""}])
+    code, out, _ = run(capsys, "prepare", "rows.jsonl", "--base", "base")
+    assert code == 0
+    assert "\\x1b[31mkey" in out
+    texts.write(here / "good.jsonl", [{"text": "a\x1b[2J"}, {"text": "b"}])
+    run(capsys, "prepare", "good.jsonl", "--base", "base", "--out", "d", "--share", "0")
+    assert "\x1b" not in out + run(capsys, "preview", "d/recipe.yaml")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prepare", "nothing.csv"], "no such file"),
+        (["prepare", "messy.csv", "--rename", "Question"], "is not old=new"),
+        (["prepare", "messy.csv", "--drop", "everything"], "drop everything is not known"),
+        (["prepare", "messy.csv", "--share", "2"], "share for validation"),
+        (["prepare", "messy.xlsx"], "no such file"),
+        (["preview", "nothing.yaml"], "no such file"),
+    ],
+)
+def test_what_is_wrong_is_one_line(here: Path, arguments: list[str], message: str, capsys: Capture) -> None:
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_preview_of_a_row_that_is_not_there_is_refused(here: Path, capsys: Capture) -> None:
+    texts.write(here / "rows.jsonl", [{"text": "a b"}, {"text": "c d"}])
+    run(capsys, "prepare", "rows.jsonl", "--base", "base", "--out", "d", "--share", "0")
+    for row in ("0", "3"):
+        code, _, err = run(capsys, "preview", "d/recipe.yaml", "--row", row)
+        assert (code, f"row {row} was asked for" in err) == (2, True)
+    code, _, err = run(capsys, "preview", "d/recipe.yaml", "--validation")
+    assert (code, "names no data.validation" in err) == (2, True)

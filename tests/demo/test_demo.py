@@ -1,0 +1,288 @@
+"""The demo: its data and checkers, a run of a few steps, and the adapters that ship with the kit."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import lora_kit as lk
+from lora_kit.demo import demo_steps, ship
+from lora_kit.demo.demo import run
+from lora_kit.demo.demo_results import Agreement, DemoReport
+from lora_kit.demo.demo_tasks import TASKS, Row, Task, as_pirate, task
+from lora_kit.demo.show import Show
+from lora_kit.errors import ConfigError, DataError, StorageError, VerificationError
+from lora_kit.models.loading import Base
+
+ADAPTERS = Path(__file__).resolve().parents[2] / "adapters"
+TINY = dict.fromkeys(TASKS, 2)
+GOLDEN_ROWS = 24
+GOLDEN_LEAST = 0.8
+"""Below what they were shipped with, for machines that round otherwise."""
+
+every_task = pytest.mark.parametrize("made", TASKS.values(), ids=lambda made: made.name)
+
+
+def words(rows: tuple[Row, ...]) -> set[str]:
+    return {word for row in rows for word in re.findall(r"[a-z]+", row.prompt.lower())}
+
+
+# The data
+
+
+@every_task
+def test_the_same_seed_gives_the_same_rows(made: Task) -> None:
+    first, second = (made.split(train=50, held_out=20, seed=3) for _ in range(2))
+    assert first == second
+    assert first != made.split(train=50, held_out=20, seed=4)
+
+
+def test_rows_are_the_same_on_every_machine() -> None:
+    """The shipped adapters were trained on these rows: other rows could have their held-out ones among them."""
+    rows = [row for made in TASKS.values() for row in made.split(train=200, held_out=20).train]
+    text = json.dumps([row.to_dict() for row in rows])
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "5533023d52193c62"
+
+
+@every_task
+def test_no_combination_is_both_trained_on_and_held_out(made: Task) -> None:
+    split = made.split(train=1500, held_out=100)
+    combinations = [row.combination for row in (*split.train, *split.held_out)]
+    assert len(set(combinations)) == 1600
+    assert not {row.prompt for row in split.train} & {row.prompt for row in split.held_out}
+
+
+@every_task
+def test_more_training_rows_leave_the_held_out_rows_as_they_are(made: Task) -> None:
+    assert made.split(train=10, held_out=20).held_out == made.split(train=500, held_out=20).held_out
+
+
+@every_task
+def test_every_single_word_of_the_held_out_rows_occurs_in_training(made: Task) -> None:
+    split = made.split(train=demo_steps.BATCH * demo_steps.STEPS[made.name], held_out=demo_steps.HELD_OUT)
+    assert words(split.held_out) <= words(split.train)
+
+
+@every_task
+def test_asking_for_more_rows_than_there_are_is_an_error(made: Task) -> None:
+    few = dataclasses.replace(made, draw=lambda source: Row("a", "b", (str(source.randrange(10)),)))
+    assert len(few.split(train=8, held_out=2).train) == 8
+    with pytest.raises(DataError, match="10 combinations"):
+        few.split(train=9, held_out=2)
+
+
+def test_both_moods_are_about_as_frequent_and_half_the_rows_hold_both() -> None:
+    rows = TASKS["mood"].split(train=1000, held_out=1).train
+    assert 430 < sum(row.completion == "happy" for row in rows) < 570
+    assert 430 < sum(row.prompt.startswith("At first") for row in rows) < 570
+
+
+def test_an_unknown_task_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'pirate'"):
+        task("pirat")
+
+
+# The checkers
+
+
+@every_task
+def test_the_expected_completion_is_right_and_the_wrong_one_is_not(made: Task) -> None:
+    rows = made.split(train=0, held_out=40).held_out
+    expected = [row.completion for row in rows]
+    assert made.score(rows, expected) == 1
+    assert made.score(rows, [row.prompt for row in rows]) == 0
+    assert made.score(rows, [""] * 40) == 0
+    assert made.score(rows, [*expected[:10], *[""] * 30]) == 0.25
+    assert made.score(rows, expected[1:] + expected[:1]) <= (0.75 if made.chance else 0.05)
+
+
+@every_task
+def test_a_score_needs_one_output_per_row(made: Task) -> None:
+    rows = made.split(train=0, held_out=2).held_out
+    with pytest.raises(DataError, match="1 outputs were given for 2 rows"):
+        made.score(rows, ["happy"])
+
+
+@pytest.mark.parametrize(
+    ("output", "right"),
+    [
+        ("One rainy day a little fox ran from the garden home to the den.", True),
+        ("The FOX came on a rainy day, and the garden was wet!", True),
+        ("One rainy day a little fox ran home to the den.", False),
+        ("One rainy day two foxes sat in the garden.", False),
+        ("animal: fox | place: garden | weather: rainy.", False),
+        ("One rainy day a little fox ran from the garden home to", False),
+    ],
+)
+def test_a_scene_is_prose_with_every_attribute_as_a_whole_word(output: str, right: bool) -> None:
+    row = Row("animal: fox | place: garden | weather: rainy", "", ("fox", "garden", "rainy"))
+    assert TASKS["scene"].is_right(row, output) is right
+
+
+@pytest.mark.parametrize(
+    ("plain", "pirate"),
+    [
+        ("The king is looking for gold.", "Th' cap'n be lookin' fer booty, arr!"),
+        ("Hello, my friend, are you the boy?", "Ahoy, me matey, be ye th' lad, eh?"),
+        ("I am the king of the sea!", "I be th' cap'n o' th' sea, yo ho!"),
+        ("Bring a ring to your house.", "Bring a ring t' yer ship, arr!"),
+    ],
+)
+def test_pirates_speak_by_rules(plain: str, pirate: str) -> None:
+    assert as_pirate(plain) == pirate
+
+
+def test_a_pirate_wants_a_whole_sentence() -> None:
+    with pytest.raises(DataError, match="ends in"):
+        as_pirate("The king")
+
+
+# A run
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    out: Path
+    printed: str
+    error: VerificationError
+    report: DemoReport
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """A demo of two steps per task: nothing is learned, everything else happens. It prints to a stream of ASCII."""
+    out, stream, reports = tmp_path_factory.mktemp("demo") / "out", io.BytesIO(), []
+    screen = Console(file=io.TextIOWrapper(stream, encoding="ascii", write_through=True), width=100, markup=False)
+
+    class Keeping(Show):
+        def summary(self, report: DemoReport) -> None:
+            reports.append(report)
+            super().summary(report)
+
+    with pytest.raises(VerificationError, match="the demo is not what it should be") as caught:
+        run(out, steps=TINY, held_out=2, show=Keeping(screen))
+    return Tiny(out, stream.getvalue().decode("ascii"), caught.value, reports[0])
+
+
+def test_a_demo_whose_adapters_learned_nothing_fails_and_says_so(tiny: Tiny) -> None:
+    assert tiny.error.exit_code == 4
+    assert len(tiny.report.failures) == 3
+    assert all(f"{name}: adapter " in str(tiny.error) for name in TASKS)
+
+
+def test_a_demo_leaves_adapters_rows_figures_a_picture_and_a_merged_model(tiny: Tiny) -> None:
+    for name in TASKS:
+        assert lk.Adapter.load(tiny.out / name).record["metrics"]["held_out_right"] == 0
+        assert (tiny.out / name / "recipe.yaml").is_file()
+        assert len((tiny.out / "data" / name / "train.jsonl").read_text().splitlines()) == 2 * demo_steps.BATCH
+        assert len((tiny.out / "data" / name / "held_out.jsonl").read_text().splitlines()) == 2
+    assert (tiny.out / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert (tiny.out / "scene-merged" / "model.safetensors").is_file()
+    figures = json.loads((tiny.out / "demo.json").read_text())
+    assert set(figures["tasks"]) == set(TASKS)
+    assert len(figures["failures"]) == 3
+
+
+def test_a_demo_says_what_it_made_and_what_to_try_next(tiny: Tiny) -> None:
+    for name, found in tiny.report.trained.items():
+        command = f"lora-kit generate --adapter {tiny.out / name} --compare --prompt '{found.prompts[0]}'"
+        assert command in tiny.printed.splitlines()[-6:] or f"  {command}" in tiny.printed.splitlines()
+    assert f"all of it is in {tiny.out}" in tiny.printed.replace("\n", "")
+
+
+def test_rows_of_a_mixed_batch_and_the_merged_model_agree(tiny: Tiny) -> None:
+    assert tiny.report.mixed.agreement.holds
+    assert tiny.report.merged.agreement.holds
+    assert tiny.report.base_unchanged
+    assert [row.adapter for row in tiny.report.mixed.rows] == ["scene", None, "pirate", None, "mood", None]
+
+
+def test_everything_that_is_promised_is_judged(tiny: Tiny) -> None:
+    good = {name: dataclasses.replace(found, score=0.9) for name, found in tiny.report.trained.items()}
+    report = dataclasses.replace(tiny.report, trained=good)
+    assert report.failures == []
+    off = Agreement(difference=1.0, largest_logit=1.0)
+    for broken, said in (
+        (dataclasses.replace(report, mixed=dataclasses.replace(report.mixed, agreement=off)), "mixed batch"),
+        (dataclasses.replace(report, merged=dataclasses.replace(report.merged, agreement=off)), "merged model"),
+        (dataclasses.replace(report, base_unchanged=False), "have changed"),
+        (dataclasses.replace(report, trained={**good, "mood": dataclasses.replace(good["mood"], score=0.5)}), "mood"),
+    ):
+        assert len(broken.failures) == 1
+        assert said in broken.failures[0]
+
+
+class _StoppedHere(Exception):
+    pass
+
+
+def test_a_demo_replaces_an_earlier_demo_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop() -> Base:
+        raise _StoppedHere
+
+    monkeypatch.setattr(demo_steps, "load", stop)
+    for _ in range(2):
+        with pytest.raises(_StoppedHere):
+            run(tmp_path / "mine")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letter.txt").write_text("dear")
+    with pytest.raises(StorageError, match="holds something else"):
+        run(tmp_path / "other")
+    assert [file.name for file in (tmp_path / "other").iterdir()] == ["letter.txt"]
+
+
+# The adapters that ship
+
+
+def test_adapters_that_are_not_good_enough_are_not_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_steps, "TASKS", {"mood": TASKS["mood"]})
+    with pytest.raises(VerificationError, match="mood 0%; at least 90% is wanted"):
+        ship.ship(tmp_path / "store", scratch=tmp_path / "scratch", steps={"mood": 1}, held_out=2)
+    assert not (tmp_path / "store").exists()
+
+
+def test_adapters_that_are_good_enough_replace_those_in_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo_steps, "TASKS", {"mood": TASKS["mood"]})
+    monkeypatch.setattr(ship, "LEAST", 0)
+    for steps in (1, 2):
+        (found,) = ship.ship(tmp_path / "store", scratch=tmp_path / "scratch", steps={"mood": steps}, held_out=2)
+        shipped = lk.Adapter.load(tmp_path / "store" / "mood")
+        assert shipped.digest == found.report.digest
+        assert shipped.record["metrics"]["steps"] == ship.EPOCHS * steps
+        assert (tmp_path / "store" / "mood" / "recipe.yaml").is_file()
+
+
+@pytest.fixture(scope="module")
+def kit_base() -> Base:
+    return demo_steps.load()
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_shipped_adapter_loads_strictly_and_does_its_task(name: str, kit_base: Base) -> None:
+    split = TASKS[name].split(train=demo_steps.BATCH * demo_steps.STEPS[name], held_out=ship.HELD_OUT)
+    rows = split.held_out[:GOLDEN_ROWS]
+    with demo_steps.with_adapters(kit_base, {name: ADAPTERS / name}) as bank, bank.using(name):
+        texts = demo_steps.answer(kit_base, [row.prompt for row in rows])
+    assert TASKS[name].score(rows, texts) >= GOLDEN_LEAST
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_shipped_adapter_is_small_and_says_where_it_comes_from(name: str) -> None:
+    folder = ADAPTERS / name
+    adapter = lk.Adapter.load(folder)
+    assert (folder / "adapter_model.safetensors").stat().st_size < 1_000_000
+    assert adapter.base is not None
+    assert adapter.base["name"] == adapter.config.base_model_name_or_path == "kit-base"
+    assert adapter.record["metrics"]["held_out_right"] >= ship.LEAST
+    recipe = adapter.record["recipe"]
+    assert not Path(recipe["data"]["train"]).is_absolute()
+    assert not Path(recipe["out"]).is_absolute()

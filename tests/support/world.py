@@ -1,0 +1,74 @@
+"""What the documents speak of, in a folder: a store of adapters, bases, files of rows. All of it fits kit-base."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+import lora_kit as lk
+from tests.support import texts
+from tests.support.pages import ROOT
+
+PAIRS = [{"prompt": f"all names of table {n}", "completion": f"select name from t{n};"} for n in range(8)]
+LABELLED = [{"text": f"where is card {n}", "label": "card"} for n in range(4)]
+LABELLED += [{"text": f"send {n} pounds", "label": "money"} for n in range(4)]
+KIT = ROOT / "lora_kit" / "models" / "kit_base"
+
+
+def build(folder: Path) -> Path:
+    """Make the folder, once; pages work on copies of it."""
+    shutil.copytree(ROOT / "adapters", folder / "adapters")
+    shutil.copytree(KIT, folder / "base-folder", ignore=shutil.ignore_patterns("__pycache__", "*.py", "training.json"))
+    _tuned(folder / "base-folder", folder / "tuned-folder")
+    for seed, name in enumerate(("sql", "sql-small", "tone", "mine")):
+        _adapter(folder / "adapters" / name, seed=seed)
+    _classifier(folder / "adapters" / "intents")
+    for name in ("train", "valid", "validation", "test", "rows"):
+        texts.write(folder / f"{name}.jsonl", PAIRS)
+    _spreadsheet(folder / "rows.csv", ("prompt", "completion"), PAIRS)
+    _spreadsheet(folder / "answers.csv", ("Question", "Answer"), PAIRS)
+    _spreadsheet(folder / "test.csv", ("text", "label"), LABELLED)
+    _loralib(folder / "lora.bin")
+    return folder
+
+
+def _adapter(folder: Path, *, seed: int) -> None:
+    torch.manual_seed(seed)
+    base = lk.load_base("kit-base")
+    config = lk.LoraConfig(r=2, lora_alpha=4, target_modules=("q_proj", "v_proj"), init_lora_weights=False)
+    lk.attach(base.model, config, name="made").save("made", folder)
+
+
+def _classifier(folder: Path) -> None:
+    base = lk.load_base("kit-base", task="classify", num_labels=2)
+    config = lk.LoraConfig(target_modules=(), modules_to_save=("score",), task_type="SEQ_CLS")
+    bank = lk.attach(base.model, config, name="made")
+    bank.save("made", folder, record={"labels": ["card", "money"], "recipe": {"task": "classify"}})
+
+
+def _tuned(base: Path, folder: Path) -> None:
+    """A fine-tune of a base: its first layer has learned something."""
+    shutil.copytree(base, folder)
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    key = next(name for name in weights if "layers.0.self_attn.q_proj" in name)
+    weights[key] = weights[key] + torch.randn(weights[key].shape, dtype=weights[key].dtype) / 16
+    safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _spreadsheet(file: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    with file.open("w", encoding="utf-8", newline="") as out:
+        written = csv.writer(out)
+        written.writerow(columns)
+        written.writerows(row.values() for row in rows)
+
+
+def _loralib(file: Path) -> None:
+    size = lk.load_base("kit-base").model.config.hidden_size
+    path = "model.layers.0.self_attn.q_proj"
+    torch.save({f"{path}.lora_A": torch.randn(2, size), f"{path}.lora_B": torch.randn(size, 2)}, file)

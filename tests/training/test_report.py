@@ -1,0 +1,320 @@
+"""The report beside an adapter, the live line, and what is reported elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import itertools
+import logging
+import math
+import re
+import sys
+import types
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_kit.adapter.adapter import Adapter
+from lora_kit.errors import RecipeError
+from lora_kit.generation.decoding import Sampling
+from lora_kit.generation.generate import generate
+from lora_kit.training.report.plots import Curve, Mark, chart, thinned, ticks
+from lora_kit.training.report.samples import MAX_ANSWER_TOKENS
+from lora_kit.training.results import TrainReport
+from lora_kit.training.train import train
+from tests.training.test_oom_retry import narrow
+from tests.training.test_train import LABELLED, PAIRS, At, base_of, recipe_of, weights_of
+
+NASTY = "<script>alert('x')</script> & \"quotes\" \x1b[31m \u202e"
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_kit.training.report.artifacts.plot_loss_curve", lambda *_, **__: None)
+
+
+class Reader(HTMLParser):
+    """Checks that every tag is closed, and keeps the tags, their attributes and the text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += data + "\n"
+
+
+def page_of(report: TrainReport) -> str:
+    return (report.out / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_report_says_what_was_done_and_how_to_load_it(tmp_path: Path) -> None:
+    section = {"eval_strategy": "steps", "eval_steps": 2, "logging_steps": 1}
+    report = train(recipe_of(tmp_path, steps=6, train=section, lora={"r": 4}), base=base_of())
+    read = Reader(page_of(report))
+    captions = re.findall(r"<figcaption>([^<]*)", page_of(report))
+    assert captions == ["loss, nats per label", "learning rate", "gradient norm", "tokens per second",
+                        "memory, at the most so far"]  # fmt: skip
+    assert report.before is not None
+    assert report.after is not None
+    for told in ("Before and after", "How to load it", "Recipe", f"{report.trainable:,} of {report.parameters:,}",
+                 f"{report.after.loss:.4g}", f"{report.before.loss:.4g} before"):  # fmt: skip
+        assert told in read.text
+    assert f"bank.load('out', '{report.out}')" in read.text
+    assert f"lora-kit generate --base tiny --adapter {report.out}" in read.text
+    for line in report.recipe.to_yaml().splitlines():
+        assert line in read.text
+    # Every step of the loss, and every evaluation with the one before the training.
+    loss = page_of(report).partition("</figure>")[0]
+    assert loss.count("<circle") == 4
+    assert loss.partition('class="line c0" d="')[2].partition('"')[0].count(" ") == 6
+
+
+def test_the_report_needs_no_network_and_no_script(tmp_path: Path) -> None:
+    page = page_of(train(recipe_of(tmp_path), base=base_of()))
+    read = Reader(page)
+    assert not {tag for tag, _ in read.tags} & {"script", "link", "img", "iframe", "object", "form"}
+    assert not [name for _, attributes in read.tags for name in attributes if name.startswith("on") or name == "src"]
+    assert "http:" not in page
+    assert "https:" not in page
+    assert "url(" not in page
+    assert "default-src 'none'" in page
+
+
+def test_everything_in_the_report_is_escaped(tmp_path: Path) -> None:
+    rows = [{"prompt": NASTY + str(number), "completion": NASTY} for number in range(3)]
+    out = tmp_path / "<b>bold</b> 'name' \u202e"
+    base = dataclasses.replace(base_of(), name="<img src=x>")
+    report = train({**recipe_of(tmp_path, rows=rows), "base": "<img src=x>", "out": str(out)}, base=base)
+    page = page_of(report)
+    read = Reader(page)
+    assert not {tag for tag, _ in read.tags} & {"script", "b", "img"}
+    assert "<b>bold</b> 'name'" in read.text
+    assert "<img src=x>" in read.text
+    assert r"\u202e" in read.text
+    assert "\x1b" not in page
+    assert "\u202e" not in page
+
+
+def test_the_samples_are_what_base_and_adapter_say(tmp_path: Path) -> None:
+    base = base_of()
+    report = train(recipe_of(tmp_path, steps=20), base=base)
+    cells = [unescape(re.sub("</?bdi>", "", cell)) for cell in re.findall(r"<td>(.*?)</td>", page_of(report), re.S)]
+    asked = [cells[place : place + 4] for place in range(0, len(cells), 4)]
+    chosen = [PAIRS[number] for number in (0, 1, 2, 3)]
+    # The tokenizer puts a space between its tokens, which are characters.
+    texts = [[" ".join(pair["prompt"] + "\n"), " ".join(pair["completion"])] for pair in chosen]
+    assert [row[:2] for row in asked] == texts
+    changed = 0
+    for pair, row in zip(chosen, asked, strict=True):
+        sampling = Sampling(max_new_tokens=MAX_ANSWER_TOKENS)
+        before, after = generate(base, [None, report.out], pair["prompt"], sampling=sampling)
+        # The rows were padded to the longest of the batch, so a context may end a little earlier there.
+        assert before.text.startswith(row[2])
+        assert after.text.startswith(row[3])
+        changed += row[2] != row[3]
+    assert changed
+
+
+def test_a_label_is_predicted_before_and_after(tmp_path: Path) -> None:
+    report = train(recipe_of(tmp_path, rows=LABELLED, task="classify", steps=30), base=base_of("bert", labels=2))
+    cells = re.findall(r"<td>(.*?)</td>", page_of(report), re.S)
+    rows = [cells[place : place + 4] for place in range(0, len(cells), 4)]
+    assert report.after is not None
+    assert report.after.accuracy == 1.0
+    assert {row[1] for row in rows} == {"yes", "no"}
+    assert all(row[3] == row[1] for row in rows)
+    assert any(row[2] != row[1] for row in rows)
+    assert "num_labels=2" in page_of(report)
+    assert "validation accuracy" in page_of(report)
+
+
+def test_without_validation_there_are_no_samples(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path)
+    report = train({**recipe, "data": recipe["data"]["train"]}, base=base_of())
+    assert "Before and after" not in page_of(report)
+    assert "loss, nats per label" in page_of(report)
+
+
+def test_a_model_that_cannot_answer_is_trained_all_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("lora_kit.training.report.samples.generate_batch", fails)
+    report = train(recipe_of(tmp_path), base=base_of())
+    assert "Before and after" not in page_of(report)
+    assert "no samples in the report: OutOfMemoryError: CUDA out of memory" in caplog.text
+
+
+def test_the_report_changes_neither_the_bytes_nor_the_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of(tmp_path, lora={"lora_dropout": 0.2})
+    first = train({**recipe, "out": str(tmp_path / "first")}, base=base_of("gpt2"))
+    (first.out / "report.html").unlink()
+    # Neither is it part of the adapter: with no sample drawn the same bytes come out.
+    monkeypatch.setattr("lora_kit.training.report.samples.SAMPLE_COUNT", 0)
+    second = train({**recipe, "out": str(tmp_path / "second")}, base=base_of("gpt2"))
+    assert weights_of(first) == weights_of(second)
+    assert first.digest == second.digest == Adapter.load(second.out).digest
+
+
+def test_what_did_not_go_straight_on_is_told(tmp_path: Path) -> None:
+    section = {"logging_steps": 1, "save_steps": 2, "per_device_train_batch_size": 4}
+    recipe = recipe_of(tmp_path, steps=6, train=section)
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            recipe,
+            base=narrow("llama", 2, calls=1)(),
+            callbacks=[At(3, lambda _: (_ for _ in ()).throw(KeyboardInterrupt))],
+        )
+    report = train(recipe, base=narrow("llama", 2)())
+    text = Reader(page_of(report)).text
+    assert "gone on from the checkpoint of step 2" in text
+    assert "2 rows at once and 2 times accumulated" in text
+    assert page_of(report).count('<path class="mark"') == 2
+
+
+# Charts
+
+
+def test_a_curve_goes_through_its_points() -> None:
+    drawn = chart("loss", [Curve("a", [(0, 1.0), (5, 3.0), (10, 2.0)])], marks=[Mark(5, "half way")])
+    path = drawn.partition('class="line c0" d="M')[2].partition('"')[0]
+    (x0, y0), (x1, y1), (x2, y2) = (tuple(map(float, point.split())) for point in path.split("L"))
+    assert x0 < x1 < x2
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
+    assert y1 < y2 < y0  # up is less
+    assert y0 - y2 == pytest.approx(y2 - y1, abs=0.2)
+    assert f'd="M{x1} ' in drawn.partition('class="mark"')[2]
+
+
+def test_a_chart_bears_what_a_training_may_give_it() -> None:
+    for points in ([(1, 0.0)], [(1, 2.0), (2, 2.0)], [(1, math.nan), (2, 1.0), (3, math.inf)], [(3, -1e9), (4, 1e-9)]):
+        drawn = chart("x", [Curve("", points)])
+        assert "nan" not in drawn
+        assert "inf" not in drawn
+        assert "<circle" in drawn or 'class="line' in drawn
+
+
+def test_ticks_are_round_and_within() -> None:
+    for low, high in ((0.0, 1.0), (0.013, 0.0172), (-3.0, 8.0), (1e6, 9e6)):
+        found = ticks(low, high)
+        assert 2 <= len(found) <= 6
+        assert low <= found[0] <= found[-1] <= high
+        assert len({round(b - a, 12) for a, b in itertools.pairwise(found)}) == 1
+
+
+def test_many_points_are_thinned_and_their_extremes_kept() -> None:
+    points = [(float(step), math.sin(step) + (50 if step == 7777 else 0)) for step in range(20_000)]
+    kept = thinned(points)
+    assert len(kept) <= 402
+    assert max(kept, key=lambda point: point[1]) == points[7777]
+    assert [step for step, _ in kept] == sorted(step for step, _ in kept)
+
+
+# While it runs
+
+
+def test_without_a_terminal_there_is_a_line_now_and_then(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = {"logging_steps": 1, "eval_strategy": "steps", "eval_steps": 4}
+    with caplog.at_level(logging.INFO, logger="lora_kit"):
+        train(recipe_of(tmp_path, steps=6, train=section), base=base_of())
+        said = [message for message in caplog.messages if re.match(r"step \d+ of 6: ", message)]
+        assert [message.partition(":")[0] for message in said if " loss" in message.partition("eval")[0]] == [
+            "step 1 of 6", "step 6 of 6"]  # fmt: skip
+        assert re.search(r"loss 4\.\d+, .*tokens/s, \d+\.\d\d GB, 0:00:0\d left$", said[0])
+        assert sum("eval_loss" in message for message in said) == 2
+        caplog.clear()
+        monkeypatch.setattr("lora_kit.training.loop.progress.MIN_LOG_SECONDS", 0)
+        train(recipe_of(tmp_path, steps=6, train=section, out=str(tmp_path / "b")), base=base_of())
+        assert sum(bool(re.match(r"step \d+ of 6: loss", message)) for message in caplog.messages) == 6
+
+
+def test_on_a_terminal_there_is_a_live_line_on_stderr(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import rich.console
+
+    screen = io.StringIO()
+    console = functools.partial(rich.console.Console, file=screen, force_terminal=True, width=140)
+
+    def made(*, stderr: bool) -> Any:
+        assert stderr
+        return console()
+
+    monkeypatch.setattr("rich.console.Console", made)
+    train(recipe_of(tmp_path, steps=6, train={"logging_steps": 1}), base=base_of())
+    shown = screen.getvalue()
+    assert "6/6" in shown
+    assert "tokens/s" in shown
+    assert "GB" in shown
+    assert capsys.readouterr().out == ""
+
+
+# Reported elsewhere
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("wandb", "requires wandb to be installed"), ("tensorbord", "tensorbord is not supported")],
+)
+def test_what_cannot_be_reported_to_is_said_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    with pytest.raises(RecipeError, match=f"train.report_to {name}: .*{message}"):
+        train({**recipe_of(tmp_path), "base": "never-loaded", "train": {"report_to": [name]}})
+
+
+def test_tensorboard_is_written_beside_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[tuple[str, float, int]] = []
+    folders: list[str] = []
+
+    class SummaryWriter:
+        def __init__(self, log_dir: str) -> None:
+            folders.append(log_dir)
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written.append((name, value, step))
+
+        def add_text(self, *_: Any) -> None: ...
+
+        def flush(self) -> None: ...
+
+        def close(self) -> None: ...
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_tensorboard_available", lambda: True)
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    section = {"report_to": "tensorboard", "logging_steps": 1}
+    report = train(recipe_of(tmp_path, train=section), base=base_of())
+    assert folders == [f"{report.out}.tensorboard"]
+    losses = [(step, value) for name, value, step in written if name == "train/loss"]
+    assert losses == [(entry["step"], entry["loss"]) for entry in report.history if "loss" in entry]
+    assert {"train/tokens_per_second", "train/learning_rate"} <= {name for name, _, _ in written}
