@@ -28,21 +28,21 @@ if TYPE_CHECKING:
     from lora_kit.training.train import train
 
 _HOMES = {
-    "Adapter": "adapter.adapter",
-    "AdapterBank": "bank.bank",
-    "LoraConfig": "config.lora_config",
-    "LoraKitError": "errors",
-    "adopt": "bank.peft_bridge.adopt",
-    "attach": "bank.bank",
-    "combine": "algebra.combine",
-    "evaluate": "evaluation.evaluate",
-    "export": "exporters.export",
-    "extract": "algebra.extract",
-    "load_base": "models.loading",
-    "merge": "merging.merge",
-    "resize": "algebra.resize",
-    "sweep": "sweeps.sweep",
-    "train": "training.train",
+    "Adapter": "lora_kit.adapter.adapter",
+    "AdapterBank": "lora_kit.bank.bank",
+    "LoraConfig": "lora_kit.config.lora_config",
+    "LoraKitError": "lora_kit.errors",
+    "adopt": "lora_kit.bank.peft_bridge.adopt",
+    "attach": "lora_kit.bank.bank",
+    "combine": "lora_kit.algebra.combine",
+    "evaluate": "lora_kit.evaluation.evaluate",
+    "export": "lora_kit.exporters.export",
+    "extract": "lora_kit.algebra.extract",
+    "load_base": "lora_kit.models.loading",
+    "merge": "lora_kit.merging.merge",
+    "resize": "lora_kit.algebra.resize",
+    "sweep": "lora_kit.sweeps.sweep",
+    "train": "lora_kit.training.train",
 }
 
 __all__ = [
@@ -71,7 +71,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"{__name__}.data")
     if name not in _HOMES:
         raise AttributeError(f"module 'lora_kit' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 

@@ -367,11 +367,11 @@ TRAPS = (
         accumulation,
         (
             Mistake(
-                "training.loop.trainer:Trainer._loss",
+                "training.loop.trainer:Trainer._compute_label_loss",
                 "/ num_items_in_batch",
                 "/ (labels != -100).sum() / self.args.gradient_accumulation_steps",
             ),
-            Mistake("training.loop.trainer:Trainer._forward_and_backward", "in split(batch)", "in split(batch)[:1]"),
+            Mistake("training.loop.trainer:Trainer._forward_and_backward", "in split_by_length(batch)", "in split_by_length(batch)[:1]"),
             Mistake("training.loop.length_buckets:split_by_length", "read=int(longest[0])", "read=int(longest[-1])"),
         ),
     ),
@@ -379,7 +379,7 @@ TRAPS = (
         padding,
         (
             Mistake("data.batches:Collator.__call__", "for row in ids], batch_first=True", "for row in ids], True, 1"),
-            Mistake("data.batches:Collator.__call__", "padding_value=IGNORED", "padding_value=self.pad_token_id"),
+            Mistake("data.batches:Collator.__call__", "padding_value=IGNORE_INDEX", "padding_value=self.pad_token_id"),
         ),
     ),
     Trap(
@@ -396,8 +396,8 @@ TRAPS = (
             Mistake("data.encode:_append_eos", "[*ids, eos]", "ids"),
             Mistake(
                 "data.batches:Collator.__call__",
-                "padding_value=IGNORED)",
-                "padding_value=IGNORED).masked_fill(pad_sequence(ids, True) == self.pad_token_id, IGNORED)",
+                "padding_value=IGNORE_INDEX)",
+                "padding_value=IGNORE_INDEX).masked_fill(pad_sequence(ids, True) == self.pad_token_id, IGNORE_INDEX)",
             ),
             Mistake(
                 "data.chat:ChatEncoder._sample", "piece[::-1].index(self._end)", "piece[::-1].index(self._end) - 1"
@@ -417,7 +417,7 @@ TRAPS = (
             Mistake(
                 "data.encode:_encode_completions", "prompt[max(0, len(prompt) - room) :]", "prompt[: max(0, room)]"
             ),
-            Mistake("data.encode:_encode_completions", "_ended(written, tokenizer.eos_token_id)", "written[:4]"),
+            Mistake("data.encode:_encode_completions", "_append_eos(written, tokenizer.eos_token_id)", "written[:4]"),
             Mistake("data.encode:_encode_completions", "len(prefix) - len(completion)", "len(prefix)"),
         ),
     ),
@@ -441,27 +441,27 @@ TRAPS = (
         (
             Mistake(
                 "training.loop.resumable:ResumableTrainer._begin_epoch",
-                'self._went_on_from["epoch_random"]',
-                "random_states()",
+                'self._resumed_loop["epoch_random"]',
+                "capture_random_states()",
             ),
             Mistake(
                 "training.loop.resumable:ResumableTrainer._load_rng_state",
-                'self._went_on_from["random"]',
-                "random_states()",
+                'self._resumed_loop["random"]',
+                "capture_random_states()",
             ),
             Mistake("training.loop.resumable:ResumableTrainer._load_weights", "tensor.copy_(kept[name])", "pass"),
             Mistake(
-                "training.loop.resumable:ResumableTrainer._fill",
+                "training.loop.resumable:ResumableTrainer._write_checkpoint_files",
                 "self.optimizer.state_dict()",
                 '{**self.optimizer.state_dict(), "state": {}}',
             ),
             Mistake(
-                "training.loop.resumable:ResumableTrainer._fill",
+                "training.loop.resumable:ResumableTrainer._write_checkpoint_files",
                 "self.lr_scheduler.state_dict()",
                 '{**self.lr_scheduler.state_dict(), "last_epoch": 0}',
             ),
             Mistake(
-                "training.loop.resumable:ResumableTrainer._fill", "self._loss_sum.cpu()", "0 * self._loss_sum.cpu()"
+                "training.loop.resumable:ResumableTrainer._write_checkpoint_files", "self._loss_sum.cpu()", "0 * self._loss_sum.cpu()"
             ),
         ),
     ),
@@ -473,7 +473,7 @@ TRAPS = (
         only_the_adapter,
         (
             Mistake(
-                "layers.saved_module:SavedModule.neutral",
+                "layers.saved_module:SavedModule.make_identity_stack",
                 "repeat(slots, *[1] * tensor.ndim)",
                 "expand(slots, *tensor.shape)",
             ),
@@ -493,7 +493,7 @@ TRAPS = (
     ),
     Trap(
         dropout,
-        (Mistake("ops.lora:_Dropout.mask_again", "generator.set_state(self.state)", "pass"),),
+        (Mistake("ops.lora:_Dropout.redraw_mask", "generator.set_state(self.state)", "pass"),),
     ),
     Trap(
         attention_reads_past,

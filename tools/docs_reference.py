@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-from lora_kit import _HOMES as HOMES
+import lora_kit
 from lora_kit.cli.app import app
 
 DOCS: Final = Path(__file__).resolve().parents[1] / "docs"
@@ -31,7 +31,7 @@ FURTHER: Final = {
     "lora_kit.training.recipe.load": ("load_recipe",),
     "lora_kit.training.recipe.recipe": ("Recipe",),
     "lora_kit.training.plan.plan": ("plan",),
-    "lora_kit.training.results": ("TrainReport", "Plan"),
+    "lora_kit.training.results": ("TrainReport", "TrainPlan"),
     "lora_kit.sweeps.sweep_report": ("SweepReport",),
     "lora_kit.data": ("prepare", "read_rows", "encode", "chat_template", "Collator", "Preparation"),
     "lora_kit.evaluation.metrics": ("METRICS",),
@@ -138,8 +138,7 @@ def api_page() -> str:
         "",
     ]
     lines += ["## `import lora_kit as lk`", "", "| | |", "|---|---|"]
-    lines += [_row(f"lk.{name}", getattr(importlib.import_module(home), name, None) or importlib.import_module(home))
-              for name, home in HOMES.items()]  # fmt: skip
+    lines += [_row(f"lk.{name}", getattr(lora_kit, name)) for name in sorted(set(lora_kit.__all__) - {"__version__"})]
     lines += ["", "`lk.LoraKitError` is the root of [the errors](errors.md)."]
     for title, path in CLASSES:
         lines += _class(title, path)

@@ -52,10 +52,10 @@ def agree(result: Tensor, expected: Tensor, *, bound: float) -> None:
 
 def kernel_checks() -> Any:
     """The module `tests/support/kernels.py`."""
-    folder = str(Path(__file__).resolve().parents[2] / "tests")
-    if folder not in sys.path:
-        sys.path.append(folder)
-    return importlib.import_module("kernels")
+    root = str(Path(__file__).resolve().parents[2])
+    if root not in sys.path:
+        sys.path.append(root)
+    return importlib.import_module("tests.support.kernels")
 
 
 def check_kernels(name: str, device: torch.device) -> None:

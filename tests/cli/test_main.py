@@ -405,7 +405,7 @@ def test_train_takes_flags_over_the_recipe(here: Path, capsys: Capture) -> None:
 
 def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
-    monkeypatch.setattr("lora_kit.demo.demo", given.update, raising=False)
+    monkeypatch.setattr("lora_kit.demo.demo.run", given.update, raising=False)
     assert main(["demo", "--out", "elsewhere", "--seed", "3"]) == 0
     assert given["out"] == Path("elsewhere")
     assert given["seed"] == 3

@@ -191,11 +191,12 @@ def test_packed_is_unpacked(tmp_path: Path, kind: str) -> None:
     assert len(packed) < len(samples)
     loss, gradients = loss_and_gradients(model, packed)
     expected, expected_gradients = loss_and_gradients(model, samples)
-    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-6)
+    # Rounding in fp32 differs from one CPU to another; what a leak does is a hundred times as large.
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
     assert len(gradients) == len(list(bank.parameters("a"))) > 0
     largest = max(float(tensor.abs().max()) for tensor in expected_gradients.values())
     for name, tensor in expected_gradients.items():
-        torch.testing.assert_close(gradients[name], tensor, rtol=0, atol=1e-6 * max(1.0, largest))
+        torch.testing.assert_close(gradients[name], tensor, rtol=0, atol=1e-5 * max(1.0, largest))
 
 
 @pytest.mark.parametrize("kind", LEAKING)
@@ -253,7 +254,7 @@ def test_accumulation_over_rows_equals_one_big_batch(tmp_path: Path, kind: str) 
         assert (report.steps, len(pack(samples_of(tmp_path), max_length=27, seed=0))) == (4, 3)
         adapters.append(Adapter.load(report.out))
     for key, tensor in adapters[0].tensors.items():
-        torch.testing.assert_close(adapters[1].tensors[key], tensor, rtol=0, atol=1e-6)
+        torch.testing.assert_close(adapters[1].tensors[key], tensor, rtol=0, atol=1e-5)
 
 
 def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path: Path) -> None:

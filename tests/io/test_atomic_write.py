@@ -466,7 +466,7 @@ def test_a_reader_sees_the_old_adapter_or_the_new_one_while_it_is_replaced(targe
 
 def test_a_locale_without_unicode_saves_and_reads_any_name(tmp_path: Path) -> None:
     code = (
-        "import sys, folders, lora_kit as lk\n"
+        "import sys, lora_kit as lk\nfrom tests.support import folders\n"
         "folder = folders.adapter().save(sys.argv[1])\n"
         "assert lk.Adapter.load(folder) == folders.adapter()\n"
         "try: lk.Adapter.load(sys.argv[1] + chr(223))\n"
@@ -477,7 +477,7 @@ def test_a_locale_without_unicode_saves_and_reads_any_name(tmp_path: Path) -> No
         [sys.executable, "-c", code, name],
         env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
         capture_output=True,
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 0, done.stderr.decode()
     assert b"is not a folder" in done.stdout
