@@ -411,7 +411,7 @@ def test_killed_after_it_was_decided_to_prune_the_trial_is_pruned_and_not_run_ag
 
 def test_killed_before_the_best_was_in_its_place_it_is_put_there(tmp_path: Path) -> None:
     def work() -> None:
-        import lora_kit.train.sweep.report as reporting
+        import lora_kit.sweeps.sweep_report as reporting
 
         reporting._place = lambda *_, **__: die()
         sweep(swept(tmp_path), [RANKS], base=base_of())

@@ -440,7 +440,7 @@ def test_kit_base_learns_from_a_recipe_file(tmp_path: Path) -> None:
         f"base: kit-base\ndata: {{train: {tmp_path}/rows.jsonl, validation: {tmp_path}/rows.jsonl}}\n"
         f"out: {tmp_path}/out\ntrain: {{max_steps: 8, learning_rate: 5e-3}}\n"
     )
-    report = lora_kit.training(tmp_path / "recipe.yaml", overrides={"lora.r": "4"})
+    report = lora_kit.train(tmp_path / "recipe.yaml", overrides={"lora.r": "4"})
     assert report.after is not None
     assert report.before is not None
     assert report.after.loss < report.before.loss
