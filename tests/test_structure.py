@@ -21,6 +21,7 @@ MUST_FIND_NOTHING = (
     structure.repeated_file_names,
     structure.repeated_class_names,
     structure.upward_imports,
+    structure.imports_between_tests,
 )
 BASE = PACKAGE / "models" / "kit_base"
 HEAVY = {"transformers", "peft", "datasets", "matplotlib", "accelerate", "bitsandbytes", "pandas"}

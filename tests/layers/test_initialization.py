@@ -19,10 +19,10 @@ from lora_kit.errors import AdapterError, BankError, ConfigError, LoraKitError, 
 from lora_kit.layers.initialization import decompose_weight
 from lora_kit.training.recipe.load import load_recipe
 from lora_kit.training.train import train
-from tests.ops.test_op_counts import operations
 from tests.support import tiny
-from tests.training.test_resumable import die_at, killed, long_recipe, results, unbroken
-from tests.training.test_train import base_of
+from tests.support.interrupted import die_at, killed, long_recipe, results, unbroken
+from tests.support.operations import operations
+from tests.support.training import base_of
 
 INITS = ("pissa", "pissa_niter_8", "olora")
 every_init = pytest.mark.parametrize("init", INITS)

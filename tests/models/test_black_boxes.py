@@ -23,9 +23,9 @@ from benchmarks.harness import filled, table
 from lora_kit.errors import MergeError, TargetError
 from lora_kit.layers.introspect import is_quantized, kind_of
 from lora_kit.models.loading import load_base
-from tests.models.test_quantization import FIELDS, adam, swaps_and_rows, trained
 from tests.support import tiny
 from tests.support.black_boxes import BOXES, AwqLinear, Box, Codes, GptqLinear, compressed
+from tests.support.quantized import FIELDS, adam, swaps_and_rows, trained
 
 PAGE = Path(__file__).parents[2] / "docs" / "quantized.md"
 COLUMNS = ("base", "from a folder", "trains", "swaps", "rows", "saved, loaded", "weight kept for the backward", "merge")
