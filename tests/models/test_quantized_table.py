@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import lora_kit as lk
-from benchmarks.harness import filled, table
+from benchmarks.harness import replace_marked, table
 from lora_kit.evaluation.evaluate import evaluate
 from lora_kit.generation.generate import generate
 from lora_kit.layers.introspect import is_quantized
@@ -175,7 +175,7 @@ def _merges(folder: Path, choice: str) -> str:
 def page() -> str:
     """docs/quantized.md, its table made of what is seen."""
     cells = [[f"`{kind}`", *astuple(seen(kind))] for kind in QUANTIZATIONS]
-    return filled(PAGE, table(COLUMNS, cells), mark="bitsandbytes")
+    return replace_marked(PAGE.read_text(encoding="utf-8"), table(COLUMNS, cells), mark="bitsandbytes")
 
 
 @pytest.mark.parametrize("kind", QUANTIZATIONS)

@@ -1,7 +1,7 @@
 """What does it cost to merge an adapter into a model folder?
 
 Llamas with random weights in bf16: 200 MB in one file, and 2 GB in five; an adapter of rank 16 on all linears. Every
-merge is a process of its own; timed is the merge without the imports. Memory is anonymous memory, in use at the most
+merge is a process of its own; timed is the merge without the imports. Memory is the most anonymous memory in use
 above what the imports take: pages of files that are mapped are none. The floor is to copy the folder to disk and take
 the sha256 of what was copied. PEFT loads the model, merges, and saves it; it does not check what it wrote. lora_kit
 writes, reads back by sha256, and compares samples with a second computation. The results are compared weight by weight;
@@ -43,7 +43,7 @@ class Size:
 
     Attributes:
         shard: the most one of its files holds, as transformers takes it.
-        rounds: at the most; 0 for as many as are asked for.
+        rounds: at most; 0 for as many as are asked for.
     """
 
     width: int
@@ -193,7 +193,7 @@ def page(results: Mapping[str, Any]) -> str:
         [
             "Time over that of the copy: median over the rounds, and its quartiles.",
             ratios({name: row["timings"] for name, row in results.items()}, CASES),
-            "Anonymous memory above the imports, at the most; allowed are the largest tensor one and a half times, the "
+            "The most anonymous memory above the imports; allowed are the largest tensor one and a half times, the "
             "adapter, and 64 MB:",
             table(["", *CASES, "allowed"], memory),
         ]

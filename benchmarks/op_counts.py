@@ -143,7 +143,7 @@ def by_layers(count: int, dtype: str, _effort: Effort) -> dict[str, Any]:
 
 def by_model(dtype: str, _effort: Effort) -> dict[str, Any]:
     """Bytes kept by one forward of the reference setting with its loss."""
-    from benchmarks.training.training import Setting, build
+    from benchmarks.training_step import Setting, build
 
     setting = Setting(dtype)
     value = adapters(setting.base(), [setting.r])[0]

@@ -2,12 +2,12 @@
 
 Restaurant attributes become a sentence. The base itself, features (a trained head on a frozen body), LoRA, LoRA with
 the embeddings and norms trained whole, and full fine-tuning get the same data in the same order, the same batches,
-steps, schedule and optimiser. Each has its learning rate chosen from three, a factor of two apart, by the perplexity on
+steps, schedule and optimizer. Each has its learning rate chosen from three, a factor of two apart, by the perplexity on
 part of the validation set after shorter runs. Then one run each, perplexity on all of validation and test, and
 sacreBLEU of what is written for each prompt of the test set.
 
-    python benchmarks/quality/e2e.py --data FOLDER     # train.jsonl, valid.jsonl, test.jsonl
-    python benchmarks/quality/e2e.py --table           # README.md from the result, nothing else
+    python -m benchmarks.quality --data FOLDER     # train.jsonl, valid.jsonl, test.jsonl
+    python -m benchmarks.quality --table           # README.md from the result, nothing else
 
 Finished runs are kept in the work folder, under a key of everything that decides their outcome, and are not done again.
 """
@@ -36,11 +36,9 @@ from typing import Any, Final
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-HERE: Final = Path(__file__).resolve().parent
-ROOT: Final = HERE.parents[1]
-RESULT: Final = ROOT / "benchmarks" / "results" / "quality-e2e.json"
-README: Final = HERE / "README.md"
-BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+from benchmarks.harness import HERE, README, RESULTS, WORK, fill
+
+RESULT: Final = RESULTS / "quality.json"
 SPLITS: Final = ("train", "valid", "test")
 LIBRARIES: Final = ("lora-kit", "torch", "transformers", "tokenizers", "accelerate", "sacrebleu")
 SAMPLES: Final = 5
@@ -99,11 +97,11 @@ class Settings:
     """Everything besides data and base that decides the outcome.
 
     Attributes:
-        steps: optimiser steps of each method's run.
+        steps: optimizer steps of each method's run.
         search_steps: steps of a run that tries a learning rate.
         search_rows: validation rows that judge such a run.
         batch: rows in a step.
-        limit: rows of each split at the most; None for all.
+        limit: rows of each split at most; None for all.
         prompts: test prompts to write sentences for; None for all.
         beams: 1 takes the likeliest token each time.
         seed: of the order of the rows and of the adapter's start.
@@ -125,13 +123,13 @@ DEFAULTS: Final = Settings()
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parsed(argv)
     if arguments.table:
-        write_table(json.loads(arguments.out.read_text(encoding="utf-8")))
+        fill(README, page(json.loads(arguments.out.read_text(encoding="utf-8"))), mark="quality")
         return
     settings = Settings(**{name: getattr(arguments, name) for name in asdict(DEFAULTS)})
     bench = Bench(arguments.data, arguments.work, settings)
     methods = {name: bench.method(name) for name in arguments.methods}
     result = {
-        "benchmark": "quality/e2e",
+        "benchmark": "quality",
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "command": command(settings),
         "settings": asdict(settings),
@@ -147,15 +145,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     say(f"wrote {arguments.out}")
     print(table(result))
     if arguments.out.resolve() == RESULT:
-        write_table(result)
+        fill(README, page(result), mark="quality")
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="train.jsonl, valid.jsonl and test.jsonl")
-    parser.add_argument(
-        "--work", type=Path, default=ROOT / "benchmarks" / "work" / "e2e", help="what finished runs leave"
-    )
+    parser.add_argument("--work", type=Path, default=WORK / "quality", help="what finished runs leave")
     parser.add_argument("--out", type=Path, default=RESULT, help="the result; README.md follows the default one only")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     for field in fields(Settings):
@@ -347,7 +343,7 @@ class Bench:
         }
 
     def base_facts(self) -> dict[str, Any]:
-        weights = ROOT / "lora_kit" / "models" / "kit_base" / "model.safetensors"
+        weights = HERE.parent / "lora_kit" / "models" / "kit_base" / "model.safetensors"
         return {"name": "kit-base", "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
 
 
@@ -386,7 +382,7 @@ def command(settings: Settings) -> str:
     """The command that does the same again; the data's folder is the reader's own."""
     changed = {k: v for k, v in asdict(settings).items() if v != getattr(DEFAULTS, k)}
     flags = [f"--{name.replace('_', '-')} {value}" for name, value in changed.items()]
-    return " ".join(["python benchmarks/quality/e2e.py --data FOLDER", *flags])
+    return " ".join(["python -m benchmarks.quality --data FOLDER", *flags])
 
 
 def read(file: Path, limit: int | None) -> list[dict[str, str]]:
@@ -414,7 +410,7 @@ def processor() -> str:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result as Markdown."""
+    """Return the methods side by side, as Markdown."""
     methods = result["methods"]
     full = methods.get("full", {}).get("test", {}).get("perplexity")
     lines = [
@@ -457,15 +453,13 @@ def escaped(text: str) -> str:
     return "".join("\\" + c if c in "\\`*_[]<>|#" else c for c in line) or "(nothing)"
 
 
-def write_table(result: Mapping[str, Any]) -> None:
-    """Put the result between the marks in README.md."""
+def page(result: Mapping[str, Any]) -> str:
+    """Return the result as Markdown."""
     settings, made = result["settings"], result["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     rows = {split: facts["rows"] for split, facts in result["data"].items()}
     device = made.get("gpu") or f"{made['cpu']}, {made['threads']} threads"
-    body = f"""{table(result)}
-
-`{result["command"]}`
+    return f"""{table(result)}
 
 {settings["steps"]:,} steps of {settings["batch"]} rows for each method; learning rates tried with
 {settings["search_steps"]:,} steps each; {rows["train"]:,} / {rows["valid"]:,} / {rows["test"]:,} rows;
@@ -475,11 +469,6 @@ BLEU: sacreBLEU, {next(iter(result["methods"].values()))["bleu"]["signature"]}.
 
 {samples_table(result)}
 """
-    text = README.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    README.write_text(f"{before}{BEGIN}\n{body}{END}{after}", encoding="utf-8")
-    say(f"wrote {README}")
 
 
 def say(line: str) -> None:

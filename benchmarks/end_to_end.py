@@ -2,7 +2,7 @@
 
 Both read the same rows of prompts and completions, of lengths from 24 to 320 tokens and in the same order, train an
 adapter of rank 16 on all linears of a Llama of 8 layers of width 512 from the same A and B, and save it. Each training
-is a process of its own. The loss of every step is compared with TRL's before anything is told.
+is a process of its own. The loss of every step is compared with TRL's before anything is reported.
 
 Tokens per second are those of the training itself, padding left out. Seconds are of the whole job, from the rows to the
 adapter on disk, without imports and loading the model. Memory is the highest of the whole job above what the loaded
@@ -42,7 +42,7 @@ class Setting:
         vocabulary: tokens of the model: kit-base's tokenizer, or `LARGE` for one token per word.
         single: batches of one row, eight accumulated for a step: no padding, in either library.
         defaults: each library's own for what is not said: TRL checkpoints activations and computes in bf16.
-        steps: of the optimiser.
+        steps: of the optimizer.
     """
 
     dtype: str = "fp32"
@@ -216,7 +216,7 @@ def once(case: str, setting: Setting, place: Path) -> dict[str, Any]:
 
 
 def compared(setting: Setting, effort: Effort) -> dict[str, Any]:
-    """Both in turn, each round in the other order. A round takes a minute or more: three of them at the most."""
+    """Both in turn, each round in the other order. A round takes a minute or more: three of them at most."""
     runs: dict[str, list[dict[str, Any]]] = {case: [] for case in CASES}
     with tempfile.TemporaryDirectory() as place:
         prepare(setting, Path(place))

@@ -1,6 +1,6 @@
-"""What does training on a quantised base cost, beside the same base in 16 bits?
+"""What does training on a quantized base cost, beside the same base in 16 bits?
 
-A Llama with random weights, loaded in bf16 and quantised by bitsandbytes while it is loaded; an adapter of rank 16 on
+A Llama with random weights, loaded in bf16 and quantized by bitsandbytes while it is loaded; an adapter of rank 16 on
 all linears; steps of AdamW on 2 × 128 tokens, without gradient checkpointing. lora_kit and PEFT train the same
 adapter on the same base, each case in a process of its own with one thread. Memory is anonymous memory in use above
 what the imports take; the weights are copied out of their mapped file, so that they count. The losses must be the
@@ -23,7 +23,7 @@ import torch
 
 import lora_kit as lk
 from benchmarks.harness import MEMORY_IN_USE, Effort, Row, in_own_process, table
-from benchmarks.merge.merge import anonymous, anonymous_peak
+from benchmarks.merge import anonymous, anonymous_peak
 from benchmarks.models import adapters, llama, lora, token_ids
 
 CASES: Final = ("lora_kit", "peft")

@@ -4,8 +4,8 @@ A pretrained BERT learns to classify: features (a head on the frozen body), LoRA
 fine-tuning, each by lora_kit and by PEFT (by transformers alone where nothing is adapted). What makes the comparison
 fair, and what its numbers are not, stands in README.md.
 
-    python -m benchmarks.encoder.encoder --data FOLDER --encoder FOLDER    # banking77/train.jsonl, test.jsonl and so on
-    python -m benchmarks.encoder.encoder --data FOLDER --encoder FOLDER --collect    # the result of what is finished
+    python -m benchmarks.encoder --data FOLDER --encoder FOLDER    # banking77/train.jsonl, test.jsonl and so on
+    python -m benchmarks.encoder --data FOLDER --encoder FOLDER --collect    # the result of what is finished
 
 Whatever is finished is kept in the work folder, under a key of everything that decides it, and is not done again.
 """
@@ -32,12 +32,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-from benchmarks.encoder import sides
-from benchmarks.encoder.sides import Trained, Training
-from benchmarks.harness import environment, fill, quiet, ratio, table, timings
+from benchmarks import encoder_sides as sides
+from benchmarks.encoder_sides import Trained, Training
+from benchmarks.harness import README, RESULTS, WORK, environment, fill, quiet, ratio, table, timings
 
-HERE: Final = Path(__file__).resolve().parent
-RESULT: Final = HERE.parent / "results" / "encoder.json"
+RESULT: Final = RESULTS / "encoder.json"
 
 
 @dataclass(frozen=True, order=True)
@@ -75,7 +74,7 @@ class Settings:
         held: rows of the training set that judge such a run.
         agree: steps over which losses are compared, in fp32 and without dropout.
         rounds, turn: of the timing, and steps in a turn.
-        limit: rows of the training and of the test set at the most; 0 for all.
+        limit: rows of the training and of the test set at most; 0 for all.
         seed: of the search, and the first of the runs that are judged by the test set.
     """
 
@@ -288,7 +287,7 @@ def digest(data: bytes) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parsed(argv)
     if arguments.table:
-        fill(HERE / "README.md", page(json.loads(arguments.out.read_text(encoding="utf-8"))))
+        fill(README, page(json.loads(arguments.out.read_text(encoding="utf-8"))), mark="encoder")
         return
     quiet()
     settings = Settings(limit=arguments.limit)
@@ -303,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.out.write_text(text + "\n", encoding="utf-8")
     say(f"wrote {arguments.out}")
     if arguments.out.resolve() == RESULT:
-        fill(HERE / "README.md", page(json.loads(RESULT.read_text(encoding="utf-8"))))
+        fill(README, page(json.loads(RESULT.read_text(encoding="utf-8"))), mark="encoder")
 
 
 HOW: Final = {
@@ -321,7 +320,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--encoder", type=Path, metavar="FOLDER", help="a BERT as save_pretrained writes it")
     parser.add_argument("--sets", nargs="+", choices=list(EPOCHS), default=list(EPOCHS))
-    parser.add_argument("--work", type=Path, default=HERE.parent / "work" / "encoder", help="what finished work leaves")
+    parser.add_argument("--work", type=Path, default=WORK / "encoder", help="what finished work leaves")
     parser.add_argument("--out", type=Path, default=RESULT, help="README.md follows the default one only")
     parser.add_argument("--seeds", type=int, default=1, help="runs that the test set judges, of each method and side")
     parser.add_argument("--limit", type=int, default=0, help="about so many rows of each split, to try it out")
@@ -362,7 +361,7 @@ def section(name: str, found: Mapping[str, Any]) -> list[str]:
     agreement = found["agreement"]
     if agreement:
         worst = max(each["worst"] for each in agreement.values())
-        told += f" Without dropout the losses of the first steps differ by {worst:.0e} of their value at the most."
+        told += f" Without dropout the losses of the first steps differ by {worst:.0e} of their value at most."
     return [told, table(head, lines)]
 
 

@@ -1,6 +1,6 @@
 """What does a training step cost, beside the frozen base, PEFT and full fine-tuning?
 
-A step is forward, loss and backward; no optimiser. The floor is the frozen base: forward, loss, and the gradient to its
+A step is forward, loss and backward; no optimizer. The floor is the frozen base: forward, loss, and the gradient to its
 input. Before anything is timed, lora_kit's loss and the gradients of its adapter are compared with PEFT's. The case
 "peft, adopted" is the PeftModel after `lk.adopt`.
 """

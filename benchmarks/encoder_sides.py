@@ -159,7 +159,7 @@ def theirs(task: Training, out: Path) -> Trained:
 
 
 def with_two_rates(model: Any, args: transformers.TrainingArguments, head: float) -> torch.optim.Optimizer:
-    """The optimiser that transformers.Trainer would make (there is no weight decay), the head in a group of its own."""
+    """The optimizer that transformers.Trainer would make (there is no weight decay), the head in a group of its own."""
     kind, settings = transformers.Trainer.get_optimizer_cls_and_kwargs(args)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     of_head = [parameter for name, parameter in trained if HEAD in name.split(".")]

@@ -1,4 +1,4 @@
-"""The pages and plots, made from the results: nothing here measures, and no number of a page is typed."""
+"""The generated parts of the READMEs and the plots, from the results: nothing here measures, no number is typed."""
 
 from __future__ import annotations
 
@@ -8,60 +8,67 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from benchmarks.harness import RESULTS, filled, quartiles, ratio, read, table
-from benchmarks.training.training import Setting
+from benchmarks.harness import HERE, README, RESULTS, quartiles, ratio, read, replace_marked, table
+from benchmarks.training_step import Setting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SUITES: Final = ("training", "inference", "counts", "control", "merge", "algebra", "job", "quantized")
-_HERE: Final = Path(__file__).resolve().parent
+SUITES: Final = (
+    "training_step",
+    "inference",
+    "op_counts",
+    "load_and_swap",
+    "merge",
+    "resize",
+    "end_to_end",
+    "quantized",
+)
+"""What `python -m benchmarks` measures; the other questions have commands of their own."""
 _COLORS: Final = {"lora_kit": "tab:green", "peft": "tab:orange", "full fine-tuning": "0.6"}
 
 
 def suite(name: str) -> Any:
-    """The module of a suite: `rows()` measures, `page(results)` tells."""
-    return importlib.import_module(f"benchmarks.{name}.{name}")
+    """Return the module of a suite: its `rows()` measure, its `page(rows)` is the tables of its section."""
+    return importlib.import_module(f"benchmarks.{name}")
 
 
 def write_all() -> None:
     """Every page and plot whose result is there."""
     rows = {name: read(name).get("rows", {}) for name in SUITES}
-    if rows["training"] and rows["inference"]:
-        draw_ratios({**rows["training"], **rows["inference"]}, RESULTS / "ratios.svg")
-    if loads := _loads(rows["control"]):
+    if rows["training_step"] and rows["inference"]:
+        draw_ratios({**rows["training_step"], **rows["inference"]}, RESULTS / "ratios.svg")
+    if loads := _loads(rows["load_and_swap"]):
         draw_loads(loads["load_ms"], RESULTS / "loads.svg")
     for file, text in pages().items():
         file.write_text(text, encoding="utf-8")
 
 
 def pages() -> dict[Path, str]:
-    """What the pages say: one per suite, the table of `benchmarks/README.md`, a paragraph of the repository's README.
+    """Return `benchmarks/README.md` and the repository's README with everything in them that is generated.
 
     Raises:
         ValueError: a page has no marks for what belongs into it.
     """
     results = {name: read(name) for name in SUITES}
     rows = {name: result.get("rows", {}) for name, result in results.items()}
-    found = {_HERE / name / "README.md": page(name, result) for name, result in results.items() if result}
-    found[_HERE / "README.md"] = filled(_HERE / "README.md", headline(rows))
+    text = replace_marked(README.read_text(encoding="utf-8"), headline(rows), mark="table")
+    for name, result in results.items():
+        if result:
+            text = replace_marked(text, section(name, result), mark=name)
+    found = {README: text}
     if all(rows.values()):
-        found[_HERE.parent / "README.md"] = filled(_HERE.parent / "README.md", prose(rows), mark="speed")
+        front = HERE.parent / "README.md"
+        found[front] = replace_marked(front.read_text(encoding="utf-8"), speed(rows), mark="speed")
     return found
 
 
-def page(name: str, result: Mapping[str, Any]) -> str:
-    """A suite's page: its question, how to ask it, the tables, and where they were made."""
+def section(name: str, result: Mapping[str, Any]) -> str:
+    """Return a suite's section: its question, how it is answered, the command, the tables, and where they were made."""
     module = suite(name)
     question, _, method = (module.__doc__ or "").strip().partition("\n\n")
-    parts = [
-        f"# {question}",
-        method,
-        f"    python -m benchmarks {name} --write",
-        module.page(result["rows"]),
-        made(result),
-    ]
-    return "\n\n".join(parts) + "\n"
+    command = f"    python -m benchmarks {name} --write"
+    return "\n\n".join([f"## {question}", method, command, module.page(result["rows"]), made(result)])
 
 
 def made(result: Mapping[str, Any]) -> str:
@@ -78,9 +85,9 @@ def headline(rows: Mapping[str, Mapping[str, Any]]) -> str:
         for label, row in suite(name).rows().items():
             if row.aim and label in rows[name]:
                 lines.append([label, *_cells(rows[name][label]), f"≤ {row.aim:g}"])
-    if loads := _loads(rows["control"]):
+    if loads := _loads(rows["load_and_swap"]):
         lines += [_swap_line(loads["swap_us"]), _load_line(loads["load_ms"])]
-    lines += [_job_line(label, row["ratios"]) for label, row in rows["job"].items()]
+    lines += [_job_line(label, row["ratios"]) for label, row in rows["end_to_end"].items()]
     return table(["work", "floor", "lora_kit", "peft", "aim"], lines)
 
 
@@ -110,61 +117,74 @@ def _load_line(load_ms: Mapping[str, Sequence[float]]) -> list[str]:
     return [f"load one more, the 2nd–9th → the last 8 of {count}", "–", *cells, "flat"]
 
 
-def prose(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """What the repository's README says about speed."""
-    loads, start = _loads(rows["control"]), rows["control"]["start"]
-    most = max(loads["swap_us"]["lora_kit"], key=int)
-    own_swap, other_swap = (loads["swap_us"][case][most][1] for case in ("lora_kit", "peft"))
-    own, other = (_early_late(loads["load_ms"][case]) for case in ("lora_kit", "peft"))
-
-    def times(suite_name: str, label: str) -> str:
-        timings = rows[suite_name][label]["timings"]
-        return f"{timings['lora_kit']['ratio']:.2f} × (PEFT: {timings['peft']['ratio']:.2f})"
-
-    fp32, bf16, dora = Setting("fp32").label, Setting("bf16").label, Setting("fp32", variant="DoRA").label
-    made_on = read("training")
+def speed(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return what the repository's README says about speed: a line on the conditions and a short table."""
+    made_on = read("training_step")
     machine, peft = made_on["machine"], made_on["versions"]["peft"]
-    sentences = [
-        f"On {machine['device']} with {machine['threads']} threads, PEFT {peft} beside it in the same run",
-        "([benchmarks](benchmarks/)), medians: of the frozen base's time a training step takes",
-        f"{times('training', f'training step, {fp32}')} in fp32",
-        f"and {times('training', f'training step, {bf16}')} in bf16; decoding a batch of 8 with 8 different",
-        f"adapters {times('inference', 'decode 8 adapters in 8 rows, fp32')}, of 32 with 32",
-        f"{times('inference', 'decode 32 adapters in 32 rows, fp32')},",
-        f"a prefill of 8 × 64 tokens with 8 adapters {times('inference', 'prefill 8 adapters in 8 rows, fp32')}.",
-        f"A DoRA's training step takes {times('training', f'training step, {dora}')}, decoding with one",
-        f"{times('inference', 'decode 1 adapter in 8 rows, fp32, DoRA')}.",
-        _jobs(rows["job"]),
-        f"With {most} adapters loaded in 224 layers a swap takes {own_swap:.1f} µs (PEFT: {other_swap / 1e3:.0f} ms);",
-        f"loading one more takes {own[0]:.0f} ms at the beginning and {own[1]:.0f} ms at the end",
-        f"(PEFT: {other[0]:.0f} and {other[1]:.0f} ms).",
-        _merge(rows["merge"]),
-        f"`import lora_kit` takes {start['import_ms']['lora_kit'][1]:.0f} ms beyond torch,",
-        f"`lora-kit --help` {start['timings']['lora-kit --help']['median']:.2f} s.",
-    ]
-    return textwrap.fill(" ".join(sentences), 120, break_long_words=False, break_on_hyphens=False)
-
-
-def _jobs(rows: Mapping[str, Any]) -> str:
-    """What whole trainings cost, over all settings."""
-    speeds, shares = (sorted(row["ratios"][key][1] for row in rows.values()) for key in ("speed", "bytes"))
-    return (
-        f"Whole trainings in {len(rows)} settings run at {speeds[0]:.2f} to {speeds[-1]:.2f} × the tokens/s of TRL "
-        f"with PEFT, in {shares[0]:.2f} to {shares[-1]:.2f} × its memory above the loaded model, with the same losses."
+    conditions = (
+        f"Medians on {machine['device']} with {machine['threads']} threads, PEFT {peft} beside it in the same run "
+        "([benchmarks](benchmarks/README.md)); × is the time over that of the frozen base without adapters, "
+        "unless another peer is named."
     )
+    lines = [
+        *_ratio_lines(rows),
+        *_load_lines(_loads(rows["load_and_swap"])),
+        _merge_line(rows["merge"]),
+        _jobs_line(rows["end_to_end"]),
+        _start_line(rows["load_and_swap"]["start"]),
+    ]
+    return f"{textwrap.fill(conditions, 120)}\n\n{table(['work', 'lora_kit', 'PEFT'], lines)}"
 
 
-def _merge(rows: Mapping[str, Any]) -> str:
-    """What the largest merge costs."""
+def _ratio_lines(rows: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Return the rows whose time is divided by that of the frozen base."""
+    fp32, bf16, dora = Setting("fp32").label, Setting("bf16").label, Setting("fp32", variant="DoRA").label
+    named = {
+        "training step, fp32": rows["training_step"][f"training step, {fp32}"],
+        "training step, bf16": rows["training_step"][f"training step, {bf16}"],
+        "training step of a DoRA, fp32": rows["training_step"][f"training step, {dora}"],
+        "decoding 8 rows with 8 adapters": rows["inference"]["decode 8 adapters in 8 rows, fp32"],
+        "decoding 32 rows with 32 adapters": rows["inference"]["decode 32 adapters in 32 rows, fp32"],
+        "decoding 8 rows with one DoRA": rows["inference"]["decode 1 adapter in 8 rows, fp32, DoRA"],
+        "prefill of 8 × 64 tokens with 8 adapters": rows["inference"]["prefill 8 adapters in 8 rows, fp32"],
+    }
+    cases = ("lora_kit", "peft")
+    return [[work, *(f"{row['timings'][case]['ratio']:.2f} ×" for case in cases)] for work, row in named.items()]
+
+
+def _load_lines(loads: Mapping[str, Any]) -> list[list[str]]:
+    """Return what a swap and a further load take."""
+    most = max(loads["swap_us"]["lora_kit"], key=int)
+    own, other = (loads["swap_us"][case][most][1] for case in ("lora_kit", "peft"))
+    cells = ["{:,.0f} → {:,.0f} ms".format(*_early_late(loads["load_ms"][case])) for case in ("lora_kit", "peft")]
+    return [
+        [f"swap, {most} adapters in 224 layers", f"{own:.1f} µs", f"{other / 1e3:,.0f} ms"],
+        [f"loading one more, at the beginning → with {most} loaded", *cells],
+    ]
+
+
+def _merge_line(rows: Mapping[str, Any]) -> list[str]:
+    """Return what the largest merge takes, divided by a copy of the folder; PEFT does not check what it wrote."""
     label, row = list(rows.items())[-1]
     own, other = (
-        f"{row['timings'][case]['ratio']:.2f} × and {row['bytes'][case] / 1e6:,.0f} MB of memory"
-        for case in ("lora_kit", "peft")
+        f"{row['timings'][case]['ratio']:.2f} ×, {row['bytes'][case] / 1e6:,.0f} MB" for case in ("lora_kit", "peft")
     )
-    return (
-        f"Of the time of copying and hashing the files, a merge into {label.removeprefix('merge, ')} takes {own} "
-        f"(PEFT, which does not check what it wrote: {other})."
-    )
+    work = f"merge into {label.removeprefix('merge, ')}, beside copying and hashing them; memory"
+    return [work, f"{own}, verified", f"{other}, not verified"]
+
+
+def _jobs_line(rows: Mapping[str, Any]) -> list[str]:
+    """Return what whole trainings take beside TRL, over all settings."""
+    speeds, shares = (sorted(row["ratios"][key][1] for row in rows.values()) for key in ("speed", "bytes"))
+    own = f"{speeds[0]:.2f}–{speeds[-1]:.2f} × the tokens/s, {shares[0]:.2f}–{shares[-1]:.2f} × the memory"
+    return [f"whole trainings in {len(rows)} settings with the same losses, beside TRL with PEFT", own, "1"]
+
+
+def _start_line(start: Mapping[str, Any]) -> list[str]:
+    """Return what starting takes."""
+    own = f"{start['import_ms']['lora_kit'][1]:.0f} ms; {start['timings']['lora-kit --help']['median']:.2f} s"
+    peft = f"{start['import_ms']['peft'][1]:,.0f} ms; –"
+    return ["import beyond torch; `lora-kit --help`", own, peft]
 
 
 def _job_line(label: str, ratios: Mapping[str, Sequence[float]]) -> list[str]:

@@ -1,11 +1,11 @@
-"""Does it pay to start an adapter's pairs from the weights, or from the data?
+"""Does it pay to initialize LoRA weights from the base's weights, or from the data?
 
-The embedded base learns E2E NLG for a few steps with pairs that begin as LoRA's do (Kaiming or normal), as PiSSA's and
-OLoRA's, or, made here and nowhere in the library, as EVA's (from what the layers are given) and LoRA-GA's (from the
-first gradient). What makes the comparison fair, and what its numbers are not, stands in README.md.
+The embedded base learns E2E NLG for a few steps with LoRA weights initialized as LoRA does it (Kaiming or normal), as
+PiSSA and OLoRA do, or, made here and nowhere in the library, as EVA (from the layers' inputs) and LoRA-GA (from the
+first gradient) do. What makes the comparison fair, and what its numbers are not, stands in README.md.
 
-    python -m benchmarks.starts.starts --data FOLDER     # train.jsonl and valid.jsonl with prompt and completion
-    python -m benchmarks.starts.starts --table           # README.md from the result, nothing else
+    python -m benchmarks.initialization --data FOLDER     # train.jsonl and valid.jsonl with prompt and completion
+    python -m benchmarks.initialization --table           # README.md from the result, nothing else
 """
 
 from __future__ import annotations
@@ -30,15 +30,14 @@ import torch
 from torch import Tensor
 
 import lora_kit as lk
-from benchmarks.harness import environment, fill, quiet, table
+from benchmarks.harness import README, RESULTS, WORK, environment, fill, quiet, table
 from lora_kit.data.batches import Collator, EncodedDataset
 from lora_kit.data.encode import encode
 from lora_kit.data.rows import Rows, read_rows
 from lora_kit.evaluation.measure import measure
 
-HERE: Final = Path(__file__).resolve().parent
-RESULT: Final = HERE.parent / "results" / "starts.json"
-WORK: Final = HERE.parent / "work" / "starts.json"
+RESULT: Final = RESULTS / "initialization.json"
+FINISHED: Final = WORK / "initialization.json"
 """Finished runs, so that one that was stopped goes on."""
 RATES: Final = (3e-3, 1e-2, 3e-2)
 FACTOR: Final = 3.0
@@ -56,7 +55,7 @@ class Settings:
 
     Attributes:
         steps: of a run, the first tenth of them to warm up.
-        batch: rows in a step. length: tokens of a row at the most; longer ones are left out.
+        batch: rows in a step. length: tokens of a row at most; longer ones are left out.
         r, lora_alpha: of every linear layer of the decoder.
         chosen_by, judged_by: validation rows that choose a learning rate, and others that judge it.
         seeds: of the runs that are judged; rates are chosen with another.
@@ -105,12 +104,12 @@ class Bench:
 
     def once(self, name: str, rate: float, *, seed: int, judges: EncodedDataset) -> float:
         """What a run came to, from the work folder where it was finished before."""
-        finished = json.loads(WORK.read_text(encoding="utf-8")) if WORK.exists() else {}
+        finished = json.loads(FINISHED.read_text(encoding="utf-8")) if FINISHED.exists() else {}
         key = f"{name}, rate {rate:g}, seed {seed}, {self.settings}"
         if key not in finished:
             finished[key] = self.run(name, rate, seed=seed, judges=judges)
-            WORK.parent.mkdir(exist_ok=True)
-            WORK.write_text(json.dumps(finished, indent=1), encoding="utf-8")
+            FINISHED.parent.mkdir(exist_ok=True)
+            FINISHED.write_text(json.dumps(finished, indent=1), encoding="utf-8")
         return float(finished[key])
 
     def run(self, name: str, rate: float, *, seed: int, judges: EncodedDataset) -> float:
@@ -294,7 +293,7 @@ def main() -> None:
         bench = Bench(arguments.data, settings)
         facts = {"settings": asdict(settings), "methods": {name: bench.method(name) for name in arguments.methods}}
         RESULT.write_text(json.dumps({**facts, **environment()}, indent=2) + "\n", encoding="utf-8")
-    fill(HERE / "README.md", page(json.loads(RESULT.read_text(encoding="utf-8"))))
+    fill(README, page(json.loads(RESULT.read_text(encoding="utf-8"))), mark="initialization")
 
 
 if __name__ == "__main__":
