@@ -199,7 +199,7 @@ def test_a_command_stopped_by_a_signal_exits_with_its_code_and_the_same_command_
     assert "the same command goes on from the checkpoint of step 3" in told
     assert "Traceback" not in told
     assert main(["train", str(tmp_path / "recipe.yaml")]) == 0
-    assert "went on from step 3" in " ".join(capsys.readouterr().out.split())
+    assert "continued from step 3" in " ".join(capsys.readouterr().out.split())
     assert results(Path(recipe["out"])) == expected
 
 
