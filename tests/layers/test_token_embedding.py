@@ -27,9 +27,8 @@ from lora_kit.errors import (
 from lora_kit.merging.new_token_rows import TokenReplacement
 from lora_kit.training.recipe.load import load_recipe
 from lora_kit.training.train import train
-from tests.merging import test_merge
-from tests.support import texts, tiny
-from tests.training.test_train import PAIRS, base_of, recipe_of
+from tests.support import merging, texts, tiny
+from tests.support.training import PAIRS, base_of, recipe_of
 
 NEW = [90, 5, 93]
 CLOSE: dict[str, float] = {"rtol": 0.0, "atol": 1e-5}
@@ -467,7 +466,7 @@ def merged_into(folder: Path, out: Path, adapter: Any, **how: Any) -> tuple[Any,
 @pytest.mark.parametrize("make", [tiny.llama, tied, gemma])
 def test_a_merge_of_files_writes_the_rows_and_keeps_what_is_tied(make: Any, tmp_path: Path) -> None:
     model = make()
-    test_merge.base_folder(tmp_path / "base", model)
+    merging.base_folder(tmp_path / "base", model)
     fields = {"trainable_token_indices": {"embed_tokens": NEW, "lm_head": [7]}} if make is tiny.llama else {}
     adapter = adapter_of(model, **fields)
     bank = lk.attach(model, slots=1)

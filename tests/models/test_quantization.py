@@ -21,10 +21,10 @@ from lora_kit.cli.main import main
 from lora_kit.errors import BankError, BaseModelError, ConfigError, MergeError, TargetError
 from lora_kit.generation.generate import generate
 from lora_kit.models.loading import load_base
-from tests.merging.test_merge import adapter_folder, base_folder
-from tests.merging.test_quantized_base import llama
 from tests.support import texts, tiny
-from tests.training.test_train import PAIRS
+from tests.support.merging import adapter_folder, base_folder
+from tests.support.quantized import FIELDS, adam, llama, shaken, trained
+from tests.support.training import PAIRS
 
 KINDS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
@@ -38,7 +38,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "int8": {"load_in_8bit": True},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
-FIELDS: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "gate_proj", "down_proj"]}
 
 
 @pytest.fixture(scope="module")
@@ -77,53 +76,6 @@ def packed(model: nn.Module) -> dict[str, Tensor]:
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def trained(model: Any, optimizer: torch.optim.Optimizer, steps: range) -> Tensor:
-    losses = []
-    for step in steps:
-        inputs = tiny.batch(seed=step % 2)
-        loss = model(**inputs, labels=inputs["input_ids"]).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return torch.tensor(losses)
-
-
-def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-2)
-
-
-def shaken(bank: lk.AdapterBank, name: str) -> None:
-    torch.manual_seed(len(name))
-    with torch.no_grad():
-        for parameter in bank.parameters(name):
-            parameter.add_(0.05 * torch.randn_like(parameter))
-
-
-def swaps_and_rows(model: Any, bank: lk.AdapterBank, base: torch.Tensor) -> tuple[str, str]:
-    """Adapters `a` and `bb` and the base, one after another and as rows of a batch: two cells of a table.
-
-    Args:
-        base: its logits.
-    """
-    alone: dict[str | None, torch.Tensor] = {None: base}
-    for name in ("a", "bb"):
-        shaken(bank, name)
-        bank.use(name)
-        alone[name] = tiny.logits(model, tiny.batch())
-        assert (alone[name] - base).abs().max() > 0.1
-    for name, expected in alone.items():
-        bank.use(name)
-        assert torch.equal(tiny.logits(model, tiny.batch()), expected)
-    order = ["bb", None, "a"]
-    with bank.rows(order):
-        mixed = tiny.logits(model, tiny.batch())
-    # Where activations are rounded to int8 or bf16, the last bit of a float may tip one of them.
-    wanted = torch.stack([alone[name][row] for row, name in enumerate(order)])
-    torch.testing.assert_close(mixed, wanted, rtol=0, atol=1e-2)
-    return "yes", "yes"
 
 
 @every_kind

@@ -35,10 +35,10 @@ from lora_kit.training.recipe.peft_config import UNSUPPORTED_TYPES
 from lora_kit.training.results import TrainReport
 from lora_kit.training.train import train
 from tests.support import texts
-from tests.training.test_oom_retry import narrow
-from tests.training.test_resumable import SignalAt, die_at, killed, long_recipe, results, unbroken
-from tests.training.test_tasks import both
-from tests.training.test_train import LABELLED, PAIRS, At, base_of, recipe_of, same_state, state
+from tests.support.interrupted import SignalAt, die_at, killed, long_recipe, results, unbroken
+from tests.support.memory import narrow
+from tests.support.sequences import both
+from tests.support.training import LABELLED, PAIRS, At, base_of, recipe_of, same_state, state
 
 LEAST: dict[str, Any] = {"base": "kit-base", "data": "train.jsonl", "out": "adapters/x", "method": "peft"}
 PROMPT: dict[str, Any] = {"num_virtual_tokens": 4}
