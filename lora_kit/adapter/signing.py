@@ -6,13 +6,13 @@ file in the folder, made with an elliptic curve key. No network is asked.
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any, Final
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.errors import AdapterError, ConfigError, StorageError, VerificationError
+from lora_kit.io.atomic_write import stage_file
 from lora_kit.io.read import exists
 from lora_kit.io.text import escape_text
 
@@ -43,14 +43,8 @@ def sign(folder: str | Path, *, key: str | Path, replace: bool = False) -> Path:
         raise StorageError(f"{escape_text(folder)} is signed already", hint="replace the signature with --replace")
     config = library.signing.Config().set_hashing_config(_build_hashing_config(library, folder))
     signer = _apply_key(config.use_elliptic_key_signer, key, private_key=Path(key))
-    staging = folder.parent / f".{folder.name}.{SIGNATURE}"
-    try:
+    with stage_file(target) as staging:
         signer.sign(folder, staging)
-        os.replace(staging, target)
-    except OSError as error:
-        raise StorageError(f"{escape_text(target)} cannot be written: {error.strerror}") from error
-    finally:
-        staging.unlink(missing_ok=True)
     return target
 
 
