@@ -27,7 +27,7 @@ from lora_kit.adapter.folder import (
     encode_record,
     is_adapter_folder,
 )
-from lora_kit.adapter.model_card import render_model_card
+from lora_kit.adapter.model_card import render_adapter_card
 from lora_kit.adapter.peft_keys import LoraWeights, TokenEmbeddings, classify_tensors
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import AdapterError, LoraKitError, format_list
@@ -243,7 +243,7 @@ class Adapter:
         contents = dict(files or {})
         check_file_names(contents)
         name = Path(os.path.abspath(folder)).name
-        contents[CARD] = render_model_card(
+        contents[CARD] = render_adapter_card(
             name, self.config, facts.get("metrics"), parameters=self.num_parameters, digest=self.digest
         )
         contents[CONFIG] = encode_config(self.config)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.conversion.convert import read_foreign_adapter as read_foreign
@@ -156,14 +157,23 @@ def summarize_layers(adapter: Adapter) -> tuple[LayerSummary, ...]:
     return tuple(_summarize_layer(path, pair, adapter.config) for path, pair in pairs)
 
 
-def compute_singular_values(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """Those of `B A` in rank space: with `B = Q_b R_b` and `Aᵀ = Q_a R_a` they are the ones of `R_b R_aᵀ`.
+def compute_singular_values(b: Tensor, a: Tensor) -> Tensor:
+    """Return the singular values of `B A`, which are those of its core; see `compute_core`.
 
-    Shapes: b (out, r), a (r, in), of any floating dtype; float64 (min(r, out, in),), falling. The product is never
-    formed, and nothing is squared.
+    Shapes: b (out, r), a (r, in), of any floating dtype; returns float64 (min(r, out, in),), falling.
+    """
+    return torch.linalg.svdvals(compute_core(b, a))
+
+
+def compute_core(b: Tensor, a: Tensor) -> Tensor:
+    """Return `R_b R_aᵀ` of `B = Q_b R_b` and `Aᵀ = Q_a R_a`: it has the singular values and the norm of `B A`.
+
+    The product is never formed, and nothing is squared.
+
+    Shapes: b (out, r), a (r, in), of any floating dtype; returns float64 (min(r, out), min(r, in)).
     """
     b, a = b.detach().double(), a.detach().double()
-    return torch.linalg.svdvals(torch.linalg.qr(b, mode="r").R @ torch.linalg.qr(a.T, mode="r").R.T)
+    return torch.linalg.qr(b, mode="r").R @ torch.linalg.qr(a.T, mode="r").R.T
 
 
 def _summarize_layer(path: str, pair: LoraWeights, config: LoraConfig) -> LayerSummary:

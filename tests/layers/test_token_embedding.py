@@ -544,7 +544,7 @@ def test_inspect_and_the_model_card_say_which_rows_there_are(tmp_path: Path) -> 
     assert found.to_json()["tokens"] == {EMBEDDING: NEW}
     assert list_adapters(tmp_path)[0].targets == ("q_proj", "trainable_token_indices")
     assert found.parameters == 2 * 4 * 64 + 3 * 32
-    assert "| rows of tokens | 90, 5, 93 |" in (tmp_path / "a" / "README.md").read_text()
+    assert "| token embeddings | 90, 5, 93 |" in (tmp_path / "a" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
