@@ -93,7 +93,7 @@ def _estimate_compile_cost(pattern: str) -> int:
     for character in pattern:
         level += {"(": 1, ")": -1}.get(character, 0)
         deepest = max(deepest, level)
-    cost = 2 ** min(deepest, 64)
+    cost = 1 << min(deepest, 64)
     for counts in _COUNTS.findall(pattern):
         cost *= max(int(count[:9] or 1) for count in counts) or 1
         cost = min(cost, 2**64)

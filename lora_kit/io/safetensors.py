@@ -222,7 +222,8 @@ def _check_tensor_header(name: str, fields: JsonObject, source: str) -> _TensorH
         problem = f"has shape {format_value(fields['shape'])}; at most {MAX_DIMENSIONS} dimensions, none of 0, are read"
     if problem:
         raise AdapterError(f"{source}: corrupt: {escape_text(name)} {problem}")
-    return _TensorHeader(*fields["data_offsets"], name, DTYPES[fields["dtype"]], fields["shape"])
+    begin, end = fields["data_offsets"]
+    return _TensorHeader(begin, end, name, DTYPES[fields["dtype"]], fields["shape"])
 
 
 def _view_tensors(payload: memoryview, entries: Sequence[_TensorHeader]) -> dict[str, Tensor]:

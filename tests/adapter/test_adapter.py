@@ -307,7 +307,7 @@ def test_every_misfit_is_in_one_error(tmp_path: Path) -> None:
     assert f"{PATHS[0]}: the config says rank 4, the tensors are A (32, 4) and B (32, 4); A looks transposed" in told
     assert f"{PATHS[1]}: the config says rank 4, the tensors are A (8, 32) and B (32, 4)" in told
     assert "stray is not expected: keys begin with base_model.model." in told
-    assert "model.norm.weight is not expected: neither a pair nor in modules_to_save" in told
+    assert "model.norm.weight is not expected: neither LoRA weights nor in modules_to_save" in told
     assert "model.norm.weight holds NaN" in told
 
 
@@ -332,8 +332,12 @@ def without(*ends: str) -> dict[str, torch.Tensor]:
         (folders.tensors(), {"rank_pattern": {"layers.1.*": 2}}, f"{PATHS[1]}: the config says rank 2"),
         (folders.tensors(), {"use_dora": True}, "a magnitude is missing"),
         (folders.tensors(), {"modules_to_save": ["score"]}, "modules_to_save names score"),
-        (folders.tensors(), {"target_modules": [], "modules_to_save": ["q_proj"]}, "of which the file holds nothing"),
-        ({PREFIX + "score.weight": torch.ones(2, 2)}, {"modules_to_save": ["score"]}, "holds no pair"),
+        (
+            folders.tensors(),
+            {"target_modules": [], "modules_to_save": ["q_proj"]},
+            "but the file holds no tensor of it",
+        ),
+        ({PREFIX + "score.weight": torch.ones(2, 2)}, {"modules_to_save": ["score"]}, "holds no LoRA weights"),
         (changed(**{A0: torch.randn(4)}), {}, "are not matrices"),
         (changed(**{A0: torch.randn(4, 2, 2, 2)}), {}, "are not matrices"),
         (changed(**{A0: torch.tensor(1.0)}), {}, "are not matrices"),

@@ -401,7 +401,7 @@ def test_files_whose_rows_do_not_fit_are_refused_and_the_bank_is_as_it_was() -> 
 
     own = dict(adapter.tensors)
     without = {name: tensor for name, tensor in own.items() if name != key}
-    assert "the file holds no rows" in told(without)
+    assert "the file holds no token embeddings" in told(without)
     assert "rows (2, 32) for 3 tokens" in told({**own, key: own[key][:2]})
     assert "rows (32,) for 3 tokens" in told({**own, key: own[key][0]})
     assert "rows of 16 features for a table of 32" in told({**own, key: own[key][:, :16]})
