@@ -400,7 +400,7 @@ def test_files_whose_rows_do_not_fit_are_refused_and_the_bank_is_as_it_was() -> 
 
     own = dict(adapter.tensors)
     without = {name: tensor for name, tensor in own.items() if name != key}
-    assert "the file holds no rows" in told(without)
+    assert "the file holds no token embeddings" in told(without)
     assert "rows (2, 32) for 3 tokens" in told({**own, key: own[key][:2]})
     assert "rows (32,) for 3 tokens" in told({**own, key: own[key][0]})
     assert "rows of 16 features for a table of 32" in told({**own, key: own[key][:, :16]})
@@ -543,7 +543,7 @@ def test_inspect_and_the_model_card_say_which_rows_there_are(tmp_path: Path) -> 
     assert found.to_json()["tokens"] == {EMBEDDING: NEW}
     assert list_adapters(tmp_path)[0].targets == ("q_proj", "trainable_token_indices")
     assert found.parameters == 2 * 4 * 64 + 3 * 32
-    assert "| rows of tokens | 90, 5, 93 |" in (tmp_path / "a" / "README.md").read_text()
+    assert "| token embeddings | 90, 5, 93 |" in (tmp_path / "a" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ import argparse
 import json
 import lzma
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -27,6 +26,8 @@ import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lora_kit.io.atomic_write import stage_file
 
 SEPARATOR = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -215,9 +216,9 @@ def bits_per_byte(
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    """Write the state of an unfinished training all or nothing."""
+    with stage_file(path) as staging:
+        torch.save(state, staging)
 
 
 def train(
