@@ -22,6 +22,7 @@ PACKAGE = ROOT / "lora_kit"
 ROOMS = [
     "version",
     "errors",
+    "names",
     "io",
     "config",
     "torch_utils",

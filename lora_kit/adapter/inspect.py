@@ -14,9 +14,10 @@ from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.conversion.convert import read_foreign_adapter as read_foreign
 from lora_kit.adapter.folder import RECORD
 from lora_kit.adapter.peft_keys import LoraWeights
-from lora_kit.adapter.store import STORE, _natural_sort_key, find_adapter, sum_file_sizes, to_json_value
+from lora_kit.adapter.store import _natural_sort_key, find_adapter, sum_file_sizes, to_json_value
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import AdapterError, ConfigError, LoraKitError
+from lora_kit.names import DEFAULT_STORE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,7 @@ class Inspection:
         return {**to_json_value(self), "config": self.config.to_dict(), "norm": self.norm}
 
 
-def inspect(adapter: str | Path, *, store: str | Path = STORE) -> Inspection:
+def inspect(adapter: str | Path, *, store: str | Path = DEFAULT_STORE) -> Inspection:
     """What an adapter is made of; it is read strictly, as loading it would.
 
     What another tool wrote in a way that is not loaded as it is, is explained as `lora_kit.adapter.conversion`

@@ -7,16 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.folder import CONFIG, OLD_WEIGHTS, WEIGHTS
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import AdapterError, ConfigError, LoraKitError, UnknownAdapterError, format_list, suggest_nearest
-
-STORE: Final = Path("adapters")
-"""Where adapters are looked up by name: one folder per task, in the working directory."""
-KIT_BASE: Final = "kit-base"
+from lora_kit.names import DEFAULT_STORE, KIT_BASE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +46,7 @@ class AdapterSummary:
         return to_json_value(self)
 
 
-def list_adapters(store: str | Path = STORE) -> list[AdapterSummary]:
+def list_adapters(store: str | Path = DEFAULT_STORE) -> list[AdapterSummary]:
     """Every adapter folder of a store by name, broken ones too, with the reason in `problem`.
 
     A folder counts as an adapter when it holds an adapter's config or weights; other folders and files are passed over.
@@ -63,7 +60,7 @@ def list_adapters(store: str | Path = STORE) -> list[AdapterSummary]:
     return [_summarize_adapter(folder) for folder in sorted(store.iterdir()) if _has_adapter_files(folder)]
 
 
-def find_adapter(adapter: str | Path, *, store: str | Path = STORE) -> Path:
+def find_adapter(adapter: str | Path, *, store: str | Path = DEFAULT_STORE) -> Path:
     """The folder of an adapter given as a folder, or by its name in the store.
 
     Raises:
@@ -81,7 +78,7 @@ def find_adapter(adapter: str | Path, *, store: str | Path = STORE) -> Path:
     raise error
 
 
-def infer_base(adapters: Sequence[str | Path], *, store: str | Path = STORE) -> str:
+def infer_base(adapters: Sequence[str | Path], *, store: str | Path = DEFAULT_STORE) -> str:
     """The base to use where none is given: `kit-base`, if that is what every adapter was made for.
 
     Any other name in an adapter's config was written by whoever made it: it is shown, never loaded by itself.

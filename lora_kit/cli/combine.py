@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from lora_kit.cli.app import DEFAULT_STORE, Adapters, AsJson, Replace, Store, app, check_adapter_output
+from lora_kit.cli.app import Adapters, AsJson, Replace, Store, app, check_adapter_output
 from lora_kit.cli.output import format_size, print_json, print_table
 from lora_kit.errors import ConfigError
+from lora_kit.names import DEFAULT_STORE
 
 if TYPE_CHECKING:
     from lora_kit.adapter.adapter import Adapter

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_kit.cli.app import DEFAULT_STORE, AsJson, Replace, Store, app, check_adapter_output
+from lora_kit.cli.app import AsJson, Replace, Store, app, check_adapter_output
+from lora_kit.names import DEFAULT_STORE
 
 if TYPE_CHECKING:
     pass

@@ -22,8 +22,9 @@ from lora_kit.demo.demo_results import Agreement, Merged, Mixed, MixedRow, Swaps
 from lora_kit.demo.demo_tasks import TASKS, Split, Task
 from lora_kit.merging.merge import merge
 from lora_kit.models.loading import Base, load_base
-from lora_kit.models.locate import KIT_BASE, silence_libraries
 from lora_kit.models.prompt_tokens import render_prompt, tokenize_prompt
+from lora_kit.models.silence import silence_libraries
+from lora_kit.names import KIT_BASE
 from lora_kit.training.recipe.recipe import DataSpec, Recipe
 from lora_kit.training.results import TrainReport
 from lora_kit.training.train import train

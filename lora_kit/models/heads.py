@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from lora_kit.errors import BaseModelError, format_list
+from lora_kit.models.tasks import LABEL_TASKS
 
 logger = logging.getLogger(__name__)
 
@@ -21,8 +22,6 @@ _HEAD_NAMES: Final = (
     "logits_proj",
 )
 """What the modules of a classification head are called at the top of transformers' models."""
-LABEL_TASKS: Final = ("classify", "tokens")
-"""Tasks whose labels have names, and whose head a checkpoint need not have."""
 
 
 def check_loading_info(source: str, task: str, info: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from lora_kit.merging.merge import merge
 from lora_kit.merging.planned_tensors import MergePlan, PlannedTensor
 from lora_kit.merging.verification import logits
 from lora_kit.merging.writing import fold_blocks
-from lora_kit.models.locate import silence_libraries
+from lora_kit.models.silence import silence_libraries
 from tests.merging import test_merge
 from tests.merging.test_merge_families import tiny as family_of
 from tests.merging.test_writer import changed, edited, refused, stored

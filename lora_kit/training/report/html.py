@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from lora_kit.models.tasks import CAUSAL_LM, GENERATIVE_TASKS
 from lora_kit.training.report.peft_card import write_peft_loading_code
 from lora_kit.training.report.plots import Curve, Mark, chart
 from lora_kit.training.report.samples import AnsweredSample
@@ -183,7 +184,7 @@ def _render_loading(report: TrainReport, labels: int) -> str:
 
 def _write_adapter_loading(report: TrainReport, labels: int) -> tuple[str, str]:
     recipe, out = report.recipe, str(report.out)
-    task = "" if recipe.task == "causal-lm" else f", task={recipe.task!r}"
+    task = "" if recipe.task == CAUSAL_LM else f", task={recipe.task!r}"
     task += f", num_labels={labels}" if labels else ""
     python = (
         f"import lora_kit as lk\n\nbase = lk.load_base({recipe.base!r}{task})\nbank = lk.attach(base.model)\n"
@@ -201,9 +202,9 @@ def _write_peft_loading(report: TrainReport, labels: int) -> tuple[str]:
 
 def _write_model_loading(report: TrainReport, labels: int) -> tuple[str, str]:
     recipe, out = report.recipe, str(report.out)
-    task = "" if recipe.task == "causal-lm" else f", task={recipe.task!r}"
+    task = "" if recipe.task == CAUSAL_LM else f", task={recipe.task!r}"
     python = f"import lora_kit as lk\n\nbase = lk.load_base({out!r}{task})    # base.model, base.tokenizer"
-    verb = "generate --prompt '…'" if recipe.task in ("causal-lm", "seq2seq") else "eval --data rows.jsonl"
+    verb = "generate --prompt '…'" if recipe.task in GENERATIVE_TASKS else "eval --data rows.jsonl"
     return python, f"lora-kit {verb} --base {shlex.quote(out)}"
 
 

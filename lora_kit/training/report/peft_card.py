@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 from lora_kit.io.text import escape_text
-
-_CLASSES: Final[Mapping[str, str]] = {
-    "causal-lm": "AutoModelForCausalLM",
-    "classify": "AutoModelForSequenceClassification",
-    "tokens": "AutoModelForTokenClassification",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-}
+from lora_kit.models.tasks import CAUSAL_LM
 
 
 def write_peft_loading_code(base: str, folder: str, *, task: str, labels: int) -> str:
@@ -22,7 +16,7 @@ def write_peft_loading_code(base: str, folder: str, *, task: str, labels: int) -
     Args:
         labels: how many there are, where the task has some.
     """
-    task = "" if task == "causal-lm" else f", task={task!r}"
+    task = "" if task == CAUSAL_LM else f", task={task!r}"
     task += f", num_labels={labels}" if labels else ""
     return (
         f"import lora_kit as lk\nfrom peft import PeftModel\n\nbase = lk.load_base({base!r}{task})\n"
