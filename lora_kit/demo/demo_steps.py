@@ -116,7 +116,7 @@ def answer(base: Base, prompts: Sequence[str]) -> list[str]:
 def batch(base: Base, prompts: Sequence[str]) -> dict[str, Tensor]:
     """Prompts as training saw them, padded on the left: `input_ids` and `attention_mask`, int64 (prompts, longest)."""
     rows = [tokenize_prompt(base.tokenizer, render_prompt(prompt)) for prompt in prompts]
-    longest, pad = max(map(len, rows)), base.tokenizer.pad_token_id
+    longest, pad = max(map(len, rows)), base.pad_token_id
     ids = [[pad] * (longest - len(row)) + row for row in rows]
     mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
     return {

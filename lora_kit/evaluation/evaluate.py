@@ -213,7 +213,7 @@ class _EvalRun:
     ) -> None:
         self._plan, self._bank, self._batch_size, self._on_progress = plan, bank, batch_size, on_progress
         self._done: Counter[str] = Counter()
-        self._collator = Collator(plan.base.tokenizer.pad_token_id, plan.base.decoder_inputs)
+        self._collator = Collator(plan.base.pad_token_id, plan.base.decoder_inputs)
 
     def results(self, values: Mapping[str, Adapter | None]) -> dict[str, Result]:
         passes = {label: self._run_samples(label, each) for label, each in self._plan.samples.items()}

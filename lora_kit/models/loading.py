@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class Base:
         task: one of `TASKS`.
     """
 
-    model: Any
+    model: Any  # transformers does not declare what it adds to its models: generate, labels of a config, …
     tokenizer: Tokenizer
     name: str
     task: str = CAUSAL_LM
@@ -65,6 +65,13 @@ class Base:
     def device(self) -> torch.device:
         """Device of the model's first parameter."""
         return next(self.model.parameters()).device
+
+    @property
+    def pad_token_id(self) -> int:
+        """Id of the pad token, which every base has once it is loaded."""
+        pad = self.tokenizer.pad_token_id
+        assert pad is not None, "load_base sets a pad token"
+        return pad
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what distinguishes this base from others; see `lora_kit.targets.fingerprint`."""
@@ -177,7 +184,7 @@ def _max_length_of(config: PretrainedConfig, tokenizer: Tokenizer) -> int:
 def _check_one_of(name: str, value: str | None, known: Sequence[str]) -> None:
     if value is not None and value not in known:
         hint = suggest_nearest(str(value), known) or f"known: {format_list(known)}"
-        raise BaseModelError(f"{name} {value!r} is unknown", hint=hint)
+        raise BaseModelError(f"{name} {value!r} is not known", hint=hint)
 
 
 def _resolve_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
@@ -190,7 +197,7 @@ def _resolve_device(device: str | torch.device | None) -> torch.device:
     try:
         torch_device = torch.device(device)
     except RuntimeError:
-        raise BaseModelError(f"device {device!r} is unknown", hint="give cpu, cuda or cuda:0") from None
+        raise BaseModelError(f"device {device!r} is not known", hint="give cpu, cuda or cuda:0") from None
     if torch_device.type == "cuda" and not torch.cuda.is_available():
         raise BaseModelError(f"device {device!r} was given, but torch finds no CUDA device", hint="use cpu")
     return torch_device
@@ -227,7 +234,7 @@ def _load_tokenizer(source: BaseSource, config: PretrainedConfig) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             source.location, config=config, local_files_only=source.local_files_only, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
@@ -236,7 +243,7 @@ def _load_tokenizer(source: BaseSource, config: PretrainedConfig) -> Tokenizer:
         raise BaseModelError(
             f"{source.location}: no tokenizer that can be read", hint="a base needs tokenizer.json beside its weights"
         ) from error
-    return tokenizer
+    return cast("Tokenizer", tokenizer)  # transformers declares the special tokens only at run time
 
 
 def _load_model(

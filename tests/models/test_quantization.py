@@ -276,7 +276,7 @@ def test_a_base_that_bitsandbytes_reads_wrong_is_refused_with_its_layers(kind: s
 def test_a_quantised_base_is_not_quantised_again(folder: Path, tmp_path: Path) -> None:
     read(folder, "nf4").save_pretrained(tmp_path / "base")
     texts.tokenizer().save_pretrained(tmp_path / "base")
-    with pytest.raises(BaseModelError, match="quantised already, by bitsandbytes"):
+    with pytest.raises(BaseModelError, match="already quantized, by bitsandbytes"):
         load_base(tmp_path / "base", quantize="int8")
     assert load_base(tmp_path / "base").model.is_quantized
 

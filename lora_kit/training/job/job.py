@@ -67,7 +67,7 @@ class Job:
 
     @property
     def collator(self) -> Collator:
-        return Collator(self.base.tokenizer.pad_token_id, self.base.decoder_inputs)
+        return Collator(self.base.pad_token_id, self.base.decoder_inputs)
 
     def with_model(self, model: Any) -> Job:
         """The same job with its base inside another model, which is trained, measured and asked instead."""
