@@ -73,16 +73,16 @@ def _find_mismatches(adapter: Adapter, model: nn.Module, coverage: Coverage, dty
         dtype: in which the tensors are to be kept.
     """
     present = dict(named_layers(model))
-    pairs = adapter.all_pairs()
+    weights = adapter.all_pairs()
     expected = {target.key: target for target in coverage.targets}
-    missing = expected.keys() - pairs.keys()
+    missing = expected.keys() - weights.keys()
     return sorted(
         [
             *(f"the file has no LoRA weights for {path}, which the config covers" for path in missing),
             *(
-                m
-                for path, pair in pairs.items()
-                for m in _find_lora_mismatches(path, pair, expected.get(path), present)
+                message
+                for path, lora in weights.items()
+                for message in _find_lora_mismatches(path, lora, expected.get(path), present)
             ),
             *_find_saved_mismatches(adapter.saved(), coverage.saved, present),
             *(coverage.problems or _find_token_mismatches(adapter.tokens(), coverage.tokens)),
@@ -98,22 +98,22 @@ def select_module_tensors(tensors: Mapping[str, Tensor], path: str) -> dict[str,
 
 
 def _find_lora_mismatches(
-    path: str, pair: LoraWeights, target: LayerTarget | None, present: Mapping[str, nn.Module]
+    path: str, lora: LoraWeights, target: LayerTarget | None, present: Mapping[str, nn.Module]
 ) -> list[str]:
     """List how the LoRA weights of one layer differ from what the config covers there; at most one message."""
     if target is None and path not in present:
         return [f"the model has no module {path}"]
     if target is None:
         return [f"the file has LoRA weights for {path}, which the config does not cover"]
-    if pair.kind != target.kind:
-        return [f"{path}: LoRA weights for a {pair.kind}, but the model has a {target.kind}"]
-    if (pair.a.shape[1], pair.b.shape[0]) != (target.in_features, target.out_features):
-        shapes = f"A {tuple(pair.a.shape)} B {tuple(pair.b.shape)}"
+    if lora.kind != target.kind:
+        return [f"{path}: LoRA weights for a {lora.kind}, but the model has a {target.kind}"]
+    if (lora.a.shape[1], lora.b.shape[0]) != (target.in_features, target.out_features):
+        shapes = f"A {tuple(lora.a.shape)} B {tuple(lora.b.shape)}"
         return [f"{path}: {shapes}, but the layer has {target.in_features} inputs and {target.out_features} outputs"]
-    if pair.a.shape[2:] != target.kernel:
-        return [f"{path}: a kernel of {tuple(pair.a.shape[2:])}, but the layer's is {target.kernel}"]
-    if pair.a.shape[0] != target.rows:
-        return [f"{path}: A has {pair.a.shape[0]} rows, but {target.experts} experts of rank {target.rank} are covered"]
+    if lora.a.shape[2:] != target.kernel:
+        return [f"{path}: a kernel of {tuple(lora.a.shape[2:])}, but the layer's is {target.kernel}"]
+    if lora.a.shape[0] != target.rows:
+        return [f"{path}: A has {lora.a.shape[0]} rows, but {target.experts} experts of rank {target.rank} are covered"]
     return []
 
 
