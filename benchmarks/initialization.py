@@ -77,7 +77,7 @@ class Bench:
     def __init__(self, data: Path, settings: Settings) -> None:
         self.settings = settings
         self.base = lk.load_base("kit-base", dtype="fp32")
-        self.collator = Collator(self.base.tokenizer.pad_token_id)
+        self.collator = Collator(self.base.pad_token_id)
         self.train = self._encoded(data / "train.jsonl", slice(0, settings.steps * settings.batch))
         count = settings.chosen_by
         self.choosing = self._encoded(data / "valid.jsonl", slice(0, count))

@@ -33,6 +33,7 @@ TESTS: Final = ROOT / "tests"
 ROOMS: Final = (
     "version",
     "errors",
+    "names",
     "io",
     "config",
     "torch_utils",

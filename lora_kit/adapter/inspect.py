@@ -15,10 +15,11 @@ from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.conversion.convert import read_foreign_adapter
 from lora_kit.adapter.folder import RECORD
 from lora_kit.adapter.peft_keys import LoraWeights
-from lora_kit.adapter.store import STORE, find_adapter, sum_file_sizes, to_json_value
+from lora_kit.adapter.store import find_adapter, sum_file_sizes, to_json_value
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import AdapterError, ConfigError, LoraKitError
 from lora_kit.io.strict_json import JsonObject
+from lora_kit.names import DEFAULT_STORE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,7 @@ class Inspection:
         return {**to_json_value(self), "config": self.config.to_dict(), "norm": self.norm}
 
 
-def inspect(adapter: str | Path, *, store: str | Path = STORE) -> Inspection:
+def inspect(adapter: str | Path, *, store: str | Path = DEFAULT_STORE) -> Inspection:
     """Inspect an adapter; it is read as strictly as loading reads it.
 
     An adapter in the format of another tool is shown as `lora_kit.adapter.conversion` converts it.

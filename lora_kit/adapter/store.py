@@ -7,18 +7,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.folder import CONFIG, OLD_WEIGHTS, WEIGHTS
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import AdapterError, ConfigError, LoraKitError, UnknownAdapterError, format_list, suggest_nearest
 from lora_kit.io.strict_json import JsonObject
-
-STORE: Final = Path("adapters")
-"""Where adapters are looked up by name: one folder per task, in the working directory."""
-KIT_BASE: Final = "kit-base"
-"""Name of the base that comes with the package."""
+from lora_kit.names import DEFAULT_STORE, KIT_BASE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +51,7 @@ class AdapterSummary:
         return fields
 
 
-def list_adapters(store: str | Path = STORE) -> list[AdapterSummary]:
+def list_adapters(store: str | Path = DEFAULT_STORE) -> list[AdapterSummary]:
     """List the adapters of a store by name; those that cannot be loaded too, with the reason in `problem`.
 
     A folder is an adapter when it holds an adapter's config or weights; other folders and files are skipped.
@@ -69,7 +65,7 @@ def list_adapters(store: str | Path = STORE) -> list[AdapterSummary]:
     return [_summarize_adapter(folder) for folder in sorted(store.iterdir()) if _has_adapter_files(folder)]
 
 
-def find_adapter(adapter: str | Path, *, store: str | Path = STORE) -> Path:
+def find_adapter(adapter: str | Path, *, store: str | Path = DEFAULT_STORE) -> Path:
     """Return the folder of an adapter that is given as a folder, or by its name in the store.
 
     Raises:
@@ -87,7 +83,7 @@ def find_adapter(adapter: str | Path, *, store: str | Path = STORE) -> Path:
     raise error
 
 
-def infer_base(adapters: Sequence[str | Path], *, store: str | Path = STORE) -> str:
+def infer_base(adapters: Sequence[str | Path], *, store: str | Path = DEFAULT_STORE) -> str:
     """Return the base to use where the user gives none: `kit-base`, if every adapter was made for it.
 
     Another name in a config was written by whoever made the adapter: it is shown, and not loaded unless the user asks.

@@ -42,4 +42,3 @@ AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON 
 Replace = Annotated[
     bool, Parameter(name=["--replace", "--force"], negative="", help="Replace the output if it exists, in one step.")
 ]
-DEFAULT_STORE: Final = Path("adapters")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_kit.cli.app import DEFAULT_STORE, AsJson, Store, app
+from lora_kit.cli.app import AsJson, Store, app
 from lora_kit.cli.export import BaseOption, MaxRankOption, TargetOption
 from lora_kit.cli.output import print_json, print_table
+from lora_kit.names import DEFAULT_STORE
 
 if TYPE_CHECKING:
     from lora_kit.exporters.export import Verdict

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from lora_kit.cli.app import DEFAULT_STORE, Adapters, AsJson, Replace, Store, app
+from lora_kit.cli.app import Adapters, AsJson, Replace, Store, app
 from lora_kit.cli.output import print_json, print_table
 from lora_kit.cli.process import show_progress_lines
 from lora_kit.errors import ConfigError
 from lora_kit.io.text import escape_for_terminal
+from lora_kit.names import DEFAULT_STORE
 
 if TYPE_CHECKING:
     from lora_kit.evaluation.eval_report import EvalReport

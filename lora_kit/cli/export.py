@@ -7,8 +7,9 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from lora_kit.cli.app import DEFAULT_STORE, AsJson, Replace, Store, app
+from lora_kit.cli.app import AsJson, Replace, Store, app
 from lora_kit.cli.output import format_size, print_json, print_table
+from lora_kit.names import DEFAULT_STORE
 
 TargetOption = Annotated[str, Parameter(help="merged, peft, vllm, sglang, tgi, gguf, ollama or mlx.")]
 BaseOption = Annotated[

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from lora_kit.cli.app import DEFAULT_STORE, Adapters, Store, app
+from lora_kit.cli.app import Adapters, Store, app
 from lora_kit.cli.output import create_console
 from lora_kit.io.text import escape_for_terminal
+from lora_kit.names import DEFAULT_STORE
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

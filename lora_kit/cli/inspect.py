@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from lora_kit.cli.app import DEFAULT_STORE, AsJson, Store, app
+from lora_kit.cli.app import AsJson, Store, app
 from lora_kit.cli.output import abbreviate, format_size, print_json, print_table
 from lora_kit.errors import format_list
+from lora_kit.names import DEFAULT_STORE
 
 if TYPE_CHECKING:
     from lora_kit.adapter.inspect import Inspection

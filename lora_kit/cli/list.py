@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_kit.cli.app import DEFAULT_STORE, AsJson, app
+from lora_kit.cli.app import AsJson, app
 from lora_kit.cli.output import create_console, format_metrics, format_number, format_size, print_json, print_table
 from lora_kit.errors import format_list
 from lora_kit.io.text import escape_for_terminal
+from lora_kit.names import DEFAULT_STORE
 
 
 @app.command(name="list")

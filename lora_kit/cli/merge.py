@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import Parameter
 
-from lora_kit.cli.app import DEFAULT_STORE, Adapters, AsJson, Replace, Store, app
+from lora_kit.cli.app import Adapters, AsJson, Replace, Store, app
 from lora_kit.cli.output import format_size, print_json, print_table, show_bytes_bar
 from lora_kit.errors import ConfigError
+from lora_kit.names import DEFAULT_STORE
 
 if TYPE_CHECKING:
     from lora_kit.merging.merge_report import MergeReport

@@ -13,6 +13,7 @@ from lora_kit.cli.app import AsJson, Replace, app
 from lora_kit.cli.output import print_json, print_table
 from lora_kit.errors import DataError, format_list
 from lora_kit.io.text import escape_for_terminal
+from lora_kit.names import KIT_BASE
 
 if TYPE_CHECKING:
     from lora_kit.data.preparation.prepare import Preparation, PreparedFile
@@ -39,7 +40,7 @@ def prepare(
     out: Path | None = None,
     validation: Path | None = None,
     share: float = 0.05,
-    base: str = "kit-base",
+    base: str = KIT_BASE,
     max_length: int | None = None,
     chat_template: str | None = None,
     rename: Annotated[list[str] | None, Parameter(negative="", consume_multiple=True)] = None,

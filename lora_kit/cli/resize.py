@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_kit.cli.app import DEFAULT_STORE, AsJson, Replace, Store, app
+from lora_kit.cli.app import AsJson, Replace, Store, app
 from lora_kit.cli.new_adapter import check_adapter_output, save_and_show
+from lora_kit.names import DEFAULT_STORE
 
 
 @app.command

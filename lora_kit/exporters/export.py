@@ -13,7 +13,7 @@ from typing import Any, Final
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.folder import ALLOWANCES
 from lora_kit.adapter.model_card import format_table, render_card
-from lora_kit.adapter.store import KIT_BASE, find_adapter, sum_file_sizes, to_json_value
+from lora_kit.adapter.store import find_adapter, sum_file_sizes, to_json_value
 from lora_kit.algebra.sources import AdapterLike, SourceAdapter
 from lora_kit.errors import ConfigError, ExportError, format_list, suggest_nearest
 from lora_kit.exporters import llama_cpp, mlx, ollama, servers
@@ -21,6 +21,7 @@ from lora_kit.exporters.plain_lora import ExportCase
 from lora_kit.io.atomic_write import check_output, stage_folder
 from lora_kit.io.text import escape_text
 from lora_kit.merging.merge import merge
+from lora_kit.names import KIT_BASE
 
 RECORD: Final = "lora_kit_export.json"
 CARD: Final = "README.md"

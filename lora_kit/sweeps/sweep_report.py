@@ -19,10 +19,11 @@ from lora_kit.adapter.folder import CARD, CONFIG, RECORD, WEIGHTS, is_adapter_fo
 from lora_kit.errors import AdapterError, VerificationError
 from lora_kit.io.atomic_write import stage_folder, write_file
 from lora_kit.io.read import exists, folder_exists, read_json
+from lora_kit.names import RECIPE_FILE
 from lora_kit.sweeps.space import Params
 from lora_kit.sweeps.study import Study
 from lora_kit.sweeps.sweep_plan import Plan, over_of
-from lora_kit.training.job.job import RECIPE_FILE, is_trained_model_folder
+from lora_kit.training.job.job import is_trained_model_folder
 
 logger = logging.getLogger(__name__)
 

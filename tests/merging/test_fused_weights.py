@@ -20,7 +20,7 @@ from lora_kit.merging.merge import merge
 from lora_kit.merging.planned_tensors import MergePlan, PlannedTensor
 from lora_kit.merging.verification import logits
 from lora_kit.merging.writing import fold_blocks
-from lora_kit.models.locate import silence_libraries
+from lora_kit.models.silence import silence_libraries
 from tests.support import merging
 from tests.support.merge_families import tiny as family_of
 from tests.support.merging import changed, edited, refused, stored

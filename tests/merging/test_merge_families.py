@@ -16,7 +16,7 @@ from lora_kit.errors import AdapterError, ConfigError, MergeError
 from lora_kit.layers.introspect import kind_of
 from lora_kit.merging.merge import merge
 from lora_kit.merging.verification import logits
-from lora_kit.models.locate import silence_libraries
+from lora_kit.models.silence import silence_libraries
 from tests.support import merging, texts
 from tests.support import tiny as tiny_models
 from tests.support.merge_families import FIELDS, PICTURES, TASKS, tiny

@@ -24,7 +24,7 @@ from lora_kit.merging.planned_tensors import MergePlan, PlannedTensor
 from lora_kit.merging.verification import logits
 from lora_kit.merging.writing import fold_blocks
 from lora_kit.models.loading import load_base
-from lora_kit.models.locate import silence_libraries
+from lora_kit.models.silence import silence_libraries
 from tests.support import merging, texts, tiny
 from tests.support.merging import ALL, changed, edited, refused, stored
 from tests.support.quantized import llama

@@ -137,9 +137,9 @@ def test_the_page_says_what_was_seen() -> None:
 @by_hand
 def test_what_needs_numbers_is_refused_by_name(kind: type[Codes]) -> None:
     model = nn.Sequential(kind(nn.Linear(64, 64)), nn.Linear(64, 32))
-    with pytest.raises(TargetError, match="0: DoRA needs a linear layer whose weight is not quantised"):
+    with pytest.raises(TargetError, match="0: DoRA needs a linear layer whose weight is not quantized"):
         lk.attach(model, lk.LoraConfig(target_modules=["0"], use_dora=True))
-    with pytest.raises(TargetError, match="not to be trained whole: 0"):
+    with pytest.raises(TargetError, match="quantized modules cannot be in modules_to_save: 0"):
         lk.attach(model, lk.LoraConfig(target_modules=["1"], modules_to_save=["0"]))
 
 

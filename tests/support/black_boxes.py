@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 from lora_kit.models.loading import load_base
-from lora_kit.models.locate import silence_libraries
+from lora_kit.models.silence import silence_libraries
 from tests.support import texts, tiny
 from tests.support.merging import base_folder
 from tests.support.quantized import llama

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -27,19 +27,19 @@ from lora_kit.evaluation.generation_metrics import GenerationTask, build_generat
 from lora_kit.evaluation.metrics import select_generation_metrics
 from lora_kit.io.atomic_write import check_output, check_path
 from lora_kit.io.text import escape_text
-from lora_kit.models.heads import LABEL_TASKS, find_head_modules
+from lora_kit.models.heads import find_head_modules
 from lora_kit.models.loading import Base
 from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR
+from lora_kit.models.tasks import LABEL_TASKS, SEQ2SEQ, TASK_SPECS
+from lora_kit.names import RECIPE_FILE
 from lora_kit.targets.fingerprint import fingerprint
 from lora_kit.training.job.base_model import prepare_base
 from lora_kit.training.loop.checkpoints import hash_json
-from lora_kit.training.recipe.peft_config import TASK_TYPES, can_save_modules
+from lora_kit.training.recipe.peft_config import can_save_modules
 from lora_kit.training.recipe.recipe import HEAD, Recipe
 from lora_kit.training.recipe.training_arguments import best_metric_of
 
 logger = logging.getLogger(__name__)
-
-RECIPE_FILE: Final = "recipe.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class Job:
 
     @property
     def collator(self) -> Collator:
-        return Collator(self.base.tokenizer.pad_token_id, self.base.decoder_inputs)
+        return Collator(self.base.pad_token_id, self.base.decoder_inputs)
 
     def with_model(self, model: Any) -> Job:
         """The same job with its base inside another model, which is trained, measured and asked instead."""
@@ -223,10 +223,10 @@ def _resolve_recipe(recipe: Recipe, rows: Rows, base: Base, template: ChatTempla
     if length > base.max_length:
         raise RecipeError(f"data.max_length is {length}; {base.name} sees {base.max_length} tokens at once")
     separator = recipe.data.separator
-    if recipe.task == "seq2seq" and separator not in ("", DEFAULT_SEPARATOR):
+    if recipe.task == SEQ2SEQ and separator not in ("", DEFAULT_SEPARATOR):
         raise RecipeError("data.separator is for causal-lm: an encoder reads a prompt as it is", hint="leave it out")
     # A text of its own has no prompt, and nothing is to be put after one in generation; in a chat the template decides.
-    if rows.format != "completion" or recipe.task == "seq2seq":
+    if rows.format != "completion" or recipe.task == SEQ2SEQ:
         separator = ""
     text = template.text if template else None
     data = dataclasses.replace(recipe.data, max_length=length, separator=separator, chat_template=text)
@@ -244,7 +244,7 @@ def _resolve_lora_config(recipe: Recipe, base: Base) -> LoraConfig:
         recipe.lora,
         modules_to_save=_resolve_saved_modules(recipe, base, recipe.lora.modules_to_save),
         base_model_name_or_path=recipe.lora.base_model_name_or_path or base.name,
-        task_type=TASK_TYPES[recipe.task],
+        task_type=TASK_SPECS[recipe.task].peft_type,
     )
 
 

@@ -30,7 +30,8 @@ from lora_kit.adapter.model_card import (
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import LoraKitError, RecipeError, VerificationError
 from lora_kit.io.atomic_write import write_folder
-from lora_kit.models.locate import silence_libraries
+from lora_kit.models.silence import silence_libraries
+from lora_kit.models.tasks import CAUSAL_LM, GENERATIVE_TASKS
 from lora_kit.torch_utils import use_eval_mode
 from lora_kit.training.job.job import Job
 from lora_kit.training.loop.length_buckets import split_by_length
@@ -176,7 +177,7 @@ def _drop_virtual_token_logits(model: Any, job: Job) -> None:
     batch = {name: tensor.to(job.base.device) for name, tensor in job.collator([job.train[0]]).items()}
     inputs = split_by_length(batch)[0]
     labels = inputs.pop("labels")
-    options = {"use_cache": False} if job.recipe.task in ("causal-lm", "seq2seq") else {}
+    options = {"use_cache": False} if job.recipe.task in GENERATIVE_TASKS else {}
     with use_eval_mode(model), torch.no_grad():
         shape = model(**inputs, **options).logits.shape
     before = 0 if labels.ndim == 1 else shape[1] - labels.shape[1]
@@ -190,7 +191,7 @@ def _drop_virtual_token_logits(model: Any, job: Job) -> None:
 
     if before:
         model.register_forward_hook(cut)
-        if job.recipe.task == "causal-lm":
+        if job.recipe.task == CAUSAL_LM:
             _generate_one_by_one(model)
 
 

@@ -16,7 +16,7 @@ from lora_kit.data.encode import encode_with_faults
 from lora_kit.data.packing import PackedDataset
 from lora_kit.data.rows import Rows
 from lora_kit.models.loading import Base
-from lora_kit.models.locate import silence_libraries
+from lora_kit.models.silence import silence_libraries
 from lora_kit.training.job.job import Job, check_output_available, check_output_writable, prepare_job, read_recipe_rows
 from lora_kit.training.job.methods import TrainableJob, make_job_trainable
 from lora_kit.training.loop.checkpoints import RunFolder

@@ -12,16 +12,9 @@ from typing import Any, Final
 
 from lora_kit.config.validation import MAX_RANK
 from lora_kit.errors import RecipeError, format_list, suggest_nearest
-from lora_kit.models.locate import silence_libraries
+from lora_kit.models.silence import silence_libraries
+from lora_kit.models.tasks import CAUSAL_LM, TASK_SPECS
 from lora_kit.training.recipe.coerce import coerce_fields, union_members_of
-
-TASK_TYPES: Final[Mapping[str, str]] = {
-    "causal-lm": "CAUSAL_LM",
-    "classify": "SEQ_CLS",
-    "tokens": "TOKEN_CLS",
-    "seq2seq": "SEQ_2_SEQ_LM",
-}
-"""PEFT's words for the tasks."""
 
 _OWN_LOSS: Final = "its loss has a term of its own, which the loss of a recipe has not"
 _ONE_TASK: Final = "it learns several tasks at once, and a recipe has one"
@@ -91,7 +84,7 @@ def parse_peft_section(given: Mapping[str, Any], *, packing: bool, checkpointing
     if isinstance(values.get("r"), int) and values["r"] > MAX_RANK:
         raise RecipeError(f"peft.r must be at most {MAX_RANK:,}; {values['r']:,} was given")
     section = {"peft_type": kind, **values}
-    config = build_peft_config(section, task="causal-lm")
+    config = build_peft_config(section, task=CAUSAL_LM)
     _check_trainable(config)
     if config.is_prompt_learning:
         _check_virtual_tokens(section, config, packing=packing, checkpointing=checkpointing)
@@ -113,7 +106,7 @@ def build_peft_config(section: Mapping[str, Any], *, task: str) -> Any:
     fields = {key: _build_nested_config(hints[key], value) for key, value in given.items() if key != "peft_type"}
     try:
         with silence_libraries():
-            return config_class(task_type=TASK_TYPES[task], **fields)
+            return config_class(task_type=TASK_SPECS[task].peft_type, **fields)
     except (ValueError, TypeError, ImportError, AttributeError, KeyError, RuntimeError) as error:
         raise RecipeError(f"peft: {section['peft_type']}: {' '.join(str(error).split())}") from None
 

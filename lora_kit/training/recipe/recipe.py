@@ -13,9 +13,9 @@ import yaml
 
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import RecipeError
-from lora_kit.models.loading import TASKS
 from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR
 from lora_kit.models.quantization import QUANTIZATIONS
+from lora_kit.models.tasks import CAUSAL_LM, TASKS
 from lora_kit.training.recipe.coerce import as_json, check_one_of
 from lora_kit.training.recipe.peft_config import parse_peft_section
 from lora_kit.training.recipe.training_arguments import (
@@ -71,7 +71,7 @@ class Recipe:
         base: hub id, local folder or `kit-base`.
         data: files and how they are read.
         out: folder of the result; the name of the adapter is its last part.
-        task: one of `lora_kit.models.loading.TASKS`.
+        task: one of `lora_kit.models.tasks.TASKS`.
         method: `lora`; `features` to train only the head; `full` to train every weight; `peft` for an adapter that PEFT
             makes, trains and saves.
         lora: the adapter's config.
@@ -91,7 +91,7 @@ class Recipe:
     base: str
     data: DataSpec
     out: str
-    task: str = "causal-lm"
+    task: str = CAUSAL_LM
     method: str = "lora"
     lora: LoraConfig = field(default_factory=LoraConfig)
     peft: Mapping[str, Any] = field(default_factory=dict)
@@ -112,7 +112,7 @@ class Recipe:
             )
         if not self.base.strip() or not self.out.strip() or not self.data.train.strip():
             raise RecipeError("base, out and data.train must not be empty")
-        if self.data.packing and self.task != "causal-lm":
+        if self.data.packing and self.task != CAUSAL_LM:
             raise RecipeError(f"data.packing is for text that goes on (task causal-lm); the task is {self.task}")
         if self.data.max_length is not None and self.data.max_length < 2:
             raise RecipeError(f"data.max_length must be at least 2; {self.data.max_length} was given")

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from lora_kit.training.job.job import RECIPE_FILE
+from lora_kit.names import RECIPE_FILE
 from lora_kit.training.report.html import render_report_page
 from lora_kit.training.report.samples import AnsweredSample
 from lora_kit.training.results import TrainReport

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_kit.adapter.model_card import write_bank_loading_code, write_base_loading_code, write_peft_loading_code
+from lora_kit.models.tasks import GENERATIVE_TASKS
 from lora_kit.training.report.plots import Curve, Mark, chart
 from lora_kit.training.report.samples import AnsweredSample
 from lora_kit.training.results import TrainReport
@@ -202,7 +203,7 @@ def _write_model_loading(report: TrainReport, labels: int) -> tuple[str, str]:
     python = (
         f"import lora_kit as lk\n\n{write_base_loading_code(out, task=recipe.task)}    # base.model, base.tokenizer"
     )
-    verb = "generate --prompt '…'" if recipe.task in ("causal-lm", "seq2seq") else "eval --data rows.jsonl"
+    verb = "generate --prompt '…'" if recipe.task in GENERATIVE_TASKS else "eval --data rows.jsonl"
     return python, f"lora-kit {verb} --base {shlex.quote(out)}"
 
 

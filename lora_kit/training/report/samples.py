@@ -8,10 +8,11 @@ from typing import Final
 
 import torch
 
-from lora_kit.data.batches import GENERATIVE_KINDS, IGNORE_INDEX, LABEL, TARGET, EncodedDataset
+from lora_kit.data.batches import IGNORE_INDEX, EncodedDataset
 from lora_kit.evaluation.forward import run_forward
 from lora_kit.generation.decoding import Sampling, decode_ids, generate_batch
 from lora_kit.generation.prompts import EncodedPrompt, end_tokens_of
+from lora_kit.models.tasks import GENERATIVE_KINDS, LABEL, SEQ2SEQ, TARGET
 from lora_kit.torch_utils import use_eval_mode
 from lora_kit.training.job.job import Job
 
@@ -80,7 +81,7 @@ class SampleAnswers:
         rows = [EncodedPrompt(asked.prompt, asked.ids, asked.ends) for asked in self._sample_prompts]
         room = (
             MAX_ANSWER_TOKENS
-            if base.task == "seq2seq"
+            if base.task == SEQ2SEQ
             else min(MAX_ANSWER_TOKENS, base.max_length - max(len(row.ids) for row in rows))
         )
         return [each.text for each in generate_batch(base, rows, sampling=Sampling(max_new_tokens=room), limit=room)]
