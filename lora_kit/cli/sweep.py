@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from lora_kit.cli.app import AsJson, Replace, app
 from lora_kit.cli.output import print_json, print_table
-from lora_kit.cli.train import parse_recipe_flags as dotted
+from lora_kit.cli.train import parse_recipe_flags
 
 if TYPE_CHECKING:
     from lora_kit.sweeps.sweep_report import SweepReport, TrialReport
@@ -38,24 +38,35 @@ def sweep(
 ) -> None:
     """Train with many values of some keys; keep the best.
 
-    A sweep that was stopped goes on when the same command is given again; given twice at once, the two share the
+    A sweep that was stopped continues when the same command is given again; given twice at once, the two share the
     trials. Any key of the recipe is a flag here too, for all trials.
 
     Args:
         recipe: The recipe's file.
         method: grid, random or tpe (Bayesian); by default grid where every key has a list, else tpe.
-        metric: Of the validation rows, that trials are compared by: loss, perplexity, accuracy, f1, bleu, ...
+        metric: Of the validation rows, by which trials are compared: loss, perplexity, accuracy, f1, bleu, ...
         trials: How many; by default all of a grid, else 20.
         seed: Decides what is tried; by default the recipe's.
-        prune: median: stop a trial that is worse at an evaluation than half of the others were by then.
+        prune: median: stop a trial that is worse at an evaluation than half of the others were at that step.
         keep: best, or all: the results of all trials stay in the sweep's folder.
         workers: Processes that share the trials.
     """
-    from lora_kit.sweeps.sweep import sweep as run
+    from lora_kit.sweeps.sweep import sweep as run_sweep
 
-    asked: dict[str, Any] = {"method": method, "metric": metric, "trials": trials, "seed": seed, "prune": prune}
     with _log_trials():
-        report = run(recipe, over, overrides=dotted(flags), keep=keep, workers=workers, replace=replace, **asked)
+        report = run_sweep(
+            recipe,
+            over,
+            overrides=parse_recipe_flags(flags),
+            method=method,
+            metric=metric,
+            trials=trials,
+            seed=seed,
+            prune=prune,
+            keep=keep,
+            workers=workers,
+            replace=replace,
+        )
     if json:
         print_json(report.to_json())
         return
@@ -66,29 +77,29 @@ def sweep(
 
 @contextlib.contextmanager
 def _log_trials() -> Iterator[None]:
-    """A line for every trial that has ended."""
+    """Log a line for every trial that ends."""
     logger = logging.getLogger("lora_kit.sweeps")
-    before = logger.level
+    level = logger.level
     logger.setLevel(logging.INFO)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logger.setLevel(level)
 
 
 def _build_trial_rows(report: SweepReport) -> list[tuple[str, ...]]:
-    """The trials, the best ones first, those without a value last."""
+    """Return a row for each trial, the best ones first, those that are not complete last."""
     sign = -1 if report.direction == "maximize" else 1
 
     def order(trial: TrialReport) -> tuple[bool, float]:
         return trial.state != "complete", sign * (trial.value or 0)
 
-    return [_build_trial_row(trial, report.best.params) for trial in sorted(report.trials, key=order)]
+    return [_build_trial_row(trial) for trial in sorted(report.trials, key=order)]
 
 
-def _build_trial_row(trial: TrialReport, keys: Mapping[str, Any]) -> tuple[str, ...]:
-    numbers = (trial.value, *(trial.params[key] for key in keys))
-    cells = [f"{cell:.5g}" if isinstance(cell, float) else "" if cell is None else str(cell) for cell in numbers]
+def _build_trial_row(trial: TrialReport) -> tuple[str, ...]:
+    values = (trial.value, *trial.params.values())
+    cells = [f"{value:.5g}" if isinstance(value, float) else "" if value is None else str(value) for value in values]
     seconds = "" if trial.seconds is None else f"{trial.seconds:.1f}"
-    state = "" if trial.state == "complete" else f"{trial.state}{': ' if trial.error else ''}{trial.error}"
+    state = ": ".join(filter(None, ("" if trial.state == "complete" else trial.state, trial.error)))
     return (str(trial.number), *cells, str(trial.steps or ""), seconds, state)

@@ -301,7 +301,10 @@ def _open_storage(folder: Path) -> JournalStorage:
     lock = FileLock(folder / LOCKS / "journal")
     with lock.held():
         _drop_partial_line(path)
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))  # type: ignore[arg-type]
+    try:
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))  # type: ignore[arg-type]
+    except ValueError:
+        raise AdapterError(f"{escape_text(path)} is damaged", hint="ask to replace (--replace) to start anew") from None
 
 
 def _drop_partial_line(path: Path) -> None:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import ConfigError, RecipeError
@@ -24,6 +24,7 @@ from lora_kit.training.recipe.training_arguments import best_metric_of
 
 if TYPE_CHECKING:
     from lora_kit.sweeps.space import Space
+    from lora_kit.sweeps.study import SweepPlan
     from lora_kit.sweeps.sweep_report import SweepReport
 
 logger = logging.getLogger(__name__)
@@ -77,51 +78,74 @@ def sweep(
     """
     _check_arguments(base=base, method=method, trials=trials, seed=seed, prune=prune, keep=keep, workers=workers)
     # These import optuna, and take their time.
-    from lora_kit.sweeps.study import SweepPlan, check_folder, open_study
+    from lora_kit.sweeps.study import check_folder, open_study
     from lora_kit.sweeps.sweep_report import check_out, finish_sweep
-    from lora_kit.sweeps.worker import Worker, can_share_base, run_workers
+    from lora_kit.sweeps.worker import Worker, run_workers
 
     space = parse_space(over)
     fields, loaded, metric = _read_recipe(recipe, overrides, metric)
-    combinations = list_combinations(space)
-    settings = {
-        "method": method or ("tpe" if combinations is None else "grid"),
+    settings: Settings = {
+        "method": method or ("tpe" if list_combinations(space) is None else "grid"),
         "metric": metric,
         "seed": loaded.seed if seed is None else seed,
         "prune": prune,
     }
-    _check_recipe(loaded, space, base, prune=prune)
-    if method == "grid" and combinations is None:
-        raise RecipeError("a grid needs a list of values for every key; a range was given", hint="method random or tpe")
-    check_values(space, fields)
-    check_output_writable(loaded)
-    with silence_libraries():
-        job = prepare_job(loaded, read_recipe_rows(loaded), base)
-    base = base or (job.base if can_share_base(loaded) else None)
-    identity = {
-        **job.identity,
-        "over": format_space(space),
-        "files": _hash_train_rows(space, fields),
-        "sweep": settings,
-    }
-    plan = SweepPlan(
-        out=str(loaded.out),
-        fields=_as_plain(fields, loaded),
-        over=format_space(space),
-        trials=min(trials or len(combinations), len(combinations)) if combinations else trials or _DEFAULT_TRIALS,
-        keep=keep,
-        identity=as_json(identity),
-        **settings,
-    )
+    plan, base = _build_plan(loaded, fields, space, base, settings=settings, trials=trials, keep=keep)
     check_folder(plan, replace=replace)
     check_out(plan, replace=replace)
     study = open_study(plan, replace=replace)
     try:
-        run_workers(study, workers) if workers > 1 else Worker(study, base=base).run()
+        if workers == 1:
+            Worker(study, base=base).run()
+        else:
+            del base  # each worker loads its own
+            run_workers(study, workers)
     except BaseException:
         logger.warning("stopped; the same command continues the sweep in %s", escape_text(plan.folder))
         raise
     return finish_sweep(study, replace=replace)
+
+
+class Settings(TypedDict):
+    """What decides the values of the trials, and which one is the best; see `SweepPlan`."""
+
+    method: str
+    metric: str
+    seed: int
+    prune: str | None
+
+
+def _build_plan(
+    recipe: Recipe,
+    fields: dict[str, Any],
+    space: Space,
+    base: Base | None,
+    *,
+    settings: Settings,
+    trials: int | None,
+    keep: str,
+) -> tuple[SweepPlan, Base | None]:
+    """Check everything that a trial needs, and return the plan with the base that trials can share."""
+    from lora_kit.sweeps.study import SweepPlan
+    from lora_kit.sweeps.worker import can_share_base
+
+    combinations = list_combinations(space)
+    _check_recipe(recipe, space, base, settings=settings)
+    check_values(space, fields)
+    check_output_writable(recipe)
+    with silence_libraries():
+        job = prepare_job(recipe, read_recipe_rows(recipe), base)
+    rows = _hash_train_rows(space, fields)
+    plan = SweepPlan(
+        out=str(recipe.out),
+        fields=_as_plain(fields, recipe),
+        over=format_space(space),
+        trials=min(trials or len(combinations), len(combinations)) if combinations else trials or _DEFAULT_TRIALS,
+        keep=keep,
+        identity=as_json({**job.identity, "over": format_space(space), "files": rows, "sweep": settings}),
+        **settings,
+    )
+    return plan, base or (job.base if can_share_base(recipe) else None)
 
 
 def _check_arguments(
@@ -180,10 +204,12 @@ def _evaluates(recipe: Recipe) -> bool:
     return str(recipe.train.get("eval_strategy", "no")) != "no"
 
 
-def _check_recipe(recipe: Recipe, space: Space, base: Base | None, *, prune: str | None) -> None:
+def _check_recipe(recipe: Recipe, space: Space, base: Base | None, *, settings: Settings) -> None:
+    if settings["method"] == "grid" and list_combinations(space) is None:
+        raise RecipeError("a grid needs a list of values for every key; a range was given", hint="method random or tpe")
     if recipe.data.validation is None:
         raise RecipeError("a sweep compares trials on data.validation, and the recipe names none")
-    if prune is not None and not _evaluates(recipe) and "train.eval_strategy" not in space:
+    if settings["prune"] and not _evaluates(recipe) and "train.eval_strategy" not in space:
         raise RecipeError(
             "prune compares evaluations during training, and train.eval_strategy is no",
             hint="set train.eval_strategy: steps, and train.eval_steps",

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.cli.main import main
-from lora_kit.errors import ConfigError, DataError, RecipeError, StorageError, VerificationError
+from lora_kit.errors import AdapterError, ConfigError, DataError, RecipeError, StorageError, VerificationError
 from lora_kit.models.loading import Base
 from lora_kit.training.train import train
 from tests.io.test_atomic_write import die, in_child
@@ -506,6 +506,15 @@ def test_a_plan_that_is_damaged_is_not_overwritten_unasked(tmp_path: Path) -> No
     (tmp_path / "out.sweep" / "plan.json").write_text('{"out": "x"}')
     with pytest.raises(RecipeError, match=r"plan.json is damaged"):
         sweep(recipe, [RANKS], base=base_of(), trials=1)
+    assert len(sweep(recipe, [RANKS], base=base_of(), trials=1, replace=True).trials) == 1
+
+
+def test_a_journal_that_is_damaged_is_an_error_and_can_be_replaced(tmp_path: Path) -> None:
+    recipe = swept(tmp_path)
+    first = sweep(recipe, [RANKS], base=base_of(), trials=1)
+    (first.folder / "journal.log").write_text("{\n{\n")
+    with pytest.raises(AdapterError, match=r"journal.log is damaged"):
+        sweep(recipe, [RANKS], base=base_of(), trials=2)
     assert len(sweep(recipe, [RANKS], base=base_of(), trials=1, replace=True).trials) == 1
 
 
