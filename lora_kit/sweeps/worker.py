@@ -110,14 +110,14 @@ class _ReportEvaluations(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        *,
-        metrics: dict[str, float],
+        metrics: dict[str, float] | None = None,
         **kwargs: object,
     ) -> None:
         step = state.global_step
         if self._plan.prune is None or not 0 < step < state.max_steps or step < self._reported_step:
             return
         if step > self._reported_step:
+            assert metrics is not None
             self._trial.report(metrics[f"eval_{self._plan.metric}"], step)
             self._reported_step = step
         if self._trial.should_prune():

@@ -65,7 +65,7 @@ def swept(folder: Path, **train: Any) -> dict[str, Any]:
 
 def told(report: SweepReport) -> list[dict[str, Any]]:
     """What a sweep found, without what a clock said."""
-    return [{**trial, "seconds": None} for trial in report.to_json()["trials"]]
+    return [{**vars(trial), "seconds": None} for trial in report.trials]
 
 
 def weights(report: SweepReport) -> bytes:
@@ -130,8 +130,8 @@ def begun(tmp_path: Path) -> Callable[[], Counter[str]]:
 def test_a_space_is_read_as_it_is_meant(text: str, expected: BaseDistribution) -> None:
     space = parse_space([text])
     assert list(space.values()) == [expected]
-    choices = getattr(expected, "choices", ())
-    assert [type(value) for value in getattr(*space.values(), "choices", ())] == [type(value) for value in choices]
+    (found,) = space.values()
+    assert list(map(type, getattr(found, "choices", ()))) == list(map(type, getattr(expected, "choices", ())))
     assert parse_space(format_space(space)) == space
 
 
@@ -393,7 +393,7 @@ def test_killed_twice_and_started_again_it_finds_what_an_unbroken_sweep_finds(
     assert SweepStudy(read_plan(tmp_path / "out.sweep")).trials[2].state.name == "RUNNING"
     killed(pruned, 1)
     report = sweep(recipe, over, base=base_of(), **how)
-    assert told(report) == [{**trial, "params": dict(trial["params"])} for trial in told(unbroken)]
+    assert told(report) == told(unbroken)
     assert report.best.number == unbroken.best.number
     assert weights(report) == weights(unbroken)
     assert begun() - once == once + Counter(["2", str(pruned)])
@@ -456,9 +456,9 @@ def test_an_interrupt_of_the_command_exits_with_130_and_the_same_command_goes_on
     at_step(1, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
     assert main(command) == 130
     at_step(-1, 0, die)
-    captured = capsys.readouterr().err
-    assert "trial 0: loss" in captured
-    assert "the same command continues" in captured
+    interrupted = capsys.readouterr().err
+    assert "trial 0: loss" in interrupted
+    assert "the same command continues" in interrupted
     assert main([*command, "--json"]) == 0
     captured = capsys.readouterr()
     assert "continuing trial 1" in captured.err

@@ -82,11 +82,13 @@ def plot_curves(
 
 
 def _style_axes(axes: Axes, format_value: Callable[[float], str]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.spines[["left", "right", "top"]].set_visible(False)
     axes.spines["bottom"].set_color(_SOFT)
     axes.grid(axis="y", color=_LINE, linewidth=0.8)
     axes.tick_params(colors=_SOFT, length=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
     axes.yaxis.set_major_formatter(lambda value, _: format_value(value))
 
