@@ -37,6 +37,7 @@ def _seeded() -> None:
 def no_pictures_and_no_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take longer than the trainings of tests."""
     monkeypatch.setattr("lora_kit.training.report.artifacts.plot_loss_curve", lambda *_, **__: None)
+    monkeypatch.setattr("lora_kit.training.report.html.can_plot", lambda: False)
     monkeypatch.setattr("lora_kit.training.report.samples.SAMPLE_COUNT", 0)
 
 

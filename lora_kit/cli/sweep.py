@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,25 +36,25 @@ def sweep(
     replace: Replace = False,
     json: AsJson = False,
 ) -> None:
-    """Train with many values of some keys and keep the best result.
+    """Train with many values of some keys; keep the best.
 
-    The same command continues a sweep that was stopped; run twice at once, the two share the trials. Any key of the
-    recipe is a flag here too, for all trials.
+    A sweep that was stopped continues when the same command is given again; given twice at once, the two share the
+    trials. Any key of the recipe is a flag here too, for all trials.
 
     Args:
         recipe: The recipe's file.
         method: grid, random or tpe (Bayesian); by default grid where every key has a list, else tpe.
-        metric: Metric on the validation rows by which trials are compared: loss, perplexity, accuracy, f1, bleu, ...
-        trials: Number of trials; by default all of a grid, else 20.
-        seed: Seed of the values that are drawn; by default the seed of the recipe.
-        prune: median, which stops a trial that is worse at an evaluation than half of the others were then.
-        keep: best; or all, which leaves the results of all trials in the folder of the sweep.
+        metric: Of the validation rows, by which trials are compared: loss, perplexity, accuracy, f1, bleu, ...
+        trials: How many; by default all of a grid, else 20.
+        seed: Decides what is tried; by default the recipe's.
+        prune: median: stop a trial that is worse at an evaluation than half of the others were at that step.
+        keep: best, or all: the results of all trials stay in the sweep's folder.
         workers: Processes that share the trials.
     """
-    from lora_kit.sweeps.sweep import sweep as run
+    from lora_kit.sweeps.sweep import sweep as run_sweep
 
     with _log_trials():
-        report = run(
+        report = run_sweep(
             recipe,
             over,
             overrides=parse_recipe_flags(flags),
@@ -77,29 +77,29 @@ def sweep(
 
 @contextlib.contextmanager
 def _log_trials() -> Iterator[None]:
-    """Print a line for every trial that ends."""
+    """Log a line for every trial that ends."""
     logger = logging.getLogger("lora_kit.sweeps")
-    before = logger.level
+    level = logger.level
     logger.setLevel(logging.INFO)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logger.setLevel(level)
 
 
 def _build_trial_rows(report: SweepReport) -> list[tuple[str, ...]]:
-    """Return a row for each trial, the best ones first, those without a value last."""
+    """Return a row for each trial, the best ones first, those that are not complete last."""
     sign = -1 if report.direction == "maximize" else 1
 
     def order(trial: TrialReport) -> tuple[bool, float]:
         return trial.state != "complete", sign * (trial.value or 0)
 
-    return [_build_trial_row(trial, report.best.params) for trial in sorted(report.trials, key=order)]
+    return [_build_trial_row(trial) for trial in sorted(report.trials, key=order)]
 
 
-def _build_trial_row(trial: TrialReport, keys: Iterable[str]) -> tuple[str, ...]:
-    numbers = (trial.value, *(trial.params[key] for key in keys))
-    cells = [f"{cell:.5g}" if isinstance(cell, float) else "" if cell is None else str(cell) for cell in numbers]
+def _build_trial_row(trial: TrialReport) -> tuple[str, ...]:
+    values = (trial.value, *trial.params.values())
+    cells = [f"{value:.5g}" if isinstance(value, float) else "" if value is None else str(value) for value in values]
     seconds = "" if trial.seconds is None else f"{trial.seconds:.1f}"
-    state = "" if trial.state == "complete" else f"{trial.state}{': ' if trial.error else ''}{trial.error}"
+    state = ": ".join(filter(None, ("" if trial.state == "complete" else trial.state, trial.error)))
     return (str(trial.number), *cells, str(trial.steps or ""), seconds, state)

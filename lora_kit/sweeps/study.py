@@ -1,191 +1,352 @@
-"""The trials of a sweep in optuna's journal: which there are, who works on them, how they ended.
+"""The trials of a sweep in Optuna's journal: which there are, which process runs each, and how they ended.
 
-A trial that is running is locked by the process that runs it. The lock goes with the process, however it ends, so a
-running trial that nobody has locked is one to be gone on with. Its values were drawn from the sweep's seed, its number
-and the trials before it, and are not drawn again.
+adapters/sql.sweep/
+    plan.json       what is swept, how, and on which rows and base
+    journal.log     Optuna's journal: every trial with its values, its evaluations and its result
+    trials/3/sql    a trial's adapter, while it may still be the best one
+    locks/          which process runs which trial
+    results.json    the trials once all have ended, and results.png, the same as a picture
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import logging
+import os
+import random
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 import optuna
-from optuna.samplers import BaseSampler, BruteForceSampler, RandomSampler, TPESampler
+from optuna.pruners import MedianPruner, NopPruner
+from optuna.samplers import RandomSampler, TPESampler
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from lora_kit.errors import AdapterError, RecipeError, StorageError
+from lora_kit.evaluation.metrics import METRICS
 from lora_kit.io.locks import FileLock
-from lora_kit.io.read import folder_exists
+from lora_kit.io.read import exists, folder_exists, read_json
 from lora_kit.io.text import escape_text
-from lora_kit.sweeps.space import Value, grid, size_of
-from lora_kit.sweeps.sweep_plan import LOCKS, Plan
+from lora_kit.sweeps.space import Params, Value, list_combinations, parse_space
+from lora_kit.training.loop.checkpoints import describe_differences, hash_json
+from lora_kit.training.recipe.load import load_recipe
+from lora_kit.training.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from lora_kit.sweeps.space import Space
 
 logger = logging.getLogger(__name__)
+optuna.logging.set_verbosity(optuna.logging.WARNING)
 
+PLAN: Final = "plan.json"
 JOURNAL: Final = "journal.log"
+LOCKS: Final = "locks"
 _NAME: Final = "sweep"
+_PLAN_LIMIT: Final = 2**23
+"""Bytes."""
 
 
-class Study:
-    """The trials of a plan, shared by every process that works on it."""
+@dataclass(frozen=True, kw_only=True)
+class SweepPlan:
+    """A sweep whose settings are checked. Its fields are the JSON values of `plan.json`.
 
-    def __init__(self, plan: Plan) -> None:
+    Attributes:
+        out: folder of the best trial's result.
+        fields: the recipe as it was given, without defaults.
+        over: the values or the range of each swept recipe key, as `parse_space` reads them.
+        method: `grid`, `random` or `tpe`.
+        metric: of the validation rows, by which trials are compared.
+        trials: how many.
+        seed: decides the values of every trial.
+        prune: `median`, or None.
+        keep: `best`, or `all` trials' results.
+        identity: what decides the result of every trial: settings, recipe, rows, base.
+    """
+
+    out: str
+    fields: Mapping[str, object]
+    over: Mapping[str, list[Value] | str]
+    method: str
+    metric: str
+    trials: int
+    seed: int
+    prune: str | None
+    keep: str
+    identity: Mapping[str, object]
+
+    @property
+    def folder(self) -> Path:
+        out = Path(self.out)
+        return out.with_name(f"{out.name}.sweep")
+
+    @cached_property
+    def space(self) -> Space:
+        return parse_space(self.over)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the identity. The number of trials is no part of it, so that there may be more later."""
+        return hash_json(self.identity)
+
+    @property
+    def direction(self) -> Literal["minimize", "maximize"]:
+        return "maximize" if METRICS[self.metric].greater_is_better else "minimize"
+
+    def trial_folder(self, number: int) -> Path:
+        return self.folder / "trials" / str(number)
+
+    def trial_out(self, number: int) -> Path:
+        """Return the folder of a trial's adapter (or model); it is named as `out` is."""
+        return self.trial_folder(number) / Path(self.out).name
+
+    def build_recipe(self, number: int, params: Params) -> Recipe:
+        """Return the recipe of a trial.
+
+        Raises:
+            RecipeError: the values do not go together.
+        """
+        return load_recipe(self.fields, overrides={**params, "out": str(self.trial_out(number))})
+
+
+class SweepStudy:
+    """The trials of a plan, shared by every process that works on it.
+
+    Optuna's journal has no heartbeat, so a process that runs a trial holds a lock on `locks/<number>`. The operating
+    system frees the lock when the process ends, however it ends. A running trial whose lock is free was therefore left
+    behind, and the next process continues it, under its number and with its values.
+    """
+
+    def __init__(self, plan: SweepPlan) -> None:
         self.plan = plan
-        self._locks = plan.folder / LOCKS
-        self._alone = FileLock(self._locks / "sweep")
-        with self._alone.held():
-            self._optuna = _opened(plan, FileLock(self._locks / "journal"))
+        self._alone = FileLock(plan.folder / LOCKS / "sweep")
+        self._optuna = optuna.create_study(
+            storage=_open_storage(plan.folder),
+            study_name=_NAME,
+            direction=plan.direction,
+            load_if_exists=True,
+            sampler=RandomSampler(plan.seed),  # never asked: `propose_params` draws the values
+            pruner=MedianPruner() if plan.prune else NopPruner(),
+        )
 
     @property
     def trials(self) -> list[FrozenTrial]:
+        """Every trial, by number."""
+        self._check_folder_exists()
         return self._optuna.get_trials(deepcopy=False)
 
     @property
-    def done(self) -> list[FrozenTrial]:
-        """Trials that ended, in their order."""
+    def ended(self) -> list[FrozenTrial]:
+        """The trials that ended, by number."""
         return [trial for trial in self.trials if trial.state.is_finished()]
 
     @property
     def is_done(self) -> bool:
-        return len(self.done) >= self.plan.trials
+        return len(self.ended) >= self.plan.trials
 
     @property
     def best(self) -> FrozenTrial | None:
-        """The trial with the best value, the first of several; None while none has come through."""
-        best: FrozenTrial | None = None
-        for trial in self.trials:
-            if trial.state == TrialState.COMPLETE and (best is None or self._beats(trial, best)):
-                best = trial
-        return best
-
-    def _beats(self, one: FrozenTrial, other: FrozenTrial) -> bool:
-        assert one.value is not None
-        assert other.value is not None
-        return self.plan.better(one.value, other.value)
-
-    # Working on one
+        """The trial with the best value, the first of equal ones; None while none is complete."""
+        with contextlib.suppress(ValueError):
+            return self._optuna.best_trial
+        return None
 
     @contextlib.contextmanager
-    def next(self) -> Iterator[FrozenTrial | None]:
-        """A trial for this process alone: one that was left behind, or a new one; None where there is none left."""
+    def exclusive(self) -> Iterator[None]:
+        """Let no other process begin or end a trial during the block."""
         with self._alone.held():
-            claimed = self._left_behind() or self._new()
-        if claimed is None:
+            self._check_folder_exists()
+            yield
+
+    def _check_folder_exists(self) -> None:
+        """Raise StorageError if the sweep's folder was removed: Optuna would write a new journal and wait for ever."""
+        if not exists(self.plan.folder / PLAN):
+            folder = escape_text(self.plan.folder)
+            raise StorageError(f"{folder} was removed while its trials ran", hint="start the sweep again")
+
+    @contextlib.contextmanager
+    def claim_trial(self) -> Iterator[optuna.Trial | None]:
+        """Give this process a trial that no other one runs: one left behind, else a new one; None if all have begun."""
+        with self.exclusive():
+            claim = self._claim_left_behind() or self._claim_new()
+        if claim is None:
             yield None
             return
-        trial, lock = claimed
+        trial, lock = claim
         try:
-            yield trial
+            yield optuna.Trial(self._optuna, trial._trial_id)
         finally:
             lock.release()
 
-    def _left_behind(self) -> tuple[FrozenTrial, FileLock] | None:
+    def _claim_left_behind(self) -> tuple[FrozenTrial, FileLock] | None:
         for trial in self.trials:
-            if trial.state == TrialState.RUNNING:
-                lock = self._lock(trial.number)
-                if lock.acquire_now():
-                    logger.info("going on with trial %d", trial.number)
-                    return trial, lock
+            lock = self._lock_of(trial.number)
+            if trial.state == TrialState.RUNNING and lock.acquire_now():
+                logger.info("continuing trial %d", trial.number)
+                return trial, lock
         return None
 
-    def _new(self) -> tuple[FrozenTrial, FileLock] | None:
+    def _claim_new(self) -> tuple[FrozenTrial, FileLock] | None:
         trials = self.trials
         if len(trials) >= self.plan.trials:
             return None
-        space = {key: values.distribution() for key, values in self.plan.space.items()}
-        params = proposed(self.plan, trials)
-        lock = self._lock(len(trials))
+        params = propose_params(self.plan, trials)
+        lock = self._lock_of(len(trials))
         lock.acquire()
-        self._optuna.add_trial(create_trial(state=TrialState.RUNNING, params=params, distributions=space))
+        # One line of the journal, where `ask` writes one for each value: no kill can leave a trial with half of them.
+        self._optuna.add_trial(
+            create_trial(state=TrialState.RUNNING, params=params, distributions=dict(self.plan.space))
+        )
         return self.trials[-1], lock
 
-    def _lock(self, number: int) -> FileLock:
-        return FileLock(self._locks / str(number))
+    def _lock_of(self, number: int) -> FileLock:
+        return FileLock(self.plan.folder / LOCKS / str(number))
 
-    def handle(self, trial: FrozenTrial) -> optuna.Trial:
-        """A trial as optuna has it written to."""
-        return optuna.Trial(self._optuna, trial._trial_id)
-
-    def end(
-        self, trial: FrozenTrial, state: TrialState, *, value: float | None = None, facts: Mapping[str, Any]
+    def end_trial(
+        self, trial: optuna.Trial, state: TrialState, *, value: float | None = None, facts: Mapping[str, object]
     ) -> None:
-        """Write down how a trial ended; results that can no longer be the best go."""
-        with self._alone.held():
-            handle = self.handle(trial)
+        """Record how a trial ended, and remove the results that can no longer be the best."""
+        with self.exclusive():
             for key, fact in facts.items():
-                handle.set_user_attr(key, fact)
+                trial.set_user_attr(key, fact)
             self._optuna.tell(trial.number, value, state=state)
             if self.plan.keep == "best":
-                self._tidy()
+                best = self.best
+                self.remove_results(but=None if best is None else best.number)
 
-    def _tidy(self) -> None:
-        best = self.best
-        for trial in self.done:
-            home = self.plan.home(trial.number)
-            if (best is None or trial.number != best.number) and folder_exists(home):
-                shutil.rmtree(home)
-
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """No other process begins or ends a trial meanwhile."""
-        with self._alone.held():
-            yield
+    def remove_results(self, *, but: int | None = None) -> None:
+        """Remove the results of the trials that ended, except one's."""
+        for trial in self.ended:
+            folder = self.plan.trial_folder(trial.number)
+            if trial.number != but and folder_exists(folder):
+                shutil.rmtree(folder)
 
 
-def _opened(plan: Plan, lock: FileLock) -> optuna.Study:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    path = plan.folder / JOURNAL
+# The folder
+
+
+def open_study(plan: SweepPlan, *, replace: bool) -> SweepStudy:
+    """Open the study of a plan in its folder, or begin it there.
+
+    Raises:
+        RecipeError: the folder holds another sweep, which may not be replaced; names what differs.
+        StorageError: it may be replaced, and a process works on it.
+    """
+    with FileLock(plan.folder / LOCKS / "sweep").held():
+        if check_folder(plan, replace=replace):
+            _clear_folder(plan.folder)
+        replace_file(plan.folder / PLAN, json.dumps(dataclasses.asdict(plan), indent=1).encode())
+        return SweepStudy(plan)
+
+
+def check_folder(plan: SweepPlan, *, replace: bool) -> list[str]:
+    """Return what differs from the sweep that the plan's folder holds.
+
+    Raises:
+        RecipeError: something differs, and that sweep may not be replaced.
+    """
+    if not exists(plan.folder / PLAN):
+        return []
+    try:
+        differences = list(describe_differences(read_plan(plan.folder).identity, plan.identity))
+    except AdapterError as error:
+        differences = [error.message]
+    if differences and not replace:
+        raise RecipeError(
+            f"{escape_text(plan.folder)} holds another sweep:\n  " + "\n  ".join(differences),
+            hint="go back to that one to continue it, or ask to replace (--replace) to start anew",
+        )
+    return differences
+
+
+def read_plan(folder: Path) -> SweepPlan:
+    """Return the plan of the sweep in a folder.
+
+    Raises:
+        AdapterError: there is none, or it is damaged.
+    """
+    fields = read_json(folder / PLAN, limit=_PLAN_LIMIT)
+    try:
+        return SweepPlan(**fields)
+    except TypeError:
+        raise AdapterError(f"{escape_text(folder / PLAN)} is damaged") from None
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file in one step: other processes read the old one or the new one."""
+    staging = path.with_name(f".{path.name}.{os.getpid()}")
+    staging.write_bytes(data)
+    os.replace(staging, path)
+
+
+def _clear_folder(folder: Path) -> None:
+    locks = [FileLock(path) for path in (folder / LOCKS).iterdir() if path.name.isdecimal()]
+    if not all(lock.is_free for lock in locks):
+        raise StorageError(f"another process works on {escape_text(folder)}", hint="wait for it, or stop it")
+    for entry in folder.iterdir():
+        if entry.name != LOCKS:  # which holds the lock of this process
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def _open_storage(folder: Path) -> JournalStorage:
+    path = folder / JOURNAL
+    # Optuna's own locks are files that a killed process leaves there: the others would wait 30 seconds for it.
+    lock = FileLock(folder / LOCKS / "journal")
     with lock.held():
-        _mend(path)
-    backend = JournalFileBackend(str(path), lock_obj=lock)  # type: ignore[arg-type]
-    return optuna.create_study(
-        storage=JournalStorage(backend),
-        study_name=_NAME,
-        direction=plan.direction,
-        load_if_exists=True,
-        sampler=RandomSampler(plan.seed),
-        pruner=optuna.pruners.MedianPruner() if plan.prune else optuna.pruners.NopPruner(),
-    )
+        _drop_partial_line(path)
+    try:
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))  # type: ignore[arg-type]
+    except ValueError:
+        raise AdapterError(f"{escape_text(path)} is damaged", hint="ask to replace (--replace) to start anew") from None
 
 
-def _mend(path: Path) -> None:
-    """Take a last line off a journal that was not written to its end: nothing could be written after it."""
+def _drop_partial_line(path: Path) -> None:
+    """Remove an unfinished last line of a journal: Optuna would append to it, and could read neither line."""
     if not path.exists():
         return
     with open(path, "r+b") as file:
         data = file.read()
         whole = data.rfind(b"\n") + 1
         if whole < len(data):
-            logger.warning("%s ended within a line, which is left out", escape_text(path))
+            logger.warning("%s ends with an unfinished line, which is dropped", escape_text(path))
             file.truncate(whole)
 
 
-def proposed(plan: Plan, trials: Sequence[FrozenTrial]) -> dict[str, Value]:
-    """The values of the trial after these: what the plan says, and nothing that this process has done before."""
+# What is tried
+
+
+def propose_params(plan: SweepPlan, trials: Sequence[FrozenTrial]) -> dict[str, Value]:
+    """Return the values of the trial that follows these.
+
+    They depend on the plan and on these trials only, so a sweep that was stopped proposes what it would have proposed.
+    Each trial has a sampler of its own seed for that reason. A finite space is walked without one, since Optuna's
+    `GridSampler` tries combinations again when processes share a study.
+    """
+    combinations = list_combinations(plan.space)
+    if combinations is None:
+        return _sample(plan, trials)
     if plan.method == "grid":
-        return next(islice(grid(plan.space), len(trials), None))
-    seed = int(np.random.SeedSequence([plan.seed, len(trials)]).generate_state(1)[0])
-    finite = size_of(plan.space) is not None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        # Of a finite space everything is tried once, whatever the method.
-        once = BruteForceSampler(seed) if finite else RandomSampler(seed)
-    if plan.method == "random":
-        return _asked(plan, once, trials)
-    found = _asked(plan, TPESampler(seed=seed, constant_liar=True), trials)
-    tried = any(trial.params == found for trial in trials)
-    return _asked(plan, once, trials) if finite and tried else found
+        return combinations[len(trials)]
+    tried = [trial.params for trial in trials]
+    untried = [params for params in combinations if params not in tried]
+    proposed = _sample(plan, trials) if plan.method == "tpe" else None
+    return proposed if proposed in untried else random.Random(_seed_of(plan, len(trials))).choice(untried)
 
 
-def _asked(plan: Plan, sampler: BaseSampler, trials: Sequence[FrozenTrial]) -> dict[str, Value]:
+def _sample(plan: SweepPlan, trials: Sequence[FrozenTrial]) -> dict[str, Value]:
+    seed = _seed_of(plan, len(trials))
+    sampler = TPESampler(seed=seed, constant_liar=True) if plan.method == "tpe" else RandomSampler(seed)
     scratch = optuna.create_study(direction=plan.direction, sampler=sampler)
     scratch.add_trials(trials)
-    return scratch.ask({key: values.distribution() for key, values in plan.space.items()}).params
+    return scratch.ask(dict(plan.space)).params
+
+
+def _seed_of(plan: SweepPlan, number: int) -> int:
+    return int(np.random.SeedSequence([plan.seed, number]).generate_state(1)[0])

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import ConfigError, RecipeError
 from lora_kit.evaluation.metrics import BASIC_METRICS, validate_metrics
-from lora_kit.io.atomic_write import check_output
 from lora_kit.io.text import escape_text
 from lora_kit.models.loading import Base
-from lora_kit.models.silence import silence_libraries
-from lora_kit.sweeps.space import Space, check_values, size_of, space_of
-from lora_kit.sweeps.sweep_plan import Plan, over_of, shares_base, sums_of_files
+from lora_kit.models.locate import silence_libraries
+from lora_kit.sweeps.space import check_values, format_space, list_combinations, parse_space
 from lora_kit.training.job.job import check_output_writable, prepare_job, read_recipe_rows
+from lora_kit.training.loop.checkpoints import hash_json
 from lora_kit.training.recipe.coerce import as_json, check_one_of
 from lora_kit.training.recipe.load import load_recipe, read_recipe_fields
 from lora_kit.training.recipe.recipe import Recipe
 from lora_kit.training.recipe.training_arguments import best_metric_of
 
 if TYPE_CHECKING:
+    from lora_kit.sweeps.space import Space
+    from lora_kit.sweeps.study import SweepPlan
     from lora_kit.sweeps.sweep_report import SweepReport
 
 logger = logging.getLogger(__name__)
@@ -31,12 +32,12 @@ logger = logging.getLogger(__name__)
 METHODS: Final = ("grid", "random", "tpe")
 PRUNERS: Final = ("median",)
 KEEP: Final = ("best", "all")
-_TRIALS: Final = 20
+_DEFAULT_TRIALS: Final = 20
 
 
 def sweep(
     recipe: str | Path | Mapping[str, Any] | Recipe,
-    over: Mapping[str, Any] | Iterable[str],
+    over: Mapping[str, object] | Iterable[str],
     *,
     base: Base | None = None,
     overrides: Mapping[str, Any] | None = None,
@@ -51,163 +52,187 @@ def sweep(
 ) -> SweepReport:
     """Train a recipe with many values of some of its keys, and write the best result to the recipe's `out`.
 
-    What was done is kept in a folder beside `out`: a sweep that was stopped, in the middle of a training too, goes on
-    when it is started again. One worker then ends with the trials of a sweep that was never stopped. The same sweep
-    started by several processes is shared between them.
+    The trials are recorded in a folder beside `out`: a sweep that was stopped, in the middle of a training too,
+    continues when it is started again. One worker then ends with the trials of a sweep that was never stopped. Several
+    processes that start the same sweep share its trials.
 
     Args:
         recipe, base, overrides: as `lora_kit.training.train.train` takes them; the base is loaded once.
-        over: by recipe key a list of values, or a text: `4,8,16`, or a range `1e-4..1e-2:log`.
-        method: `grid` for every combination, `random`, or `tpe` (Bayesian, optuna's). None: `grid` where every key has
+        over: for each recipe key a list of values, or a text: `4,8,16`, or a range `1e-4..1e-2:log`.
+        method: `grid` for every combination, `random`, or `tpe` (Bayesian, Optuna's). None: `grid` where every key has
             a list, else `tpe`.
         metric: of the validation rows, one of `lora_kit.evaluation.metrics.METRICS`; which way is better is known.
             None: the recipe's `metric_for_best_model`, or the loss.
         trials: how many; None for all of a grid, else 20.
         seed: decides what is tried; None for the recipe's.
-        prune: `median` stops a trial that is worse at an evaluation than half of the others were by then.
-        keep: `all` leaves the results of all trials in the sweep's folder.
+        prune: `median` stops a trial that is worse at an evaluation than half of the others were at that step.
+        keep: `all` keeps the results of all trials in the sweep's folder.
         workers: processes that share the trials.
         replace: what is at `out` may be replaced, and so may another sweep.
 
     Raises:
-        RecipeError, DataError, BaseModelError: what was given is wrong, or differs from what was begun; no trial ran.
-        ConfigError: an argument that is none, or optuna is not installed.
-        StorageError: the machine; what was done is kept.
-        VerificationError: no trial came through.
+        RecipeError, DataError, BaseModelError: an argument is invalid, or another sweep began there; no trial ran.
+        ConfigError: an argument is unknown, or optuna is not installed.
+        StorageError: the machine failed; what was done is kept.
+        VerificationError: no trial is complete.
     """
-    if workers < 1:
-        raise ConfigError(f"workers counts from 1; {workers} was given")
-    if workers > 1 and base is not None:
-        raise ConfigError("a base that is loaded already cannot be shared by several workers", hint="leave base out")
-    _check_optuna()
-    fields, _ = read_recipe_fields(recipe, overrides=overrides)
-    space, wanted = space_of(over), load_recipe(fields)
-    metric = metric or best_metric_of(wanted.train)
-    fields = _measuring(metric, wanted, fields)
-    wanted = load_recipe(fields)
-    plan, base = _planned(wanted, fields, space, base, method=method, metric=metric, trials=trials, seed=seed,
-                          prune=prune, keep=keep, replace=replace)  # fmt: skip
-    plan.take_folder(replace=replace)
-    # These need optuna, and what they import takes its time.
-    from lora_kit.sweeps.processes import shared
-    from lora_kit.sweeps.study import Study
-    from lora_kit.sweeps.sweep_report import finished
-    from lora_kit.sweeps.worker import Worker
+    _check_arguments(base=base, method=method, trials=trials, seed=seed, prune=prune, keep=keep, workers=workers)
+    # These import optuna, and take their time.
+    from lora_kit.sweeps.study import check_folder, open_study
+    from lora_kit.sweeps.sweep_report import check_out, finish_sweep
+    from lora_kit.sweeps.worker import Worker, run_workers
 
+    space = parse_space(over)
+    fields, loaded, metric = _read_recipe(recipe, overrides, metric)
+    settings: Settings = {
+        "method": method or ("tpe" if list_combinations(space) is None else "grid"),
+        "metric": metric,
+        "seed": loaded.seed if seed is None else seed,
+        "prune": prune,
+    }
+    plan, base = _build_plan(loaded, fields, space, base, settings=settings, trials=trials, keep=keep)
+    check_folder(plan, replace=replace)
+    check_out(plan, replace=replace)
+    study = open_study(plan, replace=replace)
     try:
         if workers == 1:
-            Worker(plan, base=base).run()
+            Worker(study, base=base).run()
         else:
-            del base
-            shared(plan, workers)
+            del base  # each worker loads its own
+            run_workers(study, workers)
     except BaseException:
-        logger.warning("stopped; the same command goes on with the sweep in %s", escape_text(plan.folder))
+        logger.warning("stopped; the same command continues the sweep in %s", escape_text(plan.folder))
         raise
-    return finished(Study(plan), replace=replace)
+    return finish_sweep(study, replace=replace)
 
 
-def _check_optuna() -> None:
-    try:
-        import optuna  # noqa: F401 - only whether it is there
-    except ImportError:
-        raise ConfigError(
-            "a sweep needs optuna, which is not installed", hint="pip install 'lora-kit[sweep]'"
-        ) from None
+class Settings(TypedDict):
+    """What decides the values of the trials, and which one is the best; see `SweepPlan`."""
+
+    method: str
+    metric: str
+    seed: int
+    prune: str | None
 
 
-def _measuring(metric: str, wanted: Recipe, fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a recipe whose evaluations give a metric.
-
-    Raises:
-        RecipeError: the recipe tells its best weights by another one.
-    """
-    validate_metrics([metric], wanted.task)
-    own = wanted.train.get("metric_for_best_model")
-    if metric in BASIC_METRICS[wanted.task] or (own and best_metric_of(wanted.train) == metric):
-        return fields
-    if own:
-        raise RecipeError(
-            f"the recipe keeps the best weights by {own}, and trials are compared by {metric}",
-            hint="choose one of the two, or leave train.metric_for_best_model out",
-        )
-    asked: dict[str, Any] = {"train.metric_for_best_model": metric}
-    if str(wanted.train.get("eval_strategy", "no")) == "no":
-        asked["train.load_best_model_at_end"] = False  # there is one evaluation, at the end
-    return read_recipe_fields(fields, overrides=asked)[0]
-
-
-def _planned(
-    wanted: Recipe, fields: dict[str, Any], space: Space, base: Base | None, *, trials: int | None, **asked: Any
-) -> tuple[Plan, Base | None]:
-    """The plan, and the base that was loaded to check it where trials can share it."""
-    from lora_kit.sweeps.sweep_report import mark_of, owned
-
-    replace = asked.pop("replace")
-    asked["method"] = asked["method"] or ("tpe" if size_of(space) is None else "grid")
-    asked["seed"] = wanted.seed if asked["seed"] is None else asked["seed"]
-    _check(wanted, space, base, **asked)
-    check_values(space, fields)
-    check_output_writable(wanted)
-    with silence_libraries():
-        job = prepare_job(wanted, read_recipe_rows(wanted), base)
-        identity = {**job.identity, "over": over_of(space), "files": sums_of_files(space)}
-    identity["sweep"] = {name: asked[name] for name in ("method", "metric", "seed", "prune")}
-    plan = Plan(
-        out=Path(wanted.out),
-        fields=_as_plain(fields, wanted),
-        space=space,
-        trials=_count(space, trials),
-        identity=identity,
-        **asked,
-    )
-    plan.check_folder(replace=replace)
-    if mark_of(plan.out).get("sweep") != plan.digest:
-        check_output(plan.out, replace=replace, owned=owned)
-    return plan, base or (job.base if shares_base(wanted) else None)
-
-
-def _as_plain(fields: Mapping[str, Any], wanted: Recipe) -> dict[str, Any]:
-    """What stands in a recipe as JSON values; a config in it by its fields."""
-    found = {key: as_json(value) for key, value in fields.items() if key != "lora"}
-    lora = fields.get("lora")
-    if lora is None:
-        return found
-    return {**found, "lora": wanted.to_dict()["lora"] if isinstance(lora, LoraConfig) else as_json(lora)}
-
-
-def _count(space: Space, trials: int | None) -> int:
-    if trials is not None and trials < 1:
-        raise ConfigError(f"trials counts from 1; {trials} was given")
-    size = size_of(space)
-    return min(trials or size or _TRIALS, size or sys.maxsize)
-
-
-def _check(
-    wanted: Recipe,
+def _build_plan(
+    recipe: Recipe,
+    fields: dict[str, Any],
     space: Space,
     base: Base | None,
     *,
-    method: str,
-    metric: str,
+    settings: Settings,
+    trials: int | None,
+    keep: str,
+) -> tuple[SweepPlan, Base | None]:
+    """Check everything that a trial needs, and return the plan with the base that trials can share."""
+    from lora_kit.sweeps.study import SweepPlan
+    from lora_kit.sweeps.worker import can_share_base
+
+    combinations = list_combinations(space)
+    _check_recipe(recipe, space, base, settings=settings)
+    check_values(space, fields)
+    check_output_writable(recipe)
+    with silence_libraries():
+        job = prepare_job(recipe, read_recipe_rows(recipe), base)
+    rows = _hash_train_rows(space, fields)
+    plan = SweepPlan(
+        out=str(recipe.out),
+        fields=_as_plain(fields, recipe),
+        over=format_space(space),
+        trials=min(trials or len(combinations), len(combinations)) if combinations else trials or _DEFAULT_TRIALS,
+        keep=keep,
+        identity=as_json({**job.identity, "over": format_space(space), "files": rows, "sweep": settings}),
+        **settings,
+    )
+    return plan, base or (job.base if can_share_base(recipe) else None)
+
+
+def _check_arguments(
+    *,
+    base: Base | None,
+    method: str | None,
+    trials: int | None,
+    seed: int | None,
     prune: str | None,
     keep: str,
-    seed: int,
+    workers: int,
 ) -> None:
-    check_one_of("method", method, METHODS)
-    check_one_of("keep", keep, KEEP)
-    if seed < 0:
-        raise ConfigError(f"seed counts from 0; {seed} was given")
-    if method == "grid" and size_of(space) is None:
-        raise RecipeError("a grid is of lists of values, and there is a range", hint="method random or tpe")
-    if wanted.data.validation is None:
-        raise RecipeError("a sweep compares trials on data.validation, and the recipe names none")
+    if find_spec("optuna") is None:
+        raise ConfigError("a sweep needs optuna, which is not installed", hint="pip install 'lora-kit[sweep]'")
+    if method is not None:
+        check_one_of("method", method, METHODS)
     if prune is not None:
         check_one_of("prune", prune, PRUNERS)
-        if str(wanted.train.get("eval_strategy", "no")) == "no" and "train.eval_strategy" not in space:
-            raise RecipeError(
-                "prune compares evaluations made in training, and train.eval_strategy is no",
-                hint="train.eval_strategy: steps, and train.eval_steps",
-            )
-    swept = [key for key in ("base", "dtype", "quantize") if key in space]
-    if base is not None and swept:
-        raise RecipeError(f"{swept[0]} is swept, and a base that is loaded already was given", hint="leave it out")
+    check_one_of("keep", keep, KEEP)
+    for name, value, least in (("trials", trials, 1), ("seed", seed, 0), ("workers", workers, 1)):
+        if value is not None and value < least:
+            raise ConfigError(f"{name} must be at least {least}; {value} was given")
+    if workers > 1 and base is not None:
+        raise ConfigError("a loaded base cannot be shared by several workers", hint="leave base out")
+
+
+def _read_recipe(
+    recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Mapping[str, Any] | None, metric: str | None
+) -> tuple[dict[str, Any], Recipe, str]:
+    """Return the fields of a recipe whose evaluations compute the metric, the recipe itself, and the metric.
+
+    Raises:
+        RecipeError: the recipe keeps its best weights by another one.
+    """
+    fields, _ = read_recipe_fields(recipe, overrides=overrides)
+    loaded = load_recipe(fields)
+    own = loaded.train.get("metric_for_best_model")
+    metric = metric or best_metric_of(loaded.train)
+    validate_metrics([metric], loaded.task)
+    if metric in BASIC_METRICS[loaded.task] or (own and best_metric_of(loaded.train) == metric):
+        return fields, loaded, metric
+    if own:
+        raise RecipeError(
+            f"the recipe keeps the best weights by {own}, but trials are compared by {metric}",
+            hint="choose one of the two, or leave train.metric_for_best_model out",
+        )
+    added: dict[str, object] = {"train.metric_for_best_model": metric}
+    if not _evaluates(loaded):
+        added["train.load_best_model_at_end"] = False  # there is one evaluation, at the end
+    fields, _ = read_recipe_fields(fields, overrides=added)
+    return fields, load_recipe(fields), metric
+
+
+def _evaluates(recipe: Recipe) -> bool:
+    """Whether a recipe evaluates during its training, not only at its end."""
+    return str(recipe.train.get("eval_strategy", "no")) != "no"
+
+
+def _check_recipe(recipe: Recipe, space: Space, base: Base | None, *, settings: Settings) -> None:
+    if settings["method"] == "grid" and list_combinations(space) is None:
+        raise RecipeError("a grid needs a list of values for every key; a range was given", hint="method random or tpe")
+    if recipe.data.validation is None:
+        raise RecipeError("a sweep compares trials on data.validation, and the recipe names none")
+    if settings["prune"] and not _evaluates(recipe) and "train.eval_strategy" not in space:
+        raise RecipeError(
+            "prune compares evaluations during training, and train.eval_strategy is no",
+            hint="set train.eval_strategy: steps, and train.eval_steps",
+        )
+    reloading = [key for key in ("base", "dtype", "quantize") if key in space]
+    if base is not None and reloading:
+        raise RecipeError(f"{reloading[0]} is swept, and a loaded base was given too", hint="leave base out")
+
+
+def _as_plain(fields: Mapping[str, Any], recipe: Recipe) -> dict[str, object]:
+    """Return the fields of a recipe as JSON values; a `LoraConfig` among them by its fields."""
+    return {
+        key: recipe.to_dict()["lora"] if isinstance(value, LoraConfig) else as_json(value)
+        for key, value in fields.items()
+    }
+
+
+def _hash_train_rows(space: Space, fields: Mapping[str, Any]) -> dict[str, str]:
+    """Return the sha256 of the rows of each value of `data.train`, where that is swept: other rows are another sweep.
+
+    Raises:
+        DataError: rows cannot be read, or are of a format that the task does not take.
+    """
+    sources = map(str, getattr(space.get("data.train"), "choices", ()))
+    recipes = {source: load_recipe(fields, overrides={"data.train": source}) for source in sources}
+    return {source: hash_json({"rows": read_recipe_rows(recipe)[0].values}) for source, recipe in recipes.items()}

@@ -1,147 +1,236 @@
-"""One process that works on a sweep: trial after trial, until none is left."""
+"""The processes that work on a sweep: each runs trial after trial, until none is left."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
 import time
-from typing import Any, Final
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
 
+import optuna
 from optuna.trial import FrozenTrial, TrialState
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_kit.errors import LoraKitError, StorageError
+from lora_kit.errors import LoraKitError, StorageError, VerificationError, format_list
 from lora_kit.io.text import escape_text
 from lora_kit.models.loading import Base
-from lora_kit.models.silence import silence_libraries
-from lora_kit.sweeps.study import Study
-from lora_kit.sweeps.sweep_plan import Plan, shares_base
+from lora_kit.models.locate import silence_libraries
+from lora_kit.sweeps.study import SweepPlan, SweepStudy, read_plan
 from lora_kit.training.job.job import prepare_job, read_recipe_rows
 from lora_kit.training.recipe.load import load_recipe
-from lora_kit.training.recipe.recipe import Recipe
+from lora_kit.training.recipe.recipe import METHODS_CHANGING_BASE, Recipe
 from lora_kit.training.train import train
 
 logger = logging.getLogger(__name__)
 
-PRUNED_AT: Final = "pruned_at"
+_PRUNED_AT: Final = "pruned_at"
 _POLL_SECONDS: Final = 0.2
-_MACHINE: Final = 3
-_LOADED_AS: Final = ("base", "task", "dtype", "quantize")
+_LOADING_FIELDS: Final = ("base", "task", "dtype", "quantize")
 """Fields of a recipe that decide how a base is loaded."""
 
 
 class Worker:
-    """Runs the trials of a plan that nobody else runs.
+    """Runs the trials of a study that no other process runs.
 
     Args:
-        base: of the recipe; None to load it when it is first needed.
+        base: the recipe's base; None to load it when it is first needed.
     """
 
-    def __init__(self, plan: Plan, *, base: Base | None = None) -> None:
-        self._plan, self._study, self._base = plan, Study(plan), base
-        self._recipe = load_recipe(plan.fields)
-        self._told: set[int] = {trial.number for trial in self._study.done}
-
-    @property
-    def is_done(self) -> bool:
-        return self._study.is_done
+    def __init__(self, study: SweepStudy, *, base: Base | None = None) -> None:
+        self._study, self._plan, self._base = study, study.plan, base
+        self._recipe = load_recipe(study.plan.fields)
 
     def run(self) -> None:
         """Work until every trial has ended, those of other processes too: one of them may die."""
-        while not self.is_done:
-            self.check_there()
-            with self._study.next() as trial:
+        log = _TrialLog(self._study)
+        while not self._study.is_done:
+            with self._study.claim_trial() as trial:
                 if trial is None:
                     time.sleep(_POLL_SECONDS)
                 else:
-                    self._run(trial)
-            self.tell()
+                    self._run_trial(trial)
+            log.update()
 
-    def check_there(self) -> None:
-        """Raise StorageError where the sweep's folder is gone: nothing that others end would be seen any more."""
-        if not self._plan.folder.is_dir():
-            raise StorageError(f"{escape_text(self._plan.folder)} was removed while its trials ran", hint="begin again")
-
-    def tell(self) -> None:
-        """Log the trials that have ended since the last time."""
-        for trial in self._study.done:
-            if trial.number not in self._told:
-                self._told.add(trial.number)
-                logger.info("%s; %s", line(self._plan, trial), self._standing())
-
-    def _standing(self) -> str:
-        best, done = self._study.best, f"{len(self._told)} of {self._plan.trials} done"
-        return done if best is None else f"{done}, best: trial {best.number} with {best.value:.5g}"
-
-    def _run(self, trial: FrozenTrial) -> None:
-        if PRUNED_AT in trial.user_attrs:  # decided before the process died
-            self._study.end(trial, TrialState.PRUNED, facts={"steps": trial.user_attrs[PRUNED_AT]})
+    def _run_trial(self, trial: optuna.Trial) -> None:
+        if _PRUNED_AT in trial.user_attrs:  # decided before its process died
+            self._study.end_trial(trial, TrialState.PRUNED, facts={"steps": trial.user_attrs[_PRUNED_AT]})
             return
-        reports = _Reports(self._study, trial, metric=self._plan.metric)
+        callbacks = [_ReportEvaluations(self._study, trial)]
         try:
-            recipe = self._plan.recipe(trial.number, trial.params)
-            report = train(recipe, base=self._base_for(recipe), replace=True, callbacks=[reports])
+            recipe = self._plan.build_recipe(trial.number, trial.params)
+            report = train(recipe, base=self._load_base(recipe), replace=True, callbacks=callbacks)
         except LoraKitError as error:
-            # What the machine cannot do may go well later. What these values lead to is a result.
-            if error.exit_code == _MACHINE:
+            # What the machine failed at may succeed later. An error that these values lead to is a result.
+            if error.exit_code == StorageError.exit_code:
                 raise
-            self._study.end(trial, TrialState.FAIL, facts={"error": str(error)})
+            self._study.end_trial(trial, TrialState.FAIL, facts={"error": str(error)})
             return
         assert report.after is not None
-        facts = {"steps": report.steps, "seconds": round(report.seconds, 3), "metrics": report.after.metrics()}
-        if reports.pruned:
-            self._study.end(trial, TrialState.PRUNED, facts=facts)
-        else:
-            value = report.after.metrics()[self._plan.metric]
-            self._study.end(trial, TrialState.COMPLETE, value=value, facts=facts)
+        metrics = report.after.metrics()
+        facts = {"steps": report.steps, "seconds": round(report.seconds, 3), "metrics": metrics}
+        pruned = _PRUNED_AT in trial.user_attrs
+        state, value = (TrialState.PRUNED, None) if pruned else (TrialState.COMPLETE, metrics[self._plan.metric])
+        self._study.end_trial(trial, state, value=value, facts=facts)
 
-    def _base_for(self, recipe: Recipe) -> Base | None:
-        """The base that all trials share; None for a trial that loads its own."""
-        given = self._recipe
-        if any(getattr(recipe, name) != getattr(given, name) for name in _LOADED_AS):
+    def _load_base(self, recipe: Recipe) -> Base | None:
+        """Return the base that the trials share; None for a trial that loads its own."""
+        shared = self._recipe
+        if any(getattr(recipe, name) != getattr(shared, name) for name in _LOADING_FIELDS):
             return None
-        if self._base is None and shares_base(recipe):
+        if self._base is None and can_share_base(recipe):
             with silence_libraries():
-                self._base = prepare_job(given, read_recipe_rows(given), None).base
+                self._base = prepare_job(shared, read_recipe_rows(shared), None).base
         return self._base
 
 
-class _Reports(TrainerCallback):
-    """Writes the evaluations of a trial down, and stops it where it is worse than others were by then.
+def can_share_base(recipe: Recipe) -> bool:
+    """Whether trainings of a recipe can share one loaded base; the others change what they load."""
+    return recipe.dtype == "auto" and recipe.quantize is None and recipe.method not in METHODS_CHANGING_BASE
 
-    A trial that goes on after its process died evaluates some steps again: they have been decided upon.
+
+class _ReportEvaluations(TrainerCallback):
+    """Reports the evaluations of a trial to Optuna's pruner, and stops the training if the pruner says so.
+
+    A trial that is continued after its process died repeats some evaluations: those are decided already.
     """
 
-    def __init__(self, study: Study, trial: FrozenTrial, *, metric: str) -> None:
-        self._trial, self._metric = study.handle(trial), metric
-        self._reported = max(trial.intermediate_values, default=0)
-        self._prunes = study.plan.prune is not None
+    def __init__(self, study: SweepStudy, trial: optuna.Trial) -> None:
+        self._trial, self._plan = trial, study.plan
+        self._reported_step = max(study.trials[trial.number].intermediate_values, default=0)
 
-    @property
-    def pruned(self) -> bool:
-        return PRUNED_AT in self._trial.user_attrs
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
         step = state.global_step
-        if not self._prunes or not 0 < step < state.max_steps or step < self._reported:
+        if self._plan.prune is None or not 0 < step < state.max_steps or step < self._reported_step:
             return
-        if step > self._reported:
-            self._trial.report(metrics[f"eval_{self._metric}"], step)
-            self._reported = step
+        if step > self._reported_step:
+            assert metrics is not None
+            self._trial.report(metrics[f"eval_{self._plan.metric}"], step)
+            self._reported_step = step
         if self._trial.should_prune():
-            self._trial.set_user_attr(PRUNED_AT, step)
+            self._trial.set_user_attr(_PRUNED_AT, step)
             control.should_training_stop = True
 
 
-def line(plan: Plan, trial: FrozenTrial) -> str:
-    """How a trial ended, in words."""
-    values = ", ".join(f"{key} {shown(value)}" for key, value in trial.params.items())
-    how = {
-        TrialState.COMPLETE: f"{plan.metric} {trial.value or 0:.5g}",
-        TrialState.PRUNED: f"pruned at {plan.metric} {trial.value or 0:.5g}",
-        TrialState.FAIL: f"failed: {trial.user_attrs.get('error')}",
-    }[trial.state]
-    return f"trial {trial.number}: {how} ({values})"
+class _TrialLog:
+    """Logs a line for every trial that ends, whichever process ran it."""
+
+    def __init__(self, study: SweepStudy) -> None:
+        self._study = study
+        self._logged = {trial.number for trial in study.ended}
+
+    def update(self) -> None:
+        """Log the trials that ended since the last call."""
+        for trial in self._study.ended:
+            if trial.number not in self._logged:
+                self._logged.add(trial.number)
+                best = self._study.best
+                leader = "" if best is None else f", best: trial {best.number} with {best.value:.5g}"
+                count = f"{len(self._logged)} of {self._study.plan.trials} done"
+                logger.info("%s; %s%s", _describe_trial(trial, self._study.plan.metric), count, leader)
 
 
-def shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _describe_trial(trial: FrozenTrial, metric: str) -> str:
+    result = f"failed: {trial.user_attrs.get('error')}" if trial.value is None else f"{metric} {trial.value:.5g}"
+    pruned = "pruned at " if trial.state == TrialState.PRUNED else ""
+    params = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+              for key, value in trial.params.items())  # fmt: skip
+    return f"trial {trial.number}: {pruned}{result} ({', '.join(params)})"
+
+
+# Several processes
+
+
+def run_workers(study: SweepStudy, count: int) -> None:
+    """Run the trials of a study in several processes, until every trial has ended.
+
+    Raises:
+        VerificationError: every worker ended before the sweep did.
+        StorageError: the sweep's folder was removed.
+    """
+    log = _TrialLog(study)
+    with _start_workers(study.plan, count) as processes:
+        while not study.is_done:
+            log.update()
+            if all(process.poll() is not None for process in processes):
+                break
+            time.sleep(_POLL_SECONDS)
+        for number, process in enumerate(processes):
+            if process.poll():
+                path = escape_text(_log_path(study.plan, number))
+                logger.warning("worker %d ended early, with code %d; see %s", number, process.returncode, path)
+    log.update()
+    if not study.is_done:
+        last = [line for number in range(count) for line in _log_path(study.plan, number).read_text().splitlines()[-1:]]
+        raise VerificationError(f"all {count} workers ended before the sweep did: {format_list(last)}")
+
+
+@contextlib.contextmanager
+def _start_workers(plan: SweepPlan, count: int) -> Iterator[Sequence[subprocess.Popen[bytes]]]:
+    """Start worker processes, and end them with the block: each completes its training step first.
+
+    They have sessions of their own. Otherwise an interrupt from the terminal would reach them besides the signal of
+    this process, and a second signal ends a training within its step.
+    """
+    threads = str(max(1, (os.cpu_count() or 1) // count))
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-m", "lora_kit.sweeps", str(plan.folder), str(os.getpid())]
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for number in range(count):
+            with open(_log_path(plan, number), "wb") as log:
+                processes.append(
+                    subprocess.Popen(
+                        command,
+                        env=environment,
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=log,
+                        start_new_session=True,
+                    )
+                )
+        yield processes
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for process in processes:
+            process.wait()
+
+
+def _log_path(plan: SweepPlan, number: int) -> Path:
+    return plan.folder / f"worker-{number}.log"
+
+
+def run_worker_process(folder: str, parent: str) -> int:
+    """Work on the sweep in a folder until every trial has ended, or the parent process has."""
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    logging.getLogger("lora_kit").setLevel(logging.INFO)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    threading.Thread(target=_end_with_parent, args=(int(parent),), daemon=True).start()
+    try:
+        Worker(SweepStudy(read_plan(Path(folder)))).run()
+    except LoraKitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _end_with_parent(parent: int) -> None:
+    """Signal this process as soon as its parent is gone, killed perhaps: nobody would end this worker later."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)

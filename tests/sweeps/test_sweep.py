@@ -6,10 +6,10 @@ import contextlib
 import gc
 import json
 import os
+import shutil
 import signal
 import sys
 import time
-import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,22 +21,27 @@ from transformers import TrainerCallback
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.cli.main import main
-from lora_kit.errors import ConfigError, DataError, RecipeError, StorageError, VerificationError
+from lora_kit.errors import AdapterError, ConfigError, DataError, RecipeError, StorageError, VerificationError
 from lora_kit.models.loading import Base
 from lora_kit.training.train import train
+from tests.io.test_atomic_write import die, in_child
 from tests.support import texts
+from tests.training.test_train import LABELLED, PAIRS, base_of, recipe_of
 
 pytest.importorskip("optuna", reason="optuna is not installed (pip install 'lora-kit[sweep]')")
 
-from lora_kit.sweeps import processes
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+
 from lora_kit.sweeps import worker as working
-from lora_kit.sweeps.space import Choices, Range, space_of
-from lora_kit.sweeps.study import Study, proposed
+from lora_kit.sweeps.space import format_space, parse_space
+from lora_kit.sweeps.study import SweepPlan, SweepStudy, open_study, propose_params, read_plan
 from lora_kit.sweeps.sweep import sweep
-from lora_kit.sweeps.sweep_plan import Plan
-from lora_kit.sweeps.sweep_report import SweepReport, TrialReport, picture
-from tests.support.processes import die, in_child
-from tests.support.training import LABELLED, PAIRS, base_of, recipe_of
+from lora_kit.sweeps.sweep_report import SweepReport, TrialReport, plot_trials
 
 RATES = "train.learning_rate=1e-3..1e-1:log"
 RANKS = "lora.r=2,4,8"
@@ -44,8 +49,8 @@ RANKS = "lora.r=2,4,8"
 
 @pytest.fixture(autouse=True)
 def _nothing_beside_the_trials(monkeypatch: pytest.MonkeyPatch, no_pictures_and_no_samples: None) -> Iterator[None]:
-    monkeypatch.setattr("lora_kit.sweeps.sweep_report.picture", lambda *_: None)
-    monkeypatch.setattr(working._Reports, "on_step_end", TrainerCallback.on_step_end, raising=False)
+    monkeypatch.setattr("lora_kit.sweeps.sweep_report.plot_trials", lambda *_: None)
+    monkeypatch.setattr(working._ReportEvaluations, "on_step_end", TrainerCallback.on_step_end, raising=False)
     monkeypatch.setattr(working, "train", train)
     gc.freeze()  # every training looks for garbage
     yield
@@ -60,7 +65,7 @@ def swept(folder: Path, **train: Any) -> dict[str, Any]:
 
 def told(report: SweepReport) -> list[dict[str, Any]]:
     """What a sweep found, without what a clock said."""
-    return [{**trial, "seconds": None} for trial in report.to_json()["trials"]]
+    return [{**vars(trial), "seconds": None} for trial in report.trials]
 
 
 def weights(report: SweepReport) -> bytes:
@@ -79,7 +84,7 @@ def at_step(number: int, step: int, act: Callable[[], None]) -> None:
         if (self._trial.number, state.global_step) == (number, step):
             act()
 
-    working._Reports.on_step_end = on_step_end  # type: ignore[method-assign]
+    working._ReportEvaluations.on_step_end = on_step_end  # type: ignore[method-assign]
 
 
 def counted(file: Path) -> None:
@@ -107,22 +112,27 @@ def begun(tmp_path: Path) -> Callable[[], Counter[str]]:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("lora.r=4,8,16", Choices((4, 8, 16))),
-        ("train.learning_rate=1e-4,2e-4", Choices((1e-4, 2e-4))),
-        ("train.learning_rate=1e-4..1e-2:log", Range(1e-4, 1e-2, True)),
-        ("lora.lora_dropout=0.0..0.5", Range(0.0, 0.5, False)),
-        ("train.warmup_steps=0..100", Range(0, 100, False)),
-        ("lora.use_dora=true,false", Choices((True, False))),
-        ("lora.target_modules=all-linear,[q_proj, v_proj]", Choices(("all-linear", '["q_proj", "v_proj"]'))),
-        ("data.train=../a.jsonl,../b.jsonl", Choices(("../a.jsonl", "../b.jsonl"))),
-        ("--lora.r=4", Choices((4,))),
+        ("lora.r=4,8,16", CategoricalDistribution((4, 8, 16))),
+        ("train.learning_rate=1e-4,2e-4", CategoricalDistribution((1e-4, 2e-4))),
+        ("train.learning_rate=1e-4..1e-2:log", FloatDistribution(1e-4, 1e-2, log=True)),
+        ("lora.lora_dropout=0.0..0.5", FloatDistribution(0.0, 0.5)),
+        ("lora.lora_dropout=0..0.5", FloatDistribution(0.0, 0.5)),
+        ("train.warmup_steps=0..100", IntDistribution(0, 100)),
+        ("lora.use_dora=true,false", CategoricalDistribution((True, False))),
+        (
+            "lora.target_modules=all-linear,[q_proj, v_proj]",
+            CategoricalDistribution(("all-linear", '["q_proj", "v_proj"]')),
+        ),
+        ("data.train=../a.jsonl,../b.jsonl", CategoricalDistribution(("../a.jsonl", "../b.jsonl"))),
+        ("--lora.r=4", CategoricalDistribution((4,))),
     ],
 )
-def test_a_space_is_read_as_it_is_meant(text: str, expected: Choices | Range) -> None:
-    (found,) = space_of([text]).values()
-    assert found == expected
-    assert [type(value) for value in found.samples] == [type(value) for value in expected.samples]
-    assert space_of({key: values.to_json() for key, values in space_of([text]).items()}) == space_of([text])
+def test_a_space_is_read_as_it_is_meant(text: str, expected: BaseDistribution) -> None:
+    space = parse_space([text])
+    assert list(space.values()) == [expected]
+    (found,) = space.values()
+    assert list(map(type, getattr(found, "choices", ()))) == list(map(type, getattr(expected, "choices", ())))
+    assert parse_space(format_space(space)) == space
 
 
 @pytest.mark.parametrize(
@@ -133,35 +143,35 @@ def test_a_space_is_read_as_it_is_meant(text: str, expected: Choices | Range) ->
         (["train.output_dir=a,b"], {}, "train.output_dir cannot be set"),
         (["lora.r=4,x"], {}, "lora.r must be a whole number; 'x' was given"),
         (["lora.r=0..8"], {}, "lora.r"),
-        (["lora.r=8..4"], {}, "from low to high"),
-        (["train.learning_rate=0..1:log"], {}, "begins above 0"),
+        (["lora.r=8..4"], {}, "lora.r=8..4 is invalid.*low"),
+        (["train.learning_rate=0..1:log"], {}, "train.learning_rate=0..1:log is invalid.*log"),
         (["lora.r=4,4"], {}, "a value twice"),
         (["lora.r=4", "lora.r=8"], {}, "swept twice"),
         (["lora.r"], {}, "not KEY=VALUES"),
-        ([], {}, "one recipe key at least"),
+        ([], {}, "at least one recipe key"),
         (["out=a,b"], {}, "out cannot be swept"),
         (["task=causal-lm,classify"], {}, "task cannot be swept"),
         (["data.validation=a,b"], {}, "compared on the same rows"),
-        ([RATES], {"method": "grid"}, "there is a range"),
+        ([RATES], {"method": "grid"}, "a range was given"),
         ([RANKS], {"method": "bayes"}, "method 'bayes' is not known"),
         ([RANKS], {"metric": "los"}, "did you mean 'loss'"),
         ([RANKS], {"metric": "accuracy"}, "does not fit task causal-lm"),
         ([RANKS], {"prune": "median", "overrides": {"train.eval_strategy": "no"}}, "eval_strategy is no"),
         ([RANKS], {"overrides": {"data.validation": None, "train.eval_strategy": "no"}}, "data.validation"),
-        ([RANKS], {"trials": 0}, "trials counts from 1"),
-        ([RANKS], {"workers": 0}, "workers counts from 1"),
+        ([RANKS], {"trials": 0}, "trials must be at least 1"),
+        ([RANKS], {"workers": 0}, "workers must be at least 1"),
         ([RANKS], {"workers": 2}, "cannot be shared by several workers"),
         ([RANKS], {"keep": "some"}, "keep 'some' is not known"),
         (["base=a,b"], {}, "base is swept"),
         ([RANKS], {"overrides": {"lora.rx": 1}}, "unknown key lora.rx"),
-        (["data.train=no.jsonl"], {}, "no.jsonl cannot be read"),
+        (["data.train=no.jsonl"], {}, "no.jsonl"),
     ],
 )
 def test_what_is_wrong_is_refused_before_any_trial(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, over: list[str], how: dict[str, Any], message: str
 ) -> None:
     monkeypatch.setattr(working, "train", lambda *_, **__: pytest.fail("a trial ran"))
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises((ConfigError, DataError), match=message):
         sweep(swept(tmp_path), over, base=base_of(), **how)
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
@@ -179,30 +189,33 @@ def test_rows_that_are_wrong_and_an_output_that_exists_are_refused_before_any_tr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "rows.jsonl"]
 
 
-def plan_of(folder: Path, over: list[str], method: str, trials: int = 12, **how: Any) -> Plan:
-    settings: dict[str, Any] = {
-        "metric": "loss",
-        "prune": None,
-        "keep": "best",
-        "fields": {},
-        "identity": {},
-        "seed": 0,
-    }
-    return Plan(out=folder / "out", space=space_of(over), method=method, trials=trials, **(settings | how))
+def plan_of(folder: Path, over: list[str], method: str, trials: int = 12, seed: int = 0) -> SweepPlan:
+    return SweepPlan(
+        out=str(folder / "out"),
+        fields={},
+        over=format_space(parse_space(over)),
+        method=method,
+        metric="loss",
+        trials=trials,
+        seed=seed,
+        prune=None,
+        keep="best",
+        identity={},
+    )
 
 
 @pytest.mark.parametrize("method", ["grid", "random", "tpe"])
 def test_of_a_finite_space_everything_is_tried_once(tmp_path: Path, method: str) -> None:
     from optuna.trial import TrialState
 
-    study = Study(plan_of(tmp_path, [RANKS, "train.seed=0,1,2"], method, trials=9))
+    study = open_study(plan_of(tmp_path, [RANKS, "train.seed=0,1,2"], method, trials=9), replace=False)
     for _ in range(9):
-        with study.next() as trial:
+        with study.claim_trial() as trial:
             assert trial is not None
-            study.end(trial, TrialState.COMPLETE, value=float(trial.params["lora.r"]), facts={})
-    with study.next() as trial:
+            study.end_trial(trial, TrialState.COMPLETE, value=float(trial.params["lora.r"]), facts={})
+    with study.claim_trial() as trial:
         assert trial is None
-    tried = [(trial.params["lora.r"], trial.params["train.seed"]) for trial in study.done]
+    tried = [(trial.params["lora.r"], trial.params["train.seed"]) for trial in study.ended]
     assert sorted(tried) == [(rank, seed) for rank in (2, 4, 8) for seed in (0, 1, 2)]
     assert (tried == sorted(tried)) == (method == "grid")
 
@@ -213,16 +226,16 @@ def test_what_is_tried_follows_from_the_seed_and_the_trials_before(tmp_path: Pat
 
     found = []
     for name, seed in (("one", 0), ("same", 0), ("other", 1)):
-        study = Study(plan_of(tmp_path / name, [RATES, RANKS], method, trials=14, seed=seed))
+        study = open_study(plan_of(tmp_path / name, [RATES, RANKS], method, trials=14, seed=seed), replace=False)
         for number in range(14):
             if name == "same":  # every trial in a study of its own, as if the process were a new one each time
-                study = Study(study.plan)
-                assert proposed(study.plan, study.trials) == proposed(study.plan, study.trials)
-            with study.next() as trial:
+                study = SweepStudy(study.plan)
+                assert propose_params(study.plan, study.trials) == propose_params(study.plan, study.trials)
+            with study.claim_trial() as trial:
                 assert trial is not None
                 assert trial.number == number
-                study.end(trial, TrialState.COMPLETE, value=float(trial.params["train.learning_rate"]), facts={})
-        found.append([trial.params for trial in study.done])
+                study.end_trial(trial, TrialState.COMPLETE, value=float(trial.params["train.learning_rate"]), facts={})
+        found.append([trial.params for trial in study.ended])
     assert found[0] == found[1]
     assert all(one != other for one, other in zip(found[0], found[2], strict=True))
     rates = [params["train.learning_rate"] for params in found[0]]
@@ -285,10 +298,10 @@ def test_the_picture_shows_numbers_names_and_trials_without_a_value(tmp_path: Pa
         return TrialReport(number=number, state=state, params=params, value=value, **facts)
 
     found = [trial(0, "complete", 1.0), trial(1, "pruned", 2.0), trial(2, "failed", None)]
-    image = picture(plan, found)
+    image = plot_trials(plan, found)
     assert image is not None
     assert image.startswith(b"\x89PNG")
-    assert image != picture(plan, found[:1])
+    assert image != plot_trials(plan, found[:1])
 
 
 def test_a_metric_that_grows_is_made_as_large_as_it_can_be(tmp_path: Path) -> None:
@@ -377,10 +390,10 @@ def test_killed_twice_and_started_again_it_finds_what_an_unbroken_sweep_finds(
         assert in_child(work) == -signal.SIGKILL
 
     killed(2, 2)
-    assert Study(Plan.read(tmp_path / "out.sweep")).trials[2].state.name == "RUNNING"
+    assert SweepStudy(read_plan(tmp_path / "out.sweep")).trials[2].state.name == "RUNNING"
     killed(pruned, 1)
     report = sweep(recipe, over, base=base_of(), **how)
-    assert told(report) == [{**trial, "params": dict(trial["params"])} for trial in told(unbroken)]
+    assert told(report) == told(unbroken)
     assert report.best.number == unbroken.best.number
     assert weights(report) == weights(unbroken)
     assert begun() - once == once + Counter(["2", str(pruned)])
@@ -393,12 +406,12 @@ def test_killed_after_it_was_decided_to_prune_the_trial_is_pruned_and_not_run_ag
     recipe, values = swept(tmp_path), {"train.learning_rate": [0.1, 0.09, 0.08, 0.07, 0.06, 1e-6]}
 
     def work() -> None:
-        end = Study.end
+        end = SweepStudy.end_trial
 
-        def dies(self: Study, trial: Any, *given: Any, **facts: Any) -> None:
+        def dies(self: SweepStudy, trial: Any, *given: Any, **facts: Any) -> None:
             die() if trial.number == 5 else end(self, trial, *given, **facts)
 
-        Study.end = dies  # type: ignore[method-assign]
+        SweepStudy.end_trial = dies  # type: ignore[method-assign]
         sweep(recipe, values, base=base_of(), prune="median")
 
     assert in_child(work) == -signal.SIGKILL
@@ -413,7 +426,7 @@ def test_killed_before_the_best_was_in_its_place_it_is_put_there(tmp_path: Path)
     def work() -> None:
         import lora_kit.sweeps.sweep_report as reporting
 
-        reporting._place = lambda *_, **__: die()
+        reporting._write_best = lambda *_, **__: die()
         sweep(swept(tmp_path), [RANKS], base=base_of())
 
     assert in_child(work) == -signal.SIGKILL
@@ -429,7 +442,7 @@ def test_a_journal_that_ends_within_a_line_is_gone_on_with(tmp_path: Path, caplo
     with open(first.folder / "journal.log", "ab") as journal:
         journal.write(b'{"op_code":4,"worker')
     report = sweep(recipe, [RANKS], base=base_of(), trials=3)
-    assert "ended within a line" in caplog.text
+    assert "unfinished line" in caplog.text
     assert told(report)[:2] == told(first)
     assert len(report.trials) == 3
 
@@ -443,12 +456,12 @@ def test_an_interrupt_of_the_command_exits_with_130_and_the_same_command_goes_on
     at_step(1, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
     assert main(command) == 130
     at_step(-1, 0, die)
-    captured = capsys.readouterr().err
-    assert "trial 0: loss" in captured
-    assert "the same command goes on" in captured
+    interrupted = capsys.readouterr().err
+    assert "trial 0: loss" in interrupted
+    assert "the same command continues" in interrupted
     assert main([*command, "--json"]) == 0
     captured = capsys.readouterr()
-    assert "going on with trial 1" in captured.err
+    assert "continuing trial 1" in captured.err
     assert "3 of 3 done, best: trial" in captured.err
     assert "trial 0:" not in captured.err
     found = json.loads(captured.out)
@@ -493,6 +506,15 @@ def test_a_plan_that_is_damaged_is_not_overwritten_unasked(tmp_path: Path) -> No
     (tmp_path / "out.sweep" / "plan.json").write_text('{"out": "x"}')
     with pytest.raises(RecipeError, match=r"plan.json is damaged"):
         sweep(recipe, [RANKS], base=base_of(), trials=1)
+    assert len(sweep(recipe, [RANKS], base=base_of(), trials=1, replace=True).trials) == 1
+
+
+def test_a_journal_that_is_damaged_is_an_error_and_can_be_replaced(tmp_path: Path) -> None:
+    recipe = swept(tmp_path)
+    first = sweep(recipe, [RANKS], base=base_of(), trials=1)
+    (first.folder / "journal.log").write_text("{\n{\n")
+    with pytest.raises(AdapterError, match=r"journal.log is damaged"):
+        sweep(recipe, [RANKS], base=base_of(), trials=2)
     assert len(sweep(recipe, [RANKS], base=base_of(), trials=1, replace=True).trials) == 1
 
 
@@ -603,28 +625,31 @@ def test_workers_share_a_sweep_and_end_with_what_started_them(tmp_path: Path) ->
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     deadline = time.monotonic() + 60
-    study = Study(Plan.read(tmp_path / "stopped.sweep"))
-    while not all(study._lock(trial.number).is_free for trial in study.trials):
+    study = SweepStudy(read_plan(tmp_path / "stopped.sweep"))
+    while not all(study._lock_of(trial.number).is_free for trial in study.trials):
         assert time.monotonic() < deadline, "workers outlive what started them"
         time.sleep(0.2)
     assert told(sweep(again, over)) == told(alone)
 
 
-def test_a_sweep_whose_folder_is_taken_away_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Elsewhere:
-        """A study whose last trial another process runs, and will never be seen to end."""
+def test_a_sweep_whose_folder_is_taken_away_ends(tmp_path: Path) -> None:
+    recipe = swept(tmp_path)
+    at_step(1, 1, lambda: shutil.rmtree(tmp_path / "out.sweep"))
+    with pytest.raises(StorageError, match="was removed while its trials ran"):
+        sweep(recipe, [RANKS], base=base_of())
 
-        is_done = False
-        done: tuple[Any, ...] = ()
-        next = contextlib.nullcontext
 
-        def __init__(self, plan: Any) -> None: ...
-
-    plan: Any = types.SimpleNamespace(folder=tmp_path / "sweep", fields=None)
-    monkeypatch.setattr(working, "Study", Elsewhere)
+def test_a_process_that_only_waits_ends_when_the_folder_is_taken_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study: Any = open_study(plan_of(tmp_path, [RANKS], "grid"), replace=False)
+    log = working._TrialLog(study)
+    shutil.rmtree(study.plan.folder)
+    # Another process runs the last trial; nobody will ever see it end.
+    study.claim_trial = contextlib.nullcontext
     monkeypatch.setattr(working, "load_recipe", lambda fields: None)
-    monkeypatch.setattr(working, "_POLL_SECONDS", 0)
-    monkeypatch.setattr(processes, "_started", lambda plan, workers: contextlib.nullcontext([]))
-    for work in (working.Worker(plan).run, lambda: processes.shared(plan, 2)):
+    monkeypatch.setattr(working, "_TrialLog", lambda study: log)
+    monkeypatch.setattr(working, "_start_workers", lambda plan, count: contextlib.nullcontext([]))
+    for work in (working.Worker(study).run, lambda: working.run_workers(study, 2)):
         with pytest.raises(StorageError, match="was removed while its trials ran"):
             work()

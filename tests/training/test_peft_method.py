@@ -26,7 +26,7 @@ from lora_kit.evaluation.measure import measure
 from lora_kit.generation.decoding import Sampling, generate_batch
 from lora_kit.generation.prompts import EncodedPrompt
 from lora_kit.merging.merge import merge
-from lora_kit.sweeps.space import check_values, space_of
+from lora_kit.sweeps.space import check_values, parse_space
 from lora_kit.training.job.job import prepare_job, read_recipe_rows
 from lora_kit.training.job.methods import make_job_trainable
 from lora_kit.training.plan.plan import plan
@@ -270,9 +270,9 @@ def test_flags_and_words_are_read_as_the_type_of_their_field() -> None:
 
 def test_a_sweep_goes_over_the_fields_of_the_type() -> None:
     fields = {**LEAST, "peft": LOHA}
-    check_values(space_of({"peft.r": [2, 4]}), fields)
+    check_values(parse_space({"peft.r": [2, 4]}), fields)
     with pytest.raises(RecipeError, match=r"unknown key peft\.rank .known: alpha, alpha_pattern"):
-        check_values(space_of({"peft.rank": [2]}), fields)
+        check_values(parse_space({"peft.rank": [2]}), fields)
 
 
 # As other methods do

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
-import itertools
 import logging
 import math
 import re
@@ -23,7 +22,7 @@ from lora_kit.adapter.adapter import Adapter
 from lora_kit.errors import RecipeError
 from lora_kit.generation.decoding import Sampling
 from lora_kit.generation.generate import generate
-from lora_kit.training.report.plots import Curve, Mark, chart, thinned, ticks
+from lora_kit.training.report.plots import Curve, Mark, plot_curves
 from lora_kit.training.report.samples import MAX_ANSWER_TOKENS
 from lora_kit.training.results import TrainReport
 from lora_kit.training.train import train
@@ -75,7 +74,7 @@ def test_the_report_says_what_was_done_and_how_to_load_it(tmp_path: Path) -> Non
     read = Reader(page_of(report))
     captions = re.findall(r"<figcaption>([^<]*)", page_of(report))
     assert captions == ["loss, nats per label", "learning rate", "gradient norm", "tokens per second",
-                        "memory, at the most so far"]  # fmt: skip
+                        "peak memory so far"]  # fmt: skip
     assert report.before is not None
     assert report.after is not None
     for told in ("Before and after", "How to load it", "Recipe", f"{report.trainable:,} of {report.parameters:,}",
@@ -87,8 +86,11 @@ def test_the_report_says_what_was_done_and_how_to_load_it(tmp_path: Path) -> Non
         assert line in read.text
     # Every step of the loss, and every evaluation with the one before the training.
     loss = page_of(report).partition("</figure>")[0]
-    assert loss.count("<circle") == 4
-    assert loss.partition('class="line c0" d="')[2].partition('"')[0].count(" ") == 6
+    training, validation = (re.search(rf'<path d="([^"]*)"[^>]*stroke: var\(--{name}\)', loss) for name in ("c0", "c1"))
+    assert training is not None
+    assert validation is not None
+    assert len(points_of(training[1])) == 6
+    assert len(points_of(validation[1])) == 4
 
 
 def test_the_report_needs_no_network_and_no_script(tmp_path: Path) -> None:
@@ -191,47 +193,68 @@ def test_what_did_not_go_straight_on_is_told(tmp_path: Path) -> None:
         )
     report = train(recipe, base=narrow("llama", 2)())
     text = Reader(page_of(report)).text
-    assert "gone on from the checkpoint of step 2" in text
+    assert "resumed from the checkpoint of step 2" in text
     assert "2 rows at once and 2 times accumulated" in text
-    assert page_of(report).count('<path class="mark"') == 2
+    assert page_of(report).count("stroke-dasharray") == 2
 
 
 # Charts
 
 
+def points_of(path: str) -> list[tuple[float, float]]:
+    numbers = [float(word) for word in path.split() if word not in ("M", "L")]
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+
 def test_a_curve_goes_through_its_points() -> None:
-    drawn = chart("loss", [Curve("a", [(0, 1.0), (5, 3.0), (10, 2.0)])], marks=[Mark(5, "half way")])
-    path = drawn.partition('class="line c0" d="M')[2].partition('"')[0]
-    (x0, y0), (x1, y1), (x2, y2) = (tuple(map(float, point.split())) for point in path.split("L"))
+    drawn = plot_curves("loss", [Curve("a", [(0, 1.0), (5, 3.0), (10, 2.0)])], marks=[Mark(5, "half way")])
+    curve = re.search(r'<path d="([^"]*)"[^>]*stroke: var\(--c0\)', drawn)
+    mark = re.search(r'<path d="([^"]*)"[^>]*stroke-dasharray[^>]*stroke: var\(--mark\)', drawn)
+    assert curve is not None
+    assert mark is not None
+    (x0, y0), (x1, y1), (x2, y2) = points_of(curve[1])
     assert x0 < x1 < x2
     assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
     assert y1 < y2 < y0  # up is less
     assert y0 - y2 == pytest.approx(y2 - y1, abs=0.2)
-    assert f'd="M{x1} ' in drawn.partition('class="mark"')[2]
+    assert points_of(mark[1])[0][0] == pytest.approx(x1, abs=0.2)
+    assert "half way" in drawn
 
 
-def test_a_chart_bears_what_a_training_may_give_it() -> None:
+def test_a_chart_draws_whatever_values_a_training_logs() -> None:
     for points in ([(1, 0.0)], [(1, 2.0), (2, 2.0)], [(1, math.nan), (2, 1.0), (3, math.inf)], [(3, -1e9), (4, 1e-9)]):
-        drawn = chart("x", [Curve("", points)])
+        drawn = plot_curves("x", [Curve("", points)])
+        Reader(drawn)
         assert "nan" not in drawn
         assert "inf" not in drawn
-        assert "<circle" in drawn or 'class="line' in drawn
+        assert "var(--c0)" in drawn
 
 
-def test_ticks_are_round_and_within() -> None:
-    for low, high in ((0.0, 1.0), (0.013, 0.0172), (-3.0, 8.0), (1e6, 9e6)):
-        found = ticks(low, high)
-        assert 2 <= len(found) <= 6
-        assert low <= found[0] <= found[-1] <= high
-        assert len({round(b - a, 12) for a, b in itertools.pairwise(found)}) == 1
+def test_a_chart_has_the_colors_of_the_page_and_the_same_bytes_each_time() -> None:
+    curves = [Curve("training", [(1, 2.0), (2, 1.0)]), Curve("validation", [(2, 1.5)], dots=True)]
+    drawn = plot_curves("loss", curves, marks=[Mark(2, "kept")])
+    assert drawn == plot_curves("loss", curves, marks=[Mark(2, "kept")])
+    assert not re.search(r"#[0-9a-f]{6}|font-family|url\(", drawn)
+    assert {"var(--c0)", "var(--c1)", "var(--soft)", "var(--line)", "var(--mark)"} <= set(
+        re.findall(r"var\(.*?\)", drawn)
+    )
 
 
-def test_many_points_are_thinned_and_their_extremes_kept() -> None:
+def test_a_long_training_gives_a_small_chart_that_keeps_its_extremes() -> None:
     points = [(float(step), math.sin(step) + (50 if step == 7777 else 0)) for step in range(20_000)]
-    kept = thinned(points)
-    assert len(kept) <= 402
-    assert max(kept, key=lambda point: point[1]) == points[7777]
-    assert [step for step, _ in kept] == sorted(step for step, _ in kept)
+    drawn = plot_curves("x", [Curve("", points)])
+    assert len(drawn) < 150_000
+    curve = re.search(r'<path d="([^"]*)"[^>]*stroke: var\(--c0\)', drawn)
+    assert curve is not None
+    heights = sorted(y for _, y in points_of(curve[1]))
+    assert heights[0] < heights[10] - 50
+
+
+def test_without_matplotlib_the_report_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    page = page_of(train(recipe_of(tmp_path), base=base_of()))
+    assert "No curves: matplotlib is not installed" in Reader(page).text
+    assert "<svg" not in page
 
 
 # While it runs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from html import escape
 from importlib import metadata
@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_kit.adapter.model_card import write_bank_loading_code, write_base_loading_code, write_peft_loading_code
 from lora_kit.models.tasks import GENERATIVE_TASKS
-from lora_kit.training.report.plots import Curve, Mark, chart
+from lora_kit.training.report.plots import Curve, Mark, can_plot, plot_curves
 from lora_kit.training.report.samples import AnsweredSample
 from lora_kit.training.results import TrainReport
 
@@ -22,12 +22,12 @@ _CONTENT_SECURITY_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def render_report_page(report: TrainReport, *, samples: Sequence[AnsweredSample] = (), labels: int = 0) -> str:
-    """The report as HTML.
+    """Return the report as a page of HTML.
 
     Args:
         report: of the training; its history gives the curves.
         samples: answers before and after.
-        labels: how many there are, where the task has some.
+        labels: how many the task has; 0 for a task without labels.
     """
     name, recipe = escape_html(report.recipe.name), report.recipe
     lead = escape_html(f"{recipe.task}, {recipe.method}, on {recipe.base}")
@@ -51,10 +51,10 @@ def render_report_page(report: TrainReport, *, samples: Sequence[AnsweredSample]
 
 
 def escape_html(value: object) -> str:
-    """A value as text of a page: escaped, controls made visible, its direction of writing kept to itself."""
+    """Return a value as text of a page: escaped, control characters visible, its writing direction isolated."""
     text = str(value).encode("utf-8", "backslashreplace").decode()
-    shown = "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return f"<bdi>{escape(shown)}</bdi>" if not shown.isascii() else escape(shown)
+    visible = "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return escape(visible) if visible.isascii() else f"<bdi>{escape(visible)}</bdi>"
 
 
 # What it did
@@ -62,7 +62,7 @@ def escape_html(value: object) -> str:
 
 def _render_facts(report: TrainReport) -> str:
     facts: list[tuple[str, str, str]] = []
-    before, after = (found.metrics() if found else {} for found in (report.before, report.after))
+    before, after = (metrics.metrics() if metrics else {} for metrics in (report.before, report.after))
     for key, value in after.items():
         facts.append((f"validation {key}", f"{value:.4g}", f"{before[key]:.4g} before" if key in before else ""))
     facts.append(("training loss", f"{report.train_loss:.4g}", "nats per label, last interval"))
@@ -72,7 +72,7 @@ def _render_facts(report: TrainReport) -> str:
     facts.append(("steps", f"{report.steps:,}", kept))
     took = str(timedelta(seconds=round(report.seconds))) if report.seconds >= 60 else f"{report.seconds:.1f} s"
     facts.append(("time", took, f"{report.tokens_per_second:,.0f} tokens/s"))
-    facts.append(("memory", _format_gigabytes(report.peak_bytes), "at the most"))
+    facts.append(("memory", _format_gigabytes(report.peak_bytes), "at most"))
     cells = (
         f"<div><dt>{escape_html(title)}</dt><dd>{escape_html(value)}<small>{escape_html(more)}</small></dd></div>"
         for title, value, more in facts
@@ -81,18 +81,18 @@ def _render_facts(report: TrainReport) -> str:
 
 
 def _render_events(report: TrainReport) -> str:
-    """What did not go straight on."""
-    told = []
+    """List interruptions, smaller micro-batches, and a kept step that is not the last."""
+    events = []
     if report.resumed:
-        told.append(f"Stopped, and gone on from the checkpoint of step {report.resumed:,}.")
+        events.append(f"Stopped, and resumed from the checkpoint of step {report.resumed:,}.")
     for entry in _find_halvings(report):
-        told.append(
+        events.append(
             f"Memory ran out in step {entry['step']:,}: from there {entry['micro_batch']} rows at once and "
             f"{entry['accumulation']} times accumulated, the same rows per step as before."
         )
     if report.kept != report.steps:
-        told.append(f"The weights of step {report.kept:,} were kept: the best evaluation.")
-    return f'<ul class="events">{"".join(f"<li>{escape_html(line)}</li>" for line in told)}</ul>' if told else ""
+        events.append(f"The weights of step {report.kept:,} were kept: the best evaluation.")
+    return f'<ul class="events">{"".join(f"<li>{escape_html(line)}</li>" for line in events)}</ul>' if events else ""
 
 
 def _find_halvings(report: TrainReport) -> list[Mapping[str, Any]]:
@@ -103,16 +103,22 @@ def _find_halvings(report: TrainReport) -> list[Mapping[str, Any]]:
 
 
 def _render_charts(report: TrainReport) -> str:
-    marks = [Mark(entry["step"], f"{entry['micro_batch']} rows at once") for entry in _find_halvings(report)]
-    marks += [Mark(report.resumed, "went on")] if report.resumed else []
-    marks += [Mark(report.kept, "kept")] if report.kept != report.steps else []
-    drawn = (
-        [chart("loss, nats per label", loss, shown=_format_number, marks=marks)]
-        if (loss := _collect_loss_curves(report))
-        else []
-    )
-    drawn += [chart(title, [curve], shown=shown) for title, curve, shown in _iterate_other_curves(report)]
-    return f'<section><h2>Curves over steps</h2><div class="charts">{"".join(drawn)}</div></section>'
+    if not can_plot():
+        return (
+            '<section><h2>Curves over steps</h2><p class="note">No curves: matplotlib is not installed '
+            "(pip install 'lora-kit[plot]'). The values are in metrics.jsonl.</p></section>"
+        )
+    charts = []
+    if loss := _collect_loss_curves(report):
+        marks = [Mark(entry["step"], f"{entry['micro_batch']} rows at once") for entry in _find_halvings(report)]
+        marks += [Mark(report.resumed, "resumed")] if report.resumed else []
+        marks += [Mark(report.kept, "kept")] if report.kept != report.steps else []
+        charts.append(plot_curves("loss, nats per label", loss, format_value=_format_number, marks=marks))
+    charts += [
+        plot_curves(title, [curve], format_value=format_value)
+        for title, curve, format_value in _iterate_other_curves(report)
+    ]
+    return f'<section><h2>Curves over steps</h2><div class="charts">{"".join(charts)}</div></section>'
 
 
 def _collect_loss_curves(report: TrainReport) -> list[Curve]:
@@ -123,10 +129,10 @@ def _collect_loss_curves(report: TrainReport) -> list[Curve]:
     return [curve for curve in curves if curve.points]
 
 
-def _iterate_other_curves(report: TrainReport) -> Iterator[tuple[str, Curve, Any]]:
+def _iterate_other_curves(report: TrainReport) -> Iterator[tuple[str, Curve, Callable[[float], str]]]:
     further = dict.fromkeys(key for entry in report.history for key in entry if key.startswith("eval_"))
     # Perplexity is the loss once more, on a scale on which only the first value can be seen.
-    titles: dict[str, tuple[str, Any]] = {
+    titles: dict[str, tuple[str, Callable[[float], str]]] = {
         key: (f"validation {key.removeprefix('eval_')}", _format_number)
         for key in further
         if key not in ("eval_loss", "eval_perplexity")
@@ -135,15 +141,15 @@ def _iterate_other_curves(report: TrainReport) -> Iterator[tuple[str, Curve, Any
         "learning_rate": ("learning rate", _format_number),
         "grad_norm": ("gradient norm", _format_number),
         "tokens_per_second": ("tokens per second", lambda value: f"{value:,.0f}"),
-        "peak_bytes": ("memory, at the most so far", _format_gigabytes),
+        "peak_bytes": ("peak memory so far", _format_gigabytes),
     }
-    for key, (title, shown) in titles.items():
+    for key, (title, format_value) in titles.items():
         if points := _collect_points(report, key):
-            yield title, Curve("", points, dots=key in further), shown
+            yield title, Curve("", points, dots=key in further), format_value
 
 
 def _collect_points(report: TrainReport, key: str) -> list[tuple[float, float]]:
-    """(step, value) wherever the log has both; the last line sums the whole training up and is no point."""
+    """Return (step, value) for each entry of the log that has both; the last entry is a sum and no point."""
     values = [(entry["step"], entry[key]) for entry in report.history if key in entry and "train_loss" not in entry]
     return [(step, value) for step, value in values if isinstance(value, (int, float)) and math.isfinite(value)]
 
@@ -168,17 +174,15 @@ def _render_samples(samples: Sequence[AnsweredSample]) -> str:
         + "</tr>" for each in samples
     )  # fmt: skip
     return (
-        '<section><h2>Before and after</h2><p class="note">Validation samples; the likeliest answer of the model as it '
+        '<section><h2>Before and after</h2><p class="note">Validation samples; the greedy answer of the model as it '
         'was and as it is now.</p><div class="wide"><table><thead><tr><th>asked</th><th>in the data</th><th>before</th>'
         f"<th>after</th></tr></thead><tbody>{rows}</tbody></table></div></section>"
     )
 
 
 def _render_loading(report: TrainReport, labels: int) -> str:
-    told = {"full": _write_model_loading, "peft": _write_peft_loading}.get(report.method, _write_adapter_loading)(
-        report, labels
-    )
-    blocks = "".join(f"<pre><code>{escape_html(text)}</code></pre>" for text in told)
+    write = {"full": _write_model_loading, "peft": _write_peft_loading}.get(report.method, _write_adapter_loading)
+    blocks = "".join(f"<pre><code>{escape_html(text)}</code></pre>" for text in write(report, labels))
     return f"<section><h2>How to load it</h2>{blocks}</section>"
 
 

@@ -1,18 +1,26 @@
-"""Curves over steps as inline SVG: no script, no network; colours come from the page's style sheet."""
+"""Curves over steps as inline SVG by matplotlib: no script, no network, and the colors of the page's style sheet."""
 
 from __future__ import annotations
 
+import io
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Final
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Final
 
-WIDTH, HEIGHT = 520, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 12, 30
-_MOST_POINTS: Final = 400
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-Points = Sequence[tuple[float, float]]
+_SIZE: Final = (5.2, 2.3)
+"""Width and height, inches."""
+
+# The colors that matplotlib draws with. In the SVG each becomes a variable of the style sheet, so that the figure
+# follows the page, light or dark.
+_SOFT, _LINE, _MARK, *_CURVES = _COLORS = [f"#0000{number:02x}" for number in range(1, 8)]
+_VARIABLES: Final = dict(zip(_COLORS, ("soft", "line", "mark", "c0", "c1", "c2", "c3"), strict=True))
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,7 @@ class Curve:
     """
 
     label: str
-    points: Points
+    points: Sequence[tuple[float, float]]
     dots: bool = False
 
 
@@ -38,108 +46,78 @@ class Mark:
     label: str
 
 
-def chart(
-    title: str, curves: Sequence[Curve], *, shown: Callable[[float], str] = str, marks: Sequence[Mark] = ()
+def can_plot() -> bool:
+    """Whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
+
+
+def plot_curves(
+    title: str, curves: Sequence[Curve], *, format_value: Callable[[float], str] = str, marks: Sequence[Mark] = ()
 ) -> str:
-    """A figure with a title, axes, a legend where there are several curves, and a mark for what happened on the way.
+    """Return a figure element: a title, axes, a legend where curves have labels, a line for each mark.
+
+    The same arguments give the same bytes.
 
     Args:
-        curves: with one finite point at least between them.
-        shown: a value in words, for the axis.
+        curves: at most four, with at least one finite point between them.
+        format_value: writes a value on the axis.
     """
-    curves = [Curve(curve.label, thinned(_finite(curve.points)), curve.dots) for curve in curves]
-    steps = [step for curve in curves for step, _ in curve.points] + [mark.step for mark in marks]
-    values = [value for curve in curves for _, value in curve.points]
-    across, up = _Axis(0, max(*steps, 1), _LEFT, WIDTH - _RIGHT), _Axis.around(values, HEIGHT - _BOTTOM, _TOP)
-    parts = [_grid(across, up, shown)]
-    parts += [_mark(mark, across) for mark in marks]
-    parts += [_curve(number, curve, across, up, shown) for number, curve in enumerate(curves) if curve.points]
-    legend = "".join(
-        f'<span class="key c{number}">{escape(curve.label)}</span>'
-        for number, curve in enumerate(curves)
-        if curve.label
-    )
-    return (
-        f"<figure><figcaption>{escape(title)}{legend}</figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} over steps">'
-        f"{''.join(parts)}</svg></figure>"
-    )
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    # Texts stay texts, in the page's font. The ids in the SVG are hashes, salted so that they differ between figures.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 8}):
+        figure = Figure(figsize=_SIZE, layout="constrained")
+        axes = figure.add_subplot()
+        _style_axes(axes, format_value)
+        for curve, color in zip(curves, _CURVES, strict=False):
+            _draw_curve(axes, curve, color)
+        for mark in marks:
+            _draw_mark(axes, mark)
+        if any(curve.label for curve in curves):
+            axes.legend(frameon=False, labelcolor=_SOFT)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return f"<figure><figcaption>{escape(title)}</figcaption>{_embed(buffer.getvalue(), title)}</figure>"
 
 
-@dataclass(frozen=True)
-class _Axis:
-    """Values from `low` to `high` on pixels from `start` to `end`."""
+def _style_axes(axes: Axes, format_value: Callable[[float], str]) -> None:
+    from matplotlib.ticker import MaxNLocator
 
-    low: float
-    high: float
-    start: float
-    end: float
-
-    @classmethod
-    def around(cls, values: Sequence[float], start: float, end: float) -> _Axis:
-        """An axis with some air around the values."""
-        low, high = min(values), max(values)
-        air = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
-        return cls(0.0 if 0 <= low < air else low - air, high + air, start, end)
-
-    def at(self, value: float) -> float:
-        return round(self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start), 1)
+    axes.spines[["left", "right", "top"]].set_visible(False)
+    axes.spines["bottom"].set_color(_SOFT)
+    axes.grid(axis="y", color=_LINE, linewidth=0.8)
+    axes.tick_params(colors=_SOFT, length=0)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
+    axes.yaxis.set_major_formatter(lambda value, _: format_value(value))
 
 
-def _grid(across: _Axis, up: _Axis, shown: Callable[[float], str]) -> str:
-    lines = [f'<path class="axis" d="M{_LEFT} {HEIGHT - _BOTTOM}H{WIDTH - _RIGHT}"/>']
-    for value in ticks(up.low, up.high):
-        y = up.at(value)
-        lines.append(f'<path class="grid" d="M{_LEFT} {y}H{WIDTH - _RIGHT}"/>')
-        lines.append(f'<text class="y" x="{_LEFT - 7}" y="{y + 4}">{escape(shown(value))}</text>')
-    for value in ticks(across.low, across.high):
-        if value == int(value):
-            lines.append(f'<text class="x" x="{across.at(value)}" y="{HEIGHT - 9}">{int(value):,}</text>')
-    return "".join(lines)
+def _draw_curve(axes: Axes, curve: Curve, color: str) -> None:
+    points = [point for point in curve.points if math.isfinite(point[1])]
+    if points:
+        marker = "o" if curve.dots or len(points) == 1 else ""
+        axes.plot(*zip(*points, strict=True), color=color, label=curve.label, marker=marker, markersize=4)
 
 
-def _mark(mark: Mark, across: _Axis) -> str:
-    x = across.at(mark.step)
-    anchor = "end" if x > WIDTH / 2 else "start"
-    place = x - 4 if anchor == "end" else x + 4
-    return (
-        f'<path class="mark" d="M{x} {_TOP}V{HEIGHT - _BOTTOM}"/>'
-        f'<text class="mark" style="text-anchor:{anchor}" x="{place}" y="{_TOP + 8}">{escape(mark.label)}</text>'
-    )
+def _draw_mark(axes: Axes, mark: Mark) -> None:
+    """Draw a dashed line at a step, its label on the side where there is more space."""
+    axes.axvline(mark.step, color=_MARK, linestyle="--", linewidth=0.8)
+    left = mark.step > sum(axes.get_xlim()) / 2
+    axes.annotate(mark.label, (mark.step, 1), (-3 if left else 3, 0), xycoords=("data", "axes fraction"),
+                  textcoords="offset points", ha="right" if left else "left", va="top", color=_MARK)  # fmt: skip
 
 
-def _curve(number: int, curve: Curve, across: _Axis, up: _Axis, shown: Callable[[float], str]) -> str:
-    places = [(across.at(step), up.at(value)) for step, value in curve.points]
-    path = "M" + "L".join(f"{x} {y}" for x, y in places)
-    drawn = f'<path class="line c{number}" d="{path}"/>' if len(places) > 1 else ""
-    if not curve.dots and drawn:
-        return drawn
-    for (x, y), (step, value) in zip(places, curve.points, strict=True):
-        told = escape(f"step {step:,.0f}: {shown(value)}")
-        drawn += f'<circle class="c{number}" cx="{x}" cy="{y}" r="3"><title>{told}</title></circle>'
-    return drawn
+def _embed(svg: str, title: str) -> str:
+    """Return matplotlib's file as an element of a page: without prolog, addresses, fonts and a fixed size.
 
-
-def ticks(low: float, high: float) -> list[float]:
-    """Two to six round numbers between two."""
-    rough = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough)
-    first = math.ceil(low / step - 1e-9)
-    return [round(number * step, 12) for number in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def thinned(points: Points) -> Points:
-    """A few hundred points that look the same: of each stretch the lowest and the highest."""
-    if len(points) <= _MOST_POINTS:
-        return points
-    size = math.ceil(len(points) / (_MOST_POINTS / 2))
-    kept: list[tuple[float, float]] = []
-    for start in range(0, len(points), size):
-        stretch = points[start : start + size]
-        kept += sorted({min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1])})
-    return kept
-
-
-def _finite(points: Points) -> Points:
-    return [(step, value) for step, value in points if math.isfinite(value)]
+    Clip paths go too, since a page with a strict policy has no `url(…)`: the axes are as wide as their curves.
+    """
+    viewbox = re.search(r'viewBox="[^"]*"', svg)
+    assert viewbox is not None
+    body = svg[svg.index("<defs>") :]
+    body = re.sub(r"<defs>\s*<(style|clipPath)\b.*?</defs>\s*", "", body, flags=re.DOTALL)
+    body = re.sub(r' clip-path="[^"]*"| id="[\w.]+_\d+"|font-family: [^;"]*; ', "", body)
+    for color, variable in _VARIABLES.items():
+        body = body.replace(color, f"var(--{variable})")
+    return f'<svg {viewbox[0]} role="img" aria-label="{escape(title)} over steps">{body}'
