@@ -221,7 +221,7 @@ def _try_writing() -> str:
 CHECKS: Final[Mapping[str, Callable[[], str]]] = {
     "LoRA step, fp32": lambda: _try_training_step(torch.float32),
     "LoRA step, bf16": lambda: _try_training_step(torch.bfloat16),
-    "kit-base": _try_kit_base,
+    KIT_BASE: _try_kit_base,
     "torch.compile": _try_compile,
     "bitsandbytes, 4-bit": _try_four_bit,
     "Triton": _try_triton,
