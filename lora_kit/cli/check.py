@@ -26,7 +26,7 @@ def check(
 ) -> None:
     """Check in advance whether another program can load an adapter.
 
-    Exit code 2 if it does not.
+    Exit code 2 if it cannot.
 
     Args:
         adapter: A folder, or a name in the store.

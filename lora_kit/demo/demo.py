@@ -15,7 +15,7 @@ from torch import Tensor
 from lora_kit.bank.bank import AdapterBank, attach
 from lora_kit.demo import demo_training
 from lora_kit.demo.demo_report import DemoReport, MixedRow, TaskResult
-from lora_kit.demo.demo_screen import DemoScreen, draw_demo
+from lora_kit.demo.demo_screen import DemoScreen
 from lora_kit.errors import StorageError, VerificationError
 from lora_kit.io.atomic_write import check_output
 from lora_kit.merging.merge import merge
@@ -87,7 +87,7 @@ def run(
         peak_bytes=read_peak_bytes(base.device),
     )
     _write_figures(out, report.to_json())
-    screen.show_summary(report, picture=draw_demo(tasks, out / "demo.png"))
+    screen.show_summary(report)
     if report.failures:
         raise VerificationError("the demo is not what it should be: " + "; ".join(report.failures))
     return report

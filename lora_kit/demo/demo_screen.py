@@ -1,11 +1,10 @@
-"""What the demo shows: text on a console, plain lines where there is no terminal, and a picture."""
+"""What the demo prints; plain lines where there is no terminal."""
 
 from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 from rich import box
 from rich.console import Console
@@ -79,7 +78,7 @@ class DemoScreen:
             f"{report.logits.largest_difference:.1e} from base + adapter; bound {report.logits.bound:.1e}",
         )
 
-    def show_summary(self, report: DemoReport, *, picture: Path | None) -> None:
+    def show_summary(self, report: DemoReport) -> None:
         """Print all figures, where everything is, and what to try next."""
         header = ("adapter", "parameters", "on disk", "steps", "training", "base right", "guessing", "adapter right")
         state = "bit for bit what they were" if report.base_unchanged else "CHANGED"
@@ -91,8 +90,7 @@ class DemoScreen:
         )
         self._print(
             f"all of it is in {report.out}",
-            f"adapters {', '.join(report.tasks)}; rows in data; figures in demo.json"
-            + (f"; picture in {picture.name}" if picture else ""),
+            f"adapters {', '.join(report.tasks)}, each with a report.html; rows in data; figures in demo.json",
             "now try:",
         )
         for command in list_next_commands(report):
@@ -120,32 +118,6 @@ def list_next_commands(report: DemoReport) -> list[str]:
         f"lora-kit list {folder}",
         f"lora-kit inspect {folder}/{report.merged_adapter}",
     ]
-
-
-def draw_demo(tasks: Mapping[str, TaskResult], file: Path) -> Path | None:
-    """Draw loss curves and scores as a PNG and return its path; None where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
-    losses, scores = figure.subplots(1, 2)
-    for name, result in tasks.items():
-        points = [(entry["step"], entry["loss"]) for entry in result.training.history if "loss" in entry]
-        losses.plot(*zip(*points, strict=True), label=name)
-    losses.set(xlabel="step", ylabel="loss on completions (nats)", title="training three adapters", yscale="log")
-    losses.legend(frameon=False)
-    bars = [(100 * task.base_score, 100 * task.task.chance, 100 * task.score) for task in tasks.values()]
-    for place, (label, heights) in enumerate(
-        zip(("base", "guessing", "adapter"), zip(*bars, strict=True), strict=True)
-    ):
-        drawn = scores.bar([each + 0.3 * (place - 1) for each in range(len(tasks))], heights, 0.28, label=label)
-        scores.bar_label(drawn, fmt="%.0f %%", padding=2)
-    scores.set(ylim=(0, 125), ylabel="held-out rows right (%)", title="base against adapter")
-    scores.set_xticks(range(len(tasks)), labels=list(tasks))
-    scores.legend(frameon=False, loc="upper center", ncols=3)
-    figure.savefig(file, format="png", metadata={"Software": None})
-    return file
 
 
 def _list_figures(result: TaskResult) -> tuple[str, ...]:
