@@ -17,7 +17,8 @@ from lora_kit.models.loading import Base
 from lora_kit.models.locate import silence_libraries
 from lora_kit.sweeps.space import Space, check_values, size_of, space_of
 from lora_kit.sweeps.sweep_plan import Plan, over_of, shares_base, sums_of_files
-from lora_kit.training.job.job import check_output_writable, prepare_job, read_recipe_rows
+from lora_kit.training.job.job import Job
+from lora_kit.training.job.output import check_output_writable
 from lora_kit.training.recipe.coerce import as_json, check_one_of
 from lora_kit.training.recipe.load import load_recipe, read_recipe_fields
 from lora_kit.training.recipe.recipe import Recipe
@@ -149,7 +150,7 @@ def _planned(
     check_values(space, fields)
     check_output_writable(wanted)
     with silence_libraries():
-        job = prepare_job(wanted, read_recipe_rows(wanted), base)
+        job = Job.open(wanted, base)
         identity = {**job.identity, "over": over_of(space), "files": sums_of_files(space)}
     identity["sweep"] = {name: asked[name] for name in ("method", "metric", "seed", "prune")}
     plan = Plan(

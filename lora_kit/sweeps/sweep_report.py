@@ -22,7 +22,7 @@ from lora_kit.io.read import exists, folder_exists, read_json
 from lora_kit.sweeps.space import Params
 from lora_kit.sweeps.study import Study
 from lora_kit.sweeps.sweep_plan import Plan, over_of, write_file
-from lora_kit.training.job.job import RECIPE_FILE, is_trained_model_folder
+from lora_kit.training.job.output import RECIPE_FILE, is_trained_model_folder
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from lora_kit.models.loading import Base
 from lora_kit.models.locate import silence_libraries
 from lora_kit.sweeps.study import Study
 from lora_kit.sweeps.sweep_plan import Plan, shares_base
-from lora_kit.training.job.job import prepare_job, read_recipe_rows
+from lora_kit.training.job.job import Job
 from lora_kit.training.recipe.load import load_recipe
 from lora_kit.training.recipe.recipe import Recipe
 from lora_kit.training.train import train
@@ -101,7 +101,7 @@ class Worker:
             return None
         if self._base is None and shares_base(recipe):
             with silence_libraries():
-                self._base = prepare_job(given, read_recipe_rows(given), None).base
+                self._base = Job.open(given).base
         return self._base
 
 

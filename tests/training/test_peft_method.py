@@ -27,7 +27,7 @@ from lora_kit.generation.decoding import Sampling, generate_batch
 from lora_kit.generation.prompts import EncodedPrompt
 from lora_kit.merging.merge import merge
 from lora_kit.sweeps.space import check_values, space_of
-from lora_kit.training.job.job import prepare_job, read_recipe_rows
+from lora_kit.training.job.job import Job
 from lora_kit.training.job.methods import make_job_trainable
 from lora_kit.training.plan.plan import plan
 from lora_kit.training.recipe.load import load_recipe
@@ -237,9 +237,9 @@ def test_what_does_not_go_together_is_refused(changes: dict[str, Any], message: 
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"peft_type": "LOHA", "target_modules": "nowhere"}, "peft: LOHA does not go with tiny: .*nowhere"),
+        ({"peft_type": "LOHA", "target_modules": "nowhere"}, "peft: LOHA does not work with tiny: .*nowhere"),
         ({"peft_type": "C3A", "block_size": 7, "target_modules": "q_proj"}, "block size should be a factor"),
-        ({"peft_type": "LOHA", "r": 0, "target_modules": "q_proj"}, "peft: LOHA does not go with tiny"),
+        ({"peft_type": "LOHA", "r": 0, "target_modules": "q_proj"}, "peft: LOHA does not work with tiny"),
         ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 63}, "num_virtual_tokens is 63; tiny sees 64 tokens"),
     ],
 )
@@ -431,7 +431,7 @@ def test_on_a_quantised_base_it_is_trained_or_refused_with_what_may_be_wrong(tmp
     assert report.before is not None
     assert report.after is not None
     assert report.after.loss < report.before.loss - 1e-3
-    with pytest.raises(RecipeError, match=r"LOHA does not go with .*not every type can work on quantised weights"):
+    with pytest.raises(RecipeError, match=r"LOHA does not work with .*not every type works on quantized weights"):
         train({**recipe, "peft": section_of("LOHA"), "out": str(tmp_path / "other")})
 
 
@@ -476,7 +476,7 @@ def test_the_loss_of_a_step_is_that_of_the_labels_behind_the_virtual_tokens(tmp_
 @pytest.mark.parametrize("kind", ["PROMPT_TUNING", "PREFIX_TUNING"])
 def test_what_is_written_after_a_prompt_does_not_depend_on_its_neighbours(tmp_path: Path, kind: str) -> None:
     recipe = recipe_of(tmp_path, method="peft", peft=section_of(kind))
-    job = prepare_job(load_recipe(recipe), read_recipe_rows(load_recipe(recipe)), base_of())
+    job = Job.open(load_recipe(recipe), base_of())
     with make_job_trainable(job) as ready:
         model = ready.job.base.model
         for tensor in model.parameters():

@@ -261,8 +261,8 @@ def test_losses_without_logits_are_those_from_logits(
         recipe = recipe_of(tmp_path, train={**section, "logging_steps": 1}, steps=5, out=str(tmp_path / name))
         with caplog.at_level("INFO", logger="lora_kit"):
             found.append(losses_of(train(recipe, base=base)))
-    assert "the head is frozen: the loss is taken in chunks" in caplog.text
-    assert "the loss is taken from the model's logits: the head has hooks" in caplog.text
+    assert "the head is frozen: the loss is computed in chunks" in caplog.text
+    assert "the loss is computed from the model's logits: the head has hooks" in caplog.text
     # In bf16 the two round the gradient at different places.
     assert found[0] == pytest.approx(found[1], rel=1e-3 if "bf16" in section else 1e-6)
 
@@ -329,7 +329,7 @@ def test_a_head_with_an_adapter_is_trained_through_its_logits(
 ) -> None:
     with caplog.at_level("INFO", logger="lora_kit"):
         report = train(recipe_of(tmp_path, lora=lora), base=base_of())
-    assert f"the loss is taken from the model's logits: {reason}" in caplog.text
+    assert f"the loss is computed from the model's logits: {reason}" in caplog.text
     trained = Adapter.load(report.out).tensors
     assert any(tensor.any() for key, tensor in trained.items() if "lm_head" in key)
     initial = base_of().model.lm_head.weight

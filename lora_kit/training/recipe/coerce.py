@@ -21,7 +21,7 @@ from lora_kit.errors import RecipeError, format_list, suggest_nearest
 from lora_kit.training.recipe.strict_yaml import parse_yaml
 
 Section: TypeAlias = Mapping[str, Any]
-"""A section of a recipe by key. The type of a value is known at run time only: that of the field it is checked against."""
+"""A section of a recipe by key. The type of a value is that of the field it is checked against, at run time."""
 
 _NAMES: Final = re.compile(r"[\w.-]+(,[\w.-]+)*")
 """One name, or several with commas. As a regular expression over whole paths it could match only a top-level module."""

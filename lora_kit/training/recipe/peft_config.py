@@ -95,7 +95,7 @@ def parse_peft_section(section: Section, *, packing: bool, checkpointing: bool) 
         raise RecipeError(f"peft.r must be at most {MAX_RANK:,}; {values['r']:,} was given")
     parsed = {"peft_type": kind, **values}
     config = build_peft_config(parsed, task="causal-lm")
-    _check_trainable(config)
+    _check_trainable(kind, config)
     if config.is_prompt_learning:
         _check_virtual_tokens(kind, config, packing=packing, checkpointing=checkpointing)
     if packing and values.get("alora_invocation_tokens"):
@@ -113,7 +113,8 @@ def build_peft_config(section: Section, *, task: str) -> PeftConfig:
     hints = typing.get_type_hints(config_class)
     # A copy, since PEFT appends to the lists it is given.
     values = copy.deepcopy(dict(section))
-    fields = {key: _build_nested_config(hints[key], value) for key, value in values.items() if key != "peft_type"}
+    del values["peft_type"]
+    fields = {key: _build_nested_config(hints[key], value) for key, value in values.items()}
     try:
         with silence_libraries():
             return config_class(task_type=TASK_TYPES[task], **fields)
@@ -146,13 +147,13 @@ def _parse_peft_type(value: object) -> str:
     return kind
 
 
-def _build_nested_config(hint: object, value: object) -> object:
+def _build_nested_config(hint: object, value: Any) -> Any:
     """Return a mapping as the dataclass that its field's type names; any other value as it is."""
     classes = [kind for kind in union_members_of(hint) if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
     return classes[0](**value) if classes and isinstance(value, Mapping) else value
 
 
-def _check_trainable(config: PeftConfig) -> None:
+def _check_trainable(kind: str, config: PeftConfig) -> None:
     """Raise RecipeError for a config that needs more than the training loop here does."""
     for key, why in _UNSUPPORTED_FIELDS.items():
         if getattr(config, key, None) not in (None, False):
@@ -163,7 +164,7 @@ def _check_trainable(config: PeftConfig) -> None:
             f"peft.init_lora_weights {init!r} cannot be trained by a recipe: {_UNSUPPORTED_INITIALIZATIONS[init]}"
         )
     if getattr(config, "auxiliary_loss_weight", 0):
-        raise RecipeError(f"peft: {config.peft_type.value}: {_OWN_LOSS}", hint="peft.auxiliary_loss_weight: 0")
+        raise RecipeError(f"peft: {kind}: {_OWN_LOSS}", hint="peft.auxiliary_loss_weight: 0")
 
 
 def _check_virtual_tokens(kind: str, config: PeftConfig, *, packing: bool, checkpointing: bool) -> None:
