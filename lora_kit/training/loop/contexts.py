@@ -44,7 +44,7 @@ def set_up_training(base: Base, *, compiled: bool) -> Iterator[str]:
 def preserve_model_settings(model: PreTrainedModel) -> Iterator[None]:
     """Restore at the end of the block what the Trainer changes on a model besides its trained weights.
 
-    That is: training mode, `config.use_cache`, gradient checkpointing, and attributes that accelerate adds to the model.
+    That is: training mode, `config.use_cache`, gradient checkpointing, and attributes that accelerate adds.
     """
     modes = [(module, module.training) for module in model.modules()]
     attributes, use_cache = set(vars(model)), getattr(model.config, "use_cache", None)

@@ -1,4 +1,4 @@
-"""A batch split into parts of similar lengths: less padding to compute, and activations of one part at a time in memory.
+"""A batch split into parts of similar lengths: less padding, and activations of only one part at a time in memory.
 
 The loss of a step is a sum over labels divided by their number, so the number of parts does not change it.
 """
@@ -13,8 +13,8 @@ from torch import Tensor
 from lora_kit.data.batches import IGNORE_INDEX
 
 BUCKET_OVERHEAD_TOKENS: Final = {"cpu": 64, "cuda": 2048}
-"""Fixed cost of a part in tokens: reading the weights and launching the kernels once more. Measured on a CPU (14 to 110,
-layers 256 to 1,024 wide); estimated for a GPU, from the launches of a model of a billion weights."""
+"""Fixed cost of a part in tokens: reading the weights and launching the kernels once more. Measured on a CPU (14 to
+110, layers 256 to 1,024 wide); estimated for a GPU, from the launches of a model of a billion weights."""
 
 
 def count_batch_tokens(batch: Mapping[str, Tensor]) -> Tensor:

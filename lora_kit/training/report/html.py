@@ -169,8 +169,8 @@ def _render_samples(samples: Sequence[AnsweredSample]) -> str:
     )  # fmt: skip
     return (
         '<section><h2>Before and after</h2><p class="note">Validation samples; the greedy answer of the model '
-        'before and after training.</p><div class="wide"><table><thead><tr><th>prompt</th><th>expected</th><th>before</th>'
-        f"<th>after</th></tr></thead><tbody>{rows}</tbody></table></div></section>"
+        'before and after training.</p><div class="wide"><table><thead><tr><th>prompt</th><th>expected</th>'
+        f"<th>before</th><th>after</th></tr></thead><tbody>{rows}</tbody></table></div></section>"
     )
 
 
