@@ -573,7 +573,7 @@ def test_a_loss_that_is_not_a_number_stops_everything(tmp_path: Path, method: st
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"task": "classify"}, DataError, "task: causal-lm uses these rows"),
+        ({"task": "classify"}, DataError, "task: causal-lm takes these rows"),
         ({"data": "missing.jsonl"}, DataError, "no such file"),
         ({"lora": {"target_modules": ["q_prj"]}}, TargetError, "did you mean 'q_proj'"),
         ({"base": "other"}, RecipeError, "the base given is tiny"),
