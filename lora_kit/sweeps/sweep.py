@@ -15,7 +15,8 @@ from lora_kit.io.text import escape_text
 from lora_kit.models.loading import Base
 from lora_kit.models.locate import silence_libraries
 from lora_kit.sweeps.space import check_values, format_space, list_combinations, parse_space
-from lora_kit.training.job.job import check_output_writable, prepare_job, read_recipe_rows
+from lora_kit.training.job.job import Job, read_recipe_rows
+from lora_kit.training.job.output import check_output_writable
 from lora_kit.training.loop.checkpoints import hash_json
 from lora_kit.training.recipe.coerce import as_json, check_one_of
 from lora_kit.training.recipe.load import load_recipe, read_recipe_fields
@@ -134,7 +135,7 @@ def _build_plan(
     check_values(space, fields)
     check_output_writable(recipe)
     with silence_libraries():
-        job = prepare_job(recipe, read_recipe_rows(recipe), base)
+        job = Job.open(recipe, base)
     rows = _hash_train_rows(space, fields)
     plan = SweepPlan(
         out=str(recipe.out),

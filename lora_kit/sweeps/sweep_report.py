@@ -19,9 +19,10 @@ from lora_kit.adapter.folder import CARD, CONFIG, RECORD, WEIGHTS, is_adapter_fo
 from lora_kit.errors import AdapterError, VerificationError
 from lora_kit.io.atomic_write import check_output, stage_folder
 from lora_kit.io.read import exists, read_json
+from lora_kit.names import RECIPE_FILE
 from lora_kit.sweeps.space import Params, Value
 from lora_kit.sweeps.study import SweepPlan, SweepStudy, replace_file
-from lora_kit.training.job.job import RECIPE_FILE, is_trained_model_folder
+from lora_kit.training.job.output import is_trained_model_folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

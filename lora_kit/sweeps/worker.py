@@ -23,7 +23,7 @@ from lora_kit.io.text import escape_text
 from lora_kit.models.loading import Base
 from lora_kit.models.locate import silence_libraries
 from lora_kit.sweeps.study import SweepPlan, SweepStudy, read_plan
-from lora_kit.training.job.job import prepare_job, read_recipe_rows
+from lora_kit.training.job.job import Job
 from lora_kit.training.recipe.load import load_recipe
 from lora_kit.training.recipe.recipe import METHODS_CHANGING_BASE, Recipe
 from lora_kit.training.train import train
@@ -86,7 +86,7 @@ class Worker:
             return None
         if self._base is None and can_share_base(recipe):
             with silence_libraries():
-                self._base = prepare_job(shared, read_recipe_rows(shared), None).base
+                self._base = Job.open(shared).base
         return self._base
 
 

@@ -1,11 +1,11 @@
-"""What a training reports, and what it plans, as values."""
+"""The results of `train` and `plan`, as values."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lora_kit.evaluation.measure import Evaluation
 from lora_kit.training.recipe.recipe import Recipe
@@ -13,27 +13,33 @@ from lora_kit.training.recipe.recipe import Recipe
 if TYPE_CHECKING:
     from lora_kit.training.plan.memory_estimate import MemoryEstimate
 
+LogEntry: TypeAlias = Mapping[str, Any]
+"""A line of metrics.jsonl: `step`, and numbers by name. An evaluation's names begin with `eval_`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainReport:
     """What a training did.
 
     Attributes:
-        out: the folder of the result.
-        method, task: of the recipe.
-        steps: optimiser steps.
-        kept: the step whose weights were kept: the best one where the recipe says so, else the last.
-        resumed: the step it went on from after it had been stopped; 0 where it had not.
-        seconds: wall time of the training, without loading and evaluation.
-        tokens: tokens trained on, padding left out, each time they were seen.
-        peak_bytes: the most memory in use: of the CUDA device, or of the whole process where there is none.
-        micro_batch: rows at once in the last step: the recipe's, or fewer where memory ran out.
-        trainable, parameters: elements trained, and of the model with the adapter.
+        out: folder of the result.
+        method: of the recipe.
+        task: of the recipe.
+        steps: optimizer steps.
+        kept: step of the weights that were kept: the best one where the recipe says so, else the last.
+        resumed: step of the checkpoint that the training resumed from; 0 where it was not stopped.
+        seconds: wall time of the training, without loading and evaluations.
+        tokens: tokens trained on in all epochs, without padding.
+        peak_bytes: peak memory of the CUDA device, or of the whole process where there is none.
+        micro_batch: rows of a forward pass in the last step: the recipe's, or fewer where memory ran out.
+        trainable: number of trained parameters.
+        parameters: number of parameters of the model with the adapter.
         train_loss: mean training loss over the last logging interval, in nats per label.
-        before, after: metrics on the validation file; None where the recipe names none.
-        history: the log, entry by entry, as in metrics.jsonl.
+        before: metrics on the validation file before training; None where the recipe has none.
+        after: metrics on the validation file after training; None where the recipe has none.
+        history: the entries of the log, as in metrics.jsonl.
         digest: identity of the adapter; None for `full`.
-        recipe: as it was resolved.
+        recipe: with every value that was left open filled in.
     """
 
     out: Path
@@ -51,17 +57,18 @@ class TrainReport:
     train_loss: float
     before: Evaluation | None
     after: Evaluation | None
-    history: tuple[Mapping[str, Any], ...]
+    history: tuple[LogEntry, ...]
     digest: str | None
     recipe: Recipe
 
     @property
     def tokens_per_second(self) -> float:
+        """The speed of the training, over all steps."""
         return self.tokens / self.seconds
 
 
-def build_history(report: TrainReport, log: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The log of a training: metrics before, what the Trainer logged, metrics after, and a line that sums it up."""
+def build_history(report: TrainReport, log: Sequence[LogEntry]) -> Iterator[LogEntry]:
+    """Yield the log of a training: metrics before, the Trainer's entries, metrics after, and a summary."""
     entries = [entry for entry in log if "train_runtime" not in entry]
     evaluated = {entry["step"] for entry in entries if "eval_loss" in entry}
     if report.before and 0 not in evaluated:
@@ -79,22 +86,28 @@ def _prefix_metrics(evaluation: Evaluation) -> dict[str, float]:
     return {f"eval_{key}": value for key, value in evaluation.metrics().items()}
 
 
-def collect_record_metrics(report: TrainReport) -> dict[str, Any]:
-    """What goes into the adapter's record: nothing that changes from run to run."""
-    found: dict[str, Any] = {"steps": report.steps, "tokens": report.tokens, "train_loss": report.train_loss}
+def collect_record_metrics(report: TrainReport) -> dict[str, float]:
+    """Return the metrics of an adapter's record: those that are the same in every run of a recipe."""
+    metrics: dict[str, float] = {"steps": report.steps, "tokens": report.tokens, "train_loss": report.train_loss}
     if report.kept != report.steps:
-        found["best_step"] = report.kept
+        metrics["best_step"] = report.kept
     if report.micro_batch < report.recipe.train.get("per_device_train_batch_size", report.micro_batch):
-        found["micro_batch"] = report.micro_batch
+        metrics["micro_batch"] = report.micro_batch
     if report.before and report.after:
-        found |= report.after.metrics()
-        found |= {f"{key}_before": value for key, value in report.before.metrics().items()}
-    return found
+        metrics |= report.after.metrics()
+        metrics |= {f"{key}_before": value for key, value in report.before.metrics().items()}
+    return metrics
 
 
 @dataclass(frozen=True)
 class TrainedModules:
-    """Modules of one name: how many are trained, with how many parameters."""
+    """The trained modules of one name.
+
+    Attributes:
+        name: the last part of their paths.
+        modules: how many there are.
+        parameters: trained parameters of all of them.
+    """
 
     name: str
     modules: int
@@ -103,13 +116,15 @@ class TrainedModules:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """Rows of the training file as samples.
+    """The training file, as samples.
 
     Attributes:
-        rows: of the file. samples: that are trained on in an epoch.
-        tokens: of all samples. labels: on which a loss is taken.
+        rows: rows of the file.
+        samples: samples of an epoch.
+        tokens: tokens of all samples.
+        labels: labels of all samples, over which the loss is a mean.
         cut: rows that lose tokens, or become several samples, to fit `longest`.
-        longest: tokens of a sample at the most.
+        longest: tokens of a sample, at most.
     """
 
     rows: int
@@ -122,11 +137,15 @@ class DataSummary:
 
 @dataclass(frozen=True)
 class StepCounts:
-    """How the training goes over the data.
+    """The steps of a training.
 
     Attributes:
-        steps: optimiser steps. warmup: of them with a rising learning rate. per_epoch: in one pass over the data.
-        batch: samples of a step. micro_batch: samples at once. accumulation: micro-batches of a step.
+        steps: optimizer steps.
+        warmup: steps with a rising learning rate.
+        per_epoch: steps of one pass over the data.
+        batch: samples of a step.
+        micro_batch: samples of a forward pass.
+        accumulation: forward passes of a step.
     """
 
     steps: int
@@ -139,12 +158,13 @@ class StepCounts:
 
 @dataclass(frozen=True)
 class StepMeasurement:
-    """Two steps that were done to see, and undone: one of the longest samples there are, then one of any.
+    """A dry run of two steps: one of the longest samples, then one of random samples.
 
     Attributes:
-        seconds: of the second step. tokens: in it.
-        peak_bytes: the most memory in both: of the CUDA device, or of the whole process where there is none.
-        micro_batch: rows at once: those of the recipe, or fewer where memory ran out.
+        seconds: wall time of the second step.
+        tokens: of the second step.
+        peak_bytes: peak memory of both steps: of the CUDA device, or of the whole process where there is none.
+        micro_batch: rows of a forward pass: the recipe's, or fewer where memory ran out.
     """
 
     seconds: float
@@ -158,12 +178,17 @@ class TrainPlan:
     """What a training would do.
 
     Attributes:
-        out: where the result would be written. goes_on_from: step of the checkpoint it would begin at; 0 for anew.
-        trainable, parameters: elements trained, and of the model with the adapter. kinds: where the trained ones are.
+        out: folder of the result.
+        goes_on_from: step of the checkpoint that the training would resume from; 0 where there is none.
+        trainable: number of trained parameters.
+        parameters: number of parameters of the model with the adapter.
+        kinds: the trained modules by name.
+        data: the training file, as samples.
+        steps: how many there are, and of how many samples.
         memory: estimated, see `lora_kit.training.plan.memory_estimate`.
-        measured: in two steps on this machine.
-        seconds: estimated wall time of all steps, evaluations left out: all tokens at the speed of the measured step.
-        recipe: as it was resolved.
+        measured: two steps on this machine.
+        seconds: estimated wall time of all steps, without evaluations: all tokens at the speed of the measured step.
+        recipe: with every value that was left open filled in.
     """
 
     out: Path
@@ -178,11 +203,18 @@ class TrainPlan:
     seconds: float
     recipe: Recipe
 
-    def to_json(self) -> dict[str, Any]:
-        """The plan as JSON values."""
-        fields = {name: value for name, value in vars(self).items() if name not in ("out", "recipe", "kinds")}
-        plain = {name: asdict(value) if hasattr(value, "__dataclass_fields__") else value
-                 for name, value in fields.items()}  # fmt: skip
-        plain["memory"]["total"] = self.memory.total
-        kinds = [asdict(kind) for kind in self.kinds]
-        return {"out": str(self.out), **plain, "kinds": kinds, "recipe": self.recipe.to_dict()}
+    def to_json(self) -> dict[str, object]:
+        """Return the plan as JSON values."""
+        return {
+            "out": str(self.out),
+            "goes_on_from": self.goes_on_from,
+            "trainable": self.trainable,
+            "parameters": self.parameters,
+            "data": asdict(self.data),
+            "steps": asdict(self.steps),
+            "memory": {**asdict(self.memory), "total": self.memory.total},
+            "measured": asdict(self.measured),
+            "seconds": self.seconds,
+            "kinds": [asdict(kind) for kind in self.kinds],
+            "recipe": self.recipe.to_dict(),
+        }

@@ -1,15 +1,13 @@
-"""Training: a recipe in, an adapter folder (or a model folder) out, and the base as it was."""
+"""Training: a recipe in, an adapter folder (or a model folder) out; the base is unchanged."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -19,16 +17,17 @@ from lora_kit.io.atomic_write import lock_output
 from lora_kit.models.loading import Base
 from lora_kit.models.silence import silence_libraries
 from lora_kit.torch_utils import Clock
-from lora_kit.training.job.job import Job, check_output_available, check_output_writable, prepare_job, read_recipe_rows
+from lora_kit.training.job.job import Job
 from lora_kit.training.job.methods import TrainableJob, make_job_trainable
+from lora_kit.training.job.output import check_output_available, check_output_writable
 from lora_kit.training.loop.checkpoints import Checkpoint, RunFolder
-from lora_kit.training.loop.contexts import compile_layers, preserve_model_settings, use_deterministic_kernels
+from lora_kit.training.loop.contexts import set_up_training
 from lora_kit.training.loop.learning_rates import LearningRates
 from lora_kit.training.loop.oom_retry import translate_out_of_memory
 from lora_kit.training.loop.signals import StopRequest
-from lora_kit.training.recipe.load import load_recipe
-from lora_kit.training.recipe.recipe import Recipe
-from lora_kit.training.recipe.training_arguments import build_training_arguments, check_reporting
+from lora_kit.training.recipe.coerce import Section
+from lora_kit.training.recipe.load import RecipeSource, load_recipe
+from lora_kit.training.recipe.training_arguments import build_training_arguments
 from lora_kit.training.report.artifacts import build_result_files
 from lora_kit.training.report.samples import SampleAnswers
 from lora_kit.training.results import TrainReport, build_history
@@ -38,82 +37,80 @@ if TYPE_CHECKING:
 
     from lora_kit.training.loop.resumable import ResumableTrainer
 
-logger = logging.getLogger(__name__)
-
 TENSORBOARD_SUFFIX: Final = ".tensorboard"
-"""Where TensorBoard looks for a run: the output's path and this, unless TENSORBOARD_LOGGING_DIR says otherwise."""
+"""TensorBoard's files are in the folder `<out>.tensorboard`, unless TENSORBOARD_LOGGING_DIR is set."""
 
 
 def train(
-    recipe: str | Path | Mapping[str, Any] | Recipe,
+    recipe: RecipeSource,
     *,
     base: Base | None = None,
-    overrides: Mapping[str, Any] | None = None,
+    overrides: Section | None = None,
     replace: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainReport:
-    """Train what a recipe says and write it to the recipe's `out`, all or nothing.
+    """Train what a recipe describes and write the result to its `out`, all or nothing.
 
     The same recipe with the same seed gives the same adapter bytes on the same machine. Checkpoints are kept in a
-    folder beside `out` until the result is saved: a training that was stopped goes on from there when it is started
-    again, and ends with the same bytes.
+    folder beside `out` until the result is saved. A training that was stopped resumes from the last one when it is
+    started again, and ends with the same bytes.
 
     Args:
         recipe: a YAML or TOML file, what stands in one, or a Recipe.
-        base: a base that is loaded already; it is the same afterwards, bit for bit. None: the recipe's is loaded.
-        overrides: values by dotted key (`lora.r`, `train.learning_rate`), which win.
-        replace: an earlier result at `out` may be replaced, and so may checkpoints of another recipe.
+        base: a base that is already loaded, unchanged afterwards, bit for bit; None to load the recipe's.
+        overrides: values by dotted key (`lora.r`, `train.learning_rate`), which win over the recipe.
+        replace: whether an earlier result at `out`, and checkpoints of another recipe, may be replaced.
         callbacks: further callbacks of transformers.
 
     Raises:
-        RecipeError, DataError, BaseModelError, TargetError: what was given is wrong, or differs from what the
-            checkpoints are of; nothing has been trained.
-        StorageError: `out` exists, cannot be written, or another process trains it; or memory does not suffice.
-        VerificationError: the loss stopped being a number. Nothing is written.
+        RecipeError, DataError, BaseModelError, TargetError: the recipe, its data or its base is invalid, or differs
+            from those of the checkpoints; nothing was trained.
+        StorageError: `out` exists, cannot be written, or another process trains it; or there is not enough memory.
+        VerificationError: the loss became NaN or infinite; nothing is written.
     """
-    wanted = load_recipe(recipe, overrides=overrides)
-    check_output_writable(wanted)
-    check_reporting(wanted.train)
-    run = RunFolder(wanted.out)
-    with lock_output(run.folder), silence_libraries():
-        run.remove_if_done()
-        check_output_available(wanted, replace=replace)
-        job = prepare_job(wanted, read_recipe_rows(wanted), base)
-        found = run.find_resumable(job.identity, job.setting, replace=replace)
-        start = _Start(run=run, checkpoint=found, replace=replace)
+    loaded = load_recipe(recipe, overrides=overrides)
+    check_output_writable(loaded)
+    folder = RunFolder(loaded.out)
+    with lock_output(folder.folder), silence_libraries():
+        folder.remove_if_done()
+        check_output_available(loaded, replace=replace)
+        job = Job.open(loaded, base)
+        checkpoint = folder.find_resumable(job.identity, job.environment, replace=replace)
         try:
-            with translate_out_of_memory(), make_job_trainable(job) as ready:
-                report = _train_and_save(ready, start, callbacks)
+            with translate_out_of_memory(), make_job_trainable(job) as trainable:
+                report = _train_and_save(trainable, folder, checkpoint, callbacks, replace=replace)
         except BaseException:
-            run.log_resume_point()
+            folder.log_resume_point()
             raise
-        run.remove()
+        folder.remove()
     return report
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Start:
-    """Where a training begins, and what it may replace."""
-
-    run: RunFolder
-    checkpoint: Checkpoint | None
-    replace: bool
-
-
-def _train_and_save(ready: TrainableJob, start: _Start, callbacks: Sequence[TrainerCallback]) -> TrainReport:
-    """Train, and save the result."""
-    samples = SampleAnswers(ready.job)
-    report = _build_report(ready, _run_training(ready.job, start, callbacks))
-    files = build_result_files(report, samples=samples.after(), labels=len(ready.job.labels))
-    return ready.save(report, files, replace=start.replace)
-
-
-# The training
+def _train_and_save(
+    trainable: TrainableJob,
+    folder: RunFolder,
+    checkpoint: Checkpoint | None,
+    callbacks: Sequence[TrainerCallback],
+    *,
+    replace: bool,
+) -> TrainReport:
+    samples = SampleAnswers(trainable.job)
+    report = _build_report(trainable, _run_training(trainable.job, folder, checkpoint, callbacks))
+    files = build_result_files(report, samples=samples.after(), num_labels=len(trainable.job.labels))
+    return trainable.save(report, files, replace=replace)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _TrainingOutcome:
-    """A training that went through."""
+    """The outcome of a training that ended normally.
+
+    Attributes:
+        trainer: with the state and the counts of the training.
+        seconds: wall time without evaluations.
+        peak_bytes: peak memory.
+        before: metrics on the validation rows before training; None without any.
+        after: metrics on the validation rows of the weights that are kept; None without any.
+    """
 
     trainer: ResumableTrainer
     seconds: float
@@ -122,23 +119,18 @@ class _TrainingOutcome:
     after: Evaluation | None
 
 
-def _run_training(job: Job, start: _Start, callbacks: Sequence[TrainerCallback]) -> _TrainingOutcome:
-    """Train what requires a gradient. What the Trainer changes on the model besides is put back."""
-    model, device = job.base.model, job.base.device
-    with contextlib.ExitStack() as stack:
-        # The Trainer wants a folder of its own, though nothing is written there: checkpoints go to the run's.
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="lora_kit-"))
-        stack.enter_context(use_deterministic_kernels(device))
-        stack.enter_context(preserve_model_settings(model))
-        if job.recipe.compile:
-            stack.enter_context(compile_layers(model))
-        stop = StopRequest()
-        trainer = _build_trainer(job, scratch, callbacks, run=start.run, stop=stop)
+def _run_training(
+    job: Job, folder: RunFolder, checkpoint: Checkpoint | None, callbacks: Sequence[TrainerCallback]
+) -> _TrainingOutcome:
+    """Train the parameters that require a gradient. Other changes that the Trainer makes to the model are undone."""
+    stop = StopRequest()
+    with set_up_training(job.base, compiled=job.recipe.compile) as scratch:
+        trainer = _build_trainer(job, scratch, callbacks, folder=folder, stop=stop)
         before = _evaluate_validation(job, trainer)
-        clock = Clock(device)
+        clock = Clock(job.base.device)
         try:
             with stop:
-                trainer.train_from(start.checkpoint)
+                trainer.train_from(checkpoint)
         finally:
             trainer.close()
         seconds = trainer.seconds_before + clock.seconds - trainer.evaluating_seconds
@@ -147,64 +139,87 @@ def _run_training(job: Job, start: _Start, callbacks: Sequence[TrainerCallback])
 
 
 def _build_trainer(
-    job: Job, scratch: str, callbacks: Sequence[TrainerCallback], *, run: RunFolder, stop: StopRequest
+    job: Job, scratch: str, callbacks: Sequence[TrainerCallback], *, folder: RunFolder, stop: StopRequest
 ) -> ResumableTrainer:
     from transformers import EarlyStoppingCallback
-    from transformers.integrations import TensorBoardCallback
 
-    from lora_kit.training.loop.resumable import ResumableTrainer
+    from lora_kit.training.loop.resumable import ResumableTrainer, RunContext
     from lora_kit.training.loop.unused_parameters import UnusedParameterCallback
 
-    patience = job.recipe.train.get("early_stopping_patience")
-    stopping = [EarlyStoppingCallback(patience)] if patience else []
-    data: dict[str, Any] = {"train": job.train, "validation": job.validation, "collator": job.collator}
-    data["rates"], data["measured"] = LearningRates.of(job.recipe.train, job.recipe.task), job.measured
-    whose: dict[str, Any] = {"run": run, "identity": job.identity, "setting": job.setting, "stop": stop}
-    try:
-        args = build_training_arguments(job.recipe.train, device=job.base.device, folder=scratch, name=job.recipe.name)
+    train_section = job.recipe.train
+    patience = train_section.get("early_stopping_patience")
+    early_stopping = [EarlyStoppingCallback(patience)] if patience else []
+    with _translate_trainer_errors():
+        args = build_training_arguments(train_section, device=job.base.device, folder=scratch, name=job.recipe.name)
         trainer = ResumableTrainer(
-            job.base.model, args, callbacks=[UnusedParameterCallback(), *stopping, *callbacks], **data, **whose
+            job.base.model,
+            args,
+            train=job.train,
+            validation=job.validation,
+            collator=job.collator,
+            callbacks=[UnusedParameterCallback(), *early_stopping, *callbacks],
+            rates=LearningRates.of(train_section, job.recipe.task),
+            measure_options=job.measure_options,
+            run=RunContext(folder=folder, identity=job.identity, setting=job.environment, stop=stop),
         )
+    _set_tensorboard_folder(trainer, f"{folder.out}{TENSORBOARD_SUFFIX}")
+    return trainer
+
+
+@contextlib.contextmanager
+def _translate_trainer_errors() -> Iterator[None]:
+    """Raise as RecipeError what only transformers can check: values that conflict, or need a package or a device."""
+    try:
+        yield
     except (torch.OutOfMemoryError, LoraKitError):
         raise
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        # What only transformers can tell: values that do not go together, or that need a package or a device.
         raise RecipeError(f"train: {' '.join(str(error).split())}") from error
-    for each in trainer.callback_handler.callbacks:
-        # Transformers would have TensorBoard's files in its own folder, which goes with the training.
-        if isinstance(each, TensorBoardCallback) and each.logging_dir is None:
-            each.logging_dir = f"{run.out}{TENSORBOARD_SUFFIX}"
-    return trainer
+
+
+def _set_tensorboard_folder(trainer: ResumableTrainer, folder: str) -> None:
+    """Have TensorBoard write beside the output: its default is in the temporary folder of the training."""
+    from transformers.integrations import TensorBoardCallback
+
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = folder
 
 
 def _evaluate_validation(job: Job, trainer: ResumableTrainer) -> Evaluation | None:
     if job.validation is None:
         return None
-    size, autocast = trainer.args.per_device_eval_batch_size, trainer.autocast_dtype
-    return measure(trainer.model, job.validation, job.collator, batch_size=size, autocast=autocast, **job.measured)
+    return measure(
+        job.base.model,
+        job.validation,
+        job.collator,
+        batch_size=trainer.args.per_device_eval_batch_size,
+        autocast=trainer.autocast_dtype,
+        **job.measure_options,
+    )
 
 
-def _build_report(ready: TrainableJob, done: _TrainingOutcome) -> TrainReport:
-    job, state = ready.job, done.trainer.state
-    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+def _build_report(trainable: TrainableJob, outcome: _TrainingOutcome) -> TrainReport:
+    job, trainer = trainable.job, outcome.trainer
+    log = trainer.state.log_history
     report = TrainReport(
         out=Path(job.recipe.out),
         method=job.recipe.method,
         task=job.recipe.task,
-        steps=state.global_step,
-        kept=done.trainer.kept,
-        resumed=done.trainer.resumed,
-        seconds=done.seconds,
-        tokens=done.trainer.tokens,
-        peak_bytes=done.peak_bytes,
-        micro_batch=done.trainer.micro_batch,
-        trainable=ready.count,
-        parameters=ready.parameters,
-        train_loss=losses[-1],
-        before=done.before,
-        after=done.after,
+        steps=trainer.state.global_step,
+        kept=trainer.kept,
+        resumed=trainer.resumed,
+        seconds=outcome.seconds,
+        tokens=trainer.tokens,
+        peak_bytes=outcome.peak_bytes,
+        micro_batch=trainer.micro_batch,
+        trainable=trainable.count,
+        parameters=trainable.parameters,
+        train_loss=[entry["loss"] for entry in log if "loss" in entry][-1],
+        before=outcome.before,
+        after=outcome.after,
         history=(),
         digest=None,
         recipe=job.recipe,
     )
-    return dataclasses.replace(report, history=tuple(build_history(report, state.log_history)))
+    return dataclasses.replace(report, history=tuple(build_history(report, log)))

@@ -278,5 +278,5 @@ def test_packing_that_cannot_be_is_refused_before_training(tmp_path: Path) -> No
     with pytest.raises(RecipeError, match=r"data\.packing: tiny cannot keep samples apart: its tokens see"):
         train(recipe, base=leaking)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(RecipeError, match=r"data\.packing is for text that goes on"):
+    with pytest.raises(RecipeError, match=r"data\.packing is for task causal-lm"):
         train(recipe, overrides={"task": "classify"})

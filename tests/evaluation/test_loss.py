@@ -137,15 +137,15 @@ def test_parts_cost_as_little_as_any(part: int) -> None:
     ends = ([number + 1 for number, cut in enumerate(way) if cut] + [len(lengths)] for way in cuts)
     ways = [[end - start for start, end in itertools.pairwise([0, *way])] for way in ends]
     assert len(ways) == 64
-    found = choose_bucket_sizes(lengths, part=part)
+    found = choose_bucket_sizes(lengths, overhead=part)
     assert sum(found) == len(lengths)
     assert cost(lengths, found, part) == min(cost(lengths, way, part) for way in ways)
 
 
 def test_rows_of_one_length_stay_together() -> None:
-    assert choose_bucket_sizes([7, 7, 7], part=1) == [3]
-    assert choose_bucket_sizes([7], part=1) == [1]
-    assert choose_bucket_sizes([7, 7, 2], part=0) == [2, 1]
+    assert choose_bucket_sizes([7, 7, 7], overhead=1) == [3]
+    assert choose_bucket_sizes([7], overhead=1) == [1]
+    assert choose_bucket_sizes([7, 7, 2], overhead=0) == [2, 1]
 
 
 def test_parts_hold_every_row_once_without_needless_padding(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ def test_a_head_that_has_a_pair_only_or_is_the_embeddings_too_has_no_rate_of_its
     bank.detach()
     tied = base_of("gpt2").model.requires_grad_(True)
     assert tied.lm_head.weight is tied.get_input_embeddings().weight
-    with pytest.raises(RecipeError, match="its embeddings too"):
+    with pytest.raises(RecipeError, match="shares its weight with the embeddings"):
         rate_by_name(tied, LearningRates(head=0.5))
 
 

@@ -66,7 +66,7 @@ def test_the_step_is_done_again_with_half_the_rows_and_the_same_gradient(
     assert same_state(base.model, before)
     said = [message for message in caplog.messages if "memory ran out" in message]
     assert len(said) == 1
-    assert "it is done again with 2 rows at once (accumulation 4)" in said[0]
+    assert "it is repeated with 2 rows at once (accumulation 4)" in said[0]
 
 
 def test_it_is_said_in_the_log_and_in_the_record(tmp_path: Path) -> None:

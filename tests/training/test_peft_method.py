@@ -27,7 +27,7 @@ from lora_kit.generation.decoding import Sampling, generate_batch
 from lora_kit.generation.prompts import EncodedPrompt
 from lora_kit.merging.merge import merge
 from lora_kit.sweeps.space import check_values, parse_space
-from lora_kit.training.job.job import prepare_job, read_recipe_rows
+from lora_kit.training.job.job import Job
 from lora_kit.training.job.methods import make_job_trainable
 from lora_kit.training.plan.plan import plan
 from lora_kit.training.recipe.load import load_recipe
@@ -194,13 +194,13 @@ def test_a_lora_that_a_bank_knows_is_loaded_by_it_as_well(tmp_path: Path) -> Non
         ({"peft_type": "OSF", "target_svd_config": {"q": "x"}}, "peft.target_svd_config.q must be a whole number"),
         ({"peft_type": "LORA", "use_bdlora": {"nblock": 2}}, "unknown key peft.use_bdlora.nblock .did you mean"),
         ({"peft_type": "LORA", "layer_replication": [[0, 1, 2]]}, r"peft.layer_replication\[0\] must have 2 items"),
-        ({"peft_type": "LORA", "init_lora_weights": "corda"}, "'corda' cannot be trained by a recipe: it looks at the"),
-        ({"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"}, "'pissa' cannot be .*; method lora has it"),
+        ({"peft_type": "LORA", "init_lora_weights": "corda"}, "'corda' cannot be trained by a recipe: it needs a pass"),
+        ({"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"}, "'pissa' cannot be .*; method lora does it"),
         ({"peft_type": "LORA", "kasa_config": {}}, "peft.kasa_config cannot be trained by a recipe: it changes the"),
-        ({"peft_type": "LORA", "monteclora_config": {}}, "peft.monteclora_config cannot be .* its loss has a term"),
-        ({"peft_type": "LORA", "velora_config": {}}, "peft.velora_config cannot be .* it keeps a state"),
-        ({"peft_type": "PVERA", "generator_seed": 1}, "peft.generator_seed cannot be .* it keeps a state"),
-        ({"peft_type": "SHADOW"}, "SHADOW: its loss has a term of its own.*auxiliary_loss_weight: 0"),
+        ({"peft_type": "LORA", "monteclora_config": {}}, "peft.monteclora_config cannot be .* its loss has an additional term"),
+        ({"peft_type": "LORA", "velora_config": {}}, "peft.velora_config cannot be .* it keeps state"),
+        ({"peft_type": "PVERA", "generator_seed": 1}, "peft.generator_seed cannot be .* it keeps state"),
+        ({"peft_type": "SHADOW"}, "SHADOW: its loss has an additional term.*auxiliary_loss_weight: 0"),
         ({"peft_type": "PROMPT_TUNING"}, "peft.num_virtual_tokens must be a whole number from 1; None"),
         ({"peft_type": "PROMPT_TUNING", **PROMPT, "prompt_tuning_init": "TEXT"}, "tokenizer_name_or_path can't be"),
     ],
@@ -220,11 +220,11 @@ LOHA = {"peft_type": "LOHA"}
         ({"peft": LOHA, "method": "lora"}, "method lora has no peft section .use method peft"),
         ({"peft": LOHA, "method": "full"}, "method full has no peft section"),
         ({"peft": LOHA, "compile": True}, "compile is not for method peft"),
-        ({"peft": LOHA, "train": {"loraplus_lr_ratio": 2}}, "loraplus_lr_ratio is a matter of A and B; method peft"),
+        ({"peft": LOHA, "train": {"loraplus_lr_ratio": 2}}, "loraplus_lr_ratio is for lora_A and lora_B; method peft"),
         ({"peft": {"peft_type": "PROMPT_TUNING", **PROMPT}, "data": {"train": "a", "packing": True}},
-         "PROMPT_TUNING puts its tokens before a whole row, so data.packing must be false"),
+         "PROMPT_TUNING puts its virtual tokens before a whole row, so data.packing must be false"),
         ({"peft": {"peft_type": "PREFIX_TUNING", **PROMPT}, "train": {"gradient_checkpointing": True}},
-         "PREFIX_TUNING lives in the cache, which is off with gradient checkpointing"),
+         "PREFIX_TUNING needs the key-value cache, which is off with gradient checkpointing"),
         ({"peft": {"peft_type": "LORA", "alora_invocation_tokens": [3]}, "data": {"train": "a", "packing": True}},
          "peft.alora_invocation_tokens counts from the end of a row"),
     ],
@@ -237,10 +237,13 @@ def test_what_does_not_go_together_is_refused(changes: dict[str, Any], message: 
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"peft_type": "LOHA", "target_modules": "nowhere"}, "peft: LOHA does not go with tiny: .*nowhere"),
+        ({"peft_type": "LOHA", "target_modules": "nowhere"}, "peft: LOHA does not work with tiny: .*nowhere"),
         ({"peft_type": "C3A", "block_size": 7, "target_modules": "q_proj"}, "block size should be a factor"),
-        ({"peft_type": "LOHA", "r": 0, "target_modules": "q_proj"}, "peft: LOHA does not go with tiny"),
-        ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 63}, "num_virtual_tokens is 63; tiny sees 64 tokens"),
+        ({"peft_type": "LOHA", "r": 0, "target_modules": "q_proj"}, "peft: LOHA does not work with tiny"),
+        (
+            {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 63},
+            "num_virtual_tokens is 63; the context of tiny is 64 tokens",
+        ),
     ],
 )
 def test_what_does_not_fit_the_base_is_refused_and_nothing_is_written(
@@ -431,7 +434,7 @@ def test_on_a_quantised_base_it_is_trained_or_refused_with_what_may_be_wrong(tmp
     assert report.before is not None
     assert report.after is not None
     assert report.after.loss < report.before.loss - 1e-3
-    with pytest.raises(RecipeError, match=r"LOHA does not go with .*not every type can work on quantised weights"):
+    with pytest.raises(RecipeError, match=r"LOHA does not work with .*not every type works on quantized weights"):
         train({**recipe, "peft": section_of("LOHA"), "out": str(tmp_path / "other")})
 
 
@@ -476,7 +479,7 @@ def test_the_loss_of_a_step_is_that_of_the_labels_behind_the_virtual_tokens(tmp_
 @pytest.mark.parametrize("kind", ["PROMPT_TUNING", "PREFIX_TUNING"])
 def test_what_is_written_after_a_prompt_does_not_depend_on_its_neighbours(tmp_path: Path, kind: str) -> None:
     recipe = recipe_of(tmp_path, method="peft", peft=section_of(kind))
-    job = prepare_job(load_recipe(recipe), read_recipe_rows(load_recipe(recipe)), base_of())
+    job = Job.open(load_recipe(recipe), base_of())
     with make_job_trainable(job) as ready:
         model = ready.job.base.model
         for tensor in model.parameters():

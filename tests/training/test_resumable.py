@@ -149,7 +149,7 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(
     assert getattr(stopped.value, "code", 143) == 143
     assert [signal.getsignal(number) for number in STOPPED] == handlers
     assert steps_kept(Path(recipe["out"])) == [stands]
-    assert f"the same command goes on from the checkpoint of step {stands} in" in caplog.messages[-1]
+    assert f"the same command resumes from the checkpoint of step {stands} in" in caplog.messages[-1]
     report = train(recipe, base=base_of())
     assert report.resumed == stands
     assert results(report.out) == expected
@@ -196,7 +196,7 @@ def test_a_command_stopped_by_a_signal_exits_with_its_code_and_the_same_command_
         patch.setattr(Trainer, "training_step", interrupted)
         assert main(["train", str(tmp_path / "recipe.yaml")]) == 128 + number
     told = capsys.readouterr().err
-    assert "the same command goes on from the checkpoint of step 3" in told
+    assert "the same command resumes from the checkpoint of step 3" in told
     assert "Traceback" not in told
     assert main(["train", str(tmp_path / "recipe.yaml")]) == 0
     assert "continued from step 3" in " ".join(capsys.readouterr().out.split())
@@ -342,7 +342,7 @@ def test_a_torn_checkpoint_is_passed_over_and_that_is_said(
     damage(run_of(Path(recipe["out"])) / "checkpoint-4", how)
     report = train(recipe, base=base_of())
     assert report.resumed == 2
-    assert "checkpoint-4 is torn, and passed over" in caplog.text
+    assert "checkpoint-4 is incomplete and is removed" in caplog.text
     assert results(report.out) == expected
 
 
@@ -469,6 +469,6 @@ def test_a_transformers_that_goes_on_in_another_way_is_found_out(
     recipe = long_recipe(tmp_path)
     killed(recipe, die_at(5))
     monkeypatch.setattr(ResumableTrainer, name, lambda *_: None)  # as if it were not called
-    with pytest.raises(VerificationError, match="went on from a checkpoint in a way of its own"):
+    with pytest.raises(VerificationError, match="did not resume from a checkpoint as expected"):
         train(recipe, base=base_of())
     assert not (tmp_path / "out").exists()

@@ -319,9 +319,9 @@ def test_a_task_and_a_base_that_do_not_go_together_are_refused(tmp_path: Path) -
 
 
 def test_rows_of_another_task_are_refused_with_the_task_that_takes_them(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"task seq2seq takes completion.*task: tokens uses these rows"):
+    with pytest.raises(DataError, match=r"task seq2seq takes completion.*task: tokens takes these rows"):
         train(recipe_of(tmp_path, rows=TAGGED, task="seq2seq"), base=both())
-    with pytest.raises(DataError, match=r"task tokens takes words.*task: causal-lm uses these rows"):
+    with pytest.raises(DataError, match=r"task tokens takes words.*task: causal-lm takes these rows"):
         train(recipe_of(tmp_path, rows=PAIRS, task="tokens"), base=tagger())
 
 

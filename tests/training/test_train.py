@@ -211,8 +211,8 @@ def test_losses_without_logits_are_those_from_logits(
         recipe = recipe_of(tmp_path, train={**section, "logging_steps": 1}, steps=5, out=str(tmp_path / name))
         with caplog.at_level("INFO", logger="lora_kit"):
             found.append(losses_of(train(recipe, base=base)))
-    assert "the head is frozen: the loss is taken in chunks" in caplog.text
-    assert "the loss is taken from the model's logits: the head has hooks" in caplog.text
+    assert "the head is frozen: the loss is computed in chunks" in caplog.text
+    assert "the loss is computed from the model's logits: the head has hooks" in caplog.text
     # In bf16 the two round the gradient at different places.
     assert found[0] == pytest.approx(found[1], rel=1e-3 if "bf16" in section else 1e-6)
 
@@ -279,7 +279,7 @@ def test_a_head_with_an_adapter_is_trained_through_its_logits(
 ) -> None:
     with caplog.at_level("INFO", logger="lora_kit"):
         report = train(recipe_of(tmp_path, lora=lora), base=base_of())
-    assert f"the loss is taken from the model's logits: {reason}" in caplog.text
+    assert f"the loss is computed from the model's logits: {reason}" in caplog.text
     trained = Adapter.load(report.out).tensors
     assert any(tensor.any() for key, tensor in trained.items() if "lm_head" in key)
     initial = base_of().model.lm_head.weight
@@ -490,7 +490,7 @@ def test_an_existing_output_is_refused_before_any_work(tmp_path: Path) -> None:
 def test_an_output_inside_the_base_is_refused(tmp_path: Path) -> None:
     tiny.llama().save_pretrained(tmp_path / "base")
     recipe = recipe_of(tmp_path, base=str(tmp_path / "base"), out=str(tmp_path / "base" / "adapter"))
-    with pytest.raises(StorageError, match="lies in the base's folder"):
+    with pytest.raises(StorageError, match="and the base's folder overlap"):
         train(recipe)
 
 
@@ -523,7 +523,7 @@ def test_a_loss_that_is_not_a_number_stops_everything(tmp_path: Path, method: st
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"task": "classify"}, DataError, "task: causal-lm uses these rows"),
+        ({"task": "classify"}, DataError, "task: causal-lm takes these rows"),
         ({"data": "missing.jsonl"}, DataError, "no such file"),
         ({"lora": {"target_modules": ["q_prj"]}}, TargetError, "did you mean 'q_proj'"),
         ({"base": "other"}, RecipeError, "the base given is tiny"),
@@ -545,7 +545,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(
 
 
 def test_limits_of_the_base_are_kept(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="tiny sees 64 tokens at once"):
+    with pytest.raises(RecipeError, match="the context of tiny is 64 tokens"):
         train(recipe_of(tmp_path), base=base_of(), overrides={"data.max_length": 65})
     with pytest.raises(RecipeError, match="3 labels, the data 2"):
         train(recipe_of(tmp_path, rows=LABELLED, task="classify"), base=base_of("bert"))

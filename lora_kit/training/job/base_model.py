@@ -1,4 +1,4 @@
-"""The base of a training: loaded, or given; a copy where the training would change it."""
+"""The base of a training: loaded, or one that is already loaded; a copy where training would change it."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from lora_kit.models.loading import Base, load_base
 from lora_kit.training.recipe.recipe import METHODS_CHANGING_BASE, Recipe
 
 
-def prepare_base(recipe: Recipe, given: Base | None, label2id: Mapping[str, int]) -> Base:
-    """The base that a recipe trains on.
+def prepare_base(recipe: Recipe, base: Base | None, label2id: Mapping[str, int]) -> Base:
+    """Return the base that a recipe trains on.
 
     Args:
-        given: a base that is loaded already; None to load the recipe's.
-        label2id: the labels, where the task has some.
+        base: a base that is already loaded; None to load the recipe's.
+        label2id: names of the labels to their numbers; empty where the task has none.
 
     Raises:
-        RecipeError: the base given is another, or not for this recipe.
-        BaseModelError: the recipe's cannot be loaded.
+        RecipeError: the loaded base is not the recipe's, or does not go with it.
+        BaseModelError: the recipe's base cannot be loaded.
     """
-    base = _load_recipe_base(recipe, label2id) if given is None else _reuse_loaded_base(recipe, given, label2id)
+    base = _load_recipe_base(recipe, label2id) if base is None else _reuse_loaded_base(recipe, base, label2id)
     return _reserve_virtual_tokens(recipe, base)
 
 
 def _load_recipe_base(recipe: Recipe, label2id: Mapping[str, int]) -> Base:
-    # Small steps are lost in 16 bits: every weight is trained in fp32 unless the recipe asks for something else.
+    # Small updates are lost in 16 bits, so every weight is trained in fp32 unless the recipe sets a dtype.
     dtype = "fp32" if recipe.method == "full" and recipe.dtype == "auto" else recipe.dtype
     return load_base(recipe.base, task=recipe.task, label2id=label2id or None, dtype=dtype, quantize=recipe.quantize)
 
 
 def _reuse_loaded_base(recipe: Recipe, base: Base, label2id: Mapping[str, int]) -> Base:
-    """A base that someone else loaded, checked against the recipe; a copy of it where its weights will change."""
+    """Return a loaded base, checked against the recipe; a copy of it where its weights will change."""
     if (base.name, base.task) != (recipe.base, recipe.task):
-        given = f"the base given is {base.name} ({base.task})"
-        raise RecipeError(f"the recipe is for {recipe.base} ({recipe.task}), {given}")
+        what = f"the recipe is for {recipe.base} ({recipe.task}), the base given is {base.name} ({base.task})"
+        raise RecipeError(what, hint="give the recipe's base, or none to have it loaded")
     if recipe.dtype != "auto" or recipe.quantize:
-        raise RecipeError("dtype and quantize do nothing for a base that is loaded already", hint="load it so")
+        raise RecipeError("dtype and quantize have no effect on a loaded base", hint="pass them to load_base")
     if label2id and base.model.config.num_labels != len(label2id):
         raise RecipeError(f"the base given has {base.model.config.num_labels} labels, the data {len(label2id)}")
     if recipe.method not in METHODS_CHANGING_BASE:
         return base
     if recipe.method == "full" and getattr(base.model, "is_quantized", False):
-        raise RecipeError("method full cannot train the weights of a quantised base", hint="use method lora")
+        raise RecipeError("method full cannot train the weights of a quantized base", hint="use method lora")
     model = copy.deepcopy(base.model)
     if recipe.method == "full":
         model = model.float()
@@ -56,19 +56,25 @@ def _reuse_loaded_base(recipe: Recipe, base: Base, label2id: Mapping[str, int]) 
 
 @dataclass(frozen=True)
 class _BaseWithVirtualTokens(Base):
-    """A base that sees `taken` tokens of an adapter before every text."""
+    """A base whose context also holds the virtual tokens of an adapter.
 
-    taken: int = 0
+    Attributes:
+        virtual_tokens: how many come before every text.
+    """
+
+    virtual_tokens: int = 0
 
     @property
     def max_length(self) -> int:
-        return super().max_length - self.taken
+        return super().max_length - self.virtual_tokens
 
 
 def _reserve_virtual_tokens(recipe: Recipe, base: Base) -> Base:
-    taken = recipe.peft.get("num_virtual_tokens", 0)
-    if not taken:
+    """Return a base whose `max_length` leaves room for the virtual tokens of the recipe's adapter."""
+    count = recipe.peft.get("num_virtual_tokens", 0)
+    if not count:
         return base
-    if base.max_length - taken < 2:
-        raise RecipeError(f"peft.num_virtual_tokens is {taken:,}; {base.name} sees {base.max_length:,} tokens at once")
-    return _BaseWithVirtualTokens(**vars(base), taken=taken)
+    if base.max_length - count < 2:
+        context = f"the context of {base.name} is {base.max_length:,} tokens"
+        raise RecipeError(f"peft.num_virtual_tokens is {count:,}; {context}")
+    return _BaseWithVirtualTokens(**vars(base), virtual_tokens=count)

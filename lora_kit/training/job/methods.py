@@ -1,4 +1,4 @@
-"""What the methods of a recipe train and save: the one place where they differ once a training has begun."""
+"""What each method trains and how it saves that: the one place where methods differ once training has begun."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from lora_kit.bank.bank import AdapterBank, attach
 from lora_kit.io.atomic_write import stage_folder
-from lora_kit.training.job.job import Job, is_trained_model_folder
+from lora_kit.training.job.job import Job
+from lora_kit.training.job.output import is_trained_model_folder
 from lora_kit.training.loop.checkpoints import hash_json
 from lora_kit.training.results import TrainedModules, TrainReport, collect_record_metrics
 
@@ -22,29 +23,30 @@ class ResultSaver(Protocol):
     """Writes the result of a training, all or nothing."""
 
     def __call__(self, report: TrainReport, files: Mapping[str, bytes], *, replace: bool) -> TrainReport:
-        """Write it to the report's `out`.
+        """Write the result to the report's `out`.
 
         Args:
-            files: further files of the result, by name.
-            replace: an earlier result may be replaced.
+            files: contents of the further files, by name.
+            replace: whether an earlier result may be replaced.
 
         Returns:
-            The report, with the digest of what was written where that has one.
+            The report, with the digest of an adapter.
 
         Raises:
-            StorageError: the disk refuses; what was there is as it was.
+            StorageError: the result cannot be written; an earlier one is unchanged.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainableJob:
-    """A job whose model requires gradients where its method trains it.
+    """A job whose trained parameters require gradients, and no others.
 
     Attributes:
         job: with the model that is trained.
-        kinds: what is trained.
-        count: elements that are trained. parameters: of the whole model.
-        save: writes what has been trained.
+        kinds: the trained modules by name.
+        count: number of trained parameters.
+        parameters: number of parameters of the whole model.
+        save: writes what was trained.
     """
 
     job: Job
@@ -56,10 +58,10 @@ class TrainableJob:
 
 @contextlib.contextmanager
 def make_job_trainable(job: Job) -> Iterator[TrainableJob]:
-    """Within, a job is as its method trains it; afterwards a base that was given is as it was.
+    """Make a job trainable by its method until the block ends; then its base is as before.
 
     Raises:
-        TargetError, RecipeError: what is to be trained does not fit the base, which is as it was.
+        TargetError, RecipeError: the adapter does not fit the base, which is unchanged.
     """
     from transformers import set_seed
 
@@ -68,23 +70,20 @@ def make_job_trainable(job: Job) -> Iterator[TrainableJob]:
         yield ready
 
 
-def build_training_record(job: Job, report: TrainReport) -> dict[str, Any]:
-    """What the record of an adapter says of its training."""
-    recipe = job.recipe
-    record: dict[str, Any] = {
-        "recipe": recipe.to_dict(),
-        "seed": recipe.seed,
+def build_training_record(job: Job, report: TrainReport) -> dict[str, object]:
+    """Return what an adapter's record says about its training, as JSON values."""
+    record = {
+        "recipe": job.recipe.to_dict(),
+        "seed": job.recipe.seed,
         "metrics": collect_record_metrics(report),
+        "run": hash_json(job.identity),
     }
-    record["run"] = hash_json(job.identity)
-    if job.labels:
-        record["labels"] = list(job.labels)
-    return record
+    return {**record, "labels": list(job.labels)} if job.labels else record
 
 
 @contextlib.contextmanager
 def _attach_adapter(job: Job) -> Iterator[TrainableJob]:
-    """`lora` and `features`: an adapter in a bank beside the model."""
+    """Attach an adapter in a bank: methods `lora` and `features`."""
     recipe = job.recipe
     bank = attach(job.base.model, recipe.lora, name=recipe.name)
     logger.info("%s", bank.coverage(recipe.name))
@@ -108,10 +107,10 @@ def _attach_adapter(job: Job) -> Iterator[TrainableJob]:
 
 def _count_trained_modules(bank: AdapterBank, name: str) -> tuple[TrainedModules, ...]:
     coverage = bank.coverage(name)
-    found: dict[str, list[int]] = {}
+    sizes_by_name: dict[str, list[int]] = {}
     for target in coverage.targets:
-        found.setdefault(target.path.rpartition(".")[2], []).append(target.parameters)
-    kinds = [TrainedModules(name, len(each), sum(each)) for name, each in found.items()]
+        sizes_by_name.setdefault(target.path.rpartition(".")[2], []).append(target.parameters)
+    kinds = [TrainedModules(name, len(sizes), sum(sizes)) for name, sizes in sizes_by_name.items()]
     if coverage.saved:
         kinds.append(TrainedModules(", ".join(coverage.saved), len(coverage.saved), coverage.saved_parameters))
     kinds += [TrainedModules(f"rows of {rows.path}", len(rows.indices), rows.parameters) for rows in coverage.tokens]
@@ -120,7 +119,7 @@ def _count_trained_modules(bank: AdapterBank, name: str) -> tuple[TrainedModules
 
 @contextlib.contextmanager
 def _unfreeze_model(job: Job) -> Iterator[TrainableJob]:
-    """`full`: every weight, of a model that nobody else has."""
+    """Let every weight require a gradient: method `full`. The model is a copy, or was loaded for this training."""
     model = job.base.model
     model.requires_grad_(True)
     count = model.num_parameters()
@@ -133,14 +132,13 @@ def _unfreeze_model(job: Job) -> Iterator[TrainableJob]:
                 (folder / name).write_bytes(data)
         return report
 
-    yield TrainableJob(
-        job=job, kinds=(TrainedModules("every weight", 1, count),), count=count, parameters=count, save=save
-    )
+    kinds = (TrainedModules("every weight", 1, count),)
+    yield TrainableJob(job=job, kinds=kinds, count=count, parameters=count, save=save)
 
 
 @contextlib.contextmanager
 def _wrap_with_peft(job: Job) -> Iterator[TrainableJob]:
-    """`peft`: whatever PEFT makes of a model that nobody else has."""
+    """Wrap the model in a PeftModel: method `peft`. The model is a copy, or was loaded for this training."""
     from lora_kit.training.job.peft_method import PeftAdapter
 
     adapter = PeftAdapter(job)

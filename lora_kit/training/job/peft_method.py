@@ -1,4 +1,4 @@
-"""Method `peft`: a base inside a PeftModel, as it is trained and as it is saved."""
+"""Method `peft`: the base wrapped in a PeftModel, trained and saved."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import warnings
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.folder import CARD, CONFIG, RECORD, WEIGHTS, check_file_names, encode_record, is_adapter_folder
@@ -36,8 +36,13 @@ from lora_kit.torch_utils import use_eval_mode
 from lora_kit.training.job.job import Job
 from lora_kit.training.loop.length_buckets import split_by_length
 from lora_kit.training.loop.oom_retry import is_out_of_memory
+from lora_kit.training.recipe.coerce import Section
 from lora_kit.training.recipe.peft_config import build_peft_config
 from lora_kit.training.results import TrainedModules
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import GenerationConfig
 
 logger = logging.getLogger(__name__)
 
@@ -49,49 +54,53 @@ _DESCRIPTIVE_FIELDS: Final = (
     "revision",
     "task_type",
 )
-"""Fields of a config that do not change what the tensors mean."""
+"""Fields of a config that do not change what its tensors compute."""
 
 
 class PeftAdapter:
-    """The adapter of a job in its base, which it changes for good.
+    """The adapter of a job, attached by PEFT to the job's base, which stays changed.
 
     Attributes:
-        model: the PeftModel. Tokens that it puts before a text are no positions of its logits.
-        kinds: what is trained.
-        count: elements that are trained. parameters: of the whole model.
+        model: the PeftModel. Its logits have no positions for virtual tokens that it puts before a text.
+        kinds: the trained modules by name.
+        count: number of trained parameters.
+        parameters: number of parameters of the whole model.
 
     Raises:
-        RecipeError: PEFT refuses the base or the section, or cannot run them together.
+        RecipeError: PEFT rejects the base or the section, or cannot run them together.
     """
 
     def __init__(self, job: Job) -> None:
         self._kind: str = job.recipe.peft["peft_type"]
         self._name, self._fingerprint = job.base.name, job.base.fingerprint()
         self._is_quantized = bool(getattr(job.base.model, "is_quantized", False))
-        paths = {path for path, _ in job.base.model.named_modules()}
+        base_paths = {path for path, _ in job.base.model.named_modules()}
         config = build_peft_config(job.recipe.peft, task=job.recipe.task)
         with self._translate_errors():
             from peft import get_peft_model
 
-            self.model: Any = get_peft_model(job.base.model, config)
+            self.model: PeftModel = get_peft_model(job.base.model, config)
         self.count, self.parameters = self.model.get_nb_trainable_parameters()
         if not self.count:
             raise RecipeError(f"peft: {self._kind} trains nothing of {self._name}")
-        self.kinds = _count_trained_modules(self.model, paths)
+        self.kinds = _count_trained_modules(self.model, base_paths)
         with self._translate_errors():
             _drop_virtual_token_logits(self.model, job)
         self._warn_of_low_precision()
 
-    def save(self, folder: Path, *, record: Mapping[str, Any], files: Mapping[str, bytes], replace: bool) -> str:
-        """Write PEFT's folder with our record beside it, all or nothing, synced to disk; gives its digest.
+    def save(self, folder: Path, *, record: Mapping[str, object], files: Mapping[str, bytes], replace: bool) -> str:
+        """Write the adapter as PEFT does, with our record beside it, all or nothing, synced to disk.
 
         Args:
-            record: of the training.
-            files: further files, by name.
-            replace: an adapter that is there may be replaced.
+            record: of the training, as JSON values.
+            files: contents of the further files, by name.
+            replace: whether an existing adapter may be replaced.
+
+        Returns:
+            The digest of the adapter: sha256 in hex.
 
         Raises:
-            StorageError: the folder exists, or the disk refuses; what was there is as it was.
+            StorageError: the folder exists or cannot be written; an earlier adapter is unchanged.
         """
         from safetensors.torch import save
 
@@ -106,35 +115,36 @@ class PeftAdapter:
         contents[CARD] = _render_card(name, fields, record, elements=elements, digest=digest, is_lora=lora is not None)
         contents[CONFIG] = f"{json.dumps(fields, indent=2, sort_keys=True)}\n".encode()
         contents[WEIGHTS] = weights
-        own = {"base": self._fingerprint, "method": "peft", "peft_type": self._kind}
-        # Last, because it vouches for the others.
-        contents[RECORD] = encode_record({**record, **own}, contents, digest=digest)
+        facts = {"base": self._fingerprint, "method": "peft", "peft_type": self._kind}
+        # Last, because it holds the checksums of the others.
+        contents[RECORD] = encode_record({**record, **facts}, contents, digest=digest)
         write_folder(folder, contents, replace=replace, owned=is_adapter_folder)
         return digest
 
     def _collect_tensors(self) -> dict[str, Tensor]:
-        """What PEFT would save, without copies of the base's embeddings."""
+        """Return the tensors that PEFT would save, without copies of the base's embeddings."""
         from peft import get_peft_model_state_dict
 
-        found = get_peft_model_state_dict(self.model, save_embedding_layers=False)
-        tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in sorted(found.items())}
+        state = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in sorted(state.items())}
         if not tensors:
-            raise VerificationError(f"PEFT finds nothing to save of this {self._kind}")
+            raise VerificationError(f"PEFT has no tensors to save for this {self._kind}")
         return tensors
 
     def _collect_config_fields(self) -> dict[str, Any]:
-        """The config as PEFT has filled it in, as JSON values that do not depend on the order of a set."""
-        fields: dict[str, Any] = self.model.peft_config["default"].to_dict()
-        return _convert_to_json({**fields, "inference_mode": True, "base_model_name_or_path": self._name})
+        """Return the config as PEFT filled it in, as JSON values; sets are sorted."""
+        fields = self.model.peft_config["default"].to_dict()
+        changes = {"inference_mode": True, "base_model_name_or_path": self._name}
+        return {key: _convert_to_json(value) for key, value in {**fields, **changes}.items()}
 
     @contextlib.contextmanager
     def _translate_errors(self) -> Iterator[None]:
-        """What PEFT raises within as an error of ours, and what it warns of in the log."""
+        """Raise PEFT's errors as RecipeError, and log its warnings."""
         try:
-            with silence_libraries(), warnings.catch_warnings(record=True) as told:
+            with silence_libraries(), warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("default")
                 yield
-            for line in dict.fromkeys(str(each.message) for each in told):
+            for line in dict.fromkeys(str(warning.message) for warning in caught):
                 logger.info("peft: %s", line)
         except LoraKitError:
             raise
@@ -142,37 +152,36 @@ class PeftAdapter:
             if is_out_of_memory(error):
                 raise
             what = " ".join(str(error).split()) or type(error).__name__
-            hint = "not every type can work on quantised weights" if self._is_quantized else ""
-            raise RecipeError(f"peft: {self._kind} does not go with {self._name}: {what}", hint=hint) from error
+            hint = "not every type works on quantized weights" if self._is_quantized else ""
+            raise RecipeError(f"peft: {self._kind} does not work with {self._name}: {what}", hint=hint) from error
 
     def _warn_of_low_precision(self) -> None:
-        short = {
-            str(p.dtype).removeprefix("torch.") for p in self.model.parameters() if p.requires_grad and p.itemsize < 4
-        }
-        if short:
-            logger.warning("%s is trained in %s, where small steps are lost; dtype: fp32 helps", self._kind, *short)
+        dtypes = {p.dtype for p in self.model.parameters() if p.requires_grad and p.itemsize < 4}
+        for dtype in dtypes:
+            name = str(dtype).removeprefix("torch.")
+            logger.warning("%s is trained in %s, where small updates are lost; use dtype: fp32", self._kind, name)
 
 
-def _count_trained_modules(model: Any, paths: set[str]) -> tuple[TrainedModules, ...]:
-    """The trained parameters by the last name of the base's module that they belong to."""
-    found: dict[str, dict[str, int]] = {}
+def _count_trained_modules(model: nn.Module, base_paths: set[str]) -> tuple[TrainedModules, ...]:
+    """Return the trained parameters, grouped by the last name of the base's module that they belong to."""
+    sizes_by_name: dict[str, dict[str, int]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parts = name.removeprefix("base_model.").removeprefix("model.").split(".")
-            ends = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
-            path = next((end for end in ends if end in paths), parts[0])
-            sizes = found.setdefault(path.rpartition(".")[2], {})
+            prefixes = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+            path = next((prefix for prefix in prefixes if prefix in base_paths), parts[0])
+            sizes = sizes_by_name.setdefault(path.rpartition(".")[2], {})
             sizes[path] = sizes.get(path, 0) + parameter.numel()
-    return tuple(TrainedModules(name, len(sizes), sum(sizes.values())) for name, sizes in found.items())
+    return tuple(TrainedModules(name, len(sizes), sum(sizes.values())) for name, sizes in sizes_by_name.items())
 
 
-def _drop_virtual_token_logits(model: Any, job: Job) -> None:
-    """Have a model give logits for the positions it was given, and none for tokens of its own before them.
+def _drop_virtual_token_logits(model: PeftModel, job: Job) -> None:
+    """Have a model return logits for the positions of its input only, and none for virtual tokens before them.
 
-    How many there are is found out by one forward of a sample.
+    One forward of a sample tells how many virtual tokens there are.
 
     Raises:
-        RecipeError: its logits are of another form.
+        RecipeError: the logits have an unexpected shape.
     """
     batch = {name: tensor.to(job.base.device) for name, tensor in job.collator([job.train[0]]).items()}
     inputs = split_by_length(batch)[0]
@@ -182,42 +191,44 @@ def _drop_virtual_token_logits(model: Any, job: Job) -> None:
         shape = model(**inputs, **options).logits.shape
     before = 0 if labels.ndim == 1 else shape[1] - labels.shape[1]
     if len(shape) != labels.ndim + 1 or before < 0:
-        kind = model.peft_config["default"].peft_type.value
-        raise RecipeError(f"peft: {kind} gives logits {tuple(shape)} for labels {tuple(labels.shape)}")
+        kind = job.recipe.peft["peft_type"]
+        raise RecipeError(f"peft: {kind} returns logits {tuple(shape)} for labels {tuple(labels.shape)}")
 
-    def cut(module: Any, given: Any, output: Any) -> Any:
+    def drop(module: nn.Module, inputs: object, output: Any) -> Any:
         output.logits = output.logits[:, before:]
         return output
 
     if before:
-        model.register_forward_hook(cut)
+        model.register_forward_hook(drop)
         if job.recipe.task == CAUSAL_LM:
             _generate_one_by_one(model)
 
 
-def _generate_one_by_one(model: Any) -> None:
-    """Have a model write after each prompt of a batch alone.
+def _generate_one_by_one(model: PeftModel) -> None:
+    """Have a model's `generate` take the prompts of a batch one by one, without padding.
 
-    Its own tokens would come before the padding of a shorter prompt, and the prompt's positions would be others than in
-    training.
+    In a batch, virtual tokens would come before the padding of a shorter prompt, whose positions would then differ from
+    those in training.
     """
-    write = model.generate
+    generate_batch = model.generate
 
-    def generate(*, input_ids: Tensor, attention_mask: Tensor, generation_config: Any, **others: Any) -> Tensor:
+    def generate(
+        *, input_ids: Tensor, attention_mask: Tensor, generation_config: GenerationConfig, **options: object
+    ) -> Tensor:
         rows = []
         for ids, mask in zip(input_ids, attention_mask, strict=True):
             padding = int((mask == 0).sum())
             config = copy.deepcopy(generation_config)
             config.max_length -= padding
-            given = {"input_ids": ids[None, padding:], "attention_mask": mask[None, padding:]}
-            rows.append(torch.cat([ids[:padding], write(**given, generation_config=config, **others)[0]]))
+            prompt = {"input_ids": ids[None, padding:], "attention_mask": mask[None, padding:]}
+            rows.append(torch.cat([ids[:padding], generate_batch(**prompt, generation_config=config, **options)[0]]))
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=generation_config.pad_token_id)
 
-    model.generate = generate
+    model.generate = generate  # type: ignore[method-assign]
 
 
-def _convert_to_lora(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter | None:
-    """The same adapter in our terms; None where it is another kind of adapter."""
+def _convert_to_lora(fields: Section, tensors: Mapping[str, Tensor]) -> Adapter | None:
+    """Return the same adapter as an `Adapter`; None where it is not a LoRA."""
     try:
         return Adapter(LoraConfig.from_dict(fields), tensors)
     except LoraKitError:
@@ -255,18 +266,18 @@ def _render_card(
     return (format_front_matter(base=base, tag=kind.lower()) + card).encode()
 
 
-def _hash_adapter(fields: Mapping[str, Any], weights: bytes) -> str:
-    """sha256 of the fields that give the tensors meaning and of the sha256 of the weight file."""
+def _hash_adapter(fields: Section, weights: bytes) -> str:
+    """Return the sha256 of the fields that give the tensors meaning and of the sha256 of the weight file, in hex."""
     meaning = {key: value for key, value in sorted(fields.items()) if key not in _DESCRIPTIVE_FIELDS}
     return hashlib.sha256(f"{json.dumps(meaning)}\n{hashlib.sha256(weights).hexdigest()}".encode()).hexdigest()
 
 
-def _convert_to_json(value: Any) -> Any:
-    """JSON values; sets in order."""
+def _convert_to_json(value: object) -> object:
+    """Return a config's value as JSON values; sets are sorted."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Mapping):
         return {str(key): _convert_to_json(item) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):
-        return sorted(map(_convert_to_json, value))
+        return sorted(map(_convert_to_json, value), key=str)
     return [_convert_to_json(item) for item in value] if isinstance(value, (list, tuple)) else value

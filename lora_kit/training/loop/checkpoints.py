@@ -4,9 +4,9 @@
         weights.safetensors     the trained tensors, never the base's
         optimizer.pt  scheduler.pt  scaler.pt  trainer_state.json      as transformers.Trainer writes them
         loop.pt                 random states, and what the training loop has counted
-        checkpoint.json         whose run this is, and sha256 and size of the other files
+        checkpoint.json         the run it belongs to, and sha256 and size of the other files
 
-A run is told by its recipe, its data, its base and its device. One that differs in any of them is another run.
+A run is identified by its recipe, its data, its base and its device. If any of them differs, it is another run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from lora_kit.adapter.folder import RECORD
 from lora_kit.errors import AdapterError, RecipeError, StorageError, format_list
@@ -36,20 +36,23 @@ FORMAT: Final = 1
 _NAME: Final = re.compile(r"checkpoint-(\d+)")
 _MARKER_LIMIT: Final = 2**23
 
-Identity = Mapping[str, Any]
-"""What a run is of, as JSON values: nested mappings, compared leaf by leaf."""
+Identity: TypeAlias = Mapping[str, object]
+"""What decides the result of a run, as JSON values: nested mappings, compared leaf by leaf."""
+Environment: TypeAlias = Mapping[str, object]
+"""What may change the last bits of the result: versions of packages and the number of threads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A whole checkpoint.
+    """A complete, verified checkpoint.
 
     Attributes:
-        folder: that holds it.
-        step: optimiser steps done.
-        best: step of the checkpoint that holds the best weights so far, where the run looks for them.
-        finished: no step is left.
-        identity: of the run. setting: versions and threads it was made with.
+        folder: where it is.
+        step: optimizer steps done.
+        best: step of the checkpoint with the best weights so far; None where the run does not keep the best.
+        finished: whether no step is left.
+        identity: of the run.
+        setting: the environment it was written in.
     """
 
     folder: Path
@@ -57,7 +60,7 @@ class Checkpoint:
     best: int | None
     finished: bool
     identity: Identity
-    setting: Mapping[str, Any]
+    setting: Environment
 
 
 _FIELDS: Final = ("step", "best", "finished", "identity", "setting")
@@ -67,7 +70,7 @@ class RunFolder:
     """The checkpoints of one output.
 
     Args:
-        out: the output of the training; its checkpoints are in a folder of the same name and `.run`.
+        out: the output of the training; the checkpoints are in the folder `<out>.run` beside it.
     """
 
     def __init__(self, out: str | Path) -> None:
@@ -77,81 +80,83 @@ class RunFolder:
     # Reading
 
     def find_newest(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole; those after it, which are not, are taken away, and that is logged."""
+        """Return the newest complete checkpoint; incomplete ones after it are removed, with a warning."""
         for step in sorted(self._list_steps(), reverse=True):
             try:
-                found = self.at(step)
-                if found.best is not None:
-                    self.at(found.best)
-                return found
+                checkpoint = self.read(step)
+                if checkpoint.best is not None:
+                    self.read(checkpoint.best)
+                return checkpoint
             except AdapterError as error:
-                logger.warning("%s is torn, and passed over: %s", escape_text(self.path(step)), error)
+                logger.warning("%s is incomplete and is removed: %s", escape_text(self.path(step)), error)
                 shutil.rmtree(self.path(step))
         return None
 
-    def at(self, step: int) -> Checkpoint:
-        """The checkpoint of a step.
+    def read(self, step: int) -> Checkpoint:
+        """Return the checkpoint of a step, verified by its checksums.
 
         Raises:
-            AdapterError: it is not there, or not whole.
+            AdapterError: it is missing or incomplete.
         """
         folder = self.path(step)
         record = read_json(folder / MARKER, limit=_MARKER_LIMIT)
         if record.get("format") != FORMAT:
             raise AdapterError(f"{MARKER} has format {record.get('format')!r}; format {FORMAT} is read")
         try:
-            changed = [name for name, fact in record["files"].items() if _hash_file(folder / name) != fact]
-            found = Checkpoint(folder=folder, **{key: record[key] for key in _FIELDS})
+            changed = [name for name, facts in record["files"].items() if _hash_file(folder / name) != facts]
+            checkpoint = Checkpoint(folder=folder, **{key: record[key] for key in _FIELDS})
         except (KeyError, TypeError, AttributeError):
             raise AdapterError(f"{MARKER} is damaged") from None
         if changed:
-            raise AdapterError(f"{format_list(changed)} not as written")
-        return found
+            raise AdapterError(f"{format_list(changed)} changed since the checkpoint was written")
+        return checkpoint
 
     def path(self, step: int) -> Path:
+        """Return the folder of the checkpoint of a step."""
         return self.folder / f"checkpoint-{step}"
 
     def _list_steps(self) -> list[int]:
         if not folder_exists(self.folder):
             return []
-        found = [_NAME.fullmatch(entry.name) for entry in self.folder.iterdir()]
-        return [int(match[1]) for match in found if match]
+        matches = [_NAME.fullmatch(entry.name) for entry in self.folder.iterdir()]
+        return [int(match[1]) for match in matches if match]
 
     def log_resume_point(self) -> None:
-        """Log from where a run that is stopped will go on."""
+        """Log the step from which a stopped run will resume."""
         steps = self._list_steps()
         if steps:
-            where = escape_text(self.folder)
-            logger.warning("stopped; the same command goes on from the checkpoint of step %d in %s", max(steps), where)
+            message = "stopped; the same command resumes from the checkpoint of step %d in %s"
+            logger.warning(message, max(steps), escape_text(self.folder))
 
     # Writing
 
     def write(self, fill: Callable[[Path], None], *, keep: int | None, **fields: Any) -> None:
-        """Write a checkpoint, all of it or nothing, and take old ones away.
+        """Write a checkpoint, all or nothing, and remove old ones.
 
         Args:
-            fill: is given a folder to write files into.
-            keep: checkpoints to keep at most, besides the best ones they name; None for all.
-            fields: the other fields of a `Checkpoint`.
+            fill: writes the files into the folder it is called with.
+            keep: number of checkpoints to keep, at most, besides the best ones they name; None for all.
+            fields: the fields of a `Checkpoint`, without `folder`.
 
         Raises:
-            StorageError: the disk refuses; earlier checkpoints are what they were.
+            StorageError: the checkpoint cannot be written; earlier ones are unchanged.
         """
-        with stage_folder(
-            self.path(fields["step"]), replace=True, owned=lambda folder: exists(folder / MARKER)
-        ) as folder:
+        target = self.path(fields["step"])
+        with stage_folder(target, replace=True, owned=lambda folder: exists(folder / MARKER)) as folder:
             fill(folder)
-            facts = {path.name: _hash_file(path) for path in sorted(folder.iterdir())}
-            record = {"format": FORMAT, **fields, "files": facts}
+            files = {path.name: _hash_file(path) for path in sorted(folder.iterdir())}
+            record = {"format": FORMAT, **fields, "files": files}
             (folder / MARKER).write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
         logger.debug("checkpoint of step %d in %s", fields["step"], escape_text(self.folder))
         if keep is not None:
             self._rotate(keep)
 
     def _rotate(self, keep: int) -> None:
-        kept = sorted(self._list_steps(), reverse=True)[:keep]
-        kept += [best for step in kept if (best := self._read_best_step(step)) is not None]
-        for step in set(self._list_steps()) - set(kept):
+        """Remove all checkpoints but the newest and the best ones that these name."""
+        steps = self._list_steps()
+        newest = sorted(steps, reverse=True)[:keep]
+        best = {self._read_best_step(step) for step in newest}
+        for step in set(steps) - set(newest) - best:
             shutil.rmtree(self.path(step))
 
     def _read_best_step(self, step: int) -> int | None:
@@ -161,12 +166,12 @@ class RunFolder:
             return None
 
     def remove(self) -> None:
-        """Take every checkpoint away, and the folder where it holds nothing else; what cannot be is logged."""
+        """Remove every checkpoint, and the folder where it is then empty; a failure is logged."""
         if not folder_exists(self.folder):
             return
         try:
             for entry in self.folder.iterdir():
-                if _NAME.search(entry.name):  # also the locks and staging folders of those
+                if _NAME.search(entry.name):  # their locks and staging folders match too
                     shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
             if next(self.folder.iterdir(), None) is None:
                 self.folder.rmdir()
@@ -174,64 +179,69 @@ class RunFolder:
             logger.warning("%s cannot be removed: %s", escape_text(self.folder), error.strerror)
 
     def remove_if_done(self) -> None:
-        """Take the checkpoints away where their adapter was saved, and the process died before it could do so."""
+        """Remove the checkpoints of an adapter that was saved by a process that died before it removed them."""
         newest = self.find_newest() if folder_exists(self.folder) and exists(self.out / RECORD) else None
         if newest is not None and _read_saved_run(self.out) == hash_json(newest.identity):
             self.remove()
 
     # One run and another
 
-    def find_resumable(self, identity: Identity, setting: Mapping[str, Any], *, replace: bool) -> Checkpoint | None:
-        """Where a run goes on; None where it begins.
+    def find_resumable(self, identity: Identity, setting: Environment, *, replace: bool) -> Checkpoint | None:
+        """Return the checkpoint that a run resumes from; None where it starts at step 0.
 
         Args:
-            identity: of the run. setting: versions and threads; where they differ, that is logged.
-            replace: the checkpoints of another run are taken away, and that is logged.
+            identity: of the run.
+            setting: the environment; differences from the checkpoint's are logged.
+            replace: whether checkpoints of another run are removed, with a warning.
 
         Raises:
-            RecipeError: there are checkpoints of another run, and they are not to be replaced; names what differs.
+            RecipeError: there are checkpoints of another run and `replace` is false; lists what differs.
         """
         newest = self.find_newest()
-        found = self._match_run(newest, identity, replace=replace)
-        if found is not None:
-            for line in describe_differences(found.setting, setting):
-                logger.warning("%s: the last bits of the result may be others", line)
+        checkpoint = self._match_run(newest, identity, replace=replace)
+        if checkpoint is not None:
+            for line in describe_differences(checkpoint.setting, setting):
+                logger.warning("%s: the last bits of the result may differ", line)
         elif newest is not None:
-            logger.warning("%s held a run of another recipe; it is replaced", escape_text(self.folder))
+            logger.warning("%s had checkpoints of another recipe; they are removed", escape_text(self.folder))
             self.remove()
-        return found
+        return checkpoint
 
     def preview_resumable(self, identity: Identity, *, replace: bool) -> Checkpoint | None:
-        """Where a run would go on, as `resumable` says it; nothing is changed.
+        """Return what `find_resumable` would return, without changing or logging anything.
 
         Raises:
-            RecipeError: as there.
+            RecipeError: as `find_resumable`.
         """
-        whole = []
+        complete = []
         for step in sorted(self._list_steps(), reverse=True):
             with contextlib.suppress(AdapterError):
-                whole.append(self.at(step))
-        return self._match_run(whole[0] if whole else None, identity, replace=replace)
+                complete.append(self.read(step))
+        return self._match_run(complete[0] if complete else None, identity, replace=replace)
 
-    def _match_run(self, found: Checkpoint | None, identity: Identity, *, replace: bool) -> Checkpoint | None:
-        """A checkpoint if it is of this run; None for none, or for one that is to be replaced."""
-        told = list(describe_differences(found.identity, identity)) if found else []
-        if told and found and not replace:
-            raise RecipeError(
-                f"{escape_text(self.folder)} holds a run at step {found.step} of another recipe:\n  "
-                + "\n  ".join(told),
-                hint="go back to that recipe to go on, or ask to replace (--replace) to start anew",
-            )
-        return None if told else found
+    def _match_run(self, checkpoint: Checkpoint | None, identity: Identity, *, replace: bool) -> Checkpoint | None:
+        """Return a checkpoint of this run; None where there is none, or one that is to be replaced."""
+        if checkpoint is None:
+            return None
+        differences = list(describe_differences(checkpoint.identity, identity))
+        if not differences:
+            return checkpoint
+        if replace:
+            return None
+        where = f"{escape_text(self.folder)} holds a run at step {checkpoint.step} of another recipe"
+        raise RecipeError(
+            "\n  ".join([f"{where}:", *differences]),
+            hint="use that recipe again to resume, or --replace to start from step 0",
+        )
 
 
 def hash_json(identity: Identity) -> str:
-    """sha256 of what a run is of."""
+    """Return the sha256 of a run's identity, in hex."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def describe_differences(was: Mapping[str, Any], now: Mapping[str, Any], *, within: str = "") -> Iterator[str]:
-    """What differs between two nested mappings, leaf by leaf, in words."""
+def describe_differences(was: Mapping[str, object], now: Mapping[str, object], *, within: str = "") -> Iterator[str]:
+    """Yield a line for each leaf that differs between two nested mappings."""
     for key in sorted({*was, *now}):
         name, old, new = f"{within}{key}", was.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
@@ -240,23 +250,23 @@ def describe_differences(was: Mapping[str, Any], now: Mapping[str, Any], *, with
             yield f"{name} was {_format_value(old)}, is {_format_value(new)}"
 
 
-def _format_value(value: Any) -> str:
+def _format_value(value: object) -> str:
     return "not set" if value is None else escape_text(json.dumps(value, default=str))
 
 
-def _read_saved_run(out: Path) -> Any:
-    """The run that an adapter folder was saved by."""
+def _read_saved_run(out: Path) -> object:
+    """Return the hash of the run that saved an adapter folder; None where its record does not say."""
     try:
         return read_json(out / RECORD, limit=_MARKER_LIMIT).get("run")
     except (AdapterError, StorageError):
         return None
 
 
-def _hash_file(path: Path) -> dict[str, Any]:
-    """sha256 and size of a file.
+def _hash_file(path: Path) -> dict[str, object]:
+    """Return the sha256 in hex and the size in bytes of a file.
 
     Raises:
-        AdapterError: it is not there.
+        AdapterError: the file is missing.
     """
     try:
         with open(path, "rb") as file:

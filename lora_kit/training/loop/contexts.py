@@ -1,33 +1,60 @@
-"""What a training changes for a while, on a model and in the process, and puts back."""
+"""What a training changes on a model and in the process while it runs, and restores afterwards."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
-from typing import Any
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from lora_kit.errors import BaseModelError
+from lora_kit.models.loading import Base
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @contextlib.contextmanager
-def preserve_model_settings(model: Any) -> Iterator[None]:
-    """Puts back, whatever happens, what the Trainer changes on a model besides its trained weights.
+def set_up_training(base: Base, *, compiled: bool) -> Iterator[str]:
+    """Prepare a base and the process for a training; both are restored afterwards.
 
-    That is: training mode, `config.use_cache`, gradient checkpointing, and what accelerate hangs on the model.
+    Args:
+        compiled: whether the base's repeated layers are compiled.
+
+    Yields:
+        A temporary folder: transformers.Trainer requires one, though nothing is written to it.
+
+    Raises:
+        BaseModelError: the base has no repeated layers to compile.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lora_kit-"))
+        stack.enter_context(use_deterministic_kernels(base.device))
+        stack.enter_context(preserve_model_settings(base.model))
+        if compiled:
+            stack.enter_context(compile_layers(base.model))
+        yield folder
+
+
+@contextlib.contextmanager
+def preserve_model_settings(model: PreTrainedModel) -> Iterator[None]:
+    """Restore at the end of the block what the Trainer changes on a model besides its trained weights.
+
+    That is: training mode, `config.use_cache`, gradient checkpointing, and attributes that accelerate adds.
     """
     modes = [(module, module.training) for module in model.modules()]
-    attributes, use_cache = dict(vars(model)), model.config.use_cache if hasattr(model.config, "use_cache") else None
-    checkpointing = _has_gradient_checkpointing(model)
+    attributes, use_cache = set(vars(model)), getattr(model.config, "use_cache", None)
+    had_checkpointing = _has_gradient_checkpointing(model)
     try:
         yield
     finally:
-        if _has_gradient_checkpointing(model) and not checkpointing:
-            _get_renamed_attribute(model, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
-        for name in set(vars(model)) - set(attributes):
+        if not had_checkpointing:
+            _disable_gradient_checkpointing(model)
+        for name in set(vars(model)) - attributes:
             delattr(model, name)
         if use_cache is not None:
             model.config.use_cache = use_cache
@@ -37,26 +64,33 @@ def preserve_model_settings(model: Any) -> Iterator[None]:
             module.training = mode
 
 
-def disable_gradient_checkpointing(model: Any) -> list[nn.Module]:
-    """Turn gradient checkpointing off, and give the layers that were checkpointed; none where it was off."""
-    if not _has_gradient_checkpointing(model):
-        return []
-    _get_renamed_attribute(model, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
-    return _find_repeated_layers(model)
+def stop_gradient_checkpointing(model: PreTrainedModel) -> list[nn.Module]:
+    """Turn gradient checkpointing off, and return the layers that were checkpointed; none where it was off."""
+    return _find_repeated_layers(model) if _disable_gradient_checkpointing(model) else []
 
 
-def _has_gradient_checkpointing(model: Any) -> bool:
-    return bool(_get_renamed_attribute(model, "is_activation_checkpointing", "is_gradient_checkpointing"))
+def _disable_gradient_checkpointing(model: PreTrainedModel) -> bool:
+    """Turn gradient checkpointing off; return whether it was on."""
+    was_on = _has_gradient_checkpointing(model)
+    if was_on:
+        disable: Callable[[], None] = getattr(model, _choose_name(model, "{}_checkpointing_disable"))
+        disable()
+    return was_on
 
 
-def _get_renamed_attribute(model: Any, name: str, older: str) -> Any:
-    """An attribute under its present name, or under the one it has in older versions of transformers."""
-    return getattr(model, name) if hasattr(type(model), name) else getattr(model, older, None)
+def _has_gradient_checkpointing(model: PreTrainedModel) -> bool:
+    return bool(getattr(model, _choose_name(model, "is_{}_checkpointing"), False))
+
+
+def _choose_name(model: PreTrainedModel, pattern: str) -> str:
+    """Return the attribute's name in newer versions of transformers if the model has it, else the older name."""
+    newer = pattern.format("activation")
+    return newer if hasattr(type(model), newer) else pattern.format("gradient")
 
 
 @contextlib.contextmanager
 def use_deterministic_kernels(device: torch.device) -> Iterator[None]:
-    """The same bits from the same run: on CUDA the deterministic kernels, which the CPU always uses."""
+    """Make a run repeat bit for bit: use the deterministic kernels of CUDA; those of the CPU always are."""
     if device.type != "cuda":
         yield
         return
@@ -73,8 +107,8 @@ def use_deterministic_kernels(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def compile_layers(model: Any) -> Iterator[None]:
-    """Each of the model's repeated layers compiled within; one graph serves batches of any length.
+def compile_layers(model: nn.Module) -> Iterator[None]:
+    """Compile each of the model's repeated layers until the block ends; one graph serves batches of any length.
 
     Raises:
         BaseModelError: the model has no list of layers of one class.
@@ -83,7 +117,7 @@ def compile_layers(model: Any) -> Iterator[None]:
 
     layers = _find_repeated_layers(model)
     before = [layer._compiled_call_impl for layer in layers]
-    # All layers share their code, so its few graphs (with and without gradients, masks, several rows) count as one's.
+    # All layers share their code, so its graphs (with and without gradients, masks, several rows) count as one layer's.
     with torch._dynamo.config.patch(recompile_limit=64):
         try:
             for layer in layers:
@@ -94,8 +128,8 @@ def compile_layers(model: Any) -> Iterator[None]:
                 layer._compiled_call_impl = call
 
 
-def _find_repeated_layers(model: Any) -> list[nn.Module]:
-    """The longest list of modules of one class: the decoder's (or the encoder's) layers."""
+def _find_repeated_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the largest list of modules of one class: the layers of the decoder (or encoder)."""
     lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
     same = [layers for layers in lists if len({type(layer) for layer in layers}) == 1]
     if not same:

@@ -1,13 +1,13 @@
-"""What is done to an optimiser after transformers made it: learning rates of their own for B (LoRA+) and the head."""
+"""Separate learning rates for B (LoRA+) and for the head, set on an optimizer that transformers created."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_kit.errors import RecipeError
 from lora_kit.layers.initialization import B
@@ -17,16 +17,20 @@ from lora_kit.layers.saved_module import SavedModule
 from lora_kit.layers.slot_layer import SlotLayer
 from lora_kit.models.heads import find_head_modules
 from lora_kit.models.tasks import CAUSAL_LM
+from lora_kit.training.recipe.coerce import Section
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearningRates:
-    """What does not learn at the recipe's `learning_rate`.
+    """Learning rates that differ from the recipe's `learning_rate`.
 
     Attributes:
-        b_ratio: how many times the rate of A that of B is; None for the same.
-        head: the rate of the head; None for that of everything else.
-        task: of the model, by which its head is known.
+        b_ratio: the rate of B divided by that of A; None for 1.
+        head: the rate of the head; None for `learning_rate`.
+        task: of the model; it tells which modules are the head.
     """
 
     b_ratio: float | None = None
@@ -34,19 +38,19 @@ class LearningRates:
     task: str = CAUSAL_LM
 
     @classmethod
-    def of(cls, train: Mapping[str, Any], task: str) -> LearningRates:
-        """Those of a recipe's `train` section."""
+    def of(cls, train: Section, task: str) -> LearningRates:
+        """Return the rates that a recipe's `train` section sets."""
         return cls(b_ratio=train.get("loraplus_lr_ratio"), head=train.get("head_learning_rate"), task=task)
 
-    def apply_to(self, optimizer: torch.optim.Optimizer, model: Any) -> None:
-        """Move what has a rate of its own into groups of its own.
+    def apply_to(self, optimizer: torch.optim.Optimizer, model: PreTrainedModel) -> None:
+        """Move tensors with a separate rate into separate parameter groups.
 
         Args:
-            optimizer: that has made no step yet, and no schedule.
-            model: whose parameters it has.
+            optimizer: one without a step or a schedule yet.
+            model: the one whose parameters the optimizer updates.
 
         Raises:
-            RecipeError: the head is to have a rate, and is not trained, or not apart from the embeddings.
+            RecipeError: the head has a separate rate, but is not trained or shares its weight with the embeddings.
         """
         ratio, head = self.b_ratio, self.head
         if ratio is not None:
@@ -56,35 +60,36 @@ class LearningRates:
 
 
 ONE_RATE: Final = LearningRates()
-"""Everything learns at the recipe's `learning_rate`."""
+"""The recipe's `learning_rate` for every tensor."""
 
 
-def find_lora_b_tensors(model: Any) -> list[Tensor]:
-    """The B of every layer but embeddings: Hayou et al. 2024, arXiv:2402.12354.
+def find_lora_b_tensors(model: nn.Module) -> list[Tensor]:
+    """Return lora_B of every layer except embeddings: Hayou et al. 2024, arXiv:2402.12354.
 
-    A and B of an embedding keep their rate: there it is A that begins at zero.
+    Embeddings keep one rate, since there A is initialized to zero, not B.
     """
     layers = [module for module in model.modules() if isinstance(module, (LoraLinear, UnstackedLayer))]
     return [leaf for layer in layers for name, leaf in layer.named_parameters(recurse=False) if name.startswith(B)]
 
 
-def find_head_tensors(model: Any, task: str) -> list[Tensor]:
-    """What is trained of the model's head as a whole: its weights, or an adapter's copy of them; no pair's A and B.
+def find_head_tensors(model: PreTrainedModel, task: str) -> list[Tensor]:
+    """Return the trained weights of the model's head, or an adapter's copy of them; not its LoRA weights.
 
     Raises:
-        RecipeError: nothing is, or it is the embeddings as well.
+        RecipeError: the head is not trained, or shares its weight with the embeddings.
     """
-    found = list(_iterate_trained_tensors(model, find_head_modules(model, task)))
-    if not found:
-        hint = "lora.modules_to_save: [head] trains it whole, or leave the rate out"
-        raise RecipeError("train.head_learning_rate is given, and the head is not trained", hint=hint)
+    tensors = list(_iterate_trained_tensors(model, find_head_modules(model, task)))
+    if not tensors:
+        hint = "lora.modules_to_save: [head] trains it, or leave the rate out"
+        raise RecipeError("train.head_learning_rate is set, but the head is not trained", hint=hint)
     embeddings = {id(tensor) for tensor in model.get_input_embeddings().parameters()}
-    if any(id(tensor) in embeddings for tensor in found):
-        raise RecipeError("train.head_learning_rate: the head of this base is its embeddings too", hint="leave it out")
-    return found
+    if any(id(tensor) in embeddings for tensor in tensors):
+        what = "train.head_learning_rate: the head of this base shares its weight with the embeddings"
+        raise RecipeError(what, hint="leave it out")
+    return tensors
 
 
-def _iterate_trained_tensors(model: Any, paths: tuple[str, ...]) -> Iterator[Tensor]:
+def _iterate_trained_tensors(model: nn.Module, paths: tuple[str, ...]) -> Iterator[Tensor]:
     for path in paths:
         for module in model.get_submodule(path).modules():
             if isinstance(module, SavedModule) or not isinstance(module, SlotLayer):
@@ -92,10 +97,10 @@ def _iterate_trained_tensors(model: Any, paths: tuple[str, ...]) -> Iterator[Ten
 
 
 def _regroup(optimizer: torch.optim.Optimizer, tensors: list[Tensor], rate_from: Callable[[float], float]) -> None:
-    """Groups of the same settings but the rate, for these tensors."""
-    chosen = {id(tensor) for tensor in tensors}
+    """Move some tensors into groups that differ from their present ones in the learning rate only."""
+    moving = {id(tensor) for tensor in tensors}
     for group in list(optimizer.param_groups):
-        moved = [tensor for tensor in group["params"] if id(tensor) in chosen]
+        moved = [tensor for tensor in group["params"] if id(tensor) in moving]
         if moved:
-            group["params"] = [tensor for tensor in group["params"] if id(tensor) not in chosen]
+            group["params"] = [tensor for tensor in group["params"] if id(tensor) not in moving]
             optimizer.add_param_group({**group, "params": moved, "lr": rate_from(group["lr"])})

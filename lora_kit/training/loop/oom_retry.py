@@ -1,8 +1,8 @@
-"""When memory runs out within a step: the same step again with fewer rows at once, and the same gradient.
+"""A step during which memory runs out is repeated with fewer rows at once; its gradient is the same.
 
-The loss of a step is a sum over its labels divided by their number, so it does not matter how many rows go through the
-model at once. A batch of 8 rows done as two of 4 is what a recipe with half the micro-batch and twice the accumulation
-does, to the last bit and to the last random number.
+The loss of a step is a sum over its labels divided by their number, so the number of rows in a forward pass does not
+change it. A batch of 8 rows as two of 4 gives what a recipe with half the micro-batch and twice the accumulation gives,
+to the last bit and to the last random number.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,21 +22,24 @@ OUT_OF_MEMORY_HINT: Final = (
     "train.gradient_checkpointing: true, a smaller data.max_length, quantize: nf4, or a smaller lora.r"
 )
 _ALLOCATOR_MESSAGES: Final = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
-"""What the CPU's allocator says, in a RuntimeError like any other."""
+"""Messages of the CPU's allocator, which raises a plain RuntimeError."""
 
-Batch = Mapping[str, Tensor]
+Batch: TypeAlias = Mapping[str, Tensor]
+"""Tensors (rows, …) by name, as the collator joins them."""
+LabelCount: TypeAlias = "Tensor | int | None"
+"""The number of labels of a step."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch found no memory, on a device or on the CPU."""
+    """Return whether an error means that torch could not allocate memory, on a device or on the CPU."""
     return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in _ALLOCATOR_MESSAGES)
+        isinstance(error, RuntimeError) and any(message in str(error) for message in _ALLOCATOR_MESSAGES)
     )
 
 
 @contextlib.contextmanager
 def translate_out_of_memory() -> Iterator[None]:
-    """Memory that runs out within, where no smaller micro-batch would help, is an error of ours.
+    """Raise a StorageError where memory runs out and a smaller micro-batch would not help.
 
     Raises:
         StorageError: memory ran out.
@@ -51,93 +54,93 @@ def translate_out_of_memory() -> Iterator[None]:
 
 
 class MicroBatches:
-    """The batches of one optimiser step, in micro-batches that halve when memory runs out.
+    """The batches of one optimizer step, split into micro-batches that are halved when memory runs out.
 
-    A step that failed is done again from its beginning: gradients cleared, the random states as they were then, the
-    same rows in the same order.
+    A step that failed is repeated from its beginning: gradients cleared, random states restored, the same rows in the
+    same order.
 
     Args:
-        rows: through the model at once, at the most.
-        work: forward and backward of a micro-batch; gives its share of the step's loss.
-        clear: forgets the gradients.
-        said: told how many rows there are at once from now on.
+        rows: rows of a micro-batch, at most.
+        run: runs forward and backward of a micro-batch, and returns its share of the step's loss: ().
+        clear_gradients: sets all gradients to zero or None.
+        on_halved: called with the new number of rows.
 
     Attributes:
-        rows: through the model at once, at the most.
+        rows: rows of a micro-batch, at most.
     """
 
     def __init__(
         self,
         rows: int,
         *,
-        work: Callable[[Batch, Any], Tensor],
-        clear: Callable[[], None],
-        said: Callable[[int], None],
+        run: Callable[[Batch, LabelCount], Tensor],
+        clear_gradients: Callable[[], None],
+        on_halved: Callable[[int], None],
     ) -> None:
         self.rows = rows
-        self._work, self._clear, self._said = work, clear, said
-        self.begin()
+        self._run, self._clear_gradients, self._on_halved = run, clear_gradients, on_halved
+        self.begin_step()
 
-    def begin(self) -> None:
-        """A new step."""
+    def begin_step(self) -> None:
+        """Forget the batches of the step before."""
         self._batches: list[Batch] = []
         self._losses: list[Tensor] = []
-        self._random: dict[str, Any] = {}
+        self._random_states: dict[str, Any] = {}
 
-    def run_batch(self, batch: Batch, count: Any) -> Tensor:
-        """Do one more batch of the step.
+    def run_batch(self, batch: Batch, label_count: LabelCount) -> Tensor:
+        """Run one more batch of the step.
 
         Args:
-            count: labels of the whole step, handed on to `work`.
+            label_count: of the whole step, passed on to `run`.
 
         Returns:
-            By how much the loss of the step has grown: (). Where the step had to be done again, what is different in
-            the batches before this one is part of it.
+            The increase of the step's loss: (). Where the step was repeated, it includes what changed in the losses of
+            the batches before this one.
 
         Raises:
-            StorageError: memory does not suffice for a single row.
+            StorageError: there is not enough memory for a single row.
         """
         if not self._batches:
-            self._random = capture_random_states()
+            self._random_states = capture_random_states()
         self._batches.append(batch)
-        if self._done([batch], count):
+        if self._try_batches([batch], label_count):
             return self._losses[-1]
         before = self._losses
         while True:
-            self._halve()
+            self._halve_rows()
             self._losses = []
-            if self._done(self._batches, count):
+            if self._try_batches(self._batches, label_count):
                 return sum_losses(self._losses) - (sum_losses(before) if before else 0)
 
-    def _done(self, batches: list[Batch], count: Any) -> bool:
-        """Whether memory sufficed."""
+    def _try_batches(self, batches: list[Batch], label_count: LabelCount) -> bool:
+        """Run some batches and keep their losses; return whether memory sufficed."""
         try:
             for batch in batches:
-                self._losses.append(
-                    sum_losses([self._work(part, count) for part in split_into_micro_batches(batch, self.rows)])
-                )
+                parts = split_into_micro_batches(batch, self.rows)
+                self._losses.append(sum_losses([self._run(part, label_count) for part in parts]))
         except RuntimeError as error:
             if is_out_of_memory(error):
                 return False
             raise
         return True
 
-    def _halve(self) -> None:
-        most = min(self.rows, max(count_batch_rows(batch) for batch in self._batches))
-        self._clear()
-        # What the failed step held is in cycles of frames and tracebacks.
+    def _halve_rows(self) -> None:
+        """Undo what the failed step did, and halve the rows of a micro-batch."""
+        rows = min(self.rows, max(count_batch_rows(batch) for batch in self._batches))
+        self._clear_gradients()
+        # Tensors of the failed step are referenced by cycles of frames and tracebacks.
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-        if most == 1:
+        if rows == 1:
             raise StorageError("memory ran out with one row at once", hint=OUT_OF_MEMORY_HINT)
-        self.rows = (most + 1) // 2
-        restore_random_states(self._random)
-        self._said(self.rows)
+        self.rows = (rows + 1) // 2
+        restore_random_states(self._random_states)
+        self._on_halved(self.rows)
 
 
 def split_into_micro_batches(batch: Batch, rows: int) -> Iterator[Batch]:
-    """A batch in order, so many rows at a time; a batch that is not larger as it is."""
+    """Yield a batch in parts of at most `rows` rows, in order."""
     if count_batch_rows(batch) <= rows:
         yield batch
         return
@@ -146,9 +149,10 @@ def split_into_micro_batches(batch: Batch, rows: int) -> Iterator[Batch]:
 
 
 def count_batch_rows(batch: Batch) -> int:
-    """Rows of a batch."""
+    """Return the number of rows of a batch."""
     return len(next(iter(batch.values())))
 
 
 def sum_losses(losses: list[Tensor]) -> Tensor:
+    """Return the sum of scalar losses: ()."""
     return torch.stack(losses).sum()

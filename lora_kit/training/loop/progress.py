@@ -1,4 +1,4 @@
-"""A live line on stderr where that is a terminal, and lines in the log everywhere."""
+"""Progress of a training: a live line on stderr where that is a terminal, and lines in the log everywhere."""
 
 from __future__ import annotations
 
@@ -6,77 +6,95 @@ import logging
 import time
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 import transformers
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as ProgressBar
+    from rich.progress import TaskID
 
 logger = logging.getLogger(__name__)
 
 MIN_LOG_SECONDS: Final = 5.0
-"""Between two lines of the log that say how far a training is; what an evaluation found is always said."""
+"""Least time between two log lines about progress; the results of an evaluation are always logged."""
 _LOGGED_KEYS: Final = ("loss", "learning_rate", "grad_norm")
 
 
 class Progress(transformers.TrainerCallback):
-    """Says how far a training is, how long it will take, how fast it is and how much memory it needs."""
+    """Reports the step, the loss, the time left, the speed and the memory of a training."""
 
     def __init__(self) -> None:
-        self._bar: Any = None
-        self._task: Any = None
-        self._began, self._first_step = 0.0, 0
-        self._said = float("-inf")
+        self._bar: ProgressBar | None = None
+        self._task: TaskID | None = None
+        self._started, self._first_step = 0.0, 0
+        self._last_logged = float("-inf")
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
+        from rich.progress import Progress as ProgressBar
 
         console = Console(stderr=True)
-        shown = TextColumn("{task.fields[shown]}", markup=False)
-        columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(), shown)
-        self._bar = Bar(*columns, console=console, disable=args.disable_tqdm or not console.is_terminal)
-        self._task = self._bar.add_task("training", total=state.max_steps, completed=state.global_step, shown="")
+        metrics = TextColumn("{task.fields[metrics]}", markup=False)
+        columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(), metrics)
+        self._bar = ProgressBar(*columns, console=console, disable=args.disable_tqdm or not console.is_terminal)
+        self._task = self._bar.add_task("training", total=state.max_steps, completed=state.global_step, metrics="")
         self._bar.start()
-        self._began, self._first_step = time.perf_counter(), state.global_step
+        self._started, self._first_step = time.perf_counter(), state.global_step
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._bar.update(self._task, completed=state.global_step)
-        # The last interval is logged too when it is a short one.
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=state.global_step)
+        # The last interval is logged even if it is shorter than `logging_steps`.
         control.should_log = control.should_log or state.global_step >= state.max_steps
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
         logs = logs or {}
-        shown = _format_logs(logs)
-        if not shown:
+        metrics = _format_logs(logs)
+        if not metrics:
             return
-        if self._bar is not None and "loss" in logs:
-            self._bar.update(self._task, shown=shown)
-        now = time.perf_counter()
-        if "loss" not in logs or now - self._said >= MIN_LOG_SECONDS or state.global_step >= state.max_steps:
-            self._said = now
-            logger.info(
-                "step %d of %d: %s%s", state.global_step, state.max_steps, shown, self._format_time_left(state, now)
-            )
+        is_interval = "loss" in logs
+        if self._bar is not None and self._task is not None and is_interval:
+            self._bar.update(self._task, metrics=metrics)
+        now, step, last = time.perf_counter(), state.global_step, state.max_steps
+        if not is_interval or now - self._last_logged >= MIN_LOG_SECONDS or step >= last:
+            self._last_logged = now
+            logger.info("step %d of %d: %s%s", step, last, metrics, self._format_time_left(state, now))
 
-    def _format_time_left(self, state: Any, now: float) -> str:
-        """The time that is left, once there is a step to tell it by."""
+    def _format_time_left(self, state: TrainerState, now: float) -> str:
+        """Return the estimated time left; empty before the first step is done."""
         done = state.global_step - self._first_step
         if done < 1 or state.global_step >= state.max_steps:
             return ""
-        seconds = (now - self._began) / done * (state.max_steps - state.global_step)
+        seconds = (now - self._started) / done * (state.max_steps - state.global_step)
         return f", {timedelta(seconds=round(seconds))} left"
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # So is the one in which a training is stopped early.
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        # So is the interval in which early stopping ends the training.
         control.should_log = control.should_log or control.should_training_stop
 
     def close(self) -> None:
-        """Take the live line off the terminal."""
+        """Remove the live line from the terminal."""
         if self._bar is not None:
             self._bar.stop()
 
 
-def _format_logs(logs: Mapping[str, Any]) -> str:
+def _format_logs(logs: Mapping[str, float]) -> str:
     parts = [f"{key} {value:.4g}" for key, value in logs.items() if key in _LOGGED_KEYS or key.startswith("eval_")]
     if "tokens_per_second" in logs:
         parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s")

@@ -1,23 +1,25 @@
-"""The Trainer that writes checkpoints and goes on from one, to the same bytes as a run that was never stopped."""
+"""The Trainer that writes checkpoints and resumes from one, to the same bytes as a run that was never stopped."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypedDict
 
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers.trainer_callback import ExportableState, TrainerState
+from torch import Tensor, nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from lora_kit.errors import AdapterError, VerificationError
 from lora_kit.io.text import escape_text
 from lora_kit.torch_utils import capture_random_states, restore_random_states
-from lora_kit.training.loop.checkpoints import Checkpoint, Identity, RunFolder
+from lora_kit.training.loop.checkpoints import Checkpoint, Environment, Identity, RunFolder
 from lora_kit.training.loop.signals import StopRequest
 from lora_kit.training.loop.trainer import Trainer
 
@@ -25,54 +27,88 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS, LOOP = "weights.safetensors", "loop.pt"
 STATE, OPTIMIZER, SCHEDULER, SCALER = "trainer_state.json", "optimizer.pt", "scheduler.pt", "scaler.pt"
-"""Read by transformers.Trainer under these names."""
+"""Names under which transformers.Trainer reads these files."""
 _OVERRIDDEN_PRIVATE_METHODS: Final = ("_save_checkpoint", "_load_from_checkpoint", "_load_rng_state")
-"""Moments of transformers' loop for which it has no public name: methods that it calls, and that are replaced here."""
+"""Methods that transformers' loop calls and that are replaced here; there are no public ones for these moments."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """What a run's checkpoints are written with.
+
+    Attributes:
+        folder: where the checkpoints are.
+        identity: everything that decides the result.
+        setting: the environment.
+        stop: whether a signal has asked to stop.
+    """
+
+    folder: RunFolder
+    identity: Identity
+    setting: Environment
+    stop: StopRequest
+
+
+class _LoopState(TypedDict):
+    """The content of loop.pt: what transformers does not save.
+
+    Attributes:
+        random: random states when the checkpoint was written.
+        epoch_random: random states at the beginning of the epoch, which decide the order of its samples.
+        loss: sum of the losses since the last line of the log: ().
+        logged: step of that line.
+        micro_batch: rows of a forward pass, at most.
+        tokens: number of tokens trained on so far.
+        seconds: wall time of the training so far.
+    """
+
+    random: dict[str, Any]
+    epoch_random: dict[str, Any]
+    loss: Tensor
+    logged: int
+    micro_batch: int
+    tokens: int
+    seconds: float
 
 
 class ResumableTrainer(Trainer):
-    """A Trainer whose checkpoints hold the trained tensors and everything else that decides how training goes on.
+    """A Trainer whose checkpoints hold everything that decides the rest of the training.
 
-    What transformers leaves out is added: the loss since the last line of the log, the random states at the beginning
-    of the epoch, from which the order of the samples follows, the counts of the report, and a moment to save at which
-    nothing of the epoch is left to do.
+    They hold more than transformers' own (see `_LoopState`), and one that is due at the end of an epoch is written only
+    after the evaluation and the log line of that epoch.
 
     Args:
-        run: where the checkpoints are.
-        identity, setting: of the run, see `lora_kit.training.loop.checkpoints`.
-        stop: asked after every step whether to save and stop there.
+        run: what checkpoints are written with; after every step `run.stop` is asked whether to save and stop.
 
     Attributes:
-        seconds_before: wall time of the training up to the checkpoint it went on from.
-        resumed: step of that checkpoint; 0 for a run from the beginning.
+        seconds_before: wall time of the training up to the checkpoint that it resumed from.
+        resumed: step of that checkpoint; 0 for a run that was not resumed.
     """
 
-    def __init__(
-        self, *args: Any, run: RunFolder, identity: Identity, setting: dict[str, Any], stop: StopRequest, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, run: RunContext, **kwargs: Any) -> None:
         missing = [name for name in _OVERRIDDEN_PRIVATE_METHODS if not hasattr(transformers.Trainer, name)]
         if missing:
             raise _build_version_error(f"has no Trainer.{missing[0]}")
         super().__init__(*args, **kwargs)
-        self._run, self._identity, self._setting, self._stop = run, identity, setting, stop
+        self._run = run
         self.args.restore_callback_states_from_checkpoint = True
         self.seconds_before, self.resumed = 0.0, 0
-        self._resumed_loop: dict[str, Any] | None = None
+        self._resumed_loop: _LoopState | None = None
         self._epoch_random: dict[str, Any] = {}
         self._in_epoch = self._is_save_pending = False
-        self._put_back: set[str] = set()
+        self._restored: set[str] = set()
         self._started = 0.0
         self.add_callback(_LoopCallback(self))
 
     def train_from(self, checkpoint: Checkpoint | None) -> None:
-        """Train, from where a checkpoint stands or from the beginning."""
+        """Train from a checkpoint, or from the beginning, and load the best weights where they are to be kept."""
         self._started = time.perf_counter()
         if checkpoint is None:
             self.train()
             self._load_best()
             return
-        logger.info("going on from step %d in %s", checkpoint.step, escape_text(checkpoint.folder))
-        loop = torch.load(checkpoint.folder / LOOP, map_location="cpu", weights_only=True)
+        logger.info("resuming from step %d in %s", checkpoint.step, escape_text(checkpoint.folder))
+        loop: _LoopState = torch.load(checkpoint.folder / LOOP, map_location="cpu", weights_only=True)
         self.resumed, self.seconds_before = checkpoint.step, loop["seconds"]
         self._tokens_seen += loop["tokens"]
         self._micro.rows = loop["micro_batch"]
@@ -83,43 +119,44 @@ class ResumableTrainer(Trainer):
             self._resumed_loop = loop
             self.args.eval_on_start = False
             self.train(resume_from_checkpoint=str(checkpoint.folder))
-            if self._put_back != {"weights", "random"}:
-                raise _build_version_error("went on from a checkpoint in a way of its own")
+            if self._restored != {"weights", "random"}:
+                raise _build_version_error("did not resume from a checkpoint as expected")
         self._load_best()
 
     # Writing: called by transformers.Trainer
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """A checkpoint of the step that has just ended.
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        """Write a checkpoint of the step that has just ended.
 
-        At the end of an epoch or of the training it is put off until what is logged and evaluated then is done: a run
-        that goes on from it begins with the next epoch.
+        At the end of an epoch or of the training this is postponed until evaluation and logging are done: a run that
+        resumes from it begins with the next epoch.
         """
         if self._in_epoch and (self.control.should_training_stop or self._is_epoch_over):
             self._is_save_pending = True
             return
         self._is_save_pending = False
         self._check_weights()
-        self._run.write(
+        self._run.folder.write(
             self._write_checkpoint_files,
             keep=self.args.save_total_limit,
             step=self.state.global_step,
             best=self._best_step,
             finished=self.control.should_training_stop,
-            identity=self._identity,
-            setting=self._setting,
+            identity=self._run.identity,
+            setting=self._run.setting,
         )
-        self._stop.obey()
+        self._run.stop.obey()
 
     @property
     def _is_epoch_over(self) -> bool:
         return float(self.state.epoch or 0).is_integer()
 
     def _check_weights(self) -> None:
-        broken = [name for name, tensor in self._get_trained_tensors().items() if not torch.isfinite(tensor).all()]
-        if broken:
+        tensors = self._get_trained_tensors()
+        not_finite = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+        if not_finite:
             raise VerificationError(
-                f"{broken[0]} is not finite by step {self.state.global_step}", hint="a lower train.learning_rate"
+                f"{not_finite[0]} is not finite by step {self.state.global_step}", hint="a lower train.learning_rate"
             )
 
     def _write_checkpoint_files(self, folder: Path) -> None:
@@ -132,12 +169,15 @@ class ResumableTrainer(Trainer):
         torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER)
         if self.accelerator.scaler is not None:
             torch.save(self.accelerator.scaler.state_dict(), folder / SCALER)
-        told: list[Any] = [*self.callback_handler.callbacks, self.control]
-        stateful: list[Any] = [each for each in told if isinstance(each, ExportableState)]
+        candidates: list[object] = [*self.callback_handler.callbacks, self.control]
+        stateful: list[Any] = [each for each in candidates if isinstance(each, ExportableState)]
         self.state.stateful_callbacks = TrainerState(stateful_callbacks=stateful).stateful_callbacks
         self.state.save_to_json(str(folder / STATE))
+        torch.save(self._collect_loop_state(), folder / LOOP)
+
+    def _collect_loop_state(self) -> _LoopState:
         now = capture_random_states()
-        loop = {
+        return {
             "random": now,
             "epoch_random": now if self._is_epoch_over else self._epoch_random,
             "loss": self._loss_sum.cpu(),
@@ -146,38 +186,36 @@ class ResumableTrainer(Trainer):
             "tokens": self.tokens,
             "seconds": self.seconds_before + time.perf_counter() - self._started - self.evaluating_seconds,
         }
-        torch.save(loop, folder / LOOP)
 
     def _get_trained_tensors(self) -> dict[str, Tensor]:
-        model: Any = self.model
-        return {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+        return {name: tensor for name, tensor in self.model.named_parameters() if tensor.requires_grad}
 
     # Reading: called by transformers.Trainer
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._load_weights(Path(resume_from_checkpoint))
-        self._put_back.add("weights")
+        self._restored.add("weights")
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self._resumed_loop is not None:
             restore_random_states(self._resumed_loop["random"])
-            self._put_back.add("random")
+            self._restored.add("random")
 
     def _load_weights(self, folder: Path) -> None:
-        trained, kept = self._get_trained_tensors(), load_file(folder / WEIGHTS)
-        if {name: tensor.shape for name, tensor in trained.items()} != {key: kept[key].shape for key in kept}:
-            raise AdapterError(f"{escape_text(folder)} holds other tensors than are trained")
+        trained, saved = self._get_trained_tensors(), load_file(folder / WEIGHTS)
+        if {name: tensor.shape for name, tensor in trained.items()} != {name: saved[name].shape for name in saved}:
+            raise AdapterError(f"{escape_text(folder)} does not hold the tensors that are trained")
         with torch.no_grad():
             for name, tensor in trained.items():
-                tensor.copy_(kept[name])
+                tensor.copy_(saved[name])
 
     # The best weights
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Our own evaluation; the weights of the best one so far are kept, also where no checkpoint is due."""
+        """Evaluate; where the result is the best so far, save a checkpoint even if none is due."""
         metrics = super().evaluate(*args, **kwargs)
-        found_best = self.args.load_best_model_at_end and self._is_best(metrics)
-        if found_best or self._stop.asked is not None:
+        is_best = self.args.load_best_model_at_end and self._is_best(metrics)
+        if is_best or self._is_asked_to_stop:
             self.control.should_save = True
         return metrics
 
@@ -193,14 +231,18 @@ class ResumableTrainer(Trainer):
 
     @property
     def _best_step(self) -> int | None:
-        """The step whose weights are kept at the end, where that is not the last one."""
+        """The step of the best weights so far, where these are kept at the end; else None."""
         return self.state.best_global_step if self.args.load_best_model_at_end else None
 
     def _load_best(self) -> None:
         if self._best_step is not None:
-            self._load_weights(self._run.path(self._best_step))
+            self._load_weights(self._run.folder.path(self._best_step))
 
     # Moments of the loop
+
+    @property
+    def _is_asked_to_stop(self) -> bool:
+        return self._run.stop.signal_number is not None
 
     def _begin_training(self) -> None:
         if self._resumed_loop is None:
@@ -213,34 +255,42 @@ class ResumableTrainer(Trainer):
             restore_random_states(self._resumed_loop["epoch_random"])
         self._epoch_random, self._in_epoch = capture_random_states(), True
 
-    def _end_step(self, control: transformers.TrainerControl) -> None:
-        control.should_save = control.should_save or self._stop.asked is not None
+    def _end_step(self, control: TrainerControl) -> None:
+        control.should_save = control.should_save or self._is_asked_to_stop
 
-    def _end_epoch(self, control: transformers.TrainerControl) -> None:
+    def _end_epoch(self, control: TrainerControl) -> None:
         self._in_epoch = False
-        control.should_save = control.should_save or self._is_save_pending or self._stop.asked is not None
+        control.should_save = control.should_save or self._is_save_pending or self._is_asked_to_stop
 
 
 class _LoopCallback(transformers.TrainerCallback):
-    """Tells a ResumableTrainer where the loop is."""
+    """Calls the methods of a ResumableTrainer at moments of the loop."""
 
     def __init__(self, trainer: ResumableTrainer) -> None:
         self._trainer = trainer
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         self._trainer._begin_training()
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         self._trainer._begin_epoch()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         self._trainer._end_step(control)
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         self._trainer._end_epoch(control)
 
 
 def _build_version_error(what: str) -> VerificationError:
-    """This version of transformers is not one that checkpoints can be relied on with."""
+    """Return the error for a version of transformers with which checkpoints are not reliable."""
     hint = "lora_kit is tested with the version in constraints.txt"
     return VerificationError(f"transformers {transformers.__version__} {what}", hint=hint)

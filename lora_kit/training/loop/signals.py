@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM while a training runs: it stops where it stands whole, and not in the middle of a step."""
+"""SIGINT and SIGTERM during a training: it stops after a complete step with a checkpoint, not in the middle of one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import signal
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, Final, Self
+from typing import Final, NoReturn, Self
 
 logger = logging.getLogger(__name__)
 
@@ -15,19 +15,19 @@ _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Whether a training is to stop, asked for by a signal.
+    """A request to stop a training, made by a signal.
 
-    Within the context the first SIGINT or SIGTERM only asks; where the training stands whole, it calls `obey`, and the
-    signal does what it would have done. A second one does so at once. A signal that the process ignores stays ignored:
-    a shell has what it starts in the background ignore SIGINT.
+    In the context the first SIGINT or SIGTERM is only recorded. Once a checkpoint is written the training calls `obey`,
+    and the signal takes its usual effect. A second signal takes effect at once. A signal that the process ignores stays
+    ignored: a shell has background processes ignore SIGINT.
 
     Attributes:
-        asked: the number of the signal, or None.
+        signal_number: of the signal received; None before one.
     """
 
     def __init__(self) -> None:
-        self.asked: int | None = None
-        self._before: dict[int, Callable[[int, FrameType | None], Any] | int] = {}
+        self.signal_number: int | None = None
+        self._before: dict[int, Callable[[int, FrameType | None], object] | int] = {}
 
     def __enter__(self) -> Self:
         for number in _SIGNALS:
@@ -36,45 +36,43 @@ class StopRequest:
                 continue
             try:
                 signal.signal(number, self._handle_signal)
-            except ValueError:  # not the main thread, which signals go to
+            except ValueError:  # only the main thread can handle signals
                 return self
             self._before[number] = handler
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        asked = self.asked if error is None else None
-        if asked is None:
-            self._put_back()
-        else:
-            self._run_previous_handler(asked)
+        if error is None and self.signal_number is not None:
+            self._run_previous_handler(self.signal_number)
+        self._restore_handlers()
 
     def obey(self) -> None:
-        """Do what the signal would have done, if there was one.
+        """Let the recorded signal take its usual effect; do nothing where there is none.
 
         Raises:
-            KeyboardInterrupt, SystemExit: as the handlers have it that were there before; SystemExit with
-                128 + the signal's number where there was none.
+            KeyboardInterrupt, SystemExit: from the handler that was installed before; SystemExit with 128 + the
+                signal's number where there was none.
         """
-        if self.asked is not None:
-            self._run_previous_handler(self.asked)
+        if self.signal_number is not None:
+            self._run_previous_handler(self.signal_number)
 
     def _handle_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.asked is not None:
+        if self.signal_number is not None:
             self._run_previous_handler(number)
-        self.asked = number
-        # What writes to the same stream may have been interrupted in the middle of it.
+        self.signal_number = number
+        # The signal may have interrupted another write to the same stream.
         with contextlib.suppress(RuntimeError):
             name = signal.Signals(number).name
-            logger.warning("%s: this step is done and saved before it stops; once more stops it at once", name)
+            logger.warning("%s: stopping after this step is finished and saved; send it again to stop at once", name)
 
-    def _run_previous_handler(self, number: int) -> None:
+    def _run_previous_handler(self, number: int) -> NoReturn:
         handler = self._before[number]
-        self._put_back()
+        self._restore_handlers()
         if callable(handler):
             handler(number, None)
         raise SystemExit(128 + number)
 
-    def _put_back(self) -> None:
+    def _restore_handlers(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}

@@ -1,11 +1,12 @@
-"""Whether the loss depends on what is trained: a layer that the base never calls, or reads past, learns nothing."""
+"""A warning about trained tensors without a gradient: the base never calls their layer, or reads its weight itself."""
 
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import transformers
+from torch import nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from lora_kit.errors import format_list
 
@@ -13,29 +14,37 @@ logger = logging.getLogger(__name__)
 
 
 class UnusedParameterCallback(transformers.TrainerCallback):
-    """Says with the first line of the log which trained tensors no gradient has come to by then.
+    """Warns, with the first line of the log, of trained tensors that received no gradient in any step so far.
 
-    A warning and no error: an expert that no token was sent to yet is such a tensor too.
+    It is no error, since an expert that no token was routed to yet has no gradient either.
     """
 
     def __init__(self) -> None:
         self._without_gradient: set[str] | None = None
-        self._said = False
+        self._is_reported = False
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: object,
+    ) -> None:
+        assert model is not None
         if self._without_gradient is None or self._without_gradient:
-            trained = {name: each for name, each in kwargs["model"].named_parameters() if each.requires_grad}
-            without = {name for name, each in trained.items() if each.grad is None}
+            trained = [(name, tensor) for name, tensor in model.named_parameters() if tensor.requires_grad]
+            without = {name for name, tensor in trained if tensor.grad is None}
             self._without_gradient = without if self._without_gradient is None else self._without_gradient & without
 
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._said or self._without_gradient is None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        if self._is_reported or self._without_gradient is None:
             return
-        self._said = True
+        self._is_reported = True
         if self._without_gradient:
             layers = sorted({name.rpartition(".")[0] for name in self._without_gradient})
             logger.warning(
-                "nothing is learned in %s: no gradient came there in %d steps, since the base does not call it "
+                "%s received no gradient in %d steps and learns nothing: the base does not call it, "
                 "or reads its weight itself (lora.exclude_modules leaves it out)",
                 format_list(layers),
                 state.global_step,

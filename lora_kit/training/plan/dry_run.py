@@ -1,26 +1,34 @@
-"""Two steps of a training, done to be measured: one of the longest samples there are, then one of any."""
+"""Two steps of a training, run to measure them: one of the longest samples, then one of random samples."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Final
 
 import torch
 import transformers
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from lora_kit.data.batches import EncodedDataset
-from lora_kit.data.packing import PackedDataset
 from lora_kit.torch_utils import Clock
 from lora_kit.training.job.job import Job
 from lora_kit.training.loop.learning_rates import LearningRates
-from lora_kit.training.loop.trainer import Trainer
+from lora_kit.training.loop.trainer import Samples, Trainer
 from lora_kit.training.plan.memory_estimate import MemoryEstimate, estimate_memory
 from lora_kit.training.recipe.training_arguments import build_training_arguments
 from lora_kit.training.results import StepCounts, StepMeasurement
 
-_DROPPED_KEYS = ("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "early_stopping_patience",
-              "eval_on_start", "lr_scheduler_kwargs", "num_train_epochs", "dataloader_drop_last")  # fmt: skip
-_DRY_RUN_ARGUMENTS: Mapping[str, Any] = {
+_DROPPED_KEYS: Final = (
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
+    "early_stopping_patience",
+    "eval_on_start",
+    "lr_scheduler_kwargs",
+    "num_train_epochs",
+    "dataloader_drop_last",
+)
+_DRY_RUN_ARGUMENTS: Final[Mapping[str, object]] = {
     "max_steps": 2,
     "save_strategy": "no",
     "eval_strategy": "no",
@@ -33,10 +41,10 @@ _DRY_RUN_ARGUMENTS: Mapping[str, Any] = {
 
 
 class _SampleSelection(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Samples of a data set at some places, in that order."""
+    """Samples of a data set at some positions, in that order."""
 
-    def __init__(self, samples: EncodedDataset | PackedDataset, places: list[int]) -> None:
-        self.kind, self._samples, self._positions = samples.kind, samples, places
+    def __init__(self, samples: Samples, positions: list[int]) -> None:
+        self.kind, self._samples, self._positions = samples.kind, samples, positions
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -46,53 +54,52 @@ class _SampleSelection(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 
 class _StepTimer(transformers.TrainerCallback):
-    """Time and tokens of the steps."""
+    """Records time and tokens at the end of each step.
+
+    Attributes:
+        trainer: whose steps are recorded.
+        ends: (seconds since the start, tokens trained on so far) at the end of each step.
+    """
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self.trainer: Any = None
+        self.trainer: Trainer | None = None
         self.ends: list[tuple[float, int]] = []
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.ends:
-            self.ends.append((self._clock.seconds, self.trainer.tokens))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        assert self.trainer is not None
         self.ends.append((self._clock.seconds, self.trainer.tokens))
 
 
-def _count_row_tokens(samples: EncodedDataset | PackedDataset) -> torch.Tensor:
-    """Tokens of each row: int64 (rows,)."""
+def _count_row_tokens(samples: Samples) -> torch.Tensor:
+    """Return the number of tokens of each row: int64 (rows,)."""
     if isinstance(samples, EncodedDataset):
         return samples.lengths
     return torch.stack([samples.samples.lengths[list(row)].sum() for row in samples.rows])
 
 
 def measure_dry_run(job: Job, steps: StepCounts, *, folder: str) -> tuple[StepMeasurement, MemoryEstimate]:
-    """Do two steps, the first of which also warms up what is slow only once; the model's trained tensors change.
+    """Run two steps and measure the second; the first also pays for what is slow only once.
+
+    The trained tensors of the model change.
 
     Args:
-        folder: of transformers' own, which nothing is written to.
+        folder: the output folder that transformers requires; nothing is written to it.
     """
     batch = min(steps.batch, len(job.train))
+    micro_batch = min(steps.micro_batch, batch)
     longest = _count_row_tokens(job.train).argsort(descending=True, stable=True)[:batch].tolist()
-    some = torch.randperm(len(job.train), generator=torch.Generator().manual_seed(job.recipe.seed))[:batch].tolist()
-    micro = min(steps.micro_batch, batch)
-    short = -batch % micro  # a step is of whole micro-batches here
-    places = [*longest, *longest[:short], *some, *some[:short]]
-    section = {name: value for name, value in job.recipe.train.items() if name not in _DROPPED_KEYS}
-    section |= {
-        **_DRY_RUN_ARGUMENTS,
-        "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": -(-batch // micro),
-    }
-    args = build_training_arguments(section, device=job.base.device, folder=folder, name=job.recipe.name)
+    drawn = torch.randperm(len(job.train), generator=torch.Generator().manual_seed(job.recipe.seed))[:batch].tolist()
+    missing = -batch % micro_batch  # here a step consists of complete micro-batches
+    samples = _SampleSelection(job.train, [*longest, *longest[:missing], *drawn, *drawn[:missing]])
     clock = Clock(job.base.device)
-    timer, chosen = _StepTimer(clock), _SampleSelection(job.train, places)
+    timer = _StepTimer(clock)
     trainer = Trainer(
         job.base.model,
-        args,
-        train=chosen,  # type: ignore[arg-type]
+        _build_arguments(job, batch=batch, micro_batch=micro_batch, folder=folder),
+        train=samples,  # type: ignore[arg-type]
         validation=None,
         collator=job.collator,
         callbacks=[timer],
@@ -103,10 +110,20 @@ def measure_dry_run(job: Job, steps: StepCounts, *, folder: str) -> tuple[StepMe
         trainer.train()
     finally:
         trainer.close()
-    (_, _), (first, before), (second, after) = timer.ends
-    rows = min(trainer.micro_batch, micro)
-    found = StepMeasurement(
-        second - first, after - before, clock.peak_bytes, steps.micro_batch if rows == micro else rows
+    (first_seconds, first_tokens), (second_seconds, second_tokens) = timer.ends
+    measurement = StepMeasurement(
+        seconds=second_seconds - first_seconds,
+        tokens=second_tokens - first_tokens,
+        peak_bytes=clock.peak_bytes,
+        micro_batch=trainer.micro_batch if trainer.micro_batch < micro_batch else steps.micro_batch,
     )
-    row = job.train[longest[0]]
-    return found, estimate_memory(trainer, row, rows=min(found.micro_batch, len(job.train)))
+    rows = min(measurement.micro_batch, len(job.train))
+    return measurement, estimate_memory(trainer, job.train[longest[0]], rows=rows)
+
+
+def _build_arguments(job: Job, *, batch: int, micro_batch: int, folder: str) -> transformers.TrainingArguments:
+    """Return the job's arguments for two steps that nothing interrupts."""
+    section = {name: value for name, value in job.recipe.train.items() if name not in _DROPPED_KEYS}
+    sizes = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": -(-batch // micro_batch)}
+    section = {**section, **_DRY_RUN_ARGUMENTS, **sizes}
+    return build_training_arguments(section, device=job.base.device, folder=folder, name=job.recipe.name)

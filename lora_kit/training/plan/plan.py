@@ -1,125 +1,106 @@
-"""What a training would do, before it does it: counted, estimated, and two steps of it measured. Nothing is written."""
+"""What a training would do: counted, estimated, and two steps of it measured. Nothing is written."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from lora_kit.data.chat import ChatTemplate
 from lora_kit.data.encode import encode_with_faults
 from lora_kit.data.packing import PackedDataset
-from lora_kit.data.rows import Rows
 from lora_kit.models.loading import Base
 from lora_kit.models.silence import silence_libraries
-from lora_kit.training.job.job import Job, check_output_available, check_output_writable, prepare_job, read_recipe_rows
+from lora_kit.training.job.job import Job
 from lora_kit.training.job.methods import TrainableJob, make_job_trainable
+from lora_kit.training.job.output import check_output_available, check_output_writable
 from lora_kit.training.loop.checkpoints import RunFolder
-from lora_kit.training.loop.contexts import compile_layers, preserve_model_settings, use_deterministic_kernels
+from lora_kit.training.loop.contexts import set_up_training
 from lora_kit.training.loop.oom_retry import translate_out_of_memory
-from lora_kit.training.recipe.load import load_recipe
-from lora_kit.training.recipe.recipe import Recipe
-from lora_kit.training.recipe.training_arguments import build_training_arguments, check_reporting
+from lora_kit.training.recipe.coerce import Section
+from lora_kit.training.recipe.load import RecipeSource, load_recipe
+from lora_kit.training.recipe.training_arguments import build_training_arguments
 from lora_kit.training.results import DataSummary, StepCounts, TrainPlan
 
 
 def plan(
-    recipe: str | Path | Mapping[str, Any] | Recipe,
-    *,
-    base: Base | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    replace: bool = False,
+    recipe: RecipeSource, *, base: Base | None = None, overrides: Section | None = None, replace: bool = False
 ) -> TrainPlan:
-    """Say what `train` would do with the same arguments; nothing is trained and nothing is written.
+    """Return what `train` would do with the same arguments; nothing is trained and nothing is written.
 
-    Two steps are done to measure them, on an adapter that is thrown away; a base that is given is the same afterwards.
+    Two steps are run to measure them, on an adapter that is thrown away. A base that is given is unchanged afterwards.
 
     Raises:
-        LoraKitError: whatever `train` would refuse before its first step.
+        LoraKitError: whatever `train` would raise before its first step.
     """
-    wanted = load_recipe(recipe, overrides=overrides)
-    check_output_writable(wanted)
-    check_reporting(wanted.train)
+    loaded = load_recipe(recipe, overrides=overrides)
+    check_output_writable(loaded)
     with silence_libraries():
-        check_output_available(wanted, replace=replace)
-        rows = read_recipe_rows(wanted)
-        job = prepare_job(wanted, rows, base)
-        found = RunFolder(wanted.out).preview_resumable(job.identity, replace=replace)
+        check_output_available(loaded, replace=replace)
+        job = Job.open(loaded, base)
+        checkpoint = RunFolder(loaded.out).preview_resumable(job.identity, replace=replace)
         with (
             translate_out_of_memory(),
             _preserve_torch_random_states(job.base.device),
-            make_job_trainable(job) as ready,
+            make_job_trainable(job) as trainable,
         ):
-            return _build_plan(ready, rows[0], found.step if found else 0)
+            return _build_plan(trainable, first_step=checkpoint.step if checkpoint else 0)
 
 
 def _preserve_torch_random_states(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Torch's generators as they were, afterwards."""
+    """Restore torch's random states at the end of the block."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
-def _build_plan(ready: TrainableJob, rows: Rows, goes_on_from: int) -> TrainPlan:
+def _build_plan(trainable: TrainableJob, *, first_step: int) -> TrainPlan:
     from lora_kit.training.plan.dry_run import measure_dry_run
 
-    job = ready.job
-    model, recipe = job.base.model, job.recipe
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lora_kit-"))
-        stack.enter_context(use_deterministic_kernels(job.base.device))
-        stack.enter_context(preserve_model_settings(model))
-        if recipe.compile:
-            stack.enter_context(compile_layers(model))
-        steps = _count_steps(job, folder)
-        measured, memory = measure_dry_run(job, steps, folder=folder)
-    data = _summarize_data(job, rows)
-    tokens = data.tokens * (steps.steps - goes_on_from) / steps.per_epoch
+    job = trainable.job
+    with set_up_training(job.base, compiled=job.recipe.compile) as scratch:
+        steps = _count_steps(job, scratch)
+        measured, memory = measure_dry_run(job, steps, folder=scratch)
+    data = _summarize_data(job)
+    tokens_left = data.tokens * (steps.steps - first_step) / steps.per_epoch
     return TrainPlan(
-        out=Path(recipe.out),
-        goes_on_from=goes_on_from,
-        trainable=ready.count,
-        parameters=ready.parameters,
-        kinds=ready.kinds,
+        out=Path(job.recipe.out),
+        goes_on_from=first_step,
+        trainable=trainable.count,
+        parameters=trainable.parameters,
+        kinds=trainable.kinds,
         data=data,
         steps=steps,
         memory=memory,
         measured=measured,
-        seconds=tokens * measured.seconds / measured.tokens,
-        recipe=recipe,
+        seconds=tokens_left * measured.seconds / measured.tokens,
+        recipe=job.recipe,
     )
 
 
-def _summarize_data(job: Job, rows: Rows) -> DataSummary:
-    recipe, samples = job.recipe, job.train.samples if isinstance(job.train, PackedDataset) else job.train
-    spec, text = recipe.data, recipe.data.chat_template
-    assert spec.max_length is not None
-    found = encode_with_faults(
-        rows,
-        job.base.tokenizer,
-        max_length=spec.max_length,
-        separator=spec.separator,
-        template=ChatTemplate(text, "the recipe's chat template") if text else None,
-        label2id={name: number for number, name in enumerate(job.labels)},
-        task=recipe.task,
-    )
+def _summarize_data(job: Job) -> DataSummary:
+    samples = job.train.samples if isinstance(job.train, PackedDataset) else job.train
+    encoded = encode_with_faults(job.rows, job.base.tokenizer, **job.encoding)
     return DataSummary(
-        rows=len(rows),
+        rows=len(job.rows),
         samples=len(samples),
         tokens=samples.num_tokens,
         labels=samples.num_labels,
-        cut=len(found.cut),
-        longest=spec.max_length,
+        cut=len(encoded.cut),
+        longest=job.encoding["max_length"],
     )
 
 
 def _count_steps(job: Job, folder: str) -> StepCounts:
     args = build_training_arguments(job.recipe.train, device=job.base.device, folder=folder, name=job.recipe.name)
-    micro, accumulation = args.train_batch_size, args.gradient_accumulation_steps
-    batches = len(job.train) // micro if args.dataloader_drop_last else math.ceil(len(job.train) / micro)
-    per_epoch = max(1, math.ceil(batches / accumulation))
-    count = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
-    return StepCounts(count, args.get_warmup_steps(count), per_epoch, micro * accumulation, micro, accumulation)
+    micro_batch, accumulation = args.train_batch_size, args.gradient_accumulation_steps
+    divide = math.floor if args.dataloader_drop_last else math.ceil
+    per_epoch = max(1, math.ceil(divide(len(job.train) / micro_batch) / accumulation))
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+    return StepCounts(
+        steps=steps,
+        warmup=args.get_warmup_steps(steps),
+        per_epoch=per_epoch,
+        batch=micro_batch * accumulation,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+    )

@@ -1,4 +1,8 @@
-"""Values as people write them, in YAML and in flags, read as the type that a key has."""
+"""Values as people write them, in YAML and in flags, converted to the type that their key has.
+
+`coerce_value` converts one value, `coerce_fields` the fields of a dataclass. The types are annotations as
+`typing.get_type_hints` returns them: of `DataSpec`, `LoraConfig`, transformers.TrainingArguments and PEFT's configs.
+"""
 
 from __future__ import annotations
 
@@ -9,126 +13,19 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
-
-import yaml
+from typing import Any, Final, Literal, TypeAlias
 
 from lora_kit.errors import RecipeError, format_list, suggest_nearest
+from lora_kit.training.recipe.strict_yaml import parse_yaml
 
-NAME_LIST_PATTERN: Final = re.compile(r"[\w.-]+(,[\w.-]+)*")
-"""A bare name, or several: as a regular expression it could only match a module at the top, so names are meant."""
+Section: TypeAlias = Mapping[str, Any]
+"""A section of a recipe by key. The type of a value is that of the field it is checked against, at run time."""
 
-
-def coerce_nested(name: str, hint: Any, value: Any) -> Any:
-    """The value as its type says, as JSON values; strings (from flags, and from YAML) are read as that type.
-
-    Where either names or an expression may stand, a bare word or `a,b` means names.
-
-    Raises:
-        RecipeError: it cannot be; names the item that is wrong.
-    """
-    kinds = union_members_of(hint)
-    words = [word for kind in kinds if typing.get_origin(kind) is Literal for word in typing.get_args(kind)]
-    kinds = [kind for kind in kinds if typing.get_origin(kind) is not Literal]
-    if any(_is_literal_value(word, value) for word in words):
-        return value
-    if words and (not kinds or (isinstance(value, str) and value.lower() not in ("true", "false", "none", "null"))):
-        raise RecipeError(
-            f"{name} {value!r} is not known",
-            hint=suggest_nearest(str(value), words) or f"known: {_format_choices(words)}",
-        )
-    classes = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
-    if classes and value is not None:
-        return coerce_fields(classes[0], coerce_value(name, dict, value), where=f"{name}.")
-    lists = [kind for kind in kinds if typing.get_origin(kind) in (list, tuple)]
-    if lists and isinstance(value, str):
-        value = _split_list(name, value, names_only=str not in kinds)
-    plain = [list if kind in lists else kind for kind in kinds]
-    return _coerce_items(name, kinds, coerce_to_one_of(name, plain, value))
-
-
-def coerce_fields(kind: Any, given: Mapping[str, Any], *, where: str, without: Sequence[str] = ()) -> dict[str, Any]:
-    """The fields of a dataclass, each as its type says.
-
-    Args:
-        where: what stands before a key in messages.
-        without: fields that may not be given.
-
-    Raises:
-        RecipeError: a key is unknown (the nearest is named), or a value does not fit.
-    """
-    hints = typing.get_type_hints(kind)
-    names = [field.name for field in dataclasses.fields(kind) if field.init and field.name not in without]
-    check_known_keys(given, names, where=where)
-    return {key: coerce_nested(f"{where}{key}", hints[key], value) for key, value in given.items()}
-
-
-def _is_literal_value(word: Any, value: Any) -> bool:
-    """Whether a value is this word; one that ends in `[what]` has a number there."""
-    start, bracket, _ = str(word).partition("[")
-    return bool(value == word or (bracket and str(value).removeprefix(start).isdecimal()))
-
-
-def _format_choices(words: Sequence[Any]) -> str:
-    return format_list([str(word) for word in words], most=12)
-
-
-def _split_list(name: str, value: str, *, names_only: bool) -> Any:
-    """A list that was written as a string; an expression stays one, where one may stand."""
-    if value.startswith("["):
-        return parse_yaml(name, value)
-    if value != "all-linear" and (names_only or NAME_LIST_PATTERN.fullmatch(value)):
-        return value.split(",") if value.lower() not in ("none", "null") else value
-    return value
-
-
-def _coerce_items(name: str, kinds: Sequence[Any], found: Any) -> Any:
-    """What a list or a mapping holds, each item as its type says."""
-    origin = list if isinstance(found, list) else dict if isinstance(found, dict) else None
-    holders = (list, tuple) if origin is list else (dict,)
-    inside = [typing.get_args(kind) for kind in kinds if typing.get_origin(kind) in holders]
-    if origin is None or not inside or not inside[0]:
-        return found
-    if origin is dict:
-        return {key: coerce_nested(f"{name}.{key}", inside[0][1], item) for key, item in found.items()}
-    if any(typing.get_origin(kind) is tuple for kind in kinds) and len(found) != len(inside[0]):
-        raise RecipeError(f"{name} must have {len(inside[0])} items; {found!r} was given")
-    return [coerce_nested(f"{name}[{place}]", inside[0][0], item) for place, item in enumerate(found)]
-
-
-class StrictYamlLoader(yaml.SafeLoader):
-    """YAML as people mean it: `2e-4` is a number, `no` and `on` are words, and a key stands there once."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.YAMLError(f"the key {key!r} in line {key_node.start_mark.line + 1} is not a word")
-            if key in seen:
-                raise yaml.YAMLError(
-                    f"the key {key!r} stands there twice, again in line {key_node.start_mark.line + 1}"
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-StrictYamlLoader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern) for tag, pattern in found if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")
-    ]
-    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-StrictYamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"true|True|TRUE|false|False|FALSE"), list("tTfF")
-)
-StrictYamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
-)
-
-
+_NAMES: Final = re.compile(r"[\w.-]+(,[\w.-]+)*")
+"""One name, or several with commas. As a regular expression over whole paths it could match only a top-level module."""
+_NONE_WORDS: Final = ("none", "null")
 _BOOL_WORDS: Final[Mapping[str, bool]] = {
     "true": True,
     "false": False,
@@ -139,69 +36,149 @@ _BOOL_WORDS: Final[Mapping[str, bool]] = {
 }
 
 
-def coerce_value(name: str, hint: Any, value: Any) -> Any:
-    """The value as the type of its key; strings (from flags, and from YAML) are read as that type.
+# One value
+
+
+def coerce_value(name: str, hint: object, value: object, *, split_names: bool = True) -> Any:
+    """Return a value converted to the type of its key, as a JSON value.
+
+    A string is parsed as that type: `8`, `1e-3`, `true`, `none`, `[a, b]`, `{a: 1}`, `a,b`.
+
+    Args:
+        name: the key, for messages.
+        hint: the type, as in a class's annotations.
+        split_names: whether `a` or `a,b` is a list of names where either names or one expression may be given.
 
     Raises:
-        RecipeError: it cannot be.
+        RecipeError: the value does not have that type; names the item that is wrong.
     """
-    return coerce_to_one_of(name, union_members_of(hint), value)
-
-
-def union_members_of(hint: Any) -> list[Any]:
-    """The members of a union; anything else alone."""
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return list(typing.get_args(hint)) if union else [hint]
-
-
-def coerce_to_one_of(name: str, kinds: Sequence[Any], value: Any) -> Any:
-    """The value as one of some types, the narrowest that it can be.
-
-    Raises:
-        RecipeError: it can be none of them.
-    """
-    if type(None) in kinds and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
+    kinds = union_members_of(hint)
+    if Any in kinds or object in kinds:
+        return value
+    words = [word for kind in kinds if typing.get_origin(kind) is Literal for word in typing.get_args(kind)]
+    kinds = [kind for kind in kinds if typing.get_origin(kind) is not Literal]
+    if any(_is_literal_value(word, value) for word in words):
+        return value
+    is_word = isinstance(value, str) and not _is_one_of(value, ("true", "false", *_NONE_WORDS))
+    if words and (is_word or not kinds):
+        raise _unknown_value_error(name, value, [str(word) for word in words])
+    if type(None) in kinds and (value is None or _is_one_of(value, _NONE_WORDS)):
         return None
-    choices = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, enum.Enum)]
-    if choices:
-        return _coerce_enum(name, choices[0], value)
-    for kind in sorted((typing.get_origin(kind) or kind for kind in kinds), key=_rank_narrowness):
-        read = _READERS.get(kind)
-        found = read(name, value) if read else None
-        if found is not None:
-            return found
-    expected = " or ".join(
-        _TYPE_WORDS[kind] for kind in _TYPE_WORDS if kind in {typing.get_origin(k) or k for k in kinds}
-    )
+    config_classes = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+    if config_classes:
+        return coerce_fields(config_classes[0], coerce_value(name, dict, value), where=f"{name}.")
+    enums = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, enum.Enum)]
+    if enums:
+        return _coerce_enum(name, enums[0], value)
+    return _coerce_to_narrowest(name, kinds, _split_list(name, kinds, value, split_names=split_names))
+
+
+def coerce_fields(config_class: Any, values: Section, *, where: str, without: Collection[str] = ()) -> dict[str, Any]:
+    """Return the fields of a dataclass, each converted to its type.
+
+    Args:
+        config_class: the dataclass.
+        where: the prefix of keys in messages.
+        without: fields that may not be set.
+
+    Raises:
+        RecipeError: a key is unknown (the nearest is named), or a value does not have its field's type.
+    """
+    hints = typing.get_type_hints(config_class)
+    names = [field.name for field in dataclasses.fields(config_class) if field.init and field.name not in without]
+    check_known_keys(values, names, where=where)
+    return {key: coerce_value(f"{where}{key}", hints[key], value) for key, value in values.items()}
+
+
+def union_members_of(hint: object) -> list[object]:
+    """Return the members of a union type; any other type alone."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return list(typing.get_args(hint)) if is_union else [hint]
+
+
+def _coerce_to_narrowest(name: str, kinds: Sequence[object], value: object) -> object:
+    """Return a value as the narrowest of some types that it can have."""
+    plain = {_plain_type_of(kind): kind for kind in kinds}
+    for parse in (parser for kind, parser in _PARSERS.items() if kind in plain):
+        result = parse(name, value)
+        if result is not None:
+            return _coerce_items(name, kinds, result)
+    expected = " or ".join(_TYPE_WORDS[kind] for kind in _TYPE_WORDS if kind in plain)
     raise RecipeError(f"{name} must be {expected or 'another kind of value'}; {value!r} was given")
 
 
-def _rank_narrowness(kind: Any) -> int:
-    order = [bool, int, float, list, dict, str]
-    return order.index(kind) if kind in order else len(order)
+def _plain_type_of(kind: object) -> object:
+    """Return the class whose values JSON has for a type: `list` for a tuple, `dict` for any mapping."""
+    plain = typing.get_origin(kind) or kind
+    if isinstance(plain, type) and issubclass(plain, Mapping):
+        return dict
+    return list if plain is tuple else plain
 
 
-def _coerce_enum(name: str, kind: type[enum.Enum], value: Any) -> str:
+def _coerce_items(name: str, kinds: Sequence[object], value: object) -> object:
+    """Return a list or a mapping with each item converted to its type; any other value as it is."""
+    if not isinstance(value, (list, dict)):
+        return value
+    holder = next(kind for kind in kinds if _plain_type_of(kind) is type(value))
+    item_types = typing.get_args(holder)
+    if not item_types:
+        return value
+    if isinstance(value, dict):
+        return {key: coerce_value(f"{name}.{key}", item_types[1], item) for key, item in value.items()}
+    if typing.get_origin(holder) is tuple and Ellipsis not in item_types and len(value) != len(item_types):
+        raise RecipeError(f"{name} must have {len(item_types)} items; {value!r} was given")
+    return [coerce_value(f"{name}[{index}]", item_types[0], item) for index, item in enumerate(value)]
+
+
+def _split_list(name: str, kinds: Sequence[object], value: object, *, split_names: bool) -> object:
+    """Return the list that a string or a single number stands for where a list may be given; else the value."""
+    plain = [_plain_type_of(kind) for kind in kinds]
+    if list not in plain:
+        return value
+    if type(value) is int and not {int, float} & set(plain):
+        return [value]
+    if not isinstance(value, str) or value == "all-linear" or value.startswith(("[", "{")):
+        return value
+    names_only = str not in plain
+    return value.split(",") if names_only or (split_names and _NAMES.fullmatch(value)) else value
+
+
+def _is_literal_value(word: object, value: object) -> bool:
+    """Return whether a value is this word; a word that ends in `[…]` has a number there."""
+    start, bracket, _ = str(word).partition("[")
+    return bool(value == word or (bracket and str(value).removeprefix(start).isdecimal()))
+
+
+def _is_one_of(value: object, words: Collection[str]) -> bool:
+    return isinstance(value, str) and value.lower() in words
+
+
+def _coerce_enum(name: str, kind: type[enum.Enum], value: object) -> str:
     known = [str(member.value) for member in kind]
     word = str(value.value if isinstance(value, enum.Enum) else value)
     if word not in known:
-        raise RecipeError(
-            f"{name} {word!r} is not known",
-            hint=suggest_nearest(word, known) or f"known: {format_list(known, most=20)}",
-        )
+        raise _unknown_value_error(name, word, known, most=20)
     return word
 
 
-def _as_bool(name: str, value: Any) -> bool | None:
+def _unknown_value_error(name: str, value: object, known: Sequence[str], *, most: int = 12) -> RecipeError:
+    hint = suggest_nearest(str(value), known) or f"known: {format_list(list(known), most=most)}"
+    return RecipeError(f"{name} {value!r} is not known", hint=hint)
+
+
+# Parsers: each returns the value as its type, or None where the value is of another type
+
+
+def _parse_bool(name: str, value: object) -> bool | None:
     return _BOOL_WORDS.get(value.lower()) if isinstance(value, str) else value if isinstance(value, bool) else None
 
 
-def _as_int(name: str, value: Any) -> int | None:
-    number = _as_float(name, value)
+def _parse_int(name: str, value: object) -> int | None:
+    number = _parse_float(name, value)
     return None if number is None or number != int(number) else int(number)
 
 
-def _as_float(name: str, value: Any) -> float | None:
+def _parse_float(name: str, value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
@@ -210,80 +187,81 @@ def _as_float(name: str, value: Any) -> float | None:
         return None
     if not math.isfinite(number):
         return None
-    # What was written as a whole number stays one, in the saved recipe too.
-    whole = isinstance(value, int) or (isinstance(value, str) and value.strip("+-").isdecimal())
-    return int(value) if whole else number
+    # A number that was written as a whole number stays one, in the saved recipe too.
+    is_whole = isinstance(value, int) or (isinstance(value, str) and value.strip("+-").isdecimal())
+    return int(value) if is_whole else number
 
 
-def _as_str(name: str, value: Any) -> str | None:
-    return str(value) if isinstance(value, (str, Path)) else None
-
-
-def _as_list(name: str, value: Any) -> list[Any] | None:
+def _parse_list(name: str, value: object) -> list[object] | None:
     if isinstance(value, str) and value.startswith("["):
         value = parse_yaml(name, value)
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=str)
     return list(value) if isinstance(value, (list, tuple)) else None
 
 
-def _as_dict(name: str, value: Any) -> dict[str, Any] | None:
+def _parse_dict(name: str, value: object) -> dict[str, object] | None:
     if isinstance(value, str) and value.startswith("{"):
         value = parse_yaml(name, value)
     return dict(value) if isinstance(value, Mapping) else None
 
 
-_READERS: Final[Mapping[Any, Callable[[str, Any], Any]]] = {
-    bool: _as_bool,
-    int: _as_int,
-    float: _as_float,
-    str: _as_str,
-    list: _as_list,
-    dict: _as_dict,
-    Mapping: _as_dict,
-    typing.get_origin(Mapping[str, int]): _as_dict,
+def _parse_str(name: str, value: object) -> str | None:
+    return str(value) if isinstance(value, (str, Path)) else None
+
+
+_PARSERS: Final[Mapping[object, Callable[[str, object], object]]] = {
+    bool: _parse_bool,
+    int: _parse_int,
+    float: _parse_float,
+    list: _parse_list,
+    dict: _parse_dict,
+    str: _parse_str,
 }
-_TYPE_WORDS: Final[Mapping[Any, str]] = {
+"""From the narrowest type to the widest: `8` is an int where both an int and a string may be given."""
+_TYPE_WORDS: Final[Mapping[object, str]] = {
     bool: "true or false",
     int: "a whole number",
     float: "a finite number",
     str: "a string",
     list: "a list",
     dict: "a mapping",
-    typing.get_origin(Mapping[str, int]): "a mapping",
 }
 
 
-def parse_yaml(name: str, text: str) -> Any:
-    try:
-        return yaml.load(text, Loader=StrictYamlLoader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{name}: {text!r} cannot be parsed: {' '.join(str(error).split())}") from None
+# Checks
 
 
-def check_known_keys(given: Mapping[str, Any], names: Sequence[str], *, where: str) -> None:
-    unknown = [key for key in given if key not in names]
+def check_known_keys(values: Section, names: Sequence[str], *, where: str) -> None:
+    """Raise RecipeError for the first key that is not one of `names`."""
+    unknown = [key for key in values if key not in names]
     if unknown:
-        close = suggest_nearest(str(unknown[0]), names)
-        raise RecipeError(
-            f"unknown key {where}{unknown[0]}", hint=close or f"known: {format_list(sorted(names), most=12)}"
-        )
+        hint = suggest_nearest(str(unknown[0]), names) or f"known: {format_list(sorted(names), most=12)}"
+        raise RecipeError(f"unknown key {where}{unknown[0]}", hint=hint)
 
 
-def coerce_mapping(name: str, value: Any) -> dict[str, Any]:
+def check_mapping(name: str, value: object) -> Section:
+    """Return a value that is a mapping; raise RecipeError for any other."""
     if not isinstance(value, Mapping):
         raise RecipeError(f"{name} must be a mapping of keys to values; {value!r} was given")
-    return dict(value)
+    return value
 
 
 def check_one_of(name: str, value: str, known: Sequence[str]) -> None:
+    """Raise RecipeError unless a value is one of those known; the nearest is named."""
     if value not in known:
-        raise RecipeError(
-            f"{name} {value!r} is not known", hint=suggest_nearest(str(value), known) or f"known: {format_list(known)}"
-        )
+        hint = suggest_nearest(str(value), known) or f"known: {format_list(list(known))}"
+        raise RecipeError(f"{name} {value!r} is not known", hint=hint)
 
 
-def copy_nested(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: copy_nested(value) if isinstance(value, Mapping) else value for key, value in fields.items()}
+# Copies
 
 
-def as_json(value: Any) -> Any:
+def copy_nested(values: Section) -> dict[str, Any]:
+    """Return a copy of nested mappings; what is in them is shared."""
+    return {key: copy_nested(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+
+
+def as_json(value: object) -> Any:
+    """Return a value as JSON values; what JSON does not have becomes a string."""
     return json.loads(json.dumps(value, default=str))

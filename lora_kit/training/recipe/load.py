@@ -1,4 +1,4 @@
-"""Recipes from YAML, TOML, a mapping or flags: every key known, every value of its key's type."""
+"""Recipes read from YAML, TOML, a mapping or flags: every key is known, every value has its key's type."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tomllib
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import yaml
 
@@ -16,39 +16,34 @@ from lora_kit.errors import AdapterError, ConfigError, RecipeError, format_list,
 from lora_kit.io.read import exists, read_text
 from lora_kit.io.text import escape_text
 from lora_kit.training.recipe.coerce import (
-    NAME_LIST_PATTERN,
-    StrictYamlLoader,
+    Section,
     check_known_keys,
-    coerce_mapping,
+    check_mapping,
+    coerce_fields,
     coerce_value,
     copy_nested,
-    parse_yaml,
 )
 from lora_kit.training.recipe.recipe import HEAD, DataSpec, Recipe
+from lora_kit.training.recipe.strict_yaml import load_yaml
 
 _SIZE_LIMIT: Final = 2**20
-_LIST_FIELDS: Final = (
-    "target_modules",
-    "target_parameters",
-    "exclude_modules",
-    "modules_to_save",
-    "layers_to_transform",
-    "layers_pattern",
-    "trainable_token_indices",
-)
+"""Bytes of a recipe's file, at most."""
+_PLAIN_FIELDS: Final = ("base", "out", "task", "method", "dtype", "quantize", "compile")
+"""Fields of a recipe that hold one value, not a section."""
+
+RecipeSource: TypeAlias = str | Path | Section | Recipe
+"""A YAML or TOML file, what stands in one, or a recipe."""
 
 
-def load_recipe(
-    source: str | Path | Mapping[str, Any] | Recipe, *, overrides: Mapping[str, Any] | None = None
-) -> Recipe:
-    """A recipe from a YAML or TOML file, a mapping, or a recipe; overrides win.
+def load_recipe(source: RecipeSource, *, overrides: Section | None = None) -> Recipe:
+    """Return the recipe that a YAML or TOML file, a mapping or a recipe describes; overrides win.
 
     Args:
         source: the file (`.yaml`, `.yml` or `.toml`), or what stands in one.
-        overrides: values by dotted key (`lora.r`, `train.learning_rate`, `out`); strings are read as the key's type.
+        overrides: values by dotted key (`lora.r`, `train.learning_rate`, `out`); strings are parsed as the key's type.
 
     Raises:
-        RecipeError: the file cannot be read, a key is unknown (the nearest is named), or a value does not fit.
+        RecipeError: the file cannot be read, a key is unknown (the nearest is named), or a value is invalid.
     """
     fields, where = read_recipe_fields(source, overrides=overrides)
     try:
@@ -57,10 +52,8 @@ def load_recipe(
         raise RecipeError(f"{where}: {error.message}", hint=error.hint) from None
 
 
-def read_recipe_fields(
-    source: str | Path | Mapping[str, Any] | Recipe, *, overrides: Mapping[str, Any] | None = None
-) -> tuple[dict[str, Any], str]:
-    """What stands in a recipe, with overrides but without defaults; and where it stands."""
+def read_recipe_fields(source: RecipeSource, *, overrides: Section | None = None) -> tuple[dict[str, Any], str]:
+    """Return the fields of a recipe, with overrides but without defaults, and the name of its source for messages."""
     if isinstance(source, Recipe):
         fields, where = source.to_dict(), "the recipe"
     elif isinstance(source, Mapping):
@@ -73,19 +66,19 @@ def read_recipe_fields(
 
 
 def _read_recipe_file(path: Path) -> dict[str, Any]:
-    """The mapping in a recipe's file."""
+    """Return the mapping in a recipe's file."""
     suffix = path.suffix.lower()
     if suffix not in (".yaml", ".yml", ".toml"):
         raise RecipeError(f"{path}: a recipe is a .yaml, .yml or .toml file")
     if not exists(path):
-        here = [str(path.parent / item.name) for item in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise RecipeError(f"{escape_text(path)}: no such file", hint=suggest_nearest(str(path), here))
+        siblings = [str(item) for item in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise RecipeError(f"{escape_text(path)}: no such file", hint=suggest_nearest(str(path), siblings))
     try:
         text = read_text(path.resolve(), limit=_SIZE_LIMIT)
     except AdapterError as error:
         raise RecipeError(error.message, hint=error.hint) from None
     try:
-        fields = tomllib.loads(text) if suffix == ".toml" else yaml.load(text, Loader=StrictYamlLoader)
+        fields = tomllib.loads(text) if suffix == ".toml" else load_yaml(text)
     except (tomllib.TOMLDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
         raise RecipeError(f"{path}: cannot be parsed: {' '.join(str(error).split())}") from None
     if not isinstance(fields, dict):
@@ -93,8 +86,8 @@ def _read_recipe_file(path: Path) -> dict[str, Any]:
     return fields
 
 
-def _override(fields: dict[str, Any], key: str, value: Any) -> None:
-    """Put a value at a dotted key of the fields of a recipe."""
+def _override(fields: dict[str, Any], key: str, value: object) -> None:
+    """Set a dotted key in the fields of a recipe."""
     section, dot, name = key.partition(".")
     if section == "data" and isinstance(fields.get("data"), str) and dot:
         fields["data"] = {"train": fields["data"]}
@@ -107,76 +100,55 @@ def _override(fields: dict[str, Any], key: str, value: Any) -> None:
             f"--{key}: a recipe has no section {section!r}",
             hint=suggest_nearest(section, known) or f"known: {format_list(known)}",
         )
-    inside = fields.setdefault(section, {})
-    if inside is None:
-        inside = fields[section] = {}
-    if not isinstance(inside, dict):
-        raise RecipeError(f"{section} must be a mapping; {inside!r} was given")
-    inside[name] = value
+    values = {} if fields.get(section) is None else fields[section]
+    if not isinstance(values, dict):
+        raise RecipeError(f"{section} must be a mapping; {values!r} was given")
+    fields[section] = {**values, name: value}
 
 
-def _build_recipe(fields: Mapping[str, Any]) -> Recipe:
-    check_known_keys(fields, [f.name for f in dataclasses.fields(Recipe)], where="")
+def _build_recipe(fields: Section) -> Recipe:
+    check_known_keys(fields, [field.name for field in dataclasses.fields(Recipe)], where="")
     missing = [name for name in ("base", "data", "out") if fields.get(name) is None]
     if missing:
         raise RecipeError(f"{format_list(missing)} missing", hint="a recipe has base, data and out at least")
     values = {key: value for key, value in fields.items() if value is not None}
-    method = values.get("method", "lora")
-    for name in ("base", "out", "task", "method", "dtype", "quantize"):
-        if name in values:
-            values[name] = coerce_value(name, str, values[name])
-    if "compile" in values:
-        values["compile"] = coerce_value("compile", bool, values["compile"])
-    if values.get("quantize") in ("none", "null", ""):
+    if values.get("quantize") == "":
         del values["quantize"]
+    hints = typing.get_type_hints(Recipe)
+    values |= {name: coerce_value(name, hints[name], values[name]) for name in _PLAIN_FIELDS if name in values}
     values["data"] = _parse_data_section(values["data"])
-    if method == "peft" and values.get("lora"):
+    lora, peft, train = (values.get(name, {}) for name in ("lora", "peft", "train"))
+    method = values.get("method", "lora")
+    if method == "peft" and lora:
         raise RecipeError("method peft has no lora section", hint="take it out, or use method lora")
-    values["peft"] = coerce_mapping("peft", values.get("peft", {}))
-    if not isinstance(values.get("lora"), LoraConfig):
-        values["lora"] = _parse_lora_section(coerce_mapping("lora", values.get("lora", {})), method)
-    values["train"] = coerce_mapping("train", values.get("train", {}))
-    return Recipe(**values)
+    if not isinstance(lora, LoraConfig):
+        lora = _parse_lora_section(check_mapping("lora", lora), method)
+    sections = {"lora": lora, "peft": check_mapping("peft", peft), "train": check_mapping("train", train)}
+    return Recipe(**{**values, **sections})
 
 
-def _parse_data_section(given: Any) -> DataSpec:
-    if isinstance(given, (str, Path)):
-        return DataSpec(train=str(given))
-    section = coerce_mapping("data", given)
-    hints = typing.get_type_hints(DataSpec)
-    check_known_keys(section, list(hints), where="data.")
-    values = {
-        key: coerce_value(f"data.{key}", hints[key], value) for key, value in section.items() if value is not None
-    }
+def _parse_data_section(section: object) -> DataSpec:
+    if isinstance(section, (str, Path)):
+        return DataSpec(train=str(section))
+    values = coerce_fields(DataSpec, _drop_none(check_mapping("data", section)), where="data.")
     if "train" not in values:
         raise RecipeError("data.train is missing", hint="it is a file of rows")
     return DataSpec(**values)
 
 
-def _parse_lora_section(section: Mapping[str, Any], method: str) -> LoraConfig:
-    hints = {key: hint for key, hint in typing.get_type_hints(LoraConfig).items() if key != "extra"}
-    check_known_keys(section, list(hints), where="lora.")
-    values = {key: _parse_lora_value(key, hints[key], value) for key, value in section.items() if value is not None}
+def _parse_lora_section(section: Section, method: str) -> LoraConfig:
+    values = coerce_fields(LoraConfig, _drop_none(section), where="lora.", without=("extra",))
     if method == "features":
-        # A config must hold something; what the head is called is known once the model is there.
+        # A config must not be empty; the name of the head is known once the model is loaded.
         values = {"target_modules": (), "modules_to_save": (HEAD,), **values}
     try:
         return LoraConfig(**values)
     except ConfigError as error:
-        dot = "." if error.message.partition(" ")[0] in hints else ": "
-        raise RecipeError(f"lora{dot}{error.message}", hint=error.hint) from None
+        names = [field.name for field in dataclasses.fields(LoraConfig)]
+        separator = "." if error.message.partition(" ")[0] in names else ": "
+        raise RecipeError(f"lora{separator}{error.message}", hint=error.hint) from None
 
 
-def _parse_lora_value(key: str, hint: Any, value: Any) -> Any:
-    listable = key in _LIST_FIELDS
-    if isinstance(value, str) and listable and value != "all-linear":
-        if value.startswith(("[", "{")):
-            value = parse_yaml(f"lora.{key}", value)
-        elif NAME_LIST_PATTERN.fullmatch(value):
-            # A bare name as a regular expression could only match a module at the top: names are meant.
-            value = value.split(",")
-        if key in ("layers_to_transform", "trainable_token_indices") and isinstance(value, list):
-            value = [coerce_value(f"lora.{key}", int, item) for item in value]
-    if listable:
-        return tuple(value) if isinstance(value, list) else value
-    return coerce_value(f"lora.{key}", hint, value)
+def _drop_none(section: Section) -> Section:
+    """Return a section without the keys that were left open."""
+    return {key: value for key, value in section.items() if value is not None}

@@ -1,10 +1,10 @@
-"""The `train` section of a recipe: names of transformers.TrainingArguments, with defaults of our own."""
+"""The `train` section of a recipe: fields of transformers.TrainingArguments, with our own defaults."""
 
 from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -12,33 +12,34 @@ import torch
 from lora_kit.errors import ConfigError, RecipeError
 from lora_kit.evaluation.metrics import METRICS, validate_metrics
 from lora_kit.models.silence import silence_libraries
-from lora_kit.training.recipe.coerce import check_known_keys, coerce_value
+from lora_kit.training.recipe.coerce import Section, check_known_keys, coerce_value
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-DEFAULTS: Final[Mapping[str, Any]] = {"logging_steps": 10, "report_to": "none", "save_total_limit": 2, "seed": 0}
-"""What `train` holds where a recipe says nothing and transformers' own default is not wanted."""
+DEFAULTS: Final[Mapping[str, int | str]] = {"logging_steps": 10, "report_to": "none", "save_total_limit": 2, "seed": 0}
+"""Our defaults of `train`, where transformers' own is not wanted."""
 SAVE_STRATEGIES: Final[Mapping[str, str]] = {"lora": "steps", "features": "steps", "full": "no", "peft": "steps"}
-"""When checkpoints are written: those of `full` hold every weight three times."""
+"""When checkpoints are written, by method: those of `full` hold every weight three times."""
 LEARNING_RATES: Final[Mapping[str, float]] = {"lora": 2e-4, "features": 1e-3, "full": 5e-5, "peft": 1e-3}
+"""The default learning rate, by method."""
 
-OWN_FIELDS: Final[Mapping[str, Any]] = {
+OWN_FIELDS: Final[Mapping[str, type]] = {
     "early_stopping_patience": int,
     "loraplus_lr_ratio": float,
     "head_learning_rate": float,
 }
-"""What `train` may hold besides names of transformers.TrainingArguments."""
+"""Keys of `train` that are no fields of transformers.TrainingArguments, with their types."""
 
 _COUNTS: Final = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 _LENGTHS: Final = ("num_train_epochs", "logging_steps", "save_steps", "eval_steps")
 _AMOUNTS: Final = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers")
 _SEEDS: Final = ("seed", "data_seed")
 
-_CHECKPOINTS: Final = "a checkpoint holds all it takes to go on, and the same recipe goes on from it by itself"
-_ONE_DEVICE: Final = "training runs on one device so far"
+_CHECKPOINTS: Final = "the same recipe resumes from its last checkpoint, which holds everything needed"
+_ONE_DEVICE: Final = "training runs on one device"
 _COMPILE: Final = "the recipe's `compile: true` compiles the base's layers"
-_OURS: Final = "this is decided by what is trained on what"
+_OURS: Final = "it follows from the rest of the recipe"
 _UNSUPPORTED_KEYS: Final[Mapping[str, str]] = {
     "output_dir": "the output is the recipe's `out`",
     "do_train": _OURS,
@@ -60,127 +61,128 @@ _UNSUPPORTED_KEYS: Final[Mapping[str, str]] = {
     "ignore_data_skip": _CHECKPOINTS,
     "restore_callback_states_from_checkpoint": _CHECKPOINTS,
     "enable_jit_checkpoint": _CHECKPOINTS,
-    "auto_find_batch_size": "the micro-batch halves by itself where memory runs out",
+    "auto_find_batch_size": "the micro-batch is halved automatically where memory runs out",
     "torch_compile": _COMPILE,
     "torch_compile_backend": _COMPILE,
     "torch_compile_mode": _COMPILE,
-    "use_liger_kernel": "it replaces parts of the base, which stays as it is",
-    "liger_kernel_config": "it replaces parts of the base, which stays as it is",
-    "neftune_noise_alpha": "it is not there yet",
-    "push_to_hub": "nothing is sent anywhere",
+    "use_liger_kernel": "it would replace parts of the base, which must not change",
+    "liger_kernel_config": "it would replace parts of the base, which must not change",
+    "neftune_noise_alpha": "it is not implemented",
+    "push_to_hub": "nothing is uploaded",
     "deepspeed": _ONE_DEVICE,
     "fsdp": _ONE_DEVICE,
     "fsdp_config": _ONE_DEVICE,
     "parallelism_config": _ONE_DEVICE,
     "local_rank": _ONE_DEVICE,
-    "full_determinism": "a run on one machine always repeats bit for bit",
+    "full_determinism": "a run always repeats bit for bit on one machine",
 }
-"""Names of transformers.TrainingArguments that a recipe cannot set, and why."""
+"""Fields of transformers.TrainingArguments that a recipe cannot set, and why."""
 
 _NEWER_NAMES: Final = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
-"""Older names of TrainingArguments that recipes may use, and what newer versions of transformers call them."""
+"""Older names of TrainingArguments that recipes may use, and their names in newer versions of transformers."""
 
 
-def parse_train_section(given: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """The `train` section with its defaults, every value of its type."""
+def parse_train_section(section: Section, method: str) -> dict[str, Any]:
+    """Return the `train` section with its defaults, every value converted to its type.
+
+    Raises:
+        RecipeError: a key is unknown or cannot be set, or a value is invalid.
+    """
     hints = {**get_training_argument_types(), **OWN_FIELDS}
-    for key in given:
+    for key in section:
         if key in _UNSUPPORTED_KEYS:
             raise RecipeError(f"train.{key} cannot be set", hint=_UNSUPPORTED_KEYS[key])
         if key.startswith("hub_"):
-            raise RecipeError(f"train.{key} cannot be set", hint="nothing is sent anywhere")
-    check_known_keys(given, [key for key in hints if key not in _UNSUPPORTED_KEYS], where="train.")
-    values = {key: coerce_value(f"train.{key}", hints[key], value) for key, value in given.items()}
+            raise RecipeError(f"train.{key} cannot be set", hint="nothing is uploaded")
+    check_known_keys(section, [key for key in hints if key not in _UNSUPPORTED_KEYS], where="train.")
+    values = {key: coerce_value(f"train.{key}", hints[key], value, split_names=False) for key, value in section.items()}
     _check_numbers(values)
     defaults = {**DEFAULTS, "learning_rate": LEARNING_RATES[method], "save_strategy": SAVE_STRATEGIES[method]}
-    found = {**defaults, **{key: value for key, value in values.items() if value is not None or key not in defaults}}
-    return {**_infer_best_model_defaults(found), **found}
+    train = {**defaults, **{key: value for key, value in values.items() if value is not None or key not in defaults}}
+    return {**_infer_best_model_defaults(train), **train}
 
 
-def _check_numbers(values: Mapping[str, Any]) -> None:
-    """Raise RecipeError for a number that training would fail on, or do nothing with, after the base was loaded."""
-    wanted = (
+def _check_numbers(values: Section) -> None:
+    """Raise RecipeError for a number that would fail, or have no effect, only after the base is loaded."""
+    ranges: tuple[tuple[Sequence[str], Callable[[float], bool], str], ...] = (
         (_COUNTS, lambda number: number >= 1, "1 or more"),
         (_LENGTHS, lambda number: number > 0, "above 0"),
         (_AMOUNTS, lambda number: number >= 0, "0 or more"),
         (_SEEDS, lambda number: 0 <= number < 2**32, "from 0 to below 2^32"),
-        (("max_steps",), lambda number: number, "1 or more, or -1 to count in epochs"),
+        (("max_steps",), lambda number: number != 0, "1 or more, or -1 to count in epochs"),
     )
-    for names, holds, expected in wanted:
+    for names, is_valid, expected in ranges:
         for name in names:
             value = values.get(name)
-            if isinstance(value, (int, float)) and not holds(value):
+            if isinstance(value, (int, float)) and not is_valid(value):
                 raise RecipeError(f"train.{name} must be {expected}; {value} was given")
 
 
-def _infer_best_model_defaults(train: Mapping[str, Any]) -> dict[str, Any]:
-    """What keeping the best adapter means where the recipe leaves it open."""
-    wanted = bool(train.get("early_stopping_patience") or train.get("metric_for_best_model"))
-    if not train.get("load_best_model_at_end", wanted):
+def _infer_best_model_defaults(train: Section) -> dict[str, object]:
+    """Return the settings for keeping the best adapter that the recipe leaves open; none where it is not kept."""
+    keeps_best = bool(train.get("early_stopping_patience") or train.get("metric_for_best_model"))
+    if not train.get("load_best_model_at_end", keeps_best):
         return {}
     metric = best_metric_of(train)
     higher = metric in METRICS and METRICS[metric].greater_is_better
     return {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": higher}
 
 
-def best_metric_of(train: Mapping[str, Any]) -> str:
-    """The metric by which an evaluation is better than another."""
+def best_metric_of(train: Section) -> str:
+    """Return the metric by which evaluations are compared."""
     return str(train.get("metric_for_best_model") or "loss").removeprefix("eval_")
 
 
-def get_training_argument_types() -> dict[str, Any]:
-    """The names of transformers.TrainingArguments with their types."""
+def get_training_argument_types() -> dict[str, object]:
+    """Return the fields of transformers.TrainingArguments with their types."""
     with silence_libraries():
         from transformers import TrainingArguments
 
         hints = typing.get_type_hints(TrainingArguments)
-    return {f.name: hints[f.name] for f in dataclasses.fields(TrainingArguments) if f.init}
+    return {field.name: hints[field.name] for field in dataclasses.fields(TrainingArguments) if field.init}
 
 
-def check_evaluation(train: Mapping[str, Any], validation: str | None) -> None:
-    asked = [key for key in ("eval_strategy", "eval_on_start") if train.get(key) not in (None, "no", False)]
-    if asked and validation is None:
-        raise RecipeError(f"train.{asked[0]} is {train[asked[0]]!r}, and there is no data.validation to evaluate on")
+def check_evaluation(train: Section, validation: str | None) -> None:
+    """Raise RecipeError for evaluations during training without validation rows."""
+    keys = [key for key in ("eval_strategy", "eval_on_start") if train.get(key) not in (None, "no", False)]
+    if keys and validation is None:
+        raise RecipeError(f"train.{keys[0]} is {train[keys[0]]!r}, and there is no data.validation to evaluate on")
 
 
-def check_best_model_settings(train: Mapping[str, Any], task: str) -> None:
-    """Whether the best adapter can be told, where it is to be kept."""
+def check_best_model_settings(train: Section, task: str) -> None:
+    """Raise RecipeError where the best adapter is to be kept and cannot be determined or saved."""
     patience, best = train.get("early_stopping_patience"), train.get("load_best_model_at_end")
     if patience is not None and patience < 1:
-        raise RecipeError(f"train.early_stopping_patience counts evaluations from 1; {patience} was given")
+        raise RecipeError(f"train.early_stopping_patience must be 1 or more evaluations; {patience} was given")
     if patience and not best:
-        raise RecipeError("train.early_stopping_patience keeps the best adapter; load_best_model_at_end is false")
+        raise RecipeError("train.early_stopping_patience keeps the best adapter, but load_best_model_at_end is false")
     try:
         validate_metrics([best_metric_of(train)], task)
     except ConfigError as error:
         raise RecipeError(f"train.metric_for_best_model: {error.message}", hint=error.hint) from None
     if not best:
         return
-    for key, why in (
-        ("eval_strategy", "the best adapter is told by"),
-        ("save_strategy", "the best adapter is kept by"),
-    ):
+    for key, purpose in (("eval_strategy", "finding"), ("save_strategy", "keeping")):
         if train.get(key, "no") == "no":
-            raise RecipeError(f"train.{key} is no, and {why} it", hint=f"train.{key}: epoch, or steps")
+            what = f"train.{key} is no, but {purpose} the best adapter needs it"
+            raise RecipeError(what, hint=f"train.{key}: epoch, or steps")
 
 
-def check_learning_rates(train: Mapping[str, Any], method: str) -> None:
-    """Whether what has a learning rate of its own is there to have one."""
+def check_learning_rates(train: Section, method: str) -> None:
+    """Raise RecipeError for a learning rate of tensors that the method does not train, or that is not above 0."""
     ratio, head = train.get("loraplus_lr_ratio"), train.get("head_learning_rate")
     if ratio is not None:
         if method != "lora":
-            raise RecipeError(f"train.loraplus_lr_ratio is a matter of A and B; method {method} has none")
+            raise RecipeError(f"train.loraplus_lr_ratio is for lora_A and lora_B; method {method} has none")
         if ratio <= 0:
             raise RecipeError(f"train.loraplus_lr_ratio must be above 0; {ratio} was given", hint="16 is a usual value")
     if head is not None:
         if method == "features":
-            raise RecipeError(
-                "method features trains the head alone: train.head_learning_rate would be its only rate",
-                hint="train.learning_rate",
-            )
+            what = "method features trains the head alone: train.head_learning_rate would be its only rate"
+            raise RecipeError(what, hint="train.learning_rate")
         if method == "peft":
             raise RecipeError("train.head_learning_rate is for the methods lora and full; the method is peft")
         if head <= 0:
@@ -188,60 +190,60 @@ def check_learning_rates(train: Mapping[str, Any], method: str) -> None:
             raise RecipeError(f"train.head_learning_rate must be above 0; {head} was given", hint=hint)
 
 
-def check_compilable(train: Mapping[str, Any]) -> None:
-    asked = [key for key in ("gradient_checkpointing", "activation_checkpointing") if train.get(key)]
-    if asked:
-        raise RecipeError(f"compile and train.{asked[0]} do not go together", hint="leave one of them out")
+def check_compilable(train: Section) -> None:
+    """Raise RecipeError for gradient checkpointing of compiled layers."""
+    key = checkpointing_key_of(train)
+    if key:
+        raise RecipeError(f"compile and train.{key} do not go together", hint="leave one of them out")
 
 
-def check_reporting(train: Mapping[str, Any]) -> None:
-    """Whether what `report_to` names is known and installed.
+def checkpointing_key_of(train: Section) -> str | None:
+    """Return the key that turns gradient checkpointing on; None where it is off."""
+    return next((key for key in ("gradient_checkpointing", "activation_checkpointing") if train.get(key)), None)
 
-    Raises:
-        RecipeError: it is not.
-    """
-    given = train["report_to"]
-    asked = [given] if isinstance(given, str) else list(given or [])
-    if asked in ([], ["none"]):
+
+def check_reporting(train: Section) -> None:
+    """Raise RecipeError unless every tracker that `report_to` names is known and installed."""
+    value = train["report_to"]
+    trackers = [value] if isinstance(value, str) else list(value or [])
+    if trackers in ([], ["none"]):
         return
     with silence_libraries():
         from transformers.integrations import get_reporting_integration_callbacks
 
-        for name in asked:
+        for name in trackers:
             try:
-                for make in get_reporting_integration_callbacks(name):
-                    make()
+                for callback_class in get_reporting_integration_callbacks(name):
+                    callback_class()
             except (ValueError, RuntimeError, ImportError) as error:
                 hint = f"pip install {name}" if name in ("tensorboard", "wandb", "trackio") else ""
                 raise RecipeError(f"train.report_to {name}: {' '.join(str(error).split())}", hint=hint) from None
 
 
-def build_training_arguments(
-    train: Mapping[str, Any], *, device: torch.device, folder: str, name: str
-) -> TrainingArguments:
-    """A checked `train` section as transformers takes it.
+def build_training_arguments(train: Section, *, device: torch.device, folder: str, name: str) -> TrainingArguments:
+    """Return a checked `train` section as transformers.TrainingArguments.
 
     Args:
-        device: that the base is on.
-        folder: of transformers' own, which nothing is written to.
-        name: of the run, for what is reported elsewhere.
+        device: the base's.
+        folder: the output folder that transformers requires; nothing is written to it.
+        name: of the run, for experiment trackers.
 
     Raises:
-        RecipeError: an optimiser that the device cannot have.
+        RecipeError: the optimizer does not run on the device.
     """
     from transformers import TrainingArguments
 
-    # Left open, transformers would hide the bar because its own log is quiet here.
+    # By default transformers hides the progress bar, because its own log is silenced here.
     values = {"disable_tqdm": False, "run_name": name, **train}
-    for own in OWN_FIELDS:
-        values.pop(own, None)
-    # Transformers would have checkpoints at the evaluations only; here the best is kept whenever it is found.
-    best = values.pop("load_best_model_at_end", False)
+    for key in OWN_FIELDS:
+        values.pop(key, None)
+    # Set below: transformers would require checkpoints at evaluations only; here each new best one is saved.
+    keeps_best = values.pop("load_best_model_at_end", False)
     for older, newer in _NEWER_NAMES.items():
         if older in values and newer in get_training_argument_types():
             values[newer] = values.pop(older)
     if "paged" in str(values.get("optim")) and device.type != "cuda":
-        # bitsandbytes would go on with states that are not paged.
+        # bitsandbytes would silently use states that are not paged.
         raise RecipeError(f"train.optim {values['optim']} needs a CUDA device", hint="adamw_8bit runs on a CPU too")
     args = TrainingArguments(
         output_dir=folder,
@@ -251,7 +253,7 @@ def build_training_arguments(
         logging_nan_inf_filter=False,
         **values,
     )
-    # More devices than one would be wrapped in DataParallel, which copies the model in every step.
+    # With several devices transformers would use DataParallel, which copies the model in every step.
     args._n_gpu = min(args.n_gpu, 1)
-    args.load_best_model_at_end = best
+    args.load_best_model_at_end = keeps_best
     return args

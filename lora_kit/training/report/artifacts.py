@@ -1,46 +1,50 @@
-"""What stands beside the trained weights: recipe, chat template, metrics line by line, a report, a picture."""
+"""The files beside the trained weights: recipe, chat template, metrics, report and a picture of the loss."""
 
 from __future__ import annotations
 
 import io
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
 
 from lora_kit.names import RECIPE_FILE
+from lora_kit.training.job.output import (
+    CHAT_TEMPLATE_FILE,
+    LOSS_CURVE_FILE,
+    METRICS_FILE,
+    REPORT_FILE,
+)
 from lora_kit.training.report.html import render_report_page
 from lora_kit.training.report.samples import AnsweredSample
-from lora_kit.training.results import TrainReport
+from lora_kit.training.results import LogEntry, TrainReport
 
 logger = logging.getLogger(__name__)
 
-METRICS_FILE: Final = "metrics.jsonl"
-REPORT_FILE: Final = "report.html"
-LOSS_CURVE_FILE: Final = "loss.png"
-CHAT_TEMPLATE_FILE: Final = "chat_template.jinja"
-"""The chat template that was trained with, where transformers and servers look for one."""
 
+def build_result_files(report: TrainReport, *, samples: Sequence[AnsweredSample], num_labels: int) -> dict[str, bytes]:
+    """Return the contents of the files beside the trained weights, by name.
 
-def build_result_files(report: TrainReport, *, samples: Sequence[AnsweredSample], labels: int) -> dict[str, bytes]:
-    """The further files of a result, by name. Without matplotlib there is no picture, and that is logged.
+    Without matplotlib the picture is left out, with a warning.
 
     Args:
-        samples: answers before and after.
-        labels: how many there are, where the task has some.
+        samples: validation samples with their answers.
+        num_labels: of the task; 0 where it has none.
     """
     recipe = report.recipe
-    lines = "".join(json.dumps(entry) + "\n" for entry in report.history)
-    files = {RECIPE_FILE: recipe.to_yaml().encode(), METRICS_FILE: lines.encode()}
-    files[REPORT_FILE] = render_report_page(report, samples=samples, labels=labels).encode()
+    log = "".join(json.dumps(entry) + "\n" for entry in report.history)
+    files = {
+        RECIPE_FILE: recipe.to_yaml().encode(),
+        METRICS_FILE: log.encode(),
+        REPORT_FILE: render_report_page(report, samples=samples, num_labels=num_labels).encode(),
+    }
     if recipe.data.chat_template:
         files[CHAT_TEMPLATE_FILE] = recipe.data.chat_template.encode()
     picture = plot_loss_curve(report.history, title=recipe.name)
     return {**files, LOSS_CURVE_FILE: picture} if picture else files
 
 
-def plot_loss_curve(history: Sequence[Mapping[str, Any]], *, title: str) -> bytes | None:
-    """A PNG of the training and the validation loss over steps; None where matplotlib is not installed."""
+def plot_loss_curve(history: Sequence[LogEntry], *, title: str) -> bytes | None:
+    """Return a PNG of the training and the validation loss over steps; None where matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -1,33 +1,32 @@
-"""The report of a training as one page of HTML that stands alone: no network, no script, everything in it escaped."""
+"""The report of a training as one self-contained page of HTML: no network, no script, all text escaped."""
 
 from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from html import escape
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from lora_kit.adapter.model_card import write_bank_loading_code, write_base_loading_code, write_peft_loading_code
 from lora_kit.models.tasks import GENERATIVE_TASKS
 from lora_kit.training.report.plots import Curve, Mark, can_plot, plot_curves
 from lora_kit.training.report.samples import AnsweredSample
-from lora_kit.training.results import TrainReport
+from lora_kit.training.results import LogEntry, TrainReport
 
 _CONTENT_SECURITY_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-"""A browser fetches nothing for this page, whatever stands in it."""
+"""Forbids a browser to fetch anything for this page, whatever its text is."""
 
 
-def render_report_page(report: TrainReport, *, samples: Sequence[AnsweredSample] = (), labels: int = 0) -> str:
-    """Return the report as a page of HTML.
+def render_report_page(report: TrainReport, *, samples: Sequence[AnsweredSample] = (), num_labels: int = 0) -> str:
+    """Return the report as HTML.
 
     Args:
-        report: of the training; its history gives the curves.
-        samples: answers before and after.
-        labels: how many the task has; 0 for a task without labels.
+        report: of the training; its history has the values of the curves.
+        samples: validation samples with their answers.
+        num_labels: of the task; 0 where it has none.
     """
     name, recipe = escape_html(report.recipe.name), report.recipe
     lead = escape_html(f"{recipe.task}, {recipe.method}, on {recipe.base}")
@@ -37,7 +36,7 @@ def render_report_page(report: TrainReport, *, samples: Sequence[AnsweredSample]
         _render_events(report),
         _render_charts(report),
         _render_samples(samples),
-        _render_loading(report, labels),
+        _render_loading(report, num_labels),
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -51,18 +50,18 @@ def render_report_page(report: TrainReport, *, samples: Sequence[AnsweredSample]
 
 
 def escape_html(value: object) -> str:
-    """Return a value as text of a page: escaped, control characters visible, its writing direction isolated."""
+    """Return a value as text of a page: escaped, control characters made visible, its writing direction isolated."""
     text = str(value).encode("utf-8", "backslashreplace").decode()
     visible = "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return escape(visible) if visible.isascii() else f"<bdi>{escape(visible)}</bdi>"
 
 
-# What it did
+# Facts and events
 
 
 def _render_facts(report: TrainReport) -> str:
     facts: list[tuple[str, str, str]] = []
-    before, after = (metrics.metrics() if metrics else {} for metrics in (report.before, report.after))
+    before, after = (evaluation.metrics() if evaluation else {} for evaluation in (report.before, report.after))
     for key, value in after.items():
         facts.append((f"validation {key}", f"{value:.4g}", f"{before[key]:.4g} before" if key in before else ""))
     facts.append(("training loss", f"{report.train_loss:.4g}", "nats per label, last interval"))
@@ -70,32 +69,33 @@ def _render_facts(report: TrainReport) -> str:
     facts.append(("trained", f"{share:.2%}", f"{report.trainable:,} of {report.parameters:,} parameters"))
     kept = f"step {report.kept:,} kept, the best" if report.kept != report.steps else f"{report.tokens:,} tokens"
     facts.append(("steps", f"{report.steps:,}", kept))
-    took = str(timedelta(seconds=round(report.seconds))) if report.seconds >= 60 else f"{report.seconds:.1f} s"
-    facts.append(("time", took, f"{report.tokens_per_second:,.0f} tokens/s"))
-    facts.append(("memory", _format_gigabytes(report.peak_bytes), "at most"))
+    seconds = str(timedelta(seconds=round(report.seconds))) if report.seconds >= 60 else f"{report.seconds:.1f} s"
+    facts.append(("time", seconds, f"{report.tokens_per_second:,.0f} tokens/s"))
+    facts.append(("memory", _format_gigabytes(report.peak_bytes), "peak"))
     cells = (
-        f"<div><dt>{escape_html(title)}</dt><dd>{escape_html(value)}<small>{escape_html(more)}</small></dd></div>"
-        for title, value, more in facts
+        f"<div><dt>{escape_html(title)}</dt><dd>{escape_html(value)}<small>{escape_html(note)}</small></dd></div>"
+        for title, value, note in facts
     )
     return f'<dl class="facts">{"".join(cells)}</dl>'
 
 
 def _render_events(report: TrainReport) -> str:
-    """List interruptions, smaller micro-batches, and a kept step that is not the last."""
+    """Return a list of what interrupted or changed the training; empty where nothing did."""
     events = []
     if report.resumed:
         events.append(f"Stopped, and resumed from the checkpoint of step {report.resumed:,}.")
     for entry in _find_halvings(report):
         events.append(
-            f"Memory ran out in step {entry['step']:,}: from there {entry['micro_batch']} rows at once and "
-            f"{entry['accumulation']} times accumulated, the same rows per step as before."
+            f"Memory ran out in step {entry['step']:,}: since then {entry['micro_batch']} rows at once and "
+            f"accumulation {entry['accumulation']}; a step has as many rows as before."
         )
     if report.kept != report.steps:
         events.append(f"The weights of step {report.kept:,} were kept: the best evaluation.")
-    return f'<ul class="events">{"".join(f"<li>{escape_html(line)}</li>" for line in events)}</ul>' if events else ""
+    return f'<ul class="events">{"".join(f"<li>{escape_html(event)}</li>" for event in events)}</ul>' if events else ""
 
 
-def _find_halvings(report: TrainReport) -> list[Mapping[str, Any]]:
+def _find_halvings(report: TrainReport) -> list[LogEntry]:
+    """Return the entries of the log at which the micro-batch was halved."""
     return [entry for entry in report.history if "micro_batch" in entry]
 
 
@@ -174,35 +174,35 @@ def _render_samples(samples: Sequence[AnsweredSample]) -> str:
         + "</tr>" for each in samples
     )  # fmt: skip
     return (
-        '<section><h2>Before and after</h2><p class="note">Validation samples; the greedy answer of the model as it '
-        'was and as it is now.</p><div class="wide"><table><thead><tr><th>asked</th><th>in the data</th><th>before</th>'
-        f"<th>after</th></tr></thead><tbody>{rows}</tbody></table></div></section>"
+        '<section><h2>Before and after</h2><p class="note">Validation samples; the greedy answer of the model '
+        'before and after training.</p><div class="wide"><table><thead><tr><th>prompt</th><th>expected</th>'
+        f"<th>before</th><th>after</th></tr></thead><tbody>{rows}</tbody></table></div></section>"
     )
 
 
-def _render_loading(report: TrainReport, labels: int) -> str:
+def _render_loading(report: TrainReport, num_labels: int) -> str:
     write = {"full": _write_model_loading, "peft": _write_peft_loading}.get(report.method, _write_adapter_loading)
-    blocks = "".join(f"<pre><code>{escape_html(text)}</code></pre>" for text in write(report, labels))
+    blocks = "".join(f"<pre><code>{escape_html(text)}</code></pre>" for text in write(report, num_labels))
     return f"<section><h2>How to load it</h2>{blocks}</section>"
 
 
-def _write_adapter_loading(report: TrainReport, labels: int) -> tuple[str, str]:
+def _write_adapter_loading(report: TrainReport, num_labels: int) -> tuple[str, ...]:
     recipe, out = report.recipe, str(report.out)
     python = (
-        f"import lora_kit as lk\n\n{write_base_loading_code(recipe.base, task=recipe.task, labels=labels)}\n"
+        f"import lora_kit as lk\n\n{write_base_loading_code(recipe.base, task=recipe.task, labels=num_labels)}\n"
         f"{write_bank_loading_code(recipe.name, out, model='base.model')}    # bank.use(None): the base again"
     )
-    if labels:
+    if num_labels:
         return python, f"lora-kit eval --adapter {shlex.quote(out)} --data rows.jsonl"
     return python, f"lora-kit generate --base {shlex.quote(recipe.base)} --adapter {shlex.quote(out)} --prompt '…'"
 
 
-def _write_peft_loading(report: TrainReport, labels: int) -> tuple[str]:
+def _write_peft_loading(report: TrainReport, num_labels: int) -> tuple[str, ...]:
     recipe = report.recipe
-    return (write_peft_loading_code(recipe.base, str(report.out), task=recipe.task, labels=labels),)
+    return (write_peft_loading_code(recipe.base, str(report.out), task=recipe.task, labels=num_labels),)
 
 
-def _write_model_loading(report: TrainReport, labels: int) -> tuple[str, str]:
+def _write_model_loading(report: TrainReport, num_labels: int) -> tuple[str, ...]:
     recipe, out = report.recipe, str(report.out)
     python = (
         f"import lora_kit as lk\n\n{write_base_loading_code(out, task=recipe.task)}    # base.model, base.tokenizer"

@@ -1,4 +1,4 @@
-"""A few validation samples, answered before and after a training, for people to look at."""
+"""A few validation samples with the model's answers before and after a training, for the report."""
 
 from __future__ import annotations
 
@@ -20,14 +20,21 @@ logger = logging.getLogger(__name__)
 
 SAMPLE_COUNT: Final = 4
 MAX_ANSWER_TOKENS: Final = 48
-"""Tokens of an answer, at the most."""
+"""Tokens of an answer, at most."""
 _OPENING_TOKENS: Final = 16
-"""Tokens of a text without a prompt that are given, to be gone on from."""
+"""Tokens from the beginning of a text that are its prompt, where it has none."""
 
 
 @dataclass(frozen=True)
 class AnsweredSample:
-    """What was asked, what the data says, and what the model said before and after the training."""
+    """A validation sample with the model's answers.
+
+    Attributes:
+        prompt: the text that the model was given.
+        expected: the answer in the data.
+        before: the model's answer before training.
+        after: the model's answer after training.
+    """
 
     prompt: str
     expected: str
@@ -37,100 +44,109 @@ class AnsweredSample:
 
 @dataclass(frozen=True)
 class _SamplePrompt:
+    """A validation sample as a prompt.
+
+    Attributes:
+        prompt: its text.
+        ids: its tokens.
+        expected: the answer in the data.
+        end_tokens: tokens that end an answer.
+    """
+
     prompt: str
     ids: list[int]
     expected: str
-    ends: frozenset[int]
+    end_tokens: frozenset[int]
 
 
 class SampleAnswers:
-    """Validation samples of a job: the likeliest answer to each, so that they repeat from run to run.
+    """The answers of a job's model to some validation samples: greedy, so that they repeat from run to run.
 
-    There are none without validation rows, and none where every word has a label of its own.
+    There are none without validation rows, and none for labels of words.
     """
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self._positions = _choose_positions(job.validation)
-        self._sample_prompts = (
-            [_build_sample_prompt(job, job.validation, place) for place in self._positions] if job.validation else []
+        self._prompts = (
+            [_build_sample_prompt(job, job.validation, position) for position in self._positions]
+            if job.validation
+            else []
         )
         self._before = self._generate_answers()
 
     def after(self) -> tuple[AnsweredSample, ...]:
-        """The samples, answered once more."""
+        """Return the samples with the answers from the creation of this object and from now."""
         answers = self._generate_answers()
         if not self._before or not answers:
             return ()
-        told = zip(self._sample_prompts, self._before, answers, strict=True)
-        return tuple(AnsweredSample(asked.prompt, asked.expected, before, after) for asked, before, after in told)
+        rows = zip(self._prompts, self._before, answers, strict=True)
+        return tuple(AnsweredSample(sample.prompt, sample.expected, before, after) for sample, before, after in rows)
 
     def _generate_answers(self) -> list[str]:
-        """What the model says as it stands; nothing, and that is logged, where it cannot: it is no reason to stop."""
-        if not self._sample_prompts:
+        """Return the model's present answers; none, with a warning, where it fails: a report is no reason to stop."""
+        if not self._prompts:
             return []
         try:
             with use_eval_mode(self._job.base.model), torch.no_grad():
-                return self._predict_labels() if self._job.labels else self._texts()
+                return self._predict_labels() if self._job.labels else self._generate_texts()
         except Exception as error:
             logger.warning("no samples in the report: %s: %s", type(error).__name__, " ".join(str(error).split()))
             return []
 
-    def _texts(self) -> list[str]:
+    def _generate_texts(self) -> list[str]:
         base = self._job.base
-        rows = [EncodedPrompt(asked.prompt, asked.ids, asked.ends) for asked in self._sample_prompts]
-        room = (
-            MAX_ANSWER_TOKENS
-            if base.task == SEQ2SEQ
-            else min(MAX_ANSWER_TOKENS, base.max_length - max(len(row.ids) for row in rows))
-        )
-        return [each.text for each in generate_batch(base, rows, sampling=Sampling(max_new_tokens=room), limit=room)]
+        prompts = [EncodedPrompt(sample.prompt, sample.ids, sample.end_tokens) for sample in self._prompts]
+        limit = MAX_ANSWER_TOKENS
+        if base.task != SEQ2SEQ:
+            limit = min(limit, base.max_length - max(len(prompt.ids) for prompt in prompts))
+        answers = generate_batch(base, prompts, sampling=Sampling(max_new_tokens=limit), limit=limit)
+        return [answer.text for answer in answers]
 
     def _predict_labels(self) -> list[str]:
         job = self._job
         assert job.validation is not None
-        few = _select_samples(job.validation, self._positions)
-        found = run_forward(job.base.model, few, job.collator, batch_size=1)
-        return [job.labels[label] for (label,) in found.predicted]
+        samples = _select_samples(job.validation, self._positions)
+        result = run_forward(job.base.model, samples, job.collator, batch_size=1)
+        return [job.labels[label] for (label,) in result.predicted]
 
 
 def _choose_positions(samples: EncodedDataset | None) -> list[int]:
-    """Places spread over a data set."""
+    """Return positions spread evenly over a data set."""
     if samples is None or samples.kind not in (*GENERATIVE_KINDS, LABEL):
         return []
     count = min(SAMPLE_COUNT, len(samples))
-    return sorted({place * len(samples) // count for place in range(count)})
+    return sorted({index * len(samples) // count for index in range(count)})
 
 
-def _build_sample_prompt(job: Job, samples: EncodedDataset, place: int) -> _SamplePrompt:
-    """A sample as a prompt and what is to follow."""
-    tokenizer, sample = job.base.tokenizer, samples[place]
+def _build_sample_prompt(job: Job, samples: EncodedDataset, position: int) -> _SamplePrompt:
+    """Return a sample as a prompt and the answer expected after it."""
+    tokenizer, sample = job.base.tokenizer, samples[position]
     ids: list[int] = sample["input_ids"].tolist()
     if samples.kind == LABEL:
         return _SamplePrompt(decode_ids(tokenizer, ids), ids, job.labels[int(sample["labels"])], frozenset())
     labels: list[int] = sample["labels"].tolist()
-    ends = end_tokens_of(job.base)
+    end_tokens = end_tokens_of(job.base)
     if samples.kind == TARGET:
-        return _SamplePrompt(decode_ids(tokenizer, ids), ids, decode_ids(tokenizer, labels), ends)
+        return _SamplePrompt(decode_ids(tokenizer, ids), ids, decode_ids(tokenizer, labels), end_tokens)
     first = next(index for index, label in enumerate(labels) if label != IGNORE_INDEX)
     last = next((index for index in range(first, len(ids)) if labels[index] == IGNORE_INDEX), len(ids)) - 1
-    if first <= 1:  # a text: its opening is the prompt
+    if first <= 1:  # a text without a prompt: its opening is the prompt
         first = max(1, min(_OPENING_TOKENS, len(ids) // 2))
     else:
-        ends |= {ids[last]}
-    # The last tokens of a long prompt are those that an answer needs most.
+        end_tokens |= {ids[last]}
+    # A long prompt loses tokens on its left, since an answer depends most on the last ones.
     prompt = ids[max(0, first - max(1, job.base.max_length - MAX_ANSWER_TOKENS)) : first]
-    return _SamplePrompt(
-        decode_ids(tokenizer, prompt), prompt, decode_ids(tokenizer, ids[first : last + 1][:MAX_ANSWER_TOKENS]), ends
-    )
+    expected = decode_ids(tokenizer, ids[first : last + 1][:MAX_ANSWER_TOKENS])
+    return _SamplePrompt(decode_ids(tokenizer, prompt), prompt, expected, end_tokens)
 
 
-def _select_samples(samples: EncodedDataset, places: list[int]) -> EncodedDataset:
-    """Some samples with one label each."""
+def _select_samples(samples: EncodedDataset, positions: list[int]) -> EncodedDataset:
+    """Return the samples at some positions, which have one label each."""
     return EncodedDataset(
-        ids=torch.cat([samples[place]["input_ids"] for place in places]).int(),
-        offsets=torch.cat([torch.zeros(1, dtype=torch.int64), samples.lengths[places].cumsum(0)]),
-        labels=samples.labels[places],
+        ids=torch.cat([samples[position]["input_ids"] for position in positions]).int(),
+        offsets=torch.cat([torch.zeros(1, dtype=torch.int64), samples.lengths[positions].cumsum(0)]),
+        labels=samples.labels[positions],
         kind=samples.kind,
-        label_offsets=torch.arange(len(places) + 1),
+        label_offsets=torch.arange(len(positions) + 1),
     )

@@ -1,0 +1,56 @@
+"""The output of a training, checked before any work is done, and the names of the files in it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final
+
+from lora_kit.adapter.folder import is_adapter_folder
+from lora_kit.errors import RecipeError, StorageError
+from lora_kit.io.atomic_write import check_output, check_path
+from lora_kit.io.text import escape_text
+from lora_kit.names import RECIPE_FILE
+from lora_kit.training.recipe.recipe import Recipe
+
+METRICS_FILE: Final = "metrics.jsonl"
+"""The log, one JSON object a line."""
+REPORT_FILE: Final = "report.html"
+LOSS_CURVE_FILE: Final = "loss.png"
+CHAT_TEMPLATE_FILE: Final = "chat_template.jinja"
+"""The chat template of the training, under the name that transformers and servers look for."""
+
+
+def check_output_writable(recipe: Recipe) -> None:
+    """Refuse an output without a name, or in a place that cannot be written to: before hours of training, not after.
+
+    Raises:
+        RecipeError: the output has no name.
+        StorageError: it cannot be written.
+    """
+    if not recipe.name:
+        raise RecipeError(f"out {recipe.out!r} has no name", hint="its last part is the adapter's name")
+    out = Path(recipe.out)
+    check_path(out)
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise StorageError(f"{escape_text(out)} is inside {escape_text(parent)}, which is not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise StorageError(f"{escape_text(out)} cannot be written: no permission to write to {escape_text(parent)}")
+
+
+def check_output_available(recipe: Recipe, *, replace: bool) -> None:
+    """Refuse an output that exists and may not be replaced, or that overlaps the base's folder.
+
+    Raises:
+        StorageError: what is in the way.
+    """
+    out, base = Path(recipe.out), Path(recipe.base).expanduser()
+    check_output(out, replace=replace, owned=is_trained_model_folder if recipe.method == "full" else is_adapter_folder)
+    if base.is_dir() and (out.resolve().is_relative_to(base.resolve()) or base.resolve().is_relative_to(out.resolve())):
+        raise StorageError(f"{escape_text(out)} and the base's folder overlap", hint="choose another output")
+
+
+def is_trained_model_folder(folder: Path) -> bool:
+    """Return whether a folder is the result of `method: full`, which may be replaced."""
+    return (folder / RECIPE_FILE).is_file() and (folder / "config.json").is_file()
