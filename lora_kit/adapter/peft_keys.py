@@ -251,7 +251,7 @@ def _find_token_mismatches(config: LoraConfig, tokens: Mapping[str, TokenEmbeddi
         if not count:
             yield f"{path}: token embeddings, of which the config's trainable_token_indices says nothing"
         elif rows.ndim != 2 or len(rows) != count:
-            yield f"{path}: token embeddings {tuple(rows.shape)} for {count} tokens of trainable_token_indices"
+            yield f"{path}: rows {tuple(rows.shape)} for {count} tokens of trainable_token_indices"
 
 
 def _is_within(key: str, modules: Sequence[str]) -> bool:
