@@ -15,7 +15,7 @@ from lora_kit.errors import DataError, format_list
 from lora_kit.io.text import escape_for_terminal
 
 if TYPE_CHECKING:
-    from lora_kit.data.preparation.prepare import Preparation, PreparedFile
+    from lora_kit.data.preparation.prepared_folder import Preparation, PreparedFile
 
 _BAR_WIDTH: Final = 40
 """Characters of the longest bar of a histogram."""

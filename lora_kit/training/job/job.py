@@ -18,10 +18,11 @@ from lora_kit.adapter.folder import is_adapter_folder
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.data.batches import Collator, EncodedDataset
 from lora_kit.data.chat import ChatTemplate, chat_template
-from lora_kit.data.encode import DEFAULT_MAX_LENGTH, encode
+from lora_kit.data.encode import encode_rows
 from lora_kit.data.layouts import FORMATS
 from lora_kit.data.packing import PackedDataset, pack, reason_not_packable
 from lora_kit.data.rows import Rows, collect_label_names, read_rows
+from lora_kit.data.sample_format import DEFAULT_MAX_LENGTH, SampleFormat
 from lora_kit.errors import DataError, RecipeError, StorageError, format_list
 from lora_kit.evaluation.generation_metrics import GenerationTask, build_generation_task, collect_eval_prompts
 from lora_kit.evaluation.metrics import select_generation_metrics
@@ -47,8 +48,8 @@ class Job:
     """Everything a training needs, checked.
 
     Attributes:
-        labels: their names, where the task has some.
-        exam: what is asked in validation, where the best model is told by what it writes.
+        sample_format: how the rows became samples.
+        generation_task: the prompts of the validation rows, if the best model is chosen by what it writes.
         identity: what decides the result, see `lora_kit.training.loop.checkpoints`.
     """
 
@@ -56,14 +57,19 @@ class Job:
     base: Base
     train: EncodedDataset | PackedDataset
     validation: EncodedDataset | None
-    labels: tuple[str, ...]
-    exam: GenerationTask | None
+    sample_format: SampleFormat
+    generation_task: GenerationTask | None
     identity: Mapping[str, Any]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the labels, in the order of their classes; empty for a task without labels."""
+        return self.sample_format.labels
 
     @property
     def measured(self) -> dict[str, Any]:
         """What an evaluation is asked for besides the loss: see `lora_kit.evaluation.measure.measure`."""
-        return {"metrics": (best_metric_of(self.recipe.train),), "labels": self.labels, "exam": self.exam}
+        return {"metrics": (best_metric_of(self.recipe.train),), "labels": self.labels, "task": self.generation_task}
 
     @property
     def collator(self) -> Collator:
@@ -72,8 +78,8 @@ class Job:
     def with_model(self, model: Any) -> Job:
         """The same job with its base inside another model, which is trained, measured and asked instead."""
         base = dataclasses.replace(self.base, model=model)
-        asked = self.exam and dataclasses.replace(self.exam, base=base)
-        return dataclasses.replace(self, base=base, exam=asked)
+        task = self.generation_task and dataclasses.replace(self.generation_task, base=base)
+        return dataclasses.replace(self, base=base, generation_task=task)
 
     @property
     def setting(self) -> dict[str, Any]:
@@ -158,43 +164,41 @@ def prepare_job(recipe: Recipe, rows: tuple[Rows, Rows | None], given: Base | No
     if given is not None and set(names) == set(given.model.config.label2id):
         # A head that knows these labels already keeps them in its own order.
         label2id = dict(given.model.config.label2id)
-        names = tuple(sorted(names, key=label2id.__getitem__))
     base = prepare_base(recipe, given, label2id)
     template = _load_chat_template(recipe, rows[0], base)
     recipe = _resolve_recipe(recipe, rows[0], base, template)
-    settings: dict[str, Any] = {
-        "max_length": recipe.data.max_length,
-        "separator": recipe.data.separator,
-        "template": template,
-        "task": recipe.task,
-    }
-    train_set, validation = (
-        encode(found, base.tokenizer, label2id=label2id, **settings) if found is not None else None for found in rows
+    assert recipe.data.max_length is not None
+    sample_format = SampleFormat(
+        max_length=recipe.data.max_length,
+        separator=recipe.data.separator,
+        template=template,
+        label2id=label2id,
+        task=recipe.task,
     )
-    assert train_set is not None
+    train_set = encode_rows(rows[0], base.tokenizer, sample_format)
+    validation = None if rows[1] is None else encode_rows(rows[1], base.tokenizer, sample_format)
     logger.info("%s: %d samples, %d labels", rows[0].path, len(train_set), train_set.num_labels)
     packed = _pack_samples(recipe, base, train_set) if recipe.data.packing else train_set
     if validation is None:
         logger.info("no evaluation: the recipe names no data.validation")
-    asked = _build_generation_task(recipe, rows[1], base, template)
     return Job(
         recipe=recipe,
         base=base,
         train=packed,
         validation=validation,
-        labels=names,
-        exam=asked,
+        sample_format=sample_format,
+        generation_task=_build_generation_task(recipe, rows[1], base, sample_format),
         identity=_build_identity(recipe, base, packed, validation),
     )
 
 
 def _build_generation_task(
-    recipe: Recipe, rows: Rows | None, base: Base, template: ChatTemplate | None
+    recipe: Recipe, rows: Rows | None, base: Base, sample_format: SampleFormat
 ) -> GenerationTask | None:
-    """What the model is asked in validation, where the best one is told by what it writes."""
+    """Return the prompts of the validation rows, if the best model is chosen by what it writes."""
     if rows is None or not select_generation_metrics([best_metric_of(recipe.train)], recipe.task):
         return None
-    return build_generation_task(base, collect_eval_prompts(rows), template or recipe.data.separator)
+    return build_generation_task(base, collect_eval_prompts(rows), sample_format.style)
 
 
 def _pack_samples(recipe: Recipe, base: Base, samples: EncodedDataset) -> PackedDataset:

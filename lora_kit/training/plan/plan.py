@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from lora_kit.data.chat import ChatTemplate
 from lora_kit.data.encode import encode_with_faults
 from lora_kit.data.packing import PackedDataset
 from lora_kit.data.rows import Rows
@@ -94,25 +93,15 @@ def _build_plan(ready: TrainableJob, rows: Rows, goes_on_from: int) -> TrainPlan
 
 
 def _summarize_data(job: Job, rows: Rows) -> DataSummary:
-    recipe, samples = job.recipe, job.train.samples if isinstance(job.train, PackedDataset) else job.train
-    spec, text = recipe.data, recipe.data.chat_template
-    assert spec.max_length is not None
-    found = encode_with_faults(
-        rows,
-        job.base.tokenizer,
-        max_length=spec.max_length,
-        separator=spec.separator,
-        template=ChatTemplate(text, "the recipe's chat template") if text else None,
-        label2id={name: number for number, name in enumerate(job.labels)},
-        task=recipe.task,
-    )
+    samples = job.train.samples if isinstance(job.train, PackedDataset) else job.train
+    result = encode_with_faults(rows, job.base.tokenizer, job.sample_format)
     return DataSummary(
         rows=len(rows),
         samples=len(samples),
         tokens=samples.num_tokens,
         labels=samples.num_labels,
-        cut=len(found.cut),
-        longest=spec.max_length,
+        cut=len(result.cut),
+        longest=job.sample_format.max_length,
     )
 
 
