@@ -93,17 +93,17 @@ def find_chat_template(tokenizer: Tokenizer) -> str | None:
     return own.get("default") if isinstance(own, dict) else own
 
 
-def chat_template(source: str | None, tokenizer: Tokenizer, *, base: str) -> ChatTemplate:
+def chat_template(given: str | None, tokenizer: Tokenizer, *, base: str) -> ChatTemplate:
     """Return the requested template.
 
     Args:
-        source: None for the tokenizer's own, `plain`, the text of a template (it contains `{{` or `{%`), or its file.
+        given: None for the tokenizer's own, `plain`, the text of a template (it contains `{{` or `{%`), or its file.
         base: the name of the tokenizer's model.
 
     Raises:
         DataError: there is no such template, or it cannot be read.
     """
-    if source is None:
+    if given is None:
         own = find_chat_template(tokenizer)
         if not own:
             hint = f"data.chat_template: {PLAIN}, or the path of a Jinja file"
@@ -111,13 +111,13 @@ def chat_template(source: str | None, tokenizer: Tokenizer, *, base: str) -> Cha
         if "strftime_now" in own:
             logger.warning("the chat template of %s writes the current date into every conversation", base)
         return ChatTemplate(own, f"the chat template of {base}")
-    if source == PLAIN:
+    if given == PLAIN:
         prefix, _ = find_special_tokens(tokenizer)
         bos = "{{ bos_token }}" if prefix and prefix[0] == tokenizer.bos_token_id else ""
         return ChatTemplate(bos + _PLAIN_TEMPLATE, "the plain chat template")
-    if _is_template(source):
-        return ChatTemplate(source, "the chat template of the recipe")
-    return ChatTemplate(_read_template(Path(source)), f"the chat template {source}")
+    if _is_template(given):
+        return ChatTemplate(given, "the chat template of the recipe")
+    return ChatTemplate(_read_template(Path(given)), f"the chat template {given}")
 
 
 def _is_template(text: str) -> bool:

@@ -46,6 +46,8 @@ class Trainer(transformers.Trainer):
         evaluating_seconds: wall time spent in them.
     """
 
+    model: transformers.PreTrainedModel
+
     def __init__(
         self,
         model: Any,
