@@ -211,7 +211,7 @@ class ChatEncoder:
             through = self.template.render(self.tokenizer, messages[: number + 1])
             if not (whole.startswith(through) and through.startswith(before) and position < len(before)):
                 message = f"{self.template.name} renders a conversation differently once it goes on after message"
-                raise DataError(f"{message} {number}", hint="answers could not be told from the rest")
+                raise DataError(f"{message} {number}", hint="the answers in it cannot be located")
             yield whole[position : len(before)], False
             yield whole[len(before) : len(through)], True
             position = len(through)
@@ -229,7 +229,7 @@ class ChatEncoder:
         def encode_without(cut: int) -> Sample:
             return self._encode_whole([*messages[:longest], ("user", question[cut:]), *messages[longest + 1 :]])
 
-        # Removing a character hardly ever adds a token; where it does, the sample found may not fit, so look at it.
+        # Removing a character hardly ever adds a token; where it does, the search may end at one that does not fit.
         cuts = range(len(question) if questions else 0)
         cut = bisect_left(cuts, True, key=lambda cut: self._fits(encode_without(cut)))
         if cut < len(cuts) and self._fits(sample := encode_without(cut)):
@@ -237,7 +237,7 @@ class ChatEncoder:
         sample = self._encode_whole(messages)
         answer_length = sum(sample[1])
         raise RowError(
-            f"the answer has {answer_length} tokens, what stands around it {len(sample[0]) - answer_length}, "
+            f"the answer has {answer_length} tokens, the text around it {len(sample[0]) - answer_length}, "
             f"and max_length is {self.max_length}",
             kind=LONG,
         )

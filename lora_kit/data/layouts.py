@@ -4,7 +4,7 @@ layout                             format       value of a row
 prompt, completion                 completion   (prompt, completion)
 instruction, [input], output       completion   (instruction, then an empty line and the input if any; output)
 messages: [{role, content}]        chat         (((role, content), …),)
-conversations: [{from, value}]     chat         the same; the first message may stand apart, as `system`
+conversations: [{from, value}]     chat         the same; the first message may be in a column of its own, `system`
 text, label                        label        (text, label)
 words, labels                      words        ((word, …), (label, …))
 tokens, ner_tags                   words        the same
@@ -23,7 +23,7 @@ from lora_kit.errors import format_list
 Message = tuple[str, str]
 """Role and content."""
 RowValue = tuple[Any, ...]
-"""A row in its format; the table above says what stands in it."""
+"""A row in its format; the table above lists its values."""
 
 FORMATS: Final[Mapping[str, tuple[str, ...]]] = {
     "causal-lm": ("completion", "chat", "text"),

@@ -115,7 +115,7 @@ def _parse_json(path: Path, contents: bytes) -> Parsed:
             what = f"not JSON: , or ] was expected after it in line {text.line}; nothing after it can be read"
             return records, [*faults, Fault(number, what)]
     if not text.at_end:
-        faults.append(Fault(number + 1, "something stands after the end of the array"))
+        faults.append(Fault(number + 1, "there is text after the end of the array"))
     return records, faults
 
 
@@ -174,7 +174,7 @@ def _build_unique_dict(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) != len(pairs):
         keys = [key for key, _ in pairs]
         repeated = next(key for key in keys if keys.count(key) > 1)
-        raise _RepeatedKeyError(f"the key {repeated!r} stands there twice")
+        raise _RepeatedKeyError(f"the key {repeated!r} appears twice")
     return values
 
 

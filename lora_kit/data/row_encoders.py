@@ -66,7 +66,7 @@ def encode_completions(rows: Rows, tokenizer: Tokenizer, sample_format: SampleFo
         prompt = strip_special_tokens(raw_prompt, prefix, [])
         length = len(prefix) + len(prompt) + len(completion)
         budget = sample_format.max_length - len(prefix) - len(completion)
-        # Something must stand before the first label, or nothing predicts it.
+        # Without a token before it, the first label would be predicted by nothing.
         if budget < 0 or not (prefix or (prompt and budget)):
             yield EncodedRow(length, error=_build_completion_error(completion, sample_format))
             continue
@@ -149,7 +149,7 @@ def encode_labeled_texts(rows: Rows, tokenizer: Tokenizer, sample_format: Sample
 def encode_labeled_words(rows: Rows, tokenizer: Tokenizer, sample_format: SampleFormat) -> Iterator[EncodedRow]:
     """Encode words with one label each, joined by single spaces, as in the running text that a model is used on."""
     if not tokenizer.is_fast:
-        raise DataError("the tokenizer does not say where in a text its tokens stand, so words would lose their labels")
+        raise DataError("the tokenizer does not report the offsets of its tokens, so words would lose their labels")
     label2id = sample_format.label2id
     prefix, suffix = find_special_tokens(tokenizer)
     budget = _compute_token_budget(sample_format, prefix, suffix)

@@ -111,7 +111,7 @@ def scan_rows(
     path = Path(path)
     contents = read_dataset(path, split=split) if is_dataset(path) else read_file(path, encoding=encoding)
     if not contents.records and not contents.faults:
-        raise DataError(f"{path} has no rows", hint="a kind of file is known by the ending of its name")
+        raise DataError(f"{path} has no rows", hint="the ending of its name decides how a file is read")
     if not contents.records:
         return Scan(Rows(path, "", (), ()), tuple(contents.faults), (), contents.sha256)
     records = _rename_columns(path, contents.records, rename or {})
@@ -157,7 +157,7 @@ def collect_label_names(rows: Rows) -> tuple[str, ...]:
     """
     names = tuple(str(label) for label in sorted({label for labels in rows.labels for label in labels}))
     if len(names) < 2:
-        raise DataError(f"{rows.path}: every label is {names[0]!r}", hint="a classifier needs two labels at least")
+        raise DataError(f"{rows.path}: every label is {names[0]!r}", hint="a classifier needs at least two labels")
     return names
 
 
@@ -171,7 +171,7 @@ def _rename_columns(path: Path, records: Sequence[Record], names: Mapping[str, s
     taken = sorted(new for new in names.values() if new in known - set(names))
     repeated = sorted({new for new in names.values() if list(names.values()).count(new) > 1})
     if taken or repeated:
-        raise DataError(f"{path}: {format_list(taken or repeated)} would stand there twice after renaming")
+        raise DataError(f"{path}: two columns would have the name {format_list(taken or repeated)}")
     return [(line, {names.get(key, key): value for key, value in row.items()}) for line, row in records]
 
 

@@ -61,7 +61,7 @@ def convert_rows(rows: Rows, style: PromptStyle) -> Rows:
         for line, (messages,) in zip(rows.lines, rows.values, strict=True):
             if [role for role, _ in messages] != ["user", "assistant"]:
                 hint = "an adapter that was trained on conversations brings one"
-                raise DataError(f"{rows.path}:{line}: a conversation, and no chat template to put it in", hint=hint)
+                raise DataError(f"{rows.path}:{line}: a conversation, but there is no chat template for it", hint=hint)
         pairs = tuple((messages[0][1], messages[1][1]) for (messages,) in rows.values)
         return dataclasses.replace(rows, format="completion", values=pairs)
     return rows

@@ -71,7 +71,7 @@ def resolve_sample_formats(
         for label, sample_format in formats.items():
             if len(sample_format.labels) != size:
                 message = f"adapter {label!r} has {len(sample_format.labels)} labels, the model's head {size}"
-                raise AdapterError(message, hint="evaluate adapters with other labels apart")
+                raise AdapterError(message, hint="evaluate adapters with other labels separately")
     return formats
 
 

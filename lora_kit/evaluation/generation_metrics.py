@@ -81,7 +81,7 @@ def collect_eval_prompts(rows: Rows) -> tuple[EvalPrompt, ...]:
                     answers.setdefault(value[0][:number], []).append((text, line))
         else:
             raise DataError(
-                f"{rows.path} has rows of the format {rows.format}, which ask nothing",
+                f"{rows.path} has rows of the format {rows.format}, which have no prompts",
                 hint="what is written is measured on prompts and completions, or on conversations",
             )
     return tuple(
@@ -127,7 +127,7 @@ def _convert_prompt(prompt: EvalPrompt, style: PromptStyle) -> Prompt:
     if isinstance(style, ChatTemplate) or isinstance(prompt.prompt, str):
         return prompt.prompt
     if len(prompt.prompt) != 1:
-        message = f"line {prompt.lines[0]} is a conversation, and there is no chat template to put it in"
+        message = f"line {prompt.lines[0]} is a conversation, but there is no chat template for it"
         raise DataError(message, hint="an adapter that was trained on conversations brings one")
     return prompt.prompt[0][1]
 

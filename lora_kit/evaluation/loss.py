@@ -97,7 +97,7 @@ def probe_head(model: PreTrainedModel, sample: Mapping[str, Tensor], *, kind: st
     """
     label_shift = int(kind == NEXT)
     if kind not in GENERATIVE_KINDS:
-        return LossHead(None, "labels are no tokens", label_shift)
+        return LossHead(None, "labels are not tokens", label_shift)
     sample = {name: tensor[:, :2] for name, tensor in sample.items()}
     head = model.get_output_embeddings()
     reason = _reason_not_plain(head)
@@ -114,7 +114,7 @@ def _reason_not_plain(head: nn.Module | None) -> str | None:
     if any(hooks) or "forward" in vars(head):
         return "the head has hooks"
     if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in head.parameters()):
-        return "the head's weight is of a type of its own"
+        return "the head's weight is not a plain tensor"
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in head.parameters()):
         return "the head is trained"
     return None
@@ -140,10 +140,10 @@ def _reason_not_logits_only(model: PreTrainedModel, head: nn.Linear, sample: Map
         return f"the model uses its head {len(calls)} times"
     logits, copy = calls[0]
     if logits.shape[:-1] != sample.get("decoder_input_ids", sample["input_ids"]).shape:
-        return "the model gives its head other positions than it was given"
+        return "the model passes other positions to its head than its inputs have"
     is_wider = outputs.dtype != logits.dtype and torch.promote_types(outputs.dtype, logits.dtype) == outputs.dtype
     if not (outputs is logits or is_wider) or not torch.equal(outputs, copy.to(outputs.dtype)):
-        return "the model does something to its logits"
+        return "the model changes its logits"
     return None
 
 

@@ -70,11 +70,11 @@ def find_common_task(labels: Sequence[str], adapters: Sequence[Adapter | None]) 
         if task_type is None:
             continue
         if task_type not in TASK_TYPES:
-            raise AdapterError(f"adapter {label!r} was made for {task_type}, which is no task of lora-kit")
+            raise AdapterError(f"adapter {label!r} was made for {task_type}, which is not a task of lora-kit")
         tasks.setdefault(TASK_TYPES[task_type], label)
     if len(tasks) > 1:
         listed = ", ".join(f"{label!r} for {task}" for task, label in tasks.items())
-        raise AdapterError(f"adapters of different tasks: {listed}", hint="take those of one task together")
+        raise AdapterError(f"adapters of different tasks: {listed}", hint="use adapters of one task")
     return next(iter(tasks), None)
 
 
@@ -88,7 +88,7 @@ def check_quantize(
     """
     if not isinstance(base, str):
         if quantize is not None:
-            raise ConfigError("quantize does nothing for a base that is loaded already", hint="load it so")
+            raise ConfigError("quantize does nothing for a base that is loaded already", hint="load it with quantize")
         return
     for label, adapter in zip(labels, adapters, strict=True):
         recipe = adapter.record.get("recipe") if adapter is not None else None

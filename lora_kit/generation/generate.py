@@ -143,7 +143,7 @@ def _load_for_generation(
     for label, adapter in zip(labels, adapters, strict=True):
         task_type = adapter.config.task_type if adapter is not None else None
         if task_type is not None and TASK_TYPES.get(task_type) not in _GENERATIVE_TASKS:
-            hint = "`lora-kit eval FILE --out said.jsonl` says what it makes of texts"
+            hint = "`lora-kit eval FILE --out said.jsonl` predicts its labels"
             raise AdapterError(f"adapter {label!r} was made for {task_type}: it does not write text", hint=hint)
     task = find_common_task(labels, adapters)
     if not isinstance(base, str):

@@ -278,7 +278,7 @@ def test_a_write_that_fails_leaves_what_was_there(
         ({"share": 1.0}, "share .* below 1"),
         ({"share": -0.1}, "share .* below 1"),
         ({"max_length": 65}, "sees 64 tokens at once"),
-        ({"max_length": 1}, "2 at least"),
+        ({"max_length": 1}, "at least 2"),
         ({"template": "plain"}, "a chat template was given"),
         ({"rename": {"nothing": "prompt"}}, "has no nothing to rename"),
         ({"base": "nowhere/at-all/x"}, "no such folder"),

@@ -127,13 +127,13 @@ def _check_drop(drop: Collection[str]) -> None:
 
 def _check_share(share: float) -> None:
     if not 0 <= share < 1:
-        raise DataError(f"the share for validation must be 0 or above and below 1; {share} was given")
+        raise DataError(f"the share for validation must be at least 0 and below 1; {share} was given")
 
 
 def _resolve_max_length(max_length: int | None, spec: InputSpec, base: str) -> int:
     length = max_length or min(spec.max_length, DEFAULT_MAX_LENGTH)
     if not 2 <= length <= spec.max_length:
-        message = f"max_length is {length}; it must be 2 at least, and {base} sees {spec.max_length} tokens at once"
+        message = f"max_length is {length}; it must be at least 2, and {base} sees {spec.max_length} tokens at once"
         raise DataError(message)
     return length
 
