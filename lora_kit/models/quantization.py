@@ -5,7 +5,6 @@ A checkpoint that is quantised already says so in its config, and transformers l
 
 from __future__ import annotations
 
-import copy
 import logging
 from typing import Any, Final
 
@@ -14,6 +13,7 @@ from torch import nn
 
 from lora_kit.errors import BaseModelError, format_list
 from lora_kit.io.text import escape_text
+from lora_kit.layers.dequantize import dequantize_four_bit
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +121,6 @@ def _is_misread(weight: Any, state: Any) -> bool:
     """Whether a weight is another one when it is read as a matrix than when it is read as one row."""
     from bitsandbytes.functional import dequantize_4bit
 
-    row = copy.copy(state)
-    row.shape = torch.Size([state.shape.numel()])
-    expected = dequantize_4bit(weight.data, row).flatten().float()
-    found = dequantize_4bit(weight.data, state).flatten().float()
+    expected = dequantize_four_bit(weight.data, state).float()
+    found = dequantize_4bit(weight.data, state).float()
     return bool((found - expected).abs().max() > _MISREAD_TOLERANCE * expected.abs().max())

@@ -235,6 +235,6 @@ def test_a_base_with_an_expert_too_few_is_refused(mixtral: Path, adapter: Path, 
 def test_experts_in_a_form_that_is_not_known_are_refused(
     mixtral: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_kit.merging.checkpoint.fused_weights.FusedWeights.pieces", lambda *given: None)
+    monkeypatch.setattr("lora_kit.merging.checkpoint.fused_weights.FusedWeights.find_pieces", lambda *given: None)
     with pytest.raises(MergeError, match="another form"):
         merge(mixtral, adapter, tmp_path / "merged")

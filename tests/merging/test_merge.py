@@ -264,7 +264,7 @@ def test_inputs_that_cannot_be_read_leave_nothing(base: Path, adapter: Path, tmp
     assert beside(base) == around
 
 
-@pytest.mark.parametrize("failing", ["carry", "check_result", "write", "KeyboardInterrupt"])
+@pytest.mark.parametrize("failing", ["copy_sidecars", "check_result", "write_shards", "KeyboardInterrupt"])
 def test_a_failed_merge_leaves_nothing(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
@@ -273,8 +273,8 @@ def test_a_failed_merge_leaves_nothing(
             raise KeyboardInterrupt
         raise VerificationError("no") if failing == "check_result" else OSError(28, "No space left on device")
 
-    places = {"carry": model_files, "check_result": proof, "write": writer, "KeyboardInterrupt": journal}
-    monkeypatch.setattr(places[failing], failing if failing != "KeyboardInterrupt" else "read_back", fail)
+    places = {"copy_sidecars": model_files, "check_result": proof, "write_shards": writer, "KeyboardInterrupt": journal}
+    monkeypatch.setattr(places[failing], failing if failing != "KeyboardInterrupt" else "check_read_back", fail)
     before, around = contents(base), beside(base)
     with pytest.raises((StorageError, VerificationError, KeyboardInterrupt)):
         merge(base, adapter, tmp_path / "merged")

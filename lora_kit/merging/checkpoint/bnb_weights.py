@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lora_kit.errors import BaseModelError
 from lora_kit.io.text import escape_text
+from lora_kit.layers.dequantize import dequantize_four_bit, dequantize_int8
 
 _STATE_MARK: Final = ".quant_state.bitsandbytes__"
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -132,20 +133,18 @@ class FourBitWeight(QuantizedWeight):
         return "nested_offset" in self._state
 
     def __getitem__(self, rows: slice) -> Tensor:
-        from bitsandbytes.functional import QuantState, dequantize_4bit
+        from bitsandbytes.functional import QuantState
 
         begin, end = rows.start * self.shape[1], rows.stop * self.shape[1]
         state = QuantState(
             absmax=self.read_scales(begin // self._block, -(-end // self._block)),
-            # As one row: where rows are no whole blocks, bitsandbytes 0.50 scales a matrix wrong on a CPU.
-            shape=torch.Size([end - begin]),
+            shape=torch.Size([rows.stop - rows.start, self.shape[1]]),
             code=self.parts[f"{self.name}.quant_map"],
             blocksize=self._block,
             quant_type=self.kind,
             dtype=torch.float32,
         )
-        found: Tensor = dequantize_4bit(self.stored_codes_of(rows).unsqueeze(1), state)
-        return found.view(-1, self.shape[1])
+        return dequantize_four_bit(self.stored_codes_of(rows).unsqueeze(1), state)
 
     def read_scales(self, begin: int, end: int) -> Tensor:
         """The scales of some blocks: fp32."""
@@ -237,10 +236,7 @@ class EightBitWeight(QuantizedWeight):
         return f"{self.name.removesuffix('.weight')}.SCB"
 
     def __getitem__(self, rows: slice) -> Tensor:
-        from bitsandbytes.functional import int8_vectorwise_dequant
-
-        found: Tensor = int8_vectorwise_dequant(self.parts[self.name][rows], self.parts[self._scale][rows])
-        return found
+        return dequantize_int8(self.parts[self.name][rows], self.parts[self._scale][rows])
 
     def quantize_to_codes(self, tensor: Tensor) -> Tensor:
         return self._quantize(tensor)[0].reshape(-1).view(torch.uint8)

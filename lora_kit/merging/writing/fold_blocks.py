@@ -15,8 +15,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from lora_kit.errors import MergeError
-from lora_kit.layers.fold import Retention
+from lora_kit.layers.fold import Retention, RetentionTally, sum_squares
 from lora_kit.merging.checkpoint.bnb_weights import QuantizedWeight
 from lora_kit.merging.planned_tensors import PlannedTensor, WeightUpdate
 from lora_kit.ops.dora import dora_scale
@@ -46,7 +45,7 @@ class TensorFold:
 
     def __init__(self, entry: PlannedTensor) -> None:
         self.entry = entry
-        self._weight = self._delta = self._lost = 0.0  # squares of norms
+        self._tally = RetentionTally(entry.path, entry.dtype)
 
     @torch.no_grad()
     def into(self, room: Callable[[int, torch.dtype], Tensor]) -> Iterator[int]:
@@ -57,7 +56,7 @@ class TensorFold:
         """
         for _, target in self._iterate_sums():
             merged = room(target.numel(), self.entry.dtype).view(target.shape).copy_(target)
-            self._tally_lost(target.sub_(merged))
+            self._tally.add_lost(target.sub_(merged))
             yield merged.nbytes
 
     @torch.no_grad()
@@ -71,9 +70,9 @@ class TensorFold:
         assert isinstance(source, QuantizedWeight)
         again = source.pack(target for _, target in self._iterate_sums())
         # A second time, since what is left of a number is known once all scales of the weight are.
-        self._weight = self._delta = 0.0
+        self._tally = RetentionTally(self.entry.path, self.entry.dtype)
         for rows, target in self._iterate_sums():
-            self._tally_lost(target.sub_(again[rows]))
+            self._tally.add_lost(target.sub_(again[rows]))
         return again
 
     def _iterate_sums(self) -> Iterator[tuple[slice, Tensor]]:
@@ -88,28 +87,21 @@ class TensorFold:
         # Memory that is used again: touching new pages would take longer than the sums.
         most = max(rows.stop - rows.start for rows in parts)
         exacts, targets = (torch.empty(most, source.shape[1], dtype=dtype) for _ in range(2))
-        self._delta += 0.0 if columns is not None else _sum_squares_of_delta(entry.updates)
+        self._tally.delta += 0.0 if columns is not None else _sum_squares_of_delta(entry.updates)
         for rows in parts:
             count = rows.stop - rows.start
             exact = exacts[:count].copy_(source[rows])
-            self._weight += _sum_squares(exact)
+            self._tally.weight += sum_squares(exact)
             target = sum_updates_into(entry, rows, into=targets[:count]).add_(exact)
             if columns is not None:
                 target *= columns if entry.transposed else columns[rows].unsqueeze(1)
-                self._delta += _sum_squares(target - exact)
+                self._tally.delta += sum_squares(target - exact)
             yield rows, target
-
-    def _tally_lost(self, lost: Tensor) -> None:
-        self._lost += _sum_squares(lost)
-        if not math.isfinite(self._lost):
-            raise MergeError(f"{self.entry.path}: the merged weight is not finite in {self.entry.dtype}")
 
     @property
     def retention(self) -> Retention:
-        """What survived, once every block was taken."""
-        relative = math.sqrt(self._delta / self._weight) if self._weight else math.inf if self._delta else 0.0
-        retained = 1 - math.sqrt(self._lost / self._delta) if self._delta else 1.0
-        return Retention(self.entry.path, relative, max(0.0, retained))
+        """What survived, once every block was written."""
+        return self._tally.compute_retention()
 
 
 def sum_updates_into(entry: PlannedTensor, rows: slice, *, into: Tensor) -> Tensor:
@@ -157,8 +149,3 @@ def _sum_squares_of_delta(updates: Sequence[WeightUpdate]) -> float:
     a = torch.cat([update.pair.a.double() for update in updates])
     b = torch.cat([update.pair.b.double() * update.scaling for update in updates], dim=1)
     return max(0.0, float(((b.T @ b) * (a @ a.T)).sum()))
-
-
-def _sum_squares(tensor: Tensor) -> float:
-    flat = tensor.reshape(-1)
-    return float(flat @ flat)
