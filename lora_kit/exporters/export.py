@@ -160,7 +160,7 @@ def export(
 ) -> Export:
     """Write an adapter for another reader, saying the same there as here.
 
-    What a reader ignores is made plain: rank-stabilised scaling and alpha patterns go into B, ranks are filled up to
+    What a reader ignores is made plain: rank-stabilized scaling and alpha patterns go into B, ranks are filled up to
     one. What it cannot take is refused, the field named. The folder has a README with the command that loads it.
 
     Args:

@@ -31,7 +31,7 @@ class GgufArchitecture:
 
     Attributes:
         name: its own word.
-        interleaved: whether rows of q and k are reordered, as its rotary embedding turns neighbours, not halves
+        interleaved: whether rows of q and k are reordered, as its rotary embedding turns neighbors, not halves
             (`permute` in https://github.com/ggml-org/llama.cpp/blob/master/conversion/llama.py).
     """
 
@@ -137,4 +137,4 @@ def format_command(case: ExportCase) -> str:
     return f"""```sh
 llama-server -m base.gguf --lora {quote(str(case.out / GGUF_FILE))}
 ```
-`base.gguf` is the base `{case.base_name}`, converted by llama.cpp's `convert_hf_to_gguf.py`; it may be quantised."""
+`base.gguf` is the base `{case.base_name}`, converted by llama.cpp's `convert_hf_to_gguf.py`; it may be quantized."""

@@ -24,7 +24,7 @@ from lora_kit.targets.compatibility import match_adapter
 
 @dataclass(frozen=True)
 class PlainLora:
-    """An adapter of one rank and one scaling `alpha / rank`: no patterns, nothing rank-stabilised.
+    """An adapter of one rank and one scaling `alpha / rank`: no patterns, nothing rank-stabilized.
 
     Where it was so already, its tensors are as they were, bit for bit. Elsewhere each scaling is in B, in float32,
     alpha is the rank, and smaller ranks are filled up with zeros.
