@@ -120,7 +120,7 @@ def write_peft(case: ExportCase, folder: Path) -> None:
 def write_plain(case: ExportCase, folder: Path) -> None:
     """Write the adapter without any field that some version of some program ignores."""
     config, plain = case.adapter.config, case.plain
-    fields = {
+    fields: dict[str, object] = {
         "peft_type": "LORA",
         "task_type": config.task_type,
         "base_model_name_or_path": case.base_path,

@@ -18,7 +18,7 @@ LAYER = "model.layers.{}.self_attn.q_proj"
 
 def make_base(folder: Path, dtype: torch.dtype) -> Path:
     """A base whose first two query projections are zero."""
-    model = tiny.llama().to(dtype)
+    model = tiny.llama(dtype=dtype)
     for layer in (0, 1):
         model.get_submodule(LAYER.format(layer)).weight.data.zero_()
     model.save_pretrained(folder)
