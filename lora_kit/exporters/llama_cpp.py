@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lora_kit.adapter.peft_keys import LoraWeights
 from lora_kit.errors import ExportError, format_list
-from lora_kit.exporters.plain_lora import ExportCase
+from lora_kit.exporters.plain_lora import ConfigFields, ExportCase
 from lora_kit.io.text import escape_text
 
 GGUF_FILE: Final = "adapter.gguf"
@@ -91,7 +91,7 @@ def write(case: ExportCase, folder: Path) -> None:
 
 
 def _orient_weights(
-    path: str, weights: LoraWeights, architecture: GgufArchitecture, config: dict[str, Any]
+    path: str, weights: LoraWeights, architecture: GgufArchitecture, config: ConfigFields
 ) -> tuple[Tensor, Tensor]:
     """Return A and B in llama.cpp's layout: q and k in its row order, A of an embedding with a row for each token."""
     leaf = path.rpartition(".")[2]
@@ -107,17 +107,17 @@ def interleave_heads(rows: Tensor, heads: int) -> Tensor:
     return rows.reshape(heads, 2, len(rows) // heads // 2, -1).transpose(1, 2).reshape(rows.shape)
 
 
-def architecture_of(config: dict[str, Any]) -> GgufArchitecture | None:
+def architecture_of(config: ConfigFields) -> GgufArchitecture | None:
     """Return llama.cpp's architecture for the config of a base; None where it is not supported."""
     return ARCHITECTURES.get(_class_name_of(config))
 
 
-def _class_name_of(config: dict[str, Any]) -> str:
+def _class_name_of(config: ConfigFields) -> str:
     classes = config.get("architectures") or []
     return str(classes[0]) if classes else f"model without architectures, model_type {config.get('model_type')}"
 
 
-def _build_name_map(architecture: GgufArchitecture, config: dict[str, Any]) -> Any:
+def _build_name_map(architecture: GgufArchitecture, config: ConfigFields) -> Any:
     """Return the `gguf` package's map from transformers' module paths to its own names."""
     gguf = _import_gguf()
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}

@@ -27,6 +27,9 @@ from lora_kit.targets.compatibility import match_adapter
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+ConfigFields = dict[str, Any]
+"""The fields of transformers' config of a base."""
+
 
 @dataclass(frozen=True)
 class PlainLora:
@@ -121,7 +124,7 @@ class ExportCase:
         return quote(f"{self.name}={self.out}")
 
     @functools.cached_property
-    def base_config(self) -> dict[str, Any] | None:
+    def base_config(self) -> ConfigFields | None:
         """transformers' config of the base; None where the caller gave no base.
 
         Raises:
@@ -149,7 +152,7 @@ class ExportCase:
             model = build_empty_model(self._config, self._head)
             match_adapter(self.name, self.adapter, model, dtype=torch.float32, allow=allow)
 
-    def require_config(self, why: str) -> dict[str, Any]:
+    def require_config(self, why: str) -> ConfigFields:
         """Return `base_config`.
 
         Args:
