@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from lora_kit.adapter.adapter import Adapter
+from lora_kit.adapter.adapter_like import AdapterLike
 from lora_kit.bank.bank import AdapterBank
 from lora_kit.data.batches import Collator, EncodedDataset
 from lora_kit.data.rows import Rows, read_rows
@@ -35,7 +36,7 @@ from lora_kit.evaluation.generation_metrics import (
 from lora_kit.evaluation.measure import compute_perplexity, true_labels_of
 from lora_kit.evaluation.metrics import BASIC_METRICS, select_generation_metrics, validate_metrics
 from lora_kit.evaluation.scores import score_labels, score_texts
-from lora_kit.generation.adapter_args import AdapterSource, check_quantize, labels_of, read_adapter, task_of
+from lora_kit.generation.adapter_args import check_quantize, labels_of, read_adapter, task_of
 from lora_kit.generation.decoding import Completion
 from lora_kit.generation.generate import attach_adapters
 from lora_kit.io.text import escape_text
@@ -56,7 +57,7 @@ EvalProgress = Callable[[str, int, int], None]
 
 def evaluate(
     base: str | Base,
-    adapters: Sequence[AdapterSource],
+    adapters: Sequence[AdapterLike | None],
     data: str | Path | Rows,
     *,
     metrics: Sequence[str] | None = None,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from lora_kit.adapter.adapter import Adapter
+from lora_kit.adapter.adapter_like import AdapterLike, short_label_of
 from lora_kit.adapter.store import find_adapter
 from lora_kit.errors import AdapterError, ConfigError
 from lora_kit.models.loading import Base
@@ -18,11 +19,8 @@ logger = logging.getLogger(__name__)
 BASE_ROW: Final = "base"
 """What the row of the base itself is called."""
 
-AdapterSource = str | Path | Adapter | None
-"""A folder, a name in the store, an Adapter, or None for the base itself."""
 
-
-def read_adapter(given: AdapterSource, *, store: str | Path) -> Adapter | None:
+def read_adapter(given: AdapterLike | None, *, store: str | Path) -> Adapter | None:
     """The adapter that is meant, read strictly; None for the base.
 
     Raises:
@@ -33,7 +31,7 @@ def read_adapter(given: AdapterSource, *, store: str | Path) -> Adapter | None:
     return Adapter.load(find_adapter(given, store=store))
 
 
-def labels_of(given: Sequence[AdapterSource], values: Sequence[Adapter | None]) -> list[str]:
+def labels_of(given: Sequence[AdapterLike | None], values: Sequence[Adapter | None]) -> list[str]:
     """A short label for each: the folder's name where that is unique, else with a part of the digest."""
     digests: dict[str, set[str]] = {}
     short = [_short_label_of(item, value) for item, value in zip(given, values, strict=True)]
@@ -45,10 +43,8 @@ def labels_of(given: Sequence[AdapterSource], values: Sequence[Adapter | None]) 
     ]
 
 
-def _short_label_of(given: AdapterSource, value: Adapter | None) -> str:
-    if value is None:
-        return BASE_ROW
-    return value.digest[:12] if isinstance(given, Adapter) or given is None else Path(given).resolve().name
+def _short_label_of(given: AdapterLike | None, value: Adapter | None) -> str:
+    return BASE_ROW if given is None or value is None else short_label_of(given, value)
 
 
 def task_of(labels: Sequence[str], values: Sequence[Adapter | None]) -> str | None:

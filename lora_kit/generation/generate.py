@@ -11,9 +11,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lora_kit.adapter.adapter import Adapter
+from lora_kit.adapter.adapter_like import AdapterLike
 from lora_kit.bank.bank import AdapterBank, attach
 from lora_kit.errors import AdapterError, ConfigError, DataError
-from lora_kit.generation.adapter_args import AdapterSource, check_quantize, labels_of, read_adapter, task_of
+from lora_kit.generation.adapter_args import check_quantize, labels_of, read_adapter, task_of
 from lora_kit.generation.decoding import Sampling, decode_ids, generate_batch
 from lora_kit.generation.prompts import encode_prompt, resolve_styles
 from lora_kit.models.loading import Base, load_base, load_input_spec
@@ -42,7 +43,7 @@ class Generation:
 
 def generate(
     base: str | Base,
-    adapters: Sequence[AdapterSource],
+    adapters: Sequence[AdapterLike | None],
     prompt: str,
     *,
     sampling: Sampling | None = None,

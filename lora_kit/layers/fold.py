@@ -1,9 +1,14 @@
-"""Folding one slot of a layer into its base weight: accumulated in fp32, rounded once, and what survived."""
+"""Folding a slot of a layer into its base weight: accumulated in fp32, rounded once; and how much of it survived.
+
+`RetentionTally` is the one definition of what survives: a merge in memory and a merge of files both use it.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +20,65 @@ from lora_kit.layers.linear import LoraLinear
 from lora_kit.layers.parameter import UnstackedLayer
 from lora_kit.layers.slot_layer import SlotLayer
 
+_SUM_ELEMENTS: Final = 2**22
+"""Values whose squares are added up in fp32; the sums of such blocks are added up in double precision."""
+
 
 @dataclass(frozen=True)
 class Retention:
     """What became of one layer's delta when it was folded into a weight.
 
     Attributes:
-        relative: norm of the delta over the norm of the weight.
-        retained: 1 - |(merged - weight) - delta| / |delta|: the share that survived rounding to the weight's dtype.
+        path: of the layer.
+        relative: |delta| / |weight| in Frobenius norms; 0 for a zero delta, infinite for another one of a zero weight.
+        retained: 1 - |merged - (weight + delta)| / |delta|, at least 0: the share that survived rounding to the
+            weight's dtype; 1 for a zero delta.
     """
 
     path: str
     relative: float
     retained: float
+
+
+@dataclass
+class RetentionTally:
+    """The sums behind a `Retention`, added up block by block.
+
+    Attributes:
+        path: of the layer.
+        dtype: of the merged weight.
+        weight: |weight|².
+        delta: |delta|².
+        lost: |merged - (weight + delta)|².
+    """
+
+    path: str
+    dtype: torch.dtype
+    weight: float = 0.0
+    delta: float = 0.0
+    lost: float = 0.0
+
+    def add_lost(self, lost: Tensor) -> None:
+        """Add a block of `weight + delta - merged`.
+
+        Raises:
+            MergeError: it is not finite, so the merged weight is not.
+        """
+        self.lost += sum_squares(lost)
+        if not math.isfinite(self.lost):
+            raise MergeError(f"{self.path}: the merged weight is not finite in {self.dtype}")
+
+    def compute_retention(self) -> Retention:
+        """Return the shares, once every block was added."""
+        if not self.delta:
+            return Retention(self.path, 0.0, 1.0)
+        relative = math.sqrt(self.delta / self.weight) if self.weight else math.inf
+        return Retention(self.path, relative, max(0.0, 1 - math.sqrt(self.lost / self.delta)))
+
+
+def sum_squares(tensor: Tensor) -> float:
+    """Return the squared Frobenius norm."""
+    return sum(float(block @ block) for block in tensor.reshape(-1).split(_SUM_ELEMENTS))
 
 
 @torch.no_grad()
@@ -53,19 +104,19 @@ def fold_slot(path: str, layer: SlotLayer, slot: int) -> tuple[Tensor, Retention
 
 
 def round_to_dtype(path: str, exact: Tensor, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Retention]:
-    """What a weight is to be, rounded to its dtype, and what of the change survives that.
+    """Return `target` rounded to the dtype, and what survives of `target - exact`.
 
     Args:
-        exact: the weight as it is. target: as it is to be. In fp32.
+        exact: the weight before the merge, fp32.
+        target: weight + delta, fp32.
+
+    Raises:
+        MergeError: the result is not finite.
     """
     merged = target.to(dtype)
-    if not torch.isfinite(merged).all():
-        raise MergeError(f"{path}: the merged weight is not finite in {dtype}")
-    delta = target - exact
-    norm = delta.norm()
-    lost = (merged.float() - exact - delta).norm()
-    retained = max(0.0, float(1 - lost / norm)) if norm else 1.0
-    return merged, Retention(path, float(norm / exact.norm()), retained)
+    tally = RetentionTally(path, dtype, weight=sum_squares(exact), delta=sum_squares(target - exact))
+    tally.add_lost(target - merged)
+    return merged, tally.compute_retention()
 
 
 def check_foldable(model: nn.Module, layers: Iterable[tuple[str, SlotLayer]]) -> None:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kit.errors import TargetError
+from lora_kit.layers.dequantize import dequantize_module_weight
 from lora_kit.layers.introspect import is_stored_transposed
 from lora_kit.layers.slot_layer import CONSTANT_PREFIX, SlotEntry
 
@@ -118,18 +119,11 @@ def _read_dense_weight(path: str, module: nn.Module) -> Tensor:
     Raises:
         TargetError: it is quantised in a way that is not known here.
     """
-    weight: Any = getattr(module, "weight", None)
-    if getattr(weight, "quant_state", None) is not None:
-        from bitsandbytes.functional import dequantize_4bit
-
-        weight = dequantize_4bit(weight.data, weight.quant_state)
-    elif weight is not None and weight.dtype == torch.int8:
-        # Of bitsandbytes; its layer takes the scales over from the weight at the first forward.
-        scales = getattr(weight, "SCB", None)
-        scales = getattr(getattr(module, "state", None), "SCB", None) if scales is None else scales
-        weight = None if scales is None else weight.data * (scales.float() / 127).unsqueeze(1)
-    elif hasattr(weight, "dequantize") and type(weight) not in (Tensor, nn.Parameter):
-        weight = weight.dequantize()
+    weight: Any = dequantize_module_weight(module)
+    if weight is None:
+        weight = getattr(module, "weight", None)
+        if hasattr(weight, "dequantize") and type(weight) not in (Tensor, nn.Parameter):
+            weight = weight.dequantize()
     if weight is None or weight.ndim != 2 or not weight.is_floating_point():
         raise TargetError(
             f"{path}: the weight of a {type(module).__name__} cannot be read, and a start is made from it",

@@ -523,13 +523,13 @@ def test_merges_of_several_adapters_put_rows_side_by_side_and_never_over_each_ot
 def test_a_merge_that_wrote_other_rows_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tied()
     model.save_pretrained(tmp_path / "base")
-    into = TokenReplacement.into
+    write_into = TokenReplacement.write_into
 
-    def late(self: TokenReplacement, room: Any) -> Any:
+    def late(self: TokenReplacement, reserve: Any) -> Any:
         self._indices = self._indices + 1
-        return into(self, room)
+        return write_into(self, reserve)
 
-    monkeypatch.setattr(TokenReplacement, "into", late)
+    monkeypatch.setattr(TokenReplacement, "write_into", late)
     with pytest.raises(VerificationError, match="other rows than it should have"):
         lk.merge(tmp_path / "base", adapter_of(model), tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
