@@ -60,4 +60,4 @@ bench-full: $(READY) ## all of it, written to benchmarks/results and the pages; 
 .PHONY: bench-quality
 bench-quality: $(READY) ## E2E NLG on kit-base; E2E_DATA=folder with train, valid and test.jsonl; about 40 minutes
 	@test -n "$(E2E_DATA)" || { echo "E2E_DATA=FOLDER is needed: train.jsonl, valid.jsonl, test.jsonl" >&2; exit 2; }
-	@$(OFFLINE) $(BIN)/python benchmarks/quality/e2e.py --data $(E2E_DATA)
+	@$(OFFLINE) $(BIN)/python -m benchmarks.quality --data $(E2E_DATA)

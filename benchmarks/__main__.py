@@ -17,7 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 from benchmarks.harness import Effort, Row, quiet, record
-from benchmarks.summary import SUITES, suite, write_all
+from benchmarks.tables import SUITES, suite, write_all
 
 SHORT, FULL = Effort(rounds=3, seconds=4), Effort(rounds=7, seconds=40)
 

@@ -29,7 +29,11 @@ from unittest.mock import patch
 
 import torch
 
-RESULTS: Final = Path(__file__).resolve().parent / "results"
+HERE: Final = Path(__file__).resolve().parent
+RESULTS: Final = HERE / "results"
+WORK: Final = HERE / "work"
+"""What finished runs leave, so that a benchmark that was stopped goes on; not in the repository."""
+README: Final = HERE / "README.md"
 _LIBRARIES: Final = ("lora-kit", "torch", "transformers", "peft")
 
 # Time
@@ -280,21 +284,25 @@ def record(name: str, row: str, measured: Mapping[str, Any], *, rows: Iterable[s
     write(name, {"rows": {label: found[label] for label in rows if label in found}})
 
 
-def fill(page: Path, text: str, *, mark: str = "table") -> None:
-    """Put generated text between `<!-- mark: begin -->` and `<!-- mark: end -->` of a page."""
-    page.write_text(filled(page, text, mark=mark), encoding="utf-8")
-
-
-def filled(page: Path, text: str, *, mark: str = "table") -> str:
-    """A page with generated text between its marks.
+def fill(page: Path, text: str, *, mark: str) -> None:
+    """Write generated text between `<!-- mark: begin -->` and `<!-- mark: end -->` of a page.
 
     Raises:
-        ValueError: it has no such marks.
+        ValueError: the page has no such marks.
+    """
+    page.write_text(replace_marked(page.read_text(encoding="utf-8"), text, mark=mark), encoding="utf-8")
+
+
+def replace_marked(page: str, text: str, *, mark: str) -> str:
+    """Return the text of a page with generated text between its marks.
+
+    Raises:
+        ValueError: the page has no such marks.
     """
     begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
-    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
+    before, found, rest = page.partition(begin)
     if not found or end not in rest:
-        raise ValueError(f"{page} has no place for a generated {mark}")
+        raise ValueError(f"the page has no place for a generated {mark}: expected {begin} and {end}")
     return f"{before}{begin}\n{text.strip()}\n{end}{rest.partition(end)[2]}"
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import logging
 import os
 import platform
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +21,8 @@ from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import LoraKitError, VerificationError
 from lora_kit.io.text import escape_text
 from lora_kit.models.loading import load_base
-from lora_kit.models.locate import KIT_BASE
+from lora_kit.models.silence import silence_bitsandbytes
+from lora_kit.names import KIT_BASE
 from lora_kit.version import __version__
 
 LIBRARIES: Final = (
@@ -117,7 +116,8 @@ def _run_check(name: str, trial: Callable[[], str]) -> Check:
     started = time.perf_counter()
     state: Literal["good", "failed", "not here"] = "good"
     try:
-        with _silence_warnings():
+        with silence_bitsandbytes(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             note = trial()
     except NotHereError as reason:
         state, note = "not here", reason.message
@@ -228,20 +228,6 @@ CHECKS: Final[Mapping[str, Callable[[], str]]] = {
     "writing here": _try_writing,
 }
 """The trials by name."""
-
-
-@contextlib.contextmanager
-def _silence_warnings() -> Iterator[None]:
-    """Keeps warnings, and bitsandbytes' line about `kernels`, out of the report."""
-    logger = logging.getLogger("bitsandbytes")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(before)
 
 
 def _installed_version_of(name: str) -> str:

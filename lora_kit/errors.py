@@ -1,18 +1,18 @@
-"""The exception family: one tree, each leaf also the builtin it specialises.
+"""The exception family: one tree, each leaf also the builtin that it specializes.
 
 LoraKitError
 ├── ConfigError (ValueError)            a LoraConfig or an adapter_config.json is wrong
 │   └── RecipeError                     a recipe is wrong
-├── TargetError (ValueError)            a config does not fit the modules of a model
+├── TargetError (ValueError)            a config does not match the modules of a model
 ├── AdapterError (ValueError)           an adapter's files or tensors are wrong
 │   └── BaseMismatchError               the adapter was made for another base
 ├── UnknownAdapterError (LookupError)   no adapter of that name
 ├── BankError (RuntimeError)            the bank cannot do this in its present state
-├── RoutingError (ValueError)           the rows given do not fit the batch
+├── RoutingError (ValueError)           the rows do not match the batch
 ├── BaseModelError (ValueError)         a base model cannot be found or read
 ├── DataError (ValueError)              training data is wrong
 ├── MergeError (ValueError)             a merge cannot be done as asked
-├── ExportError (ValueError)            an adapter cannot be carried to what should read it
+├── ExportError (ValueError)            an adapter cannot be exported to this program
 ├── StorageError (OSError)              the machine: disk, permission, an output that exists
 └── VerificationError (RuntimeError)    something written or computed is not what it should be
 """
@@ -27,9 +27,9 @@ class LoraKitError(Exception):
     """What was given, what was expected and what to do about it.
 
     Attributes:
-        message: one line (or, for a list of misfits, one line each).
+        message: one line (or, for a list of mismatches, one line each).
         hint: what to do about it, or an empty string.
-        exit_code: of the command line: 2 what was given is wrong, 3 the machine, 4 a verification failed.
+        exit_code: of the command line: 2 the input is wrong, 3 the machine fails, 4 a verification failed.
     """
 
     exit_code = 2
@@ -52,7 +52,7 @@ class RecipeError(ConfigError):
 
 
 class TargetError(LoraKitError, ValueError):
-    """A config does not fit the modules of a model."""
+    """A config does not match the modules of a model."""
 
 
 class AdapterError(LoraKitError, ValueError):
@@ -78,7 +78,7 @@ class BankError(LoraKitError, RuntimeError):
 
 
 class RoutingError(LoraKitError, ValueError):
-    """The rows given do not fit the batch."""
+    """The rows do not match the batch."""
 
 
 class BaseModelError(LoraKitError, ValueError):
@@ -94,7 +94,7 @@ class MergeError(LoraKitError, ValueError):
 
 
 class ExportError(LoraKitError, ValueError):
-    """An adapter cannot be carried to what should read it."""
+    """An adapter cannot be exported to this program."""
 
 
 class StorageError(LoraKitError, OSError):
@@ -110,12 +110,12 @@ class VerificationError(LoraKitError, RuntimeError):
 
 
 def suggest_nearest(word: str, known: Iterable[str]) -> str:
-    """`did you mean 'x'?`, or an empty string where nothing known is close."""
+    """Return `did you mean 'x'?`, or an empty string where no known word is close."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else ""
 
 
 def format_list(items: Sequence[str], *, most: int = 8) -> str:
-    """`a, b, c and 4 more`; `none` for nothing."""
+    """Return `a, b, c and 4 more`, at most `most` items by name; `none` for no items."""
     shown = ", ".join(items[:most])
     return f"{shown} and {len(items) - most} more" if len(items) > most else shown or "none"

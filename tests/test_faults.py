@@ -93,7 +93,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {
         lambda folder: folders.foreign(
             folder, folders.tensors() | {PREFIX + "lm_head.weight": torch.ones(5, 32)}, modules_to_save=["lm_head"]
         ),
-        "lm_head.weight is (5, 32), the model has (96, 32)",
+        "lm_head.weight is (5, 32), but the model has (96, 32)",
     ),
 }
 

@@ -2,49 +2,27 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
 
 import lora_kit
+from tools import structure
+from tools.structure import PACKAGE, ROOMS, ROOT, Finding
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "lora_kit"
-
-# A module imports only from its own room and from rooms before it in this list.
-ROOMS = [
-    "version",
-    "errors",
-    "io",
-    "config",
-    "torch_utils",
-    "ops",
-    "layers",
-    "adapter",
-    "targets",
-    "bank",
-    "models",
-    "data",
-    "generation",
-    "evaluation",
-    "training",
-    "sweeps",
-    "merging",
-    "algebra",
-    "exporters",
-    "doctor",
-    "demo",
-    "serve",
-    "cli",
-    "__main__",
-]
+SOURCES = [file for file in structure.source_files() if file != PACKAGE / "__init__.py"]
+# `python -m tools.structure` prints more than what is asserted here.
+MUST_FIND_NOTHING = (
+    structure.repeated_file_names,
+    structure.repeated_class_names,
+    structure.upward_imports,
+    structure.imports_between_tests,
+)
 BASE = PACKAGE / "models" / "kit_base"
 HEAVY = {"transformers", "peft", "datasets", "matplotlib", "accelerate", "bitsandbytes", "pandas"}
 TOP_LEVEL = {
@@ -64,49 +42,25 @@ TOP_LEVEL = {
 }
 
 
-def source_files() -> list[Path]:
-    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
-
-
-def room_of(file: Path) -> str:
-    """The room a file belongs to: the folder or module directly under the package."""
-    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-def imported_modules(file: Path) -> Iterator[str]:
-    """Dotted names of everything a file imports, inside functions too; relative imports made absolute."""
-    package = ["lora_kit", *file.relative_to(PACKAGE).parts[:-1]]
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            start = package[: len(package) - node.level + 1] if node.level else []
-            module = ".".join([*start, *([node.module] if node.module else [])])
-            # `from lora_kit import bank` names a room; `from lora_kit.bank import attach` already does.
-            yield from (f"{module}.{alias.name}" for alias in node.names) if module == "lora_kit" else iter([module])
-
-
-def imported_rooms(file: Path) -> set[str]:
-    names = [name.split(".") for name in imported_modules(file)]
-    return {parts[1] if len(parts) > 1 else "the package itself" for parts in names if parts[0] == "lora_kit"}
-
-
 def python(code: str) -> str:
     """What a fresh interpreter prints for `code`."""
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
 
 
-@pytest.mark.parametrize("file", source_files(), ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_a_module_imports_only_from_rooms_above_it(file: Path) -> None:
-    room, imported = room_of(file), imported_rooms(file)
-    assert room in ROOMS, f"{room} is not in the list of rooms: give it a place there and in docs/architecture.md"
-    allowed = set(ROOMS[: ROOMS.index(room) + 1])
-    assert imported <= allowed, f"{room} imports {sorted(imported - allowed)}, which come after it"
+@pytest.mark.parametrize("find", MUST_FIND_NOTHING, ids=lambda find: find.__name__)
+def test_the_tree_has_no_such_place(find: Callable[[], list[Finding]]) -> None:
+    places = "\n".join(f"{finding.place}: {finding.what}" for finding in find())
+    assert not places, f"{find.__doc__}\n{places}"
+
+
+def test_every_room_has_its_place_in_the_order_of_imports() -> None:
+    missing = {structure.room_of(file) for file in SOURCES} - set(ROOMS)
+    assert not missing, f"give {missing} a place in tools/structure.py and in docs/architecture.md"
 
 
 def test_every_room_is_described() -> None:
     described = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    missing = [room for room in {room_of(file) for file in source_files()} if f"`{room}" not in described]
+    missing = [room for room in {structure.room_of(file) for file in SOURCES} if f"`{room}" not in described]
     assert not missing, f"docs/architecture.md does not say what lives in {missing}"
 
 
@@ -121,7 +75,7 @@ def test_config_reads_without_torch() -> None:
     allowed = {"__future__", "lora_kit", "regex", *sys.stdlib_module_names}
     assert {
         name.split(".")[0]
-        for name in {name for file in (PACKAGE / "config").glob("*.py") for name in imported_modules(file)}
+        for name in {name for file in (PACKAGE / "config").glob("*.py") for name in structure.imported_modules(file)}
     } <= allowed
     assert (
         json.loads(python("import json, sys, lora_kit.config.lora_config; print(json.dumps('torch' in sys.modules))"))

@@ -36,9 +36,9 @@ from lora_kit.models.prompt_tokens import tokenize_prompt
 from lora_kit.ops.lora import lora_add, lora_linear
 from lora_kit.training.train import train
 from tests.support import texts, tiny
+from tests.support.interrupted import long_recipe, results, unbroken
 from tests.support.planting import Mistake, plant
-from tests.training.test_resumable import long_recipe, results, unbroken
-from tests.training.test_train import LABELLED, At, base_of, recipe_of, same_state, state
+from tests.support.training import LABELLED, At, base_of, recipe_of, same_state, state
 
 pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 

@@ -240,7 +240,7 @@ def loss(plan: Plan, deadline: Deadline) -> dict[str, Any]:
 
 @dataclass
 class Trained:
-    """One case: a whole training step, optimiser included (the frozen base has none)."""
+    """One case: a whole training step, optimizer included (the frozen base has none)."""
 
     model: Any
     leaves: Sequence[Tensor]
@@ -316,7 +316,7 @@ def trained(plan: Plan, deadline: Deadline, base: Any) -> dict[str, Any]:
 def _peak(step: Callable[[], None]) -> int | None:
     """Peak memory of a step above what was held before; None where it does not fit the device."""
     try:
-        step()  # so that what stays, such as the optimiser's state, is there before
+        step()  # so that what stays, such as the optimizer's state, is there before
         return peak_bytes(step)
     except torch.OutOfMemoryError:
         gc.collect()

@@ -1,4 +1,4 @@
-"""Adapter: an immutable value of config and tensors that knows no model, and the folder it is on disk."""
+"""Adapter: an immutable value of config and tensors that knows no model, and its folder on disk."""
 
 from lora_kit.adapter.adapter import Adapter
 

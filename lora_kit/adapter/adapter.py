@@ -27,7 +27,7 @@ from lora_kit.adapter.folder import (
     encode_record,
     is_adapter_folder,
 )
-from lora_kit.adapter.model_card import render_model_card
+from lora_kit.adapter.model_card import render_adapter_card
 from lora_kit.adapter.peft_keys import LoraWeights, TokenEmbeddings, classify_tensors
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import AdapterError, LoraKitError, format_list
@@ -37,7 +37,7 @@ from lora_kit.io.safetensors import encode_safetensors, hash_tensors
 logger = logging.getLogger(__name__)
 
 _READ_ATTEMPTS: Final = 3
-"""Times a folder is read anew because another one took its place meanwhile."""
+"""How often a folder is read again because another one replaced it meanwhile."""
 _IDENTITY_FIELDS: Final = (
     "lora_alpha",
     "alpha_pattern",
@@ -53,18 +53,19 @@ class Adapter:
     """Config, named tensors and identity; equal where the digests are equal.
 
     Args:
-        config: what the adapter is.
+        config: of the adapter.
         tensors: by PEFT's keys; on the CPU, not to be written to.
         record: further facts carried in `lora_kit.json` (base, recipe, seed, metrics, versions).
-        allow: of `ALLOWANCES`: what may pass instead of being refused.
+        allow: which of `ALLOWANCES` are accepted instead of rejected.
 
     Attributes:
-        config, record: as given.
+        config: of the adapter.
         tensors: by PEFT's keys, read-only: `lora_A` (r, in), `lora_B` (out, r), saved modules as in the base.
+        record: further facts, read-only.
 
     Raises:
-        AdapterError: on construction, listing every tensor that does not fit the config.
-        ConfigError: on construction: `allow` names nothing that is known.
+        AdapterError: on construction, listing every tensor that does not match the config.
+        ConfigError: on construction, for an unknown name in `allow`.
     """
 
     def __init__(
@@ -78,8 +79,8 @@ class Adapter:
         check_allowances(allow)
         if config.starts_from_weight:
             raise AdapterError(
-                f"init_lora_weights={config.init_lora_weights} is of an adapter that is yet to be trained",
-                hint="a bank's snapshot of one is a plain adapter",
+                f"init_lora_weights={config.init_lora_weights} is for an adapter that is yet to be trained",
+                hint="a bank's snapshot of such an adapter is a plain LoRA",
             )
         self.config = config
         self.tensors: Mapping[str, Tensor] = MappingProxyType({key: t.detach() for key, t in tensors.items()})
@@ -94,50 +95,50 @@ class Adapter:
 
     @property
     def base(self) -> Mapping[str, Any] | None:
-        """Fingerprint of the base it was made for, where it is known."""
-        return self.record.get("base")
+        """Fingerprint of the base it was made for; None where it is not known."""
+        base: Mapping[str, Any] | None = self.record.get("base")
+        return base
 
     def pairs(self) -> Mapping[str, LoraWeights]:
-        """The low-rank pairs by path of their layer.
+        """Return the LoRA weights by path of their layer.
 
         Raises:
-            AdapterError: some are for parameters or convolutions, or there are rows of new tokens as well; whoever asks
-                for pairs alone would misread these.
+            AdapterError: some are for parameters or convolutions, or there are token embeddings as well. A caller that
+                asks for the weights of layers alone would misread them.
         """
         others = {pair.kind for pair in self._contents.pairs.values()} - {"linear", "embedding"}
         if others:
             raise AdapterError(
-                f"it has pairs for a {format_list(sorted(others))}, which this cannot handle",
+                f"it has LoRA weights for a {format_list(sorted(others))}, which is not supported here",
                 hint="load it into a bank; bank.merge folds it into the model in memory",
             )
         if self._contents.tokens:
             raise AdapterError(
-                f"it has rows of new tokens (trainable_token_indices) for "
-                f"{format_list(sorted(self._contents.tokens))}, which "
-                "this cannot handle",
+                f"it has token embeddings (trainable_token_indices) for {format_list(sorted(self._contents.tokens))}, "
+                "which are not supported here",
                 hint="load it into a bank, or merge it into its base",
             )
         return self.all_pairs()
 
     def all_pairs(self) -> Mapping[str, LoraWeights]:
-        """The low-rank pairs by path, those for parameters (`target_parameters`) and convolutions among them."""
+        """Return the LoRA weights by path, including those for parameters (`target_parameters`) and convolutions."""
         return MappingProxyType(self._contents.pairs)
 
     def saved(self) -> Mapping[str, Tensor]:
-        """The tensors of modules saved whole, by path (`score.weight`)."""
+        """Return the tensors of `modules_to_save`, by path (`score.weight`)."""
         return MappingProxyType(self._contents.saved)
 
     def tokens(self) -> Mapping[str, TokenEmbeddings]:
-        """Rows of embeddings and heads (`trainable_token_indices`), by path of the module."""
+        """Return the token embeddings (`trainable_token_indices`), by path of the embedding or head."""
         return MappingProxyType(self._contents.tokens)
 
     def base_copies(self) -> Mapping[str, Tensor]:
-        """Weights of the base that PEFT wrote along with an adapted embedding, by path of the layer."""
+        """Return the base weights that PEFT saved beside an adapted embedding, by path of the layer."""
         return MappingProxyType(self._contents.copies)
 
     @property
     def num_parameters(self) -> int:
-        """Elements of the pairs and saved modules."""
+        """Elements of the LoRA weights, saved modules and token embeddings."""
         copies = sum(tensor.numel() for tensor in self._contents.copies.values())
         return sum(tensor.numel() for tensor in self.tensors.values()) - copies
 
@@ -148,7 +149,8 @@ class Adapter:
 
     @functools.cached_property
     def digest(self) -> str:
-        """sha256 of the config fields that give the tensors meaning and of the sha256 of the canonical weight file.
+        """Identity: sha256 of the config fields that give the tensors their meaning, and of the canonical weight file's
+        sha256.
 
         Names and labels do not count.
         """
@@ -161,7 +163,7 @@ class Adapter:
         return hash(self.digest)
 
     def __repr__(self) -> str:
-        size = f"{len(self._contents.pairs)} pairs, r={self.config.r}, {self.num_parameters:,} parameters"
+        size = f"{len(self._contents.pairs)} layers, r={self.config.r}, {self.num_parameters:,} parameters"
         return f"Adapter({size}, {self.digest[:12]})"
 
     @classmethod
@@ -169,10 +171,12 @@ class Adapter:
         """Read an adapter folder, strictly.
 
         Args:
-            allow: of `ALLOWANCES`: what may pass instead of being refused.
+            folder: of the adapter.
+            allow: which of `ALLOWANCES` are accepted instead of rejected.
 
         Raises:
-            AdapterError, ConfigError: what is wrong with which file; nothing is kept.
+            AdapterError: the weights or the record are wrong; says what is wrong in which file.
+            ConfigError: `adapter_config.json` is wrong.
             StorageError: a file cannot be read, or does not fit in memory.
 
         Example:
@@ -182,42 +186,42 @@ class Adapter:
         check_allowances(allow)
         folder = Path(folder)
         for _ in range(_READ_ATTEMPTS):
-            found = _stat_folder(folder)
+            identity = _stat_folder(folder)
             try:
                 return cls._read(folder, allow)
             except LoraKitError:
-                if _stat_folder(folder) == found:
+                if _stat_folder(folder) == identity:
                     raise
         return cls._read(folder, allow)
 
     @classmethod
     def _read(cls, folder: Path, allow: Collection[str]) -> Adapter:
-        found = AdapterFolder.open(folder, allow=allow)
-        found.log_caveats()
-        if found.facts is None:
-            return cls._of(found, found.read(seen=lambda piece: None).tensors, allow)
-        sha, refusal = hashlib.sha256(), None
-        # Hashed while it is read and looked at: hashing takes longest, and needs no lock of the interpreter.
-        with ThreadPoolExecutor(max_workers=1) as pool:  # one, so that pieces stay in their order
-            weights = found.read(seen=lambda piece: pool.submit(sha.update, piece))
+        source = AdapterFolder.open(folder, allow=allow)
+        source.log_caveats()
+        if source.facts is None:
+            return cls._build(source, source.read(seen=lambda piece: None).tensors, allow)
+        sha, error = hashlib.sha256(), None
+        # Hashed while it is read and checked: hashing takes longest, and needs no lock of the interpreter.
+        with ThreadPoolExecutor(max_workers=1) as pool:  # one worker, so that pieces stay in order
+            weights = source.read(seen=lambda piece: pool.submit(sha.update, piece))
             try:
-                adapter = cls._of(found, weights.tensors, allow)
-            except AdapterError as error:
-                refusal = error
-        found.check_unchanged(sha.hexdigest())  # that a file was changed is said before what is wrong in it
-        if refusal is not None:
-            raise refusal
+                adapter = cls._build(source, weights.tensors, allow)
+            except AdapterError as mismatch:
+                error = mismatch
+        source.check_unchanged(sha.hexdigest())  # a changed file is reported first, whatever else is wrong in it
+        if error is not None:
+            raise error
         if weights.canonical:
             adapter.digest = _compute_digest(adapter.config, sha.hexdigest())
-        found.check_identity(adapter.digest)
+        source.check_identity(adapter.digest)
         return adapter
 
     @classmethod
-    def _of(cls, found: AdapterFolder, tensors: Mapping[str, Tensor], allow: Collection[str]) -> Adapter:
+    def _build(cls, source: AdapterFolder, tensors: Mapping[str, Tensor], allow: Collection[str]) -> Adapter:
         try:
-            return cls(found.config, tensors, record=found.record, allow=allow)
+            return cls(source.config, tensors, record=source.record, allow=allow)
         except AdapterError as error:
-            raise AdapterError(f"{found.shown}: {error.message}", hint=error.hint) from None
+            raise AdapterError(f"{source.shown}: {error.message}", hint=error.hint) from None
 
     def save(
         self,
@@ -230,25 +234,29 @@ class Adapter:
         """Write the folder, all or nothing, synced to disk.
 
         Args:
-            record: facts to add to those the adapter carries: `base`, `recipe`, `seed`, `metrics`.
+            folder: to write.
+            record: facts to add to those that the adapter carries: `base`, `recipe`, `seed`, `metrics`.
             files: further files of the folder (a recipe, a picture), by name.
             replace: an adapter that is there may be replaced.
 
+        Returns:
+            The folder.
+
         Raises:
-            StorageError: the folder exists, or the disk refuses; what was there is as it was.
-            ConfigError: `record` is not JSON, or a name in `files` is not one for a further file.
+            StorageError: the folder exists, or writing fails; what was there is unchanged.
+            ConfigError: `record` is not JSON, or a name in `files` is not allowed for a further file.
         """
         folder = Path(folder)
         facts = {**self.record, **(record or {})}
         contents = dict(files or {})
         check_file_names(contents)
         name = Path(os.path.abspath(folder)).name
-        contents[CARD] = render_model_card(
+        contents[CARD] = render_adapter_card(
             name, self.config, facts.get("metrics"), parameters=self.num_parameters, digest=self.digest
         )
         contents[CONFIG] = encode_config(self.config)
         contents[WEIGHTS] = b"".join(encode_safetensors(self.tensors))
-        # Last, because it vouches for the others.
+        # Last, because it has the digests of the others.
         contents[RECORD] = encode_record(facts, contents, digest=self.digest)
         write_folder(folder, contents, replace=replace, owned=is_adapter_folder)
         return folder
@@ -264,15 +272,15 @@ def _compute_digest(config: LoraConfig, weights_sha256: str) -> str:
     return hashlib.sha256(f"{json.dumps(meaning)}\n{weights_sha256}".encode()).hexdigest()
 
 
-def _normalize_numbers(value: Any) -> Any:
-    """16.0 is 16: a number's identity is its value."""
+def _normalize_numbers(value: object) -> object:
+    """Return 16 for 16.0: a number's identity is its value."""
     if isinstance(value, Mapping):
         return {key: _normalize_numbers(item) for key, item in value.items()}
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _stat_folder(folder: Path) -> tuple[int, int] | None:
-    """Which folder is at a path just now."""
+    """Return device and inode of the folder that is at a path now; None where there is none."""
     try:
         status = os.stat(folder)
     except (OSError, ValueError):

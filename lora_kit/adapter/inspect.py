@@ -1,34 +1,37 @@
-"""What one adapter is made of, seen without a base model."""
+"""Inspect one adapter without a base model: its layers, ranks and singular values."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.adapter.conversion.convert import read_foreign_adapter as read_foreign
+from lora_kit.adapter.conversion.convert import read_foreign_adapter
 from lora_kit.adapter.folder import RECORD
 from lora_kit.adapter.peft_keys import LoraWeights
-from lora_kit.adapter.store import STORE, _natural_sort_key, find_adapter, sum_file_sizes, to_json_value
+from lora_kit.adapter.store import find_adapter, sum_file_sizes, to_json_value
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import AdapterError, ConfigError, LoraKitError
+from lora_kit.io.strict_json import JsonObject
+from lora_kit.names import DEFAULT_STORE
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSummary:
-    """What an adapter does to one module: `delta = scaling · B A`.
+    """The update of one module: `delta = scaling · B A`.
 
     Attributes:
         path: the module's path in the base.
-        kind: `linear` or `embedding`.
+        kind: of the layer, as in `LoraWeights`.
         shape: (out, in) of the delta; (dim, entries) for an embedding.
         rank: rows of A.
-        scaling: what `B A` is multiplied by.
+        scaling: factor of `B A`.
         norm: Frobenius norm of the delta.
         values: its singular values, falling, one for each rank; of a DoRA, before its rows are rescaled.
     """
@@ -43,41 +46,39 @@ class LayerSummary:
 
     @property
     def effective_rank(self) -> float:
-        """`exp(-Σ p log p)` of `p = values / Σ values` (Roy, Vetterli 2007): how many directions the delta has.
+        """`exp(-Σ p log p)` of `p = values / Σ values` (Roy, Vetterli 2007): the number of directions of the delta.
 
-        1 where one is all of it, the rank where all weigh the same, 0 for a delta of zero.
+        1 where there is one direction, the rank where all values are equal, 0 for a delta of zero.
         """
         total = math.fsum(self.values)
         shares = [value / total for value in self.values if value > 0]
         return math.exp(-math.fsum(share * math.log(share) for share in shares)) if shares else 0.0
 
     def ranks_for(self, energy: float) -> int:
-        """The fewest ranks that hold this share of `‖delta‖²`; at least 1."""
+        """Return the fewest ranks whose values make up this share of `‖delta‖²`; at least 1."""
         squares = [value**2 for value in self.values]
-        wanted, held = energy * math.fsum(squares), 0.0
-        for rank, square in enumerate(squares, 1):
-            held += square
-            if held >= wanted:
-                return rank
-        return len(squares)
+        wanted = energy * math.fsum(squares)
+        sums = itertools.accumulate(squares)
+        return next((rank for rank, reached in enumerate(sums, 1) if reached >= wanted), len(squares))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What one adapter is made of.
+    """The content of one adapter.
 
     Attributes:
-        name, folder: the folder it was read from.
-        config: PEFT's fields.
-        layers: one entry per low-rank pair.
-        saved: shapes of the modules saved whole, by key.
+        name: of the folder.
+        folder: that it was read from.
+        config: of the adapter.
+        layers: one entry per layer with LoRA weights.
+        saved: shapes of the tensors of `modules_to_save`, by key.
         parameters: number of values it holds.
         bytes: size of the folder's files.
         digest: its identity.
-        base: fingerprint of the base it was made for; None where it says nothing.
-        record: what its `lora_kit.json` carries.
-        notes: what had to be done to read it, and what its files do not say, where another tool wrote it in its way.
-        tokens: which tokens it has rows of, by path of the embedding or head.
+        base: fingerprint of the base it was made for; None where it is not known.
+        record: content of its `lora_kit.json`.
+        notes: where another tool wrote it in its own format: how it was converted, and what its files do not say.
+        tokens: the tokens that it has embeddings of, by path of the embedding or head.
     """
 
     name: str
@@ -88,8 +89,8 @@ class Inspection:
     parameters: int
     bytes: int
     digest: str
-    base: Mapping[str, Any] | None
-    record: Mapping[str, Any]
+    base: Mapping[str, object] | None
+    record: Mapping[str, object]
     notes: tuple[str, ...] = ()
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
@@ -98,15 +99,15 @@ class Inspection:
         """Frobenius norm of all deltas together."""
         return math.sqrt(sum(layer.norm**2 for layer in self.layers))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
+        """Return JSON values of every field, and the norm."""
         return {**to_json_value(self), "config": self.config.to_dict(), "norm": self.norm}
 
 
-def inspect(adapter: str | Path, *, store: str | Path = STORE) -> Inspection:
-    """What an adapter is made of; it is read strictly, as loading it would.
+def inspect(adapter: str | Path, *, store: str | Path = DEFAULT_STORE) -> Inspection:
+    """Inspect an adapter; it is read as strictly as loading reads it.
 
-    What another tool wrote in a way that is not loaded as it is, is explained as `lora_kit.adapter.conversion`
-    reads it.
+    An adapter in the format of another tool is shown as `lora_kit.adapter.conversion` converts it.
 
     Args:
         adapter: a folder, the name of one in `store`, or a weight file of another tool.
@@ -114,56 +115,73 @@ def inspect(adapter: str | Path, *, store: str | Path = STORE) -> Inspection:
 
     Raises:
         UnknownAdapterError: no such folder and no such name.
-        AdapterError, ConfigError: it cannot be read.
+        AdapterError: its weights or its record cannot be read.
+        ConfigError: its config cannot be read.
     """
     folder = Path(adapter) if Path(adapter).is_file() else find_adapter(adapter, store=store)
-    value, notes = _load_or_convert(folder)
+    loaded, notes = _load_or_convert(folder)
     return Inspection(
         name=folder.resolve().name,
         folder=folder,
-        config=value.config,
-        layers=summarize_layers(value),
-        saved={key: tuple(tensor.shape) for key, tensor in value.saved().items()},
-        parameters=value.num_parameters,
+        config=loaded.config,
+        layers=summarize_layers(loaded),
+        saved={key: tuple(tensor.shape) for key, tensor in loaded.saved().items()},
+        parameters=loaded.num_parameters,
         bytes=folder.stat().st_size if folder.is_file() else sum_file_sizes(folder),
-        digest=value.digest,
-        base=value.base if isinstance(value.base, Mapping) else None,
-        record=value.record,
+        digest=loaded.digest,
+        base=loaded.base if isinstance(loaded.base, Mapping) else None,
+        record=loaded.record,
         notes=notes,
-        tokens={path: held.indices for path, held in value.tokens().items()},
+        tokens={path: embeddings.indices for path, embeddings in loaded.tokens().items()},
     )
 
 
 def _load_or_convert(path: Path) -> tuple[Adapter, tuple[str, ...]]:
-    """An adapter, and how another tool wrote it where it cannot be loaded as it is."""
+    """Load an adapter, or convert one of another tool; return notes on how it was converted too."""
     try:
         return Adapter.load(path), ()
     except (AdapterError, ConfigError) as error:
         if (path / RECORD).exists():
-            raise  # of ours: that something is wrong with it is not to be explained away
-        refusal = error if path.is_dir() else AdapterError(f"{path} is no adapter")
+            raise  # one of ours, which is damaged
+        load_error = error if path.is_dir() else AdapterError(f"{path} is not an adapter")
     try:
-        found = read_foreign(path)
+        foreign = read_foreign_adapter(path)
     except LoraKitError:
-        raise refusal from None
-    told = (f"written by {found.layout}: `lora-kit convert` makes an adapter of ours of it", *found.notes)
-    return found.adapter, (*told, *(f"not said: {what}; shown as if scaling were 1" for what in found.open))
+        raise load_error from None
+    layout = f"written by {foreign.layout}: `lora-kit convert` makes an adapter of ours of it"
+    missing = (f"not said: {what}; shown as if scaling were 1" for what in foreign.open)
+    return foreign.adapter, (layout, *foreign.notes, *missing)
 
 
 def summarize_layers(adapter: Adapter) -> tuple[LayerSummary, ...]:
-    """One summary per low-rank pair, by path, numbers in it as numbers."""
+    """Summarize each layer with LoRA weights, sorted by path; numbers in paths are compared as numbers."""
     pairs = sorted(adapter.all_pairs().items(), key=lambda item: _natural_sort_key(item[0]))
     return tuple(_summarize_layer(path, pair, adapter.config) for path, pair in pairs)
 
 
-def compute_singular_values(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """Those of `B A` in rank space: with `B = Q_b R_b` and `Aᵀ = Q_a R_a` they are the ones of `R_b R_aᵀ`.
+def _natural_sort_key(path: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.split(".")]
 
-    Shapes: b (out, r), a (r, in), of any floating dtype; float64 (min(r, out, in),), falling. The product is never
-    formed, and nothing is squared.
+
+def compute_singular_values(b: Tensor, a: Tensor) -> Tensor:
+    """Return the singular values of `B A`, which are those of its core; see `compute_core`.
+
+    Shapes: b (out, r), a (r, in), of any floating dtype; returns float64 (min(r, out, in),), falling.
+    """
+    values: Tensor = torch.linalg.svdvals(compute_core(b, a))
+    return values
+
+
+def compute_core(b: Tensor, a: Tensor) -> Tensor:
+    """Return `R_b R_aᵀ` of `B = Q_b R_b` and `Aᵀ = Q_a R_a`: it has the singular values and the norm of `B A`.
+
+    The product is never formed, and nothing is squared.
+
+    Shapes: b (out, r), a (r, in), of any floating dtype; returns float64 (min(r, out), min(r, in)).
     """
     b, a = b.detach().double(), a.detach().double()
-    return torch.linalg.svdvals(torch.linalg.qr(b, mode="r").R @ torch.linalg.qr(a.T, mode="r").R.T)
+    core: Tensor = torch.linalg.qr(b, mode="r").R @ torch.linalg.qr(a.T, mode="r").R.T
+    return core
 
 
 def _summarize_layer(path: str, pair: LoraWeights, config: LoraConfig) -> LayerSummary:

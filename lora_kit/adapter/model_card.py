@@ -1,67 +1,120 @@
-"""The model card of an adapter folder."""
+"""Model cards: the README of an adapter, an export or a merged model, with a table of facts and code that loads it.
+
+Every text that others may have written (names, metrics) is escaped here.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import format_list
 from lora_kit.io.text import escape_text
 
-
-def render_model_card(name: str, config: LoraConfig, metrics: Any, *, parameters: int, digest: str) -> bytes:
-    """The model card: what the adapter is, how it did, how to load it."""
-    base = config.base_model_name_or_path or "unknown"
-    targets = config.target_modules if isinstance(config.target_modules, str) else ", ".join(config.target_modules)
-    rows = [
-        ("base", base),
-        ("rank, alpha", f"{config.r}, {config.lora_alpha:g}" if config.target_modules else "no low-rank pairs"),
-        ("target modules", targets or "none"),
-        ("modules saved whole", ", ".join(config.modules_to_save) or "none"),
-        *([("rows of tokens", describe_tokens(config))] if config.trainable_token_indices else []),
-        ("parameters", f"{parameters:,}"),
-        ("digest", digest),
-    ]
-    rows += [
-        (key, f"{value:.6g}" if isinstance(value, float) else str(value))
-        for key, value in (metrics if isinstance(metrics, Mapping) else {}).items()
-    ]
-    table = "\n".join(f"| {_escape_cell(key)} | {_escape_cell(value)} |" for key, value in rows)
-    label, path = json.dumps(name), json.dumps(f"path/to/{name}")
-    base_line = f"base_model: {json.dumps(base)}\n" if base != "unknown" else ""
-    return f"""---
-library_name: peft
-{base_line}tags:
-- lora
----
-# {escape_text(name)}
-
-A LoRA adapter trained with lora_kit.
-
-| | |
-|---|---|
-{table}
-
-```python
-import lora_kit as lk
-
-bank = lk.attach(model, slots=1)
-bank.load({label}, {path})
-bank.use({label})
-```
-It is in PEFT's format: `peft.PeftModel.from_pretrained(model, {path})` loads it as well.
-""".encode()
+# Parts of any card
 
 
-def describe_tokens(config: LoraConfig) -> str:
-    """The tokens of which an adapter has rows, in words; empty where it has none."""
-    given = config.trainable_token_indices or ()
-    by_name = given if isinstance(given, Mapping) else {"": given} if given else {}
-    said = [(name, format_list([str(index) for index in indices])) for name, indices in by_name.items()]
-    return "; ".join(f"{name}: {told}" if name else told for name, told in said)
+def render_card(title: str, *sections: str) -> str:
+    """Return a card in Markdown: its title, then its sections, an empty line between each two."""
+    return "\n\n".join([f"# {escape_text(title)}", *(section.strip("\n") for section in sections)]) + "\n"
+
+
+def format_front_matter(*, base: str | None, tag: str) -> str:
+    """Return the YAML that model hubs read, to stand before an adapter's card.
+
+    Args:
+        base: name of the base; None where it is not known.
+        tag: the kind of adapter.
+    """
+    base_line = f"base_model: {json.dumps(base)}\n" if base else ""
+    return f"---\nlibrary_name: peft\n{base_line}tags:\n- {tag}\n---\n"
+
+
+def format_table(rows: Iterable[Sequence[object]], *, head: Sequence[str] = ("", "")) -> str:
+    """Return a Markdown table; every cell is escaped."""
+    lines = [f"| {' | '.join(map(_escape_cell, row))} |" for row in (head, *rows)]
+    return "\n".join([lines[0], f"|{'---|' * len(head)}", *lines[1:]])
+
+
+def format_metrics(metrics: object) -> list[tuple[str, str]]:
+    """Return the rows of a table for measured values by name; none where a record of others holds anything else."""
+    items = metrics.items() if isinstance(metrics, Mapping) else ()
+    return [(str(key), f"{value:.6g}" if isinstance(value, float) else str(value)) for key, value in items]
+
+
+def format_code(code: str) -> str:
+    """Return Python code as a Markdown block."""
+    return f"```python\n{code}\n```"
 
 
 def _escape_cell(value: object) -> str:
     return escape_text(value).replace("|", "\\|")
+
+
+# Code that loads it
+
+
+def write_base_loading_code(base: str, *, task: str, labels: int = 0) -> str:
+    """Return the line of Python that loads a base.
+
+    Args:
+        labels: how many there are, where the task has labels.
+    """
+    options = "" if task == "causal-lm" else f", task={task!r}"
+    options += f", num_labels={labels}" if labels else ""
+    return f"base = lk.load_base({base!r}{options})"
+
+
+def write_bank_loading_code(name: str, folder: str, *, model: str = "model") -> str:
+    """Return Python that loads an adapter into a bank beside the model of this variable."""
+    return f"bank = lk.attach({model}, slots=1)\nbank.load({name!r}, {folder!r})\nbank.use({name!r})"
+
+
+def write_peft_loading_code(base: str, folder: str, *, task: str, labels: int = 0) -> str:
+    """Return Python that loads a base, and with PEFT an adapter on it; arguments as in `write_base_loading_code`."""
+    return (
+        "import lora_kit as lk\nfrom peft import PeftModel\n\n"
+        f"{write_base_loading_code(base, task=task, labels=labels)}\n"
+        f"model = PeftModel.from_pretrained(base.model, {folder!r})"
+    )
+
+
+# An adapter's card
+
+
+def render_adapter_card(name: str, config: LoraConfig, metrics: object, *, parameters: int, digest: str) -> bytes:
+    """Return the card of an adapter: what it is, what was measured, how to load it.
+
+    Args:
+        metrics: measured values by name, as the adapter's record has them.
+        parameters: how many values it holds.
+    """
+    targets = config.target_modules if isinstance(config.target_modules, str) else ", ".join(config.target_modules)
+    rows = [
+        ("base", config.base_model_name_or_path or "unknown"),
+        ("rank, alpha", f"{config.r}, {config.lora_alpha:g}" if config.target_modules else "no LoRA weights"),
+        ("target modules", targets or "none"),
+        ("modules saved whole", ", ".join(config.modules_to_save) or "none"),
+        *([("token embeddings", describe_tokens(config))] if config.trainable_token_indices else []),
+        ("parameters", f"{parameters:,}"),
+        ("digest", digest),
+        *format_metrics(metrics),
+    ]
+    path = f"path/to/{name}"
+    card = render_card(
+        name,
+        "A LoRA adapter trained with lora_kit.",
+        format_table(rows),
+        format_code(f"import lora_kit as lk\n\n{write_bank_loading_code(name, path)}")
+        + f"\nIt is in PEFT's format: `peft.PeftModel.from_pretrained(model, {path!r})` loads it as well.",
+    )
+    return (format_front_matter(base=config.base_model_name_or_path, tag="lora") + card).encode()
+
+
+def describe_tokens(config: LoraConfig) -> str:
+    """Return which tokens an adapter has embeddings of, in words; an empty string where it has none."""
+    tokens = config.trainable_token_indices or ()
+    by_name = tokens if isinstance(tokens, Mapping) else {"": tokens} if tokens else {}
+    lists = [(name, format_list([str(index) for index in indices])) for name, indices in by_name.items()]
+    return "; ".join(f"{name}: {indices}" if name else indices for name, indices in lists)

@@ -1,4 +1,4 @@
-"""From the keys of PEFT's weight files to what they stand for: pairs, modules saved whole, every misfit in words."""
+"""Classify the tensors of PEFT's weight files by key, and list every mismatch with the config."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _KEY_ENDINGS: Final = {
     "embedding_B": ("embedding", "B"),
     "magnitude_vector": ("linear", "magnitude"),
 }
-"""What follows the mark: the kind of layer, and what of its pair the tensor is."""
+"""What follows the mark: the kind of layer, and which of its LoRA weights the tensor is."""
 _NESTED_SUFFIX: Final = ".base_layer"
-"""PEFT's wrappers of several parameters of one module are nested."""
+"""In keys of a second parameter of a module: PEFT nests the wrappers of several parameters."""
 _TOKENS_SUFFIX: Final = ".token_adapter.trainable_tokens_delta"
-"""PEFT's name for the rows of new tokens, which are the rows themselves and no difference to others."""
+"""PEFT's name for token embeddings. Despite it they are the rows themselves, not differences."""
 _COPY_SUFFIX: Final = ".base_layer.weight"
-"""PEFT writes the frozen table of an adapted embedding beside its pair, under this suffix."""
+"""PEFT writes the frozen weight of an adapted embedding beside its LoRA weights, under this suffix."""
 _READABLE_DTYPES: Final = frozenset(DTYPES.values())
 _NAME_LIMIT: Final = 1_000
 _MAX_MISMATCHES_SHOWN: Final = 200
 _SMALL_TENSOR: Final = 4_096
-"""Elements up to which calling an operation costs more than what it does."""
+"""Elements up to which calling an operation costs more than its work."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class LoraWeights:
     Attributes:
         a: (r, in); for an embedding (r, entries).
         b: (out, r); for an embedding (dim, r).
-        kind: `linear`, `embedding`, or `parameter`: then A is (E·r, in) and B (out, r·E) for E experts, and the path is
-            that of the module, with `.base_layer` once for each of its later parameters that has a pair too. Or
-            `convolution`: A (r, in, k...) and B (out, r, 1...).
-        magnitude: (out,), of a DoRA only.
+        kind: `linear`, `embedding`, `convolution` (A (r, in, k...) and B (out, r, 1...)), or `parameter`: then A is
+            (E·r, in) and B (out, r·E) for E experts, and the path is that of the module, with `.base_layer` once for
+            each of its later parameters that has LoRA weights too.
+        magnitude: (out,), of a DoRA; None of any other adapter.
     """
 
     a: Tensor
@@ -58,7 +58,7 @@ class LoraWeights:
     magnitude: Tensor | None = None
 
     def split_by_expert(self, rank: int) -> list[tuple[Tensor, Tensor]]:
-        """A (r, in) and B (out, r) of each expert of a parameter; of any other layer its two as matrices."""
+        """Return A (r, in) and B (out, r) of each expert of a parameter; of any other layer its own, as matrices."""
         if self.kind != "parameter":
             return [(self.a.flatten(1), self.b.flatten(1))]
         count = self.a.shape[0] // rank
@@ -68,10 +68,11 @@ class LoraWeights:
 
 @dataclass(frozen=True)
 class TokenEmbeddings:
-    """Rows of an embedding, or of a head, that an adapter has in place of the base's.
+    """Rows of an embedding or a head that an adapter has in place of the base's.
 
     Attributes:
-        indices: the tokens, one per row. rows: (k, dim).
+        indices: the tokens, one per row.
+        rows: (k, dim).
     """
 
     indices: tuple[int, ...]
@@ -79,17 +80,17 @@ class TokenEmbeddings:
 
 
 def token_embeddings_key(path: str) -> str:
-    """The key of the rows of new tokens in PEFT's weight file, of the embedding of this path."""
+    """Return the key of the token embeddings in PEFT's weight file, for the embedding of this path."""
     return f"{PREFIX}{path}{_TOKENS_SUFFIX}"
 
 
 def magnitude_key(path: str) -> str:
-    """The key of a DoRA's magnitude in PEFT's weight file for the layer of this path."""
+    """Return the key of a DoRA's magnitude in PEFT's weight file for the layer of this path."""
     return f"{PREFIX}{path}{_MARK}magnitude_vector"
 
 
 def lora_weight_keys(path: str, kind: str) -> tuple[str, str]:
-    """The keys of A and B in PEFT's weight file for the layer of this path."""
+    """Return the keys of A and B in PEFT's weight file for the layer of this path."""
     if kind == "embedding":
         return f"{PREFIX}{path}{_MARK}embedding_A", f"{PREFIX}{path}{_MARK}embedding_B"
     return f"{PREFIX}{path}{_MARK}A.weight", f"{PREFIX}{path}{_MARK}B.weight"
@@ -97,107 +98,111 @@ def lora_weight_keys(path: str, kind: str) -> tuple[str, str]:
 
 @dataclass
 class AdapterTensors:
-    """An adapter's tensors by what they are for, each by path of its module.
+    """An adapter's tensors by their purpose.
 
     Attributes:
-        pairs: by path of their layer.
-        saved: tensors of modules saved whole (`model.score.weight`).
-        tokens: rows of embeddings, by path of the embedding.
+        pairs: LoRA weights, by path of their layer.
+        saved: tensors of `modules_to_save`, by path (`model.score.weight`).
+        tokens: token embeddings, by path of the embedding or head.
         copies: weights of the base, by path of the layer.
-        misfits: what does not fit the config, in words.
+        mismatches: what does not match the config, in words.
     """
 
     pairs: dict[str, LoraWeights] = field(default_factory=dict)
     saved: dict[str, Tensor] = field(default_factory=dict)
     tokens: dict[str, TokenEmbeddings] = field(default_factory=dict)
     copies: dict[str, Tensor] = field(default_factory=dict)
-    misfits: list[str] = field(default_factory=list)
+    mismatches: list[str] = field(default_factory=list)
 
 
 def classify_tensors(config: LoraConfig, tensors: Mapping[str, Tensor], allow: Collection[str]) -> AdapterTensors:
-    """The tensors of an adapter, sorted.
+    """Classify the tensors of an adapter by their purpose.
 
     Raises:
-        AdapterError: listing every tensor that does not fit the config.
+        AdapterError: listing every tensor that does not match the config.
     """
-    found = AdapterTensors(misfits=list(_find_invalid_values(tensors)))
-    parts = _classify_keys(config, tensors, allow, found)
-    for (path, kind), sides in parts.items():
+    result = AdapterTensors(mismatches=list(_find_invalid_values(tensors)))
+    weights = _classify_keys(config, tensors, allow, result)
+    for (path, kind), sides in weights.items():
         if "A" in sides and sides["A"].ndim > 2:
             kind = "convolution"
         elif _is_parameter_path(path, config):
             kind = "parameter"
-        wrong = _find_weight_mismatches(path, sides, config)
-        if path in found.pairs:
-            wrong.append(f"{path}: pairs for a linear layer and for an embedding")
-        found.misfits += wrong
-        if not wrong:
-            found.pairs[path] = LoraWeights(sides["A"], sides["B"], kind, sides.get("magnitude"))
-    found.misfits += [*_find_missing_modules(config, found.saved), *_find_token_mismatches(config, found.tokens)]
+        mismatches = _find_weight_mismatches(path, sides, config)
+        if path in result.pairs:
+            mismatches.append(f"{path}: LoRA weights for a linear layer and for an embedding")
+        result.mismatches += mismatches
+        if not mismatches:
+            result.pairs[path] = LoraWeights(sides["A"], sides["B"], kind, sides.get("magnitude"))
+    result.mismatches += [*_find_missing_modules(config, result.saved), *_find_token_mismatches(config, result.tokens)]
     if not tensors:
-        found.misfits.append("the file holds no tensors")
-    elif (config.target_modules or config.target_parameters) and not parts:
-        found.misfits.append("the config has target_modules, but the file holds no pair")
-    if found.misfits:
-        told = found.misfits[:_MAX_MISMATCHES_SHOWN]
-        if len(found.misfits) > len(told):
-            told.append(f"and {len(found.misfits) - len(told):,} more")
-        hint = "`lora-kit convert` knows the names of other tools" if not found.pairs and tensors else ""
-        raise AdapterError("the tensors do not fit the config:\n  " + "\n  ".join(told), hint=hint)
-    return found
+        result.mismatches.append("the file holds no tensors")
+    elif (config.target_modules or config.target_parameters) and not weights:
+        result.mismatches.append("the config has target_modules, but the file holds no LoRA weights")
+    if result.mismatches:
+        hint = "`lora-kit convert` reads what other tools wrote" if tensors and not result.pairs else ""
+        raise _mismatch_error(result.mismatches, hint)
+    return result
+
+
+def _mismatch_error(mismatches: Sequence[str], hint: str) -> AdapterError:
+    lines = ["the tensors do not fit the config:", *mismatches[:_MAX_MISMATCHES_SHOWN]]
+    if len(mismatches) > _MAX_MISMATCHES_SHOWN:
+        lines.append(f"and {len(mismatches) - _MAX_MISMATCHES_SHOWN:,} more")
+    return AdapterError("\n  ".join(lines), hint=hint)
 
 
 def _classify_keys(
-    config: LoraConfig, tensors: Mapping[str, Tensor], allow: Collection[str], found: AdapterTensors
+    config: LoraConfig, tensors: Mapping[str, Tensor], allow: Collection[str], result: AdapterTensors
 ) -> dict[tuple[str, str], dict[str, Tensor]]:
-    """Put saved modules and copies where they belong; returns the parts of pairs by (path, kind)."""
-    parts: dict[tuple[str, str], dict[str, Tensor]] = {}
+    """Add all but LoRA weights to a result; return those by (path, kind), then by `A`, `B` and `magnitude`."""
+    weights: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         bare = key.removeprefix(PREFIX)
-        path, _, end = bare.rpartition(_MARK)
-        ours = bare != key
+        path, _, ending = bare.rpartition(_MARK)
+        has_prefix = bare != key
         if not key.isprintable() or len(key) > _NAME_LIMIT:
-            found.misfits.append(f"{escape_text(key)} is not the name of a tensor")
-        elif ours and path and end in _KEY_ENDINGS:
-            kind, part = _KEY_ENDINGS[end]
-            parts.setdefault((path, kind), {})[part] = tensor
-        elif ours and bare.endswith(_TOKENS_SUFFIX):
+            result.mismatches.append(f"{escape_text(key)} is not the name of a tensor")
+        elif has_prefix and path and ending in _KEY_ENDINGS:
+            kind, side = _KEY_ENDINGS[ending]
+            weights.setdefault((path, kind), {})[side] = tensor
+        elif has_prefix and bare.endswith(_TOKENS_SUFFIX):
             path = bare.removesuffix(_TOKENS_SUFFIX)
-            found.tokens[path] = TokenEmbeddings(config.tokens_of(path), tensor)
-        elif ours and _is_within(bare, config.modules_to_save):
-            found.saved[bare] = tensor
-        elif ours and bare.endswith(_COPY_SUFFIX):
-            found.copies[bare.removesuffix(_COPY_SUFFIX)] = tensor
+            result.tokens[path] = TokenEmbeddings(config.tokens_of(path), tensor)
+        elif has_prefix and _is_within(bare, config.modules_to_save):
+            result.saved[bare] = tensor
+        elif has_prefix and bare.endswith(_COPY_SUFFIX):
+            result.copies[bare.removesuffix(_COPY_SUFFIX)] = tensor
         elif "extra-keys" not in allow:
-            expected = "neither a pair nor in modules_to_save" if ours else f"keys begin with {PREFIX}"
-            found.misfits.append(f"{key} is not expected: {expected}")
-    return parts
+            expected = "neither LoRA weights nor in modules_to_save" if has_prefix else f"keys begin with {PREFIX}"
+            result.mismatches.append(f"{key} is not expected: {expected}")
+    return weights
 
 
 def _find_invalid_values(tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    """What the values are that may not be: none but finite numbers, floating ones where they are weights."""
-    numbers: dict[str, Tensor] = {}
+    """Yield, in words, each tensor of a dtype that is not supported, or with a value that is not finite."""
+    floating: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if tensor.dtype not in _READABLE_DTYPES or not tensor.is_cpu:
             yield f"{escape_text(key)} is {tensor.dtype} on {tensor.device}; plain numbers on the CPU are expected"
         elif tensor.is_floating_point():
-            numbers[key] = tensor
+            floating[key] = tensor
         elif _MARK in key or key.endswith((".weight", ".bias", _TOKENS_SUFFIX)):
             yield f"{escape_text(key)} has dtype {tensor.dtype}; a floating dtype is expected"
-    few: dict[torch.dtype, list[str]] = {}
-    for key, tensor in numbers.items():
+    small: dict[torch.dtype, list[str]] = {}
+    for key, tensor in floating.items():
         if tensor.numel() <= _SMALL_TENSOR:
-            few.setdefault(tensor.dtype, []).append(key)
+            small.setdefault(tensor.dtype, []).append(key)
         elif not _is_finite(tensor):
             yield f"{escape_text(key)} holds NaN or infinity"
-    for keys in few.values():
+    for keys in small.values():
         # Small ones together, since every call has its price; one by one only to say which it is.
-        if not _is_finite(torch.cat([numbers[key].reshape(-1) for key in keys])):
-            yield from (f"{escape_text(key)} holds NaN or infinity" for key in keys if not _is_finite(numbers[key]))
+        if not _is_finite(torch.cat([floating[key].reshape(-1) for key in keys])):
+            yield from (f"{escape_text(key)} holds NaN or infinity" for key in keys if not _is_finite(floating[key]))
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether every value is finite, in fp32 too."""
+    """Return whether every value is finite, in fp32 too."""
     tensor = tensor.float() if tensor.dtype == torch.float64 else tensor
     # NaN and infinity always show in a sum, which takes one pass and no memory; a sum that overflows says nothing.
     total = tensor.sum(dtype=torch.float32)
@@ -206,15 +211,15 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def _find_weight_mismatches(path: str, sides: Mapping[str, Tensor], config: LoraConfig) -> list[str]:
     a, b, magnitude = sides.get("A"), sides.get("B"), sides.get("magnitude")
-    told = [f"{path}: lora_{side} is missing" for side in "AB" if side not in sides]
+    mismatches = [f"{path}: lora_{side} is missing" for side in "AB" if side not in sides]
     if a is not None and b is not None:
-        told += _find_shape_mismatches(path, a.shape, b.shape, config)
+        mismatches += _find_shape_mismatches(path, a.shape, b.shape, config)
     if config.use_dora != (magnitude is not None):
-        there = "missing" if magnitude is None else "there"
-        told.append(f"{path}: use_dora is {config.use_dora}, and a magnitude is {there}")
+        state = "missing" if magnitude is None else "there"
+        mismatches.append(f"{path}: use_dora is {config.use_dora}, and a magnitude is {state}")
     elif magnitude is not None and b is not None and magnitude.shape != b.shape[:1]:
-        told.append(f"{path}: the magnitude is {tuple(magnitude.shape)}, {tuple(b.shape[:1])} is expected")
-    return told
+        mismatches.append(f"{path}: the magnitude is {tuple(magnitude.shape)}, {tuple(b.shape[:1])} is expected")
+    return mismatches
 
 
 def _find_shape_mismatches(path: str, a: Sequence[int], b: Sequence[int], config: LoraConfig) -> list[str]:
@@ -228,31 +233,32 @@ def _find_shape_mismatches(path: str, a: Sequence[int], b: Sequence[int], config
 
 
 def _is_parameter_path(path: str, config: LoraConfig) -> bool:
-    """Whether the pair at a path is that of one of the parameters that a config targets."""
+    """Return whether the LoRA weights at a path are those of a parameter that a config targets."""
     module = path.replace(_NESTED_SUFFIX, "")
     owners = (name.rpartition(".")[0] for name in config.target_parameters)
     return any(module == owner or module.endswith("." + owner) for owner in owners)
 
 
 def _find_token_mismatches(config: LoraConfig, tokens: Mapping[str, TokenEmbeddings]) -> Iterator[str]:
-    given = config.trainable_token_indices
-    if given is not None and not tokens:
-        yield "the config has trainable_token_indices, but the file holds no rows of them"
-    if isinstance(given, tuple) and len(tokens) > 1:
+    indices = config.trainable_token_indices
+    if indices is not None and not tokens:
+        yield "the config has trainable_token_indices, but the file holds no token embeddings"
+    if isinstance(indices, tuple) and len(tokens) > 1:
         names = format_list(sorted(tokens))
-        yield f"trainable_token_indices is a list for one embedding; the file holds rows of {names}"
-    for path, held in tokens.items():
-        if not held.indices:
-            yield f"{path}: rows of tokens, of which the config's trainable_token_indices says nothing"
-        elif held.rows.ndim != 2 or len(held.rows) != len(held.indices):
-            yield f"{path}: rows {tuple(held.rows.shape)} for {len(held.indices)} tokens of trainable_token_indices"
+        yield f"trainable_token_indices is a list for one embedding; the file holds token embeddings of {names}"
+    for path, embeddings in tokens.items():
+        count, rows = len(embeddings.indices), embeddings.rows
+        if not count:
+            yield f"{path}: token embeddings, of which the config's trainable_token_indices says nothing"
+        elif rows.ndim != 2 or len(rows) != count:
+            yield f"{path}: token embeddings {tuple(rows.shape)} for {count} tokens of trainable_token_indices"
 
 
 def _is_within(key: str, modules: Sequence[str]) -> bool:
-    """Whether a key (`model.score.weight`) lies in one of the modules of these names."""
+    """Return whether a key (`model.score.weight`) lies in one of the modules of these names."""
     return any(f".{name}." in f".{key}" for name in modules)
 
 
 def _find_missing_modules(config: LoraConfig, saved: Mapping[str, Tensor]) -> list[str]:
     names = [name for name in config.modules_to_save if not any(_is_within(key, [name]) for key in saved)]
-    return [f"modules_to_save names {name}, of which the file holds nothing" for name in names]
+    return [f"modules_to_save names {name}, but the file holds no tensor of it" for name in names]

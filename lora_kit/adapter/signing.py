@@ -1,20 +1,24 @@
-"""Who made an adapter: its folder signed with a key, and checked with the other half of it.
+"""Sign an adapter's folder with a private key, and verify who made it with the public one.
 
-By OpenSSF's model-signing (https://github.com/sigstore/model-transparency): a Sigstore bundle over the sha256 of every
-file in the folder, made with an elliptic curve key. No network is asked.
+OpenSSF's model-signing does it (https://github.com/sigstore/model-transparency): a Sigstore bundle over the sha256 of
+every file in the folder, signed with an elliptic curve key. The network is not used.
 """
 
 from __future__ import annotations
 
-import os
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from types import ModuleType
+from typing import Final, TypeVar
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.errors import AdapterError, ConfigError, StorageError, VerificationError
+from lora_kit.io.atomic_write import stage_file
 from lora_kit.io.read import exists
 from lora_kit.io.text import escape_text
+
+_T = TypeVar("_T")
 
 SIGNATURE: Final = "model.sig"
 _BAD_FILE: Final = re.compile(r"Hash mismatch for \\?'(.+?)\\?':")
@@ -33,8 +37,9 @@ def sign(folder: str | Path, *, key: str | Path, replace: bool = False) -> Path:
         The signature: `model.sig` in the folder.
 
     Raises:
-        AdapterError, ConfigError: the adapter or the key cannot be read; or model-signing is not installed.
-        StorageError: there is a signature, or the disk refuses.
+        AdapterError: the adapter cannot be read.
+        ConfigError: its config or the key cannot be read, or model-signing is not installed.
+        StorageError: there is a signature already, or it cannot be written.
     """
     folder, library = Path(folder).resolve(), _import_model_signing()
     Adapter.load(folder)
@@ -43,19 +48,13 @@ def sign(folder: str | Path, *, key: str | Path, replace: bool = False) -> Path:
         raise StorageError(f"{escape_text(folder)} is signed already", hint="replace the signature with --replace")
     config = library.signing.Config().set_hashing_config(_build_hashing_config(library, folder))
     signer = _apply_key(config.use_elliptic_key_signer, key, private_key=Path(key))
-    staging = folder.parent / f".{folder.name}.{SIGNATURE}"
-    try:
+    with stage_file(target) as staging:
         signer.sign(folder, staging)
-        os.replace(staging, target)
-    except OSError as error:
-        raise StorageError(f"{escape_text(target)} cannot be written: {error.strerror}") from error
-    finally:
-        staging.unlink(missing_ok=True)
     return target
 
 
 def verify(folder: str | Path, *, key: str | Path) -> Adapter:
-    """Check that an adapter's folder is, file by file, what the owner of a key has signed.
+    """Check that an adapter's folder is, file by file, what the owner of a key signed.
 
     Args:
         folder: of the adapter, with `model.sig` in it.
@@ -65,8 +64,9 @@ def verify(folder: str | Path, *, key: str | Path) -> Adapter:
         The adapter, loaded after the check.
 
     Raises:
-        AdapterError, ConfigError: there is no signature, the key cannot be read; or model-signing is not installed.
-        VerificationError: another key, a changed, missing or added file, a damaged signature.
+        AdapterError: there is no signature, or the adapter cannot be read.
+        ConfigError: the key cannot be read, or model-signing is not installed.
+        VerificationError: it is the signature of another key, or is damaged; or a file was changed, removed or added.
     """
     folder, library = Path(folder).resolve(), _import_model_signing()
     if not exists(folder / SIGNATURE):
@@ -75,7 +75,7 @@ def verify(folder: str | Path, *, key: str | Path) -> Adapter:
     checker = _apply_key(config.use_elliptic_key_verifier, key, public_key=Path(key))
     try:
         checker.verify(folder, folder / SIGNATURE)
-    except Exception as error:  # a signature of others is read: whatever it breaks, it does not hold
+    except Exception as error:  # a signature may be made to break the library; it then is not valid
         raise VerificationError(
             f"{escape_text(folder)} is not what the owner of this key signed: {_describe_failure(error)}",
             hint="do not use it",
@@ -83,17 +83,18 @@ def verify(folder: str | Path, *, key: str | Path) -> Adapter:
     return Adapter.load(folder)
 
 
-def _build_hashing_config(library: Any, folder: Path) -> Any:
-    """Every file of the folder but the signature, those that begin with a dot as well."""
+def _build_hashing_config(library: ModuleType, folder: Path) -> object:
+    """Configure hashing of every file in the folder but the signature, files that begin with a dot included."""
     return library.hashing.Config().set_ignored_paths(paths=[folder / SIGNATURE], ignore_git_paths=False)
 
 
-def _apply_key(use: Any, key: str | Path, **named: Path) -> Any:
+def _apply_key(use: Callable[..., _T], key: str | Path, **named: Path) -> _T:
+    """Call a function of the library with a key, and translate its errors."""
     try:
         return use(**named)
     except OSError as error:
         raise ConfigError(f"the key {escape_text(key)} cannot be read: {error.strerror}") from error
-    except Exception as error:  # of whatever library looks at it
+    except Exception as error:  # of whatever library reads the key
         (kind,) = (name.replace("_", " ") for name in named)
         raise ConfigError(
             f"{escape_text(key)} is not a {kind} that can be used here ({type(error).__name__})",
@@ -108,7 +109,7 @@ def _describe_failure(error: Exception) -> str:
     return escape_text("; ".join(changed + others) or text.partition("\n")[0][:200] or type(error).__name__)
 
 
-def _import_model_signing() -> Any:
+def _import_model_signing() -> ModuleType:
     try:
         import model_signing
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""The adapter store: what a folder of adapters holds, and the one that a name stands for."""
+"""The adapter store: list the adapters of a folder, find one by its name."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.folder import CONFIG, OLD_WEIGHTS, WEIGHTS
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import AdapterError, ConfigError, LoraKitError, UnknownAdapterError, format_list, suggest_nearest
-
-STORE: Final = Path("adapters")
-"""Where adapters are looked up by name: one folder per task, in the working directory."""
-KIT_BASE: Final = "kit-base"
+from lora_kit.io.strict_json import JsonObject
+from lora_kit.names import DEFAULT_STORE, KIT_BASE
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSummary:
-    """One line of a store.
+    """One adapter of a store.
 
     Attributes:
         name: the folder's name: a label, not an identity.
-        folder: where it is.
-        rank, alpha, targets: from its config; None or empty where it cannot be read.
-        base: name of the base it says it was made for.
+        folder: path of the adapter.
+        rank: from its config; None where it has no LoRA weights or cannot be read.
+        alpha: from its config, likewise.
+        targets: `target_modules` and `modules_to_save` of its config; empty where it cannot be read.
+        base: name of the base that its config gives.
         bytes: size of the folder's files.
-        metrics: what its record says was measured.
-        digest: its identity; empty where it is broken.
-        problem: why it cannot be loaded; empty for a sound adapter.
+        metrics: measured values from its record.
+        digest: its identity; empty where it cannot be loaded.
+        problem: why it cannot be loaded; empty where it can.
     """
 
     name: str
@@ -41,18 +41,20 @@ class AdapterSummary:
     targets: tuple[str, ...] = ()
     base: str | None = None
     bytes: int = 0
-    metrics: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, object] = field(default_factory=dict)
     digest: str = ""
     problem: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        return to_json_value(self)
+    def to_json(self) -> JsonObject:
+        """Return JSON values of every field."""
+        fields: JsonObject = to_json_value(self)
+        return fields
 
 
-def list_adapters(store: str | Path = STORE) -> list[AdapterSummary]:
-    """Every adapter folder of a store by name, broken ones too, with the reason in `problem`.
+def list_adapters(store: str | Path = DEFAULT_STORE) -> list[AdapterSummary]:
+    """List the adapters of a store by name; those that cannot be loaded too, with the reason in `problem`.
 
-    A folder counts as an adapter when it holds an adapter's config or weights; other folders and files are passed over.
+    A folder is an adapter when it holds an adapter's config or weights; other folders and files are skipped.
 
     Raises:
         AdapterError: the store is not a folder.
@@ -63,49 +65,49 @@ def list_adapters(store: str | Path = STORE) -> list[AdapterSummary]:
     return [_summarize_adapter(folder) for folder in sorted(store.iterdir()) if _has_adapter_files(folder)]
 
 
-def find_adapter(adapter: str | Path, *, store: str | Path = STORE) -> Path:
-    """The folder of an adapter given as a folder, or by its name in the store.
+def find_adapter(adapter: str | Path, *, store: str | Path = DEFAULT_STORE) -> Path:
+    """Return the folder of an adapter that is given as a folder, or by its name in the store.
 
     Raises:
-        UnknownAdapterError: neither exists; names the nearest one of the store.
+        UnknownAdapterError: there is neither; names the nearest adapter of the store.
     """
-    given, store = Path(adapter), Path(store)
-    bare_name = len(given.parts) == 1 and given.name == str(adapter) != ".."
-    if bare_name and not _has_adapter_files(given) and _has_adapter_files(store / given):
-        return store / given
-    if str(adapter) and given.is_dir():
-        return given
+    path, store = Path(adapter), Path(store)
+    is_name = len(path.parts) == 1 and path.name == str(adapter) != ".."
+    if is_name and not _has_adapter_files(path) and _has_adapter_files(store / path):
+        return store / path
+    if str(adapter) and path.is_dir():
+        return path
     known = [folder.name for folder in sorted(store.iterdir()) if _has_adapter_files(folder)] if store.is_dir() else []
     error = UnknownAdapterError(str(adapter), known)
-    error.hint = suggest_nearest(given.name, known) or f"a folder, or a name in {store}/: {format_list(known)}"
+    error.hint = suggest_nearest(path.name, known) or f"a folder, or a name in {store}/: {format_list(known)}"
     raise error
 
 
-def infer_base(adapters: Sequence[str | Path], *, store: str | Path = STORE) -> str:
-    """The base to use where none is given: `kit-base`, if that is what every adapter was made for.
+def infer_base(adapters: Sequence[str | Path], *, store: str | Path = DEFAULT_STORE) -> str:
+    """Return the base to use where the user gives none: `kit-base`, if every adapter was made for it.
 
-    Any other name in an adapter's config was written by whoever made it: it is shown, never loaded by itself.
+    Another name in a config was written by whoever made the adapter: it is shown, and not loaded unless the user asks.
 
     Raises:
         ConfigError: an adapter names another base, or none.
     """
     for adapter in adapters:
-        named = Adapter.load(find_adapter(adapter, store=store)).config.base_model_name_or_path
-        if named != KIT_BASE:
-            said = f"names {named!r} as its base" if named else "names no base"
+        base = Adapter.load(find_adapter(adapter, store=store)).config.base_model_name_or_path
+        if base != KIT_BASE:
+            label = f"names {base!r} as its base" if base else "names no base"
             raise ConfigError(
-                f"adapter {str(adapter)!r} {said}, and no base was given", hint="give the base with --base"
+                f"adapter {str(adapter)!r} {label}, and no base was given", hint="give the base with --base"
             )
     return KIT_BASE
 
 
 def sum_file_sizes(folder: Path) -> int:
-    """Bytes of the regular files directly in a folder; links are not followed."""
+    """Return the bytes of the regular files directly in a folder; links are not followed."""
     return sum(entry.lstat().st_size for entry in folder.iterdir() if entry.is_file() and not entry.is_symlink())
 
 
-def to_json_value(value: Any) -> Any:
-    """JSON values of dataclasses, mappings and sequences; anything else, NaN and infinities too, as its text."""
+def to_json_value(value: object) -> Any:
+    """Return JSON values of dataclasses, mappings and sequences; of anything else, also NaN and infinity, its text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_json_value(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -117,10 +119,6 @@ def to_json_value(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     return str(value)
-
-
-def _natural_sort_key(path: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.split(".")]
 
 
 def _summarize_adapter(folder: Path) -> AdapterSummary:
@@ -147,7 +145,7 @@ def _summarize_adapter(folder: Path) -> AdapterSummary:
 
 
 def _read_config_only(folder: Path) -> LoraConfig | None:
-    """The config of a broken adapter, where that much can be read."""
+    """Read the config of an adapter that cannot be loaded; None where that cannot be read either."""
     file = folder / CONFIG
     try:
         if not file.is_file() or file.stat().st_size > 2**20:
@@ -158,6 +156,7 @@ def _read_config_only(folder: Path) -> LoraConfig | None:
 
 
 def _summarize_config(config: LoraConfig | None) -> dict[str, Any]:
+    """Return the fields of an `AdapterSummary` that a config gives."""
     if config is None:
         return {}
     targets = config.target_modules

@@ -18,7 +18,7 @@ from lora_kit.algebra.low_rank import LowRankUpdate, sum_updates
 from lora_kit.algebra.sources import AdapterLike, SourceAdapter, describe_sources, find_common_base
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import ConfigError, MergeError, format_list, suggest_nearest
-from lora_kit.models.locate import silence_libraries
+from lora_kit.models.silence import silence_libraries
 
 logger = logging.getLogger(__name__)
 

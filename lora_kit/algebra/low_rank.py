@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_kit.adapter.inspect import compute_core, compute_singular_values
 from lora_kit.adapter.peft_keys import LoraWeights
 
 
@@ -55,13 +56,9 @@ class LowRankUpdate:
         """What is left of it in the float32 that files hold."""
         return LowRankUpdate(self.b.float().double(), self.a.float().double())
 
-    def compute_core(self) -> Tensor:
-        """`R_b R_aᵀ`, which has the singular values and the norm of D."""
-        return torch.linalg.qr(self.b, mode="r").R @ torch.linalg.qr(self.a.T, mode="r").R.T
-
     def norm(self) -> float:
         """Frobenius norm of D. Where terms cancel, it is still right to rounding: Gram matrices would square that."""
-        return float(self.compute_core().norm())
+        return float(compute_core(self.b, self.a).norm())
 
     def inner(self, other: LowRankUpdate) -> float:
         """`⟨D, D'⟩ = tr(Dᵀ D')`."""
@@ -69,7 +66,7 @@ class LowRankUpdate:
 
     def values(self) -> Tensor:
         """The singular values of D: (k,), falling."""
-        return torch.linalg.svdvals(self.compute_core())
+        return compute_singular_values(self.b, self.a)
 
     def svd(self) -> ThinSvd:
         q_b, r_b = torch.linalg.qr(self.b)

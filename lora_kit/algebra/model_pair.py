@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from torch import Tensor
 
@@ -15,8 +14,7 @@ from lora_kit.merging.checkpoint.meta_model import MetaModel, TaskHead, build_me
 from lora_kit.merging.checkpoint.shards import Shard, read_shards
 from lora_kit.merging.preflight import read_quantization_config
 from lora_kit.models.locate import find_base
-
-_LABELED_TASKS: Final = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
+from lora_kit.models.tasks import CAUSAL_LM, TASK_SPECS, infer_task_from_architecture
 
 
 @dataclass(frozen=True)
@@ -69,11 +67,9 @@ def _read_head(folder: Path) -> TaskHead:
         labels = fields.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
         names = tuple(str(labels[number]) for number in sorted(labels, key=int))
     except (OSError, ValueError, AttributeError, TypeError, IndexError, RecursionError):
-        return TaskHead("CAUSAL_LM")  # reading it says what is wrong with it
-    for ending, task in _LABELED_TASKS.items():
-        if architecture.endswith(ending):
-            return TaskHead(task, len(names), names)
-    return TaskHead("SEQ_2_SEQ_LM" if architecture.endswith("ForConditionalGeneration") else "CAUSAL_LM")
+        return TaskHead(TASK_SPECS[CAUSAL_LM].peft_type)  # reading it says what is wrong with it
+    task = infer_task_from_architecture(architecture)
+    return TaskHead(task.peft_type) if task.is_generative else TaskHead(task.peft_type, len(names), names)
 
 
 def _check_same_architecture(one: ModelFolder, two: ModelFolder) -> None:

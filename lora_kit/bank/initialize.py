@@ -53,7 +53,7 @@ def _make_lora_weights(
 ) -> dict[str, Tensor]:
     layer = layers[target.path]
     a, b = (torch.zeros(shape, device=layer.device) for shape in target.shapes)
-    if target.started:
+    if target.starts_from_weight:
         return {A: a, B: b} | starts.of(target.path, layer.base_layer, rank=target.rank, scaling=target.scaling)
     initialize_lora(a, b, kind=target.kind, init=config.init_lora_weights)
     if not target.dora:

@@ -86,7 +86,7 @@ class WrappedLayers:
         Raises:
             TargetError: another adapter covers a module that lies inside one of these, or around it.
         """
-        ranks = {target.path: self._max_rank or target.room for target in coverage.targets}
+        ranks = {target.path: self._max_rank or target.slot_rank for target in coverage.targets}
         whole = frozenset(coverage.saved)
         seen = [path for target in coverage.tokens for path in target.all_paths]
         self._check_nesting(dict.fromkeys([*ranks, *seen], False) | dict.fromkeys(whole, True))

@@ -77,7 +77,7 @@ class LoadedAdapters:
 
     def check_rank(self, name: str, coverage: Coverage) -> None:
         """Raise BankError for a rank that there is no room for."""
-        rank = max((target.room for target in coverage.targets), default=0)
+        rank = max((target.slot_rank for target in coverage.targets), default=0)
         if self._max_rank is not None and rank > self._max_rank:
             raise BankError(
                 f"{name!r} has rank {rank}; there is room for {self._max_rank}", hint="attach with a larger max_rank"

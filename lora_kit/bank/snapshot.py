@@ -92,7 +92,7 @@ def _collect_initial_weights(
     resident: LoadedAdapter, layers: WrappedLayers
 ) -> Mapping[tuple[str, str], tuple[Tensor, Tensor]]:
     """Where an adapter's pairs began, by PEFT's keys of A and B; empty for one that begins at zero."""
-    begun = [target for target in resident.coverage.targets if target.started]
+    begun = [target for target in resident.coverage.targets if target.starts_from_weight]
     held = {lora_weight_keys(t.key, t.kind): layers.entry(t.path, resident.slot).tensors for t in begun}
     return {keys: (tensors[INITIAL_A], tensors[INITIAL_B]) for keys, tensors in held.items()}
 

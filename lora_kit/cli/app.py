@@ -37,17 +37,8 @@ Adapters = Annotated[
         name=["--adapter", "-a"], negative="", help="Adapter: a folder, or a name in the store; may be repeated."
     ),
 ]
-Store = Annotated[Path, Parameter(help="The folder in which adapters are looked up by name.")]
+Store = Annotated[Path, Parameter(help="Folder in which adapters are looked up by name.")]
 AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of tables.")]
 Replace = Annotated[
     bool, Parameter(name=["--replace", "--force"], negative="", help="Replace the output if it exists, in one step.")
 ]
-DEFAULT_STORE: Final = Path("adapters")
-
-
-def check_adapter_output(out: Path, *, replace: bool) -> None:
-    """Refuse a folder that no adapter may be written to, before any work."""
-    from lora_kit.adapter.folder import is_adapter_folder
-    from lora_kit.io.atomic_write import check_output
-
-    check_output(out, replace=replace, owned=is_adapter_folder)

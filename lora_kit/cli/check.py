@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_kit.cli.app import DEFAULT_STORE, AsJson, Store, app
+from lora_kit.cli.app import AsJson, Store, app
+from lora_kit.cli.export import BaseOption, MaxRankOption, TargetOption
 from lora_kit.cli.output import print_json, print_table
+from lora_kit.names import DEFAULT_STORE
 
 if TYPE_CHECKING:
-    pass
-from lora_kit.cli.export import BaseOption, MaxRankOption, TargetOption, _format_verdict
+    from lora_kit.exporters.export import Verdict
 
 
 @app.command
@@ -23,7 +24,7 @@ def check(
     store: Store = DEFAULT_STORE,
     json: AsJson = False,
 ) -> None:
-    """Say in advance whether another program takes an adapter.
+    """Check in advance whether another program can load an adapter.
 
     Exit code 2 if it does not.
 
@@ -33,9 +34,17 @@ def check(
     from lora_kit.adapter.store import find_adapter
     from lora_kit.exporters.export import check as run
 
-    found = run(find_adapter(adapter, store=store), target, base=base, max_lora_rank=max_lora_rank)
+    verdict = run(find_adapter(adapter, store=store), target, base=base, max_lora_rank=max_lora_rank)
     if json:
-        print_json({**found.to_json(), "fits": not found.refused})
+        print_json({**verdict.to_json(), "fits": not verdict.refused})
     else:
-        print_table(("", ""), _format_verdict(found))
-    found.demand()
+        print_table(("", ""), _format_verdict(verdict))
+    verdict.demand()
+
+
+def _format_verdict(verdict: Verdict) -> list[tuple[str, str]]:
+    """Return the rows of the table: what the reader cannot take, what an export changes, what it needs."""
+    rows = [("reader", verdict.reader), ("fits", "no" if verdict.refused else "yes")]
+    rows += [("unsupported", reason) for reason in verdict.refused]
+    rows += [("export changes", change) for change in verdict.changed]
+    return rows + [("needs", need) for need in verdict.needed]

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_kit.cli.app import DEFAULT_STORE, AsJson, Store, app
+from lora_kit.cli.app import AsJson, Store, app
+from lora_kit.cli.combine import Allow
 from lora_kit.cli.output import abbreviate, print_json, print_table
+from lora_kit.names import DEFAULT_STORE
 
 if TYPE_CHECKING:
     from lora_kit.algebra.compare import Comparison
-from lora_kit.cli.combine import Allow
 
 
 @app.command
 def compare(
     one: str, other: str, /, *, allow: Allow = None, store: Store = DEFAULT_STORE, json: AsJson = False
 ) -> None:
-    """Show how two adapters of one base are alike.
+    """Compare two adapters of one base, layer by layer.
 
     Args:
         one: A folder, or a name in the store.
@@ -25,11 +26,11 @@ def compare(
     from lora_kit.adapter.store import find_adapter
     from lora_kit.algebra.compare import compare as run
 
-    found = run(find_adapter(one, store=store), find_adapter(other, store=store), allow=allow or ())
+    comparison = run(find_adapter(one, store=store), find_adapter(other, store=store), allow=allow or ())
     if json:
-        print_json(found.to_json())
+        print_json(comparison.to_json())
         return
-    print_table(("", ""), _build_likeness_rows(found, one, other))
+    print_table(("", ""), _build_summary(comparison, one, other))
     print_table(
         ("layer", "cosine", "inputs", "outputs", "‖delta‖", ""),
         [
@@ -40,15 +41,19 @@ def compare(
                 f"{like.outputs:.3f}",
                 *(f"{n:.4g}" for n in like.norms),
             )
-            for path, like in found.layers.items()
+            for path, like in comparison.layers.items()
         ],
     )
-    print_table(("field", one, other), [(name, abbreviate(a), abbreviate(b)) for name, (a, b) in found.configs.items()])
+    print_table(
+        ("field", one, other), [(name, abbreviate(a), abbreviate(b)) for name, (a, b) in comparison.configs.items()]
+    )
 
 
-def _build_likeness_rows(found: Comparison, one: str, other: str) -> list[tuple[str, str]]:
-    rows = [("cosine of all updates", f"{found.cosine:+.4f}"), ("layers of both", str(len(found.layers)))]
+def _build_summary(comparison: Comparison, one: str, other: str) -> list[tuple[str, str]]:
+    rows = [("cosine of all updates", f"{comparison.cosine:+.4f}"), ("layers of both", str(len(comparison.layers)))]
     rows += [
-        (f"only in {name}", ", ".join(paths)) for name, paths in zip((one, other), found.alone, strict=True) if paths
+        (f"only in {name}", ", ".join(paths))
+        for name, paths in zip((one, other), comparison.alone, strict=True)
+        if paths
     ]
-    return rows + [(f"{key}, saved whole", how) for key, how in found.saved.items()]
+    return rows + [(f"{key} (modules_to_save)", how) for key, how in comparison.saved.items()]

@@ -7,13 +7,16 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from lora_kit.cli.app import AsJson, Replace, app, check_adapter_output
+from lora_kit.cli.app import AsJson, Replace, app
+from lora_kit.cli.new_adapter import check_adapter_output
 from lora_kit.cli.output import print_json, print_table
 from lora_kit.errors import ConfigError
 
 Renames = Annotated[
     list[str] | None,
-    Parameter(name="--rename", negative="", help="OLD=NEW: what module paths begin with, and what the base has there."),
+    Parameter(
+        name="--rename", negative="", help="OLD=NEW: the beginning of module paths in the files, and in the base."
+    ),
 ]
 
 
@@ -30,30 +33,33 @@ def convert(
     replace: Replace = False,
     json: AsJson = False,
 ) -> None:
-    """Make an adapter of ours from what another tool wrote.
+    """Convert what another tool wrote into an adapter folder.
 
-    PEFT of any age, state dicts of wrapped models, loralib, mlx-lm; the updates stay what they are.
+    Reads PEFT of any age, state dicts of wrapped models, loralib and mlx-lm; the updates stay the same.
 
     Args:
         source: A folder or a weight file.
         out: The adapter folder to write.
-        alpha: Numerator of the scaling, where the files do not say it (loralib).
-        enable_lora: Which of the equal parts of a fused projection have a pair, once for each part.
-        base: What the base is called.
+        alpha: Numerator of the scaling, where the files do not contain it (loralib).
+        enable_lora: Which of the equal parts of a fused projection have LoRA weights, once for each part.
+        base: Name of the base.
     """
     from lora_kit.adapter.conversion.convert import convert as run
 
     check_adapter_output(out, replace=replace)
-    pairs = [item.partition("=") for item in rename or ()]
-    if any(not old or not sign for old, sign, _ in pairs):
+    parts = [item.partition("=") for item in rename or ()]
+    if any(not old or not sign for old, sign, _ in parts):
         raise ConfigError(f"--rename {rename} was given", hint="OLD=NEW, as in language_model.model=model")
-    renames = {old: new for old, _, new in pairs}
-    made = run(source, lora_alpha=alpha, enable_lora=enable_lora, renames=renames, base=base)
-    made.save(out, replace=replace)
-    facts = made.record["converted"]
+    renames = {old: new for old, _, new in parts}
+    adapter = run(source, lora_alpha=alpha, enable_lora=enable_lora, renames=renames, base=base)
+    adapter.save(out, replace=replace)
+    facts = adapter.record["converted"]
     if json:
-        print_json({"out": str(out), "digest": made.digest, **facts})
+        print_json({"out": str(out), "digest": adapter.digest, **facts})
         return
-    rows = [("adapter", str(out)), ("digest", made.digest), ("written by", facts["layout"])]
-    rows += [("pairs", str(len(made.all_pairs()))), ("saved whole", ", ".join(made.config.modules_to_save) or "none")]
+    rows = [("adapter", str(out)), ("digest", adapter.digest), ("written by", facts["layout"])]
+    rows += [
+        ("LoRA layers", str(len(adapter.all_pairs()))),
+        ("modules_to_save", ", ".join(adapter.config.modules_to_save) or "none"),
+    ]
     print_table(("", ""), rows + [("", note) for note in facts["notes"]])

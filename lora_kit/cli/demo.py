@@ -9,10 +9,10 @@ from lora_kit.cli.app import app
 
 @app.command
 def demo(*, out: Path = Path("runs/demo"), seed: int = 0) -> None:
-    """Train three adapters, compare, swap and merge them.
+    """Train three small adapters, then compare, swap, mix and merge them.
 
     Args:
-        out: Folder for what it makes.
+        out: Folder to write.
         seed: Seed of data and training.
     """
     from lora_kit.demo.demo import run

@@ -9,18 +9,18 @@ from lora_kit.errors import VerificationError
 
 @app.command
 def doctor(*, json: AsJson = False) -> None:
-    """Show versions and devices, and try what should work.
+    """Show versions and devices, and test what should work on this machine.
 
-    Exit code 4 if something that should work here does not.
+    Exit code 4 if a test fails.
     """
     from lora_kit.doctor import examine
 
-    found = examine()
+    report = examine()
     if json:
-        print_json(found.to_json())
+        print_json(report.to_json())
     else:
-        print_table(("", ""), list(found.facts.items()))
-        checks = [(check.name, check.state, f"{check.seconds:.2f}", check.note) for check in found.checks]
+        print_table(("", ""), list(report.facts.items()))
+        checks = [(check.name, check.state, f"{check.seconds:.2f}", check.note) for check in report.checks]
         print_table(("check", "state", "seconds", "note"), checks)
-    if found.failed:
-        raise VerificationError(f"does not work here: {', '.join(found.failed)}", hint="the table says why")
+    if report.failed:
+        raise VerificationError(f"does not work here: {', '.join(report.failed)}", hint="the table has the reasons")

@@ -6,15 +6,16 @@ import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from lora_kit.cli.app import DEFAULT_STORE, Adapters, AsJson, Replace, Store, app
+from lora_kit.cli.app import Adapters, AsJson, Replace, Store, app
 from lora_kit.cli.output import print_json, print_table
 from lora_kit.cli.process import show_progress_lines
 from lora_kit.errors import ConfigError
 from lora_kit.io.text import escape_for_terminal
+from lora_kit.names import DEFAULT_STORE
 
 if TYPE_CHECKING:
     from lora_kit.evaluation.eval_report import EvalReport
@@ -40,18 +41,19 @@ def evaluate(
 ) -> None:
     """Measure adapters on the rows of a file, side by side.
 
-    Each gets the rows as it saw those of its training. Rows with the same prompt are references of one another.
+    Each adapter gets the rows in the format of its training. Rows with the same prompt are references of one another.
 
     Args:
-        data: File of rows, of any kind that prepare reads.
+        data: File of rows, in any format that prepare reads.
         base: Base model: hub id, local folder or kit-base; by default the one the adapters name.
         quantize: Load it in nf4, nf4-double, fp4, fp4-double or int8.
         compare: Measure the base alone as well.
-        metrics: Of loss, perplexity, accuracy, f1, f1_macro, f1_micro, exact_match, bleu, chrf, rouge, with commas.
+        metrics: Any of loss, perplexity, accuracy, f1, f1_macro, f1_micro, exact_match, bleu, chrf and rouge, with
+            commas between them.
         batch_size: Rows at once.
-        max_length: Tokens of a sample at the most; by default what each adapter was trained with.
-        max_new_tokens: Tokens of an answer at the most; by default what the longest reference has.
-        out: File for what everyone said of each row, as JSONL.
+        max_length: Tokens of a sample, at most; by default as in the training of each adapter.
+        max_new_tokens: Tokens of an answer, at most; by default as many as the longest reference has.
+        out: File for the answers to each row, as JSONL.
     """
     from lora_kit.adapter.store import infer_base
     from lora_kit.evaluation.evaluate import evaluate as run
@@ -78,25 +80,25 @@ def evaluate(
         _show_eval_report(report, out)
 
 
-def _split_names(given: Sequence[str] | None) -> list[str] | None:
-    """`["bleu,rouge", "chrf"]` as `["bleu", "rouge", "chrf"]`."""
-    if given is None:
+def _split_names(items: Sequence[str] | None) -> list[str] | None:
+    """Return `["bleu", "rouge", "chrf"]` for `["bleu,rouge", "chrf"]`."""
+    if items is None:
         return None
-    names = [name.strip() for item in given for name in item.split(",") if name.strip()]
+    names = [name.strip() for item in items for name in item.split(",") if name.strip()]
     if not names:
-        raise ConfigError("--metrics names none", hint="--metrics loss,exact_match")
+        raise ConfigError("--metrics was given without a name", hint="--metrics loss,exact_match")
     return names
 
 
 @contextlib.contextmanager
 def _show_progress() -> Iterator[EvalProgress]:
-    """A bar for each adapter on stderr, where that is a terminal."""
+    """Show a bar for each adapter on stderr, where that is a terminal; yield what updates them."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    tasks: dict[str, Any] = {}
+    tasks: dict[str, TaskID] = {}
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
 
         def on_progress(label: str, done: int, total: int) -> None:
@@ -118,7 +120,7 @@ def _show_eval_report(report: EvalReport, out: Path | None) -> None:
     print(escape_for_terminal(f"\n{report.rows:,} rows{asked} of {report.data}, {report.seconds:.1f} s"))
     for each in report.results:
         if each.unended:
-            cut = f"note: {each.unended:,} of {len(each.said):,} texts of {each.name} did not end in time"
-            print(escape_for_terminal(f"{cut}; --max-new-tokens gives them more"), file=sys.stderr)
+            cut = f"note: {each.unended:,} of {len(each.said):,} texts of {each.name} were cut off"
+            print(escape_for_terminal(f"{cut}; raise --max-new-tokens"), file=sys.stderr)
     if out is not None:
         print(escape_for_terminal(f"written: {out}"))

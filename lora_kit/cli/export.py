@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from cyclopts import Parameter
 
-from lora_kit.cli.app import DEFAULT_STORE, AsJson, Replace, Store, app
+from lora_kit.cli.app import AsJson, Replace, Store, app
 from lora_kit.cli.output import format_size, print_json, print_table
-
-if TYPE_CHECKING:
-    from lora_kit.exporters.export import Verdict
+from lora_kit.names import DEFAULT_STORE
 
 TargetOption = Annotated[str, Parameter(help="merged, peft, vllm, sglang, tgi, gguf, ollama or mlx.")]
 BaseOption = Annotated[
     str | None,
     Parameter(help="Hub id, local folder or kit-base: the adapter's base, whose config gguf and ollama need."),
 ]
-MaxRankOption = Annotated[int | None, Parameter(help="The largest rank the reader is started for.")]
+MaxRankOption = Annotated[int | None, Parameter(help="The largest rank that the reader is started with.")]
 
 
 @app.command
@@ -34,9 +32,9 @@ def export(
     store: Store = DEFAULT_STORE,
     json: AsJson = False,
 ) -> None:
-    """Write an adapter for another program, doing the same there as here.
+    """Export an adapter for another program, with the same outputs there as here.
 
-    The folder's README has the command that loads it.
+    The README in the folder shows the command that loads it.
 
     Args:
         adapter: A folder, or a name in the store.
@@ -46,16 +44,9 @@ def export(
     from lora_kit.exporters.export import export as run
 
     folder = find_adapter(adapter, store=store)
-    made = run(folder, target, out, base=base, max_lora_rank=max_lora_rank, replace=replace)
+    exported = run(folder, target, out, base=base, max_lora_rank=max_lora_rank, replace=replace)
     if json:
-        print_json(made.to_json())
+        print_json(exported.to_json())
         return
-    rows = [("written", str(made.out)), ("for", made.target), ("size", format_size(made.bytes))]
-    print_table(("", ""), rows + [("changed", change) for change in made.changed])
-
-
-def _format_verdict(found: Verdict) -> list[tuple[str, str]]:
-    rows = [("reader", found.reader), ("fits", "no" if found.refused else "yes")]
-    rows += [("cannot take", reason) for reason in found.refused]
-    rows += [("export changes", change) for change in found.changed]
-    return rows + [("needs", need) for need in found.needed]
+    rows = [("written", str(exported.out)), ("for", exported.target), ("size", format_size(exported.bytes))]
+    print_table(("", ""), rows + [("changed", change) for change in exported.changed])

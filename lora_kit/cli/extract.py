@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from lora_kit.cli.app import AsJson, Replace, app, check_adapter_output
-from lora_kit.cli.merge import show_bytes_bar
-
-if TYPE_CHECKING:
-    pass
-from lora_kit.cli.combine import _save_and_show
+from lora_kit.cli.app import AsJson, Replace, app
+from lora_kit.cli.new_adapter import check_adapter_output, save_and_show
+from lora_kit.cli.output import show_bytes_bar
 
 
 @app.command
@@ -25,20 +21,20 @@ def extract(
     replace: Replace = False,
     json: AsJson = False,
 ) -> None:
-    """Make an adapter of what a full fine-tune has changed in its base.
+    """Extract an adapter from a full fine-tune: a low-rank approximation of what changed.
 
     Args:
         base: Hub id, local folder or kit-base.
         tuned: The fine-tune of it: hub id or local folder.
         out: The adapter folder to write.
-        rank: Of every pair, at most.
+        rank: Rank in every layer, at most.
         energy: Share of each difference's squared norm to keep, above 0 to 1.
-        others: What becomes of norms, biases and embeddings that differ: list names them and leaves them out, save
-            saves them whole.
+        others: What to do with norms, biases and embeddings that differ: list names them and leaves them out, save
+            puts them into modules_to_save.
     """
     from lora_kit.algebra.extract import extract as run
 
     check_adapter_output(out, replace=replace)
     with show_bytes_bar("comparing") as progress:
-        made = run(base, tuned, rank=rank, energy=energy, others=others, progress=progress)
-    _save_and_show(made, out, replace=replace, json=json)
+        adapter = run(base, tuned, rank=rank, energy=energy, others=others, progress=progress)
+    save_and_show(adapter, out, replace=replace, json=json)

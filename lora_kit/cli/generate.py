@@ -6,16 +6,18 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from lora_kit.cli.app import DEFAULT_STORE, Adapters, Store, app
+from lora_kit.cli.app import Adapters, Store, app
 from lora_kit.cli.output import create_console
 from lora_kit.io.text import escape_for_terminal
+from lora_kit.names import DEFAULT_STORE
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.live import Live
 
     from lora_kit.generation.generate import Generation
 
@@ -35,20 +37,18 @@ def generate(
     raw: Annotated[bool, Parameter(negative="")] = False,
     store: Store = DEFAULT_STORE,
 ) -> None:
-    """Answer a prompt with adapters, side by side.
-
-    All rows are one batch.
+    """Answer a prompt with several adapters, side by side, in one batch.
 
     Args:
-        prompt: What is asked.
+        prompt: The prompt.
         base: Base model: hub id, local folder or kit-base; by default the one the adapters name.
         quantize: Load it in nf4, nf4-double, fp4, fp4-double or int8.
-        compare: Show what the base alone writes as well.
-        max_new_tokens: Most tokens to write.
-        temperature: 0 takes the likeliest token each time; above 0 samples.
-        top_p: Sample from the likeliest tokens that make up this share.
+        compare: Show the answer of the base alone as well.
+        max_new_tokens: Tokens of an answer, at most.
+        temperature: 0 decodes greedily; above 0 samples.
+        top_p: Sample from the most probable tokens whose probabilities add up to this.
         seed: Seed of the sampling.
-        raw: Give the model the prompt as it is, without what the adapter's training put after prompts.
+        raw: Use the prompt as it is, without the separator or chat template of the training.
     """
     from lora_kit.adapter.store import infer_base
     from lora_kit.generation.adapter_args import BASE_ROW
@@ -73,14 +73,14 @@ def generate(
 
 
 class _AnswerDisplay:
-    """Rows of text that grow: panels on a terminal; elsewhere one row as it comes, several as blocks at the end."""
+    """Show answers as they are written: panels on a terminal; elsewhere one row as it comes, several at the end."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._console = create_console()
         self._names = list(names)
         self._texts = [""] * len(names)
         self._written = ""
-        self._live: Any = None
+        self._live: Live | None = None
 
     @contextlib.contextmanager
     def stream_rows(self) -> Iterator[Callable[[int, str], None]]:
@@ -104,7 +104,10 @@ class _AnswerDisplay:
             )
         cut = [row.name for row in results if row.ended == "context"]
         if cut:
-            print(f"note: the base reads no further; cut off: {escape_for_terminal(', '.join(cut))}", file=sys.stderr)
+            print(
+                f"note: the context of the base is full; cut off: {escape_for_terminal(', '.join(cut))}",
+                file=sys.stderr,
+            )
 
     def _append(self, row: int, text: str) -> None:
         if len(self._names) == 1 and text.startswith(self._written):
@@ -113,6 +116,7 @@ class _AnswerDisplay:
 
     def _redraw(self, row: int, text: str) -> None:
         self._texts[row] = text
+        assert self._live is not None
         self._live.update(self._render_panels())
 
     def _render_panels(self) -> RenderableType:

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import re
 import textwrap
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from cyclopts.help import HelpEntry, HelpPanel
     from rich.console import Console, ConsoleOptions
 
 _MAX_WIDTH: Final = 100
-"""Columns of a line that is still read with ease."""
+"""Columns of the longest line that is easy to read."""
 
 
 class FilledHelp:
     """A help formatter as cyclopts calls it."""
 
-    def render_usage(self, console: Console, options: ConsoleOptions, usage: Any) -> None:
-        told = _render_words(console, usage)
-        if told:
-            _print_wrapped(console, told if told.startswith("Usage:") else f"Usage: {told}", hang=4)
+    def render_usage(self, console: Console, options: ConsoleOptions, usage: object) -> None:
+        text = _render_words(console, usage)
+        if text:
+            _print_wrapped(console, text if text.startswith("Usage:") else f"Usage: {text}", hang=4)
             console.print()
 
-    def render_description(self, console: Console, options: ConsoleOptions, description: Any) -> None:
+    def render_description(self, console: Console, options: ConsoleOptions, description: object) -> None:
         for paragraph in re.split(r"\n\s*\n", _render_text(console, description)):
             if paragraph.strip():
                 _print_wrapped(console, " ".join(paragraph.split()))
@@ -43,23 +43,23 @@ def _join_names(entry: HelpEntry) -> str:
 
 
 def _describe_entry(console: Console, entry: HelpEntry) -> str:
-    """What is said of an entry; that a flag is not given by default needs no saying."""
-    told = [_render_words(console, entry.description)]
+    """Return the description of an entry with its default; a flag that is off by default needs none."""
+    parts = [_render_words(console, entry.description)]
     if entry.default is not None and str(entry.default) != "False":
-        told.append(f"[default: {entry.default}]")
+        parts.append(f"[default: {entry.default}]")
     if entry.required:
-        told.append("[required]")
-    return " ".join(filter(None, told))
+        parts.append("[required]")
+    return " ".join(filter(None, parts))
 
 
-def _render_words(console: Console, shown: Any) -> str:
-    return " ".join(_render_text(console, shown).split())
+def _render_words(console: Console, content: object) -> str:
+    return " ".join(_render_text(console, content).split())
 
 
-def _render_text(console: Console, shown: Any) -> str:
-    """What something that rich can show says."""
+def _render_text(console: Console, content: object) -> str:
+    """Return what rich prints for it, as text."""
     with console.capture() as captured:
-        console.print(shown or "", markup=False, highlight=False)
+        console.print(content or "", markup=False, highlight=False)
     return captured.get()
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lora_kit.cli.app import DEFAULT_STORE, AsJson, Store, app
+from lora_kit.cli.app import AsJson, Store, app
 from lora_kit.cli.output import abbreviate, format_size, print_json, print_table
 from lora_kit.errors import format_list
+from lora_kit.names import DEFAULT_STORE
 
 if TYPE_CHECKING:
     from lora_kit.adapter.inspect import Inspection
@@ -15,20 +16,20 @@ if TYPE_CHECKING:
 
 @app.command
 def inspect(adapter: str, /, *, store: Store = DEFAULT_STORE, json: AsJson = False) -> None:
-    """Show what an adapter is made of.
+    """Show what an adapter contains.
 
-    Layers, norms of the deltas and how they are spread over their ranks, size, base, record.
+    Shows layers, norms and spectra of the deltas, size, base and record.
 
     Args:
-        adapter: A folder, a name in the store, or what another tool wrote.
+        adapter: A folder, a name in the store, or a file that another tool wrote.
     """
     from lora_kit.adapter.inspect import inspect as run
 
-    found = run(adapter, store=store)
+    inspection = run(adapter, store=store)
     if json:
-        print_json(found.to_json())
+        print_json(inspection.to_json())
         return
-    print_table(("", ""), _build_adapter_facts(found))
+    print_table(("", ""), _build_adapter_facts(inspection))
     print_table(
         ("layer", "kind", "shape", "rank", "effective", "99 % in", "scaling", "‖delta‖"),
         [
@@ -42,7 +43,7 @@ def inspect(adapter: str, /, *, store: Store = DEFAULT_STORE, json: AsJson = Fal
                 f"{layer.scaling:g}",
                 f"{layer.norm:.4g}",
             )
-            for layer in found.layers
+            for layer in inspection.layers
         ],
     )
 
@@ -51,37 +52,40 @@ def _format_token_indices(indices: Sequence[int]) -> str:
     return f"{len(indices):,} tokens: {format_list([str(index) for index in indices])}"
 
 
-def _build_adapter_facts(found: Inspection) -> list[tuple[str, str]]:
-    ranks = sorted({layer.rank for layer in found.layers})
+def _build_adapter_facts(inspection: Inspection) -> list[tuple[str, str]]:
+    ranks = sorted({layer.rank for layer in inspection.layers})
     facts = [
-        ("adapter", found.name),
-        ("folder", str(found.folder)),
-        ("digest", found.digest),
-        ("base", found.config.base_model_name_or_path or "not said"),
-        ("fingerprint", _describe_fingerprint(found.base)),
-        ("rank", ", ".join(map(str, ranks)) or "no pairs"),
-        ("alpha", f"{found.config.lora_alpha:g}" + (" (rank-stabilised)" if found.config.use_rslora else "")),
-        ("layers", str(len(found.layers))),
+        ("adapter", inspection.name),
+        ("folder", str(inspection.folder)),
+        ("digest", inspection.digest),
+        ("base", inspection.config.base_model_name_or_path or "unknown"),
+        ("fingerprint", _describe_fingerprint(inspection.base)),
+        ("rank", ", ".join(map(str, ranks)) or "no LoRA weights"),
+        ("alpha", f"{inspection.config.lora_alpha:g}" + (" (rank-stabilized)" if inspection.config.use_rslora else "")),
+        ("layers", str(len(inspection.layers))),
         (
-            "saved whole",
-            ", ".join(f"{key} {'×'.join(map(str, shape))}" for key, shape in found.saved.items()) or "none",
+            "modules_to_save",
+            ", ".join(f"{key} {'×'.join(map(str, shape))}" for key, shape in inspection.saved.items()) or "none",
         ),
-        *((f"rows of {path}", _format_token_indices(indices)) for path, indices in found.tokens.items()),
-        ("parameters", f"{found.parameters:,}"),
-        ("size", format_size(found.bytes)),
-        ("‖delta‖", f"{found.norm:.4g}"),
+        *(
+            (f"token embeddings of {path}", _format_token_indices(indices))
+            for path, indices in inspection.tokens.items()
+        ),
+        ("parameters", f"{inspection.parameters:,}"),
+        ("size", format_size(inspection.bytes)),
+        ("‖delta‖", f"{inspection.norm:.4g}"),
     ]
-    facts += [("note", note) for note in found.notes]
+    facts += [("note", note) for note in inspection.notes]
     return facts + [
         (key, abbreviate(value))
-        for key, value in found.record.items()
+        for key, value in inspection.record.items()
         if key in ("recipe", "seed", "metrics", "created")
     ]
 
 
-def _describe_fingerprint(base: Mapping[str, Any] | None) -> str:
+def _describe_fingerprint(base: Mapping[str, object] | None) -> str:
     if base is None:
-        return "not said, so whether a base is the right one cannot be checked"
+        return "none: no base can be checked against it"
     weights = base.get("weights")
     count = len(weights) if isinstance(weights, Mapping) else 0
     return f"structure {str(base.get('structure'))[:12]}, {count} weights sampled"

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from lora_kit.cli.app import DEFAULT_STORE, AsJson, app
+from lora_kit.cli.app import AsJson, app
 from lora_kit.cli.output import create_console, format_metrics, format_number, format_size, print_json, print_table
 from lora_kit.errors import format_list
 from lora_kit.io.text import escape_for_terminal
-
-if TYPE_CHECKING:
-    pass
+from lora_kit.names import DEFAULT_STORE
 
 
 @app.command(name="list")
 def list_(store: Path = DEFAULT_STORE, /, *, json: AsJson = False) -> None:
-    """List the adapters of a store, broken ones too.
+    """List the adapters of a store, damaged ones too.
 
     Args:
         store: Folder that holds one folder per adapter.
     """
     from lora_kit.adapter.store import list_adapters
 
-    found = list_adapters(store)
+    summaries = list_adapters(store)
     if json:
-        print_json([summary.to_json() for summary in found])
+        print_json([summary.to_json() for summary in summaries])
         return
     rows = [
         (
@@ -39,8 +36,8 @@ def list_(store: Path = DEFAULT_STORE, /, *, json: AsJson = False) -> None:
             summary.digest[:12],
             f"broken: {summary.problem}" if summary.problem else "good",
         )
-        for summary in found
+        for summary in summaries
     ]
     print_table(("adapter", "rank", "alpha", "targets", "base", "size", "metrics", "digest", "state"), rows)
-    if not found:
+    if not summaries:
         create_console().print(f"no adapters in {escape_for_terminal(str(store))}")

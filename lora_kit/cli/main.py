@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _explain_error(error: Exception, *, debug: bool) -> tuple[str, int]:
-    """The line and the exit code of an error."""
+    """Return the line and the exit code of an error."""
     if isinstance(error, LoraKitError):
         return str(error), error.exit_code
     code = MACHINE if isinstance(error, (MemoryError, OSError)) or "OutOfMemory" in type(error).__name__ else UNEXPECTED
@@ -62,7 +62,7 @@ def _print_traceback() -> None:
 
 
 def _take_flag(tokens: list[str], flag: str) -> bool:
-    """Takes a flag out of the tokens before `--`; says whether it was there."""
+    """Remove a flag from the tokens before `--` and return whether it was there."""
     own = tokens[: tokens.index("--")] if "--" in tokens else tokens
     present = flag in own
     tokens[: len(own)] = [token for token in own if token != flag]

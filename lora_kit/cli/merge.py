@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import Parameter
 
-from lora_kit.cli.app import DEFAULT_STORE, Adapters, AsJson, Replace, Store, app
-from lora_kit.cli.output import format_size, print_json, print_table
+from lora_kit.cli.app import Adapters, AsJson, Replace, Store, app
+from lora_kit.cli.output import format_size, print_json, print_table, show_bytes_bar
 from lora_kit.errors import ConfigError
+from lora_kit.names import DEFAULT_STORE
 
 if TYPE_CHECKING:
     from lora_kit.merging.merge_report import MergeReport
 
 _MAX_SHOWN_TENSORS: Final = 5
 _ALLOW_HELP: Final = (
-    "other-base: merge into another base than the adapter's; untie: write tied weights apart; "
-    "lost-delta: go on where rounding eats most of a delta."
+    "other-base: merge into another base than the adapter's; untie: write tied weights separately; "
+    "lost-delta: continue where rounding removes most of a delta."
 )
 
 
@@ -30,7 +29,7 @@ def merge(
     out: Path,
     base: str | None = None,
     weight: Annotated[
-        list[float] | None, Parameter(negative="", help="Of each adapter, in their order; by default 1.")
+        list[float] | None, Parameter(negative="", help="Weight of each adapter, in their order; by default 1.")
     ] = None,
     dtype: str | None = None,
     verify: str = "weights",
@@ -41,17 +40,17 @@ def merge(
     store: Store = DEFAULT_STORE,
     json: AsJson = False,
 ) -> None:
-    """Fold an adapter into its base; write a model folder.
+    """Merge adapters into their base and write a model folder.
 
-    What was written is read back and verified before the folder appears.
+    The files are read back and verified before the folder appears.
 
     Args:
         out: The folder to write.
         base: Base model: hub id, local folder or kit-base; by default the one the adapter names.
-        dtype: float32, bfloat16 or float16; by default that of the base.
-        verify: weights, or logits to load base and result and compare these too.
-        quantized: Where the base is quantised: original, dequantized or requantized.
-        original: With original: the model that the base was quantised from, a hub id or a folder.
+        dtype: float32, bfloat16 or float16; by default the dtype of the base.
+        verify: weights; or logits, which loads base and result and compares their logits too.
+        quantized: What to merge into where the base is quantized: original, dequantized or requantized.
+        original: For --quantized original: the model that the base was quantized from, a hub id or a folder.
     """
     from lora_kit.adapter.store import find_adapter, infer_base
     from lora_kit.merging.merge import merge as run
@@ -79,30 +78,30 @@ def merge(
         print_json(report.to_json())
         return
     print_table(("", ""), _build_merge_facts(report))
-    print_table(("least survived in", "of the weight", "survived"), _find_worst(report))
+    print_table(("smallest retention", "delta / weight", "retained"), _find_worst(report))
 
 
 def _build_merge_facts(report: MergeReport) -> list[tuple[str, str]]:
-    kept = f"{report.retention:.1%} of the delta survived rounding to {report.dtype}"
+    retention = f"{report.retention:.1%} of the delta survived rounding to {report.dtype}"
     rate = report.bytes / report.seconds if report.seconds else 0.0
     facts = [
         ("merged", str(report.out)),
         ("base", report.base),
         ("adapters", ", ".join(f"{digest[:12]} x {weight:g}" for digest, weight in report.adapters.items())),
         ("tensors", ", ".join(f"{count:,} {how}" for how, count in report.counts.items())),
-        ("retention", kept if report.tensors else "no pairs; saved modules replaced"),
-        ("read back", f"{len(report.files)} files by sha256, {report.compared:,} numbers by a second computation"),
+        ("retention", retention if report.tensors else "no LoRA weights; modules_to_save replaced"),
+        ("read back", f"{len(report.files)} files by sha256, {report.compared:,} values by a second computation"),
     ]
     if report.quantized:
-        facts.append(("quantised base", f"merged into the {report.quantized} weights"))
+        facts.append(("quantized base", f"merged into the {report.quantized} weights"))
     if report.untied:
         facts.append(("untied", ", ".join(report.untied)))
     if report.left_out:
         facts.append(("left out", ", ".join(report.left_out)))
     if report.logits is not None:
-        found = report.logits
-        facts.append(("logits", f"at most {found.largest_difference:.3g} from base + adapter; bound {found.bound:.3g}"))
-        facts.append(("effect", f"the adapter changes a logit by up to {found.effect:.3g}"))
+        check = report.logits
+        facts.append(("logits", f"at most {check.largest_difference:.3g} from base + adapter; bound {check.bound:.3g}"))
+        facts.append(("effect", f"the adapter changes a logit by up to {check.effect:.3g}"))
     return [
         *facts,
         ("size", format_size(report.bytes)),
@@ -113,17 +112,3 @@ def _build_merge_facts(report: MergeReport) -> list[tuple[str, str]]:
 def _find_worst(report: MergeReport) -> list[tuple[str, str, str]]:
     worst = sorted(report.tensors, key=lambda tensor: tensor.retained)[:_MAX_SHOWN_TENSORS]
     return [(one.path, f"{one.relative:.2%}", f"{one.retained:.1%}") for one in worst]
-
-
-@contextlib.contextmanager
-def show_bytes_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with bytes per second on stderr, where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    console = Console(stderr=True)
-    text = TextColumn("{task.description}")
-    columns = (text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

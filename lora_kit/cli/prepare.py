@@ -13,6 +13,7 @@ from lora_kit.cli.app import AsJson, Replace, app
 from lora_kit.cli.output import print_json, print_table
 from lora_kit.errors import DataError, format_list
 from lora_kit.io.text import escape_for_terminal
+from lora_kit.names import KIT_BASE
 
 if TYPE_CHECKING:
     from lora_kit.data.preparation.prepare import Preparation, PreparedFile
@@ -20,12 +21,12 @@ if TYPE_CHECKING:
 _BAR_WIDTH: Final = 40
 """Characters of the longest bar of a histogram."""
 _MAX_LINES: Final = 10
-"""Lines told of each kind of finding; all of them stand in the manifest."""
+"""Lines printed for each kind of finding; the manifest has all of them."""
 _MEANINGS: Final = {
-    "bad": "cannot be read as a row",
+    "bad": "cannot be read as rows",
     "empty": "without text or label",
     "long": "too long to be trained on",
-    "duplicates": "say the same as an earlier row",
+    "duplicates": "are equal to an earlier row",
     "conflicts": "have the input of an earlier row and another label",
     "leaks": "have the input of a row for validation",
 }
@@ -39,7 +40,7 @@ def prepare(
     out: Path | None = None,
     validation: Path | None = None,
     share: float = 0.05,
-    base: str = "kit-base",
+    base: str = KIT_BASE,
     max_length: int | None = None,
     chat_template: str | None = None,
     rename: Annotated[list[str] | None, Parameter(negative="", consume_multiple=True)] = None,
@@ -50,27 +51,27 @@ def prepare(
     replace: Replace = False,
     json: AsJson = False,
 ) -> None:
-    """Look at a file of rows, mend it, split it, and write a recipe to train with.
+    """Examine a file of rows, fix it, split it, and write a recipe to train with.
 
     Reads JSONL, JSON, CSV, TSV, Parquet and text: prompt and completion, instructions, chats, text and label, text.
 
     Args:
         source: The file, or a data set of the hub: owner/name:split or owner/name/config:split.
-        out: Folder to write; without it the file is only looked at.
-        validation: File or data set of its own for validation; otherwise a share of the rows is set aside.
+        out: Folder to write; without it the file is only examined.
+        validation: Separate file or data set for validation; by default a share of the rows.
         share: Share of the rows set aside for validation; 0 for none.
         base: Base model whose tokens are counted: hub id, local folder or kit-base.
-        max_length: Tokens of a sample at the most; by default what the base can see, 2,048 at the most.
-        chat_template: Of conversations: plain, or a Jinja file; by default the base's own.
-        rename: Columns under other names: question=prompt answer=completion.
-        relabel: Labels under other names: postive=positive.
-        encoding: Of the file: utf-8, utf-16, cp1252, …
+        max_length: Tokens of a sample, at most; by default the context of the base, at most 2,048.
+        chat_template: Template of conversations: plain, or a Jinja file; by default the base's own.
+        rename: New names of columns: question=prompt answer=completion.
+        relabel: New names of labels: postive=positive.
+        encoding: Encoding of the file: utf-8, utf-16, cp1252, …
         drop: Rows to leave out: bad, empty, long, duplicates, conflicts, leaks.
-        seed: Of the split.
+        seed: Seed of the split.
     """
     from lora_kit.data.preparation.prepare import prepare as run
 
-    found = run(
+    preparation = run(
         source,
         out,
         validation=validation,
@@ -86,32 +87,32 @@ def prepare(
         replace=replace,
     )
     if json:
-        print_json(found.to_json())
+        print_json(preparation.to_json())
         return
-    for part in found.parts:
-        _show_file(part, found)
-    _show_next_steps(found)
+    for part in preparation.parts:
+        _show_file(part, preparation)
+    _show_next_steps(preparation)
 
 
-def _parse_renames(given: Sequence[str], flag: str, example: str) -> dict[str, str]:
-    """`["question=prompt"]` as `{"question": "prompt"}`."""
-    pairs = [item.rpartition("=") for item in given]
-    wrong = [item for item, (old, _, new) in zip(given, pairs, strict=True) if not old or not new]
+def _parse_renames(items: Sequence[str], flag: str, example: str) -> dict[str, str]:
+    """Return `{"question": "prompt"}` for `["question=prompt"]`."""
+    parts = [item.rpartition("=") for item in items]
+    wrong = [item for item, (old, _, new) in zip(items, parts, strict=True) if not old or not new]
     if wrong:
         raise DataError(f"{flag} {wrong[0]!r} is not old=new", hint=f"--{flag} {example}")
-    return {old: new for old, _, new in pairs}
+    return {old: new for old, _, new in parts}
 
 
-def _show_file(part: PreparedFile, found: Preparation) -> None:
+def _show_file(part: PreparedFile, preparation: Preparation) -> None:
     examined = part.examined
     tokens = part.tokens
-    cut, length = len(examined.measured.cut), found.settings["max_length"]
+    cut, length = len(examined.measured.cut), preparation.settings["max_length"]
     facts = [
-        (part.path.name, f"{examined.total:,} rows: {found.layout}"),
+        (part.path.name, f"{examined.total:,} rows: {preparation.layout}"),
         ("not used", format_list(list(examined.unused)) if examined.unused else ""),
         ("tokens", f"{tokens['shortest']:,} to {tokens['longest']:,} in a row, median {tokens['median']:,}"),
         ("learned", f"{tokens['learned']:.0%} of the tokens" if tokens["learned"] else ""),
-        ("cut", f"{cut:,} rows at {length:,} tokens ({found.settings['base']})" if cut else ""),
+        ("cut", f"{cut:,} rows at {length:,} tokens ({preparation.settings['base']})" if cut else ""),
         *((kind, text) for kind, text in _list_findings(part)),
     ]
     print_table(("", ""), [fact for fact in facts if fact[1]])
@@ -121,22 +122,22 @@ def _show_file(part: PreparedFile, found: Preparation) -> None:
     print_table(("tokens", "rows", ""), bars)
     labels = examined.labels
     shown = list(labels.items())[:_MAX_LINES]
-    labelled, what = sum(labels.values()), "words" if examined.rows.format == "words" else "rows"
-    print_table(("label", what, "share"), [(n, f"{c:,}", f"{c / labelled:.1%}") for n, c in shown])
+    labeled, what = sum(labels.values()), "words" if examined.rows.format == "words" else "rows"
+    print_table(("label", what, "share"), [(n, f"{c:,}", f"{c / labeled:.1%}") for n, c in shown])
     if len(labels) > len(shown):
         print(f"and {len(labels) - len(shown)} more labels, the rarest with {min(labels.values()):,} {what}")
     for label, other in examined.lookalikes.items():
         likely = shlex.quote(f"{label}={other}")
         print(
             escape_for_terminal(
-                f"label {label!r} ({labels[label]:,} of {labelled:,} {what}) looks like {other!r}: --relabel {likely}"
+                f"label {label!r} ({labels[label]:,} of {labeled:,} {what}) looks like {other!r}: --relabel {likely}"
             )
         )
     print()
 
 
 def _list_findings(part: PreparedFile) -> Iterator[tuple[str, str]]:
-    """What is wrong, with lines, and what was done about it."""
+    """Yield each kind of finding with its lines, and what was done about it."""
     examined = part.examined
     for kind in ("bad", "empty", "long"):
         faults = [f"line {fault.line}: {fault.what}" for fault in examined.faults if fault.kind == kind]
@@ -153,17 +154,25 @@ def _list_findings(part: PreparedFile) -> Iterator[tuple[str, str]]:
 def _describe_finding(kind: str, items: Sequence[str], part: PreparedFile) -> str:
     done = "left out" if kind in part.dropped else "kept"
     if kind in ("bad", "empty", "long") and done == "kept":
-        done = f"to be mended, or --drop {kind}"
+        done = f"fix them, or --drop {kind}"
     more = [f"and {len(items) - _MAX_LINES:,} more"] if len(items) > _MAX_LINES else []
     return "\n".join([f"{len(items):,} {_MEANINGS[kind]} ({done})", *items[:_MAX_LINES], *more])
 
 
-def _show_next_steps(found: Preparation) -> None:
-    rows = f"{len(found.train):,} rows to train on, {len(found.validation or ()):,} to validate on"
-    if found.recipe is None:
+def _show_next_steps(preparation: Preparation) -> None:
+    rows = f"{len(preparation.train):,} rows to train on, {len(preparation.validation or ()):,} to validate on"
+    if preparation.recipe is None:
         print(f"{rows}; nothing was written, --out FOLDER does")
         return
-    if found.settings["chat_template"] == "plain":
-        print(escape_for_terminal(f"{found.settings['base']} has no chat template of its own: the recipe says plain"))
-    recipe = shlex.quote(str(found.recipe))
-    print(escape_for_terminal(f"{rows}: {found.out}\n\nnext:\n  lora-kit preview {recipe}\n  lora-kit train {recipe}"))
+    if preparation.settings["chat_template"] == "plain":
+        print(
+            escape_for_terminal(
+                f"{preparation.settings['base']} has no chat template of its own: the recipe says plain"
+            )
+        )
+    recipe = shlex.quote(str(preparation.recipe))
+    print(
+        escape_for_terminal(
+            f"{rows}: {preparation.out}\n\nnext:\n  lora-kit preview {recipe}\n  lora-kit train {recipe}"
+        )
+    )

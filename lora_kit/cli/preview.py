@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -16,16 +16,17 @@ from lora_kit.io.text import escape_for_terminal
 if TYPE_CHECKING:
     from lora_kit.data.batches import EncodedDataset
     from lora_kit.data.preview import Span
+    from lora_kit.models.protocols import Tokenizer
 
 
 @app.command
 def preview(recipe: Path, /, *, row: int = 1, validation: Annotated[bool, Parameter(negative="")] = False) -> None:
-    """Show one sample of a recipe as the model will see it, and on which parts the loss is taken.
+    """Show one sample of a recipe as the model sees it, and which parts the loss is computed on.
 
     Args:
         recipe: The recipe's file.
-        row: Which row, from 1.
-        validation: One of the rows for validation.
+        row: Number of the row, from 1.
+        validation: Show a row of the validation data.
     """
     from lora_kit.data.preview import preview_sample
 
@@ -41,8 +42,8 @@ def preview(recipe: Path, /, *, row: int = 1, validation: Annotated[bool, Parame
         print(f"{samples.num_labels:,} of {tokens:,} tokens are learned ({samples.num_labels / tokens:.0%})")
 
 
-def _load_sample(path: Path, row: int, side: str) -> tuple[Any, EncodedDataset, str | None]:
-    """The tokenizer of a recipe, the samples of one of its rows, and its label if it has one."""
+def _load_sample(path: Path, row: int, side: str) -> tuple[Tokenizer, EncodedDataset, str | None]:
+    """Return the tokenizer of a recipe, the samples of one of its rows, and the label of that row, if there is one."""
     from lora_kit.data.chat import chat_template
     from lora_kit.data.encode import DEFAULT_MAX_LENGTH, encode
     from lora_kit.data.rows import collect_label_names, read_rows
@@ -52,7 +53,7 @@ def _load_sample(path: Path, row: int, side: str) -> tuple[Any, EncodedDataset, 
     recipe = load_recipe(path)
     file = getattr(recipe.data, side)
     if file is None:
-        raise DataError(f"{path} names no data.{side}")
+        raise DataError(f"{path} has no data.{side}")
     rows = read_rows(file, split=side)
     if not 1 <= row <= len(rows):
         raise DataError(f"row {row} was asked for; {rows.path} has {len(rows):,}", hint="rows count from 1")
@@ -74,15 +75,15 @@ def _load_sample(path: Path, row: int, side: str) -> tuple[Any, EncodedDataset, 
     return tokenizer, samples, " ".join(map(str, rows.labels[row - 1])) or None
 
 
-def _show_spans(found: Sequence[Span]) -> None:
-    """Colour on a terminal; elsewhere each span on a line of its own, `+` before those with a loss."""
+def _show_spans(spans: Sequence[Span]) -> None:
+    """Print spans in color on a terminal; elsewhere one span a line, `+` before those with a loss."""
     screen = create_console()
     if not screen.is_terminal:
-        print("\n".join(f"{'+' if span.learned else ' '} {escape_for_terminal(repr(span.text))}" for span in found))
+        print("\n".join(f"{'+' if span.learned else ' '} {escape_for_terminal(repr(span.text))}" for span in spans))
         return
     from rich.text import Text
 
     text = Text()
-    for span in found:
+    for span in spans:
         text.append(escape_for_terminal(span.text), style="bold green" if span.learned else "dim")
     screen.print(text)

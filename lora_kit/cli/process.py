@@ -13,9 +13,9 @@ from lora_kit.io.text import escape_for_terminal
 
 
 class _SteadyStream:
-    """A text stream that goes on, into nothing, once nobody reads it any more.
+    """A text stream that discards what is written once its reader has left.
 
-    A command whose reader has left (`| head -1`) finishes its work instead of dying in the middle of it.
+    A command whose reader has left (`| head -1`) finishes its work instead of failing in the middle of it.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -41,7 +41,7 @@ class _SteadyStream:
         try:
             yield
         except BrokenPipeError:
-            # What is buffered would fail again at exit: the descriptor itself is led away.
+            # What is buffered would fail again at exit: the descriptor itself is redirected.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
@@ -49,7 +49,7 @@ class _SteadyStream:
 
 @contextlib.contextmanager
 def protect_streams() -> Iterator[None]:
-    """Standard output and error that cannot make a command fail: closed, broken, or in a narrow encoding."""
+    """Let no standard stream make a command fail: closed, broken, or in a narrow encoding."""
     before = sys.stdout, sys.stderr
     with contextlib.ExitStack() as stack:
         steady = [_SteadyStream(stream or stack.enter_context(open(os.devnull, "w"))) for stream in before]
@@ -58,7 +58,7 @@ def protect_streams() -> Iterator[None]:
             yield
         finally:
             for stream in steady:
-                # What could not be written was an error above, or concerns an error that is on its way already.
+                # What could not be written was an error above, or belongs to an error that is being raised.
                 with contextlib.suppress(OSError):
                     stream.flush()
             sys.stdout, sys.stderr = before
@@ -66,14 +66,14 @@ def protect_streams() -> Iterator[None]:
 
 @contextlib.contextmanager
 def handle_sigterm() -> Iterator[None]:
-    """SIGTERM ends a command as SIGINT does: through its clean-up, with exit code 143."""
+    """Let SIGTERM end a command as SIGINT does: through its clean-up, with exit code 143."""
 
-    def stop(number: int, _: Any) -> None:
+    def stop(number: int, _: object) -> None:
         raise SystemExit(128 + number)
 
     try:
         before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread, where signals are none of ours
+    except ValueError:  # not the main thread, which handles the signals
         yield
         return
     try:
@@ -84,7 +84,7 @@ def handle_sigterm() -> Iterator[None]:
 
 @contextlib.contextmanager
 def log_to_stderr(*, debug: bool) -> Iterator[None]:
-    """Warnings of the library as lines on stderr; with `--debug` everything it logs."""
+    """Print warnings of the library on stderr; with `--debug` everything it logs."""
     import logging
 
     class Lines(logging.Handler):
@@ -105,7 +105,7 @@ def log_to_stderr(*, debug: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def show_progress_lines() -> Iterator[None]:
-    """Progress in lines where there is no terminal for a bar."""
+    """Log progress in lines where there is no terminal for a bar."""
     import logging
 
     logger = logging.getLogger("lora_kit")

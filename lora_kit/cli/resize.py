@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from lora_kit.cli.app import DEFAULT_STORE, AsJson, Replace, Store, app, check_adapter_output
-
-if TYPE_CHECKING:
-    pass
-from lora_kit.cli.combine import _save_and_show
+from lora_kit.cli.app import AsJson, Replace, Store, app
+from lora_kit.cli.new_adapter import check_adapter_output, save_and_show
+from lora_kit.names import DEFAULT_STORE
 
 
 @app.command
@@ -25,18 +22,18 @@ def resize(
     store: Store = DEFAULT_STORE,
     json: AsJson = False,
 ) -> None:
-    """Bring an adapter to smaller ranks, losing as little as they allow.
+    """Reduce the ranks of an adapter with the smallest possible error.
 
     Args:
         adapter: A folder, or a name in the store.
         out: The adapter folder to write.
-        rank: Of every layer, at most.
+        rank: Rank in every layer, at most.
         energy: Share of each update's squared norm to keep, above 0 to 1.
-        bytes: Of all tensors, at most.
+        bytes: Bytes of all tensors, at most.
     """
     from lora_kit.adapter.store import find_adapter
     from lora_kit.algebra.resize import resize as run
 
     folder = find_adapter(adapter, store=store)
     check_adapter_output(out, replace=replace)
-    _save_and_show(run(folder, rank=rank, energy=energy, bytes=bytes), out, replace=replace, json=json)
+    save_and_show(run(folder, rank=rank, energy=energy, bytes=bytes), out, replace=replace, json=json)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from lora_kit.cli.app import AsJson, Replace, app
 from lora_kit.cli.output import print_json, print_table
-from lora_kit.cli.train import parse_recipe_flags as dotted
+from lora_kit.cli.train import parse_recipe_flags
 
 if TYPE_CHECKING:
     from lora_kit.sweeps.sweep_report import SweepReport, TrialReport
@@ -36,26 +36,37 @@ def sweep(
     replace: Replace = False,
     json: AsJson = False,
 ) -> None:
-    """Train with many values of some keys; keep the best.
+    """Train with many values of some keys and keep the best result.
 
-    A sweep that was stopped goes on when the same command is given again; given twice at once, the two share the
-    trials. Any key of the recipe is a flag here too, for all trials.
+    The same command continues a sweep that was stopped; run twice at once, the two share the trials. Any key of the
+    recipe is a flag here too, for all trials.
 
     Args:
         recipe: The recipe's file.
         method: grid, random or tpe (Bayesian); by default grid where every key has a list, else tpe.
-        metric: Of the validation rows, that trials are compared by: loss, perplexity, accuracy, f1, bleu, ...
-        trials: How many; by default all of a grid, else 20.
-        seed: Decides what is tried; by default the recipe's.
-        prune: median: stop a trial that is worse at an evaluation than half of the others were by then.
-        keep: best, or all: the results of all trials stay in the sweep's folder.
+        metric: Metric on the validation rows by which trials are compared: loss, perplexity, accuracy, f1, bleu, ...
+        trials: Number of trials; by default all of a grid, else 20.
+        seed: Seed of the values that are drawn; by default the seed of the recipe.
+        prune: median, which stops a trial that is worse at an evaluation than half of the others were then.
+        keep: best; or all, which leaves the results of all trials in the folder of the sweep.
         workers: Processes that share the trials.
     """
     from lora_kit.sweeps.sweep import sweep as run
 
-    asked: dict[str, Any] = {"method": method, "metric": metric, "trials": trials, "seed": seed, "prune": prune}
     with _log_trials():
-        report = run(recipe, over, overrides=dotted(flags), keep=keep, workers=workers, replace=replace, **asked)
+        report = run(
+            recipe,
+            over,
+            overrides=parse_recipe_flags(flags),
+            method=method,
+            metric=metric,
+            trials=trials,
+            seed=seed,
+            prune=prune,
+            keep=keep,
+            workers=workers,
+            replace=replace,
+        )
     if json:
         print_json(report.to_json())
         return
@@ -66,7 +77,7 @@ def sweep(
 
 @contextlib.contextmanager
 def _log_trials() -> Iterator[None]:
-    """A line for every trial that has ended."""
+    """Print a line for every trial that ends."""
     logger = logging.getLogger("lora_kit.sweeps")
     before = logger.level
     logger.setLevel(logging.INFO)
@@ -77,7 +88,7 @@ def _log_trials() -> Iterator[None]:
 
 
 def _build_trial_rows(report: SweepReport) -> list[tuple[str, ...]]:
-    """The trials, the best ones first, those without a value last."""
+    """Return a row for each trial, the best ones first, those without a value last."""
     sign = -1 if report.direction == "maximize" else 1
 
     def order(trial: TrialReport) -> tuple[bool, float]:
@@ -86,7 +97,7 @@ def _build_trial_rows(report: SweepReport) -> list[tuple[str, ...]]:
     return [_build_trial_row(trial, report.best.params) for trial in sorted(report.trials, key=order)]
 
 
-def _build_trial_row(trial: TrialReport, keys: Mapping[str, Any]) -> tuple[str, ...]:
+def _build_trial_row(trial: TrialReport, keys: Iterable[str]) -> tuple[str, ...]:
     numbers = (trial.value, *(trial.params[key] for key in keys))
     cells = [f"{cell:.5g}" if isinstance(cell, float) else "" if cell is None else str(cell) for cell in numbers]
     seconds = "" if trial.seconds is None else f"{trial.seconds:.1f}"

@@ -30,12 +30,12 @@ def train(
     """Train an adapter from a recipe; flags win over it.
 
     The recipe is YAML or TOML. Any key of it is a flag: --base, --out, --lora.r 8, --train.learning_rate 1e-3,
-    --data.train rows.jsonl; --replace, or --force, replaces an adapter that is there. A training that was stopped
-    goes on from its last checkpoint when the same command is given again. --dry-run says what would be done and how
-    long it would take, and trains and writes nothing; --json prints that as JSON.
+    --data.train rows.jsonl. --replace, or --force, replaces an existing adapter. The same command continues a
+    training that was stopped, from its last checkpoint. --dry-run prints what would be done and how long it would
+    take, and neither trains nor writes anything; --json prints that as JSON.
 
     Args:
-        recipe: The recipe's file.
+        recipe: The file of the recipe.
     """
     from lora_kit.training.plan.plan import plan
     from lora_kit.training.recipe.load import load_recipe
@@ -45,49 +45,49 @@ def train(
     replace, force, dry, as_json = (_take_switch(values, name) for name in ("replace", "force", "dry_run", "json"))
     if as_json and not dry:
         raise ConfigError("--json goes with --dry-run", hint="a training writes metrics.jsonl")
-    wanted = load_recipe(recipe, overrides=values)
+    resolved = load_recipe(recipe, overrides=values)
     if dry:
-        found = plan(wanted, replace=replace or force)
-        print_json(found.to_json()) if as_json else print_table(("", ""), _build_plan_facts(found))
+        train_plan = plan(resolved, replace=replace or force)
+        print_json(train_plan.to_json()) if as_json else print_table(("", ""), _build_plan_facts(train_plan))
         return
-    print(_format_headline(wanted), flush=True)
+    print(_format_headline(resolved), flush=True)
     with show_progress_lines():
-        report = run(wanted, replace=replace or force)
+        report = run(resolved, replace=replace or force)
     print_table(("", ""), _build_train_facts(report))
-    if wanted.method in ("lora", "features") and wanted.data.validation:
-        told_data, told_out = shlex.quote(str(wanted.data.validation)), shlex.quote(str(report.out))
-        print(escape_for_terminal(f"\nnext:\n  lora-kit eval {told_data} --adapter {told_out} --compare"))
+    if resolved.method in ("lora", "features") and resolved.data.validation:
+        rows, adapter = shlex.quote(str(resolved.data.validation)), shlex.quote(str(report.out))
+        print(escape_for_terminal(f"\nnext:\n  lora-kit eval {rows} --adapter {adapter} --compare"))
 
 
 def _take_switch(values: dict[str, str], name: str) -> bool:
-    """Takes a flag without a value out of the others."""
-    given = values.pop(name, "false")
-    if given not in ("true", "false"):
-        raise ConfigError(f"--{name.replace('_', '-')} takes no value; {given!r} was given")
-    return given == "true"
+    """Remove a flag without a value from the others and return whether it was there."""
+    value = values.pop(name, "false")
+    if value not in ("true", "false"):
+        raise ConfigError(f"--{name.replace('_', '-')} takes no value; {value!r} was given")
+    return value == "true"
 
 
 def parse_recipe_flags(flags: Sequence[str]) -> dict[str, str]:
-    """`--lora.r 8 --out=x --replace` as `{"lora.r": "8", "out": "x", "replace": "true"}`.
+    """Return `{"lora.r": "8", "out": "x", "replace": "true"}` for `--lora.r 8 --out=x --replace`.
 
-    Dashes in keys count as underscores.
+    Dashes in keys become underscores.
 
     Raises:
         ConfigError: a value without a key.
     """
-    found: dict[str, str] = {}
-    waiting = list(flags)
-    while waiting:
-        token = waiting.pop(0)
+    values: dict[str, str] = {}
+    tokens = list(flags)
+    while tokens:
+        token = tokens.pop(0)
         if not token.startswith("--") or token == "--":
             raise ConfigError(
                 f"{token!r} was given where a flag such as --lora.r was expected", hint="lora-kit train --help"
             )
         key, equals, value = token[2:].partition("=")
         if not equals:
-            value = waiting.pop(0) if waiting and not waiting[0].startswith("--") else "true"
-        found[key.replace("-", "_")] = value
-    return found
+            value = tokens.pop(0) if tokens and not tokens[0].startswith("--") else "true"
+        values[key.replace("-", "_")] = value
+    return values
 
 
 def _format_headline(recipe: Recipe) -> str:
@@ -110,12 +110,12 @@ def _format_rates(recipe: Recipe) -> str:
 
 
 def _build_train_facts(report: TrainReport) -> list[tuple[str, str]]:
-    stopped = f"; went on from step {report.resumed:,}" if report.resumed else ""
+    stopped = f"; continued from step {report.resumed:,}" if report.resumed else ""
     facts = [
         ("written", str(report.out)),
         ("trained", f"{report.trainable:,} of {report.parameters:,} parameters, {report.steps:,} steps{stopped}"),
         ("time", f"{report.seconds:.1f} s, {report.tokens_per_second:,.0f} tokens/s"),
-        ("memory", f"{format_size(report.peak_bytes)} at the most"),
+        ("memory", f"at most {format_size(report.peak_bytes)}"),
         ("training loss", f"{report.train_loss:.4f}"),
     ]
     before, after = (evaluation.metrics() if evaluation else {} for evaluation in (report.before, report.after))
@@ -131,9 +131,9 @@ def _build_plan_facts(plan: TrainPlan) -> list[tuple[str, str]]:
     fewer = f" (memory ran out with {steps.micro_batch})" if measured.micro_batch != steps.micro_batch else ""
     speed, accumulation = measured.tokens / measured.seconds, -(-steps.batch // measured.micro_batch)
     estimate = [("weights", memory.weights), ("trained", memory.trained), ("gradients", memory.gradients),
-                ("optimiser", memory.optimizer), ("activations", memory.activations)]  # fmt: skip
+                ("optimizer", memory.optimizer), ("activations", memory.activations)]  # fmt: skip
     facts = [
-        ("would write", f"{plan.out}" + (f", going on from step {plan.goes_on_from:,}" if plan.goes_on_from else "")),
+        ("would write", f"{plan.out}" + (f", continuing from step {plan.goes_on_from:,}" if plan.goes_on_from else "")),
         ("trainable", f"{plan.trainable:,} of {plan.parameters:,} parameters ({plan.trainable / plan.parameters:.2%})"),
     ]
     facts += [("", f"{kind.name}: {kind.modules} modules, {kind.parameters:,}") for kind in plan.kinds]
@@ -150,6 +150,6 @@ def _build_plan_facts(plan: TrainPlan) -> list[tuple[str, str]]:
         ("memory", f"{format_size(memory.total)} estimated, if all rows were as long as the longest"),
         *(("", f"{name}: {format_size(amount)}") for name, amount in estimate if amount),
         ("one step", f"{measured.seconds:.3f} s, {measured.tokens:,} tokens, {speed:,.0f} tokens/s, measured"),
-        ("", f"{format_size(measured.peak_bytes)} at the most in it and in one of the longest rows, measured"),
-        ("all steps", f"about {timedelta(seconds=round(plan.seconds))}, evaluations left out"),
+        ("", f"at most {format_size(measured.peak_bytes)} in it and in one of the longest rows, measured"),
+        ("all steps", f"about {timedelta(seconds=round(plan.seconds))}, without evaluations"),
     ]

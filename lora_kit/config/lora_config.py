@@ -1,4 +1,4 @@
-"""LoraConfig: what an adapter is, in PEFT's field names. No torch here: reading a config allocates nothing."""
+"""LoraConfig: the config of an adapter, in PEFT's field names. No torch here: reading a config allocates nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
@@ -25,14 +25,14 @@ from lora_kit.config.peft_fields import (
 )
 from lora_kit.config.validation import MAX_RANK
 from lora_kit.errors import ConfigError
-from lora_kit.io.strict_json import parse_object
+from lora_kit.io.strict_json import JsonObject, parse_object
 from lora_kit.io.text import format_value
 
 __all__ = ["ALL_LINEAR", "MAX_RANK", "NO_TARGETS", "LoraConfig"]
 
 ALL_LINEAR: Final = "all-linear"
 NO_TARGETS: Final = "dummy-target-modules"
-"""What PEFT writes for `target_modules` when an adapter has saved modules only."""
+"""What PEFT writes for `target_modules` where an adapter has `modules_to_save` only."""
 
 _GAUSSIAN: Final = "gaussian"
 _WEIGHT_BASED_INIT: Final = re.compile(r"pissa(_niter_[1-9]\d?)?|olora")
@@ -49,28 +49,32 @@ class LoraConfig:
         lora_alpha: numerator of the scaling; finite and not zero.
         lora_dropout: probability of dropping an element of a layer's input on its way to A, in training; 0 to below 1.
         target_modules: `"all-linear"`; or names, each matching a module of that path or whose path ends in `.name`; or
-            one regular expression that must match a whole path. Empty for an adapter of saved modules only.
-        target_parameters: parameters that get pairs where their module is no linear layer, by ends of their paths: the
-            fused experts of a mixture (`mlp.experts.gate_up_proj`), the weight of its router. Not with dropout, DoRA,
-            or patterns of ranks and alphas.
-        exclude_modules: names or one regular expression, as above, taken out again.
+            one regular expression that must match a whole path. Empty for an adapter of `modules_to_save` only.
+        target_parameters: parameters that get LoRA weights though their module is not a linear layer, by ends of their
+            paths: the fused experts of a mixture (`mlp.experts.gate_up_proj`), the weight of its router. Not together
+            with dropout, DoRA, or patterns of ranks and alphas.
+        exclude_modules: names or one regular expression, as above, that are left out.
         layers_to_transform: indices of the layers to adapt; all of them if None.
-        layers_pattern: names of the module lists those indices count in (`layers`, `h`); any if None.
-        rank_pattern, alpha_pattern: exceptions to `r` and `lora_alpha`: a name or regular expression that matches the
-            end of a path, to its value. The first match wins.
-        use_rslora: rank-stabilised scaling.
-        use_dora: train a length for every row of the adapted weight as well (Liu et al. 2024, arXiv 2402.09353).
-        modules_to_save: modules trained and saved whole beside the low-rank pairs (a classification head).
+        layers_pattern: names of the module lists that those indices count in (`layers`, `h`); any if None.
+        rank_pattern: exceptions to `r`: from a name or regular expression that matches the end of a path to the rank.
+            The first match wins.
+        alpha_pattern: exceptions to `lora_alpha`, in the same way.
+        use_rslora: rank-stabilized scaling.
+        use_dora: train a magnitude for every row of the adapted weight as well (Liu et al. 2024, arXiv 2402.09353).
+        modules_to_save: modules trained and saved whole beside the LoRA weights (a classification head).
         trainable_token_indices: tokens whose rows of the input embedding are trained and saved, and nothing else of it:
-            new ones. Or a mapping from names of embeddings (and of heads, where these are not tied) to such tokens. A
-            head that shares the embedding's weight has the same rows.
+            new tokens. Or a mapping from names of embeddings (and of heads that are not tied) to such tokens. A head
+            that shares the embedding's weight has the same rows.
         init_lora_weights: True: A Kaiming-uniform, B zero. `"gaussian"`: A normal with deviation 1/r, B zero. False:
-            both random, so that a fresh adapter does something (for tests). `"pissa"`, `"olora"`: from the layer's own
-            weight, which stays as it is: see `lora_kit.layers.initialization`; saved as a plain pair of rank 2r.
-            `"pissa_niter_N"`: by N iterations, 1 to 99, quick where weights are large (16 is usual).
-        fan_in_fan_out: the covered weights are stored (in, out), as transformers' Conv1D does. For other tools; here
-            the layer itself is asked.
-        base_model_name_or_path, revision, task_type, inference_mode: labels carried for other tools.
+            both random, so that a fresh adapter changes the output (for tests). `"pissa"`, `"olora"`: from the layer's
+            own weight, which is not changed: see `lora_kit.layers.initialization`; saved as plain LoRA weights of rank
+            2r. `"pissa_niter_N"`: by N iterations, 1 to 99, quick where weights are large (16 is usual).
+        fan_in_fan_out: the covered weights are stored (in, out), as those of transformers' Conv1D are. A label for
+            other tools: here the layer itself says it.
+        base_model_name_or_path: name of the base; a label for other tools.
+        revision: of the base; a label for other tools.
+        task_type: PEFT's name of the task; a label for other tools.
+        inference_mode: a label for other tools.
         extra: unknown fields of a foreign config, kept when it is saved again.
 
     Raises:
@@ -101,10 +105,10 @@ class LoraConfig:
     revision: str | None = None
     task_type: str | None = None
     inference_mode: bool = False
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, object] = field(default_factory=dict)
 
     if TYPE_CHECKING:
-        # What may be given: lists as well, as in PEFT. The fields are what becomes of it.
+        # The accepted types, which include lists, as in PEFT. The fields have the types that these are converted to.
         def __init__(
             self,
             *,
@@ -128,44 +132,55 @@ class LoraConfig:
             revision: str | None = ...,
             task_type: str | None = ...,
             inference_mode: bool = ...,
-            extra: Mapping[str, Any] = ...,
+            extra: Mapping[str, object] = ...,
         ) -> None: ...
 
     def __post_init__(self) -> None:
-        validation.check_rank("r", self.r)
-        validation.check_alpha("lora_alpha", self.lora_alpha)
+        self._parse_numbers()
+        self._parse_names()
+        self._parse_patterns()
+        self._check_init()
+        for name in ("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode"):
+            value = getattr(self, name)
+            validation.require(isinstance(value, bool), name, value, "true or false")
+        for name in ("base_model_name_or_path", "revision", "task_type"):
+            value = getattr(self, name)
+            validation.require(value is None or isinstance(value, str), name, value, "a string or null")
+        self._set("extra", MappingProxyType(dict(self.extra)))
+        self._check_combinations()
+
+    def _parse_numbers(self) -> None:
+        self._set("r", validation.parse_rank("r", self.r))
+        self._set("lora_alpha", validation.parse_alpha("lora_alpha", self.lora_alpha))
         dropout = self.lora_dropout
-        fits = validation.is_finite_number(dropout) and 0 <= dropout < 1
-        validation.require(fits, "lora_dropout", dropout, "a number from 0 to below 1")
+        in_range = validation.is_finite_number(dropout) and 0 <= dropout < 1
+        validation.require(in_range, "lora_dropout", dropout, "a number from 0 to below 1")
+
+    def _parse_names(self) -> None:
         for name in ("target_modules", "exclude_modules"):
             self._set(name, validation.parse_names_or_expression(name, getattr(self, name), words=(ALL_LINEAR,)))
         for name in ("target_parameters", "modules_to_save", "layers_pattern"):
             self._set(name, validation.parse_names(name, getattr(self, name)))
         for name in ("target_modules", "target_parameters", "modules_to_save"):
             self._set(name, getattr(self, name) or ())
-        self._set(
-            "layers_to_transform", validation.parse_layer_indices("layers_to_transform", self.layers_to_transform)
-        )
-        self._set(
-            "rank_pattern", validation.parse_pattern_table("rank_pattern", self.rank_pattern, validation.check_rank)
-        )
-        self._set(
-            "alpha_pattern", validation.parse_pattern_table("alpha_pattern", self.alpha_pattern, validation.check_alpha)
-        )
-        self._set(
-            "trainable_token_indices",
-            validation.parse_token_indices("trainable_token_indices", self.trainable_token_indices),
-        )
+
+    def _parse_patterns(self) -> None:
+        name = "layers_to_transform"
+        self._set(name, validation.parse_layer_indices(name, self.layers_to_transform))
+        name = "rank_pattern"
+        self._set(name, validation.parse_pattern_table(name, self.rank_pattern, validation.parse_rank))
+        name = "alpha_pattern"
+        self._set(name, validation.parse_pattern_table(name, self.alpha_pattern, validation.parse_alpha))
+        name = "trainable_token_indices"
+        self._set(name, validation.parse_token_indices(name, self.trainable_token_indices))
+
+    def _check_init(self) -> None:
         init = self.init_lora_weights
         known = isinstance(init, bool) or init == _GAUSSIAN or self.starts_from_weight
         words = "true, false, 'gaussian', 'pissa', 'pissa_niter_N' with N from 1 to 99, or 'olora'"
         validation.require(known, "init_lora_weights", init, words)
-        for name in ("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode"):
-            validation.require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
-        for name in ("base_model_name_or_path", "revision", "task_type"):
-            value = getattr(self, name)
-            validation.require(value is None or isinstance(value, str), name, value, "a string or null")
-        self._set("extra", MappingProxyType(dict(self.extra)))
+
+    def _check_combinations(self) -> None:
         if self.target_parameters:
             self._check_parameters()
         for name in ("use_dora", "target_parameters"):
@@ -185,20 +200,19 @@ class LoraConfig:
         if bare:
             raise ConfigError(
                 f"target_parameters names {format_value(bare[0])} without its module",
-                hint="as in experts.gate_up_proj: a weight file says modules, not parameters",
+                hint="as in experts.gate_up_proj: keys of a weight file name modules, not parameters",
             )
         for name in ("lora_dropout", "use_dora", "rank_pattern", "alpha_pattern"):
-            if getattr(self, name):
+            if value := getattr(self, name):
                 raise ConfigError(
-                    f"target_parameters with {name}={format_value(to_plain_value(getattr(self, name)))} is "
-                    "not supported",
+                    f"target_parameters with {name}={format_value(to_plain_value(value))} is not supported",
                     hint=f"leave {name} out, or target modules only",
                 )
 
-    def _set(self, name: str, value: Any) -> None:
+    def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Callable[[JsonObject], LoraConfig], tuple[JsonObject]]:
         # Mapping proxies do not pickle; the plain fields do.
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         plain = {name: dict(value) if isinstance(value, MappingProxyType) else value for name, value in values.items()}
@@ -206,64 +220,69 @@ class LoraConfig:
 
     @property
     def starts_from_weight(self) -> bool:
-        """Whether a fresh pair is made of its layer's weight (PiSSA, OLoRA)."""
+        """Whether the LoRA weights of a fresh adapter are computed from the layer's weight (PiSSA, OLoRA)."""
         init = self.init_lora_weights
         return isinstance(init, str) and _WEIGHT_BASED_INIT.fullmatch(init) is not None
 
     def rank_of(self, path: str) -> int:
-        """The rank at the module of this path: the first `rank_pattern` that matches, else `r`."""
+        """Return the rank at the module of this path: the first `rank_pattern` that matches, else `r`."""
         return self._ranks.first(path, default=self.r)
 
     def alpha_of(self, path: str) -> float:
-        """The alpha at the module of this path: the first `alpha_pattern` that matches, else `lora_alpha`."""
+        """Return the alpha at the module of this path: the first `alpha_pattern` that matches, else `lora_alpha`."""
         return self._alphas.first(path, default=self.lora_alpha)
 
     def scaling_of(self, path: str) -> float:
-        """What `B A x` is multiplied by at the module of this path: alpha/r, or alpha/sqrt(r) with `use_rslora`."""
+        """Return the factor of `B A x` at the module of this path: alpha/r, or alpha/sqrt(r) with `use_rslora`."""
         rank = self.rank_of(path)
         return self.alpha_of(path) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def tokens_of(self, path: str) -> tuple[int, ...]:
-        """The tokens whose rows are trained in the embedding of this path; empty where it is not named."""
-        given = self.trainable_token_indices
-        if given is None or isinstance(given, tuple):
-            return given or ()  # the model says which embedding a list is of
-        return next((given[end] for end in suffixes_of(path) if end in given), ())
+        """Return the tokens whose rows are trained in the embedding of this path; none where it is not named."""
+        tokens = self.trainable_token_indices
+        if tokens is None or isinstance(tokens, tuple):
+            return tokens or ()  # which embedding a list belongs to, only the model says
+        return next((tokens[name] for name in suffixes_of(path) if name in tokens), ())
 
     @functools.cached_property
-    def _ranks(self) -> PatternTable:
+    def _ranks(self) -> PatternTable[int]:
         return PatternTable(self.rank_pattern)
 
     @functools.cached_property
-    def _alphas(self) -> PatternTable:
+    def _alphas(self) -> PatternTable[float]:
         return PatternTable(self.alpha_pattern)
 
     @property
     def largest_rank(self) -> int:
-        """The largest rank any module of this adapter can have; 0 where there are no pairs."""
+        """The largest rank any module of this adapter can have; 0 where it has no LoRA weights."""
         return max(self.r, *self.rank_pattern.values(), 0) if self.target_modules or self.target_parameters else 0
 
     @classmethod
-    def of(cls, config: Any) -> LoraConfig:
-        """The config of a fresh adapter: a LoraConfig, a mapping of PEFT's fields, or a `peft.LoraConfig`."""
+    def of(cls, config: object) -> LoraConfig:
+        """Return the config of a fresh adapter from a LoraConfig, a mapping of PEFT's fields, or a `peft.LoraConfig`.
+
+        Raises:
+            ConfigError: it is something else, or has an invalid value; see `from_dict`.
+        """
         if isinstance(config, cls):
             return config
-        if callable(getattr(config, "to_dict", None)) and hasattr(config, "peft_type"):
-            config = config.to_dict()
+        convert = getattr(config, "to_dict", None)
+        if callable(convert) and hasattr(config, "peft_type"):
+            config = convert()
         if isinstance(config, Mapping):
-            # What would not do for an adapter that is read, since its tensors then need a changed base, does for one
-            # that is yet to be trained.
+            # `from_dict` rejects PiSSA and OLoRA, since tensors of a saved adapter would then need a changed base. An
+            # adapter that is yet to be trained may start so.
             init = config.get("init_lora_weights", True)
             return dataclasses.replace(cls.from_dict({**config, "init_lora_weights": True}), init_lora_weights=init)
         raise ConfigError(f"a LoraConfig was expected, {type(config).__name__} was given")
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> LoraConfig:
-        """From the fields of an `adapter_config.json`; unknown ones go to `extra`.
+        """Build a config from the fields of an `adapter_config.json`; unknown ones go to `extra`.
 
         Raises:
-            ConfigError: for another kind of adapter, or a field of PEFT's that changes the arithmetic and is not
-                supported.
+            ConfigError: it is of another kind of adapter, has an invalid value, or a field that changes the arithmetic
+                in a way that is not supported.
         """
         kind = fields.get("peft_type", "LORA")
         kind = getattr(kind, "value", kind)
@@ -290,7 +309,10 @@ class LoraConfig:
 
     @classmethod
     def from_json(cls, text: str, *, source: str = "adapter_config.json") -> LoraConfig:
-        """From the text of an `adapter_config.json`.
+        """Parse the text of an `adapter_config.json`.
+
+        Args:
+            source: the file, for messages.
 
         Raises:
             ConfigError: naming `source`, with line and column where the text is not JSON.
@@ -306,18 +328,18 @@ class LoraConfig:
 
     @property
     def unknown_fields(self) -> list[str]:
-        """Names in `extra` that PEFT's LoraConfig does not have either."""
+        """Names in `extra` that PEFT's LoraConfig does not know either."""
         return sorted(set(self.extra) - set(CARRIED_FIELDS) - set(FIELDS_NAMING_CODE) - set(UNSUPPORTED_FIELDS))
 
     @property
     def fields_naming_code(self) -> list[str]:
-        """Names in `extra` of fields that ask PEFT to import something. They are carried, and never acted on."""
-        return [name for name, neutral in FIELDS_NAMING_CODE.items() if self.extra.get(name) not in neutral]
+        """Names in `extra` of fields that ask PEFT to import code. They are carried; nothing is imported."""
+        return [name for name, harmless in FIELDS_NAMING_CODE.items() if self.extra.get(name) not in harmless]
 
-    def to_dict(self) -> dict[str, Any]:
-        """PEFT's fields as JSON values, in a fixed order."""
+    def to_dict(self) -> JsonObject:
+        """Return PEFT's fields as JSON values, in a fixed order."""
         fields = {f.name: to_plain_value(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "extra"}
-        for name in ("target_parameters", "trainable_token_indices"):  # which few adapters have
+        for name in ("target_parameters", "trainable_token_indices"):  # few adapters have them
             if not fields[name]:
                 del fields[name]
         fields["target_modules"] = fields["target_modules"] or NO_TARGETS
@@ -325,9 +347,9 @@ class LoraConfig:
         return dict(sorted({**FIXED_FIELDS, **{k: to_plain_value(v) for k, v in self.extra.items()}, **fields}.items()))
 
     def to_json(self) -> str:
-        """The text of an `adapter_config.json`."""
+        """Return the text of an `adapter_config.json`."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
 
-def _rebuild(values: dict[str, Any]) -> LoraConfig:
+def _rebuild(values: JsonObject) -> LoraConfig:
     return LoraConfig(**values)

@@ -1,4 +1,4 @@
-"""Regular expressions from files of others, over module names: refused where compiling or matching would take long."""
+"""Regular expressions of others over module names: rejected where compiling or matching them would take long."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import Final, Generic, TypeVar
 
 import regex
 
@@ -18,26 +18,32 @@ from lora_kit.io.text import format_value
 MAX_PATTERN_LENGTH: Final = 10_000
 MAX_COMPILE_COST: Final = 2**13
 MAX_EXPRESSIONS: Final = 1_000
-"""Entries of a table of patterns that are more than plain names."""
+"""Entries of a table of patterns that may be more than plain names."""
 MATCH_SECONDS: Final = 0.5
-"""Time one regular expression may take on one module name, or in slow matches altogether, before it is refused."""
+"""Time that one expression may take on one module name, or in all its slow matches, before it is rejected."""
 SLOW_SECONDS: Final = 1e-3
-"""A match that takes longer is a slow one: a thousand times what a usual one takes."""
+"""A match that takes longer is slow: a thousand times what a usual one takes."""
 _PLAIN_NAME: Final = re.compile(r"[\w.-]+")
 _COUNTS: Final = re.compile(r"\{(\d*),?(\d*)\}")
 
+_Number = TypeVar("_Number", int, float)
+
 
 def matches(pattern: str, text: str) -> bool:
-    """Whether a regular expression matches the whole text, in bounded time.
+    """Return whether a regular expression matches the whole text, in bounded time.
 
     Raises:
-        ConfigError: the pattern is malformed, or takes longer than `MATCH_SECONDS`, on one text or in all slow matches.
+        ConfigError: the pattern is malformed, or takes longer than `MATCH_SECONDS` on one text or in all slow matches.
     """
     return compile_expression(pattern).matches(text)
 
 
 class Expression:
-    """A compiled regular expression that is refused once it has cost too much."""
+    """A compiled regular expression that is rejected once it has cost too much.
+
+    Raises:
+        ConfigError: on construction, for a pattern that is malformed or would take long to compile.
+    """
 
     def __init__(self, pattern: str) -> None:
         if len(pattern) > MAX_PATTERN_LENGTH:
@@ -51,7 +57,7 @@ class Expression:
                 f"the pattern {format_value(pattern)} is nested too deeply, or repeats too often", hint="simplify it"
             )
         try:
-            # PEFT reads patterns with `re`. `regex` understands more (recursion, fuzzy matching): none of it is ours.
+            # PEFT reads patterns with `re`. `regex` reads more (recursion, fuzzy matching), which is rejected.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 re.compile(pattern)
@@ -60,9 +66,10 @@ class Expression:
             raise ConfigError(f"{format_value(pattern)} is not a regular expression: {error}") from None
 
     def matches(self, text: str) -> bool:
+        """Return whether the expression matches the whole text; see the function `matches`."""
         began = time.thread_time()
         try:
-            found = self._compiled.fullmatch(text, timeout=MATCH_SECONDS)
+            match = self._compiled.fullmatch(text, timeout=MATCH_SECONDS)
         except (TimeoutError, MemoryError):
             raise self._too_slow_error(text) from None
         spent = time.thread_time() - began
@@ -71,7 +78,7 @@ class Expression:
             self._seconds_spent += spent
             if self._seconds_spent > MATCH_SECONDS:
                 raise self._too_slow_error(text)
-        return found is not None
+        return match is not None
 
     def _too_slow_error(self, text: str) -> ConfigError:
         return ConfigError(
@@ -81,12 +88,12 @@ class Expression:
 
 
 def _estimate_compile_cost(pattern: str) -> int:
-    """A bound on what compiling takes: `regex` doubles its work with every level and unrolls counted repetitions."""
+    """Bound the cost of compiling: `regex` doubles its work with every level and unrolls counted repetitions."""
     level = deepest = 0
     for character in pattern:
         level += {"(": 1, ")": -1}.get(character, 0)
         deepest = max(deepest, level)
-    cost = 2 ** min(deepest, 64)
+    cost = 1 << min(deepest, 64)
     for counts in _COUNTS.findall(pattern):
         cost *= max(int(count[:9] or 1) for count in counts) or 1
         cost = min(cost, 2**64)
@@ -97,40 +104,40 @@ compile_expression = functools.lru_cache(maxsize=4 * MAX_EXPRESSIONS)(Expression
 
 
 def is_plain_name(pattern: str) -> bool:
-    """Whether a pattern is a name: what it matches can be looked up."""
+    """Return whether a pattern is a plain name, so that what it matches can be looked up."""
     return _PLAIN_NAME.fullmatch(pattern) is not None
 
 
-class PatternTable:
-    """A `rank_pattern` or `alpha_pattern`: plain names are looked up, expressions are tried in their order."""
+class PatternTable(Generic[_Number]):
+    """A `rank_pattern` or `alpha_pattern`: plain names are looked up, expressions are tried in their order.
 
-    def __init__(self, patterns: Mapping[str, Any]) -> None:
-        self._names: dict[str, tuple[int, Any]] = {}
-        self._expressions: list[tuple[int, str, Any]] = []
-        for place, (key, value) in enumerate(patterns.items()):
+    Args:
+        patterns: from names or expressions over the ends of paths to values.
+    """
+
+    def __init__(self, patterns: Mapping[str, _Number]) -> None:
+        self._names: dict[str, tuple[int, _Number]] = {}
+        self._expressions: list[tuple[int, str, _Number]] = []
+        for position, (key, value) in enumerate(patterns.items()):
             if is_plain_name(key):
-                self._names[key] = (place, value)
+                self._names[key] = (position, value)
             else:
-                self._expressions.append((place, rf"(.*\.)?({key})", value))
+                self._expressions.append((position, rf"(.*\.)?({key})", value))
 
-    def first(self, path: str, *, default: Any) -> Any:
-        """The value of the first entry that matches the end of a path, from a dot or its beginning."""
-        best, found, end = math.inf, default, path
-        while end and self._names:
-            place, value = self._names.get(end, (math.inf, None))
-            if place < best:
-                best, found = place, value
-            end = end.partition(".")[2]
-        for place, pattern, value in self._expressions:
-            if place > best:
+    def first(self, path: str, *, default: _Number) -> _Number:
+        """Return the value of the first entry that matches the end of a path, from a dot or from its beginning."""
+        named = [self._names[name] for name in suffixes_of(path) if name in self._names] if self._names else []
+        first, value = min(named, default=(math.inf, default))
+        for position, pattern, other in self._expressions:
+            if position > first:
                 break
             if matches(pattern, path):
-                return value
-        return found
+                return other
+        return value
 
 
 def suffixes_of(path: str) -> Iterator[str]:
-    """The names that a module goes by: its path, and what is left of it after each dot."""
+    """Yield the names that match a module: its path, and what is left of its path after each dot."""
     yield path
     while "." in path:
         path = path.partition(".")[2]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_kit.data.batches import GENERATIVE_KINDS, IGNORE_INDEX, NEXT, WORD, Collator, EncodedDataset
+from lora_kit.data.batches import IGNORE_INDEX, Collator, EncodedDataset
 from lora_kit.data.chat import ChatTemplate, chat_template
 from lora_kit.data.encode import DEFAULT_MAX_LENGTH, encode
 from lora_kit.data.layouts import FORMATS
@@ -10,6 +10,7 @@ from lora_kit.data.packing import PackedDataset, pack, reason_not_packable
 from lora_kit.data.preparation.prepare import Preparation, prepare
 from lora_kit.data.preview import Span, preview_sample
 from lora_kit.data.rows import Rows, Scan, collect_label_names, read_rows, scan_rows
+from lora_kit.models.tasks import GENERATIVE_KINDS, NEXT, WORD
 
 __all__ = [
     "DEFAULT_MAX_LENGTH",

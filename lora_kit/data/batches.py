@@ -10,14 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from lora_kit.models.tasks import LABEL, TARGET
+
 IGNORE_INDEX: Final = -100
 """The label of a position on which no loss is taken."""
-
-NEXT, LABEL, WORD, TARGET = "token", "label", "word", "target"
-"""Kinds of samples: each token is the label of the position before it; one label for the whole text; a label on the
-first token of each word; an input for an encoder and the tokens that a decoder is to write."""
-GENERATIVE_KINDS: Final = (NEXT, TARGET)
-"""The kinds whose labels are tokens that a model writes."""
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from lora_kit.data.batches import IGNORE_INDEX, LABEL, NEXT, TARGET, WORD, EncodedDataset, join_samples
+from lora_kit.data.batches import IGNORE_INDEX, EncodedDataset, join_samples
 from lora_kit.data.chat import ChatEncoder, ChatTemplate
 from lora_kit.data.layouts import RowError
 from lora_kit.data.readers import BAD, LONG, Fault
 from lora_kit.data.rows import Rows, build_fault_error
 from lora_kit.errors import DataError, format_list
 from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR, find_special_tokens, render_prompt, strip_special_tokens
+from lora_kit.models.tasks import CAUSAL_LM, LABEL, NEXT, SEQ2SEQ, TARGET, WORD
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def encode(
     separator: str = DEFAULT_SEPARATOR,
     template: ChatTemplate | None = None,
     label2id: Mapping[str, int] | None = None,
-    task: str = "causal-lm",
+    task: str = CAUSAL_LM,
 ) -> EncodedDataset:
     """Tokens and labels of the rows of a file.
 
@@ -116,7 +117,7 @@ def encode_with_faults(
     separator: str = DEFAULT_SEPARATOR,
     template: ChatTemplate | None = None,
     label2id: Mapping[str, int] | None = None,
-    task: str = "causal-lm",
+    task: str = CAUSAL_LM,
 ) -> EncodingResult:
     """As `encode`, but rows that cannot be trained on are told, not raised.
 
@@ -130,7 +131,7 @@ def encode_with_faults(
         each = _encode_words(rows, tokenizer, max_length, label2id or {})
     elif tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no EOS token, so a model could not learn where to end")
-    elif task == "seq2seq":
+    elif task == SEQ2SEQ:
         kind, each = TARGET, _encode_seq2seq(rows, tokenizer, max_length)
     elif rows.format == "text":
         each = _encode_texts(rows, tokenizer, max_length)

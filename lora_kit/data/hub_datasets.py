@@ -5,16 +5,15 @@ A file that is here is always meant first. Code that comes with a data set is ne
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from lora_kit.data.readers import READABLE_SUFFIXES, Contents, resolve_class_names
 from lora_kit.errors import DataError
+from lora_kit.models.silence import silence_datasets
 
 _DATASET_NAME: Final = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:/(\w[\w.-]*))?(?::([^/]+))?")
 
@@ -42,7 +41,7 @@ def read_dataset(given: Path, *, split: str) -> Contents:
     repository, config, split = name[1], name[2], name[3] or split
     tried = f"{given}: no such file here, and no data set of the hub that can be read"
     try:
-        with _silence_progress_bars():
+        with silence_datasets():
             found = _load_split(repository, config, split)
     except Exception as error:  # whatever datasets and the network raise
         told = " ".join(str(error).split()) or type(error).__name__
@@ -64,17 +63,3 @@ def _load_split(repository: str, config: str | None, split: str) -> Any:
         # One request with a time limit, before anything that would try again and again.
         HfApi().dataset_info(repository, timeout=10)
     return load_dataset(repository, config, split=split)
-
-
-@contextlib.contextmanager
-def _silence_progress_bars() -> Iterator[None]:
-    """Keeps the bars of datasets off the terminal."""
-    import datasets
-
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()

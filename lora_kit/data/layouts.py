@@ -19,16 +19,17 @@ from typing import Any, Final
 
 from lora_kit.data.readers import BAD, EMPTY
 from lora_kit.errors import format_list
+from lora_kit.models.tasks import CAUSAL_LM, CLASSIFY, SEQ2SEQ, TOKENS
 
 Row = Mapping[str, Any]
 Message = tuple[str, str]
 """Role and content."""
 
 FORMATS: Final[Mapping[str, tuple[str, ...]]] = {
-    "causal-lm": ("completion", "chat", "text"),
-    "classify": ("label",),
-    "tokens": ("words",),
-    "seq2seq": ("completion",),
+    CAUSAL_LM: ("completion", "chat", "text"),
+    CLASSIFY: ("label",),
+    TOKENS: ("words",),
+    SEQ2SEQ: ("completion",),
 }
 """The formats that each task is trained on."""
 

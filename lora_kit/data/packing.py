@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kit.data.batches import NEXT, EncodedDataset
+from lora_kit.data.batches import EncodedDataset
+from lora_kit.models.tasks import NEXT
 from lora_kit.torch_utils import use_eval_mode
 
 

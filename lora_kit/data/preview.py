@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from lora_kit.data.batches import IGNORE_INDEX, LABEL, TARGET, EncodedDataset
+from lora_kit.data.batches import IGNORE_INDEX, EncodedDataset
+from lora_kit.models.tasks import LABEL, TARGET
 
 
 @dataclass(frozen=True)

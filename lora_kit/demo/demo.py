@@ -3,91 +3,147 @@
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from lora_kit.demo import demo_steps
-from lora_kit.demo.demo_results import DemoReport, Trained
-from lora_kit.demo.picture import draw
-from lora_kit.demo.show import Show
+import torch
+from torch import Tensor
+
+from lora_kit.bank.bank import AdapterBank, attach
+from lora_kit.demo import demo_training
+from lora_kit.demo.demo_report import DemoReport, MixedRow, TaskResult
+from lora_kit.demo.demo_screen import DemoScreen, draw_demo
 from lora_kit.errors import StorageError, VerificationError
 from lora_kit.io.atomic_write import check_output
+from lora_kit.merging.merge import merge
+from lora_kit.models.loading import Base
+from lora_kit.models.locate import KIT_BASE
+from lora_kit.models.prompt_tokens import render_prompt
+from lora_kit.torch_utils import read_peak_bytes
 
 FIGURES: Final = "demo.json"
-PICTURE: Final = "demo.png"
+ROUNDING: Final = 1e-4
+"""Share of the largest logit by which two orders of the same fp32 sums may differ; a hundred times what is usual."""
+SWAPS: Final = 2000
 _MERGED: Final = "scene"
-_COMPARED: Final = 16
-"""Held-out prompts on which the merged model is compared."""
 
 
 def run(
     out: str | Path = Path("runs/demo"),
     *,
     seed: int = 0,
-    steps: Mapping[str, int] = demo_steps.STEPS,
-    held_out: int = demo_steps.HELD_OUT,
-    show: Show | None = None,
+    steps: Mapping[str, int] = demo_training.STEPS,
+    held_out: int = demo_training.HELD_OUT,
+    screen: DemoScreen | None = None,
 ) -> DemoReport:
     """Train three adapters on kit-base, compare, swap, mix and merge them, and print what happens.
 
     Args:
-        out: folder for everything it makes; what an earlier demo made there is replaced.
+        out: folder for everything it writes; what an earlier demo wrote there is replaced.
         seed: of data and training.
-        steps: optimiser steps by task.
+        steps: optimizer steps by task.
         held_out: rows per task to score on.
-        show: where to print; the console by default.
+        screen: where to print; standard output by default.
 
     Raises:
         StorageError: `out` holds something else, or cannot be written.
-        VerificationError: an adapter is no better than the base, a row of the mixed batch differs from its adapter
-            alone, or the merged model from base + adapter. Everything was shown and written before.
+        VerificationError: the merged model differs from base + adapter; or, after everything was shown and written, an
+            adapter is no better than the base, or a row of the mixed batch differs from its adapter alone.
     """
-    started, out, show = time.perf_counter(), Path(out), show or Show()
-    _claim(out)
-    base = demo_steps.load()
-    before = demo_steps.digest(base)
-    show.opening(parameters=base.model.num_parameters(), seconds=time.perf_counter() - started, tasks=len(steps))
-    trained: dict[str, Trained] = {}
-    for found in demo_steps.train_all(base, out=out, seed=seed, steps=steps, held_out=held_out):
-        show.trained(found)
-        trained[found.task.name] = found
-    with demo_steps.with_adapters(base, {name: out / name for name in trained}) as bank:
-        swaps = demo_steps.time_swaps(bank)
-        show.swaps(swaps, bank.names)
-        mixed = demo_steps.mix(base, bank, {name: found.prompts[0] for name, found in trained.items()})
-        show.mixed(mixed)
-        prompts, merged_folder = trained[_MERGED].prompts[:_COMPARED], out / f"{_MERGED}-merged"
-        merged = demo_steps.merge_one(base, bank, _MERGED, adapter=out / _MERGED, out=merged_folder, prompts=prompts)
-        show.merged(merged)
+    started, out, screen = time.perf_counter(), Path(out), screen or DemoScreen()
+    _claim_folder(out)
+    base = demo_training.load_demo_base()
+    before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+    screen.show_opening(parameters=base.model.num_parameters(), tasks=len(steps))
+    tasks: dict[str, TaskResult] = {}
+    for result in demo_training.train_tasks(base, out=out, seed=seed, steps=steps, held_out=held_out):
+        tasks[result.task.name] = result
+        screen.show_task(result)
+    bank = attach(base.model, slots=len(tasks), max_rank=demo_training.RANK)
+    for name in tasks:
+        bank.load(name, out / name)
+    swap_seconds = time_swaps(bank)
+    screen.show_swaps(SWAPS, swap_seconds, bank.names)
+    mixed = mix_rows(base, bank, {name: result.prompts[0] for name, result in tasks.items()})
+    screen.show_mixed(mixed)
+    bank.detach()
+    merged = merge(KIT_BASE, out / _MERGED, out / f"{_MERGED}-merged", dtype="fp32", verify="logits", replace=True)
+    screen.show_merged(_MERGED, merged)
     report = DemoReport(
         out=out,
         seed=seed,
-        trained=trained,
-        swaps=swaps,
+        tasks=tasks,
+        swaps=SWAPS,
+        swap_seconds=swap_seconds,
         mixed=mixed,
         merged=merged,
+        merged_adapter=_MERGED,
         base_parameters=base.model.num_parameters(),
-        base_unchanged=demo_steps.digest(base) == before,
+        base_unchanged=all(torch.equal(tensor, before[name]) for name, tensor in base.model.state_dict().items()),
         seconds=time.perf_counter() - started,
-        peak_bytes=demo_steps.peak_bytes(),
-        picture=draw(trained, out / PICTURE),
+        peak_bytes=read_peak_bytes(base.device),
     )
-    _finish(report, show)
+    _write_figures(out, report.to_json())
+    screen.show_summary(report, picture=draw_demo(tasks, out / "demo.png"))
+    if report.failures:
+        raise VerificationError("the demo is not what it should be: " + "; ".join(report.failures))
     return report
 
 
-def _finish(report: DemoReport, show: Show) -> None:
-    _write_figures(report.out, report.to_json())
-    show.summary(report)
-    show.closing(report, {name: found.prompts[0] for name, found in report.trained.items()})
-    if report.failures:
-        raise VerificationError("the demo is not what it should be: " + "; ".join(report.failures))
+def time_swaps(bank: AdapterBank) -> float:
+    """Return the median seconds of `bank.use` over all adapters of a bank and the base, which is in use afterwards."""
+    names = [*bank.names, None]
+    seconds = []
+    for turn in range(SWAPS):
+        started = time.perf_counter()
+        bank.use(names[turn % len(names)])
+        seconds.append(time.perf_counter() - started)
+    bank.use(None)
+    return statistics.median(seconds)
 
 
-def _claim(out: Path) -> None:
-    """Make the output folder and leave a mark in it, by which the next demo knows that it may replace this one."""
+def mix_rows(base: Base, bank: AdapterBank, prompts: Mapping[str, str]) -> tuple[MixedRow, ...]:
+    """Generate one batch with two rows per prompt: one under the adapter of that name, one under the base.
+
+    Every row is compared with the same batch under its adapter alone.
+    """
+    rows = [(name, prompt) for adapter, prompt in prompts.items() for name in (adapter, None)]
+    texts = [render_prompt(prompt) for _, prompt in rows]
+    inputs = base.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt").to(base.device)
+    with bank.rows([name for name, _ in rows]):
+        mixed = _compute_logits(base, inputs)
+        written = base.model.generate(**inputs, do_sample=False, max_new_tokens=demo_training.NEW_TOKENS)
+    alone = {name: _compute_logits_under(base, bank, name, inputs) for name in (*prompts, None)}
+    answers = base.tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return tuple(
+        MixedRow(
+            adapter=name,
+            prompt=prompt,
+            text=answers[place],
+            difference=float((mixed[place] - alone[name][place]).abs().max()),
+            bound=ROUNDING * float(mixed.abs().max()),
+        )
+        for place, (name, prompt) in enumerate(rows)
+    )
+
+
+def _compute_logits_under(base: Base, bank: AdapterBank, name: str | None, inputs: Mapping[str, Tensor]) -> Tensor:
+    with bank.using(name):
+        return _compute_logits(base, inputs)
+
+
+@torch.no_grad()
+def _compute_logits(base: Base, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return logits, fp32 (rows, length, vocabulary); zero at padding, where they mean nothing."""
+    logits: Tensor = base.model(**inputs, use_cache=False).logits.float()
+    return logits * inputs["attention_mask"][..., None]
+
+
+def _claim_folder(out: Path) -> None:
+    """Create the output folder with a mark in it, by which the next demo knows that it may replace this one."""
     check_output(out, replace=True, owned=lambda folder: (folder / FIGURES).is_file())
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -96,5 +152,5 @@ def _claim(out: Path) -> None:
         raise StorageError(f"{out} cannot be written: {error.strerror}", hint="choose another --out") from error
 
 
-def _write_figures(out: Path, figures: Mapping[str, Any]) -> None:
+def _write_figures(out: Path, figures: Mapping[str, object]) -> None:
     (out / FIGURES).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

@@ -22,11 +22,11 @@ from lora_kit.generation.prompts import PromptStyle, data_of, separator_of, temp
 from lora_kit.io.read import read_text
 from lora_kit.models.loading import Base
 from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR
+from lora_kit.models.tasks import LABEL_TASKS, SEQ2SEQ
+from lora_kit.names import RECIPE_FILE
 
 logger = logging.getLogger(__name__)
 
-_RECIPE: Final = "recipe.yaml"
-"""Stands beside a model that was trained whole."""
 _MAX_RECIPE_BYTES: Final = 2**20
 
 
@@ -75,7 +75,7 @@ def resolve_settings(
     own = {label: _settings_of_adapter(base, value, max_length) for label, value in values.items() if value is not None}
     first = next(iter(own.values()), None) or _settings_of_base(base, rows, max_length)
     found = {label: own.get(label, first) for label in values}
-    if base.task in ("classify", "tokens"):
+    if base.task in LABEL_TASKS:
         size = base.model.config.num_labels
         for label, setting in found.items():
             if len(setting.labels) != size:
@@ -95,7 +95,7 @@ def _settings_of_adapter(base: Base, adapter: Adapter, max_length: int | None) -
 def _settings_of_base(base: Base, rows: Rows, max_length: int | None) -> EncodingSettings:
     """Of a base alone: what stands in the recipe it was trained whole by, else what a recipe would say by default."""
     recorded = _read_recipe_data(base)
-    style: PromptStyle = recorded.get("separator", "" if base.task == "seq2seq" else DEFAULT_SEPARATOR)
+    style: PromptStyle = recorded.get("separator", "" if base.task == SEQ2SEQ else DEFAULT_SEPARATOR)
     if isinstance(recorded.get("chat_template"), str):
         style = ChatTemplate(recorded["chat_template"], f"the chat template of {base.name}")
     elif rows.format == "chat":
@@ -106,7 +106,7 @@ def _settings_of_base(base: Base, rows: Rows, max_length: int | None) -> Encodin
 
 
 def _read_recipe_data(base: Base) -> Mapping[str, Any]:
-    path = Path(base.name).expanduser() / _RECIPE
+    path = Path(base.name).expanduser() / RECIPE_FILE
     if not path.is_file():
         return {}
     try:
@@ -123,7 +123,7 @@ def _resolve_max_length(base: Base, wanted: int | None, recorded: Any) -> int:
 
 
 def _labels_of_model(base: Base) -> tuple[str, ...]:
-    if base.task not in ("classify", "tokens"):
+    if base.task not in LABEL_TASKS:
         return ()
     names = base.model.config.id2label
     return tuple(str(names[number]) for number in sorted(names))

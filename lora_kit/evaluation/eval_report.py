@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 from lora_kit.adapter.store import to_json_value
 from lora_kit.errors import StorageError
 from lora_kit.evaluation.generation_metrics import Prompt
-from lora_kit.io.atomic_write import sync_folder
+from lora_kit.io.atomic_write import stage_file
 from lora_kit.io.text import escape_text
 
 Answer = str | tuple[str, ...]
@@ -104,17 +103,8 @@ class EvalReport:
         """
         path = Path(path)
         check_predictions_file(path, replace=replace)
-        staging = path.with_name(f".{path.name}.{os.getpid()}")
-        with _translate_os_errors(path):
-            try:
-                with staging.open("x", encoding="utf-8") as file:
-                    file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines())
-                    file.flush()
-                    os.fsync(file.fileno())
-                staging.replace(path)
-            finally:
-                staging.unlink(missing_ok=True)
-            sync_folder(path.parent)
+        with stage_file(path) as staging, staging.open("x", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines())
 
 
 def check_predictions_file(path: Path, *, replace: bool) -> None:
@@ -131,14 +121,6 @@ def check_predictions_file(path: Path, *, replace: bool) -> None:
         raise StorageError(f"{escape_text(path.parent)} is no folder, so {escape_text(path)} cannot be written")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise StorageError(f"{escape_text(path)} cannot be written: {escape_text(path.parent)} may not be written to")
-
-
-@contextlib.contextmanager
-def _translate_os_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"{escape_text(path)} cannot be written: {error.strerror}") from error
 
 
 def metric_names_of(results: Sequence[Result]) -> list[str]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Final
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.adapter.store import STORE
 from lora_kit.bank.bank import AdapterBank
 from lora_kit.data.batches import Collator, EncodedDataset
 from lora_kit.data.rows import Rows, read_rows
@@ -34,21 +33,20 @@ from lora_kit.evaluation.generation_metrics import (
     generate_completions,
 )
 from lora_kit.evaluation.measure import compute_perplexity, true_labels_of
-from lora_kit.evaluation.metrics import select_generation_metrics, validate_metrics
+from lora_kit.evaluation.metrics import BASIC_METRICS, select_generation_metrics, validate_metrics
 from lora_kit.evaluation.scores import score_labels, score_texts
 from lora_kit.generation.adapter_args import AdapterSource, check_quantize, labels_of, read_adapter, task_of
 from lora_kit.generation.decoding import Completion
 from lora_kit.generation.generate import attach_adapters
 from lora_kit.io.text import escape_text
 from lora_kit.models.loading import Base, load_base, load_input_spec
+from lora_kit.models.tasks import CAUSAL_LM, CLASSIFY, GENERATIVE_TASKS, LABEL_TASKS, TASKS
+from lora_kit.names import DEFAULT_STORE
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_METRICS: Final[Mapping[str, tuple[str, ...]]] = {
-    "causal-lm": ("loss", "perplexity"),
-    "seq2seq": ("loss", "perplexity"),
-    "classify": ("loss", "accuracy", "f1"),
-    "tokens": ("loss", "accuracy", "f1"),
+    task: (*BASIC_METRICS[task], *(("f1",) if task in LABEL_TASKS else ())) for task in TASKS
 }
 """What is measured where nobody says: nothing that takes a generation."""
 
@@ -67,7 +65,7 @@ def evaluate(
     max_new_tokens: int | None = None,
     out: str | Path | None = None,
     replace: bool = False,
-    store: str | Path = STORE,
+    store: str | Path = DEFAULT_STORE,
     quantize: str | None = None,
     on_progress: EvalProgress | None = None,
 ) -> EvalReport:
@@ -140,7 +138,7 @@ def evaluate(
 
 
 def _check_out(out: Path, metrics: Sequence[str], task: str, *, replace: bool) -> None:
-    if task in ("causal-lm", "seq2seq") and not select_generation_metrics(metrics, task):
+    if task in GENERATIVE_TASKS and not select_generation_metrics(metrics, task):
         told = f"{escape_text(out)} is for what is said, and {format_list(metrics)} needs nothing to be said"
         raise ConfigError(told, hint="ask for exact_match too")
     check_predictions_file(out, replace=replace)
@@ -154,7 +152,7 @@ def _resolve_task(base: str | Base, of_adapters: str | None, rows: Rows) -> str:
     if own or of_adapters or isinstance(base, Base):
         return own or str(of_adapters)
     task = task_for(rows)
-    return "seq2seq" if task == "causal-lm" and load_input_spec(base).both else task
+    return load_input_spec(base).generative_task if task == CAUSAL_LM else task
 
 
 def _load_for_evaluation(
@@ -163,7 +161,7 @@ def _load_for_evaluation(
     if isinstance(base, Base):
         return base
     names = next((found for value in values.values() if value and (found := labels_of_adapter(value))), ())
-    label2id = {name: number for number, name in enumerate(names)} if task in ("classify", "tokens") else {}
+    label2id = {name: number for number, name in enumerate(names)} if task in LABEL_TASKS else {}
     return load_base(base, task=task, label2id=label2id or None, quantize=quantize)
 
 
@@ -215,7 +213,7 @@ class _EvalRun:
     ) -> None:
         self._plan, self._bank, self._batch_size, self._on_progress = plan, bank, batch_size, on_progress
         self._done: Counter[str] = Counter()
-        self._collator = Collator(plan.base.tokenizer.pad_token_id, plan.base.decoder_inputs)
+        self._collator = Collator(plan.base.pad_token_id, plan.base.decoder_inputs)
 
     def results(self, values: Mapping[str, Adapter | None]) -> dict[str, Result]:
         passes = {label: self._run_samples(label, each) for label, each in self._plan.samples.items()}
@@ -252,7 +250,7 @@ class _EvalRun:
             if passed.predicted:
                 others = [name for name in plan.metrics if name not in found]
                 found |= score_labels(others, true_labels_of(plan.samples[label]), passed.predicted, labels=names)
-                said = tuple(_name_labels(row, names, single=plan.base.task == "classify") for row in passed.predicted)
+                said = tuple(_name_labels(row, names, single=plan.base.task == CLASSIFY) for row in passed.predicted)
         if written:
             texts = [each.text for each in written]
             found |= score_texts(

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kit.data.batches import GENERATIVE_KINDS, IGNORE_INDEX, Collator, EncodedDataset
+from lora_kit.data.batches import IGNORE_INDEX, Collator, EncodedDataset
 from lora_kit.evaluation.loss import LossHead, probe_head
+from lora_kit.models.tasks import GENERATIVE_KINDS
 from lora_kit.torch_utils import use_autocast, use_eval_mode
 
 

@@ -19,6 +19,7 @@ from lora_kit.generation.generate import route_rows
 from lora_kit.generation.prompts import EncodedPrompt, PromptStyle, encode_prompt
 from lora_kit.models.loading import Base
 from lora_kit.models.prompt_tokens import find_special_tokens
+from lora_kit.models.tasks import SEQ2SEQ
 from lora_kit.torch_utils import use_autocast, use_eval_mode
 
 logger = logging.getLogger(__name__)
@@ -101,14 +102,14 @@ def build_generation_task(
         ConfigError: an answer may fill the base's whole context.
     """
     limit = max_new_tokens or _measure_longest_reference(base, questions)
-    room = base.max_length - (1 if base.task == "seq2seq" else limit)
+    room = base.max_length - (1 if base.task == SEQ2SEQ else limit)
     if room < 1 or limit >= base.max_length:
         what = f"an answer may have {limit:,} tokens; {base.name} sees {base.max_length:,} at once"
         raise ConfigError(what, hint="give a smaller max_new_tokens")
     whole = [encode_prompt(base, _convert_prompt(question, style), style) for question in questions]
     cut = sum(len(row.ids) > room for row in whole)
     if cut:
-        side = "at the end" if base.task == "seq2seq" else "on the left"
+        side = "at the end" if base.task == SEQ2SEQ else "on the left"
         logger.warning("%d of %d prompts were cut %s to fit %d tokens", cut, len(whole), side, room)
     return GenerationTask(base, tuple(questions), tuple(_cut_prompt(base, row, room) for row in whole), limit)
 
@@ -134,7 +135,7 @@ def _cut_prompt(base: Base, row: EncodedPrompt, room: int) -> EncodedPrompt:
     if len(row.ids) <= room:
         return row
     before, after = find_special_tokens(base.tokenizer)
-    if base.task == "seq2seq":
+    if base.task == SEQ2SEQ:
         return dataclasses.replace(row, ids=row.ids[: max(0, room - len(after))] + after)
     kept = before if row.ids[: len(before)] == before and len(before) < room else []
     return dataclasses.replace(row, ids=kept + row.ids[len(row.ids) - (room - len(kept)) :])

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_kit.data.batches import GENERATIVE_KINDS, IGNORE_INDEX, NEXT
+from lora_kit.data.batches import IGNORE_INDEX
 from lora_kit.errors import VerificationError
+from lora_kit.models.tasks import GENERATIVE_KINDS, NEXT
 from lora_kit.ops.cross_entropy import chunked_cross_entropy
 from lora_kit.torch_utils import use_eval_mode
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from lora_kit.data.batches import GENERATIVE_KINDS, IGNORE_INDEX, Collator, EncodedDataset
+from lora_kit.data.batches import IGNORE_INDEX, Collator, EncodedDataset
 from lora_kit.evaluation.forward import run_forward
 from lora_kit.evaluation.generation_metrics import GenerationTask, generate_completions
 from lora_kit.evaluation.scores import score_labels, score_texts
+from lora_kit.models.tasks import GENERATIVE_KINDS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,7 @@ from types import MappingProxyType
 from typing import Final
 
 from lora_kit.errors import ConfigError, format_list, suggest_nearest
-
-_GENERATIVE_TASKS: Final = ("causal-lm", "seq2seq")
-_LABEL_TASKS: Final = ("classify", "tokens")
+from lora_kit.models.tasks import GENERATIVE_TASKS, LABEL_TASKS, TASKS, TOKENS
 
 
 @dataclass(frozen=True)
@@ -31,27 +29,22 @@ class Metric:
 
 METRICS: Final[Mapping[str, Metric]] = MappingProxyType(
     {
-        "loss": Metric(_GENERATIVE_TASKS + _LABEL_TASKS, greater_is_better=False),
-        "perplexity": Metric(_GENERATIVE_TASKS, greater_is_better=False),
-        "accuracy": Metric(_LABEL_TASKS),
-        "f1": Metric(_LABEL_TASKS),
-        "f1_macro": Metric(_LABEL_TASKS),
-        "f1_micro": Metric(_LABEL_TASKS),
-        "exact_match": Metric((*_GENERATIVE_TASKS, "tokens")),
-        "bleu": Metric(_GENERATIVE_TASKS, package="sacrebleu"),
-        "chrf": Metric(_GENERATIVE_TASKS, package="sacrebleu"),
-        "rouge": Metric(_GENERATIVE_TASKS, package="torchmetrics"),
+        "loss": Metric(TASKS, greater_is_better=False),
+        "perplexity": Metric(GENERATIVE_TASKS, greater_is_better=False),
+        "accuracy": Metric(LABEL_TASKS),
+        "f1": Metric(LABEL_TASKS),
+        "f1_macro": Metric(LABEL_TASKS),
+        "f1_micro": Metric(LABEL_TASKS),
+        "exact_match": Metric((*GENERATIVE_TASKS, TOKENS)),
+        "bleu": Metric(GENERATIVE_TASKS, package="sacrebleu"),
+        "chrf": Metric(GENERATIVE_TASKS, package="sacrebleu"),
+        "rouge": Metric(GENERATIVE_TASKS, package="torchmetrics"),
     }
 )
 """Loss in nats per label; BLEU and chrF from 0 to 100, as sacrebleu gives them; from accuracy on the others 0 to 1."""
 
 BASIC_METRICS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
-    {
-        "causal-lm": ("loss", "perplexity"),
-        "seq2seq": ("loss", "perplexity"),
-        "classify": ("loss", "accuracy"),
-        "tokens": ("loss", "accuracy"),
-    }
+    dict.fromkeys(GENERATIVE_TASKS, ("loss", "perplexity")) | dict.fromkeys(LABEL_TASKS, ("loss", "accuracy"))
 )
 """What an evaluation in training gives, by task, whatever else is asked for: it costs nothing more."""
 
@@ -63,7 +56,7 @@ def metrics_for_task(task: str) -> tuple[str, ...]:
 
 def select_generation_metrics(names: Sequence[str], task: str) -> tuple[str, ...]:
     """Those of some metrics that are about what a model writes: they take a generation."""
-    return tuple(name for name in names if task in _GENERATIVE_TASKS and name not in BASIC_METRICS[task])
+    return tuple(name for name in names if task in GENERATIVE_TASKS and name not in BASIC_METRICS[task])
 
 
 def validate_metrics(names: Sequence[str], task: str) -> tuple[str, ...]:

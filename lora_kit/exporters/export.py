@@ -12,7 +12,8 @@ from typing import Any, Final
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.folder import ALLOWANCES
-from lora_kit.adapter.store import KIT_BASE, find_adapter, sum_file_sizes, to_json_value
+from lora_kit.adapter.model_card import format_table, render_card
+from lora_kit.adapter.store import find_adapter, sum_file_sizes, to_json_value
 from lora_kit.algebra.sources import AdapterLike, SourceAdapter
 from lora_kit.errors import ConfigError, ExportError, format_list, suggest_nearest
 from lora_kit.exporters import llama_cpp, mlx, ollama, servers
@@ -20,6 +21,7 @@ from lora_kit.exporters.plain_lora import ExportCase
 from lora_kit.io.atomic_write import check_output, stage_folder
 from lora_kit.io.text import escape_text
 from lora_kit.merging.merge import merge
+from lora_kit.names import KIT_BASE
 
 RECORD: Final = "lora_kit_export.json"
 CARD: Final = "README.md"
@@ -255,17 +257,14 @@ def _export_merged(case: ExportCase, out: Path, *, replace: bool, allow: Collect
 
 def _format_card(case: ExportCase, verdict: Verdict) -> str:
     goal = _TARGETS[verdict.target]
-    changes = "".join(f"- {change}\n" for change in verdict.changed) or "- nothing\n"
-    shape = f"\n| rank, alpha | {case.plain.rank}, {case.plain.alpha} |" if goal.plain else ""
-    return f"""# {escape_text(case.name)} for {goal.reader}
-
-{goal.command(case)}
-
-| | |
-|---|---|
-| base | {escape_text(case.base or "not said").replace("|", "/")} |
-| adapter | {case.adapter.digest} |{shape}
-
-Exported by lora_kit; the updates are the adapter's own. What was rewritten so that this reader does not pass over it:
-
-{changes}"""
+    rows = [("base", case.base or "not said"), ("adapter", case.adapter.digest)]
+    if goal.plain:
+        rows.append(("rank, alpha", f"{case.plain.rank}, {case.plain.alpha}"))
+    return render_card(
+        f"{case.name} for {goal.reader}",
+        goal.command(case),
+        format_table(rows),
+        "Exported by lora_kit; the updates are the adapter's own. What was rewritten so that this reader does not "
+        "pass over it:",
+        "\n".join(f"- {change}" for change in verdict.changed or ("nothing",)),
+    )

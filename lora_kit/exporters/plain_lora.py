@@ -14,11 +14,12 @@ from torch import Tensor
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.peft_keys import LoraWeights
-from lora_kit.adapter.store import KIT_BASE
 from lora_kit.errors import BaseModelError, ExportError, MergeError
 from lora_kit.io.text import escape_text
 from lora_kit.merging.checkpoint.meta_model import TaskHead, build_empty_model
-from lora_kit.models.locate import find_local_folder, silence_libraries
+from lora_kit.models.locate import find_local_folder
+from lora_kit.models.silence import silence_libraries
+from lora_kit.names import KIT_BASE
 from lora_kit.targets.compatibility import match_adapter
 
 

@@ -29,18 +29,13 @@ from lora_kit.adapter.peft_keys import lora_weight_keys
 from lora_kit.errors import format_list
 from lora_kit.exporters.plain_lora import ExportCase
 from lora_kit.io.safetensors import encode_safetensors
+from lora_kit.models.tasks import CAUSAL_LM, TASK_SPECS, find_task_by_peft_type
 
 VLLM_RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` may be."""
 _TGI_KINDS: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _LAYER: Final = re.compile(r"model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)")
 _NUMBERED_LAYER: Final = re.compile(r"(^|\.)layers\.\d+\.")
-_AUTO_CLASSES: Final = {
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-}
-_LABELED_TASKS: Final = ("SEQ_CLS", "TOKEN_CLS")
 _READ_BESIDE: Final = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 """What SGLang looks up only beside another layer."""
 
@@ -167,12 +162,13 @@ def _write_adapter(folder: Path, fields: Mapping[str, Any], tensors: Mapping[str
 
 
 def format_peft_command(case: ExportCase) -> str:
-    task, labels = case.adapter.config.task_type, case.adapter.record.get("labels")
-    count = f", num_labels={len(labels)}" if isinstance(labels, list) and task in _LABELED_TASKS else ""
+    task = find_task_by_peft_type(case.adapter.config.task_type) or TASK_SPECS[CAUSAL_LM]
+    labels = case.adapter.record.get("labels")
+    count = f", num_labels={len(labels)}" if isinstance(labels, list) and not task.is_generative else ""
     return f"""```python
 import peft, transformers
 
-model = transformers.{_AUTO_CLASSES.get(task or "", "AutoModelForCausalLM")}.from_pretrained({case.base_name!r}{count})
+model = transformers.{task.auto_class}.from_pretrained({case.base_name!r}{count})
 model = peft.PeftModel.from_pretrained(model, {str(case.out)!r})
 ```"""
 

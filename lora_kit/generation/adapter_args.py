@@ -11,18 +11,12 @@ from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.store import find_adapter
 from lora_kit.errors import AdapterError, ConfigError
 from lora_kit.models.loading import Base
+from lora_kit.models.tasks import find_task_by_peft_type
 
 logger = logging.getLogger(__name__)
 
 BASE_ROW: Final = "base"
 """What the row of the base itself is called."""
-TASK_TYPES: Final = {
-    "CAUSAL_LM": "causal-lm",
-    "SEQ_2_SEQ_LM": "seq2seq",
-    "SEQ_CLS": "classify",
-    "TOKEN_CLS": "tokens",
-}
-"""PEFT's words for the tasks."""
 
 AdapterSource = str | Path | Adapter | None
 """A folder, a name in the store, an Adapter, or None for the base itself."""
@@ -68,9 +62,10 @@ def task_of(labels: Sequence[str], values: Sequence[Adapter | None]) -> str | No
         kind = None if value is None else value.config.task_type
         if kind is None:
             continue
-        if kind not in TASK_TYPES:
+        spec = find_task_by_peft_type(kind)
+        if spec is None:
             raise AdapterError(f"adapter {label!r} was made for {kind}, which is no task of lora-kit")
-        tasks.setdefault(TASK_TYPES[kind], label)
+        tasks.setdefault(spec.name, label)
     if len(tasks) > 1:
         told = ", ".join(f"{label!r} for {task}" for task, label in tasks.items())
         raise AdapterError(f"adapters of different tasks: {told}", hint="take those of one task together")

@@ -13,6 +13,7 @@ from torch import Tensor
 from lora_kit.errors import ConfigError
 from lora_kit.generation.prompts import EncodedPrompt, end_tokens_of
 from lora_kit.models.loading import Base
+from lora_kit.models.tasks import SEQ2SEQ
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -68,7 +69,7 @@ def generate_batch(
     inputs = _pad_rows(base, [row.ids for row in rows])
     # Where rows end differently, each goes on until its own end and what follows that is cut off.
     ends = frozenset.intersection(*(row.ends for row in rows))
-    start = 1 if base.task == "seq2seq" else inputs["input_ids"].shape[1]
+    start = 1 if base.task == SEQ2SEQ else inputs["input_ids"].shape[1]
     with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
         torch.manual_seed(sampling.seed)
         config = _build_generation_config(base, sampling, start + limit, ends=ends)
@@ -93,7 +94,7 @@ def _build_completion(tokenizer: Any, ids: Sequence[int], ends: Collection[int])
 def _pad_rows(base: Base, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     """int64 (rows, longest), with a mask: padding before a text that goes on, after one that an encoder reads."""
     longest, pad = max(map(len, rows)), _pad_token_of(base)
-    before = base.task != "seq2seq"
+    before = base.task != SEQ2SEQ
     ids = [
         [pad] * (longest - len(row)) + list(row) if before else [*row, *[pad] * (longest - len(row))] for row in rows
     ]
@@ -111,7 +112,7 @@ def _build_generation_config(base: Base, sampling: Sampling, length: int, *, end
     chosen: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:
         chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-    if base.task == "seq2seq":
+    if base.task == SEQ2SEQ:
         own = base.model.generation_config
         chosen["decoder_start_token_id"] = _start_token_of(base.model)
         chosen["forced_bos_token_id"] = getattr(own, "forced_bos_token_id", None)

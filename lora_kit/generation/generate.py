@@ -11,15 +11,14 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.adapter.store import STORE
 from lora_kit.bank.bank import AdapterBank, attach
 from lora_kit.errors import AdapterError, ConfigError, DataError
-from lora_kit.generation.adapter_args import TASK_TYPES, AdapterSource, check_quantize, labels_of, read_adapter, task_of
+from lora_kit.generation.adapter_args import AdapterSource, check_quantize, labels_of, read_adapter, task_of
 from lora_kit.generation.decoding import Sampling, decode_ids, generate_batch
 from lora_kit.generation.prompts import encode_prompt, resolve_styles
 from lora_kit.models.loading import Base, load_base, load_input_spec
-
-_GENERATIVE_TASKS = ("causal-lm", "seq2seq")
+from lora_kit.models.tasks import SEQ2SEQ, find_task_by_peft_type
+from lora_kit.names import DEFAULT_STORE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +47,7 @@ def generate(
     *,
     sampling: Sampling | None = None,
     template: Literal["adapter", "raw"] = "adapter",
-    store: str | Path = STORE,
+    store: str | Path = DEFAULT_STORE,
     quantize: str | None = None,
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[Generation]:
@@ -132,14 +131,14 @@ def _load_for_generation(
     """The base, loaded for what the adapters were made for; on its own for what it is."""
     for label, value in zip(labels, values, strict=True):
         kind = value.config.task_type if value is not None else None
-        if kind is not None and TASK_TYPES.get(kind) not in _GENERATIVE_TASKS:
+        spec = find_task_by_peft_type(kind)
+        if kind is not None and not (spec and spec.is_generative):
             hint = "`lora-kit eval FILE --out said.jsonl` says what it makes of texts"
             raise AdapterError(f"adapter {label!r} was made for {kind}: it does not write text", hint=hint)
     task = task_of(labels, values)
     if not isinstance(base, str):
         return base
-    task = task or ("seq2seq" if load_input_spec(base).both else "causal-lm")
-    return load_base(base, task=task, quantize=quantize)
+    return load_base(base, task=task or load_input_spec(base).generative_task, quantize=quantize)
 
 
 def _limit_new_tokens(base: Base, longest: int, wanted: int) -> tuple[int, Literal["max_new_tokens", "context"]]:
@@ -147,7 +146,7 @@ def _limit_new_tokens(base: Base, longest: int, wanted: int) -> tuple[int, Liter
     context = base.max_length
     if longest >= context:
         raise DataError(f"the prompt has {longest:,} tokens; the base reads {context:,}", hint="shorten the prompt")
-    room = context - (1 if base.task == "seq2seq" else longest)
+    room = context - (1 if base.task == SEQ2SEQ else longest)
     return (wanted, "max_new_tokens") if wanted <= room else (room, "context")
 
 

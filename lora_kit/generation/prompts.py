@@ -12,6 +12,7 @@ from lora_kit.data.layouts import Message
 from lora_kit.errors import DataError
 from lora_kit.models.loading import Base
 from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR, render_prompt, tokenize_prompt, tokenize_source
+from lora_kit.models.tasks import SEQ2SEQ
 
 PromptStyle = ChatTemplate | str
 """In a chat template, or followed by a separator."""
@@ -45,7 +46,7 @@ def encode_prompt(base: Base, prompt: str | Sequence[Message], style: PromptStyl
     else:
         assert isinstance(prompt, str)
         text = render_prompt(_require_utf8(prompt), separator=style)
-        ids = tokenize_source(tokenizer, text) if base.task == "seq2seq" else tokenize_prompt(tokenizer, text)
+        ids = tokenize_source(tokenizer, text) if base.task == SEQ2SEQ else tokenize_prompt(tokenizer, text)
     if not ids:
         raise DataError("the prompt has no token", hint="give some text to go on from")
     return EncodedPrompt(text, ids, ends)

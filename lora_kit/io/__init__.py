@@ -1,1 +1,1 @@
-"""Files of others read safely, files of ours written atomically. No file here knows what an adapter is."""
+"""Read the files of others safely, write ours atomically. No module here knows what an adapter is."""

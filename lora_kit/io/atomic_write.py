@@ -1,11 +1,10 @@
-"""Writing folders all or nothing."""
+"""Write folders and files all or nothing."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import errno
-import fcntl
 import os
 import shutil
 import stat
@@ -15,11 +14,12 @@ from pathlib import Path
 from typing import Final
 
 from lora_kit.errors import StorageError
+from lora_kit.io.locks import FileLock
 from lora_kit.io.read import mode_of
 from lora_kit.io.text import escape_text
 
 FolderPredicate = Callable[[Path], bool]
-"""Says whether an existing folder is one of ours, which may be replaced."""
+"""Returns whether an existing folder is one of ours, which may be replaced."""
 
 _RENAME_EXCHANGE: Final = 2
 _AT_FDCWD: Final = -100
@@ -31,7 +31,7 @@ _DISK_FULL_ERRNOS: Final = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 def write_folder(
     target: Path, files: Mapping[str, bytes], *, replace: bool = False, owned: FolderPredicate | None = None
 ) -> None:
-    """Write a folder of these files, in their order, all or nothing; see `staged`."""
+    """Write a folder of these files, in their order, all or nothing; see `stage_folder`."""
     needed = sum(map(len, files.values()))
     with stage_folder(target, replace=replace, owned=owned, needed=needed) as staging:
         for name, data in files.items():
@@ -42,25 +42,26 @@ def write_folder(
 def stage_folder(
     target: Path, *, replace: bool = False, owned: FolderPredicate | None = None, needed: int = 0
 ) -> Iterator[Path]:
-    """A sibling folder to write into; when the block ends well it is synced and takes the target's place in one step.
+    """Yield a sibling folder to write into; when the block succeeds, it is synced and replaces the target in one step.
 
-    When the block raises, or the process dies, the target is what it was; what a dead process left behind is removed by
-    the next one that writes the same target. Where the file system cannot exchange two folders, replacing takes two
-    renames: dying between them leaves the target missing until that next one puts it back.
+    When the block raises, or the process dies, the target is what it was. What a dead process left behind is removed by
+    the next process that writes the same target. Where the file system cannot exchange two folders, replacing takes two
+    renames: a process that dies between them leaves the target missing until that next process restores it.
 
     Args:
+        target: the folder to write.
         replace: an existing target may be replaced.
-        owned: whether an existing folder is one of ours to replace; an empty one always is.
+        owned: whether an existing folder is one of ours to replace; an empty folder always is.
         needed: bytes that will be written, for the check of free space.
 
     Raises:
-        StorageError: the target exists, another process is writing it, or the disk refuses.
+        StorageError: the target exists, another process is writing it, or the file system fails.
     """
     target = Path(os.path.abspath(target))
     check_output(target, replace=replace, owned=owned)
     with _translate_os_errors(target, needed), _create_parents(target), _lock(target):
         _recover(target)
-        check_output(target, replace=replace, owned=owned)  # another process may have written it in between
+        check_output(target, replace=replace, owned=owned)  # another process may have written it meanwhile
         free = shutil.disk_usage(target.parent).free
         if free < needed:
             raise StorageError(f"{escape_text(target)} needs {needed:,} bytes; {free:,} are free")
@@ -71,16 +72,42 @@ def stage_folder(
             _sync_tree(staging)
             _move_into_place(staging, target, replace=replace)
         finally:
-            # It holds what was not finished, or what was replaced.
+            # It holds an unfinished folder, or the one that was replaced.
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_file(target: Path, data: bytes) -> None:
+    """Write a file all or nothing, replacing one that is there; see `stage_file`."""
+    with stage_file(target) as staging:
+        staging.write_bytes(data)
+
+
+@contextmanager
+def stage_file(target: Path) -> Iterator[Path]:
+    """Yield a sibling path to write a file to; after the block it is synced and becomes the target in one step.
+
+    Raises:
+        StorageError: the file system fails; the target is what it was.
+    """
+    target = Path(os.path.abspath(target))
+    check_path(target)
+    staging = _sibling_path(target, str(os.getpid()))
+    with _translate_os_errors(target, 0):
+        try:
+            yield staging
+            _sync_file(staging)
+            os.replace(staging, target)
+            sync_folder(target.parent)
+        finally:
+            staging.unlink(missing_ok=True)
 
 
 @contextmanager
 def lock_output(target: Path) -> Iterator[None]:
-    """Nobody else works on a target until the block ends or the process dies; the folders above it are there.
+    """Lock a target against other processes while the block runs, and create the folders above it.
 
     Raises:
-        StorageError: another process does, or the place cannot be written to.
+        StorageError: another process holds the lock, or the folder above the target cannot be written to.
     """
     target = Path(os.path.abspath(target))
     with contextlib.ExitStack() as stack:
@@ -91,10 +118,10 @@ def lock_output(target: Path) -> Iterator[None]:
 
 
 def check_output(target: Path, *, replace: bool = False, owned: FolderPredicate | None = None) -> None:
-    """Refuse, before any work, an output that exists and may not be replaced.
+    """Check, before any work, that an output does not exist or may be replaced; see `stage_folder`.
 
     Raises:
-        StorageError: saying which of the two it is.
+        StorageError: it exists, or is not a folder, or not one of ours.
     """
     check_path(target)
     mode = mode_of(target, follow=False)
@@ -115,7 +142,7 @@ def check_output(target: Path, *, replace: bool = False, owned: FolderPredicate 
 
 
 def check_path(target: Path) -> None:
-    """Raise StorageError for a path that no file system takes."""
+    """Raise StorageError for a path that no file system accepts."""
     if "\0" in str(target):
         raise StorageError(f"{escape_text(target)} is not a path", hint="choose another output")
 
@@ -130,7 +157,7 @@ def _is_empty(folder: Path) -> bool:
 
 @contextmanager
 def _translate_os_errors(target: Path, needed: int) -> Iterator[None]:
-    """An OSError is raised again as a StorageError that names the target and, on a full disk, the bytes needed."""
+    """Raise an OSError of the block as a StorageError that names the target and, on a full disk, the bytes needed."""
     try:
         yield
     except StorageError:
@@ -142,7 +169,7 @@ def _translate_os_errors(target: Path, needed: int) -> Iterator[None]:
 
 @contextmanager
 def _create_parents(target: Path) -> Iterator[None]:
-    """The folders above a target; those that were missing are taken away again when the block raises."""
+    """Create the folders above a target; those that were missing are removed again when the block raises."""
     missing = [folder for folder in target.parents if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -160,63 +187,50 @@ def _sibling_path(target: Path, suffix: str) -> Path:
 
 @contextmanager
 def _lock(target: Path) -> Iterator[None]:
-    """The only writer of a target, until the block ends or the process dies. A file, since NFS locks no folders."""
-    path = _sibling_path(target, "lock")
-    descriptor = _acquire_lock(path, target)
+    """Be the only writer of a target until the block ends or the process dies."""
+    lock = FileLock(_sibling_path(target, "lock"))
+    if not lock.acquire_now():
+        raise StorageError(f"another process is writing {escape_text(target)}", hint="wait for it")
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):
-            path.unlink()  # while it is locked: who opened it meanwhile finds out, and begins again
-        os.close(descriptor)
-
-
-def _acquire_lock(path: Path, target: Path) -> int:
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                return descriptor
-        except BlockingIOError:
-            os.close(descriptor)
-            raise StorageError(f"another process is writing {escape_text(target)}", hint="wait for it") from None
-        except FileNotFoundError:
-            pass
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
+        lock.release_and_remove()
 
 
 def _recover(target: Path) -> None:
-    """Put back or remove what a process that died has left behind."""
+    """Restore or remove what a process that died has left behind."""
     aside, staging = _sibling_path(target, "replaced"), _sibling_path(target, "staging")
     if os.path.lexists(aside) and not os.path.lexists(target):
         os.rename(aside, target)
-    for left in (aside, staging):
-        if left.is_symlink() or left.is_file():
-            left.unlink()
-        elif left.exists():
-            shutil.rmtree(left)
+    for path in (aside, staging):
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+        elif path.exists():
+            shutil.rmtree(path)
 
 
 def _sync_tree(folder: Path) -> None:
-    """Everything below a folder, and the folder, on disk; files readable as the umask says."""
-    mode = os.stat(folder).st_mode & 0o666  # it was made under the umask; safetensors' own writer leaves files 0600
+    """Sync a folder and everything below it to disk, and give its files the mode that the umask asks for."""
+    mode = os.stat(folder).st_mode & 0o666  # created under the umask; safetensors' own writer leaves files 0600
     for parent, _, names in os.walk(folder):
         for name in names:
-            descriptor = os.open(os.path.join(parent, name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
-                os.fchmod(descriptor, mode)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _sync_file(Path(parent, name), mode=mode)
         sync_folder(Path(parent))
 
 
+def _sync_file(path: Path, *, mode: int | None = None) -> None:
+    """Sync a file to disk, once it has this mode if one is given."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        if mode is not None:
+            os.fchmod(descriptor, mode)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def sync_folder(folder: Path) -> None:
-    """The entries of a folder on disk, where the file system can promise it."""
+    """Sync the entries of a folder to disk, where the file system can do so."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -228,7 +242,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _move_into_place(staging: Path, target: Path, *, replace: bool) -> None:
-    """Put a finished folder in the target's place in one step; what was there is in the staging folder then.
+    """Move a finished folder to the target in one step; a folder that was there is then at the staging path.
 
     A failure undoes the step.
     """
@@ -248,7 +262,7 @@ def _move_into_place(staging: Path, target: Path, *, replace: bool) -> None:
 
 
 def _rename_over_nothing(staging: Path, target: Path) -> None:
-    """A rename that fails where the target is anything but absent or an empty folder."""
+    """Rename a folder; fail where the target is anything but absent or an empty folder."""
     try:
         os.rename(staging, target)
     except OSError as error:
@@ -262,8 +276,8 @@ def _exchange(staging: Path, target: Path) -> None:
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     code = errno.ENOSYS
     if renameat2 is not None:
-        one, other = os.fsencode(staging), os.fsencode(target)
-        code = renameat2(_AT_FDCWD, one, _AT_FDCWD, other, _RENAME_EXCHANGE) and ctypes.get_errno()
+        failed = renameat2(_AT_FDCWD, os.fsencode(staging), _AT_FDCWD, os.fsencode(target), _RENAME_EXCHANGE)
+        code = ctypes.get_errno() if failed else 0
     if code in _NO_EXCHANGE:
         _exchange_in_two(staging, target)
     elif code:

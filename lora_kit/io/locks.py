@@ -1,4 +1,4 @@
-"""Locks that go with the process that holds them, however it ends."""
+"""Locks that end with the process that holds them, however it ends."""
 
 from __future__ import annotations
 
@@ -10,47 +10,78 @@ from pathlib import Path
 
 
 class FileLock:
-    """A lock on a file, which is made where it is missing, and stays."""
+    """An exclusive `flock` on a file of its own; the file and the folders above it are created where they are missing.
+
+    It locks a file and not a folder, since NFS locks no folders.
+
+    Args:
+        path: of the lock file.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._descriptor = -1
 
     def acquire(self) -> bool:
-        """Wait until it is free."""
-        self._descriptor = self._open()
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-        return True
+        """Wait until the lock is free, and take it.
+
+        Returns:
+            True, always: Optuna asks its locks for an answer.
+        """
+        return self._acquire(fcntl.LOCK_EX)
 
     def acquire_now(self) -> bool:
-        """Take it if it is free."""
-        descriptor = self._open()
+        """Take the lock if it is free, and return whether it was."""
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return self._acquire(fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(descriptor)
             return False
-        self._descriptor = descriptor
-        return True
 
     @property
     def is_free(self) -> bool:
+        """Whether no process holds the lock."""
         if not self.acquire_now():
             return False
         self.release()
         return True
 
     def release(self) -> None:
+        """Release the lock; its file stays."""
         os.close(self._descriptor)
 
-    def _open(self) -> int:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    def release_and_remove(self) -> None:
+        """Release the lock and remove its file."""
+        # The file goes first: a process that waits for it sees that another file has its name now, and opens that one.
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+        self.release()
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
+        """Hold the lock while the block runs."""
         self.acquire()
         try:
             yield
         finally:
             self.release()
+
+    def _acquire(self, operation: int) -> bool:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            try:
+                fcntl.flock(descriptor, operation)
+                if self._is_current(descriptor):
+                    self._descriptor = descriptor
+                    return True
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+
+    def _is_current(self, descriptor: int) -> bool:
+        """Whether an open file still is the one at the path: the last holder may have removed it."""
+        try:
+            return os.path.samestat(os.fstat(descriptor), os.stat(self._path))
+        except FileNotFoundError:
+            return False

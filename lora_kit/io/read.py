@@ -1,4 +1,4 @@
-"""Reading files of others without harm."""
+"""Read files that others wrote without harm."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from lora_kit.errors import AdapterError, StorageError
-from lora_kit.io.strict_json import parse_object
+from lora_kit.io.strict_json import JsonObject, parse_object
 from lora_kit.io.text import escape_text
 
 _ABSENT_ERRNOS: Final = (errno.ENOENT, errno.ENOTDIR)
@@ -25,25 +25,29 @@ _LFS_POINTER: Final = b"version https://git-lfs"
 
 
 def folder_exists(path: Path) -> bool:
-    """Whether there is a folder at a path; a link to one counts.
+    """Return whether there is a folder at a path; a link to a folder counts.
 
     Raises:
-        StorageError: it cannot be looked at.
+        StorageError: the file system does not say.
     """
     return stat.S_ISDIR(mode_of(path, follow=True))
 
 
 def exists(path: Path) -> bool:
-    """Whether there is anything at a path, be it a link that leads nowhere.
+    """Return whether there is anything at a path; a link that leads nowhere counts.
 
     Raises:
-        StorageError: it cannot be looked at.
+        StorageError: the file system does not say.
     """
     return mode_of(path, follow=False) != 0
 
 
 def mode_of(path: Path, *, follow: bool) -> int:
-    """`st_mode`; 0 where nothing is there or the path cannot be one."""
+    """Return `st_mode`; 0 where nothing is there or where no file system takes the path.
+
+    Raises:
+        StorageError: the file system does not say.
+    """
     try:
         return os.stat(path, follow_symlinks=follow).st_mode
     except ValueError:  # a NUL
@@ -56,13 +60,13 @@ def mode_of(path: Path, *, follow: bool) -> int:
 
 @contextmanager
 def open_regular_file(path: Path) -> Iterator[tuple[BufferedReader, int]]:
-    """A regular file inside its folder, open for reading, and its size.
+    """Open a regular file for reading, and yield it with its size in bytes.
 
-    A link is followed where it stays in the folder, or in the hub's cache that the folder belongs to.
+    A link is followed where it stays in its folder, or in the hub's cache that the folder belongs to.
 
     Raises:
-        AdapterError: missing, a link that leads out, or not a regular file.
-        StorageError: it cannot be read, by the block neither, or there is not enough memory for it.
+        AdapterError: the file is missing, not a regular file, or a link that leads out of its folder.
+        StorageError: opening it or the block fails to read it, or there is not enough memory for it.
     """
     shown = escape_text(path)
     try:
@@ -81,10 +85,10 @@ def open_regular_file(path: Path) -> Iterator[tuple[BufferedReader, int]]:
 
 
 def read_regular_file(path: Path, *, check_size: Callable[[int], None]) -> memoryview:
-    """The bytes of a regular file; see `opened`.
+    """Read a whole regular file; see `open_regular_file`.
 
     Args:
-        check_size: is given the size of the file, and raises to refuse it.
+        check_size: is called with the size of the file in bytes, and raises to reject it.
     """
     with open_regular_file(path) as (file, size):
         check_size(size)
@@ -96,7 +100,7 @@ def _open(path: Path, shown: str) -> BufferedReader:
     real = Path(os.path.realpath(path, strict=True))
     if path.is_symlink() and not _is_inside(real, path.parent):
         raise AdapterError(f"{shown} is a link that leads out of its folder", hint="copy the file here")
-    # Looked at first, since opening a device may act on it. Without O_NONBLOCK, opening a FIFO waits for a writer.
+    # Checked first, since opening a device may act on it. Without O_NONBLOCK, opening a FIFO waits for a writer.
     if not stat.S_ISREG(os.stat(real).st_mode):
         raise AdapterError(f"{shown} is not a regular file")
     file = os.fdopen(os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW), "rb")
@@ -107,7 +111,7 @@ def _open(path: Path, shown: str) -> BufferedReader:
 
 
 def _is_inside(real: Path, folder: Path) -> bool:
-    """Whether a resolved path lies in a folder, or in the hub's cache around a snapshot folder."""
+    """Return whether a resolved path lies in a folder, or in the hub's cache around a snapshot folder."""
     root = folder.resolve()
     for above in root.parents:
         if above.name == "snapshots" and (above.parent / "blobs").is_dir():
@@ -115,8 +119,13 @@ def _is_inside(real: Path, folder: Path) -> bool:
     return real.is_relative_to(root)
 
 
-def allocate_buffer(size: int, shown: str) -> memoryview:
-    """Memory to read a file into; a large one in huge pages, since touching small ones costs more than reading.
+def allocate_buffer(size: int, source: str) -> memoryview:
+    """Allocate memory to read a file into; in huge pages for a large file, since touching small ones costs more than
+    reading.
+
+    Args:
+        size: bytes of the file.
+        source: the file, for messages.
 
     Raises:
         StorageError: there is not enough memory.
@@ -125,7 +134,7 @@ def allocate_buffer(size: int, shown: str) -> memoryview:
         return memoryview(bytearray(size))
     available = _available_memory()
     if available is not None and size > available:
-        raise StorageError(f"{shown} needs {size:,} bytes of memory; {available:,} are available")
+        raise StorageError(f"{source} needs {size:,} bytes of memory; {available:,} are available")
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return memoryview(bytearray(size))
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -135,10 +144,10 @@ def allocate_buffer(size: int, shown: str) -> memoryview:
 
 
 def read_into(file: BufferedReader, memory: memoryview, seen: Callable[[memoryview], object] | None = None) -> int:
-    """Read from a file until memory is full or the file ends; how many bytes that were.
+    """Read from a file until memory is full or the file ends, and return how many bytes were read.
 
     Args:
-        seen: is given each piece as it is read.
+        seen: is called with each piece as it is read.
     """
     filled = 0
     while filled < len(memory):
@@ -153,7 +162,7 @@ def read_into(file: BufferedReader, memory: memoryview, seen: Callable[[memoryvi
 
 
 def _available_memory() -> int | None:
-    """Bytes the machine can give without swapping; None where it does not say."""
+    """Return the bytes that the machine can give without swapping; None where it does not say."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -161,8 +170,13 @@ def _available_memory() -> int | None:
         return None
 
 
-def read_json(path: Path, *, limit: int) -> dict[str, Any]:
-    """A JSON object from a small file; AdapterError where it is anything else."""
+def read_json(path: Path, *, limit: int) -> JsonObject:
+    """Read a JSON object from a file of at most `limit` bytes.
+
+    Raises:
+        AdapterError: the file is anything else.
+        StorageError: it cannot be read.
+    """
     text = read_text(path, limit=limit)
     try:
         return parse_object(text)
@@ -171,17 +185,32 @@ def read_json(path: Path, *, limit: int) -> dict[str, Any]:
 
 
 def read_text(path: Path, *, limit: int) -> str:
-    """The text of a small file; AdapterError where it is anything else."""
+    """Read UTF-8 text from a file of at most `limit` bytes.
+
+    Raises:
+        AdapterError: the file is anything else.
+        StorageError: it cannot be read.
+    """
 
     def check_size(size: int) -> None:
         if size > limit:
             raise AdapterError(f"{escape_text(path)} has {size:,} bytes; at most {limit:,} are expected")
 
     data = bytes(read_regular_file(path, check_size=check_size))
-    if data.startswith(_LFS_POINTER):
-        raise AdapterError(f"{escape_text(path)}: a git-lfs pointer, not the file", hint="run 'git lfs pull'")
+    refuse_lfs_pointer(data, escape_text(path))
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line, column = data.count(b"\n", 0, error.start) + 1, error.start - data.rfind(b"\n", 0, error.start)
         raise AdapterError(f"{escape_text(path)}: not UTF-8 at line {line} column {column}") from None
+
+
+def refuse_lfs_pointer(start: bytes, source: str) -> None:
+    """Raise AdapterError for a file that is a git-lfs pointer and not the file it stands for.
+
+    Args:
+        start: the first bytes of the file.
+        source: the file, for the message.
+    """
+    if start.startswith(_LFS_POINTER):
+        raise AdapterError(f"{source}: a git-lfs pointer, not the file", hint="run 'git lfs pull'")

@@ -1,19 +1,23 @@
-"""JSON of others, read strictly, and values from it shown safely."""
+"""JSON that others wrote, parsed strictly."""
 
 from __future__ import annotations
 
 import json
 import math
-from typing import Any, Final
+from collections import Counter
+from typing import Any, Final, Never
 
 from lora_kit.io.text import MAX_DIGITS, format_value
 
+JsonObject = dict[str, Any]
+"""A JSON object; its values have the types that `json` gives them."""
+
 MAX_NESTING: Final = 64
-"""Levels of objects and lists a JSON text may have."""
+"""Levels of objects and lists that a JSON text may have."""
 
 
-def parse_object(text: str) -> dict[str, Any]:
-    """A JSON object, strictly: no name twice, no NaN or infinity, no absurd nesting or number.
+def parse_object(text: str) -> JsonObject:
+    """Parse a JSON object strictly: no repeated name, no NaN or infinity, no absurd nesting, no absurd number.
 
     Raises:
         ValueError: saying what is wrong, with line and column where the text is not JSON.
@@ -37,27 +41,26 @@ def parse_object(text: str) -> dict[str, Any]:
     return value
 
 
-def _is_deep(value: Any) -> bool:
-    """Whether anything lies below more levels than are read."""
-    level = [value]
+def _is_deep(value: JsonObject) -> bool:
+    """Whether any object or list lies below `MAX_NESTING` levels."""
+    level: list[JsonObject | list[object]] = [value]
     for _ in range(MAX_NESTING):
-        inside = (one.values() if type(one) is dict else one for one in level)
-        level = [item for items in inside for item in items if type(item) in (dict, list)]
+        inside = (parent.values() if isinstance(parent, dict) else parent for parent in level)
+        level = [item for items in inside for item in items if isinstance(item, (dict, list))]
         if not level:
             return False
     return True
 
 
-def _build_unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _build_unique_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"{format_value(twice)} occurs twice")
+        repeated, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{format_value(repeated)} occurs twice")
     return fields
 
 
-def _refuse_constant(text: str) -> Any:
+def _refuse_constant(text: str) -> Never:
     raise ValueError(f"not JSON: {text} is not a number there")
 
 

@@ -1,40 +1,37 @@
-"""Values and names of others as text that is short and cannot steer a terminal."""
+"""Values and names that others wrote, as text that is short and cannot steer a terminal."""
 
 from __future__ import annotations
 
 import reprlib
 import unicodedata
-from typing import TYPE_CHECKING, Any, Final
-
-if TYPE_CHECKING:
-    pass
+from typing import Final
 
 MAX_DIGITS: Final = 40
+"""Digits that a whole number from outside may have."""
+_MAX_TEXT_LENGTH: Final = 500
 _REPR: Final = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 120
 
 
-def format_value(value: Any) -> str:
-    """A value from outside as Python writes it, cut short where it is long."""
+def format_value(value: object) -> str:
+    """Return a value from outside as Python writes it, cut short where it is long."""
     if isinstance(value, int) and value.bit_length() > 4 * MAX_DIGITS:
         return f"a number of {value.bit_length():,} bits"
     return _REPR.repr(value)
 
 
-_MAX_TEXT_LENGTH: Final = 500
-
-
 def escape_text(value: object) -> str:
-    """Text from outside, with control characters escaped, cut short where it is long."""
+    """Return text from outside with its control characters escaped, cut short where it is long."""
     text = str(value)
     text = text if len(text) <= _MAX_TEXT_LENGTH else f"{text[:_MAX_TEXT_LENGTH]}…"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def escape_for_terminal(text: str) -> str:
-    r"""Text with everything that could steer a terminal escaped: `\x1b`, `\u202e`; line breaks and tabs stay.
+    r"""Return text in which everything that could steer a terminal is escaped: `\x1b`, `\u202e`.
 
-    Names in files that others wrote end up in messages and tables; an escape sequence in one must not act.
+    Line breaks and tabs stay. Names in files that others wrote appear in messages and tables; an escape sequence in
+    one must not act.
     """
     return "".join(
         c if c in "\n\t" or not _can_steer_terminal(c) else c.encode("unicode_escape").decode("ascii") for c in text

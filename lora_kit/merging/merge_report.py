@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from lora_kit.io.text import escape_text
+from lora_kit.adapter.model_card import format_table, render_card
 from lora_kit.layers.fold import Retention
 
 _WORST_SHOWN: Final = 10
@@ -108,19 +108,11 @@ class MergeReport:
             told = f"{self.logits.largest_difference:.3g} at most; {self.logits.bound:.3g} is the bound"
             facts.append(("logits, merged beside base + adapter", told))
         worst = sorted(self.tensors, key=lambda tensor: tensor.retained)[:_WORST_SHOWN]
-        parts = ["# A merged model\n\nA LoRA adapter folded into its base by lora_kit.", _format_table(("", ""), facts)]
+        sections = ["A LoRA adapter folded into its base by lora_kit.", format_table(facts)]
         if worst:
             rows = [(t.path, f"{t.relative:.3g}", f"{t.retained:.1%}") for t in worst]
-            parts.append(
-                _format_table(("least survived in", "size of the delta over the weight", "share that survived"), rows)
-            )
+            head = ("least survived in", "size of the delta over the weight", "share that survived")
+            sections.append(format_table(rows, head=head))
         rows = [(name, f"{fact['size']:,}", fact["sha256"]) for name, fact in self.files.items()]
-        parts.append(_format_table(("file", "bytes", "sha256, as read back"), rows))
-        return "\n\n".join(parts) + "\n"
-
-
-def _format_table(head: tuple[str, ...], rows: list[Any]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(
-        f"| {' | '.join(escape_text(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines
-    )
+        sections.append(format_table(rows, head=("file", "bytes", "sha256, as read back")))
+        return render_card("A merged model", *sections)

@@ -14,6 +14,7 @@ from lora_kit.errors import BaseModelError
 from lora_kit.io.read import open_regular_file
 from lora_kit.merging.checkpoint.meta_model import MetaModel, TaskHead
 from lora_kit.merging.preflight import MERGE_RECORD
+from lora_kit.models.tasks import CLASSIFY
 
 CONFIG: Final = "config.json"
 CARD: Final = "README.md"
@@ -88,7 +89,7 @@ def compute_config_changes(base: MetaModel, folder: Path, head: TaskHead, *, unt
         changes["id2label"], changes["label2id"] = config.id2label, config.label2id
         pad = config.get_text_config().pad_token_id
         changes["pad_token_id"] = _find_pad_token(folder) if pad is None else pad
-        if head.task == "SEQ_CLS":
+        if head.spec.name == CLASSIFY:
             changes["problem_type"] = "single_label_classification"
     return changes
 
@@ -97,7 +98,7 @@ def _find_pad_token(folder: Path) -> int | None:
     """The token that pads: decoders that classify look for the last one that is another."""
     from transformers import AutoTokenizer
 
-    from lora_kit.models.locate import silence_libraries
+    from lora_kit.models.silence import silence_libraries
 
     try:
         with silence_libraries():

@@ -1,1 +1,1 @@
-"""Bases: where they are found, how they are loaded, what their head is, and how a text becomes tokens."""
+"""The table of tasks, and bases: how they are found and loaded, their heads, and texts as tokens."""

@@ -1,12 +1,16 @@
-"""The head of a model: which modules it is made of, and whether a checkpoint had it."""
+"""The head of a model: which modules it consists of, and whether the checkpoint has them."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from lora_kit.errors import BaseModelError, format_list
+from lora_kit.models.tasks import LABEL_TASKS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -20,40 +24,48 @@ _HEAD_NAMES: Final = (
     "sequence_summary",
     "logits_proj",
 )
-"""What the modules of a classification head are called at the top of transformers' models."""
-LABEL_TASKS: Final = ("classify", "tokens")
-"""Tasks whose labels have names, and whose head a checkpoint need not have."""
+"""Names of the modules of a classification head, at the top of transformers' models."""
 
 
 def check_loading_info(source: str, task: str, info: Mapping[str, Any]) -> None:
-    """Refuse a model of which the checkpoint fills only a part; a new classification head is expected and said."""
+    """Reject a model that the checkpoint fills only in part. A new classification head is accepted, and logged.
+
+    Args:
+        source: of the model, for messages.
+        task: of the model.
+        info: what `from_pretrained` returns with `output_loading_info`.
+
+    Raises:
+        BaseModelError: weights are missing, have another shape, or could not be loaded.
+    """
     missing = sorted(info["missing_keys"])
     mismatched = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])
     head = [key for key in missing if task in LABEL_TASKS and key.split(".")[0] in _HEAD_NAMES]
     absent = [key for key in missing if key not in head]
     if absent or mismatched or info["error_msgs"]:
-        misfits = format_list(mismatched) if mismatched else " ".join(map(str, info["error_msgs"]))
-        what = f"{format_list(absent)} missing" if absent else f"{misfits} of another shape"
+        details = format_list(mismatched) if mismatched else " ".join(map(str, info["error_msgs"]))
+        problem = f"{format_list(absent)} missing" if absent else f"{details} of another shape"
         resized = mismatched and task in LABEL_TASKS
-        hint = "a head of another size was asked for" if resized else "the checkpoint is not whole"
-        raise BaseModelError(f"{source}: the weights do not fill the model: {what}", hint=hint)
+        hint = "num_labels differs from the checkpoint's head" if resized else "the checkpoint is incomplete"
+        raise BaseModelError(f"{source}: the weights do not fill the model: {problem}", hint=hint)
     if head:
         logger.info("%s: new head, not in the checkpoint: %s", source, format_list(head))
 
 
-def find_head_modules(model: Any, task: str) -> tuple[str, ...]:
-    """Paths of the modules that make up the model's head: what feature extraction trains.
+def find_head_modules(model: PreTrainedModel, task: str) -> tuple[str, ...]:
+    """Return the paths of the modules of the model's head. Feature extraction trains these.
 
     Raises:
-        BaseModelError: the model has no head that is known.
+        BaseModelError: the model has no known head.
     """
     if task in LABEL_TASKS:
-        parts = [name for name, child in model.named_children() if name in _HEAD_NAMES]
-        found = tuple(name for name in parts if any(True for _ in getattr(model, name).parameters()))
+        children = ((name, child) for name, child in model.named_children() if name in _HEAD_NAMES)
+        paths = tuple(name for name, child in children if any(True for _ in child.parameters()))
     else:
         output = model.get_output_embeddings()
-        found = tuple(name for name, module in model.named_modules() if module is output and output is not None)[:1]
-    if not found:
-        hint = "name it in lora.modules_to_save"
-        raise BaseModelError(f"{type(model).__name__} has no head that is known", hint=hint)
-    return found
+        paths = tuple(name for name, module in model.named_modules() if output is not None and module is output)[:1]
+    if not paths:
+        raise BaseModelError(
+            f"{type(model).__name__} has no head that is known", hint="name it in lora.modules_to_save"
+        )
+    return paths

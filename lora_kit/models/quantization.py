@@ -1,51 +1,60 @@
-"""Bases in 4 or 8 bits: what can be asked of bitsandbytes, and what is refused of any that was loaded.
+"""Bases in 4 or 8 bits: options for bitsandbytes, and checks of bases that are quantized.
 
-A checkpoint that is quantised already says so in its config, and transformers loads it by whatever package made it.
+The config of a quantized checkpoint says so, and transformers loads it with the package that made it.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_kit.errors import BaseModelError, format_list
 from lora_kit.io.text import escape_text
 
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
+    from transformers import BitsAndBytesConfig, PretrainedConfig
+
 logger = logging.getLogger(__name__)
 
 QUANTIZATIONS: Final = ("nf4", "nf4-double", "fp4", "fp4-double", "int8")
-"""4 bits in one of two grids, their scales in fp32 or in 8 bits again (double quantisation); or 8 bits by rows."""
+"""4 bits in one of two grids, with scales in fp32 or, for double quantization, in 8 bits; or 8 bits by rows."""
 _CAST_WARNING: Final = "MatMul8bitLt: inputs will be cast"
 _MISREAD_TOLERANCE: Final = 0.05
-"""Distance of two ways to read one weight, by its largest number, that no rounding explains."""
+"""Difference of two readings of one weight, relative to its largest value. Rounding explains less than this."""
 
 
 def build_quantization_kwargs(kind: str | None, method: str | None, device: torch.device) -> dict[str, Any]:
-    """What transformers is told besides: nothing for a base that is not to be quantised, and is not.
+    """Return the extra arguments of `from_pretrained`: none for a base that neither is quantized nor is to be.
 
     Args:
-        kind: one of `QUANTIZATIONS`. method: by which the checkpoint is quantised already.
+        kind: one of `QUANTIZATIONS`, or None.
+        method: by which the checkpoint is already quantized, or None.
+        device: where the model is to be.
     """
     if kind is None and method is None:
         return {}
-    # Where nobody says, a quantised checkpoint goes to the first CUDA device, or with some methods to the CPU.
-    placed: dict[str, Any] = {"device_map": {"": device}}
+    # Without a device map, a quantized checkpoint goes to the first CUDA device, or with some methods to the CPU.
+    placement: dict[str, Any] = {"device_map": {"": device}}
     if kind is not None:
-        return {**placed, "quantization_config": _build_bnb_config(kind)}
+        return {**placement, "quantization_config": _build_bnb_config(kind)}
     if method == "compressed-tensors":
         from transformers import CompressedTensorsConfig
 
-        # Its package would do that in the first forward, and look for the weights inside our wrappers.
-        logger.info("a checkpoint of compressed-tensors is trained on in 16 bits: its layers compute in no other form")
-        return {**placed, "quantization_config": CompressedTensorsConfig(dequantize=True)}
-    return placed
+        # Its package would dequantize in the first forward, and would look for the weights inside our wrappers.
+        logger.info(
+            "the compressed-tensors checkpoint is dequantized to 16 bits, since its layers compute in no other form"
+        )
+        return {**placement, "quantization_config": CompressedTensorsConfig(dequantize=True)}
+    return placement
 
 
-def _build_bnb_config(kind: str) -> Any:
+def _build_bnb_config(kind: str) -> BitsAndBytesConfig:
+    """Return the config of bitsandbytes for one of `QUANTIZATIONS`."""
     from transformers import BitsAndBytesConfig
 
     if kind == "int8":
@@ -60,34 +69,34 @@ def _build_bnb_config(kind: str) -> Any:
     )
 
 
-def quantization_method_of(config: Any) -> str | None:
-    """The method that a checkpoint was quantised by, from its config; None for one that is not."""
-    found = getattr(config, "quantization_config", None)
-    if found is None:
+def quantization_method_of(config: PretrainedConfig) -> str | None:
+    """Return the method by which a checkpoint is quantized, from its config; None where it is not quantized."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
         return None
-    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
-    if method is None and isinstance(found, dict) and (found.get("load_in_4bit") or found.get("load_in_8bit")):
-        method = "bitsandbytes"  # as it was written before methods had names
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    if method is None and isinstance(settings, dict) and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
+        method = "bitsandbytes"  # its configs from before methods had names
     return str(getattr(method, "value", method))
 
 
-def refuse_already_quantized(name: str, config: Any, quantize: str | None) -> None:
-    """Raise BaseModelError where a base is to be quantised that is quantised already."""
+def refuse_already_quantized(name: str, config: PretrainedConfig, quantize: str | None) -> None:
+    """Raise BaseModelError where a base is to be quantized that is already quantized."""
     method = quantization_method_of(config)
     if quantize is not None and method is not None:
         raise BaseModelError(
-            f"{escape_text(name)} is quantised already, by {escape_text(method)}; quantize {quantize!r} was given",
-            hint="leave quantize out, or give the base it was made from",
+            f"{escape_text(name)} is already quantized, by {escape_text(method)}; quantize {quantize!r} was given",
+            hint="leave quantize out, or give the unquantized base",
         )
 
 
 def refuse_misread_weights(name: str, model: nn.Module) -> None:
     """Raise BaseModelError for a base whose 4-bit weights bitsandbytes itself reads wrong on this device.
 
-    On a CPU, bitsandbytes 0.50 takes the wrong scales where a row is not a whole number of blocks (64 numbers), unless
-    the rows are read as one. Such a model computes garbage, and an adapter that was trained on it does too elsewhere.
+    On a CPU, bitsandbytes 0.50 takes the wrong scales where a row is not a whole number of blocks (64 values), unless
+    all rows are read as one. Such a model computes garbage, and an adapter trained on it computes garbage elsewhere.
     """
-    tried: dict[tuple[Any, ...], bool] = {}
+    is_misread: dict[tuple[object, ...], bool] = {}
     wrong: list[str] = []
     for path, module in model.named_modules():
         weight = module._parameters.get("weight")
@@ -96,20 +105,20 @@ def refuse_misread_weights(name: str, model: nn.Module) -> None:
         if state is None or len(shape) != 2 or shape[1] % state.blocksize == 0:
             continue
         key = (shape, state.blocksize, state.quant_type, state.nested)
-        if key not in tried:
-            tried[key] = _is_misread(weight, state)
-        if tried[key]:
+        if key not in is_misread:
+            is_misread[key] = _is_misread(weight, state)
+        if is_misread[key]:
             wrong.append(f"{path} ({shape[1]} wide)")
     if wrong:
         raise BaseModelError(
-            f"{escape_text(name)}: bitsandbytes reads 4-bit weights wrong here whose rows are no whole blocks of 64: "
-            f"{format_list(wrong)}",
-            hint="quantize: int8, or none, or another device",
+            f"{escape_text(name)}: on this device bitsandbytes reads 4-bit weights wrong whose rows are not a multiple "
+            f"of 64 wide: {format_list(wrong)}",
+            hint="use quantize int8, an unquantized base, or another device",
         )
 
 
 def silence_cast_warnings() -> None:
-    """Keep bitsandbytes from saying in every layer of every forward that inputs are cast to fp16 for 8 bits."""
+    """Keep bitsandbytes from warning, in every layer of every forward, that inputs are cast to fp16 for 8 bits."""
     logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_not_cast_warning)
 
 
@@ -117,12 +126,12 @@ def _is_not_cast_warning(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith(_CAST_WARNING)
 
 
-def _is_misread(weight: Any, state: Any) -> bool:
-    """Whether a weight is another one when it is read as a matrix than when it is read as one row."""
+def _is_misread(weight: Tensor, state: QuantState) -> bool:
+    """Return whether a weight that is read as a matrix differs from the same weight read as one row."""
     from bitsandbytes.functional import dequantize_4bit
 
     row = copy.copy(state)
     row.shape = torch.Size([state.shape.numel()])
     expected = dequantize_4bit(weight.data, row).flatten().float()
-    found = dequantize_4bit(weight.data, state).flatten().float()
-    return bool((found - expected).abs().max() > _MISREAD_TOLERANCE * expected.abs().max())
+    actual = dequantize_4bit(weight.data, state).flatten().float()
+    return bool((actual - expected).abs().max() > _MISREAD_TOLERANCE * expected.abs().max())

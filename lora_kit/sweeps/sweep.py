@@ -14,7 +14,7 @@ from lora_kit.evaluation.metrics import BASIC_METRICS, validate_metrics
 from lora_kit.io.atomic_write import check_output
 from lora_kit.io.text import escape_text
 from lora_kit.models.loading import Base
-from lora_kit.models.locate import silence_libraries
+from lora_kit.models.silence import silence_libraries
 from lora_kit.sweeps.space import Space, check_values, size_of, space_of
 from lora_kit.sweeps.sweep_plan import Plan, over_of, shares_base, sums_of_files
 from lora_kit.training.job.job import Job

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any, Final, Literal
 
 from lora_kit.errors import AdapterError, RecipeError, StorageError
 from lora_kit.evaluation.metrics import METRICS
+from lora_kit.io.atomic_write import write_file
 from lora_kit.io.locks import FileLock
 from lora_kit.io.read import exists, read_json
 from lora_kit.io.text import escape_text
@@ -104,6 +104,7 @@ class Plan:
             **{name: getattr(self, name) for name in ("method", "metric", "trials", "seed", "prune", "keep")},
             "identity": self.identity,
         }
+        self.folder.mkdir(parents=True, exist_ok=True)
         write_file(self.folder / PLAN, json.dumps(plan, indent=1).encode())
 
     @classmethod
@@ -186,11 +187,3 @@ def _sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise RecipeError(f"data.train {escape_text(path)} cannot be read: {error.strerror}") from None
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.{os.getpid()}")
-    staging.write_bytes(data)
-    os.replace(staging, path)

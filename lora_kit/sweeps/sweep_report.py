@@ -17,12 +17,13 @@ from optuna.trial import FrozenTrial, TrialState
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.folder import CARD, CONFIG, RECORD, WEIGHTS, is_adapter_folder
 from lora_kit.errors import AdapterError, VerificationError
-from lora_kit.io.atomic_write import stage_folder
+from lora_kit.io.atomic_write import stage_folder, write_file
 from lora_kit.io.read import exists, folder_exists, read_json
+from lora_kit.names import RECIPE_FILE
 from lora_kit.sweeps.space import Params
 from lora_kit.sweeps.study import Study
-from lora_kit.sweeps.sweep_plan import Plan, over_of, write_file
-from lora_kit.training.job.output import RECIPE_FILE, is_trained_model_folder
+from lora_kit.sweeps.sweep_plan import Plan, over_of
+from lora_kit.training.job.output import is_trained_model_folder
 
 logger = logging.getLogger(__name__)
 

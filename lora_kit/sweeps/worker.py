@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from lora_kit.errors import LoraKitError, StorageError
 from lora_kit.io.text import escape_text
 from lora_kit.models.loading import Base
-from lora_kit.models.locate import silence_libraries
+from lora_kit.models.silence import silence_libraries
 from lora_kit.sweeps.study import Study
 from lora_kit.sweeps.sweep_plan import Plan, shares_base
 from lora_kit.training.job.job import Job

@@ -1,11 +1,11 @@
-"""Which modules of a model a config covers, and a report of what was found."""
+"""Which modules of a model a config covers, and what in the config matches nothing."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from torch import nn
 
@@ -31,22 +31,30 @@ from lora_kit.targets.match import (
 from lora_kit.targets.token_rows import TokenTarget, find_token_coverage
 
 _PROBLEMS_SHOWN: Final = 4
-_IN_SAVED: Final = "inside a saved module"
+_NAMES_SHOWN: Final = 12
+
+Skipped = list[tuple[str, str]]
+"""(path, reason) of modules or parameters that a pattern names but that cannot have LoRA weights."""
 
 
 @dataclass(frozen=True)
 class LayerTarget:
-    """A layer that carries a pair: A (rank, in_features), B (out_features, rank).
+    """A layer with LoRA weights: A (rank, in_features), B (out_features, rank).
 
     Attributes:
+        path: of the layer; of a parameter, it ends in the parameter's name.
         kind: `linear`, `embedding` (in_features are its entries, out_features its dimension), `convolution` (they are
-            its channels) or `parameter` (the path ends in its name).
-        scaling: what `B A x` is multiplied by.
+            its channels) or `parameter`.
+        in_features: width of A.
+        out_features: height of B.
+        rank: of one pair of A and B.
+        scaling: factor of `B A x`.
         dora: whether it has a magnitude (out_features,) as well.
-        started: whether it starts from the layer's weight, so that it is saved, and held, with twice the rank.
-        experts: matrices of a parameter, each with a pair of its own.
-        kernel: size of a convolution's, else empty.
-        stored: what an adapter's file calls a parameter; empty for others, which go by their path.
+        experts: how many matrices a parameter has, each with its own A and B.
+        kernel: kernel size of a convolution, else empty.
+        stored_path: what an adapter's file calls a parameter; empty for other kinds, whose files use `path`.
+        starts_from_weight: whether A and B are initialized from the layer's weight, so that the adapter is saved, and
+            loaded, with twice the rank.
     """
 
     path: str
@@ -58,18 +66,18 @@ class LayerTarget:
     dora: bool = False
     experts: int = 1
     kernel: tuple[int, ...] = ()
-    stored: str = ""
-    started: bool = False
+    stored_path: str = ""
+    starts_from_weight: bool = False
 
     @property
     def key(self) -> str:
         """Its path in an adapter's file."""
-        return self.stored or self.path
+        return self.stored_path or self.path
 
     @property
-    def room(self) -> int:
-        """The rank that a slab needs for it."""
-        return 2 * self.rank if self.started else self.rank
+    def slot_rank(self) -> int:
+        """The rank that a slot needs for it."""
+        return 2 * self.rank if self.starts_from_weight else self.rank
 
     @property
     def rows(self) -> int:
@@ -78,11 +86,12 @@ class LayerTarget:
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of A and B."""
+        """Shapes of A and B."""
         return (self.rows, self.in_features, *self.kernel), (self.out_features, self.rows, *[1] * len(self.kernel))
 
     @property
     def parameters(self) -> int:
+        """Elements of A, B and the magnitude."""
         return sum(math.prod(shape) for shape in self.shapes) + (self.out_features if self.dora else 0)
 
 
@@ -91,13 +100,13 @@ class Coverage:
     """What a config covers in a model.
 
     Attributes:
-        targets: layers that carry a pair, in the model's order.
-        saved: paths of the modules replaced as a whole.
+        targets: layers with LoRA weights, in the model's order.
+        saved: paths of the modules in `modules_to_save`.
         saved_parameters: elements of the tensors of `saved`.
-        skipped: (path, reason) of modules that a pattern names but that carry nothing.
+        skipped: (path, reason) of modules that a pattern names but that cannot have LoRA weights.
         unmatched: entries of the config that name no module.
         tokens: embeddings and heads of which some rows are trained.
-        problems: what in the config does not fit the model besides, in words.
+        problems: other mismatches of config and model, one message each.
     """
 
     targets: tuple[LayerTarget, ...]
@@ -110,13 +119,13 @@ class Coverage:
 
     @property
     def parameters(self) -> int:
-        """Trainable elements: pairs, saved modules and rows of tokens."""
+        """Trainable elements: LoRA weights, `modules_to_save` and token embeddings."""
         own = [target.parameters for target in self.targets] + [target.parameters for target in self.tokens]
         return sum(own) + self.saved_parameters
 
     @property
     def replaced(self) -> tuple[str, ...]:
-        """Paths of modules of which the adapter has weights of its own in place of the base's."""
+        """Paths of modules whose weights, or some rows of them, the adapter has in place of the base's."""
         return (*self.saved, *(path for target in self.tokens for path in target.all_paths))
 
     def __str__(self) -> str:
@@ -127,151 +136,187 @@ class Coverage:
             f"{name}: {len(group)} layers, rank {format_list(sorted({str(target.rank) for target in group}))}"
             for name, group in names.items()
         ]
-        lines += [f"{path}: saved whole" for path in self.saved]
+        lines += [f"{path}: saved in full" for path in self.saved]
         lines += [f"{' and '.join(target.all_paths)}: rows of {len(target.indices)} tokens" for target in self.tokens]
-        lines += [f"{path}: left alone, {reason}" for path, reason in self.skipped]
+        lines += [f"{path}: skipped, {reason}" for path, reason in self.skipped]
         return "\n".join([*lines, f"{self.parameters:,} trainable parameters"])
 
 
 def find_coverage(model: nn.Module, config: LoraConfig) -> Coverage:
-    """The layers of a model that a config covers.
+    """Return what a config covers in a model.
 
     Raises:
         TargetError: an entry of `target_modules`, `modules_to_save` or `layers_to_transform` matches nothing, or a
-            matched module cannot carry a pair; says what the model has.
+            matched module cannot have LoRA weights. The hint lists what the model has.
     """
     coverage = survey_coverage(model, config)
     if coverage.unmatched:
         paths = [path for path, _ in named_layers(model)]
         names = sorted({path.rpartition(".")[2] for path in paths} | set(paths))
-        hint = (
-            suggest_nearest(coverage.unmatched[0], names)
-            or f"the model has {format_list(_list_linear_names(model), most=12)}"
-        )
+        hint = suggest_nearest(coverage.unmatched[0], names) or _list_layer_names(model)
         raise TargetError(f"nothing in the model matches {format_list(coverage.unmatched)}", hint=hint)
     if coverage.problems:
-        raise TargetError("trainable_token_indices does not fit: " + "; ".join(coverage.problems[:_PROBLEMS_SHOWN]))
-    codes = [path for path in coverage.saved if is_quantized(model.get_submodule(path))]
-    if codes:
+        problems = "; ".join(coverage.problems[:_PROBLEMS_SHOWN])
+        raise TargetError(f"trainable_token_indices does not match the model: {problems}")
+    quantized = [path for path in coverage.saved if is_quantized(model.get_submodule(path))]
+    if quantized:
         raise TargetError(
-            f"quantised, and so not to be trained whole: {format_list(codes)}",
-            hint="put pairs there with target_modules",
+            f"quantized modules cannot be in modules_to_save: {format_list(quantized)}",
+            hint="name them in target_modules instead",
         )
-    unfit = [f"{path}: {reason}" for path, reason in coverage.skipped]
-    if unfit and config.target_modules != ALL_LINEAR:
-        raise TargetError(
-            f"these modules cannot carry a low-rank pair: {format_list(unfit)}", hint="take them out of target_modules"
-        )
+    if coverage.skipped and config.target_modules != ALL_LINEAR:
+        skipped = format_list([f"{path}: {reason}" for path, reason in coverage.skipped])
+        raise TargetError(f"these modules cannot have LoRA weights: {skipped}", hint="take them out of target_modules")
     if not coverage.targets and not coverage.saved and not coverage.tokens:
-        raise TargetError(
-            "the config covers no module of this model",
-            hint=f"the model has {format_list(_list_linear_names(model), most=12)}",
-        )
+        raise TargetError("the config covers no module of this model", hint=_list_layer_names(model))
     return coverage
 
 
 def survey_coverage(model: nn.Module, config: LoraConfig) -> Coverage:
-    """As `find`, but what does not match is told, not raised."""
+    """Return what a config covers in a model. What does not match is listed in the result instead of raised."""
     modules = list(named_layers(model))
     saved = find_saved_paths(modules, config.modules_to_save)
-    refused = dict.fromkeys(find_paths_inside(modules, saved), _IN_SAVED)
-    refused |= find_attention_internals(modules) | find_mixer_internals(modules)
-    targets, skipped = [], []
-    for path, module in select_modules(model, modules, config):
-        kind = kind_of(module)
-        if path in refused:
-            if refused[path] != _IN_SAVED:
-                skipped.append((path, refused[path]))
-        elif kind is None:
-            skipped.append((path, f"a {type(module).__name__} is not a linear layer or an embedding"))
-        elif kind == "convolution" and _is_unsupported_convolution(module):
-            skipped.append((path, "a convolution with groups, dilation or another padding than zeros"))
-        elif config.use_dora and (kind != "linear" or not _has_float_weight(module)):
-            skipped.append((path, "DoRA needs a linear layer whose weight is not quantised"))
-        elif config.starts_from_weight and kind != "linear":
-            skipped.append((path, f"init_lora_weights={config.init_lora_weights} is for linear layers"))
-        else:
-            size_in, size_out = features_of(module)
-            rank, scaling = config.rank_of(path), config.scaling_of(path)
-            kernel = _kernel_of(module) if kind == "convolution" else ()
-            how: dict[str, Any] = {"dora": config.use_dora, "started": config.starts_from_weight, "kernel": kernel}
-            targets.append(LayerTarget(path, kind, size_in, size_out, rank, scaling, **how))
-    by_parameter, unfit = _find_parameters(modules, config, {target.path for target in targets})
-    targets += by_parameter
-    skipped += unfit
-    names = {end for path, _ in modules for end in suffixes_of(path)}
-    unmatched = [name for name in target_names_of(config) if name not in names]
-    unmatched += _find_missing_parameters(modules, config)
-    if isinstance(config.target_modules, str) and len(targets) == len(by_parameter) and not skipped:
-        unmatched.append(config.target_modules)
-    unmatched += [name for name in config.modules_to_save if not any(name in suffixes_of(path) for path in saved)]
-    unmatched += find_missing_indices(config, (target.path for target in targets))
-    by_path = dict(modules)
-    count = sum(t.numel() for path in saved for t in by_path[path].parameters())
+    layers, skipped = _find_layers(model, modules, config, saved)
+    parameters, skipped_parameters = _find_parameters(modules, config, {target.path for target in layers})
     tokens = find_token_coverage(model, modules, config)
-    problems = [*tokens.problems, *_find_clashes(tokens.targets, targets, saved)]
-    unmatched += tokens.unmatched
+    targets, skipped = [*layers, *parameters], [*skipped, *skipped_parameters]
+    unmatched = _find_unmatched_names(modules, config, saved)
+    if isinstance(config.target_modules, str) and not layers and not skipped:
+        unmatched.append(config.target_modules)
+    unmatched += [*find_missing_indices(config, (target.path for target in targets)), *tokens.unmatched]
+    by_path = dict(modules)
     return Coverage(
-        tuple(targets), tuple(saved), count, tuple(skipped), tuple(unmatched), tokens.targets, tuple(problems)
+        targets=tuple(targets),
+        saved=tuple(saved),
+        saved_parameters=sum(tensor.numel() for path in saved for tensor in by_path[path].parameters()),
+        skipped=tuple(skipped),
+        unmatched=tuple(unmatched),
+        tokens=tokens.targets,
+        problems=(*tokens.problems, *_find_clashes(tokens.targets, targets, saved)),
     )
 
 
-def _find_clashes(tokens: Sequence[TokenTarget], targets: Sequence[LayerTarget], saved: Sequence[str]) -> Iterator[str]:
-    """What else an adapter would change of a weight whose rows it trains; PEFT does not compute such a one either."""
-    with_pairs = {target.path for target in targets}
-    for path in (path for target in tokens for path in target.all_paths):
-        if path in with_pairs:
-            yield f"{path} has a pair as well; take it out of target_modules"
-        if any(is_within(path, top) for top in saved):
-            yield f"{path} is saved whole as well; take it out of modules_to_save"
-
-
 def find_shortest_names(model: nn.Module, coverage: Coverage) -> tuple[str, ...]:
-    """The shortest list of names that selects exactly the covered layers of a model: last names, or whole paths."""
+    """Return the shortest list of names that selects exactly the covered layers: last names, else whole paths."""
     covered = {target.path for target in coverage.targets if target.kind != "parameter"}
     names = {path.rpartition(".")[2] for path in covered}
     selected = {path for path, _ in named_layers(model) if not names.isdisjoint(suffixes_of(path))}
     return tuple(sorted(names if selected == covered else covered))
 
 
-def _find_parameters(
-    modules: Modules, config: LoraConfig, covered: Collection[str]
-) -> tuple[list[LayerTarget], list[tuple[str, str]]]:
-    """The parameters that a config targets; and of those that cannot have pairs (path, reason)."""
-    targets, skipped, named = list[LayerTarget](), list[tuple[str, str]](), make_matcher(config.target_parameters)
-    for module_path, module in modules if config.target_parameters else ():
-        found = [(name, weight) for name, weight in list_own_parameters(module) if named(f"{module_path}.{name}")]
-        found = found if module_path else []  # there is nothing that a wrapper of the whole model could be put into
-        for inside, (name, weight) in enumerate(found):
-            path = f"{module_path}.{name}"
-            if module_path in covered or weight is None or weight.ndim not in (2, 3) or not is_unquantized(weight):
-                told = "its module has pairs already" if module_path in covered else "it is no matrix, nor several"
-                skipped.append((path, told))
-                continue
-            swapped = weight.ndim == 3 and is_transposed(module)
-            size_in, size_out = weight.shape[-2:] if swapped else weight.shape[-2:][::-1]
-            # PEFT wraps the last parameter outermost.
-            stored = module_path + ".base_layer" * (len(found) - 1 - inside)
-            count = weight.shape[0] if weight.ndim == 3 else 1
-            rank, scaling = config.rank_of(path), config.scaling_of(path)
-            targets.append(
-                LayerTarget(path, "parameter", size_in, size_out, rank, scaling, experts=count, stored=stored)
-            )
+def _find_layers(
+    model: nn.Module, modules: Modules, config: LoraConfig, saved: Sequence[str]
+) -> tuple[list[LayerTarget], Skipped]:
+    """Return the layers that `target_modules` selects outside `modules_to_save`, and those that it cannot train."""
+    targets, skipped = list[LayerTarget](), Skipped()
+    in_saved = find_paths_inside(modules, saved)
+    internals = find_attention_internals(modules) | find_mixer_internals(modules)
+    for path, module in select_modules(model, modules, config):
+        if path in in_saved and path not in internals:
+            continue
+        reason = internals.get(path) or _reason_not_trainable(module, config)
+        if reason is not None:
+            skipped.append((path, reason))
+        else:
+            targets.append(_make_layer_target(path, module, config))
     return targets, skipped
 
 
-def _find_missing_parameters(modules: Modules, config: LoraConfig) -> list[str]:
-    if not config.target_parameters:
-        return []
-    known = {end for path, module in modules for name in module._parameters for end in suffixes_of(f"{path}.{name}")}
-    return [name for name in config.target_parameters if name not in known]
+def _reason_not_trainable(module: nn.Module, config: LoraConfig) -> str | None:
+    """Return why a module cannot have the LoRA weights that a config asks for; None where it can."""
+    kind = kind_of(module)
+    if kind is None:
+        return f"a {type(module).__name__} is not a linear layer or an embedding"
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)) and _is_unsupported_convolution(module):
+        return "a convolution with groups, dilation or a padding mode other than zeros"
+    if config.use_dora and (kind != "linear" or not _has_float_weight(module)):
+        return "DoRA needs a linear layer whose weight is not quantized"
+    if config.starts_from_weight and kind != "linear":
+        return f"init_lora_weights={config.init_lora_weights} is for linear layers"
+    return None
 
 
-def _kernel_of(module: Any) -> tuple[int, ...]:
-    return tuple(module.kernel_size)
+def _make_layer_target(path: str, module: nn.Module, config: LoraConfig) -> LayerTarget:
+    in_features, out_features = features_of(module)
+    return LayerTarget(
+        path,
+        str(kind_of(module)),
+        in_features,
+        out_features,
+        config.rank_of(path),
+        config.scaling_of(path),
+        dora=config.use_dora,
+        kernel=tuple(module.kernel_size) if isinstance(module, (nn.Conv1d, nn.Conv2d)) else (),
+        starts_from_weight=config.starts_from_weight,
+    )
 
 
-def _is_unsupported_convolution(module: Any) -> bool:
+def _find_parameters(
+    modules: Modules, config: LoraConfig, covered: Collection[str]
+) -> tuple[list[LayerTarget], Skipped]:
+    """Return the parameters that `target_parameters` names, and those of them that cannot have LoRA weights.
+
+    Args:
+        covered: paths of modules that `target_modules` covers already.
+    """
+    targets, skipped, is_named = list[LayerTarget](), Skipped(), make_matcher(config.target_parameters)
+    # A parameter of the model itself (path "") cannot be wrapped: there is no parent to put the wrapper into.
+    for module_path, module in ((path, module) for path, module in modules if path and config.target_parameters):
+        selected = [(name, weight) for name, weight in list_own_parameters(module) if is_named(f"{module_path}.{name}")]
+        for index, (name, weight) in enumerate(selected):
+            path = f"{module_path}.{name}"
+            if module_path in covered:
+                skipped.append((path, "its module has LoRA weights already"))
+            elif weight is None or weight.ndim not in (2, 3) or not is_unquantized(weight):
+                skipped.append((path, "it is not an unquantized matrix, or a stack of them"))
+            else:
+                # PEFT wraps the last parameter outermost.
+                stored_path = module_path + ".base_layer" * (len(selected) - 1 - index)
+                is_swapped = weight.ndim == 3 and is_transposed(module)
+                targets.append(_make_parameter_target(path, weight, config, stored_path, is_swapped=is_swapped))
+    return targets, skipped
+
+
+def _make_parameter_target(
+    path: str, weight: nn.Parameter, config: LoraConfig, stored_path: str, *, is_swapped: bool
+) -> LayerTarget:
+    """Return the target of a matrix (out, in), or of a stack (experts, out, in); (in, out) where `is_swapped`."""
+    in_features, out_features = weight.shape[-2:] if is_swapped else weight.shape[-2:][::-1]
+    return LayerTarget(
+        path,
+        "parameter",
+        in_features,
+        out_features,
+        config.rank_of(path),
+        config.scaling_of(path),
+        experts=weight.shape[0] if weight.ndim == 3 else 1,
+        stored_path=stored_path,
+    )
+
+
+def _find_unmatched_names(modules: Modules, config: LoraConfig, saved: Sequence[str]) -> list[str]:
+    """Return the names in `target_modules`, `target_parameters` and `modules_to_save` that nothing in the model has."""
+    names = {suffix for path, _ in modules for suffix in suffixes_of(path)}
+    unmatched = [name for name in target_names_of(config) if name not in names]
+    if config.target_parameters:
+        paths = (f"{path}.{name}" for path, module in modules for name in module._parameters)
+        parameter_names = {suffix for path in paths for suffix in suffixes_of(path)}
+        unmatched += [name for name in config.target_parameters if name not in parameter_names]
+    saved_names = {suffix for path in saved for suffix in suffixes_of(path)}
+    return unmatched + [name for name in config.modules_to_save if name not in saved_names]
+
+
+def _find_clashes(tokens: Sequence[TokenTarget], targets: Sequence[LayerTarget], saved: Sequence[str]) -> Iterator[str]:
+    """Yield what else an adapter would change of a weight whose rows it trains. PEFT does not support that either."""
+    with_lora = {target.path for target in targets}
+    for path in (path for target in tokens for path in target.all_paths):
+        if path in with_lora:
+            yield f"{path} has LoRA weights as well; take it out of target_modules"
+        if any(is_within(path, top) for top in saved):
+            yield f"{path} is saved in full as well; take it out of modules_to_save"
+
+
+def _is_unsupported_convolution(module: nn.Conv1d | nn.Conv2d) -> bool:
     return module.groups > 1 or set(module.dilation) != {1} or module.padding_mode != "zeros"
 
 
@@ -280,5 +325,7 @@ def _has_float_weight(module: nn.Module) -> bool:
     return weight is not None and is_unquantized(weight)
 
 
-def _list_linear_names(model: nn.Module) -> list[str]:
-    return sorted({path.rpartition(".")[2] for path, module in named_layers(model) if kind_of(module)})
+def _list_layer_names(model: nn.Module) -> str:
+    """Return a hint with the last names of the layers that can have LoRA weights."""
+    names = sorted({path.rpartition(".")[2] for path, module in named_layers(model) if kind_of(module)})
+    return f"the model has {format_list(names, most=_NAMES_SHOWN)}"

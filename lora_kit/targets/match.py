@@ -1,4 +1,4 @@
-"""Which modules of a model the names, expressions and layer numbers of a config select."""
+"""Find the modules of a model that the names, expressions and layer numbers of a config select."""
 
 from __future__ import annotations
 
@@ -13,46 +13,49 @@ from lora_kit.config.module_patterns import compile_expression, suffixes_of
 from lora_kit.layers.introspect import kind_of, unwrap_module
 
 Modules = Sequence[tuple[str, nn.Module]]
-"""Modules of a base with their paths."""
+"""(path, module) of the modules of a base."""
 
 _HEAD_NAMES: Final = ("score", "classifier", "pre_classifier", "classification_head", "qa_outputs", "lm_head")
-"""Names of output heads that `all-linear` leaves alone where they hang directly on the model."""
+"""Names of output heads at the top of a model, which `all-linear` leaves out."""
 _ROUTER_NAMES: Final = frozenset({"gate", "router", "shared_expert_gate"})
-"""Names of what chooses between the experts of a mixture; `all-linear` leaves them alone, and what is in them."""
+"""Names of the routers of a mixture of experts. `all-linear` leaves them out, and the modules inside them."""
 _EXPERTS: Final = "experts"
 _READ_BY_KERNELS: Final = ("x_proj", "dt_proj", "out_proj")
-"""Linear layers of a state-space mixer (Mamba and its kin) whose weight it reads itself, always or on a GPU."""
+"""Linear layers of a state-space mixer (Mamba and its relatives) that reads their weight itself, always or on a GPU."""
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of the base model: wrappers are seen as what they wrap, and what they add is not shown."""
+    """Yield (path, module) of a base, parents first. A wrapper of a bank appears as the module inside it."""
     seen: set[nn.Module] = set()
-    ahead: list[tuple[str, nn.Module]] = [("", model)]
-    while ahead:
-        path, module = ahead.pop()
+    pending: list[tuple[str, nn.Module]] = [("", model)]
+    while pending:
+        path, module = pending.pop()
         module = unwrap_module(module)
         if module not in seen:
             seen.add(module)
             yield path, module
-            start = f"{path}." if path else ""
-            ahead += [(start + name, child) for name, child in reversed(module._modules.items()) if child is not None]
+            prefix = f"{path}." if path else ""
+            children = reversed(module._modules.items())
+            pending += [(prefix + name, child) for name, child in children if child is not None]
 
 
 def target_names_of(config: LoraConfig) -> tuple[str, ...]:
+    """Return the names in `target_modules`; none where it is an expression or `all-linear`."""
     return config.target_modules if isinstance(config.target_modules, tuple) else ()
 
 
 def is_within(path: str, top: str) -> bool:
+    """Return whether a path is that of the module at `top`, or of a module inside it."""
     return path == top or path.startswith(top + ".")
 
 
 def find_paths_inside(modules: Modules, tops: Sequence[str]) -> set[str]:
-    """Paths of these modules and of everything in them."""
+    """Return the paths of the modules at `tops` and of everything inside them."""
     return {path for path, _ in modules if any(is_within(path, top) for top in tops)} if tops else set()
 
 
 def make_matcher(patterns: str | Sequence[str] | None) -> Callable[[str], bool]:
-    """Whether a path is matched by one regular expression, or by one of these names."""
+    """Return a test of paths: against one regular expression, or against the ends of paths that are names."""
     if isinstance(patterns, str):
         return compile_expression(patterns).matches
     names = frozenset(patterns or ())
@@ -60,38 +63,38 @@ def make_matcher(patterns: str | Sequence[str] | None) -> Callable[[str], bool]:
 
 
 def select_modules(model: nn.Module, modules: Modules, config: LoraConfig) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that a config names, whether or not they can carry a pair."""
-    everything, by_expression = config.target_modules == ALL_LINEAR, isinstance(config.target_modules, str)
-    left_alone = _find_heads(model, modules) | _find_routers(modules) if everything else set()
-    covered, excluded = (
-        make_matcher(None if everything else config.target_modules),
-        make_matcher(config.exclude_modules),
-    )
-    whole = frozenset(target_names_of(config))
+    """Yield the modules that a config names, whether or not they can have LoRA weights."""
+    all_linear = config.target_modules == ALL_LINEAR
+    is_expression = isinstance(config.target_modules, str) and not all_linear
+    left_out = _find_heads(model, modules) | _find_routers(modules) if all_linear else set()
+    is_target = make_matcher(None if all_linear else config.target_modules)
+    is_excluded = make_matcher(config.exclude_modules)
+    names = frozenset(target_names_of(config))
     for path, module in modules:
-        found = kind_of(module) == "linear" and path not in left_alone if everything else covered(path)
-        # An expression and a whole path say which layer they mean.
-        chosen = (by_expression and not everything) or path in whole
-        if path and found and not excluded(path) and (chosen or _is_layer_selected(path, config)):
+        selected = kind_of(module) == "linear" and path not in left_out if all_linear else is_target(path)
+        # `layers_to_transform` does not narrow an expression or a whole path: these say which layer they mean.
+        in_layers = is_expression or path in names or _is_in_selected_layer(path, config)
+        if path and selected and not is_excluded(path) and in_layers:
             yield path, module
 
 
 def _find_layer_index(path: str, patterns: Sequence[str] | None) -> int | None:
-    """The number of the layer a module belongs to: the first number after a list of that name, or after any name."""
-    found = re.match(r".*?\.[^.]*\.(\d+)\.", path) if not patterns else None
+    """Return the index of a module's layer: the first number after one of `patterns`, or after any name."""
+    match = re.match(r".*?\.[^.]*\.(\d+)\.", path) if not patterns else None
     for pattern in patterns or ():
-        found = found or re.match(rf"(?:^|.*?\.){re.escape(pattern)}\.(\d+)\.", path)
-    return int(found.group(1)) if found else None
+        match = match or re.match(rf"(?:^|.*?\.){re.escape(pattern)}\.(\d+)\.", path)
+    return int(match.group(1)) if match else None
 
 
-def _is_layer_selected(path: str, config: LoraConfig) -> bool:
+def _is_in_selected_layer(path: str, config: LoraConfig) -> bool:
+    """Return whether a module is in one of `layers_to_transform`; always where these are not given."""
     if config.layers_to_transform is None:
         return True
     return _find_layer_index(path, config.layers_pattern) in config.layers_to_transform
 
 
 def find_missing_indices(config: LoraConfig, paths: Iterable[str]) -> list[str]:
-    """Entries of `layers_to_transform` that no covered path is in."""
+    """Return the entries of `layers_to_transform` in which no covered path is."""
     if config.layers_to_transform is None:
         return []
     present = {_find_layer_index(path, config.layers_pattern) for path in paths}
@@ -99,30 +102,32 @@ def find_missing_indices(config: LoraConfig, paths: Iterable[str]) -> list[str]:
 
 
 def find_saved_paths(modules: Modules, names: Sequence[str]) -> list[str]:
-    """Paths of the modules named, those inside another left out."""
-    named, paths = make_matcher(names), list[str]()
+    """Return the paths of the modules that `names` select, without those inside another of them."""
+    is_named, paths = make_matcher(names), list[str]()
     for path, _ in modules:
-        if named(path) and not any(is_within(path, top) for top in paths):
+        if is_named(path) and not any(is_within(path, top) for top in paths):
             paths.append(path)
     return paths
 
 
 def find_attention_internals(modules: Modules) -> dict[str, str]:
+    """Return, by path, why the modules inside `nn.MultiheadAttention` cannot be wrapped."""
     tops = [path for path, module in modules if isinstance(module, nn.MultiheadAttention)]
     return dict.fromkeys(
-        find_paths_inside(modules, tops), "nn.MultiheadAttention reads its weight directly, past any wrapper"
+        find_paths_inside(modules, tops), "nn.MultiheadAttention reads its weight directly and would ignore a wrapper"
     )
 
 
 def find_mixer_internals(modules: Modules) -> dict[str, str]:
+    """Return, by path, why some linear layers of state-space mixers cannot be wrapped."""
     mixers = {path for path, module in modules if {"A_log", "D"} <= module._parameters.keys()}
     read = {f"{mixer}.{name}" for mixer in mixers for name in _READ_BY_KERNELS}
     paths = [path for path, _ in modules if path in read]
-    return dict.fromkeys(paths, "a state-space mixer reads its weight directly, past any wrapper")
+    return dict.fromkeys(paths, "a state-space mixer reads its weight directly and would ignore a wrapper")
 
 
 def _find_heads(model: nn.Module, modules: Modules) -> set[str]:
-    """Paths inside the output head of a model."""
+    """Return the paths of the output head of a model and of everything inside it."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
     output = None if output is None else unwrap_module(output)
     return find_paths_inside(
@@ -131,7 +136,7 @@ def _find_heads(model: nn.Module, modules: Modules) -> set[str]:
 
 
 def _find_routers(modules: Modules) -> set[str]:
-    """Paths of the routers of mixtures, which stand beside their experts, and of everything in them."""
+    """Return the paths of routers, which are siblings of their experts, and of everything inside them."""
     mixtures = {path.rpartition(".")[0] for path, _ in modules if path.rpartition(".")[2] == _EXPERTS}
     split = ((path, *path.rpartition(".")) for path, _ in modules)
     return find_paths_inside(
@@ -140,5 +145,5 @@ def _find_routers(modules: Modules) -> set[str]:
 
 
 def is_in_expert(path: str) -> bool:
-    """Whether a module belongs to one expert of a mixture, and so is given the tokens sent there, not a batch."""
+    """Return whether a module belongs to one expert of a mixture, so that its input is routed tokens, not a batch."""
     return _EXPERTS in path.split(".")[:-1]

@@ -15,7 +15,7 @@ from lora_kit.errors import LoraKitError, RecipeError
 from lora_kit.evaluation.measure import Evaluation, measure
 from lora_kit.io.atomic_write import lock_output
 from lora_kit.models.loading import Base
-from lora_kit.models.locate import silence_libraries
+from lora_kit.models.silence import silence_libraries
 from lora_kit.torch_utils import Clock
 from lora_kit.training.job.job import Job
 from lora_kit.training.job.methods import TrainableJob, make_job_trainable

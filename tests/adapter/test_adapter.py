@@ -97,37 +97,45 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "payload cut short": (lambda data: data[:-1], r"truncated: 2,047 bytes of tensors, 2,048 are expected"),
     "payload missing": (lambda data: data[:-2048], r"truncated: 0 bytes of tensors, 2,048 are expected"),
     "a byte more": (lambda data: data + b"\0", "corrupt: 1 bytes after the last tensor"),
-    "a hole": (moved(4), "corrupt: .* begins at byte"),
-    "an overlap": (moved(-4), "corrupt: .* begins at byte"),
-    "negative offsets": (header(data_offsets=[-512, 0]), "which is none"),
-    "offsets the wrong way": (header(data_offsets=[512, 0]), "needs 512 bytes, -512 are given"),
-    "offsets of floats": (header(data_offsets=[0.0, 512.0]), "which is none"),
-    "offsets of bools": (header(data_offsets=[False, 512]), "which is none"),
-    "three offsets": (header(data_offsets=[0, 512, 512]), "not described as a tensor"),
-    "a huge offset": (header(data_offsets=[0, 10**30]), "which is none"),
-    "a field too many": (header(device="cuda"), "which is none"),
-    "no dtype": (header(dtype=None), "not described as a tensor"),
-    "no shape": (header(shape=None), "not described as a tensor"),
-    "a shape of text": (header(shape="48"), "which is none"),
-    "a shape of floats": (header(shape=[4.0, 32.0]), "which is none"),
-    "a shape of bools": (header(shape=[True, 128]), "which is none"),
-    "a negative shape": (header(shape=[-4, -32]), "which is none"),
-    "a shape that overflows": (header(shape=[2**40, 2**40, 2**40]), r"needs [\d,]+ bytes, 512 are given"),
-    "a shape of terabytes of nothing": (header(shape=[2**40, 0], data_offsets=[0, 0]), "no dimension may be 0"),
-    "a thousand dimensions": (header(shape=[1] * 1_000), "8 are the most"),
-    "another shape": (header(shape=[4, 31]), "needs 496 bytes, 512 are given"),
-    "unknown dtype": (header(dtype="F5"), "dtype 'F5', which is not read"),
-    "dtype of another kind": (header(dtype=["F32"]), "which is not read"),
-    "a float of 8 bits": (header(dtype="F8_E4M3", shape=[16, 32]), "which is not read"),
+    "a hole": (moved(4), "corrupt: invalid offset for tensor"),
+    "an overlap": (moved(-4), "corrupt: invalid offset for tensor"),
+    "negative offsets": (header(data_offsets=[-512, 0]), "integer `-512`, expected usize"),
+    "offsets the wrong way": (header(data_offsets=[512, 0]), "corrupt: invalid offset for tensor"),
+    "offsets of floats": (header(data_offsets=[0.0, 512.0]), "floating point `0.0`, expected usize"),
+    "offsets of bools": (header(data_offsets=[False, 512]), "boolean `false`, expected usize"),
+    "three offsets": (header(data_offsets=[0, 512, 512]), "invalid length 3, expected 2"),
+    "a huge offset": (header(data_offsets=[0, 10**30]), "expected usize"),
+    "a field too many": (header(device="cuda"), "dtype, shape and data_offsets are expected"),
+    "no dtype": (header(dtype=None), "missing field `dtype`"),
+    "no shape": (header(shape=None), "missing field `shape`"),
+    "a shape of text": (header(shape="48"), "expected a sequence"),
+    "a shape of floats": (header(shape=[4.0, 32.0]), "floating point `4.0`, expected usize"),
+    "a shape of bools": (header(shape=[True, 128]), "boolean `true`, expected usize"),
+    "a negative shape": (header(shape=[-4, -32]), "integer `-4`, expected usize"),
+    "a shape that overflows": (header(shape=[2**40, 2**40, 2**40]), "overflow computing buffer size"),
+    "a shape of terabytes of nothing": (
+        lambda data: raw({A0: {"dtype": "F32", "shape": [2**40, 0], "data_offsets": [0, 0]}}),
+        "at most 8 dimensions, none of 0, are read",
+    ),
+    "a thousand dimensions": (header(shape=[1] * 1_000 + [4, 32]), "at most 8 dimensions"),
+    "another shape": (header(shape=[4, 31]), "invalid shape, data type, or offset"),
+    "unknown dtype": (header(dtype="F5"), "unknown variant `F5`"),
+    "dtype of another kind": (header(dtype=["F32"]), "invalid type: sequence"),
+    "dtype of a mapping": (header(dtype={"F32": None}), "which is not supported"),
+    "an entry of a list": (
+        lambda data: raw({A0: ["F32", [2], [0, 8]]}, bytes(8)),
+        "dtype, shape and data_offsets are expected",
+    ),
+    "a float of 8 bits": (header(dtype="F8_E4M3", shape=[16, 32]), "has dtype 'F8_E4M3', which is not supported"),
     "names twice": (twice, "occurs twice"),
-    "an entry that is none": (lambda data: raw({A0: 5}), "not described as a tensor"),
-    "metadata that is none": (lambda data: raw({"__metadata__": {"a": 1}}), "__metadata__ is not"),
-    "header of a list": (lambda data: raw([1]), "does not begin with"),
+    "an entry that is none": (lambda data: raw({A0: 5}), "integer `5`, expected struct"),
+    "metadata that is none": (lambda data: raw({"__metadata__": {"a": 1}}), "integer `1`, expected a string"),
+    "header of a list": (lambda data: raw([1]), "a JSON object was expected, found list"),
     "header that is no JSON": (lambda data: raw(b"{" + b"a" * 50), "not JSON: .* line 1 column 2"),
     "header that is no UTF-8": (lambda data: raw(b'{"\xff": 1}'), "corrupt header"),
     "header with NaN": (lambda data: raw(b'{"a": NaN}'), "NaN is not a number"),
     "header nested for ever": (lambda data: raw(b'{"a":' * 100_000), "nested too deeply"),
-    "header of spaces": (lambda data: raw(b" " * 64), "does not begin with"),
+    "header of spaces": (lambda data: raw(b" " * 64), "not JSON"),
     "header of 2^63 bytes": (lambda data: (2**63).to_bytes(8, "little") + data, "header of 9,223,372,036,854,775,808"),
     "header above the cap": (lambda data: (2**23 + 1).to_bytes(8, "little") + data, "at most 8,388,608 are read"),
     "a pickle": (lambda data: pickle.dumps({"a": 1}), "a pickle under the name of safetensors"),
@@ -299,7 +307,7 @@ def test_every_misfit_is_in_one_error(tmp_path: Path) -> None:
     assert f"{PATHS[0]}: the config says rank 4, the tensors are A (32, 4) and B (32, 4); A looks transposed" in told
     assert f"{PATHS[1]}: the config says rank 4, the tensors are A (8, 32) and B (32, 4)" in told
     assert "stray is not expected: keys begin with base_model.model." in told
-    assert "model.norm.weight is not expected: neither a pair nor in modules_to_save" in told
+    assert "model.norm.weight is not expected: neither LoRA weights nor in modules_to_save" in told
     assert "model.norm.weight holds NaN" in told
 
 
@@ -324,8 +332,12 @@ def without(*ends: str) -> dict[str, torch.Tensor]:
         (folders.tensors(), {"rank_pattern": {"layers.1.*": 2}}, f"{PATHS[1]}: the config says rank 2"),
         (folders.tensors(), {"use_dora": True}, "a magnitude is missing"),
         (folders.tensors(), {"modules_to_save": ["score"]}, "modules_to_save names score"),
-        (folders.tensors(), {"target_modules": [], "modules_to_save": ["q_proj"]}, "of which the file holds nothing"),
-        ({PREFIX + "score.weight": torch.ones(2, 2)}, {"modules_to_save": ["score"]}, "holds no pair"),
+        (
+            folders.tensors(),
+            {"target_modules": [], "modules_to_save": ["q_proj"]},
+            "but the file holds no tensor of it",
+        ),
+        ({PREFIX + "score.weight": torch.ones(2, 2)}, {"modules_to_save": ["score"]}, "holds no LoRA weights"),
         (changed(**{A0: torch.randn(4)}), {}, "are not matrices"),
         (changed(**{A0: torch.randn(4, 2, 2, 2)}), {}, "are not matrices"),
         (changed(**{A0: torch.tensor(1.0)}), {}, "are not matrices"),
@@ -623,7 +635,7 @@ def test_tensors_that_share_memory_are_saved(tmp_path: Path) -> None:
 def every_dtype() -> dict[str, torch.Tensor]:
     """Values of every dtype that is read, with keys that JSON escapes, in an order that is not the canonical one."""
     made: dict[str, torch.Tensor] = {
-        PREFIX + f"score.{dtype}": torch.ones(3, dtype=dtype) for dtype in weights._DTYPE_NAMES
+        PREFIX + f"score.{dtype}": torch.ones(3, dtype=dtype) for dtype in weights.DTYPES.values()
     }
     odd = {PREFIX + f"score.{name}": torch.randn(2, 3) for name in ('quote"', "back\\slash", "色", "B", "a", "é")}
     return dict(reversed((folders.tensors() | odd | made | {PREFIX + "score.scalar": torch.tensor(7)}).items()))

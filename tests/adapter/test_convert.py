@@ -179,7 +179,7 @@ def test_parts_of_a_fused_projection_are_taken_only_when_they_are_named(tmp_path
 
 def test_a_bias_beside_a_pair_is_refused_by_name(tmp_path: Path) -> None:
     key = "bert.encoder.layer.1.attention.self.query.bias"
-    with pytest.raises(AdapterError, match=f"{key} belongs to a layer that has a pair"):
+    with pytest.raises(AdapterError, match=f"{key} belongs to a layer that has LoRA weights"):
         convert(loralib(tmp_path / "x", **{key: torch.ones(32)}), lora_alpha=1)
 
 
@@ -277,9 +277,9 @@ def test_what_unsloth_axolotl_and_llama_factory_write_loads_as_it_is(tmp_path: P
     ("values", "message"),
     [
         ({"lora_unet_mid.lora_down.weight": torch.ones(2, 2)}, "diffusion"),
-        ({"model.embed_tokens.weight": torch.ones(2, 2)}, "no names of an adapter"),
-        ({}, "no names of an adapter"),
-        ({f"{Q}.lora_A": torch.ones(2, 2)}, "half of a pair is missing"),
+        ({"model.embed_tokens.weight": torch.ones(2, 2)}, "no keys of an adapter"),
+        ({}, "no keys of an adapter"),
+        ({f"{Q}.lora_A": torch.ones(2, 2)}, "A or B is missing"),
         ({f"{PREFIX}{Q}.lora_A.weight": torch.ones(2, 2)}, "no adapter_config.json"),
     ],
 )

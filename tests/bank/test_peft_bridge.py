@@ -16,6 +16,7 @@ import lora_kit as lk
 from lora_kit.errors import BankError, ConfigError, LoraKitError
 from lora_kit.layers.slot_layer import SlotLayer
 from tests.support import tiny
+from tests.support.peft_models import looks, peft_model, two_adapters
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"target_modules": "all-linear"}),
@@ -27,25 +28,6 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "use_dora": True, "lora_dropout": 0.1}),
 ]
 ADAMS: dict[str, dict[str, Any]] = {"foreach": {"foreach": True}, "fused": {"fused": True}}
-
-
-def peft_model(kind: str = "llama", **fields: Any) -> Any:
-    """A PeftModel whose adapter does something."""
-    torch.manual_seed(2)
-    fields = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **fields}
-    model = peft.get_peft_model(tiny.MODELS[kind](), peft.LoraConfig(task_type="CAUSAL_LM", **fields))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.02 * torch.randn_like(parameter))
-    return model
-
-
-def two_adapters(**fields: Any) -> Any:
-    """A PeftModel with another adapter of another rank beside the active one."""
-    model = peft_model(**fields)
-    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["v_proj", "up_proj"], init_lora_weights=False))
-    return model
 
 
 def trained(model: Any, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
@@ -63,12 +45,6 @@ def trained(model: Any, optimizer: torch.optim.Optimizer, steps: range) -> list[
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def looks(model: nn.Module) -> list[Any]:
-    """What a model is made of: modules, parameters, what trains, what is in which mode."""
-    modules = [(name, id(module), type(module), module.training) for name, module in model.named_modules()]
-    return modules + [(name, id(p), p.requires_grad) for name, p in model.named_parameters()]
 
 
 @pytest.mark.parametrize("adam", ADAMS)

@@ -14,9 +14,9 @@ import lora_kit as lk
 from lora_kit.errors import BankError, RoutingError
 from lora_kit.layers.external_params import AdoptedConvolution, AdoptedParameter
 from lora_kit.layers.parameter import LoraParameter
-from tests.bank.test_peft_bridge import looks, two_adapters
 from tests.support import tiny
 from tests.support.families import FAMILIES, Family, loss, outputs
+from tests.support.peft_models import looks, two_adapters
 
 BY_NAME: Final = {family.name: family for family in FAMILIES}
 FUSED: Final = ["experts.gate_up_proj", "experts.down_proj"]

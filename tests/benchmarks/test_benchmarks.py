@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
-from benchmarks import harness, summary
-from benchmarks.counts.counts import kept, operations
+from benchmarks import encoder, harness, initialization, quality, tables
 from benchmarks.harness import Case, Effort
+from benchmarks.op_counts import kept, operations
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_pages_say_what_the_results_say() -> None:
-    for page, text in summary.pages().items():
+    for page, text in tables.pages().items():
         assert page.read_text(encoding="utf-8") == text, f"{page}: run python -m benchmarks --tables"
 
 
-@pytest.mark.parametrize("suite", summary.SUITES)
+@pytest.mark.parametrize("suite", tables.SUITES)
 def test_every_suite_has_a_short_form_and_a_page(suite: str) -> None:
-    module = summary.suite(suite)
+    module = tables.suite(suite)
     assert any(row.form != "full" for row in module.rows().values())
     assert module.__doc__
     assert module.__doc__.split("\n")[0].endswith("?")
-    assert f"[{suite}/]" in (Path(harness.__file__).parent / "README.md").read_text(encoding="utf-8")
+    assert f"[{suite}.py]({suite}.py)" in harness.README.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("module", [initialization, encoder, quality], ids=lambda module: module.__name__)
+def test_sections_of_other_questions_say_what_their_results_say(module: ModuleType) -> None:
+    text = module.page(json.loads(module.RESULT.read_text(encoding="utf-8")))
+    page = harness.README.read_text(encoding="utf-8")
+    mark = module.__name__.rpartition(".")[2]
+    assert harness.replace_marked(page, text, mark=mark) == page, f"run python -m {module.__name__} --table"
 
 
 def test_a_case_is_divided_by_the_first_one_of_its_round() -> None:
@@ -67,7 +77,7 @@ def test_rows_of_another_environment_or_another_name_are_dropped(
 def test_generated_text_replaces_what_stood_between_its_marks(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- table: begin -->\nold\n<!-- table: end -->\nafter\n", encoding="utf-8")
-    harness.fill(page, "new")
+    harness.fill(page, "new", mark="table")
     assert page.read_text(encoding="utf-8") == "before\n<!-- table: begin -->\nnew\n<!-- table: end -->\nafter\n"
     with pytest.raises(ValueError, match="no place for a generated speed"):
         harness.fill(page, "new", mark="speed")

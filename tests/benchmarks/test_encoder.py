@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.encoder.encoder import TRIED, Rates, best_of, in_batches, slug
+from benchmarks.encoder import TRIED, Rates, best_of, in_batches, slug
 
 
 def test_lora_has_as_many_tries_as_full_all_under_names_of_their_own() -> None:

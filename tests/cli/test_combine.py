@@ -56,7 +56,7 @@ def test_linear_warns_and_says_how_far_off_it_is(here: Path, capsys: Capture) ->
     code, out, err = run(capsys, *MIX, "mix", "--method", "linear")
     assert code == 0
     assert "'linear' is not the sum of the adapters" in err
-    assert "of what was meant" in out
+    assert "of the exact result" in out
 
 
 def test_an_output_that_is_there_is_replaced_only_if_asked(here: Path, capsys: Capture) -> None:

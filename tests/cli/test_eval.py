@@ -85,7 +85,7 @@ def test_what_was_said_is_written_row_by_row(here: Path, capsys: Capture) -> Non
     [
         (["-a", "one", "--metrics", "exact_mach"], "did you mean 'exact_match'?"),
         (["-a", "one", "--metrics", "f1"], "does not fit task causal-lm"),
-        (["-a", "one", "--metrics", ","], "--metrics names none"),
+        (["-a", "one", "--metrics", ","], "--metrics was given without a name"),
         (["-a", "one", "--out", "said.jsonl"], "ask for exact_match too"),
         (["-a", "one", "--metrics", "bleu", "--out", "no/said.jsonl"], "no is no folder"),
         (["-a", "nobody"], "nobody"),
@@ -101,7 +101,7 @@ def test_what_is_wrong_is_one_line(here: Path, capsys: Capture, arguments: list[
 
 def test_texts_that_were_cut_off_are_told(here: Path, capsys: Capture) -> None:
     _, _, err = run(capsys, "-a", "one", "--metrics", "bleu", "--max-new-tokens", "1")
-    assert "2 of 2 texts of one did not end in time; --max-new-tokens gives them more" in err
+    assert "2 of 2 texts of one were cut off; raise --max-new-tokens" in err
 
 
 def test_labels_from_training_are_known_without_being_told(here: Path, capsys: Capture) -> None:

@@ -362,7 +362,7 @@ def test_generate_draws_panels_on_a_terminal(here: Path, capsys: Capture, monkey
 def test_generate_says_when_the_context_ends(here: Path, capsys: Capture) -> None:
     assert main(["generate", "--base", "base", "--prompt", "a" * 62]) == 0
     err = capsys.readouterr().err
-    assert not err or "reads no further" in err
+    assert not err or "the context of the base is full" in err
 
 
 def test_generate_does_not_fetch_a_base_that_an_adapter_names(here: Path, capsys: Capture) -> None:

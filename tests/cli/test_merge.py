@@ -13,8 +13,7 @@ import torch
 import lora_kit as lk
 from lora_kit.cli.main import main
 from lora_kit.cli.merge import show_bytes_bar
-from tests.merging import test_merge
-from tests.support import tiny
+from tests.support import merging, tiny
 
 Capture = pytest.CaptureFixture[str]
 
@@ -23,14 +22,14 @@ Capture = pytest.CaptureFixture[str]
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a base of tied weights and a store of adapters for it."""
     monkeypatch.chdir(tmp_path)
-    base = test_merge.base_folder(tmp_path / "base", tiny.llama(tie=True, dtype=torch.bfloat16))
+    base = merging.base_folder(tmp_path / "base", tiny.llama(tie=True, dtype=torch.bfloat16))
     for name, fields in {
         "sql": {"target_modules": ["q_proj", "v_proj"]},
         "tone": {"target_modules": ["q_proj"], "r": 2},
         "words": {"target_modules": ["embed_tokens"]},
         "faint": {"target_modules": ["q_proj"], "lora_alpha": 1e-3},
     }.items():
-        test_merge.adapter_folder(base, tmp_path / "adapters" / name, **fields)
+        merging.adapter_folder(base, tmp_path / "adapters" / name, **fields)
     return tmp_path
 
 

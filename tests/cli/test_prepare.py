@@ -142,4 +142,4 @@ def test_a_preview_of_a_row_that_is_not_there_is_refused(here: Path, capsys: Cap
         code, _, err = run(capsys, "preview", "d/recipe.yaml", "--row", row)
         assert (code, f"row {row} was asked for" in err) == (2, True)
     code, _, err = run(capsys, "preview", "d/recipe.yaml", "--validation")
-    assert (code, "names no data.validation" in err) == (2, True)
+    assert (code, "has no data.validation" in err) == (2, True)

@@ -17,7 +17,7 @@ from lora_kit.data.rows import collect_label_names, read_rows
 from lora_kit.errors import DataError
 from lora_kit.training.train import train
 from tests.support import texts
-from tests.training.test_train import base_of, recipe_of
+from tests.support.training import base_of, recipe_of
 
 CARD = """---
 configs:

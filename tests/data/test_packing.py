@@ -24,8 +24,8 @@ from lora_kit.training.job.job import hash_samples
 from lora_kit.training.loop.length_buckets import split_by_length
 from lora_kit.training.train import train
 from tests.support import heads, texts, tiny
-from tests.training.test_resumable import die_at, killed, long_recipe, results, unbroken
-from tests.training.test_train import base_of, recipe_of
+from tests.support.interrupted import die_at, killed, long_recipe, results, unbroken
+from tests.support.training import base_of, recipe_of
 
 pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 

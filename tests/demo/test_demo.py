@@ -13,12 +13,12 @@ import pytest
 from rich.console import Console
 
 import lora_kit as lk
-from lora_kit.demo import demo_steps, ship
+from lora_kit.demo import demo_training, ship
 from lora_kit.demo.demo import run
-from lora_kit.demo.demo_results import Agreement, DemoReport
-from lora_kit.demo.demo_tasks import TASKS, Row, Task, as_pirate, task
-from lora_kit.demo.show import Show
-from lora_kit.errors import ConfigError, DataError, StorageError, VerificationError
+from lora_kit.demo.demo_report import DemoReport
+from lora_kit.demo.demo_screen import DemoScreen
+from lora_kit.demo.demo_tasks import TASKS, DemoRow, DemoTask, as_pirate
+from lora_kit.errors import DataError, StorageError, VerificationError
 from lora_kit.models.loading import Base
 
 ADAPTERS = Path(__file__).resolve().parents[2] / "adapters"
@@ -27,10 +27,10 @@ GOLDEN_ROWS = 24
 GOLDEN_LEAST = 0.8
 """Below what they were shipped with, for machines that round otherwise."""
 
-every_task = pytest.mark.parametrize("made", TASKS.values(), ids=lambda made: made.name)
+every_task = pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
 
 
-def words(rows: tuple[Row, ...]) -> set[str]:
+def words(rows: list[DemoRow]) -> set[str]:
     return {word for row in rows for word in re.findall(r"[a-z]+", row.prompt.lower())}
 
 
@@ -38,92 +38,50 @@ def words(rows: tuple[Row, ...]) -> set[str]:
 
 
 @every_task
-def test_the_same_seed_gives_the_same_rows(made: Task) -> None:
-    first, second = (made.split(train=50, held_out=20, seed=3) for _ in range(2))
+def test_the_same_seed_gives_the_same_rows(task: DemoTask) -> None:
+    first, second = (task.split(train=50, held_out=20, seed=3) for _ in range(2))
     assert first == second
-    assert first != made.split(train=50, held_out=20, seed=4)
+    assert first != task.split(train=50, held_out=20, seed=4)
 
 
 def test_rows_are_the_same_on_every_machine() -> None:
     """The shipped adapters were trained on these rows: other rows could have their held-out ones among them."""
-    rows = [row for made in TASKS.values() for row in made.split(train=200, held_out=20).train]
-    text = json.dumps([row.to_dict() for row in rows])
+    rows = [row for task in TASKS.values() for row in task.split(train=200, held_out=20)[0]]
+    text = json.dumps([row.to_json() for row in rows])
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "5533023d52193c62"
 
 
 @every_task
-def test_no_combination_is_both_trained_on_and_held_out(made: Task) -> None:
-    split = made.split(train=1500, held_out=100)
-    combinations = [row.combination for row in (*split.train, *split.held_out)]
-    assert len(set(combinations)) == 1600
-    assert not {row.prompt for row in split.train} & {row.prompt for row in split.held_out}
+def test_no_combination_is_both_trained_on_and_held_out(task: DemoTask) -> None:
+    train, held_out = task.split(train=1500, held_out=100)
+    assert len({row.combination for row in (*train, *held_out)}) == 1600
+    assert not {row.prompt for row in train} & {row.prompt for row in held_out}
 
 
 @every_task
-def test_more_training_rows_leave_the_held_out_rows_as_they_are(made: Task) -> None:
-    assert made.split(train=10, held_out=20).held_out == made.split(train=500, held_out=20).held_out
+def test_more_training_rows_leave_the_held_out_rows_as_they_are(task: DemoTask) -> None:
+    assert task.split(train=10, held_out=20)[1] == task.split(train=500, held_out=20)[1]
 
 
 @every_task
-def test_every_single_word_of_the_held_out_rows_occurs_in_training(made: Task) -> None:
-    split = made.split(train=demo_steps.BATCH * demo_steps.STEPS[made.name], held_out=demo_steps.HELD_OUT)
-    assert words(split.held_out) <= words(split.train)
+def test_every_single_word_of_the_held_out_rows_occurs_in_training(task: DemoTask) -> None:
+    count = demo_training.BATCH * demo_training.STEPS[task.name]
+    train, held_out = task.split(train=count, held_out=demo_training.HELD_OUT)
+    assert words(held_out) <= words(train)
 
 
 @every_task
-def test_asking_for_more_rows_than_there_are_is_an_error(made: Task) -> None:
-    few = dataclasses.replace(made, draw=lambda source: Row("a", "b", (str(source.randrange(10)),)))
-    assert len(few.split(train=8, held_out=2).train) == 8
+def test_asking_for_more_rows_than_there_are_is_an_error(task: DemoTask) -> None:
+    few = dataclasses.replace(task, draw=lambda source: DemoRow("a", "b", (str(source.randrange(10)),)))
+    assert len(few.split(train=8, held_out=2)[0]) == 8
     with pytest.raises(DataError, match="10 combinations"):
         few.split(train=9, held_out=2)
 
 
 def test_both_moods_are_about_as_frequent_and_half_the_rows_hold_both() -> None:
-    rows = TASKS["mood"].split(train=1000, held_out=1).train
+    rows, _ = TASKS["mood"].split(train=1000, held_out=1)
     assert 430 < sum(row.completion == "happy" for row in rows) < 570
     assert 430 < sum(row.prompt.startswith("At first") for row in rows) < 570
-
-
-def test_an_unknown_task_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="did you mean 'pirate'"):
-        task("pirat")
-
-
-# The checkers
-
-
-@every_task
-def test_the_expected_completion_is_right_and_the_wrong_one_is_not(made: Task) -> None:
-    rows = made.split(train=0, held_out=40).held_out
-    expected = [row.completion for row in rows]
-    assert made.score(rows, expected) == 1
-    assert made.score(rows, [row.prompt for row in rows]) == 0
-    assert made.score(rows, [""] * 40) == 0
-    assert made.score(rows, [*expected[:10], *[""] * 30]) == 0.25
-    assert made.score(rows, expected[1:] + expected[:1]) <= (0.75 if made.chance else 0.05)
-
-
-@every_task
-def test_a_score_needs_one_output_per_row(made: Task) -> None:
-    rows = made.split(train=0, held_out=2).held_out
-    with pytest.raises(DataError, match="1 outputs were given for 2 rows"):
-        made.score(rows, ["happy"])
-
-
-@pytest.mark.parametrize(
-    ("output", "right"),
-    [
-        ("One rainy day a little fox ran from the garden home to the den.", True),
-        ("The FOX came on a rainy day, and the garden was wet!", True),
-        ("One rainy day a little fox ran home to the den.", False),
-        ("One rainy day two foxes sat in the garden.", False),
-        ("animal: fox | place: garden | weather: rainy.", False),
-        ("One rainy day a little fox ran from the garden home to", False),
-    ],
-)
-def test_a_scene_is_prose_with_every_attribute_as_a_whole_word(output: str, right: bool) -> None:
-    row = Row("animal: fox | place: garden | weather: rainy", "", ("fox", "garden", "rainy"))
-    assert TASKS["scene"].is_right(row, output) is right
 
 
 @pytest.mark.parametrize(
@@ -137,11 +95,6 @@ def test_a_scene_is_prose_with_every_attribute_as_a_whole_word(output: str, righ
 )
 def test_pirates_speak_by_rules(plain: str, pirate: str) -> None:
     assert as_pirate(plain) == pirate
-
-
-def test_a_pirate_wants_a_whole_sentence() -> None:
-    with pytest.raises(DataError, match="ends in"):
-        as_pirate("The king")
 
 
 # A run
@@ -159,15 +112,15 @@ class Tiny:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """A demo of two steps per task: nothing is learned, everything else happens. It prints to a stream of ASCII."""
     out, stream, reports = tmp_path_factory.mktemp("demo") / "out", io.BytesIO(), []
-    screen = Console(file=io.TextIOWrapper(stream, encoding="ascii", write_through=True), width=100, markup=False)
+    console = Console(file=io.TextIOWrapper(stream, encoding="ascii", write_through=True), width=100, markup=False)
 
-    class Keeping(Show):
-        def summary(self, report: DemoReport) -> None:
+    class Keeping(DemoScreen):
+        def show_summary(self, report: DemoReport, *, picture: Path | None) -> None:
             reports.append(report)
-            super().summary(report)
+            super().show_summary(report, picture=picture)
 
     with pytest.raises(VerificationError, match="the demo is not what it should be") as caught:
-        run(out, steps=TINY, held_out=2, show=Keeping(screen))
+        run(out, steps=TINY, held_out=2, screen=Keeping(console))
     return Tiny(out, stream.getvalue().decode("ascii"), caught.value, reports[0])
 
 
@@ -181,7 +134,7 @@ def test_a_demo_leaves_adapters_rows_figures_a_picture_and_a_merged_model(tiny: 
     for name in TASKS:
         assert lk.Adapter.load(tiny.out / name).record["metrics"]["held_out_right"] == 0
         assert (tiny.out / name / "recipe.yaml").is_file()
-        assert len((tiny.out / "data" / name / "train.jsonl").read_text().splitlines()) == 2 * demo_steps.BATCH
+        assert len((tiny.out / "data" / name / "train.jsonl").read_text().splitlines()) == 2 * demo_training.BATCH
         assert len((tiny.out / "data" / name / "held_out.jsonl").read_text().splitlines()) == 2
     assert (tiny.out / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert (tiny.out / "scene-merged" / "model.safetensors").is_file()
@@ -191,32 +144,38 @@ def test_a_demo_leaves_adapters_rows_figures_a_picture_and_a_merged_model(tiny: 
 
 
 def test_a_demo_says_what_it_made_and_what_to_try_next(tiny: Tiny) -> None:
-    for name, found in tiny.report.trained.items():
+    for name, found in tiny.report.tasks.items():
         command = f"lora-kit generate --adapter {tiny.out / name} --compare --prompt '{found.prompts[0]}'"
         assert command in tiny.printed.splitlines()[-6:] or f"  {command}" in tiny.printed.splitlines()
     assert f"all of it is in {tiny.out}" in tiny.printed.replace("\n", "")
 
 
 def test_rows_of_a_mixed_batch_and_the_merged_model_agree(tiny: Tiny) -> None:
-    assert tiny.report.mixed.agreement.holds
-    assert tiny.report.merged.agreement.holds
+    assert all(row.difference <= row.bound for row in tiny.report.mixed)
+    assert tiny.report.merged.logits is not None
+    assert tiny.report.merged.logits.largest_difference <= tiny.report.merged.logits.bound
     assert tiny.report.base_unchanged
-    assert [row.adapter for row in tiny.report.mixed.rows] == ["scene", None, "pirate", None, "mood", None]
+    assert [row.adapter for row in tiny.report.mixed] == ["scene", None, "pirate", None, "mood", None]
 
 
 def test_everything_that_is_promised_is_judged(tiny: Tiny) -> None:
-    good = {name: dataclasses.replace(found, score=0.9) for name, found in tiny.report.trained.items()}
-    report = dataclasses.replace(tiny.report, trained=good)
+    good = {name: dataclasses.replace(result, score=0.9) for name, result in tiny.report.tasks.items()}
+    report = dataclasses.replace(tiny.report, tasks=good)
     assert report.failures == []
-    off = Agreement(difference=1.0, largest_logit=1.0)
-    for broken, said in (
-        (dataclasses.replace(report, mixed=dataclasses.replace(report.mixed, agreement=off)), "mixed batch"),
-        (dataclasses.replace(report, merged=dataclasses.replace(report.merged, agreement=off)), "merged model"),
+    off = dataclasses.replace(report.mixed[0], difference=1.0, bound=0.1)
+    for broken, part in (
+        (dataclasses.replace(report, mixed=(off, *report.mixed[1:])), "mixed batch"),
         (dataclasses.replace(report, base_unchanged=False), "have changed"),
-        (dataclasses.replace(report, trained={**good, "mood": dataclasses.replace(good["mood"], score=0.5)}), "mood"),
+        (dataclasses.replace(report, tasks={**good, "mood": dataclasses.replace(good["mood"], score=0.5)}), "mood"),
     ):
         assert len(broken.failures) == 1
-        assert said in broken.failures[0]
+        assert part in broken.failures[0]
+
+
+def test_a_merge_whose_logits_are_off_fails_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_kit.merging.verification.logits.estimate_rounding_bound", lambda *_, **__: -1.0)
+    with pytest.raises(VerificationError, match="away from base"):
+        run(tmp_path / "out", steps={"scene": 1}, held_out=2, screen=DemoScreen(Console(file=io.StringIO())))
 
 
 class _StoppedHere(Exception):
@@ -227,7 +186,7 @@ def test_a_demo_replaces_an_earlier_demo_and_nothing_else(tmp_path: Path, monkey
     def stop() -> Base:
         raise _StoppedHere
 
-    monkeypatch.setattr(demo_steps, "load", stop)
+    monkeypatch.setattr(demo_training, "load_demo_base", stop)
     for _ in range(2):
         with pytest.raises(_StoppedHere):
             run(tmp_path / "mine")
@@ -241,9 +200,8 @@ def test_a_demo_replaces_an_earlier_demo_and_nothing_else(tmp_path: Path, monkey
 # The adapters that ship
 
 
-def test_adapters_that_are_not_good_enough_are_not_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_steps, "TASKS", {"mood": TASKS["mood"]})
-    with pytest.raises(VerificationError, match="mood 0%; at least 90% is wanted"):
+def test_adapters_that_are_not_good_enough_are_not_shipped(tmp_path: Path) -> None:
+    with pytest.raises(VerificationError, match="mood 0%; expected at least 90%"):
         ship.ship(tmp_path / "store", scratch=tmp_path / "scratch", steps={"mood": 1}, held_out=2)
     assert not (tmp_path / "store").exists()
 
@@ -251,28 +209,28 @@ def test_adapters_that_are_not_good_enough_are_not_shipped(tmp_path: Path, monke
 def test_adapters_that_are_good_enough_replace_those_in_the_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo_steps, "TASKS", {"mood": TASKS["mood"]})
-    monkeypatch.setattr(ship, "LEAST", 0)
+    monkeypatch.setattr(ship, "MIN_SCORE", 0)
     for steps in (1, 2):
         (found,) = ship.ship(tmp_path / "store", scratch=tmp_path / "scratch", steps={"mood": steps}, held_out=2)
         shipped = lk.Adapter.load(tmp_path / "store" / "mood")
-        assert shipped.digest == found.report.digest
+        assert shipped.digest == found.training.digest
         assert shipped.record["metrics"]["steps"] == ship.EPOCHS * steps
         assert (tmp_path / "store" / "mood" / "recipe.yaml").is_file()
 
 
 @pytest.fixture(scope="module")
 def kit_base() -> Base:
-    return demo_steps.load()
+    return demo_training.load_demo_base()
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_shipped_adapter_loads_strictly_and_does_its_task(name: str, kit_base: Base) -> None:
-    split = TASKS[name].split(train=demo_steps.BATCH * demo_steps.STEPS[name], held_out=ship.HELD_OUT)
-    rows = split.held_out[:GOLDEN_ROWS]
-    with demo_steps.with_adapters(kit_base, {name: ADAPTERS / name}) as bank, bank.using(name):
-        texts = demo_steps.answer(kit_base, [row.prompt for row in rows])
-    assert TASKS[name].score(rows, texts) >= GOLDEN_LEAST
+def test_a_shipped_adapter_loads_strictly_and_does_its_task(name: str, kit_base: Base, tmp_path: Path) -> None:
+    count = demo_training.BATCH * demo_training.STEPS[name]
+    _, held_out = TASKS[name].split(train=count, held_out=ship.HELD_OUT)
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row.to_json()) + "\n" for row in held_out[:GOLDEN_ROWS]))
+    answers = demo_training.answer_rows(kit_base, ADAPTERS / name, file)
+    assert answers[name].metrics["exact_match"] >= GOLDEN_LEAST
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -282,7 +240,7 @@ def test_a_shipped_adapter_is_small_and_says_where_it_comes_from(name: str) -> N
     assert (folder / "adapter_model.safetensors").stat().st_size < 1_000_000
     assert adapter.base is not None
     assert adapter.base["name"] == adapter.config.base_model_name_or_path == "kit-base"
-    assert adapter.record["metrics"]["held_out_right"] >= ship.LEAST
+    assert adapter.record["metrics"]["held_out_right"] >= ship.MIN_SCORE
     recipe = adapter.record["recipe"]
     assert not Path(recipe["data"]["train"]).is_absolute()
     assert not Path(recipe["out"]).is_absolute()

@@ -25,10 +25,10 @@ from lora_kit.generation.decoding import Sampling
 from lora_kit.generation.generate import generate
 from lora_kit.models.loading import Base
 from lora_kit.training.train import train
-from tests.generation.test_generate import made
 from tests.support import texts, tiny
-from tests.training.test_tasks import TAGGED, both, tagger
-from tests.training.test_train import recipe_of
+from tests.support.random_adapters import made
+from tests.support.sequences import TAGGED, both, tagger
+from tests.support.training import recipe_of
 
 # Two answers to the first prompt; one prompt as long as three others.
 ROWS = [

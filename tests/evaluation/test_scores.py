@@ -15,7 +15,7 @@ from lora_kit.evaluation.metrics import (
     validate_metrics,
 )
 from lora_kit.evaluation.scores import find_entities, score_labels, score_texts
-from lora_kit.models.loading import TASKS
+from lora_kit.models.tasks import TASKS
 
 ALL = ("accuracy", "f1", "f1_macro", "f1_micro", "exact_match")
 

@@ -423,7 +423,7 @@ def test_a_base_that_the_adapter_does_not_fit_is_refused(base: Path, awkward: Pa
     wide = transformers.LlamaForCausalLM(transformers.LlamaConfig(**tiny_shape(hidden_size=64)))
     wide.config.save_pretrained(tmp_path / "wide")
     for target in ("gguf", "vllm", "mlx"):
-        with pytest.raises(AdapterError, match="does not fit this model"):
+        with pytest.raises(AdapterError, match="does not match this model"):
             lk.export(awkward, target, tmp_path / "out", base=tmp_path / "wide")
     heads = transformers.LlamaConfig(**tiny_shape(vocab_size=97))
     heads.architectures = ["LlamaForCausalLM"]

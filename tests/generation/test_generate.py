@@ -14,7 +14,8 @@ from lora_kit.generation.generate import generate
 from lora_kit.generation.prompts import separator_of
 from lora_kit.models.loading import Base
 from tests.support import texts, tiny
-from tests.training.test_tasks import both
+from tests.support.random_adapters import made
+from tests.support.sequences import both
 
 SHORT = Sampling(max_new_tokens=8)
 
@@ -22,19 +23,6 @@ SHORT = Sampling(max_new_tokens=8)
 @pytest.fixture(scope="module")
 def base() -> Base:
     return Base(model=tiny.llama(), tokenizer=texts.tokenizer(), name="tiny")
-
-
-def made(base: Base, *, seed: int, separator: str | None = None, **fields: object) -> lk.Adapter:
-    """A random adapter strong enough to change what is written."""
-    torch.manual_seed(seed)
-    config = lk.LoraConfig.from_dict({"r": 4, "lora_alpha": 64, "init_lora_weights": False, **fields})
-    bank = lk.attach(base.model, config, name="made")
-    try:
-        adapter = bank.snapshot("made")
-    finally:
-        bank.detach()
-    record = {"recipe": {"data": {"separator": separator}}} if separator is not None else {}
-    return lk.Adapter(adapter.config, adapter.tensors, record=record)
 
 
 def test_a_row_writes_what_its_adapter_writes_alone(base: Base) -> None:

@@ -99,7 +99,7 @@ def rank_space(monkeypatch: pytest.MonkeyPatch, *, used: bool) -> None:
     def fails(*_: Any, **__: Any) -> None:
         raise AssertionError("the other way")
 
-    monkeypatch.setattr(LoraParameter, "changed" if used else "_in_rank_space", fails)
+    monkeypatch.setattr(LoraParameter, "changed" if used else "_forward_in_rank_space", fails)
 
 
 def follows(net: Callable[[], nn.Module], folder: Path, dtype: torch.dtype = torch.float32, **fields: Any) -> None:
@@ -144,7 +144,7 @@ def test_in_double_precision_both_ways_are_one(kind: str, monkeypatch: pytest.Mo
             if used:
                 rank_space(patch, used=True)
             else:
-                patch.setattr(LoraParameter, "_is_in_rank_space", lambda *_: False)
+                patch.setattr(LoraParameter, "_can_use_rank_space", lambda *_: False)
             found.append((*gradients(model, states(torch.double)), *gradients_by_key(bank, "a").values()))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)  # the masters, and their gradients, are fp32

@@ -27,9 +27,8 @@ from lora_kit.errors import (
 from lora_kit.merging.new_token_rows import TokenReplacement
 from lora_kit.training.recipe.load import load_recipe
 from lora_kit.training.train import train
-from tests.merging import test_merge
-from tests.support import texts, tiny
-from tests.training.test_train import PAIRS, base_of, recipe_of
+from tests.support import merging, texts, tiny
+from tests.support.training import PAIRS, base_of, recipe_of
 
 NEW = [90, 5, 93]
 CLOSE: dict[str, float] = {"rtol": 0.0, "atol": 1e-5}
@@ -304,7 +303,7 @@ def test_rows_follow_the_dtype_of_the_base_and_a_copy_of_it_in_16_bits() -> None
 
 
 def test_rows_at_the_end_of_a_resized_vocabulary_are_trained(tmp_path: Path) -> None:
-    with pytest.raises(TargetError, match=r"96 rows, and token 97 is beyond .*resize_token_embeddings\(99\)"):
+    with pytest.raises(TargetError, match=r"96 rows, so token 97 is out of range.*resize_token_embeddings\(99\)"):
         lk.attach(tied(), config(trainable_token_indices=[97, 98]))
     adapters = []
     for seed in (1, 2):  # new rows are drawn at random, and differ from one resized base to another
@@ -342,16 +341,16 @@ def test_what_is_no_list_of_tokens_is_refused(given: Any) -> None:
 @pytest.mark.parametrize(
     ("make", "fields", "told"),
     [
-        (tiny.llama, {"trainable_token_indices": [96]}, "96 rows, and token 96"),
+        (tiny.llama, {"trainable_token_indices": [96]}, "96 rows, so token 96"),
         (tiny.llama, {"trainable_token_indices": {"embed": [1]}}, "nothing in the model matches embed"),
         (tiny.llama, {"trainable_token_indices": {"norm": [1]}}, "norm: a LlamaRMSNorm is neither"),
-        (tiny.llama, {"target_modules": ["embed_tokens"]}, "embed_tokens has a pair as well"),
-        (tiny.llama, {"modules_to_save": ["embed_tokens"]}, "embed_tokens is saved whole as well"),
-        (tied, {"target_modules": ["lm_head"]}, "lm_head has a pair as well"),
-        (tied, {"modules_to_save": ["lm_head"]}, "lm_head is saved whole as well"),
-        (tied, {"trainable_token_indices": {"lm_head": [1]}}, "one weight.*name model.embed_tokens alone"),
-        (tied, {"trainable_token_indices": {"embed_tokens": [2], "lm_head": [1]}}, "name model.embed_tokens alone"),
-        (bart, {"trainable_token_indices": {"encoder.embed_tokens": [1]}}, "name model.shared alone"),
+        (tiny.llama, {"target_modules": ["embed_tokens"]}, "embed_tokens has LoRA weights as well"),
+        (tiny.llama, {"modules_to_save": ["embed_tokens"]}, "embed_tokens is saved in full as well"),
+        (tied, {"target_modules": ["lm_head"]}, "lm_head has LoRA weights as well"),
+        (tied, {"modules_to_save": ["lm_head"]}, "lm_head is saved in full as well"),
+        (tied, {"trainable_token_indices": {"lm_head": [1]}}, "one weight.*name only model.embed_tokens"),
+        (tied, {"trainable_token_indices": {"embed_tokens": [2], "lm_head": [1]}}, "name only model.embed_tokens"),
+        (bart, {"trainable_token_indices": {"encoder.embed_tokens": [1]}}, "name only model.shared"),
     ],
 )
 def test_tokens_that_do_not_fit_the_model_are_refused_and_change_nothing(
@@ -401,14 +400,14 @@ def test_files_whose_rows_do_not_fit_are_refused_and_the_bank_is_as_it_was() -> 
 
     own = dict(adapter.tensors)
     without = {name: tensor for name, tensor in own.items() if name != key}
-    assert "the file holds no rows" in told(without)
+    assert "the file holds no token embeddings" in told(without)
     assert "rows (2, 32) for 3 tokens" in told({**own, key: own[key][:2]})
     assert "rows (32,) for 3 tokens" in told({**own, key: own[key][0]})
-    assert "rows of 16 features for a table of 32" in told({**own, key: own[key][:, :16]})
+    assert "embeddings of 16 features, but the table has 32" in told({**own, key: own[key][:, :16]})
     assert "trainable_token_indices says nothing" in told(own, trainable_token_indices=None)
     assert "a list for one embedding" in told({**own, key.replace("model.embed_tokens", "lm_head"): own[key]})
     elsewhere = {**without, key.replace("embed_tokens", "other"): own[key]}
-    assert "no rows of tokens for model.embed_tokens" in told(elsewhere)
+    assert "no token embeddings for model.embed_tokens" in told(elsewhere)
     assert "NaN" in told({**own, key: own[key] * float("nan")})
     assert "floating" in told({**own, key: own[key].long()})
     assert told(own, trainable_token_indices=[90, 5, 96]).count("resize_token_embeddings(97)") == 1
@@ -467,7 +466,7 @@ def merged_into(folder: Path, out: Path, adapter: Any, **how: Any) -> tuple[Any,
 @pytest.mark.parametrize("make", [tiny.llama, tied, gemma])
 def test_a_merge_of_files_writes_the_rows_and_keeps_what_is_tied(make: Any, tmp_path: Path) -> None:
     model = make()
-    test_merge.base_folder(tmp_path / "base", model)
+    merging.base_folder(tmp_path / "base", model)
     fields = {"trainable_token_indices": {"embed_tokens": NEW, "lm_head": [7]}} if make is tiny.llama else {}
     adapter = adapter_of(model, **fields)
     bank = lk.attach(model, slots=1)
@@ -544,7 +543,7 @@ def test_inspect_and_the_model_card_say_which_rows_there_are(tmp_path: Path) -> 
     assert found.to_json()["tokens"] == {EMBEDDING: NEW}
     assert list_adapters(tmp_path)[0].targets == ("q_proj", "trainable_token_indices")
     assert found.parameters == 2 * 4 * 64 + 3 * 32
-    assert "| rows of tokens | 90, 5, 93 |" in (tmp_path / "a" / "README.md").read_text()
+    assert "| token embeddings | 90, 5, 93 |" in (tmp_path / "a" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

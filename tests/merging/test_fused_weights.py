@@ -20,10 +20,10 @@ from lora_kit.merging.merge import merge
 from lora_kit.merging.planned_tensors import MergePlan, PlannedTensor
 from lora_kit.merging.verification import logits
 from lora_kit.merging.writing import fold_blocks
-from lora_kit.models.locate import silence_libraries
-from tests.merging import test_merge
-from tests.merging.test_merge_families import tiny as family_of
-from tests.merging.test_writer import changed, edited, refused, stored
+from lora_kit.models.silence import silence_libraries
+from tests.support import merging
+from tests.support.merge_families import tiny as family_of
+from tests.support.merging import changed, edited, refused, stored
 
 FUSED: Final[dict[str, dict[str, Any]]] = {
     "gpt_oss": {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 16},
@@ -84,7 +84,7 @@ def test_the_merged_model_answers_as_peft_does(
 ) -> None:
     monkeypatch.setattr(fold_blocks, "_BLOCK_ELEMENTS", elements)
     model = model_of(family)
-    base = test_merge.base_folder(tmp_path / "base", model)
+    base = merging.base_folder(tmp_path / "base", model)
     names = experts_of(model)
     assert len(names) == 2
     if which == "with the router":
@@ -114,7 +114,7 @@ def test_the_merged_model_answers_as_peft_does(
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_experts_are_rounded_once_from_a_sum_in_fp32(tmp_path: Path, family: str) -> None:
     model = model_of(family, torch.bfloat16)
-    base = test_merge.base_folder(tmp_path / "base", model)
+    base = merging.base_folder(tmp_path / "base", model)
     names = experts_of(model)
     by_peft(model_of(family), tmp_path / "sql", target_parameters=names)
     merge(base, tmp_path / "sql", tmp_path / "merged", verify="logits")
@@ -137,7 +137,7 @@ def test_experts_are_rounded_once_from_a_sum_in_fp32(tmp_path: Path, family: str
 
 
 def test_several_adapters_on_the_same_experts_are_added(tmp_path: Path) -> None:
-    base = test_merge.base_folder(tmp_path / "base", model_of("mixtral"))
+    base = merging.base_folder(tmp_path / "base", model_of("mixtral"))
     names = experts_of(model_of("mixtral"))
     by_peft(model_of("mixtral"), tmp_path / "sql", target_parameters=names)
     by_peft(model_of("mixtral"), tmp_path / "tone", target_parameters=names, r=3)
@@ -154,7 +154,7 @@ def test_several_adapters_on_the_same_experts_are_added(tmp_path: Path) -> None:
 
 @pytest.fixture
 def mixtral(tmp_path: Path) -> Path:
-    return test_merge.base_folder(tmp_path / "base", model_of("mixtral"))
+    return merging.base_folder(tmp_path / "base", model_of("mixtral"))
 
 
 @pytest.fixture
@@ -215,7 +215,7 @@ def test_an_expert_that_is_not_what_it_should_be_is_found(
 def test_an_expert_no_adapter_changes_cannot_be_dropped(
     mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = test_merge.adapter_folder(mixtral, tmp_path / "plain", target_modules=["q_proj"])
+    plain = merging.adapter_folder(mixtral, tmp_path / "plain", target_modules=["q_proj"])
     edited(monkeypatch, lambda plan: changed(plan, lambda entry: None if entry.name == ONE else entry))
     assert "do not make up" in refused(mixtral, plain, tmp_path / "merged")
 
@@ -235,6 +235,6 @@ def test_a_base_with_an_expert_too_few_is_refused(mixtral: Path, adapter: Path, 
 def test_experts_in_a_form_that_is_not_known_are_refused(
     mixtral: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_kit.merging.checkpoint.fused_weights.FusedWeights.pieces", lambda *given: None)
+    monkeypatch.setattr("lora_kit.merging.checkpoint.fused_weights.FusedWeights.find_pieces", lambda *given: None)
     with pytest.raises(MergeError, match="another form"):
         merge(mixtral, adapter, tmp_path / "merged")

@@ -21,26 +21,7 @@ from lora_kit.merging.verification import verify as proof
 from lora_kit.merging.writing import journal, writer
 from lora_kit.models.loading import load_base
 from tests.support import texts, tiny
-
-
-def base_folder(folder: Path, model: Any) -> Path:
-    """A base as a folder, tokenizer and all."""
-    model.save_pretrained(folder)
-    texts.tokenizer().save_pretrained(folder)
-    return folder
-
-
-def adapter_folder(base: Path, folder: Path, *, task: str = "causal-lm", **fields: Any) -> Path:
-    """A random adapter for a base, with deltas large enough to be seen in bf16."""
-    loaded = load_base(base, task=task, num_labels=3 if task == "classify" else None)
-    given = {"r": 4, "lora_alpha": 16, "init_lora_weights": False, "task_type": "CAUSAL_LM", **fields}
-    bank = lk.attach(loaded.model, lk.LoraConfig.from_dict(given), name=folder.name)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for leaf in bank.parameters(folder.name):
-            leaf.copy_(torch.randn_like(leaf) * 0.05)
-    bank.save(folder.name, folder)
-    return folder
+from tests.support.merging import adapter_folder, base_folder, beside, contents
 
 
 @pytest.fixture
@@ -51,15 +32,6 @@ def base(tmp_path: Path) -> Path:
 @pytest.fixture
 def adapter(base: Path, tmp_path: Path) -> Path:
     return adapter_folder(base, tmp_path / "sql")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def beside(folder: Path) -> set[str]:
-    """Names in the folder around one, hidden ones too: nothing half-made may be among them."""
-    return {path.name for path in folder.parent.iterdir()}
 
 
 @pytest.mark.parametrize("family", [tiny.llama, tiny.gpt2])
@@ -264,7 +236,7 @@ def test_inputs_that_cannot_be_read_leave_nothing(base: Path, adapter: Path, tmp
     assert beside(base) == around
 
 
-@pytest.mark.parametrize("failing", ["carry", "check_result", "write", "KeyboardInterrupt"])
+@pytest.mark.parametrize("failing", ["copy_sidecars", "check_result", "write_shards", "KeyboardInterrupt"])
 def test_a_failed_merge_leaves_nothing(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
@@ -273,8 +245,8 @@ def test_a_failed_merge_leaves_nothing(
             raise KeyboardInterrupt
         raise VerificationError("no") if failing == "check_result" else OSError(28, "No space left on device")
 
-    places = {"carry": model_files, "check_result": proof, "write": writer, "KeyboardInterrupt": journal}
-    monkeypatch.setattr(places[failing], failing if failing != "KeyboardInterrupt" else "read_back", fail)
+    places = {"copy_sidecars": model_files, "check_result": proof, "write_shards": writer, "KeyboardInterrupt": journal}
+    monkeypatch.setattr(places[failing], failing if failing != "KeyboardInterrupt" else "check_read_back", fail)
     before, around = contents(base), beside(base)
     with pytest.raises((StorageError, VerificationError, KeyboardInterrupt)):
         merge(base, adapter, tmp_path / "merged")

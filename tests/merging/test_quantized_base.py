@@ -24,10 +24,10 @@ from lora_kit.merging.planned_tensors import MergePlan, PlannedTensor
 from lora_kit.merging.verification import logits
 from lora_kit.merging.writing import fold_blocks
 from lora_kit.models.loading import load_base
-from lora_kit.models.locate import silence_libraries
-from tests.merging import test_merge
-from tests.merging.test_writer import ALL, changed, edited, refused, stored
-from tests.support import texts, tiny
+from lora_kit.models.silence import silence_libraries
+from tests.support import merging, texts, tiny
+from tests.support.merging import ALL, changed, edited, refused, stored
+from tests.support.quantized import llama
 
 KINDS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
@@ -35,14 +35,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
     "int8": {"load_in_8bit": True},
 }
-
-
-def llama(*, seed: int = 0) -> transformers.LlamaForCausalLM:
-    """One whose rows are whole blocks of 64, without which bitsandbytes itself is wrong on a CPU."""
-    config = tiny.llama().config
-    config.update({"hidden_size": 64, "intermediate_size": 128, "head_dim": 16})
-    torch.manual_seed(seed)
-    return transformers.LlamaForCausalLM(config).bfloat16().eval()
 
 
 def quantized(original: Path, folder: Path, kind: str, *, shard: str = "5GB") -> Path:
@@ -59,7 +51,7 @@ def quantized(original: Path, folder: Path, kind: str, *, shard: str = "5GB") ->
 
 @pytest.fixture
 def original(tmp_path: Path) -> Path:
-    return test_merge.base_folder(tmp_path / "original", llama())
+    return merging.base_folder(tmp_path / "original", llama())
 
 
 @pytest.fixture(params=list(KINDS))
@@ -74,7 +66,7 @@ def base(original: Path, tmp_path: Path, kind: str) -> Path:
 
 @pytest.fixture
 def adapter(base: Path, tmp_path: Path) -> Path:
-    return test_merge.adapter_folder(base, tmp_path / "sql", target_modules=ALL)
+    return merging.adapter_folder(base, tmp_path / "sql", target_modules=ALL)
 
 
 def dequantized(folder: Path) -> dict[str, Tensor]:
@@ -132,7 +124,7 @@ def test_dequantized_weights_are_those_of_transformers_plus_the_adapter(
 
 
 def test_weights_no_adapter_changes_are_dequantized_too(base: Path, tmp_path: Path) -> None:
-    adapter = test_merge.adapter_folder(base, tmp_path / "sql", target_modules=["q_proj"])
+    adapter = merging.adapter_folder(base, tmp_path / "sql", target_modules=["q_proj"])
     report = merge(base, adapter, tmp_path / "merged", quantized="dequantized")
     wanted, found = dequantized(base), stored(tmp_path / "merged")
     assert torch.equal(
@@ -191,7 +183,7 @@ def test_requantized_weights_are_what_transformers_makes_of_the_merged_ones(
 
 
 def test_a_requantized_delta_that_is_lost_is_refused(base: Path, tmp_path: Path) -> None:
-    small = test_merge.adapter_folder(base, tmp_path / "small", target_modules=ALL, lora_alpha=0.02)
+    small = merging.adapter_folder(base, tmp_path / "small", target_modules=ALL, lora_alpha=0.02)
     found = refused(base, small, tmp_path / "merged", quantized="requantized")
     assert "deltas survives rounding to" in found
     assert "dequantised weights" in found
@@ -199,7 +191,7 @@ def test_a_requantized_delta_that_is_lost_is_refused(base: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("kind", ["nested nf4", "int8"], indirect=True)
 def test_what_no_adapter_changes_keeps_its_bytes_when_it_is_requantized(base: Path, tmp_path: Path) -> None:
-    adapter = test_merge.adapter_folder(base, tmp_path / "sql", target_modules=["up_proj"])
+    adapter = merging.adapter_folder(base, tmp_path / "sql", target_modules=["up_proj"])
     merge(base, adapter, tmp_path / "merged", quantized="requantized", allow=["lost-delta"])
     own, found = stored(base), stored(tmp_path / "merged")
     assert own.keys() == found.keys()
@@ -213,8 +205,8 @@ def test_a_dora_on_a_quantised_base_is_merged_into_the_dequantised_weights(
     original: Path, base: Path, tmp_path: Path
 ) -> None:
     plain = tmp_path / "plain"
-    merge(base, test_merge.adapter_folder(base, tmp_path / "zero", r=1), plain, quantized="dequantized")
-    adapter = test_merge.adapter_folder(plain, tmp_path / "dora", use_dora=True, target_modules=ALL)
+    merge(base, merging.adapter_folder(base, tmp_path / "zero", r=1), plain, quantized="dequantized")
+    adapter = merging.adapter_folder(plain, tmp_path / "dora", use_dora=True, target_modules=ALL)
     value = lk.Adapter.load(adapter)
     free = lk.Adapter(value.config, value.tensors)  # which does not say what base it was made for
     report = merge(base, free, tmp_path / "merged", quantized="dequantized", dtype="float32")
@@ -243,7 +235,7 @@ def test_the_original_is_merged_into(original: Path, base: Path, adapter: Path, 
 def test_another_original_is_refused(original: Path, base: Path, adapter: Path, tmp_path: Path, what: str) -> None:
     tensors = stored(original)
     if what == "another model":
-        test_merge.base_folder(original, llama(seed=3))
+        merging.base_folder(original, llama(seed=3))
     elif what == "tuned a little":
         tensors["model.layers.1.mlp.up_proj.weight"] *= 1 + 0.02 * torch.randn(128, 64)
         safetensors.torch.save_file(tensors, original / WEIGHTS, metadata={"format": "pt"})
@@ -261,7 +253,7 @@ def test_another_original_is_refused(original: Path, base: Path, adapter: Path, 
 def test_an_original_in_another_dtype_is_the_original(
     original: Path, base: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    lifted = test_merge.base_folder(tmp_path / "lifted", llama().float())
+    lifted = merging.base_folder(tmp_path / "lifted", llama().float())
     report = merge(base, adapter, tmp_path / "merged", quantized="original", original=lifted)
     assert report.dtype == "float32"
     assert report.retention > 0.999
@@ -285,9 +277,9 @@ def test_parts_of_a_weight_may_lie_in_several_files(original: Path, adapter: Pat
 def test_a_conv1d_which_is_quantised_transposed_is_merged_or_refused_by_name(tmp_path: Path, kind: str) -> None:
     model = tiny.gpt2(dtype=torch.bfloat16)
     model.config.update({"n_embd": 64})
-    original = test_merge.base_folder(tmp_path / "gpt2", transformers.GPT2LMHeadModel(model.config).bfloat16())
+    original = merging.base_folder(tmp_path / "gpt2", transformers.GPT2LMHeadModel(model.config).bfloat16())
     base = quantized(original, tmp_path / "base", kind)
-    adapter = test_merge.adapter_folder(original, tmp_path / "sql", target_modules=["c_attn"])
+    adapter = merging.adapter_folder(original, tmp_path / "sql", target_modules=["c_attn"])
     report = merge(base, adapter, tmp_path / "onto", quantized="original", original=original)
     assert report.dtype == "bfloat16"
     merge(base, adapter, tmp_path / "merged", quantized="requantized", allow=["lost-delta"])
@@ -395,14 +387,14 @@ def test_choices_that_contradict_each_other_are_refused(tmp_path: Path, how: dic
 
 
 def test_a_choice_for_a_base_that_is_not_quantised_is_refused(original: Path, tmp_path: Path) -> None:
-    adapter = test_merge.adapter_folder(original, tmp_path / "sql")
+    adapter = merging.adapter_folder(original, tmp_path / "sql")
     with pytest.raises(ConfigError, match="not quantised"):
         merge(original, adapter, tmp_path / "merged", quantized="dequantized")
 
 
 @pytest.mark.parametrize("what", ["another method", "nothing quantised"])
 def test_a_base_that_says_it_is_quantised_otherwise_is_refused(original: Path, tmp_path: Path, what: str) -> None:
-    adapter = test_merge.adapter_folder(original, tmp_path / "sql")
+    adapter = merging.adapter_folder(original, tmp_path / "sql")
     method = "gptq" if what == "another method" else "bitsandbytes"
     config = {**files(original), "quantization_config": {"quant_method": method, "load_in_4bit": True}}
     (original / "config.json").write_text(json.dumps(config))

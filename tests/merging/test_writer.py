@@ -24,7 +24,7 @@ import transformers
 from torch import Tensor
 
 import lora_kit as lk
-from lora_kit.errors import BaseModelError, ConfigError, MergeError, StorageError, VerificationError
+from lora_kit.errors import BaseModelError, ConfigError, MergeError, StorageError
 from lora_kit.merging import merge as run
 from lora_kit.merging import model_files
 from lora_kit.merging.checkpoint.shards import INDEX, WEIGHTS
@@ -32,11 +32,8 @@ from lora_kit.merging.merge import merge
 from lora_kit.merging.planned_tensors import MergePlan, PlannedTensor
 from lora_kit.merging.writing import fold_blocks, hashing_file, journal, writer
 from lora_kit.models.loading import load_base
-from tests.io import test_atomic_write as test_crash
-from tests.merging import test_merge
-from tests.support import tiny
-
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+from tests.support import merging, processes, tiny
+from tests.support.merging import ALL, changed, edited, refused, stored
 
 
 @pytest.fixture(params=["one block", "many blocks"])
@@ -49,17 +46,17 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    return test_merge.base_folder(tmp_path / "base", tiny.llama())
+    return merging.base_folder(tmp_path / "base", tiny.llama())
 
 
 @pytest.fixture
 def adapter(base: Path, tmp_path: Path) -> Path:
-    return test_merge.adapter_folder(base, tmp_path / "sql", target_modules=ALL)
+    return merging.adapter_folder(base, tmp_path / "sql", target_modules=ALL)
 
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
-    base = test_merge.base_folder(tmp_path / "sharded", tiny.llama())
+    base = merging.base_folder(tmp_path / "sharded", tiny.llama())
     (base / WEIGHTS).unlink()
     tiny.llama().save_pretrained(base, max_shard_size="20KB")
     return base
@@ -73,12 +70,6 @@ def in_memory(base: Path, adapter: Path, **how: Any) -> dict[str, Tensor]:
     bank.merge("x")
     bank.detach()
     return model.state_dict()
-
-
-def stored(folder: Path) -> dict[str, Tensor]:
-    """Every tensor in a folder's weight files, as safetensors reads them."""
-    files = sorted(folder.glob("*.safetensors"))
-    return {name: t for file in files for name, t in safetensors.torch.load_file(file).items()}
 
 
 def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
@@ -106,8 +97,8 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 def test_the_result_is_that_of_a_merge_in_memory_bit_for_bit(
     tmp_path: Path, family: Callable[..., Any], fields: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    base = test_merge.base_folder(tmp_path / "base", family(dtype=dtype))
-    adapter = test_merge.adapter_folder(base, tmp_path / "sql", **fields)
+    base = merging.base_folder(tmp_path / "base", family(dtype=dtype))
+    adapter = merging.adapter_folder(base, tmp_path / "sql", **fields)
     report = merge(base, adapter, tmp_path / "merged")
     assert_same(load_base(tmp_path / "merged").model.state_dict(), in_memory(base, adapter))
     assert report.counts["folded"] == len(report.tensors) == len(lk.Adapter.load(adapter).pairs())
@@ -116,7 +107,7 @@ def test_the_result_is_that_of_a_merge_in_memory_bit_for_bit(
 
 @pytest.mark.usefixtures("blocks")
 def test_a_head_and_pairs_of_a_classifier_are_merged_as_in_memory(tmp_path: Path) -> None:
-    base = test_merge.base_folder(tmp_path / "base", tiny.bert(dtype=torch.bfloat16))
+    base = merging.base_folder(tmp_path / "base", tiny.bert(dtype=torch.bfloat16))
     adapter = mood(base, tmp_path / "mood", target_modules=["query", "dense"])
     report = merge(base, adapter, tmp_path / "merged")
     how: dict[str, Any] = {"task": "classify", "num_labels": 3}
@@ -126,14 +117,14 @@ def test_a_head_and_pairs_of_a_classifier_are_merged_as_in_memory(tmp_path: Path
 
 def mood(base: Path, folder: Path, **fields: Any) -> Path:
     head: dict[str, Any] = {"task": "classify", "modules_to_save": ["classifier"], "task_type": "SEQ_CLS"}
-    return test_merge.adapter_folder(base, folder, **{**head, **fields})
+    return merging.adapter_folder(base, folder, **{**head, **fields})
 
 
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize(("family", "names"), [(tiny.llama, ["q_proj", "down_proj"]), (tiny.gpt2, ["c_attn", "c_fc"])])
 def test_a_dora_is_merged(tmp_path: Path, family: Callable[..., Any], names: list[str]) -> None:
-    base = test_merge.base_folder(tmp_path / "base", family())
-    adapter = test_merge.adapter_folder(base, tmp_path / "sql", target_modules=names, use_dora=True)
+    base = merging.base_folder(tmp_path / "base", family())
+    adapter = merging.adapter_folder(base, tmp_path / "sql", target_modules=names, use_dora=True)
     merge(base, adapter, tmp_path / "merged", verify="logits")
     found, wanted = load_base(tmp_path / "merged").model.state_dict(), in_memory(base, adapter)
     for key, tensor in wanted.items():
@@ -141,7 +132,7 @@ def test_a_dora_is_merged(tmp_path: Path, family: Callable[..., Any], names: lis
 
 
 def test_adapters_are_added_with_their_weights(base: Path, adapter: Path, tmp_path: Path) -> None:
-    other = test_merge.adapter_folder(base, tmp_path / "other", r=2, target_modules=["q_proj", "lm_head"])
+    other = merging.adapter_folder(base, tmp_path / "other", r=2, target_modules=["q_proj", "lm_head"])
     report = merge(base, [(adapter, 0.5), (lk.Adapter.load(other), -2)], tmp_path / "merged")
     own, found = stored(base), stored(tmp_path / "merged")
     wanted = {name: tensor.double() for name, tensor in own.items()}
@@ -176,14 +167,14 @@ def test_weights_that_make_no_sense_are_refused(
 def test_a_dora_and_a_saved_module_have_no_weight(base: Path, tmp_path: Path) -> None:
     kinds: dict[str, dict[str, Any]] = {"dora": {"use_dora": True}, "saved": {"modules_to_save": ["lm_head"]}}
     for name, fields in kinds.items():
-        folder = test_merge.adapter_folder(base, tmp_path / name, target_modules=["q_proj"], **fields)
+        folder = merging.adapter_folder(base, tmp_path / name, target_modules=["q_proj"], **fields)
         with pytest.raises(MergeError, match="weight"):
             merge(base, [(folder, 0.5)], tmp_path / "merged")
 
 
 def test_dtype_is_that_of_the_weights_and_of_the_config(tmp_path: Path) -> None:
-    base = test_merge.base_folder(tmp_path / "base", tiny.llama())
-    adapter = test_merge.adapter_folder(base, tmp_path / "sql", target_modules=ALL)
+    base = merging.base_folder(tmp_path / "base", tiny.llama())
+    adapter = merging.adapter_folder(base, tmp_path / "sql", target_modules=ALL)
     report = merge(base, adapter, tmp_path / "merged", dtype="bf16")
     assert {tensor.dtype for tensor in stored(tmp_path / "merged").values()} == {torch.bfloat16}
     assert load_base(tmp_path / "merged").model.dtype == torch.bfloat16
@@ -206,7 +197,7 @@ def test_progress_goes_up_to_all_there_is(base: Path, adapter: Path, tmp_path: P
 
 def test_shards_stay_as_they_are(sharded: Path, tmp_path: Path) -> None:
     base = sharded
-    adapter = test_merge.adapter_folder(base, tmp_path / "sql", target_modules=["q_proj"])
+    adapter = merging.adapter_folder(base, tmp_path / "sql", target_modules=["q_proj"])
     report = merge(base, adapter, tmp_path / "merged")
     files = sorted(path.name for path in base.glob("*.safetensors"))
     assert len(files) > 2
@@ -253,10 +244,10 @@ def test_a_base_of_pickled_tensors_is_read_and_written_as_safetensors(
 
 def test_a_base_without_the_prefix_of_the_whole_model_is_mapped_as_transformers_does(tmp_path: Path) -> None:
     model = tiny.llama(tie=True)
-    base = test_merge.base_folder(tmp_path / "base", model)
+    base = merging.base_folder(tmp_path / "base", model)
     bare = {name.removeprefix("model."): t for name, t in stored(base).items()}
     safetensors.torch.save_file(bare, base / WEIGHTS, metadata={"format": "pt"})
-    adapter = test_merge.adapter_folder(base, tmp_path / "sql", target_modules=ALL)
+    adapter = merging.adapter_folder(base, tmp_path / "sql", target_modules=ALL)
     merge(base, adapter, tmp_path / "merged", verify="logits")
     assert stored(tmp_path / "merged").keys() == bare.keys()
     assert_same(load_base(tmp_path / "merged").model.state_dict(), in_memory(base, adapter))
@@ -280,20 +271,20 @@ def mixtral() -> Any:
 
 
 def test_experts_that_transformers_fuses_go_through_and_are_not_folded_into(tmp_path: Path) -> None:
-    base = test_merge.base_folder(tmp_path / "base", mixtral())
+    base = merging.base_folder(tmp_path / "base", mixtral())
     assert any(".experts.2." in name for name in stored(base))
-    adapter = test_merge.adapter_folder(base, tmp_path / "sql", target_modules=["q_proj", "o_proj"])
+    adapter = merging.adapter_folder(base, tmp_path / "sql", target_modules=["q_proj", "o_proj"])
     merge(base, adapter, tmp_path / "merged", verify="logits")
     assert_same(load_base(tmp_path / "merged").model.state_dict(), in_memory(base, adapter))
-    whole = test_merge.adapter_folder(base, tmp_path / "whole", target_modules=["q_proj"], modules_to_save=["mlp"])
+    whole = merging.adapter_folder(base, tmp_path / "whole", target_modules=["q_proj"], modules_to_save=["mlp"])
     with pytest.raises(MergeError, match="another form"):
         merge(base, whole, tmp_path / "other")
 
 
 def test_a_new_head_is_added_and_the_old_one_left_out(tmp_path: Path) -> None:
-    base = test_merge.base_folder(tmp_path / "base", tiny.llama(dtype=torch.bfloat16))
+    base = merging.base_folder(tmp_path / "base", tiny.llama(dtype=torch.bfloat16))
     fields: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["score"], "task_type": "SEQ_CLS"}
-    adapter = test_merge.adapter_folder(base, tmp_path / "mood", task="classify", **fields)
+    adapter = merging.adapter_folder(base, tmp_path / "mood", task="classify", **fields)
     named = lk.Adapter.load(adapter)
     labelled = lk.Adapter(named.config, named.tensors, record={**named.record, "labels": ["sad", "glad", "calm"]})
     report = merge(base, labelled, tmp_path / "merged", verify="logits")
@@ -310,7 +301,7 @@ def test_what_belongs_to_the_model_is_carried_and_code_is_not(base: Path, adapte
     for name, text in given.items():
         (base / name).write_text(text)
     merge(base, adapter, tmp_path / "merged")
-    own, found = test_merge.contents(base), test_merge.contents(tmp_path / "merged")
+    own, found = merging.contents(base), merging.contents(tmp_path / "merged")
     assert "evil.py" not in found
     for name in [
         "chat_template.jinja",
@@ -395,8 +386,8 @@ def test_a_base_that_is_not_its_own_model_is_refused(base: Path, adapter: Path, 
 @pytest.mark.parametrize("names", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"], ["wte"]])
 def test_tied_weights_are_written_apart_where_that_is_allowed(tmp_path: Path, names: list[str]) -> None:
     model = tiny.gpt2() if names == ["wte"] else tiny.llama(tie=True)
-    base = test_merge.base_folder(tmp_path / "base", model)
-    adapter = test_merge.adapter_folder(base, tmp_path / "sql", target_modules=names)
+    base = merging.base_folder(tmp_path / "base", model)
+    adapter = merging.adapter_folder(base, tmp_path / "sql", target_modules=names)
     with pytest.raises(MergeError, match="untie"):
         merge(base, adapter, tmp_path / "merged")
     report = merge(base, adapter, tmp_path / "merged", allow=["untie"], verify="logits")
@@ -414,12 +405,12 @@ def test_tied_weights_are_written_apart_where_that_is_allowed(tmp_path: Path, na
 
 
 def test_weights_that_the_files_hold_apart_are_apart_whatever_the_config_says(tmp_path: Path) -> None:
-    base = test_merge.base_folder(tmp_path / "base", tiny.llama(tie=True))
+    base = merging.base_folder(tmp_path / "base", tiny.llama(tie=True))
     tensors = stored(base)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
     tensors["model.norm.weight"][3] = float("nan")  # of no adapter, and copied as it is
     safetensors.torch.save_file(tensors, base / WEIGHTS, metadata={"format": "pt"})
-    adapter = test_merge.adapter_folder(base, tmp_path / "sql", target_modules=["lm_head"])
+    adapter = merging.adapter_folder(base, tmp_path / "sql", target_modules=["lm_head"])
     merge(base, adapter, tmp_path / "merged")
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
     assert torch.equal(stored(tmp_path / "merged")["model.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
@@ -427,26 +418,6 @@ def test_weights_that_the_files_hold_apart_are_apart_whatever_the_config_says(tm
 
 
 # What is wrong is caught
-
-
-def edited(monkeypatch: pytest.MonkeyPatch, edit: Callable[[MergePlan], MergePlan]) -> None:
-    """Let every plan be another one."""
-    real = run.plan_merge
-    monkeypatch.setattr(run, "plan_merge", lambda *given, **named: edit(real(*given, **named)))
-
-
-def changed(plan: MergePlan, edit: Callable[[PlannedTensor], PlannedTensor | None]) -> MergePlan:
-    shards = tuple((shard, tuple(filter(None, map(edit, entries)))) for shard, entries in plan.shards)
-    return dataclasses.replace(plan, shards=shards)
-
-
-def refused(base: Path, adapter: Path, out: Path, **how: Any) -> str:
-    """What a merge says as it fails; nothing is left of it."""
-    around = test_merge.beside(base)
-    with pytest.raises((MergeError, VerificationError)) as caught:
-        merge(base, adapter, out, **how)
-    assert test_merge.beside(base) == around
-    return f"{type(caught.value).__name__}: {caught.value}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -467,8 +438,8 @@ def refused(base: Path, adapter: Path, out: Path, **how: Any) -> str:
 def test_a_fold_that_is_not_the_adapters_is_found_in_what_was_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, told: str, dtype: torch.dtype
 ) -> None:
-    base = test_merge.base_folder(tmp_path / "base", tiny.llama(dtype=dtype))
-    adapter = test_merge.adapter_folder(base, tmp_path / "sql", target_modules=ALL)
+    base = merging.base_folder(tmp_path / "base", tiny.llama(dtype=dtype))
+    adapter = merging.adapter_folder(base, tmp_path / "sql", target_modules=ALL)
     gate, up, norm = "model.layers.1.mlp.gate_proj.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
 
     def edit(plan: MergePlan) -> MergePlan:
@@ -530,35 +501,35 @@ def test_a_file_that_changes_after_it_was_written_is_found_by_its_digest(
 
 
 def test_an_alias_that_the_config_still_ties_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = test_merge.base_folder(tmp_path / "base", tiny.llama(tie=True))
-    adapter = test_merge.adapter_folder(base, tmp_path / "sql", target_modules=["embed_tokens"])
+    base = merging.base_folder(tmp_path / "base", tiny.llama(tie=True))
+    adapter = merging.adapter_folder(base, tmp_path / "sql", target_modules=["embed_tokens"])
     monkeypatch.setattr(model_files, "compute_config_changes", lambda *given, **named: {})
     assert "ties" in refused(base, adapter, tmp_path / "merged", allow=["untie"])
 
 
 def test_an_alias_that_was_not_written_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = test_merge.base_folder(tmp_path / "base", tiny.llama(tie=True))
-    adapter = test_merge.adapter_folder(base, tmp_path / "sql", target_modules=["embed_tokens"])
+    base = merging.base_folder(tmp_path / "base", tiny.llama(tie=True))
+    adapter = merging.adapter_folder(base, tmp_path / "sql", target_modules=["embed_tokens"])
     edited(monkeypatch, lambda plan: changed(plan, lambda entry: None if entry.name == "lm_head.weight" else entry))
     assert "has no lm_head.weight" in refused(base, adapter, tmp_path / "merged", allow=["untie"])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
 def test_a_weight_that_is_not_finite_is_refused_by_name(base: Path, tmp_path: Path, value: float) -> None:
-    half = test_merge.base_folder(tmp_path / "half", tiny.llama(dtype=torch.float16))
-    folder = test_merge.adapter_folder(half, tmp_path / "sql", target_modules=["q_proj"])
+    half = merging.base_folder(tmp_path / "half", tiny.llama(dtype=torch.float16))
+    folder = merging.adapter_folder(half, tmp_path / "sql", target_modules=["q_proj"])
     adapter = lk.Adapter.load(folder)
     path = next(iter(adapter.pairs()))
     adapter.pairs()[path].b[0, 0] = value
-    around = test_merge.beside(base)
+    around = merging.beside(base)
     with pytest.raises(MergeError, match=f"{path}.*not finite"):
         merge(half, adapter, tmp_path / "merged")
-    assert test_merge.beside(base) == around
+    assert merging.beside(base) == around
 
 
 def test_a_delta_that_rounding_eats_is_refused_with_a_table(tmp_path: Path) -> None:
-    base = test_merge.base_folder(tmp_path / "base", tiny.llama(dtype=torch.bfloat16))
-    adapter = test_merge.adapter_folder(base, tmp_path / "sql", target_modules=ALL, lora_alpha=0.01)
+    base = merging.base_folder(tmp_path / "base", tiny.llama(dtype=torch.bfloat16))
+    adapter = merging.adapter_folder(base, tmp_path / "sql", target_modules=ALL, lora_alpha=0.01)
     found = refused(base, adapter, tmp_path / "merged")
     assert found.startswith("MergeError: less than 50% of 14 of 14 deltas")
     assert found.count("\n") >= 5
@@ -608,7 +579,7 @@ def test_a_merge_killed_at_any_call_leaves_nothing_or_all_and_the_next_one_finis
     place = tmp_path / "store"
     place.mkdir()
     merge(base, adapter, place / "x")
-    whole = test_merge.contents(place / "x")
+    whole = merging.contents(place / "x")
     shutil.rmtree(place / "x")
     seen = set()
     take = hashing_file.HashingFile._take
@@ -623,23 +594,23 @@ def test_a_merge_killed_at_any_call_leaves_nothing_or_all_and_the_next_one_finis
     for number in itertools.count(1):
 
         def work(number: int = number) -> None:
-            test_crash.at_call(number, test_crash.die, below=place)
+            processes.at_call(number, processes.die, below=place)
             pytest.MonkeyPatch().setattr(hashing_file.HashingFile, "_take", halved)
             merge(base, adapter, place / "x")
 
-        ending = test_crash.in_child(work)
+        ending = processes.in_child(work)
         there = (place / "x").exists()
         seen.add(there)
         if there:
-            assert test_merge.contents(place / "x") == whole
+            assert merging.contents(place / "x") == whole
             shutil.rmtree(place / "x")
-        if ending == test_crash.SAVED:
+        if ending == processes.SAVED:
             break
         assert ending == -signal.SIGKILL
         assert number < 200
     assert seen == {True, False}
     merge(base, adapter, place / "x")
-    assert test_merge.contents(place / "x") == whole
+    assert merging.contents(place / "x") == whole
     assert os.listdir(place) == ["x"]
 
 
@@ -652,12 +623,12 @@ def killed(base: Path, adapter: Path, out: Path, *, after: int) -> None:
         def finish(kept: journal.FinishedFiles, *given: Any, **named: Any) -> None:
             real(kept, *given, **named)
             if next(count) == after:
-                test_crash.die()
+                processes.die()
 
         pytest.MonkeyPatch().setattr(journal.FinishedFiles, "finish", finish)
         merge(base, adapter, out)
 
-    assert test_crash.in_child(work) == -signal.SIGKILL
+    assert processes.in_child(work) == -signal.SIGKILL
     assert journal.journal_folder_of(out).is_dir()
     assert not out.exists()
 
@@ -692,18 +663,18 @@ def test_a_merge_that_was_killed_is_taken_up_where_it_was_whole(
     assert written == again
     assert report.tensors == wanted.tensors
     assert report.files == wanted.files
-    assert test_merge.contents(out) == test_merge.contents(tmp_path / "unbroken")
+    assert merging.contents(out) == merging.contents(tmp_path / "unbroken")
     assert not os.path.lexists(place)
     assert since != "a link" or (tmp_path / "elsewhere" / "journal.json").exists()
 
 
 def test_what_another_merge_had_finished_is_not_taken_up(sharded: Path, adapter: Path, tmp_path: Path) -> None:
     out = tmp_path / "merged"
-    other = test_merge.adapter_folder(sharded, tmp_path / "other", r=2)
+    other = merging.adapter_folder(sharded, tmp_path / "other", r=2)
     killed(sharded, other, out, after=2)
     merge(sharded, adapter, out)
     merge(sharded, adapter, tmp_path / "unbroken")
-    assert test_merge.contents(out) == test_merge.contents(tmp_path / "unbroken")
+    assert merging.contents(out) == merging.contents(tmp_path / "unbroken")
 
 
 def test_memory_is_filled_again_only_once_it_was_written(tmp_path: Path) -> None:

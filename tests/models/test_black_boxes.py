@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 import lora_kit as lk
-from benchmarks.harness import filled, table
+from benchmarks.harness import replace_marked, table
 from lora_kit.errors import MergeError, TargetError
 from lora_kit.layers.introspect import is_quantized, kind_of
 from lora_kit.models.loading import load_base
-from tests.models.test_quantization import FIELDS, adam, swaps_and_rows, trained
 from tests.support import tiny
 from tests.support.black_boxes import BOXES, AwqLinear, Box, Codes, GptqLinear, compressed
+from tests.support.quantized import FIELDS, adam, swaps_and_rows, trained
 
 PAGE = Path(__file__).parents[2] / "docs" / "quantized.md"
 COLUMNS = ("base", "from a folder", "trains", "swaps", "rows", "saved, loaded", "weight kept for the backward", "merge")
@@ -120,7 +120,7 @@ def page() -> str:
     told = {line.split(" | ")[0].removeprefix("| "): line for line in PAGE.read_text(encoding="utf-8").splitlines()}
     missing = {name: told[name].strip("| ").split(" | ") for name, box in BOXES.items() if not box.is_here}
     cells = [missing.get(name) or [name, *astuple(seen(name))] for name in BOXES]
-    return filled(PAGE, table(COLUMNS, cells), mark="boxes")
+    return replace_marked(PAGE.read_text(encoding="utf-8"), table(COLUMNS, cells), mark="boxes")
 
 
 @pytest.mark.parametrize("name", BOXES)
@@ -137,9 +137,9 @@ def test_the_page_says_what_was_seen() -> None:
 @by_hand
 def test_what_needs_numbers_is_refused_by_name(kind: type[Codes]) -> None:
     model = nn.Sequential(kind(nn.Linear(64, 64)), nn.Linear(64, 32))
-    with pytest.raises(TargetError, match="0: DoRA needs a linear layer whose weight is not quantised"):
+    with pytest.raises(TargetError, match="0: DoRA needs a linear layer whose weight is not quantized"):
         lk.attach(model, lk.LoraConfig(target_modules=["0"], use_dora=True))
-    with pytest.raises(TargetError, match="not to be trained whole: 0"):
+    with pytest.raises(TargetError, match="quantized modules cannot be in modules_to_save: 0"):
         lk.attach(model, lk.LoraConfig(target_modules=["1"], modules_to_save=["0"]))
 
 

@@ -21,10 +21,10 @@ from lora_kit.cli.main import main
 from lora_kit.errors import BankError, BaseModelError, ConfigError, MergeError, TargetError
 from lora_kit.generation.generate import generate
 from lora_kit.models.loading import load_base
-from tests.merging.test_merge import adapter_folder, base_folder
-from tests.merging.test_quantized_base import llama
 from tests.support import texts, tiny
-from tests.training.test_train import PAIRS
+from tests.support.merging import adapter_folder, base_folder
+from tests.support.quantized import FIELDS, adam, llama, shaken, trained
+from tests.support.training import PAIRS
 
 KINDS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
@@ -38,7 +38,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "int8": {"load_in_8bit": True},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
-FIELDS: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "gate_proj", "down_proj"]}
 
 
 @pytest.fixture(scope="module")
@@ -77,53 +76,6 @@ def packed(model: nn.Module) -> dict[str, Tensor]:
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def trained(model: Any, optimizer: torch.optim.Optimizer, steps: range) -> Tensor:
-    losses = []
-    for step in steps:
-        inputs = tiny.batch(seed=step % 2)
-        loss = model(**inputs, labels=inputs["input_ids"]).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return torch.tensor(losses)
-
-
-def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-2)
-
-
-def shaken(bank: lk.AdapterBank, name: str) -> None:
-    torch.manual_seed(len(name))
-    with torch.no_grad():
-        for parameter in bank.parameters(name):
-            parameter.add_(0.05 * torch.randn_like(parameter))
-
-
-def swaps_and_rows(model: Any, bank: lk.AdapterBank, base: torch.Tensor) -> tuple[str, str]:
-    """Adapters `a` and `bb` and the base, one after another and as rows of a batch: two cells of a table.
-
-    Args:
-        base: its logits.
-    """
-    alone: dict[str | None, torch.Tensor] = {None: base}
-    for name in ("a", "bb"):
-        shaken(bank, name)
-        bank.use(name)
-        alone[name] = tiny.logits(model, tiny.batch())
-        assert (alone[name] - base).abs().max() > 0.1
-    for name, expected in alone.items():
-        bank.use(name)
-        assert torch.equal(tiny.logits(model, tiny.batch()), expected)
-    order = ["bb", None, "a"]
-    with bank.rows(order):
-        mixed = tiny.logits(model, tiny.batch())
-    # Where activations are rounded to int8 or bf16, the last bit of a float may tip one of them.
-    wanted = torch.stack([alone[name][row] for row, name in enumerate(order)])
-    torch.testing.assert_close(mixed, wanted, rtol=0, atol=1e-2)
-    return "yes", "yes"
 
 
 @every_kind
@@ -267,7 +219,7 @@ def test_what_cannot_be_done_on_a_quantised_base_is_refused(kind: str, folder: P
 @pytest.mark.parametrize("kind", ["nf4", "fp4-double"])
 def test_a_base_that_bitsandbytes_reads_wrong_is_refused_with_its_layers(kind: str, tmp_path: Path) -> None:
     base = base_folder(tmp_path / "narrow", tiny.llama())  # 32 and 48 wide
-    with pytest.raises(BaseModelError, match=r"rows are no whole blocks.*q_proj \(32 wide\)") as caught:
+    with pytest.raises(BaseModelError, match=r"rows are not a multiple of 64 wide.*q_proj \(32 wide\)") as caught:
         load_base(base, quantize=kind, device="cpu")
     assert "int8" in caught.value.hint
     assert load_base(base, quantize="int8", device="cpu").model.is_quantized
@@ -276,7 +228,7 @@ def test_a_base_that_bitsandbytes_reads_wrong_is_refused_with_its_layers(kind: s
 def test_a_quantised_base_is_not_quantised_again(folder: Path, tmp_path: Path) -> None:
     read(folder, "nf4").save_pretrained(tmp_path / "base")
     texts.tokenizer().save_pretrained(tmp_path / "base")
-    with pytest.raises(BaseModelError, match="quantised already, by bitsandbytes"):
+    with pytest.raises(BaseModelError, match="already quantized, by bitsandbytes"):
         load_base(tmp_path / "base", quantize="int8")
     assert load_base(tmp_path / "base").model.is_quantized
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import lora_kit as lk
-from benchmarks.harness import filled, table
+from benchmarks.harness import replace_marked, table
 from lora_kit.evaluation.evaluate import evaluate
 from lora_kit.generation.generate import generate
 from lora_kit.layers.introspect import is_quantized
@@ -25,14 +25,12 @@ from lora_kit.models.loading import Base, load_base
 from lora_kit.models.quantization import QUANTIZATIONS
 from lora_kit.training.results import TrainReport
 from lora_kit.training.train import train
-from tests.io.test_atomic_write import in_child
-from tests.merging.test_merge import adapter_folder, base_folder
-from tests.merging.test_quantized_base import llama
-from tests.merging.test_writer import ALL
-from tests.models.test_quantization import FIELDS, adam, swaps_and_rows, trained
 from tests.support import texts, tiny
-from tests.training.test_resumable import die_at
-from tests.training.test_train import PAIRS
+from tests.support.interrupted import die_at
+from tests.support.merging import ALL, adapter_folder, base_folder
+from tests.support.processes import in_child
+from tests.support.quantized import FIELDS, adam, llama, swaps_and_rows, trained
+from tests.support.training import PAIRS
 
 PAGE = Path(__file__).parents[2] / "docs" / "quantized.md"
 COLUMNS = (
@@ -177,7 +175,7 @@ def _merges(folder: Path, choice: str) -> str:
 def page() -> str:
     """docs/quantized.md, its table made of what is seen."""
     cells = [[f"`{kind}`", *astuple(seen(kind))] for kind in QUANTIZATIONS]
-    return filled(PAGE, table(COLUMNS, cells), mark="bitsandbytes")
+    return replace_marked(PAGE.read_text(encoding="utf-8"), table(COLUMNS, cells), mark="bitsandbytes")
 
 
 @pytest.mark.parametrize("kind", QUANTIZATIONS)

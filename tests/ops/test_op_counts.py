@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,42 +15,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_kit as lk
+from tests.support.operations import operations
 
 WIDTH, RANK, ROWS = 512, 16, 32
-FREE = {
-    "view",
-    "_unsafe_view",
-    "t",
-    "transpose",
-    "detach",
-    "alias",
-    "slice",
-    "select",
-    "as_strided",
-    "empty",
-    "permute",
-}
-"""Operations that compute nothing: other looks at the same memory."""
-
-
-class Operations(TorchDispatchMode):
-    """Names of the operations that were run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name not in FREE:
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-def operations(run: Callable[[], Any]) -> list[str]:
-    with Operations() as seen:
-        run()
-    return seen.names
 
 
 class Attention(nn.Module):

@@ -18,10 +18,10 @@ import transformers
 from torch import Tensor, nn
 
 from lora_kit.models.loading import load_base
-from lora_kit.models.locate import silence_libraries
-from tests.merging.test_merge import base_folder
-from tests.merging.test_quantized_base import llama
+from lora_kit.models.silence import silence_libraries
 from tests.support import texts, tiny
+from tests.support.merging import base_folder
+from tests.support.quantized import llama
 
 GROUP = 32
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

@@ -24,9 +24,7 @@ from lora_kit.cli.main import main
 from lora_kit.errors import ConfigError, DataError, RecipeError, StorageError, VerificationError
 from lora_kit.models.loading import Base
 from lora_kit.training.train import train
-from tests.io.test_atomic_write import die, in_child
 from tests.support import texts
-from tests.training.test_train import LABELLED, PAIRS, base_of, recipe_of
 
 pytest.importorskip("optuna", reason="optuna is not installed (pip install 'lora-kit[sweep]')")
 
@@ -37,6 +35,8 @@ from lora_kit.sweeps.study import Study, proposed
 from lora_kit.sweeps.sweep import sweep
 from lora_kit.sweeps.sweep_plan import Plan
 from lora_kit.sweeps.sweep_report import SweepReport, TrialReport, picture
+from tests.support.processes import die, in_child
+from tests.support.training import LABELLED, PAIRS, base_of, recipe_of
 
 RATES = "train.learning_rate=1e-3..1e-1:log"
 RANKS = "lora.r=2,4,8"
@@ -411,7 +411,7 @@ def test_killed_after_it_was_decided_to_prune_the_trial_is_pruned_and_not_run_ag
 
 def test_killed_before_the_best_was_in_its_place_it_is_put_there(tmp_path: Path) -> None:
     def work() -> None:
-        import lora_kit.train.sweep.report as reporting
+        import lora_kit.sweeps.sweep_report as reporting
 
         reporting._place = lambda *_, **__: die()
         sweep(swept(tmp_path), [RANKS], base=base_of())

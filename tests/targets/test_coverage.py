@@ -131,4 +131,4 @@ def test_the_saved_names_select_exactly_what_was_covered() -> None:
 def test_the_report_says_what_was_found() -> None:
     report = str(find_coverage(tiny.bert(), lk.LoraConfig(target_modules=["query"], modules_to_save=["classifier"])))
     assert "query: 2 layers, rank 8" in report
-    assert "classifier: saved whole" in report
+    assert "classifier: saved in full" in report

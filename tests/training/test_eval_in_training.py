@@ -14,8 +14,8 @@ from lora_kit.training.recipe.load import load_recipe
 from lora_kit.training.results import TrainReport
 from lora_kit.training.train import train
 from tests.support import texts, tiny
-from tests.training.test_tasks import both
-from tests.training.test_train import recipe_of
+from tests.support.sequences import both
+from tests.support.training import recipe_of
 
 PAIRS = [{"prompt": "a", "completion": "bb"}, {"prompt": "c", "completion": "d"}, {"prompt": "a", "completion": "e"}]
 LABELLED = [{"text": word * n, "label": label} for word, label in (("good ", "yes"), ("bad ", "no")) for n in (1, 2, 3)]

@@ -19,8 +19,8 @@ from lora_kit.training.loop.trainer import Trainer
 from lora_kit.training.plan.plan import plan
 from lora_kit.training.recipe.load import load_recipe
 from lora_kit.training.train import train
-from tests.training.test_resumable import die_at, killed, long_recipe, results, unbroken
-from tests.training.test_train import LABELLED, base_of, recipe_of
+from tests.support.interrupted import die_at, killed, long_recipe, results, unbroken
+from tests.support.training import LABELLED, base_of, recipe_of
 
 pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 HEAD = {"classifier.weight", "classifier.bias"}

@@ -14,12 +14,12 @@ import torch
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.cli.main import main
 from lora_kit.errors import StorageError
-from lora_kit.models.loading import Base
 from lora_kit.training.loop.oom_retry import is_out_of_memory
 from lora_kit.training.results import TrainReport
 from lora_kit.training.train import train
-from tests.training.test_resumable import SignalAt, die_at, killed, results
-from tests.training.test_train import LABELLED, PAIRS, At, base_of, recipe_of, same_state, state
+from tests.support.interrupted import SignalAt, die_at, killed, results
+from tests.support.memory import device_is_full, narrow
+from tests.support.training import LABELLED, PAIRS, At, base_of, recipe_of, same_state, state
 
 ROWS = [*PAIRS, {"prompt": "g", "completion": "hi"}, {"prompt": "jk", "completion": "l"}]
 
@@ -29,39 +29,6 @@ pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 
 def allocate_too_much(*_: Any) -> None:
     torch.empty(2**50)
-
-
-def device_is_full(*_: Any) -> None:
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-
-class Narrow:
-    """A base whose last layer finds no memory for the backward of more than so many rows, after so many calls."""
-
-    def __init__(self, base: Base, rows: int, fail: Callable[..., None] = device_is_full, *, calls: int = 0) -> None:
-        self.rows, self.fail, self.calls = rows, fail, calls
-        self.seen: list[int] = []
-        layer = base.model.model.layers[1] if hasattr(base.model, "model") else base.model.transformer.h[1]
-        layer.register_forward_pre_hook(self.forwards)
-        layer.register_full_backward_hook(self.backwards)
-
-    def forwards(self, module: torch.nn.Module, given: Any) -> None:
-        if module.training:
-            self.seen.append(len(given[0]))
-
-    def backwards(self, *_: Any) -> None:
-        # The gradients of the layers above are there by now, and those of the micro-batches before.
-        if self.seen and self.seen[-1] > self.rows and len(self.seen) > self.calls:
-            self.fail()
-
-
-def narrow(kind: str, rows: int, fail: Callable[..., None] = device_is_full, *, calls: int = 0) -> Callable[[], Base]:
-    def made() -> Base:
-        base = base_of(kind)
-        Narrow(base, rows, fail, calls=calls)
-        return base
-
-    return made
 
 
 def recipe(folder: Path, *, out: str, size: int = 4, accumulation: int = 2, **changes: Any) -> dict[str, Any]:

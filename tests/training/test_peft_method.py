@@ -35,10 +35,10 @@ from lora_kit.training.recipe.peft_config import UNSUPPORTED_TYPES
 from lora_kit.training.results import TrainReport
 from lora_kit.training.train import train
 from tests.support import texts
-from tests.training.test_oom_retry import narrow
-from tests.training.test_resumable import SignalAt, die_at, killed, long_recipe, results, unbroken
-from tests.training.test_tasks import both
-from tests.training.test_train import LABELLED, PAIRS, At, base_of, recipe_of, same_state, state
+from tests.support.interrupted import SignalAt, die_at, killed, long_recipe, results, unbroken
+from tests.support.memory import narrow
+from tests.support.sequences import both
+from tests.support.training import LABELLED, PAIRS, At, base_of, recipe_of, same_state, state
 
 LEAST: dict[str, Any] = {"base": "kit-base", "data": "train.jsonl", "out": "adapters/x", "method": "peft"}
 PROMPT: dict[str, Any] = {"num_virtual_tokens": 4}
@@ -197,7 +197,7 @@ def test_a_lora_that_a_bank_knows_is_loaded_by_it_as_well(tmp_path: Path) -> Non
         ({"peft_type": "LORA", "init_lora_weights": "corda"}, "'corda' cannot be trained by a recipe: it needs a pass"),
         ({"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"}, "'pissa' cannot be .*; method lora does it"),
         ({"peft_type": "LORA", "kasa_config": {}}, "peft.kasa_config cannot be trained by a recipe: it changes the"),
-        ({"peft_type": "LORA", "monteclora_config": {}}, "peft.monteclora_config cannot be .* its loss has an additional term"),
+        ({"peft_type": "LORA", "monteclora_config": {}}, "peft.monteclora_config cannot be .* its loss has an add"),
         ({"peft_type": "LORA", "velora_config": {}}, "peft.velora_config cannot be .* it keeps state"),
         ({"peft_type": "PVERA", "generator_seed": 1}, "peft.generator_seed cannot be .* it keeps state"),
         ({"peft_type": "SHADOW"}, "SHADOW: its loss has an additional term.*auxiliary_loss_weight: 0"),
@@ -240,7 +240,10 @@ def test_what_does_not_go_together_is_refused(changes: dict[str, Any], message: 
         ({"peft_type": "LOHA", "target_modules": "nowhere"}, "peft: LOHA does not work with tiny: .*nowhere"),
         ({"peft_type": "C3A", "block_size": 7, "target_modules": "q_proj"}, "block size should be a factor"),
         ({"peft_type": "LOHA", "r": 0, "target_modules": "q_proj"}, "peft: LOHA does not work with tiny"),
-        ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 63}, "num_virtual_tokens is 63; the context of tiny is 64 tokens"),
+        (
+            {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 63},
+            "num_virtual_tokens is 63; the context of tiny is 64",
+        ),
     ],
 )
 def test_what_does_not_fit_the_base_is_refused_and_nothing_is_written(

@@ -14,9 +14,9 @@ from lora_kit.errors import RecipeError, StorageError
 from lora_kit.training.plan.plan import plan
 from lora_kit.training.results import TrainPlan
 from lora_kit.training.train import train
-from tests.training.test_oom_retry import narrow
-from tests.training.test_resumable import die_at, killed, long_recipe, run_of
-from tests.training.test_train import LABELLED, PAIRS, base_of, recipe_of, same_state, state
+from tests.support.interrupted import die_at, killed, long_recipe, run_of
+from tests.support.memory import narrow
+from tests.support.training import LABELLED, PAIRS, base_of, recipe_of, same_state, state
 
 pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 

@@ -27,8 +27,8 @@ from lora_kit.training.report.plots import Curve, Mark, chart, thinned, ticks
 from lora_kit.training.report.samples import MAX_ANSWER_TOKENS
 from lora_kit.training.results import TrainReport
 from lora_kit.training.train import train
-from tests.training.test_oom_retry import narrow
-from tests.training.test_train import LABELLED, PAIRS, At, base_of, recipe_of, weights_of
+from tests.support.memory import narrow
+from tests.support.training import LABELLED, PAIRS, At, base_of, recipe_of, weights_of
 
 NASTY = "<script>alert('x')</script> & \"quotes\" \x1b[31m \u202e"
 

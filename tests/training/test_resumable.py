@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,52 +22,16 @@ from lora_kit.models.loading import Base
 from lora_kit.training.loop import checkpoints
 from lora_kit.training.loop.checkpoints import RunFolder
 from lora_kit.training.train import train
-from tests.io.test_atomic_write import at_call, die, in_child
 from tests.support import texts
-from tests.training.test_train import LABELLED, PAIRS, At, base_of, recipe_of
-
-TIMINGS = {"seconds", "tokens_per_second", "peak_bytes"}
-DROPOUT = {"lora_dropout": 0.2}
-
+from tests.support.interrupted import DROPOUT, SignalAt, die_at, killed, long_recipe, results, run_of, unbroken
+from tests.support.processes import at_call, die, in_child
+from tests.support.training import LABELLED, PAIRS, At, base_of, recipe_of
 
 pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 
 
-def long_recipe(folder: Path, *, steps: int = 7, **changes: Any) -> dict[str, Any]:
-    """A recipe in which everything that could be lost matters: dropout, accumulation, epochs of five samples."""
-    section = {"per_device_train_batch_size": 2, "save_steps": 2, "logging_steps": 3, "lr_scheduler_type": "cosine",
-               "warmup_steps": 2, **changes.pop("train", {})}  # fmt: skip
-    return recipe_of(folder, steps=steps, train=section, **{"lora": DROPOUT, **changes})
-
-
-def results(out: Path) -> tuple[bytes, list[dict[str, Any]]]:
-    """The bytes of an adapter, and its log without what a clock said."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    kept = [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
-    return (out / "adapter_model.safetensors").read_bytes(), kept
-
-
 def steps_kept(out: Path) -> list[int]:
     return sorted(int(path.name.partition("-")[2]) for path in run_of(out).glob("checkpoint-*"))
-
-
-def run_of(out: Path) -> Path:
-    return out.with_name(f"{out.name}.run")
-
-
-def unbroken(recipe: dict[str, Any], base: Callable[[], Base] = base_of) -> tuple[bytes, list[dict[str, Any]]]:
-    out = Path(recipe["out"]).with_name("unbroken")
-    train({**recipe, "out": str(out)}, base=base())
-    return results(out)
-
-
-def killed(recipe: dict[str, Any], *callbacks: Any, base: Callable[[], Base] = base_of, **how: Any) -> None:
-    """Train in a process of its own that is killed on the way."""
-    assert in_child(lambda: train(recipe, base=base(), callbacks=callbacks, **how)) == -signal.SIGKILL
-
-
-def die_at(step: int) -> At:
-    return At(step, lambda _: die())
 
 
 class AtEpochEnd(transformers.TrainerCallback):
@@ -160,19 +123,6 @@ def test_killed_after_the_last_step_no_step_is_done_again(tmp_path: Path) -> Non
 # Stopped by a signal
 
 
-class SignalAt(transformers.TrainerCallback):
-    """Sends this process signals at a moment of the step of a number."""
-
-    def __init__(self, step: int, *numbers: int, moment: str = "on_step_begin") -> None:
-        self.step, self.numbers = step, numbers
-        setattr(self, moment, self.send)
-
-    def send(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            for number in self.numbers:
-                os.kill(os.getpid(), number)
-
-
 STOPPED: dict[int, type[BaseException]] = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SystemExit}
 
 
@@ -249,7 +199,7 @@ def test_a_command_stopped_by_a_signal_exits_with_its_code_and_the_same_command_
     assert "the same command resumes from the checkpoint of step 3" in told
     assert "Traceback" not in told
     assert main(["train", str(tmp_path / "recipe.yaml")]) == 0
-    assert "went on from step 3" in " ".join(capsys.readouterr().out.split())
+    assert "continued from step 3" in " ".join(capsys.readouterr().out.split())
     assert results(Path(recipe["out"])) == expected
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -35,55 +33,7 @@ from lora_kit.models.loading import Base, load_base
 from lora_kit.training.results import TrainReport
 from lora_kit.training.train import train
 from tests.support import heads, texts, tiny
-
-PAIRS = [
-    {"prompt": "one", "completion": "two"},
-    {"prompt": "a longer prompt", "completion": "x"},
-    {"prompt": "b", "completion": "a longer completion"},
-    {"prompt": "cc", "completion": "dddd"},
-    {"prompt": "e", "completion": "f g h"},
-]
-LABELLED = [{"text": word * n, "label": label} for word, label in (("good ", "yes"), ("bad ", "no")) for n in (1, 2, 3)]
-
-
-def base_of(kind: str = "llama", **settings: Any) -> Base:
-    task = "classify" if kind == "bert" else "causal-lm"
-    tokenizer = texts.bert_tokenizer() if kind == "bert" else texts.tokenizer()
-    make: Any = tiny.MODELS[kind]
-    model = make(**settings)
-    return Base(model=model, tokenizer=tokenizer, name="tiny", task=task)
-
-
-def recipe_of(folder: Path, *, rows: list[dict[str, Any]] = PAIRS, steps: int = 3, **changes: Any) -> dict[str, Any]:
-    file = str(texts.write(folder / "rows.jsonl", rows))
-    section = {"max_steps": steps, "learning_rate": 1e-2, "per_device_train_batch_size": 4, **changes.pop("train", {})}
-    data = {"train": file, "validation": file}
-    return {"base": "tiny", "data": data, "out": str(folder / "out"), "train": section, **changes}
-
-
-def state(model: Any) -> dict[str, torch.Tensor]:
-    return {key: tensor.clone() for key, tensor in model.state_dict().items()}
-
-
-def same_state(model: Any, before: Mapping[str, torch.Tensor]) -> bool:
-    now = model.state_dict()
-    return list(now) == list(before) and all(torch.equal(now[key], before[key]) for key in before)
-
-
-def weights_of(report: TrainReport) -> bytes:
-    return (report.out / "adapter_model.safetensors").read_bytes()
-
-
-class At(transformers.TrainerCallback):
-    """Does something at the end of a step."""
-
-    def __init__(self, step: int, action: Callable[[Any], None]) -> None:
-        self.step, self.action = step, action
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            self.action(kwargs["model"])
-
+from tests.support.training import LABELLED, PAIRS, At, base_of, recipe_of, same_state, state, weights_of
 
 # What comes out
 
@@ -440,7 +390,7 @@ def test_kit_base_learns_from_a_recipe_file(tmp_path: Path) -> None:
         f"base: kit-base\ndata: {{train: {tmp_path}/rows.jsonl, validation: {tmp_path}/rows.jsonl}}\n"
         f"out: {tmp_path}/out\ntrain: {{max_steps: 8, learning_rate: 5e-3}}\n"
     )
-    report = lora_kit.training(tmp_path / "recipe.yaml", overrides={"lora.r": "4"})
+    report = lora_kit.train(tmp_path / "recipe.yaml", overrides={"lora.r": "4"})
     assert report.after is not None
     assert report.before is not None
     assert report.after.loss < report.before.loss

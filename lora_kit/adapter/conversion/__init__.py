@@ -1,1 +1,1 @@
-"""Adapters that other tools wrote, in our terms: older PEFT, trainers that save wrapped models, loralib, mlx-lm."""
+"""Convert adapters that other tools wrote: older PEFT, trainers that save wrapped models, loralib, mlx-lm."""

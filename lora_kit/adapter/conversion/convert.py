@@ -1,4 +1,4 @@
-"""Which tool wrote an adapter, and the adapter of ours that says the same."""
+"""Recognize which tool wrote an adapter, and convert it to an adapter of ours with the same updates."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from lora_kit.adapter.conversion.formats import ConversionHints, TranslatedAdapt
 from lora_kit.errors import AdapterError, ConfigError, LoraKitError
 from lora_kit.io.text import escape_text
 
-_LAYOUTS: Final[Mapping[str, tuple[tuple[str, ...], Callable[[ForeignFiles, ConversionHints], TranslatedAdapter]]]] = {
+_Translate = Callable[[ForeignFiles, ConversionHints], TranslatedAdapter]
+
+_LAYOUTS: Final[Mapping[str, tuple[tuple[str, ...], _Translate]]] = {
     "loralib": ((".lora_A", ".lora_B"), from_loralib),
     "mlx-lm": ((".lora_a", ".lora_b"), from_mlx),
     "PEFT": (("",), from_peft),
 }
-"""By how their keys end; PEFT's may end in anything once `lora_` is in them."""
+"""Endings of the keys of each layout, and what translates it; with `lora_` in them, PEFT's keys may end in anything."""
 _DIFFUSION_SUFFIXES: Final = (".lora_down.weight", ".lora_up.weight")
 
 
@@ -29,9 +31,9 @@ class ForeignAdapter:
 
     Attributes:
         layout: `PEFT`, `loralib` or `mlx-lm`.
-        adapter: the same updates as an adapter of ours.
-        notes: what was done for that, in words.
-        open: what the files do not say; values that depend on it are a guess as long as there is anything.
+        adapter: an adapter of ours with the same updates.
+        notes: how it was converted, in words.
+        open: what the files do not say, in words; the values that depend on it are a guess.
     """
 
     layout: str
@@ -48,22 +50,23 @@ def read_foreign_adapter(
     renames: Mapping[str, str] | None = None,
     base: str | None = None,
 ) -> ForeignAdapter:
-    """Read what another tool wrote; see `convert`, which refuses what this leaves open.
+    """Read an adapter that another tool wrote, guessing what its files leave open; arguments as in `convert`.
 
     Raises:
-        AdapterError, ConfigError: it is no adapter of a layout that is known, or does not fit together.
+        AdapterError: its layout is unknown, or its tensors do not match its config.
+        ConfigError: its config is wrong.
     """
-    found = ForeignFiles.of(Path(source))
-    given = ConversionHints(lora_alpha=lora_alpha, enable_lora=enable_lora, renames=renames or {}, base=base)
-    layout, made = _recognize_layout(found)
+    files = ForeignFiles.of(Path(source))
+    hints = ConversionHints(lora_alpha=lora_alpha, enable_lora=enable_lora, renames=renames or {}, base=base)
+    layout, translate = _recognize_layout(files)
     try:
-        said = made(found, given)
-        config = said.config if base is None else dataclasses.replace(said.config, base_model_name_or_path=base)
-        facts = {"layout": layout, "file": found.weights.name, "sha256": found.sha256, "notes": said.notes}
-        adapter = Adapter(config, said.tensors, record={"converted": facts})
+        result = translate(files, hints)
+        config = result.config if base is None else dataclasses.replace(result.config, base_model_name_or_path=base)
+        facts = {"layout": layout, "file": files.weights.name, "sha256": files.sha256, "notes": result.notes}
+        adapter = Adapter(config, result.tensors, record={"converted": facts})
     except LoraKitError as error:
         raise type(error)(f"{escape_text(source)}: {error.message}", hint=error.hint) from None
-    return ForeignAdapter(layout=layout, adapter=adapter, notes=tuple(said.notes), open=tuple(said.open))
+    return ForeignAdapter(layout=layout, adapter=adapter, notes=tuple(result.notes), open=tuple(result.open))
 
 
 def convert(
@@ -74,35 +77,36 @@ def convert(
     renames: Mapping[str, str] | None = None,
     base: str | None = None,
 ) -> Adapter:
-    """An adapter of ours from what another tool wrote, with the same updates.
+    """Convert an adapter that another tool wrote to an adapter of ours with the same updates.
 
     Args:
         source: a folder or a weight file: PEFT of any age, also state dicts of wrapped models; loralib; mlx-lm.
         lora_alpha: numerator of the scaling, where the files do not say it (loralib).
-        enable_lora: which of the equal parts of a fused projection have a pair, where the files do not say it.
-        renames: beginnings of module paths, and what stands there in the base.
-        base: what the base is called.
+        enable_lora: which of the equal parts of a fused projection have LoRA weights, where the files do not say it.
+        renames: from beginnings of module paths in the files to those in the base.
+        base: name of the base.
 
     Raises:
-        ConfigError: the files leave open what was not given either.
-        AdapterError: it is no adapter of a layout that is known, or does not fit together.
+        ConfigError: the files do not say something that is not an argument either; or the config is wrong.
+        AdapterError: the layout is unknown, or the tensors do not match the config.
     """
-    found = read_foreign_adapter(source, lora_alpha=lora_alpha, enable_lora=enable_lora, renames=renames, base=base)
-    if found.open:
-        raise ConfigError(f"{escape_text(source)}: not said: {'; '.join(found.open)}", hint="give it")
-    return found.adapter
+    foreign = read_foreign_adapter(source, lora_alpha=lora_alpha, enable_lora=enable_lora, renames=renames, base=base)
+    if foreign.open:
+        raise ConfigError(f"{escape_text(source)}: not said: {'; '.join(foreign.open)}", hint="give it")
+    return foreign.adapter
 
 
-def _recognize_layout(source: ForeignFiles) -> tuple[str, Callable[[ForeignFiles, ConversionHints], TranslatedAdapter]]:
+def _recognize_layout(source: ForeignFiles) -> tuple[str, _Translate]:
     keys = list(source.tensors)
     shown = ", ".join(escape_text(key) for key in keys[:3]) or "none"
     if any(key.endswith(_DIFFUSION_SUFFIXES) for key in keys):
-        raise AdapterError(f"{escape_text(source.weights)} has names of a tool for diffusion models: {shown}")
-    for layout, (ends, made) in _LAYOUTS.items():
-        if any(".lora_" in key and key.endswith(ends) for key in keys):
-            return layout, made
+        raise AdapterError(f"{escape_text(source.weights)} has keys of a tool for diffusion models: {shown}")
+    for layout, (endings, translate) in _LAYOUTS.items():
+        if any(".lora_" in key and key.endswith(endings) for key in keys):
+            return layout, translate
     if source.fields and source.fields.get("modules_to_save"):
         return "PEFT", from_peft
     raise AdapterError(
-        f"{escape_text(source.weights)} has no names of an adapter: {shown}", hint="PEFT, loralib and mlx-lm are read"
+        f"{escape_text(source.weights)} has no keys of an adapter: {shown}",
+        hint="PEFT, loralib and mlx-lm are supported",
     )

@@ -1,4 +1,4 @@
-"""What stands in the files of another tool, before anything is made of it."""
+"""Read the files of another tool as they are."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from lora_kit.adapter.folder import CONFIG, OLD_WEIGHTS, WEIGHTS
 from lora_kit.errors import AdapterError, format_list
 from lora_kit.io.read import exists, folder_exists, read_json
 from lora_kit.io.safetensors import read_pickle, read_safetensors
+from lora_kit.io.strict_json import JsonObject
 from lora_kit.io.text import escape_text
 
 MLX_WEIGHTS: Final = "adapters.safetensors"
@@ -27,40 +28,42 @@ class ForeignFiles:
     """The files of an adapter.
 
     Attributes:
-        weights: the weight file. sha256: of its bytes.
-        tensors: what it holds.
-        fields: of the `adapter_config.json` beside it; None where there is none.
+        weights: the weight file.
+        sha256: of its bytes.
+        tensors: that it holds, by its keys.
+        fields: of the `adapter_config.json` beside it; None where there is no such file.
     """
 
     weights: Path
     sha256: str
     tensors: Mapping[str, Tensor]
-    fields: Mapping[str, Any] | None
+    fields: JsonObject | None
 
     @classmethod
     def of(cls, path: Path) -> ForeignFiles:
-        """Read a weight file, or the one of a folder; never more than plain tensors.
+        """Read a weight file, or the only one of a folder; never more than plain tensors.
 
         Raises:
-            AdapterError: there is none, or not one, or it cannot be read.
+            AdapterError: there is no such file, there are several, or it is damaged.
+            StorageError: it cannot be read.
         """
         weights = _find_only_weights_file(path) if folder_exists(path) else path
         sha = hashlib.sha256()
         reader = read_pickle if weights.suffix in _PICKLE_SUFFIXES else read_safetensors
-        found = reader(weights, check_size=lambda size: None, seen=sha.update)
+        contents = reader(weights, check_size=lambda size: None, seen=sha.update)
         config = weights.parent / CONFIG
         fields = read_json(config, limit=_CONFIG_LIMIT) if exists(config) else None
-        return cls(weights=weights, sha256=sha.hexdigest(), tensors=found.tensors, fields=fields)
+        return cls(weights=weights, sha256=sha.hexdigest(), tensors=contents.tensors, fields=fields)
 
 
 def _find_only_weights_file(folder: Path) -> Path:
     for name in _USUAL_FILE_NAMES:
         if exists(folder / name):
             return folder / name
-    found = sorted(file for file in folder.iterdir() if file.suffix in (*_PICKLE_SUFFIXES, ".safetensors"))
-    if len(found) != 1:
-        told = format_list([escape_text(file.name) for file in found])
+    files = sorted(file for file in folder.iterdir() if file.suffix in (*_PICKLE_SUFFIXES, ".safetensors"))
+    if len(files) != 1:
+        names = format_list([escape_text(file.name) for file in files])
         raise AdapterError(
-            f"{escape_text(folder)} holds weight files: {told}; one was expected", hint="give the file itself"
+            f"{escape_text(folder)} holds weight files: {names}; one was expected", hint="give the file itself"
         )
-    return found[0]
+    return files[0]

@@ -1,6 +1,6 @@
-"""The layouts of other tools, and the plain pairs that say the same.
+"""Translate the layouts of other tools to plain LoRA weights with the same updates.
 
-Each takes names and shapes from its tool's own writer:
+Names and shapes are those of each tool's own writer:
 PEFT (`save_pretrained`, and state dicts of wrapped models; https://github.com/huggingface/peft), loralib
 (`lora_state_dict`; https://github.com/microsoft/LoRA), mlx-lm (`save_adapters`; https://github.com/ml-explore/mlx-lm).
 """
@@ -22,7 +22,7 @@ from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import AdapterError, format_list
 
 WRAPPERS: Final = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
-"""Modules that trainers put around others; state dicts of them carry the names."""
+"""Modules that trainers put around others, and whose names are in the keys of state dicts."""
 _EMBEDDING_NAMES: Final = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in")
 _NAMED_LORA_KEY: Final = re.compile(
     r"(.*\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.(?!weight$)([^.]+)(\.weight)?"
@@ -32,13 +32,13 @@ _SAVED_MODULE_KEY: Final = re.compile(r"(.*)\.modules_to_save\.([^.]+)\.(.+)")
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionHints:
-    """What people know of an adapter and its files do not say.
+    """What the user says about an adapter and its files do not.
 
     Attributes:
         lora_alpha: numerator of the scaling.
-        enable_lora: which of the equal parts of a fused projection (q, k, v) have a pair.
-        renames: beginnings of module paths, and what stands there in the base.
-        base: what the base is called.
+        enable_lora: which of the equal parts of a fused projection (q, k, v) have LoRA weights.
+        renames: from beginnings of module paths in the files to those in the base.
+        base: name of the base.
     """
 
     lora_alpha: float | None = None
@@ -46,7 +46,8 @@ class ConversionHints:
     renames: Mapping[str, str] = field(default_factory=dict)
     base: str | None = None
 
-    def renamed(self, path: str) -> str:
+    def rename(self, path: str) -> str:
+        """Return the path of a module in the base."""
         for old, new in self.renames.items():
             if path == old or path.startswith(f"{old}."):
                 return f"{new}{path[len(old) :]}".removeprefix(".")
@@ -55,13 +56,13 @@ class ConversionHints:
 
 @dataclass
 class TranslatedAdapter:
-    """What a layout stands for, in PEFT's terms of today.
+    """An adapter of another layout in PEFT's format of today.
 
     Attributes:
-        config: what the adapter is.
+        config: of the adapter.
         tensors: by PEFT's keys.
-        notes: what was done or seen, in words.
-        open: what the files do not say, in words; where there is anything, the values that depend on it are a guess.
+        notes: how it was converted, in words.
+        open: what the files do not say, in words; the values that depend on it are a guess.
     """
 
     config: LoraConfig
@@ -73,31 +74,31 @@ class TranslatedAdapter:
 # PEFT
 
 
-def from_peft(source: ForeignFiles, given: ConversionHints) -> TranslatedAdapter:
-    """A PEFT folder of any age, or the state dict of a wrapped model saved in its place."""
+def from_peft(source: ForeignFiles, hints: ConversionHints) -> TranslatedAdapter:
+    """Translate a PEFT folder of any age, or the state dict of a wrapped model saved in its place."""
     fields = dict(source.fields or {})
     if not fields:
-        raise AdapterError(f"{source.weights} has PEFT's names, and no adapter_config.json is beside it")
+        raise AdapterError(f"{source.weights} has PEFT's keys, but no adapter_config.json is beside it")
     notes: list[str] = []
-    tensors = _normalize_peft_keys(source.tensors, given, notes)
-    enabled = given.enable_lora or fields.pop("enable_lora", None)
+    tensors = _normalize_peft_keys(source.tensors, hints, notes)
+    enabled = hints.enable_lora or fields.pop("enable_lora", None)
     fields.pop("merge_weights", None)
     if enabled:
         count = sum(map(bool, enabled))
         config = LoraConfig.from_dict(fields | {"r": fields["r"] * count, "lora_alpha": fields["lora_alpha"] * count})
         tensors = {key: _ungroup_b(t, enabled) if t.dim() == 3 else t for key, t in tensors.items()}
         notes.append(
-            f"enable_lora {[bool(part) for part in enabled]}: pairs for {count} of {len(enabled)} equal parts of each "
-            "layer are one pair with zeros between them"
+            f"enable_lora {[bool(part) for part in enabled]}: LoRA weights for {count} of {len(enabled)} equal parts "
+            "of each layer are joined, with zeros between them"
         )
     else:
         config = LoraConfig.from_dict(fields)
     return TranslatedAdapter(config, tensors, notes)
 
 
-def _normalize_peft_keys(tensors: Mapping[str, Tensor], given: ConversionHints, notes: list[str]) -> dict[str, Tensor]:
-    """By the keys `save_pretrained` would have written: no wrappers, no names of adapters, with its prefix."""
-    found, names, dropped = {}, set(), 0
+def _normalize_peft_keys(tensors: Mapping[str, Tensor], hints: ConversionHints, notes: list[str]) -> dict[str, Tensor]:
+    """Return tensors by the keys of `save_pretrained`: with its prefix, without wrappers and names of adapters."""
+    normalized, names, dropped = {}, set(), 0
     for key, tensor in tensors.items():
         bare = _strip_wrappers(key)
         if ".original_module." in bare:
@@ -107,20 +108,20 @@ def _normalize_peft_keys(tensors: Mapping[str, Tensor], given: ConversionHints, 
             if match := pattern.fullmatch(bare):
                 names.add(match[2])
                 bare = f"{match[1]}{match[3] or ''}" if pattern is _NAMED_LORA_KEY else f"{match[1]}.{match[3]}"
-        found[PREFIX + given.renamed(bare.removeprefix(PREFIX))] = tensor
+        normalized[PREFIX + hints.rename(bare.removeprefix(PREFIX))] = tensor
     if len(names) > 1:
         raise AdapterError(
             f"the file holds several adapters: {format_list(sorted(names))}", hint="save each on its own"
         )
     if names:
-        notes.append(f"the name of the adapter, {names.pop()!r}, stood in every key")
+        notes.append(f"the name of the adapter, {names.pop()!r}, was in every key")
     if dropped:
         notes.append(f"{dropped} tensors of original modules, which belong to the base, are left out")
-    if len(found) + dropped < len(tensors):
-        raise AdapterError("keys are the same once wrappers and names are taken out of them")
+    if len(normalized) + dropped < len(tensors):
+        raise AdapterError("two keys are the same once wrappers and names of adapters are removed")
     if any(not key.startswith(PREFIX) for key in tensors):
-        notes.append(f"keys are written as PEFT does, with {PREFIX} and nothing of what was wrapped around modules")
-    return found
+        notes.append(f"keys are written as PEFT writes them, with {PREFIX} and without names of wrappers")
+    return normalized
 
 
 def _strip_wrappers(key: str) -> str:
@@ -130,107 +131,111 @@ def _strip_wrappers(key: str) -> str:
 # loralib
 
 
-def from_loralib(source: ForeignFiles, given: ConversionHints) -> TranslatedAdapter:
-    """`lora_state_dict` of loralib: `<path>.lora_A` (r, in), `<path>.lora_B` (out, r), and what else was trained."""
-    pairs = _collect_a_and_b(source.tensors, given, (".lora_A", ".lora_B"))
-    notes = ["names of loralib"]
+def from_loralib(source: ForeignFiles, hints: ConversionHints) -> TranslatedAdapter:
+    """Translate loralib's `lora_state_dict`: `<path>.lora_A` (r, in), `<path>.lora_B` (out, r), and saved modules."""
+    pairs = _collect_a_and_b(source.tensors, hints, (".lora_A", ".lora_B"))
+    notes = ["keys of loralib"]
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, tuple[int, float]] = {}
     for path, (a, b) in pairs.items():
         rank = b.shape[1]
         parts = a.shape[0] // rank
         if parts > 1:
-            b = _ungroup_b(b.unsqueeze(-1), _require_enable_lora(path, parts, given))
-        alpha = rank if given.lora_alpha is None else given.lora_alpha
+            b = _ungroup_b(b.unsqueeze(-1), _require_enable_lora(path, parts, hints))
+        alpha = rank if hints.lora_alpha is None else hints.lora_alpha
         ranks[path] = (a.shape[0], alpha * parts)
         tensors |= dict(zip(lora_weight_keys(path, "linear"), (a, b), strict=True))
-    rest = {given.renamed(_strip_wrappers(key)): t for key, t in source.tensors.items() if ".lora_" not in key}
+    rest = {hints.rename(_strip_wrappers(key)): t for key, t in source.tensors.items() if ".lora_" not in key}
     saved = sorted({_find_outermost_module(key, ranks) for key in rest})  # a head, or a norm
     tensors |= {f"{PREFIX}{key}": tensor for key, tensor in rest.items()}
     if saved:
-        notes.append(f"trained whole: {format_list(saved)}")
-    left_open = [] if given.lora_alpha is not None else ["lora_alpha: the file does not say it"]
-    return TranslatedAdapter(_build_config(ranks, given, modules_to_save=tuple(saved)), tensors, notes, left_open)
+        notes.append(f"modules_to_save: {format_list(saved)}")
+    left_open = [] if hints.lora_alpha is not None else ["lora_alpha: the file does not say it"]
+    return TranslatedAdapter(_build_config(ranks, hints, modules_to_save=tuple(saved)), tensors, notes, left_open)
 
 
-def _require_enable_lora(path: str, parts: int, given: ConversionHints) -> Sequence[bool]:
-    if given.enable_lora is None:
+def _require_enable_lora(path: str, parts: int, hints: ConversionHints) -> Sequence[bool]:
+    if hints.enable_lora is None:
         raise AdapterError(
-            f"{path} has pairs for {parts} parts of a fused projection, and the file does not say which",
+            f"{path} has LoRA weights for {parts} parts of a fused projection, and the file does not say which",
             hint="give enable_lora: true or false for each part of q, k, v",
         )
-    return given.enable_lora
+    return hints.enable_lora
 
 
 def _find_outermost_module(key: str, pairs: Iterable[str]) -> str:
-    """The outermost module that a tensor lies in and no pair does: `classifier` for `classifier.dense.weight`."""
+    """Return the outermost module of a tensor without LoRA weights in it: `classifier` of `classifier.dense.weight`."""
     parts = key.split(".")
     for length in range(1, len(parts)):
         module = ".".join(parts[:length])
         if not any(path == module or path.startswith(f"{module}.") for path in pairs):
             return module
     raise AdapterError(
-        f"{key} belongs to a layer that has a pair", hint="biases trained beside pairs are not supported"
+        f"{key} belongs to a layer that has LoRA weights", hint="biases trained beside them are not supported"
     )
 
 
 # mlx-lm
 
 
-def from_mlx(source: ForeignFiles, given: ConversionHints) -> TranslatedAdapter:
-    """mlx-lm: `<path>.lora_a` (in, r), `<path>.lora_b` (r, out), with a scale in the config; `.m` of a DoRA."""
+def from_mlx(source: ForeignFiles, hints: ConversionHints) -> TranslatedAdapter:
+    """Translate mlx-lm's `<path>.lora_a` (in, r), `<path>.lora_b` (r, out), `.m` of a DoRA, and scale in the config."""
     fields = source.fields or {}
     kind = fields.get("fine_tune_type", "lora")
     settings = fields.get("lora_parameters")
     if kind not in ("lora", "dora") or not isinstance(settings, Mapping):
-        raise AdapterError(f"fine_tune_type is {kind!r}: pairs with their lora_parameters were expected")
+        raise AdapterError(f"fine_tune_type is {kind!r}: lora or dora with lora_parameters was expected")
     scale = settings.get("scale")
     if not isinstance(scale, (int, float)) or isinstance(scale, bool):
-        raise AdapterError("lora_parameters has no scale", hint="it is what mlx-lm multiplies the update by")
+        raise AdapterError("lora_parameters has no scale", hint="it is the factor of the update in mlx-lm")
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, tuple[int, float]] = {}
-    for path, (a, b) in _collect_a_and_b(source.tensors, given, (".lora_a", ".lora_b")).items():
+    for path, (a, b) in _collect_a_and_b(source.tensors, hints, (".lora_a", ".lora_b")).items():
         if a.dim() != 2 or b.dim() != 2:
-            raise AdapterError(f"{path}: pairs of {a.dim()} dimensions are of fused experts, which are not read")
+            raise AdapterError(
+                f"{path}: LoRA weights of {a.dim()} dimensions are of fused experts, which are not supported"
+            )
         form = "embedding" if path.rpartition(".")[2] in _EMBEDDING_NAMES else "linear"
         ranks[path] = (a.shape[1], scale * a.shape[1])
         tensors |= dict(zip(lora_weight_keys(path, form), (a.T.contiguous(), b.T.contiguous()), strict=True))
     for key, tensor in source.tensors.items():
         if key.endswith(".m"):
-            tensors[magnitude_key(given.renamed(key.removesuffix(".m")))] = tensor
+            tensors[magnitude_key(hints.rename(key.removesuffix(".m")))] = tensor
         elif not key.endswith((".lora_a", ".lora_b")):
-            raise AdapterError(f"{key} is neither half of a pair nor a magnitude")
-    base = given.base or fields.get("model")
-    config = _build_config(ranks, given, base=base if isinstance(base, str) else None, use_dora=kind == "dora")
-    return TranslatedAdapter(config, tensors, [f"names of mlx-lm, which keeps pairs transposed; scale {scale:g}"])
+            raise AdapterError(f"{key} is neither lora_a, nor lora_b, nor a magnitude")
+    base = hints.base or fields.get("model")
+    config = _build_config(ranks, hints, base=base if isinstance(base, str) else None, use_dora=kind == "dora")
+    return TranslatedAdapter(
+        config, tensors, [f"keys of mlx-lm, which stores LoRA weights transposed; scale {scale:g}"]
+    )
 
 
-# What they share
+# Shared by all layouts
 
 
 def _collect_a_and_b(
-    tensors: Mapping[str, Tensor], given: ConversionHints, ends: tuple[str, str]
+    tensors: Mapping[str, Tensor], hints: ConversionHints, ends: tuple[str, str]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B by path of their layer."""
+    """Return A and B by path of their layer."""
     sides = [
-        {given.renamed(_strip_wrappers(key.removesuffix(end))): t for key, t in tensors.items() if key.endswith(end)}
+        {hints.rename(_strip_wrappers(key.removesuffix(end))): t for key, t in tensors.items() if key.endswith(end)}
         for end in ends
     ]
     alone = sorted(sides[0].keys() ^ sides[1].keys())
     if alone:
-        raise AdapterError(f"half of a pair is missing: {format_list(alone)}")
+        raise AdapterError(f"A or B is missing: {format_list(alone)}")
     return {path: (sides[0][path], sides[1][path]) for path in sides[0]}
 
 
 def _ungroup_b(b: Tensor, enabled: Sequence[bool]) -> Tensor:
-    """The B of a plain pair from that of a grouped convolution.
+    """Return the B of a plain LoRA from that of a grouped convolution.
 
     Args:
         b: (parts · size, r, 1): for each part that is enabled, its own B.
-        enabled: for each of the equal parts of the output, whether it has one.
+        enabled: for each of the equal parts of the output, whether it has LoRA weights.
 
     Returns:
-        (len(enabled) · size, parts · r), zero but for the blocks.
+        (len(enabled) · size, parts · r), zero outside the blocks.
     """
     parts = sum(map(bool, enabled))
     if not parts or b.dim() != 3 or b.shape[2] != 1 or b.shape[0] % parts:
@@ -242,16 +247,16 @@ def _ungroup_b(b: Tensor, enabled: Sequence[bool]) -> Tensor:
     return whole.view(-1, parts * rank)
 
 
-def _build_config(ranks: Mapping[str, tuple[int, float]], given: ConversionHints, **fields: Any) -> LoraConfig:
-    """A config for pairs of these ranks and alphas by path: the usual ones, and patterns for the others."""
-    usual = Counter(rank for rank, _ in ranks.values()).most_common(1)[0][0]
+def _build_config(ranks: Mapping[str, tuple[int, float]], hints: ConversionHints, **fields: Any) -> LoraConfig:
+    """Return a config for ranks and alphas by path: the most common ones, and patterns for the others."""
+    rank = Counter(rank for rank, _ in ranks.values()).most_common(1)[0][0]
     alpha = Counter(alpha for _, alpha in ranks.values()).most_common(1)[0][0]
-    base = fields.pop("base", given.base)
+    base = fields.pop("base", hints.base)
     return LoraConfig(
-        r=usual,
+        r=rank,
         lora_alpha=alpha,
         target_modules=tuple(ranks),
-        rank_pattern={path: rank for path, (rank, _) in ranks.items() if rank != usual},
+        rank_pattern={path: own for path, (own, _) in ranks.items() if own != rank},
         alpha_pattern={path: own for path, (_, own) in ranks.items() if own != alpha},
         base_model_name_or_path=base,
         inference_mode=True,

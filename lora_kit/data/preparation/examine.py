@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from lora_kit.data.batches import LABEL
 from lora_kit.data.chat import ChatTemplate
 from lora_kit.data.encode import EncodingResult, encode_with_faults
 from lora_kit.data.preparation.labels import find_lookalikes, relabel_rows
 from lora_kit.data.readers import Fault
 from lora_kit.data.rows import Rows, collect_label_names, scan_rows
+from lora_kit.models.tasks import LABEL
 
 FIRST_BIN: Final = 16
 """The upper end of the first bin of a histogram of lengths; each next one is twice as far."""

@@ -27,13 +27,12 @@ from lora_kit.data.rows import Rows, build_fault_error
 from lora_kit.errors import DataError, format_list, suggest_nearest
 from lora_kit.io.atomic_write import check_output, write_folder
 from lora_kit.models.loading import load_input_spec
-from lora_kit.models.locate import KIT_BASE
 from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR
+from lora_kit.names import KIT_BASE, RECIPE_FILE
 
 MANIFEST: Final = "manifest.json"
 TRAIN: Final = "train.jsonl"
 VALIDATION: Final = "validation.jsonl"
-RECIPE: Final = "recipe.yaml"
 DUPLICATES, CONFLICTS, LEAKS = "duplicates", "conflicts", "leaks"
 DROPPABLE: Final = (BAD, EMPTY, LONG, DUPLICATES, CONFLICTS, LEAKS)
 """What can be left out: rows that cannot be read, without text, too long; repeats; training rows validated on."""
@@ -118,7 +117,7 @@ class Preparation:
     @property
     def recipe(self) -> Path | None:
         """The recipe to train with."""
-        return self.out / RECIPE if self.out else None
+        return self.out / RECIPE_FILE if self.out else None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -186,7 +185,7 @@ def prepare(
         tokenizer=tokenizer,
         max_length=length,
         separator=DEFAULT_SEPARATOR,
-        task="seq2seq" if reader.both else "causal-lm",
+        task=reader.generative_task,
         rename=dict(rename or {}),
         relabel=dict(relabel or {}),
         encoding=encoding,
@@ -320,8 +319,8 @@ def _write_preparation(found: Preparation, folder: Path, *, replace: bool) -> Pr
     sides = {TRAIN: found.train, **({VALIDATION: found.validation} if found.validation is not None else {})}
     files = {name: "".join(_format_row(rows, value) for value in rows.values).encode() for name, rows in sides.items()}
     listing = {name: _describe_file(data, rows=len(sides[name])) for name, data in files.items()}
-    files[RECIPE] = _render_recipe(found, folder).encode()
-    listing[RECIPE] = _describe_file(files[RECIPE])
+    files[RECIPE_FILE] = _render_recipe(found, folder).encode()
+    listing[RECIPE_FILE] = _describe_file(files[RECIPE_FILE])
     found = dataclasses.replace(found, files=listing)
     files[MANIFEST] = (json.dumps(found.to_json(), indent=1, ensure_ascii=False) + "\n").encode()
     write_folder(folder, files, replace=replace, owned=is_prepared)

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.errors import BaseModelError, LoraKitError, MergeError, format_list
+from lora_kit.errors import BaseModelError, MergeError, format_list
 from lora_kit.io.text import escape_text
 from lora_kit.merging.checkpoint.fused_weights import FusedPiece, FusedWeights
 from lora_kit.merging.checkpoint.shards import Shard
-from lora_kit.models.locate import silence_libraries, summarize_error
-
-_AUTO_CLASSES: Final[Mapping[str | None, str]] = {
-    None: "AutoModelForCausalLM",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-}
-"""transformers' class for each `task_type` of an adapter; without one, where the config names none."""
+from lora_kit.models.locate import translate_load_errors
+from lora_kit.models.silence import silence_libraries
+from lora_kit.models.tasks import CAUSAL_LM, TASK_SPECS, TaskSpec, find_task_by_peft_type
 
 
 @dataclass(frozen=True)
@@ -48,17 +40,23 @@ class TaskHead:
     def of(cls, adapter: Adapter) -> TaskHead:
         """Raises MergeError for a task there is no class for."""
         task = adapter.config.task_type
-        if task not in _AUTO_CLASSES:
-            known = [name for name in _AUTO_CLASSES if name]
+        spec = find_task_by_peft_type(task)
+        if task is not None and spec is None:
+            known = [spec.peft_type for spec in TASK_SPECS.values()]
             raise MergeError(
                 f"the adapter was made for {escape_text(task)}, which is not merged",
                 hint=f"merged are: {format_list(known)}",
             )
-        if not (task or "").endswith("_CLS"):
+        if spec is None or spec.is_generative:
             return cls(task)
         labels = tuple(map(str, adapter.record.get("labels") or ()))
         sizes = [t.shape[0] for key, t in adapter.saved().items() if key.endswith(".weight") and t.ndim == 2]
         return cls(task, len(labels) or (sizes[-1] if sizes else None), labels)
+
+    @property
+    def spec(self) -> TaskSpec:
+        """The task; `causal-lm` where the adapter names none."""
+        return find_task_by_peft_type(self.task) or TASK_SPECS[CAUSAL_LM]
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -121,7 +119,7 @@ def read_config(folder: Path, head: TaskHead) -> Any:
     """transformers' config of a model folder, with this head."""
     from transformers import AutoConfig
 
-    with silence_libraries(), _translate_errors(folder):
+    with silence_libraries(), translate_load_errors(folder):
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **head.fields)
 
 
@@ -131,11 +129,11 @@ def build_empty_model(config: Any, head: TaskHead) -> nn.Module:
 
     # An adapter that names no task was made for the class the config names.
     named: list[Any] = [getattr(transformers, str(name), None) for name in config.architectures or ()]
-    with silence_libraries(), _translate_errors(Path(str(config._name_or_path))), torch.device("meta"):
+    with silence_libraries(), translate_load_errors(str(config._name_or_path)), torch.device("meta"):
         if head.task is None and isinstance(named[0] if named else None, type):
             model: nn.Module = named[0](config)
         else:
-            model = getattr(transformers, _AUTO_CLASSES[head.task]).from_config(config)
+            model = getattr(transformers, head.spec.auto_class).from_config(config)
     return model.eval()
 
 
@@ -277,18 +275,3 @@ def _fill_parameter(model: nn.Module, group: Sequence[str], found: Mapping[str, 
 
 def _make_parameter(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
-
-
-@contextlib.contextmanager
-def _translate_errors(folder: Path) -> Iterator[None]:
-    """What transformers raises, as one typed line."""
-    try:
-        yield
-    except (LoraKitError, MemoryError):
-        raise
-    except Exception as error:
-        if "trust_remote_code" in str(error):
-            raise BaseModelError(
-                f"{escape_text(folder)}: this model asks to run code of its own, which is never done"
-            ) from None
-        raise BaseModelError(f"{escape_text(folder)}: could not be read: {summarize_error(error)}") from error

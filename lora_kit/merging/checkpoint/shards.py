@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_kit.errors import AdapterError, BaseModelError, format_list
-from lora_kit.io.read import exists, open_regular_file, read_json
+from lora_kit.io.read import exists, open_regular_file, read_json, refuse_lfs_pointer
 from lora_kit.io.text import escape_text
 from lora_kit.merging.checkpoint.bnb_weights import QuantizedWeight, find_quantized_weights
 
@@ -123,9 +123,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 
 def _read_shard(file: Path) -> Shard:
     with _raise_as_base_error(), open_regular_file(file) as (handle, _):
-        start = handle.read(64)
-    if start.startswith(b"version https://git-lfs"):
-        raise BaseModelError(f"{escape_text(file)}: a git-lfs pointer, not the weights", hint="run 'git lfs pull'")
+        refuse_lfs_pointer(handle.read(64), escape_text(file))
     return _load_pickle(file) if file.suffix == ".bin" else _map_safetensors(file)
 
 

@@ -18,10 +18,11 @@ from lora_kit.merging.checkpoint.meta_model import TaskHead
 from lora_kit.merging.merge_report import LogitCheck
 from lora_kit.merging.planned_tensors import WeightedAdapter
 from lora_kit.models.loading import load_base
+from lora_kit.models.tasks import CAUSAL_LM, CLASSIFY, TASK_SPECS
 
 logger = logging.getLogger(__name__)
 
-_LOADING_TASKS: Final = {None: "causal-lm", "CAUSAL_LM": "causal-lm", "SEQ_CLS": "classify"}
+_COMPARABLE_TASKS: Final = (CAUSAL_LM, CLASSIFY)
 _PROBE_ROWS: Final = 2
 _PROBE_LENGTH: Final = 24
 _MARGIN: Final = 3.0
@@ -33,10 +34,10 @@ _FLOOR: Final = 16 * torch.finfo(torch.float32).eps
 def check_logits_comparable(parts: Sequence[WeightedAdapter]) -> None:
     """Raise MergeError where logits cannot be compared."""
     head = TaskHead.of(parts[0].adapter)
-    if head.task not in _LOADING_TASKS:
+    if head.spec.name not in _COMPARABLE_TASKS:
         raise MergeError(
             f"logits of {head.task} are not compared",
-            hint=f"those of {format_list([*filter(None, _LOADING_TASKS)])} are",
+            hint=f"those of {format_list([TASK_SPECS[task].peft_type for task in _COMPARABLE_TASKS])} are",
         )
     if len(parts) > 1 or any(part.weight != 1 for part in parts):
         raise MergeError("logits are compared for one adapter of weight 1", hint="merge these with verify='weights'")
@@ -61,8 +62,8 @@ def check_logits(
     Raises:
         VerificationError: the difference is more than rounding explains.
     """
-    given: dict[str, Any] = {"task": _LOADING_TASKS[head.task]}
-    if given["task"] == "classify":
+    given: dict[str, Any] = {"task": head.spec.name}
+    if given["task"] == CLASSIFY:
         numbers = {label: number for number, label in enumerate(head.labels)}
         given |= {"label2id": numbers} if numbers else {"num_labels": head.num_labels}
     model = load_base(base, **given).model

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lora_kit.errors import AdapterError, VerificationError
-from lora_kit.io.atomic_write import sync_folder
+from lora_kit.io.atomic_write import write_file
 from lora_kit.io.read import read_json
 from lora_kit.io.text import escape_text
 from lora_kit.layers.fold import Retention
@@ -92,13 +92,7 @@ class FinishedFiles:
         if after is not None:
             after.result()
         self._files[name] = {"facts": facts, "retention": [asdict(one) for one in retention]}
-        new = self.folder / f"{_JOURNAL}.new"
-        with new.open("wb") as file:
-            file.write(json.dumps({"key": self._key, "files": self._files}).encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(new, self.folder / _JOURNAL)
-        sync_folder(self.folder)
+        write_file(self.folder / _JOURNAL, json.dumps({"key": self._key, "files": self._files}).encode())
 
 
 def check_read_back(path: Path, expected: Mapping[str, Any]) -> None:

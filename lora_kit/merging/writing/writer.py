@@ -15,12 +15,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from lora_kit.io.safetensors import DTYPES
+from lora_kit.io.safetensors import encode_header
 from lora_kit.layers.fold import Retention
 from lora_kit.merging.checkpoint.bnb_weights import QuantizedWeight
 from lora_kit.merging.checkpoint.shards import INDEX, WEIGHTS
@@ -40,15 +40,6 @@ _CAST_ELEMENTS: Final = 2**18
 """Numbers that are cast at once."""
 _PARALLEL_READS: Final = 2
 """Files that are read back at once: each waits for the disk as long as it takes to hash."""
-_DTYPE_NAMES: Final[dict[torch.dtype, str]] = {
-    **{dtype: name for name, dtype in DTYPES.items()},
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.uint16: "U16",
-    torch.uint32: "U32",
-    torch.uint64: "U64",
-    torch.complex64: "C64",
-}
 
 
 @dataclass
@@ -132,7 +123,8 @@ def _write_file(
 ) -> tuple[FileDigest, list[Retention]]:
     """Write one file; returns its size and sha256, and what became of the deltas in it."""
     retention: list[Retention] = []
-    sink.put(memoryview(_build_header(entries, metadata)))
+    stored = ((name, dtype, shape) for entry in entries for name, (dtype, shape) in entry.stored.items())
+    sink.put(memoryview(encode_header(stored, metadata)))
     for count in _put_tensors(entries, sink, retention):
         meter.advance(count)
     return sink.finish(), retention
@@ -188,18 +180,6 @@ def _split_for_cast(tensor: Tensor | QuantizedWeight) -> Iterator[Tensor]:
 def _view_bytes(tensor: Tensor) -> memoryview:
     data: memoryview = tensor.detach().reshape(-1).view(torch.uint8).numpy().data
     return data
-
-
-def _build_header(entries: Sequence[PlannedTensor], metadata: Mapping[str, str]) -> bytes:
-    """Length and header of a safetensors file, padded to 8 bytes."""
-    fields: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name, (dtype, shape) in (item for entry in entries for item in entry.stored.items()):
-        begin, end = end, end + shape.numel() * dtype.itemsize
-        fields[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _build_index(plan: MergePlan) -> bytes:

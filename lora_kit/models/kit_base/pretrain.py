@@ -3,11 +3,11 @@
     python -m lora_kit.models.kit_base.pretrain stories.txt --work runs/kit-base --minutes 100
 
 Input: any UTF-8 text file (or `.xz`) whose documents are separated by `<|endoftext|>`. Every 40th document is held out.
-Output in `--out`: a folder that `AutoModelForCausalLM.from_pretrained` reads (bf16) and `training.json` with what was
-seen and reached.
+Output in `--out`: a folder that `AutoModelForCausalLM.from_pretrained` reads (bf16) and `training.json` with the
+settings, the tokens trained on and the result.
 
-The schedule follows the share of `--minutes` that has been spent, so a run ends on time on any machine; stop it and
-start the same command again to resume from the last checkpoint in `--work`.
+The schedule follows the share of `--minutes` that has been spent, so a run ends on time on any machine. To resume a
+stopped run from the last checkpoint in `--work`, start the same command again.
 """
 
 from __future__ import annotations
@@ -18,35 +18,46 @@ import lzma
 import math
 import os
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Final, Protocol, TypedDict
 
 import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-SEPARATOR = "<|endoftext|>"
-PAD = "<|pad|>"
-HELD_OUT_EVERY = 40
+SEPARATOR: Final = "<|endoftext|>"
+PAD: Final = "<|pad|>"
+HELD_OUT_EVERY: Final = 40
+STEPS_PER_REPORT: Final = 50
+SECONDS_PER_CHECKPOINT: Final = 300
+QUICK_WINDOWS: Final = 64
+"""Held-out windows that are evaluated at a checkpoint; all of them at the end."""
 # Words with their leading space, single digits, runs of punctuation, white space.
-SPLIT = r" ?\p{L}+(?:'\p{L}+)?| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+SPLIT: Final = r" ?\p{L}+(?:'\p{L}+)?| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is made of.
+    """Settings of a run.
 
     Attributes:
-        vocab_size: entries of the byte-level BPE, specials included.
-        context: tokens per training window, and the longest context of the model.
-        batch: windows per optimiser step.
+        vocab_size: entries of the byte-level BPE, special tokens included.
+        hidden_size: width of the hidden states.
+        intermediate_size: width inside the MLPs.
+        layers: decoder layers.
+        heads: attention heads of a layer.
+        kv_heads: key and value heads of a layer.
+        context: tokens in a training window, and the longest context of the model.
+        batch: windows in an optimizer step.
         minutes: time to spend; learning rates follow the share of it already spent.
-        muon_lr: peak rate of the matrices inside the decoder layers (torch.optim.Muon).
-        adamw_lr: peak rate of embeddings and norms (torch.optim.AdamW).
-        warmup, cooldown: shares of the run with a rising and a falling rate.
+        muon_lr: peak learning rate of the matrices inside the decoder layers (torch.optim.Muon).
+        adamw_lr: peak learning rate of embeddings and norms (torch.optim.AdamW).
+        warmup: share of the run with a rising learning rate.
+        cooldown: share of the run with a falling learning rate.
+        seed: of the initial weights and of the order of the windows.
     """
 
     vocab_size: int = 4096
@@ -65,22 +76,36 @@ class Settings:
     seed: int = 0
 
 
+class Progress(TypedDict):
+    """How far a run is."""
+
+    steps: int
+    tokens: int
+    seconds: float
+
+
+class ForwardPass(Protocol):
+    """A language model, compiled or not."""
+
+    def __call__(self, *, input_ids: torch.Tensor, use_cache: bool) -> CausalLMOutputWithPast: ...
+
+
 def read_documents(path: Path) -> list[str]:
-    """The documents of a text file, stripped, empty ones left out."""
+    """Return the documents of a text file, stripped, without empty ones."""
     opener = lzma.open if path.suffix == ".xz" else open
     with opener(path, "rt", encoding="utf-8") as file:
         return [text for part in file.read().split(SEPARATOR) if (text := part.strip())]
 
 
 def split_documents(documents: list[str]) -> tuple[list[str], list[str]]:
-    """(train, held out): every `HELD_OUT_EVERY`-th document is held out, the last one at least."""
+    """Return (train, held out): every `HELD_OUT_EVERY`-th document is held out, or the last one of a few."""
     held = documents[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or documents[-1:]
     chosen = set(map(id, held))
     return [text for text in documents if id(text) not in chosen], held
 
 
 def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: no text is unknown to it, and decoding returns the text exactly."""
+    """Train a byte-level BPE. It has no unknown tokens, and decoding returns the text exactly."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -107,14 +132,14 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> np.ndarray:
-    """All documents as one uint16 stream, each followed by the separator."""
+    """Return all documents as one stream of ids, each followed by the separator: uint16 (tokens,)."""
     eos = tokenizer.eos_token_id
     encodings = tokenizer.backend_tokenizer.encode_batch_fast(documents, add_special_tokens=False)
     return np.concatenate([np.array([*encoding.ids, eos], dtype=np.uint16) for encoding in encodings])
 
 
 def prepare(text: Path, work: Path, settings: Settings) -> PreTrainedTokenizerFast:
-    """Train the tokenizer and encode the text into `work` once; later calls read what is there."""
+    """Train the tokenizer and encode the text into `work`. Later calls only load the tokenizer from there."""
     done = work / "prepared.json"
     if not done.exists():
         train, held = split_documents(read_documents(text))
@@ -128,7 +153,7 @@ def prepare(text: Path, work: Path, settings: Settings) -> PreTrainedTokenizerFa
 
 
 def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A randomly initialised Llama with tied embeddings; residual outputs start small."""
+    """Return a randomly initialized Llama with tied embeddings, whose residual outputs start small."""
     config = LlamaConfig(
         vocab_size=settings.vocab_size,
         hidden_size=settings.hidden_size,
@@ -151,7 +176,7 @@ def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Llama
 
 
 def build_optimizers(model: LlamaForCausalLM, settings: Settings) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the decoder layers, AdamW for everything else."""
+    """Return Muon for the matrices of the decoder layers, and AdamW for everything else."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     chosen = set(map(id, matrices))
     others = [p for p in model.parameters() if id(p) not in chosen]
@@ -161,13 +186,13 @@ def build_optimizers(model: LlamaForCausalLM, settings: Settings) -> list[torch.
     ]
 
 
-def rate(spent: float, settings: Settings) -> float:
-    """Share of the peak learning rate once `spent` (0 to 1) of the time is gone: rise, plateau, linear fall."""
+def scale_learning_rate(spent: float, settings: Settings) -> float:
+    """Return the share of the peak learning rate after a share `spent` of the time: rise, plateau, linear fall."""
     return min(1.0, spent / settings.warmup, max(0.0, 1.0 - spent) / settings.cooldown)
 
 
 class Windows:
-    """Windows of `context + 1` tokens in a random order, each once per pass, with a new offset every pass."""
+    """Windows of `context + 1` tokens in random order: each once in a pass, with a new offset in every pass."""
 
     def __init__(self, stream: np.ndarray, settings: Settings) -> None:
         self.stream, self.settings = stream, settings
@@ -181,11 +206,12 @@ class Windows:
         self.starts = generator.permutation(np.arange(offset, len(self.stream) - context, context))
 
     def seek(self, epoch: int, cursor: int) -> None:
+        """Go to the window number `cursor` of a pass."""
         self.epoch, self.cursor = epoch, cursor
         self._shuffle()
 
-    def batch(self) -> torch.Tensor:
-        """The next windows: int64 (batch, context + 1)."""
+    def next_batch(self) -> torch.Tensor:
+        """Return the next windows: int64 (batch, context + 1)."""
         if self.cursor + self.settings.batch > len(self.starts):
             self.seek(self.epoch + 1, 0)
         chosen = self.starts[self.cursor : self.cursor + self.settings.batch]
@@ -194,102 +220,146 @@ class Windows:
         return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
-def loss_of(model: Callable[..., Any], windows: torch.Tensor) -> torch.Tensor:
-    """Mean next-token cross-entropy in nats over windows (batch, context + 1)."""
+def compute_loss(model: ForwardPass, windows: torch.Tensor) -> torch.Tensor:
+    """Return the mean next-token cross-entropy in nats over windows (batch, context + 1)."""
     logits = model(input_ids=windows[:, :-1], use_cache=False).logits
+    assert logits is not None
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
 
 
 @torch.no_grad()
-def bits_per_byte(
-    model: Callable[..., Any], held: np.ndarray, held_bytes: int, settings: Settings, most: int = 10**9
+def compute_bits_per_byte(
+    model: ForwardPass,
+    held: np.ndarray,
+    held_bytes: int,
+    settings: Settings,
+    *,
+    max_windows: int | None = None,
+    device: str = "cpu",
 ) -> float:
-    """Bits the model needs per held-out byte, over at most `most` windows spread over the text."""
-    windows = np.arange(0, len(held) - settings.context - 1, settings.context)
-    windows = windows[:: max(1, math.ceil(len(windows) / most))]
+    """Return the bits that the model needs per held-out byte.
+
+    Args:
+        model: on `device`.
+        held: stream of held-out ids, uint16 (tokens,).
+        held_bytes: UTF-8 bytes of the held-out text.
+        settings: of the run.
+        max_windows: how many windows, spread over the text, are evaluated; None for all of them.
+        device: of the model.
+    """
+    starts = np.arange(0, len(held) - settings.context - 1, settings.context)
+    starts = starts[:: max(1, math.ceil(len(starts) / (max_windows or len(starts))))]
     nats = 0.0
-    for start in range(0, len(windows), settings.batch):
-        rows = [held[w : w + settings.context + 1] for w in windows[start : start + settings.batch]]
-        nats += loss_of(model, torch.from_numpy(np.stack(rows).astype(np.int64))).item() * len(rows)
-    return nats / len(windows) / math.log(2) * len(held) / held_bytes
+    for first in range(0, len(starts), settings.batch):
+        rows = [held[start : start + settings.context + 1] for start in starts[first : first + settings.batch]]
+        windows = torch.from_numpy(np.stack(rows).astype(np.int64)).to(device)
+        nats += compute_loss(model, windows).item() * len(rows)
+    return nats / len(starts) / math.log(2) * len(held) / held_bytes
 
 
-def save_state(path: Path, state: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+class PretrainingRun:
+    """A run on encoded text in a folder, which goes on from the folder's checkpoint if there is one.
 
+    Attributes:
+        model: on the device of the run.
+        progress: steps, tokens and seconds so far, those before a resumption included.
+    """
 
-def train(
-    work: Path, tokenizer: PreTrainedTokenizerFast, settings: Settings
-) -> tuple[LlamaForCausalLM, dict[str, Any]]:
-    """Train until the time is spent; returns the model and what was seen."""
-    prepared = json.loads((work / "prepared.json").read_text())
-    stream, held = np.load(work / "train.npy"), np.load(work / "held.npy")
-    windows = Windows(stream, settings)
-    model = build_model(settings, tokenizer)
-    optimizers = build_optimizers(model, settings)
-    progress: dict[str, Any] = {"steps": 0, "tokens": 0, "seconds": 0.0}
-    state_file = work / "state.pt"
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        windows.seek(*state["position"])
-        progress = state["progress"]
-        print(f"resumed at {progress['tokens']:,} tokens")
+    def __init__(self, work: Path, tokenizer: PreTrainedTokenizerFast, settings: Settings) -> None:
+        self._settings, self._checkpoint = settings, work / "state.pt"
+        self._held = np.load(work / "held.npy")
+        self._held_bytes: int = json.loads((work / "prepared.json").read_text())["held_bytes"]
+        self._windows = Windows(np.load(work / "train.npy"), settings)
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = build_model(settings, tokenizer)
+        torch.nn.Module.to(self.model, self._device)
+        self._forward: ForwardPass = torch.compile(self.model)
+        self._optimizers = build_optimizers(self.model, settings)
+        self._peaks = [optimizer.param_groups[0]["lr"] for optimizer in self._optimizers]
+        self._smooth_loss: float | None = None
+        self.progress: Progress = {"steps": 0, "tokens": 0, "seconds": 0.0}
+        if self._checkpoint.exists():
+            self._load_checkpoint()
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.nn.Module.to(model, device)
-    forward = torch.compile(model)
-    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    budget, last, saved_at, smooth = settings.minutes * 60, time.monotonic(), 0.0, 0.0
-    while progress["seconds"] < budget:
-        scale = rate(progress["seconds"] / budget + 1e-4, settings)
-        batch = windows.batch().to(device)
-        with torch.autocast(device, dtype=torch.bfloat16):
-            loss = loss_of(forward, batch)
+    def train(self) -> None:
+        """Train until the time is spent, with a checkpoint every few minutes and at the end."""
+        budget, last, saved_at = self._settings.minutes * 60, time.monotonic(), 0.0
+        while self.progress["seconds"] < budget:
+            scale = scale_learning_rate(self.progress["seconds"] / budget + 1e-4, self._settings)
+            loss, tokens = self._step(scale)
+            now = time.monotonic()
+            self.progress["steps"] += 1
+            self.progress["tokens"] += tokens
+            self.progress["seconds"] += now - last
+            last = now
+            self._smooth_loss = loss if self._smooth_loss is None else 0.98 * self._smooth_loss + 0.02 * loss
+            if self.progress["steps"] % STEPS_PER_REPORT == 0:
+                self._print_progress(scale, budget)
+            if self.progress["seconds"] - saved_at > SECONDS_PER_CHECKPOINT or self.progress["seconds"] >= budget:
+                saved_at = self.progress["seconds"]
+                self._evaluate()
+                self._save_checkpoint()
+                last = time.monotonic()  # the time of a checkpoint is not counted
+
+    def _step(self, scale: float) -> tuple[float, int]:
+        """Take one optimizer step; return its loss in nats and how many tokens it predicted."""
+        batch = self._windows.next_batch().to(self._device)
+        with torch.autocast(self._device, dtype=torch.bfloat16):
+            loss = compute_loss(self._forward, batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, peak in zip(optimizers, peaks, strict=True):
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer, peak in zip(self._optimizers, self._peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * scale
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        now = time.monotonic()
-        progress["steps"] += 1
-        progress["tokens"] += batch[:, 1:].numel()
-        progress["seconds"] += now - last
-        last = now
-        smooth = loss.item() if not smooth else 0.98 * smooth + 0.02 * loss.item()
-        if progress["steps"] % 50 == 0:
-            speed = progress["tokens"] / progress["seconds"]
-            left = (budget - progress["seconds"]) / 60
-            print(
-                f"{progress['tokens']:>12,} tokens  loss {smooth:.3f}  rate {scale:.2f}  "
-                f"{speed:,.0f} tokens/s  {left:.1f} min left",
-                flush=True,
+        return loss.item(), batch[:, 1:].numel()
+
+    def _print_progress(self, scale: float, budget: float) -> None:
+        tokens, seconds = self.progress["tokens"], self.progress["seconds"]
+        print(
+            f"{tokens:>12,} tokens  loss {self._smooth_loss:.3f}  rate {scale:.2f}  "
+            f"{tokens / seconds:,.0f} tokens/s  {(budget - seconds) / 60:.1f} min left",
+            flush=True,
+        )
+
+    def _evaluate(self) -> None:
+        with torch.autocast(self._device, dtype=torch.bfloat16):
+            bits = compute_bits_per_byte(
+                self._forward,
+                self._held,
+                self._held_bytes,
+                self._settings,
+                max_windows=QUICK_WINDOWS,
+                device=self._device,
             )
-        if progress["seconds"] - saved_at > 300 or progress["seconds"] >= budget:
-            saved_at = progress["seconds"]
-            with torch.autocast(device, dtype=torch.bfloat16):
-                quick = bits_per_byte(forward, held, prepared["held_bytes"], settings, most=64)
-            print(f"{progress['tokens']:>12,} tokens  held out {quick:.3f} bits per byte (64 windows)", flush=True)
-            state = {
-                "model": model.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                "position": [windows.epoch, windows.cursor],
-                "progress": progress,
-            }
-            save_state(state_file, state)
-            last = time.monotonic()
-    return model, progress
+        tokens = self.progress["tokens"]
+        print(f"{tokens:>12,} tokens  held out {bits:.3f} bits per byte ({QUICK_WINDOWS} windows)", flush=True)
+
+    def _save_checkpoint(self) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+            "position": [self._windows.epoch, self._windows.cursor],
+            "progress": self.progress,
+        }
+        partial = self._checkpoint.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, self._checkpoint)
+
+    def _load_checkpoint(self) -> None:
+        state = torch.load(self._checkpoint, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self._windows.seek(*state["position"])
+        self.progress = state["progress"]
+        print(f"resumed at {self.progress['tokens']:,} tokens")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path)
-    parser.add_argument("--work", type=Path, required=True, help="where encoded text and checkpoints are kept")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the encoded text and checkpoints")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     for name in ("minutes", "batch", "muon_lr", "adamw_lr", "seed"):
         default = getattr(Settings, name)
@@ -300,16 +370,18 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
 
     tokenizer = prepare(text, work, settings)
-    model, progress = train(work, tokenizer, settings)
+    run = PretrainingRun(work, tokenizer, settings)
+    run.train()
+    model = run.model
     torch.nn.Module.to(model, "cpu", torch.bfloat16).eval()
     prepared = json.loads((work / "prepared.json").read_text())
     held = np.load(work / "held.npy")
     report = {
         **asdict(settings),
-        **progress,
+        **run.progress,
         **prepared,
         "parameters": model.num_parameters(),
-        "bits_per_byte": round(bits_per_byte(model, held, prepared["held_bytes"], settings), 4),
+        "bits_per_byte": round(compute_bits_per_byte(model, held, prepared["held_bytes"], settings), 4),
         "torch": torch.__version__,
     }
     model.generation_config.update(do_sample=False)

@@ -22,8 +22,8 @@ from lora_kit.data.rows import Rows, collect_label_names, read_rows
 from lora_kit.errors import DataError, RecipeError, format_list
 from lora_kit.evaluation.generation_metrics import GenerationTask, build_generation_task, collect_eval_prompts
 from lora_kit.evaluation.metrics import select_generation_metrics
-from lora_kit.models.heads import LABEL_TASKS
 from lora_kit.models.loading import Base
+from lora_kit.models.tasks import LABEL_TASKS
 from lora_kit.targets.fingerprint import fingerprint
 from lora_kit.training.job.base_model import prepare_base
 from lora_kit.training.job.resolve import resolve_recipe
@@ -102,7 +102,7 @@ class Job:
     @property
     def collator(self) -> Collator:
         """What joins samples into batches."""
-        return Collator(self.base.tokenizer.pad_token_id, self.base.decoder_inputs)
+        return Collator(self.base.pad_token_id, self.base.decoder_inputs)
 
     @property
     def measure_options(self) -> dict[str, Any]:

@@ -10,10 +10,9 @@ from lora_kit.adapter.folder import is_adapter_folder
 from lora_kit.errors import RecipeError, StorageError
 from lora_kit.io.atomic_write import check_output, check_path
 from lora_kit.io.text import escape_text
+from lora_kit.names import RECIPE_FILE
 from lora_kit.training.recipe.recipe import Recipe
 
-RECIPE_FILE: Final = "recipe.yaml"
-"""The resolved recipe."""
 METRICS_FILE: Final = "metrics.jsonl"
 """The log, one JSON object a line."""
 REPORT_FILE: Final = "report.html"
@@ -23,7 +22,7 @@ CHAT_TEMPLATE_FILE: Final = "chat_template.jinja"
 
 
 def check_output_writable(recipe: Recipe) -> None:
-    """Refuse an output without a name, or in a place that cannot be written to: before hours of training, not after.
+    """Reject an output without a name, or that cannot be written: before hours of training, not after.
 
     Raises:
         RecipeError: the output has no name.
@@ -41,7 +40,7 @@ def check_output_writable(recipe: Recipe) -> None:
 
 
 def check_output_available(recipe: Recipe, *, replace: bool) -> None:
-    """Refuse an output that exists and may not be replaced, or that overlaps the base's folder.
+    """Reject an output that exists and may not be replaced, or that overlaps the base's folder.
 
     Raises:
         StorageError: what is in the way.

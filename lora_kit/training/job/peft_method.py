@@ -19,17 +19,25 @@ from torch import Tensor, nn
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.folder import CARD, CONFIG, RECORD, WEIGHTS, check_file_names, encode_record, is_adapter_folder
+from lora_kit.adapter.model_card import (
+    format_code,
+    format_front_matter,
+    format_metrics,
+    format_table,
+    render_card,
+    write_peft_loading_code,
+)
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import LoraKitError, RecipeError, VerificationError
 from lora_kit.io.atomic_write import write_folder
-from lora_kit.models.locate import silence_libraries
+from lora_kit.models.silence import silence_libraries
+from lora_kit.models.tasks import CAUSAL_LM, GENERATIVE_TASKS
 from lora_kit.torch_utils import use_eval_mode
 from lora_kit.training.job.job import Job
 from lora_kit.training.loop.length_buckets import split_by_length
 from lora_kit.training.loop.oom_retry import is_out_of_memory
 from lora_kit.training.recipe.coerce import Section
 from lora_kit.training.recipe.peft_config import build_peft_config
-from lora_kit.training.report.peft_card import render_peft_card
 from lora_kit.training.results import TrainedModules
 
 if TYPE_CHECKING:
@@ -103,14 +111,8 @@ class PeftAdapter:
         contents = dict(files)
         check_file_names(contents)
         name = Path(os.path.abspath(folder)).name
-        contents[CARD] = render_peft_card(
-            name,
-            fields,
-            record,
-            elements=sum(tensor.numel() for tensor in tensors.values()),
-            digest=digest,
-            of_ours=lora is not None,
-        )
+        elements = sum(tensor.numel() for tensor in tensors.values())
+        contents[CARD] = _render_card(name, fields, record, elements=elements, digest=digest, is_lora=lora is not None)
         contents[CONFIG] = f"{json.dumps(fields, indent=2, sort_keys=True)}\n".encode()
         contents[WEIGHTS] = weights
         facts = {"base": self._fingerprint, "method": "peft", "peft_type": self._kind}
@@ -184,7 +186,7 @@ def _drop_virtual_token_logits(model: PeftModel, job: Job) -> None:
     batch = {name: tensor.to(job.base.device) for name, tensor in job.collator([job.train[0]]).items()}
     inputs = split_by_length(batch)[0]
     labels = inputs.pop("labels")
-    options = {"use_cache": False} if job.recipe.task in ("causal-lm", "seq2seq") else {}
+    options = {"use_cache": False} if job.recipe.task in GENERATIVE_TASKS else {}
     with use_eval_mode(model), torch.no_grad():
         shape = model(**inputs, **options).logits.shape
     before = 0 if labels.ndim == 1 else shape[1] - labels.shape[1]
@@ -198,7 +200,7 @@ def _drop_virtual_token_logits(model: PeftModel, job: Job) -> None:
 
     if before:
         model.register_forward_hook(drop)
-        if job.recipe.task == "causal-lm":
+        if job.recipe.task == CAUSAL_LM:
             _generate_one_by_one(model)
 
 
@@ -231,6 +233,35 @@ def _convert_to_lora(fields: Section, tensors: Mapping[str, Tensor]) -> Adapter 
         return Adapter(LoraConfig.from_dict(fields), tensors)
     except LoraKitError:
         return None
+
+
+def _render_card(name: str, fields: Section, record: Section, *, elements: int, digest: str, is_lora: bool) -> bytes:
+    """Return the model card.
+
+    Args:
+        fields: of the config.
+        record: of the training, as JSON values.
+        elements: number of values in the adapter's tensors.
+        is_lora: whether it is a LoRA, which a bank loads as well.
+    """
+    base, kind, recipe = fields["base_model_name_or_path"], fields["peft_type"], record["recipe"]
+    options = [(key, json.dumps(value)) for key, value in recipe["peft"].items() if key != "peft_type"]
+    rows = [("base", base), ("peft_type", kind), *options, ("elements", f"{elements:,}"), ("digest", digest)]
+    loading = write_peft_loading_code(
+        base, f"path/to/{name}", task=recipe["task"], labels=len(record.get("labels", ()))
+    )
+    bank = (
+        "A bank of lora_kit loads it as well."
+        if is_lora
+        else "lora_kit's own bank does not load it, and cannot merge it."
+    )
+    card = render_card(
+        name,
+        f"A {kind} adapter that PEFT made, trained with lora_kit (`method: peft`).",
+        format_table([*rows, *format_metrics(record["metrics"])]),
+        f"{format_code(loading)}\nIt is in PEFT's own format. {bank}",
+    )
+    return (format_front_matter(base=base, tag=kind.lower()) + card).encode()
 
 
 def _hash_adapter(fields: Section, weights: bytes) -> str:

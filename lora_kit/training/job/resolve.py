@@ -11,11 +11,12 @@ from lora_kit.data.chat import ChatTemplate
 from lora_kit.data.encode import DEFAULT_MAX_LENGTH
 from lora_kit.data.rows import Rows
 from lora_kit.errors import RecipeError, format_list
-from lora_kit.models.heads import LABEL_TASKS, find_head_modules
+from lora_kit.models.heads import find_head_modules
 from lora_kit.models.loading import Base
 from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR
+from lora_kit.models.tasks import LABEL_TASKS, SEQ2SEQ, TASK_SPECS
 from lora_kit.training.recipe.coerce import Section
-from lora_kit.training.recipe.peft_config import TASK_TYPES, can_save_modules
+from lora_kit.training.recipe.peft_config import can_save_modules
 from lora_kit.training.recipe.recipe import HEAD, DataSpec, Recipe
 
 logger = logging.getLogger(__name__)
@@ -44,10 +45,10 @@ def _resolve_data(recipe: Recipe, rows: Rows, base: Base, template: ChatTemplate
     if length > base.max_length:
         raise RecipeError(f"data.max_length is {length}; the context of {base.name} is {base.max_length} tokens")
     separator = recipe.data.separator
-    if recipe.task == "seq2seq" and separator not in ("", DEFAULT_SEPARATOR):
+    if recipe.task == SEQ2SEQ and separator not in ("", DEFAULT_SEPARATOR):
         raise RecipeError("data.separator is for causal-lm: an encoder reads a prompt as it is", hint="leave it out")
     # Texts have no prompt, so generation must not append a separator; in a chat the template puts one.
-    if rows.format != "completion" or recipe.task == "seq2seq":
+    if rows.format != "completion" or recipe.task == SEQ2SEQ:
         separator = ""
     text = template.text if template else None
     return dataclasses.replace(recipe.data, max_length=length, separator=separator, chat_template=text)
@@ -59,7 +60,7 @@ def _resolve_lora_config(recipe: Recipe, base: Base) -> LoraConfig:
         recipe.lora,
         modules_to_save=_resolve_saved_modules(recipe, base, recipe.lora.modules_to_save),
         base_model_name_or_path=recipe.lora.base_model_name_or_path or base.name,
-        task_type=TASK_TYPES[recipe.task],
+        task_type=TASK_SPECS[recipe.task].peft_type,
     )
 
 

@@ -16,6 +16,7 @@ from lora_kit.layers.parameter import UnstackedLayer
 from lora_kit.layers.saved_module import SavedModule
 from lora_kit.layers.slot_layer import SlotLayer
 from lora_kit.models.heads import find_head_modules
+from lora_kit.models.tasks import CAUSAL_LM
 from lora_kit.training.recipe.coerce import Section
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class LearningRates:
 
     b_ratio: float | None = None
     head: float | None = None
-    task: str = "causal-lm"
+    task: str = CAUSAL_LM
 
     @classmethod
     def of(cls, train: Section, task: str) -> LearningRates:

@@ -13,19 +13,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lora_kit.config.validation import MAX_RANK
 from lora_kit.errors import RecipeError, format_list, suggest_nearest
-from lora_kit.models.locate import silence_libraries
+from lora_kit.models.silence import silence_libraries
+from lora_kit.models.tasks import CAUSAL_LM, TASK_SPECS
 from lora_kit.training.recipe.coerce import Section, coerce_fields, union_members_of
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-
-TASK_TYPES: Final[Mapping[str, str]] = {
-    "causal-lm": "CAUSAL_LM",
-    "classify": "SEQ_CLS",
-    "tokens": "TOKEN_CLS",
-    "seq2seq": "SEQ_2_SEQ_LM",
-}
-"""PEFT's words for the tasks."""
 
 _OWN_LOSS: Final = "its loss has an additional term, which is not computed here"
 _ONE_TASK: Final = "it learns several tasks at once; a recipe has one"
@@ -94,7 +87,7 @@ def parse_peft_section(section: Section, *, packing: bool, checkpointing: bool) 
     if isinstance(values.get("r"), int) and values["r"] > MAX_RANK:
         raise RecipeError(f"peft.r must be at most {MAX_RANK:,}; {values['r']:,} was given")
     parsed = {"peft_type": kind, **values}
-    config = build_peft_config(parsed, task="causal-lm")
+    config = build_peft_config(parsed, task=CAUSAL_LM)
     _check_trainable(kind, config)
     if config.is_prompt_learning:
         _check_virtual_tokens(kind, config, packing=packing, checkpointing=checkpointing)
@@ -117,7 +110,7 @@ def build_peft_config(section: Section, *, task: str) -> PeftConfig:
     fields = {key: _build_nested_config(hints[key], value) for key, value in values.items()}
     try:
         with silence_libraries():
-            return config_class(task_type=TASK_TYPES[task], **fields)
+            return config_class(task_type=TASK_SPECS[task].peft_type, **fields)
     except (ValueError, TypeError, ImportError, AttributeError, KeyError, RuntimeError) as error:
         raise RecipeError(f"peft: {section['peft_type']}: {' '.join(str(error).split())}") from None
 

@@ -13,9 +13,9 @@ import yaml
 
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import RecipeError
-from lora_kit.models.loading import TASKS
 from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR
 from lora_kit.models.quantization import QUANTIZATIONS
+from lora_kit.models.tasks import CAUSAL_LM, TASKS
 from lora_kit.training.recipe.coerce import Section, as_json, check_one_of
 from lora_kit.training.recipe.peft_config import parse_peft_section
 from lora_kit.training.recipe.training_arguments import (
@@ -93,7 +93,7 @@ class Recipe:
     base: str
     data: DataSpec
     out: str
-    task: str = "causal-lm"
+    task: str = CAUSAL_LM
     method: str = "lora"
     lora: LoraConfig = field(default_factory=LoraConfig)
     peft: Section = field(default_factory=dict)
@@ -127,7 +127,7 @@ class Recipe:
     def _check_data(self) -> None:
         if not self.base.strip() or not self.out.strip() or not self.data.train.strip():
             raise RecipeError("base, out and data.train must not be empty")
-        if self.data.packing and self.task != "causal-lm":
+        if self.data.packing and self.task != CAUSAL_LM:
             raise RecipeError(f"data.packing is for task causal-lm; the task is {self.task}")
         if self.data.max_length is not None and self.data.max_length < 2:
             raise RecipeError(f"data.max_length must be at least 2; {self.data.max_length} was given")

@@ -11,7 +11,7 @@ import torch
 
 from lora_kit.errors import ConfigError, RecipeError
 from lora_kit.evaluation.metrics import METRICS, validate_metrics
-from lora_kit.models.locate import silence_libraries
+from lora_kit.models.silence import silence_libraries
 from lora_kit.training.recipe.coerce import Section, check_known_keys, coerce_value
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lora_kit.training.report.peft_card import write_peft_loading_code
+from lora_kit.adapter.model_card import write_bank_loading_code, write_base_loading_code, write_peft_loading_code
+from lora_kit.models.tasks import GENERATIVE_TASKS
 from lora_kit.training.report.plots import Curve, Mark, chart
 from lora_kit.training.report.samples import AnsweredSample
 from lora_kit.training.results import LogEntry, TrainReport
@@ -182,11 +183,9 @@ def _render_loading(report: TrainReport, num_labels: int) -> str:
 
 def _write_adapter_loading(report: TrainReport, num_labels: int) -> tuple[str, ...]:
     recipe, out = report.recipe, str(report.out)
-    task = "" if recipe.task == "causal-lm" else f", task={recipe.task!r}"
-    task += f", num_labels={num_labels}" if num_labels else ""
     python = (
-        f"import lora_kit as lk\n\nbase = lk.load_base({recipe.base!r}{task})\nbank = lk.attach(base.model)\n"
-        f"bank.load({recipe.name!r}, {out!r})\nbank.use({recipe.name!r})    # bank.use(None): the base again"
+        f"import lora_kit as lk\n\n{write_base_loading_code(recipe.base, task=recipe.task, labels=num_labels)}\n"
+        f"{write_bank_loading_code(recipe.name, out, model='base.model')}    # bank.use(None): the base again"
     )
     if num_labels:
         return python, f"lora-kit eval --adapter {shlex.quote(out)} --data rows.jsonl"
@@ -200,9 +199,10 @@ def _write_peft_loading(report: TrainReport, num_labels: int) -> tuple[str, ...]
 
 def _write_model_loading(report: TrainReport, num_labels: int) -> tuple[str, ...]:
     recipe, out = report.recipe, str(report.out)
-    task = "" if recipe.task == "causal-lm" else f", task={recipe.task!r}"
-    python = f"import lora_kit as lk\n\nbase = lk.load_base({out!r}{task})    # base.model, base.tokenizer"
-    verb = "generate --prompt '…'" if recipe.task in ("causal-lm", "seq2seq") else "eval --data rows.jsonl"
+    python = (
+        f"import lora_kit as lk\n\n{write_base_loading_code(out, task=recipe.task)}    # base.model, base.tokenizer"
+    )
+    verb = "generate --prompt '…'" if recipe.task in GENERATIVE_TASKS else "eval --data rows.jsonl"
     return python, f"lora-kit {verb} --base {shlex.quote(out)}"
 
 

@@ -8,10 +8,11 @@ from typing import Final
 
 import torch
 
-from lora_kit.data.batches import GENERATIVE_KINDS, IGNORE_INDEX, LABEL, TARGET, EncodedDataset
+from lora_kit.data.batches import IGNORE_INDEX, EncodedDataset
 from lora_kit.evaluation.forward import run_forward
 from lora_kit.generation.decoding import Sampling, decode_ids, generate_batch
 from lora_kit.generation.prompts import EncodedPrompt, end_tokens_of
+from lora_kit.models.tasks import GENERATIVE_KINDS, LABEL, SEQ2SEQ, TARGET
 from lora_kit.torch_utils import use_eval_mode
 from lora_kit.training.job.job import Job
 
@@ -61,7 +62,7 @@ class _SamplePrompt:
 class SampleAnswers:
     """The answers of a job's model to some validation samples: greedy, so that they repeat from run to run.
 
-    There are none without validation rows, and none for labels of words.
+    Empty without validation rows, and for labels of words.
     """
 
     def __init__(self, job: Job) -> None:
@@ -97,7 +98,7 @@ class SampleAnswers:
         base = self._job.base
         prompts = [EncodedPrompt(sample.prompt, sample.ids, sample.end_tokens) for sample in self._prompts]
         limit = MAX_ANSWER_TOKENS
-        if base.task != "seq2seq":
+        if base.task != SEQ2SEQ:
             limit = min(limit, base.max_length - max(len(prompt.ids) for prompt in prompts))
         answers = generate_batch(base, prompts, sampling=Sampling(max_new_tokens=limit), limit=limit)
         return [answer.text for answer in answers]

@@ -1,0 +1,76 @@
+"""The tasks: what each is called here, in PEFT and in transformers, and what its model predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+CAUSAL_LM: Final = "causal-lm"
+CLASSIFY: Final = "classify"
+TOKENS: Final = "tokens"
+SEQ2SEQ: Final = "seq2seq"
+
+NEXT, LABEL, WORD, TARGET = "token", "label", "word", "target"
+"""Kinds of samples: each token is the label of the position before it; one label for the whole text; a label on the
+first token of each word; an input for an encoder and the tokens that a decoder is to generate."""
+GENERATIVE_KINDS: Final = (NEXT, TARGET)
+"""The kinds whose labels are tokens that a model generates."""
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """What one task is called in each place, and what its model predicts.
+
+    Attributes:
+        name: the `task` of a recipe and of `load_base`.
+        peft_type: the `task_type` of an adapter's config.
+        auto_class: transformers' class that loads a base with the head of this task.
+        architecture_suffix: how the names of its model classes end, as in `architectures` of a base's config.
+        sample_kind: what its samples have as labels: `NEXT`, `LABEL`, `WORD` or `TARGET`.
+    """
+
+    name: str
+    peft_type: str
+    auto_class: str
+    architecture_suffix: str
+    sample_kind: str
+
+    @property
+    def is_generative(self) -> bool:
+        """Whether the model generates text. Otherwise it predicts labels that have names."""
+        return self.sample_kind in GENERATIVE_KINDS
+
+
+TASK_SPECS: Final[Mapping[str, TaskSpec]] = MappingProxyType(
+    {
+        spec.name: spec
+        for spec in (
+            TaskSpec(CAUSAL_LM, "CAUSAL_LM", "AutoModelForCausalLM", "ForCausalLM", NEXT),
+            TaskSpec(CLASSIFY, "SEQ_CLS", "AutoModelForSequenceClassification", "ForSequenceClassification", LABEL),
+            TaskSpec(TOKENS, "TOKEN_CLS", "AutoModelForTokenClassification", "ForTokenClassification", WORD),
+            TaskSpec(SEQ2SEQ, "SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM", "ForConditionalGeneration", TARGET),
+        )
+    }
+)
+"""A decoder continues a text; one label for a text; one label for each word; an encoder reads a text and a decoder
+generates another. By name."""
+
+TASKS: Final = tuple(TASK_SPECS)
+GENERATIVE_TASKS: Final = tuple(spec.name for spec in TASK_SPECS.values() if spec.is_generative)
+"""Tasks whose models generate text."""
+LABEL_TASKS: Final = tuple(spec.name for spec in TASK_SPECS.values() if not spec.is_generative)
+"""Tasks whose labels have names. A checkpoint need not have the head that predicts them."""
+_BY_PEFT_TYPE: Final = {spec.peft_type: spec for spec in TASK_SPECS.values()}
+
+
+def find_task_by_peft_type(peft_type: str | None) -> TaskSpec | None:
+    """Return the task that PEFT calls `peft_type`; None where no task is called so."""
+    return _BY_PEFT_TYPE.get(peft_type or "")
+
+
+def infer_task_from_architecture(architecture: str) -> TaskSpec:
+    """Return the task of a model class of transformers by the end of its name; `causal-lm` where none matches."""
+    matching = (spec for spec in TASK_SPECS.values() if architecture.endswith(spec.architecture_suffix))
+    return next(matching, TASK_SPECS[CAUSAL_LM])

@@ -1,0 +1,13 @@
+"""Names that several rooms share. No import of torch here: the command line shows them in its help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+DEFAULT_STORE: Final = Path("adapters")
+"""The adapter store: the folder, in the working directory, in which adapters are looked up by name."""
+KIT_BASE: Final = "kit-base"
+"""The base model that is part of the package, see `lora_kit.models.kit_base`."""
+RECIPE_FILE: Final = "recipe.yaml"
+"""The recipe in a folder that a training or a preparation of data wrote."""
