@@ -11,10 +11,10 @@ from lora_kit.data.chat import ChatTemplate
 from lora_kit.data.encode import DEFAULT_MAX_LENGTH
 from lora_kit.data.rows import Rows
 from lora_kit.errors import RecipeError, format_list
-from lora_kit.models.heads import LABEL_TASKS, find_head_modules
+from lora_kit.models.heads import find_head_modules
 from lora_kit.models.loading import Base
 from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR
-from lora_kit.models.tasks import SEQ2SEQ, TASK_SPECS
+from lora_kit.models.tasks import LABEL_TASKS, SEQ2SEQ, TASK_SPECS
 from lora_kit.training.recipe.coerce import Section
 from lora_kit.training.recipe.peft_config import can_save_modules
 from lora_kit.training.recipe.recipe import HEAD, DataSpec, Recipe
