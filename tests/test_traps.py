@@ -30,7 +30,7 @@ from lora_kit.data.encode import encode
 from lora_kit.data.rows import read_rows
 from lora_kit.errors import AdapterError, BaseModelError, DataError, LoraKitError, TargetError, VerificationError
 from lora_kit.evaluation.measure import measure
-from lora_kit.generation.prompts import template_of
+from lora_kit.generation.prompts import find_template
 from lora_kit.models.loading import load_base
 from lora_kit.models.prompt_tokens import tokenize_prompt
 from lora_kit.ops.lora import lora_add, lora_linear
@@ -188,7 +188,7 @@ def template_is_kept(folder: Path) -> None:
     recipe["data"] = {"train": recipe["data"]["train"], "max_length": 60}
     base = base_of()
     base.tokenizer.chat_template = TURNS
-    found = template_of(Adapter.load(train(recipe, base=base).out))
+    found = find_template(Adapter.load(train(recipe, base=base).out))
     assert found is not None
     assert found.text == TURNS
 
@@ -397,14 +397,16 @@ TRAPS = (
     Trap(
         end_is_learned,
         (
-            Mistake("data.encode:_append_eos", "[*ids, eos]", "ids"),
+            Mistake("data.row_encoders:_append_eos", "[*ids, eos]", "ids"),
             Mistake(
                 "data.batches:Collator.__call__",
                 "padding_value=IGNORE_INDEX)",
                 "padding_value=IGNORE_INDEX).masked_fill(pad_sequence(ids, True) == self.pad_token_id, IGNORE_INDEX)",
             ),
             Mistake(
-                "data.chat:ChatEncoder._sample", "piece[::-1].index(self._end)", "piece[::-1].index(self._end) - 1"
+                "data.chat:ChatEncoder._encode_whole",
+                "piece[::-1].index(self._end)",
+                "piece[::-1].index(self._end) - 1",
             ),
         ),
     ),
@@ -419,21 +421,23 @@ TRAPS = (
         response_is_kept,
         (
             Mistake(
-                "data.encode:_encode_completions", "prompt[max(0, len(prompt) - room) :]", "prompt[: max(0, room)]"
+                "data.row_encoders:encode_completions",
+                "prompt[max(0, len(prompt) - budget) :]",
+                "prompt[: max(0, budget)]",
             ),
-            Mistake("data.encode:_encode_completions", "_append_eos(written, tokenizer.eos_token_id)", "written[:4]"),
-            Mistake("data.encode:_encode_completions", "len(prefix) - len(completion)", "len(prefix)"),
+            Mistake("data.row_encoders:encode_completions", "_append_eos(raw_completion, eos)", "raw_completion[:4]"),
+            Mistake("data.row_encoders:encode_completions", "len(prefix) - len(completion)", "len(prefix)"),
         ),
     ),
     Trap(
         nothing_to_learn,
-        (Mistake("data.encode:encode", "if found.faults:", "if False:"),),
+        (Mistake("data.encode:encode_rows", "if result.faults:", "if False:"),),
     ),
     Trap(
         only_answers,
         (
-            Mistake("data.chat:ChatEncoder._sample", "[False] * (len(piece) - until)", "[True] * (len(piece) - until)"),
-            Mistake("data.chat:ChatEncoder._pieces", "len(before)], False", "len(before)], True"),
+            Mistake("data.chat:ChatEncoder._encode_whole", "[False] * (len", "[True] * (len"),
+            Mistake("data.chat:ChatEncoder._render_pieces", "len(before)], False", "len(before)], True"),
         ),
     ),
     Trap(

@@ -110,9 +110,9 @@ def _show_progress() -> Iterator[EvalProgress]:
 
 
 def _show_eval_report(report: EvalReport, out: Path | None) -> None:
-    from lora_kit.evaluation.eval_report import metric_names_of
+    from lora_kit.evaluation.eval_report import collect_metric_names
 
-    names = metric_names_of(report.results)
+    names = collect_metric_names(report.results)
     print_table(
         ("", *names), [(each.name, *(f"{each.metrics[name]:.4f}" for name in names)) for each in report.results]
     )

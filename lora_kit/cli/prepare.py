@@ -16,7 +16,7 @@ from lora_kit.io.text import escape_for_terminal
 from lora_kit.names import KIT_BASE
 
 if TYPE_CHECKING:
-    from lora_kit.data.preparation.prepare import Preparation, PreparedFile
+    from lora_kit.data.preparation.prepared_folder import Preparation, PreparedFile
 
 _BAR_WIDTH: Final = 40
 """Characters of the longest bar of a histogram."""

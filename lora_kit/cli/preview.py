@@ -45,8 +45,9 @@ def preview(recipe: Path, /, *, row: int = 1, validation: Annotated[bool, Parame
 def _load_sample(path: Path, row: int, side: str) -> tuple[Tokenizer, EncodedDataset, str | None]:
     """Return the tokenizer of a recipe, the samples of one of its rows, and the label of that row, if there is one."""
     from lora_kit.data.chat import chat_template
-    from lora_kit.data.encode import DEFAULT_MAX_LENGTH, encode
+    from lora_kit.data.encode import encode_rows
     from lora_kit.data.rows import collect_label_names, read_rows
+    from lora_kit.data.sample_format import DEFAULT_MAX_LENGTH, SampleFormat
     from lora_kit.models.loading import load_input_spec
     from lora_kit.training.recipe.load import load_recipe
 
@@ -63,15 +64,14 @@ def _load_sample(path: Path, row: int, side: str) -> tuple[Tokenizer, EncodedDat
     if rows.format == "chat":
         template = chat_template(recipe.data.chat_template, tokenizer, base=recipe.base)
     names = collect_label_names(read_rows(recipe.data.train)) if any(rows.labels) else ()
-    samples = encode(
-        rows.only([row - 1]),
-        tokenizer,
+    sample_format = SampleFormat(
         max_length=recipe.data.max_length or min(limit, DEFAULT_MAX_LENGTH),
         separator=recipe.data.separator,
         template=template,
         label2id={name: number for number, name in enumerate(names)},
         task=recipe.task,
     )
+    samples = encode_rows(rows.only([row - 1]), tokenizer, sample_format)
     return tokenizer, samples, " ".join(map(str, rows.labels[row - 1])) or None
 
 

@@ -1,4 +1,4 @@
-"""Samples, ready for a model: tokens with their labels, one after another in memory, and padded batches of them."""
+"""Samples that a model can be trained on: tokens with their labels, and padded batches of them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch.nn.utils.rnn import pad_sequence
 from lora_kit.models.tasks import LABEL, TARGET
 
 IGNORE_INDEX: Final = -100
-"""The label of a position on which no loss is taken."""
+"""The label of a position without a loss."""
 
 
 @dataclass(frozen=True)
 class EncodedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Samples ready to be put into batches.
+    """Samples, stored one after another.
 
     Attributes:
-        ids: the tokens of all samples, one after another: int32 (tokens,).
-        offsets: where each sample begins, and the end: int64 (samples + 1,).
-        labels: of all samples, one after another, `IGNORED` where there is no loss: int32 (labels,).
-        kind: `token` or `word`, where each token has a label; `label`, where each sample has one; `target`, where each
-            sample has as many as a decoder is to write.
-        label_offsets: where the labels of each sample begin, and the end: int64 (samples + 1,).
+        ids: tokens of all samples: int32 (tokens,).
+        offsets: index of the first token of each sample, and the number of tokens: int64 (samples + 1,).
+        labels: labels of all samples, `IGNORE_INDEX` where there is no loss: int32 (labels,).
+        kind: `token` or `word`: one label for each token; `label`: one for each sample; `target`: one for each token
+            that a decoder shall write.
+        label_offsets: index of the first label of each sample, and the number of labels: int64 (samples + 1,).
     """
 
     ids: Tensor
@@ -39,7 +39,7 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """`input_ids` int64 (length,), and `labels`: int64 (labels,), or () for a label of the whole text."""
+        """Return `input_ids`, int64 (length,), and `labels`, int64 (labels,), or () for a label of the whole text."""
         labels = self.labels[_slice_at(self.label_offsets, index)].long()
         return {
             "input_ids": self.ids[_slice_at(self.offsets, index)].long(),
@@ -51,17 +51,17 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens of each sample, without those that a decoder is to write: int64 (samples,)."""
+        """Tokens of each sample, without those that a decoder shall write: int64 (samples,)."""
         return self.offsets.diff()
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all samples, with those that a decoder is to write."""
+        """Tokens of all samples, with those that a decoder shall write."""
         return len(self.ids) + (len(self.labels) if self.kind == TARGET else 0)
 
     @property
     def num_labels(self) -> int:
-        """Positions on which a loss is taken: tokens that are written, words, or texts."""
+        """Positions with a loss: tokens to be written, words, or texts."""
         return int((self.labels != IGNORE_INDEX).sum())
 
 
@@ -70,7 +70,7 @@ def _slice_at(offsets: Tensor, index: int) -> slice:
 
 
 def join_samples(samples: Sequence[tuple[Sequence[int], Sequence[int]]], *, kind: str) -> EncodedDataset:
-    """Samples of (tokens, labels) as one data set."""
+    """Return samples of (tokens, labels) as one data set."""
     return EncodedDataset(
         ids=torch.tensor([token for ids, _ in samples for token in ids], dtype=torch.int32),
         offsets=_compute_offsets([len(ids) for ids, _ in samples]),
@@ -86,35 +86,37 @@ def _compute_offsets(lengths: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads on the right to the longest sample: `input_ids`, `attention_mask` and `labels`, as transformers takes them.
+    """Pads samples on the right to the longest: `input_ids`, `attention_mask` and `labels`, as transformers takes them.
 
-    Padding is known by its place, not by its id, so a pad token that is also the EOS does no harm.
+    Padding is recognized by its position, not by its id, so the pad token may also be the EOS.
 
     Attributes:
-        pad_token_id: what is put there.
-        decoder_inputs: for samples of the kind `target`: what the decoder reads, given the labels.
+        pad_token_id: the token of padding.
+        decoder_inputs: for samples of the kind `target`: returns what the decoder reads, given the labels.
     """
 
     pad_token_id: int
     decoder_inputs: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """All int64: (rows, longest); `labels` (rows,) where each text has one, and (rows, longest of them) for a
-        decoder, with `decoder_input_ids` of that shape. Rows of several samples keep their `position_ids`; a model is
-        to be given those in place of the mask."""
+        """Return a batch, all int64 (rows, longest).
+
+        `labels` are (rows,) if each text has one label, and (rows, longest target) for a decoder, with
+        `decoder_input_ids` of that shape. Packed rows keep their `position_ids`; give a model those in place of the
+        mask.
+        """
         ids = [sample["input_ids"] for sample in samples]
         labels = [sample["labels"] for sample in samples]
-        whole = labels[0].ndim == 0
         batch = {
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
             "labels": torch.stack(labels)
-            if whole
+            if labels[0].ndim == 0
             else pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
         }
         if self.decoder_inputs is not None:
             batch["decoder_input_ids"] = self.decoder_inputs(batch["labels"])
         if "position_ids" in samples[0]:
-            # Padding begins a sample of its own with every token.
+            # Positions of 0: every token of padding begins a sample of its own.
             batch["position_ids"] = pad_sequence([sample["position_ids"] for sample in samples], batch_first=True)
         return batch

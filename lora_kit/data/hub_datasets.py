@@ -1,6 +1,6 @@
 """Data sets of the hub as records, through `datasets`: `owner/name`, `owner/name:split`, `owner/name/config:split`.
 
-A file that is here is always meant first. Code that comes with a data set is never run.
+A file that exists here always takes precedence. Code that comes with a data set is never run.
 """
 
 from __future__ import annotations
@@ -9,57 +9,64 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
-from lora_kit.data.readers import READABLE_SUFFIXES, Contents, resolve_class_names
+from lora_kit.data.readers import READABLE_SUFFIXES
+from lora_kit.data.records import Contents
+from lora_kit.data.tables import resolve_class_names
 from lora_kit.errors import DataError
 from lora_kit.models.silence import silence_datasets
 
+if TYPE_CHECKING:
+    from datasets import Dataset  # type: ignore[import-untyped]
+
 _DATASET_NAME: Final = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:/(\w[\w.-]*))?(?::([^/]+))?")
+_REQUEST_TIMEOUT: Final = 10
+"""Seconds."""
 
 
-def is_dataset(given: Path) -> bool:
-    """Whether a name is one of a data set: not that of a file or a folder here, and not like one."""
-    name = _DATASET_NAME.fullmatch(str(given))
-    if name is None or given.exists() or Path(given.parts[0]).exists():
+def is_dataset(path: Path) -> bool:
+    """Return whether a path names a data set: it reads like one, and no file or folder here has that name."""
+    name = _DATASET_NAME.fullmatch(str(path))
+    if name is None or path.exists() or Path(path.parts[0]).exists():
         return False
     return Path(name[1]).suffix.lower() not in READABLE_SUFFIXES
 
 
-def read_dataset(given: Path, *, split: str) -> Contents:
-    """The rows of a data set, numbered from 1.
+def read_dataset(path: Path, *, split: str) -> Contents:
+    """Read the rows of a data set, numbered from 1.
 
     Args:
-        given: a name for which `is_dataset` holds.
-        split: where the name holds none.
+        path: a name for which `is_dataset` holds.
+        split: the split to read if the name holds none.
 
     Raises:
-        DataError: it cannot be read; says what was tried.
+        DataError: the data set cannot be read; the message says what was tried.
     """
-    name = _DATASET_NAME.fullmatch(str(given))
+    name = _DATASET_NAME.fullmatch(str(path))
     assert name is not None
     repository, config, split = name[1], name[2], name[3] or split
-    tried = f"{given}: no such file here, and no data set of the hub that can be read"
     try:
         with silence_datasets():
-            found = _load_split(repository, config, split)
+            dataset = _load_split(repository, config, split)
     except Exception as error:  # whatever datasets and the network raise
-        told = " ".join(str(error).split()) or type(error).__name__
-        what = f"{repository}, {f'config {config}, ' if config else ''}split {split}"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        tried = f"{repository}, {f'config {config}, ' if config else ''}split {split}"
         hint = "owner/name:split or owner/name/config:split; what was read once needs no network (HF_HUB_OFFLINE=1)"
-        raise DataError(f"{tried} ({what}): {told}", hint=hint) from None
-    rows = resolve_class_names(found.to_list(), found.features)
+        message = f"{path}: no such file here, and no data set of the hub that can be read ({tried}): {reason}"
+        raise DataError(message, hint=hint) from None
+    rows = resolve_class_names(dataset.to_list(), dataset.features)
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
     return Contents(list(enumerate(rows, start=1)), [], digest.hexdigest())
 
 
-def _load_split(repository: str, config: str | None, split: str) -> Any:
-    from datasets import load_dataset  # type: ignore[import-untyped]
+def _load_split(repository: str, config: str | None, split: str) -> Dataset:
+    from datasets import load_dataset
     from huggingface_hub import HfApi, constants
 
     if not constants.HF_HUB_OFFLINE:
-        # One request with a time limit, before anything that would try again and again.
-        HfApi().dataset_info(repository, timeout=10)
+        # One request with a time limit first: load_dataset retries for minutes when the hub cannot be reached.
+        HfApi().dataset_info(repository, timeout=_REQUEST_TIMEOUT)
     return load_dataset(repository, config, split=split)

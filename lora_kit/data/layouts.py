@@ -1,10 +1,10 @@
-"""What the columns of a file mean: layouts that people write, and the five formats that are trained on.
+"""Layouts: which columns a file has, and which of the five training formats its rows become.
 
 layout                             format       value of a row
 prompt, completion                 completion   (prompt, completion)
-instruction, [input], output       completion   (instruction, an empty line and the input if there is one; output)
+instruction, [input], output       completion   (instruction, then an empty line and the input if any; output)
 messages: [{role, content}]        chat         (((role, content), …),)
-conversations: [{from, value}]     chat         the same; `system` beside it is the first message
+conversations: [{from, value}]     chat         the same; the first message may be in a column of its own, `system`
 text, label                        label        (text, label)
 words, labels                      words        ((word, …), (label, …))
 tokens, ner_tags                   words        the same
@@ -17,13 +17,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from lora_kit.data.readers import BAD, EMPTY
+from lora_kit.data.records import BAD, EMPTY, Row
 from lora_kit.errors import format_list
 from lora_kit.models.tasks import CAUSAL_LM, CLASSIFY, SEQ2SEQ, TOKENS
 
-Row = Mapping[str, Any]
 Message = tuple[str, str]
 """Role and content."""
+RowValue = tuple[Any, ...]
+"""A row in its format; the table above lists its values."""
 
 FORMATS: Final[Mapping[str, tuple[str, ...]]] = {
     CAUSAL_LM: ("completion", "chat", "text"),
@@ -31,9 +32,9 @@ FORMATS: Final[Mapping[str, tuple[str, ...]]] = {
     TOKENS: ("words",),
     SEQ2SEQ: ("completion",),
 }
-"""The formats that each task is trained on."""
+"""The formats that each task can be trained on."""
 
-ROLES: Final = ("system", "user", "assistant")
+_ROLES: Final[Mapping[str, str]] = {"system": "system", "user": "user", "assistant": "assistant"}
 _SHAREGPT_ROLES: Final[Mapping[str, str]] = {
     "system": "system",
     "human": "user",
@@ -42,44 +43,44 @@ _SHAREGPT_ROLES: Final[Mapping[str, str]] = {
     "assistant": "assistant",
 }
 _UNSUPPORTED_KEYS: Final = ("tool_calls", "function_call", "weight", "tool_call_id")
-"""Keys of a message that change what it says or whether it is trained on, so that they cannot be passed over."""
+"""Keys that change what a message says or whether it is trained on, so ignoring them would be wrong."""
 
 
 class RowError(ValueError):
-    """A row that is not of its layout.
+    """A row that does not match its layout.
 
     Attributes:
-        kind: `bad`, or `empty` where all that is wrong is that a text is not there.
+        kind: `bad`, or `empty` if the only fault is a missing text.
     """
 
-    def __init__(self, what: str, *, kind: str = BAD) -> None:
-        super().__init__(what)
+    def __init__(self, message: str, *, kind: str = BAD) -> None:
+        super().__init__(message)
         self.kind = kind
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Columns that are found together.
+    """Columns that belong together.
 
     Attributes:
-        name: what people call them.
-        keys: those that must be there.
-        format: what the rows become: `completion`, `chat`, `label`, `words` or `text`.
-        read: the value of a row in that format; raises RowError.
-        optional: further keys that are read if they are there.
+        name: the common name of the layout.
+        keys: the columns that every row must have.
+        format: the format of the rows: `completion`, `chat`, `label`, `words` or `text`.
+        read: converts a row to that format; raises RowError.
+        optional: further columns that are read if they are there.
     """
 
     name: str
     keys: tuple[str, ...]
     format: str
-    read: Callable[[Row], tuple[Any, ...]]
+    read: Callable[[Row], RowValue]
     optional: tuple[str, ...] = ()
 
-    def value(self, row: Row) -> tuple[Any, ...]:
-        """A row in the format of the layout.
+    def convert(self, row: Row) -> RowValue:
+        """Convert a row to the format of the layout.
 
         Raises:
-            RowError: it is not one.
+            RowError: the row does not match the layout.
         """
         missing = [key for key in self.keys if key not in row]
         if missing:
@@ -87,16 +88,17 @@ class Layout:
         return self.read(row)
 
 
-def layout_of(keys: Sequence[str]) -> Layout | None:
-    """The first layout all of whose keys are there."""
+def find_layout(keys: Sequence[str]) -> Layout | None:
+    """Return the first layout of which all required keys are present, or None."""
     return next((layout for layout in LAYOUTS if set(layout.keys) <= set(keys)), None)
 
 
-def _read_string(name: str, value: Any) -> str:
-    """A text with something other than white space in it."""
-    if value is None or (isinstance(value, str) and not value.strip()):
-        what = f"{name} is empty" if value is not None else f"{name} must be a string; NoneType was given"
-        raise RowError(what, kind=EMPTY)
+def _read_string(name: str, value: object) -> str:
+    """Return a text that holds more than white space."""
+    if value is None:
+        raise RowError(f"{name} must be a string; NoneType was given", kind=EMPTY)
+    if isinstance(value, str) and not value.strip():
+        raise RowError(f"{name} is empty", kind=EMPTY)
     if not isinstance(value, str):
         raise RowError(f"{name} must be a string; {type(value).__name__} was given")
     try:
@@ -106,8 +108,8 @@ def _read_string(name: str, value: Any) -> str:
     return value
 
 
-def _read_optional_string(name: str, value: Any) -> str:
-    """A text, or an empty string where there is none."""
+def _read_optional_string(name: str, value: object) -> str:
+    """Return a text, or an empty string if there is none."""
     return "" if value is None or value == "" else _read_string(name, value)
 
 
@@ -116,16 +118,16 @@ def _read_completion(row: Row) -> tuple[str, str]:
 
 
 def _read_instruction(row: Row) -> tuple[str, str]:
-    given = _read_optional_string("input", row.get("input"))
+    context = _read_optional_string("input", row.get("input"))
     instruction = _read_string("instruction", row["instruction"])
-    return f"{instruction}\n\n{given}" if given else instruction, _read_string("output", row["output"])
+    return f"{instruction}\n\n{context}" if context else instruction, _read_string("output", row["output"])
 
 
 def _read_labeled_text(row: Row) -> tuple[str, str | int]:
     return _read_string("text", row["text"]), _read_label("label", row["label"])
 
 
-def _read_label(name: str, value: Any) -> str | int:
+def _read_label(name: str, value: object) -> str | int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     if value is not None and not isinstance(value, str):
@@ -133,15 +135,15 @@ def _read_label(name: str, value: Any) -> str | int:
     return _read_string(name, value)
 
 
-def _read_tagged_words(row: Row, words: str, labels: str) -> tuple[tuple[str, ...], tuple[str | int, ...]]:
-    given, tags = _read_list(row, words), _read_list(row, labels)
-    if len(given) != len(tags):
-        raise RowError(f"{len(given)} {words} and {len(tags)} {labels}; each word has one")
-    if not given:
-        raise RowError(f"{words} is empty", kind=EMPTY)
+def _read_tagged_words(row: Row, words_key: str, labels_key: str) -> tuple[tuple[str, ...], tuple[str | int, ...]]:
+    words, labels = _read_list(row, words_key), _read_list(row, labels_key)
+    if len(words) != len(labels):
+        raise RowError(f"{len(words)} {words_key} and {len(labels)} {labels_key}; each word has one")
+    if not words:
+        raise RowError(f"{words_key} is empty", kind=EMPTY)
     return (
-        tuple(_read_string(f"{words} {number}", item) for number, item in given),
-        tuple(_read_label(f"{labels} {number}", item) for number, item in tags),
+        tuple(_read_string(f"{words_key} {number}", item) for number, item in words),
+        tuple(_read_label(f"{labels_key} {number}", item) for number, item in labels),
     )
 
 
@@ -158,37 +160,37 @@ def _read_plain_text(row: Row) -> tuple[str]:
 
 
 def _read_messages(row: Row) -> tuple[tuple[Message, ...]]:
-    known = {role: role for role in ROLES}
-    return (
-        _build_conversation(
-            [_read_message(n, item, "role", "content", known) for n, item in _read_list(row, "messages")]
-        ),
-    )
+    return (_build_conversation(_read_message_list(row, "messages", "role", "content", _ROLES)),)
 
 
 def _read_sharegpt(row: Row) -> tuple[tuple[Message, ...]]:
-    found = [_read_message(n, item, "from", "value", _SHAREGPT_ROLES) for n, item in _read_list(row, "conversations")]
+    messages = _read_message_list(row, "conversations", "from", "value", _SHAREGPT_ROLES)
     system = _read_optional_string("system", row.get("system"))
-    return (_build_conversation([("system", system), *found] if system else found),)
+    return (_build_conversation([("system", system), *messages] if system else messages),)
 
 
-def _read_list(row: Row, key: str) -> list[tuple[int, Any]]:
+def _read_message_list(row: Row, key: str, role_key: str, content_key: str, roles: Mapping[str, str]) -> list[Message]:
+    return [_read_message(number, item, role_key, content_key, roles) for number, item in _read_list(row, key)]
+
+
+def _read_list(row: Row, key: str) -> list[tuple[int, object]]:
+    """Return the items of a list, numbered from 1."""
     items = row[key]
     if not isinstance(items, list):
         raise RowError(f"{key} must be a list; {type(items).__name__} was given")
     return list(enumerate(items, start=1))
 
 
-def _read_message(number: int, item: Any, who: str, what: str, roles: Mapping[str, str]) -> Message:
-    if not isinstance(item, dict) or who not in item or what not in item:
-        raise RowError(f"message {number} must have {who} and {what}")
-    changed = [key for key in _UNSUPPORTED_KEYS if item.get(key) is not None]
-    if changed:
-        raise RowError(f"message {number} has {format_list(changed)}, which cannot be trained on yet")
-    role = item[who]
+def _read_message(number: int, item: object, role_key: str, content_key: str, roles: Mapping[str, str]) -> Message:
+    if not isinstance(item, dict) or role_key not in item or content_key not in item:
+        raise RowError(f"message {number} must have {role_key} and {content_key}")
+    unsupported = [key for key in _UNSUPPORTED_KEYS if item.get(key) is not None]
+    if unsupported:
+        raise RowError(f"message {number} has {format_list(unsupported)}, which cannot be trained on yet")
+    role = item[role_key]
     if not isinstance(role, str) or role not in roles:
         raise RowError(f"message {number} is from {role!r}, which is not one of {format_list(list(roles))}")
-    return roles[role], _read_string(f"message {number} ({role})", item[what])
+    return roles[role], _read_string(f"message {number} ({role})", item[content_key])
 
 
 def _build_conversation(messages: Sequence[Message]) -> tuple[Message, ...]:
@@ -211,4 +213,4 @@ LAYOUTS: Final = (
     Layout("tokens and ner_tags", ("tokens", "ner_tags"), "words", _read_ner),
     Layout("text", ("text",), "text", _read_plain_text),
 )
-"""The first one all of whose keys the first row has is the layout of the file."""
+"""In order of precedence: the first one whose keys the first row has is the layout of the file."""

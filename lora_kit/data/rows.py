@@ -1,4 +1,4 @@
-"""Files as rows: the layout is found, every wrong line is named, and nothing is left out in silence."""
+"""Rows: a file in one training format; every invalid line is reported, and none is dropped silently."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from lora_kit.data.hub_datasets import is_dataset, read_dataset
-from lora_kit.data.layouts import LAYOUTS, Layout, RowError, layout_of
-from lora_kit.data.readers import NOT_UTF8, OTHER_ENCODING, Fault, Record, read_file
+from lora_kit.data.layouts import LAYOUTS, Layout, RowError, RowValue, find_layout
+from lora_kit.data.readers import read_file
+from lora_kit.data.records import NOT_UTF8, OTHER_ENCODING_HINT, Fault, Record, Row
 from lora_kit.errors import DataError, format_list
 
 logger = logging.getLogger(__name__)
 
 _MAX_SHOWN_FAULTS: Final = 8
-"""Wrong lines told in one error."""
+"""How many invalid lines one error lists."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,14 @@ class Rows:
     Attributes:
         path: the file, or the name of the data set.
         format: `completion`, `chat`, `label`, `words` or `text`.
-        values: one tuple per row; see `lora_kit.data.layouts`.
-        lines: the line each row begins on, from 1; in a JSON array and in a Parquet file its number.
-        layout: what the columns are called together; see there too.
+        values: one tuple for each row; see `lora_kit.data.layouts`.
+        lines: the line each row begins on, from 1; in a JSON array and in a Parquet file the number of the row.
+        layout: the name of the layout of the columns; see `lora_kit.data.layouts`.
     """
 
     path: Path
     format: str
-    values: tuple[tuple[Any, ...], ...]
+    values: tuple[RowValue, ...]
     lines: tuple[int, ...]
     layout: str = ""
 
@@ -43,24 +44,26 @@ class Rows:
 
     @property
     def labels(self) -> tuple[tuple[str | int, ...], ...]:
-        """The labels of each row: one of a text, one for each of its words; none in other formats."""
+        """The labels of each row: one for a text, or one for each of its words; none in other formats."""
         if self.format == "words":
             return tuple(value[1] for value in self.values)
         return tuple((value[1],) if self.format == "label" else () for value in self.values)
 
-    def only(self, chosen: Sequence[int]) -> Rows:
-        """The rows at these places, in this order."""
-        values = tuple(self.values[place] for place in chosen)
-        return dataclasses.replace(self, values=values, lines=tuple(self.lines[place] for place in chosen))
+    def only(self, indices: Sequence[int]) -> Rows:
+        """Return the rows at these indices, in this order."""
+        values = tuple(self.values[index] for index in indices)
+        return dataclasses.replace(self, values=values, lines=tuple(self.lines[index] for index in indices))
 
 
 @dataclass(frozen=True)
 class Scan:
-    """All of a file: the rows that are good, and a fault for each that is not.
+    """A file, scanned: its valid rows, and a fault for each invalid one.
 
     Attributes:
-        unused: keys that no row was read by.
-        sha256: of what was read.
+        rows: the valid rows.
+        faults: the invalid rows, sorted by line.
+        unused: columns that are not part of the layout.
+        sha256: hash of the file, or of the rows of a data set.
     """
 
     rows: Rows
@@ -70,86 +73,91 @@ class Scan:
 
 
 def read_rows(path: str | Path, *, split: str = "train") -> Rows:
-    """The rows of a file or a data set of the hub.
+    """Read the rows of a file or of a data set of the hub.
 
-    The kinds of files are listed in `lora_kit.data.readers`, names of data sets in `lora_kit.data.hub_datasets`, and
-    layouts in    `lora_kit.data.layouts`.
+    `lora_kit.data.readers` lists the kinds of files, `lora_kit.data.hub_datasets` the names of data sets, and
+    `lora_kit.data.layouts` the layouts.
 
-    The first row decides the layout. Texts are strings with something other than white space in them; labels are
-    strings or whole numbers, of one kind in a file. Further keys are ignored, and that is logged. Empty lines are no
-    rows.
+    The first row decides the layout. Texts are strings that hold more than white space; labels are strings or whole
+    numbers, of one type in a file. Further columns are ignored with a warning. Empty lines are not rows.
 
     Args:
-        split: of a data set whose name holds none.
+        split: the split of a data set whose name holds none.
 
     Raises:
-        DataError: the file is missing or has no row, or lines of it are wrong; names up to eight of them.
+        DataError: the file is missing or has no row, or lines of it are invalid; the message lists up to eight.
     """
-    found = scan_rows(path, split=split)
-    if found.faults:
-        raise build_fault_error(found.rows.path, found.faults)
-    if found.unused:
-        logger.warning("%s: keys that are not used: %s", found.rows.path, format_list(found.unused))
-    return found.rows
+    scan = scan_rows(path, split=split)
+    if scan.faults:
+        raise build_fault_error(scan.rows.path, scan.faults)
+    if scan.unused:
+        logger.warning("%s: keys that are not used: %s", scan.rows.path, format_list(scan.unused))
+    return scan.rows
 
 
 def scan_rows(
     path: str | Path, *, rename: Mapping[str, str] | None = None, encoding: str = "utf-8", split: str = "train"
 ) -> Scan:
-    """The rows of a file or a data set and its faults, none of which is an error here.
+    """Read the rows of a file or a data set, and collect the faults of invalid rows instead of raising them.
 
     Args:
-        rename: columns to the names they are to go by.
-        encoding: of a file of text.
-        split: of a data set whose name holds none.
+        rename: new names of columns, by old name.
+        encoding: the encoding of a text file.
+        split: the split of a data set whose name holds none.
 
     Raises:
-        DataError: the file is missing, cannot be read as a whole, has no row, or is of no known layout.
+        DataError: the file is missing, cannot be parsed at all, has no row, or is of an unknown layout.
     """
     path = Path(path)
-    found = read_dataset(path, split=split) if is_dataset(path) else read_file(path, encoding=encoding)
-    records, faults = found.records, list(found.faults)
-    if not records and not faults:
-        raise DataError(f"{path} has no rows", hint="a kind of file is known by the ending of its name")
-    if not records:
-        return Scan(Rows(path, "", (), ()), tuple(faults), (), found.sha256)
-    records = _rename_columns(path, records, rename or {})
-    layout = _find_layout(path, records[0][1])
-    values, lines = [], []
+    contents = read_dataset(path, split=split) if is_dataset(path) else read_file(path, encoding=encoding)
+    if not contents.records and not contents.faults:
+        raise DataError(f"{path} has no rows", hint="the ending of its name decides how a file is read")
+    if not contents.records:
+        return Scan(Rows(path, "", (), ()), tuple(contents.faults), (), contents.sha256)
+    records = _rename_columns(path, contents.records, rename or {})
+    layout = _require_layout(path, records[0][1])
+    rows, faults = _convert_records(path, layout, records)
+    unused = {key for _, row in records for key in row} - {*layout.keys, *layout.optional}
+    return Scan(rows, tuple(sorted([*contents.faults, *faults])), tuple(sorted(unused)), contents.sha256)
+
+
+def _convert_records(path: Path, layout: Layout, records: Sequence[Record]) -> tuple[Rows, list[Fault]]:
+    """Return the rows that match the layout, and a fault for each that does not."""
+    values: list[RowValue] = []
+    lines: list[int] = []
+    faults: list[Fault] = []
     for line, row in records:
         try:
-            values.append(layout.value(row))
+            values.append(layout.convert(row))
         except RowError as error:
             faults.append(Fault(line, str(error), error.kind))
         else:
             lines.append(line)
     rows = Rows(path, layout.format, tuple(values), tuple(lines), layout.name)
-    faults += _find_mixed_labels(rows)
-    wrong = {fault.line for fault in faults}
-    rows = rows.only([place for place, line in enumerate(lines) if line not in wrong])
-    used = {*layout.keys, *layout.optional}
-    unused = {key for _, row in records for key in row} - used
-    return Scan(rows, tuple(sorted(faults)), tuple(sorted(unused)), found.sha256)
+    mixed = _find_mixed_labels(rows)
+    invalid = {fault.line for fault in mixed}
+    return rows.only([index for index, line in enumerate(lines) if line not in invalid]), [*faults, *mixed]
 
 
 def build_fault_error(path: Path, faults: Sequence[Fault], *, hint: str = "") -> DataError:
-    """An error that names the first of the lines that are wrong."""
-    told = [f"{path}:{fault.line}: {fault.what}" for fault in faults[:_MAX_SHOWN_FAULTS]]
-    more = f"\nand {len(faults) - _MAX_SHOWN_FAULTS} more lines" if len(faults) > _MAX_SHOWN_FAULTS else ""
+    """Return an error that lists the first invalid lines."""
+    lines = [f"{path}:{fault.line}: {fault.what}" for fault in faults[:_MAX_SHOWN_FAULTS]]
+    if len(faults) > _MAX_SHOWN_FAULTS:
+        lines.append(f"and {len(faults) - _MAX_SHOWN_FAULTS} more lines")
     if any(fault.what.startswith(NOT_UTF8) for fault in faults):
-        hint = f"{OTHER_ENCODING}; {hint}" if hint else OTHER_ENCODING
-    return DataError("\n".join(told) + more, hint=hint)
+        hint = f"{OTHER_ENCODING_HINT}; {hint}" if hint else OTHER_ENCODING_HINT
+    return DataError("\n".join(lines), hint=hint)
 
 
 def collect_label_names(rows: Rows) -> tuple[str, ...]:
-    """The names of the labels in a file, sorted (numbers by size); the place of a name is its number.
+    """Return the names of the labels in a file, sorted (numbers by size); the index of a name is its class.
 
     Raises:
         DataError: there are fewer than two.
     """
-    names = tuple(str(label) for label in sorted({label for found in rows.labels for label in found}))
+    names = tuple(str(label) for label in sorted({label for labels in rows.labels for label in labels}))
     if len(names) < 2:
-        raise DataError(f"{rows.path}: every label is {names[0]!r}", hint="a classifier needs two labels at least")
+        raise DataError(f"{rows.path}: every label is {names[0]!r}", hint="a classifier needs at least two labels")
     return names
 
 
@@ -161,14 +169,14 @@ def _rename_columns(path: Path, records: Sequence[Record], names: Mapping[str, s
     if absent:
         raise DataError(f"{path} has no {format_list(absent)} to rename", hint=f"it has {format_list(sorted(known))}")
     taken = sorted(new for new in names.values() if new in known - set(names))
-    twice = sorted({new for new in names.values() if list(names.values()).count(new) > 1})
-    if taken or twice:
-        raise DataError(f"{path}: {format_list(taken or twice)} would stand there twice after renaming")
+    repeated = sorted({new for new in names.values() if list(names.values()).count(new) > 1})
+    if taken or repeated:
+        raise DataError(f"{path}: two columns would have the name {format_list(taken or repeated)}")
     return [(line, {names.get(key, key): value for key, value in row.items()}) for line, row in records]
 
 
-def _find_layout(path: Path, row: Mapping[str, Any]) -> Layout:
-    layout = layout_of(list(row))
+def _require_layout(path: Path, row: Row) -> Layout:
+    layout = find_layout(list(row))
     if layout is None:
         formats = "; ".join(" and ".join(layout.keys) for layout in LAYOUTS)
         hint = f"formats: {formats}. lora-kit prepare --rename mine=prompt gives columns other names"
@@ -177,9 +185,10 @@ def _find_layout(path: Path, row: Mapping[str, Any]) -> Layout:
 
 
 def _find_mixed_labels(rows: Rows) -> list[Fault]:
-    kind = next((type(label) for labels in rows.labels for label in labels), str)
+    """Return a fault for each row with a label of another type than the first."""
+    expected = next((type(label) for labels in rows.labels for label in labels), str)
     return [
-        Fault(line, f"label is {type(other).__name__}, and {kind.__name__} in the first row")
+        Fault(line, f"label is {type(other).__name__}, and {expected.__name__} in the first row")
         for labels, line in zip(rows.labels, rows.lines, strict=True)
-        for other in [label for label in labels if type(label) is not kind][:1]
+        for other in [label for label in labels if type(label) is not expected][:1]
     ]

@@ -20,8 +20,8 @@ from lora_kit.errors import StorageError, VerificationError
 from lora_kit.io.atomic_write import check_output
 from lora_kit.merging.merge import merge
 from lora_kit.models.loading import Base
-from lora_kit.models.locate import KIT_BASE
 from lora_kit.models.prompt_tokens import render_prompt
+from lora_kit.names import KIT_BASE
 from lora_kit.torch_utils import read_peak_bytes
 
 FIGURES: Final = "demo.json"

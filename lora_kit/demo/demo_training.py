@@ -15,7 +15,7 @@ from lora_kit.demo.demo_tasks import TASKS, DemoRow
 from lora_kit.evaluation.eval_report import EvalReport
 from lora_kit.evaluation.evaluate import evaluate
 from lora_kit.models.loading import Base, load_base
-from lora_kit.models.locate import KIT_BASE
+from lora_kit.names import KIT_BASE
 from lora_kit.training.recipe.recipe import DataSpec, Recipe
 from lora_kit.training.train import train
 

@@ -1,1 +1,1 @@
-"""How good a model is, with an adapter or without: loss, labels, and what it writes; adapters side by side."""
+"""How good a model is, with an adapter or without: loss, labels and generated texts; several adapters side by side."""

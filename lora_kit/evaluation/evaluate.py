@@ -1,4 +1,4 @@
-"""Several adapters and the base on one file, side by side, in one loaded model."""
+"""`evaluate`: several adapters and the base on one file, side by side, in one loaded model."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.adapter_like import AdapterLike
 from lora_kit.bank.bank import AdapterBank
 from lora_kit.data.batches import Collator, EncodedDataset
+from lora_kit.data.encode import encode_rows
 from lora_kit.data.rows import Rows, read_rows
+from lora_kit.data.sample_format import SampleFormat, convert_rows
 from lora_kit.errors import ConfigError, format_list
 from lora_kit.evaluation.adapter_format import (
-    EncodingSettings,
     check_format,
-    encode_rows,
-    labels_of_adapter,
-    resolve_settings,
-    task_for,
+    find_adapter_labels,
+    find_task,
+    resolve_sample_formats,
 )
 from lora_kit.evaluation.eval_report import Answer, EvalCase, EvalReport, Result, check_predictions_file
 from lora_kit.evaluation.forward import ForwardResult, run_forward
@@ -33,10 +33,15 @@ from lora_kit.evaluation.generation_metrics import (
     collect_eval_prompts,
     generate_completions,
 )
-from lora_kit.evaluation.measure import compute_perplexity, true_labels_of
+from lora_kit.evaluation.measure import collect_true_labels, compute_perplexity
 from lora_kit.evaluation.metrics import BASIC_METRICS, select_generation_metrics, validate_metrics
 from lora_kit.evaluation.scores import score_labels, score_texts
-from lora_kit.generation.adapter_args import check_quantize, labels_of, read_adapter, task_of
+from lora_kit.generation.adapter_args import (
+    build_adapter_labels,
+    check_quantize,
+    find_common_task,
+    read_adapter,
+)
 from lora_kit.generation.decoding import Completion
 from lora_kit.generation.generate import attach_adapters
 from lora_kit.io.text import escape_text
@@ -49,10 +54,10 @@ logger = logging.getLogger(__name__)
 DEFAULT_METRICS: Final[Mapping[str, tuple[str, ...]]] = {
     task: (*BASIC_METRICS[task], *(("f1",) if task in LABEL_TASKS else ())) for task in TASKS
 }
-"""What is measured where nobody says: nothing that takes a generation."""
+"""The default metrics of each task: those that need no generation."""
 
 EvalProgress = Callable[[str, int, int], None]
-"""Told the label of an adapter, how many of its rows are done, and how many there are."""
+"""Called with the label of an adapter, how many of its rows are done, and how many there are."""
 
 
 def evaluate(
@@ -72,8 +77,8 @@ def evaluate(
 ) -> EvalReport:
     """Measure adapters of one base, and the base itself, on the rows of a file.
 
-    Each is given the rows as it saw those of its training: with the separator or the chat template of its record, its
-    labels, its length. The base is given what the first adapter beside it is given. Rows with the same prompt are
+    Each adapter gets the rows in the format of its training: with the separator or the chat template, the labels and
+    the length of its record. The base gets what the first adapter beside it gets. Rows with the same prompt are
     references of one another.
 
     Args:
@@ -81,20 +86,20 @@ def evaluate(
         adapters: folders, names in `store`, Adapters; None for the base itself.
         data: a file of rows, see `lora_kit.data`, or rows.
         metrics: names from `METRICS`; None for those that need no generation.
-        batch_size: rows at once.
-        max_length: tokens of a sample at the most; None for what each adapter was trained with.
-        max_new_tokens: tokens of an answer at the most; None for as many as the longest reference has, with its end.
-        out: a file for what everyone said of each row, as JSONL.
-        replace: that file may be replaced.
+        batch_size: rows in one batch.
+        max_length: most tokens of a sample; None for what each adapter was trained with.
+        max_new_tokens: most tokens of an answer; None for as many as the longest reference has, with its end.
+        out: a JSONL file for the answers to each row.
+        replace: whether that file may be replaced.
         store: where adapters are looked up by name.
         quantize: how to load the base, as in `load_base`.
         on_progress: called as rows are done.
 
     Raises:
-        ConfigError: a metric that is unknown or does not fit, or a value out of range; nothing was loaded.
-        UnknownAdapterError, AdapterError: an adapter that is not there, cannot be read, does not fit the base, or is of
-            another task than its neighbours.
-        DataError: rows that cannot be read, or that the adapters cannot be given.
+        ConfigError: a metric is unknown or does not fit the task, or a value is out of range; nothing was loaded.
+        UnknownAdapterError, AdapterError: an adapter does not exist, cannot be read, does not match the base, or has
+            another task than its neighbors.
+        DataError: the rows cannot be read, or are not of a format that the adapters take.
         BaseModelError: the base cannot be found or read.
         StorageError: `out` exists, or cannot be written.
 
@@ -104,33 +109,30 @@ def evaluate(
     """
     if not adapters:
         raise ConfigError("nothing to evaluate was given", hint="name an adapter, or None for the base itself")
-    for name, value in (("batch_size", batch_size), ("max_length", max_length), ("max_new_tokens", max_new_tokens)):
-        if value is not None and value < (2 if name == "max_length" else 1):
-            raise ConfigError(f"{name} must be a whole number from 1; {value!r} was given")
+    _check_counts(batch_size=batch_size, max_length=max_length, max_new_tokens=max_new_tokens)
     read = [read_adapter(adapter, store=store) for adapter in adapters]
-    labels = labels_of(adapters, read)
-    values = dict(zip(labels, read, strict=True))
+    labels = build_adapter_labels(adapters, read)
+    by_label = dict(zip(labels, read, strict=True))
     rows = data if isinstance(data, Rows) else read_rows(data)
-    wanted_task = _resolve_task(base, task_of(labels, read), rows)
-    check_format(rows, wanted_task)
-    wanted = validate_metrics(DEFAULT_METRICS[wanted_task] if metrics is None else metrics, wanted_task)
-    questions = collect_eval_prompts(rows) if select_generation_metrics(wanted, wanted_task) else ()
+    task = _resolve_task(base, find_common_task(labels, read), rows)
+    check_format(rows, task)
+    names = validate_metrics(DEFAULT_METRICS[task] if metrics is None else metrics, task)
+    prompts = collect_eval_prompts(rows) if select_generation_metrics(names, task) else ()
     if out is not None:
-        _check_out(Path(out), wanted, wanted_task, replace=replace)
+        _check_out(Path(out), names, task, replace=replace)
     check_quantize(base, labels, read, quantize)
-    loaded = _load_for_evaluation(base, values, wanted_task, quantize)
-    plan = _build_eval_plan(
-        loaded, values, rows, questions, wanted, max_length=max_length, max_new_tokens=max_new_tokens
-    )
+    loaded = _load_for_evaluation(base, by_label, task, quantize)
+    formats = resolve_sample_formats(loaded, by_label, rows, max_length=max_length)
+    plan = _build_eval_plan(loaded, formats, rows, prompts, names, max_new_tokens=max_new_tokens)
     started = time.perf_counter()
-    with attach_adapters(loaded.model, values) as bank:
-        found = _EvalRun(plan, bank, batch_size, on_progress).results(values)
+    with attach_adapters(loaded.model, by_label) as bank:
+        results = _EvalRun(plan, bank, batch_size, on_progress).run(by_label)
     report = EvalReport(
         data=rows.path,
-        task=wanted_task,
+        task=task,
         rows=len(rows),
-        cases=tuple(_build_cases(rows, questions)),
-        results=tuple(found[label] for label in labels),
+        cases=tuple(_build_cases(rows, prompts)),
+        results=tuple(results[label] for label in labels),
         seconds=time.perf_counter() - started,
     )
     if out is not None:
@@ -138,76 +140,95 @@ def evaluate(
     return report
 
 
+def _check_counts(*, batch_size: int, max_length: int | None, max_new_tokens: int | None) -> None:
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("max_length", max_length, 2),
+        ("max_new_tokens", max_new_tokens, 1),
+    ):
+        if value is not None and value < least:
+            raise ConfigError(f"{name} must be a whole number from {least}; {value!r} was given")
+
+
 def _check_out(out: Path, metrics: Sequence[str], task: str, *, replace: bool) -> None:
     if task in GENERATIVE_TASKS and not select_generation_metrics(metrics, task):
-        told = f"{escape_text(out)} is for what is said, and {format_list(metrics)} needs nothing to be said"
-        raise ConfigError(told, hint="ask for exact_match too")
+        message = f"{escape_text(out)} is for generated texts, and {format_list(metrics)} needs none"
+        raise ConfigError(message, hint="ask for exact_match too")
     check_predictions_file(out, replace=replace)
 
 
-def _resolve_task(base: str | Base, of_adapters: str | None, rows: Rows) -> str:
-    """What the adapters were made for; of a base alone, what it is and the rows are for."""
-    own = base.task if isinstance(base, Base) else None
-    if own and of_adapters and own != of_adapters:
-        raise ConfigError(f"the adapters are for task {of_adapters}, the base given was loaded for {own}")
-    if own or of_adapters or isinstance(base, Base):
-        return own or str(of_adapters)
-    task = task_for(rows)
+def _resolve_task(base: str | Base, adapter_task: str | None, rows: Rows) -> str:
+    """Return the task of a loaded base or of the adapters; without either, the task that the rows are for."""
+    if isinstance(base, Base):
+        if adapter_task not in (None, base.task):
+            raise ConfigError(f"the adapters are for task {adapter_task}, the base given was loaded for {base.task}")
+        return base.task
+    if adapter_task is not None:
+        return adapter_task
+    task = find_task(rows)
     return load_input_spec(base).generative_task if task == CAUSAL_LM else task
 
 
 def _load_for_evaluation(
-    base: str | Base, values: Mapping[str, Adapter | None], task: str, quantize: str | None
+    base: str | Base, adapters: Mapping[str, Adapter | None], task: str, quantize: str | None
 ) -> Base:
     if isinstance(base, Base):
         return base
-    names = next((found for value in values.values() if value and (found := labels_of_adapter(value))), ())
-    label2id = {name: number for number, name in enumerate(names)} if task in LABEL_TASKS else {}
+    label2id: dict[str, int] = {}
+    if task in LABEL_TASKS:
+        recorded = [find_adapter_labels(adapter) for adapter in adapters.values() if adapter is not None]
+        label2id = {name: number for number, name in enumerate(next(filter(None, recorded), ()))}
     return load_base(base, task=task, label2id=label2id or None, quantize=quantize)
 
 
 @dataclass(frozen=True)
 class _EvalPlan:
-    """Everything that is to be done, checked."""
+    """Everything that is to be measured, checked.
+
+    Attributes:
+        base: the loaded base.
+        metrics: the names of the metrics.
+        formats: the sample format of each adapter, by its label.
+        samples: the samples of each adapter, by its label; empty if no metric needs them.
+        tasks: the prompts of each adapter, by its label; empty if no metric needs them.
+    """
 
     base: Base
     metrics: tuple[str, ...]
-    settings: Mapping[str, EncodingSettings]
+    formats: Mapping[str, SampleFormat]
     samples: Mapping[str, EncodedDataset]
-    exams: Mapping[str, GenerationTask]
+    tasks: Mapping[str, GenerationTask]
 
 
 def _build_eval_plan(
     base: Base,
-    values: Mapping[str, Adapter | None],
+    formats: Mapping[str, SampleFormat],
     rows: Rows,
-    questions: tuple[EvalPrompt, ...],
+    prompts: Sequence[EvalPrompt],
     metrics: tuple[str, ...],
     *,
-    max_length: int | None,
     max_new_tokens: int | None,
 ) -> _EvalPlan:
-    """Adapters that were trained in one way share their samples and their prompts."""
-    found = resolve_settings(base, values, rows, max_length=max_length)
-    each = dict.fromkeys(found.values())
-    encoded: dict[EncodingSettings, EncodedDataset] = {}
-    exams: dict[EncodingSettings, GenerationTask] = {}
-    for setting in each:
-        if set(metrics) - set(select_generation_metrics(metrics, base.task)):
-            encoded[setting] = encode_rows(base, rows, setting)
-        if questions:
-            exams[setting] = build_generation_task(base, questions, setting.style, max_new_tokens=max_new_tokens)
+    """Encode the rows once for each sample format: adapters that share one share their samples and prompts."""
+    needs_samples = bool(set(metrics) - set(select_generation_metrics(metrics, base.task)))
+    samples: dict[SampleFormat, EncodedDataset] = {}
+    tasks: dict[SampleFormat, GenerationTask] = {}
+    for each in dict.fromkeys(formats.values()):
+        if needs_samples:
+            samples[each] = encode_rows(convert_rows(rows, each.style), base.tokenizer, each)
+        if prompts:
+            tasks[each] = build_generation_task(base, prompts, each.style, max_new_tokens=max_new_tokens)
     return _EvalPlan(
         base,
         metrics,
-        found,
-        {label: encoded[setting] for label, setting in found.items() if setting in encoded},
-        {label: exams[setting] for label, setting in found.items() if setting in exams},
+        formats,
+        {label: samples[each] for label, each in formats.items() if each in samples},
+        {label: tasks[each] for label, each in formats.items() if each in tasks},
     )
 
 
 class _EvalRun:
-    """The work: first what takes a forward of each sample, adapter by adapter, then what is written, in one go."""
+    """Runs a plan: first the forwards, adapter by adapter, then the generation for all adapters together."""
 
     def __init__(
         self, plan: _EvalPlan, bank: AdapterBank | None, batch_size: int, on_progress: EvalProgress | None
@@ -216,58 +237,64 @@ class _EvalRun:
         self._done: Counter[str] = Counter()
         self._collator = Collator(plan.base.pad_token_id, plan.base.decoder_inputs)
 
-    def results(self, values: Mapping[str, Adapter | None]) -> dict[str, Result]:
-        passes = {label: self._run_samples(label, each) for label, each in self._plan.samples.items()}
-        written = generate_completions(
-            self._plan.exams,
+    def run(self, adapters: Mapping[str, Adapter | None]) -> dict[str, Result]:
+        """Return the result of each adapter, by its label."""
+        forwards = {label: self._run_samples(label, samples) for label, samples in self._plan.samples.items()}
+        completions = generate_completions(
+            self._plan.tasks,
             bank=self._bank,
             batch_size=self._batch_size,
-            on_rows=lambda label: self._told(label, 1),
+            on_rows=lambda label: self._report_progress(label, 1),
         )
         return {
-            label: self._build_result(label, value, passes.get(label), written.get(label, []))
-            for label, value in values.items()
+            label: self._build_result(label, adapter, forwards.get(label), completions.get(label, []))
+            for label, adapter in adapters.items()
         }
 
-    def _run_samples(self, label: str, each: EncodedDataset) -> ForwardResult:
+    def _run_samples(self, label: str, samples: EncodedDataset) -> ForwardResult:
         if self._bank is not None:
             self._bank.use(label if label in self._bank.names else None)
         return run_forward(
             self._plan.base.model,
-            each,
+            samples,
             self._collator,
             batch_size=self._batch_size,
-            on_rows=lambda count: self._told(label, count),
+            on_rows=lambda count: self._report_progress(label, count),
         )
 
     def _build_result(
-        self, label: str, value: Adapter | None, passed: ForwardResult | None, written: list[Completion]
+        self, label: str, adapter: Adapter | None, forward: ForwardResult | None, completions: Sequence[Completion]
     ) -> Result:
-        plan, names = self._plan, self._plan.settings[label].labels
-        found: dict[str, float] = {}
-        said: tuple[Answer, ...] = ()
-        if passed is not None:
-            found = {"loss": passed.loss, "perplexity": compute_perplexity(passed.loss)}
-            if passed.predicted:
-                others = [name for name in plan.metrics if name not in found]
-                found |= score_labels(others, true_labels_of(plan.samples[label]), passed.predicted, labels=names)
-                said = tuple(_name_labels(row, names, single=plan.base.task == CLASSIFY) for row in passed.predicted)
-        if written:
-            texts = [each.text for each in written]
-            found |= score_texts(
-                select_generation_metrics(plan.metrics, plan.base.task), texts, plan.exams[label].references
-            )
-            said = tuple(text.strip() for text in texts)
-        unended = sum(not each.ended for each in written)
-        scores = {name: found[name] for name in plan.metrics}
+        plan = self._plan
+        values: dict[str, float] = {}
+        answers: tuple[Answer, ...] = ()
+        if forward is not None:
+            values = {"loss": forward.loss, "perplexity": compute_perplexity(forward.loss)}
+        if forward is not None and forward.predicted:
+            names = plan.formats[label].labels
+            wanted = [name for name in plan.metrics if name not in values]
+            values |= score_labels(wanted, collect_true_labels(plan.samples[label]), forward.predicted, labels=names)
+            answers = tuple(_name_labels(row, names, single=plan.base.task == CLASSIFY) for row in forward.predicted)
+        if completions:
+            texts = [completion.text for completion in completions]
+            wanted = list(select_generation_metrics(plan.metrics, plan.base.task))
+            values |= score_texts(wanted, texts, plan.tasks[label].references)
+            answers = tuple(text.strip() for text in texts)
+        scores = {name: values[name] for name in plan.metrics}
         logger.info("%s: %s", label, ", ".join(f"{name} {score:.4g}" for name, score in scores.items()))
-        return Result(name=label, digest=value.digest if value else None, metrics=scores, said=said, unended=unended)
+        return Result(
+            name=label,
+            digest=adapter.digest if adapter else None,
+            metrics=scores,
+            said=answers,
+            unended=sum(not completion.ended for completion in completions),
+        )
 
-    def _told(self, label: str, count: int) -> None:
+    def _report_progress(self, label: str, count: int) -> None:
         self._done[label] += count
         if self._on_progress is not None:
-            exams, samples_ = self._plan.exams, self._plan.samples
-            total = (len(samples_[label]) if samples_ else 0) + (len(exams[label].rows) if exams else 0)
+            samples, task = self._plan.samples.get(label), self._plan.tasks.get(label)
+            total = (0 if samples is None else len(samples)) + (0 if task is None else len(task.rows))
             self._on_progress(label, self._done[label], total)
 
 
@@ -275,12 +302,16 @@ def _name_labels(row: Sequence[int], names: Sequence[str], *, single: bool) -> A
     return names[row[0]] if single else tuple(names[label] for label in row)
 
 
-def _build_cases(rows: Rows, questions: Sequence[EvalPrompt]) -> list[EvalCase]:
-    if questions:
-        return [EvalCase(each.lines, each.prompt, each.references) for each in questions]
-    if rows.format not in ("label", "words"):
-        return []
-    return [
-        EvalCase((line,), value[0], str(value[1]) if rows.format == "label" else tuple(map(str, value[1])))
-        for line, value in zip(rows.lines, rows.values, strict=True)
-    ]
+def _build_cases(rows: Rows, prompts: Sequence[EvalPrompt]) -> list[EvalCase]:
+    if prompts:
+        return [EvalCase(each.lines, each.prompt, each.references) for each in prompts]
+    if rows.format == "label":
+        return [
+            EvalCase((line,), text, str(label)) for line, (text, label) in zip(rows.lines, rows.values, strict=True)
+        ]
+    if rows.format == "words":
+        return [
+            EvalCase((line,), words, tuple(map(str, labels)))
+            for line, (words, labels) in zip(rows.lines, rows.values, strict=True)
+        ]
+    return []

@@ -1,4 +1,4 @@
-"""What a model is asked, and what it answers: the prompts of a file, put in one style, and one text for each."""
+"""Generation for metrics: the prompts of a file, encoded in the style of an adapter, and a completion of each."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from lora_kit.bank.bank import AdapterBank
 from lora_kit.data.chat import ChatTemplate
 from lora_kit.data.layouts import Message
 from lora_kit.data.rows import Rows
+from lora_kit.data.sample_format import PromptStyle
 from lora_kit.errors import ConfigError, DataError
 from lora_kit.generation.decoding import Completion, Sampling, generate_batch
 from lora_kit.generation.generate import route_rows
-from lora_kit.generation.prompts import EncodedPrompt, PromptStyle, encode_prompt
+from lora_kit.generation.prompts import EncodedPrompt, encode_prompt
 from lora_kit.models.loading import Base
 from lora_kit.models.prompt_tokens import find_special_tokens
 from lora_kit.models.tasks import SEQ2SEQ
@@ -30,12 +31,12 @@ Prompt = str | tuple[Message, ...]
 
 @dataclass(frozen=True)
 class EvalPrompt:
-    """A prompt of a file and every answer to it that stands there: references of one another.
+    """A prompt, and every answer to it in a file.
 
     Attributes:
         prompt: the text, or the conversation so far.
         references: the answers, in the order of the file.
-        lines: where they stand.
+        lines: lines of the answers.
     """
 
     prompt: Prompt
@@ -45,139 +46,141 @@ class EvalPrompt:
 
 @dataclass(frozen=True)
 class GenerationTask:
-    """Questions put to a model in one style.
+    """Prompts to be completed by a model, encoded in one style.
 
     Attributes:
-        base: that is asked.
-        questions: in the order of the file.
-        rows: their prompts in that style.
-        max_new_tokens: most tokens of an answer.
+        base: the base that completes them.
+        prompts: in the order of the file.
+        rows: the encoded prompts, in the same order.
+        max_new_tokens: most tokens of a completion.
     """
 
     base: Base
-    questions: tuple[EvalPrompt, ...]
+    prompts: tuple[EvalPrompt, ...]
     rows: tuple[EncodedPrompt, ...]
     max_new_tokens: int
 
     @property
     def references(self) -> list[tuple[str, ...]]:
-        return [question.references for question in self.questions]
+        """The right answers to each prompt."""
+        return [prompt.references for prompt in self.prompts]
 
 
 def collect_eval_prompts(rows: Rows) -> tuple[EvalPrompt, ...]:
-    """The questions of a file: its prompts, each once; of a conversation every answer, after all that stands before it.
+    """Return the prompts of a file, each once; in a conversation every answer follows everything before it.
 
     Raises:
-        DataError: rows of this format ask nothing.
+        DataError: rows of this format have no prompts.
     """
-    found: dict[Prompt, list[tuple[str, int]]] = {}
+    answers: dict[Prompt, list[tuple[str, int]]] = {}
     for value, line in zip(rows.values, rows.lines, strict=True):
         if rows.format == "completion":
-            found.setdefault(value[0], []).append((value[1], line))
+            answers.setdefault(value[0], []).append((value[1], line))
         elif rows.format == "chat":
             for number, (role, text) in enumerate(value[0]):
                 if role == "assistant":
-                    found.setdefault(value[0][:number], []).append((text, line))
+                    answers.setdefault(value[0][:number], []).append((text, line))
         else:
             raise DataError(
-                f"{rows.path} has rows of the format {rows.format}, which ask nothing",
+                f"{rows.path} has rows of the format {rows.format}, which have no prompts",
                 hint="what is written is measured on prompts and completions, or on conversations",
             )
     return tuple(
         EvalPrompt(prompt, tuple(text for text, _ in each), tuple(line for _, line in each))
-        for prompt, each in found.items()
+        for prompt, each in answers.items()
     )
 
 
 def build_generation_task(
-    base: Base, questions: Sequence[EvalPrompt], style: PromptStyle, *, max_new_tokens: int | None = None
+    base: Base, prompts: Sequence[EvalPrompt], style: PromptStyle, *, max_new_tokens: int | None = None
 ) -> GenerationTask:
-    """Questions in a style. A prompt without room for an answer after it is cut as in training, and that is logged.
+    """Encode prompts in a style; one that leaves no room for an answer is cut as in training, with a warning.
 
     Args:
-        max_new_tokens: most tokens of an answer; None for as many as the longest reference has, with its end.
+        max_new_tokens: most tokens of a completion; None for as many as the longest reference has, with its end.
 
     Raises:
-        DataError: a prompt cannot be put in this style.
-        ConfigError: an answer may fill the base's whole context.
+        DataError: a prompt cannot be encoded in this style.
+        ConfigError: a completion may fill the base's whole context.
     """
-    limit = max_new_tokens or _measure_longest_reference(base, questions)
-    room = base.max_length - (1 if base.task == SEQ2SEQ else limit)
-    if room < 1 or limit >= base.max_length:
+    limit = max_new_tokens or _measure_longest_reference(base, prompts)
+    budget = base.max_length - (1 if base.task == SEQ2SEQ else limit)
+    if budget < 1 or limit >= base.max_length:
         what = f"an answer may have {limit:,} tokens; {base.name} sees {base.max_length:,} at once"
         raise ConfigError(what, hint="give a smaller max_new_tokens")
-    whole = [encode_prompt(base, _convert_prompt(question, style), style) for question in questions]
-    cut = sum(len(row.ids) > room for row in whole)
+    rows = [encode_prompt(base, _convert_prompt(prompt, style), style) for prompt in prompts]
+    cut = sum(len(row.ids) > budget for row in rows)
     if cut:
         side = "at the end" if base.task == SEQ2SEQ else "on the left"
-        logger.warning("%d of %d prompts were cut %s to fit %d tokens", cut, len(whole), side, room)
-    return GenerationTask(base, tuple(questions), tuple(_cut_prompt(base, row, room) for row in whole), limit)
+        logger.warning("%d of %d prompts were cut %s to fit %d tokens", cut, len(rows), side, budget)
+    return GenerationTask(base, tuple(prompts), tuple(_cut_prompt(base, row, budget) for row in rows), limit)
 
 
-def _measure_longest_reference(base: Base, questions: Sequence[EvalPrompt]) -> int:
-    texts = [text for question in questions for text in question.references]
+def _measure_longest_reference(base: Base, prompts: Sequence[EvalPrompt]) -> int:
+    """Return the tokens of the longest reference, with its end."""
+    texts = [text for prompt in prompts for text in prompt.references]
     ids = base.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return max(map(len, ids)) + 1
 
 
-def _convert_prompt(question: EvalPrompt, style: PromptStyle) -> Prompt:
-    """The prompt as the style takes it: a single message is a text to an adapter that knows no conversations."""
-    prompt = question.prompt
-    if isinstance(style, ChatTemplate) or isinstance(prompt, str):
-        return prompt
-    if len(prompt) != 1:
-        told = f"line {question.lines[0]} is a conversation, and there is no chat template to put it in"
-        raise DataError(told, hint="an adapter that was trained on conversations brings one")
-    return prompt[0][1]
+def _convert_prompt(prompt: EvalPrompt, style: PromptStyle) -> Prompt:
+    """Return a prompt as the style takes it: without a chat template, a single message is a text."""
+    if isinstance(style, ChatTemplate) or isinstance(prompt.prompt, str):
+        return prompt.prompt
+    if len(prompt.prompt) != 1:
+        message = f"line {prompt.lines[0]} is a conversation, but there is no chat template for it"
+        raise DataError(message, hint="an adapter that was trained on conversations brings one")
+    return prompt.prompt[0][1]
 
 
-def _cut_prompt(base: Base, row: EncodedPrompt, room: int) -> EncodedPrompt:
-    if len(row.ids) <= room:
+def _cut_prompt(base: Base, row: EncodedPrompt, budget: int) -> EncodedPrompt:
+    if len(row.ids) <= budget:
         return row
-    before, after = find_special_tokens(base.tokenizer)
+    prefix, suffix = find_special_tokens(base.tokenizer)
     if base.task == SEQ2SEQ:
-        return dataclasses.replace(row, ids=row.ids[: max(0, room - len(after))] + after)
-    kept = before if row.ids[: len(before)] == before and len(before) < room else []
-    return dataclasses.replace(row, ids=kept + row.ids[len(row.ids) - (room - len(kept)) :])
+        return dataclasses.replace(row, ids=row.ids[: max(0, budget - len(suffix))] + suffix)
+    kept_prefix = prefix if row.ids[: len(prefix)] == prefix and len(prefix) < budget else []
+    return dataclasses.replace(row, ids=kept_prefix + row.ids[len(row.ids) - (budget - len(kept_prefix)) :])
 
 
 def generate_completions(
-    exams: Mapping[str, GenerationTask],
+    tasks: Mapping[str, GenerationTask],
     *,
     bank: AdapterBank | None = None,
     batch_size: int,
     autocast: torch.dtype | None = None,
     on_rows: Callable[[str], None] | None = None,
 ) -> dict[str, list[Completion]]:
-    """What is answered to each question of each exam, the likeliest token at a time.
+    """Complete the prompts of all tasks by greedy decoding.
 
     Args:
-        exams: by the label of the adapter that takes it; all of one base.
-        bank: with the adapters of those labels; rows of other labels are the base's. None: with what is active.
-        batch_size: rows at once. A batch that one adapter does not fill takes rows of the next one.
+        tasks: tasks with the same prompts and one base, by the label of the adapter.
+        bank: a bank with the adapters of those labels; rows of other labels are routed to the base. None to use what is
+            active.
+        batch_size: rows in one batch. A batch that one adapter does not fill takes rows of the next one.
         autocast: dtype to compute in; None for the model's own.
-        on_rows: called with the label of each row that is done.
+        on_rows: called with the label of each finished row.
     """
-    places = [
-        (label, place)
-        for turn, (label, each) in enumerate(exams.items())
-        # Up and down in turn: rows of two adapters in one batch are of like length.
-        for place in sorted(range(len(each.rows)), key=lambda p: len(each.rows[p].ids), reverse=turn % 2 == 0)
+    order = [
+        (label, index)
+        for turn, (label, task) in enumerate(tasks.items())
+        # Alternate long to short and short to long: rows of two adapters in one batch then have similar lengths.
+        for index in sorted(range(len(task.rows)), key=lambda row: len(task.rows[row].ids), reverse=turn % 2 == 0)
     ]
-    found: dict[tuple[str, int], Completion] = {}
-    for start in range(0, len(places), batch_size):
-        chosen = places[start : start + batch_size]
-        first = exams[chosen[0][0]]  # they ask the same questions of one base, so they have one limit
-        rows = [exams[label].rows[place] for label, place in chosen]
+    completions: dict[tuple[str, int], Completion] = {}
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        first = tasks[batch[0][0]]  # tasks of the same prompts and one base have the same limit
+        rows = [tasks[label].rows[index] for label, index in batch]
         sampling = Sampling(max_new_tokens=first.max_new_tokens)
         with (
             use_eval_mode(first.base.model),
             use_autocast(first.base.device, autocast),
-            route_rows(bank, [label for label, _ in chosen]),
+            route_rows(bank, [label for label, _ in batch]),
         ):
-            written = generate_batch(first.base, rows, sampling=sampling, limit=first.max_new_tokens)
-        for key, text in zip(chosen, written, strict=True):
-            found[key] = text
+            generated = generate_batch(first.base, rows, sampling=sampling, limit=first.max_new_tokens)
+        for key, completion in zip(batch, generated, strict=True):
+            completions[key] = completion
             if on_rows is not None:
                 on_rows(key[0])
-    return {label: [found[label, place] for place in range(len(each.rows))] for label, each in exams.items()}
+    return {label: [completions[label, index] for index in range(len(task.rows))] for label, task in tasks.items()}

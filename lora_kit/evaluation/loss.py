@@ -1,8 +1,8 @@
-"""The loss of a batch; where the head is frozen and plain, without the logits of the batch.
+"""The loss of a batch; if the head is frozen and plain, without the logits of the batch.
 
-A model then runs with a stand-in in place of its head's forward, which hands the states through, and the loss takes the
-head in chunks of the rows that have a label (`ops.chunked_cross_entropy`). Nothing is known about families of models:
-whether one does anything else with its logits (soft-capping, a scale, slices) is found out by a probe.
+The model then runs with its head's forward replaced by the identity, so it returns hidden states in place of logits,
+and the loss applies the head to chunks of the rows that have a label (`ops.chunked_cross_entropy`). A probe finds out
+whether a model does anything else with its logits (soft-capping, a scale, slices); no list of families is needed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,51 +22,62 @@ from lora_kit.models.tasks import GENERATIVE_KINDS, NEXT
 from lora_kit.ops.cross_entropy import chunked_cross_entropy
 from lora_kit.torch_utils import use_eval_mode
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @dataclass(frozen=True)
 class LossHead:
-    """How a model's loss is taken.
+    """How the loss of a model is computed.
 
     Attributes:
-        linear: the head that is left out of the forward; None where the loss is taken from the model's own logits.
-        reason: why they are needed; empty where they are not.
-        ahead: how many positions after the one it is predicted from a label stands: 1 where text goes on, 0 where each
-            position has its own label, as a word has, or where a decoder was given its labels shifted.
+        linear: the head that is left out of the forward; None if the loss needs the model's own logits.
+        reason: why the loss needs them; None if it does not.
+        label_shift: distance from the position that predicts a label to the label: 1 where a text continues; 0 where
+            each position has its own label, as a word has, or where the decoder's inputs are shifted already.
     """
 
     linear: nn.Linear | None
-    reason: str = ""
+    reason: str | None = None
     label_shift: int = 1
 
     @contextlib.contextmanager
     def left_out(self) -> Iterator[None]:
-        """Within, the model gives the states before its head for logits, if it can do without them."""
+        """Make the model return the hidden states before its head in place of logits, if the loss does not need them.
+
+        The model is as before after the block.
+        """
         with contextlib.nullcontext() if self.linear is None else _replace_forward(self.linear, lambda states: states):
             yield
 
-    def loss(self, given: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Tensor:
-        """The negative log-likelihood of the labels in nats, summed: () in fp32.
+    def loss(self, outputs: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Tensor:
+        """Return the negative log-likelihood of the labels in nats, summed: () in fp32.
 
         Positions without a label are dropped first.
 
         Args:
-            given: what the model gave for logits within `left_out`: (rows, length, d or vocabulary) with labels
+            outputs: what the model returned as logits within `left_out`: (rows, length, d or vocabulary) with labels
                 (rows, length), or (rows, classes) with labels (rows,).
+            labels: int64, `IGNORE_INDEX` where there is none.
             smoothing: share of the target spread evenly over all classes (Szegedy et al. 2015, arXiv 1512.00567).
+
+        Raises:
+            VerificationError: the model did not use its head as in the probe.
         """
         if labels.ndim == 1:
-            return functional.cross_entropy(given.float(), labels, reduction="sum", label_smoothing=smoothing)
+            return functional.cross_entropy(outputs.float(), labels, reduction="sum", label_smoothing=smoothing)
         labels = functional.pad(labels[:, self.label_shift :], (0, self.label_shift), value=IGNORE_INDEX)
         if self.linear is None:
-            kept = labels != IGNORE_INDEX
-            logits = given[kept].float()
-            return functional.cross_entropy(logits, labels[kept], reduction="sum", label_smoothing=smoothing)
-        if given.shape[-1] != self.linear.in_features:
-            raise VerificationError(f"the model did not use its head as in the probe: it gave {tuple(given.shape)}")
-        if not torch.is_autocast_enabled(given.device.type):
-            given = given.to(self.linear.weight.dtype)  # a model may cast its logits up
+            has_label = labels != IGNORE_INDEX
+            logits = outputs[has_label].float()
+            return functional.cross_entropy(logits, labels[has_label], reduction="sum", label_smoothing=smoothing)
+        if outputs.shape[-1] != self.linear.in_features:
+            shape = tuple(outputs.shape)
+            raise VerificationError(f"the model did not use its head as in the probe: it returned {shape}")
+        if not torch.is_autocast_enabled(outputs.device.type):
+            outputs = outputs.to(self.linear.weight.dtype)  # a model may cast its logits up
         return chunked_cross_entropy(
-            given.flatten(0, 1),
+            outputs.flatten(0, 1),
             self.linear.weight,
             labels.flatten(),
             bias=self.linear.bias,
@@ -75,69 +86,71 @@ class LossHead:
         )
 
 
-def probe_head(model: Any, sample: Mapping[str, Tensor], *, kind: str = NEXT) -> LossHead:
-    """How the loss of this model is to be taken, found out by one forward of a sample; the model is as it was.
+def probe_head(model: PreTrainedModel, sample: Mapping[str, Tensor], *, kind: str = NEXT) -> LossHead:
+    """Find out by one forward of a sample how the loss of a model is to be computed; the model is left as it was.
 
-    The head is left out where it is a plain linear layer, frozen (or no gradient is wanted), and the model gives for
-    logits what its head gives, cast up at the most.
+    The head is left out if it is a plain linear layer, frozen (or no gradient is needed), and the model returns as
+    logits what its head returns, at most in a wider dtype.
 
     Args:
-        sample: what the model takes, on its device: `input_ids` (rows, length) and so on, without labels.
-        kind: of the samples; only where tokens are written can the head be left out.
+        sample: inputs of the model, on its device: `input_ids` (rows, length) and so on, without labels.
+        kind: kind of the samples; the head can be left out only if the labels are tokens to be written.
     """
-    ahead = int(kind == NEXT)
+    label_shift = int(kind == NEXT)
     if kind not in GENERATIVE_KINDS:
-        return LossHead(None, "labels are no tokens", ahead)
+        return LossHead(None, "labels are not tokens", label_shift)
     sample = {name: tensor[:, :2] for name, tensor in sample.items()}
-    linear: Any = model.get_output_embeddings()
-    reason = _reason_not_plain(linear) or _reason_not_logits_only(model, linear, sample)
-    return LossHead(None if reason else linear, reason, ahead)
+    head = model.get_output_embeddings()
+    reason = _reason_not_plain(head)
+    if reason is None and isinstance(head, nn.Linear):
+        reason = _reason_not_logits_only(model, head, sample)
+    return LossHead(head if reason is None else None, reason, label_shift)
 
 
-def _reason_not_plain(head: Any) -> str:
-    """What keeps a head from being taken in chunks; empty for nothing."""
+def _reason_not_plain(head: nn.Module | None) -> str | None:
+    """Return why a head cannot be applied in chunks, or None if it can."""
     if type(head) is not nn.Linear:
         return "the model has no head" if head is None else f"the head is a {type(head).__name__}"
     hooks = head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks
     if any(hooks) or "forward" in vars(head):
         return "the head has hooks"
     if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in head.parameters()):
-        return "the head's weight is of a type of its own"
+        return "the head's weight is not a plain tensor"
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in head.parameters()):
         return "the head is trained"
-    return ""
+    return None
 
 
-def _reason_not_logits_only(model: Any, head: nn.Linear, sample: Mapping[str, Tensor]) -> str:
-    """What a model does with its head besides giving its output for logits; empty for nothing.
+def _reason_not_logits_only(model: PreTrainedModel, head: nn.Linear, sample: Mapping[str, Tensor]) -> str | None:
+    """Return what else a model does with its head than return its output as logits, or None if nothing.
 
-    The head's output is made up here: numbers so large that a soft cap cannot leave them as they are.
+    The probe replaces the head's output by numbers so large that a soft cap would change them.
     """
-    made: list[tuple[Tensor, Tensor]] = []
+    calls: list[tuple[Tensor, Tensor]] = []
 
-    def stand_in(states: Tensor) -> Tensor:
+    def return_ramp(states: Tensor) -> Tensor:
         size = states[..., 0].numel() * head.out_features
         ramp = torch.linspace(-100, 100, size, device=states.device).to(states.dtype)
         logits = ramp.view(*states.shape[:-1], head.out_features)
-        made.append((logits, logits.clone()))  # a copy, since the model may write into what its head gives
+        calls.append((logits, logits.clone()))  # a copy, since the model may write into its head's output
         return logits
 
-    with use_eval_mode(model), torch.no_grad(), _replace_forward(head, stand_in):
-        given = model(**sample, use_cache=False).logits
-    if len(made) != 1:
-        return f"the model uses its head {len(made)} times"
-    logits, copy = made[0]
+    with use_eval_mode(model), torch.no_grad(), _replace_forward(head, return_ramp):
+        outputs = model(**sample, use_cache=False).logits
+    if len(calls) != 1:
+        return f"the model uses its head {len(calls)} times"
+    logits, copy = calls[0]
     if logits.shape[:-1] != sample.get("decoder_input_ids", sample["input_ids"]).shape:
-        return "the model gives its head other positions than it was given"
-    cast_up = given.dtype != logits.dtype and torch.promote_types(given.dtype, logits.dtype) == given.dtype
-    if not (given is logits or cast_up) or not torch.equal(given, copy.to(given.dtype)):
-        return "the model does something to its logits"
-    return ""
+        return "the model passes other positions to its head than its inputs have"
+    is_wider = outputs.dtype != logits.dtype and torch.promote_types(outputs.dtype, logits.dtype) == outputs.dtype
+    if not (outputs is logits or is_wider) or not torch.equal(outputs, copy.to(outputs.dtype)):
+        return "the model changes its logits"
+    return None
 
 
 @contextlib.contextmanager
 def _replace_forward(head: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Another forward for a head, whatever happens within."""
+    """Replace the forward of a head for the length of a block."""
     vars(head)["forward"] = forward
     try:
         yield

@@ -1,4 +1,4 @@
-"""The metrics of a model as it stands: what training asks for before, within and after."""
+"""The metrics of a model as it is: training measures them before, during and after."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,18 +17,21 @@ from lora_kit.evaluation.generation_metrics import GenerationTask, generate_comp
 from lora_kit.evaluation.scores import score_labels, score_texts
 from lora_kit.models.tasks import GENERATIVE_KINDS
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What an evaluation found.
+    """The metrics of a model on samples.
 
     Attributes:
-        loss: mean of the negative log-likelihood in nats, over labels.
-        labels: what the mean is over: predicted tokens, words or texts.
-        samples: sequences seen.
-        perplexity: exp(loss), where tokens are predicted.
-        accuracy: share of texts or words whose likeliest label is right, where they have one.
-        further: other metrics that were asked for, see `METRICS`.
+        loss: mean negative log-likelihood of a label, in nats.
+        labels: number of labels: predicted tokens, words or texts.
+        samples: number of samples.
+        perplexity: exp(loss), if the labels are tokens; else None.
+        accuracy: share of texts or words whose most likely label is right; None if the labels are tokens.
+        further: other metrics that were requested, see `METRICS`.
         seconds: wall time.
     """
 
@@ -41,13 +44,13 @@ class Evaluation:
     seconds: float = 0.0
 
     def metrics(self) -> dict[str, float]:
-        """`loss`, `perplexity` or `accuracy`, and what else was asked for: what repeats from run to run."""
-        found = {"loss": self.loss, "perplexity": self.perplexity, "accuracy": self.accuracy}
-        return {key: value for key, value in found.items() if value is not None} | dict(self.further)
+        """Return `loss`, `perplexity` or `accuracy`, and the further metrics; these repeat from run to run."""
+        values = {"loss": self.loss, "perplexity": self.perplexity, "accuracy": self.accuracy}
+        return {name: value for name, value in values.items() if value is not None} | dict(self.further)
 
 
 def measure(
-    model: Any,
+    model: PreTrainedModel,
     samples: EncodedDataset,
     collator: Collator,
     *,
@@ -55,45 +58,45 @@ def measure(
     autocast: torch.dtype | None = None,
     metrics: Sequence[str] = (),
     labels: Sequence[str] = (),
-    exam: GenerationTask | None = None,
+    task: GenerationTask | None = None,
 ) -> Evaluation:
-    """Evaluate a model as it stands, with whatever adapter is active; it is left in the modes it was in.
+    """Measure a model with whatever adapter is active; its modes are left as they were.
 
     Args:
-        batch_size: samples at once.
+        batch_size: samples in one batch.
         autocast: dtype to compute in; None for the model's own.
-        metrics: what to give besides the loss and perplexity or accuracy; see `METRICS`.
+        metrics: what to measure besides the loss and perplexity or accuracy; see `METRICS`.
         labels: the names of the labels, for `f1`.
-        exam: what the model is asked, for metrics of what it writes; of the base whose model it is.
+        task: prompts for the metrics of generated texts; its base is that of the model.
     """
     started = time.perf_counter()
-    found = run_forward(model, samples, collator, batch_size=batch_size, autocast=autocast)
-    written = samples.kind in GENERATIVE_KINDS
+    forward = run_forward(model, samples, collator, batch_size=batch_size, autocast=autocast)
+    generative = samples.kind in GENERATIVE_KINDS
     further = [name for name in metrics if name not in ("loss", "perplexity", "accuracy")]
     scores: dict[str, float] = {}
-    if not written:
-        scores = score_labels(["accuracy", *further], true_labels_of(samples), found.predicted, labels=labels)
-    elif exam is not None and further:
-        texts = generate_completions({"": exam}, batch_size=batch_size, autocast=autocast)[""]
-        scores = score_texts(further, [each.text for each in texts], exam.references)
+    if not generative:
+        scores = score_labels(["accuracy", *further], collect_true_labels(samples), forward.predicted, labels=labels)
+    elif task is not None and further:
+        completions = generate_completions({"": task}, batch_size=batch_size, autocast=autocast)[""]
+        scores = score_texts(further, [completion.text for completion in completions], task.references)
     return Evaluation(
-        loss=found.loss,
+        loss=forward.loss,
         labels=samples.num_labels,
         samples=len(samples),
-        perplexity=compute_perplexity(found.loss) if written else None,
+        perplexity=compute_perplexity(forward.loss) if generative else None,
         accuracy=scores.pop("accuracy", None),
         further=scores,
         seconds=time.perf_counter() - started,
     )
 
 
-def true_labels_of(samples: EncodedDataset) -> list[list[int]]:
-    """The labels of each sample."""
+def collect_true_labels(samples: EncodedDataset) -> list[list[int]]:
+    """Return the labels of each sample, without `IGNORE_INDEX`."""
     ends = samples.label_offsets.tolist()
     rows = [samples.labels[start:end] for start, end in pairwise(ends)]
     return [row[row != IGNORE_INDEX].tolist() for row in rows]
 
 
 def compute_perplexity(loss: float) -> float:
-    """exp(loss); infinite where that is too large for a float."""
+    """Return exp(loss), or infinity if that is too large for a float."""
     return math.exp(loss) if loss < 700 else math.inf

@@ -1,4 +1,4 @@
-"""What can be measured: the metrics by name, the tasks they fit, what they need, and which way is better."""
+"""The metrics by name: which tasks they fit, which package they need, and which direction is better."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lora_kit.models.tasks import GENERATIVE_TASKS, LABEL_TASKS, TASKS, TOKENS
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that tells how good a model is.
+    """A measure of how good a model is.
 
     Attributes:
-        tasks: those it fits.
-        greater_is_better: which way is better.
-        package: what it is taken by, if that has to be installed.
+        tasks: the tasks that it fits.
+        greater_is_better: whether a greater value is better.
+        package: the optional package that computes it; empty for none.
     """
 
     tasks: tuple[str, ...]
@@ -41,29 +41,29 @@ METRICS: Final[Mapping[str, Metric]] = MappingProxyType(
         "rouge": Metric(GENERATIVE_TASKS, package="torchmetrics"),
     }
 )
-"""Loss in nats per label; BLEU and chrF from 0 to 100, as sacrebleu gives them; from accuracy on the others 0 to 1."""
+"""Loss in nats per label; BLEU and chrF from 0 to 100, as sacrebleu returns them; accuracy and all others 0 to 1."""
 
 BASIC_METRICS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     dict.fromkeys(GENERATIVE_TASKS, ("loss", "perplexity")) | dict.fromkeys(LABEL_TASKS, ("loss", "accuracy"))
 )
-"""What an evaluation in training gives, by task, whatever else is asked for: it costs nothing more."""
+"""What every evaluation in training measures, by task, since it costs nothing more."""
 
 
 def metrics_for_task(task: str) -> tuple[str, ...]:
-    """The metrics that fit a task."""
+    """Return the metrics that fit a task."""
     return tuple(name for name, metric in METRICS.items() if task in metric.tasks)
 
 
 def select_generation_metrics(names: Sequence[str], task: str) -> tuple[str, ...]:
-    """Those of some metrics that are about what a model writes: they take a generation."""
+    """Return those of some metrics that need generated texts."""
     return tuple(name for name in names if task in GENERATIVE_TASKS and name not in BASIC_METRICS[task])
 
 
 def validate_metrics(names: Sequence[str], task: str) -> tuple[str, ...]:
-    """The metrics asked for, each once.
+    """Return the requested metrics, each once.
 
     Raises:
-        ConfigError: one is unknown, does not fit the task, or needs a package that is not here; none is worked out.
+        ConfigError: a metric is unknown, does not fit the task, or needs a package that is not installed.
     """
     for name in names:
         if name not in METRICS:

@@ -1,1 +1,1 @@
-"""Several adapters answer, side by side: the rows of one batch, each routed to its own adapter."""
+"""Several adapters complete a prompt side by side: the rows of one batch, each routed to its own adapter."""

@@ -1,4 +1,4 @@
-"""Adapters as people give them, read, each with a label and the task it was made for."""
+"""Adapters as arguments: read from a name, a folder or an Adapter, each with a short label and its task."""
 
 from __future__ import annotations
 
@@ -17,68 +17,73 @@ from lora_kit.models.tasks import find_task_by_peft_type
 logger = logging.getLogger(__name__)
 
 BASE_ROW: Final = "base"
-"""What the row of the base itself is called."""
+"""The label of the base itself."""
 
 
-def read_adapter(given: AdapterLike | None, *, store: str | Path) -> Adapter | None:
-    """The adapter that is meant, read strictly; None for the base.
+def read_adapter(source: AdapterLike | None, *, store: str | Path) -> Adapter | None:
+    """Read an adapter strictly; return None for the base.
 
     Raises:
-        UnknownAdapterError: it is not there. AdapterError, ConfigError: it cannot be read.
+        UnknownAdapterError: the adapter does not exist.
+        AdapterError, ConfigError: the adapter cannot be read.
     """
-    if given is None or isinstance(given, Adapter):
-        return given
-    return Adapter.load(find_adapter(given, store=store))
+    if source is None or isinstance(source, Adapter):
+        return source
+    return Adapter.load(find_adapter(source, store=store))
 
 
-def labels_of(given: Sequence[AdapterLike | None], values: Sequence[Adapter | None]) -> list[str]:
-    """A short label for each: the folder's name where that is unique, else with a part of the digest."""
+def build_adapter_labels(sources: Sequence[AdapterLike | None], adapters: Sequence[Adapter | None]) -> list[str]:
+    """Return a short label for each adapter: the name of its folder, with part of its digest if that is not unique."""
+    labels = [_build_short_label(source, adapter) for source, adapter in zip(sources, adapters, strict=True)]
     digests: dict[str, set[str]] = {}
-    short = [_short_label_of(item, value) for item, value in zip(given, values, strict=True)]
-    for label, value in zip(short, values, strict=True):
-        digests.setdefault(label, set()).add(value.digest if value else "")
+    for label, adapter in zip(labels, adapters, strict=True):
+        digests.setdefault(label, set()).add(adapter.digest if adapter else "")
     return [
-        label if len(digests[label]) == 1 or value is None else f"{label}@{value.digest[:12]}"
-        for label, value in zip(short, values, strict=True)
+        label if len(digests[label]) == 1 or adapter is None else f"{label}@{adapter.digest[:12]}"
+        for label, adapter in zip(labels, adapters, strict=True)
     ]
 
 
-def _short_label_of(given: AdapterLike | None, value: Adapter | None) -> str:
-    return BASE_ROW if given is None or value is None else short_label_of(given, value)
+def _build_short_label(source: AdapterLike | None, adapter: Adapter | None) -> str:
+    return BASE_ROW if source is None or adapter is None else short_label_of(source, adapter)
 
 
-def task_of(labels: Sequence[str], values: Sequence[Adapter | None]) -> str | None:
-    """The task that adapters were made for; None where none of them says.
+def find_common_task(labels: Sequence[str], adapters: Sequence[Adapter | None]) -> str | None:
+    """Return the task of all adapters, or None if none of them records one.
 
     Raises:
-        AdapterError: they were made for different ones, or for one that is not known.
+        AdapterError: the adapters have different tasks, or one that is not known.
     """
     tasks: dict[str, str] = {}
-    for label, value in zip(labels, values, strict=True):
-        kind = None if value is None else value.config.task_type
-        if kind is None:
+    for label, adapter in zip(labels, adapters, strict=True):
+        task_type = None if adapter is None else adapter.config.task_type
+        if task_type is None:
             continue
-        spec = find_task_by_peft_type(kind)
+        spec = find_task_by_peft_type(task_type)
         if spec is None:
-            raise AdapterError(f"adapter {label!r} was made for {kind}, which is no task of lora-kit")
+            raise AdapterError(f"adapter {label!r} was made for {task_type}, which is not a task of lora-kit")
         tasks.setdefault(spec.name, label)
     if len(tasks) > 1:
-        told = ", ".join(f"{label!r} for {task}" for task, label in tasks.items())
-        raise AdapterError(f"adapters of different tasks: {told}", hint="take those of one task together")
+        listed = ", ".join(f"{label!r} for {task}" for task, label in tasks.items())
+        raise AdapterError(f"adapters of different tasks: {listed}", hint="use adapters of one task")
     return next(iter(tasks), None)
 
 
 def check_quantize(
-    base: str | Base, labels: Sequence[str], values: Sequence[Adapter | None], quantize: str | None
+    base: str | Base, labels: Sequence[str], adapters: Sequence[Adapter | None], quantize: str | None
 ) -> None:
-    """Refuse to quantise a base that is loaded already, and say which adapters were trained on one in another form."""
+    """Refuse to quantize a loaded base, and warn of adapters that were trained on another form of the base.
+
+    Raises:
+        ConfigError: the base is loaded already, and `quantize` is given.
+    """
     if not isinstance(base, str):
         if quantize is not None:
-            raise ConfigError("quantize does nothing for a base that is loaded already", hint="load it so")
+            raise ConfigError("quantize does nothing for a base that is loaded already", hint="load it with quantize")
         return
-    for label, value in zip(labels, values, strict=True):
-        recipe = value.record.get("recipe") if value is not None else None
+    for label, adapter in zip(labels, adapters, strict=True):
+        recipe = adapter.record.get("recipe") if adapter is not None else None
         trained = recipe.get("quantize") if isinstance(recipe, Mapping) else quantize
         if trained != quantize:
-            told = "%s was trained on its base %s, which is loaded %s here"
-            logger.warning(told, label, *(f"in {form}" if form else "as it is" for form in (trained, quantize)))
+            message = "%s was trained on its base %s, which is loaded %s here"
+            logger.warning(message, label, *(f"in {form}" if form else "as it is" for form in (trained, quantize)))

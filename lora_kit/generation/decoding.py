@@ -1,18 +1,19 @@
-"""One batch of prompts, each written on to its own end; a loaded base with whatever is attached to it."""
+"""Decoding: complete one batch of prompts, each to its own end, with whatever is attached to a loaded base."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from lora_kit.errors import ConfigError
-from lora_kit.generation.prompts import EncodedPrompt, end_tokens_of
+from lora_kit.generation.prompts import EncodedPrompt, find_end_tokens
 from lora_kit.models.loading import Base
+from lora_kit.models.protocols import Tokenizer
 from lora_kit.models.tasks import SEQ2SEQ
 
 if TYPE_CHECKING:
@@ -24,10 +25,10 @@ class Sampling:
     """How the next token is chosen.
 
     Attributes:
-        max_new_tokens: most tokens a row may write.
-        temperature: 0 takes the likeliest token; above 0 samples, after dividing the logits by it.
-        top_p: samples from the likeliest tokens whose probabilities first add up to this.
-        seed: of the sampling; the same seed and the same batch give the same text on one machine.
+        max_new_tokens: most tokens of a completion.
+        temperature: 0 decodes greedily; above 0 samples, after dividing the logits by it.
+        top_p: samples from the fewest most likely tokens whose probabilities add up to at least this.
+        seed: seed of the sampling; the same seed and the same batch give the same text on one machine.
 
     Raises:
         ConfigError: on construction, for a value out of range.
@@ -48,26 +49,42 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a row wrote: its text, its tokens with the one that ended it, and whether one did."""
+    """The completion of a prompt.
+
+    Attributes:
+        text: the decoded tokens, without special tokens.
+        ids: its tokens, including the one that ended it.
+        ended: whether a token ended it; False if it was cut off.
+    """
 
     text: str
     ids: list[int]
     ended: bool
 
 
-def generate_batch(
-    base: Base, rows: Sequence[EncodedPrompt], *, sampling: Sampling, limit: int, streamer: Any = None
-) -> list[Completion]:
-    """What the model writes after each prompt, as one batch, with whatever is routed to its rows.
+class TokenStreamer(Protocol):
+    """What transformers calls while it generates."""
 
-    The random generator is as it was afterwards.
+    def put(self, value: Tensor) -> None:
+        """Receive the prompts, once, then one new token for each row: int64 (rows,)."""
+
+    def end(self) -> None:
+        """Receive the end of the generation."""
+
+
+def generate_batch(
+    base: Base, rows: Sequence[EncodedPrompt], *, sampling: Sampling, limit: int, streamer: TokenStreamer | None = None
+) -> list[Completion]:
+    """Complete each prompt, as one batch, with whatever is routed to its rows.
+
+    The state of the random generator is restored afterwards.
 
     Args:
-        limit: most tokens that a row may write, so that the longest one still fits into the base's context.
-        streamer: one of transformers, which is shown each token as it comes.
+        limit: most tokens of a completion, so that the longest row still fits into the base's context.
+        streamer: receives each token as it is generated.
     """
     inputs = _pad_rows(base, [row.ids for row in rows])
-    # Where rows end differently, each goes on until its own end and what follows that is cut off.
+    # Rows with other end tokens continue past their own end; `_build_completion` cuts that off.
     ends = frozenset.intersection(*(row.ends for row in rows))
     start = 1 if base.task == SEQ2SEQ else inputs["input_ids"].shape[1]
     with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
@@ -79,60 +96,51 @@ def generate_batch(
     ]
 
 
-def decode_ids(tokenizer: Any, ids: Sequence[int]) -> str:
-    text: str = tokenizer.decode(ids, skip_special_tokens=True)
-    return text
+def decode_ids(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Decode tokens, without special tokens."""
+    return tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def _build_completion(tokenizer: Any, ids: Sequence[int], ends: Collection[int]) -> Completion:
-    """The tokens up to and with the first that ends the text; what follows it is padding or another row's."""
-    end = next((place for place, token in enumerate(ids) if token in ends), None)
+def _build_completion(tokenizer: Tokenizer, ids: Sequence[int], ends: Collection[int]) -> Completion:
+    """Keep the tokens up to and including the first end token; what follows is padding or was never meant."""
+    end = next((index for index, token in enumerate(ids) if token in ends), None)
     own = list(ids if end is None else ids[: end + 1])
     return Completion(decode_ids(tokenizer, own), own, end is not None)
 
 
 def _pad_rows(base: Base, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """int64 (rows, longest), with a mask: padding before a text that goes on, after one that an encoder reads."""
-    longest, pad = max(map(len, rows)), _pad_token_of(base)
-    before = base.task != SEQ2SEQ
-    ids = [
-        [pad] * (longest - len(row)) + list(row) if before else [*row, *[pad] * (longest - len(row))] for row in rows
-    ]
-    kept = [[0] * (longest - len(row)) + [1] * len(row) if before else [1] * len(row) + [0] * (longest - len(row))
-            for row in rows]  # fmt: skip
-    return {
-        "input_ids": torch.tensor(ids, device=base.device),
-        "attention_mask": torch.tensor(kept, device=base.device),
-    }
+    """Return `input_ids` and `attention_mask`, int64 (rows, longest): padded on the left for a decoder, else right."""
+    longest, pad = max(map(len, rows)), _find_pad_token(base)
+    ids = torch.full((len(rows), longest), pad)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        own = slice(0, len(row)) if base.task == SEQ2SEQ else slice(longest - len(row), longest)
+        ids[index, own] = torch.tensor(row)
+        mask[index, own] = 1
+    return {"input_ids": ids.to(base.device), "attention_mask": mask.to(base.device)}
 
 
 def _build_generation_config(base: Base, sampling: Sampling, length: int, *, ends: Collection[int]) -> GenerationConfig:
     from transformers import GenerationConfig
 
-    chosen: dict[str, Any] = {"do_sample": False}
+    options: dict[str, object] = {"do_sample": False}
     if sampling.temperature > 0:
-        chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        options = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     if base.task == SEQ2SEQ:
         own = base.model.generation_config
-        chosen["decoder_start_token_id"] = _start_token_of(base.model)
-        chosen["forced_bos_token_id"] = getattr(own, "forced_bos_token_id", None)
+        start = getattr(own, "decoder_start_token_id", None)
+        options["decoder_start_token_id"] = base.model.config.decoder_start_token_id if start is None else start
+        options["forced_bos_token_id"] = getattr(own, "forced_bos_token_id", None)
     return GenerationConfig(
-        max_length=length, eos_token_id=sorted(ends) or None, pad_token_id=_pad_token_of(base), **chosen
+        max_length=length, eos_token_id=sorted(ends) or None, pad_token_id=_find_pad_token(base), **options
     )
 
 
-def _start_token_of(model: Any) -> int | None:
-    """What a decoder begins with."""
-    own = getattr(model.generation_config, "decoder_start_token_id", None)
-    start: int | None = own if own is not None else model.config.decoder_start_token_id
-    return start
-
-
-def _pad_token_of(base: Base) -> int:
+def _find_pad_token(base: Base) -> int:
     pad = base.tokenizer.pad_token_id
-    return int(pad) if pad is not None else min(end_tokens_of(base), default=0)
+    return int(pad) if pad is not None else min(find_end_tokens(base), default=0)
 
 
-def _require(holds: bool, name: str, value: Any, expected: str) -> None:
+def _require(holds: bool, name: str, value: float, expected: str) -> None:
     if not holds:
         raise ConfigError(f"{name} must be {expected}; {value!r} was given")

@@ -1,4 +1,4 @@
-"""One prompt, several adapters, side by side."""
+"""`generate`: several adapters complete one prompt, side by side."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.adapter_like import AdapterLike
 from lora_kit.bank.bank import AdapterBank, attach
 from lora_kit.errors import AdapterError, ConfigError, DataError
-from lora_kit.generation.adapter_args import check_quantize, labels_of, read_adapter, task_of
+from lora_kit.generation.adapter_args import (
+    build_adapter_labels,
+    check_quantize,
+    find_common_task,
+    read_adapter,
+)
 from lora_kit.generation.decoding import Sampling, decode_ids, generate_batch
 from lora_kit.generation.prompts import encode_prompt, resolve_styles
 from lora_kit.models.loading import Base, load_base, load_input_spec
@@ -24,14 +29,14 @@ from lora_kit.names import DEFAULT_STORE
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """What one row answered.
+    """The completion of one row.
 
     Attributes:
         name: the adapter's label, or `base`.
-        prompt: the text the model was given.
-        text: what it wrote, without its end-of-text token.
-        tokens: how many it wrote, the end-of-text token included.
-        ended: `eos`; `max_new_tokens`; or `context`, where the base can read no further.
+        prompt: the text that was given to the model.
+        text: the generated text, without its end-of-text token.
+        tokens: number of generated tokens, including the end-of-text token.
+        ended: what ended it: `eos`; `max_new_tokens`; or `context`, if the context of the base was full.
     """
 
     name: str
@@ -52,67 +57,70 @@ def generate(
     quantize: str | None = None,
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[Generation]:
-    """Let several adapters of one base answer a prompt, as one batch.
+    """Complete a prompt with several adapters of one base, as one batch.
 
     Args:
         base: hub id, local folder, `kit-base`, or a loaded base; a loaded one is left as it was.
-        adapters: one per row: a folder, a name in `store`, an Adapter, or None for the base itself.
-        prompt: what is asked; of an adapter that was trained on conversations, the user's message.
-        sampling: how the next token is chosen; the likeliest one by default.
-        template: `adapter` puts the prompt as each adapter saw prompts in training: in the chat template of its record,
-            or followed by the separator there. The base itself gets what the first adapter beside it gets, so that only
-            the adapter differs; alone it gets the prompt as it is. `raw` gives every row the prompt as it is.
+        adapters: one for each row: a folder, a name in `store`, an Adapter, or None for the base itself.
+        prompt: the prompt; for an adapter that was trained on conversations, the user's message.
+        sampling: how the next token is chosen; greedily by default.
+        template: `adapter` presents the prompt as each adapter saw prompts in training: in the chat template of its
+            record, or followed by the separator there. The base gets what the first adapter beside it gets, so that
+            only the adapter differs; alone it gets the prompt as it is. `raw` gives every row the prompt as it is.
         store: where adapters are looked up by name.
         quantize: how to load the base, as in `load_base`.
         on_text: called with a row and its text so far each time the text grows.
 
     Returns:
-        One result per row, in the order of `adapters`.
+        One result for each row, in the order of `adapters`.
 
     Raises:
-        UnknownAdapterError: an adapter that is not there; nothing was loaded.
-        AdapterError: an adapter that does not generate text, cannot be read, or does not fit the base.
+        UnknownAdapterError: an adapter does not exist; nothing was loaded.
+        AdapterError: an adapter does not generate text, cannot be read, or does not match the base.
         DataError: the prompt has no token, is not text, or fills the base's context.
     """
     if not adapters:
         raise ConfigError("no row to generate was given", hint="name an adapter, or None for the base itself")
     sampling = sampling or Sampling()
-    values = [read_adapter(adapter, store=store) for adapter in adapters]
-    labels = labels_of(adapters, values)
-    check_quantize(base, labels, values, quantize)
-    loaded = _load_for_generation(base, labels, values, quantize)
-    own = resolve_styles(values, base_alone="") if template == "adapter" else [""] * len(values)
-    rows = [encode_prompt(loaded, prompt, style) for style in own]
+    read = [read_adapter(adapter, store=store) for adapter in adapters]
+    labels = build_adapter_labels(adapters, read)
+    check_quantize(base, labels, read, quantize)
+    loaded = _load_for_generation(base, labels, read, quantize)
+    styles = resolve_styles(read, base_alone="") if template == "adapter" else [""] * len(read)
+    rows = [encode_prompt(loaded, prompt, style) for style in styles]
     limit, limited_by = _limit_new_tokens(loaded, max(len(row.ids) for row in rows), sampling.max_new_tokens)
-    growing = _RowStreamer(loaded, [row.ends for row in rows], on_text=on_text) if on_text else None
-    with attach_adapters(loaded.model, dict(zip(labels, values, strict=True))) as bank, route_rows(bank, labels):
-        written = generate_batch(loaded, rows, sampling=sampling, limit=limit, streamer=growing)
+    streamer = _RowStreamer(loaded, [row.ends for row in rows], on_text=on_text) if on_text else None
+    with attach_adapters(loaded.model, dict(zip(labels, read, strict=True))) as bank, route_rows(bank, labels):
+        completions = generate_batch(loaded, rows, sampling=sampling, limit=limit, streamer=streamer)
     return [
         Generation(
             name=label,
             prompt=row.text,
-            text=found.text,
-            tokens=len(found.ids),
-            ended="eos" if found.ended else limited_by,
+            text=completion.text,
+            tokens=len(completion.ids),
+            ended="eos" if completion.ended else limited_by,
         )
-        for label, row, found in zip(labels, rows, written, strict=True)
+        for label, row, completion in zip(labels, rows, completions, strict=True)
     ]
 
 
 @contextlib.contextmanager
-def attach_adapters(model: Any, adapters: Mapping[str, Adapter | None]) -> Iterator[AdapterBank | None]:
-    """A bank with these adapters beside a model for the length of a block; None where there are none.
+def attach_adapters(model: nn.Module, adapters: Mapping[str, Adapter | None]) -> Iterator[AdapterBank | None]:
+    """Attach a bank with these adapters to a model for the length of a block; yield None if there are none.
+
+    Args:
+        adapters: by label; None for the base.
 
     Raises:
-        AdapterError, BaseMismatchError: one does not fit the model, which is as it was.
+        AdapterError, BaseMismatchError: an adapter does not match the model, which is left as it was.
     """
-    values = {label: adapter for label, adapter in adapters.items() if adapter is not None}
-    if not values:
+    present = {label: adapter for label, adapter in adapters.items() if adapter is not None}
+    if not present:
         yield None
         return
-    bank = attach(model, slots=len(values), max_rank=max(1, *(v.config.largest_rank for v in values.values())))
+    bank = attach(model, slots=len(present), max_rank=max(1, *(a.config.largest_rank for a in present.values())))
     try:
-        for label, adapter in values.items():
+        for label, adapter in present.items():
             bank.load(label, adapter)
         yield bank
     finally:
@@ -120,39 +128,39 @@ def attach_adapters(model: Any, adapters: Mapping[str, Adapter | None]) -> Itera
 
 
 def route_rows(bank: AdapterBank | None, labels: Sequence[str]) -> contextlib.AbstractContextManager[None]:
-    """Each row of a batch to the adapter of its label for the length of a block; a label without one is the base's."""
+    """Route each row of a batch to the adapter of its label for the length of a block; other labels to the base."""
     if bank is None:
         return contextlib.nullcontext()
     return bank.rows([label if label in bank.names else None for label in labels])
 
 
 def _load_for_generation(
-    base: str | Base, labels: Sequence[str], values: Sequence[Adapter | None], quantize: str | None
+    base: str | Base, labels: Sequence[str], adapters: Sequence[Adapter | None], quantize: str | None
 ) -> Base:
-    """The base, loaded for what the adapters were made for; on its own for what it is."""
-    for label, value in zip(labels, values, strict=True):
-        kind = value.config.task_type if value is not None else None
-        spec = find_task_by_peft_type(kind)
-        if kind is not None and not (spec and spec.is_generative):
-            hint = "`lora-kit eval FILE --out said.jsonl` says what it makes of texts"
-            raise AdapterError(f"adapter {label!r} was made for {kind}: it does not write text", hint=hint)
-    task = task_of(labels, values)
+    """Load the base for the task of the adapters; a base alone for its own task."""
+    for label, adapter in zip(labels, adapters, strict=True):
+        task_type = adapter.config.task_type if adapter is not None else None
+        spec = find_task_by_peft_type(task_type)
+        if task_type is not None and not (spec and spec.is_generative):
+            hint = "`lora-kit eval FILE --out said.jsonl` predicts its labels"
+            raise AdapterError(f"adapter {label!r} was made for {task_type}: it does not write text", hint=hint)
+    task = find_common_task(labels, adapters)
     if not isinstance(base, str):
         return base
     return load_base(base, task=task or load_input_spec(base).generative_task, quantize=quantize)
 
 
-def _limit_new_tokens(base: Base, longest: int, wanted: int) -> tuple[int, Literal["max_new_tokens", "context"]]:
-    """How many tokens may be written, and what limits them."""
+def _limit_new_tokens(base: Base, longest: int, requested: int) -> tuple[int, Literal["max_new_tokens", "context"]]:
+    """Return how many tokens may be generated after prompts of at most `longest` tokens, and what limits them."""
     context = base.max_length
     if longest >= context:
         raise DataError(f"the prompt has {longest:,} tokens; the base reads {context:,}", hint="shorten the prompt")
-    room = context - (1 if base.task == SEQ2SEQ else longest)
-    return (wanted, "max_new_tokens") if wanted <= room else (room, "context")
+    budget = context - (1 if base.task == SEQ2SEQ else longest)
+    return (requested, "max_new_tokens") if requested <= budget else (budget, "context")
 
 
 class _RowStreamer:
-    """A transformers streamer over a batch: decodes each row as it grows and passes its text on."""
+    """A streamer of transformers for a batch: decodes each row as it grows and reports its text."""
 
     def __init__(self, base: Base, ends: Sequence[Collection[int]], *, on_text: Callable[[int, str], None]) -> None:
         self._tokenizer = base.tokenizer
@@ -164,7 +172,7 @@ class _RowStreamer:
         self._prompt_seen = False
 
     def put(self, value: Tensor) -> None:
-        """Takes what stands before the texts, once, then one new token per row."""
+        """Receive the prompts, once, then one new token for each row: int64 (rows,)."""
         if not self._prompt_seen:
             self._prompt_seen = True
             return
@@ -180,4 +188,4 @@ class _RowStreamer:
                 self._on_text(row, text)
 
     def end(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: every text was reported when it grew."""

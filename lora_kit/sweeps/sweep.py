@@ -13,7 +13,7 @@ from lora_kit.errors import ConfigError, RecipeError
 from lora_kit.evaluation.metrics import BASIC_METRICS, validate_metrics
 from lora_kit.io.text import escape_text
 from lora_kit.models.loading import Base
-from lora_kit.models.locate import silence_libraries
+from lora_kit.models.silence import silence_libraries
 from lora_kit.sweeps.space import check_values, format_space, list_combinations, parse_space
 from lora_kit.training.job.job import Job, read_recipe_rows
 from lora_kit.training.job.output import check_output_writable

@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lora_kit.errors import LoraKitError, StorageError, VerificationError, format_list
 from lora_kit.io.text import escape_text
 from lora_kit.models.loading import Base
-from lora_kit.models.locate import silence_libraries
+from lora_kit.models.silence import silence_libraries
 from lora_kit.sweeps.study import SweepPlan, SweepStudy, read_plan
 from lora_kit.training.job.job import Job
 from lora_kit.training.recipe.load import load_recipe

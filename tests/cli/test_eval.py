@@ -87,7 +87,7 @@ def test_what_was_said_is_written_row_by_row(here: Path, capsys: Capture) -> Non
         (["-a", "one", "--metrics", "f1"], "does not fit task causal-lm"),
         (["-a", "one", "--metrics", ","], "--metrics was given without a name"),
         (["-a", "one", "--out", "said.jsonl"], "ask for exact_match too"),
-        (["-a", "one", "--metrics", "bleu", "--out", "no/said.jsonl"], "no is no folder"),
+        (["-a", "one", "--metrics", "bleu", "--out", "no/said.jsonl"], "no is not a folder"),
         (["-a", "nobody"], "nobody"),
     ],
     ids=str,

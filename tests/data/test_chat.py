@@ -16,7 +16,7 @@ from lora_kit.data.rows import read_rows
 from lora_kit.errors import DataError, RecipeError
 from lora_kit.generation.decoding import Sampling
 from lora_kit.generation.generate import generate
-from lora_kit.generation.prompts import template_of
+from lora_kit.generation.prompts import find_template
 from lora_kit.models.loading import Base
 from lora_kit.training.train import train
 from tests.support import texts, tiny
@@ -79,7 +79,7 @@ def test_nothing_after_the_last_answer_is_kept(tmp_path: Path) -> None:
 
 def test_what_stands_before_an_answer_is_what_generation_is_given(tmp_path: Path) -> None:
     sample = encoded(tmp_path, CHAT)[0]
-    asked = tokenizer()(template().asked(tokenizer(), CHAT[:4]), add_special_tokens=False)["input_ids"]
+    asked = tokenizer()(template().render_prompt(tokenizer(), CHAT[:4]), add_special_tokens=False)["input_ids"]
     assert sample["input_ids"].tolist()[: len(asked)] == asked
     assert sample["labels"].tolist()[len(asked) - 1 : len(asked) + 1] == [IGNORE_INDEX, sample["input_ids"][len(asked)]]
 
@@ -166,7 +166,7 @@ def test_the_tokenizers_own_template_comes_first(tmp_path: Path) -> None:
 def test_the_plain_template_begins_as_the_tokenizer_begins(bos: str) -> None:
     made = tokenizer(bos=bos)
     encoder = ChatEncoder(made, chat_template("plain", made, base="tiny"), max_length=99)
-    ids, learned = encoder.samples(CHAT[1:3])[1][0]
+    ids, learned = encoder.encode(CHAT[1:3])[1][0]
     words = "".join(made.convert_ids_to_tokens(ids))
     assert words == f"{bos}User:\nhi<unk>Assistant:\nyo</s>"  # two line breaks are no token of this tokenizer
     assert sum(learned) == 3
@@ -189,7 +189,7 @@ def test_an_adapter_brings_its_template_to_generation(tmp_path: Path) -> None:
     steps = {"max_steps": 1, "report_to": "none"}
     train({"base": "tiny", "data": str(file), "out": str(out), "train": steps}, base=base)
     adapter = lk.Adapter.load(out)
-    found = template_of(adapter)
+    found = find_template(adapter)
     assert found is not None
     assert found.text == TURNS
     base.tokenizer.chat_template = None  # the record is enough
@@ -204,8 +204,8 @@ def test_an_answer_ends_where_the_template_ends_it(monkeypatch: pytest.MonkeyPat
     prompt = torch.tensor([base.tokenizer("hi", add_special_tokens=False)["input_ids"]])
     written = base.model.generate(input_ids=prompt, max_new_tokens=6, do_sample=False)[0, prompt.shape[1] :].tolist()
     end = written[2]
-    monkeypatch.setattr(ChatTemplate, "asked", lambda self, tokenizer, messages: "hi")
-    monkeypatch.setattr(ChatTemplate, "end", lambda self, tokenizer: end)
+    monkeypatch.setattr(ChatTemplate, "render_prompt", lambda self, tokenizer, messages: "hi")
+    monkeypatch.setattr(ChatTemplate, "find_end_token", lambda self, tokenizer: end)
     bank = lk.attach(base.model, lk.LoraConfig(r=2), name="idle")  # B is zero: writes what the base writes
     adapter = bank.snapshot("idle")
     bank.detach()

@@ -13,7 +13,7 @@ import pytest
 import lora_kit as lk
 from lora_kit.data.batches import join_samples
 from lora_kit.data.encode import encode
-from lora_kit.data.preparation.examine import bin_lengths, find_leaks, input_of
+from lora_kit.data.preparation.examine import bin_lengths, find_leaks, normalize_input
 from lora_kit.data.preparation.prepare import Preparation, prepare
 from lora_kit.data.preparation.split import split
 from lora_kit.data.preview import preview_sample
@@ -74,7 +74,7 @@ def test_rows_with_one_input_stay_on_one_side() -> None:
     train, aside = split(rows, share=0.2)
     assert len(aside) == 20
     assert not find_leaks(rows.only(train), rows.only(aside))
-    assert len({input_of(rows, values[place]) for place in aside}) == 10
+    assert len({normalize_input(rows, values[place]) for place in aside}) == 10
 
 
 def test_every_label_is_trained_on_and_gives_its_share() -> None:
@@ -278,7 +278,7 @@ def test_a_write_that_fails_leaves_what_was_there(
         ({"share": 1.0}, "share .* below 1"),
         ({"share": -0.1}, "share .* below 1"),
         ({"max_length": 65}, "sees 64 tokens at once"),
-        ({"max_length": 1}, "2 at least"),
+        ({"max_length": 1}, "at least 2"),
         ({"template": "plain"}, "a chat template was given"),
         ({"rename": {"nothing": "prompt"}}, "has no nothing to rename"),
         ({"base": "nowhere/at-all/x"}, "no such folder"),

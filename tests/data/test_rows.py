@@ -66,7 +66,7 @@ def test_lines_are_counted_with_the_empty_ones(tmp_path: Path) -> None:
         (b'{"text": "  "}', ":2: text is empty"),
         (b'{"text": "a\xff"}', ":2: not UTF-8 at byte 11"),
         (b'{"text": "\\ud800"}', ":2: text holds half a surrogate pair"),
-        (b'{"text": "a", "text": "b"}', ":2: the key 'text' stands there twice"),
+        (b'{"text": "a", "text": "b"}', ":2: the key 'text' appears twice"),
         (b"[" * 100_000, ":2: not JSON"),
     ],
 )
@@ -268,8 +268,8 @@ def test_the_items_of_a_json_array_are_numbered(tmp_path: Path, indent: int | No
         ('[{"text": "a"}\n{"text": "b"}]', ":1: not JSON: , or ] was expected after it in line 2"),
         ('[{"text": "a"},\n]', ":2: not JSON"),
         ('[{"text": "a"}', ":1: not JSON"),
-        ('[{"text": "a"}]\n{}', ":2: something stands after the end"),
-        ('[\n{"text": "a", "text": "b"}]', ":1: the key 'text' stands there twice"),
+        ('[{"text": "a"}]\n{}', ":2: there is text after the end"),
+        ('[\n{"text": "a", "text": "b"}]', ":1: the key 'text' appears twice"),
         ("[" * 100_000, ":1: not JSON"),
         ("[]", "has no rows"),
     ],
@@ -326,8 +326,8 @@ def test_a_scan_keeps_what_is_good_and_tells_the_rest_apart(tmp_path: Path) -> N
     ("rename", "message"),
     [
         ({"x": "prompt"}, "has no x to rename"),
-        ({"q": "completion"}, "completion would stand there twice"),
-        ({"q": "prompt", "completion": "prompt"}, "prompt would stand there twice"),
+        ({"q": "completion"}, "two columns would have the name completion"),
+        ({"q": "prompt", "completion": "prompt"}, "two columns would have the name prompt"),
     ],
 )
 def test_columns_are_renamed_to_names_that_are_free(tmp_path: Path, rename: dict[str, str], message: str) -> None:

@@ -391,7 +391,7 @@ def test_rows_of_another_task_are_refused(base: Base, tmp_path: Path) -> None:
         evaluate(base, [made(base, seed=1)], labelled)
     plain = texts.write(tmp_path / "plain.jsonl", [{"text": "one two"}])
     assert evaluate(base, [None], plain).results[0].metrics["loss"] > 0
-    with pytest.raises(DataError, match="ask nothing"):
+    with pytest.raises(DataError, match="have no prompts"):
         evaluate(base, [None], plain, metrics=["bleu"])
 
 

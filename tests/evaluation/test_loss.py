@@ -57,12 +57,12 @@ def test_the_loss_without_the_head_is_the_models_own(make: Any, dtype: torch.dty
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (heads.gemma2, "does something to its logits"),
-        (heads.granite, "does something to its logits"),
-        (heads.cohere, "does something to its logits"),
-        (lambda: heads.changed(heads.Sliced), "does something to its logits"),
-        (lambda: heads.changed(heads.WrittenInto), "does something to its logits"),
-        (lambda: heads.changed(heads.CastDown), "does something to its logits"),
+        (heads.gemma2, "changes its logits"),
+        (heads.granite, "changes its logits"),
+        (heads.cohere, "changes its logits"),
+        (lambda: heads.changed(heads.Sliced), "changes its logits"),
+        (lambda: heads.changed(heads.WrittenInto), "changes its logits"),
+        (lambda: heads.changed(heads.CastDown), "changes its logits"),
         (lambda: heads.changed(heads.Twice), "uses its head 2 times"),
         (lambda: heads.changed(heads.LastOnly), "other positions"),
     ],

@@ -11,7 +11,7 @@ import lora_kit as lk
 from lora_kit.errors import AdapterError, ConfigError, DataError, UnknownAdapterError
 from lora_kit.generation.decoding import Sampling
 from lora_kit.generation.generate import generate
-from lora_kit.generation.prompts import separator_of
+from lora_kit.generation.prompts import find_separator
 from lora_kit.models.loading import Base
 from tests.support import texts, tiny
 from tests.support.random_adapters import made
@@ -54,9 +54,9 @@ def test_prompts_are_put_as_in_training(base: Base) -> None:
 def test_a_record_without_a_separator_means_the_default_one(base: Base) -> None:
     adapter = made(base, seed=1)
     with_recipe = lk.Adapter(adapter.config, adapter.tensors, record={"recipe": {"data": "rows.jsonl"}})
-    assert separator_of(with_recipe) == "\n"
-    assert separator_of(adapter) == ""
-    assert separator_of(lk.Adapter(adapter.config, adapter.tensors, record={"recipe": "nonsense"})) == ""
+    assert find_separator(with_recipe) == "\n"
+    assert find_separator(adapter) == ""
+    assert find_separator(lk.Adapter(adapter.config, adapter.tensors, record={"recipe": "nonsense"})) == ""
 
 
 def test_a_row_stops_at_its_end_of_text(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Final
 import torch
 import transformers
 
-from lora_kit.models.locate import silence_libraries
+from lora_kit.models.silence import silence_libraries
 
 SMALL: Final[dict[str, Any]] = {
     "vocab_size": 96,

@@ -118,6 +118,6 @@ def test_which_way_is_better_is_known_from_the_metric(tmp_path: Path) -> None:
 
 def test_texts_without_prompts_have_nothing_that_could_be_asked(tmp_path: Path) -> None:
     section = {**EVERY_TWO, "metric_for_best_model": "bleu"}
-    with pytest.raises(DataError, match="ask nothing"):
+    with pytest.raises(DataError, match="have no prompts"):
         train(recipe_of(tmp_path, rows=[{"text": "one two"}], train=section), base=llama())
     assert not (tmp_path / "out").exists()

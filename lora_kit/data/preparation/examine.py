@@ -1,34 +1,43 @@
-"""What is in a file of rows before anything is trained on it: faults, repeats, leaks, lengths, labels."""
+"""Examine a file of rows before anything is trained on it: faults, repeats, leaks, lengths, labels."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from lora_kit.data.chat import ChatTemplate
 from lora_kit.data.encode import EncodingResult, encode_with_faults
+from lora_kit.data.layouts import RowValue
 from lora_kit.data.preparation.labels import find_lookalikes, relabel_rows
-from lora_kit.data.readers import Fault
+from lora_kit.data.records import Fault
 from lora_kit.data.rows import Rows, collect_label_names, scan_rows
+from lora_kit.data.sample_format import SampleFormat
+from lora_kit.models.protocols import Tokenizer
 from lora_kit.models.tasks import LABEL
 
 FIRST_BIN: Final = 16
-"""The upper end of the first bin of a histogram of lengths; each next one is twice as far."""
+"""Upper end of the first bin of a histogram of lengths; that of each further bin is twice the one before."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """How files are read and rows become tokens: what `scan_rows` and `measure` are given."""
+    """How files are read, and how their rows become tokens.
 
-    tokenizer: Any
-    max_length: int
-    separator: str
-    task: str
+    Attributes:
+        tokenizer: tokenizer of the base.
+        sample_format: the format of samples; labels are added from the file.
+        rename: new names of columns, by old name.
+        relabel: new names of labels, by old name.
+        encoding: encoding of the files.
+    """
+
+    tokenizer: Tokenizer
+    sample_format: SampleFormat
     rename: Mapping[str, str]
     relabel: Mapping[str, str]
     encoding: str
@@ -36,16 +45,16 @@ class ReadOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ExaminedFile:
-    """A file of rows, looked at from all sides; nothing has been changed or left out.
+    """A file of rows and what is wrong with it; nothing has been left out.
 
     Attributes:
-        rows: the rows of its format, those that cannot be trained on because of their length among them.
+        rows: the rows that match the format, including those that are too long to be trained on.
         faults: all rows that cannot be trained on, sorted by line; those of the kind `long` are also in `rows`.
-        unused: columns that are not read.
-        duplicates: the line of a row → the line of an earlier row that says exactly the same.
-        conflicts: the line of a row → the line of an earlier one with the same input and another label.
+        unused: columns that are not part of the layout.
+        duplicates: the line of a row → the line of an earlier, identical row.
+        conflicts: the line of a row → the line of an earlier row with the same input and another label.
         measured: the rows as samples.
-        sha256: of what was read.
+        sha256: hash of the file, or of the rows of a data set.
     """
 
     rows: Rows
@@ -57,100 +66,91 @@ class ExaminedFile:
     sha256: str
 
     def lines_of(self, kind: str) -> list[int]:
-        """Lines of the faults of a kind: `bad`, `empty` or `long`."""
+        """Return the lines of the faults of a kind: `bad`, `empty` or `long`."""
         return [fault.line for fault in self.faults if fault.kind == kind]
 
     @property
     def total(self) -> int:
-        """Everything that stands in the file, be it a row or a fault."""
+        """Number of rows in the file, whether they are valid or not."""
         return len({*self.rows.lines, *(fault.line for fault in self.faults)})
 
     @functools.cached_property
     def labels(self) -> dict[str, int]:
-        """Texts or words of each label, the most frequent first."""
+        """How many texts or words have each label, the most frequent label first."""
         return dict(Counter(str(label) for labels in self.rows.labels for label in labels).most_common())
 
     @functools.cached_property
     def lookalikes(self) -> dict[str, str]:
-        """A rare label → the frequent one it is likely to be meant for."""
+        """A rare label → the frequent label that it is probably a misspelling of."""
         return find_lookalikes(self.labels)
 
     @property
     def learned(self) -> float:
-        """The share of tokens with a loss; of rows with labels every row has one, and this is 0."""
+        """Share of tokens with a loss; 0 if each text has one label, for then no token has a loss."""
         samples = self.measured.encoded
         return samples.num_labels / samples.num_tokens if samples.kind != LABEL and samples.num_tokens else 0.0
 
 
 def examine(
-    path: str | Path,
-    reading: ReadOptions,
-    *,
-    template: ChatTemplate | None = None,
-    label2id: Mapping[str, int] | None = None,
-    split: str = "train",
+    path: str | Path, options: ReadOptions, *, label2id: Mapping[str, int] | None = None, split: str = "train"
 ) -> ExaminedFile:
-    """Look at a file of rows.
+    """Examine a file of rows.
 
     Args:
-        label2id: the labels of the training rows, if these are others; labels that are not among them are faults.
-        split: of a data set whose name holds none.
+        label2id: labels of the training rows, for another file; labels that are not among them are faults. None to take
+            the labels of this file.
+        split: the split of a data set whose name holds none.
 
     Raises:
-        DataError: the file cannot be read as a whole, or holds no rows of one format; see `scan_rows` and `measure`.
+        DataError: the file cannot be parsed at all, or its rows cannot be encoded; see `scan_rows` and
+            `encode_with_faults`.
     """
-    found = scan_rows(path, rename=reading.rename, encoding=reading.encoding, split=split)
-    there = {str(label) for labels in found.rows.labels for label in labels}
-    # A label that only the training rows have misspelt is no mistake of the validation's.
-    relabel = {old: new for old, new in reading.relabel.items() if label2id is None or old in there}
-    rows = relabel_rows(found.rows, relabel)
+    scan = scan_rows(path, rename=options.rename, encoding=options.encoding, split=split)
+    present = {str(label) for labels in scan.rows.labels for label in labels}
+    # A label that is misspelled in the training rows only need not be in the validation rows.
+    relabel = {old: new for old, new in options.relabel.items() if label2id is None or old in present}
+    rows = relabel_rows(scan.rows, relabel)
     if rows.values and rows.format in ("label", "words") and label2id is None:
         label2id = {name: number for number, name in enumerate(collect_label_names(rows))}
-    measured = encode_with_faults(
-        rows,
-        reading.tokenizer,
-        max_length=reading.max_length,
-        separator=reading.separator,
-        template=template if rows.format == "chat" else None,
-        label2id=label2id,
-        task=reading.task,
-    )
+    sample_format = dataclasses.replace(options.sample_format, label2id=label2id or {})
+    measured = encode_with_faults(rows, options.tokenizer, sample_format)
     return ExaminedFile(
         rows=rows,
-        faults=tuple(sorted([*found.faults, *measured.faults])),
-        unused=found.unused,
-        duplicates=_find_repeats(rows.values, rows.lines),
+        faults=tuple(sorted([*scan.faults, *measured.faults])),
+        unused=scan.unused,
+        duplicates=_find_duplicates(rows),
         conflicts=_find_conflicts(rows),
         measured=measured,
-        sha256=found.sha256,
+        sha256=scan.sha256,
     )
 
 
-def input_of(rows: Rows, value: Sequence[Any]) -> str:
-    """What a model is given of a row, but for case, white space and forms of characters.
+def normalize_input(rows: Rows, value: RowValue) -> str:
+    """Return the input of a row, ignoring case, white space and Unicode forms.
 
-    That is the prompt, the text, its words, or what is said before the first answer.
+    The input is the prompt, the text, its words, or everything before the first answer.
     """
-    given: Any = value[0]
     if rows.format == "words":
-        given = " ".join(given)
+        text = " ".join(value[0])
     elif rows.format == "chat":
-        first = next(place for place, (role, _) in enumerate(given) if role == "assistant")
-        given = "\n".join(content for _, content in given[:first])
-    return " ".join(unicodedata.normalize("NFKC", given).casefold().split())
+        roles = [role for role, _ in value[0]]
+        text = "\n".join(content for _, content in value[0][: roles.index("assistant")])
+    else:
+        text = value[0]
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def find_leaks(train: Rows, validation: Rows) -> dict[int, int]:
-    """The line of a training row → the line of a validation row with the same input."""
-    asked: dict[str, int] = {}
+    """Return the line of each training row whose input is validated on → the line of that validation row."""
+    validated: dict[str, int] = {}
     for line, value in zip(validation.lines, validation.values, strict=True):
-        asked.setdefault(input_of(validation, value), line)
-    inputs = [(line, input_of(train, value)) for line, value in zip(train.lines, train.values, strict=True)]
-    return {line: asked[given] for line, given in inputs if given in asked}
+        validated.setdefault(normalize_input(validation, value), line)
+    inputs = [(line, normalize_input(train, value)) for line, value in zip(train.lines, train.values, strict=True)]
+    return {line: validated[text] for line, text in inputs if text in validated}
 
 
 def bin_lengths(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
-    """How many lengths lie in 1–16, 17–32, 33–64, …: (lowest, highest, count), up to the last that is not empty."""
+    """Count lengths in 1–16, 17–32, 33–64, …: (lowest, highest, count), up to the last bin that is not empty."""
     bins: list[tuple[int, int, int]] = []
     low, high = 1, FIRST_BIN
     while low <= max(lengths, default=0):
@@ -159,22 +159,22 @@ def bin_lengths(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
     return bins
 
 
-def _find_repeats(values: Sequence[Any], lines: Sequence[int]) -> dict[int, int]:
-    first: dict[Any, int] = {}
-    repeats = {}
-    for line, value in zip(lines, values, strict=True):
+def _find_duplicates(rows: Rows) -> dict[int, int]:
+    first: dict[RowValue, int] = {}
+    duplicates = {}
+    for line, value in zip(rows.lines, rows.values, strict=True):
         if first.setdefault(value, line) != line:
-            repeats[line] = first[value]
-    return repeats
+            duplicates[line] = first[value]
+    return duplicates
 
 
 def _find_conflicts(rows: Rows) -> dict[int, int]:
     if rows.format != "label":
         return {}
     first: dict[str, tuple[int, str]] = {}
-    found = {}
+    conflicts = {}
     for line, value in zip(rows.lines, rows.values, strict=True):
-        earlier, label = first.setdefault(input_of(rows, value), (line, str(value[1])))
+        earlier, label = first.setdefault(normalize_input(rows, value), (line, str(value[1])))
         if label != str(value[1]):
-            found[line] = earlier
-    return found
+            conflicts[line] = earlier
+    return conflicts

@@ -1,44 +1,48 @@
-"""Labels that people have misspelt: found, and put right."""
+"""Misspelled labels: find them, and rename labels."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
+from lora_kit.data.layouts import RowValue
 from lora_kit.data.rows import Rows
 from lora_kit.errors import DataError, format_list, suggest_nearest
 
 _MIN_SIMILARITY: Final = 0.85
-"""How alike two labels are at least, where 1 is the same."""
+"""Least similarity of two lookalikes, where 1 is the same text."""
 _MIN_FREQUENCY_RATIO: Final = 20
-"""How many times as frequent the other label is at least."""
+"""How many times as frequent as its misspelling a label must be."""
 
 
 def find_lookalikes(counts: Mapping[str, int]) -> dict[str, str]:
-    """A rare label → the frequent one it is likely to be meant for; labels that are numbers are not looked at.
+    """Return each rare label → the frequent label that it is probably a misspelling of; numbers are not considered.
 
     Args:
-        counts: how often each label stands there.
+        counts: how many rows have each label.
     """
     words = {label: count for label, count in counts.items() if not _is_number(label)}
-    found = {}
+    lookalikes = {}
     for label, count in words.items():
         frequent = {
             _normalize_label(other): other for other, more in words.items() if more >= _MIN_FREQUENCY_RATIO * count
         }
         near = difflib.get_close_matches(_normalize_label(label), frequent, n=1, cutoff=_MIN_SIMILARITY)
         if near:
-            found[label] = frequent[near[0]]
-    return found
+            lookalikes[label] = frequent[near[0]]
+    return lookalikes
 
 
 def relabel_rows(rows: Rows, names: Mapping[str, str]) -> Rows:
-    """Rows with labels of other names.
+    """Rename labels.
+
+    Args:
+        names: new names, by old name.
 
     Raises:
-        DataError: the rows have no labels, or none of that name.
+        DataError: no row has a label of an old name.
     """
     if not names:
         return rows
@@ -48,13 +52,17 @@ def relabel_rows(rows: Rows, names: Mapping[str, str]) -> Rows:
         hint = suggest_nearest(unknown[0], known) or f"there are {format_list(sorted(known))}"
         raise DataError(f"{rows.path} has no label {unknown[0]!r} to rename", hint=hint)
 
-    def put(label: Any) -> Any:
-        if isinstance(label, tuple):
-            return tuple(map(put, label))
+    def rename(label: str | int) -> str | int:
         new = names.get(str(label))
-        return label if new is None else int(new) if isinstance(label, int) and _is_number(new) else new
+        if new is None:
+            return label
+        return int(new) if isinstance(label, int) and _is_number(new) else new
 
-    values = tuple((value[0], put(value[1]), *value[2:]) for value in rows.values)
+    values: tuple[RowValue, ...]
+    if rows.format == "words":
+        values = tuple((words, tuple(map(rename, labels))) for words, labels in rows.values)
+    else:
+        values = tuple((text, rename(label)) for text, label in rows.values)
     return dataclasses.replace(rows, values=values)
 
 

@@ -1,8 +1,8 @@
-"""Some rows set aside for validation, the same ones whatever their order.
+"""Set some rows aside for validation: the same ones, whatever the order of the rows.
 
-Rows with the same input stay together, so that nothing that is validated on was trained on. Which inputs are set aside
-is decided by a hash of them and the seed. Of rows with labels each label gives its share, and no label is set aside
-altogether.
+Rows with the same input stay together, so that no input is both trained and validated on. A hash of the input and the
+seed decides which inputs are set aside. If rows have labels, each label contributes its share, and no label is set
+aside completely.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from lora_kit.data.preparation.examine import input_of
+from lora_kit.data.preparation.examine import normalize_input
 from lora_kit.data.rows import Rows
 from lora_kit.errors import DataError
 
 _Groups = Mapping[str, Sequence[int]]
-"""Inputs, and the places of the rows that have them."""
+"""Indices of the rows with each input."""
 
 
 def split(rows: Rows, *, share: float, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Places of the rows to train on and of those to validate on, each in the order of the file.
+    """Return the indices of the rows to train on, and of those to validate on, each in the order of the file.
 
     Args:
-        share: of the rows that is to be set aside, above 0 and below 1; at least one row is.
+        share: share of the rows to set aside, above 0 and below 1; at least one row is set aside.
+        seed: seed of the choice.
 
     Raises:
         DataError: no row can be set aside, since all have one input.
@@ -40,27 +41,27 @@ def split(rows: Rows, *, share: float, seed: int = 0) -> tuple[list[int], list[i
             f"{rows.path}: no row can be set aside for validation, since rows with one input stay together",
             hint="give a file for validation, or a share of 0",
         )
-    aside = set(taken)
-    return [place for place in range(len(rows)) if place not in aside], sorted(taken)
+    held_out = set(taken)
+    return [index for index in range(len(rows)) if index not in held_out], sorted(held_out)
 
 
 def _group_by_label(rows: Rows) -> dict[str, _Groups]:
-    """Groups that may be set aside, by label; inputs with several labels are always trained on."""
+    """Return the groups that may be set aside, by label; inputs with several labels are always trained on."""
     groups: dict[str, list[int]] = defaultdict(list)
-    for place, value in enumerate(rows.values):
-        groups[input_of(rows, value)].append(place)
+    for index, value in enumerate(rows.values):
+        groups[normalize_input(rows, value)].append(index)
     strata: dict[str, dict[str, list[int]]] = defaultdict(dict)
-    for given, places in groups.items():
-        labels = {str(rows.values[place][1]) for place in places} if rows.format == "label" else {""}
+    for text, indices in groups.items():
+        labels = {str(rows.values[index][1]) for index in indices} if rows.format == "label" else {""}
         if len(labels) == 1:
-            strata[labels.pop()][given] = places
+            strata[labels.pop()][text] = indices
     return {name: strata[name] for name in sorted(strata)}
 
 
 def _compute_quotas(sizes: Mapping[str, int], share: float) -> dict[str, int]:
-    """Rows to take of each stratum, by largest remainders: together the share of all rows, and at least one."""
+    """Return how many rows to take of each stratum, by largest remainders: together the share, and at least one."""
     exact = {name: share * size for name, size in sizes.items()}
-    quotas = {name: int(wanted) for name, wanted in exact.items()}
+    quotas = {name: int(quota) for name, quota in exact.items()}
     missing = max(1, round(sum(exact.values()))) - sum(quotas.values())
     for name in sorted(exact, key=lambda name: (quotas[name] - exact[name], name))[: max(0, missing)]:
         quotas[name] += 1
@@ -68,22 +69,22 @@ def _compute_quotas(sizes: Mapping[str, int], share: float) -> dict[str, int]:
 
 
 def _take_groups(groups: _Groups, quota: int, seed: int) -> list[int]:
-    """Places of whole groups that together have no more rows than the quota; one group is always left."""
+    """Return the indices of whole groups with at most `quota` rows together; at least one group remains."""
     taken: list[int] = []
-    left = len(groups)
-    for given in sorted(groups, key=lambda given: _hash_input(given, seed)):
-        if left > 1 and len(taken) + len(groups[given]) <= quota:
-            taken += groups[given]
-            left -= 1
+    remaining = len(groups)
+    for text in sorted(groups, key=lambda text: _hash_input(text, seed)):
+        if remaining > 1 and len(taken) + len(groups[text]) <= quota:
+            taken += groups[text]
+            remaining -= 1
     return taken
 
 
 def _find_smallest_group(strata: Mapping[str, _Groups], seed: int) -> list[int]:
-    """The places of the smallest group of those that are not all their stratum has."""
-    groups = [group for found in strata.values() if len(found) > 1 for group in found.items()]
-    _, places = min(groups, key=lambda group: (len(group[1]), _hash_input(group[0], seed)), default=("", []))
-    return list(places)
+    """Return the indices of the smallest group that is not the only one of its stratum."""
+    candidates = [group for groups in strata.values() if len(groups) > 1 for group in groups.items()]
+    _, indices = min(candidates, key=lambda group: (len(group[1]), _hash_input(group[0], seed)), default=("", []))
+    return list(indices)
 
 
-def _hash_input(given: str, seed: int) -> str:
-    return hashlib.sha256(f"{seed}\0{given}".encode()).hexdigest()
+def _hash_input(text: str, seed: int) -> str:
+    return hashlib.sha256(f"{seed}\0{text}".encode()).hexdigest()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -15,10 +14,11 @@ from torch import nn
 
 from lora_kit.data.batches import Collator, EncodedDataset
 from lora_kit.data.chat import ChatTemplate, chat_template
-from lora_kit.data.encode import encode
+from lora_kit.data.encode import encode_rows
 from lora_kit.data.layouts import FORMATS
 from lora_kit.data.packing import PackedDataset, pack, reason_not_packable
 from lora_kit.data.rows import Rows, collect_label_names, read_rows
+from lora_kit.data.sample_format import SampleFormat
 from lora_kit.errors import DataError, RecipeError, format_list
 from lora_kit.evaluation.generation_metrics import GenerationTask, build_generation_task, collect_eval_prompts
 from lora_kit.evaluation.metrics import select_generation_metrics
@@ -42,10 +42,9 @@ class Job:
         recipe: with every value that was left open filled in.
         base: the model to train on, with its tokenizer.
         rows: of the training file.
-        encoding: the arguments of `lora_kit.data.encode.encode` for this recipe.
+        sample_format: how the rows become samples.
         train: the training samples.
         validation: the validation samples; None without `data.validation`.
-        labels: their names by number; empty where the task has none.
         generation_task: the prompts of the validation rows, where the best model is chosen by what it generates.
         identity: everything that decides the result, see `lora_kit.training.loop.checkpoints`.
     """
@@ -53,10 +52,9 @@ class Job:
     recipe: Recipe
     base: Base
     rows: Rows
-    encoding: Mapping[str, Any]
+    sample_format: SampleFormat
     train: EncodedDataset | PackedDataset
     validation: EncodedDataset | None
-    labels: tuple[str, ...]
     generation_task: GenerationTask | None
     identity: Identity
 
@@ -76,28 +74,33 @@ class Job:
         base = prepare_base(recipe, base, label2id)
         template = _load_chat_template(recipe, rows, base)
         recipe = resolve_recipe(recipe, rows, base, template)
-        encoding: dict[str, Any] = {
-            "max_length": recipe.data.max_length,
-            "separator": recipe.data.separator,
-            "template": template,
-            "label2id": label2id,
-            "task": recipe.task,
-        }
-        samples = encode(rows, base.tokenizer, **encoding)
+        assert recipe.data.max_length is not None
+        sample_format = SampleFormat(
+            max_length=recipe.data.max_length,
+            separator=recipe.data.separator,
+            template=template,
+            label2id=label2id,
+            task=recipe.task,
+        )
+        samples = encode_rows(rows, base.tokenizer, sample_format)
         logger.info("%s: %d samples, %d labels", rows.path, len(samples), samples.num_labels)
-        validation = encode(validation_rows, base.tokenizer, **encoding) if validation_rows is not None else None
+        validation = None if validation_rows is None else encode_rows(validation_rows, base.tokenizer, sample_format)
         train = _pack_samples(recipe, base, samples) if recipe.data.packing else samples
         return cls(
             recipe=recipe,
             base=base,
             rows=rows,
-            encoding=encoding,
+            sample_format=sample_format,
             train=train,
             validation=validation,
-            labels=tuple(label2id),
-            generation_task=_build_generation_task(recipe, validation_rows, base, template),
+            generation_task=_build_generation_task(recipe, validation_rows, base, sample_format),
             identity=_build_identity(recipe, base, train, validation),
         )
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the labels by number; empty where the task has none."""
+        return self.sample_format.labels
 
     @property
     def collator(self) -> Collator:
@@ -108,7 +111,7 @@ class Job:
     def measure_options(self) -> dict[str, Any]:
         """The arguments of `lora_kit.evaluation.measure.measure` for what is measured besides the loss."""
         metrics = (best_metric_of(self.recipe.train),)
-        return {"metrics": metrics, "labels": self.labels, "exam": self.generation_task}
+        return {"metrics": metrics, "labels": self.labels, "task": self.generation_task}
 
     @property
     def environment(self) -> dict[str, object]:
@@ -185,12 +188,12 @@ def _pack_samples(recipe: Recipe, base: Base, samples: EncodedDataset) -> Packed
 
 
 def _build_generation_task(
-    recipe: Recipe, rows: Rows | None, base: Base, template: ChatTemplate | None
+    recipe: Recipe, rows: Rows | None, base: Base, sample_format: SampleFormat
 ) -> GenerationTask | None:
     """Return the prompts of the validation rows where the best model is chosen by a metric of generated text."""
     if rows is None or not select_generation_metrics([best_metric_of(recipe.train)], recipe.task):
         return None
-    return build_generation_task(base, collect_eval_prompts(rows), template or recipe.data.separator)
+    return build_generation_task(base, collect_eval_prompts(rows), sample_format.style)
 
 
 def _build_identity(

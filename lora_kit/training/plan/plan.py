@@ -79,14 +79,14 @@ def _build_plan(trainable: TrainableJob, *, first_step: int) -> TrainPlan:
 
 def _summarize_data(job: Job) -> DataSummary:
     samples = job.train.samples if isinstance(job.train, PackedDataset) else job.train
-    encoded = encode_with_faults(job.rows, job.base.tokenizer, **job.encoding)
+    result = encode_with_faults(job.rows, job.base.tokenizer, job.sample_format)
     return DataSummary(
         rows=len(job.rows),
         samples=len(samples),
         tokens=samples.num_tokens,
         labels=samples.num_labels,
-        cut=len(encoded.cut),
-        longest=job.encoding["max_length"],
+        cut=len(result.cut),
+        longest=job.sample_format.max_length,
     )
 
 

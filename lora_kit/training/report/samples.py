@@ -11,7 +11,7 @@ import torch
 from lora_kit.data.batches import IGNORE_INDEX, EncodedDataset
 from lora_kit.evaluation.forward import run_forward
 from lora_kit.generation.decoding import Sampling, decode_ids, generate_batch
-from lora_kit.generation.prompts import EncodedPrompt, end_tokens_of
+from lora_kit.generation.prompts import EncodedPrompt, find_end_tokens
 from lora_kit.models.tasks import GENERATIVE_KINDS, LABEL, SEQ2SEQ, TARGET
 from lora_kit.torch_utils import use_eval_mode
 from lora_kit.training.job.job import Job
@@ -126,7 +126,7 @@ def _build_sample_prompt(job: Job, samples: EncodedDataset, position: int) -> _S
     if samples.kind == LABEL:
         return _SamplePrompt(decode_ids(tokenizer, ids), ids, job.labels[int(sample["labels"])], frozenset())
     labels: list[int] = sample["labels"].tolist()
-    end_tokens = end_tokens_of(job.base)
+    end_tokens = find_end_tokens(job.base)
     if samples.kind == TARGET:
         return _SamplePrompt(decode_ids(tokenizer, ids), ids, decode_ids(tokenizer, labels), end_tokens)
     first = next(index for index, label in enumerate(labels) if label != IGNORE_INDEX)

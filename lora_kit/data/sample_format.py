@@ -1,0 +1,68 @@
+"""How rows become samples: one value that training, planning, preparation, preview and evaluation share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from lora_kit.data.chat import ChatTemplate
+from lora_kit.data.rows import Rows
+from lora_kit.errors import DataError
+from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR
+from lora_kit.models.tasks import CAUSAL_LM
+
+DEFAULT_MAX_LENGTH: Final = 2048
+"""Tokens of a sample, unless a recipe or the base sets a lower limit."""
+
+PromptStyle = ChatTemplate | str
+"""How a prompt is presented to a model: rendered by a chat template, or followed by a separator."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleFormat:
+    """How rows become samples; rows that are encoded in one format by one tokenizer give the same tokens.
+
+    Attributes:
+        max_length: most tokens of a sample.
+        separator: text between a prompt and its completion; not used for a prompt that an encoder reads.
+        template: chat template of conversations; None where there are none.
+        label2id: class of each label by its name; empty for rows without labels.
+        task: task of the model; `seq2seq` means that an encoder reads prompts and a decoder writes completions.
+    """
+
+    max_length: int
+    separator: str = DEFAULT_SEPARATOR
+    template: ChatTemplate | None = None
+    label2id: Mapping[str, int] = field(default_factory=dict, hash=False)
+    task: str = CAUSAL_LM
+
+    @property
+    def style(self) -> PromptStyle:
+        """How prompts are presented to the model."""
+        return self.template or self.separator
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the labels, in the order of their classes."""
+        return tuple(sorted(self.label2id, key=self.label2id.__getitem__))
+
+
+def convert_rows(rows: Rows, style: PromptStyle) -> Rows:
+    """Convert prompts with completions to conversations of one exchange, or the reverse, as the style requires.
+
+    Raises:
+        DataError: a conversation of several exchanges, and the style is not a chat template.
+    """
+    if isinstance(style, ChatTemplate) and rows.format == "completion":
+        conversations = tuple(((("user", prompt), ("assistant", completion)),) for prompt, completion in rows.values)
+        return dataclasses.replace(rows, format="chat", values=conversations)
+    if isinstance(style, str) and rows.format == "chat":
+        for line, (messages,) in zip(rows.lines, rows.values, strict=True):
+            if [role for role, _ in messages] != ["user", "assistant"]:
+                hint = "an adapter that was trained on conversations brings one"
+                raise DataError(f"{rows.path}:{line}: a conversation, but there is no chat template for it", hint=hint)
+        pairs = tuple((messages[0][1], messages[1][1]) for (messages,) in rows.values)
+        return dataclasses.replace(rows, format="completion", values=pairs)
+    return rows
