@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.bank.bank import attach
+from lora_kit.bank.attach import attach
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.data.batches import IGNORE_INDEX, Collator, EncodedDataset
 from lora_kit.data.chat import ChatTemplate
@@ -371,7 +371,11 @@ TRAPS = (
                 "/ num_items_in_batch",
                 "/ (labels != -100).sum() / self.args.gradient_accumulation_steps",
             ),
-            Mistake("training.loop.trainer:Trainer._forward_and_backward", "in split_by_length(batch)", "in split_by_length(batch)[:1]"),
+            Mistake(
+                "training.loop.trainer:Trainer._forward_and_backward",
+                "in split_by_length(batch)",
+                "in split_by_length(batch)[:1]",
+            ),
             Mistake("training.loop.length_buckets:split_by_length", "read=int(longest[0])", "read=int(longest[-1])"),
         ),
     ),
@@ -461,7 +465,9 @@ TRAPS = (
                 '{**self.lr_scheduler.state_dict(), "last_epoch": 0}',
             ),
             Mistake(
-                "training.loop.resumable:ResumableTrainer._write_checkpoint_files", "self._loss_sum.cpu()", "0 * self._loss_sum.cpu()"
+                "training.loop.resumable:ResumableTrainer._write_checkpoint_files",
+                "self._loss_sum.cpu()",
+                "0 * self._loss_sum.cpu()",
             ),
         ),
     ),

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.folder import CARD, CONFIG, RECORD, WEIGHTS
-from lora_kit.bank.bank import AdapterBank, attach
+from lora_kit.bank.attach import attach
+from lora_kit.bank.bank import AdapterBank
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.demo.demo_results import Agreement, Merged, Mixed, MixedRow, Swaps, Trained
 from lora_kit.demo.demo_tasks import TASKS, Split, Task

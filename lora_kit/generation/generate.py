@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.store import STORE
-from lora_kit.bank.bank import AdapterBank, attach
+from lora_kit.bank.attach import attach
+from lora_kit.bank.bank import AdapterBank
 from lora_kit.errors import AdapterError, ConfigError, DataError
 from lora_kit.generation.adapter_args import TASK_TYPES, AdapterSource, check_quantize, labels_of, read_adapter, task_of
 from lora_kit.generation.decoding import Sampling, decode_ids, generate_batch

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from lora_kit.bank.bank import AdapterBank, attach
+from lora_kit.bank.attach import attach
+from lora_kit.bank.bank import AdapterBank
 from lora_kit.io.atomic_write import stage_folder
 from lora_kit.training.job.job import Job, is_trained_model_folder
 from lora_kit.training.loop.checkpoints import hash_json
