@@ -1,4 +1,4 @@
-"""What a bank changes in its model besides wrapping layers: parameters are frozen, and bitsandbytes packs no weights."""
+"""What a bank changes in its model besides wrapping layers: it freezes parameters, and stops bitsandbytes' packing."""
 
 from __future__ import annotations
 

@@ -92,9 +92,10 @@ def decompose_weight(weight: Tensor, init: str, *, rank: int, scaling: float) ->
 
     `pissa` computes the full singular value decomposition, O(out · in · min(out, in)). `pissa_niter_N` computes a
     randomized one of N subspace iterations (Halko et al. 2009, arXiv 0909.4061), O(out · in · r · N), from torch's
-    random state: for 2,048 × 2,048 and r = 16, 16 of them took a twentieth of the time. Of what the full one finds, they
-    find 99.7 % for a random 512 × 768 (94 % with N = 4), where no direction stands out, and all but 10⁻⁶ for a weight
-    whose singular values fall as 1/√i. Training starts at W in any case: what a decomposition misses stays in the base.
+    random state: for 2,048 × 2,048 and r = 16, 16 of them took a twentieth of the time. Of what the full one finds,
+    they find 99.7 % for a random 512 × 768 (94 % with N = 4), where no direction stands out, and all but 10⁻⁶ for a
+    weight whose singular values fall as 1/√i. Training starts at W in any case: what a decomposition misses stays in
+    the base.
 
     Args:
         weight: (out, in) fp32.

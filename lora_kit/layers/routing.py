@@ -61,7 +61,7 @@ class Routing:
 
     @contextlib.contextmanager
     def use_slot(self, slot: int) -> Iterator[None]:
-        """Route everything to one slot for a part of one layer's forward. Index tensors stay: other layers read them."""
+        """Route everything to one slot for a part of one layer's forward. Index tensors stay, for other layers."""
         before = self.mixed, self.slot
         self.mixed, self.slot = False, slot
         try:

@@ -217,7 +217,9 @@ class SlotLayer(nn.Module):
         leaves = [
             (slot, e.tensors[name]) for slot, e in enumerate(self.entries) if e and e.trainable and name in e.tensors
         ]
-        return _StackedFromLeaves.apply(stacked, [slot for slot, _ in leaves], *[leaf for _, leaf in leaves])
+        slots, tensors = [slot for slot, _ in leaves], [leaf for _, leaf in leaves]
+        differentiable: Tensor = _StackedFromLeaves.apply(stacked, slots, *tensors)
+        return differentiable
 
 
 class _StackingContext(FunctionCtx):

@@ -7,20 +7,10 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from lora_kit.errors import BaseModelError, format_list
+from lora_kit.targets.match import HEAD_NAMES
 
 logger = logging.getLogger(__name__)
 
-_HEAD_NAMES: Final = (
-    "score",
-    "classifier",
-    "classification_head",
-    "pre_classifier",
-    "head",
-    "pooler",
-    "sequence_summary",
-    "logits_proj",
-)
-"""What the modules of a classification head are called at the top of transformers' models."""
 LABEL_TASKS: Final = ("classify", "tokens")
 """Tasks whose labels have names, and whose head a checkpoint need not have."""
 
@@ -29,7 +19,7 @@ def check_loading_info(source: str, task: str, info: Mapping[str, Any]) -> None:
     """Refuse a model of which the checkpoint fills only a part; a new classification head is expected and said."""
     missing = sorted(info["missing_keys"])
     mismatched = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])
-    head = [key for key in missing if task in LABEL_TASKS and key.split(".")[0] in _HEAD_NAMES]
+    head = [key for key in missing if task in LABEL_TASKS and key.split(".")[0] in HEAD_NAMES]
     absent = [key for key in missing if key not in head]
     if absent or mismatched or info["error_msgs"]:
         misfits = format_list(mismatched) if mismatched else " ".join(map(str, info["error_msgs"]))
@@ -48,7 +38,7 @@ def find_head_modules(model: Any, task: str) -> tuple[str, ...]:
         BaseModelError: the model has no head that is known.
     """
     if task in LABEL_TASKS:
-        parts = [name for name, child in model.named_children() if name in _HEAD_NAMES]
+        parts = [name for name, child in model.named_children() if name in HEAD_NAMES]
         found = tuple(name for name in parts if any(True for _ in getattr(model, name).parameters()))
     else:
         output = model.get_output_embeddings()

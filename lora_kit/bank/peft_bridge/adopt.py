@@ -184,12 +184,12 @@ class AdoptedBank(AdapterBank):
         added = [name for name in now if before.get(name) is not now[name]]
         removed = [name for name in before if name not in now]
         if added or removed:
-            change = f"{format_list(added)} added" if added else f"{format_list(removed)} removed"
+            change = f"{format_list(added)} was added" if added else f"{format_list(removed)} was removed"
             raise BankError(f"{change} after the PeftModel was adopted", hint="save adapters, and load them in PEFT")
 
 
 def _make_replacement(layer: PeftLayer, inner: AdoptedLayer | None, routing: Routing) -> AdoptedLayer:
-    """Return a layer of ours for one of PEFT's, around the same base, or around the replacement of the wrapper inside."""
+    """Return a layer of ours for one of PEFT's, around the same base or the replacement of the wrapper inside."""
     ours: AdoptedLayer
     if layer.parameter:
         ours = AdoptedParameter(inner or layer.base, layer.parameter, routing)

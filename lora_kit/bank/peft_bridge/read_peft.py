@@ -213,7 +213,7 @@ def _parameter_of(module: Any) -> str:
 
 
 def _find_order_problems(layer: PeftLayer) -> Iterator[str]:
-    """Yield why the wrappers of one module's parameters are not in their order, by which an adapter's file numbers them."""
+    """Yield why wrappers of one module's parameters are not in the order by which an adapter's file numbers them."""
     inside: Any = layer.inner_module
     if inside is layer.base:
         return
