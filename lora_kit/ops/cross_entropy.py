@@ -25,9 +25,9 @@ from lora_kit.errors import DataError
 LOGITS_BYTES: Final = {"cpu": 2**25, "cuda": 2**28}
 """Bytes of logits that exist at once by default, in the dtype of the sums."""
 MIN_CHUNK_ROWS: Final = 128
-"""Rows at once at least: with fewer, reading W costs more than multiplying with it. On a CPU the two limits give 262 rows
-of 32,000 logits or 128 of 128,256 (half as many are a fifth slower, more are hardly faster); on a GPU 512 of the latter.
-"""
+"""Rows at once at least: with fewer, reading W costs more than multiplying with it. On a CPU the two limits give 262
+rows of 32,000 logits or 128 of 128,256 (half as many are a fifth slower, more are hardly faster); on a GPU 512 of the
+latter."""
 
 
 def chunked_cross_entropy(
