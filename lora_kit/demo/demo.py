@@ -12,7 +12,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from lora_kit.bank.bank import AdapterBank, attach
+from lora_kit.bank.attach import attach
+from lora_kit.bank.bank import AdapterBank
 from lora_kit.demo import demo_training
 from lora_kit.demo.demo_report import DemoReport, MixedRow, TaskResult
 from lora_kit.demo.demo_screen import DemoScreen

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.adapter_like import AdapterLike
-from lora_kit.bank.bank import AdapterBank, attach
+from lora_kit.bank.attach import attach
+from lora_kit.bank.bank import AdapterBank
 from lora_kit.errors import AdapterError, ConfigError, DataError
 from lora_kit.generation.adapter_args import (
     build_adapter_labels,

@@ -17,8 +17,8 @@ from lora_kit.errors import MergeError
 from lora_kit.layers.initialization import MAGNITUDE, lora_weights_of
 from lora_kit.layers.introspect import is_quantized, is_stored_transposed
 from lora_kit.layers.linear import LoraLinear
-from lora_kit.layers.parameter import UnstackedLayer
 from lora_kit.layers.slot_layer import SlotLayer
+from lora_kit.layers.unstacked_layer import UpdatedWeightLayer
 
 _SUM_ELEMENTS: Final = 2**22
 """Values whose squares are added up in fp32; the sums of such blocks are added up in double precision."""
@@ -26,7 +26,7 @@ _SUM_ELEMENTS: Final = 2**22
 
 @dataclass(frozen=True)
 class Retention:
-    """What became of one layer's delta when it was folded into a weight.
+    """How much of one layer's delta survived when it was folded into a weight.
 
     Attributes:
         path: of the layer.
@@ -83,7 +83,7 @@ def sum_squares(tensor: Tensor) -> float:
 
 @torch.no_grad()
 def fold_slot(path: str, layer: SlotLayer, slot: int) -> tuple[Tensor, Retention]:
-    """weight + scaling · B A (rescaled by row for a DoRA), in the weight's own dtype and layout.
+    """Return weight + scaling · B A (rescaled by row for a DoRA), in the weight's own dtype and layout.
 
     Raises:
         MergeError: the result is not finite.
@@ -91,8 +91,8 @@ def fold_slot(path: str, layer: SlotLayer, slot: int) -> tuple[Tensor, Retention
     entry = layer.entries[slot]
     assert entry is not None
     weight = weight_of(layer)
-    if isinstance(layer, UnstackedLayer):
-        return round_to_dtype(path, weight.float(), layer.changed(entry, weight.float()), weight.dtype)
+    if isinstance(layer, UpdatedWeightLayer):
+        return round_to_dtype(path, weight.float(), layer.compute_updated_weight(entry, weight.float()), weight.dtype)
     exact = weight.T.float() if is_stored_transposed(layer.base_layer) else weight.float()
     a, b = lora_weights_of(entry)
     target = exact + (b.float() @ a.float()).mul_(entry.scaling)
@@ -120,10 +120,10 @@ def round_to_dtype(path: str, exact: Tensor, target: Tensor, dtype: torch.dtype)
 
 
 def check_foldable(model: nn.Module, layers: Iterable[tuple[str, SlotLayer]]) -> None:
-    """Refuse weights that a fold would lose a delta in, or whose change another module would see.
+    """Refuse to fold into weights that would lose the delta, or that another module shares.
 
     Raises:
-        MergeError: a weight is quantised, or shared with another module.
+        MergeError: a weight is quantized, or shared with another module.
     """
     owners: dict[int, int] = {}
     for module in model.modules():
@@ -133,7 +133,7 @@ def check_foldable(model: nn.Module, layers: Iterable[tuple[str, SlotLayer]]) ->
     for path, layer in layers:
         if is_quantized(layer.base_layer):
             raise MergeError(
-                f"{path} is quantised; a delta would be lost in it",
+                f"{path} is quantized; a delta would be lost in it",
                 hint="merge into the 16-bit original, or keep the adapter beside this base",
             )
         for parameter in layer.base_layer.parameters():
@@ -145,7 +145,8 @@ def check_foldable(model: nn.Module, layers: Iterable[tuple[str, SlotLayer]]) ->
 
 
 def weight_of(layer: SlotLayer) -> nn.Parameter:
-    if isinstance(layer, UnstackedLayer):
+    """Return the base weight that a layer's update belongs to."""
+    if isinstance(layer, UpdatedWeightLayer):
         return layer.base_weight
     weight = layer.base_layer.weight
     assert isinstance(weight, nn.Parameter)

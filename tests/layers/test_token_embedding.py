@@ -435,7 +435,7 @@ def test_pairs_and_rows_of_one_embedding_live_in_one_bank_and_what_is_saved_whol
         torch.testing.assert_close(mixed[0], alone["rows"][0], **CLOSE)
         torch.testing.assert_close(mixed[1], alone["pairs"][1], **CLOSE)
         torch.testing.assert_close(mixed[2], base[2], **CLOSE)
-        with pytest.raises(TargetError, match="saves the module whole"):
+        with pytest.raises(TargetError, match="replaces the module as a whole"):
             bank.load("whole", whole)
         bank.detach()
         assert torch.equal(tiny.logits(model, batch()), base)

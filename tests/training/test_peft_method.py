@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.inspect import inspect
 from lora_kit.adapter.store import list_adapters
-from lora_kit.bank.bank import attach
+from lora_kit.bank.attach import attach
 from lora_kit.cli.main import main
 from lora_kit.data.batches import Collator
 from lora_kit.data.encode import encode

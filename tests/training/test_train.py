@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import lora_kit
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.bank.bank import attach
+from lora_kit.bank.attach import attach
 from lora_kit.data.batches import Collator
 from lora_kit.data.encode import encode
 from lora_kit.data.rows import read_rows

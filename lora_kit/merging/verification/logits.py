@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
-from lora_kit.bank.bank import attach
+from lora_kit.bank.attach import attach
 from lora_kit.errors import MergeError, VerificationError, format_list
 from lora_kit.merging.checkpoint.meta_model import TaskHead
 from lora_kit.merging.merge_report import LogitCheck
