@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from lora_kit.algebra.combine import combine
     from lora_kit.algebra.extract import extract
     from lora_kit.algebra.resize import resize
-    from lora_kit.bank.bank import AdapterBank, attach
+    from lora_kit.bank.attach import attach
+    from lora_kit.bank.bank import AdapterBank
     from lora_kit.bank.peft_bridge.adopt import adopt
     from lora_kit.config.lora_config import LoraConfig
     from lora_kit.errors import LoraKitError
@@ -33,7 +34,7 @@ _HOMES = {
     "LoraConfig": "lora_kit.config.lora_config",
     "LoraKitError": "lora_kit.errors",
     "adopt": "lora_kit.bank.peft_bridge.adopt",
-    "attach": "lora_kit.bank.bank",
+    "attach": "lora_kit.bank.attach",
     "combine": "lora_kit.algebra.combine",
     "evaluate": "lora_kit.evaluation.evaluate",
     "export": "lora_kit.exporters.export",

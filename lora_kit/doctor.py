@@ -16,7 +16,7 @@ from typing import Final, Literal
 
 import torch
 
-from lora_kit.bank.bank import attach
+from lora_kit.bank.attach import attach
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import LoraKitError, VerificationError
 from lora_kit.io.text import escape_text

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.bank.bank import attach
+from lora_kit.bank.attach import attach
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.data.batches import IGNORE_INDEX, Collator, EncodedDataset
 from lora_kit.data.chat import ChatTemplate

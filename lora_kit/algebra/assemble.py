@@ -1,7 +1,8 @@
-"""An adapter made of updates: its config, its tensors, and what its record says of how it came to be."""
+"""An adapter built from updates: its config, its tensors, and the record of where it comes from."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 from collections import Counter
@@ -14,90 +15,91 @@ from torch import Tensor
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.peft_keys import PREFIX, lora_weight_keys
 from lora_kit.algebra.low_rank import LowRankUpdate, compute_distance, compute_relative_error
-from lora_kit.algebra.sources import SourceAdapter
+from lora_kit.algebra.sources import Fingerprint, SourceAdapter
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.config.module_patterns import is_plain_name
 
 logger = logging.getLogger(__name__)
 
 UpdatesByPath = Mapping[str, tuple[str, LowRankUpdate]]
-"""Kind of layer and update, by path."""
+"""Kind of layer, and its update, by path."""
 
 PROVENANCE: Final = "made"
-"""In `lora_kit.json`: how an adapter was made of others."""
+"""The field of `lora_kit.json` that says how an adapter was made."""
 
 
 @dataclass
 class ErrorTally:
-    """How far made updates are from those that were meant, as a share: in all, and where it is largest.
+    """`‖actual - exact‖ / ‖exact‖` in Frobenius norms, of all layers together and where it is largest.
 
-    ‖made - meant‖ / ‖meant‖ in Frobenius norms, made being the float32 that is kept.
+    `actual` is the float32 update that is saved.
+
+    Attributes:
+        distance: `‖actual - exact‖²`, summed over the layers.
+        norm: `‖exact‖²`, summed over the layers.
+        worst: the largest share of one layer.
+        path: of that layer.
     """
 
-    missed: float = 0.0
-    meant: float = 0.0
+    distance: float = 0.0
+    norm: float = 0.0
     worst: float = 0.0
     path: str = ""
 
-    def add(self, path: str, missed: float, meant: float) -> None:
-        self.missed += missed**2
-        self.meant += meant**2
-        share = compute_relative_error(missed, meant)
+    def add(self, path: str, distance: float, norm: float) -> None:
+        """Add a layer: `‖actual - exact‖` and `‖exact‖`."""
+        self.distance += distance**2
+        self.norm += norm**2
+        share = compute_relative_error(distance, norm)
         if share > self.worst:
             self.worst, self.path = share, path
 
-    def compare(self, path: str, made: LowRankUpdate, meant: LowRankUpdate) -> None:
-        self.add(path, compute_distance(made.round_to_float32(), meant), meant.norm())
+    def compare(self, path: str, actual: LowRankUpdate, exact: LowRankUpdate) -> None:
+        """Add a layer by its two updates."""
+        self.add(path, compute_distance(actual.round_to_float32(), exact), exact.norm())
 
     @property
     def share(self) -> float:
-        return compute_relative_error(self.missed**0.5, self.meant**0.5)
+        return compute_relative_error(self.distance**0.5, self.norm**0.5)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return {"share": self.share, "worst": self.worst, "worst_layer": self.path}
 
 
 def assemble_adapter(
-    config: LoraConfig, updates: UpdatesByPath, saved: Mapping[str, Tensor], *, record: Mapping[str, Any]
+    config: LoraConfig, updates: UpdatesByPath, saved: Mapping[str, Tensor], *, record: Mapping[str, object]
 ) -> Adapter:
-    """The adapter of these updates, every scaling 1, pairs in float32.
+    """Return the adapter of these updates: every scaling 1, LoRA weights in float32.
 
     Args:
-        config: whose ranks and alphas are replaced; it must cover what the updates cover.
-        saved: tensors of modules saved whole, by path.
+        config: covers what the updates cover; its ranks and alphas are replaced.
+        saved: tensors of `modules_to_save`, by path.
+        record: its `lora_kit.json`.
     """
     tensors = {f"{PREFIX}{key}": tensor.clone() for key, tensor in saved.items()}
-    for path, (kind, factors) in updates.items():
+    for path, (kind, update) in updates.items():
         key_a, key_b = lora_weight_keys(path, kind)
-        tensors[key_a], tensors[key_b] = factors.a.float().contiguous(), factors.b.float().contiguous()
-    ranks = {path: factors.rank for path, (_, factors) in updates.items()}
+        tensors[key_a], tensors[key_b] = update.a.float().contiguous(), update.b.float().contiguous()
+    ranks = {path: update.rank for path, (_, update) in updates.items()}
     return Adapter(apply_ranks(config, ranks), tensors, record=record)
 
 
 def apply_ranks(config: LoraConfig, ranks: Mapping[str, int]) -> LoraConfig:
-    """A config with these ranks by path, and alphas that make every scaling 1."""
-    usual = max(Counter(ranks.values()).items(), key=lambda found: (found[1], found[0]))[0] if ranks else config.r
+    """Return a config with these ranks by path, and alphas that make every scaling 1."""
+    counts = Counter(ranks.values())
+    usual = max(counts, key=lambda rank: (counts[rank], rank)) if ranks else config.r
     # The first match wins, and a path may be the end of another one: longer ones come first.
     deep_first = sorted(ranks, key=lambda path: (-path.count("."), path))
     patterns = {path: _escape_path(path) for path in deep_first if ranks[path] != usual}
     table = {pattern: ranks[path] for path, pattern in patterns.items()}
-    fields = _copy_config_fields(config) | {
-        "r": usual,
-        "lora_alpha": usual,
-        "rank_pattern": table,
-        "alpha_pattern": table,
-    }
-    found = LoraConfig(**fields, use_rslora=False)
+    config = dataclasses.replace(config, r=usual, lora_alpha=usual, use_rslora=False)
+    ranked = dataclasses.replace(config, rank_pattern=table, alpha_pattern=table)
     # A path with the usual rank that ends like one with another rank has to be named, too.
-    hidden = {path for path in deep_first if found.rank_of(path) != ranks[path]}
+    hidden = {path for path in deep_first if ranked.rank_of(path) != ranks[path]}
     if hidden:
         table = {_escape_path(path): ranks[path] for path in deep_first if path in patterns or path in hidden}
-        found = LoraConfig(**{**fields, "rank_pattern": table, "alpha_pattern": table}, use_rslora=False)
-    return found
-
-
-def _copy_config_fields(config: LoraConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "use_rslora"}
+        ranked = dataclasses.replace(config, rank_pattern=table, alpha_pattern=table)
+    return ranked
 
 
 def _escape_path(path: str) -> str:
@@ -105,53 +107,54 @@ def _escape_path(path: str) -> str:
 
 
 def build_target_fields(configs: Sequence[LoraConfig], paths: Sequence[str]) -> dict[str, Any]:
-    """The fields of a config that cover what these configs cover together.
+    """Return the fields of a config that covers what these configs cover together.
 
     Args:
-        paths: all layers they cover. They are listed where no shorter way says the same in every model.
+        configs: of the sources.
+        paths: all layers they cover, listed where nothing shorter means the same in every model.
     """
     names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-    asked = [tuple(getattr(config, name) for name in names) for config in configs if config.target_modules]
-    if not asked:
+    targeting = [tuple(getattr(config, name) for name in names) for config in configs if config.target_modules]
+    if not targeting:
         return {"target_modules": ()}
-    if all(other == asked[0] for other in asked):
-        return dict(zip(names, asked[0], strict=True))
-    if all(isinstance(targets, tuple) and not any(others) for targets, *others in asked):
-        # Names alone cover every layer they match, so that together they cover the union.
-        return {"target_modules": tuple(sorted({name for targets, *_ in asked for name in targets}))}
+    if all(other == targeting[0] for other in targeting):
+        return dict(zip(names, targeting[0], strict=True))
+    if all(isinstance(targets, tuple) and not any(others) for targets, *others in targeting):
+        # Names alone cover every layer they match, so the names of all cover the union.
+        return {"target_modules": tuple(sorted({name for targets, *_ in targeting for name in targets}))}
     return {"target_modules": tuple(sorted(paths))}
 
 
 def build_record(
-    parents: Sequence[SourceAdapter], base: Mapping[str, Any] | None, made: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What is known of an adapter made of others: its base, how prompts are put, labels; and how it was made.
+    sources: Sequence[SourceAdapter], base: Fingerprint | None, provenance: Mapping[str, object]
+) -> dict[str, object]:
+    """Return the record of an adapter made of others: its base, prompt format, labels and provenance.
 
-    What was measured of the parents is not true of it, and is left out.
+    Metrics of the sources are left out: they are not true of the result.
     """
-    record: dict[str, Any] = {PROVENANCE: dict(made)}
+    record: dict[str, object] = {PROVENANCE: dict(provenance)}
     if base is not None:
         record["base"] = dict(base)
     for name, values in (
-        ("recipe", [_extract_prompt_fields(parent.adapter.record) for parent in parents]),
-        ("labels", [parent.adapter.record.get("labels") for parent in parents]),
+        ("recipe", [_extract_prompt_fields(source.adapter.record) for source in sources]),
+        ("labels", [source.adapter.record.get("labels") for source in sources]),
     ):
         known = [value for value in values if value]
         if known and all(value == known[0] for value in known):
             record[name] = known[0]
         elif known:
-            logger.warning("the adapters were trained with different %s: none is carried over", _RECORD_WORDS[name])
+            logger.warning("the adapters were trained with different %s: the result has none", _RECORD_WORDS[name])
     return record
 
 
 _RECORD_WORDS: Final = {"recipe": "prompts (recipe.data.separator or chat_template)", "labels": "labels"}
 
 
-def _extract_prompt_fields(record: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The part of a recipe that says how prompts are put."""
+def _extract_prompt_fields(record: Mapping[str, Any]) -> dict[str, object] | None:
+    """Return the part of a recipe that formats prompts; None where there is none."""
     recipe = record.get("recipe")
     data = recipe.get("data") if isinstance(recipe, Mapping) else None
     if not isinstance(data, Mapping):
         return None
-    found = {name: data[name] for name in ("separator", "chat_template") if data.get(name) is not None}
-    return {"data": found} if found else None
+    fields = {name: data[name] for name in ("separator", "chat_template") if data.get(name) is not None}
+    return {"data": fields} if fields else None

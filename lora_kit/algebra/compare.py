@@ -1,4 +1,4 @@
-"""Looking at updates without forming them: singular values of one adapter, and how two are alike."""
+"""The singular values of an adapter, and how alike two adapters are, without forming a dense delta."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ import torch
 from torch import Tensor
 
 from lora_kit.adapter.adapter import Adapter
+from lora_kit.adapter.adapter_like import AdapterLike
 from lora_kit.adapter.store import to_json_value
 from lora_kit.algebra.low_rank import LowRankUpdate, ThinSvd
-from lora_kit.algebra.sources import AdapterLike, SourceAdapter, find_common_base
+from lora_kit.algebra.sources import SourceAdapter, find_common_base
 from lora_kit.errors import MergeError, format_list
 
 _ROUNDING_SHARE: Final = 1e-6
-"""A singular value below this share of the largest is rounding."""
+"""A singular value below this share of the largest counts as rounding."""
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """How the updates D and D' of one layer are alike.
+    """How alike the updates D and D' of one layer are.
 
     Attributes:
         cosine: `⟨D, D'⟩ / (‖D‖ ‖D'‖)`, from -1 to 1.
-        inputs, outputs: the overlap of the spaces they read and write (row and column spaces):
-            `‖Uᵀ U'‖² / min(rank, rank')` of orthonormal bases, from 0 to 1 (Hu et al. 2021, arXiv 2106.09685, 7.2).
+        inputs: the overlap of their row spaces, which they read: `‖Vᵀ V'‖² / min(rank, rank')` of orthonormal bases,
+            from 0 to 1 (Hu et al. 2021, arXiv 2106.09685, 7.2).
+        outputs: the same of their column spaces, which they write.
         norms: of D and D'.
     """
 
@@ -39,14 +41,14 @@ class Likeness:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How two adapters are alike.
+    """How alike two adapters are.
 
     Attributes:
-        cosine: of all updates together; layers that only one has count as zero in the other.
-        layers: of the layers both have, by path.
-        alone: layers that only the first, and only the second, has.
+        cosine: of all updates together; a layer that only one of them has counts as zero in the other.
+        layers: of the layers that both have, by path.
+        alone: layers that only the first has, and layers that only the second has.
         configs: fields that differ, with both values.
-        saved: of tensors of modules saved whole: `equal`, `different`, `only first` or `only second`.
+        saved: for each tensor of `modules_to_save`: `equal`, `different`, `only first` or `only second`.
     """
 
     cosine: float
@@ -56,45 +58,46 @@ class Comparison:
     saved: Mapping[str, str]
 
     def to_json(self) -> dict[str, Any]:
-        found: dict[str, Any] = to_json_value(self)
-        return found
+        fields: dict[str, Any] = to_json_value(self)
+        return fields
 
 
 def spectrum(adapter: Adapter) -> dict[str, Tensor]:
-    """The singular values of `scaling · B A` at every layer: float64, falling, one for each rank.
+    """Return the singular values of `scaling · B A` at every layer: float64, falling, one for each rank.
 
     Of a DoRA they are those of the update before its rows are rescaled.
     """
-    own = SourceAdapter.of(adapter).updates()
-    return {path: factors.values() for path, (_, factors) in own.items()}
+    return {path: update.values() for path, (_, update) in SourceAdapter.of(adapter).updates().items()}
 
 
 def compare(one: AdapterLike, other: AdapterLike, *, allow: Collection[str] = ()) -> Comparison:
-    """How two adapters of one base are alike.
+    """Return how alike two adapters of one base are.
 
     Args:
-        one, other: folders, names in the store or Adapters.
+        one: a folder, a name in the store or an Adapter.
+        other: the same.
         allow: `other-base`: adapters that were made for different bases; and what else `Adapter.load` allows.
 
     Raises:
         BaseMismatchError: they were made for different bases.
-        MergeError: a DoRA, or a layer of different shapes.
-        UnknownAdapterError, AdapterError: an adapter that is not there or cannot be read.
+        MergeError: one is a DoRA, or a layer has different shapes.
+        UnknownAdapterError, AdapterError: an adapter is not there or cannot be read.
     """
-    parents = [SourceAdapter.of(one, allow=allow), SourceAdapter.of(other, allow=allow)]
-    for parent in parents:
-        parent.check_linear("compared")
-    find_common_base(parents, allow=allow)
-    first, second = ({path: factors for path, (_, factors) in parent.updates().items()} for parent in parents)
-    unfit = [path for path in first if path in second and first[path].shape != second[path].shape]
-    if unfit:
-        raise MergeError(f"layers of different shapes cannot be compared: {format_list(unfit)}", hint="is it one base?")
+    sources = [SourceAdapter.of(one, allow=allow), SourceAdapter.of(other, allow=allow)]
+    for source in sources:
+        source.check_linear("compared")
+    find_common_base(sources, allow=allow)
+    first, second = ({path: update for path, (_, update) in source.updates().items()} for source in sources)
+    unlike = [path for path in first if path in second and first[path].shape != second[path].shape]
+    if unlike:
+        message = f"layers of different shapes cannot be compared: {format_list(unlike)}"
+        raise MergeError(message, hint="compare adapters of one base")
     layers = {path: _compare_layer(first[path], second[path]) for path in first if path in second}
-    products = math.fsum(found.cosine * math.prod(found.norms) for found in layers.values())
-    lengths = [math.sqrt(math.fsum(factors.norm() ** 2 for factors in own.values())) for own in (first, second)]
-    a, b = (parent.adapter for parent in parents)
+    product = math.fsum(likeness.cosine * math.prod(likeness.norms) for likeness in layers.values())
+    norms = [math.sqrt(math.fsum(update.norm() ** 2 for update in own.values())) for own in (first, second)]
+    a, b = (source.adapter for source in sources)
     return Comparison(
-        cosine=_divide_or_zero(products, math.prod(lengths)),
+        cosine=_divide_or_zero(product, math.prod(norms)),
         layers=layers,
         alone=(tuple(p for p in first if p not in second), tuple(p for p in second if p not in first)),
         configs=_compare_configs(a, b),
@@ -113,14 +116,14 @@ def _compare_layer(one: LowRankUpdate, other: LowRankUpdate) -> Likeness:
     )
 
 
-def _drop_rounding_directions(found: ThinSvd) -> ThinSvd:
-    """Without the directions that are nothing but rounding."""
-    count = int((found.s > _ROUNDING_SHARE * found.s[0]).sum())
-    return ThinSvd(found.u[:, :count], found.s[:count], found.vh[:count])
+def _drop_rounding_directions(svd: ThinSvd) -> ThinSvd:
+    """Return the triplets whose singular values are more than rounding."""
+    count = int((svd.s > _ROUNDING_SHARE * svd.s[0]).sum())
+    return ThinSvd(svd.u[:, :count], svd.s[:count], svd.vh[:count])
 
 
 def _measure_overlap(one: Tensor, other: Tensor) -> float:
-    """Of the spaces that two sets of orthonormal rows span."""
+    """Return the overlap of the spaces that two sets of orthonormal rows span, from 0 to 1."""
     return _divide_or_zero(float((one @ other.T).square().sum()), min(len(one), len(other)))
 
 
@@ -135,7 +138,7 @@ def _compare_configs(one: Adapter, other: Adapter) -> dict[str, tuple[Any, Any]]
 
 
 def _compare_saved_modules(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, str]:
-    def told(key: str) -> str:
+    def compare_tensor(key: str) -> str:
         if key not in other:
             return "only first"
         if key not in one:
@@ -143,4 +146,4 @@ def _compare_saved_modules(one: Mapping[str, Tensor], other: Mapping[str, Tensor
         same = one[key].shape == other[key].shape and torch.equal(one[key], other[key].to(one[key].dtype))
         return "equal" if same else "different"
 
-    return {key: told(key) for key in sorted(one.keys() | other.keys())}
+    return {key: compare_tensor(key) for key in sorted(one.keys() | other.keys())}

@@ -1,18 +1,19 @@
-"""`extract`: the difference of two model folders as an adapter of the first."""
+"""`extract`: the difference between two model folders, as an adapter of the first."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lora_kit.adapter.adapter import Adapter
+from lora_kit.algebra.arguments import check_share, check_whole_number
 from lora_kit.algebra.assemble import PROVENANCE, ErrorTally, assemble_adapter
 from lora_kit.algebra.dense_svd import approximate_low_rank, compute_residual_norm, compute_squared_norm
 from lora_kit.algebra.low_rank import LowRankUpdate
@@ -41,65 +42,66 @@ def extract(
     others: str = LIST_OTHERS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Adapter:
-    """An adapter of a base that makes it, as nearly as its ranks allow, what a full fine-tune has made of it.
+    """Return the adapter that turns a base into a full fine-tune of it, as nearly as its ranks allow.
 
-    Tensor by tensor from the files of both: at every linear layer that differs, the nearest update to the difference of
-    a rank, or of as small a rank as keeps a share of it. What each misses is recorded (`record["made"]["error"]`). A
-    classification head that only the fine-tune has is saved whole.
+    The files of both are read tensor by tensor. At every linear layer that differs, the adapter has the update nearest
+    to the difference: of the given rank, or of the smallest rank that keeps a share of it. How far each is from the
+    difference is recorded (`record["made"]["error"]`). A classification head that only the fine-tune has goes into
+    `modules_to_save`.
 
     Args:
-        base, tuned: hub ids, local folders or `kit-base`; of one architecture.
-        rank: of every pair, at most. energy: the share of `‖difference‖²` that every pair keeps at least, above 0 to 1.
-        others: what becomes of differences that no pair can hold (norms, biases, embeddings, tied weights): `list`
-            leaves them out and names them, in a warning and in `record["made"]["left_out"]`; `save` saves their modules
-            whole.
-        progress: is given the bytes compared so far and in all.
+        base: hub id, local folder or `kit-base`.
+        tuned: the same, of one architecture with the base.
+        rank: of every layer, at most.
+        energy: the share of `‖difference‖²` that every layer keeps at least, above 0 to 1.
+        others: what to do with differences that no LoRA weights can hold (norms, biases, embeddings, tied weights):
+            `list` leaves them out and names them, in a warning and in `record["made"]["left_out"]`; `save` puts their
+            modules into `modules_to_save`.
+        progress: is called with the bytes compared so far and the bytes in all.
 
     Raises:
-        MergeError: the two are not of one architecture, or do not differ; or what differs cannot be saved whole.
+        MergeError: the two are not of one architecture, do not differ, or differ in what no adapter can hold.
         BaseModelError: one of them cannot be read.
-        ConfigError: not exactly one of rank and energy, or one that is none.
+        ConfigError: not exactly one of rank and energy is given, or it is invalid.
     """
     _check_extract_arguments(rank, energy, others)
     one, two = open_model_pair(base, tuned)
-    found = _find_differences(one, two, rank, energy, progress)
-    whole = _choose_saved_modules(one, two, found.others, found.new, others)
-    saved = {key: tensor for path in whole for key, tensor in _copy_module(two.outline, path).items()}
-    pairs = {path: pair for path, pair in found.pairs.items() if not _is_inside(path, whole)}
-    left_out = [key for key in found.others if not _is_inside(key, whole)]
-    if not pairs and not saved:
+    differences = _find_differences(one, two, rank, energy, progress)
+    whole = _choose_saved_modules(one, two, differences, others)
+    saved = {key: tensor for path in whole for key, tensor in _copy_module(two.meta.model, path).items()}
+    low_rank = {path: one for path, one in differences.low_rank.items() if not _is_inside(path, whole)}
+    left_out = [key for key in differences.others if not _is_inside(key, whole)]
+    if not low_rank and not saved:
         raise MergeError(
             f"nothing of {escape_text(tuned)} that an adapter could hold differs from {escape_text(base)}",
             hint=f"it differs in {format_list(left_out)}" if left_out else "the weights are the same",
         )
     if left_out:
-        logger.warning(
-            "left out, as no low-rank pair can hold it, is what differs in %s; others='save' saves it whole",
-            format_list(left_out, most=40),
-        )
-    made = {"by": "extract", "tuned": str(tuned), "rank": rank, "energy": energy, "left_out": left_out}
-    record: dict[str, Any] = {"base": fingerprint(one.outline.model, name=str(base))}
+        message = "left out, since no LoRA weights can hold it, is what differs in %s; others='save' saves its modules"
+        logger.warning(message, format_list(left_out, most=40))
     error = ErrorTally()
-    for path, pair in pairs.items():
-        error.add(path, pair.missed, pair.norm)
-    record[PROVENANCE] = {**made, "error": error.to_json()}
-    if two.head.labels:
-        record["labels"] = list(two.head.labels)
-    config = _build_extracted_config(one.outline.model, list(pairs), whole, base=str(base), task=two.head.task)
-    updates = {path: ("linear", pair.factors) for path, pair in pairs.items()}
+    for path, approximation in low_rank.items():
+        error.add(path, approximation.distance, approximation.norm)
+    provenance = {"by": "extract", "tuned": str(tuned), "rank": rank, "energy": energy, "left_out": left_out}
+    record = {
+        "base": fingerprint(one.meta.model, name=str(base)),
+        PROVENANCE: {**provenance, "error": error.to_json()},
+        **({"labels": list(two.head.labels)} if two.head.labels else {}),
+    }
+    config = _build_extracted_config(one.meta.model, list(low_rank), whole, base=str(base), task=two.head.task)
+    updates = {path: ("linear", approximation.update) for path, approximation in low_rank.items()}
     adapter = assemble_adapter(config, updates, saved, record=record)
-    match_adapter(Path(tuned).name, adapter, one.outline.model, dtype=torch.float32)
+    match_adapter(Path(tuned).name, adapter, one.meta.model, dtype=torch.float32)
     return adapter
 
 
 def _check_extract_arguments(rank: int | None, energy: float | None, others: str) -> None:
     if (rank is None) == (energy is None):
         raise ConfigError("exactly one of rank and energy is expected", hint="rank=16, or energy=0.99")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ConfigError(f"rank={rank!r} was given; a whole number from 1 is expected")
-    number = isinstance(energy, (int, float)) and not isinstance(energy, bool)
-    if energy is not None and not (number and 0 < energy <= 1):
-        raise ConfigError(f"energy={energy!r} was given; a number above 0 up to 1 is expected")
+    if rank is not None:
+        check_whole_number("rank", rank)
+    if energy is not None:
+        check_share("energy", energy)
     if others not in (LIST_OTHERS, SAVE_OTHERS):
         raise ConfigError(f"others={others!r} was given; {LIST_OTHERS!r} or {SAVE_OTHERS!r} is expected")
 
@@ -108,10 +110,16 @@ def _check_extract_arguments(rank: int | None, energy: float | None, others: str
 
 
 class _Approximation(NamedTuple):
-    """What is kept of a difference, how far that is from it, and how large it is."""
+    """The nearest update to a difference.
 
-    factors: LowRankUpdate
-    missed: float
+    Attributes:
+        update: of low rank.
+        distance: `‖update - difference‖`.
+        norm: `‖difference‖`.
+    """
+
+    update: LowRankUpdate
+    distance: float
     norm: float
 
 
@@ -120,12 +128,14 @@ class _Differences:
     """What differs between two models.
 
     Attributes:
-        pairs: updates of linear layers, by path. others: keys that no pair can hold. new: keys that the base lacks.
+        low_rank: differences of linear layers, approximated, by path.
+        others: state dict keys of differences that no LoRA weights can hold.
+        new: keys that the base lacks.
     """
 
-    pairs: dict[str, _Approximation]
-    others: list[str]
-    new: list[str]
+    low_rank: dict[str, _Approximation] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
 
 
 def _find_differences(
@@ -135,43 +145,43 @@ def _find_differences(
     energy: float | None,
     progress: Callable[[int, int], None] | None,
 ) -> _Differences:
-    first, second = one.state, two.state
-    found = _Differences({}, [], [])
+    first, second, differences = one.state, two.state, _Differences()
     done, total = 0, sum(tensor.nbytes for tensor in second.values())
     for key, tensor in second.items():
         path = key.rpartition(".")[0]
-        if key in one.outline.missing:
-            found.new.append(key)
+        if key in one.meta.missing:
+            differences.new.append(key)
         elif not tensor.is_meta and _is_different(first[key], tensor):
-            if _can_hold(key, one.outline, two.outline):
-                transposed = is_stored_transposed(one.outline.model.get_submodule(path))
-                found.pairs[path] = _approximate_difference(path, first[key], tensor, transposed, rank, energy)
+            if _is_adaptable(key, one.meta, two.meta):
+                transposed = is_stored_transposed(one.meta.model.get_submodule(path))
+                approximation = _approximate_difference(path, first[key], tensor, transposed, rank, energy)
+                differences.low_rank[path] = approximation
             else:
-                found.others.append(key)
+                differences.others.append(key)
         done += tensor.nbytes
         if progress is not None:
             progress(done, total)
-    found.others += _find_unplaced_differences(one, two)
-    return found
+    differences.others += _find_unplaced_differences(one, two)
+    return differences
 
 
 def _find_unplaced_differences(one: ModelFolder, two: ModelFolder) -> Iterator[str]:
-    """Names of stored tensors that differ and that transformers keeps in another form (fused experts)."""
-    if not one.outline.converted and not two.outline.converted:
+    """Yield the names of stored tensors that differ and that transformers keeps in another form (fused experts)."""
+    if not one.meta.converted and not two.meta.converted:
         return
     first, second = one.unplaced_tensors, two.unplaced_tensors
-    for name in sorted((first.keys() | second.keys()) - {*one.outline.unclaimed, *two.outline.unclaimed}):
+    for name in sorted((first.keys() | second.keys()) - {*one.meta.unclaimed, *two.meta.unclaimed}):
         if name not in first or name not in second or _is_different(first[name], second[name]):
             yield name
 
 
 def _is_different(before: Tensor, after: Tensor) -> bool:
-    """Whether a fine-tune has other numbers than its base has in the dtype it keeps them in."""
+    """Whether a fine-tune differs from its base, in the dtype of the fine-tune."""
     return before.shape != after.shape or not torch.equal(before.to(after.dtype), after)
 
 
-def _can_hold(key: str, one: MetaModel, two: MetaModel) -> bool:
-    """Whether a low-rank pair can hold what differs here: the weight of one linear layer, and of nothing else."""
+def _is_adaptable(key: str, one: MetaModel, two: MetaModel) -> bool:
+    """Whether LoRA weights can hold this difference: that of the weight of one linear layer, and of nothing else."""
     path, _, leaf = key.rpartition(".")
     alone = len(one.find_tied_keys(key)) == 1 == len(two.find_tied_keys(key))
     return leaf == "weight" and alone and kind_of(one.model.get_submodule(path)) == "linear"
@@ -185,28 +195,28 @@ def _approximate_difference(
     norm = math.sqrt(compute_squared_norm(difference))
     if not math.isfinite(norm):
         raise MergeError(f"{path}: the difference holds NaN or infinity")
-    made = approximate_low_rank(difference, rank=rank, energy=energy)
-    return _Approximation(made, compute_residual_norm(difference, made), norm)
+    update = approximate_low_rank(difference, rank=rank, energy=energy)
+    return _Approximation(update, compute_residual_norm(difference, update), norm)
 
 
-# What is saved whole
+# modules_to_save
 
 
-def _choose_saved_modules(
-    one: ModelFolder, two: ModelFolder, others: Sequence[str], new: Sequence[str], how: str
-) -> list[str]:
-    """Paths of the modules to save whole: those the base lacks, and those of all other differences if asked to."""
-    keys = list(new)
-    if how == SAVE_OTHERS:
-        unplaced = [key for key in others if key not in two.state]
+def _choose_saved_modules(one: ModelFolder, two: ModelFolder, differences: _Differences, others: str) -> list[str]:
+    """Return the paths for `modules_to_save`: what the base lacks and, with `save`, every other difference."""
+    keys = list(differences.new)
+    if others == SAVE_OTHERS:
+        unplaced = [key for key in differences.others if key not in two.state]
         if unplaced:
             raise MergeError(
                 f"{format_list(unplaced)} differ, which transformers keeps in another form: no adapter holds them",
                 hint="leave them out with others='list'",
             )
-        # What is tied to one of them changes with it, in the fine-tune as well.
+        # A weight that is tied to one of them changes with it, in the fine-tune as well.
         keys += [
-            tied for key in others for tied in {key, *two.outline.find_tied_keys(key), *one.outline.find_tied_keys(key)}
+            tied
+            for key in differences.others
+            for tied in {key, *two.meta.find_tied_keys(key), *one.meta.find_tied_keys(key)}
         ]
     paths = sorted({key.rpartition(".")[0] for key in keys})
     if "" in paths:
@@ -214,12 +224,10 @@ def _choose_saved_modules(
     return [path for path in paths if not _is_inside(path, [other for other in paths if other != path])]
 
 
-def _copy_module(found: MetaModel, path: str) -> dict[str, Tensor]:
-    """All tensors of a module by their keys, as copies that do not need the files."""
-    inside = select_module_tensors(
-        {key: tensor.detach() for key, tensor in found.model.state_dict(keep_vars=True).items()}, path
-    )
-    return {f"{path}.{key}": tensor.float() if tensor.is_floating_point() else tensor for key, tensor in inside.items()}
+def _copy_module(model: nn.Module, path: str) -> dict[str, Tensor]:
+    """Return all tensors of a module by their keys; floating ones in float32."""
+    own = select_module_tensors(model.state_dict(), path)
+    return {f"{path}.{key}": tensor.float() if tensor.is_floating_point() else tensor for key, tensor in own.items()}
 
 
 def _is_inside(path: str, modules: Sequence[str]) -> bool:
@@ -231,10 +239,11 @@ def _build_extracted_config(
 ) -> LoraConfig:
     modules = {path: model.get_submodule(path) for path in paths}
     targets = tuple(LayerTarget(path, "linear", *features_of(module), 1, 1.0) for path, module in modules.items())
-    fields: Mapping[str, Any] = {"base_model_name_or_path": base, "task_type": task, "inference_mode": True}
     return LoraConfig(
         target_modules=find_shortest_names(model, Coverage(targets, (), 0, (), ())) if paths else (),
         modules_to_save=tuple(whole),
         fan_in_fan_out=any(map(is_stored_transposed, modules.values())),
-        **fields,
+        base_model_name_or_path=base,
+        task_type=task,
+        inference_mode=True,
     )

@@ -1,4 +1,4 @@
-"""Low-rank updates as factors, and their algebra in rank space: a dense product is never formed.
+"""Low-rank updates as factors, and their algebra in rank space: the dense product is never formed.
 
     D = B A,  B = Q_b R_b,  Aᵀ = Q_a R_a   ⇒   D = Q_b (R_b R_aᵀ) Q_aᵀ
 
@@ -24,16 +24,17 @@ class LowRankUpdate:
     """An update D = B A.
 
     Attributes:
-        b: float64 (out, k). a: float64 (k, in).
+        b: float64 (out, k).
+        a: float64 (k, in).
     """
 
     b: Tensor
     a: Tensor
 
     @classmethod
-    def of(cls, pair: LoraWeights, scaling: float) -> LowRankUpdate:
-        """`scaling · B A`, the scaling in B."""
-        return cls(pair.b.double() * scaling, pair.a.double())
+    def of(cls, weights: LoraWeights, scaling: float) -> LowRankUpdate:
+        """Return `scaling · B A`, the scaling in B."""
+        return cls(weights.b.double() * scaling, weights.a.double())
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -49,23 +50,23 @@ class LowRankUpdate:
         return LowRankUpdate(self.b * number, self.a)
 
     def dense(self) -> Tensor:
-        """D in float32 (out, in)."""
+        """Return D: float32 (out, in)."""
         return self.b.float() @ self.a.float()
 
     def round_to_float32(self) -> LowRankUpdate:
-        """What is left of it in the float32 that files hold."""
+        """Return the update with its factors rounded to float32, as files hold them."""
         return LowRankUpdate(self.b.float().double(), self.a.float().double())
 
     def norm(self) -> float:
-        """Frobenius norm of D. Where terms cancel, it is still right to rounding: Gram matrices would square that."""
+        """Return the Frobenius norm of D, right to rounding also where terms cancel; Gram matrices would lose that."""
         return float(compute_core(self.b, self.a).norm())
 
     def inner(self, other: LowRankUpdate) -> float:
-        """`⟨D, D'⟩ = tr(Dᵀ D')`."""
+        """Return `⟨D, D'⟩ = tr(Dᵀ D')`."""
         return float(((self.b.T @ other.b) * (self.a @ other.a.T)).sum())
 
     def values(self) -> Tensor:
-        """The singular values of D: (k,), falling."""
+        """Return the singular values of D: (k,), falling."""
         return compute_singular_values(self.b, self.a)
 
     def svd(self) -> ThinSvd:
@@ -80,7 +81,9 @@ class ThinSvd:
     """The thin SVD of an update: `D = U diag(s) Vᵀ`.
 
     Attributes:
-        u: float64 (out, k). s: (k,), falling. vh: (k, in).
+        u: float64 (out, k).
+        s: float64 (k,), falling.
+        vh: float64 (k, in).
     """
 
     u: Tensor
@@ -88,30 +91,33 @@ class ThinSvd:
     vh: Tensor
 
     def best(self, rank: int) -> LowRankUpdate:
-        """The nearest update of this rank (Eckart, Young 1936), its singular values shared evenly by both factors."""
+        """Return the nearest update of a rank (Eckart, Young 1936); both factors share each singular value evenly."""
         root = self.s[:rank].sqrt()
         return LowRankUpdate(self.u[:, :rank] * root, root[:, None] * self.vh[:rank])
 
 
-def find_smallest_rank(parts: Tensor, wanted: float) -> int:
-    """How many of the first parts add up to what is wanted: 1 at least, and all where rounding took the last bit."""
-    reached = parts.cumsum(0) >= wanted
-    return int(reached.to(torch.uint8).argmax()) + 1 if reached.any() else len(parts)
+def find_smallest_rank(squares: Tensor, least: float) -> int:
+    """Return how many of the first squared singular values add up to at least `least`: 1 or more.
+
+    All of them where rounding keeps even their sum below it.
+    """
+    enough = squares.cumsum(0) >= least
+    return int(enough.to(torch.uint8).argmax()) + 1 if enough.any() else len(squares)
 
 
 def sum_updates(terms: Iterable[LowRankUpdate]) -> LowRankUpdate:
-    """`Σ D_i`, exactly: the factors side by side; ranks add."""
-    found = list(terms)
-    return LowRankUpdate(torch.cat([one.b for one in found], dim=1), torch.cat([one.a for one in found], dim=0))
+    """Return `Σ D_i`, exactly: the factors side by side; ranks add."""
+    updates = list(terms)
+    return LowRankUpdate(torch.cat([one.b for one in updates], dim=1), torch.cat([one.a for one in updates], dim=0))
 
 
 def compute_distance(one: LowRankUpdate, other: LowRankUpdate) -> float:
-    """`‖D - D'‖` in the Frobenius norm."""
+    """Return `‖D - D'‖` in the Frobenius norm."""
     return sum_updates([one, other.scale_by(-1.0)]).norm()
 
 
 def compute_relative_error(distance: float, norm: float) -> float:
-    """A distance as a share of a norm; 0 of nothing is 0, and anything of nothing is infinite."""
+    """Return `distance / norm`; for a norm of 0 it is 0 for no distance, and infinite for any other."""
     if distance == 0.0:
         return 0.0
     return distance / norm if norm else math.inf

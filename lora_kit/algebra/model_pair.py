@@ -1,4 +1,4 @@
-"""A base and a full fine-tune of it: two model folders, mapped into memory and found to be alike."""
+"""A base and a full fine-tune of it: two model folders of one architecture, mapped into memory."""
 
 from __future__ import annotations
 
@@ -19,48 +19,56 @@ from lora_kit.models.tasks import CAUSAL_LM, TASK_SPECS, infer_task_from_archite
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model folder, mapped into memory."""
+    """A model folder, mapped into memory.
+
+    Attributes:
+        name: what messages call it.
+        shards: its weight files.
+        head: its task and labels.
+        meta: the model that its tensors fill.
+    """
 
     name: str
     shards: tuple[Shard, ...]
     head: TaskHead
-    outline: MetaModel
+    meta: MetaModel
 
     @property
     def state(self) -> dict[str, Tensor]:
-        return {key: tensor.detach() for key, tensor in self.outline.model.state_dict(keep_vars=True).items()}
+        """The tensors of the model, by state dict key."""
+        return dict(self.meta.values)
 
     @property
     def unplaced_tensors(self) -> dict[str, Tensor]:
-        """Stored tensors that are not one parameter as they are, by name."""
-        placed = set(self.outline.names.values())
+        """Stored tensors that transformers keeps in another form, by name."""
+        placed = set(self.meta.names.values())
         return {name: t for shard in self.shards for name, t in shard.tensors.items() if name not in placed}
 
 
 def open_model_pair(base: str | Path, tuned: str | Path) -> tuple[ModelFolder, ModelFolder]:
-    """A base and a fine-tune of it, found to be alike.
+    """Open a base and a fine-tune of it.
 
     Raises:
-        MergeError: one is quantised, or they are not of one architecture. BaseModelError: one cannot be read.
+        MergeError: one is quantized, or they are not of one architecture.
+        BaseModelError: one cannot be read.
     """
     folders = find_base(base), find_base(tuned)
     for name, folder in zip((base, tuned), folders, strict=True):
         if read_quantization_config(folder / "config.json") is not None:
-            raise MergeError(
-                f"{escape_text(name)} is quantised: what it lost hides the difference", hint="the originals"
-            )
+            message = f"{escape_text(name)} is quantized: its rounding errors hide the difference"
+            raise MergeError(message, hint="give the unquantized models")
     head = _read_head(folders[1])
     shards = [read_shards(folder) for folder in folders]
     one, two = (
-        ModelFolder(escape_text(name), found, head, build_meta_model(folder, found, head))
-        for name, folder, found in zip((base, tuned), folders, shards, strict=True)
+        ModelFolder(escape_text(name), own, head, build_meta_model(folder, own, head))
+        for name, folder, own in zip((base, tuned), folders, shards, strict=True)
     )
     _check_same_architecture(one, two)
     return one, two
 
 
 def _read_head(folder: Path) -> TaskHead:
-    """Which model of its base a fine-tune is, by what its config says."""
+    """Return the task and labels of a fine-tune, from its config."""
     try:
         fields = json.loads((folder / "config.json").read_text("utf-8"))
         architecture = str((fields.get("architectures") or [""])[0])
@@ -73,8 +81,8 @@ def _read_head(folder: Path) -> TaskHead:
 
 
 def _check_same_architecture(one: ModelFolder, two: ModelFolder) -> None:
-    """Raise MergeError unless both have the same parameters in the same shapes, and everything stored has its place."""
-    first, second = one.outline.values, two.outline.values
+    """Raise MergeError unless both have the same parameters in the same shapes, and the fine-tune fills its model."""
+    first, second = one.meta.values, two.meta.values
     if first.keys() != second.keys():
         raise MergeError(
             f"{one.name} and {two.name} are not of one architecture: "
@@ -83,18 +91,18 @@ def _check_same_architecture(one: ModelFolder, two: ModelFolder) -> None:
     unlike = [
         f"{key} {tuple(first[key].shape)} and {tuple(second[key].shape)}"
         for key in first
-        if first[key].shape != second[key].shape and key not in one.outline.missing
+        if first[key].shape != second[key].shape and key not in one.meta.missing
     ]
     if unlike:
         raise MergeError(
-            f"no adapter changes shapes, and {one.name} and {two.name} have others: {format_list(unlike, most=4)}",
+            f"no adapter changes shapes; those of {one.name} and {two.name} differ: {format_list(unlike, most=4)}",
             hint="give the base the vocabulary of the fine-tune first" if "embed" in unlike[0] else "",
         )
-    if one.outline.converted != two.outline.converted:
+    if one.meta.converted != two.meta.converted:
         raise MergeError(
             f"{one.name} and {two.name} store what transformers keeps as one tensor in different forms",
             hint="load one of them with transformers and save it again",
         )
-    if two.outline.missing or two.outline.unclaimed:
-        lacking = format_list([*two.outline.missing, *two.outline.unclaimed])
-        raise MergeError(f"{two.name} does not fill its own model: {lacking}", hint="the fine-tune is not whole")
+    if two.meta.missing or two.meta.unclaimed:
+        lacking = format_list([*two.meta.missing, *two.meta.unclaimed])
+        raise MergeError(f"{two.name} does not fill its own model: {lacking}", hint="the fine-tune is incomplete")

@@ -1,4 +1,4 @@
-"""Adapters that are known by name and read when they are needed, and those kept in host memory meanwhile."""
+"""Adapters whose weights are read when they are needed, and a cache of them in host memory."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from lora_kit.io.text import escape_text
 
 
 class AdapterCache:
-    """Adapters by digest, the least recently used first; threads may share it.
+    """Adapters by digest, the least recently used first. Threads may share it.
 
     Attributes:
-        limit: bytes of tensors that are kept at most. An adapter larger than that is not kept.
-        bytes: that are kept now.
-        hits, misses: how often what was asked for was there, and was not.
-        evictions: adapters given up for others.
+        limit: bytes of tensors that it holds at most. An adapter larger than that is not cached.
+        bytes: that it holds now.
+        hits: how often an adapter that was asked for was here.
+        misses: how often it was not.
+        evictions: adapters that were removed for others.
     """
 
     def __init__(self, limit: int) -> None:
@@ -28,41 +29,41 @@ class AdapterCache:
             raise ConfigError(f"a cache holds a whole number of bytes from 0; {limit!r} was given")
         self.limit = limit
         self.bytes = self.hits = self.misses = self.evictions = 0
-        self._kept: OrderedDict[str, Adapter] = OrderedDict()
+        self._adapters: OrderedDict[str, Adapter] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._adapters)
 
     def get(self, digest: str) -> Adapter | None:
-        """The adapter of this identity, the most recently used one now; None where it is not kept."""
+        """Return the adapter with this digest and mark it as the most recently used; None where it is not here."""
         with self._lock:
-            found = self._kept.get(digest)
-            if found is None:
+            adapter = self._adapters.get(digest)
+            if adapter is None:
                 self.misses += 1
                 return None
             self.hits += 1
-            self._kept.move_to_end(digest)
-            return found
+            self._adapters.move_to_end(digest)
+            return adapter
 
     def put(self, adapter: Adapter) -> None:
-        """Keep an adapter as the most recently used one."""
+        """Add an adapter as the most recently used one."""
         digest, size = adapter.digest, adapter.nbytes
         with self._lock:
-            if digest in self._kept:
-                self._kept.move_to_end(digest)
+            if digest in self._adapters:
+                self._adapters.move_to_end(digest)
             elif size <= self.limit:
                 while self.bytes + size > self.limit:
-                    _, given_up = self._kept.popitem(last=False)
-                    self.bytes -= given_up.nbytes
+                    _, evicted = self._adapters.popitem(last=False)
+                    self.bytes -= evicted.nbytes
                     self.evictions += 1
-                self._kept[digest] = adapter
+                self._adapters[digest] = adapter
                 self.bytes += size
 
     def clear(self) -> None:
-        """Give up everything."""
+        """Remove all adapters."""
         with self._lock:
-            self._kept.clear()
+            self._adapters.clear()
             self.bytes = 0
 
 
@@ -70,14 +71,15 @@ class LazyAdapter:
     """An adapter of which only the config was read so far.
 
     Args:
-        source: an adapter folder, or an Adapter, which is held for as long as it is offered.
+        source: an adapter folder, or an Adapter, which stays in memory.
         allow: as in `Adapter.load`.
 
     Attributes:
-        config: what the adapter is.
+        config: of the adapter.
+        allow: as given.
 
     Raises:
-        AdapterError, ConfigError: there is no adapter folder, or its config or its record is wrong.
+        AdapterError, ConfigError: there is no adapter folder, or its config or its record is invalid.
     """
 
     def __init__(self, source: str | Path | Adapter, *, allow: Collection[str] = ()) -> None:
@@ -90,26 +92,26 @@ class LazyAdapter:
             self.config = source.config
         else:
             self._source = Path(source).absolute()
-            found = AdapterFolder.open(self._source, allow=allow)
-            self.config, self._digest = found.config, found.digest
+            folder = AdapterFolder.open(self._source, allow=allow)
+            self.config, self._digest = folder.config, folder.digest
 
-    def value(self, cache: AdapterCache) -> Adapter:
-        """The adapter: from the cache, or read from its folder.
+    def read(self, cache: AdapterCache) -> Adapter:
+        """Return the adapter: from the cache, or from its folder.
 
         Raises:
-            AdapterError, ConfigError: it cannot be read, or is another one than was offered.
+            AdapterError, ConfigError: it cannot be read, or its folder was changed since.
         """
         if isinstance(self._source, Adapter):
             return self._source
-        kept = cache.get(self._digest) if self._has_been_read and self._digest else None
-        return kept or self._read(self._source)
+        cached = cache.get(self._digest) if self._has_been_read and self._digest else None
+        return cached or self._read_folder(self._source)
 
     def put_in_cache(self, adapter: Adapter, cache: AdapterCache) -> None:
-        """Keep its value for the next time, where it would have to be read."""
+        """Put its value into a cache, where it would be read from a folder the next time."""
         if isinstance(self._source, Path):
             cache.put(adapter)
 
-    def _read(self, folder: Path) -> Adapter:
+    def _read_folder(self, folder: Path) -> Adapter:
         adapter = Adapter.load(folder, allow=self.allow)
         if self._digest not in (None, adapter.digest) and "changed-files" not in self.allow:
             raise AdapterError(

@@ -1,69 +1,67 @@
-"""AdapterBank: the adapters of one model, beside it as an optimizer is. It knows names and slots; layers do not."""
+"""AdapterBank: the adapters of one model, beside it as an optimizer is. It knows names and slots; layers know slots."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.folder import check_allowances
 from lora_kit.bank.adapter_cache import AdapterCache
-from lora_kit.bank.initialize import initialize_adapter, make_plain_config
+from lora_kit.bank.frozen_model import FrozenModel
+from lora_kit.bank.initialize import check_trainable, initialize_adapter, make_plain_config
 from lora_kit.bank.lazy import LazyAdapters
 from lora_kit.bank.merge_in_memory import fold_into_model
 from lora_kit.bank.model_layers import WrappedLayers
 from lora_kit.bank.reference_model import ReferenceModel
-from lora_kit.bank.residents import LoadedAdapter, LoadedAdapters
-from lora_kit.bank.row_check import check_batch_rows
+from lora_kit.bank.residents import LoadedAdapter, LoadedAdapters, check_capacity
+from lora_kit.bank.routes import RouteStack, check_batch_rows
 from lora_kit.bank.snapshot import fingerprint_model, restore_adapter, snapshot_adapter
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import BankError, ConfigError
 from lora_kit.layers.fold import Retention
-from lora_kit.layers.introspect import is_packed, pause_packing, resume_packing
 from lora_kit.layers.routing import BASE_SLOT, Routing
-from lora_kit.layers.slot_layer import SlotLayer
 from lora_kit.targets.compatibility import match_adapter
 from lora_kit.targets.coverage import Coverage, find_coverage
+
+if TYPE_CHECKING:
+    import peft
 
 
 class AdapterBank:
     """Named adapters in the slots of a model's layers. Made by `attach`.
 
     Attributes:
-        cache: the host memory behind the slots.
+        model: the base, with wrappers around the covered layers.
+        dtype: of the stacked weights.
+        cache: adapters in host memory that had to leave their slots.
     """
 
     def __init__(
         self, model: nn.Module, *, slots: int | None, max_rank: int | None, dtype: torch.dtype, cache_bytes: int
     ) -> None:
-        for label, value in (("slots", slots), ("max_rank", max_rank)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ConfigError(f"{label} must be a whole number from 1; {value!r} was given")
+        check_capacity("slots", slots)
+        check_capacity("max_rank", max_rank)
         self.model = model
         self.dtype = dtype
         self.cache = AdapterCache(cache_bytes)
         self._routing = Routing()
-        self._outer_routes: list[tuple[int, ...]] = []  # slots that blocks now open go back to
-        self._change_lock = threading.RLock()  # one thread at a time changes who is here, or who is used
+        self._routes = RouteStack(self._routing)
+        self._change_lock = threading.RLock()  # one thread at a time changes which adapters are here or in use
         self._layers = WrappedLayers(model, self._routing, max_rank=max_rank, dtype=dtype)
         self._loaded_adapters = LoadedAdapters(self._layers, slots=slots, max_rank=max_rank, cache=self.cache)
         self._lazy_adapters = LazyAdapters(
             self._loaded_adapters, model, dtype=dtype, max_rank=max_rank, cache=self.cache
         )
-        self._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        for parameter in self._frozen:
-            parameter.requires_grad_(False)
-        self._paused_layers = pause_packing(model)
-        model.__dict__["_lora_kit_bank"] = True
+        self._frozen_model = FrozenModel(model)
 
-    # What is here
+    # Which adapters are here
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -72,7 +70,7 @@ class AdapterBank:
 
     @property
     def offered(self) -> tuple[str, ...]:
-        """Adapters that are brought into a slot when they are needed, those that have one among them."""
+        """Adapters that are loaded when they are first needed, those that have a slot now among them."""
         return tuple(self._lazy_adapters)
 
     @property
@@ -84,7 +82,7 @@ class AdapterBank:
         return names.get(self._routing.slot)
 
     def parameters(self, name: str) -> list[nn.Parameter]:
-        """The leaf parameters of a trainable adapter, fp32: the only tensors of the model that require grad.
+        """Return the leaf parameters of a trainable adapter, fp32: the only tensors of the model that require grad.
 
         Raises:
             BankError: the adapter was loaded, not added.
@@ -96,7 +94,7 @@ class AdapterBank:
         return leaves
 
     def coverage(self, name: str) -> Coverage:
-        """Which layers an adapter covers.
+        """Return which layers an adapter covers.
 
         Raises:
             UnknownAdapterError: no adapter of that name.
@@ -104,57 +102,48 @@ class AdapterBank:
         return self._get_loaded(name).coverage
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells this base from others; see `lora_kit.targets.fingerprint`."""
+        """Return what tells this base from others; see `lora_kit.targets.fingerprint`."""
         return fingerprint_model(self.model)
 
     def _get_loaded(self, name: str) -> LoadedAdapter:
-        """The adapter of that name in its slot; what is offered is brought in."""
+        """Return the loaded adapter of that name, loading it first if it was only offered."""
         if name not in self._loaded_adapters:
-            self._bring_in([name], beside=())
+            self._load_offered([name], keep=())
         return self._loaded_adapters[name]
 
-    # Coming and going
+    # Adding and removing
 
-    def add(self, name: str, config: Any) -> Coverage:
-        """Start a trainable adapter: fresh leaf parameters, `B A` zero. It is used once `use` says so.
+    def add(self, name: str, config: LoraConfig | peft.LoraConfig | Mapping[str, Any]) -> Coverage:
+        """Add a trainable adapter: new leaf parameters, `B A` zero. It has no effect until `use` names it.
 
         Raises:
-            TargetError: the config does not fit the model.
-            BankError: the name is taken, there is no room, or slots are not fp32.
-            ConfigError: the config or the name is none.
+            TargetError: the config does not match the model.
+            BankError: the name is taken, no slot is free, or slots are not fp32.
+            ConfigError: the config or the name is invalid.
         """
         config = LoraConfig.of(config)
-        if self.dtype != torch.float32:
-            raise BankError(
-                f"this bank holds {self.dtype} slots; trainable adapters are fp32",
-                hint="attach with dtype=torch.float32",
-            )
-        if any(is_packed(module) for module in self.model.modules()):
-            raise BankError(
-                "bitsandbytes packed this base for inference on this CPU, and no gradient passes it now",
-                hint="load it anew, and attach before its first inference",
-            )
+        check_trainable(self.model, self.dtype)
         with self._change_lock:
             self._check_name(name)
-            resident = LoadedAdapter(config, find_coverage(self.model, config))
-            make_plain_config(config)  # what could not be saved is not trained
-            with self._loaded_adapters.admit_adapters({name: resident}, keep=self._slots_in_use()):
-                initialize_adapter(resident, self._loaded_adapters, self._layers)
-        return resident.coverage
+            loaded = LoadedAdapter(config, find_coverage(self.model, config))
+            make_plain_config(config)  # raises for a config that could not be saved
+            with self._loaded_adapters.admit_adapters({name: loaded}, keep=self._routes.slots_in_use):
+                initialize_adapter(loaded, self._loaded_adapters, self._layers)
+        return loaded.coverage
 
     def load(self, name: str, source: str | Path | Adapter, *, allow: Collection[str] = ()) -> Adapter:
         """Put an adapter into a slot, where `use` and `rows` find it by name.
 
         Args:
             source: an adapter folder, or an Adapter.
-            allow: of `other-base`, `extra-keys`, `changed-files`, `unmatched-targets`: what may pass instead of being
-                refused.
+            allow: any of `other-base`, `extra-keys`, `changed-files`, `unmatched-targets`: mismatches that are not
+                errors.
 
         Raises:
-            AdapterError: it cannot be read, or does not fit the model, every way being listed; the bank is as it was.
+            AdapterError: it cannot be read, or does not match the model; lists every mismatch. The bank is as it was.
             BaseMismatchError: it was made for another base.
-            BankError: the name is taken, or there is no room.
-            ConfigError: its config, the name or `allow` is none.
+            BankError: the name is taken, or no slot is free.
+            ConfigError: its config, the name or `allow` is invalid.
         """
         check_allowances(allow)
         self._check_name(name)
@@ -162,31 +151,31 @@ class AdapterBank:
         with self._change_lock:
             self._check_name(name)  # another thread may have taken it meanwhile
             coverage = match_adapter(name, adapter, self.model, dtype=self.dtype, allow=allow)
-            resident = LoadedAdapter(adapter.config, coverage, adapter)
-            with self._loaded_adapters.admit_adapters({name: resident}, keep=self._slots_in_use()):
-                self._loaded_adapters.fill(resident)
+            loaded = LoadedAdapter(adapter.config, coverage, adapter)
+            with self._loaded_adapters.admit_adapters({name: loaded}, keep=self._routes.slots_in_use):
+                self._loaded_adapters.fill(loaded)
         return adapter
 
     def offer(self, name: str, source: str | Path | Adapter, *, allow: Collection[str] = ()) -> None:
-        """Make an adapter known by name; its weights are read when something needs it, and again after it had to leave.
+        """Register an adapter by name; its weights are read at the first use, and again after it was evicted.
 
-        It comes into a slot when it is first used. When slots run out, the offered adapter that was not used for the
-        longest time leaves its own: never one in use, never one that was loaded or added.
+        When no slot is free, the least recently used of the offered adapters is evicted: never one in use, never one
+        that was loaded or added.
 
         Args:
             source, allow: as in `load`.
 
         Raises:
-            AdapterError, ConfigError: there is no adapter folder, or its config is wrong. Weights that cannot be read
-                or do not fit are refused at the first use.
-            BankError: the name is taken, or the rank is larger than there is room for.
+            AdapterError, ConfigError: there is no adapter folder, or its config is invalid. Weights that cannot be read
+                or do not match are an error at the first use.
+            BankError: the name is taken, or the rank is larger than `max_rank`.
         """
         with self._change_lock:
             self._check_name(name)
             self._lazy_adapters.add(name, source, allow=allow)
 
     def unload(self, name: str) -> None:
-        """Take an adapter out and free its slot. One that was offered is so no longer.
+        """Remove an adapter and free its slot; an offer of that name is withdrawn.
 
         Raises:
             BankError: it is in use.
@@ -194,7 +183,7 @@ class AdapterBank:
         """
         with self._change_lock:
             if name in self._loaded_adapters:
-                if self._loaded_adapters[name].slot in self._slots_in_use():
+                if self._loaded_adapters[name].slot in self._routes.slots_in_use:
                     raise BankError(f"{name!r} is in use", hint="use(None) or another adapter first")
                 self._loaded_adapters.remove(name)
             elif name not in self._lazy_adapters:
@@ -218,39 +207,34 @@ class AdapterBank:
         Raises:
             BankError: it was detached already, or a block of `using` or `rows` is open.
         """
-        if self._outer_routes:
-            raise BankError(
-                "a detach inside using() or rows() would leave nothing to go back to", hint="leave it first"
-            )
-        if self.model.__dict__.pop("_lora_kit_bank", None) is None:
-            raise BankError("this bank was detached already")
+        if self._routes.is_inside_block:
+            raise BankError("detach was called inside using() or rows()", hint="leave the block first")
+        self._frozen_model.check_attached()
         self._layers.unwrap()
-        resume_packing(self._paused_layers)
-        for held in (self._loaded_adapters, self._lazy_adapters, self.cache):
-            held.clear()
+        for adapters in (self._loaded_adapters, self._lazy_adapters, self.cache):
+            adapters.clear()
         self._routing.route_to_slot(BASE_SLOT)
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
+        self._frozen_model.release()
 
     # Using
 
     def use(self, name: str | None) -> None:
-        """Route every row to one adapter, or to the base with None. One assignment, whatever is loaded.
+        """Route every row to one adapter, or to the base with None: one assignment, however many are loaded.
 
-        What is offered and has no slot is brought in first, here as in `using` and `rows`; if that fails, everything is
+        An offered adapter without a slot is loaded first, here as in `using` and `rows`; if that fails, everything is
         as it was.
 
         Raises:
-            UnknownAdapterError: no adapter of that name. For one that is offered also what `load` raises.
+            UnknownAdapterError: no adapter of that name. For an offered one also what `load` raises.
         """
         with self._change_lock:
             if name is not None and name not in self._loaded_adapters:
-                self._bring_in([name], beside=())
-            self._routing.route_to_slot(BASE_SLOT if name is None else self._loaded_adapters.slot_of(name))
+                self._load_offered([name], keep=())
+            self._routing.route_to_slot(BASE_SLOT if name is None else self._loaded_adapters.use_slot_of(name))
 
     @contextlib.contextmanager
     def using(self, name: str | None) -> Iterator[None]:
-        """`use` for the length of a block.
+        """Do as `use` within a block.
 
         Raises:
             UnknownAdapterError: as `use`.
@@ -260,14 +244,14 @@ class AdapterBank:
 
     @contextlib.contextmanager
     def rows(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Route row i of the batch to the adapter names[i], or to the base with None, for the length of a block.
+        """Route row i of the batch to the adapter names[i], or to the base with None, within a block.
 
         Beams and several returned sequences belong to the row they come from.
 
         Raises:
             UnknownAdapterError: as `use`.
-            ConfigError: what was given is no list of names.
-            RoutingError: in the forward: the batch has another number of rows.
+            ConfigError: names is not a list with at least one name.
+            RoutingError: in the forward: the batch cannot be split evenly between the rows.
 
         Example:
             with bank.rows(["sql", None]):
@@ -276,46 +260,40 @@ class AdapterBank:
         names = [] if names is None or isinstance(names, str) else list(names)
         if not names:
             raise ConfigError("a list with one name (or None) per row was expected")
-        with self._route_rows(names), check_batch_rows(self.model, len(names), routed=self._get_route):
+        with self._route_rows(names), check_batch_rows(self.model, len(names), get_state=self._routes.get_state):
             yield
 
     def reference(self) -> ReferenceModel:
-        """The base as a model of its own, for trainers that want a reference model beside the one they train.
+        """Return the base as a model of its own, for trainers that compare the trained model with a reference model.
 
         Raises:
             BankError: an adapter covers the head, which such trainers use without its adapter.
         """
         return ReferenceModel(self)
 
-    def _get_route(self) -> tuple[int, tuple[int, ...]]:
-        """How deep in blocks this is, and the slots in use."""
-        return len(self._outer_routes), self._routing.held
-
     @contextlib.contextmanager
     def _route_rows(self, names: Sequence[str | None]) -> Iterator[None]:
         with self._change_lock:
-            slots = self._slots_of(names)
-            self._outer_routes.append(self._routing.held)
-            self._routing.route_to_rows(slots)
+            self._routes.enter(self._get_slots(names))
         try:
             yield
         finally:
-            self._routing.route_to_rows(self._outer_routes.pop())
+            self._routes.leave()
 
     # Values
 
     def snapshot(self, name: str) -> Adapter:
-        """The adapter as a value: what it was loaded from, or a copy of a trainable one as it stands.
+        """Return the adapter as a value: the one that was loaded, or a copy of a trainable one as it is now.
 
         Raises:
             UnknownAdapterError: no adapter of that name.
         """
         if name in self._lazy_adapters and name not in self._loaded_adapters:
-            return self._lazy_adapters.value(name)
-        resident = self._get_loaded(name)
-        if resident.adapter is not None:
-            return resident.adapter
-        return snapshot_adapter(resident, self._layers, self.model)
+            return self._lazy_adapters.read(name)
+        loaded = self._get_loaded(name)
+        if loaded.adapter is not None:
+            return loaded.adapter
+        return snapshot_adapter(loaded, self._layers, self.model)
 
     def save(
         self,
@@ -326,14 +304,14 @@ class AdapterBank:
         files: Mapping[str, bytes] | None = None,
         replace: bool = False,
     ) -> Adapter:
-        """Write an adapter as a folder that PEFT reads, all or nothing; returns what was written.
+        """Write an adapter as a folder that PEFT reads, all or nothing; return what was written.
 
         Args:
             record, files, replace: as in `Adapter.save`.
 
         Raises:
             UnknownAdapterError: no adapter of that name.
-            StorageError: the folder exists, or the disk refuses; what was there is as it was.
+            StorageError: the folder exists, or cannot be written; what was there is as it was.
             ConfigError: as in `Adapter.save`.
         """
         adapter = self.snapshot(name)
@@ -343,106 +321,47 @@ class AdapterBank:
     def merge(self, name: str) -> list[Retention]:
         """Fold an adapter into the in-memory weights of the base, and unload it. This cannot be undone.
 
-        Accumulated in fp32 and rounded once to the weight's dtype. Rows of new tokens take the places of the base's,
-        for all that share the weight.
+        Accumulated in fp32 and rounded once to the weight's dtype. Rows of tokens replace the base's, for all modules
+        that share the weight.
 
         Raises:
-            MergeError: a covered weight is quantised or shared with another module, or the result is not finite; the
+            MergeError: a covered weight is quantized or shared with another module, or the result is not finite; the
                 model is as it was.
             BankError: inside `using` or `rows`.
             UnknownAdapterError: no adapter of that name.
         """
-        resident = self._get_loaded(name)
-        if self._outer_routes:
+        loaded = self._get_loaded(name)
+        if self._routes.is_inside_block:
             raise BankError(
                 "a merge inside using() or rows() would change the base under them", hint="leave the block first"
             )
-        retained = fold_into_model(resident, self._layers, self.model)
-        if resident.slot == self._routing.slot:
+        retained = fold_into_model(loaded, self._layers, self.model)
+        if loaded.slot == self._routing.slot:
             self._routing.route_to_slot(BASE_SLOT)
-        changed = {*resident.layers, *resident.coverage.replaced}
+        changed = {*loaded.layers, *loaded.coverage.replaced}
         self._loaded_adapters.remove(name)
         self._lazy_adapters.remove(name)
         self._layers.refresh_from_base(changed)
         return retained
 
-    # Inside
+    # Internal
 
-    def _check_name(self, name: Any) -> None:
+    def _check_name(self, name: object) -> None:
         if not isinstance(name, str) or not name:
             raise ConfigError(f"an adapter's name is a string; {name!r} was given")
         if name in self._loaded_adapters or name in self._lazy_adapters:
             state = "loaded" if name in self._loaded_adapters else "offered"
             raise BankError(f"{name!r} is {state} already", hint="unload it first")
 
-    def _slots_of(self, names: Sequence[str | None]) -> list[int]:
-        """The slot of each name, used just now; what is offered and has none is brought in, all of it or nothing."""
+    def _get_slots(self, names: Sequence[str | None]) -> list[int]:
+        """Return the slot of each name, and mark it as just used; load offered ones first, all of them or none."""
         absent = [name for name in names if name is not None and name not in self._loaded_adapters]
         if absent:
-            self._bring_in(absent, beside=names)
-        return [BASE_SLOT if name is None else self._loaded_adapters.slot_of(name) for name in names]
+            self._load_offered(absent, keep=names)
+        return [BASE_SLOT if name is None else self._loaded_adapters.use_slot_of(name) for name in names]
 
-    def _bring_in(self, names: Collection[str], *, beside: Collection[str | None]) -> None:
+    def _load_offered(self, names: Collection[str], *, keep: Collection[str | None]) -> None:
         for name in names:
             if not isinstance(name, str):
                 raise self._lazy_adapters.make_unknown_error(name)
-        self._lazy_adapters.bring_in(dict.fromkeys(names), beside=beside, in_use=self._slots_in_use())
-
-    def _slots_in_use(self) -> set[int]:
-        return {*self._routing.held, *chain.from_iterable(self._outer_routes)}
-
-    def _entry(self, resident: LoadedAdapter, path: str) -> Mapping[str, Tensor]:
-        return self._layers.entry(path, resident.slot).tensors
-
-
-def attach(
-    model: nn.Module,
-    config: Any = None,
-    *,
-    name: str = "default",
-    slots: int | None = None,
-    max_rank: int | None = None,
-    dtype: torch.dtype | None = None,
-    cache_bytes: int = 2**30,
-) -> AdapterBank:
-    """Put a bank beside a model. Outputs stay bitwise what they were; `bank.detach()` takes everything away again.
-
-    Args:
-        model: the base; its parameters are frozen until `detach`.
-        config: a LoraConfig (or PEFT's) to start a trainable adapter with, which becomes the active one.
-        name: of that adapter.
-        slots: adapters there is room for. The room is fixed, so that compiled and captured models stay valid. None: it
-            grows when it must.
-        max_rank: the largest rank there is room for, fixed likewise; None: it grows. (Room for rows of new tokens grows
-            when it must.)
-        dtype: of the slabs. fp32 where a config is given, since trainable adapters are fp32; else the model's own.
-        cache_bytes: host memory for offered adapters that had to leave their slots, the least recently used ones first
-            to go.
-
-    Raises:
-        BankError: the model has a bank already.
-        TargetError: the config does not fit the model; the model is as it was.
-        ConfigError: the config, `slots` or `max_rank` is none.
-
-    Example:
-        bank = lk.attach(model, lk.LoraConfig(r=8, lora_alpha=16), name="sql")
-        optimizer = torch.optim.AdamW(bank.parameters("sql"), lr=1e-3)
-    """
-    if any(isinstance(module, SlotLayer) for module in model.modules()) or "_lora_kit_bank" in model.__dict__:
-        raise BankError("this model has a bank already", hint="add adapters to that one, or detach it first")
-    if config is not None:
-        dtype = dtype or torch.float32
-    dtype = dtype or _dtype_of(model)
-    bank = AdapterBank(model, slots=slots, max_rank=max_rank, dtype=dtype, cache_bytes=cache_bytes)
-    if config is not None:
-        try:
-            bank.add(name, config)
-        except BaseException:
-            bank.detach()
-            raise
-        bank.use(name)
-    return bank
-
-
-def _dtype_of(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        self._lazy_adapters.load(dict.fromkeys(names), keep=keep, slots_in_use=self._routes.slots_in_use)

@@ -1,4 +1,4 @@
-"""Adapters that are known by name and come into a slot when they are needed."""
+"""Offered adapters: registered by name, and loaded when they are first used."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ from lora_kit.targets.coverage import survey_coverage
 
 
 class LazyAdapters:
-    """What is offered, by name.
+    """Offered adapters by name.
 
     Args:
-        residents: among whom they come in.
-        dtype: of the slabs.
-        max_rank: the largest rank there is room for; None: it grows.
-        cache: keeps those that had to leave.
+        loaded_adapters: among which they are loaded.
+        model: the base.
+        dtype: of the stacked weights.
+        max_rank: the largest rank that layers have capacity for; None: it grows.
+        cache: keeps those that were evicted.
     """
 
     def __init__(
         self,
-        residents: LoadedAdapters,
+        loaded_adapters: LoadedAdapters,
         model: nn.Module,
         *,
         dtype: torch.dtype,
         max_rank: int | None,
         cache: AdapterCache,
     ) -> None:
-        self._loaded_adapters = residents
+        self._loaded_adapters = loaded_adapters
         self._model = model
         self._dtype = dtype
         self._max_rank = max_rank
@@ -49,49 +50,51 @@ class LazyAdapters:
         return iter(self._by_name)
 
     def add(self, name: str, source: str | Path | Adapter, *, allow: Collection[str]) -> None:
-        """Read what an adapter is, and remember where it comes from."""
+        """Read an adapter's config, and remember where its weights are."""
         offer = LazyAdapter(source, allow=allow)
         if self._max_rank is not None and offer.config.largest_rank > self._max_rank:
             self._loaded_adapters.check_rank(name, survey_coverage(self._model, offer.config))
         self._by_name[name] = offer
 
     def remove(self, name: str) -> None:
-        """Forget an offer, where there is one."""
+        """Withdraw an offer, if there is one of that name."""
         self._by_name.pop(name, None)
 
     def clear(self) -> None:
         self._by_name.clear()
 
-    def value(self, name: str) -> Adapter:
-        """The adapter itself, read where it has to be."""
-        return self._by_name[name].value(self._cache)
+    def read(self, name: str) -> Adapter:
+        """Return the adapter itself, from the cache or from its folder."""
+        return self._by_name[name].read(self._cache)
 
-    def bring_in(self, names: Collection[str], *, beside: Collection[str | None], in_use: Collection[int]) -> None:
-        """Put offered adapters into slots, all of them or none.
+    def load(self, names: Collection[str], *, keep: Collection[str | None], slots_in_use: Collection[int]) -> None:
+        """Load offered adapters, all of them or none.
 
         Args:
-            beside: names of those that keep theirs. in_use: slots that nobody may leave, either.
+            keep: names of adapters that are not evicted.
+            slots_in_use: slots whose adapters are not evicted, either.
+
+        Raises:
+            UnknownAdapterError: no such offer. Besides, what `AdapterBank.load` raises.
         """
         for name in names:
             if name not in self._by_name:
                 raise self.make_unknown_error(name)
-        beside = [name for name in beside if name in self._loaded_adapters]
-        keep = {*in_use, *(self._loaded_adapters[name].slot for name in beside if name is not None)}
-        self._loaded_adapters.select_evictions(
-            names, keep=keep
-        )  # that there is no room is said before anything is read
-        arriving = {name: self._load_lazy(name) for name in names}
-        with self._loaded_adapters.admit_adapters(arriving, keep=keep):
-            for resident in arriving.values():
-                self._loaded_adapters.fill(resident)
+        loaded = [name for name in keep if name is not None and name in self._loaded_adapters]
+        kept_slots = {*slots_in_use, *(self._loaded_adapters[name].slot for name in loaded)}
+        self._loaded_adapters.select_evictions(names, keep=kept_slots)  # raises before anything is read
+        arriving = {name: self._match(name) for name in names}
+        with self._loaded_adapters.admit_adapters(arriving, keep=kept_slots):
+            for adapter in arriving.values():
+                self._loaded_adapters.fill(adapter)
 
-    def _load_lazy(self, name: str) -> LoadedAdapter:
-        """An offered adapter, found to fit the model."""
+    def _match(self, name: str) -> LoadedAdapter:
+        """Read an offered adapter, and match it with the model."""
         offer = self._by_name[name]
-        adapter = offer.value(self._cache)
+        adapter = offer.read(self._cache)
         coverage = match_adapter(name, adapter, self._model, dtype=self._dtype, allow=offer.allow)
         return LoadedAdapter(adapter.config, coverage, adapter, offer)
 
     def make_unknown_error(self, name: object) -> UnknownAdapterError:
-        """What is raised for a name that nobody has."""
+        """Return the error for a name that no adapter has."""
         return UnknownAdapterError(str(name), dict.fromkeys([*self._loaded_adapters, *self]))

@@ -1,8 +1,7 @@
-"""Where adapters are put: the slots that are free, and the wrapped layers of a model that have them."""
+"""The layers of a model that adapters cover: how they are wrapped, and unwrapped again."""
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Collection, Iterator, Mapping
 
 import torch
@@ -23,43 +22,14 @@ from lora_kit.targets.match import is_in_expert
 from lora_kit.targets.token_rows import TokenTarget, key_of, path_of
 
 
-class SlotAllocator:
-    """Which slots are free. Slot 0 is nobody's: it means "no adapter".
-
-    Args:
-        limit: how many there are. None: their number doubles when it must.
-
-    Attributes:
-        room: slots that every layer must have, slot 0 included.
-    """
-
-    def __init__(self, limit: int | None) -> None:
-        self.limit = limit
-        self.room = 1 + (limit or 1)
-        self._free = list(range(1, self.room))
-
-    def missing(self, count: int) -> int:
-        """How many of this many slots cannot be had, after growing as far as it goes."""
-        while self.limit is None and len(self._free) < count:
-            grown = 2 * self.room - 1
-            self._free += range(self.room, grown)
-            self.room = grown
-        return max(0, count - len(self._free))
-
-    def take(self) -> int:
-        """The lowest free slot."""
-        return heapq.heappop(self._free)
-
-    def give_back(self, slot: int) -> None:
-        heapq.heappush(self._free, slot)
-
-
 class WrappedLayers:
     """The layers of a model that adapters cover, by path; one is wrapped when an adapter first covers it.
 
     Args:
-        max_rank: that every layer has room for; None: as much as its adapters have needed.
-        dtype: of the slabs.
+        model: the base.
+        routing: which all layers share.
+        max_rank: that every layer has capacity for; None: as much as its adapters have needed.
+        dtype: of the stacked weights.
     """
 
     def __init__(self, model: nn.Module, routing: Routing, *, max_rank: int | None, dtype: torch.dtype) -> None:
@@ -73,65 +43,63 @@ class WrappedLayers:
         return self._layers[path]
 
     def entry(self, path: str, slot: int) -> SlotEntry:
-        """What a slot holds in a layer."""
+        """Return what a slot holds in a layer."""
         entry = self._layers[path].entries[slot]
         assert entry is not None
         return entry
 
-    def reserve(self, coverage: Coverage, room: int) -> None:
+    def reserve(self, coverage: Coverage, capacity: int) -> None:
         """Wrap what is covered, and have this many slots in every wrapper.
 
-        When it fails, room that was made stays; without an adapter it does nothing.
+        After a failure, capacity that was allocated stays; without an adapter it has no effect.
 
         Raises:
-            TargetError: another adapter covers a module that lies inside one of these, or around it.
+            TargetError: another adapter covers a module that is inside one of these, or around it.
         """
         ranks = {target.path: self._max_rank or target.slot_rank for target in coverage.targets}
-        whole = frozenset(coverage.saved)
-        seen = [path for target in coverage.tokens for path in target.all_paths]
-        self._check_nesting(dict.fromkeys([*ranks, *seen], False) | dict.fromkeys(whole, True))
-        new: dict[str, SlotLayer] = {}
-        parameters = {target.path for target in coverage.targets if target.kind == "parameter"}
-        for path in [*ranks, *coverage.saved]:
-            if path not in self._layers and path not in parameters:
-                module = self._model.get_submodule(path)
-                new[path] = SavedModule(module, self._routing) if path in whole else self._make_wrapper(path, module)
-                new[path].reserve(room, ranks.get(path, 0), self._dtype)
-        if new:
-            replace_modules(self._model, {layer.base_layer: layer for layer in new.values()})
-            self._layers |= new
+        token_paths = [path for target in coverage.tokens for path in target.all_paths]
+        self._check_nesting(dict.fromkeys([*ranks, *token_paths], False) | dict.fromkeys(coverage.saved, True))
+        self._wrap_modules(coverage, ranks, capacity)
         for path in ranks:
             if path not in self._layers:
                 self._wrap_parameter(path)
         for target in coverage.tokens:
             ranks[target.key] = len(target.indices)
-            self._wrap_tables(target, room)
+            self._wrap_token_tables(target, capacity)
         for path, layer in self._layers.items():
-            layer.reserve(room, ranks.get(path, 0), self._dtype)
+            layer.reserve(capacity, ranks.get(path, 0), self._dtype)
 
-    def _make_wrapper(self, path: str, module: nn.Module) -> SlotLayer:
-        if kind_of(module) == "convolution":
-            return LoraConvolution(module, self._routing)
-        return wrap_layer(module, self._routing, of_an_expert=is_in_expert(path))
+    def _wrap_modules(self, coverage: Coverage, ranks: Mapping[str, int], capacity: int) -> None:
+        """Put wrappers around covered layers and saved modules that have none, in one pass over the model."""
+        new: dict[str, SlotLayer] = {}
+        paths = [target.path for target in coverage.targets if target.kind != "parameter"]
+        for path in paths + list(coverage.saved):
+            if path not in self._layers:
+                module, is_saved = self._model.get_submodule(path), path in coverage.saved
+                new[path] = SavedModule(module, self._routing) if is_saved else wrap_layer(path, module, self._routing)
+                new[path].reserve(capacity, ranks.get(path, 0), self._dtype)
+        if new:
+            replace_modules(self._model, {layer.base_layer: layer for layer in new.values()})
+            self._layers |= new
 
     def _wrap_parameter(self, path: str) -> None:
-        """Put a wrapper around the module of a parameter, outside of those that others of its parameters have."""
+        """Put a wrapper around the module of a parameter, outside those of its other parameters."""
         module_path, _, name = path.rpartition(".")
         module = self._model.get_submodule(module_path)
         layer = LoraParameter(module, name, self._routing)
         replace_modules(self._model, {module: layer})
         self._layers[path] = layer
 
-    def _wrap_tables(self, target: TokenTarget, room: int) -> None:
-        """Put a table of rows around an embedding, and around what shares its weight a layer that sees the same rows.
+    def _wrap_token_tables(self, target: TokenTarget, capacity: int) -> None:
+        """Put a table of rows around an embedding, and layers that use its rows around modules that share its weight.
 
-        They stand outside of what other adapters have there.
+        They are outside the wrappers that other adapters have there.
         """
         if target.key in self._layers:
             return
         module = self._model.get_submodule(target.path)
         table = TokenTable(module, self._routing)
-        table.reserve(room, len(target.indices), self._dtype)
+        table.reserve(capacity, len(target.indices), self._dtype)
         replace_modules(self._model, {module: table})
         self._layers[target.key] = table
         for path in target.tied:
@@ -141,13 +109,13 @@ class WrappedLayers:
             self._layers[key_of(path)] = tied
 
     def refresh_from_base(self, paths: Collection[str]) -> None:
-        """Bring up to date what was derived from the weights of the modules of these paths."""
+        """Recompute what was derived from the weights of the modules of these paths."""
         for key, layer in self._layers.items():
             if path_of(key) in paths:
                 layer.refresh_from_base()
 
-    def take_over(self, layers: Mapping[str, SlotLayer]) -> None:
-        """Count layers as wrapped, by path, that stand in the model already."""
+    def register(self, layers: Mapping[str, SlotLayer]) -> None:
+        """Register wrappers, by path, that are in the model already."""
         self._layers |= layers
 
     def unwrap(self) -> None:
@@ -156,10 +124,13 @@ class WrappedLayers:
         self._layers.clear()
 
     def _check_nesting(self, covered: Mapping[str, bool]) -> None:
-        """A layer carries pairs or is saved whole, for all adapters of a bank alike.
+        """Refuse a module that one adapter replaces as a whole, while another has weights for it or for a part of it.
 
         Args:
-            covered: path to whether it is saved whole.
+            covered: by path, whether the module is replaced as a whole.
+
+        Raises:
+            TargetError: there is such a module.
         """
         saved = {path_of(key): isinstance(layer, SavedModule) for key, layer in self._layers.items()}
         if covered.items() <= saved.items():
@@ -169,14 +140,14 @@ class WrappedLayers:
         clashes += [(path, above) for path in saved for above in _iterate_parents(path) if above in saved]
         for path, other in clashes:
             raise TargetError(
-                f"{path} and {other}: one adapter saves the module whole and another puts pairs into it, or rows"
-                " of tokens",
+                f"{path} and {other}: one adapter replaces the module as a whole, and another has LoRA weights or rows "
+                "of tokens in it",
                 hint="use a bank for each",
             )
 
 
 def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
-    """Put modules in the places of others, under every name the model knows those by."""
+    """Replace modules by others, under every name that the model has for them."""
     for parent in list(model.modules()):
         if not isinstance(parent, SlotLayer):
             for key, child in parent._modules.items():
@@ -185,18 +156,17 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
 
 
 def _iterate_parents(path: str) -> Iterator[str]:
-    """Paths of the modules around a module."""
+    """Yield the paths of the modules around a module."""
     while "." in path:
         path = path.rpartition(".")[0]
         yield path
 
 
-def wrap_layer(module: nn.Module, routing: Routing, *, of_an_expert: bool = False) -> SlotLayer:
-    """The wrapper for a layer that carries pairs.
-
-    Args:
-        of_an_expert: whether it belongs to one expert of a mixture.
-    """
-    if kind_of(module) == "embedding":
+def wrap_layer(path: str, module: nn.Module, routing: Routing) -> SlotLayer:
+    """Return a wrapper for a layer that has LoRA weights."""
+    kind = kind_of(module)
+    if kind == "convolution":
+        return LoraConvolution(module, routing)
+    if kind == "embedding":
         return LoraEmbedding(module, routing)
-    return LoraExpert(module, routing) if of_an_expert else LoraLinear(module, routing)
+    return LoraExpert(module, routing) if is_in_expert(path) else LoraLinear(module, routing)

@@ -1,4 +1,4 @@
-"""The base of a bank as a model of its own: what preference training compares the adapter with."""
+"""The base of a bank as a model of its own, which preference training compares the adapter with."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ class ReferenceModel(nn.Module):
 
     def __init__(self, bank: AdapterBank) -> None:
         super().__init__()
-        model: Any = bank.model
-        if hasattr(model, "get_output_embeddings") and isinstance(model.get_output_embeddings(), SlotLayer):
-            # They multiply hidden states by its weight, past any adapter: the head would silently not be trained.
+        get_head = getattr(bank.model, "get_output_embeddings", None)
+        if get_head is not None and isinstance(get_head(), SlotLayer):
+            # They multiply hidden states by its weight and bypass any adapter: the head would silently not be trained.
             raise BankError(
-                "an adapter covers the head, which trainers of preferences use without its adapter",
+                "an adapter covers the head, which preference trainers use without its adapter",
                 hint="leave the head out of target_modules and modules_to_save",
             )
         self._bank = bank
         self.eval()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         # Not in forward, which TRL replaces by one that calls parts of the model.
         with torch.no_grad(), use_eval_mode(self._bank.model), self._bank.using(None):
             return super().__call__(*args, **kwargs)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         return self._bank.model(*args, **kwargs)
 
-    # What trainers ask of a model
+    # What trainers read of a model
 
     @property
-    def config(self) -> Any:
+    def config(self) -> object:
         return self._bank.model.config
 
     @property
@@ -54,13 +54,12 @@ class ReferenceModel(nn.Module):
         return next(self._bank.model.parameters()).device
 
     @property
-    def base_model(self) -> Any:
+    def base_model(self) -> object:
         return self._bank.model.base_model
 
-    def get_output_embeddings(self) -> Any:
-        model: Any = self._bank.model
-        return model.get_output_embeddings()
+    def get_output_embeddings(self) -> object:
+        return self._bank.model.get_output_embeddings()  # type: ignore[operator]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's: TRL tells by it whether what it has computed once still holds."""
+        """Return the model's: TRL compares it to see whether reference log-probabilities are still valid."""
         return self._bank.model.state_dict(*args, **kwargs)

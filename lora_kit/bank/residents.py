@@ -1,8 +1,9 @@
-"""Which adapters have a slot: how they come in, all of them or none, and which ones leave for others."""
+"""Which adapters have a slot: how they are loaded, all of them or none, and which are evicted for others."""
 
 from __future__ import annotations
 
 import contextlib
+import heapq
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.bank.adapter_cache import AdapterCache, LazyAdapter
-from lora_kit.bank.model_layers import SlotAllocator, WrappedLayers
+from lora_kit.bank.model_layers import WrappedLayers
 from lora_kit.config.lora_config import LoraConfig
-from lora_kit.errors import BankError, format_list
+from lora_kit.errors import BankError, ConfigError, format_list
 from lora_kit.layers.initialization import MAGNITUDE, A, B
 from lora_kit.layers.routing import BASE_SLOT
 from lora_kit.layers.token_embedding import TOKEN_EMBEDDINGS, TOKEN_INDICES
@@ -22,14 +23,49 @@ from lora_kit.targets.compatibility import select_module_tensors
 from lora_kit.targets.coverage import Coverage
 
 
+class SlotAllocator:
+    """Which slots are free. Slot 0 is never given out: it means "no adapter".
+
+    Args:
+        limit: how many there are. None: their number doubles when needed.
+
+    Attributes:
+        limit: as given.
+        capacity: slots that every layer must have, slot 0 included.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+        self.capacity = 1 + (limit or 1)
+        self._free = list(range(1, self.capacity))
+
+    def count_missing(self, count: int) -> int:
+        """Return how many of this many slots are not available, after growing where there is no limit."""
+        while self.limit is None and len(self._free) < count:
+            grown = 2 * self.capacity - 1
+            self._free += range(self.capacity, grown)
+            self.capacity = grown
+        return max(0, count - len(self._free))
+
+    def take(self) -> int:
+        """Return the lowest free slot, which is free no longer."""
+        return heapq.heappop(self._free)
+
+    def give_back(self, slot: int) -> None:
+        heapq.heappush(self._free, slot)
+
+
 @dataclass
 class LoadedAdapter:
     """An adapter in a slot.
 
     Attributes:
-        adapter: the value it was loaded from; None for a trainable one, whose values live in its leaf parameters.
-        offer: what it can be brought in by again, so that its slot may be given to another; None: it stays.
-        layers: paths of the layers that hold something of it.
+        config: of the adapter.
+        coverage: the layers of the model that it covers.
+        adapter: the value it was loaded from; None for a trainable one, whose values are its leaf parameters.
+        offer: from which it can be loaded again, so that it may be evicted; None: it stays.
+        slot: its slot in every layer.
+        layers: paths of the layers that hold tensors of it.
         leaves: its leaf parameters, empty unless it is trainable.
     """
 
@@ -46,9 +82,10 @@ class LoadedAdapters:
     """Adapters by name, each with a slot of the layers it covers.
 
     Args:
+        layers: of the model.
         slots: how many there are; None: their number grows.
-        max_rank: the largest rank there is room for; None: it grows.
-        cache: keeps those that leave.
+        max_rank: the largest rank that layers have capacity for; None: it grows.
+        cache: keeps those that are evicted.
     """
 
     def __init__(self, layers: WrappedLayers, *, slots: int | None, max_rank: int | None, cache: AdapterCache) -> None:
@@ -68,15 +105,15 @@ class LoadedAdapters:
     def __iter__(self) -> Iterator[str]:
         return iter(self._by_name)
 
-    def slot_of(self, name: str) -> int:
-        """The slot of an adapter, which is the last one to leave then."""
-        resident = self._by_name[name]
-        if resident.offer is not None:
+    def use_slot_of(self, name: str) -> int:
+        """Return the slot of an adapter, and mark it as the most recently used."""
+        loaded = self._by_name[name]
+        if loaded.offer is not None:
             self._evictable.move_to_end(name)
-        return resident.slot
+        return loaded.slot
 
     def check_rank(self, name: str, coverage: Coverage) -> None:
-        """Raise BankError for a rank that there is no room for."""
+        """Raise BankError for a rank beyond `max_rank`."""
         rank = max((target.slot_rank for target in coverage.targets), default=0)
         if self._max_rank is not None and rank > self._max_rank:
             raise BankError(
@@ -84,104 +121,116 @@ class LoadedAdapters:
             )
 
     def select_evictions(self, arriving: Collection[str], *, keep: Collection[int]) -> list[str]:
-        """Names that have to leave for others, the least recently used first.
+        """Return the names that have to be evicted for others, the least recently used first.
 
         Args:
-            keep: slots that nobody may leave.
+            arriving: names that need a slot.
+            keep: slots that stay with their adapters.
 
         Raises:
-            BankError: there is no room, even so.
+            BankError: evicting does not free enough slots.
         """
-        missing = self._slots.missing(len(arriving))
+        missing = self._slots.count_missing(len(arriving))
         if not missing:
             return []
-        free = [name for name in self._evictable if self._by_name[name].slot not in keep]
-        if len(free) < missing:
+        evictable = [name for name in self._evictable if self._by_name[name].slot not in keep]
+        if len(evictable) < missing:
             needed = "needs a slot" if len(arriving) == 1 else f"need {len(arriving)} slots"
-            others = format_list([name for name in self._by_name if name not in free])
-            available = len(arriving) - missing + len(free)
-            had = f"all but {available}" if available else f"all {self._slots.limit}"
+            others = format_list([name for name in self._by_name if name not in evictable])
+            available = len(arriving) - missing + len(evictable)
+            taken = f"all but {available}" if available else f"all {self._slots.limit}"
             raise BankError(
-                f"{format_list([repr(name) for name in arriving])} {needed}, and {had} are taken by {others}",
+                f"{format_list([repr(name) for name in arriving])} {needed}, and {taken} are taken by {others}",
                 hint="unload one or use another, or attach with more slots",
             )
-        return free[:missing]
+        return evictable[:missing]
 
     @contextlib.contextmanager
     def admit_adapters(self, arriving: Mapping[str, LoadedAdapter], *, keep: Collection[int]) -> Iterator[None]:
-        """Slots and wrappers for new residents; when the block fails they are taken out again, and who left is back.
+        """Give slots and wrappers to new adapters, which the block fills.
+
+        When the block fails, they are removed again and the evicted adapters are put back.
 
         Args:
-            keep: slots that nobody may leave.
+            arriving: by name.
+            keep: slots that stay with their adapters.
 
         Raises:
-            BankError: there is no room. TargetError: they cannot be in one bank with others.
+            BankError: not enough slots, or too low a `max_rank`.
+            TargetError: they cannot be in one bank with the others.
         """
-        for name, resident in arriving.items():
-            self.check_rank(name, resident.coverage)
-        left = {name: self._by_name[name] for name in self.select_evictions(arriving, keep=keep)}
+        for name, loaded in arriving.items():
+            self.check_rank(name, loaded.coverage)
+        evicted = {name: self._by_name[name] for name in self.select_evictions(arriving, keep=keep)}
         # Tensors made in inference mode could not be written to outside it, by the next swap or load.
         with torch.inference_mode(False):
-            for resident in arriving.values():  # before anybody leaves, since memory may run out
-                self._layers.reserve(resident.coverage, self._slots.room)
-            for name in left:
+            for loaded in arriving.values():  # before an eviction, since memory may run out
+                self._layers.reserve(loaded.coverage, self._slots.capacity)
+            for name in evicted:
                 self.remove(name)
             try:
-                for name, resident in arriving.items():
-                    self._enter(name, resident)
+                for name, loaded in arriving.items():
+                    self._enter(name, loaded)
                 yield
             except BaseException:
                 for name in arriving.keys() & self._by_name.keys():
                     self.remove(name)
-                for name, resident in reversed(left.items()):
-                    self._enter(name, resident)
+                for name, loaded in reversed(evicted.items()):
+                    self._enter(name, loaded)
                     self._evictable.move_to_end(name, last=False)
-                    self.fill(resident)
+                    self.fill(loaded)
                 raise
-        for resident in left.values():
-            assert resident.offer is not None
-            assert resident.adapter is not None
-            resident.offer.put_in_cache(resident.adapter, self._cache)
+        for loaded in evicted.values():
+            assert loaded.offer is not None
+            assert loaded.adapter is not None
+            loaded.offer.put_in_cache(loaded.adapter, self._cache)
 
-    def _enter(self, name: str, resident: LoadedAdapter) -> None:
-        resident.slot = self._slots.take()
-        self._by_name[name] = resident
-        if resident.offer is not None:
+    def _enter(self, name: str, loaded: LoadedAdapter) -> None:
+        loaded.slot = self._slots.take()
+        self._by_name[name] = loaded
+        if loaded.offer is not None:
             self._evictable[name] = None
 
-    def fill(self, resident: LoadedAdapter) -> None:
+    def fill(self, loaded: LoadedAdapter) -> None:
         """Copy the values of an adapter into its slot."""
-        adapter = resident.adapter
+        adapter = loaded.adapter
         assert adapter is not None
-        pairs = adapter.all_pairs()
-        for target in resident.coverage.targets:
-            pair = pairs[target.key]
-            tensors = {A: pair.a, B: pair.b}
-            if pair.magnitude is not None:
-                tensors[MAGNITUDE] = pair.magnitude
-            self.put(resident, target.path, tensors, target.scaling)
-        for path in resident.coverage.saved:
-            self.put(resident, path, select_module_tensors(adapter.saved(), path), 1.0)
-        for rows in resident.coverage.tokens:
-            held = adapter.tokens()[rows.path]
-            self.put(resident, rows.key, {TOKEN_EMBEDDINGS: held.rows, TOKEN_INDICES: torch.tensor(held.indices)}, 1.0)
+        lora_weights = adapter.all_pairs()
+        for target in loaded.coverage.targets:
+            weights = lora_weights[target.key]
+            tensors = {A: weights.a, B: weights.b}
+            if weights.magnitude is not None:
+                tensors[MAGNITUDE] = weights.magnitude
+            self.put(loaded, target.path, tensors, target.scaling)
+        for path in loaded.coverage.saved:
+            self.put(loaded, path, select_module_tensors(adapter.saved(), path), 1.0)
+        for token_target in loaded.coverage.tokens:
+            tokens = adapter.tokens()[token_target.path]
+            tensors = {TOKEN_EMBEDDINGS: tokens.rows, TOKEN_INDICES: torch.tensor(tokens.indices)}
+            self.put(loaded, token_target.key, tensors, 1.0)
 
-    def put(self, resident: LoadedAdapter, path: str, tensors: Mapping[str, Tensor], scaling: float) -> None:
-        """Copy what an adapter brings to one layer into its slot."""
-        resident.layers.append(path)
-        self._layers[path].put(resident.slot, tensors, scaling)
+    def put(self, loaded: LoadedAdapter, path: str, tensors: Mapping[str, Tensor], scaling: float) -> None:
+        """Copy an adapter's tensors for one layer into its slot."""
+        loaded.layers.append(path)
+        self._layers[path].put(loaded.slot, tensors, scaling)
 
     def remove(self, name: str) -> None:
         """Empty the slot of an adapter, and free it."""
-        resident = self._by_name.pop(name)
+        loaded = self._by_name.pop(name)
         self._evictable.pop(name, None)
-        for path in resident.layers:
-            self._layers[path].clear(resident.slot)
-        resident.layers.clear()
-        self._slots.give_back(resident.slot)
+        for path in loaded.layers:
+            self._layers[path].clear(loaded.slot)
+        loaded.layers.clear()
+        self._slots.give_back(loaded.slot)
 
     def clear(self) -> None:
-        """Forget everybody; what is in the layers' slots stays there."""
+        """Forget all adapters; the layers' slots stay as they are."""
         self._by_name.clear()
         self._evictable.clear()
         self._slots = SlotAllocator(self._slots.limit)
+
+
+def check_capacity(label: str, value: object) -> None:
+    """Raise ConfigError unless a number of slots or a rank is a whole number from 1, or None."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ConfigError(f"{label} must be a whole number from 1; {value!r} was given")

@@ -1,4 +1,4 @@
-"""From a slot to the adapter it holds, and back into its leaf parameters."""
+"""From a trainable slot to an adapter, and back into its leaf parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.peft_keys import PREFIX, lora_weight_keys, magnitude_key, token_embeddings_key
-from lora_kit.bank.initialize import convert_to_saved, convert_to_trained, describe_initialization, make_plain_config
+from lora_kit.bank.initialize import (
+    InitialWeights,
+    convert_to_saved,
+    convert_to_trained,
+    describe_initialization,
+    make_plain_config,
+)
 from lora_kit.bank.model_layers import WrappedLayers
 from lora_kit.bank.residents import LoadedAdapter
 from lora_kit.config.lora_config import ALL_LINEAR, LoraConfig
@@ -25,86 +31,88 @@ from lora_kit.targets.fingerprint import fingerprint
 from lora_kit.targets.token_rows import path_of
 
 
-def snapshot_adapter(resident: LoadedAdapter, layers: WrappedLayers, model: nn.Module) -> Adapter:
-    """A copy of a trainable adapter as it stands."""
-    config = make_plain_config(_resolve_config(resident, layers, model))
+def snapshot_adapter(loaded: LoadedAdapter, layers: WrappedLayers, model: nn.Module) -> Adapter:
+    """Return a copy of a trainable adapter as it is now."""
+    config = make_plain_config(_resolve_config(loaded, layers, model))
     with torch.no_grad():
-        live = convert_to_saved(_collect_tensors(resident, layers), _collect_initial_weights(resident, layers))
-        tensors = {key: tensor.to("cpu", copy=True).contiguous() for key, tensor in live.items()}
-    return Adapter(
-        config, tensors, record={"base": fingerprint_model(model)} | describe_initialization(resident.config)
-    )
+        saved = convert_to_saved(_collect_tensors(loaded, layers), _collect_initial_weights(loaded, layers))
+        tensors = {key: tensor.to("cpu", copy=True).contiguous() for key, tensor in saved.items()}
+    return Adapter(config, tensors, record={"base": fingerprint_model(model)} | describe_initialization(loaded.config))
 
 
-def restore_adapter(name: str, resident: LoadedAdapter, layers: WrappedLayers, adapter: Adapter) -> None:
+def restore_adapter(name: str, loaded: LoadedAdapter, layers: WrappedLayers, adapter: Adapter) -> None:
     """Copy an adapter's values into a trainable one, leaf by leaf.
 
     Raises:
         AdapterError: the two do not hold the same tensors; nothing is copied.
     """
-    leaves, given = (
-        _collect_tensors(resident, layers),
-        convert_to_trained(adapter.tensors, _collect_initial_weights(resident, layers)),
-    )
-    told = [f"{key} is missing" for key in leaves.keys() - given.keys()]
-    told += [f"{key} is not expected" for key in given.keys() - leaves.keys()]
-    common = leaves.keys() & given.keys()
-    told += [
-        f"{key} is {tuple(given[key].shape)}, {tuple(leaves[key].shape)} is expected"
-        for key in common
-        if given[key].shape != leaves[key].shape
-    ]
-    for path, held in adapter.tokens().items():
-        own = next((target.indices for target in resident.coverage.tokens if target.path == path), held.indices)
-        if own != held.indices:
-            told.append(f"{path} has rows of other tokens")
-    if told:
-        raise AdapterError(f"this adapter does not fit {name!r}:\n  " + "\n  ".join(sorted(told)))
+    leaves = _collect_tensors(loaded, layers)
+    values = convert_to_trained(adapter.tensors, _collect_initial_weights(loaded, layers))
+    mismatches = _find_mismatches(leaves, values)
+    for path, tokens in adapter.tokens().items():
+        own = next((target.indices for target in loaded.coverage.tokens if target.path == path), tokens.indices)
+        if own != tokens.indices:
+            mismatches.append(f"{path} has rows of other tokens")
+    if mismatches:
+        raise AdapterError(f"this adapter does not match {name!r}:\n  " + "\n  ".join(sorted(mismatches)))
     with torch.no_grad():
         for key, leaf in leaves.items():
-            leaf.copy_(given[key])
+            leaf.copy_(values[key])
+
+
+def _find_mismatches(leaves: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> list[str]:
+    """Return what keeps values from being copied into leaves, in words."""
+    mismatches = [f"{key} is missing" for key in leaves.keys() - values.keys()]
+    mismatches += [f"{key} is not expected" for key in values.keys() - leaves.keys()]
+    mismatches += [
+        f"{key} is {tuple(values[key].shape)}, {tuple(leaves[key].shape)} is expected"
+        for key in leaves.keys() & values.keys()
+        if values[key].shape != leaves[key].shape
+    ]
+    return mismatches
 
 
 def fingerprint_model(model: nn.Module) -> dict[str, Any]:
-    """The fingerprint of a bank's model."""
+    """Return the fingerprint of a bank's model."""
     return fingerprint(model, name=_name_of(model))
 
 
-def _collect_tensors(resident: LoadedAdapter, layers: WrappedLayers) -> dict[str, Tensor]:
-    """An adapter's live tensors by PEFT's keys."""
+def _collect_tensors(loaded: LoadedAdapter, layers: WrappedLayers) -> dict[str, Tensor]:
+    """Return an adapter's leaf parameters by PEFT's keys."""
     tensors: dict[str, Tensor] = {}
-    keys = {target.path: target.key for target in resident.coverage.targets}
-    for path in resident.layers:
-        layer, held = layers[path], layers.entry(path, resident.slot).tensors
+    keys = {target.path: target.key for target in loaded.coverage.targets}
+    for path in loaded.layers:
+        layer, own = layers[path], layers.entry(path, loaded.slot).tensors
         if isinstance(layer, TokenTable):
-            tensors[token_embeddings_key(path_of(path))] = held[TOKEN_EMBEDDINGS]
+            tensors[token_embeddings_key(path_of(path))] = own[TOKEN_EMBEDDINGS]
         elif isinstance(layer, SavedModule):
-            tensors |= {f"{PREFIX}{path}.{key}": tensor for key, tensor in held.items()}
+            tensors |= {f"{PREFIX}{path}.{key}": tensor for key, tensor in own.items()}
         else:
             key_a, key_b = lora_weight_keys(keys[path], kind_of(layer) or "linear")
-            tensors[key_a], tensors[key_b] = held[A], held[B]
-            if MAGNITUDE in held:
-                tensors[magnitude_key(path)] = held[MAGNITUDE]
+            tensors[key_a], tensors[key_b] = own[A], own[B]
+            if MAGNITUDE in own:
+                tensors[magnitude_key(path)] = own[MAGNITUDE]
     return tensors
 
 
-def _collect_initial_weights(
-    resident: LoadedAdapter, layers: WrappedLayers
-) -> Mapping[tuple[str, str], tuple[Tensor, Tensor]]:
-    """Where an adapter's pairs began, by PEFT's keys of A and B; empty for one that begins at zero."""
-    begun = [target for target in resident.coverage.targets if target.starts_from_weight]
-    held = {lora_weight_keys(t.key, t.kind): layers.entry(t.path, resident.slot).tensors for t in begun}
-    return {keys: (tensors[INITIAL_A], tensors[INITIAL_B]) for keys, tensors in held.items()}
+def _collect_initial_weights(loaded: LoadedAdapter, layers: WrappedLayers) -> InitialWeights:
+    """Return an adapter's A₀ and B₀ by PEFT's keys of A and B; empty for one that was not initialized from weights."""
+    initial = {}
+    for target in loaded.coverage.targets:
+        if target.starts_from_weight:
+            tensors = layers.entry(target.path, loaded.slot).tensors
+            initial[lora_weight_keys(target.key, target.kind)] = tensors[INITIAL_A], tensors[INITIAL_B]
+    return initial
 
 
-def _resolve_config(resident: LoadedAdapter, layers: WrappedLayers, model: nn.Module) -> LoraConfig:
-    """The config as it is saved: names instead of `all-linear`, and the base it belongs to."""
-    config = resident.config
-    everything = config.target_modules == ALL_LINEAR
-    conv1d = any(type(layers[path].base_layer).__name__ == "Conv1D" for path in resident.layers)
+def _resolve_config(loaded: LoadedAdapter, layers: WrappedLayers, model: nn.Module) -> LoraConfig:
+    """Return the config as it is saved: names instead of `all-linear`, and the base it belongs to."""
+    config = loaded.config
+    all_linear = config.target_modules == ALL_LINEAR
+    conv1d = any(type(layers[path].base_layer).__name__ == "Conv1D" for path in loaded.layers)
     return dataclasses.replace(
         config,
-        target_modules=find_shortest_names(model, resident.coverage) if everything else config.target_modules,
+        target_modules=find_shortest_names(model, loaded.coverage) if all_linear else config.target_modules,
         fan_in_fan_out=config.fan_in_fan_out or conv1d,
         base_model_name_or_path=config.base_model_name_or_path or _name_of(model),
         inference_mode=True,

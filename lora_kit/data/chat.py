@@ -79,7 +79,7 @@ class ChatTemplate:
             DataError: the template puts no special token after an answer, so a model could not learn where to end.
         """
         text = self.render(tokenizer, [("user", "a"), ("assistant", "b")]).rstrip()
-        names = {token: tokenizer.convert_ids_to_tokens(token) for token in _find_special_ids(tokenizer)}
+        names = {token: str(tokenizer.convert_ids_to_tokens(token)) for token in _find_special_ids(tokenizer)}
         ends = [token for token, name in names.items() if text.endswith(name)]
         if not ends:
             hint = "an answer ends with {{ eos_token }} or with another special token of the tokenizer"

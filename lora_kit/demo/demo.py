@@ -12,7 +12,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from lora_kit.bank.bank import AdapterBank, attach
+from lora_kit.bank.attach import attach
+from lora_kit.bank.bank import AdapterBank
 from lora_kit.demo import demo_training
 from lora_kit.demo.demo_report import DemoReport, MixedRow, TaskResult
 from lora_kit.demo.demo_screen import DemoScreen
@@ -62,14 +63,7 @@ def run(
     for result in demo_training.train_tasks(base, out=out, seed=seed, steps=steps, held_out=held_out):
         tasks[result.task.name] = result
         screen.show_task(result)
-    bank = attach(base.model, slots=len(tasks), max_rank=demo_training.RANK)
-    for name in tasks:
-        bank.load(name, out / name)
-    swap_seconds = time_swaps(bank)
-    screen.show_swaps(SWAPS, swap_seconds, bank.names)
-    mixed = mix_rows(base, bank, {name: result.prompts[0] for name, result in tasks.items()})
-    screen.show_mixed(mixed)
-    bank.detach()
+    swap_seconds, mixed = _swap_and_mix(base, tasks, screen)
     merged = merge(KIT_BASE, out / _MERGED, out / f"{_MERGED}-merged", dtype="fp32", verify="logits", replace=True)
     screen.show_merged(_MERGED, merged)
     report = DemoReport(
@@ -91,6 +85,21 @@ def run(
     if report.failures:
         raise VerificationError("the demo is not what it should be: " + "; ".join(report.failures))
     return report
+
+
+def _swap_and_mix(
+    base: Base, tasks: Mapping[str, TaskResult], screen: DemoScreen
+) -> tuple[float, tuple[MixedRow, ...]]:
+    """Load all adapters into one bank, swap them, use them in one batch; the base is as it was afterwards."""
+    bank = attach(base.model, slots=len(tasks), max_rank=demo_training.RANK)
+    for name, result in tasks.items():
+        bank.load(name, result.training.out)
+    swap_seconds = time_swaps(bank)
+    screen.show_swaps(SWAPS, swap_seconds, bank.names)
+    mixed = mix_rows(base, bank, {name: result.prompts[0] for name, result in tasks.items()})
+    screen.show_mixed(mixed)
+    bank.detach()
+    return swap_seconds, mixed
 
 
 def time_swaps(bank: AdapterBank) -> float:

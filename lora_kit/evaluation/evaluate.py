@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from lora_kit.adapter.adapter import Adapter
+from lora_kit.adapter.adapter_like import AdapterLike
 from lora_kit.bank.bank import AdapterBank
 from lora_kit.data.batches import Collator, EncodedDataset
 from lora_kit.data.encode import encode_rows
@@ -36,7 +37,6 @@ from lora_kit.evaluation.measure import collect_true_labels, compute_perplexity
 from lora_kit.evaluation.metrics import BASIC_METRICS, select_generation_metrics, validate_metrics
 from lora_kit.evaluation.scores import score_labels, score_texts
 from lora_kit.generation.adapter_args import (
-    AdapterSource,
     build_adapter_labels,
     check_quantize,
     find_common_task,
@@ -62,7 +62,7 @@ EvalProgress = Callable[[str, int, int], None]
 
 def evaluate(
     base: str | Base,
-    adapters: Sequence[AdapterSource],
+    adapters: Sequence[AdapterLike | None],
     data: str | Path | Rows,
     *,
     metrics: Sequence[str] | None = None,

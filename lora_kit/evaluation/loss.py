@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from lora_kit.data.batches import IGNORE_INDEX
 from lora_kit.errors import VerificationError
+from lora_kit.layers.introspect import reason_black_box
 from lora_kit.models.tasks import GENERATIVE_KINDS, NEXT
 from lora_kit.ops.cross_entropy import chunked_cross_entropy
 from lora_kit.torch_utils import use_eval_mode
@@ -111,11 +112,9 @@ def _reason_not_plain(head: nn.Module | None) -> str | None:
     """Return why a head cannot be applied in chunks, or None if it can."""
     if type(head) is not nn.Linear:
         return "the model has no head" if head is None else f"the head is a {type(head).__name__}"
-    hooks = head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks
-    if any(hooks) or "forward" in vars(head):
-        return "the head has hooks"
-    if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in head.parameters()):
-        return "the head's weight is not a plain tensor"
+    reason = reason_black_box(head)
+    if reason is not None:
+        return f"the head {reason}"
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in head.parameters()):
         return "the head is trained"
     return None

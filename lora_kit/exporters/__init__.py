@@ -1,1 +1,1 @@
-"""Adapters for other readers: the same updates, with nothing in them that the reader passes over without a word."""
+"""Adapters for other programs: the same updates, without any field that the program would ignore silently."""

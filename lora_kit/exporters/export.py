@@ -1,4 +1,4 @@
-"""`export` and `check`: which reader wants what, and the folder that is written for it."""
+"""`export` and `check`: what each program can read, and the folder that is written for it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from lora_kit.adapter.adapter import Adapter
+from lora_kit.adapter.adapter_like import AdapterLike
 from lora_kit.adapter.folder import ALLOWANCES
 from lora_kit.adapter.model_card import format_table, render_card
 from lora_kit.adapter.store import find_adapter, sum_file_sizes, to_json_value
-from lora_kit.algebra.sources import AdapterLike, SourceAdapter
+from lora_kit.algebra.sources import SourceAdapter
 from lora_kit.errors import ConfigError, ExportError, format_list, suggest_nearest
 from lora_kit.exporters import llama_cpp, mlx, ollama, servers
 from lora_kit.exporters.plain_lora import ExportCase
@@ -30,15 +31,15 @@ MERGED: Final = "merged"
 
 @dataclass(frozen=True)
 class ExportTarget:
-    """A reader.
+    """A program that reads adapters.
 
     Attributes:
-        reader: what people call it.
-        unfit: what of an adapter it cannot take, in words that name the field.
+        reader: its name.
+        find_unsupported: yields what it cannot read of an adapter, each naming the field.
         write: writes its files into a folder.
-        command: how they are loaded, in Markdown.
-        plain: whether it needs one rank and one scaling.
-        needs: what it must be started with.
+        command: returns how they are loaded, in Markdown.
+        plain: whether it needs a `PlainLora`: one rank, one scaling, LoRA weights only.
+        needs: returns what it must be started with.
     """
 
     reader: str
@@ -79,13 +80,14 @@ TARGETS: Final = (*_TARGETS, MERGED)
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a reader takes an adapter.
+    """Whether a program can read an adapter.
 
     Attributes:
-        target, reader: which.
-        refused: what it cannot take, each naming the field; nothing where it fits.
-        changed: what exporting does to it, its updates staying what they are.
-        needed: what the reader must be started with.
+        target: one of `TARGETS`.
+        reader: name of the program.
+        refused: what it cannot read, each naming the field; empty where it can read all.
+        changed: what exporting changes, while the updates stay the same.
+        needed: what the program must be started with.
     """
 
     target: str
@@ -95,16 +97,14 @@ class Verdict:
     needed: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        found: dict[str, Any] = to_json_value(self)
-        return found
+        fields: dict[str, Any] = to_json_value(self)
+        return fields
 
     def demand(self) -> None:
-        """Raise ExportError unless it fits."""
+        """Raise ExportError unless the program can read the adapter."""
         if self.refused:
-            told = "\n  ".join(self.refused)
-            raise ExportError(
-                f"{self.reader} cannot take this adapter:\n  {told}", hint=f"target {MERGED!r} writes a whole model"
-            )
+            message = "\n  ".join([f"{self.reader} cannot read this adapter:", *self.refused])
+            raise ExportError(message, hint=f"target {MERGED!r} writes a whole model")
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,10 @@ class Export:
     """What was written.
 
     Attributes:
-        out: the folder. target: for which reader. changed: what was done to the adapter. bytes: of the folder.
+        out: the folder.
+        target: one of `TARGETS`.
+        changed: what was changed of the adapter.
+        bytes: size of the folder.
     """
 
     out: Path
@@ -121,8 +124,8 @@ class Export:
     bytes: int
 
     def to_json(self) -> dict[str, Any]:
-        found: dict[str, Any] = to_json_value(self)
-        return found
+        fields: dict[str, Any] = to_json_value(self)
+        return fields
 
 
 def check(
@@ -133,19 +136,20 @@ def check(
     max_lora_rank: int | None = None,
     allow: Collection[str] = (),
 ) -> Verdict:
-    """Say in advance whether a reader takes an adapter, and what exporting would do to it.
+    """Return whether a program can read an adapter, and what exporting would change.
 
     Args:
         adapter: a folder, a name in the store or an Adapter.
         target: one of `TARGETS`.
-        base: hub id, local folder or `kit-base`; where it is known, the adapter must fit a model of its config.
-        max_lora_rank: what the reader is started with.
+        base: hub id, local folder or `kit-base`; if given, the adapter must match a model of its config.
+        max_lora_rank: that the program is started with.
         allow: what `Adapter.load` allows.
 
     Raises:
-        ConfigError: an unknown target. ExportError: the base is needed and not known.
+        ConfigError: the target is unknown.
+        ExportError: the base is needed and not given.
         BaseModelError: its config cannot be read.
-        AdapterError, UnknownAdapterError: the adapter does not fit it, cannot be read, or is not there.
+        AdapterError, UnknownAdapterError: the adapter does not match it, cannot be read, or is not there.
     """
     return _judge_case(_build_case(SourceAdapter.of(adapter, allow=allow), base), target, max_lora_rank, allow)
 
@@ -160,24 +164,25 @@ def export(
     replace: bool = False,
     allow: Collection[str] = (),
 ) -> Export:
-    """Write an adapter for another reader, saying the same there as here.
+    """Write an adapter for another program, with the same updates there as here.
 
-    What a reader ignores is made plain: rank-stabilised scaling and alpha patterns go into B, ranks are filled up to
-    one. What it cannot take is refused, the field named. The folder has a README with the command that loads it.
+    Fields that programs ignore are folded in: rank-stabilized scaling and alpha patterns into B, smaller ranks padded
+    to the largest. What a program cannot read is an error that names the field. The folder's README has the command
+    that loads it.
 
     Args:
         adapter: a folder, a name in the store or an Adapter.
         target: `peft`, `vllm`, `sglang`, `tgi`, `gguf`, `ollama`, `mlx`; or `merged`, a whole model (`lk.merge`).
         out: the folder to write.
         base: hub id, local folder or `kit-base`: needed by `gguf`, `ollama` and `merged`.
-        max_lora_rank: what the reader is started with: a larger rank is refused.
-        replace: an earlier export in `out` may be replaced; anything else there never is.
-        allow: what `Adapter.load` allows; with `merged`, what `merge` does.
+        max_lora_rank: that the program is started with; a larger rank is an error.
+        replace: whether an earlier export in `out` may be replaced; anything else there never is.
+        allow: what `Adapter.load` allows; for `merged`, what `merge` allows.
 
     Raises:
-        ExportError: the reader cannot take it, every reason being listed; or the output lies in the adapter.
+        ExportError: the program cannot read it (the message lists every reason), or the output lies in the adapter.
         ConfigError, BaseModelError, AdapterError, UnknownAdapterError: as in `check`.
-        StorageError: the output exists, or the disk refuses.
+        StorageError: the output exists, or it cannot be written.
 
     Example:
         lk.export("adapters/sql", "vllm", "out/sql", max_lora_rank=16)
@@ -186,19 +191,18 @@ def export(
     out = Path(out)
     if not isinstance(adapter, Adapter):
         _check_not_in_adapter(out, find_adapter(adapter))
-    parent = SourceAdapter.of(
-        adapter, allow=[name for name in allow if name in ALLOWANCES] if target == MERGED else allow
-    )
-    case = dataclasses.replace(_build_case(parent, base), out=Path(os.path.abspath(out)))
+    loading = [name for name in allow if name in ALLOWANCES] if target == MERGED else allow
+    source = SourceAdapter.of(adapter, allow=loading)
+    case = dataclasses.replace(_build_case(source, base), out=Path(os.path.abspath(out)))
     if target == MERGED:
         return _export_merged(case, out, replace=replace, allow=allow)
     check_output(out, replace=replace, owned=is_export)
     verdict = _judge_case(case, target, max_lora_rank, allow)
     verdict.demand()
-    with stage_folder(out, replace=replace, owned=is_export, needed=2 * parent.adapter.nbytes) as folder:
+    with stage_folder(out, replace=replace, owned=is_export, needed=2 * source.adapter.nbytes) as folder:
         _TARGETS[target].write(case, folder)
         (folder / CARD).write_text(_format_card(case, verdict), "utf-8")
-        record = {"adapter": parent.adapter.digest, "base": case.base, "changed": verdict.changed, "target": target}
+        record = {"adapter": source.adapter.digest, "base": case.base, "changed": verdict.changed, "target": target}
         (folder / RECORD).write_text(f"{json.dumps(record, indent=2)}\n", "utf-8")
         size = sum_file_sizes(folder)
     return Export(out, target, verdict.changed, size)
@@ -217,40 +221,41 @@ def _check_target(target: str) -> None:
 
 
 def _check_not_in_adapter(out: Path, folder: Path) -> None:
-    """Refuse to write over what is read."""
+    """Raise ExportError if the output lies in the adapter."""
     if out.resolve() == folder.resolve() or out.resolve().is_relative_to(folder.resolve()):
         raise ExportError(
             f"the output {escape_text(out)} lies in the adapter it is made of", hint="choose an output beside it"
         )
 
 
-def _build_case(parent: SourceAdapter, base: str | Path | None) -> ExportCase:
-    named = parent.adapter.config.base_model_name_or_path
-    return ExportCase(parent.name, parent.adapter, named if base is None else str(base), given=base is not None)
+def _build_case(source: SourceAdapter, base: str | Path | None) -> ExportCase:
+    named = source.adapter.config.base_model_name_or_path
+    return ExportCase(source.name, source.adapter, named if base is None else str(base), given=base is not None)
 
 
 def _judge_case(case: ExportCase, target: str, limit: int | None, allow: Collection[str]) -> Verdict:
     _check_target(target)
     if target == MERGED:
-        return Verdict(MERGED, "any reader", (), (), ("the base, which is merged into",))
-    goal, config = _TARGETS[target], case.adapter.config
-    if goal.plain and config.target_parameters:
-        why = f"target_parameters: {format_list(config.target_parameters)} would be left out"
-        return Verdict(target, goal.reader, (why,), (), ())
-    if goal.plain:
+        return Verdict(MERGED, "any reader", (), (), ("the base, to merge into",))
+    program, config = _TARGETS[target], case.adapter.config
+    if program.plain and config.target_parameters:
+        reason = f"target_parameters: {format_list(config.target_parameters)} would be left out"
+        return Verdict(target, program.reader, (reason,), (), ())
+    if program.plain:
         case.check_base(allow)
-    refused = list(goal.find_unsupported(case))
-    rank = case.plain.rank if goal.plain else config.largest_rank
+    unsupported = list(servers.find_unsupported_by_all(case)) if program.plain else []
+    unsupported += program.find_unsupported(case)
+    rank = case.plain.rank if program.plain else config.largest_rank
     if limit is not None and rank > limit:
-        refused.append(f"r: rank {rank} is above max_lora_rank {limit}; resize it to {limit}")
-    changed = case.plain.changes if goal.plain else ()
-    return Verdict(target, goal.reader, tuple(refused), changed, tuple(goal.needs(case)))
+        unsupported.append(f"r: rank {rank} is above max_lora_rank {limit}; resize it to {limit}")
+    changed = case.plain.changes if program.plain else ()
+    return Verdict(target, program.reader, tuple(unsupported), changed, tuple(program.needs(case)))
 
 
 def _export_merged(case: ExportCase, out: Path, *, replace: bool, allow: Collection[str]) -> Export:
-    """A whole model, by `merge`. A base that only the adapter names is not looked up, unless it is the built-in one."""
+    """Write a whole model. A base that only the adapter names is not looked up, unless it is the built-in one."""
     if case.base is None or not (case.given or case.base == KIT_BASE):
-        raise ExportError("the base is needed to merge into", hint="give the base: a folder or a hub id")
+        raise ExportError("the base is needed, to merge into it", hint="give the base: a folder or a hub id")
     report = merge(case.base, case.adapter, out, replace=replace, allow=allow)
     return Export(out, MERGED, (), report.bytes)
 

@@ -1,6 +1,6 @@
-"""llama.cpp: an adapter as a GGUF file, under the names and in the row order of its converted models.
+"""llama.cpp: an adapter as a GGUF file, with the tensor names and the row order of its converted models.
 
-What is written is what llama.cpp's own converter writes and its loader checks: `general.type` adapter, `adapter.type`
+The file has what llama.cpp's own converter writes and its loader checks: `general.type` adapter, `adapter.type`
 lora, one `adapter.lora.alpha`, a scale of alpha / rank; names from the `gguf` package's own map.
 https://github.com/ggml-org/llama.cpp/blob/master/convert_lora_to_gguf.py
 https://github.com/ggml-org/llama.cpp/blob/master/src/llama-adapter.cpp
@@ -18,8 +18,7 @@ from torch import Tensor
 
 from lora_kit.adapter.peft_keys import LoraWeights
 from lora_kit.errors import ExportError, format_list
-from lora_kit.exporters.plain_lora import ExportCase
-from lora_kit.exporters.servers import find_unsupported_by_all
+from lora_kit.exporters.plain_lora import ConfigFields, ExportCase
 from lora_kit.io.text import escape_text
 
 GGUF_FILE: Final = "adapter.gguf"
@@ -27,11 +26,11 @@ GGUF_FILE: Final = "adapter.gguf"
 
 @dataclass(frozen=True)
 class GgufArchitecture:
-    """How llama.cpp keeps the models of one transformers class.
+    """How llama.cpp stores the models of one transformers class.
 
     Attributes:
-        name: its own word.
-        interleaved: whether rows of q and k are reordered, as its rotary embedding turns neighbours, not halves
+        name: of the architecture in llama.cpp.
+        interleaved: whether rows of q and k are reordered: its rotary embedding rotates neighbors, not halves
             (`permute` in https://github.com/ggml-org/llama.cpp/blob/master/conversion/llama.py).
     """
 
@@ -49,39 +48,40 @@ ARCHITECTURES: Final = {
     "Gemma3ForCausalLM": GgufArchitecture("gemma3"),
     "Phi3ForCausalLM": GgufArchitecture("phi3"),
 }
+_CONFIG_REASON: Final = "llama.cpp's names and row order depend on the architecture"
 _HEAD_COUNT_FIELDS: Final = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 
 
 def find_unsupported(case: ExportCase) -> Iterator[str]:
-    yield from find_unsupported_by_all(case)
-    config = case.require_config("llama.cpp's names and row order depend on the architecture")
-    found = architecture_of(config)
-    if found is None:
-        yield f"the base is a {escape_text(_class_name_of(config))}; {format_list(list(ARCHITECTURES))} are converted"
+    """Yield what llama.cpp cannot read."""
+    config = case.require_config(_CONFIG_REASON)
+    architecture = architecture_of(config)
+    if architecture is None:
+        yield f"the base is a {escape_text(_class_name_of(config))}; {format_list(list(ARCHITECTURES))} are supported"
         return
-    names = _build_name_map(found, config)
+    names = _build_name_map(architecture, config)
     tied = bool(config.get("tie_word_embeddings"))
     for path in case.adapter.pairs():
         if names.get_name(path) is None:
-            yield f"target_modules: {path} has no name in llama.cpp's {found.name}"
+            yield f"target_modules: {path} has no name in llama.cpp's {architecture.name}"
         elif tied and path.rpartition(".")[2] in ("lm_head", "embed_tokens"):
             yield f"target_modules: {path} is tied in this base, and llama.cpp would use the update in both places"
 
 
 def write(case: ExportCase, folder: Path) -> None:
-    """The GGUF file: float32, `<name>.weight.lora_a` (r, in) and `.lora_b` (out, r)."""
+    """Write the GGUF file: float32, `<name>.weight.lora_a` (r, in) and `.lora_b` (out, r)."""
     gguf = _import_gguf()
-    config = case.require_config("llama.cpp's names and row order depend on the architecture")
-    found = architecture_of(config)
-    assert found is not None  # it would have been refused
-    writer = gguf.GGUFWriter(folder / GGUF_FILE, found.name)
+    config = case.require_config(_CONFIG_REASON)
+    architecture = architecture_of(config)
+    assert architecture is not None  # `find_unsupported` reports it
+    writer = gguf.GGUFWriter(folder / GGUF_FILE, architecture.name)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(case.plain.alpha))
     writer.add_name(case.name)
-    names = _build_name_map(found, config)
-    for path, pair in case.plain.pairs.items():
-        a, b = _orient_weights(path, pair, found, config)
+    names = _build_name_map(architecture, config)
+    for path, weights in case.plain.weights.items():
+        a, b = _orient_weights(path, weights, architecture, config)
         for tensor, side in ((a, "lora_a"), (b, "lora_b")):
             writer.add_tensor(f"{names.get_name(path)}.weight.{side}", tensor.float().contiguous().numpy())
     writer.write_header_to_file()
@@ -91,37 +91,37 @@ def write(case: ExportCase, folder: Path) -> None:
 
 
 def _orient_weights(
-    path: str, pair: LoraWeights, found: GgufArchitecture, config: dict[str, Any]
+    path: str, weights: LoraWeights, architecture: GgufArchitecture, config: ConfigFields
 ) -> tuple[Tensor, Tensor]:
-    """A and B as llama.cpp multiplies them: q and k in its row order, A of an embedding a row per token."""
+    """Return A and B in llama.cpp's layout: q and k in its row order, A of an embedding with a row for each token."""
     leaf = path.rpartition(".")[2]
-    if pair.kind == "embedding":
-        return pair.a.T, pair.b
-    if found.interleaved and leaf in _HEAD_COUNT_FIELDS:
-        return pair.a, interleave_heads(pair.b, config[_HEAD_COUNT_FIELDS[leaf]])
-    return pair.a, pair.b
+    if weights.kind == "embedding":
+        return weights.a.T, weights.b
+    if architecture.interleaved and leaf in _HEAD_COUNT_FIELDS:
+        return weights.a, interleave_heads(weights.b, config[_HEAD_COUNT_FIELDS[leaf]])
+    return weights.a, weights.b
 
 
 def interleave_heads(rows: Tensor, heads: int) -> Tensor:
-    """Rows of every head's first and second half in turn: what the rotary embedding turns together, side by side."""
+    """Return the rows with those of each head's two halves alternating, as the rotary embedding pairs them."""
     return rows.reshape(heads, 2, len(rows) // heads // 2, -1).transpose(1, 2).reshape(rows.shape)
 
 
-def architecture_of(config: dict[str, Any]) -> GgufArchitecture | None:
-    """How a base is kept, by its config; None where this package does not know."""
+def architecture_of(config: ConfigFields) -> GgufArchitecture | None:
+    """Return llama.cpp's architecture for the config of a base; None where it is not supported."""
     return ARCHITECTURES.get(_class_name_of(config))
 
 
-def _class_name_of(config: dict[str, Any]) -> str:
+def _class_name_of(config: ConfigFields) -> str:
     classes = config.get("architectures") or []
     return str(classes[0]) if classes else f"model without architectures, model_type {config.get('model_type')}"
 
 
-def _build_name_map(found: GgufArchitecture, config: dict[str, Any]) -> Any:
-    """The `gguf` package's map from transformers' module paths to its own."""
+def _build_name_map(architecture: GgufArchitecture, config: ConfigFields) -> Any:
+    """Return the `gguf` package's map from transformers' module paths to its own names."""
     gguf = _import_gguf()
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    return gguf.get_tensor_name_map(kinds[found.name], config["num_hidden_layers"])
+    return gguf.get_tensor_name_map(kinds[architecture.name], config["num_hidden_layers"])
 
 
 def _import_gguf() -> Any:
@@ -133,8 +133,9 @@ def _import_gguf() -> Any:
 
 
 def format_command(case: ExportCase) -> str:
+    """Return the command that loads it, in Markdown."""
     assert case.out is not None
     return f"""```sh
 llama-server -m base.gguf --lora {quote(str(case.out / GGUF_FILE))}
 ```
-`base.gguf` is the base `{case.base_name}`, converted by llama.cpp's `convert_hf_to_gguf.py`; it may be quantised."""
+`base.gguf` is the base `{case.base_name}`, converted by llama.cpp's `convert_hf_to_gguf.py`; it may be quantized."""

@@ -1,22 +1,19 @@
 """mlx-lm: `adapters.safetensors` and its `adapter_config.json`.
 
-What is written is what `load_adapters` reads: one rank and one scale for all layers, `<path>.lora_a` (in, r) and
-`<path>.lora_b` (r, out), keys relative to a layer, `num_layers` counted from the last one, -1 for all.
+The files are those that `load_adapters` reads: one rank and one scale for all layers, `<path>.lora_a` (in, r) and
+`<path>.lora_b` (r, out), keys relative to a layer, `num_layers` counted from the last one, with -1 for all.
 https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/tuner/utils.py
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from shlex import quote
 from typing import Final
 
-from lora_kit.exporters.plain_lora import ExportCase
-from lora_kit.exporters.servers import find_unsupported_by_all
-from lora_kit.io.safetensors import encode_safetensors
+from lora_kit.exporters.plain_lora import ExportCase, write_json, write_tensors
 
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapters.safetensors"
@@ -25,18 +22,19 @@ _OUTSIDE_LAYERS: Final = ("lm_head", "model.embed_tokens")
 
 
 def find_unsupported(case: ExportCase) -> Iterator[str]:
-    yield from find_unsupported_by_all(case)
+    """Yield what mlx-lm cannot read."""
     for path in case.adapter.pairs():
         if path in _OUTSIDE_LAYERS:
             if case.require_config("whether embedding and head are tied").get("tie_word_embeddings"):
                 yield f"target_modules: {path} is tied in this base, and mlx-lm would use the update in both places"
         elif not _LAYER.fullmatch(path):
-            yield f"target_modules: {path} is not where mlx-lm has its layers (model.layers)"
+            yield f"target_modules: {path} is not one of the layers that mlx-lm adapts (model.layers)"
 
 
 def write(case: ExportCase, folder: Path) -> None:
+    """Write the config and the weights."""
     plain = case.plain
-    keys = {found[1] if (found := _LAYER.fullmatch(path)) else path for path in plain.pairs}
+    keys = {match[1] if (match := _LAYER.fullmatch(path)) else path for path in plain.weights}
     fields = {
         "fine_tune_type": "lora",
         "model": case.base_path,
@@ -48,16 +46,15 @@ def write(case: ExportCase, folder: Path) -> None:
             "keys": sorted(keys),
         },
     }
-    (folder / CONFIG).write_text(f"{json.dumps(fields, indent=2)}\n", "utf-8")
+    write_json(folder / CONFIG, fields)
     tensors = {}
-    for path, pair in plain.pairs.items():
-        tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"] = pair.a.T.contiguous(), pair.b.T.contiguous()
-    with (folder / WEIGHTS).open("wb") as file:
-        for piece in encode_safetensors(tensors):
-            file.write(piece)
+    for path, weights in plain.weights.items():
+        tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"] = weights.a.T.contiguous(), weights.b.T.contiguous()
+    write_tensors(folder / WEIGHTS, tensors)
 
 
 def format_command(case: ExportCase) -> str:
+    """Return the command that loads it, in Markdown."""
     return f"""```sh
 mlx_lm.generate --model {quote(case.base_name)} --adapter-path {quote(str(case.out))} --prompt "..."
 ```"""

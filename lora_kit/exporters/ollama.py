@@ -23,26 +23,28 @@ _LAST_VERSION: Final = "0.34.0"
 
 
 def find_unsupported(case: ExportCase) -> Iterator[str]:
+    """Yield what Ollama cannot load."""
     yield from llama_cpp.find_unsupported(case)
-    found = llama_cpp.architecture_of(case.require_config("Ollama has LoRA for some architectures only"))
-    if found is not None and found.name in _OWN_ENGINE_ARCHITECTURES:
-        yield f"the base is a {found.name}, which Ollama runs in its own engine, and that has no LoRA; merge it instead"
+    architecture = llama_cpp.architecture_of(case.require_config("Ollama has LoRA for some architectures only"))
+    if architecture is not None and architecture.name in _OWN_ENGINE_ARCHITECTURES:
+        yield f"the base is a {architecture.name}, for which Ollama's own engine has no LoRA; merge it instead"
 
 
 def write(case: ExportCase, folder: Path) -> None:
-    """The GGUF file and a Modelfile."""
+    """Write the GGUF file and a Modelfile."""
     llama_cpp.write(case, folder)
     assert case.base is not None  # its config was read
-    (folder / MODELFILE).write_text(
-        f"FROM {find_base(case.base).resolve()}\nADAPTER ./{llama_cpp.GGUF_FILE}\n", "utf-8"
-    )
+    lines = [f"FROM {find_base(case.base).resolve()}", f"ADAPTER ./{llama_cpp.GGUF_FILE}", ""]
+    (folder / MODELFILE).write_text("\n".join(lines), "utf-8")
 
 
 def list_requirements(case: ExportCase) -> list[str]:
+    """Return what loading it needs."""
     return [f"Ollama up to {_LAST_VERSION}: later ones create no model from an adapter"]
 
 
 def format_command(case: ExportCase) -> str:
+    """Return the command that loads it, in Markdown."""
     return f"""```sh
 cd {quote(str(case.out))} && ollama create {quote(case.name)} -f {MODELFILE} && ollama run {quote(case.name)}
 ```

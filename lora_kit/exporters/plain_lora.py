@@ -1,20 +1,23 @@
-"""What every export starts from: the adapter in a form that any reader understands, and what is known of its base."""
+"""What every export starts from: the adapter in a form that any program reads, and the config of its base."""
 
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.peft_keys import LoraWeights
 from lora_kit.errors import BaseModelError, ExportError, MergeError
+from lora_kit.io.safetensors import encode_safetensors
 from lora_kit.io.text import escape_text
 from lora_kit.merging.checkpoint.meta_model import TaskHead, build_empty_model
 from lora_kit.models.locate import find_local_folder
@@ -22,71 +25,75 @@ from lora_kit.models.silence import silence_libraries
 from lora_kit.names import KIT_BASE
 from lora_kit.targets.compatibility import match_adapter
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+ConfigFields = dict[str, Any]
+"""The fields of transformers' config of a base."""
+
 
 @dataclass(frozen=True)
 class PlainLora:
-    """An adapter of one rank and one scaling `alpha / rank`: no patterns, nothing rank-stabilised.
+    """LoRA weights of one rank and one scaling `alpha / rank`: no patterns, no rank-stabilized scaling.
 
-    Where it was so already, its tensors are as they were, bit for bit. Elsewhere each scaling is in B, in float32,
-    alpha is the rank, and smaller ranks are filled up with zeros.
+    An adapter that is already so keeps its tensors bitwise. For any other one, each scaling is folded into B (float32),
+    alpha is the rank, and smaller ranks are padded with zeros.
 
     Attributes:
-        rank, alpha: of every pair.
-        pairs: by path of their layer.
-        changes: what was done, in words.
+        rank: of every layer.
+        alpha: of every layer.
+        weights: A and B, by path of the layer.
+        changes: what was changed, in words.
     """
 
     rank: int
     alpha: int
-    pairs: Mapping[str, LoraWeights]
+    weights: Mapping[str, LoraWeights]
     changes: tuple[str, ...]
 
     @classmethod
     def of(cls, adapter: Adapter) -> PlainLora:
-        config, pairs = adapter.config, adapter.pairs()
-        rank = max((pair.a.shape[0] for pair in pairs.values()), default=config.r)
+        """Return an adapter in this form."""
+        config, weights = adapter.config, adapter.pairs()
+        ranks = {one.a.shape[0] for one in weights.values()}
+        rank = max(ranks, default=config.r)
         alpha = int(config.lora_alpha)
         changes = [
             f"{name}: folded into lora_B"
-            for name, there in (("use_rslora", config.use_rslora), ("alpha_pattern", bool(config.alpha_pattern)))
-            if there
+            for name, used in (("use_rslora", config.use_rslora), ("alpha_pattern", bool(config.alpha_pattern)))
+            if used
         ]
         if alpha != config.lora_alpha or alpha < 1:
-            changes.append(f"lora_alpha {config.lora_alpha:g}: folded into lora_B, as whole numbers from 1 are read")
-        if any(pair.a.shape[0] != rank for pair in pairs.values()):
-            changes.append(f"rank_pattern: every pair filled up with zeros to rank {rank}")
+            changes.append(
+                f"lora_alpha {config.lora_alpha:g}: folded into lora_B, since other programs read whole numbers from 1"
+            )
+        if ranks - {rank}:
+            changes.append(f"rank_pattern: every layer padded with zeros to rank {rank}")
         elif config.r != rank or config.rank_pattern:
-            changes.append(f"rank_pattern: all pairs have rank {rank}, and r says so")
+            changes.append(f"rank_pattern: every layer has rank {rank}, and r says so")
         if not changes:
-            return cls(rank, alpha, pairs, ())
-        folded = {path: _fold_scaling(pair, config.scaling_of(path), rank) for path, pair in pairs.items()}
+            return cls(rank, alpha, weights, ())
+        folded = {path: _fold_scaling(one, config.scaling_of(path), rank) for path, one in weights.items()}
         return cls(rank, rank, folded, tuple(changes))
 
-    def delta(self, path: str) -> Tensor:
-        """`alpha / rank · B A` in double precision."""
-        pair = self.pairs[path]
-        return self.alpha / self.rank * (pair.b.double() @ pair.a.double())
 
-
-def _fold_scaling(pair: LoraWeights, scaling: float, rank: int) -> LoraWeights:
-    missing = rank - pair.a.shape[0]
-    a, b = pair.a.float(), (pair.b.double() * scaling).float()
-    if missing:
-        a = torch.cat([a, a.new_zeros(missing, a.shape[1])])
-        b = torch.cat([b, b.new_zeros(b.shape[0], missing)], dim=1)
-    return LoraWeights(a, b, pair.kind)
+def _fold_scaling(weights: LoraWeights, scaling: float, rank: int) -> LoraWeights:
+    """Return LoRA weights with the scaling in B, padded with zeros to a rank, float32."""
+    padding = rank - weights.a.shape[0]
+    a, b = weights.a.float(), (weights.b.double() * scaling).float()
+    return LoraWeights(pad(a, (0, 0, 0, padding)), pad(b, (0, padding)), weights.kind)
 
 
 @dataclass(frozen=True)
 class ExportCase:
-    """One adapter on its way to one reader.
+    """One adapter to export.
 
     Attributes:
-        name: what the adapter is called there.
-        adapter: as it is here.
-        base: hub id, local folder or `kit-base`, where it is known.
-        given: whether that was said by the caller, and not only by the adapter.
-        out: the folder that is written; None where nothing is.
+        name: of the adapter in the other program.
+        adapter: its value.
+        base: hub id, local folder or `kit-base`; None where it is not known.
+        given: whether the caller named the base, not only the adapter.
+        out: the folder to write; None where nothing is written.
     """
 
     name: str
@@ -101,7 +108,7 @@ class ExportCase:
 
     @property
     def base_path(self) -> str | None:
-        """The base as other tools find it: a hub id, or the folder of a local one; None where it is not known."""
+        """The base as other programs find it: a hub id, or the folder of a local one; None where it is not known."""
         if self.base is None or not (self.given or self.base == KIT_BASE):
             return self.base
         folder = find_local_folder(self.base)
@@ -109,26 +116,26 @@ class ExportCase:
 
     @property
     def base_name(self) -> str:
-        """The base in a command."""
+        """The base, for a command line."""
         return escape_text(self.base_path or "BASE")
 
     @property
     def server_argument(self) -> str:
-        """`name=folder`, as servers take an adapter on their command line."""
+        """`name=folder`, the form in which servers take an adapter on their command line."""
         return quote(f"{self.name}={self.out}")
 
     @functools.cached_property
-    def base_config(self) -> dict[str, Any] | None:
-        """transformers' config of the base; None where no base is known well enough to look.
+    def base_config(self) -> ConfigFields | None:
+        """transformers' config of the base; None where the caller gave no base.
 
         Raises:
-            BaseModelError: the base that was given has none that can be read.
+            BaseModelError: the base that was given has no readable config.
         """
         return None if self._config is None else self._config.to_dict()
 
     @functools.cached_property
-    def _config(self) -> Any:
-        # A name in an adapter was written by whoever made it: only what the caller says is looked up.
+    def _config(self) -> PretrainedConfig | None:
+        # Whoever made an adapter chose the name in it: only a base that the caller names is looked up.
         if self.base is None or not (self.given or self.base == KIT_BASE):
             return None
         return _load_base_config(self.base, self._head)
@@ -138,38 +145,52 @@ class ExportCase:
         try:
             return TaskHead.of(self.adapter)
         except MergeError:
-            return TaskHead(None)  # a task that says nothing about the model
+            return TaskHead(None)  # a task for which there is no model class
 
     def check_base(self, allow: Collection[str]) -> None:
-        """Where the base is known, raise AdapterError unless the adapter fits a model of its config."""
+        """Raise AdapterError if the base is known and the adapter does not match a model of its config."""
         if self._config is not None:
-            match_adapter(
-                self.name, self.adapter, build_empty_model(self._config, self._head), dtype=torch.float32, allow=allow
-            )
+            model = build_empty_model(self._config, self._head)
+            match_adapter(self.name, self.adapter, model, dtype=torch.float32, allow=allow)
 
-    def require_config(self, why: str) -> dict[str, Any]:
-        """As `base_config`.
+    def require_config(self, why: str) -> ConfigFields:
+        """Return `base_config`.
+
+        Args:
+            why: it is needed, for the message.
 
         Raises:
-            ExportError: no base is known.
+            ExportError: the caller gave no base.
         """
         if self.base_config is None:
             raise ExportError(f"the base's config is needed: {why}", hint="give the base: a folder or a hub id")
         return self.base_config
 
 
-def _load_base_config(base: str, head: TaskHead) -> Any:
-    """transformers' config of a base, with the defaults that its file leaves out."""
+def _load_base_config(base: str, head: TaskHead) -> PretrainedConfig:
+    """Return transformers' config of a base, with the defaults that its file leaves out."""
     from transformers import AutoConfig
 
     folder = find_local_folder(base)
     try:
         with silence_libraries():
-            return AutoConfig.from_pretrained(
+            config: PretrainedConfig = AutoConfig.from_pretrained(
                 folder or base, local_files_only=folder is not None, trust_remote_code=False, **head.fields
             )
-    except Exception as error:  # a damaged file, or any failure of the network, of whatever library it comes from
+    except Exception as error:  # a damaged file or a failing network can raise anything
         where = "its config cannot be read" if folder else "no such folder, and the hub gave no config"
         raise BaseModelError(
             f"{escape_text(base)}: {where} ({type(error).__name__})", hint="give the base as a local folder"
         ) from error
+    return config
+
+
+def write_json(file: Path, fields: Mapping[str, object]) -> None:
+    """Write a JSON file."""
+    file.write_text(f"{json.dumps(fields, indent=2, sort_keys=True)}\n", "utf-8")
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file."""
+    with file.open("wb") as target:
+        target.writelines(encode_safetensors(tensors))

@@ -1,15 +1,15 @@
-"""Readers of PEFT's format: PEFT itself, vLLM, SGLang and Text Generation Inference, each with what it leaves unread.
+"""Programs that read PEFT's format: PEFT itself, vLLM, SGLang and Text Generation Inference, and what each ignores.
 
-What they read, by their sources (versions differ, and none of them was run here):
+What they read, by their sources (versions differ, and the tests run none of them):
 
-- vLLM: `PEFTHelper` refuses use_dora, modules_to_save and ranks above `--max-lora-rank`, which is one of a few values
+- vLLM: `PEFTHelper` rejects use_dora, modules_to_save and ranks above `--max-lora-rank`, which is one of a few values
   (vllm/config/lora.py); older versions ignore rank_pattern and alpha_pattern.
   https://github.com/vllm-project/vllm/blob/main/vllm/lora/peft_helper.py
 - SGLang: `LoRAAdapter` scales by lora_alpha / r, whatever use_rslora and the patterns say. It stacks q/k/v and gate/up,
-  which must have one rank, looks k and v up beside q, and up beside gate, and stops where q has no v.
+  which must have one rank, looks k and v up beside q, and up beside gate, and fails where q has no v.
   https://github.com/sgl-project/sglang/blob/main/python/sglang/srt/lora/lora.py
 - TGI: `LoraWeights.prepare_weights` stacks one kind of layer over the whole model: a kind that any layer lacks is left
-  out without a word; patterns and embeddings are not read.
+  out silently; patterns and embeddings are not read.
   https://github.com/huggingface/text-generation-inference/blob/main/server/text_generation_server/adapters/lora.py
 """
 
@@ -17,34 +17,31 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from shlex import quote
-from typing import Any, Final
-
-from torch import Tensor
+from typing import Final
 
 from lora_kit.adapter.folder import CONFIG, WEIGHTS
 from lora_kit.adapter.peft_keys import lora_weight_keys
 from lora_kit.errors import format_list
-from lora_kit.exporters.plain_lora import ExportCase
-from lora_kit.io.safetensors import encode_safetensors
+from lora_kit.exporters.plain_lora import ExportCase, write_json, write_tensors
 from lora_kit.models.tasks import CAUSAL_LM, TASK_SPECS, find_task_by_peft_type
 
 VLLM_RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What `--max-lora-rank` may be."""
+"""Valid values of `--max-lora-rank`."""
 _TGI_KINDS: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _LAYER: Final = re.compile(r"model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)")
 _NUMBERED_LAYER: Final = re.compile(r"(^|\.)layers\.\d+\.")
 _READ_BESIDE: Final = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
-"""What SGLang looks up only beside another layer."""
+"""Layers that SGLang looks up only beside another one."""
 
 
-# What cannot be carried
+# What they cannot read
 
 
 def find_unsupported_by_all(case: ExportCase) -> Iterator[str]:
-    """What no reader but PEFT takes."""
+    """Yield what no program but PEFT can read."""
     config = case.adapter.config
     if config.use_dora:
         yield "use_dora: a DoRA rescales every row of the whole weight; merge it instead"
@@ -52,19 +49,19 @@ def find_unsupported_by_all(case: ExportCase) -> Iterator[str]:
         yield f"modules_to_save: {format_list(config.modules_to_save)} would be left out; merge it instead"
     pairs = case.adapter.pairs()
     if not pairs:
-        yield "target_modules: there is no low-rank pair"
-    for path in (path for path, pair in pairs.items() if pair.kind not in ("linear", "embedding")):
+        yield "target_modules: there are no LoRA weights"
+    for path in (path for path, weights in pairs.items() if weights.kind not in ("linear", "embedding")):
         yield f"target_modules: {path} is neither a linear layer nor an embedding; merge it instead"
 
 
 def find_unsupported_by_vllm(case: ExportCase) -> Iterator[str]:
-    yield from find_unsupported_by_all(case)
+    """Yield what vLLM cannot serve."""
     if case.plain.rank > VLLM_RANKS[-1]:
         yield f"r: {case.plain.rank} is above {VLLM_RANKS[-1]}, the largest that can be served; resize it"
 
 
 def find_unsupported_by_sglang(case: ExportCase) -> Iterator[str]:
-    yield from find_unsupported_by_all(case)
+    """Yield what SGLang ignores or fails on."""
     paths = case.adapter.pairs().keys()
     for path in paths:
         start, _, leaf = path.rpartition(".")
@@ -72,36 +69,37 @@ def find_unsupported_by_sglang(case: ExportCase) -> Iterator[str]:
             yield f"target_modules: {path} is in no numbered layer (layers.0), and would be left out"
         beside = _READ_BESIDE.get(leaf)
         if beside and f"{start}.{beside}" not in paths:
-            yield f"target_modules: {path} is read only beside a {beside} of the same layer, which has no pair"
+            yield f"target_modules: {path} is read only beside a {beside} of the same layer, which has no LoRA weights"
         if leaf == "q_proj" and f"{start}.v_proj" not in paths:
-            yield f"target_modules: {path} is stacked with the v_proj of the same layer, which has no pair"
+            yield f"target_modules: {path} is stacked with the v_proj of the same layer, which has no LoRA weights"
 
 
 def find_unsupported_by_tgi(case: ExportCase) -> Iterator[str]:
-    yield from find_unsupported_by_all(case)
+    """Yield what Text Generation Inference ignores."""
     kinds: dict[str, set[int]] = {}
-    for path, pair in case.adapter.pairs().items():
-        found = _LAYER.fullmatch(path)
-        if found and found[2] in _TGI_KINDS and pair.kind == "linear":
-            kinds.setdefault(found[2], set()).add(int(found[1]))
+    for path, weights in case.adapter.pairs().items():
+        match = _LAYER.fullmatch(path)
+        if match and match[2] in _TGI_KINDS and weights.kind == "linear":
+            kinds.setdefault(match[2], set()).add(int(match[1]))
         elif path != "lm_head":
             yield f"target_modules: {path} is not read; {format_list(_TGI_KINDS)} and lm_head of a decoder are"
     count = _count_layers(case, kinds.values())
     for kind, numbers in kinds.items():
         missing = sorted(set(range(count)) - numbers)
         if missing:
-            told = format_list([str(number) for number in missing])
-            yield f"target_modules: {kind} of every layer would be left out, as layer {told} has none; merge it instead"
+            layers = format_list([str(number) for number in missing])
+            left_out = f"{kind} of every layer would be left out, as layer {layers} has none"
+            yield f"target_modules: {left_out}; merge it instead"
 
 
 def _count_layers(case: ExportCase, covered: Iterable[set[int]]) -> int:
-    """How many layers the base has: from its config; else as many as are covered, where bare names cover all."""
+    """Return how many layers the base has: from its config, or as many as are covered where bare names cover all."""
     config = case.adapter.config
     if case.base_config is not None:
         return int(case.base_config.get("num_hidden_layers") or 0)
     names = isinstance(config.target_modules, tuple) and not any("." in name for name in config.target_modules)
     if not names or config.layers_to_transform is not None or config.exclude_modules:
-        return int(case.require_config("whether every layer has a pair").get("num_hidden_layers") or 0)
+        return int(case.require_config("whether every layer has LoRA weights").get("num_hidden_layers") or 0)
     return max((max(numbers) + 1 for numbers in covered), default=0)
 
 
@@ -109,16 +107,15 @@ def _count_layers(case: ExportCase, covered: Iterable[set[int]]) -> int:
 
 
 def write_peft(case: ExportCase, folder: Path) -> None:
-    """The adapter as it is: PEFT reads all of it."""
-    fields = case.adapter.config.to_dict()
-    fields["base_model_name_or_path"] = case.base_path
-    _write_adapter(folder, fields, case.adapter.tensors)
+    """Write the adapter as it is: PEFT reads all of it."""
+    write_json(folder / CONFIG, {**case.adapter.config.to_dict(), "base_model_name_or_path": case.base_path})
+    write_tensors(folder / WEIGHTS, case.adapter.tensors)
 
 
 def write_plain(case: ExportCase, folder: Path) -> None:
-    """The adapter with nothing in its config that some version of some reader passes over."""
+    """Write the adapter without any field that some version of some program ignores."""
     config, plain = case.adapter.config, case.plain
-    fields: dict[str, Any] = {
+    fields: dict[str, object] = {
         "peft_type": "LORA",
         "task_type": config.task_type,
         "base_model_name_or_path": case.base_path,
@@ -136,26 +133,20 @@ def write_plain(case: ExportCase, folder: Path) -> None:
         "alpha_pattern": {},
     }
     tensors = {}
-    for path, pair in plain.pairs.items():
-        key_a, key_b = lora_weight_keys(path, pair.kind)
-        tensors[key_a], tensors[key_b] = pair.a, pair.b
-    _write_adapter(folder, fields, tensors)
+    for path, weights in plain.weights.items():
+        key_a, key_b = lora_weight_keys(path, weights.kind)
+        tensors[key_a], tensors[key_b] = weights.a, weights.b
+    write_json(folder / CONFIG, fields)
+    write_tensors(folder / WEIGHTS, tensors)
 
 
 def _list_target_names(case: ExportCase) -> list[str]:
-    """Names that cover exactly what the adapter covers, also where its own config needs more than names for it."""
+    """Return module names that cover exactly what the adapter covers."""
     config = case.adapter.config
     narrowed = config.exclude_modules or config.layers_to_transform is not None
     if isinstance(config.target_modules, tuple) and not narrowed:
         return sorted(config.target_modules)
     return sorted(case.adapter.pairs())
-
-
-def _write_adapter(folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    (folder / CONFIG).write_text(f"{json.dumps(fields, indent=2, sort_keys=True)}\n", "utf-8")
-    with (folder / WEIGHTS).open("wb") as file:
-        for piece in encode_safetensors(tensors):
-            file.write(piece)
 
 
 # How it is loaded
@@ -197,9 +188,10 @@ Requests name it among their parameters: `"adapter_id": {json.dumps(case.name)}`
 
 
 def list_vllm_requirements(case: ExportCase) -> list[str]:
-    return [f"--max-lora-rank {choose_vllm_rank(case.plain.rank)} (16 where nothing is said)"]
+    """Return what vLLM must be started with."""
+    return [f"--max-lora-rank {choose_vllm_rank(case.plain.rank)} (the default is 16)"]
 
 
 def choose_vllm_rank(rank: int) -> int:
-    """The smallest `--max-lora-rank` that takes this rank."""
+    """Return the smallest `--max-lora-rank` that takes this rank."""
     return next((limit for limit in VLLM_RANKS if limit >= rank), VLLM_RANKS[-1])

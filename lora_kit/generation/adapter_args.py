@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from lora_kit.adapter.adapter import Adapter
+from lora_kit.adapter.adapter_like import AdapterLike, short_label_of
 from lora_kit.adapter.store import find_adapter
 from lora_kit.errors import AdapterError, ConfigError
 from lora_kit.models.loading import Base
@@ -18,11 +19,8 @@ logger = logging.getLogger(__name__)
 BASE_ROW: Final = "base"
 """The label of the base itself."""
 
-AdapterSource = str | Path | Adapter | None
-"""A folder, a name in the store, an Adapter, or None for the base itself."""
 
-
-def read_adapter(source: AdapterSource, *, store: str | Path) -> Adapter | None:
+def read_adapter(source: AdapterLike | None, *, store: str | Path) -> Adapter | None:
     """Read an adapter strictly; return None for the base.
 
     Raises:
@@ -34,7 +32,7 @@ def read_adapter(source: AdapterSource, *, store: str | Path) -> Adapter | None:
     return Adapter.load(find_adapter(source, store=store))
 
 
-def build_adapter_labels(sources: Sequence[AdapterSource], adapters: Sequence[Adapter | None]) -> list[str]:
+def build_adapter_labels(sources: Sequence[AdapterLike | None], adapters: Sequence[Adapter | None]) -> list[str]:
     """Return a short label for each adapter: the name of its folder, with part of its digest if that is not unique."""
     labels = [_build_short_label(source, adapter) for source, adapter in zip(sources, adapters, strict=True)]
     digests: dict[str, set[str]] = {}
@@ -46,10 +44,8 @@ def build_adapter_labels(sources: Sequence[AdapterSource], adapters: Sequence[Ad
     ]
 
 
-def _build_short_label(source: AdapterSource, adapter: Adapter | None) -> str:
-    if adapter is None:
-        return BASE_ROW
-    return adapter.digest[:12] if isinstance(source, Adapter) or source is None else Path(source).resolve().name
+def _build_short_label(source: AdapterLike | None, adapter: Adapter | None) -> str:
+    return BASE_ROW if source is None or adapter is None else short_label_of(source, adapter)
 
 
 def find_common_task(labels: Sequence[str], adapters: Sequence[Adapter | None]) -> str | None:

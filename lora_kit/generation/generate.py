@@ -11,10 +11,11 @@ from typing import Literal
 from torch import Tensor, nn
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.bank.bank import AdapterBank, attach
+from lora_kit.adapter.adapter_like import AdapterLike
+from lora_kit.bank.attach import attach
+from lora_kit.bank.bank import AdapterBank
 from lora_kit.errors import AdapterError, ConfigError, DataError
 from lora_kit.generation.adapter_args import (
-    AdapterSource,
     build_adapter_labels,
     check_quantize,
     find_common_task,
@@ -48,7 +49,7 @@ class Generation:
 
 def generate(
     base: str | Base,
-    adapters: Sequence[AdapterSource],
+    adapters: Sequence[AdapterLike | None],
     prompt: str,
     *,
     sampling: Sampling | None = None,

@@ -1,13 +1,13 @@
-"""Layers whose adapters were somebody else's before: parameters stay where they are, so there are no slabs.
+"""Layers around parameters that another library made. These stay the same objects in the same memory.
 
-An optimizer that trains those parameters already keeps moments beside them, element by element in their memory order;
-another place or another order would set the two apart.
+An optimizer that trains such parameters already keeps moments beside them, element by element in their memory order. In
+other memory, or in another order, the two would no longer belong together. So nothing is stacked; what needs stacked
+weights stacks them anew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,100 +20,95 @@ from lora_kit.layers.initialization import MAGNITUDE, A, B
 from lora_kit.layers.linear import LoraLinear
 from lora_kit.layers.parameter import LoraParameter
 from lora_kit.layers.saved_module import SavedModule
-from lora_kit.layers.slot_layer import SlotEntry, SlotLayer, leaf_name
+from lora_kit.layers.slot_layer import SlotEntry, leaf_name
+from lora_kit.layers.unstacked_layer import UnstackedLayer
 
 
-class AdoptingLayer(SlotLayer):
-    """A layer without slabs: what a slot holds stands alone. What reads slabs by slot is given them stacked anew."""
+class AdoptedLayer(UnstackedLayer):
+    """A layer whose slots hold parameters that another library made."""
 
     def adopt(self, slot: int, tensors: Mapping[str, nn.Parameter], scaling: float, dropout: float) -> None:
-        """Have a slot hold these very parameters, trainable where they require grad."""
-        self.routing.row_cache.pop(self, None)
+        """Let a slot hold these very parameters, trainable where they require grad."""
+        self.routing.row_cache.discard(self)
         for name, tensor in tensors.items():
-            # Not `register_parameter`: that refuses names which a wrapper inside this one has as well.
+            # `register_parameter` rejects names that a wrapper inside this one has as well.
             self._parameters[leaf_name(name, slot)] = tensor
         self.entries[slot] = SlotEntry(dict(tensors), scaling, dropout)
         self.scaling[slot] = scaling
         self.refresh_trainable()
 
     def refresh_trainable(self) -> None:
-        """See anew which slots train, after `requires_grad` of their parameters was changed."""
+        """Update which slots are trainable, after `requires_grad` of their parameters was changed."""
         for entry in self.entries:
             if entry is not None:
                 entry.trainable = any(tensor.requires_grad for tensor in entry.tensors.values())
         self.trains = any(entry is not None and entry.trainable for entry in self.entries)
 
-    def make_identity_stack(self, slots: int, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        return {}
+    def _get_memory(self, name: str, slot: int, tensor: Tensor) -> Tensor:
+        return tensor.detach().to(self.device, copy=True)  # in its own dtype, which the optimizer goes by
 
-    def _place(self, name: str, slot: int, tensor: Tensor) -> Tensor:
-        return tensor.detach().to(self.device, copy=True)
-
-    def _rebind_entries(self, *, copy: bool) -> None:
-        if not copy:  # on another device; room for more slots concerns nobody who stands alone
-            super()._rebind_entries(copy=copy)
-
-    def _slab(self, name: str) -> Tensor:
-        """Every slot's tensor, padded to the highest rank; differentiable."""
-        held = [entry.tensors.get(name) if entry else None for entry in self.entries]
-        nothing = super().make_identity_stack(1, self.rank, torch.float32)[name][0]
-        return torch.stack([nothing if tensor is None else _pad_to(tensor, nothing) for tensor in held])
+    def _stacked(self, name: str) -> Tensor:
+        """Stack every slot's tensor, padded to the highest rank, in fp32; differentiable."""
+        tensors = [entry.tensors.get(name) if entry else None for entry in self.entries]
+        # The class after UnstackedLayer knows the shapes of its stacked weights.
+        identity = super(UnstackedLayer, self).make_identity_stack(1, self.rank, torch.float32)[name][0]
+        return torch.stack([identity if tensor is None else _pad_like(tensor, identity) for tensor in tensors])
 
 
-class AdoptedLinear(AdoptingLayer, LoraLinear):
-    """A linear layer with pairs that stand alone."""
+class AdoptedLinear(AdoptedLayer, LoraLinear):
+    """A linear layer with adopted LoRA weights."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        entry = None if self.routing.mixed or not self.training else self._uniform()
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        entry = None if self.routing.mixed or not self.training else self._entry_in_use()
         if entry is None or not _has_dora_dropout(entry):
             return super().forward(x, *args, **kwargs)
         # y + (c - 1) W drop(x) + c s B A drop(x): PEFT drops the input of the base's share of the change as well.
         y: Tensor = self.base_layer(x, *args, **kwargs)
         dropped = functional.dropout(x, entry.dropout).to(y.dtype)
-        pair = dropped @ entry.tensors[A].to(y.dtype).mT @ entry.tensors[B].to(y.dtype).mT
-        whole = functional.linear(dropped, self.weight_matrix().to(y.dtype))
-        columns = self.compute_dora_scale(entry)
-        return (y + (columns - 1) * whole + columns * entry.scaling * pair).to(y.dtype)
+        update = dropped @ entry.tensors[A].to(y.dtype).mT @ entry.tensors[B].to(y.dtype).mT
+        base = functional.linear(dropped, self.weight_matrix().to(y.dtype))
+        scale = self.compute_dora_scale(entry)
+        return (y + (scale - 1) * base + scale * entry.scaling * update).to(y.dtype)
 
-    def _by_row(self, y: Tensor, x: Tensor) -> Tensor:
+    def _forward_rows(self, y: Tensor, x: Tensor) -> Tensor:
         entries = [self.entries[slot] for slot in self.routing.rows] if self.training else []
         if any(entry is not None and _has_dora_dropout(entry) for entry in entries):
             raise RoutingError(
                 "rows of adopted adapters that are DoRA with dropout cannot be trained together",
                 hint="use() one adapter at a time",
             )
-        return super()._by_row(y, x)
+        return super()._forward_rows(y, x)
 
     def _can_gather(self, y: Tensor, x: Tensor) -> bool:
         return False
 
     def refresh_trainable(self) -> None:
         super().refresh_trainable()
-        self._refresh_dora_scales()  # what no longer trains, or was loaded anew, has another length
+        self._refresh_dora_scales()  # of adapters that are no longer trained, or were loaded anew
 
 
-class AdoptedEmbedding(AdoptingLayer, LoraEmbedding):
-    """An embedding with pairs that stand alone."""
+class AdoptedEmbedding(AdoptedLayer, LoraEmbedding):
+    """An embedding with adopted LoRA weights."""
 
 
-class AdoptedModule(AdoptingLayer, SavedModule):
-    """A module saved whole, whose copies stand alone."""
+class AdoptedModule(AdoptedLayer, SavedModule):
+    """A module with adopted copies in its place."""
 
 
-class AdoptedParameter(AdoptingLayer, LoraParameter):
-    """Fused experts, or another module, with pairs of a parameter."""
+class AdoptedParameter(AdoptedLayer, LoraParameter):
+    """Fused experts, or another module, with adopted LoRA weights of one parameter."""
 
 
-class AdoptedConvolution(AdoptingLayer, LoraConvolution):
-    """A convolution with pairs."""
+class AdoptedConvolution(AdoptedLayer, LoraConvolution):
+    """A convolution with adopted LoRA weights."""
 
 
 def _has_dora_dropout(entry: SlotEntry) -> bool:
     return MAGNITUDE in entry.tensors and entry.dropout > 0
 
 
-def _pad_to(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor with zeros after its entries along each axis, so that its shape is that of another."""
+def _pad_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor with zeros after its entries along each axis, in the shape and dtype of another."""
     missing = [size - have for size, have in zip(like.shape, tensor.shape, strict=True)]
     padding = [number for size in reversed(missing) for number in (0, size)]
     return functional.pad(tensor.to(like.dtype), padding) if any(missing) else tensor.to(like.dtype)

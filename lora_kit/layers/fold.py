@@ -1,9 +1,14 @@
-"""Folding one slot of a layer into its base weight: accumulated in fp32, rounded once, and what survived."""
+"""Folding a slot of a layer into its base weight: accumulated in fp32, rounded once; and how much of it survived.
+
+`RetentionTally` is the one definition of what survives: a merge in memory and a merge of files both use it.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +17,22 @@ from lora_kit.errors import MergeError
 from lora_kit.layers.initialization import MAGNITUDE, lora_weights_of
 from lora_kit.layers.introspect import is_quantized, is_stored_transposed
 from lora_kit.layers.linear import LoraLinear
-from lora_kit.layers.parameter import UnstackedLayer
 from lora_kit.layers.slot_layer import SlotLayer
+from lora_kit.layers.unstacked_layer import UpdatedWeightLayer
+
+_SUM_ELEMENTS: Final = 2**22
+"""Values whose squares are added up in fp32; the sums of such blocks are added up in double precision."""
 
 
 @dataclass(frozen=True)
 class Retention:
-    """What became of one layer's delta when it was folded into a weight.
+    """How much of one layer's delta survived when it was folded into a weight.
 
     Attributes:
-        relative: norm of the delta over the norm of the weight.
-        retained: 1 - |(merged - weight) - delta| / |delta|: the share that survived rounding to the weight's dtype.
+        path: of the layer.
+        relative: |delta| / |weight| in Frobenius norms; 0 for a zero delta, infinite for another one of a zero weight.
+        retained: 1 - |merged - (weight + delta)| / |delta|, at least 0: the share that survived rounding to the
+            weight's dtype; 1 for a zero delta.
     """
 
     path: str
@@ -30,9 +40,50 @@ class Retention:
     retained: float
 
 
+@dataclass
+class RetentionTally:
+    """The sums behind a `Retention`, added up block by block.
+
+    Attributes:
+        path: of the layer.
+        dtype: of the merged weight.
+        weight: |weight|².
+        delta: |delta|².
+        lost: |merged - (weight + delta)|².
+    """
+
+    path: str
+    dtype: torch.dtype
+    weight: float = 0.0
+    delta: float = 0.0
+    lost: float = 0.0
+
+    def add_lost(self, lost: Tensor) -> None:
+        """Add a block of `weight + delta - merged`.
+
+        Raises:
+            MergeError: it is not finite, so the merged weight is not.
+        """
+        self.lost += sum_squares(lost)
+        if not math.isfinite(self.lost):
+            raise MergeError(f"{self.path}: the merged weight is not finite in {self.dtype}")
+
+    def compute_retention(self) -> Retention:
+        """Return the shares, once every block was added."""
+        if not self.delta:
+            return Retention(self.path, 0.0, 1.0)
+        relative = math.sqrt(self.delta / self.weight) if self.weight else math.inf
+        return Retention(self.path, relative, max(0.0, 1 - math.sqrt(self.lost / self.delta)))
+
+
+def sum_squares(tensor: Tensor) -> float:
+    """Return the squared Frobenius norm."""
+    return sum(float(block @ block) for block in tensor.reshape(-1).split(_SUM_ELEMENTS))
+
+
 @torch.no_grad()
 def fold_slot(path: str, layer: SlotLayer, slot: int) -> tuple[Tensor, Retention]:
-    """weight + scaling · B A (rescaled by row for a DoRA), in the weight's own dtype and layout.
+    """Return weight + scaling · B A (rescaled by row for a DoRA), in the weight's own dtype and layout.
 
     Raises:
         MergeError: the result is not finite.
@@ -40,8 +91,8 @@ def fold_slot(path: str, layer: SlotLayer, slot: int) -> tuple[Tensor, Retention
     entry = layer.entries[slot]
     assert entry is not None
     weight = weight_of(layer)
-    if isinstance(layer, UnstackedLayer):
-        return round_to_dtype(path, weight.float(), layer.changed(entry, weight.float()), weight.dtype)
+    if isinstance(layer, UpdatedWeightLayer):
+        return round_to_dtype(path, weight.float(), layer.compute_updated_weight(entry, weight.float()), weight.dtype)
     exact = weight.T.float() if is_stored_transposed(layer.base_layer) else weight.float()
     a, b = lora_weights_of(entry)
     target = exact + (b.float() @ a.float()).mul_(entry.scaling)
@@ -53,26 +104,26 @@ def fold_slot(path: str, layer: SlotLayer, slot: int) -> tuple[Tensor, Retention
 
 
 def round_to_dtype(path: str, exact: Tensor, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Retention]:
-    """What a weight is to be, rounded to its dtype, and what of the change survives that.
+    """Return `target` rounded to the dtype, and what survives of `target - exact`.
 
     Args:
-        exact: the weight as it is. target: as it is to be. In fp32.
+        exact: the weight before the merge, fp32.
+        target: weight + delta, fp32.
+
+    Raises:
+        MergeError: the result is not finite.
     """
     merged = target.to(dtype)
-    if not torch.isfinite(merged).all():
-        raise MergeError(f"{path}: the merged weight is not finite in {dtype}")
-    delta = target - exact
-    norm = delta.norm()
-    lost = (merged.float() - exact - delta).norm()
-    retained = max(0.0, float(1 - lost / norm)) if norm else 1.0
-    return merged, Retention(path, float(norm / exact.norm()), retained)
+    tally = RetentionTally(path, dtype, weight=sum_squares(exact), delta=sum_squares(target - exact))
+    tally.add_lost(target - merged)
+    return merged, tally.compute_retention()
 
 
 def check_foldable(model: nn.Module, layers: Iterable[tuple[str, SlotLayer]]) -> None:
-    """Refuse weights that a fold would lose a delta in, or whose change another module would see.
+    """Refuse to fold into weights that would lose the delta, or that another module shares.
 
     Raises:
-        MergeError: a weight is quantised, or shared with another module.
+        MergeError: a weight is quantized, or shared with another module.
     """
     owners: dict[int, int] = {}
     for module in model.modules():
@@ -82,7 +133,7 @@ def check_foldable(model: nn.Module, layers: Iterable[tuple[str, SlotLayer]]) ->
     for path, layer in layers:
         if is_quantized(layer.base_layer):
             raise MergeError(
-                f"{path} is quantised; a delta would be lost in it",
+                f"{path} is quantized; a delta would be lost in it",
                 hint="merge into the 16-bit original, or keep the adapter beside this base",
             )
         for parameter in layer.base_layer.parameters():
@@ -94,7 +145,8 @@ def check_foldable(model: nn.Module, layers: Iterable[tuple[str, SlotLayer]]) ->
 
 
 def weight_of(layer: SlotLayer) -> nn.Parameter:
-    if isinstance(layer, UnstackedLayer):
+    """Return the base weight that a layer's update belongs to."""
+    if isinstance(layer, UpdatedWeightLayer):
         return layer.base_weight
     weight = layer.base_layer.weight
     assert isinstance(weight, nn.Parameter)

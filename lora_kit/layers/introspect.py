@@ -1,4 +1,4 @@
-"""What a base layer is, and how a pair for it begins."""
+"""What kind of layer a module is: its size, whether it is quantized, whether it is a black box."""
 
 from __future__ import annotations
 
@@ -9,18 +9,22 @@ from torch import Tensor, nn
 
 from lora_kit.layers.slot_layer import SlotLayer
 
+PLAIN_TENSOR_TYPES: Final = (Tensor, nn.Parameter)
+"""Types of tensors that compute as torch does. Their subclasses compute in ways of their own."""
+_PLAIN_PARAMETER_TYPES: Final = (nn.Parameter, type(None), Tensor)
+"""The same with None, which stands for a bias that a layer does not have; the most frequent first."""
 _PACKING_FLAG: Final = "support_avx512bf16_for_cpu"
 
 
 def unwrap_module(module: nn.Module) -> nn.Module:
-    """The model's own module inside a wrapper, or inside several."""
+    """Return the model's own module inside a wrapper, or inside several."""
     while isinstance(module, SlotLayer):
         module = module.base_layer
     return module
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """`linear`, `embedding`, `convolution`, or None for a module that cannot carry a low-rank pair."""
+    """Return `linear`, `embedding`, `convolution`, or None for a module that cannot have LoRA weights."""
     module = unwrap_module(module)
     if isinstance(module, nn.Embedding):
         return "embedding"
@@ -29,20 +33,37 @@ def kind_of(module: nn.Module) -> str | None:
     return "convolution" if isinstance(module, (nn.Conv1d, nn.Conv2d)) else None
 
 
-def is_unquantized(tensor: Tensor) -> bool:
-    """Whether a tensor is what it shows: floats of 16 bits or more.
+def reason_black_box(module: nn.Module) -> str | None:
+    """Return why a module may compute something else than its class says; None for a module that computes as it says.
 
-    A quantised weight is not: it holds codes, in an integer dtype, in 8 bits with a scale elsewhere, or in a subclass
+    Quantized, parametrized and hooked layers, and those whose forward was replaced, are black boxes.
+    """
+    # Look-ups in one dictionary, since this runs in every forward of a linear layer.
+    own = module.__dict__
+    if own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_pre_hooks"] or own["_backward_hooks"]:
+        return "has hooks"
+    if "forward" in own:
+        return "has a forward of its own"
+    for parameter in own["_parameters"].values():
+        if type(parameter) not in _PLAIN_PARAMETER_TYPES:
+            return f"has a {type(parameter).__name__} for a parameter"
+    return None
+
+
+def is_unquantized(tensor: Tensor) -> bool:
+    """Return whether a tensor holds its values themselves: floats of 16 bits or more.
+
+    A quantized weight does not: it holds codes, in an integer dtype, in 8 bits with a scale elsewhere, or in a subclass
     of Tensor that shows the dtype it is computed in.
     """
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point() and tensor.dtype.itemsize > 1
+    return type(tensor) in PLAIN_TENSOR_TYPES and tensor.is_floating_point() and tensor.dtype.itemsize > 1
 
 
 def is_quantized_linear(module: nn.Module) -> bool:
-    """Whether a module is a quantised linear layer of another make than nn.Linear, as those for GPTQ, AWQ and HQQ are.
+    """Return whether a module is a quantized linear layer that is no nn.Linear, as those for GPTQ, AWQ and HQQ are.
 
-    It says how wide it is, holds something other than floats, and its forward maps (..., in) to (..., out): all that a
-    pair beside it needs.
+    It has `in_features` and `out_features`, holds something other than floats, and its forward maps (..., in) to
+    (..., out): LoRA weights beside it need no more.
     """
     if not all(isinstance(module.__dict__.get(name), int) for name in ("in_features", "out_features")):
         return False
@@ -51,20 +72,23 @@ def is_quantized_linear(module: nn.Module) -> bool:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a module, or something in it, holds codes instead of weights."""
+    """Return whether a module, or something in it, holds quantized weights."""
     if any(is_quantized_linear(part) for part in module.modules()):
         return True
     return not all(is_unquantized(parameter) for parameter in module.parameters())
 
 
 def is_stored_transposed(module: nn.Module) -> bool:
-    """Whether a layer keeps its weight as (in, out): transformers' Conv1D, and the table of an embedding."""
+    """Return whether a layer keeps its weight as (in, out): transformers' Conv1D, and an embedding."""
     module = unwrap_module(module)
     return type(module).__name__ == "Conv1D" or isinstance(module, nn.Embedding)
 
 
 def features_of(module: nn.Module) -> tuple[int, int]:
-    """(in, out) of a layer that carries pairs; for an embedding (entries, dim), for a convolution its channels."""
+    """Return (in, out) of a layer that can have LoRA weights.
+
+    For an embedding these are its entries and its dimension, for a convolution its channels.
+    """
     module = unwrap_module(module)
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
@@ -76,10 +100,10 @@ def features_of(module: nn.Module) -> tuple[int, int]:
 
 
 def pause_packing(model: nn.Module) -> list[nn.Module]:
-    """Keep bitsandbytes from packing 4-bit weights; returns the layers that it would have packed.
+    """Keep bitsandbytes from packing 4-bit weights; return the layers that it would have packed.
 
-    At the first inference on some CPUs it packs them in place, into a form that passes no gradient on: the base would
-    change under its adapters, and training after an evaluation would go wrong unseen.
+    At the first inference on some CPUs it packs them in place, into a form that passes no gradient on. The base would
+    change under its adapters, and training after an evaluation would go wrong without a message.
     """
     layers = [module for module in model.modules() if getattr(module, _PACKING_FLAG, False) and not is_packed(module)]
     for layer in layers:
@@ -94,6 +118,6 @@ def resume_packing(layers: Iterable[nn.Module]) -> None:
 
 
 def is_packed(module: nn.Module) -> bool:
-    """Whether bitsandbytes has packed a 4-bit weight for inference on this CPU."""
+    """Return whether bitsandbytes has packed a 4-bit weight for inference on this CPU."""
     state = getattr(module._parameters.get("weight"), "quant_state", None)
     return bool(getattr(state, "packing_format_for_cpu", False))

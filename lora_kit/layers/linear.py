@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from lora_kit.layers.initialization import (
     replace_initialized_slots,
     trained_weights_of,
 )
-from lora_kit.layers.introspect import features_of, is_stored_transposed
+from lora_kit.layers.introspect import features_of, is_stored_transposed, reason_black_box
 from lora_kit.layers.routing import BASE_SLOT, Routing
 from lora_kit.layers.row_gather import GatherBuffer, RowGroup, RowSlot, gather_row_groups, select_row_groups
 from lora_kit.layers.slot_layer import SlotEntry, SlotLayer
@@ -28,16 +28,14 @@ from lora_kit.ops.dora import dora_scale, scale_columns
 from lora_kit.ops.lora import can_overwrite, lora_add, lora_add_rows, lora_linear
 
 _CACHED_ROWS_PER_SLOT: Final = 4
-"""Rows with an adapter, for each slot, whose pairs are kept from one forward to the next."""
-_PLAIN_TYPES: Final = (Tensor, nn.Parameter)
-"""Not their subclasses: those compute in ways of their own."""
+"""Rows with an adapter, for each slot, whose LoRA weights are cached from one forward to the next."""
 
 
 class _LoraLayer(SlotLayer):
-    """A layer whose adapters are pairs: `lora_A` (slots, r, in) and `lora_B` (slots, out, r).
+    """A layer whose adapters are LoRA weights: `lora_A` (slots, r, in) and `lora_B` (slots, out, r).
 
-    In memory both have the rank before the features: a pair of lower rank is one piece of each slab, and the products
-    of a batch read B in the order in which it lies there.
+    In memory both have the rank before the features: weights of a lower rank are one contiguous piece of each, and the
+    products of a batch read B in its memory order.
     """
 
     def make_identity_stack(self, slots: int, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -50,14 +48,15 @@ class _LoraLayer(SlotLayer):
     def _reset_slots(self, slots: Sequence[int]) -> None:
         with torch.no_grad():
             for slot in slots:
-                for slab in (*self.stacked_weights.values(), self.scaling):
-                    slab[slot].zero_()
+                for stacked in (*self.stacked_weights.values(), self.scaling):
+                    stacked[slot].zero_()
 
     def _is_routed_by_index(self, x: Tensor) -> bool:
-        """Whether slots are read from a tensor.
+        """Return whether slots are read from a tensor.
 
-        Compiled and captured inference always does, so that a swap changes no guard and no graph. On CUDA what is not
-        captured does too, where there are kernels for it: a capture may run only what was loaded before.
+        Compiled and captured inference always reads them there, so that a swap changes no guard and no graph. On CUDA a
+        forward that is not captured does so too, where there are kernels for it: a capture may run only kernels that
+        were loaded before.
         """
         if self.routing.mixed:
             return True
@@ -71,128 +70,126 @@ class _LoraLayer(SlotLayer):
             and dispatch.get_kernels(x) is not torch_kernels
         )
 
-    def _uniform(self) -> SlotEntry | None:
-        """What the one slot of the whole batch holds here."""
+    def _entry_in_use(self) -> SlotEntry | None:
+        """Return what the one slot of the whole batch holds here."""
         slot = self.routing.slot
         return self.entries[slot] if slot else None
 
     def weight_matrix(self) -> Tensor:
-        """The base weight as (out, in), whatever way round the layer keeps it."""
+        """Return the base weight as (out, in), in whichever order the layer keeps it."""
         weight = self.base_layer.weight
         assert isinstance(weight, Tensor)
         return weight.mT if is_stored_transposed(self.base_layer) else weight
 
 
 class LoraLinear(_LoraLayer):
-    """base(x) + scaling · B A x around any layer that maps (..., in) to (..., out), quantised ones included."""
+    """base(x) + scaling · B A x around any layer that maps (..., in) to (..., out), quantized ones included.
+
+    Attributes:
+        dora_scales: (slots, out) fp32, while an adapter here is a DoRA; else None.
+    """
 
     def __init__(self, base_layer: nn.Module, routing: Routing) -> None:
         super().__init__(base_layer, routing)
-        self.dora_scales: Tensor | None = None  # (slots, out) fp32, while an adapter here is a DoRA
+        self.dora_scales: Tensor | None = None
         self._gather_buffer = GatherBuffer()
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         if self._is_routed_by_index(x):
-            return self._by_row(self.base_layer(x, *args, **kwargs), x)
-        entry = self._uniform()
+            return self._forward_rows(self.base_layer(x, *args, **kwargs), x)
+        entry = self._entry_in_use()
         if entry is None:
             y: Tensor = self.base_layer(x, *args, **kwargs)
             return y
         dropout = entry.dropout if self.training else 0.0
         if dropout and has_initialization(entry):
-            # Dropped is the input of the pair that is trained, not of what its start takes out of the base.
+            # Dropout is for the input of the trained weights, not of what their initialization takes from the base.
             y = self._add_update(x, args, kwargs, *negated_initialization_of(entry), entry.scaling, 0.0)
             return lora_add(y, x, *trained_weights_of(entry), entry.scaling, dropout=dropout)
         y = self._add_update(x, args, kwargs, *lora_weights_of(entry), entry.scaling, dropout)
         return scale_columns(y, self._get_dora_scale(entry), self._bias) if MAGNITUDE in entry.tensors else y
 
     def _add_update(
-        self, x: Tensor, args: Any, kwargs: dict[str, Any], a: Tensor, b: Tensor, scaling: float, dropout: float
+        self,
+        x: Tensor,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        dropout: float,
     ) -> Tensor:
-        """base(x) + scaling · B A x."""
+        """Return base(x) + scaling · B A x."""
         plain = None if args or kwargs else self._get_plain_weights()
         if plain is None:
             return lora_add(self.base_layer(x, *args, **kwargs), x, a, b, scaling, dropout=dropout)
         return lora_linear(x, *plain, a, b, scaling, dropout=dropout)
 
-    def _by_row(self, y: Tensor, x: Tensor) -> Tensor:
-        """y = base(x) with each row's update."""
+    def _forward_rows(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return y = base(x) with each row's update."""
         if not self._can_gather(y, x):
-            index = self.routing.index(x)
+            index = self.routing.get_index(x)
             y = self._add_stacked(y, x, index)
-            return y if self.dora_scales is None else self._scale_by_row(y, index)
-        self.routing.check(x)
+            return y if self.dora_scales is None else self._scale_rows(y, index)
+        self.routing.check_batch(x)
         rows = len(self.routing.rows)
         flat = x if x.dtype == y.dtype else x.to(y.dtype)
         flat, into = flat.reshape(rows, -1, x.shape[-1]), y.view(rows, -1, y.shape[-1])
-        for part in self._get_row_groups(y.dtype):
-            part.add_(into, flat)
-        return y if self.dora_scales is None else self._scale_by_row(y, self.routing.index(x))
+        for group in self._get_row_groups(y.dtype):
+            group.add_(into, flat)
+        return y if self.dora_scales is None else self._scale_rows(y, self.routing.get_index(x))
 
     def _add_stacked(self, y: Tensor, x: Tensor, index: Tensor) -> Tensor:
-        """y with what the slabs hold for each row."""
-        slabs, dropped = (self._slab(A), self._slab(B)), self._drop_by_row(x)
+        """Return y with what the stacked weights hold for each row."""
+        stacked, dropped = (self._stacked(A), self._stacked(B)), self._drop_rows(x)
         if self.trains and any(entry is not None and has_initialization(entry) for entry in self.entries):
             if dropped is not x:
-                nothing = torch.zeros_like(slabs[0]), torch.zeros_like(slabs[1])
-                y = lora_add_rows(
-                    y,
-                    x,
-                    *replace_initialized_slots(nothing, self.entries, negated_initialization_of),
-                    self.scaling,
-                    index,
-                )
-            slabs = replace_initialized_slots(
-                slabs, self.entries, lora_weights_of if dropped is x else trained_weights_of
-            )
-        return lora_add_rows(y, dropped, *slabs, self.scaling, index)
+                zeros = torch.zeros_like(stacked[0]), torch.zeros_like(stacked[1])
+                negated = replace_initialized_slots(zeros, self.entries, negated_initialization_of)
+                y = lora_add_rows(y, x, *negated, self.scaling, index)
+            weights_of = lora_weights_of if dropped is x else trained_weights_of
+            stacked = replace_initialized_slots(stacked, self.entries, weights_of)
+        return lora_add_rows(y, dropped, *stacked, self.scaling, index)
 
     def _can_gather(self, y: Tensor, x: Tensor) -> bool:
-        """Whether the rows' pairs may be taken out of the slabs once for many forwards: nothing about them changes."""
+        """Return whether the rows' LoRA weights may be gathered once for many forwards: nothing changes them."""
         if self.trains or not self.routing.mixed or self.is_recorded() or dispatch.get_kernels(y) is not torch_kernels:
             return False
         return not (torch.is_grad_enabled() and (y.requires_grad or x.requires_grad)) and can_overwrite(y)
 
     def _get_row_groups(self, dtype: torch.dtype) -> list[RowGroup]:
-        prepared = self.routing.row_cache
-        kept = prepared.get(self)
-        if kept is None or kept[0] != dtype:
-            pairs = tuple(self._get_row_slot(slot) for slot in self.routing.rows)
-            key = self.device, pairs
-            if key not in prepared:
-                prepared[key] = select_row_groups(pairs, self.device)
-            # Copies are kept while they take a few times what the slabs do; others are made for each forward.
-            keeps = len(pairs) - pairs.count(None) <= _CACHED_ROWS_PER_SLOT * len(self.entries)
-            room = self._gather_buffer if keeps else self.routing.room
-            kept = (
-                dtype,
-                gather_row_groups(self.stacked_weights[A], self.stacked_weights[B], prepared[key], dtype, room),
-            )
-            if keeps:
-                prepared[self] = kept
-        found: list[RowGroup] = kept[1]
-        return found
+        cached = self.routing.row_cache.groups.get(self)
+        return cached[1] if cached is not None and cached[0] == dtype else self._gather_row_groups(dtype)
+
+    def _gather_row_groups(self, dtype: torch.dtype) -> list[RowGroup]:
+        cache, row_slots = self.routing.row_cache, tuple(self._get_row_slot(slot) for slot in self.routing.rows)
+        key = self.device, row_slots
+        if key not in cache.selections:
+            cache.selections[key] = select_row_groups(row_slots, self.device)
+        # Copies are cached while they take a few times the memory of the stacked weights, else made in each forward.
+        can_cache = len(row_slots) - row_slots.count(None) <= _CACHED_ROWS_PER_SLOT * len(self.entries)
+        buffer = self._gather_buffer if can_cache else self.routing.buffer
+        a, b = self.stacked_weights[A], self.stacked_weights[B]
+        groups = gather_row_groups(a, b, cache.selections[key], dtype, buffer)
+        if can_cache:
+            cache.groups[self] = dtype, groups
+        return groups
 
     def _get_row_slot(self, slot: int) -> RowSlot | None:
         entry = self.entries[slot]
         return None if entry is None else RowSlot(slot, entry.tensors[A].shape[0], entry.scaling)
 
     def _get_plain_weights(self) -> tuple[Tensor, Tensor | None] | None:
-        """Weight (out, in) and bias of a base that computes x Wᵀ + bias and nothing else; of others None.
-
-        Quantised, parametrised and hooked layers, and those whose forward was replaced, are black boxes.
-        """
+        """Return weight (out, in) and bias of a base that computes x Wᵀ + bias with a frozen W; None for others."""
         base = self.base_layer
         transposed = type(base) is not nn.Linear
         if transposed and type(base).__name__ != "Conv1D":
             return None
-        if base._forward_pre_hooks or base._forward_hooks or base._backward_hooks or base._backward_pre_hooks:
+        parameters = base._parameters
+        weight = parameters.get("weight")
+        if weight is None or weight.requires_grad or reason_black_box(base) is not None:
             return None
-        weight: Any = base._parameters.get("weight")
-        bias: Any = base._parameters.get("bias")
-        if "forward" in base.__dict__ or type(weight) not in _PLAIN_TYPES or weight.requires_grad:
-            return None
-        return weight.mT if transposed else weight, bias
+        return weight.mT if transposed else weight, parameters.get("bias")
 
     @property
     def _bias(self) -> Tensor | None:
@@ -226,15 +223,15 @@ class LoraLinear(_LoraLayer):
         return self
 
     def _get_dora_scale(self, entry: SlotEntry) -> Tensor:
-        """`column_scale` of the entry in use, computed once unless the adapter is trained."""
+        """Return the scale of the entry in use, computed once unless the adapter is trained."""
         if entry.trainable or self.dora_scales is None:
             return self.compute_dora_scale(entry)
         return self.dora_scales[self.routing.slot]
 
     def compute_dora_scale(self, entry: SlotEntry) -> Tensor:
-        """c = m / |W + s B A| of a DoRA, (out,)."""
-        held = entry.tensors
-        return dora_scale(self.weight_matrix(), held[A], held[B], entry.scaling, held[MAGNITUDE])
+        """Return c = m / |W + s B A| of a DoRA, (out,) fp32."""
+        tensors = entry.tensors
+        return dora_scale(self.weight_matrix(), tensors[A], tensors[B], entry.scaling, tensors[MAGNITUDE])
 
     def _refresh_dora_scales(self) -> None:
         has_dora = any(entry is not None and MAGNITUDE in entry.tensors for entry in self.entries)
@@ -242,18 +239,18 @@ class LoraLinear(_LoraLayer):
             self.dora_scales = self._compute_dora_scales() if has_dora else None
 
     def _compute_dora_scales(self) -> Tensor:
-        """(slots, out): the scale of every slot's DoRA, ones for what is none."""
+        """Return the scale of every slot, (slots, out) fp32: ones where a slot holds no DoRA."""
         ones = torch.ones(features_of(self.base_layer)[1], device=self.device)
         return torch.stack([self.compute_dora_scale(e) if e and MAGNITUDE in e.tensors else ones for e in self.entries])
 
-    def _scale_by_row(self, y: Tensor, index: Tensor) -> Tensor:
+    def _scale_rows(self, y: Tensor, index: Tensor) -> Tensor:
         columns = self._compute_dora_scales() if self.trains else self.dora_scales
         assert columns is not None
         rows = columns[index].repeat_interleave(y.shape[0] // len(index), 0)
         return scale_columns(y, rows.view(y.shape[0], *[1] * (y.ndim - 2), -1), self._bias)
 
-    def _drop_by_row(self, x: Tensor) -> Tensor:
-        """x (n, ..., in) with each row's own dropout."""
+    def _drop_rows(self, x: Tensor) -> Tensor:
+        """Return x (n, ..., in) with each row's own dropout."""
         if not (self.trains and self.training and self.routing.rows):
             return x
         entries = (self.entries[slot] for slot in self.routing.rows)
@@ -263,11 +260,11 @@ class LoraLinear(_LoraLayer):
 
 
 class LoraExpert(LoraLinear):
-    """A linear layer of one expert of a mixture, which is given the tokens that were sent to it, of whatever rows."""
+    """A linear layer of one expert of a mixture, which is given the tokens routed to that expert, of whatever rows."""
 
-    def _by_row(self, y: Tensor, x: Tensor) -> Tensor:
+    def _forward_rows(self, y: Tensor, x: Tensor) -> Tensor:
         if not self.routing.mixed:
-            return super()._by_row(y, x)
+            return super()._forward_rows(y, x)
         if any(self.entries[slot] for slot in self.routing.rows):
             raise RoutingError(
                 "an expert does not see which row a token belongs to, so rows of adapters that cover it cannot differ",

@@ -1,8 +1,8 @@
-"""The pairs of a batch's rows, taken out of a layer's slabs once and used by every forward until the routing changes.
+"""The LoRA weights of a batch's rows, gathered from a layer's stacked weights once for every forward of one routing.
 
-Without gradients and without kernels that read slabs by slot, a forward would gather each row's A and B again for
-every token that is generated, which costs more than the products do. Rows that use the base are left out, and rows of
-much lower rank than the others are a part of their own, so nobody pays for what others use.
+Without gradients, and without kernels that read stacked weights by slot, a forward would gather each row's A and B
+again for every token that is generated, which costs more than the products do. Rows that use the base are left out, and
+rows of much lower rank than the others form a group of their own, so that they do not pay for the highest rank.
 """
 
 from __future__ import annotations
@@ -10,14 +10,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lora_kit.layers.experts import ExpertFactors
 
 
 class RowSlot(NamedTuple):
-    """What one row of a batch uses."""
+    """What one row of a batch uses.
+
+    Attributes:
+        slot: index into the stacked weights.
+        rank: of the LoRA weights there.
+        scaling: of their product.
+    """
 
     slot: int
     rank: int
@@ -26,11 +35,12 @@ class RowSlot(NamedTuple):
 
 @dataclass
 class RowGroup:
-    """Some rows of a batch with their pairs.
+    """Some rows of a batch with their LoRA weights.
 
     Attributes:
         rows: which: a range, or their indices (R',) int64; None for all of them.
-        a: (R', in, r). b: (R', r, out). In the dtype of the activations.
+        a: (R', in, r), in the dtype of the activations.
+        b: (R', r, out), in the same dtype.
         scaling: one number, or (R', 1, 1) where the rows' differ.
     """
 
@@ -40,7 +50,7 @@ class RowGroup:
     scaling: float | Tensor
 
     def add_(self, y: Tensor, x: Tensor) -> None:
-        """y += scaling · x A B for these rows.
+        """Add y += scaling · x A B for these rows.
 
         Args:
             y: (R, T, out), overwritten. x: (R, T, in) in the dtype of y.
@@ -60,12 +70,13 @@ class RowGroup:
 
 @dataclass(frozen=True)
 class RowSelection:
-    """Rows that are done together, and what of the slabs they use.
+    """Rows that are computed together, and which stacked weights they use.
 
     Attributes:
-        rows, scaling: as in `Part`.
+        rows: as in `RowGroup`.
         slots: one per row: a range, or their indices (R',) int64.
         rank: the highest of theirs.
+        scaling: as in `RowGroup`.
     """
 
     rows: slice | Tensor | None
@@ -74,81 +85,104 @@ class RowSelection:
     scaling: float | Tensor
 
 
+class RowCache:
+    """What layers prepared for the rows of a batch, to use it in every forward until other rows come.
+
+    Attributes:
+        selections: by device and what each row uses; shared by all layers in which that is the same.
+        groups: of a linear layer: the dtype of the activations, and the groups.
+        token_changes: of a token table: row - base's row (R, k, d), and the token of each (R, k).
+        expert_factors: of a parameter: slots and dtype, and the factors.
+    """
+
+    def __init__(self) -> None:
+        self.selections: dict[tuple[torch.device, tuple[RowSlot | None, ...]], list[RowSelection]] = {}
+        self.groups: dict[nn.Module, tuple[torch.dtype, list[RowGroup]]] = {}
+        self.token_changes: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self.expert_factors: dict[nn.Module, tuple[tuple[tuple[int, ...], torch.dtype], ExpertFactors]] = {}
+
+    def discard(self, layer: nn.Module) -> None:
+        """Drop what a layer prepared, because its weights change."""
+        self.groups.pop(layer, None)
+        self.token_changes.pop(layer, None)
+        self.expert_factors.pop(layer, None)
+
+
 class GatherBuffer:
-    """Memory that taken pairs lie in, used again from one routing to the next.
+    """Memory for gathered LoRA weights, used again from one routing to the next.
 
     With fresh memory each time, half of a first forward's extra cost was the kernel's: pages to map, also for
     activations, since what is kept between them leaves the heap in pieces.
     """
 
     def __init__(self) -> None:
-        self._held: dict[str, Tensor] = {}
+        self._memory: dict[str, Tensor] = {}
 
-    def take(self, name: str, slab: Tensor, choice: RowSelection, dtype: torch.dtype) -> Tensor:
-        """(R', rank, features) of a slab (S, r, features): where it lies if the slots follow one another, else a copy.
+    def gather(self, name: str, stacked: Tensor, selection: RowSelection, dtype: torch.dtype) -> Tensor:
+        """Return (R', rank, features) of stacked weights (S, r, features): a view of a range of slots, else a copy.
 
-        A copy lies here under the name, until the name is used again.
+        A copy stays in this buffer under the name, until the name is used again.
         """
-        if choice.rank < slab.shape[1]:
-            slab = slab[:, : choice.rank]
-        if isinstance(choice.slots, slice):
-            taken = slab[choice.slots]
-            return taken if taken.dtype == dtype else self._place(name, taken.shape, dtype, slab.device).copy_(taken)
-        shape = (len(choice.slots), *slab.shape[1:])
-        place = self._place(name, shape, dtype, slab.device)
-        if dtype != slab.dtype:
-            return place.copy_(slab.index_select(0, choice.slots))
-        return torch.index_select(slab, 0, choice.slots, out=place)
+        if selection.rank < stacked.shape[1]:
+            stacked = stacked[:, : selection.rank]
+        if isinstance(selection.slots, slice):
+            view = stacked[selection.slots]
+            return view if view.dtype == dtype else self._allocate(name, view.shape, dtype, view.device).copy_(view)
+        shape = (len(selection.slots), *stacked.shape[1:])
+        memory = self._allocate(name, shape, dtype, stacked.device)
+        if dtype != stacked.dtype:
+            return memory.copy_(stacked.index_select(0, selection.slots))
+        return torch.index_select(stacked, 0, selection.slots, out=memory)
 
-    def _place(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        held, size = self._held.get(name), math.prod(shape)
-        if held is None or held.numel() < size or (held.dtype, held.device) != (dtype, device):
+    def _allocate(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        memory, size = self._memory.get(name), math.prod(shape)
+        if memory is None or memory.numel() < size or (memory.dtype, memory.device) != (dtype, device):
             # Memory made in inference mode could not be written to outside of it.
             with torch.inference_mode(False):
-                held = self._held[name] = torch.empty(size, dtype=dtype, device=device)
-        return held[:size].view(shape)
+                memory = self._memory[name] = torch.empty(size, dtype=dtype, device=device)
+        return memory[:size].view(shape)
 
 
-def select_row_groups(pairs: Sequence[RowSlot | None], device: torch.device) -> list[RowSelection]:
-    """How a batch is taken apart, at most in two; the same for all layers in which its rows use the same pairs.
+def select_row_groups(row_slots: Sequence[RowSlot | None], device: torch.device) -> list[RowSelection]:
+    """Split a batch into at most two groups; the result is the same for all layers in which its rows use the same.
 
     Args:
-        pairs: of each row; None for the base.
+        row_slots: what each row uses; None for the base.
     """
-    held = {row: pair for row, pair in enumerate(pairs) if pair is not None}
-    return [_select_rows(rows, len(pairs), device) for rows in _split_by_rank(held)]
+    adapted = {row: row_slot for row, row_slot in enumerate(row_slots) if row_slot is not None}
+    return [_select_rows(rows, len(row_slots), device) for rows in _split_by_rank(adapted)]
 
 
 def gather_row_groups(
-    a: Tensor, b: Tensor, chosen: Sequence[RowSelection], dtype: torch.dtype, room: GatherBuffer
+    a: Tensor, b: Tensor, selections: Sequence[RowSelection], dtype: torch.dtype, buffer: GatherBuffer
 ) -> list[RowGroup]:
-    """The parts of a batch.
+    """Gather the LoRA weights of each group of a batch.
 
     Args:
-        a: (S, r, in). b: (S, out, r). Slabs, in memory the rank before the features.
+        a: (S, r, in). b: (S, out, r). Stacked weights, in memory the rank before the features.
         dtype: of the activations.
     """
     return [
         RowGroup(
-            rows=choice.rows,
-            a=room.take(f"a{number}", a, choice, dtype).mT,
-            b=room.take(f"b{number}", b.mT, choice, dtype),
-            scaling=choice.scaling,
+            rows=selection.rows,
+            a=buffer.gather(f"a{number}", a, selection, dtype).mT,
+            b=buffer.gather(f"b{number}", b.mT, selection, dtype),
+            scaling=selection.scaling,
         )
-        for number, choice in enumerate(chosen)
+        for number, selection in enumerate(selections)
     ]
 
 
 def _split_by_rank(rows: dict[int, RowSlot]) -> list[dict[int, RowSlot]]:
-    """Rows in one part, or in two where paying the highest rank for all of them were half as much work again."""
-    ranks = [pair.rank for pair in rows.values()]
+    """Return the rows in one group, or in two where the highest rank for all of them is half as much work again."""
+    ranks = [row_slot.rank for row_slot in rows.values()]
     if not rows or 2 * max(ranks) * len(ranks) <= 3 * sum(ranks):
         return [rows] if rows else []
     high = max(ranks)
-    # The split that costs least: each part pays its own highest rank.
+    # The cheapest split: each group pays its own highest rank.
     bound = min(set(ranks) - {high}, key=lambda low: sum(low if rank <= low else high for rank in ranks))
-    low = {row: pair for row, pair in rows.items() if pair.rank <= bound}
-    return [low, {row: pair for row, pair in rows.items() if row not in low}]
+    low = {row: row_slot for row, row_slot in rows.items() if row_slot.rank <= bound}
+    return [low, {row: row_slot for row, row_slot in rows.items() if row not in low}]
 
 
 def _select_rows(rows: dict[int, RowSlot], count: int, device: torch.device) -> RowSelection:
@@ -162,7 +196,7 @@ def _select_rows(rows: dict[int, RowSlot], count: int, device: torch.device) -> 
 
 
 def _as_index(numbers: Sequence[int], device: torch.device) -> slice | Tensor:
-    """Numbers as an index: a range where they follow one another."""
+    """Return numbers as an index: a range where they are consecutive."""
     if list(numbers) == list(range(numbers[0], numbers[0] + len(numbers))):
         return slice(numbers[0], numbers[-1] + 1)
     with torch.inference_mode(False):

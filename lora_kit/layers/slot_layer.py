@@ -1,4 +1,8 @@
-"""SlotLayer: a frozen base layer with slabs beside it, and how adapters come into their slots and go."""
+"""SlotLayer: a frozen base layer with the weights of every adapter beside it, and how adapters enter and leave slots.
+
+The **stacked weights** of a layer are one tensor for each name that adapters bring (`lora_A`, `lora_B`, ...). The first
+axis is the slot: `lora_A` is (slots, r, in). An adapter of a lower rank fills a part of its slot; the rest is zero.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +13,24 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from lora_kit.layers.routing import Routing
 
 CONSTANT_PREFIX: Final = "start of "
-"""How the names of tensors begin that are never trained."""
+"""Prefix of the names of tensors that are never trained."""
 
 
 @dataclass
 class SlotEntry:
-    """What one slot of a layer holds: its part of each slab, without padding.
+    """What one slot of a layer holds: its part of the stacked weights, without padding.
 
     Attributes:
-        tensors: by name; views of the slabs (a magnitude, which few adapters have, has no slab and stands alone). Those
-            of a trainable slot are leaf parameters.
-        scaling: multiplies the update of a low-rank pair.
+        tensors: by name; views of the stacked weights. (A magnitude, which few adapters have, is not stacked: it has
+            memory of its own.) Those of a trainable slot are leaf parameters.
+        scaling: multiplies the low-rank update.
         dropout: probability of dropping an element of the layer's input in training.
+        trainable: whether the tensors are trained.
     """
 
     tensors: dict[str, Tensor]
@@ -34,19 +40,30 @@ class SlotEntry:
 
 
 class SlotLayer(nn.Module):
-    """A frozen base layer and the slabs beside it. Subclasses say what the slabs are and use them in `forward`.
+    """A frozen base layer and its stacked weights. Subclasses define which there are, and use them in `forward`.
 
-    Everything asked of this module that it does not have is asked of the base layer (T5 reads `wo.weight.dtype`).
+    An attribute that this module does not have is read from the base layer (T5 reads `wo.weight.dtype`).
+
+    Attributes:
+        base_layer: the wrapped module.
+        routing: which slot each row uses; shared by all layers of a bank.
+        device: of the base layer, and of everything here.
+        dtype: of the stacked weights.
+        rank: that the stacked weights have capacity for.
+        stacked_weights: by name, each (slots, ...).
+        scaling: (slots,) fp32.
+        entries: what each slot holds; None for a free slot.
+        trains: whether any slot is trainable.
     """
 
     def __init__(self, base_layer: nn.Module, routing: Routing) -> None:
         super().__init__()
         self.base_layer = base_layer
-        # Found at once, where nn.Module would look for it in three dictionaries in every forward.
+        # In __dict__ it is found at once; nn.Module would search three dictionaries in every forward.
         self.__dict__["base_layer"] = base_layer
         self.routing = routing
-        held = chain(base_layer.parameters(), base_layer.buffers())
-        self.device = next((tensor.device for tensor in held), torch.device("cpu"))
+        tensors = chain(base_layer.parameters(), base_layer.buffers())
+        self.device = next((tensor.device for tensor in tensors), torch.device("cpu"))
         self.dtype = torch.float32
         self.rank = 0
         self.stacked_weights: dict[str, Tensor] = {}
@@ -66,57 +83,61 @@ class SlotLayer(nn.Module):
             return getattr(base_layer, name)
 
     def make_identity_stack(self, slots: int, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Slabs of this many slots in which every slot leaves the base's output as it is."""
+        """Make stacked weights with which every slot leaves the base's output unchanged.
+
+        Returns:
+            by name, each (slots, ...); of the dtype where it is floating-point.
+        """
         raise NotImplementedError
 
-    def _place(self, name: str, slot: int, tensor: Tensor) -> Tensor:
-        """Where a slot keeps a tensor: the part of the slab that has its shape, or memory of its own without a slab."""
+    def _get_memory(self, name: str, slot: int, tensor: Tensor) -> Tensor:
+        """Return the memory in which a slot keeps a tensor: its part of the stacked weights, or memory of its own."""
         if name not in self.stacked_weights:
             return tensor.detach().to(self.device, torch.float32, copy=True)
         return _narrow_to(self.stacked_weights[name][slot], tensor.shape)
 
     def reserve(self, slots: int, rank: int, dtype: torch.dtype) -> None:
-        """Make room for this many slots of this rank; what is there stays, and stays the same leaf parameters."""
+        """Allocate capacity for so many slots of this rank. Values stay, and leaf parameters stay the same objects."""
         has_slots = len(self.entries)
         if slots <= has_slots and rank <= self.rank:
             return
         slots, rank = max(slots, has_slots), max(rank, self.rank)
-        slabs = self.make_identity_stack(slots, rank, dtype)
-        self.routing.row_cache.pop(self, None)
+        stacked = self.make_identity_stack(slots, rank, dtype)
+        self.routing.row_cache.discard(self)
         self.dtype, self.rank = dtype, rank
         scaling = torch.zeros(slots, device=self.device)
         with torch.no_grad():
             scaling[:has_slots] = self.scaling
-            self.stacked_weights, self.scaling = slabs, scaling
+            self.stacked_weights, self.scaling = stacked, scaling
             self.entries += [None] * (slots - has_slots)
             self._rebind_entries(copy=True)
 
     def is_recorded(self) -> bool:
-        """Whether this forward is being compiled, or captured into a CUDA graph, to run again under another routing."""
+        """Return whether this forward is compiled, or captured into a CUDA graph, to run again with another routing."""
         if torch.compiler.is_compiling():
             return True
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def put(self, slot: int, tensors: Mapping[str, Tensor], scaling: float) -> None:
         """Copy an adapter's tensors into a slot."""
-        self.routing.row_cache.pop(self, None)
-        places = {name: self._place(name, slot, tensor) for name, tensor in tensors.items()}
-        # Entered first: should a copy fail, `clear` finds the slot and makes it neutral again.
-        self.entries[slot] = SlotEntry(places, scaling)
+        self.routing.row_cache.discard(self)
+        own = {name: self._get_memory(name, slot, tensor) for name, tensor in tensors.items()}
+        # Before the copy: if that fails, `clear` finds the entry and resets the slot.
+        self.entries[slot] = SlotEntry(own, scaling)
         with torch.no_grad():
             for name, tensor in tensors.items():
-                places[name].copy_(tensor)
+                own[name].copy_(tensor)
             self.scaling[slot] = scaling
 
     def make_trainable(self, slot: int, dropout: float) -> list[nn.Parameter]:
-        """Turn what a slot holds into leaf parameters that share the slab's memory; returns them."""
+        """Turn what a slot holds into leaf parameters that share the memory of the stacked weights; return them."""
         entry = self.entries[slot]
         assert entry is not None
         leaves = []
         for name, view in entry.tensors.items():
             if view.is_floating_point() and not name.startswith(CONSTANT_PREFIX):
                 leaf = nn.Parameter(view)
-                # Not `register_parameter`: that refuses names which a wrapper inside this one has as well.
+                # `register_parameter` rejects names that a wrapper inside this one has as well.
                 self._parameters[leaf_name(name, slot)] = leaf
                 entry.tensors[name] = leaf
                 leaves.append(leaf)
@@ -125,20 +146,20 @@ class SlotLayer(nn.Module):
         return leaves
 
     def clear(self, slot: int) -> None:
-        """Take an adapter out of a slot: neutral values again, its leaf parameters gone."""
+        """Remove an adapter from a slot: its leaf parameters are dropped and the slot changes no output."""
         entry = self.entries[slot]
         if entry is None:
             return
         for name in entry.tensors:
             self._parameters.pop(leaf_name(name, slot), None)
-        self.routing.row_cache.pop(self, None)
+        self.routing.row_cache.discard(self)
         self.entries[slot] = None
         if entry.trainable:
             self.trains = any(e is not None and e.trainable for e in self.entries)
         self._reset_slots([slot])
 
     def refresh_from_base(self) -> None:
-        """Bring up to date what was derived from the base's weights."""
+        """Recompute what was derived from the base's weights."""
         self._reset_slots([slot for slot, entry in enumerate(self.entries) if entry is None])
 
     def _reset_slots(self, slots: Sequence[int]) -> None:
@@ -150,18 +171,18 @@ class SlotLayer(nn.Module):
                 self.scaling[slot] = 0
 
     def _rebind_entries(self, *, copy: bool) -> None:
-        """Point every entry at the present slabs, first copying its values there if asked."""
+        """Point every entry at the present stacked weights; with `copy`, copy its values there first."""
         for slot, entry in enumerate(self.entries):
             if entry is None:
                 continue
             for name, tensor in entry.tensors.items():
-                place = self._place(name, slot, tensor)
+                memory = self._get_memory(name, slot, tensor)
                 if copy:
-                    place.copy_(tensor)
+                    memory.copy_(tensor)
                 if isinstance(tensor, nn.Parameter):
-                    tensor.data = place
+                    tensor.data = memory
                 else:
-                    entry.tensors[name] = place
+                    entry.tensors[name] = memory
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SlotLayer:
         """Follow the model to another device. Dtypes stay: fp32 masters survive `model.bfloat16()`."""
@@ -172,50 +193,61 @@ class SlotLayer(nn.Module):
             self._parameters = leaves
         device = fn(torch.empty(0, device=self.device)).device
         if device != self.device:
-            self.device = device
-            self.routing.row_cache.pop(self, None)
-            self.stacked_weights = {name: slab.to(device) for name, slab in self.stacked_weights.items()}
-            self.scaling = self.scaling.to(device)
-            self.routing.prepare(device)
-            gradients = {id(p): p.grad.to(device) for p in leaves.values() if p is not None and p.grad is not None}
-            self._rebind_entries(copy=False)
-            for leaf in leaves.values():
-                if leaf is not None:
-                    leaf.grad = gradients.get(id(leaf))
+            self._move_to(device)
         return self
 
-    def _slab(self, name: str) -> Tensor:
-        """A whole slab, differentiable with respect to the leaf parameters that live in it."""
-        slab = self.stacked_weights[name]
+    def _move_to(self, device: torch.device) -> None:
+        """Move the weights of every slot, and the gradients of the trainable ones."""
+        leaves = [leaf for leaf in self._parameters.values() if leaf is not None]
+        self.device = device
+        self.routing.row_cache.discard(self)
+        self.stacked_weights = {name: stacked.to(device) for name, stacked in self.stacked_weights.items()}
+        self.scaling = self.scaling.to(device)
+        self.routing.prepare(device)
+        gradients = [None if leaf.grad is None else leaf.grad.to(device) for leaf in leaves]
+        self._rebind_entries(copy=False)
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            leaf.grad = gradient
+
+    def _stacked(self, name: str) -> Tensor:
+        """Return the stacked weights of a name, differentiable with respect to the leaf parameters in them."""
+        stacked = self.stacked_weights[name]
         if not (self.trains and torch.is_grad_enabled()):
-            return slab
+            return stacked
         leaves = [
             (slot, e.tensors[name]) for slot, e in enumerate(self.entries) if e and e.trainable and name in e.tensors
         ]
-        return _StackedFromLeaves.apply(slab, [slot for slot, _ in leaves], *[leaf for _, leaf in leaves])
+        slots, tensors = [slot for slot, _ in leaves], [leaf for _, leaf in leaves]
+        differentiable: Tensor = _StackedFromLeaves.apply(stacked, slots, *tensors)
+        return differentiable
+
+
+class _StackingContext(FunctionCtx):
+    slots: list[int]
+    shapes: list[torch.Size]
 
 
 class _StackedFromLeaves(torch.autograd.Function):
-    """A slab as a function of the leaves that share its memory: the value is there, their gradients are cut out."""
+    """Stacked weights as a function of the leaves in their memory: no value is copied, gradients are cut out."""
 
     @staticmethod
-    def forward(ctx: Any, slab: Tensor, slots: list[int], *leaves: Tensor) -> Tensor:
+    def forward(ctx: _StackingContext, stacked: Tensor, slots: list[int], *leaves: Tensor) -> Tensor:
         ctx.slots, ctx.shapes = slots, [leaf.shape for leaf in leaves]
-        return slab.detach()
+        return stacked.detach()
 
     @staticmethod
-    def backward(ctx: Any, d_slab: Tensor) -> tuple[Tensor | None, ...]:
-        parts = [_narrow_to(d_slab[slot], shape) for slot, shape in zip(ctx.slots, ctx.shapes, strict=True)]
+    def backward(ctx: _StackingContext, d_stacked: Tensor) -> tuple[Tensor | None, ...]:
+        parts = [_narrow_to(d_stacked[slot], shape) for slot, shape in zip(ctx.slots, ctx.shapes, strict=True)]
         return None, None, *parts
 
 
 def _narrow_to(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """The view of a tensor's first entries along each axis."""
+    """Return a view of a tensor's first entries along each axis."""
     for axis, size in enumerate(shape):
         tensor = tensor.narrow(axis, 0, size)
     return tensor
 
 
 def leaf_name(name: str, slot: int) -> str:
-    """What a leaf parameter is called among those of its layer."""
+    """Return the name of a leaf parameter among the parameters of its layer."""
     return f"{name.replace('.', '_')}_{slot}"

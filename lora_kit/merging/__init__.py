@@ -1,1 +1,1 @@
-"""Folding an adapter into its base: refused early, verified from what was written, all or nothing."""
+"""Folding an adapter into its base: checked in advance, verified from what was written, all or nothing."""

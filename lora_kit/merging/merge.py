@@ -1,4 +1,4 @@
-"""`merge`: from a base's files and an adapter to a model folder, all or nothing."""
+"""`merge`: a base's files and adapters become a model folder, all or nothing."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typing import Any, Final
 import torch
 
 from lora_kit.adapter.adapter import Adapter
+from lora_kit.adapter.adapter_like import AdapterLike, short_label_of
 from lora_kit.adapter.folder import ALLOWANCES
 from lora_kit.errors import ConfigError, MergeError, format_list
 from lora_kit.io.atomic_write import check_output, stage_folder
-from lora_kit.merging import model_files, preflight
-from lora_kit.merging import quantized_base as quantisation
+from lora_kit.merging import model_files, preflight, quantized_base
 from lora_kit.merging.checkpoint.bnb_weights import QuantizedWeight
-from lora_kit.merging.checkpoint.meta_model import TaskHead, build_meta_model
+from lora_kit.merging.checkpoint.meta_model import MetaModel, TaskHead, build_meta_model
 from lora_kit.merging.checkpoint.shards import Shard, read_shards
 from lora_kit.merging.merge_report import LogitCheck, MergeReport
 from lora_kit.merging.plan_merge import plan_merge
@@ -37,15 +37,13 @@ from lora_kit.version import __version__
 RECORD_FORMAT: Final = 2
 """Version of `lora_kit_merge.json`."""
 MERGE_ALLOWANCES: Final = ("untie", "lost-delta")
-"""What a merge may do beyond what an adapter may be: write tied parameters apart, lose most of a delta in rounding."""
+"""Allowances of a merge besides those of loading: write tied parameters apart, lose most of a delta in rounding."""
 VERIFICATIONS: Final = ("weights", "logits")
-
-AdapterOrFolder = str | Path | Adapter
 
 
 def merge(
     base: str | Path,
-    adapter: AdapterOrFolder | Sequence[tuple[AdapterOrFolder, float]],
+    adapter: AdapterLike | Sequence[tuple[AdapterLike, float]],
     out: str | Path,
     *,
     dtype: str | torch.dtype | None = None,
@@ -58,34 +56,34 @@ def merge(
 ) -> MergeReport:
     """Fold an adapter into its base, `W' = round(W + scaling · B A)`, and write the result as a model folder.
 
-    One pass over the base's files: what no adapter changes is copied byte for byte, what one does is accumulated in
-    fp32 a block of rows at a time and rounded once. The folder appears in one step, after what was written was read
-    back and found to be base + adapter. Where anything fails, nothing is left.
+    The base's files are read once: tensors that no adapter changes are copied byte for byte, the others are accumulated
+    in fp32 by blocks of rows and rounded once. The result is read back and checked to be base + adapter before the
+    folder appears, in one step. If anything fails, nothing is left.
 
     Args:
         base: hub id, local folder or `kit-base`.
-        adapter: a folder or an Adapter; or several, each with the weight it is added with.
-        out: the folder to write, beside its inputs, never in them.
+        adapter: a folder or an Adapter; or several, each with the weight of its update.
+        out: the folder to write; it must not overlap an input.
         dtype: of the floating weights of the result; None: each keeps its own.
-        replace: an earlier merge in `out` may be replaced; anything else there never is.
-        allow: `other-base` merges into another base than the one the adapter was made for; `untie` writes parameters
-            apart that the base ties and the adapter does not change alike; `lost-delta` goes on where rounding eats
-            most of a delta. And what `AdapterBank.load` allows.
-        verify: `weights`: digests as read back from the disk, and numbers beside a second computation. `logits`: both
-            models are loaded and compared as well.
-        quantized: for a base that bitsandbytes quantised. `original`: into the model it was quantised from.
-            `dequantized`: into what its weights stand for, written in the dtype they were quantised from.
-            `requantized`: that, quantised again in the same way; most of a small delta does not survive it.
-        original: the model that the base was quantised from: a folder or a hub id. That it is, is checked.
-        progress: is given the bytes written so far and in all, again and again.
+        replace: whether an earlier merge in `out` may be replaced; anything else there never is.
+        allow: `other-base` merges into another base than the adapter's own; `untie` writes tied parameters apart where
+            the adapter does not change both alike; `lost-delta` continues where rounding loses most of a delta. Also
+            what `AdapterBank.load` allows.
+        verify: `weights` checks the digests of the files read back from the disk, and values against a second
+            computation; `logits` also loads both models and compares their logits.
+        quantized: for a base that bitsandbytes quantized. `original` merges into the model it was quantized from;
+            `dequantized` into its dequantized weights, written in the dtype they had before; `requantized` quantizes
+            that result in the same way, which most of a small delta does not survive.
+        original: folder or hub id of the model that the base was quantized from, which is checked.
+        progress: is called with the bytes written so far and the bytes in all.
 
     Raises:
-        MergeError: a quantised base with nothing chosen for it, tied weights, an adapter that is in this base already,
-            an output inside an input, a delta that rounding would eat, a weight that is not finite.
-        AdapterError, BaseMismatchError, BaseModelError: an input that cannot be read or does not fit, another original.
-        StorageError: the output exists, or the disk refuses.
+        MergeError: a quantized base without a choice, tied weights, an adapter that is in this base already, an output
+            that overlaps an input, a delta that rounding would lose, or a weight that is not finite.
+        AdapterError, BaseMismatchError, BaseModelError: an input cannot be read or does not match the others.
+        StorageError: the output exists, or it cannot be written.
         VerificationError: what was written is not the base with the adapter.
-        ConfigError: an argument that is none.
+        ConfigError: an argument is invalid.
 
     Example:
         report = lk.merge("kit-base", "adapters/sql", "merged/sql", dtype="bfloat16")
@@ -93,131 +91,146 @@ def merge(
     """
     started, out = time.perf_counter(), Path(out)
     _check_arguments(allow, verify)
-    quantisation.check_quantized_choice(quantized, original=original, dtype=dtype, verify=verify)
-    sources, wanted = _parse_sources(adapter), None if dtype is None else parse_float_dtype(dtype)
+    quantized_base.check_quantized_choice(quantized, original=original, dtype=dtype, verify=verify)
+    sources, float_dtype = _parse_sources(adapter), None if dtype is None else parse_float_dtype(dtype)
     local = [folder for name in (base, original) if name is not None and (folder := find_local_folder(name))]
-    beside = tuple(Path(source) for source, _ in sources if not isinstance(source, Adapter))
-    inputs = [*local, *beside]
-    preflight.refuse_overlap(out, inputs)
+    adapter_folders = tuple(Path(source) for source, _ in sources if not isinstance(source, Adapter))
+    preflight.refuse_overlap(out, [*local, *adapter_folders])
     check_output(out, replace=replace, owned=preflight.is_merged_folder)
-    parts = [_load_weighted_adapter(source, weight, allow=allow) for source, weight in sources]
+    adapters = [_load_weighted_adapter(source, weight, allow=allow) for source, weight in sources]
     if verify == "logits":
-        logits.check_logits_comparable(parts)
+        logits.check_logits_comparable(adapters)
     folder = find_base(base)
-    quantisation.check_quantized_base(folder, quantized)
+    quantized_base.check_quantized_base(folder, quantized)
     if original is not None:
-        quantisation.check_original(folder, find_base(original), TaskHead.of(parts[0].adapter))
+        quantized_base.check_original(folder, find_base(original), TaskHead.of(adapters[0].adapter))
         base, folder = original, find_base(original)
-    preflight.refuse_merged(folder, [part.adapter for part in parts])
+    preflight.refuse_merged(folder, [weighted.adapter for weighted in adapters])
     shards = read_shards(folder)
-    if quantized in (quantisation.DEQUANTIZED, quantisation.REQUANTIZED):
-        shards = quantisation.read_quantized_shards(folder, shards)
-    needed = _estimate_bytes(shards, parts, wanted) - _measure_folder(journal.journal_folder_of(out))
+    if quantized in (quantized_base.DEQUANTIZED, quantized_base.REQUANTIZED):
+        shards = quantized_base.read_quantized_shards(folder, shards)
+    needed = _estimate_bytes(shards, adapters, float_dtype) - _measure_folder(journal.journal_folder_of(out))
     with stage_folder(out, replace=replace, owned=preflight.is_merged_folder, needed=needed) as staging:
-        work = _MergeJob(str(base), folder, shards, parts, wanted, frozenset(allow), quantized, beside)
-        report, origin = work.into(staging, out=out, progress=progress)
+        job = _MergeJob(str(base), folder, shards, adapters, float_dtype, frozenset(allow), quantized, adapter_folders)
+        report, base_fingerprint = job.write_into(staging, out=out, progress=progress)
         if verify == "logits":
-            report = dataclasses.replace(report, logits=work.compare_logits(staging, report))
-        _write_record(staging, report, origin=origin, earlier=preflight.read_merged_digests(folder))
+            report = dataclasses.replace(report, logits=job.compare_logits(staging, report))
+        _write_record(staging, report, base=base_fingerprint, earlier=preflight.read_merged_digests(folder))
         size = _measure_folder(staging)
     return dataclasses.replace(report, out=out, bytes=size, seconds=time.perf_counter() - started)
 
 
 @dataclass(frozen=True)
 class _MergeJob:
-    """Everything a merge needs, found to be there."""
+    """The checked inputs of a merge.
+
+    Attributes:
+        base: as it was given.
+        folder: of the base.
+        shards: files of the base.
+        adapters: to merge.
+        dtype: of the floating weights of the result; None: each keeps its own.
+        allow: as in `merge`.
+        quantized: as in `merge`.
+        adapter_folders: of the adapters that were given as folders.
+    """
 
     base: str
     folder: Path
     shards: tuple[Shard, ...]
-    parts: list[WeightedAdapter]
+    adapters: list[WeightedAdapter]
     dtype: torch.dtype | None
     allow: frozenset[str]
     quantized: str | None
-    beside: tuple[Path, ...]
+    adapter_folders: tuple[Path, ...]
 
     @property
     def head(self) -> TaskHead:
-        heads = [TaskHead.of(part.adapter) for part in self.parts]
+        """The head that all adapters were made for.
+
+        Raises:
+            MergeError: they were made for different ones.
+        """
+        heads = [TaskHead.of(weighted.adapter) for weighted in self.adapters]
         if any(head != heads[0] for head in heads):
             raise MergeError("the adapters were made for different tasks or labels", hint="merge those of one task")
         return heads[0]
 
-    def into(
+    def write_into(
         self, staging: Path, *, out: Path, progress: writer.BytesProgress | None
     ) -> tuple[MergeReport, dict[str, Any]]:
         """Write the merged model and check it. Returns the report, and the base's fingerprint."""
         head = self.head
-        saved = {key: tensor for part in self.parts for key, tensor in part.adapter.saved().items()}
+        saved = {key: tensor for weighted in self.adapters for key, tensor in weighted.adapter.saved().items()}
         base = build_meta_model(self.folder, self.shards, head, saved=saved)
-        todo = plan_merge(
-            base, self.shards, self.parts, head=head, dtype=self.dtype, allow=self.allow, quantized=self.quantized
+        plan = plan_merge(
+            base, self.shards, self.adapters, head=head, dtype=self.dtype, allow=self.allow, quantized=self.quantized
         )
-        changes = model_files.compute_config_changes(base, self.folder, head, untied=bool(todo.untied))
-        gone = ["quantization_config"] if self.quantized == quantisation.DEQUANTIZED else []
-        model_files.write_config(self.folder, staging, changes=changes, without=gone, dtype=self.dtype)
-        model_files.copy_sidecars(self.folder, staging)
-        for folder in self.beside if base.resized_embeddings else ():
-            model_files.copy_tokenizer(folder, staging)
-        with journal.keep_finished_files(out, self._key(todo)) as kept:
-            written = writer.write_shards(todo, staging, kept=kept, progress=progress)
+        self._write_sidecars(staging, base, untied=bool(plan.untied))
+        with journal.keep_finished_files(out, self._compute_key(plan)) as finished:
+            written = writer.write_shards(plan, staging, finished=finished, progress=progress)
+        dtype, retention = _coarsest_dtype_of(plan), tuple(written.retention)
+        proof.check_retention(retention, dtype=dtype, allow=self.allow)
         report = MergeReport(
             out=staging,
             base=self.base,
-            adapters={part.adapter.digest: part.weight for part in self.parts},
-            dtype=_coarsest_dtype_of(todo),
-            counts=todo.counts,
-            tensors=tuple(written.retention),
-            untied=todo.untied,
-            left_out=todo.left_out,
+            adapters={weighted.adapter.digest: weighted.weight for weighted in self.adapters},
+            dtype=dtype,
+            counts=plan.counts,
+            tensors=retention,
+            untied=plan.untied,
+            left_out=plan.left_out,
             files=written.files,
-            compared=0,
+            compared=proof.check_result(staging, base, self.shards, self.adapters, head=head),
             quantized=self.quantized,
         )
-        proof.check_retention(report.tensors, dtype=report.dtype, allow=self.allow)
-        compared = proof.check_result(staging, base, self.shards, self.parts, head=head)
-        return dataclasses.replace(report, compared=compared), fingerprint(base.model, name=self.base)
+        return report, fingerprint(base.model, name=self.base)
 
-    def _key(self, todo: MergePlan) -> str:
-        """What the bytes of the weight files depend on."""
+    def _write_sidecars(self, staging: Path, base: MetaModel, *, untied: bool) -> None:
+        """Write the config, and copy the other files that belong to the model."""
+        changes = model_files.compute_config_changes(base, self.folder, self.head, untied=untied)
+        gone = ["quantization_config"] if self.quantized == quantized_base.DEQUANTIZED else []
+        model_files.write_config(self.folder, staging, changes=changes, without=gone, dtype=self.dtype)
+        model_files.copy_sidecars(self.folder, staging)
+        for folder in self.adapter_folders if base.resized_embeddings else ():
+            model_files.copy_tokenizer(folder, staging)
+
+    def _compute_key(self, plan: MergePlan) -> str:
+        """Return a digest of what the bytes of the weight files depend on."""
         files = [file.stat() for file in sorted(self.folder.iterdir()) if file.is_file()]
         facts = [
             __version__,
             [(file.st_size, file.st_mtime_ns) for file in files],
-            [(part.adapter.digest, part.weight) for part in self.parts],
+            [(weighted.adapter.digest, weighted.weight) for weighted in self.adapters],
             [
                 (shard.name, entry.name, str(entry.dtype), list(entry.source.shape), entry.how)
-                for shard, entries in todo.shards
+                for shard, entries in plan.shards
                 for entry in entries
             ],
         ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def compare_logits(self, staging: Path, report: MergeReport) -> LogitCheck:
-        """The logits of what was written beside those of base + adapter."""
-        adapter = self.parts[0].adapter
+        """Compare the logits of the written model with those of base + adapter."""
+        adapter = self.adapters[0].adapter
+        changed = {path.removesuffix(".base_layer") for path in adapter.all_pairs()}
+        changed |= {key.rpartition(".")[0] for key in adapter.saved()} | adapter.tokens().keys()
         return logits.check_logits(
             self.base,
             staging,
-            self.parts[0],
+            self.adapters[0],
             head=self.head,
-            paths=None
-            if self.dtype
-            else [
-                *{path.removesuffix(".base_layer") for path in adapter.all_pairs()},
-                *{key.rpartition(".")[0] for key in adapter.saved()},
-                *adapter.tokens(),
-            ],
+            paths=None if self.dtype else changed,
             dtype=getattr(torch, report.dtype),
             allow=self.allow - set(MERGE_ALLOWANCES),
         )
 
 
-def _write_record(folder: Path, report: MergeReport, *, origin: Mapping[str, Any], earlier: Sequence[str]) -> None:
-    """The model card and, last, the record that says what this folder is."""
+def _write_record(folder: Path, report: MergeReport, *, base: Mapping[str, Any], earlier: Sequence[str]) -> None:
+    """Write the model card and, last, the record that marks a folder as a finished merge."""
     (folder / model_files.CARD).write_bytes(report.page().encode())
-    found = {key: value for key, value in report.to_json().items() if key not in ("out", "bytes", "seconds")}
-    record = {**found, "format": RECORD_FORMAT, "base": origin, "merged": [*earlier, *report.adapters]}
+    fields = {key: value for key, value in report.to_json().items() if key not in ("out", "bytes", "seconds")}
+    record = {**fields, "format": RECORD_FORMAT, "base": base, "merged": [*earlier, *report.adapters]}
     text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False)
     (folder / preflight.MERGE_RECORD).write_bytes(f"{text}\n".encode())
 
@@ -232,40 +245,42 @@ def _check_arguments(allow: Collection[str], verify: str) -> None:
 
 
 def _parse_sources(
-    adapter: AdapterOrFolder | Sequence[tuple[AdapterOrFolder, float]],
-) -> list[tuple[AdapterOrFolder, float]]:
-    """Every adapter with its weight."""
+    adapter: AdapterLike | Sequence[tuple[AdapterLike, float]],
+) -> list[tuple[AdapterLike, float]]:
+    """Return every adapter with its weight.
+
+    Raises:
+        ConfigError: the argument is neither an adapter nor a list of them with weights.
+    """
     if isinstance(adapter, (str, Path, Adapter)):
         return [(adapter, 1.0)]
     try:
-        found = [(source, float(weight)) for source, weight in adapter]
+        sources = [(source, float(weight)) for source, weight in adapter]
     except (TypeError, ValueError):
-        found = []
-    sound = all(
-        isinstance(source, (str, Path, Adapter)) and math.isfinite(weight) and weight for source, weight in found
+        sources = []
+    valid = all(
+        isinstance(source, (str, Path, Adapter)) and math.isfinite(weight) and weight for source, weight in sources
     )
-    if not found or not sound:
+    if not sources or not valid:
         raise ConfigError("an adapter, or a list of (adapter, weight) with finite weights that are not 0, was expected")
-    return found
+    return sources
 
 
-def _load_weighted_adapter(source: AdapterOrFolder, weight: float, *, allow: Collection[str]) -> WeightedAdapter:
-    """An adapter, read."""
+def _load_weighted_adapter(source: AdapterLike, weight: float, *, allow: Collection[str]) -> WeightedAdapter:
     allow = [name for name in allow if name in ALLOWANCES]
     adapter = source if isinstance(source, Adapter) else Adapter.load(source, allow=allow)
-    name = adapter.digest[:12] if isinstance(source, Adapter) else Path(source).resolve().name
-    return WeightedAdapter(name, adapter, weight)
+    return WeightedAdapter(short_label_of(source, adapter), adapter, weight)
 
 
-def _estimate_bytes(shards: Sequence[Shard], parts: Sequence[WeightedAdapter], dtype: torch.dtype | None) -> int:
-    """Bytes of weights to be written, at the most."""
+def _estimate_bytes(shards: Sequence[Shard], adapters: Sequence[WeightedAdapter], dtype: torch.dtype | None) -> int:
+    """Return how many bytes of weights will be written, at most."""
     tensors = [tensor for shard in shards for tensor in shard.tensors.values()]
-    tensors += [tensor for part in parts for tensor in part.adapter.saved().values()]
+    tensors += [tensor for weighted in adapters for tensor in weighted.adapter.saved().values()]
     return sum(t.numel() * (dtype if dtype and t.is_floating_point() else t.dtype).itemsize for t in tensors)
 
 
 def _coarsest_dtype_of(plan: MergePlan) -> str:
-    """The coarsest of the tensors that an adapter changes: it decides how much they were rounded."""
+    """Return the coarsest dtype, or quantized kinds, of the tensors that an adapter changes."""
     kinds = {
         entry.source.kind
         for entry in plan.entries
@@ -278,5 +293,5 @@ def _coarsest_dtype_of(plan: MergePlan) -> str:
 
 
 def _measure_folder(folder: Path) -> int:
-    """Bytes of the files below a folder; 0 where there is none."""
+    """Return the bytes of the files below a folder; 0 where there is no folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,4 +1,4 @@
-"""What a merge did, how much of the adapter is in the result, and what was checked."""
+"""The report of a merge: what was merged, how much of the deltas survived, and what was checked."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any, Final
 
 from lora_kit.adapter.model_card import format_table, render_card
 from lora_kit.layers.fold import Retention
+from lora_kit.merging.writing.hashing_file import FileDigest
 
 _WORST_SHOWN: Final = 10
 
 
 @dataclass(frozen=True)
 class LogitCheck:
-    """base + adapter beside the merged model as read back, both computed in fp32 on the same tokens.
+    """The logits of base + adapter compared with those of the merged model, both in fp32 on the same tokens.
 
     Attributes:
         largest_difference: of a logit, absolute.
-        bound: what that may be: a multiple of what noise of the size of one rounding to the result's dtype does.
-        effect: the largest difference the adapter itself makes to a logit; a check whose bound is not far below it says
-            little.
+        bound: of that difference: a multiple of what noise as large as one rounding to the result's dtype changes.
+        effect: the largest change of a logit by the adapter itself; a bound that is not far below it proves little.
     """
 
     largest_difference: float
@@ -32,23 +32,23 @@ class LogitCheck:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeReport:
-    """What was merged, and what the checks found.
+    """What was merged, and the results of the checks.
 
     Attributes:
         out: the folder that was written.
-        base: what the base was asked for by.
-        adapters: digests, each with its weight.
-        dtype: of the merged weights; the coarsest, where they differ.
-        quantized: what was chosen for a quantised base: `original`, `dequantized` or `requantized`; None for another.
+        base: as it was given.
+        adapters: the weight of each, by digest.
+        dtype: of the merged weights; the coarsest where they differ.
         counts: tensors that were `copied`, `cast`, `folded`, `replaced`, `added` and written `with new rows`.
-        tensors: of each weight with a delta, how large that was and which share of it survived rounding.
-        untied: parameters that were one in the base and are several now.
-        left_out: tensors of the base that the merged model has no place for.
-        files: size and sha256 of the weight files, as written and as read back.
-        compared: numbers of the result compared, after reading it back, with a second computation.
-        logits: None unless they were asked for.
+        tensors: for each weight with a delta, its size and the share that survived rounding.
+        untied: keys that were one parameter in the base and no longer are.
+        left_out: tensors of the base that the merged model does not have.
+        files: size and sha256 of the weight files, by name, as written and as read back.
+        compared: values of the result that were read back and compared with a second computation.
+        quantized: the choice for a quantized base: `original`, `dequantized` or `requantized`; else None.
+        logits: None unless their comparison was requested.
         bytes: size of the folder.
-        seconds: time of all of it.
+        seconds: time of the whole merge.
     """
 
     out: Path
@@ -59,7 +59,7 @@ class MergeReport:
     tensors: tuple[Retention, ...]
     untied: tuple[str, ...]
     left_out: tuple[str, ...]
-    files: Mapping[str, Mapping[str, Any]]
+    files: Mapping[str, FileDigest]
     compared: int
     quantized: str | None = None
     logits: LogitCheck | None = None
@@ -68,16 +68,16 @@ class MergeReport:
 
     @property
     def worst(self) -> Retention | None:
-        """The tensor that lost most; None where no adapter has pairs."""
+        """The tensor of which least survived; None where no adapter has LoRA weights."""
         return min(self.tensors, key=lambda tensor: tensor.retained, default=None)
 
     @property
     def retention(self) -> float:
-        """Mean over the tensors; 1 where no adapter has pairs."""
+        """The share that survived, as the mean over the tensors; 1 where no adapter has LoRA weights."""
         return sum(tensor.retained for tensor in self.tensors) / len(self.tensors) if self.tensors else 1.0
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values of every field and of `retention`."""
+        """Return every field and `retention` as JSON values."""
         fields = {**asdict(self), "out": str(self.out), "retention": self.retention}
         fields["tensors"] = [
             {
@@ -89,7 +89,7 @@ class MergeReport:
         return fields
 
     def page(self) -> str:
-        """The model card of the result."""
+        """Return the model card of the result."""
         adapters = ", ".join(
             digest[:12] + (f" × {weight:g}" if weight != 1 else "") for digest, weight in self.adapters.items()
         )
@@ -97,7 +97,7 @@ class MergeReport:
             ("base", self.base),
             ("adapters", adapters),
             ("dtype", self.dtype),
-            *([("quantised base", f"merged into the {self.quantized} weights")] if self.quantized else []),
+            *([("quantized base", f"merged into the {self.quantized} weights")] if self.quantized else []),
             ("tensors", ", ".join(f"{count:,} {how}" for how, count in self.counts.items())),
             ("delta that survived rounding", f"{self.retention:.1%} on average"),
             ("compared with a second computation", f"{self.compared:,} numbers"),

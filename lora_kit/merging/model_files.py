@@ -1,4 +1,4 @@
-"""What belongs to a model beside its weights: config, tokenizer, chat template, generation and processor files."""
+"""The sidecar files of a model: config, tokenizer, chat template, generation and processor files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, Literal
 
 import torch
 
@@ -27,24 +27,25 @@ _TEMPLATE_FOLDER: Final = "additional_chat_templates"
 
 
 def copy_sidecars(base: Path, out: Path) -> tuple[str, ...]:
-    """Copy the files that go with a model's weights, byte for byte; code never does. Returns their names."""
-    carried = []
-    for file in _find_sidecars(base):
-        name = file.relative_to(base)
-        (out / name).parent.mkdir(exist_ok=True)
-        with open_regular_file(file) as (source, _), (out / name).open("xb") as target:
-            shutil.copyfileobj(source, target)
-        carried.append(str(name))
-    return tuple(carried)
+    """Copy the sidecar files of a model byte for byte, but never code. Returns their names."""
+    return tuple(_copy_file(file, base, out, mode="xb") for file in _find_sidecars(base))
 
 
 def copy_tokenizer(folder: Path, out: Path) -> None:
-    """Copy a tokenizer that lies beside an adapter, in the place of the base's; none where there is none."""
+    """Copy the tokenizer beside an adapter over the base's, if there is one."""
     if (folder / "tokenizer_config.json").is_file():
         for file in _find_sidecars(folder):
             if file.name.startswith(_TOKENIZER_PREFIXES) or file.suffix in _TOKENIZER_SUFFIXES:
-                with open_regular_file(file) as (source, _), (out / file.name).open("wb") as target:
-                    shutil.copyfileobj(source, target)
+                _copy_file(file, folder, out, mode="wb")
+
+
+def _copy_file(file: Path, folder: Path, out: Path, *, mode: Literal["xb", "wb"]) -> str:
+    """Copy a file of a folder to the same place in another one. Returns its name there."""
+    name = file.relative_to(folder)
+    (out / name).parent.mkdir(exist_ok=True)
+    with open_regular_file(file) as (source, _), (out / name).open(mode) as target:
+        shutil.copyfileobj(source, target)
+    return str(name)
 
 
 def _find_sidecars(base: Path) -> Iterator[Path]:
@@ -56,12 +57,19 @@ def _find_sidecars(base: Path) -> Iterator[Path]:
 
 
 def write_config(
-    base: Path, out: Path, *, changes: Mapping[str, Any], without: Collection[str] = (), dtype: torch.dtype | None
+    base: Path, out: Path, *, changes: Mapping[str, object], without: Collection[str] = (), dtype: torch.dtype | None
 ) -> None:
-    """The base's config.json with these fields, and with the dtype of the result where that is another.
+    """Write the base's config.json with some fields changed.
 
     Args:
-        without: fields that are left out.
+        base: folder of the base.
+        out: folder of the result.
+        changes: fields with their new values.
+        without: fields to leave out.
+        dtype: of the result; None keeps what the config says.
+
+    Raises:
+        BaseModelError: the base's config cannot be read.
     """
     try:
         fields = json.loads((base / CONFIG).read_text("utf-8"))
@@ -78,9 +86,16 @@ def write_config(
     (out / CONFIG).write_bytes(f"{json.dumps(fields, indent=2)}\n".encode())
 
 
-def compute_config_changes(base: MetaModel, folder: Path, head: TaskHead, *, untied: bool) -> dict[str, Any]:
-    """What the config must say of the merged model that the base's own does not."""
-    changes: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
+def compute_config_changes(base: MetaModel, folder: Path, head: TaskHead, *, untied: bool) -> dict[str, object]:
+    """Return the fields in which the config of the merged model differs from the base's.
+
+    Args:
+        base: its meta model.
+        folder: of the base.
+        head: of the merged model.
+        untied: whether embeddings were untied.
+    """
+    changes: dict[str, object] = {"tie_word_embeddings": False} if untied else {}
     if base.resized_embeddings:
         changes["vocab_size"] = base.config.get_text_config().vocab_size
     if head.fields:
@@ -95,7 +110,7 @@ def compute_config_changes(base: MetaModel, folder: Path, head: TaskHead, *, unt
 
 
 def _find_pad_token(folder: Path) -> int | None:
-    """The token that pads: decoders that classify look for the last one that is another."""
+    """Return the padding token: a decoder that classifies reads the last token that is not padding."""
     from transformers import AutoTokenizer
 
     from lora_kit.models.silence import silence_libraries
@@ -104,6 +119,6 @@ def _find_pad_token(folder: Path) -> int | None:
         with silence_libraries():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError):
-        return None  # a base without a tokenizer is merged as it is
+        return None  # a base without a tokenizer is merged without one
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     return eos if pad is None else pad

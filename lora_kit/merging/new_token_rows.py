@@ -1,11 +1,11 @@
-"""Rows of new tokens in a merge: whose they are, how they are written, and that what was written is them.
+"""Token embeddings in a merge: collected from the adapters, written in place of the base's rows, and checked.
 
-They replace the base's rows, in an embedding and in whatever shares its weight, so that these need not be untied.
+They replace rows of an embedding and of every layer tied to it, so these need not be untied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,38 +15,35 @@ from lora_kit.errors import MergeError, VerificationError, format_list
 from lora_kit.layers.fold import round_to_dtype
 from lora_kit.merging.checkpoint.meta_model import MetaModel
 from lora_kit.merging.planned_tensors import PlannedTensor, WeightedAdapter
-from lora_kit.merging.writing.fold_blocks import split_rows
+from lora_kit.merging.writing.fold_blocks import ReserveMemory, split_rows
 from lora_kit.targets.coverage import Coverage, survey_coverage
 
 TokenEmbeddingsByKey = dict[str, TokenEmbeddings]
-"""By state dict key of the table."""
+"""Token embeddings by the state dict key of their table."""
 
 
-def add_token_embeddings(rows: TokenEmbeddingsByKey, part: WeightedAdapter, coverage: Coverage) -> None:
-    """Note the rows that an adapter has, of every key that stands for their table.
+def add_token_embeddings(rows: TokenEmbeddingsByKey, weighted: WeightedAdapter, coverage: Coverage) -> None:
+    """Add the token embeddings of an adapter, under every key of their table.
 
     Raises:
-        MergeError: they come with a weight, or another adapter has some of them too.
+        MergeError: they come with a weight, or another adapter replaces one of the rows too.
     """
-    if coverage.tokens and part.weight != 1:
-        places = format_list([target.path for target in coverage.tokens])
-        raise MergeError(f"{part.name!r} replaces rows of {places}, which cannot be weighted", hint="weight 1")
-    for key, held in _token_embeddings_of(part, coverage).items():
-        before = rows.get(key)
-        rows[key] = held if before is None else _concatenate_rows(key, before, held)
+    if coverage.tokens and weighted.weight != 1:
+        paths = format_list([target.path for target in coverage.tokens])
+        raise MergeError(f"{weighted.name!r} replaces rows of {paths}, which cannot be weighted", hint="give weight 1")
+    tokens = weighted.adapter.tokens()
+    for target in coverage.tokens:
+        own = tokens[target.path]
+        for key in (f"{path}.weight" for path in target.all_paths):
+            rows[key] = _concatenate_rows(key, rows[key], own) if key in rows else own
 
 
-def collect_token_embeddings(base: MetaModel, parts: Sequence[WeightedAdapter]) -> TokenEmbeddingsByKey:
-    """What adapters put into the tables of a model, by state dict key."""
-    found: TokenEmbeddingsByKey = {}
-    for part in parts:
-        add_token_embeddings(found, part, survey_coverage(base.model, part.adapter.config))
-    return found
-
-
-def _token_embeddings_of(part: WeightedAdapter, coverage: Coverage) -> TokenEmbeddingsByKey:
-    tokens = part.adapter.tokens()
-    return {f"{path}.weight": tokens[target.path] for target in coverage.tokens for path in target.all_paths}
+def collect_token_embeddings(base: MetaModel, adapters: Sequence[WeightedAdapter]) -> TokenEmbeddingsByKey:
+    """Return the token embeddings of adapters, by the state dict keys of a model."""
+    rows: TokenEmbeddingsByKey = {}
+    for weighted in adapters:
+        add_token_embeddings(rows, weighted, survey_coverage(base.model, weighted.adapter.config))
+    return rows
 
 
 def _concatenate_rows(key: str, one: TokenEmbeddings, other: TokenEmbeddings) -> TokenEmbeddings:
@@ -56,16 +53,20 @@ def _concatenate_rows(key: str, one: TokenEmbeddings, other: TokenEmbeddings) ->
     return TokenEmbeddings((*one.indices, *other.indices), torch.cat([one.rows.float(), other.rows.float()]))
 
 
-def has_equal_rows(rows: Mapping[str, TokenEmbeddings], group: Sequence[str]) -> bool:
-    """Whether keys of one parameter all get the same rows, so that it stays one."""
-    first, *others = [rows.get(key) for key in group]
+def has_equal_rows(rows: Mapping[str, TokenEmbeddings], keys: Sequence[str]) -> bool:
+    """Whether keys of one parameter all get the same rows, so that they can stay tied."""
+    first, *others = [rows.get(key) for key in keys]
     return first is not None and all(
         one is not None and one.indices == first.indices and torch.equal(one.rows, first.rows) for one in others
     )
 
 
 class TokenReplacement:
-    """A tensor with an adapter's rows in the places of some of its own."""
+    """A table in which an adapter's token embeddings replace some rows.
+
+    Attributes:
+        retention: what survives of the change of these rows.
+    """
 
     def __init__(self, entry: PlannedTensor) -> None:
         assert entry.rows is not None
@@ -76,33 +77,43 @@ class TokenReplacement:
         before = self._source[indices].float()
         self._rows, self.retention = round_to_dtype(entry.path, before, entry.rows.rows[order].float(), entry.dtype)
 
-    def into(self, room: Callable[[int, torch.dtype], Tensor]) -> Iterator[int]:
-        """Put the tensor, block by block, into memory that is asked for; its bytes each time."""
+    def write_into(self, reserve: ReserveMemory) -> Iterator[int]:
+        """Write the table block by block, each into memory that is reserved for it; yield the bytes of each."""
         for rows in split_rows(*self._source.shape):
-            part = self._source[rows]
-            place = room(part.numel(), self._entry.dtype).view(part.shape).copy_(part)
+            own = self._source[rows]
+            block = reserve(own.numel(), self._entry.dtype).view(own.shape).copy_(own)
             first, last = (int(torch.searchsorted(self._indices, end)) for end in (rows.start, rows.stop))
-            place[self._indices[first:last] - rows.start] = self._rows[first:last]
-            yield place.nbytes
+            block[self._indices[first:last] - rows.start] = self._rows[first:last]
+            yield block.nbytes
 
 
-def check_token_embeddings(key: str, found: Tensor, own: Tensor, held: TokenEmbeddings, places: Tensor) -> int:
-    """Raise VerificationError unless a table is the base's with an adapter's rows; how many numbers were compared.
+def check_token_embeddings(key: str, written: Tensor, own: Tensor, embeddings: TokenEmbeddings, sampled: Tensor) -> int:
+    """Check that a table is the base's with an adapter's rows.
 
     Args:
-        found: what was written. own: the base's.
-        places: rows that are compared where they are the base's own.
+        key: of the table.
+        written: the table as it was read back.
+        own: the base's table.
+        embeddings: the adapter's rows.
+        sampled: indices of the rows to compare with the base's, where the adapter does not replace them.
+
+    Returns:
+        How many values were compared.
+
+    Raises:
+        VerificationError: it is another table.
     """
-    indices = torch.tensor(held.indices)
-    kept = places[~torch.isin(places, indices)]
-    same = torch.equal(found[indices], held.rows.to(found.dtype)) and _has_same_bytes(
-        found[kept], own[kept].to(found.dtype)
+    indices = torch.tensor(embeddings.indices)
+    unchanged = sampled[~torch.isin(sampled, indices)]
+    same = torch.equal(written[indices], embeddings.rows.to(written.dtype)) and has_same_bytes(
+        written[unchanged], own[unchanged].to(written.dtype)
     )
-    if found.shape != own.shape or not same:
+    if written.shape != own.shape or not same:
         raise VerificationError(f"{key} was written with other rows than it should have")
-    return found.shape[1] * (len(indices) + len(kept))
+    return written.shape[1] * (len(indices) + len(unchanged))
 
 
-def _has_same_bytes(one: Tensor, other: Tensor) -> bool:
-    """The same bytes: NaN, which a base may hold, is not equal to itself."""
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+def has_same_bytes(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same bytes; NaN, which a base may hold, does not equal itself."""
+    one, other = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(one, other)

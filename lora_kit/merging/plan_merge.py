@@ -1,6 +1,6 @@
-"""What every tensor of the merged model is made of, proved before anything is written.
+"""Planning a merge: how every tensor of the result is made, decided and checked before anything is written.
 
-Everything an adapter holds goes into exactly one tensor of the result; what has no place is an error.
+Every tensor of an adapter goes into exactly one tensor of the result; otherwise it is an error.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -30,46 +30,52 @@ _FOLDABLE_DTYPES: Final = (torch.float64, torch.float32, torch.bfloat16, torch.f
 
 @dataclass
 class _AdapterChanges:
-    """What adapters do to a model, by state dict key; emptied as it finds its place.
+    """The changes of adapters that no tensor has taken yet.
 
     Attributes:
-        parts: the same by name in the base's files, where a parameter is several tensors there.
-        rows: that take the places of a table's own.
+        updates: to add, by state dict key.
+        fused: updates of parameters that the files hold as several tensors, by the names of these tensors.
+        values: `modules_to_save`, by state dict key.
+        rows: token embeddings, by state dict key.
     """
 
     updates: dict[str, list[WeightUpdate]] = field(default_factory=dict)
-    parts: dict[str, list[WeightUpdate]] = field(default_factory=dict)
+    fused: dict[str, list[WeightUpdate]] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
     rows: TokenEmbeddingsByKey = field(default_factory=dict)
 
     @property
     def keys(self) -> list[str]:
-        return sorted({*self.updates, *self.parts, *self.values, *self.rows})
+        return sorted({*self.updates, *self.fused, *self.values, *self.rows})
 
 
 def plan_merge(
     base: MetaModel,
     shards: Sequence[Shard],
-    parts: Sequence[WeightedAdapter],
+    adapters: Sequence[WeightedAdapter],
     *,
     head: TaskHead,
     dtype: torch.dtype | None,
     allow: Collection[str],
     quantized: str | None = None,
 ) -> MergePlan:
-    """Give everything the adapters hold its place.
+    """Return the plan of a merge.
 
     Args:
+        base: its meta model.
+        shards: its files.
+        adapters: to merge.
+        head: of the merged model.
         dtype: of the floating tensors of the result; None: each keeps its own.
-        quantized: as in `merge`.
         allow: as in `merge`.
+        quantized: as in `merge`.
 
     Raises:
-        AdapterError, BaseMismatchError: an adapter does not fit the base.
-        MergeError: something has no place, or its place is shared or of a kind that nothing can be folded into.
-        BaseModelError: the base does not fill its own model.
+        AdapterError, BaseMismatchError: an adapter does not match the base.
+        MergeError: a change has no tensor, or one that is shared or that nothing can be folded into.
+        BaseModelError: the files do not fill the base's own model.
     """
-    changes = _collect_changes(base, parts, allow)
+    changes = _collect_changes(base, adapters, allow)
     _split_fused_updates(base, changes)
     _check_base(base, head, changes)
     untied = _find_untied_keys(base, head, changes, allow)
@@ -90,29 +96,29 @@ def plan_merge(
         for shard in shards
     }
     last = entries[shards[-1].name]
-    last += [_plan_untied_tensor(base, key, changes, dtype) for key in untied if key not in base.names]
+    # A key without a tensor of its own gets a copy of the one it was tied to, with its own changes.
+    last += [_plan_tensor(base, key, base.values[key], key, changes, dtype) for key in untied if key not in base.names]
     last += _plan_added_tensors(base, changes, dtype or _find_usual_dtype(shards))
     if changes.keys:
-        raise MergeError(f"nothing in the base's files is {format_list(changes.keys)}, which the adapter changes")
-    # Wide tensors first, as safetensors aligns them; within a width the base's own order.
-    ordered = {name: tuple(sorted(found, key=_width_of, reverse=True)) for name, found in entries.items()}
-    # A file that held nothing but parts of other files' weights has nothing left to hold.
+        raise MergeError(f"the base's files have no {format_list(changes.keys)}, which the adapter changes")
+    # Wide dtypes first, as safetensors aligns them; within one width the order of the base.
+    ordered = {name: tuple(sorted(own, key=_width_of, reverse=True)) for name, own in entries.items()}
+    # A file that held only parts of weights of other files is not written.
     filled = tuple((shard, ordered[shard.name]) for shard in shards if ordered[shard.name])
     return MergePlan(filled, untied, tuple(sorted(left_out)))
 
 
-def _collect_changes(base: MetaModel, parts: Sequence[WeightedAdapter], allow: Collection[str]) -> _AdapterChanges:
+def _collect_changes(base: MetaModel, adapters: Sequence[WeightedAdapter], allow: Collection[str]) -> _AdapterChanges:
     changes = _AdapterChanges()
-    for name, adapter, weight in parts:
+    for name, adapter, weight in adapters:
         coverage = match_adapter(name, adapter, base.model, dtype=torch.float32, allow=allow)
         add_token_embeddings(changes.rows, WeightedAdapter(name, adapter, weight), coverage)
-        alone = weight == 1 and len(parts) == 1
+        alone = weight == 1 and len(adapters) == 1
         if not alone and adapter.config.use_dora:
             raise MergeError(f"{name!r} is a DoRA, which scales the whole weight", hint="merge it alone, with weight 1")
         if weight != 1 and coverage.saved:
-            raise MergeError(
-                f"{name!r} replaces {format_list(coverage.saved)}, which cannot be weighted", hint="weight 1"
-            )
+            message = f"{name!r} replaces {format_list(coverage.saved)}, which cannot be weighted"
+            raise MergeError(message, hint="give weight 1")
         for target in coverage.targets:
             key = target.path if target.kind == "parameter" else f"{target.path}.weight"
             changes.updates.setdefault(key, []).extend(_build_updates(adapter.all_pairs()[target.key], target, weight))
@@ -127,63 +133,63 @@ def _collect_changes(base: MetaModel, parts: Sequence[WeightedAdapter], allow: C
     return changes
 
 
-def _build_updates(pair: LoraWeights, target: LayerTarget, weight: float) -> list[WeightUpdate]:
-    """What a pair adds, matrix by matrix."""
-    scaling = target.scaling * weight
-    if pair.kind == "convolution":
-        return [WeightUpdate(LoraWeights(pair.a.flatten(1), pair.b.flatten(1), pair.kind), scaling)]
-    if pair.kind != "parameter":
-        return [WeightUpdate(pair, scaling)]
-    each = pair.split_by_expert(target.rank)
-    return [WeightUpdate(LoraWeights(a, b, pair.kind), scaling, number) for number, (a, b) in enumerate(each)]
+def _build_updates(weights: LoraWeights, target: LayerTarget, weight: float) -> list[WeightUpdate]:
+    """Return what LoRA weights add, an update for each matrix."""
+    scaling, kind = target.scaling * weight, weights.kind
+    if kind == "convolution":
+        return [WeightUpdate(LoraWeights(weights.a.flatten(1), weights.b.flatten(1), kind), scaling)]
+    if kind != "parameter":
+        return [WeightUpdate(weights, scaling)]
+    by_expert = enumerate(weights.split_by_expert(target.rank))
+    return [WeightUpdate(LoraWeights(a, b, kind), scaling, expert) for expert, (a, b) in by_expert]
 
 
 def _split_fused_updates(base: MetaModel, changes: _AdapterChanges) -> None:
-    """Of a parameter that the files hold as several tensors, give each its share of what is added."""
+    """Split the updates of fused parameters among the tensors that the files hold."""
     for key in [key for key in changes.updates if key in base.converted]:
         pieces = base.find_pieces(key)
         if pieces is None:
-            raise MergeError(
-                f"the base's files hold {key} in another form, which nothing is folded into",
-                hint="save the base with transformers in the form it has in memory",
-            )
+            raise _unknown_form_error([key])
         updates = changes.updates.pop(key)
         for piece in pieces:
             own = [update.rows(piece.begin, piece.end) for update in updates if update.expert == piece.expert]
-            changes.parts[piece.name] = own
+            changes.fused[piece.name] = own
+
+
+def _unknown_form_error(keys: Sequence[str]) -> MergeError:
+    return MergeError(
+        f"the base's files hold {format_list(keys)} in another form, into which nothing can be folded",
+        hint="save the base with transformers in the form it has in memory",
+    )
 
 
 def _check_base(base: MetaModel, head: TaskHead, changes: _AdapterChanges) -> None:
     missing = [key for key in base.missing if key not in changes.values]
     if missing:
-        hint = "a new head must come with the adapter" if head.fields else "the base is not whole"
+        hint = "the adapter must bring a new head" if head.fields else "the base is incomplete"
         raise BaseModelError(f"nothing in the base's files fills {format_list(missing)}", hint=hint)
-    # A model with another head than the base's own has no place for that one's tensors.
+    # A model with another head does not have the tensors of the base's own head.
     same = type(base.model).__name__ in (getattr(base.config, "architectures", None) or ())
     if base.unclaimed and (same or not head.fields):
-        raise BaseModelError(
-            f"{type(base.model).__name__} has no place for {format_list(base.unclaimed)} of the base's files"
-        )
+        model = type(base.model).__name__
+        raise BaseModelError(f"{model} has no place for {format_list(base.unclaimed)} of the base's files")
     converted = [key for key in changes.keys if key in base.converted]
     if converted:
-        raise MergeError(
-            f"the base's files hold {format_list(converted)} in another form, which nothing is folded into",
-            hint="save the base with transformers in the form it has in memory",
-        )
+        raise _unknown_form_error(converted)
 
 
 def _find_untied_keys(
     base: MetaModel, head: TaskHead, changes: _AdapterChanges, allow: Collection[str]
 ) -> tuple[str, ...]:
-    """Keys that must be parameters of their own, since an adapter changes one and not the other."""
+    """Return the keys that must become parameters of their own, since an adapter changes only one of them."""
     groups = {base.find_declared_ties(key) for key in changes.keys}
     for group in [group for group in groups if len(group) > 1 and has_equal_rows(changes.rows, group)]:
         groups.remove(group)
         for key in group:
-            if key not in base.names:  # what it is tied to has them
+            if key not in base.names:  # the tensor that it is tied to takes them
                 del changes.rows[key]
     keys = tuple(key for group in sorted(groups) if len(group) > 1 for key in group)
-    # What the files hold apart is loaded apart, whatever the config says of it.
+    # Tensors that the files hold apart are loaded apart, whatever the config says.
     shared = [key for key in keys if len(base.find_tied_keys(key)) > 1]
     if shared and "untie" not in allow:
         raise MergeError(
@@ -192,37 +198,35 @@ def _find_untied_keys(
         )
     if not keys:
         return ()
-    apart = {
-        id(tensor) for key, tensor in build_untied_model(base, head).state_dict(keep_vars=True).items() if key in keys
-    }
-    if len(apart) < len(keys):
+    state = build_untied_model(base, head).state_dict(keep_vars=True)
+    if len({id(state[key]) for key in keys}) < len(keys):
         raise MergeError(f"{' and '.join(keys)} are one parameter in every model of this kind, and cannot be untied")
     return keys
 
 
-def build_untied_model(base: MetaModel, head: TaskHead) -> Any:
-    """The base's model without weights, its config saying that nothing is tied."""
+def build_untied_model(base: MetaModel, head: TaskHead) -> nn.Module:
+    """Return the empty model of the base, with a config that ties nothing."""
     config = type(base.config).from_dict({**base.config.to_dict(), "tie_word_embeddings": False})
     return build_empty_model(config, head)
 
 
 def _width_of(entry: PlannedTensor) -> int:
-    """Bytes of a number; what is quantised again has several kinds and comes before all others, wide ones first."""
+    """Return the bytes of a value; a requantized weight, which has several dtypes, comes before all others."""
     return 2**10 if entry.how == "requantized" else entry.dtype.itemsize
 
 
 def _apply_quantized_choice(
     entry: PlannedTensor, base: MetaModel, key: str, quantized: str | None
 ) -> list[PlannedTensor]:
-    """What becomes of a tensor that may be a quantised weight."""
+    """Return the plan of a tensor, with the choice for a quantized base applied."""
     source = entry.source
     if not isinstance(source, QuantizedWeight):
         return [entry]
     if quantized != "requantized":
         if is_stored_transposed(base.model.get_submodule(key.rpartition(".")[0])):
             raise MergeError(
-                f"{entry.name} is a quantised Conv1D, which is not written dequantised",
-                hint="merge into the original, or requantise",
+                f"{entry.name} is a quantized Conv1D, which cannot be written dequantized",
+                hint="merge into the original, or requantize",
             )
         return [entry]
     if entry.updates:
@@ -238,22 +242,22 @@ def _plan_tensor(
     changes: _AdapterChanges,
     dtype: torch.dtype | None,
 ) -> PlannedTensor:
-    """One stored tensor, with what the adapters do to it."""
+    """Return the plan of one stored tensor, with the changes of the adapters to it."""
     own = dtype if dtype is not None and tensor.dtype in _FOLDABLE_DTYPES else tensor.dtype
-    updates = tuple(changes.updates.pop(key, ()) if key else changes.parts.pop(name, ()))
+    updates = tuple(changes.updates.pop(key, ()) if key else changes.fused.pop(name, ()))
     value = changes.values.pop(key, None) if key else None
     rows = changes.rows.pop(key, None) if key else None
     path = (key or name).removesuffix(".weight") if updates else (key or "").rpartition(".")[0]
     if rows is not None:
         if tensor.dtype not in _FOLDABLE_DTYPES:
-            raise MergeError(f"{path} is quantised ({tensor.dtype}); its rows are not replaced")
+            raise MergeError(f"{path} is quantized ({tensor.dtype}); its rows cannot be replaced")
         return PlannedTensor(name, tensor, own, "with new rows", path, rows=rows)
     if value is not None:
         return PlannedTensor(name, value, own if value.is_floating_point() else value.dtype, "replaced", path)
     if updates:
         if tensor.dtype not in _FOLDABLE_DTYPES:
             raise MergeError(
-                f"{path} is quantised ({tensor.dtype}); a delta would be lost in it",
+                f"{path} is quantized ({tensor.dtype}); rounding would lose the delta",
                 hint="merge into the 16-bit original",
             )
         transposed = bool(key) and _is_transposed(
@@ -266,29 +270,19 @@ def _plan_tensor(
 
 
 def _is_transposed(module: nn.Module, tensor: Tensor | QuantizedWeight, updates: Sequence[WeightUpdate]) -> bool:
-    """Whether a weight, or each of its matrices, is kept as (in, out)."""
-    kinds = {update.pair.kind for update in updates}
+    """Whether a weight, or each of its matrices, is stored as (in, out)."""
+    kinds = {update.weights.kind for update in updates}
     if "parameter" not in kinds:
         return is_stored_transposed(module)
     if len(kinds) > 1:
-        raise MergeError(
-            "two adapters change one weight, one as a layer and one as a parameter", hint="merge one first"
-        )
+        message = "two adapters change one weight, one as a layer and one as a parameter"
+        raise MergeError(message, hint="merge one after the other")
     return tensor.ndim == 3 and is_transposed(module)
 
 
-def _plan_untied_tensor(
-    base: MetaModel, key: str, changes: _AdapterChanges, dtype: torch.dtype | None
-) -> PlannedTensor:
-    """The tensor of a key that had none of its own: the one it was tied to, with its own changes."""
-    value = base.values[key]
-    return _plan_tensor(base, key, value, key, changes, dtype)
-
-
 def _plan_added_tensors(base: MetaModel, changes: _AdapterChanges, dtype: torch.dtype) -> list[PlannedTensor]:
-    """What saved modules bring that the base does not have: a new head."""
-    new = [key for key in sorted(changes.values) if key in base.missing]
-    tensors = [(key, changes.values.pop(key)) for key in new]
+    """Return the plans of the `modules_to_save` that the base does not have: a new head."""
+    tensors = [(key, changes.values.pop(key)) for key in sorted(changes.values) if key in base.missing]
     return [
         PlannedTensor(key, value, dtype if value.is_floating_point() else value.dtype, "added", key.rpartition(".")[0])
         for key, value in tensors
@@ -296,7 +290,7 @@ def _plan_added_tensors(base: MetaModel, changes: _AdapterChanges, dtype: torch.
 
 
 def _find_usual_dtype(shards: Sequence[Shard]) -> torch.dtype:
-    """The floating dtype most of the base is kept in."""
+    """Return the floating dtype of most values of the base."""
     sizes: Counter[torch.dtype] = Counter()
     for shard in shards:
         for tensor in shard.tensors.values():

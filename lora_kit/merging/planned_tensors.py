@@ -1,4 +1,4 @@
-"""What a merge writes: files, their tensors, and what is added to each."""
+"""The plan of a merge: the files to write, their tensors, and what is added to each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from lora_kit.merging.checkpoint.shards import Shard
 
 
 class WeightedAdapter(NamedTuple):
-    """An adapter, and how much of it is merged."""
+    """An adapter to merge.
+
+    Attributes:
+        name: what messages call it.
+        adapter: its value.
+        weight: that its update is multiplied by.
+    """
 
     name: str
     adapter: Adapter
@@ -26,35 +32,36 @@ class WeightedAdapter(NamedTuple):
 
 @dataclass(frozen=True)
 class WeightUpdate:
-    """scaling · B A, to be added to one weight, or to one matrix of several.
+    """scaling · B A, to be added to a weight, or to one matrix of a stacked one.
 
     Attributes:
-        pair: of a parameter with several matrices, that of one of them.
-        expert: which matrix that is.
+        weights: A and B, of this matrix alone.
+        scaling: with the weight of the adapter in it.
+        expert: index of the matrix.
     """
 
-    pair: LoraWeights
+    weights: LoraWeights
     scaling: float
     expert: int = 0
 
     def rows(self, begin: int, end: int) -> WeightUpdate:
-        """What it adds to some rows of the weight."""
-        return replace(self, pair=replace(self.pair, b=self.pair.b[begin:end]))
+        """Return what it adds to some rows of the weight."""
+        return replace(self, weights=replace(self.weights, b=self.weights.b[begin:end]))
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor of the result; of a weight that is quantised again, all that it is stored in.
+    """One tensor of the result; for a requantized weight, all tensors that store it.
 
     Attributes:
         name: in its file.
-        source: the base's tensor, or what an adapter brings instead of it.
+        source: the base's tensor, or the adapter's in place of it.
         dtype: of the result.
         how: `copied`, `cast`, `dequantized`, `folded`, `requantized`, `replaced`, `added`, or `with new rows`.
         path: of the module, where an adapter changes it.
-        updates: what is folded into it.
-        transposed: whether it is kept as (in, out), or each of its matrices is.
-        rows: that take the places of some of its own.
+        updates: folded into it.
+        transposed: whether it, or each of its matrices, is stored as (in, out).
+        rows: token embeddings that replace some of its rows.
     """
 
     name: str
@@ -68,7 +75,7 @@ class PlannedTensor:
 
     @property
     def stored(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
-        """What it is written as, in the order of the bytes."""
+        """Dtype and shape of every stored tensor by name, in the order of their bytes."""
         if self.how == "requantized" and isinstance(self.source, QuantizedWeight):
             parts = self.source.parts
             return {name: (parts[name].dtype, shape) for name, shape in self.source.sizes().items()}
@@ -76,10 +83,10 @@ class PlannedTensor:
 
     @property
     def matrices(self) -> tuple[PlannedTensor, ...]:
-        """An entry for each matrix of it, in the order of their bytes."""
+        """A plan for each of its matrices, in the order of their bytes."""
         if self.source.ndim == 2 or isinstance(self.source, QuantizedWeight):
             return (self,)
-        if self.updates[0].pair.kind == "convolution":
+        if self.updates[0].weights.kind == "convolution":
             return (replace(self, source=self.source.flatten(1)),)
         each = [tuple(update for update in self.updates if update.expert == e) for e in range(self.source.shape[0])]
         return tuple(replace(self, source=w, updates=own) for w, own in zip(self.source, each, strict=True))
@@ -94,9 +101,9 @@ class MergePlan:
     """The weight files of the result.
 
     Attributes:
-        shards: their names, metadata and tensors, in the order of their bytes.
-        untied: keys that shared a parameter in the base and no longer do.
-        left_out: tensors of the base that the merged model has no place for.
+        shards: the base's file that each is made from, and its tensors in the order of their bytes.
+        untied: keys that were one parameter in the base and no longer are.
+        left_out: tensors of the base that the merged model does not have.
     """
 
     shards: tuple[tuple[Shard, tuple[PlannedTensor, ...]], ...]
@@ -113,5 +120,5 @@ class MergePlan:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Tensors of the result by what is done to them."""
+        """How many tensors are made in each way (`PlannedTensor.how`)."""
         return dict(Counter(entry.how for entry in self.entries))

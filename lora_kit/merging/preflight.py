@@ -1,11 +1,11 @@
-"""What can be refused before any work: outputs that would destroy an input, adapters that a base has already."""
+"""Checks of a merge before any work: the output must not destroy an input, nor an adapter be merged twice."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.errors import AdapterError, MergeError
@@ -14,19 +14,22 @@ from lora_kit.io.read import read_json
 from lora_kit.io.text import escape_text
 
 MERGE_RECORD: Final = "lora_kit_merge.json"
-"""In a merged folder: what was merged into what, and what the checks found."""
+"""The file of a merged folder that records what was merged into which base, and the results of the checks."""
 _RECORD_LIMIT: Final = 16 * 2**20
 
 
 def refuse_overlap(out: Path, inputs: Sequence[Path]) -> None:
-    """Raise MergeError where the output is an input, or one lies inside the other, and StorageError for no path."""
+    """Refuse an output that is an input or lies inside one, or the other way round.
+
+    Raises:
+        MergeError: they overlap.
+        StorageError: the output is not a valid path.
+    """
     check_path(out)
     out = out.resolve()
-    for folder in (path.resolve() for path in inputs if "\0" not in str(path)):  # which reading it refuses
+    for folder in (path.resolve() for path in inputs if "\0" not in str(path)):  # reading such a path fails later
         if out == folder:
-            raise MergeError(
-                f"the output {escape_text(out)} is itself an input of this merge", hint="choose another output"
-            )
+            raise MergeError(f"the output {escape_text(out)} is an input of this merge", hint="choose another output")
         if out.is_relative_to(folder) or folder.is_relative_to(out):
             raise MergeError(
                 f"the output {escape_text(out)} and the input {escape_text(folder)} lie inside each other",
@@ -35,12 +38,12 @@ def refuse_overlap(out: Path, inputs: Sequence[Path]) -> None:
 
 
 def refuse_merged(base: Path, adapters: Sequence[Adapter]) -> None:
-    """Raise MergeError for a base into which one of these adapters was merged already, and for one given twice."""
+    """Raise MergeError if an adapter was merged into this base already, or is given twice."""
     merged, seen = read_merged_digests(base), set[str]()
     for digest in (adapter.digest for adapter in adapters):
         if digest in merged:
-            told = f"this adapter ({digest[:12]}) was merged into {escape_text(base)} already"
-            raise MergeError(told, hint="use it as it is")
+            message = f"this adapter ({digest[:12]}) was merged into {escape_text(base)} already"
+            raise MergeError(message, hint="use that base as it is")
         if digest in seen:
             raise MergeError(
                 f"the adapter {digest[:12]} was given twice", hint="give it once, with the sum of the weights"
@@ -48,19 +51,19 @@ def refuse_merged(base: Path, adapters: Sequence[Adapter]) -> None:
         seen.add(digest)
 
 
-def read_quantization_config(config: Path) -> Any:
-    """The `quantization_config` of a base's config; None where there is none."""
+def read_quantization_config(config: Path) -> object:
+    """Return the `quantization_config` of a base's config file; None where there is none."""
     try:
         return json.loads(config.read_text("utf-8")).get("quantization_config")
     except (OSError, ValueError, AttributeError, RecursionError):
-        return None  # loading the base says what is wrong with it
+        return None  # loading the base reports what is wrong with it
 
 
 def read_merged_digests(base: Path) -> tuple[str, ...]:
-    """Digests of the adapters that are in this base already, oldest first; none where it has no record of a merge.
+    """Return the digests of the adapters that were merged into this base, oldest first.
 
     Raises:
-        MergeError: there is a record, and it cannot be read.
+        MergeError: its record of merges cannot be read.
     """
     file = base / MERGE_RECORD
     if not file.exists():

@@ -4,27 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from lora_kit.errors import BaseModelError, format_list
 from lora_kit.models.tasks import LABEL_TASKS
+from lora_kit.targets.match import HEAD_NAMES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
-
-_HEAD_NAMES: Final = (
-    "score",
-    "classifier",
-    "classification_head",
-    "pre_classifier",
-    "head",
-    "pooler",
-    "sequence_summary",
-    "logits_proj",
-)
-"""Names of the modules of a classification head, at the top of transformers' models."""
 
 
 def check_loading_info(source: str, task: str, info: Mapping[str, Any]) -> None:
@@ -40,7 +29,7 @@ def check_loading_info(source: str, task: str, info: Mapping[str, Any]) -> None:
     """
     missing = sorted(info["missing_keys"])
     mismatched = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])
-    head = [key for key in missing if task in LABEL_TASKS and key.split(".")[0] in _HEAD_NAMES]
+    head = [key for key in missing if task in LABEL_TASKS and key.split(".")[0] in HEAD_NAMES]
     absent = [key for key in missing if key not in head]
     if absent or mismatched or info["error_msgs"]:
         details = format_list(mismatched) if mismatched else " ".join(map(str, info["error_msgs"]))
@@ -59,7 +48,7 @@ def find_head_modules(model: PreTrainedModel, task: str) -> tuple[str, ...]:
         BaseModelError: the model has no known head.
     """
     if task in LABEL_TASKS:
-        children = ((name, child) for name, child in model.named_children() if name in _HEAD_NAMES)
+        children = ((name, child) for name, child in model.named_children() if name in HEAD_NAMES)
         paths = tuple(name for name, child in children if any(True for _ in child.parameters()))
     else:
         output = model.get_output_embeddings()

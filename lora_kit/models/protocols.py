@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding
 
 
 class Tokenizer(Protocol):
@@ -21,7 +24,7 @@ class Tokenizer(Protocol):
     is_fast: bool
     model_max_length: int
 
-    def __call__(self, text: object = ..., text_pair: object = ..., **options: object) -> Mapping[str, Any]: ...
+    def __call__(self, text: object = ..., text_pair: object = ..., **options: object) -> BatchEncoding: ...
 
     def __len__(self) -> int: ...
 

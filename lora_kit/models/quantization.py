@@ -5,7 +5,6 @@ The config of a quantized checkpoint says so, and transformers loads it with the
 
 from __future__ import annotations
 
-import copy
 import logging
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from lora_kit.errors import BaseModelError, format_list
 from lora_kit.io.text import escape_text
+from lora_kit.layers.dequantize import dequantize_four_bit
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -130,8 +130,6 @@ def _is_misread(weight: Tensor, state: QuantState) -> bool:
     """Return whether a weight that is read as a matrix differs from the same weight read as one row."""
     from bitsandbytes.functional import dequantize_4bit
 
-    row = copy.copy(state)
-    row.shape = torch.Size([state.shape.numel()])
-    expected = dequantize_4bit(weight.data, row).flatten().float()
-    actual = dequantize_4bit(weight.data, state).flatten().float()
-    return bool((actual - expected).abs().max() > _MISREAD_TOLERANCE * expected.abs().max())
+    expected = dequantize_four_bit(weight.data, state).float()
+    found = dequantize_4bit(weight.data, state).float()
+    return bool((found - expected).abs().max() > _MISREAD_TOLERANCE * expected.abs().max())

@@ -5,27 +5,29 @@ With z = h Wᵀ + bias, E = exp(z - max z), s = Σ E, and y the label of a row,
     loss = log s - (z_y - max z)
     d loss / dh = Σ_{j ≠ y} (E_j / s) W_j - (Σ_{j ≠ y} E_j / s) W_y
 
-Since W is frozen, dh is the only gradient. It is formed in the forward, while a chunk's logits are there: two products
-with W in all and nothing kept but dh, where autograd keeps all logits. Rows without a label cost nothing. (Chunks with
-the gradient in the forward: Liger, arXiv 2410.10989; there for heads that are trained.) The label's own term is taken
-out of the product, so that its coefficient, the largest by far, is never rounded to 16 bits.
+Since W is frozen, dh is the only gradient. It is computed in the forward, while a chunk's logits exist: that takes two
+products with W and keeps only dh, where autograd keeps all logits. Rows without a label cost nothing. (Chunks with the
+gradient in the forward: Liger, arXiv 2410.10989; there for heads that are trained.) The label's own term is not in the
+product, so that its coefficient, by far the largest, is never rounded to 16 bits.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from lora_kit.errors import DataError
 
 LOGITS_BYTES: Final = {"cpu": 2**25, "cuda": 2**28}
+"""Bytes of logits that exist at once by default, in the dtype of the sums."""
 MIN_CHUNK_ROWS: Final = 128
-"""How much there is at once by default: as many rows as these bytes of logits hold in the dtype of the sums, but never
-so few that reading W costs more than multiplying with it. On a CPU that is 262 rows of 32,000 logits or 128 of 128,256
-(half as many are a fifth slower, more are hardly faster); on a GPU 512 of the latter."""
+"""Rows at once at least: with fewer, reading W costs more than multiplying with it. On a CPU the two limits give 262
+rows of 32,000 logits or 128 of 128,256 (half as many are a fifth slower, more are hardly faster); on a GPU 512 of the
+latter."""
 
 
 def chunked_cross_entropy(
@@ -38,24 +40,25 @@ def chunked_cross_entropy(
     chunk: int | None = None,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """The cross-entropy of `hidden @ weight.T + bias` in nats, summed over the rows that have a label.
+    """Return the cross-entropy of `hidden @ weight.T + bias` in nats, summed over the rows that have a label.
 
-    Sums and exponentials are taken in fp32 (in fp64 for fp64), the products with W in the dtype in which a linear layer
-    would compute them, under autocast too. Where no gradient is needed none is formed.
+    Sums and exponentials are computed in fp32 (in fp64 for fp64), the products with W in the dtype that a linear layer
+    would use, under autocast too. No gradient is computed where none is needed.
 
     Args:
         hidden: (n, d).
-        weight: (v, d), frozen. bias: (v,), frozen.
+        weight: (v, d), frozen.
         labels: (n,) int64, each in 0 … v - 1 or `ignore_index`: no label.
-        chunk: rows at once; None for as many as `LOGITS_BYTES` hold, `LEAST_ROWS` at least. It changes no result.
+        bias: (v,), frozen.
+        chunk: rows at once; None for as many as `LOGITS_BYTES` hold, at least `MIN_CHUNK_ROWS`. It changes no result.
         smoothing: share of the target spread evenly over all classes (Szegedy et al. 2015, arXiv 1512.00567).
 
     Returns:
         () in fp32 or fp64. The gradient goes to `hidden` alone.
 
     Raises:
-        DataError: shapes or dtypes that do not fit, a head that is not frozen, or (where looking costs no
-            synchronisation: on a CPU) a label that is no class.
+        DataError: shapes or dtypes do not match, the head is not frozen, or (checked on a CPU only, where it costs no
+            synchronization) a label is no class.
     """
     _check_shapes(hidden, weight, bias, labels)
     dtype = _compute_dtype_of(hidden)
@@ -69,8 +72,8 @@ def chunked_cross_entropy(
         _check_labels(labels, weight.shape[0])
     if chunk is None:
         sums = torch.promote_types(dtype, torch.float32)
-        held = LOGITS_BYTES["cpu" if hidden.device.type == "cpu" else "cuda"]
-        chunk = max(MIN_CHUNK_ROWS, held // (weight.shape[0] * sums.itemsize))
+        budget = LOGITS_BYTES["cpu" if hidden.device.type == "cpu" else "cuda"]
+        chunk = max(MIN_CHUNK_ROWS, budget // (weight.shape[0] * sums.itemsize))
     with torch.autocast(hidden.device.type, enabled=False):
         head = _FrozenHead(weight.to(dtype), None if bias is None else bias.to(dtype), labels, rows, chunk, smoothing)
         if torch.is_grad_enabled() and hidden.requires_grad:
@@ -82,27 +85,27 @@ def chunked_cross_entropy(
 
 def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:
     n, d, v = hidden.shape[0] if hidden.ndim else 0, hidden.shape[-1:], weight.shape[:1]
-    fits = hidden.ndim == weight.ndim == 2 and weight.shape[1:] == d and labels.shape == (n,)
-    if not fits or (bias is not None and bias.shape != v):
-        given = ", ".join(str(tuple(t.shape)) for t in (hidden, weight, labels, bias) if t is not None)
+    matches = hidden.ndim == weight.ndim == 2 and weight.shape[1:] == d and labels.shape == (n,)
+    if not matches or (bias is not None and bias.shape != v):
+        shapes = ", ".join(str(tuple(t.shape)) for t in (hidden, weight, labels, bias) if t is not None)
         raise DataError(
-            f"hidden (n, d), weight (v, d), labels (n,) and bias (v,) were expected; the shapes are {given}"
+            f"hidden (n, d), weight (v, d), labels (n,) and bias (v,) were expected; the shapes are {shapes}"
         )
     if labels.dtype != torch.int64:
         raise DataError(f"labels must be int64; they are {labels.dtype}")
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
-        raise DataError("the head requires a gradient, and none is formed for it here", hint="use the plain loss")
+        raise DataError("the head requires a gradient, and none is computed for it here", hint="use the plain loss")
 
 
 def _check_labels(labels: Tensor, classes: int) -> None:
     if labels.numel():
         low, high = (int(value) for value in labels.aminmax())
         if low < 0 or high >= classes:
-            raise DataError(f"label {low if low < 0 else high} is none of the {classes} classes")
+            raise DataError(f"label {low if low < 0 else high} is outside the {classes} classes")
 
 
 def _compute_dtype_of(x: Tensor) -> torch.dtype:
-    """The dtype in which a linear layer computes with this input."""
+    """Return the dtype in which a linear layer computes with this input."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
@@ -111,10 +114,15 @@ def _compute_dtype_of(x: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True)
 class _FrozenHead:
-    """The head, what is asked of it, and the rows of `hidden` that it is asked for.
+    """A head, and the labeled rows whose loss it computes.
 
     Attributes:
-        weight: (v, d). bias: (v,). labels: (k,). rows: (k,), where in `hidden` each labelled row stands.
+        weight: (v, d).
+        bias: (v,), of the dtype of the weight.
+        labels: (k,) int64, of the labeled rows.
+        rows: (k,) int64, index in `hidden` of each labeled row.
+        chunk: rows at once.
+        smoothing: of labels.
     """
 
     weight: Tensor
@@ -125,7 +133,7 @@ class _FrozenHead:
     smoothing: float
 
     def loss(self, hidden: Tensor, *, gradient: Tensor | None) -> Tensor:
-        """The summed loss. d loss / d hidden of the labelled rows is put into `gradient` (k, d) where there is one."""
+        """Return the summed loss, and write d loss / d hidden of the labeled rows into `gradient` (k, d) if given."""
         classes, dtype = self.weight.shape[0], self.weight.dtype
         size = min(self.chunk, len(self.rows))
         logits = hidden.new_empty(size, classes, dtype=dtype)
@@ -159,7 +167,15 @@ class _FrozenHead:
             torch.addmm(self.bias, x, self.weight.mT, out=out)
 
     def _exponentiate_(self, z: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Turn logits in place into E with a zero at each label; the summed loss, and Σ_{j ≠ y} E_j and s (k, 1)."""
+        """Turn logits in place into E with a zero at each label.
+
+        Args:
+            z: (k, v), overwritten.
+            label: (k, 1).
+
+        Returns:
+            the summed loss (), Σ_{j ≠ y} E_j (k, 1), and s (k, 1).
+        """
         z.sub_(z.amax(1, keepdim=True))
         own = z.gather(1, label)
         target = own
@@ -170,11 +186,17 @@ class _FrozenHead:
         return (s.log() - target).sum(), others, s
 
 
+class _LossContext(FunctionCtx):
+    shape: torch.Size
+    dtype: torch.dtype
+    saved_tensors: tuple[Tensor, ...]
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The summed loss of the labelled rows; the backward only multiplies what the forward formed."""
+    """The summed loss of the labeled rows; the backward only multiplies the gradient that the forward computed."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: _FrozenHead) -> Tensor:
+    def forward(ctx: _LossContext, hidden: Tensor, head: _FrozenHead) -> Tensor:
         # In the dtype of the sums, so that it is rounded once, after it has been multiplied.
         sums = torch.promote_types(head.weight.dtype, torch.float32)
         gradient = hidden.new_empty(len(head.rows), hidden.shape[1], dtype=sums)
@@ -185,7 +207,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _LossContext, d_loss: Tensor) -> tuple[Tensor, None]:
         gradient, rows = ctx.saved_tensors
         d_hidden = gradient.new_zeros(ctx.shape, dtype=ctx.dtype)
         return d_hidden.index_copy_(0, rows, (gradient * d_loss).to(ctx.dtype)), None

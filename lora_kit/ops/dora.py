@@ -1,6 +1,6 @@
-"""DoRA (Liu et al. 2024, arXiv 2402.09353): the adapted weight keeps its direction and gets a trained length per row.
+"""DoRA (Liu et al. 2024, arXiv 2402.09353): the adapted weight keeps its direction and gets a trained norm per row.
 
-W' = m / |W + s B A| · (W + s B A)        |.| per row, m (out,) trained, the norm held constant in the backward
+W' = m / |W + s B A| · (W + s B A)        |.| per row, m (out,) trained, the norm constant in the backward
 """
 
 from __future__ import annotations
@@ -10,33 +10,39 @@ from torch import Tensor
 
 
 def dora_scale(weight: Tensor, a: Tensor, b: Tensor, scaling: float, magnitude: Tensor) -> Tensor:
-    """c = m / |W + s B A|: what every output of `lora_add` is multiplied by, its bias left out.
+    """Return c = m / |W + s B A|, which every output of `lora_add` is multiplied by, except for the bias.
 
-    The norms are taken in rank space, |W|² + 2 s (W Aᵀ)·B + s² (B A Aᵀ)·B, so `B A` is never formed.
+    The norms are computed in rank space, |W|² + 2 s (W Aᵀ)·B + s² (B A Aᵀ)·B, so `B A` is never formed.
 
     Args:
-        weight: (out, in). a: (r, in). b: (out, r). magnitude: (out,), the only one that gets a gradient.
+        weight: W (out, in).
+        a: (r, in).
+        b: (out, r).
+        scaling: s.
+        magnitude: m (out,), the only one that gets a gradient.
 
     Returns:
         (out,) fp32.
     """
     with torch.no_grad():
-        # The factors as `lora_add` uses them, rounded to the base's dtype: fp32 masters and a bf16 slab give the same
-        # scale.
+        # Rounded to the base's dtype as in `lora_add`, so that fp32 masters and bf16 stacked weights give one scale.
         a, b = a.to(weight.dtype).float(), b.to(weight.dtype).float()
         weight = weight.float()
         square = torch.linalg.vecdot(weight, weight)
         square += 2 * scaling * torch.linalg.vecdot(weight @ a.mT, b)
         square += scaling**2 * torch.linalg.vecdot(b @ (a @ a.mT), b)
         norm = square.clamp_min_(0).sqrt_()
-    return magnitude.float() / norm
+    scale: Tensor = magnitude.float() / norm
+    return scale
 
 
 def scale_columns(y: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
-    """columns · (y - bias) + bias, computed in fp32 and rounded once to the dtype of y.
+    """Return columns · (y - bias) + bias, computed in fp32 and rounded once to the dtype of y.
 
     Args:
-        y: (..., out). columns: fp32, (out,) or any shape that y broadcasts with. bias: (out,).
+        y: (..., out).
+        columns: fp32, (out,) or any shape that broadcasts with y.
+        bias: (out,), or None for zero.
     """
     scaled = y * columns
     if bias is not None:

@@ -1,4 +1,4 @@
-"""Products of rows that lie group by group, each group with a matrix of its own."""
+"""Products of rows that are sorted by group, each group with a matrix of its own."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from torch.nn import functional
 
 _KERNEL_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 _ALIGNMENT_BYTES: Final = 16
-"""What the kernel wants the size of every row to be a multiple of, of gradients as well."""
+"""The kernel requires the size of every row to be a multiple of this, of gradients as well."""
 
 
 def grouped_matmul(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """xᵢ W[g(i)] for every row i of group g(i): one kernel, however many groups there are, and no row is copied.
+    """Return xᵢ W[g(i)] for every row i of group g(i): one kernel, however many groups there are, and no row is copied.
 
     Args:
-        x: (n, in), the rows of one group after another. weight: (G, in, out), of the same dtype.
-        ends: (G,) int32, rising: where each group ends, which may be where it begins; the last one is n.
+        x: (n, in), the rows of one group after another.
+        weight: (G, in, out), of the same dtype.
+        ends: (G,) int32, ascending: the end of each group, which may be empty; the last one is n.
 
     Returns:
         (n, out), differentiable with respect to x and weight.
@@ -37,7 +38,7 @@ def grouped_matmul(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def round_up_rank(rank: int, dtype: torch.dtype) -> int:
-    """The rank from which on a kernel takes factors of this rank, filled up with zeros."""
+    """Return the smallest rank, not below this one, for which a kernel takes factors; pad them with zeros to it."""
     multiple = _ALIGNMENT_BYTES // dtype.itemsize
     return -(-rank // multiple) * multiple
 

@@ -1,7 +1,7 @@
-"""The products of a low-rank update in plain torch: what other kernels are held against, and what runs without any.
+"""The products of a low-rank update in plain torch: the reference for other kernels, and used where there are none.
 
-No autograd in here: `ops.lora` calls these from its autograd functions. Whatever they are given may have any strides.
-Slot 0 is the base: its part of every slab, and its scaling, are zero.
+No autograd in here: `ops.lora` calls these from its autograd functions. Arguments may have any strides. Slot 0 is the
+base: its stacked weights and its scaling are zero.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from torch import Tensor
 
 
 def add_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """y += scaling · (x Aᵀ) Bᵀ in place.
+    """Add y += scaling · (x Aᵀ) Bᵀ in place.
 
     Args:
-        y: (n, out). x: (n, in) in the dtype of y.
-        a: (r, in). b: (out, r). Any floating dtype; the products are taken in that of y.
+        y: (n, out), overwritten.
+        x: (n, in) in the dtype of y.
+        a: (r, in), of any floating-point dtype; the products are computed in that of y.
+        b: (out, r), likewise.
+        scaling: a number.
 
     Returns:
         x Aᵀ, (n, r) in the dtype of y.
@@ -30,11 +33,15 @@ def add_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
 
 
 def add_rows_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor, slots: Tensor) -> Tensor:
-    """yᵢ += scaling[kᵢ] · (xᵢ A[kᵢ]ᵀ) B[kᵢ]ᵀ in place for every row i, with k = slots: a shrink and an expand.
+    """Add yᵢ += scaling[kᵢ] · (xᵢ A[kᵢ]ᵀ) B[kᵢ]ᵀ in place for every row i, with k = slots: a shrink and an expand.
 
     Args:
-        y: (R, T, out). x: (R, T, in) in the dtype of y.
-        a: (S, r, in). b: (S, out, r). Any floating dtype. scaling: (S,) fp32. slots: (R,) int64.
+        y: (R, T, out), overwritten.
+        x: (R, T, in) in the dtype of y.
+        a: (S, r, in), of any floating-point dtype.
+        b: (S, out, r), likewise.
+        scaling: (S,) fp32.
+        slots: (R,) int64.
 
     Returns:
         xᵢ A[kᵢ]ᵀ, (R, T, r) in the dtype of y.
@@ -45,10 +52,12 @@ def add_rows_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor, slots
 
 
 def shrink_rows(x: Tensor, a: Tensor, slots: Tensor) -> Tensor:
-    """xᵢ A[kᵢ]ᵀ for every row i, with k = slots.
+    """Return xᵢ A[kᵢ]ᵀ for every row i, with k = slots.
 
     Args:
-        x: (R, T, in). a: (S, r, in), any floating dtype. slots: (R,) int64.
+        x: (R, T, in).
+        a: (S, r, in), of any floating-point dtype.
+        slots: (R,) int64.
 
     Returns:
         (R, T, r) in the dtype of x; zeros where the slot is 0.
@@ -57,12 +66,15 @@ def shrink_rows(x: Tensor, a: Tensor, slots: Tensor) -> Tensor:
 
 
 def expand_rows_(y: Tensor, h: Tensor, b: Tensor, scaling: Tensor, slots: Tensor) -> None:
-    """yᵢ += scaling[kᵢ] · hᵢ B[kᵢ]ᵀ in place for every row i, with k = slots.
+    """Add yᵢ += scaling[kᵢ] · hᵢ B[kᵢ]ᵀ in place for every row i, with k = slots.
 
     Args:
-        y: (R, T, out). h: (R, T, r) in the dtype of y. b: (S, out, r), any floating dtype.
-        scaling: (S,) fp32. slots: (R,) int64.
+        y: (R, T, out), overwritten.
+        h: (R, T, r) in the dtype of y.
+        b: (S, out, r), of any floating-point dtype.
+        scaling: (S,) fp32.
+        slots: (R,) int64.
     """
     scaled = torch.empty_like(h)
-    torch.mul(h, scaling.index_select(0, slots).view(-1, 1, 1), out=scaled)  # taken in fp32, rounded once
+    torch.mul(h, scaling.index_select(0, slots).view(-1, 1, 1), out=scaled)  # multiplied in fp32, rounded once
     y.baddbmm_(scaled, b.index_select(0, slots).to(y.dtype).mT)

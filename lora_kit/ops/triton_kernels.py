@@ -1,15 +1,15 @@
-"""The products of `ops.plain` as Triton kernels: same signatures, same meaning.
+"""The products of `ops.torch_kernels` as Triton kernels: same signatures, same meaning.
 
-What they save over plain torch is bytes and launches, for the products themselves are small:
+The products themselves are small; what is saved over plain torch is memory traffic and launches:
 
-- The factors are read where they lie, be they fp32 masters, a bf16 slab or a corner of one, and are cast in registers:
-  no cast copy of them and no gathered copy of a slot is ever written.
-- Few tokens that share a pair, as in decoding, take x Aᵀ and the update in one launch. Everything else takes two, a
-  shrink to the rank and an expand that adds into y, each in one pass over its large operand.
-- Rows of slot 0, the base, read no factor and leave y alone. Launches depend on shapes, never on the slots.
+- A and B are read in place, whether they are fp32 masters, bf16 stacked weights or a part of these, and are cast in
+  registers: no cast copy of them and no gathered copy of a slot is ever written.
+- For few tokens that share A and B, as in decoding, x Aᵀ and the update are one launch. Everything else is two, a
+  shrink to the rank and an expand that adds to y, each in one pass over its large operand.
+- Rows of slot 0, the base, read no A or B and leave y unchanged. Launches depend on shapes, never on the slots.
 
-Products are accumulated in fp32. Those of fp32 inputs are fp32 products unless torch was told that TF32 will do
-(`torch.backends.cuda.matmul`). Sums are taken in a fixed order: the same inputs give the same bits.
+Products are accumulated in fp32. Those of fp32 inputs are fp32 products unless torch allows TF32
+(`torch.backends.cuda.matmul`). The order of sums is fixed: the same inputs give the same bits.
 
 Gradients are the same products with the factors transposed (views will do):
 
@@ -18,14 +18,14 @@ Gradients are the same products with the factors transposed (views will do):
 
 where dA and dB, which sum over all tokens, are torch's own products.
 
-Nothing here waits for the device, so CUDA graphs can capture it, once a first run has loaded the kernels: as for every
-graph, the same call comes once before the capture. Eager code launches the kernels directly; while torch.compile
-traces, the same functions are opaque custom ops without a gradient. They are `custom_op`s and no `triton_op`s because
-there is nothing the compiler could fuse into them, and because these also run interpreted.
+Nothing here waits for the device, so CUDA graphs can capture it after a first run has loaded the kernels: as for every
+graph, make the same call once before the capture. Eager code launches the kernels directly; while torch.compile
+traces, the same functions are opaque custom ops without a gradient. They are `custom_op`s, not `triton_op`s, because
+the compiler could fuse nothing into them, and because `custom_op`s also run interpreted.
 """
 
-# What the kernels are given has no Python type.
-# mypy: allow-untyped-defs
+# The arguments of kernels have no Python type.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from __future__ import annotations
 
@@ -37,39 +37,43 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 MIN_BLOCK_TOKENS: Final = 16
-"""The least tokens that a matrix unit takes: up to here they share one program, or have one each."""
+"""The fewest tokens that a matrix unit takes. Up to so many share one program, or have one each."""
 
 TARGET_PROGRAMS: Final = 128
-"""Programs that keep a device busy. A shrink that would have fewer splits its sum between several of them."""
+"""Programs that keep a device busy. A shrink that would have fewer splits its sum over several programs."""
 
 MAX_FUSED_RANK: Final = 64
+"""The largest rank of the fused kernel."""
 MAX_FUSED_ENTRIES: Final = 1 << 17
-"""Entries of A up to which every program of the fused kernel can afford to read all of A, from cache, for itself."""
+"""The most entries of A for which every program of the fused kernel reads all of A, from cache, by itself."""
 
 
 def add_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """See `plain.add_`."""
+    """Do as `torch_kernels.add_`."""
     if torch.compiler.is_compiling():
-        return _add_op(y, x, a, b, scaling)
+        h: Tensor = _add_op(y, x, a, b, scaling)
+        return h
     return _add(y.unsqueeze(0), x.unsqueeze(0), a.unsqueeze(0), b.unsqueeze(0), scaling, None).squeeze(0)
 
 
 def add_rows_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor, slots: Tensor) -> Tensor:
-    """See `plain.add_rows_`."""
+    """Do as `torch_kernels.add_rows_`."""
     if torch.compiler.is_compiling():
-        return _add_rows_op(y, x, a, b, scaling, slots)
+        h: Tensor = _add_rows_op(y, x, a, b, scaling, slots)
+        return h
     return _add(y, x, a, b, scaling, slots)
 
 
 def shrink_rows(x: Tensor, a: Tensor, slots: Tensor) -> Tensor:
-    """See `plain.shrink_rows`."""
+    """Do as `torch_kernels.shrink_rows`."""
     if torch.compiler.is_compiling():
-        return _shrink_op(x, a, slots)
+        h: Tensor = _shrink_op(x, a, slots)
+        return h
     return _shrink(x, a, slots)
 
 
 def expand_rows_(y: Tensor, h: Tensor, b: Tensor, scaling: Tensor, slots: Tensor) -> None:
-    """See `plain.expand_rows_`."""
+    """Do as `torch_kernels.expand_rows_`."""
     if torch.compiler.is_compiling():
         _expand_op(y, h, b, scaling, slots)
     else:
@@ -77,7 +81,7 @@ def expand_rows_(y: Tensor, h: Tensor, b: Tensor, scaling: Tensor, slots: Tensor
 
 
 def _add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor | float, slots: Tensor | None) -> Tensor:
-    """`add_rows_`, or the same with a[0], b[0] and a number for every row where there are no slots."""
+    """Do as `add_rows_`; without slots, use a[0], b[0] and one scaling for every row."""
     (rows, tokens, _), (_, rank, size_in) = x.shape, a.shape
     if rows == 1 and tokens <= MIN_BLOCK_TOKENS and rank <= MAX_FUSED_RANK and rank * size_in <= MAX_FUSED_ENTRIES:
         return _add_few(y, x, a, b, scaling, slots)
@@ -87,7 +91,7 @@ def _add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor | float, sl
 
 
 def _add_few(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor | float, slots: Tensor | None) -> Tensor:
-    """`_add` for one row in one launch: every program takes x Aᵀ anew, and adds to some columns of y."""
+    """Do as `_add` for one row in one launch: every program computes all of x Aᵀ, and adds to some columns of y."""
     (_, tokens, size_in), (_, size_out, rank) = x.shape, b.shape
     h = torch.empty(1, tokens, rank, dtype=y.dtype, device=y.device)
     block_rank, block_out = (
@@ -109,14 +113,14 @@ def _add_few(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor | float
 
 
 def _shrink(x: Tensor, a: Tensor, slots: Tensor | None) -> Tensor:
-    """`shrink_rows`, or the same with a[0] for every row where there are no slots."""
+    """Do as `shrink_rows`; without slots, use a[0] for every row."""
     rows, tokens, _ = x.shape
-    alone = tokens < MIN_BLOCK_TOKENS or rows * tokens <= 4 * MIN_BLOCK_TOKENS
-    return _shrink_tokens(x, a, slots) if alone else _shrink_tiles(x, a, slots)
+    few = tokens < MIN_BLOCK_TOKENS or rows * tokens <= 4 * MIN_BLOCK_TOKENS
+    return _shrink_tokens(x, a, slots) if few else _shrink_tiles(x, a, slots)
 
 
 def _shrink_tokens(x: Tensor, a: Tensor, slots: Tensor | None) -> Tensor:
-    """One program per token and a few ranks: enough programs even for one token, and no row of a matrix unit empty."""
+    """Shrink with one program per token and a few ranks: enough programs even for one token, none with empty rows."""
     (rows, tokens, size_in), rank = x.shape, a.shape[1]
     h = torch.empty(rows, tokens, rank, dtype=x.dtype, device=x.device)
     block_rank = _clamp_to_power_of_two(rows * tokens * rank // TARGET_PROGRAMS, 1, 4)
@@ -130,7 +134,7 @@ def _shrink_tokens(x: Tensor, a: Tensor, slots: Tensor | None) -> Tensor:
 
 
 def _shrink_tiles(x: Tensor, a: Tensor, slots: Tensor | None) -> Tensor:
-    """One program per tile of tokens and ranks; where these are few, several of them share the sum over `in`."""
+    """Shrink with one program per tile of tokens and ranks; where these are few, several share the sum over `in`."""
     (rows, tokens, size_in), rank = x.shape, a.shape[1]
     block_tokens = 64 if rows * tokens >= 32 * TARGET_PROGRAMS else MIN_BLOCK_TOKENS
     block_rank = _clamp_to_power_of_two(rank, 16, 64)
@@ -151,7 +155,7 @@ def _shrink_tiles(x: Tensor, a: Tensor, slots: Tensor | None) -> Tensor:
 
 
 def _expand(y: Tensor, h: Tensor, b: Tensor, scaling: Tensor | float, slots: Tensor | None) -> None:
-    """`expand_rows_`, or the same with b[0] and a number for every row where there are no slots."""
+    """Do as `expand_rows_`; without slots, use b[0] and one scaling for every row."""
     (rows, tokens, size_out), rank = y.shape, b.shape[2]
     block_tokens, block_out = (64, 128) if tokens > 4 * MIN_BLOCK_TOKENS else (MIN_BLOCK_TOKENS, 64)
     with torch.cuda.device_of(y):
@@ -166,16 +170,16 @@ def _expand(y: Tensor, h: Tensor, b: Tensor, scaling: Tensor | float, slots: Ten
 
 
 def _clamp_to_power_of_two(size: int, least: int, most: int) -> int:
-    return min(max(triton.next_power_of_2(size), least), most)
+    return min(max(int(triton.next_power_of_2(size)), least), most)
 
 
 def _precision(x: Tensor) -> str:
-    """How the matrix units may take fp32: as torch's own products do."""
+    """Return the precision of fp32 products: that of torch's own."""
     allowed = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed else "ieee"
 
 
-# While torch.compile traces: the same, opaque, with what the compiler must know of them.
+# For torch.compile: the same functions as opaque operators, with the shapes that the compiler needs.
 
 
 @torch.library.custom_op("lora_kit::add_", mutates_args=("y",))

@@ -304,7 +304,7 @@ def _open_storage(folder: Path) -> JournalStorage:
     try:
         return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))  # type: ignore[arg-type]
     except ValueError:
-        raise AdapterError(f"{escape_text(path)} is damaged", hint="ask to replace (--replace) to start anew") from None
+        raise AdapterError(f"{escape_text(path)} is damaged", hint="remove the folder to start anew") from None
 
 
 def _drop_partial_line(path: Path) -> None:

@@ -15,8 +15,19 @@ from lora_kit.layers.introspect import kind_of, unwrap_module
 Modules = Sequence[tuple[str, nn.Module]]
 """(path, module) of the modules of a base."""
 
-_HEAD_NAMES: Final = ("score", "classifier", "pre_classifier", "classification_head", "qa_outputs", "lm_head")
-"""Names of output heads at the top of a model, which `all-linear` leaves out."""
+HEAD_NAMES: Final = (
+    "score",
+    "classifier",
+    "classification_head",
+    "pre_classifier",
+    "head",
+    "pooler",
+    "sequence_summary",
+    "logits_proj",
+    "qa_outputs",
+    "lm_head",
+)
+"""Names of modules directly under transformers' models that belong to the output head; `all-linear` skips them."""
 _ROUTER_NAMES: Final = frozenset({"gate", "router", "shared_expert_gate"})
 """Names of the routers of a mixture of experts. `all-linear` leaves them out, and the modules inside them."""
 _EXPERTS: Final = "experts"
@@ -131,7 +142,7 @@ def _find_heads(model: nn.Module, modules: Modules) -> set[str]:
     output = getattr(model, "get_output_embeddings", lambda: None)()
     output = None if output is None else unwrap_module(output)
     return find_paths_inside(
-        modules, [path for path, module in modules if path and (module is output or path in _HEAD_NAMES)]
+        modules, [path for path, module in modules if path and (module is output or path in HEAD_NAMES)]
     )
 
 

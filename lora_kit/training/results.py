@@ -30,7 +30,7 @@ class TrainReport:
         resumed: step of the checkpoint that the training resumed from; 0 where it was not stopped.
         seconds: wall time of the training, without loading and evaluations.
         tokens: tokens trained on in all epochs, without padding.
-        peak_bytes: peak memory of the CUDA device, or of the whole process where there is none.
+        peak_bytes: peak memory of the CUDA device, or of the whole process without one.
         micro_batch: rows of a forward pass in the last step: the recipe's, or fewer where memory ran out.
         trainable: number of trained parameters.
         parameters: number of parameters of the model with the adapter.
@@ -163,7 +163,7 @@ class StepMeasurement:
     Attributes:
         seconds: wall time of the second step.
         tokens: of the second step.
-        peak_bytes: peak memory of both steps: of the CUDA device, or of the whole process where there is none.
+        peak_bytes: peak memory of both steps: of the CUDA device, or of the whole process without one.
         micro_batch: rows of a forward pass: the recipe's, or fewer where memory ran out.
     """
 
@@ -179,7 +179,7 @@ class TrainPlan:
 
     Attributes:
         out: folder of the result.
-        goes_on_from: step of the checkpoint that the training would resume from; 0 where there is none.
+        goes_on_from: step of the checkpoint that the training would resume from; 0 without one.
         trainable: number of trained parameters.
         parameters: number of parameters of the model with the adapter.
         kinds: the trained modules by name.

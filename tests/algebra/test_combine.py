@@ -199,7 +199,7 @@ def test_what_is_not_exact_about_saved_modules_is_refused() -> None:
     assert torch.equal(kept.saved()["score.weight"], head(1)[f"{PREFIX}score.weight"])
     assert kept.config.modules_to_save == ("score",)
     with pytest.raises(
-        MergeError, match=r"replaces score\.weight \(modules_to_save\), of which there is no share of 0\.5"
+        MergeError, match=r"replaces score\.weight \(modules_to_save\), which cannot be weighted by 0\.5"
     ):
         lk.combine([(with_head(1), 0.5), (with_head(2), 0.5)])
     with pytest.raises(MergeError, match=r"both replace score\.weight"):
@@ -382,7 +382,7 @@ def test_resize_wants_one_thing() -> None:
         with pytest.raises(ConfigError):
             lk.resize(adapter(), **fields)
     only_head = lk.Adapter(lk.LoraConfig(target_modules=(), modules_to_save=("score",)), head(1))
-    with pytest.raises(ConfigError, match="no low-rank pairs"):
+    with pytest.raises(ConfigError, match="no LoRA weights"):
         lk.resize(only_head, rank=2)
 
 

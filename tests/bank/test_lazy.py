@@ -28,7 +28,7 @@ INPUTS = tiny.batch(rows=4)
 
 def kept(cache: AdapterCache, *adapters: lk.Adapter) -> list[bool]:
     """Whether a cache has these, without using them."""
-    return [adapter.digest in cache._kept for adapter in adapters]
+    return [adapter.digest in cache._adapters for adapter in adapters]
 
 
 # The cache
@@ -52,7 +52,7 @@ def test_a_cache_keeps_what_was_used_last_and_no_more_bytes_than_it_may() -> Non
     assert (len(cache), cache.bytes) == (0, 0)
 
 
-def test_what_is_larger_than_a_cache_is_not_kept_and_drives_nobody_out() -> None:
+def test_what_is_larger_than_a_cache_is_not_adapters_and_drives_nobody_out() -> None:
     cache, small = AdapterCache(SIZE), folders.adapter()
     large = lk.Adapter(folders.config(r=8), folders.tensors(rank=8))
     cache.put(small)
@@ -84,7 +84,7 @@ def test_threads_may_share_a_cache() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-    assert cache.bytes == sum(adapter.nbytes for adapter in cache._kept.values()) == 3 * SIZE
+    assert cache.bytes == sum(adapter.nbytes for adapter in cache._adapters.values()) == 3 * SIZE
     assert cache.hits + cache.misses == 8_000
 
 
@@ -171,7 +171,7 @@ def test_what_left_comes_back_from_memory_without_its_folder(store: dict[str, Pa
     assert (bank.cache.hits, bank.cache.misses) == (1, 0)
 
 
-def test_one_content_under_two_names_is_kept_once(store: dict[str, Path]) -> None:
+def test_one_content_under_two_names_is_adapters_once(store: dict[str, Path]) -> None:
     _, bank = offering(store, slots=1)
     bank.offer("a again", store["a"])
     for name in ("a", None, "b", None, "a again", None, "b", None):

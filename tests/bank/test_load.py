@@ -127,7 +127,7 @@ def test_what_is_refused_half_way_is_not_half_there() -> None:
     plain, modules = tiny.logits(model, inputs), wrapped(model)
     bank = lk.attach(model, dtype=torch.float32)
     bank.add("whole", lk.LoraConfig(target_modules=[], modules_to_save=["lm_head"]))
-    with pytest.raises(TargetError, match="saves the module whole and another puts pairs into it"):
+    with pytest.raises(TargetError, match="replaces the module as a whole, and another has LoRA weights"):
         bank.add("pairs", lk.LoraConfig(target_modules=["q_proj", "lm_head"]))
     assert wrapped(model) == [*modules, "lm_head"]
     bank.load("later", folders.adapter())

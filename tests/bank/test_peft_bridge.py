@@ -317,7 +317,7 @@ def test_what_would_change_layers_is_refused_while_they_are_ours() -> None:
         with pytest.raises(BankError):
             call()
     bank.add("fresh", lk.LoraConfig(r=2, target_modules=("o_proj", "q_proj")))
-    with pytest.raises(BankError, match="fresh came"):
+    with pytest.raises(BankError, match="fresh was added"):
         bank.to_peft()
     bank.unload("fresh")
     bank.to_peft()

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.bank.bank import attach
+from lora_kit.bank.attach import attach
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.data.batches import IGNORE_INDEX, Collator, EncodedDataset
 from lora_kit.data.encode import encode

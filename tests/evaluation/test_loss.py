@@ -89,7 +89,7 @@ def test_a_head_that_is_not_plain_and_frozen_stays_in_the_model() -> None:
     assert probe_head(hooked, inputs).reason == "the head has hooks"
     replaced = frozen(tiny.llama())
     replaced.lm_head.forward = replaced.lm_head.forward
-    assert probe_head(replaced, inputs).reason == "the head has hooks"
+    assert probe_head(replaced, inputs).reason == "the head has a forward of its own"
     other = frozen(tiny.llama())
     other.lm_head = type("Special", (torch.nn.Linear,), {})(32, 96, bias=False)
     assert probe_head(other, inputs).reason == "the head is a Special"

@@ -82,7 +82,7 @@ def assert_same(found: Deltas, wanted: Deltas) -> None:
 
 
 def plainly_scaled(folder: Path) -> Deltas:
-    """What a reader sees that knows `lora_alpha / r` alone: no patterns, nothing rank-stabilised."""
+    """What a reader sees that knows `lora_alpha / r` alone: no patterns, nothing rank-stabilized."""
     fields = json.loads((folder / "adapter_config.json").read_text())
     stored = safetensors.torch.load_file(folder / "adapter_model.safetensors")
     scale, found = fields["lora_alpha"] / fields["r"], {}
@@ -232,7 +232,7 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, numpy.ndarray[Any, 
 
 
 def halves(rows: Tensor, heads: int) -> Tensor:
-    """Back from neighbours to halves: llama.cpp's order of the rows of q and k to that of transformers."""
+    """Back from neighbors to halves: llama.cpp's order of the rows of q and k to that of transformers."""
     return rows.reshape(heads, len(rows) // heads // 2, 2, -1).transpose(1, 2).reshape(rows.shape)
 
 
@@ -266,7 +266,7 @@ def test_gguf_holds_what_llama_cpp_checks_and_the_same_updates(base: Path, awkwa
     assert_same(found, deltas(awkward))
 
 
-def test_reordered_rows_attend_the_same_when_neighbours_are_turned(tmp_path: Path) -> None:
+def test_reordered_rows_attend_the_same_when_neighbors_are_turned(tmp_path: Path) -> None:
     """The order is right if llama.cpp's rotation of it gives the scores that transformers' gives."""
     from lora_kit.exporters.llama_cpp import interleave_heads
 
@@ -283,10 +283,10 @@ def test_reordered_rows_attend_the_same_when_neighbours_are_turned(tmp_path: Pat
         return turned(q, *parts).transpose(1, 2) @ turned(k, *parts)
 
     by_halves = scores(q, k, lambda rows: rows[:, : size // 2], lambda rows: rows[:, size // 2 :])
-    by_neighbours = scores(
+    by_neighbors = scores(
         interleave_heads(q, heads), interleave_heads(k, heads), lambda rows: rows[:, 0::2], lambda rows: rows[:, 1::2]
     )
-    torch.testing.assert_close(by_neighbours, by_halves)
+    torch.testing.assert_close(by_neighbors, by_halves)
 
 
 def test_architectures_that_turn_halves_keep_their_rows(tmp_path: Path) -> None:

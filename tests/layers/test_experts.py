@@ -99,7 +99,7 @@ def rank_space(monkeypatch: pytest.MonkeyPatch, *, used: bool) -> None:
     def fails(*_: Any, **__: Any) -> None:
         raise AssertionError("the other way")
 
-    monkeypatch.setattr(LoraParameter, "changed" if used else "_forward_in_rank_space", fails)
+    monkeypatch.setattr(LoraParameter, "compute_updated_weight" if used else "_forward_in_rank_space", fails)
 
 
 def follows(net: Callable[[], nn.Module], folder: Path, dtype: torch.dtype = torch.float32, **fields: Any) -> None:

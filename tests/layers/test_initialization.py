@@ -121,7 +121,7 @@ def test_long_work_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Log
     monkeypatch.setattr("lora_kit.layers.initialization._LOG_INTERVAL", -1.0)
     with caplog.at_level("INFO", logger="lora_kit.layers.initialization"):
         lk.attach(tiny.llama(), SHARED)
-    assert caplog.messages[-1].startswith("pissa: 14 of 14 layers have a start; pissa_niter_16")
+    assert caplog.messages[-1].startswith("pissa: 14 of 14 layers are initialized; pissa_niter_16")
 
 
 # As in PEFT
@@ -230,7 +230,7 @@ def test_what_began_elsewhere_is_not_restored_and_nothing_is_changed() -> None:
     bank.add("same rank", lk.LoraConfig(**plain))
     bank.add("twice the rank", lk.LoraConfig(**{**plain, "r": 8}))
     for name in ("same rank", "twice the rank"):
-        with pytest.raises(AdapterError, match="did not start where"):
+        with pytest.raises(AdapterError, match="were trained from another initialization"):
             bank.restore("a", bank.snapshot(name))
     other = bank.snapshot("a")
     assert other == kept
@@ -366,7 +366,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[LoraKitError], str]] = {
     "dora": ({"use_dora": True}, ConfigError, "use_dora with init_lora_weights"),
     "parameters": ({"target_parameters": ["experts.up_proj"]}, ConfigError, "target_parameters with init_lora"),
     "embedding": ({"target_modules": ["embed_tokens"]}, TargetError, "embed_tokens: init_lora_weights=pissa is for"),
-    "rank": ({"r": 33}, TargetError, r"q_proj: .* has no 33 directions of a weight of 32 × 32"),
+    "rank": ({"r": 33}, TargetError, r"q_proj: .* needs a rank of at most 32 for a weight of 32 × 32; 33 was given"),
     "endless": ({"init_lora_weights": "pissa_niter_1000000"}, ConfigError, "N from 1 to 99"),
     "none": ({"init_lora_weights": "pissa_niter_0"}, ConfigError, "N from 1 to 99"),
     "unknown": ({"init_lora_weights": "pisa"}, ConfigError, "'olora'"),

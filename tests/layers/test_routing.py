@@ -290,7 +290,7 @@ def test_a_merge_is_seen_by_the_adapters_that_stay() -> None:
 
 def test_one_adapter_may_not_save_what_another_puts_pairs_into() -> None:
     _, bank = resident()
-    with pytest.raises(TargetError, match="saves the module whole"):
+    with pytest.raises(TargetError, match="replaces the module as a whole"):
         bank.load(
             "head",
             lk.attach(tiny.llama(), lk.LoraConfig(target_modules=[], modules_to_save=["lm_head"])).snapshot("default"),
@@ -368,8 +368,8 @@ def test_memory_for_the_pairs_of_rows_is_taken_once() -> None:
     for rows in (["c", "b", "a"], ["b", "a", "c"], ["b", "c", "a"]):
         with torch.no_grad(), bank.rows(rows):
             model(**inputs)
-            _, (part, *_) = bank._routing.row_cache[layer]
-            places.add(part.a.data_ptr())
+            _, (group, *_) = bank._routing.row_cache.groups[layer]
+            places.add(group.a.data_ptr())
     assert len(places) == 1
 
 

@@ -435,7 +435,7 @@ def test_pairs_and_rows_of_one_embedding_live_in_one_bank_and_what_is_saved_whol
         torch.testing.assert_close(mixed[0], alone["rows"][0], **CLOSE)
         torch.testing.assert_close(mixed[1], alone["pairs"][1], **CLOSE)
         torch.testing.assert_close(mixed[2], base[2], **CLOSE)
-        with pytest.raises(TargetError, match="saves the module whole"):
+        with pytest.raises(TargetError, match="replaces the module as a whole"):
             bank.load("whole", whole)
         bank.detach()
         assert torch.equal(tiny.logits(model, batch()), base)
@@ -523,13 +523,13 @@ def test_merges_of_several_adapters_put_rows_side_by_side_and_never_over_each_ot
 def test_a_merge_that_wrote_other_rows_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tied()
     model.save_pretrained(tmp_path / "base")
-    into = TokenReplacement.into
+    write_into = TokenReplacement.write_into
 
-    def late(self: TokenReplacement, room: Any) -> Any:
+    def late(self: TokenReplacement, reserve: Any) -> Any:
         self._indices = self._indices + 1
-        return into(self, room)
+        return write_into(self, reserve)
 
-    monkeypatch.setattr(TokenReplacement, "into", late)
+    monkeypatch.setattr(TokenReplacement, "write_into", late)
     with pytest.raises(VerificationError, match="other rows than it should have"):
         lk.merge(tmp_path / "base", adapter_of(model), tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

@@ -194,13 +194,13 @@ def test_an_output_that_cannot_be_made_is_refused_before_any_work(
         merge(base, adapter, "/proc/nowhere/merged")
 
 
-def test_a_quantised_base_is_refused_with_the_choices(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_a_quantized_base_is_refused_with_the_choices(base: Path, adapter: Path, tmp_path: Path) -> None:
     config = json.loads((base / "config.json").read_text("utf-8"))
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(MergeError, match="quantised") as raised:
+    with pytest.raises(MergeError, match="quantized") as raised:
         merge(base, adapter, tmp_path / "merged")
-    assert "unquantised" in raised.value.hint
+    assert "unquantized" in raised.value.hint
     assert "beside" in raised.value.hint
     assert not (tmp_path / "merged").exists()
 

@@ -1,4 +1,4 @@
-"""Merging into a quantised base: what is chosen is what is written, and what is lost is said."""
+"""Merging into a quantized base: what is chosen is what is written, and what is lost is said."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def quantized(original: Path, folder: Path, kind: str, *, shard: str = "5GB") -> Path:
-    """A base as transformers saves it after quantising another one."""
+    """A base as transformers saves it after quantizing another one."""
     config = transformers.BitsAndBytesConfig(**KINDS[kind])
     with silence_libraries():
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -98,7 +98,7 @@ def files(folder: Path) -> dict[str, Any]:
 
 
 def test_nothing_is_chosen_for_anybody(base: Path, adapter: Path, tmp_path: Path) -> None:
-    with pytest.raises(MergeError, match="quantised") as caught:
+    with pytest.raises(MergeError, match="quantized") as caught:
         merge(base, adapter, tmp_path / "merged")
     assert all(choice in caught.value.hint for choice in ("original", "dequantized", "requantized", "beside"))
     assert not (tmp_path / "merged").exists()
@@ -186,7 +186,7 @@ def test_a_requantized_delta_that_is_lost_is_refused(base: Path, tmp_path: Path)
     small = merging.adapter_folder(base, tmp_path / "small", target_modules=ALL, lora_alpha=0.02)
     found = refused(base, small, tmp_path / "merged", quantized="requantized")
     assert "deltas survives rounding to" in found
-    assert "dequantised weights" in found
+    assert "dequantized weights" in found
 
 
 @pytest.mark.parametrize("kind", ["nested nf4", "int8"], indirect=True)
@@ -201,7 +201,7 @@ def test_what_no_adapter_changes_keeps_its_bytes_when_it_is_requantized(base: Pa
 
 
 @pytest.mark.parametrize("kind", ["nested nf4"], indirect=True)
-def test_a_dora_on_a_quantised_base_is_merged_into_the_dequantised_weights(
+def test_a_dora_on_a_quantized_base_is_merged_into_the_dequantized_weights(
     original: Path, base: Path, tmp_path: Path
 ) -> None:
     plain = tmp_path / "plain"
@@ -231,7 +231,7 @@ def test_the_original_is_merged_into(original: Path, base: Path, adapter: Path, 
     assert report.base == str(original)
 
 
-@pytest.mark.parametrize("what", ["another model", "tuned a little", "another norm", "quantised too"])
+@pytest.mark.parametrize("what", ["another model", "tuned a little", "another norm", "quantized too"])
 def test_another_original_is_refused(original: Path, base: Path, adapter: Path, tmp_path: Path, what: str) -> None:
     tensors = stored(original)
     if what == "another model":
@@ -244,8 +244,8 @@ def test_another_original_is_refused(original: Path, base: Path, adapter: Path, 
         safetensors.torch.save_file(tensors, original / WEIGHTS, metadata={"format": "pt"})
     else:
         original = base
-    error = BaseModelError if what == "quantised too" else BaseMismatchError
-    with pytest.raises(error, match="quantised"):
+    error = BaseModelError if what == "quantized too" else BaseMismatchError
+    with pytest.raises(error, match="quantized"):
         merge(base, adapter, tmp_path / "merged", quantized="original", original=original)
     assert not (tmp_path / "merged").exists()
 
@@ -274,7 +274,7 @@ def test_parts_of_a_weight_may_lie_in_several_files(original: Path, adapter: Pat
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"], indirect=True)
-def test_a_conv1d_which_is_quantised_transposed_is_merged_or_refused_by_name(tmp_path: Path, kind: str) -> None:
+def test_a_conv1d_which_is_quantized_transposed_is_merged_or_refused_by_name(tmp_path: Path, kind: str) -> None:
     model = tiny.gpt2(dtype=torch.bfloat16)
     model.config.update({"n_embd": 64})
     original = merging.base_folder(tmp_path / "gpt2", transformers.GPT2LMHeadModel(model.config).bfloat16())
@@ -288,7 +288,7 @@ def test_a_conv1d_which_is_quantised_transposed_is_merged_or_refused_by_name(tmp
     name = "transformer.h.0.attn.c_attn.weight"
     assert found[name].shape == wanted[name].shape
     assert not torch.equal(found[name], stored(base)[name])
-    with pytest.raises(MergeError, match=f"{name} is a quantised Conv1D"):
+    with pytest.raises(MergeError, match=f"{name} is a quantized Conv1D"):
         merge(base, adapter, tmp_path / "plain", quantized="dequantized")
 
 
@@ -348,7 +348,7 @@ def test_one_part_written_wrong_is_found(
 ) -> None:
     if kind == "int8" and what == "state":
         pytest.skip("8 bits have none")
-    real = fold_blocks.TensorFold.packed
+    real = fold_blocks.TensorFold.requantize
 
     def mutated(fold: fold_blocks.TensorFold) -> Any:
         again = real(fold)
@@ -366,7 +366,7 @@ def test_one_part_written_wrong_is_found(
             value[part] = value[part].roll(1, 0) if value[part].unique().numel() > 1 else value[part] * 0
         return dataclasses.replace(again, parts=value)
 
-    monkeypatch.setattr(fold_blocks.TensorFold, "packed", mutated)
+    monkeypatch.setattr(fold_blocks.TensorFold, "requantize", mutated)
     found = refused(base, adapter, tmp_path / "merged", quantized="requantized", allow=["lost-delta"])
     assert found.startswith("VerificationError")
 
@@ -386,27 +386,27 @@ def test_choices_that_contradict_each_other_are_refused(tmp_path: Path, how: dic
         merge(tmp_path / "base", tmp_path / "sql", tmp_path / "merged", **how)
 
 
-def test_a_choice_for_a_base_that_is_not_quantised_is_refused(original: Path, tmp_path: Path) -> None:
+def test_a_choice_for_a_base_that_is_not_quantized_is_refused(original: Path, tmp_path: Path) -> None:
     adapter = merging.adapter_folder(original, tmp_path / "sql")
-    with pytest.raises(ConfigError, match="not quantised"):
+    with pytest.raises(ConfigError, match="not quantized"):
         merge(original, adapter, tmp_path / "merged", quantized="dequantized")
 
 
-@pytest.mark.parametrize("what", ["another method", "nothing quantised"])
-def test_a_base_that_says_it_is_quantised_otherwise_is_refused(original: Path, tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize("what", ["another method", "nothing quantized"])
+def test_a_base_that_says_it_is_quantized_otherwise_is_refused(original: Path, tmp_path: Path, what: str) -> None:
     adapter = merging.adapter_folder(original, tmp_path / "sql")
     method = "gptq" if what == "another method" else "bitsandbytes"
     config = {**files(original), "quantization_config": {"quant_method": method, "load_in_4bit": True}}
     (original / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        (MergeError, BaseModelError), match="gptq" if what == "another method" else "no quantised weight"
+        (MergeError, BaseModelError), match="gptq" if what == "another method" else "no quantized weight"
     ):
         merge(original, adapter, tmp_path / "merged", quantized="dequantized")
 
 
 @pytest.mark.parametrize("kind", ["nested nf4", "int8"], indirect=True)
 @pytest.mark.parametrize("what", ["cut", "gone", "not JSON"])
-def test_a_quantised_weight_that_is_damaged_is_refused_by_name(
+def test_a_quantized_weight_that_is_damaged_is_refused_by_name(
     base: Path, adapter: Path, tmp_path: Path, kind: str, what: str
 ) -> None:
     path = "model.layers.0.mlp.up_proj"

@@ -286,8 +286,8 @@ def test_a_new_head_is_added_and_the_old_one_left_out(tmp_path: Path) -> None:
     fields: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["score"], "task_type": "SEQ_CLS"}
     adapter = merging.adapter_folder(base, tmp_path / "mood", task="classify", **fields)
     named = lk.Adapter.load(adapter)
-    labelled = lk.Adapter(named.config, named.tensors, record={**named.record, "labels": ["sad", "glad", "calm"]})
-    report = merge(base, labelled, tmp_path / "merged", verify="logits")
+    labeled = lk.Adapter(named.config, named.tensors, record={**named.record, "labels": ["sad", "glad", "calm"]})
+    report = merge(base, labeled, tmp_path / "merged", verify="logits")
     assert report.counts["added"] == 1
     assert report.left_out == ("lm_head.weight",)
     merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
@@ -620,8 +620,8 @@ def killed(base: Path, adapter: Path, out: Path, *, after: int) -> None:
     def work() -> None:
         real, count = journal.FinishedFiles.finish, itertools.count(1)
 
-        def finish(kept: journal.FinishedFiles, *given: Any, **named: Any) -> None:
-            real(kept, *given, **named)
+        def finish(finished: journal.FinishedFiles, *given: Any, **named: Any) -> None:
+            real(finished, *given, **named)
             if next(count) == after:
                 processes.die()
 
@@ -685,13 +685,13 @@ def test_memory_is_filled_again_only_once_it_was_written(tmp_path: Path) -> None
             time.sleep(0.005)
             return super().write(data)
 
-    wanted, slabs = b"", collections.deque[Tensor]()
+    wanted, buffers = b"", collections.deque[Tensor]()
     with ThreadPoolExecutor(max_workers=1) as pool:
         for name in ("one", "two"):
             with Slow(tmp_path / name, "wb") as file:
-                made = hashing_file.HashingFile(file, pool, slabs)
+                made = hashing_file.HashingFile(file, pool, buffers)
                 for number in range(2 * hashing_file._MAX_PENDING):
-                    made.room(hashing_file._BUFFER_BYTES, torch.uint8).fill_(number)
+                    made.reserve(hashing_file._BUFFER_BYTES, torch.uint8).fill_(number)
                 facts = made.finish()
             wanted = b"".join(
                 bytes([number]) * hashing_file._BUFFER_BYTES for number in range(2 * hashing_file._MAX_PENDING)
@@ -699,4 +699,4 @@ def test_memory_is_filled_again_only_once_it_was_written(tmp_path: Path) -> None
             assert (tmp_path / name).read_bytes() == wanted
             assert facts == {"size": len(wanted), "sha256": hashlib.sha256(wanted).hexdigest()}
             # Nothing is there twice, and no more was made than may wait, be written and be filled at one time.
-            assert len({slab.data_ptr() for slab in slabs}) == len(slabs) <= hashing_file._MAX_PENDING + 2
+            assert len({buffer.data_ptr() for buffer in buffers}) == len(buffers) <= hashing_file._MAX_PENDING + 2

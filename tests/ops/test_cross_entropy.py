@@ -175,8 +175,8 @@ def misfits() -> Iterator[Any]:
     yield pytest.param({"labels": labels[1:]}, "the shapes are", id="fewer labels")
     yield pytest.param({"bias": weight[0]}, "the shapes are", id="bias of the width")
     yield pytest.param({"labels": labels.int()}, "must be int64", id="int32 labels")
-    yield pytest.param({"labels": outside}, "label 11 is none of the 11 classes", id="label beyond")
-    yield pytest.param({"labels": below}, "label -3 is none of the 11 classes", id="label below")
+    yield pytest.param({"labels": outside}, "label 11 is outside the 11 classes", id="label beyond")
+    yield pytest.param({"labels": below}, "label -3 is outside the 11 classes", id="label below")
     yield pytest.param({"weight": weight.float()}, "must be of one dtype", id="two dtypes")
     yield pytest.param({"weight": weight.clone().requires_grad_()}, "requires a gradient", id="trained head")
 

@@ -14,6 +14,7 @@ from torch import nn
 
 import lora_kit as lk
 from lora_kit.errors import ConfigError, TargetError
+from lora_kit.models.heads import find_head_modules
 from lora_kit.targets.coverage import find_coverage, find_shortest_names
 from tests.support import tiny
 
@@ -46,6 +47,32 @@ def test_all_linear_leaves_the_output_head_alone() -> None:
     assert len(covered) == 14
     assert not any("lm_head" in path or "embed" in path for path in covered)
     assert not any(path.startswith("classifier") for path in paths(tiny.bert()))
+
+
+HEADS = {
+    "deberta": (
+        transformers.DebertaV2ForSequenceClassification,
+        transformers.DebertaV2Config,
+        ("classifier", "pooler"),
+    ),
+    "xlnet": (
+        transformers.XLNetForSequenceClassification,
+        transformers.XLNetConfig,
+        ("logits_proj", "sequence_summary"),
+    ),
+}
+SMALL = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_all_linear_and_feature_extraction_agree_on_what_a_head_is(family: str) -> None:
+    model_class, config_class, head = HEADS[family]
+    small = {"d_model": 32, "n_head": 4, "n_layer": 1, "d_inner": 48, "vocab_size": 96} if family == "xlnet" else SMALL
+    model = model_class(config_class(**small))
+    assert sorted(find_head_modules(model, "classify")) == sorted(head)
+    covered = paths(model)
+    assert covered
+    assert not [path for path in covered if path.split(".")[0] in head]
 
 
 def test_names_match_whole_path_components() -> None:

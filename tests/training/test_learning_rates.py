@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.bank.bank import attach
+from lora_kit.bank.attach import attach
 from lora_kit.cli.main import main
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import RecipeError

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.inspect import inspect
 from lora_kit.adapter.store import list_adapters
-from lora_kit.bank.bank import attach
+from lora_kit.bank.attach import attach
 from lora_kit.cli.main import main
 from lora_kit.data.batches import Collator
 from lora_kit.data.encode import encode
@@ -197,7 +197,7 @@ def test_a_lora_that_a_bank_knows_is_loaded_by_it_as_well(tmp_path: Path) -> Non
         ({"peft_type": "LORA", "init_lora_weights": "corda"}, "'corda' cannot be trained by a recipe: it needs a pass"),
         ({"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"}, "'pissa' cannot be .*; method lora does it"),
         ({"peft_type": "LORA", "kasa_config": {}}, "peft.kasa_config cannot be trained by a recipe: it changes the"),
-        ({"peft_type": "LORA", "monteclora_config": {}}, "peft.monteclora_config cannot be .* its loss has an additional"),
+        ({"peft_type": "LORA", "monteclora_config": {}}, "peft.monteclora_config cannot be .* its loss has an add"),
         ({"peft_type": "LORA", "velora_config": {}}, "peft.velora_config cannot be .* it keeps state"),
         ({"peft_type": "PVERA", "generator_seed": 1}, "peft.generator_seed cannot be .* it keeps state"),
         ({"peft_type": "SHADOW"}, "SHADOW: its loss has an additional term.*auxiliary_loss_weight: 0"),
@@ -242,7 +242,7 @@ def test_what_does_not_go_together_is_refused(changes: dict[str, Any], message: 
         ({"peft_type": "LOHA", "r": 0, "target_modules": "q_proj"}, "peft: LOHA does not work with tiny"),
         (
             {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 63},
-            "num_virtual_tokens is 63; the context of tiny is 64 tokens",
+            "num_virtual_tokens is 63; the context of tiny is 64",
         ),
     ],
 )

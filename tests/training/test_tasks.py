@@ -12,7 +12,7 @@ import torch
 from tokenizers import normalizers
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.bank.bank import attach
+from lora_kit.bank.attach import attach
 from lora_kit.data.batches import IGNORE_INDEX, Collator, EncodedDataset, join_samples
 from lora_kit.data.encode import encode
 from lora_kit.data.preparation.prepare import prepare

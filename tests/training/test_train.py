@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import lora_kit
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.bank.bank import attach
+from lora_kit.bank.attach import attach
 from lora_kit.data.batches import Collator
 from lora_kit.data.encode import encode
 from lora_kit.data.rows import read_rows
@@ -527,7 +527,7 @@ def test_a_loss_that_is_not_a_number_stops_everything(tmp_path: Path, method: st
         ({"data": "missing.jsonl"}, DataError, "no such file"),
         ({"lora": {"target_modules": ["q_prj"]}}, TargetError, "did you mean 'q_proj'"),
         ({"base": "other"}, RecipeError, "the base given is tiny"),
-        ({"dtype": "bf16"}, RecipeError, "loaded already"),
+        ({"dtype": "bf16"}, RecipeError, "no effect on a loaded base"),
         ({"train": {"lr_scheduler_type": "reduce_lr_on_plateau"}}, RecipeError, "requires an eval strategy"),
         ({"train": {"optim": "paged_adamw_8bit"}}, RecipeError, "paged_adamw_8bit needs a CUDA device"),
         ({"out": "/dev/null/x"}, StorageError, "/dev/null, which is not a folder"),

@@ -13,7 +13,8 @@ import torch
 from datasets import Dataset
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.bank.bank import AdapterBank, attach
+from lora_kit.bank.attach import attach
+from lora_kit.bank.bank import AdapterBank
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import BankError
 from tests.support import texts, tiny

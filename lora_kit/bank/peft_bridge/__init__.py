@@ -1,1 +1,1 @@
-"""From a live PeftModel to a bank and back: the same parameters, with layers of ours around them."""
+"""From a live PeftModel to a bank and back: the same parameters, in layers of this package."""

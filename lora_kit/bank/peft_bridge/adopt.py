@@ -1,60 +1,64 @@
-"""`adopt`: the layers of a live PeftModel replaced in place; `to_peft`: its own layers back."""
+"""`adopt` replaces the layers of a live PeftModel in place; `to_peft` puts its own layers back."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import nn
 
 from lora_kit.bank.bank import AdapterBank
+from lora_kit.bank.frozen_model import has_bank
 from lora_kit.bank.model_layers import replace_modules
 from lora_kit.bank.peft_bridge.guard import guard_peft_model, release_peft_model
-from lora_kit.bank.peft_bridge.read_peft import PeftContents, PeftLayer, read_peft_model
+from lora_kit.bank.peft_bridge.read_peft import PeftContents, PeftLayer, get_lora_tuner, read_peft_model
 from lora_kit.bank.residents import LoadedAdapter
 from lora_kit.errors import BankError, TargetError, format_list
 from lora_kit.layers.external_params import (
     AdoptedConvolution,
     AdoptedEmbedding,
+    AdoptedLayer,
     AdoptedLinear,
     AdoptedModule,
     AdoptedParameter,
-    AdoptingLayer,
 )
 from lora_kit.layers.introspect import kind_of
 from lora_kit.layers.routing import Routing
 from lora_kit.layers.slot_layer import SlotLayer
 from lora_kit.targets.coverage import Coverage, survey_coverage
 
-_LAYER_CLASSES: Final[dict[str, type[AdoptingLayer]]] = {
+if TYPE_CHECKING:
+    import peft
+
+_LAYER_CLASSES: Final[dict[str, type[AdoptedLayer]]] = {
     "linear": AdoptedLinear,
     "embedding": AdoptedEmbedding,
     "convolution": AdoptedConvolution,
 }
 
 
-def adopt(peft_model: Any) -> AdoptedBank:
+def adopt(peft_model: peft.PeftModel) -> AdoptedBank:
     """Replace the layers of a PeftModel by ours, in place; training code that holds it goes on, faster.
 
-    Every adapter becomes a slot whose A and B are the very parameters they were, in the memory they were in, so an
-    optimizer that has them goes on with them. The PeftModel stays what the training code calls: it trains, generates,
-    saves and switches adapters; what would change its layers is refused until `bank.to_peft()`.
+    Every adapter gets a slot whose A and B are the very parameters that PEFT made, in the same memory, so an optimizer
+    that has them continues with them. Training code calls the PeftModel as before: it trains, generates, saves and
+    switches adapters. Methods that would change its layers are refused until `bank.to_peft()`.
 
     Raises:
-        ConfigError, BankError, TargetError: something in it would not mean the same here; it is named, and the
-            PeftModel is as it was.
+        ConfigError, BankError, TargetError: it holds something that would not mean the same here; the message names it,
+            and the PeftModel is as it was.
     """
     if "_lora_kit" in getattr(peft_model, "__dict__", {}):
         raise BankError("this PeftModel is adopted already", hint="its bank is the one that adopt returned")
-    reading = read_peft_model(peft_model)
-    if any(isinstance(module, SlotLayer) for module in reading.base.modules()):
+    contents = read_peft_model(peft_model)
+    if has_bank(contents.base):
         raise BankError("there is a bank inside this PeftModel already", hint="detach it first")
-    bank = AdoptedBank(peft_model, reading)
+    bank = AdoptedBank(peft_model, contents)
     try:
-        for name in reading.configs:
-            bank.take_in(name)
+        for name in contents.configs:
+            bank.adopt_adapter(name)
     except BaseException:
         bank.detach()
         raise
@@ -65,133 +69,130 @@ class AdoptedBank(AdapterBank):
     """The bank of a PeftModel. Made by `adopt`.
 
     Attributes:
-        peft_model: whose layers these are.
+        peft_model: whose adapters these are.
     """
 
-    def __init__(self, peft_model: Any, reading: PeftContents) -> None:
-        super().__init__(reading.base, slots=None, max_rank=None, dtype=torch.float32, cache_bytes=2**30)
-        for parameter in self._frozen:  # all of them are adapters' own, and go on as they are
-            parameter.requires_grad_(True)
-        self._frozen.clear()
+    def __init__(self, peft_model: peft.PeftModel, contents: PeftContents) -> None:
+        super().__init__(contents.base, slots=None, max_rank=None, dtype=torch.float32, cache_bytes=2**30)
+        self._frozen_model.unfreeze()  # only adapters' own parameters required grad, and still do
         self.peft_model = peft_model
-        self._peft_contents = reading
-        self._stand_ins: dict[nn.Module, AdoptingLayer] = {}
-        for layer in reversed(reading.layers):  # what is inside another one first
-            self._stand_ins[layer.module] = _make_stand_in(
-                layer, self._stand_ins.get(layer.inner_module), self._routing
-            )
-        self._layers.take_over({layer.path: self._stand_ins[layer.module] for layer in reading.layers})
+        self._peft_contents = contents
+        self._replacements: dict[nn.Module, AdoptedLayer] = {}
+        for layer in reversed(contents.layers):  # inner wrappers first
+            inner = self._replacements.get(layer.inner_module)
+            self._replacements[layer.module] = _make_replacement(layer, inner, self._routing)
+        self._layers.register({layer.path: self._replacements[layer.module] for layer in contents.layers})
         self._adopted_adapters: dict[str, LoadedAdapter] = {}
-        inside = {layer.inner_module for layer in reading.layers}
-        replace_modules(self.model, {theirs: ours for theirs, ours in self._stand_ins.items() if theirs not in inside})
+        inside = {layer.inner_module for layer in contents.layers}
+        outermost = {theirs: ours for theirs, ours in self._replacements.items() if theirs not in inside}
+        replace_modules(self.model, outermost)
         guard_peft_model(peft_model, self)
 
-    def take_in(self, name: str) -> None:
+    def adopt_adapter(self, name: str) -> None:
         """Give a slot to an adapter of the PeftModel.
 
         Raises:
             TargetError: its config and its layers do not agree.
         """
-        resident = LoadedAdapter(self._peft_contents.configs[name], _find_adapter_coverage(name, self._peft_contents))
-        with self._loaded_adapters.admit_adapters({name: resident}, keep=()):
+        adopted = LoadedAdapter(self._peft_contents.configs[name], _find_adapter_coverage(name, self._peft_contents))
+        with self._loaded_adapters.admit_adapters({name: adopted}, keep=()):
             for layer in self._peft_contents.layers:
-                held = layer.adapters.get(name)
-                if held is not None:
-                    self._stand_ins[layer.module].adopt(resident.slot, held.parameters, held.scaling, held.dropout)
-                    resident.layers.append(layer.path)
-        self._adopted_adapters[name] = resident
+                own = layer.adapters.get(name)
+                if own is not None:
+                    self._replacements[layer.module].adopt(adopted.slot, own.parameters, own.scaling, own.dropout)
+                    adopted.layers.append(layer.path)
+        self._adopted_adapters[name] = adopted
         self._refresh_trainable()
         if name == self._peft_contents.active:
             self.use(name)
 
     @contextlib.contextmanager
     def as_peft(self) -> Iterator[None]:
-        """The PeftModel as PEFT made it for the length of a block, which may not add or remove adapters."""
-        stood = self._restore_peft_layers()
+        """Put PEFT's own layers back within a block, which may not add or remove adapters."""
+        wrappers = self._restore_peft_layers()
         try:
             yield
         finally:
-            replace_modules(self.model, stood)
+            replace_modules(self.model, wrappers)
             guard_peft_model(self.peft_model, self)
             self._refresh_trainable()
 
-    def to_peft(self) -> Any:
-        """The PeftModel with its own layers, its parameters the same objects with what they have become.
+    def to_peft(self) -> peft.PeftModel:
+        """Return the PeftModel with its own layers; its parameters are the same objects with their present values.
 
         The adapter in use here is the active one there; which parameters require grad stays as it is.
 
         Raises:
-            BankError: adapters came or went meanwhile, or rows use different ones; the bank is as it was.
+            BankError: adapters were added or removed since, or rows use different ones; the bank is as it was.
         """
         self._check_same_adapters()
         active = self.active
         if isinstance(active, tuple):
-            raise BankError("inside rows() there is no one adapter to be active in PEFT", hint="leave the block first")
-        flags = [
-            (p, p.requires_grad) for resident in self._adopted_adapters.values() for p in self._parameters_of(resident)
-        ]
+            raise BankError("rows() uses several adapters; one can be active in PEFT", hint="leave the block first")
+        parameters = [p for adopted in self._adopted_adapters.values() for p in self._get_parameters(adopted)]
+        flags = [(parameter, parameter.requires_grad) for parameter in parameters]
         self.detach()
+        tuner = get_lora_tuner(self.peft_model)
         if active != self._peft_contents.active:
             if active is None:
-                self.peft_model.base_model.disable_adapter_layers()
+                tuner.disable_adapter_layers()
             else:
-                self.peft_model.base_model.enable_adapter_layers()
+                tuner.enable_adapter_layers()
                 self.peft_model.set_adapter(active)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         return self.peft_model
 
     def detach(self) -> None:
-        """Give the PeftModel its own layers back; the adapter that was active in it is so again."""
-        if "_lora_kit_bank" in self.model.__dict__:
+        """Give the PeftModel its own layers back, with the adapter active that was active in it."""
+        if self._frozen_model.is_attached:
             self._restore_peft_layers()
         super().detach()
 
     def _restore_peft_layers(self) -> Mapping[nn.Module, SlotLayer]:
-        """PEFT's own layers in their places, in the mode that ours were put into meanwhile; returns what stood there.
+        """Put PEFT's own layers back, in the training mode of ours; return the wrappers that were there instead.
 
-        That may be a wrapper around one of ours, which an adapter brought that came here.
+        Such a wrapper may be around one of ours, for an adapter that was added to this bank.
         """
-        ours = {layer: theirs for theirs, layer in self._stand_ins.items()}
-        stood = {}
+        originals = {layer: theirs for theirs, layer in self._replacements.items()}
+        wrappers: dict[nn.Module, SlotLayer] = {}
         for layer in _find_wrappers(self.model):
-            found = next((ours[each] for each in _iterate_nested(layer) if each in ours), None)
-            if found is not None:
-                stood[found] = layer
-        replace_modules(self.model, {layer: theirs for theirs, layer in stood.items()})
-        for theirs, layer in self._stand_ins.items():
+            theirs = next((originals[inner] for inner in _iterate_nested(layer) if inner in originals), None)
+            if theirs is not None:
+                wrappers[theirs] = layer
+        replace_modules(self.model, {layer: theirs for theirs, layer in wrappers.items()})
+        for theirs, layer in self._replacements.items():
             _copy_mode(theirs, layer)
         release_peft_model(self.peft_model)
-        return stood
+        return wrappers
 
     def _refresh_trainable(self) -> None:
-        """See which parameters require grad by now."""
-        for ours in self._stand_ins.values():
+        """Update which parameters require grad."""
+        for ours in self._replacements.values():
             ours.refresh_trainable()
-        for resident in self._adopted_adapters.values():
-            resident.leaves = [leaf for leaf in self._parameters_of(resident) if leaf.requires_grad]
+        for adopted in self._adopted_adapters.values():
+            adopted.leaves = [leaf for leaf in self._get_parameters(adopted) if leaf.requires_grad]
 
-    def _parameters_of(self, resident: LoadedAdapter) -> list[nn.Parameter]:
-        held = [tensor for path in resident.layers for tensor in self._entry(resident, path).values()]
-        return [tensor for tensor in held if isinstance(tensor, nn.Parameter)]
+    def _get_parameters(self, adopted: LoadedAdapter) -> list[nn.Parameter]:
+        entries = [self._layers.entry(path, adopted.slot) for path in adopted.layers]
+        tensors = [tensor for entry in entries for tensor in entry.tensors.values()]
+        return [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
 
     def _check_same_adapters(self) -> None:
-        came = [
-            name
-            for name in self._loaded_adapters
-            if self._adopted_adapters.get(name) is not self._loaded_adapters[name]
-        ]
-        gone = [name for name in self._adopted_adapters if name not in self._loaded_adapters]
-        if came or gone:
-            what = f"{format_list(came)} came" if came else f"{format_list(gone)} went"
-            raise BankError(f"{what} after the PeftModel was adopted", hint="save adapters, and load them in PEFT")
+        """Raise BankError where adapters were added or removed since the PeftModel was adopted."""
+        before, now = self._adopted_adapters, self._loaded_adapters
+        added = [name for name in now if before.get(name) is not now[name]]
+        removed = [name for name in before if name not in now]
+        if added or removed:
+            change = f"{format_list(added)} was added" if added else f"{format_list(removed)} was removed"
+            raise BankError(f"{change} after the PeftModel was adopted", hint="save adapters, and load them in PEFT")
 
 
-def _make_stand_in(layer: PeftLayer, inside: AdoptingLayer | None, routing: Routing) -> AdoptingLayer:
-    """A layer of ours around the base of one of PEFT's, or around the one that stands in for what is inside it."""
-    ours: AdoptingLayer
+def _make_replacement(layer: PeftLayer, inner: AdoptedLayer | None, routing: Routing) -> AdoptedLayer:
+    """Return a layer of ours for one of PEFT's, around the same base or the replacement of the wrapper inside."""
+    ours: AdoptedLayer
     if layer.parameter:
-        ours = AdoptedParameter(inside or layer.base, layer.parameter, routing)
+        ours = AdoptedParameter(inner or layer.base, layer.parameter, routing)
     else:
         ours = (AdoptedModule if layer.saved else _LAYER_CLASSES[kind_of(layer.base) or "linear"])(layer.base, routing)
     ours.training = layer.module.training
@@ -199,21 +200,21 @@ def _make_stand_in(layer: PeftLayer, inside: AdoptingLayer | None, routing: Rout
 
 
 def _find_wrappers(model: nn.Module) -> Iterator[SlotLayer]:
-    """Wrappers that stand in a model, without those inside others."""
+    """Yield the outermost wrappers of a model."""
     for parent in model.modules():
         if not isinstance(parent, SlotLayer):
             yield from (child for child in parent.children() if isinstance(child, SlotLayer))
 
 
 def _iterate_nested(layer: nn.Module) -> Iterator[nn.Module]:
-    """A wrapper and the wrappers inside it."""
+    """Yield a wrapper and the wrappers inside it."""
     while isinstance(layer, SlotLayer):
         yield layer
         layer = layer.base_layer
 
 
 def _copy_mode(theirs: nn.Module, ours: SlotLayer) -> None:
-    """Training or evaluation mode, where it was changed meanwhile; the base they share has it already."""
+    """Copy training or evaluation mode where it was changed; the base that they share has it already."""
     if theirs.training == ours.training:
         return
     theirs.training = ours.training
@@ -222,21 +223,20 @@ def _copy_mode(theirs: nn.Module, ours: SlotLayer) -> None:
             child.train(ours.training)
 
 
-def _find_adapter_coverage(name: str, reading: PeftContents) -> Coverage:
-    """What an adapter covers, which its config and its layers must agree on: it is saved with that config.
+def _find_adapter_coverage(name: str, contents: PeftContents) -> Coverage:
+    """Return what an adapter covers by its config, with which it is saved.
 
     Raises:
-        TargetError: they do not.
+        TargetError: its layers are others.
     """
-    coverage = survey_coverage(reading.base, reading.configs[name])
-    here = {layer.path for layer in reading.layers if name in layer.adapters}
-    said = {target.path for target in coverage.targets} | set(coverage.saved)
-    odd = sorted(here ^ said)
-    if odd:
-        reasons = dict(coverage.skipped)
-        odd = [f"{path} ({reasons[path]})" if path in reasons else path for path in odd]
+    coverage = survey_coverage(contents.base, contents.configs[name])
+    present = {layer.path for layer in contents.layers if name in layer.adapters}
+    covered = {target.path for target in coverage.targets} | set(coverage.saved)
+    reasons = dict(coverage.skipped)
+    differing = [f"{path} ({reasons[path]})" if path in reasons else path for path in sorted(present ^ covered)]
+    if differing:
         raise TargetError(
-            f"adapter {name!r}: its config and its layers do not agree on {format_list(odd)}",
+            f"adapter {name!r}: its config and its layers do not agree on {format_list(differing)}",
             hint="nothing was changed; it goes on in PEFT",
         )
     return coverage

@@ -1,25 +1,38 @@
-"""How a PeftModel behaves while its layers are ours: what goes on, what is led to the bank, what is refused."""
+"""How an adopted PeftModel behaves: which methods PEFT runs, which the bank runs, which are refused."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from lora_kit.errors import BankError
 
 if TYPE_CHECKING:
+    import peft
+
     from lora_kit.bank.peft_bridge.adopt import AdoptedBank
 
 _PEFT_BASE: Final = "__base__"
-"""What PEFT calls the base among the adapters of a batch's rows."""
+"""PEFT's name for the base among the adapters of a batch's rows."""
 _CLASS_PREFIX: Final = "Adopted"
 
 
-def _delegate_to_peft(name: str) -> Callable[..., Any]:
-    """A method that PEFT carries out itself, its own layers in their places."""
+class _Guarded(Protocol):
+    """A PeftModel, or its tuner, with guarded methods."""
 
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+    _lora_kit: AdoptedBank
+    peft_config: Mapping[str, object]
+
+    def set_adapter(self, adapter_name: str, *, inference_mode: bool) -> None: ...
+
+    def load_adapter(self, model_id: object, adapter_name: str, *args: object, **kwargs: object) -> object: ...
+
+
+def _delegate_to_peft(name: str) -> Callable[..., object]:
+    """Return a method that PEFT runs itself, with its own layers in the model."""
+
+    def method(self: _Guarded, *args: object, **kwargs: object) -> object:
         with self._lora_kit.as_peft():
             return getattr(self, name)(*args, **kwargs)
 
@@ -27,8 +40,8 @@ def _delegate_to_peft(name: str) -> Callable[..., Any]:
     return method
 
 
-def _refuse_method(name: str) -> Callable[..., Any]:
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+def _refuse_method(name: str) -> Callable[..., object]:
+    def method(self: _Guarded, *args: object, **kwargs: object) -> object:
         raise BankError(f"{name} was called, and the layers of this PeftModel are adopted", hint="bank.to_peft() first")
 
     method.__name__ = name
@@ -36,12 +49,12 @@ def _refuse_method(name: str) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def _disable_adapter(self: Any) -> Iterator[None]:
+def _disable_adapter(self: _Guarded) -> Iterator[None]:
     with self._lora_kit.using(None):
         yield
 
 
-def _set_adapter(self: Any, adapter_name: str, inference_mode: bool = False) -> None:
+def _set_adapter(self: _Guarded, adapter_name: str, inference_mode: bool = False) -> None:
     if not isinstance(adapter_name, str):
         raise BankError(f"one adapter is active at a time; {adapter_name!r} was given", hint="bank.to_peft() first")
     bank = self._lora_kit
@@ -50,8 +63,8 @@ def _set_adapter(self: Any, adapter_name: str, inference_mode: bool = False) -> 
     bank.use(adapter_name)
 
 
-def _load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-    """Values for an adapter that is there, as a Trainer loads its best checkpoint."""
+def _load_adapter(self: _Guarded, model_id: object, adapter_name: str, *args: object, **kwargs: object) -> object:
+    """Load values into an adapter that exists, as a Trainer loads its best checkpoint."""
     if adapter_name not in self.peft_config:
         raise BankError(f"load_adapter was called for {adapter_name!r}, a new one", hint="bank.load(name, folder)")
     with self._lora_kit.as_peft():
@@ -59,17 +72,18 @@ def _load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwa
 
 
 @contextlib.contextmanager
-def _route_rows(self: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
-    """`adapter_names`, one per row of the batch."""
-    names = kwargs.get("adapter_names")
-    if names is None:
+def _route_rows(
+    self: _Guarded, *args: object, adapter_names: list[str] | None = None, **kwargs: object
+) -> Iterator[None]:
+    """Route rows by `adapter_names`, one per row of the batch."""
+    if adapter_names is None:
         yield
         return
-    with self._lora_kit.rows([None if name == _PEFT_BASE else name for name in names]):
+    with self._lora_kit.rows([None if name == _PEFT_BASE else name for name in adapter_names]):
         yield
 
 
-_MODEL_METHODS: Final[Mapping[str, Callable[..., Any]]] = {
+_MODEL_METHODS: Final[Mapping[str, Callable[..., object]]] = {
     "state_dict": _delegate_to_peft("state_dict"),
     "load_state_dict": _delegate_to_peft("load_state_dict"),
     "save_pretrained": _delegate_to_peft("save_pretrained"),
@@ -81,7 +95,7 @@ _MODEL_METHODS: Final[Mapping[str, Callable[..., Any]]] = {
     **{name: _refuse_method(name) for name in ("add_adapter", "delete_adapter", "set_requires_grad")},
 }
 """Methods of a PeftModel that reach into its layers."""
-_TUNER_METHODS: Final[Mapping[str, Callable[..., Any]]] = {
+_TUNER_METHODS: Final[Mapping[str, Callable[..., object]]] = {
     "state_dict": _delegate_to_peft("state_dict"),
     "load_state_dict": _delegate_to_peft("load_state_dict"),
     "_enable_peft_forward_hooks": _route_rows,
@@ -107,16 +121,16 @@ _TUNER_METHODS: Final[Mapping[str, Callable[..., Any]]] = {
 GUARDED_METHODS: Final = (_MODEL_METHODS, _TUNER_METHODS)
 
 
-def guard_peft_model(peft_model: Any, bank: AdoptedBank) -> None:
-    """Have a PeftModel and its tuner ask the bank."""
+def guard_peft_model(peft_model: peft.PeftModel, bank: AdoptedBank) -> None:
+    """Replace the guarded methods of a PeftModel and its tuner by those here, in a class of its own."""
     for module, methods in zip((peft_model, peft_model.base_model), GUARDED_METHODS, strict=True):
-        kind = type(module)
-        module.__class__ = type(_CLASS_PREFIX + kind.__name__, (kind,), {**methods, "__module__": kind.__module__})
+        base = type(module)
+        module.__class__ = type(_CLASS_PREFIX + base.__name__, (base,), {**methods, "__module__": base.__module__})
         module.__dict__["_lora_kit"] = bank
 
 
-def release_peft_model(peft_model: Any) -> None:
-    """Undo `guard`."""
+def release_peft_model(peft_model: peft.PeftModel) -> None:
+    """Undo `guard_peft_model`."""
     for module in (peft_model, peft_model.base_model):
         del module.__dict__["_lora_kit"]
         module.__class__ = type(module).__mro__[1]

@@ -1,1 +1,1 @@
-"""The files of a base: their tensors, and what transformers makes of them."""
+"""The weight files of a base, and the model that transformers builds from them."""

@@ -1,9 +1,9 @@
-"""Weights that bitsandbytes quantised, as transformers stores them: read and packed again some rows at a time.
+"""Weights that bitsandbytes quantized, as transformers stores them; read and written by blocks of rows.
 
-A 4-bit weight is `<name>` (two codes to a byte, the first in the high half), `<name>.absmax` (one scale to a block of
-codes; itself quantised to 8 bits where it is nested), `<name>.quant_map` (what the codes stand for), and the rest as
-JSON in `<name>.quant_state.bitsandbytes__nf4`. An 8-bit weight is `<path>.weight` and a scale to each row,
-`<path>.SCB`. What they stand for is `code · scale`.
+A 4-bit weight is `<name>` (two codes in a byte, the first in the high half), `<name>.absmax` (one scale for each block
+of codes; itself quantized to 8 bits where it is nested), `<name>.quant_map` (the value of each code), and the rest as
+JSON in `<name>.quant_state.bitsandbytes__nf4`. An 8-bit weight is `<path>.weight` and a scale for each row,
+`<path>.SCB`. The dequantized weight is `value of the code · scale`.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from torch import Tensor
 
 from lora_kit.errors import BaseModelError
 from lora_kit.io.text import escape_text
+from lora_kit.layers.dequantize import dequantize_four_bit, dequantize_int8
 
 _STATE_MARK: Final = ".quant_state.bitsandbytes__"
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ALIGNMENT: Final = 8
 _FLOAT_CHARACTERS: Final = 25
-"""Characters that a float may take more in JSON than another."""
+"""Characters by which one float in JSON may be longer than another."""
 
 
 @dataclass(frozen=True)
 class QuantizedWeight(ABC):
-    """One quantised weight.
+    """One quantized weight.
 
     Attributes:
-        name: of its codes; in a checkpoint that is not quantised, of the weight.
-        parts: its tensors by their names, mapped from their files.
-        dtype: of the weight that was quantised, which it is written in again.
+        name: of its codes, which is the name of the weight in an unquantized checkpoint.
+        parts: its stored tensors by name, mapped from their files.
+        dtype: of the weight before it was quantized; a dequantized weight is written in it.
     """
 
     name: str
@@ -56,30 +57,34 @@ class QuantizedWeight(ABC):
     @property
     @abstractmethod
     def step(self) -> int:
-        """Rows that are read and packed begin at a multiple of this."""
+        """Blocks of rows must begin at a multiple of this."""
 
     @abstractmethod
     def __getitem__(self, rows: slice) -> Tensor:
-        """Some rows of the weight: fp32, not rounded to its dtype."""
+        """Return some rows, dequantized: (n, in) fp32, not rounded to the dtype."""
 
     @abstractmethod
-    def quantize_to_codes(self, tensor: Tensor) -> Tensor:
-        """What rows are packed to, as bytes; they begin at a multiple of `step`."""
+    def quantize(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the codes of a block of rows, in the dtype they are stored in, and their fp32 scales."""
 
     @abstractmethod
     def stored_codes_of(self, rows: slice) -> Tensor:
-        """What rows were packed to, as bytes."""
+        """Return the stored codes of some rows, as bytes."""
 
     @abstractmethod
     def pack(self, blocks: Iterable[Tensor]) -> QuantizedWeight:
-        """Another weight in its place, packed as this one was.
+        """Return another weight, quantized as this one was and under its names.
 
         Args:
-            blocks: the rows of the weight, in their order; each but the last is a multiple of `step` long.
+            blocks: the rows of the weight, in their order; the length of each but the last is a multiple of `step`.
         """
 
+    def quantize_to_codes(self, rows: Tensor) -> Tensor:
+        """Return the codes of a block of rows, as bytes."""
+        return self.quantize(rows)[0].reshape(-1).view(torch.uint8)
+
     def sizes(self) -> dict[str, torch.Size]:
-        """Shapes of the parts as they are when it is packed again, wide ones first."""
+        """Return the shapes of the parts of a repacked weight, wide dtypes first."""
         return {
             name: self.parts[name].shape for name in sorted(self.parts, key=lambda name: -self.parts[name].itemsize)
         }
@@ -92,19 +97,18 @@ class QuantizedWeight(ABC):
         return math.prod(self.shape)
 
     def to_meta(self) -> Tensor:
-        """A tensor of the weight's shape and dtype without numbers."""
+        """Return a meta tensor of the weight's shape and dtype."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
 class FourBitWeight(QuantizedWeight):
-    """NF4 or FP4, in blocks of consecutive numbers."""
+    """NF4 or FP4, in blocks of consecutive values."""
 
     @cached_property
     def _state(self) -> dict[str, Any]:
-        """What the JSON says."""
-        text = bytes(self.parts[self._state_name].numpy())
-        found: dict[str, Any] = json.loads(text.decode())
-        return found
+        """The quantization state, from its JSON."""
+        state: dict[str, Any] = json.loads(bytes(self.parts[self._state_name].numpy()).decode())
+        return state
 
     @cached_property
     def _state_name(self) -> str:
@@ -128,70 +132,65 @@ class FourBitWeight(QuantizedWeight):
 
     @property
     def nested(self) -> bool:
-        """Whether the scales are quantised too."""
+        """Whether the scales are quantized too."""
         return "nested_offset" in self._state
 
     def __getitem__(self, rows: slice) -> Tensor:
-        from bitsandbytes.functional import QuantState, dequantize_4bit
+        from bitsandbytes.functional import QuantState
 
         begin, end = rows.start * self.shape[1], rows.stop * self.shape[1]
         state = QuantState(
             absmax=self.read_scales(begin // self._block, -(-end // self._block)),
-            # As one row: where rows are no whole blocks, bitsandbytes 0.50 scales a matrix wrong on a CPU.
-            shape=torch.Size([end - begin]),
+            shape=torch.Size([rows.stop - rows.start, self.shape[1]]),
             code=self.parts[f"{self.name}.quant_map"],
             blocksize=self._block,
             quant_type=self.kind,
             dtype=torch.float32,
         )
-        found: Tensor = dequantize_4bit(self.stored_codes_of(rows).unsqueeze(1), state)
-        return found.view(-1, self.shape[1])
+        return dequantize_four_bit(self.stored_codes_of(rows).unsqueeze(1), state)
 
     def read_scales(self, begin: int, end: int) -> Tensor:
-        """The scales of some blocks: fp32."""
-        found = self.parts[f"{self.name}.absmax"]
+        """Return the scales of some blocks, fp32."""
+        scales = self.parts[f"{self.name}.absmax"]
         if not self.nested:
-            return found[begin:end]
+            return scales[begin:end]
         from bitsandbytes.functional import dequantize_blockwise
 
         size = int(self._state["nested_blocksize"])
         first = begin // size
         whole: Tensor = dequantize_blockwise(
-            found[first * size : end].clone(),
+            scales[first * size : end].clone(),
             absmax=self.parts[f"{self.name}.nested_absmax"][first : -(-end // size)],
             code=self.parts[f"{self.name}.nested_quant_map"],
             blocksize=size,
         )
-        # As a number of fp32, which it was before it became text.
+        # In fp32, as the offset was before it became text.
         return whole[begin - first * size :] + torch.tensor(self._state["nested_offset"], dtype=torch.float32)
-
-    def quantize_to_codes(self, tensor: Tensor) -> Tensor:
-        return self._quantize(tensor)[0]
 
     def stored_codes_of(self, rows: slice) -> Tensor:
         data = self.parts[self.name].reshape(-1).view(torch.uint8)
         return data[rows.start * self.shape[1] // 2 : -(-rows.stop * self.shape[1] // 2)]
 
-    def _quantize(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         from bitsandbytes.functional import quantize_4bit
 
-        codes, state = quantize_4bit(tensor.to(self.dtype).contiguous(), blocksize=self._block, quant_type=self.kind)
+        codes, state = quantize_4bit(rows.to(self.dtype).contiguous(), blocksize=self._block, quant_type=self.kind)
         return codes.reshape(-1), state.absmax
 
     def pack(self, blocks: Iterable[Tensor]) -> FourBitWeight:
         codes, scales = torch.empty_like(self.parts[self.name]), []
         data, filled = codes.reshape(-1).view(torch.uint8), 0
         for block in blocks:
-            packed, absmax = self._quantize(block)
-            data[filled : filled + len(packed)] = packed
-            filled += len(packed)
+            own, absmax = self.quantize(block)
+            data[filled : filled + len(own)] = own
+            filled += len(own)
             scales.append(absmax)
         return FourBitWeight(
             self.name, {**self.parts, self.name: codes, **self._pack_scales(torch.cat(scales))}, self.dtype
         )
 
     def _pack_scales(self, absmax: Tensor) -> dict[str, Tensor]:
-        """The parts that hold the scales."""
+        """Return the parts that hold the scales."""
         if not self.nested:
             return {f"{self.name}.absmax": absmax}
         from bitsandbytes.functional import quantize_blockwise
@@ -208,7 +207,7 @@ class FourBitWeight(QuantizedWeight):
 
     @property
     def _state_size(self) -> int:
-        """Bytes of the JSON when it is written again: it holds a number that is not known before, so blanks follow."""
+        """Bytes of the JSON of a repacked weight, padded with blanks, since its offset is not known in advance."""
         others = sum(part.nbytes for name, part in self.parts.items() if name != self._state_name)
         size = len(json.dumps({**self._state, "nested_offset": 0})) + _FLOAT_CHARACTERS
         return size + -(others + size) % _ALIGNMENT
@@ -218,7 +217,7 @@ class FourBitWeight(QuantizedWeight):
 
 
 class EightBitWeight(QuantizedWeight):
-    """int8 by rows, as LLM.int8() does."""
+    """int8 with a scale for each row, as LLM.int8() stores it."""
 
     @property
     def kind(self) -> str:
@@ -237,22 +236,16 @@ class EightBitWeight(QuantizedWeight):
         return f"{self.name.removesuffix('.weight')}.SCB"
 
     def __getitem__(self, rows: slice) -> Tensor:
-        from bitsandbytes.functional import int8_vectorwise_dequant
-
-        found: Tensor = int8_vectorwise_dequant(self.parts[self.name][rows], self.parts[self._scale][rows])
-        return found
-
-    def quantize_to_codes(self, tensor: Tensor) -> Tensor:
-        return self._quantize(tensor)[0].reshape(-1).view(torch.uint8)
+        return dequantize_int8(self.parts[self.name][rows], self.parts[self._scale][rows])
 
     def stored_codes_of(self, rows: slice) -> Tensor:
         return self.parts[self.name][rows].reshape(-1).view(torch.uint8)
 
-    def _quantize(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         from bitsandbytes.functional import int8_vectorwise_quant
 
-        # transformers rounds a weight to its own dtype before, and bitsandbytes to fp16.
-        codes, scales, _ = int8_vectorwise_quant(tensor.to(self.dtype).to(torch.float16).contiguous())
+        # transformers rounds a weight to its own dtype first, then bitsandbytes rounds it to fp16.
+        codes, scales, _ = int8_vectorwise_quant(rows.to(self.dtype).to(torch.float16).contiguous())
         return codes, scales
 
     def pack(self, blocks: Iterable[Tensor]) -> EightBitWeight:
@@ -260,28 +253,29 @@ class EightBitWeight(QuantizedWeight):
         filled = 0
         for block in blocks:
             rows = slice(filled, filled + len(block))
-            codes[rows], scales[rows] = self._quantize(block)
+            codes[rows], scales[rows] = self.quantize(block)
             filled = rows.stop
         return EightBitWeight(self.name, {**self.parts, self._scale: scales, self.name: codes}, self.dtype)
 
 
 def find_quantized_weights(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, QuantizedWeight]:
-    """The quantised weights among the tensors of a checkpoint, by their names.
+    """Return the quantized weights among the tensors of a checkpoint, by name.
 
     Args:
-        dtype: of the model; 8-bit weights do not say what they were.
+        tensors: the checkpoint.
+        dtype: of the model; 8-bit weights do not record theirs.
 
     Raises:
-        BaseModelError: one is not whole, or not as it says.
+        BaseModelError: a weight is incomplete, or its parts contradict each other.
     """
-    found: dict[str, QuantizedWeight] = {}
+    packed: dict[str, QuantizedWeight] = {}
     for name, tensor in tensors.items():
         stem, state, _ = name.partition(_STATE_MARK)
         if state:
-            found[stem] = _read_four_bit(stem, tensors)
+            packed[stem] = _read_four_bit(stem, tensors)
         elif tensor.dtype == torch.int8 and name.endswith(".weight"):
-            found[name] = _read_eight_bit(name, tensors, dtype)
-    return found
+            packed[name] = _read_eight_bit(name, tensors, dtype)
+    return packed
 
 
 def _read_four_bit(name: str, tensors: Mapping[str, Tensor]) -> FourBitWeight:
@@ -290,18 +284,18 @@ def _read_four_bit(name: str, tensors: Mapping[str, Tensor]) -> FourBitWeight:
     try:
         state = packed._state
         numel, block = math.prod(state["shape"]), int(state["blocksize"])
-        blocks, wanted = -(-numel // block), {name, packed._state_name, f"{name}.absmax", f"{name}.quant_map"}
+        blocks, expected = -(-numel // block), {name, packed._state_name, f"{name}.absmax", f"{name}.quant_map"}
         if packed.nested:
-            wanted |= {f"{name}.nested_absmax", f"{name}.nested_quant_map"}
-        whole = (
-            own.keys() == wanted
+            expected |= {f"{name}.nested_absmax", f"{name}.nested_quant_map"}
+        consistent = (
+            own.keys() == expected
             and len(state["shape"]) == 2
             and own[name].nbytes == -(-numel // 2)
             and own[f"{name}.absmax"].numel() == blocks
             and own[f"{name}.quant_map"].numel() == 16
         )
-        if not whole:
-            raise ValueError("its parts do not fit each other")
+        if not consistent:
+            raise ValueError("its parts do not match each other")
         return FourBitWeight(name, own, _DTYPES[state["dtype"]])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged_error(name, error) from None
@@ -313,11 +307,11 @@ def _read_eight_bit(name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype
     own = {key: tensors[key] for key in names if key in tensors}
     scale, form = own.get(names[0]), own.get(names[2])
     if scale is None or own[name].ndim != 2 or scale.shape != own[name].shape[:1]:
-        raise _damaged_error(name, f"{names[0]} does not fit it")
+        raise _damaged_error(name, f"{names[0]} does not match it")
     if form is not None and int(form) != 0:
         raise _damaged_error(name, "its rows are not stored in their order")
     return EightBitWeight(name, own, dtype)
 
 
 def _damaged_error(name: str, error: object) -> BaseModelError:
-    return BaseModelError(f"the quantised weight {escape_text(name)} cannot be read: {escape_text(error)}")
+    return BaseModelError(f"the quantized weight {escape_text(name)} cannot be read: {escape_text(error)}")

@@ -1,4 +1,4 @@
-"""A base as transformers would load it, of which nothing is read: its modules, and which stored tensor fills what."""
+"""The meta model of a base: its modules as transformers builds them, and which stored tensor fills each parameter."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +21,18 @@ from lora_kit.models.locate import translate_load_errors
 from lora_kit.models.silence import silence_libraries
 from lora_kit.models.tasks import CAUSAL_LM, TASK_SPECS, TaskSpec, find_task_by_peft_type
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
 
 @dataclass(frozen=True)
 class TaskHead:
-    """Which model of a base an adapter was made for.
+    """The task of an adapter, and so the class and head of its model.
 
     Attributes:
         task: PEFT's `task_type`.
         num_labels: size of a classification head; None for the base's own.
-        labels: what its classes are called, where that is known.
+        labels: names of its classes; empty where they are not known.
     """
 
     task: str | None
@@ -60,7 +63,7 @@ class TaskHead:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """What the model's config says of it."""
+        """The fields of the model's config that it sets."""
         if self.labels:
             numbers = dict(enumerate(self.labels))
             return {"id2label": numbers, "label2id": {label: number for number, label in numbers.items()}}
@@ -72,20 +75,20 @@ class MetaModel:
     """A model whose parameters are the stored tensors themselves, mapped from their files.
 
     Attributes:
-        config: transformers' config of it.
-        model: what no file holds, or holds in another form, is on the meta device.
-        names: of each state dict key that one stored tensor fills as it is, that tensor's name.
-        converted: keys that transformers makes of several stored tensors, or of parts of one.
-        conversions: how it does, by the first of the keys that are made at once.
-        unclaimed: stored tensors that fill nothing, and that transformers does not know as harmless leftovers.
+        config: of the model.
+        model: parameters that no file holds, or holds in another form, are on the meta device.
+        names: for each state dict key that one stored tensor fills as it is, the name of that tensor.
+        converted: keys that transformers fuses from several stored tensors, or from parts of one.
+        conversions: how it does, by the first of the keys that are filled together.
+        unclaimed: stored tensors that fill nothing and that transformers does not know as harmless leftovers.
         missing: keys that nothing fills.
-        ties: keys that are one parameter, for every such parameter.
-        resized: keys of embeddings that an adapter brings with another number of rows.
-        declared: keys that are one parameter by the config, whatever the files hold.
+        ties: for every tied parameter, its keys.
+        resized_embeddings: keys of embeddings that an adapter replaces with another number of rows.
+        declared_ties: keys that the config ties, whatever the files hold.
     """
 
-    config: Any
-    model: nn.Module
+    config: PretrainedConfig
+    model: PreTrainedModel
     names: Mapping[str, str]
     converted: frozenset[str]
     conversions: Mapping[str, FusedWeights]
@@ -97,58 +100,73 @@ class MetaModel:
 
     @cached_property
     def values(self) -> Mapping[str, Tensor]:
-        """The model's state dict, made once: making it takes longer than what is done with an entry."""
+        """The model's state dict, cached, since building it takes long."""
         values: Mapping[str, Tensor] = self.model.state_dict()
         return values
 
     def find_pieces(self, key: str) -> tuple[FusedPiece, ...] | None:
-        """The stored tensors that a parameter is made of, where each is some rows of one of its matrices."""
+        """Return the stored tensors that a parameter is fused from; None where one is not rows of a matrix of it."""
         conversion = self.conversions.get(key)
         return conversion.find_pieces(self.model) if conversion else None
 
     def find_tied_keys(self, key: str) -> tuple[str, ...]:
-        """Keys of the same parameter, the key itself among them."""
+        """Return the keys of the same parameter, with the key itself."""
         return next((group for group in self.ties if key in group), (key,))
 
     def find_declared_ties(self, key: str) -> tuple[str, ...]:
-        """Keys that the config ties to this one, the key itself among them."""
+        """Return the keys that the config ties to this one, with the key itself."""
         return next((group for group in self.declared_ties if key in group), (key,))
 
 
-def read_config(folder: Path, head: TaskHead) -> Any:
-    """transformers' config of a model folder, with this head."""
+def read_config(folder: Path, head: TaskHead) -> PretrainedConfig:
+    """Return transformers' config of a model folder, with this head.
+
+    Raises:
+        BaseModelError: it cannot be read.
+    """
     from transformers import AutoConfig
 
     with silence_libraries(), translate_load_errors(folder):
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **head.fields)
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **head.fields
+        )
+    return config
 
 
-def build_empty_model(config: Any, head: TaskHead) -> nn.Module:
-    """The model of a config without weights, on the meta device."""
+def build_empty_model(config: PretrainedConfig, head: TaskHead) -> PreTrainedModel:
+    """Return the model of a config on the meta device, without weights.
+
+    Raises:
+        BaseModelError: transformers cannot build it.
+    """
     import transformers
 
-    # An adapter that names no task was made for the class the config names.
-    named: list[Any] = [getattr(transformers, str(name), None) for name in config.architectures or ()]
+    # An adapter that names no task was made for the class that the config names.
+    named = [getattr(transformers, str(name), None) for name in config.architectures or ()]
+    architecture = named[0] if named else None
     with silence_libraries(), translate_load_errors(str(config._name_or_path)), torch.device("meta"):
-        if head.task is None and isinstance(named[0] if named else None, type):
-            model: nn.Module = named[0](config)
+        if head.task is None and isinstance(architecture, type):
+            model: PreTrainedModel = architecture(config)
         else:
             model = getattr(transformers, head.spec.auto_class).from_config(config)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def build_meta_model(
     folder: Path, shards: Sequence[Shard], head: TaskHead, *, saved: Mapping[str, Tensor] | None = None
 ) -> MetaModel:
-    """What transformers would fill with what, were it to load this folder.
+    """Return the model that transformers would load from a folder, filled with the mapped tensors.
 
     Args:
-        saved: tensors that an adapter brings; where its embeddings have other rows than the model's, the model has
-            theirs.
+        folder: of the model.
+        shards: its weight files.
+        head: its task and labels.
+        saved: `modules_to_save` of an adapter; embeddings in it with another number of rows resize the model's.
 
     Raises:
-        BaseModelError: the config cannot be read, or a tensor has another shape than its place.
-        MergeError: only some of the tables of a vocabulary have another size.
+        BaseModelError: the config cannot be read, or a tensor has another shape than its parameter.
+        MergeError: the adapter resizes only one of the embeddings.
     """
     config = read_config(folder, head)
     model = build_empty_model(config, head)
@@ -158,25 +176,25 @@ def build_meta_model(
         model = build_empty_model(config, head)
     stored = {name: tensor for shard in shards for name, tensor in shard.tensors.items()}
     names, conversions, unclaimed = _assign_tensors(model, stored)
-    converted = {target for one in conversions.values() for target in one.check(model)}
-    places = model.state_dict(keep_vars=True)
-    # Of a Conv1D, bitsandbytes quantises the transposed weight.
-    turned = {name for key, name in names.items() if stored[name].is_meta and stored[name].shape != places[key].shape}
+    converted = {target for one in conversions.values() for target in one.find_filled_keys(model)}
+    state = model.state_dict(keep_vars=True)
+    # bitsandbytes quantizes the transposed weight of a Conv1D.
+    turned = {name for key, name in names.items() if stored[name].is_meta and stored[name].shape != state[key].shape}
     stored |= {name: stored[name].mT for name in turned}
-    misfits = [
-        f"{name} {tuple(stored[name].shape)} for {key} {tuple(places[key].shape)}"
+    mismatches = [
+        f"{name} {tuple(stored[name].shape)} for {key} {tuple(state[key].shape)}"
         for key, name in names.items()
-        if stored[name].shape != places[key].shape and key not in resized
+        if stored[name].shape != state[key].shape and key not in resized
     ]
-    if misfits:
-        raise BaseModelError(f"{escape_text(folder)}: the weights do not fit the model: {format_list(misfits, most=3)}")
+    if mismatches:
+        listed = format_list(mismatches, most=3)
+        raise BaseModelError(f"{escape_text(folder)}: the weights do not match the model: {listed}")
     groups = _group_tied_keys(model)
     for group in (group for group in groups if not set(group) & set(resized)):
         _fill_parameter(model, group, {key: stored[names[key]] for key in group if key in names})
     filled = {key for group in groups if any(key in names for key in group) for key in group}
-    missing = set(places) - filled - converted
-    info: Any = SimpleNamespace(missing_keys=missing, unexpected_keys=unclaimed)
-    model._adjust_missing_and_unexpected_keys(info)  # type: ignore[operator]  # transformers' own list of leftovers
+    info: Any = SimpleNamespace(missing_keys=set(state) - filled - converted, unexpected_keys=unclaimed)
+    model._adjust_missing_and_unexpected_keys(info)  # drops the leftovers that transformers knows as harmless
     return MetaModel(
         config=config,
         model=model,
@@ -191,33 +209,37 @@ def build_meta_model(
     )
 
 
-def find_resized_embeddings(model: Any, saved: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Keys of a model's embeddings, where an adapter brings them with another number of rows.
+def find_resized_embeddings(model: PreTrainedModel, saved: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Return the keys of a model's embeddings if an adapter replaces them with another number of rows, else none.
 
     Raises:
-        MergeError: it brings one, and nothing for the other.
+        MergeError: it replaces one of them only.
     """
     own = model.state_dict()
     modules = {module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None}
     tables = tuple(f"{path}.weight" for path, module in model.named_modules() if module in modules)
-    other = [key for key in tables if key in saved and saved[key].shape[1:] == own[key].shape[1:]]
-    other = [key for key in other if len(saved[key]) != len(own[key])]
-    if not other:
+    replaced = [key for key in tables if key in saved and saved[key].shape[1:] == own[key].shape[1:]]
+    resized = [key for key in replaced if len(saved[key]) != len(own[key])]
+    if not resized:
         return ()
-    rows = len(saved[other[0]])
-    left = [key for key in tables if key not in saved or len(saved[key]) != rows]
-    if left:
+    rows = len(saved[resized[0]])
+    others = [key for key in tables if key not in saved or len(saved[key]) != rows]
+    if others:
         raise MergeError(
-            f"the adapter brings {other[0]} with {rows:,} rows, and nothing of that size for {format_list(left)}",
-            hint="save both with the adapter: modules_to_save with the embedding and the head",
+            f"the adapter brings {resized[0]} with {rows:,} rows, and nothing of that size for {format_list(others)}",
+            hint="put the embedding and the head into the adapter's modules_to_save",
         )
     return tables
 
 
 def _assign_tensors(
-    model: Any, stored: Mapping[str, Tensor]
+    model: PreTrainedModel, stored: Mapping[str, Tensor]
 ) -> tuple[dict[str, str], dict[str, FusedWeights], set[str]]:
-    """By transformers' own key mapping: the name of each key filled as it is, what it converts, names left over."""
+    """Assign stored tensors to state dict keys, by transformers' own key mapping.
+
+    Returns:
+        The name of the tensor that fills each key as it is; the conversions; and the names that are left over.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
 
@@ -236,35 +258,35 @@ def _assign_tensors(
             leftover.add(name)
         elif pattern is not None:
             converter = next(entry for entry in converters if pattern in entry.source_patterns)
-            found = conversions.setdefault(key, FusedWeights(key, converter, {}))
-            found.sources.setdefault(pattern, {})[name] = stored[name]
+            fused = conversions.setdefault(key, FusedWeights(key, converter, {}))
+            fused.sources.setdefault(pattern, {})[name] = stored[name]
         elif key in names:
-            raise BaseModelError(f"{escape_text(names[key])} and {escape_text(name)} are both for {key}")
+            raise BaseModelError(f"{escape_text(names[key])} and {escape_text(name)} both fill {key}")
         else:
             names[key] = name
     return names, conversions, leftover
 
 
 def _group_tied_keys(model: nn.Module) -> list[list[str]]:
-    """State dict keys by the tensor they stand for."""
+    """Return the state dict keys of a model, grouped by parameter."""
     groups: dict[int, list[str]] = {}
     for key, tensor in model.state_dict(keep_vars=True).items():
         groups.setdefault(id(tensor), []).append(key)
     return list(groups.values())
 
 
-def _fill_parameter(model: nn.Module, group: Sequence[str], found: Mapping[str, Tensor]) -> None:
-    """Put the stored tensors of one parameter in its places.
+def _fill_parameter(model: nn.Module, keys: Sequence[str], stored: Mapping[str, Tensor]) -> None:
+    """Fill a parameter that has several keys from the tensors that are stored for them.
 
-    Where several are stored and differ, they are parameters of their own: so transformers loads them too.
+    Where these differ, each becomes a parameter of its own, as transformers loads them.
     """
-    values = list(found.values())
+    values = list(stored.values())
     if not values:
         return
     same = all(torch.equal(values[0], other) for other in values[1:])
     shared = _make_parameter(values[0])
-    for key in group:
-        value = shared if same or key not in found else _make_parameter(found[key])
+    for key in keys:
+        value = shared if same or key not in stored else _make_parameter(stored[key])
         path, _, leaf = key.rpartition(".")
         module = model.get_submodule(path)
         if leaf in module._parameters:

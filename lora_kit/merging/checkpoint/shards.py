@@ -1,4 +1,4 @@
-"""The weight files of a base: their tensors mapped into memory, where they take none until they are read."""
+"""The weight files of a base, mapped into memory: a tensor takes memory only once it is read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -31,10 +31,10 @@ class Shard:
     """One weight file.
 
     Attributes:
-        name: of the file, in the form it is written again: always safetensors.
-        tensors: mapped, by name, in the order of their bytes; not to be written to.
+        name: of the file that a merge writes from it: always safetensors.
+        tensors: mapped, by name, in the order of their bytes; read-only.
         metadata: of a safetensors file.
-        packed: quantised weights, of which `tensors` has the shape alone; see `unpacked`.
+        packed: quantized weights, by name; `tensors` has meta tensors for them, see `group_quantized_weights`.
     """
 
     name: str
@@ -44,10 +44,10 @@ class Shard:
 
 
 def read_shards(folder: Path) -> tuple[Shard, ...]:
-    """The weight files of a model folder, checked against each other; no weight is read.
+    """Return the weight files of a model folder, checked against each other; no weight is read.
 
     Raises:
-        BaseModelError: there are none; one is missing, damaged, or not what the index says; says which.
+        BaseModelError: there are none, or one is missing, damaged or not what the index says.
     """
     for single, index in _FILE_FORMATS:
         if exists(folder / single):
@@ -60,65 +60,71 @@ def read_shards(folder: Path) -> tuple[Shard, ...]:
 
 
 def group_quantized_weights(shards: Sequence[Shard], dtype: torch.dtype) -> tuple[Shard, ...]:
-    """The same files as those of a model that is not quantised: what a weight is stored in counts as the weight.
+    """Return the files as if the model were unquantized: the stored parts of a quantized weight become one tensor.
 
     Args:
+        shards: of a quantized model.
         dtype: of the model.
 
     Raises:
-        BaseModelError: a quantised weight is damaged.
+        BaseModelError: a quantized weight is damaged.
     """
     packed = find_quantized_weights({name: tensor for shard in shards for name, tensor in shard.tensors.items()}, dtype)
     parts = {part for one in packed.values() for part in one.parts}
-    found = []
+    grouped = []
     for shard in shards:
         own = {name: one for name, one in packed.items() if name in shard.tensors}
         rest = {name: tensor for name, tensor in shard.tensors.items() if name in own or name not in parts}
-        found.append(replace(shard, tensors={**rest, **{name: one.to_meta() for name, one in own.items()}}, packed=own))
-    return tuple(found)
+        grouped.append(
+            replace(shard, tensors={**rest, **{name: one.to_meta() for name, one in own.items()}}, packed=own)
+        )
+    return tuple(grouped)
 
 
 def _read_indexed(folder: Path, index: str) -> tuple[Shard, ...]:
-    """The shards that an index lists, in the order of their names."""
-    places = _read_weight_map(folder / index)
-    _refuse_unlisted(folder, index, set(places.values()))
+    """Return the shards that an index lists, sorted by name."""
+    files = _read_weight_map(folder / index)
+    _refuse_unlisted(folder, index, set(files.values()))
     shards = []
-    for file in sorted(set(places.values())):
+    for file in sorted(set(files.values())):
         shard = _read_shard(folder / file)
-        promised = {name for name, place in places.items() if place == file}
-        if promised != shard.tensors.keys():
-            other = format_list(sorted(promised ^ shard.tensors.keys()))
-            raise BaseModelError(f"{escape_text(folder / file)} and {index} disagree: {other}", hint="a shard is torn")
+        listed = {name for name, place in files.items() if place == file}
+        if listed != shard.tensors.keys():
+            other = format_list(sorted(listed ^ shard.tensors.keys()))
+            raise BaseModelError(
+                f"{escape_text(folder / file)} and {index} disagree: {other}",
+                hint="a shard is damaged; fetch the base again",
+            )
         shards.append(shard)
     return tuple(shards)
 
 
 def _refuse_unlisted(folder: Path, index: str, files: Collection[str]) -> None:
-    """Raise BaseModelError for a file that is called as shards are, and that the index does not know.
+    """Raise BaseModelError for a file that is named like a shard and that the index does not list.
 
-    Weights under other names (`consolidated.safetensors`) are the same ones for other programs.
+    Weights under other names (`consolidated.safetensors`) are copies for other programs.
     """
-    more = sorted(file.name for file in folder.iterdir() if _SHARD_NAME.fullmatch(file.name) and file.name not in files)
-    more = [name for name in more if name.endswith(Path(min(files)).suffix)]
-    if more:
+    shards = sorted(file.name for file in folder.iterdir() if _SHARD_NAME.fullmatch(file.name))
+    unlisted = [name for name in shards if name not in files and name.endswith(Path(min(files)).suffix)]
+    if unlisted:
         raise BaseModelError(
-            f"{escape_text(folder)}: {index} does not know the shard {escape_text(format_list(more))}",
+            f"{escape_text(folder)}: {index} does not know the shard {escape_text(format_list(unlisted))}",
             hint="remove it, or fetch the whole base again",
         )
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
-    """The file of every tensor, as an index says."""
+    """Return the file of every tensor, by the index."""
     with _raise_as_base_error():
-        places = read_json(index, limit=_INDEX_LIMIT).get("weight_map")
-    if not isinstance(places, dict) or not places:
+        files = read_json(index, limit=_INDEX_LIMIT).get("weight_map")
+    if not isinstance(files, dict) or not files:
         raise BaseModelError(f"{escape_text(index)} has no weight_map", hint="the index is damaged")
-    for name, file in places.items():
+    for name, file in files.items():
         if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
             raise BaseModelError(
                 f"{escape_text(index)}: {escape_text(name)} is in {escape_text(file)}, which is not a shard"
             )
-    return places
+    return files
 
 
 def _read_shard(file: Path) -> Shard:
@@ -140,25 +146,25 @@ def _map_safetensors(file: Path) -> Shard:
 
 
 def _load_pickle(file: Path) -> Shard:
-    """A shard in PyTorch's older form: plain tensors only, never code."""
-    # Those from before PyTorch 1.6 are no zip files, and cannot be mapped.
+    """Return a shard in PyTorch's older format: plain tensors only, never code."""
+    # Files from before PyTorch 1.6 are not zip files, and cannot be mapped.
     mapped = zipfile.is_zipfile(file)
     try:
-        found: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # damaged pickles fail in every way there is
+        tensors: object = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # a damaged pickle can raise anything
         raise BaseModelError(
             f"{escape_text(file)}: not a file of plain tensors; it may carry code and is not read: "
             f"{_first_line_of(error)}",
             hint="save it as safetensors",
         ) from None
-    if not isinstance(found, dict) or not all(isinstance(name, str) and _is_plain(t) for name, t in found.items()):
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) and _is_plain(t) for name, t in tensors.items()):
         raise BaseModelError(f"{escape_text(file)}: a mapping of names to plain tensors was expected")
     name = re.sub(r"^pytorch_model", "model", file.stem) + ".safetensors"
-    return Shard(name, {key: tensor.detach() for key, tensor in found.items()}, {"format": "pt"})
+    return Shard(name, {key: tensor.detach() for key, tensor in tensors.items()}, {"format": "pt"})
 
 
-def _is_plain(tensor: Any) -> bool:
-    """Whether a value is a dense tensor that owns as many bytes as it shows; a stride of 0 makes terabytes of a few."""
+def _is_plain(tensor: object) -> bool:
+    """Whether a value is a dense tensor whose storage holds all its bytes: a stride of 0 shows terabytes of a few."""
     return (
         isinstance(tensor, Tensor)
         and tensor.layout is torch.strided
@@ -169,7 +175,7 @@ def _is_plain(tensor: Any) -> bool:
 
 @contextlib.contextmanager
 def _raise_as_base_error() -> Iterator[None]:
-    """What is wrong with a file is wrong with the base."""
+    """Raise an AdapterError of the block as a BaseModelError."""
     try:
         yield
     except AdapterError as error:

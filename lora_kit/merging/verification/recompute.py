@@ -1,7 +1,7 @@
-"""Some rows of every folded weight, as they were read back, beside base + scaling · B A computed anew in fp64.
+"""Some rows of every folded weight, read back and compared with base + scaling · B A, computed again in fp64.
 
-Taken are the adapter's own tensors in the layout PEFT writes them, by state dict key: nothing of the plan, the fold or
-the writing is used.
+The computation starts from the adapter's own tensors in PEFT's layout, by state dict key. It uses nothing of the plan,
+the fold or the writing.
 """
 
 from __future__ import annotations
@@ -24,167 +24,194 @@ from lora_kit.merging.planned_tensors import WeightedAdapter
 from lora_kit.targets.coverage import LayerTarget, survey_coverage
 
 COMPARED_ROWS: Final = 16
-"""Of a tensor, evenly spaced, that are compared."""
+"""Rows of a tensor that are compared, evenly spaced."""
 _ROWS_PER_EXPERT: Final = 4
-"""Of each expert."""
+"""Rows of each expert that are compared."""
 _DORA_TOLERANCE: Final = 2**-7
 
 
 @dataclass(frozen=True)
 class ExpectedUpdate:
-    """What one adapter does to one weight."""
+    """What one adapter adds to one weight.
+
+    Attributes:
+        target: the layer.
+        weights: A and B, as the adapter has them.
+        scaling: with the weight of the adapter in it.
+    """
 
     target: LayerTarget
-    pair: LoraWeights
+    weights: LoraWeights
     scaling: float
 
     @property
     def key(self) -> str:
-        """Of the weight, in the model."""
+        """State dict key of the weight."""
         return self.target.path if self.target.kind == "parameter" else f"{self.target.path}.weight"
 
     def factors(self, rows: Tensor, *, expert: int, swapped: bool) -> tuple[Tensor, Tensor]:
-        """(n, r) and (r, m), whose product times the scaling is what some rows gain.
+        """Return (n, r) and (r, m), fp64, whose product times the scaling is added to some rows.
 
         Args:
+            rows: (n,) indices of rows of the weight.
+            expert: index of the matrix.
             swapped: whether rows of the weight are inputs of the layer.
         """
-        a, b, rank = self.pair.a.double(), self.pair.b.double(), self.target.rank
-        if self.pair.kind == "convolution":
+        a, b, rank = self.weights.a.double(), self.weights.b.double(), self.target.rank
+        if self.weights.kind == "convolution":
             a, b = a.flatten(1), b.flatten(1)
-        if self.pair.kind == "parameter":
+        if self.weights.kind == "parameter":
             a = a.view(self.target.experts, rank, -1)[expert]
             b = b.view(len(b), rank, self.target.experts)[:, :, expert]
         return (a[:, rows].T, b.T) if swapped else (b[rows], a)
 
 
-def collect_expected_updates(model: nn.Module, parts: Sequence[WeightedAdapter]) -> dict[str, list[ExpectedUpdate]]:
-    """What adapters do to the weights of a model, by state dict key."""
-    found: dict[str, list[ExpectedUpdate]] = {}
-    for part in parts:
-        pairs = part.adapter.all_pairs()
-        for target in survey_coverage(model, part.adapter.config).targets:
-            side = ExpectedUpdate(target, pairs[target.key], target.scaling * part.weight)
-            found.setdefault(side.key, []).append(side)
-    return found
+def collect_expected_updates(model: nn.Module, adapters: Sequence[WeightedAdapter]) -> dict[str, list[ExpectedUpdate]]:
+    """Return what adapters add to the weights of a model, by state dict key."""
+    updates: dict[str, list[ExpectedUpdate]] = {}
+    for weighted in adapters:
+        weights = weighted.adapter.all_pairs()
+        for target in survey_coverage(model, weighted.adapter.config).targets:
+            update = ExpectedUpdate(target, weights[target.key], target.scaling * weighted.weight)
+            updates.setdefault(update.key, []).append(update)
+    return updates
 
 
 def check_folded_weight(
     key: str,
     base: MetaModel,
     merged: MetaModel,
-    sides: Sequence[ExpectedUpdate],
+    updates: Sequence[ExpectedUpdate],
     packed: Mapping[str, QuantizedWeight],
     packed_now: Mapping[str, QuantizedWeight],
 ) -> int:
-    """Raise VerificationError unless some rows of a weight are base + adapters; how many numbers that were.
+    """Check that some rows of a weight are base + adapters.
 
     Args:
-        packed: quantised weights of the base, by key. packed_now: those of the result.
+        key: of the weight in the state dict.
+        base: the base.
+        merged: the result, as it was read back.
+        updates: what the adapters add.
+        packed: quantized weights of the base, by key.
+        packed_now: quantized weights of the result, by key.
+
+    Returns:
+        How many values were compared.
+
+    Raises:
+        VerificationError: they are not.
     """
     module = base.model.get_submodule(key.rpartition(".")[0])
-    own, found = base.values[key], merged.values[key]
-    if sides[0].pair.kind == "parameter" and own.ndim == 3:
+    own, written = base.values[key], merged.values[key]
+    kind, magnitude = updates[0].weights.kind, updates[0].weights.magnitude
+    if kind == "parameter" and own.ndim == 3:
+        rows, swapped = pick_rows(own.shape[1], _ROWS_PER_EXPERT), is_transposed(module)
         return sum(
-            _check_rows(
-                f"{key}[{e}]",
-                own[e],
-                found[e],
-                _pick_rows(own.shape[1], _ROWS_PER_EXPERT),
-                sides,
-                e,
-                swapped=is_transposed(module),
-            )
-            for e in range(len(own))
+            _check_rows(f"{key}[{e}]", own[e], written[e], rows, updates, e, swapped=swapped) for e in range(len(own))
         )
-    again = packed_now.get(key)
-    if again is None and key not in packed:
-        swapped = sides[0].pair.kind != "parameter" and is_stored_transposed(module)
-        dora = sides[0].pair.magnitude is not None
-        if swapped and dora:  # whose lengths are those of outputs
-            own, found, swapped = own.T, found.T, False
-        own, found = (w.flatten(1) for w in (own, found))
-        return _check_rows(key, own, found, _pick_rows(len(own), COMPARED_ROWS), sides, 0, swapped=swapped)
-    rows = pick_whole_blocks(again, COMPARED_ROWS) if again else _pick_rows(len(own), COMPARED_ROWS)
+    requantized = packed_now.get(key)
+    if requantized is None and key not in packed:
+        swapped = kind != "parameter" and is_stored_transposed(module)
+        if swapped and magnitude is not None:  # a magnitude belongs to an output
+            own, written, swapped = own.T, written.T, False
+        own, written = own.flatten(1), written.flatten(1)
+        return _check_rows(key, own, written, pick_rows(len(own)), updates, 0, swapped=swapped)
+    rows = pick_whole_blocks(requantized, COMPARED_ROWS) if requantized else pick_rows(len(own))
     before = dequantize_rows(packed[key], rows) if key in packed else own[rows]
-    wanted, bound = _compute_expected_rows(before.double(), rows, sides, 0, swapped=False)
-    if again:
-        exact = {} if sides[0].pair.magnitude is None else {"exact": 0.0}
-        check_quantized(again, rows, wanted, **exact)
+    expected, bound = _compute_expected_rows(before.double(), rows, updates, 0, swapped=False)
+    if requantized:
+        exact = {} if magnitude is None else {"exact": 0.0}
+        check_quantized(requantized, rows, expected, **exact)
     else:
-        _check_close(key, found[rows], wanted, bound)
-    return wanted.numel()
+        _check_close(key, written[rows], expected, bound)
+    return expected.numel()
 
 
 def check_fused_weight(
     key: str,
     base: MetaModel,
     merged: MetaModel,
-    sides: Sequence[ExpectedUpdate],
+    updates: Sequence[ExpectedUpdate],
     own: Mapping[str, Tensor],
-    found: Mapping[str, Tensor],
+    written: Mapping[str, Tensor],
 ) -> int:
-    """The same of a parameter that the files hold as several tensors.
+    """Check a parameter that the files hold as several tensors, as `check_folded_weight` checks the others.
 
     Args:
-        own: the base's tensors by their names. found: those of the result.
+        key: of the parameter in the state dict.
+        base: the base.
+        merged: the result, as it was read back.
+        updates: what the adapters add.
+        own: the base's tensors, by name.
+        written: the tensors of the result, by name.
     """
     compared = 0
     pieces = merged.find_pieces(key)
     if pieces is None or pieces != base.find_pieces(key):
         raise VerificationError(f"{key} was written in another form than the base's")
     for name, expert, begin, _ in pieces:
-        rows = _pick_rows(len(own[name]), _ROWS_PER_EXPERT)
-        wanted, bound = _compute_expected_rows(own[name][rows].double(), rows + begin, sides, expert, swapped=False)
-        _check_close(name, found[name][rows], wanted, bound)
-        compared += wanted.numel()
+        rows = pick_rows(len(own[name]), _ROWS_PER_EXPERT)
+        expected, bound = _compute_expected_rows(own[name][rows].double(), rows + begin, updates, expert, swapped=False)
+        _check_close(name, written[name][rows], expected, bound)
+        compared += expected.numel()
     return compared
 
 
 def _check_rows(
-    name: str, own: Tensor, found: Tensor, rows: Tensor, sides: Sequence[ExpectedUpdate], expert: int, *, swapped: bool
+    name: str,
+    own: Tensor,
+    written: Tensor,
+    rows: Tensor,
+    updates: Sequence[ExpectedUpdate],
+    expert: int,
+    *,
+    swapped: bool,
 ) -> int:
-    wanted, bound = _compute_expected_rows(own[rows].double(), rows, sides, expert, swapped=swapped)
-    _check_close(name, found[rows], wanted, bound)
-    return wanted.numel()
+    expected, bound = _compute_expected_rows(own[rows].double(), rows, updates, expert, swapped=swapped)
+    _check_close(name, written[rows], expected, bound)
+    return expected.numel()
 
 
-def _pick_rows(count: int, most: int) -> Tensor:
+def pick_rows(count: int, most: int = COMPARED_ROWS) -> Tensor:
+    """Return at most so many evenly spaced row indices of a tensor with `count` rows."""
     return torch.linspace(0, count - 1, min(most, count), dtype=torch.float64).long()
 
 
-def _check_close(name: str, found: Tensor, wanted: Tensor, bound: Tensor) -> None:
-    """Raise VerificationError where numbers are further away than rounding may take them."""
-    info = torch.finfo(found.dtype)
-    bound = bound + info.eps / 2 * 1.01 * wanted.abs() + info.tiny
-    off = (found.double() - wanted).abs()
+def _check_close(name: str, written: Tensor, expected: Tensor, bound: Tensor) -> None:
+    """Raise VerificationError where values differ by more than the bound and rounding to their dtype allow."""
+    info = torch.finfo(written.dtype)
+    bound = bound + info.eps / 2 * 1.01 * expected.abs() + info.tiny
+    off = (written.double() - expected).abs()
     if not (off - bound).max() <= 0:
         raise VerificationError(
             f"{name.removesuffix('.weight')}: what was written is up to {float(off.max()):.3g} away from base + "
-            f"adapter; rounding allows {float(bound.max()):.3g} at most"
+            f"adapter; rounding allows at most {float(bound.max()):.3g}"
         )
 
 
 def _compute_expected_rows(
-    before: Tensor, rows: Tensor, sides: Sequence[ExpectedUpdate], expert: int, *, swapped: bool
+    before: Tensor, rows: Tensor, updates: Sequence[ExpectedUpdate], expert: int, *, swapped: bool
 ) -> tuple[Tensor, Tensor]:
-    """Some rows of base + adapters in fp64, and how far a sum of them in fp32 may be off.
+    """Return some rows of base + adapters in fp64, and the largest error of the same sum in fp32.
 
     Args:
-        before: those rows of the base. rows: which they are.
-        swapped: whether they are inputs of the layer.
+        before: (n, m) fp64, these rows of the base.
+        rows: (n,) their indices.
+        updates: what the adapters add.
+        expert: index of the matrix.
+        swapped: whether the rows are inputs of the layer.
     """
-    wanted, size, rank = before.clone(), before.abs(), 0
-    for side in sides:
-        left, right = side.factors(rows, expert=expert, swapped=swapped)
-        wanted += side.scaling * (left @ right)
-        size = size + abs(side.scaling) * (left.abs() @ right.abs())
-        rank += side.target.rank
+    expected, size, rank = before.clone(), before.abs(), 0
+    for update in updates:
+        left, right = update.factors(rows, expert=expert, swapped=swapped)
+        expected += update.scaling * (left @ right)
+        size = size + abs(update.scaling) * (left.abs() @ right.abs())
+        rank += update.target.rank
     error = (rank + 4) * torch.finfo(torch.float32).eps * size
-    magnitude = sides[0].pair.magnitude
+    magnitude = updates[0].weights.magnitude
     if magnitude is not None:
-        columns = (magnitude[rows].double() / wanted.norm(dim=1)).unsqueeze(1)
-        # A DoRA's norm is taken of factors rounded to the base's dtype, as they are when the adapter is used.
-        error = columns.abs() * (error + _DORA_TOLERANCE * wanted.abs())
-        wanted = columns * wanted
-    return wanted, error
+        columns = (magnitude[rows].double() / expected.norm(dim=1)).unsqueeze(1)
+        # The norm of a DoRA is computed from factors rounded to the base's dtype, as in the use of the adapter.
+        error = columns.abs() * (error + _DORA_TOLERANCE * expected.abs())
+        expected = columns * expected
+    return expected, error

@@ -1,1 +1,1 @@
-"""The merged weights on their way to the disk."""
+"""Folding the merged weights and writing them to the disk."""

@@ -1,7 +1,7 @@
-"""What a merge that was killed had finished: whole files and a journal of their digests, beside the output.
+"""The files that a killed merge had finished, with a journal of their digests, in a folder beside the output.
 
-A merge that ends, well or not, takes it all away. Only one that died leaves it; the next merge of the same base and
-adapters into the same output finds it, reads it back, and goes on after it.
+A merge removes this folder when it succeeds or fails. Only a killed one leaves it; the next merge of the same base and
+adapters into the same output reads the finished files back and writes the others.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -31,30 +31,31 @@ _LIMIT: Final = 256 * 2**20
 
 
 def journal_folder_of(target: Path) -> Path:
-    """The folder that is kept for an output."""
+    """Return the folder of the finished files of an output."""
     target = Path(os.path.abspath(target))
     return target.with_name(f".{target.name}.kept")
 
 
 @contextmanager
 def keep_finished_files(target: Path, key: str) -> Iterator[FinishedFiles]:
-    """Files of an output that are finished before the output is; for who holds its lock.
+    """Yield the finished files of an output, and remove them at the end. The caller holds the lock of the output.
 
     Args:
-        key: what the files depend on; those of another key are thrown away.
+        target: the output.
+        key: a digest of what the files depend on; files of another key are removed.
     """
-    place = journal_folder_of(target)
+    folder = journal_folder_of(target)
     try:
-        yield FinishedFiles(place, key)
+        yield FinishedFiles(folder, key)
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class FinishedFiles:
-    """Finished files of one output, each with what is known of it.
+    """The finished files of one output, each with its digest and what survived in it.
 
     Attributes:
-        folder: where they lie, and where new ones are written.
+        folder: of these files; new ones are written into it.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -64,49 +65,53 @@ class FinishedFiles:
             _remove_path(folder)
             folder.mkdir()
 
-    def finished(self, name: str) -> tuple[FileDigest, list[Retention]] | None:
-        """What is known of a file that is there whole; None where it is to be written."""
+    def find(self, name: str) -> tuple[FileDigest, list[Retention]] | None:
+        """Return the digest of a finished file and what survived in it; None where it must be written."""
         try:
             entry = self._files[name]
-            facts, retention = dict(entry["facts"]), [Retention(**one) for one in entry["retention"]]
-            check_read_back(self.folder / name, facts)
+            digest = FileDigest(size=entry["facts"]["size"], sha256=entry["facts"]["sha256"])
+            retention = [Retention(**one) for one in entry["retention"]]
+            check_read_back(self.folder / name, digest)
         except (KeyError, TypeError, OSError, VerificationError):
             self._files.pop(name, None)
             (self.folder / name).unlink(missing_ok=True)
             return None
-        logger.info("%s was finished before, and is taken up", name)
-        return facts, retention
+        logger.info("%s was finished by an earlier merge, and is used", name)
+        return digest, retention
 
     def finish(
-        self, name: str, facts: FileDigest, retention: Sequence[Retention], *, after: Future[None] | None = None
+        self, name: str, digest: FileDigest, retention: Sequence[Retention], *, after: Future[None] | None = None
     ) -> None:
-        """Read a written file back, and note that it is whole.
+        """Read a written file back and record it in the journal.
 
         Args:
-            after: the end of another call, before which nothing is noted.
+            name: of the file.
+            digest: of the bytes that were written.
+            retention: what survived of each delta in it.
+            after: an earlier call, which must end before this one records anything.
 
         Raises:
-            VerificationError: it is not what was written.
+            VerificationError: the file is not what was written.
         """
-        check_read_back(self.folder / name, facts)
+        check_read_back(self.folder / name, digest)
         if after is not None:
             after.result()
-        self._files[name] = {"facts": facts, "retention": [asdict(one) for one in retention]}
+        self._files[name] = {"facts": digest, "retention": [asdict(one) for one in retention]}
         write_file(self.folder / _JOURNAL, json.dumps({"key": self._key, "files": self._files}).encode())
 
 
-def check_read_back(path: Path, expected: Mapping[str, Any]) -> None:
-    """Raise VerificationError unless a file on the disk has the size and the sha256 it was written with."""
-    found, name = hash_on_disk(path), escape_text(path.name)
-    if found["size"] != expected["size"]:
-        told = f"{name} has {found['size']:,} bytes; {expected['size']:,} were written"
-        raise VerificationError(told, hint="is the disk sound?")
-    if found["sha256"] != expected["sha256"]:
-        raise VerificationError(f"{name} reads back other than it was written", hint="is the disk sound?")
+def check_read_back(path: Path, expected: FileDigest) -> None:
+    """Raise VerificationError unless a file on the disk has the size and sha256 it was written with."""
+    actual, name = hash_on_disk(path), escape_text(path.name)
+    if actual["size"] != expected["size"]:
+        message = f"{name} has {actual['size']:,} bytes; {expected['size']:,} were written"
+        raise VerificationError(message, hint="check the disk")
+    if actual["sha256"] != expected["sha256"]:
+        raise VerificationError(f"{name} was read back with other bytes than were written", hint="check the disk")
 
 
 def _read_journal(folder: Path, key: str) -> dict[str, Any]:
-    """The files a journal of this key vouches for; none where there is no such journal."""
+    """Return the files that a journal with this key lists; none without such a journal."""
     if folder.is_symlink() or not folder.is_dir():
         return {}
     try:

@@ -1,7 +1,7 @@
-"""Writing the merged weights: one pass over the base, hashed on the way out, and read back from the disk.
+"""Writing the merged weights: one pass over the base, hashed while it is written, and read back from the disk.
 
-A safetensors file is 8 bytes of header length, a JSON header and the tensors one after the other, so it is written as
-they come: no tensor is ever whole in memory.
+A safetensors file is 8 bytes of header length, a JSON header and the tensors one after the other. So it is written by
+blocks, and no tensor is ever whole in memory.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from lora_kit.merging.writing.journal import FinishedFiles
 logger = logging.getLogger(__name__)
 
 BytesProgress = Callable[[int, int], None]
-"""Is given the bytes written so far, and how many there will be."""
+"""Is called with the bytes written so far and the bytes in all."""
 
 _PIECE_BYTES: Final = 8 * 2**20
 _CAST_ELEMENTS: Final = 2**18
-"""Numbers that are cast at once."""
+"""Values that are cast at once."""
 _PARALLEL_READS: Final = 2
-"""Files that are read back at once: each waits for the disk as long as it takes to hash."""
+"""Files that are read back at once: reading one from the disk takes as long as hashing it."""
 
 
 @dataclass
 class WrittenFiles:
-    """What was written.
+    """The weight files that were written.
 
     Attributes:
-        files: size and sha256 of each file, by its name.
+        files: size and sha256 of each, by name.
         retention: of each folded tensor.
     """
 
@@ -56,19 +56,23 @@ class WrittenFiles:
 
 
 def write_shards(
-    plan: MergePlan, folder: Path, *, kept: FinishedFiles, progress: BytesProgress | None = None
+    plan: MergePlan, folder: Path, *, finished: FinishedFiles, progress: BytesProgress | None = None
 ) -> WrittenFiles:
-    """Write the weight files of a plan, and their index where they are not one of the usual name.
+    """Write the weight files of a plan, and an index unless there is one file of the usual name.
 
-    While one file is written, those before it are read back.
+    While one file is written, the earlier ones are read back.
 
     Args:
-        kept: finished files of the same plan; they are not written again.
+        plan: of the merge.
+        folder: to write into.
+        finished: files of the same plan that need not be written again.
+        progress: see `BytesProgress`.
 
     Raises:
-        MergeError: a tensor is not finite. VerificationError: what was read back is not what was written.
+        MergeError: a tensor is not finite.
+        VerificationError: a file was read back with other bytes than were written.
     """
-    written, meter, slabs = WrittenFiles(), _ProgressMeter(plan.nbytes, progress), deque[Tensor]()
+    written, meter, buffers = WrittenFiles(), _ProgressMeter(plan.nbytes, progress), deque[Tensor]()
     with (
         _use_one_thread(),
         ThreadPoolExecutor(max_workers=1) as hashing,
@@ -76,20 +80,21 @@ def write_shards(
     ):
         checks: list[Future[None]] = []
         for shard, entries in plan.shards:
-            found = kept.finished(shard.name)
-            if found is None:
-                with (kept.folder / shard.name).open("xb", buffering=0) as file:
-                    found = _write_file(HashingFile(file, hashing, slabs), entries, shard.metadata, meter=meter)
-                logger.info("%s: %d tensors, %d bytes", shard.name, len(entries), found[0]["size"])
-                checks.append(reading.submit(kept.finish, shard.name, *found, after=checks[-1] if checks else None))
+            result = finished.find(shard.name)
+            if result is None:
+                with (finished.folder / shard.name).open("xb", buffering=0) as file:
+                    result = _write_file(HashingFile(file, hashing, buffers), entries, shard.metadata, meter=meter)
+                logger.info("%s: %d tensors, %d bytes", shard.name, len(entries), result[0]["size"])
+                previous = checks[-1] if checks else None
+                checks.append(reading.submit(finished.finish, shard.name, *result, after=previous))
             else:
                 meter.advance(sum(entry.nbytes for entry in entries))
-            written.files[shard.name] = found[0]
-            written.retention += found[1]
+            written.files[shard.name] = result[0]
+            written.retention += result[1]
         for check in checks:
             check.result()
     for name in written.files:
-        os.rename(kept.folder / name, folder / name)
+        os.rename(finished.folder / name, folder / name)
     if [shard.name for shard, _ in plan.shards] != [WEIGHTS]:
         (folder / INDEX).write_bytes(_build_index(plan))
     return written
@@ -97,7 +102,7 @@ def write_shards(
 
 @contextmanager
 def _use_one_thread() -> Iterator[None]:
-    """torch on one thread: a block is too small to share, and the other cores hash and write."""
+    """Run torch on one thread: a block is too small to share, and the other cores hash and write."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -107,7 +112,7 @@ def _use_one_thread() -> Iterator[None]:
 
 
 class _ProgressMeter:
-    """How far a merge is."""
+    """Counts the bytes that were written, and reports them."""
 
     def __init__(self, total: int, progress: BytesProgress | None) -> None:
         self._done, self._total, self._progress = 0, total, progress
@@ -121,7 +126,7 @@ class _ProgressMeter:
 def _write_file(
     sink: HashingFile, entries: Sequence[PlannedTensor], metadata: Mapping[str, str], *, meter: _ProgressMeter
 ) -> tuple[FileDigest, list[Retention]]:
-    """Write one file; returns its size and sha256, and what became of the deltas in it."""
+    """Write one file. Returns its size and sha256, and what survived of the deltas in it."""
     retention: list[Retention] = []
     stored = ((name, dtype, shape) for entry in entries for name, (dtype, shape) in entry.stored.items())
     sink.put(memoryview(encode_header(stored, metadata)))
@@ -131,21 +136,21 @@ def _write_file(
 
 
 def _put_tensors(entries: Sequence[PlannedTensor], sink: HashingFile, retention: list[Retention]) -> Iterator[int]:
-    """Hand over the bytes of tensors, one after the other; how many each time."""
+    """Put the bytes of tensors into a file, one after the other; yield how many each time."""
     for entry in entries:
         source = entry.source
         if entry.how == "requantized":
             fold = TensorFold(entry)
-            again = fold.packed().parts
-            yield from _put_pieces((_view_bytes(again[name]) for name in entry.stored), sink)
+            parts = fold.requantize().parts
+            yield from _put_pieces((_view_bytes(parts[name]) for name in entry.stored), sink)
             retention.append(fold.retention)
         elif entry.rows is not None:
             replacement = TokenReplacement(entry)
-            yield from replacement.into(sink.room)
+            yield from replacement.write_into(sink.reserve)
             retention.append(replacement.retention)
         elif entry.updates:
             fold = TensorFold(entry)
-            yield from fold.into(sink.room)
+            yield from fold.write_into(sink.reserve)
             retention.append(fold.retention)
         elif isinstance(source, Tensor) and entry.dtype == source.dtype and source.is_contiguous():
             whole = _view_bytes(source)
@@ -154,7 +159,7 @@ def _put_tensors(entries: Sequence[PlannedTensor], sink: HashingFile, retention:
             )
         else:
             for part in _split_for_cast(source):
-                sink.room(part.numel(), entry.dtype).view(part.shape).copy_(part)
+                sink.reserve(part.numel(), entry.dtype).view(part.shape).copy_(part)
                 yield part.numel() * entry.dtype.itemsize
 
 
@@ -165,7 +170,7 @@ def _put_pieces(pieces: Iterable[memoryview], sink: HashingFile) -> Iterator[int
 
 
 def _split_for_cast(tensor: Tensor | QuantizedWeight) -> Iterator[Tensor]:
-    """A tensor in parts that are soon cast, in the order of its numbers."""
+    """Yield a tensor in parts small enough to cast, in the order of its values."""
     if isinstance(tensor, QuantizedWeight):
         yield from (tensor[rows] for rows in split_rows(*tensor.shape, multiple=tensor.step))
     elif tensor.is_contiguous():
@@ -183,7 +188,7 @@ def _view_bytes(tensor: Tensor) -> memoryview:
 
 
 def _build_index(plan: MergePlan) -> bytes:
-    """`model.safetensors.index.json`."""
-    places = {name: shard.name for shard, entries in plan.shards for entry in entries for name in entry.stored}
-    fields = {"metadata": {"total_size": plan.nbytes}, "weight_map": dict(sorted(places.items()))}
+    """Return the bytes of `model.safetensors.index.json`."""
+    weight_map = {name: shard.name for shard, entries in plan.shards for entry in entries for name in entry.stored}
+    fields = {"metadata": {"total_size": plan.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
     return (json.dumps(fields, indent=2) + "\n").encode()

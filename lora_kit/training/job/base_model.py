@@ -70,7 +70,7 @@ class _BaseWithVirtualTokens(Base):
 
 
 def _reserve_virtual_tokens(recipe: Recipe, base: Base) -> Base:
-    """Return a base whose `max_length` leaves room for the virtual tokens of the recipe's adapter."""
+    """Return the base with its `max_length` reduced by the virtual tokens of the recipe's adapter."""
     count = recipe.peft.get("num_virtual_tokens", 0)
     if not count:
         return base

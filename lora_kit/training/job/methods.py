@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from lora_kit.bank.bank import AdapterBank, attach
+from lora_kit.bank.attach import attach
+from lora_kit.bank.bank import AdapterBank
 from lora_kit.io.atomic_write import stage_folder
 from lora_kit.training.job.job import Job
 from lora_kit.training.job.output import is_trained_model_folder

@@ -22,7 +22,7 @@ CHAT_TEMPLATE_FILE: Final = "chat_template.jinja"
 
 
 def check_output_writable(recipe: Recipe) -> None:
-    """Refuse an output without a name, or in a place that cannot be written to: before hours of training, not after.
+    """Reject an output without a name, or that cannot be written: before hours of training, not after.
 
     Raises:
         RecipeError: the output has no name.
@@ -40,7 +40,7 @@ def check_output_writable(recipe: Recipe) -> None:
 
 
 def check_output_available(recipe: Recipe, *, replace: bool) -> None:
-    """Refuse an output that exists and may not be replaced, or that overlaps the base's folder.
+    """Reject an output that exists and may not be replaced, or that overlaps the base's folder.
 
     Raises:
         StorageError: what is in the way.

@@ -235,15 +235,13 @@ def _convert_to_lora(fields: Section, tensors: Mapping[str, Tensor]) -> Adapter 
         return None
 
 
-def _render_card(
-    name: str, fields: Mapping[str, Any], record: Mapping[str, Any], *, elements: int, digest: str, is_lora: bool
-) -> bytes:
+def _render_card(name: str, fields: Section, record: Section, *, elements: int, digest: str, is_lora: bool) -> bytes:
     """Return the model card.
 
     Args:
         fields: of the config.
-        record: of the training.
-        elements: how many values the adapter holds.
+        record: of the training, as JSON values.
+        elements: number of values in the adapter's tensors.
         is_lora: whether it is a LoRA, which a bank loads as well.
     """
     base, kind, recipe = fields["base_model_name_or_path"], fields["peft_type"], record["recipe"]

@@ -220,7 +220,7 @@ class RunFolder:
         return self._match_run(complete[0] if complete else None, identity, replace=replace)
 
     def _match_run(self, checkpoint: Checkpoint | None, identity: Identity, *, replace: bool) -> Checkpoint | None:
-        """Return a checkpoint of this run; None where there is none, or one that is to be replaced."""
+        """Return the checkpoint if it is of this run; None without one, or where it is to be replaced."""
         if checkpoint is None:
             return None
         differences = list(describe_differences(checkpoint.identity, identity))

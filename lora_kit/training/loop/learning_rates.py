@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from lora_kit.errors import RecipeError
 from lora_kit.layers.initialization import B
 from lora_kit.layers.linear import LoraLinear
-from lora_kit.layers.parameter import UnstackedLayer
 from lora_kit.layers.saved_module import SavedModule
 from lora_kit.layers.slot_layer import SlotLayer
+from lora_kit.layers.unstacked_layer import UpdatedWeightLayer
 from lora_kit.models.heads import find_head_modules
 from lora_kit.models.tasks import CAUSAL_LM
 from lora_kit.training.recipe.coerce import Section
@@ -68,7 +68,7 @@ def find_lora_b_tensors(model: nn.Module) -> list[Tensor]:
 
     Embeddings keep one rate, since there A is initialized to zero, not B.
     """
-    layers = [module for module in model.modules() if isinstance(module, (LoraLinear, UnstackedLayer))]
+    layers = [module for module in model.modules() if isinstance(module, (LoraLinear, UpdatedWeightLayer))]
     return [leaf for layer in layers for name, leaf in layer.named_parameters(recurse=False) if name.startswith(B)]
 
 

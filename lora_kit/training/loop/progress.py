@@ -22,7 +22,7 @@ MIN_LOG_SECONDS: Final = 5.0
 _LOGGED_KEYS: Final = ("loss", "learning_rate", "grad_norm")
 
 
-class Progress(transformers.TrainerCallback):
+class TrainingProgress(transformers.TrainerCallback):
     """Reports the step, the loss, the time left, the speed and the memory of a training."""
 
     def __init__(self) -> None:

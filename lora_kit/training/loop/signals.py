@@ -47,11 +47,11 @@ class StopRequest:
         self._restore_handlers()
 
     def obey(self) -> None:
-        """Let the recorded signal take its usual effect; do nothing where there is none.
+        """Let the recorded signal take its usual effect; do nothing without one.
 
         Raises:
             KeyboardInterrupt, SystemExit: from the handler that was installed before; SystemExit with 128 + the
-                signal's number where there was none.
+                signal's number without such a handler.
         """
         if self.signal_number is not None:
             self._run_previous_handler(self.signal_number)

@@ -24,7 +24,7 @@ from lora_kit.torch_utils import read_peak_bytes, use_autocast
 from lora_kit.training.loop.learning_rates import ONE_RATE, LearningRates
 from lora_kit.training.loop.length_buckets import count_batch_tokens, split_by_length
 from lora_kit.training.loop.oom_retry import Batch, LabelCount, MicroBatches, sum_losses
-from lora_kit.training.loop.progress import Progress
+from lora_kit.training.loop.progress import TrainingProgress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,7 +75,7 @@ class Trainer(transformers.Trainer):
         if getattr(model, "is_quantized", False):
             # Tells transformers that a quantized base has adapters; `preserve_model_settings` removes the mark.
             model._hf_peft_config_loaded = True
-        self._progress = Progress()
+        self._progress = TrainingProgress()
         self._train, self._validation, self._collator = train, validation, collator
         self._head, self._rates, self._measure_options = LossHead(None), rates, measure_options
         super().__init__(

@@ -62,7 +62,7 @@ class _SamplePrompt:
 class SampleAnswers:
     """The answers of a job's model to some validation samples: greedy, so that they repeat from run to run.
 
-    There are none without validation rows, and none for labels of words.
+    Empty without validation rows, and for labels of words.
     """
 
     def __init__(self, job: Job) -> None:

@@ -1,0 +1,20 @@
+"""An adapter as people give it: a folder, a name in the store, or the value itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lora_kit.adapter.adapter import Adapter
+
+AdapterLike = str | Path | Adapter
+"""A folder, a name in the store, or an Adapter. Where the base itself can be meant: `AdapterLike | None`."""
+
+
+def short_label_of(source: AdapterLike, adapter: Adapter) -> str:
+    """Return what an adapter is called in messages: the name of its folder; of a value, the start of its digest.
+
+    Args:
+        source: what was given.
+        adapter: what was read from it.
+    """
+    return adapter.digest[:12] if isinstance(source, Adapter) else Path(source).resolve().name

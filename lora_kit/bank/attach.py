@@ -1,0 +1,70 @@
+"""`attach`: put a bank beside a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from lora_kit.bank.bank import AdapterBank
+from lora_kit.bank.frozen_model import has_bank
+from lora_kit.config.lora_config import LoraConfig
+from lora_kit.errors import BankError
+
+if TYPE_CHECKING:
+    import peft
+
+
+def attach(
+    model: nn.Module,
+    config: LoraConfig | peft.LoraConfig | Mapping[str, object] | None = None,
+    *,
+    name: str = "default",
+    slots: int | None = None,
+    max_rank: int | None = None,
+    dtype: torch.dtype | None = None,
+    cache_bytes: int = 2**30,
+) -> AdapterBank:
+    """Put a bank beside a model. Outputs stay bitwise what they were; `bank.detach()` takes everything away again.
+
+    Args:
+        model: the base; its parameters are frozen until `detach`.
+        config: a LoraConfig (or PEFT's) of a trainable adapter, which is added and used.
+        name: of that adapter.
+        slots: the most adapters that can be loaded at once. A fixed number keeps compiled and captured models valid.
+            None: capacity grows when needed.
+        max_rank: the largest rank that can be loaded, fixed likewise; None: it grows. (The capacity for rows of tokens
+            grows when needed.)
+        dtype: of the stacked weights. fp32 where a config is given, since trainable adapters are fp32; else the
+            model's own.
+        cache_bytes: host memory for lazy adapters that had to leave their slots; the least recently used one is
+            dropped first.
+
+    Raises:
+        BankError: the model has a bank already.
+        TargetError: the config does not match the model; the model is as it was.
+        ConfigError: the config, `slots` or `max_rank` is invalid.
+
+    Example:
+        bank = lk.attach(model, lk.LoraConfig(r=8, lora_alpha=16), name="sql")
+        optimizer = torch.optim.AdamW(bank.parameters("sql"), lr=1e-3)
+    """
+    if has_bank(model):
+        raise BankError("this model has a bank already", hint="add adapters to that one, or detach it first")
+    if dtype is None:
+        dtype = torch.float32 if config is not None else _get_float_dtype(model)
+    bank = AdapterBank(model, slots=slots, max_rank=max_rank, dtype=dtype, cache_bytes=cache_bytes)
+    if config is not None:
+        try:
+            bank.add(name, config)
+        except BaseException:
+            bank.detach()
+            raise
+        bank.use(name)
+    return bank
+
+
+def _get_float_dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

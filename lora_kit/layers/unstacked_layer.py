@@ -1,0 +1,42 @@
+"""Layers without stacked weights: each slot has memory of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lora_kit.layers.slot_layer import SlotEntry, SlotLayer
+
+
+class UnstackedLayer(SlotLayer):
+    """A layer of which every slot has memory of its own, of any shape."""
+
+    def make_identity_stack(self, slots: int, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {}
+
+    def _get_memory(self, name: str, slot: int, tensor: Tensor) -> Tensor:
+        return tensor.detach().to(self.device, self.dtype, copy=True)
+
+    def _rebind_entries(self, *, copy: bool) -> None:
+        if not copy:  # on another device; where only slots are added, every tensor stays in its memory
+            super()._rebind_entries(copy=copy)
+
+
+class UpdatedWeightLayer(UnstackedLayer):
+    """A layer that adds its update to one weight of the base. Subclasses define the weight and the update."""
+
+    @property
+    def base_weight(self) -> nn.Parameter:
+        """The base weight that is updated."""
+        raise NotImplementedError
+
+    def compute_updated_weight(self, entry: SlotEntry, weight: Tensor) -> Tensor:
+        """Return a weight plus the update of an entry.
+
+        Args:
+            weight: the base weight, in any floating-point dtype.
+
+        Returns:
+            of the shape and dtype of the weight given.
+        """
+        raise NotImplementedError
