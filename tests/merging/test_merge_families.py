@@ -159,6 +159,20 @@ def test_a_larger_vocabulary_comes_with_its_tokenizer(tmp_path: Path, tied: bool
     assert "<new>" in transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab()
 
 
+def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(tmp_path: Path) -> None:
+    model = tiny_models.llama()
+    base = merging.base_folder(tmp_path / "base", model)
+    model.resize_token_embeddings(80)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "x")
+    with pytest.raises(MergeError, match=r"80 rows, and the tokenizer has tokens up to \d+"):
+        merge(base, tmp_path / "x", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    (base / "tokenizer.json").unlink()
+    (base / "tokenizer_config.json").unlink()
+    merge(base, tmp_path / "x", tmp_path / "merged")
+
+
 WAVES: dict[str, Any] = {
     "conv_dim": (8, 8),
     "conv_stride": (4, 4),
