@@ -14,6 +14,7 @@ from lora_kit.errors import BaseModelError, MergeError
 from lora_kit.io.read import open_regular_file
 from lora_kit.merging.checkpoint.meta_model import MetaModel, TaskHead
 from lora_kit.merging.preflight import MERGE_RECORD
+from lora_kit.models.rope_fields import add_older_rope_fields
 from lora_kit.models.tasks import CLASSIFY
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def write_config(
         for name in ("dtype", "torch_dtype"):
             if dtype is not None and name in part:
                 part[name] = str(dtype).removeprefix("torch.")
+    add_older_rope_fields(fields)
     (out / CONFIG).write_bytes(f"{json.dumps(fields, indent=2)}\n".encode())
 
 
