@@ -166,11 +166,23 @@ def _find_overflows(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> list[s
 def _find_copy_mismatches(copies: Mapping[str, Tensor], present: Mapping[str, nn.Module]) -> list[str]:
     """List the base weights in an adapter's file that differ from the base's own.
 
-    An adapter with another embedding table is not an update of this base.
+    An adapter with another embedding table is not an update of this base. Of a meta model only the shapes are compared.
     """
     mismatches = []
     for path, copied in copies.items():
         own = getattr(present.get(path), "weight", None)
-        if own is None or own.shape != copied.shape or not torch.equal(own.detach().cpu(), copied.to(own.dtype)):
+        if own is None or own.shape != copied.shape or not (own.is_meta or _is_same_weight(own.detach().cpu(), copied)):
             mismatches.append(f"the file has a weight for {path} that is not the base's")
     return mismatches
+
+
+def _is_same_weight(own: Tensor, copied: Tensor) -> bool:
+    """Whether two tensors are one weight, each in its own dtype: they are equal in the coarser one."""
+    if not (own.is_floating_point() and copied.is_floating_point()):
+        return own.dtype == copied.dtype and torch.equal(own, copied)
+    coarse = max(own.dtype, copied.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    if {own.dtype, copied.dtype} == {torch.float16, torch.bfloat16}:
+        # Both may be roundings of a finer weight, and fp16 has a larger smallest step.
+        eps, step = torch.finfo(torch.bfloat16).eps, torch.finfo(torch.float16).smallest_normal * 2**-10
+        return torch.allclose(own.float(), copied.float(), rtol=eps, atol=step)
+    return torch.equal(own.to(coarse), copied.to(coarse))
