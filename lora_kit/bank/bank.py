@@ -147,8 +147,8 @@ class AdapterBank:
 
         Args:
             source: an adapter folder, or an Adapter.
-            allow: of `other-base`, `extra-keys`, `changed-files`, `unmatched-targets`: what may pass instead of being
-                refused.
+            allow: of `other-base`, `extra-keys`, `changed-files`: what is accepted instead of rejected; of
+                `unmatched-targets`: names in the config that match nothing in the model are not warned about.
 
         Raises:
             AdapterError: it cannot be read, or does not fit the model, every way being listed; the bank is as it was.

@@ -61,7 +61,8 @@ class LoraConfig:
         alpha_pattern: exceptions to `lora_alpha`, in the same way.
         use_rslora: rank-stabilized scaling.
         use_dora: train a magnitude for every row of the adapted weight as well (Liu et al. 2024, arXiv 2402.09353).
-        modules_to_save: modules trained and saved whole beside the LoRA weights (a classification head).
+        modules_to_save: modules trained and saved whole beside the LoRA weights (a classification head): every module
+            whose path ends in one of these names, as in PEFT, so that `classifier` means `pre_classifier` as well.
         trainable_token_indices: tokens whose rows of the input embedding are trained and saved, and nothing else of it:
             new tokens. Or a mapping from names of embeddings (and of heads that are not tied) to such tokens. A head
             that shares the embedding's weight has the same rows.
@@ -223,6 +224,11 @@ class LoraConfig:
         """Whether the LoRA weights of a fresh adapter are computed from the layer's weight (PiSSA, OLoRA)."""
         init = self.init_lora_weights
         return isinstance(init, str) and _WEIGHT_BASED_INIT.fullmatch(init) is not None
+
+    @property
+    def ties_weights(self) -> bool:
+        """Whether what is tied to the input embedding was trained with it (PEFT's `ensure_weight_tying`)."""
+        return bool(self.extra.get("ensure_weight_tying"))
 
     def rank_of(self, path: str) -> int:
         """Return the rank at the module of this path: the first `rank_pattern` that matches, else `r`."""

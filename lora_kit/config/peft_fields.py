@@ -41,6 +41,13 @@ CARRIED_FIELDS: Final = (
 """Fields of PEFT that say how training began or ran, or which version wrote the config. They do not change what the
 tensors mean."""
 
+HEADS_SAVED_BY_TASK: Final[Mapping[str, tuple[str, ...]]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""By `task_type`: the heads that PEFT trains and saves though `modules_to_save` does not name them."""
+
 
 def refuse_unsupported(fields: Mapping[str, object]) -> None:
     """Raise ConfigError for a field that changes the arithmetic in a way that is not supported here."""

@@ -16,7 +16,7 @@ from lora_kit.layers.fold import round_to_dtype
 from lora_kit.merging.checkpoint.meta_model import MetaModel
 from lora_kit.merging.planned_tensors import PlannedTensor, WeightedAdapter
 from lora_kit.merging.writing.fold_blocks import split_rows
-from lora_kit.targets.coverage import Coverage, survey_coverage
+from lora_kit.targets.coverage import Coverage, survey_adapter
 
 TokenEmbeddingsByKey = dict[str, TokenEmbeddings]
 """By state dict key of the table."""
@@ -40,7 +40,7 @@ def collect_token_embeddings(base: MetaModel, parts: Sequence[WeightedAdapter]) 
     """What adapters put into the tables of a model, by state dict key."""
     found: TokenEmbeddingsByKey = {}
     for part in parts:
-        add_token_embeddings(found, part, survey_coverage(base.model, part.adapter.config))
+        add_token_embeddings(found, part, survey_adapter(base.model, part.adapter))
     return found
 
 

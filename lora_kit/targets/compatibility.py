@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.peft_keys import LoraWeights, TokenEmbeddings
-from lora_kit.errors import AdapterError, BaseMismatchError
-from lora_kit.targets.coverage import Coverage, LayerTarget, survey_coverage
+from lora_kit.errors import AdapterError, BaseMismatchError, format_list
+from lora_kit.targets.coverage import Coverage, LayerTarget, survey_adapter
 from lora_kit.targets.fingerprint import list_base_mismatches
 from lora_kit.targets.match import named_layers
 from lora_kit.targets.token_rows import TokenTarget
@@ -27,23 +27,24 @@ def match_adapter(
     Args:
         name: of the adapter, for messages.
         dtype: in which the tensors are to be kept.
-        allow: `other-base` and `unmatched-targets` are accepted where they are in it, and errors otherwise.
+        allow: `other-base` is accepted where it is in it, and an error otherwise. Names in the config that match
+            nothing in the model are logged as a warning unless `unmatched-targets` is in it.
 
     Raises:
         AdapterError: a mismatch; the message lists them all.
         BaseMismatchError: the adapter was made for another base.
     """
-    coverage = survey_coverage(model, adapter.config)
+    coverage = survey_adapter(model, adapter)
     mismatches = _find_mismatches(adapter, model, coverage, dtype)
-    if "unmatched-targets" not in allow:
-        mismatches += [f"nothing in the model matches {entry}" for entry in coverage.unmatched]
     if mismatches:
         count = sum(target.key in adapter.all_pairs() for target in coverage.targets)
         total = len(coverage.targets)
         head = f"{name!r} does not match this model: {count} of {total} covered layers have LoRA weights"
-        only_unmatched = len(mismatches) == len(coverage.unmatched)
-        hint = "allow 'unmatched-targets' if its list of names is meant for several models" if only_unmatched else ""
-        raise AdapterError("\n  ".join([head, *mismatches]), hint=hint)
+        mismatches += [f"nothing in the model matches {entry}" for entry in coverage.unmatched]
+        raise AdapterError("\n  ".join([head, *mismatches]))
+    if coverage.unmatched and "unmatched-targets" not in allow:
+        # Every tensor has its place: a list that is meant for several models, as PEFT's of heads is.
+        logger.warning("%s: nothing in the model matches %s", name, format_list(coverage.unmatched))
     _check_base(name, adapter, model, coverage, allow)
     return coverage
 
@@ -168,9 +169,16 @@ def _find_copy_mismatches(copies: Mapping[str, Tensor], present: Mapping[str, nn
 
     An adapter with another embedding table is not an update of this base.
     """
-    mismatches = []
-    for path, copied in copies.items():
-        own = getattr(present.get(path), "weight", None)
-        if own is None or own.shape != copied.shape or not torch.equal(own.detach().cpu(), copied.to(own.dtype)):
-            mismatches.append(f"the file has a weight for {path} that is not the base's")
-    return mismatches
+    return [
+        f"the file has a weight for {path} that is not the base's"
+        for path, copied in copies.items()
+        if not _is_copy_of(getattr(present.get(path), "weight", None), copied)
+    ]
+
+
+def _is_copy_of(weight: Tensor | None, copied: Tensor) -> bool:
+    """Return whether a tensor is a copy of a base's weight; as far as can be seen, where the base is on meta."""
+    if weight is None or weight.shape != copied.shape or not weight.is_floating_point():
+        return False
+    coarser = max(weight.dtype, copied.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    return weight.is_meta or torch.equal(weight.detach().cpu().to(coarser), copied.to(coarser))

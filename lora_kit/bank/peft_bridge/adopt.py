@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from lora_kit.bank.bank import AdapterBank
-from lora_kit.bank.model_layers import replace_modules
+from lora_kit.bank.model_layers import WrappedLayers, replace_modules
 from lora_kit.bank.peft_bridge.guard import guard_peft_model, release_peft_model
 from lora_kit.bank.peft_bridge.read_peft import PeftContents, PeftLayer, read_peft_model
 from lora_kit.bank.residents import LoadedAdapter
-from lora_kit.errors import BankError, TargetError, format_list
+from lora_kit.bank.snapshot import check_savable
+from lora_kit.errors import AdapterError, BankError, TargetError, format_list
 from lora_kit.layers.external_params import (
     AdoptedConvolution,
     AdoptedEmbedding,
@@ -90,6 +91,7 @@ class AdoptedBank(AdapterBank):
         """Give a slot to an adapter of the PeftModel.
 
         Raises:
+            BankError: it could not be saved.
             TargetError: its config and its layers do not agree.
         """
         resident = LoadedAdapter(self._peft_contents.configs[name], _find_adapter_coverage(name, self._peft_contents))
@@ -99,6 +101,7 @@ class AdoptedBank(AdapterBank):
                 if held is not None:
                     self._stand_ins[layer.module].adopt(resident.slot, held.parameters, held.scaling, held.dropout)
                     resident.layers.append(layer.path)
+            _refuse_unsavable(name, resident, self._layers, self.model)
         self._adopted_adapters[name] = resident
         self._refresh_trainable()
         if name == self._peft_contents.active:
@@ -185,6 +188,15 @@ class AdoptedBank(AdapterBank):
         if came or gone:
             what = f"{format_list(came)} came" if came else f"{format_list(gone)} went"
             raise BankError(f"{what} after the PeftModel was adopted", hint="save adapters, and load them in PEFT")
+
+
+def _refuse_unsavable(name: str, resident: LoadedAdapter, layers: WrappedLayers, model: nn.Module) -> None:
+    try:
+        check_savable(resident, layers, model)
+    except AdapterError as error:
+        raise BankError(
+            f"adapter {name!r} could not be saved: {error.message}", hint="nothing was changed; it goes on in PEFT"
+        ) from None
 
 
 def _make_stand_in(layer: PeftLayer, inside: AdoptingLayer | None, routing: Routing) -> AdoptingLayer:

@@ -21,7 +21,7 @@ from lora_kit.merging.checkpoint.bnb_decode import check_quantized, dequantize_r
 from lora_kit.merging.checkpoint.bnb_weights import QuantizedWeight
 from lora_kit.merging.checkpoint.meta_model import MetaModel
 from lora_kit.merging.planned_tensors import WeightedAdapter
-from lora_kit.targets.coverage import LayerTarget, survey_coverage
+from lora_kit.targets.coverage import LayerTarget, survey_adapter
 
 COMPARED_ROWS: Final = 16
 """Of a tensor, evenly spaced, that are compared."""
@@ -63,7 +63,7 @@ def collect_expected_updates(model: nn.Module, parts: Sequence[WeightedAdapter])
     found: dict[str, list[ExpectedUpdate]] = {}
     for part in parts:
         pairs = part.adapter.all_pairs()
-        for target in survey_coverage(model, part.adapter.config).targets:
+        for target in survey_adapter(model, part.adapter).targets:
             side = ExpectedUpdate(target, pairs[target.key], target.scaling * part.weight)
             found.setdefault(side.key, []).append(side)
     return found
