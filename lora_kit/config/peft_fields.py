@@ -48,6 +48,12 @@ HEADS_SAVED_BY_TASK: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """By `task_type`: the heads that PEFT trains and saves though `modules_to_save` does not name them."""
 
+GAUSSIAN: Final = "gaussian"
+INITS_OF_PEFT: Final = ("eva", "mica", "orthogonal")
+"""Initializations of PEFT that leave the base as it is. Here they are labels: nothing new is trained with them."""
+_BASE_CHANGING_INITS: Final = ("corda", "lora_ga", "olora", "pissa")
+"""Those that subtract the LoRA weights' initial product from the base: PEFT converts these when they are saved."""
+
 
 def refuse_unsupported(fields: Mapping[str, object]) -> None:
     """Raise ConfigError for a field that changes the arithmetic in a way that is not supported here."""
@@ -64,13 +70,25 @@ def refuse_unsupported(fields: Mapping[str, object]) -> None:
             )
 
 
-def refuse_base_changing_init(init: str) -> None:
-    """Raise ConfigError for an initialization that changes the base, so that the tensors need a changed base."""
-    raise ConfigError(
-        f"init_lora_weights={format_value(init)} starts from a changed base, "
-        "so its tensors do not match the original one",
-        hint="save it in PEFT with path_initial_model_for_weight_conversion, which makes a plain LoRA of it",
+def parse_saved_init(init: str) -> str:
+    """Return the initialization of an adapter that PEFT saved, where it says nothing about its tensors.
+
+    Raises:
+        ConfigError: the tensors need a base that the initialization has changed, or may need one.
+    """
+    name = init.lower()
+    if name == GAUSSIAN or name in INITS_OF_PEFT:
+        return name
+    if name.startswith(_BASE_CHANGING_INITS):
+        raise ConfigError(
+            f"init_lora_weights={format_value(init)} starts from a changed base, "
+            "so its tensors do not match the original one",
+            hint="save it in PEFT with path_initial_model_for_weight_conversion, which makes a plain LoRA of it",
+        )
+    reason = (
+        "replaces the base's weights by quantized ones" if name == "loftq" else "is unknown: it may change the base"
     )
+    raise ConfigError(f"init_lora_weights={format_value(init)} {reason}", hint="load this adapter with PEFT")
 
 
 def to_plain_value(value: object) -> Any:

@@ -12,7 +12,8 @@ from torch import nn
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.config.lora_config import ALL_LINEAR, LoraConfig
 from lora_kit.config.module_patterns import suffixes_of
-from lora_kit.errors import TargetError, format_list, suggest_nearest
+from lora_kit.config.peft_fields import INITS_OF_PEFT
+from lora_kit.errors import ConfigError, TargetError, format_list, suggest_nearest
 from lora_kit.layers.experts import list_own_parameters
 from lora_kit.layers.introspect import features_of, is_quantized, is_unquantized, kind_of
 from lora_kit.layers.parameter import is_transposed
@@ -148,9 +149,15 @@ def find_coverage(model: nn.Module, config: LoraConfig) -> Coverage:
     """Return what a config covers in a model.
 
     Raises:
+        ConfigError: `init_lora_weights` is one of PEFT's alone.
         TargetError: an entry of `target_modules`, `modules_to_save` or `layers_to_transform` matches nothing, or a
             matched module cannot have LoRA weights. The hint lists what the model has.
     """
+    if config.init_lora_weights in INITS_OF_PEFT:
+        raise ConfigError(
+            f"init_lora_weights={config.init_lora_weights} is not supported in training",
+            hint="train it in PEFT, or use init_lora_weights: true",
+        )
     coverage = survey_coverage(model, config)
     if coverage.unmatched:
         paths = [path for path, _ in named_layers(model)]
