@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from lora_kit.errors import ConfigError
 from lora_kit.io.text import format_value
 
-UNSUPPORTED_FIELDS: Final[Mapping[str, tuple[object, ...]]] = {
-    "use_qalora": (False, None),
-    "use_bdlora": (False, None),
-    "lora_bias": (False, None),
-    "bias": ("none", None),
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "velora_config": (None,),
-    "monteclora_config": (None,),
-    "layer_replication": (None,),
+
+class UnsupportedField(NamedTuple):
+    """A field of PEFT that gives the tensors another meaning.
+
+    Attributes:
+        harmless: its values that do not; any other is rejected.
+        reason: what it does, for the message.
+    """
+
+    harmless: tuple[object, ...]
+    reason: str
+
+
+UNSUPPORTED_FIELDS: Final[Mapping[str, UnsupportedField]] = {
+    "use_qalora": UnsupportedField((False, None), "A reads means over groups of its input"),
+    "use_bdlora": UnsupportedField((False, None), "A or B is block-diagonal, and only its blocks are stored"),
+    "lora_bias": UnsupportedField((False, None), "B has a bias"),
+    "bias": UnsupportedField(("none", None), "biases of the base are trained as well"),
+    "alora_invocation_tokens": UnsupportedField((None,), "it acts only after certain tokens"),
+    "arrow_config": UnsupportedField((None,), "each token chooses among several adapters"),
+    "kasa_config": UnsupportedField((None,), "it changes the base's weights, and has a diagonal between A and B"),
+    "velora_config": UnsupportedField((None,), "it stores state of its training beside the LoRA weights"),
+    "monteclora_config": UnsupportedField((None,), "it stores a sampler beside the LoRA weights"),
+    "layer_replication": UnsupportedField((None,), "it repeats layers of the base"),
 }
-"""Fields of PEFT that change the arithmetic, with the values that do not. Any other value is rejected by name."""
+"""By name."""
 FIXED_FIELDS: Final[Mapping[str, str]] = {"peft_type": "LORA", "bias": "none"}
 """Fields that have one value here."""
 FIELDS_NAMING_CODE: Final[Mapping[str, tuple[object, ...]]] = {
@@ -63,10 +76,11 @@ def refuse_unsupported(fields: Mapping[str, object]) -> None:
             "of PEFT before 0.3",
             hint="`lora-kit convert` makes plain LoRA weights of them",
         )
-    for name, harmless in UNSUPPORTED_FIELDS.items():
-        if name in fields and fields[name] not in harmless:
+    for name, field in UNSUPPORTED_FIELDS.items():
+        if name in fields and fields[name] not in field.harmless:
             raise ConfigError(
-                f"{name}={format_value(fields[name])} is not supported", hint="load this adapter with PEFT"
+                f"{name}={format_value(fields[name])} is not supported: {field.reason}",
+                hint="load this adapter with PEFT",
             )
 
 
