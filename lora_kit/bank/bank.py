@@ -136,8 +136,8 @@ class AdapterBank:
 
         Args:
             source: an adapter folder, or an Adapter.
-            allow: any of `other-base`, `extra-keys`, `changed-files`, `unmatched-targets`: mismatches that are not
-                errors.
+            allow: of `other-base`, `extra-keys`, `changed-files`: what is accepted instead of rejected; of
+                `unmatched-targets`: names in the config that match nothing in the model are not warned about.
 
         Raises:
             AdapterError: it cannot be read, or does not match the model; lists every mismatch. The bank is as it was.

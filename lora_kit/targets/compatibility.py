@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.peft_keys import LoraWeights, TokenEmbeddings
-from lora_kit.errors import AdapterError, BaseMismatchError
-from lora_kit.targets.coverage import Coverage, LayerTarget, survey_coverage
+from lora_kit.errors import AdapterError, BaseMismatchError, format_list
+from lora_kit.targets.coverage import Coverage, LayerTarget, survey_adapter
 from lora_kit.targets.fingerprint import list_base_mismatches
 from lora_kit.targets.match import named_layers
 from lora_kit.targets.token_rows import TokenTarget
@@ -27,23 +27,24 @@ def match_adapter(
     Args:
         name: of the adapter, for messages.
         dtype: in which the tensors are to be kept.
-        allow: `other-base` and `unmatched-targets` are accepted where they are in it, and errors otherwise.
+        allow: `other-base` is accepted where it is in it, and an error otherwise. Names in the config that match
+            nothing in the model are logged as a warning unless `unmatched-targets` is in it.
 
     Raises:
         AdapterError: a mismatch; the message lists them all.
         BaseMismatchError: the adapter was made for another base.
     """
-    coverage = survey_coverage(model, adapter.config)
+    coverage = survey_adapter(model, adapter)
     mismatches = _find_mismatches(adapter, model, coverage, dtype)
-    if "unmatched-targets" not in allow:
-        mismatches += [f"nothing in the model matches {entry}" for entry in coverage.unmatched]
     if mismatches:
         count = sum(target.key in adapter.all_pairs() for target in coverage.targets)
         total = len(coverage.targets)
         head = f"{name!r} does not match this model: {count} of {total} covered layers have LoRA weights"
-        only_unmatched = len(mismatches) == len(coverage.unmatched)
-        hint = "allow 'unmatched-targets' if its list of names is meant for several models" if only_unmatched else ""
-        raise AdapterError("\n  ".join([head, *mismatches]), hint=hint)
+        mismatches += [f"nothing in the model matches {entry}" for entry in coverage.unmatched]
+        raise AdapterError("\n  ".join([head, *mismatches]))
+    if coverage.unmatched and "unmatched-targets" not in allow:
+        # Every tensor has its place: a list that is meant for several models, as PEFT's of heads is.
+        logger.warning("%s: nothing in the model matches %s", name, format_list(coverage.unmatched))
     _check_base(name, adapter, model, coverage, allow)
     return coverage
 

@@ -22,7 +22,7 @@ from lora_kit.merging.checkpoint.bnb_decode import check_quantized, dequantize_r
 from lora_kit.merging.checkpoint.bnb_weights import QuantizedWeight
 from lora_kit.merging.checkpoint.meta_model import MetaModel
 from lora_kit.merging.planned_tensors import WeightedAdapter
-from lora_kit.targets.coverage import LayerTarget, survey_coverage
+from lora_kit.targets.coverage import LayerTarget, survey_adapter
 
 COMPARED_ROWS: Final = 16
 """Rows of a tensor that are compared, evenly spaced."""
@@ -75,7 +75,7 @@ def collect_expected_updates(model: nn.Module, adapters: Sequence[WeightedAdapte
     updates: dict[str, list[ExpectedUpdate]] = {}
     for weighted in adapters:
         weights = weighted.adapter.all_pairs()
-        for target in survey_coverage(model, weighted.adapter.config).targets:
+        for target in survey_adapter(model, weighted.adapter).targets:
             update = ExpectedUpdate(target, weights[target.key], target.scaling * weighted.weight)
             updates.setdefault(update.key, []).append(update)
     return updates
