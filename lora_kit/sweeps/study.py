@@ -161,7 +161,7 @@ class SweepStudy:
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
         """Let no other process begin or end a trial during the block."""
-        with self._alone.held():
+        with self._alone.hold():
             self._check_folder_exists()
             yield
 
@@ -239,7 +239,7 @@ def open_study(plan: SweepPlan, *, replace: bool) -> SweepStudy:
         RecipeError: the folder holds another sweep, which may not be replaced; names what differs.
         StorageError: it may be replaced, and a process works on it.
     """
-    with FileLock(plan.folder / LOCKS / "sweep").held():
+    with FileLock(plan.folder / LOCKS / "sweep").hold():
         if check_folder(plan, replace=replace):
             _clear_folder(plan.folder)
         replace_file(plan.folder / PLAN, json.dumps(dataclasses.asdict(plan), indent=1).encode())
@@ -270,7 +270,7 @@ def read_plan(folder: Path) -> SweepPlan:
     """Return the plan of the sweep in a folder.
 
     Raises:
-        AdapterError: there is none, or it is damaged.
+        AdapterError: the file is missing or damaged.
     """
     fields = read_json(folder / PLAN, limit=_PLAN_LIMIT)
     try:
@@ -299,7 +299,7 @@ def _open_storage(folder: Path) -> JournalStorage:
     path = folder / JOURNAL
     # Optuna's own locks are files that a killed process leaves there: the others would wait 30 seconds for it.
     lock = FileLock(folder / LOCKS / "journal")
-    with lock.held():
+    with lock.hold():
         _drop_partial_line(path)
     try:
         return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))  # type: ignore[arg-type]

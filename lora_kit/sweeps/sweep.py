@@ -85,7 +85,7 @@ def sweep(
 
     space = parse_space(over)
     fields, loaded, metric = _read_recipe(recipe, overrides, metric)
-    settings: Settings = {
+    settings: SweepSettings = {
         "method": method or ("tpe" if list_combinations(space) is None else "grid"),
         "metric": metric,
         "seed": loaded.seed if seed is None else seed,
@@ -107,7 +107,7 @@ def sweep(
     return finish_sweep(study, replace=replace)
 
 
-class Settings(TypedDict):
+class SweepSettings(TypedDict):
     """What decides the values of the trials, and which one is the best; see `SweepPlan`."""
 
     method: str
@@ -122,7 +122,7 @@ def _build_plan(
     space: Space,
     base: Base | None,
     *,
-    settings: Settings,
+    settings: SweepSettings,
     trials: int | None,
     keep: str,
 ) -> tuple[SweepPlan, Base | None]:
@@ -205,7 +205,7 @@ def _evaluates(recipe: Recipe) -> bool:
     return str(recipe.train.get("eval_strategy", "no")) != "no"
 
 
-def _check_recipe(recipe: Recipe, space: Space, base: Base | None, *, settings: Settings) -> None:
+def _check_recipe(recipe: Recipe, space: Space, base: Base | None, *, settings: SweepSettings) -> None:
     if settings["method"] == "grid" and list_combinations(space) is None:
         raise RecipeError("a grid needs a list of values for every key; a range was given", hint="method random or tpe")
     if recipe.data.validation is None:

@@ -161,7 +161,7 @@ def _prepare_files(
 
 
 def _refuse_other_encoding(path: Path, examined: ExaminedFile, drop: Collection[str]) -> None:
-    """Refuse rows that are not UTF-8: the file is more likely in another encoding than full of bad rows."""
+    """Raise DataError if rows are not UTF-8: the file is more likely in another encoding than full of bad rows."""
     faults = [fault for fault in examined.faults if fault.what.startswith(NOT_UTF8)]
     if faults and BAD not in drop:
         raise build_fault_error(path, faults, hint=f"to leave these rows out: --drop {BAD}")
@@ -183,7 +183,7 @@ def _clean_file(path: Path, examined: ExaminedFile, leaks: Mapping[int, int], dr
 
 
 def _refuse_remaining_faults(parts: Sequence[PreparedFile]) -> None:
-    """Refuse faults that are not left out: the written rows could not be trained on."""
+    """Raise DataError if faults are not left out: the written rows could not be trained on."""
     for part in parts:
         faults = [fault for fault in part.examined.faults if fault.kind not in part.dropped]
         if faults:
