@@ -140,8 +140,8 @@ class WrappedLayers:
         clashes += [(path, above) for path in saved for above in _iterate_parents(path) if above in saved]
         for path, other in clashes:
             raise TargetError(
-                f"{path} and {other}: one adapter replaces the module as a whole, and another has LoRA weights or token "
-                "embeddings in it",
+                f"{path} and {other}: one adapter replaces the module as a whole, and another has LoRA weights or "
+                "token embeddings in it",
                 hint="use a bank for each",
             )
 

@@ -13,11 +13,11 @@ from lora_kit.layers.initialization import (
     MAGNITUDE,
     A,
     B,
+    compute_trained_weights,
     has_initialization,
     lora_weights_of,
     negate_initialization,
     replace_initialized_slots,
-    compute_trained_weights,
 )
 from lora_kit.layers.introspect import features_of, is_stored_transposed, reason_black_box
 from lora_kit.layers.routing import BASE_SLOT, Routing
