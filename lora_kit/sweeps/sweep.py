@@ -78,11 +78,6 @@ def sweep(
         VerificationError: no trial is complete.
     """
     _check_arguments(base=base, method=method, trials=trials, seed=seed, prune=prune, keep=keep, workers=workers)
-    # These import optuna, and take their time.
-    from lora_kit.sweeps.study import check_folder, open_study
-    from lora_kit.sweeps.sweep_report import check_out, finish_sweep
-    from lora_kit.sweeps.worker import Worker, run_workers
-
     space = parse_space(over)
     fields, loaded, metric = _read_recipe(recipe, overrides, metric)
     settings: SweepSettings = {
@@ -92,6 +87,15 @@ def sweep(
         "prune": prune,
     }
     plan, base = _build_plan(loaded, fields, space, base, settings=settings, trials=trials, keep=keep)
+    return _run_plan(plan, base, workers, replace=replace)
+
+
+def _run_plan(plan: SweepPlan, base: Base | None, workers: int, *, replace: bool) -> SweepReport:
+    # These import optuna, and take their time.
+    from lora_kit.sweeps.study import check_folder, open_study
+    from lora_kit.sweeps.sweep_report import check_out, finish_sweep
+    from lora_kit.sweeps.worker import Worker, run_workers
+
     check_folder(plan, replace=replace)
     check_out(plan, replace=replace)
     study = open_study(plan, replace=replace)
