@@ -303,7 +303,7 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.x_dtype = x.dtype
         x = _cast(x, weight.dtype)
-        y = functional.linear(x, weight, bias)
+        y = _without_base(functional.linear(x, weight, bias))
         _LowRankUpdate.add_(ctx, y, x, a, b, scaling, dropout, weight)
         return y
 
@@ -370,6 +370,16 @@ class _LoraAddRows(torch.autograd.Function):
         da = _sum_by_slot(torch.bmm(g.mT, x3), scaling, slots, like=a) if needs_a else None
         db = _sum_by_slot(torch.bmm(h.mT, d).mT, scaling, slots, like=b) if needs_b else None
         return dy, dx, da, db, None, None
+
+
+def _without_base(y: Tensor) -> Tensor:
+    """Return y in the same memory as a tensor that is no view.
+
+    With a bias, torch's linear returns a view of its two-dimensional product. Autograd forbids a model to change a view
+    in place (`relu_`, `y += x`) when an autograd function returned it. Only for a y whose memory nothing else reads.
+    """
+    owned: Tensor = torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+    return owned
 
 
 def _copy(y: Tensor) -> Tensor:

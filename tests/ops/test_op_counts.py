@@ -59,7 +59,7 @@ def test_one_adapter_for_all_rows_is_three_operations_a_layer(*, conv1d: bool, g
     with torch.set_grad_enabled(grad):
         assert len(operations(lambda: model(torch.randn(4, 3, WIDTH)))) - 1 <= 3  # randn is one
         model[0].base_layer.register_forward_hook(lambda *_: None)  # a black box now
-        assert len(operations(lambda: model(torch.randn(4, 3, WIDTH)))) - 1 <= 4 if conv1d else 3
+        assert len(operations(lambda: model(torch.randn(4, 3, WIDTH)))) - 1 <= 4
 
 
 @pytest.mark.parametrize("length", [1, 5])
