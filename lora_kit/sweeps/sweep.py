@@ -25,7 +25,7 @@ from lora_kit.training.recipe.training_arguments import best_metric_of
 
 if TYPE_CHECKING:
     from lora_kit.sweeps.space import Space
-    from lora_kit.sweeps.study import SweepPlan
+    from lora_kit.sweeps.sweep_plan import SweepPlan
     from lora_kit.sweeps.sweep_report import SweepReport
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ def _build_plan(
     keep: str,
 ) -> tuple[SweepPlan, Base | None]:
     """Check everything that a trial needs, and return the plan with the base that trials can share."""
-    from lora_kit.sweeps.study import SweepPlan
+    from lora_kit.sweeps.sweep_plan import SweepPlan
     from lora_kit.sweeps.worker import can_share_base
 
     combinations = list_combinations(space)
