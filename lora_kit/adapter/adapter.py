@@ -281,7 +281,7 @@ def _normalize_numbers(value: object) -> object:
 
 
 def _stat_folder(folder: Path) -> tuple[int, int] | None:
-    """Return device and inode of the folder that is at a path now; None where there is none."""
+    """Return device and inode of the folder that is at a path now; None without one."""
     try:
         status = os.stat(folder)
     except (OSError, ValueError):

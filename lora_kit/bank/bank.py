@@ -321,7 +321,7 @@ class AdapterBank:
     def merge(self, name: str) -> list[Retention]:
         """Fold an adapter into the in-memory weights of the base, and unload it. This cannot be undone.
 
-        Accumulated in fp32 and rounded once to the weight's dtype. Rows of tokens replace the base's, for all modules
+        Accumulated in fp32 and rounded once to the weight's dtype. Token embeddings replace the base's, for all modules
         that share the weight.
 
         Raises:

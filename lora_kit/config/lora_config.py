@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_kit.config import validation
+from lora_kit.config.combinations import check_combinations
 from lora_kit.config.module_patterns import PatternTable, suffixes_of
 from lora_kit.config.peft_fields import (
     CARRIED_FIELDS,
@@ -150,32 +151,28 @@ class LoraConfig:
             value = getattr(self, name)
             validation.require(value is None or isinstance(value, str), name, value, "a string or null")
         self._set("extra", MappingProxyType(dict(self.extra)))
-        self._check_combinations()
+        check_combinations(self)
 
     def _parse_numbers(self) -> None:
-        self._set("r", validation.parse_rank("r", self.r))
-        self._set("lora_alpha", validation.parse_alpha("lora_alpha", self.lora_alpha))
+        self._parse("r", validation.parse_rank)
+        self._parse("lora_alpha", validation.parse_alpha)
         dropout = self.lora_dropout
         in_range = validation.is_finite_number(dropout) and 0 <= dropout < 1
         validation.require(in_range, "lora_dropout", dropout, "a number from 0 to below 1")
 
     def _parse_names(self) -> None:
         for name in ("target_modules", "exclude_modules"):
-            self._set(name, validation.parse_names_or_expression(name, getattr(self, name), words=(ALL_LINEAR,)))
+            self._parse(name, validation.parse_names_or_expression, (ALL_LINEAR,))
         for name in ("target_parameters", "modules_to_save", "layers_pattern"):
-            self._set(name, validation.parse_names(name, getattr(self, name)))
+            self._parse(name, validation.parse_names)
         for name in ("target_modules", "target_parameters", "modules_to_save"):
             self._set(name, getattr(self, name) or ())
 
     def _parse_patterns(self) -> None:
-        name = "layers_to_transform"
-        self._set(name, validation.parse_layer_indices(name, self.layers_to_transform))
-        name = "rank_pattern"
-        self._set(name, validation.parse_pattern_table(name, self.rank_pattern, validation.parse_rank))
-        name = "alpha_pattern"
-        self._set(name, validation.parse_pattern_table(name, self.alpha_pattern, validation.parse_alpha))
-        name = "trainable_token_indices"
-        self._set(name, validation.parse_token_indices(name, self.trainable_token_indices))
+        self._parse("layers_to_transform", validation.parse_layer_indices)
+        self._parse("rank_pattern", validation.parse_pattern_table, validation.parse_rank)
+        self._parse("alpha_pattern", validation.parse_pattern_table, validation.parse_alpha)
+        self._parse("trainable_token_indices", validation.parse_token_indices)
 
     def _check_init(self) -> None:
         init = self.init_lora_weights
@@ -183,34 +180,8 @@ class LoraConfig:
         words = "true, false, 'gaussian', 'pissa', 'pissa_niter_N' with N from 1 to 99, or 'olora'"
         validation.require(known, "init_lora_weights", init, words)
 
-    def _check_combinations(self) -> None:
-        if self.target_parameters:
-            self._check_parameters()
-        for name in ("use_dora", "target_parameters"):
-            if self.starts_from_weight and getattr(self, name):
-                raise ConfigError(
-                    f"{name} with init_lora_weights={format_value(self.init_lora_weights)} is not supported",
-                    hint=f"init_lora_weights: true, or leave {name} out",
-                )
-        if not (self.target_modules or self.modules_to_save or self.target_parameters or self.trainable_token_indices):
-            raise ConfigError(
-                "target_modules and modules_to_save are both empty: this adapter would hold nothing",
-                hint="name layers to adapt, or a head to train with modules_to_save",
-            )
-
-    def _check_parameters(self) -> None:
-        bare = [name for name in self.target_parameters if "." not in name]
-        if bare:
-            raise ConfigError(
-                f"target_parameters names {format_value(bare[0])} without its module",
-                hint="as in experts.gate_up_proj: keys of a weight file name modules, not parameters",
-            )
-        for name in ("lora_dropout", "use_dora", "rank_pattern", "alpha_pattern"):
-            if value := getattr(self, name):
-                raise ConfigError(
-                    f"target_parameters with {name}={format_value(to_plain_value(value))} is not supported",
-                    hint=f"leave {name} out, or target modules only",
-                )
+    def _parse(self, name: str, parser: Callable[..., object], *more: object) -> None:
+        self._set(name, parser(name, getattr(self, name), *more))
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

@@ -50,7 +50,7 @@ class LayerTarget:
             its channels) or `parameter`.
         in_features: width of A.
         out_features: height of B.
-        rank: of one pair of A and B.
+        rank: height of A and width of B.
         scaling: factor of `B A x`.
         dora: whether it has a magnitude (out_features,) as well.
         experts: how many matrices a parameter has, each with its own A and B.

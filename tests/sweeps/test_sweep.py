@@ -24,9 +24,9 @@ from lora_kit.cli.main import main
 from lora_kit.errors import AdapterError, ConfigError, DataError, RecipeError, StorageError, VerificationError
 from lora_kit.models.loading import Base
 from lora_kit.training.train import train
-from tests.io.test_atomic_write import die, in_child
 from tests.support import texts
-from tests.training.test_train import LABELLED, PAIRS, base_of, recipe_of
+from tests.support.processes import die, in_child
+from tests.support.training import LABELLED, PAIRS, base_of, recipe_of
 
 pytest.importorskip("optuna", reason="optuna is not installed (pip install 'lora-kit[sweep]')")
 
@@ -39,8 +39,9 @@ from optuna.distributions import (
 
 from lora_kit.sweeps import worker as working
 from lora_kit.sweeps.space import format_space, parse_space
-from lora_kit.sweeps.study import SweepPlan, SweepStudy, open_study, propose_params, read_plan
+from lora_kit.sweeps.study import SweepStudy, open_study
 from lora_kit.sweeps.sweep import sweep
+from lora_kit.sweeps.sweep_plan import SweepPlan, propose_params, read_plan
 from lora_kit.sweeps.sweep_report import SweepReport, TrialReport, plot_trials
 
 RATES = "train.learning_rate=1e-3..1e-1:log"

@@ -45,7 +45,7 @@ def adopt(peft_model: peft.PeftModel) -> AdoptedBank:
 
     Every adapter gets a slot whose A and B are the very parameters that PEFT made, in the same memory, so an optimizer
     that has them continues with them. Training code calls the PeftModel as before: it trains, generates, saves and
-    switches adapters. Methods that would change its layers are refused until `bank.to_peft()`.
+    switches adapters. Methods that would change its layers raise an error until `bank.to_peft()`.
 
     Raises:
         ConfigError, BankError, TargetError: it holds something that would not mean the same here; the message names it,
