@@ -376,7 +376,9 @@ TRAPS = (
                 "in split_by_length(batch)",
                 "in split_by_length(batch)[:1]",
             ),
-            Mistake("training.loop.length_buckets:split_by_length", "read=int(longest[0])", "read=int(longest[-1])"),
+            Mistake(
+                "training.loop.length_buckets:split_by_length", "length=int(longest[0])", "length=int(longest[-1])"
+            ),
         ),
     ),
     Trap(
@@ -442,7 +444,7 @@ TRAPS = (
     ),
     Trap(
         template_is_kept,
-        (Mistake("training.job.job:_resolve_recipe", "chat_template=text", "chat_template=None"),),
+        (Mistake("training.job.resolve:_resolve_data", "chat_template=text", "chat_template=None"),),
     ),
     Trap(
         going_on,
@@ -457,7 +459,7 @@ TRAPS = (
                 'self._resumed_loop["random"]',
                 "capture_random_states()",
             ),
-            Mistake("training.loop.resumable:ResumableTrainer._load_weights", "tensor.copy_(kept[name])", "pass"),
+            Mistake("training.loop.resumable:ResumableTrainer._load_weights", "tensor.copy_(saved[name])", "pass"),
             Mistake(
                 "training.loop.resumable:ResumableTrainer._write_checkpoint_files",
                 "self.optimizer.state_dict()",
@@ -469,7 +471,7 @@ TRAPS = (
                 '{**self.lr_scheduler.state_dict(), "last_epoch": 0}',
             ),
             Mistake(
-                "training.loop.resumable:ResumableTrainer._write_checkpoint_files",
+                "training.loop.resumable:ResumableTrainer._collect_loop_state",
                 "self._loss_sum.cpu()",
                 "0 * self._loss_sum.cpu()",
             ),
@@ -514,7 +516,7 @@ TRAPS = (
         (
             Mistake(
                 "training.loop.unused_parameters:UnusedParameterCallback.on_pre_optimizer_step",
-                "each.grad is None",
+                "tensor.grad is None",
                 "False",
             ),
         ),
