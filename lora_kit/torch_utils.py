@@ -42,10 +42,10 @@ FLOAT_DTYPES: Final[Mapping[str, torch.dtype]] = {
 
 
 def parse_float_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """One of `FLOATS`, by name or as it is.
+    """Return one of `FLOAT_DTYPES`, given by name or as it is.
 
     Raises:
-        ConfigError: it is none of them.
+        ConfigError: the dtype is unknown.
     """
     if isinstance(dtype, torch.dtype) and dtype in FLOAT_DTYPES.values():
         return dtype

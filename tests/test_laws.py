@@ -177,17 +177,27 @@ def test_a_failed_load_changes_nothing(kind: str, dtype: torch.dtype, tmp_path: 
     assert "x" in bank.names
 
 
-def test_an_adapter_whose_config_names_what_the_model_has_not_is_refused() -> None:
+def test_a_name_that_the_model_does_not_have_is_refused_in_training_and_said_of_an_adapter(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     made = lk.attach(tiny.llama(), lk.LoraConfig(target_modules=["q_proj"], layers_to_transform=[0, 1])).snapshot(
         "default"
     )
     for more in ({"target_modules": ["q_proj", "FAKE"]}, {"layers_to_transform": [0, 1, 7]}):
         config = dataclasses.replace(made.config, **more)
-        bank = lk.attach(tiny.llama(), slots=1)
         with pytest.raises(LoraKitError, match=r"FAKE|layers_to_transform=7"):
-            bank.load("a", lk.Adapter(config, made.tensors))
-        assert bank.names == ()
-        bank.load("a", lk.Adapter(config, made.tensors), allow=["unmatched-targets"])
+            lk.attach(tiny.llama(), config)
+        bank = lk.attach(tiny.llama(), slots=1)
+        bank.load("quiet", lk.Adapter(config, made.tensors), allow=["unmatched-targets"])
+        assert "nothing in the model matches" not in caplog.text
+        bank.unload("quiet")
+        bank.load("a", lk.Adapter(config, made.tensors))  # as in PEFT: every tensor has its place
+        assert "nothing in the model matches" in caplog.text
+        caplog.clear()
+        short = {key: tensor for key, tensor in made.tensors.items() if "layers.1" not in key}
+        with pytest.raises(LoraKitError, match=r"no LoRA weights for model\.layers\.1"):
+            bank.load("b", lk.Adapter(config, short))
+        assert bank.names == ("a",)
 
 
 def test_values_that_overflow_the_banks_dtype_are_refused() -> None:

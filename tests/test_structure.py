@@ -20,8 +20,12 @@ SOURCES = [file for file in structure.source_files() if file != PACKAGE / "__ini
 MUST_FIND_NOTHING = (
     structure.repeated_file_names,
     structure.repeated_class_names,
+    structure.participle_names,
     structure.upward_imports,
     structure.imports_between_tests,
+    structure.glossary_words,
+    structure.long_functions,
+    structure.long_files,
 )
 BASE = PACKAGE / "models" / "kit_base"
 HEAVY = {"transformers", "peft", "datasets", "matplotlib", "accelerate", "bitsandbytes", "pandas"}

@@ -246,7 +246,7 @@ def _literals(node: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def glossary_words() -> list[Finding]:
-    """Find words that the glossary replaces, in prose; code between backticks and ordinary uses do not count."""
+    """Find words that the glossary replaces, in prose; names of code and ordinary uses do not count."""
     found = {
         Finding(place_of(file, line + offset), f"{word!r}: say {better}")
         for file in source_files()
@@ -268,7 +268,7 @@ def _ordinary_text(place: str) -> re.Pattern[str]:
     """Return the pattern of the text of a file in which no word is looked for."""
     local = (pattern for (beginning, pattern) in ORDINARY_PLACES if place.startswith(beginning))
     phrases = "|".join([*ORDINARY_PHRASES, *local])
-    return re.compile(rf"`[^`]*`|\b(?:{phrases})\b", re.IGNORECASE)
+    return re.compile(rf"`[^`]*`|^ +\w+(, \w+)*:|\b(?:{phrases})\b", re.IGNORECASE | re.MULTILINE)
 
 
 # Sizes

@@ -16,7 +16,8 @@ GLOSSARY: Final = {
     r"told|(is|are|was|were) said": "report, pass, message",
     r"said": "reported, written, result",
     r"misfits?": "mismatch",
-    r"refus(e|es|ed|ing|al)": "reject, unsupported",
+    # A function may be called `refuse_overlap`; its docstring says "Raise MergeError if …".
+    r"refus(e|es|ed|ing|al)": "Raise … if, reject, unsupported",
     r"mend(s|ed|ing)?": "fix",
     r"outlines?": "meta model",
     r"shells?": "empty model",
@@ -43,6 +44,7 @@ ORDINARY_PHRASES: Final = {
     r"\w*(rais|ris|aris|exercis|advis|revis|surpris|compris|pois|phras|prais|devis|excis)(e|es|ed|ing|er|ers)": (
         "always with s"
     ),
+    r"there (is|are) (none|no such)": "it does not exist; the word is `invalid` for what exists and is wrong",
     r"expertise|premise|disguise|franchise|enterprise": "always with s",
     r"comparison|raison": "always with s",
 }
@@ -68,6 +70,7 @@ NOT_PARTICIPLES: Final = frozenset({"embed", "exceed", "feed", "need", "proceed"
 PARTICIPLE_NAMES: Final = {
     "chunked_cross_entropy": "the name of an operation",
     "grouped_matmul": "the name of an operation; torch calls its own `grouped_mm`",
+    "saved": "`Adapter.saved()` is public",
     "named_layers": "yields (name, layer), as torch's `named_modules` does",
     "_bound_scale_error": "to bound is a verb here",
 }

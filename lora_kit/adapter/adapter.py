@@ -28,7 +28,7 @@ from lora_kit.adapter.folder import (
     is_adapter_folder,
 )
 from lora_kit.adapter.model_card import render_adapter_card
-from lora_kit.adapter.peft_keys import LoraWeights, TokenEmbeddings, classify_tensors
+from lora_kit.adapter.peft_keys import LoraWeights, TokenEmbeddings, classify_tensors, name_saved_heads
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import AdapterError, LoraKitError, format_list
 from lora_kit.io.atomic_write import write_folder
@@ -82,6 +82,7 @@ class Adapter:
                 f"init_lora_weights={config.init_lora_weights} is for an adapter that is yet to be trained",
                 hint="a bank's snapshot of such an adapter is a plain LoRA",
             )
+        config = name_saved_heads(config, tensors)
         self.config = config
         self.tensors: Mapping[str, Tensor] = MappingProxyType({key: t.detach() for key, t in tensors.items()})
         self.record: Mapping[str, Any] = MappingProxyType(dict(record or {}))
@@ -280,7 +281,7 @@ def _normalize_numbers(value: object) -> object:
 
 
 def _stat_folder(folder: Path) -> tuple[int, int] | None:
-    """Return device and inode of the folder that is at a path now; None where there is none."""
+    """Return device and inode of the folder that is at a path now; None without one."""
     try:
         status = os.stat(folder)
     except (OSError, ValueError):

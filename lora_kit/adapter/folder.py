@@ -34,7 +34,7 @@ RECORD_FORMAT: Final = 2
 """Version of `lora_kit.json`."""
 ALLOWANCES: Final = ("other-base", "extra-keys", "changed-files", "unmatched-targets")
 """What a caller may accept: another base than the adapter's, tensors beyond its config, files changed since they were
-saved, names in its config that the model does not have."""
+saved; and names in its config that the model does not have, which are only warned about."""
 
 _CONFIG_LIMIT: Final = 2**20
 _RECORD_LIMIT: Final = 16 * 2**20
@@ -71,7 +71,7 @@ class AdapterFolder:
         shown: the folder's path, for messages.
         text: of `adapter_config.json`.
         config: parsed from the text.
-        record: content of `lora_kit.json`; None where there is no such file.
+        record: content of `lora_kit.json`; None without that file.
         facts: size and sha256 of the files by name, where these are to be checked; else None.
         weights: the weight file.
     """
@@ -174,7 +174,7 @@ def _parse_config(text: str, record: JsonObject | None, *, source: str) -> LoraC
 
 
 def _read_record(folder: Path) -> JsonObject | None:
-    """Read `lora_kit.json`; None where there is no such file."""
+    """Read `lora_kit.json`; None if the file does not exist."""
     if not exists(folder / RECORD):
         return None
     record = read_json(folder / RECORD, limit=_RECORD_LIMIT)

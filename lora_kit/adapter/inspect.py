@@ -149,7 +149,7 @@ def _load_or_convert(path: Path) -> tuple[Adapter, tuple[str, ...]]:
     except LoraKitError:
         raise load_error from None
     layout = f"written by {foreign.layout}: `lora-kit convert` makes an adapter of ours of it"
-    missing = (f"not said: {what}; shown as if scaling were 1" for what in foreign.open)
+    missing = (f"its files do not give {what}; shown as if scaling were 1" for what in foreign.open)
     return foreign.adapter, (layout, *foreign.notes, *missing)
 
 

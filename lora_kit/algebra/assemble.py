@@ -151,7 +151,7 @@ _RECORD_WORDS: Final = {"recipe": "prompts (recipe.data.separator or chat_templa
 
 
 def _extract_prompt_fields(record: Mapping[str, Any]) -> dict[str, object] | None:
-    """Return the part of a recipe that formats prompts; None where there is none."""
+    """Return the part of a recipe that formats prompts; None without one."""
     recipe = record.get("recipe")
     data = recipe.get("data") if isinstance(recipe, Mapping) else None
     if not isinstance(data, Mapping):

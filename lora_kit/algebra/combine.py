@@ -87,9 +87,7 @@ def combine(
     """
     _check_combine_arguments(method, rank, density)
     weights = _parse_weights(adapters)
-    sources = [SourceAdapter.of(source, allow=allow) for source, _ in adapters]
-    for source in sources:
-        source.check_linear("combined")
+    sources = _load_sources([source for source, _ in adapters], allow)
     base = find_common_base(sources, allow=allow)
     own = [source.updates() for source in sources]
     kinds = _collect_kinds(sources, own)
@@ -101,15 +99,24 @@ def combine(
         for path, kind in kinds.items():
             terms = _collect_terms(path, sources, own, weights)
             updates[path] = kind, _combine_layer(path, terms, method, rank, density, error)
-    if method == "linear":
-        _warn_about_linear(error)
-    provenance: dict[str, object] = {"by": "combine", "method": method}
-    provenance |= {"parents": describe_sources(sources, weights)}
-    provenance |= {"rank": rank} if rank else {}
-    provenance |= {"density": density, "seed": seed} if method in PRUNING_METHODS else {}
-    record = build_record(sources, base, provenance | {"error": error.to_json()})
+    _warn_if_inexact(method, error)
+    provenance = _describe_method(method, rank=rank, density=density, seed=seed)
+    provenance |= {"parents": describe_sources(sources, weights), "error": error.to_json()}
     config = _build_combined_config([source.adapter.config for source in sources], list(kinds))
-    return assemble_adapter(config, updates, saved, record=record)
+    return assemble_adapter(config, updates, saved, record=build_record(sources, base, provenance))
+
+
+def _load_sources(adapters: Sequence[AdapterLike], allow: Collection[str]) -> list[SourceAdapter]:
+    sources = [SourceAdapter.of(adapter, allow=allow) for adapter in adapters]
+    for source in sources:
+        source.check_linear("combined")
+    return sources
+
+
+def _describe_method(method: str, *, rank: int | None, density: float | None, seed: int) -> dict[str, object]:
+    arguments = {"rank": rank} if rank else {}
+    pruning = {"density": density, "seed": seed} if method in PRUNING_METHODS else {}
+    return {"by": "combine", "method": method, **arguments, **pruning}
 
 
 def _check_combine_arguments(method: str, rank: int | None, density: float | None) -> None:
@@ -257,7 +264,9 @@ def _prune_and_sum(terms: Sequence[WeightedUpdate], method: str, density: float)
         return run([term.update.dense() for term in terms], torch.tensor([term.weight for term in terms]), density)
 
 
-def _warn_about_linear(error: ErrorTally) -> None:
+def _warn_if_inexact(method: str, error: ErrorTally) -> None:
+    if method != "linear":
+        return
     logger.warning(
         "'linear' is not the sum of the adapters: it differs from it by %.1f%%, in %s by %.1f%%; "
         "'cat' is exact, and 'svd' is the nearest update of a rank",

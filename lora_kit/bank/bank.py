@@ -136,8 +136,8 @@ class AdapterBank:
 
         Args:
             source: an adapter folder, or an Adapter.
-            allow: any of `other-base`, `extra-keys`, `changed-files`, `unmatched-targets`: mismatches that are not
-                errors.
+            allow: of `other-base`, `extra-keys`, `changed-files`: what is accepted instead of rejected; of
+                `unmatched-targets`: names in the config that match nothing in the model are not warned about.
 
         Raises:
             AdapterError: it cannot be read, or does not match the model; lists every mismatch. The bank is as it was.
@@ -321,7 +321,7 @@ class AdapterBank:
     def merge(self, name: str) -> list[Retention]:
         """Fold an adapter into the in-memory weights of the base, and unload it. This cannot be undone.
 
-        Accumulated in fp32 and rounded once to the weight's dtype. Rows of tokens replace the base's, for all modules
+        Accumulated in fp32 and rounded once to the weight's dtype. Token embeddings replace the base's, for all modules
         that share the weight.
 
         Raises:

@@ -31,7 +31,7 @@ from lora_kit.targets.coverage import LayerTarget
 
 
 def check_trainable(model: nn.Module, dtype: torch.dtype) -> None:
-    """Refuse to train adapters in a bank or on a base that cannot.
+    """Check that a bank in this dtype on this base can train adapters.
 
     Raises:
         BankError: stacked weights are not fp32, or bitsandbytes packed the base.

@@ -124,7 +124,7 @@ class WrappedLayers:
         self._layers.clear()
 
     def _check_nesting(self, covered: Mapping[str, bool]) -> None:
-        """Refuse a module that one adapter replaces as a whole, while another has weights for it or for a part of it.
+        """Check that no adapter has weights for a module, or for a part of one, that another replaces as a whole.
 
         Args:
             covered: by path, whether the module is replaced as a whole.
@@ -140,8 +140,8 @@ class WrappedLayers:
         clashes += [(path, above) for path in saved for above in _iterate_parents(path) if above in saved]
         for path, other in clashes:
             raise TargetError(
-                f"{path} and {other}: one adapter replaces the module as a whole, and another has LoRA weights or rows "
-                "of tokens in it",
+                f"{path} and {other}: one adapter replaces the module as a whole, and another has LoRA weights or "
+                "token embeddings in it",
                 hint="use a bank for each",
             )
 

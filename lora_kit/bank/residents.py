@@ -117,7 +117,7 @@ class LoadedAdapters:
         rank = max((target.slot_rank for target in coverage.targets), default=0)
         if self._max_rank is not None and rank > self._max_rank:
             raise BankError(
-                f"{name!r} has rank {rank}; there is room for {self._max_rank}", hint="attach with a larger max_rank"
+                f"{name!r} has rank {rank}; the capacity is {self._max_rank}", hint="attach with a larger max_rank"
             )
 
     def select_evictions(self, arriving: Collection[str], *, keep: Collection[int]) -> list[str]:

@@ -53,7 +53,7 @@ class RouteStack:
 
 @contextlib.contextmanager
 def check_batch_rows(model: nn.Module, rows: int, *, get_state: Callable[[], object]) -> Iterator[None]:
-    """Refuse, within a block, a forward of a batch that cannot be split evenly between so many rows.
+    """Check, within a block, that every forward's batch can be split evenly between so many rows.
 
     Layers check it only where rows differ; this also checks it where all rows go to one adapter.
 

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.adapter.peft_keys import PREFIX, lora_weight_keys, magnitude_key, token_embeddings_key
+from lora_kit.adapter.peft_keys import (
+    PREFIX,
+    classify_tensors,
+    lora_weight_keys,
+    magnitude_key,
+    name_saved_heads,
+    token_embeddings_key,
+)
 from lora_kit.bank.initialize import (
     InitialWeights,
     convert_to_saved,
@@ -28,6 +35,7 @@ from lora_kit.layers.saved_module import SavedModule
 from lora_kit.layers.token_embedding import TOKEN_EMBEDDINGS, TokenTable
 from lora_kit.targets.coverage import find_shortest_names
 from lora_kit.targets.fingerprint import fingerprint
+from lora_kit.targets.match import name_saved_modules, named_layers
 from lora_kit.targets.token_rows import path_of
 
 
@@ -38,6 +46,15 @@ def snapshot_adapter(loaded: LoadedAdapter, layers: WrappedLayers, model: nn.Mod
         saved = convert_to_saved(_collect_tensors(loaded, layers), _collect_initial_weights(loaded, layers))
         tensors = {key: tensor.to("cpu", copy=True).contiguous() for key, tensor in saved.items()}
     return Adapter(config, tensors, record={"base": fingerprint_model(model)} | describe_initialization(loaded.config))
+
+
+def check_savable(loaded: LoadedAdapter, layers: WrappedLayers, model: nn.Module) -> None:
+    """Raise AdapterError for a trainable adapter whose tensors do not match the config that it would be saved with."""
+    config = make_plain_config(_resolve_config(loaded, layers, model))
+    # Only names and shapes are checked; what is trained may have any value yet.
+    tensors = _collect_tensors(loaded, layers)
+    zeros = {key: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape) for key, tensor in tensors.items()}
+    classify_tensors(name_saved_heads(config, zeros), zeros, allow=())
 
 
 def restore_adapter(name: str, loaded: LoadedAdapter, layers: WrappedLayers, adapter: Adapter) -> None:
@@ -112,6 +129,7 @@ def _resolve_config(loaded: LoadedAdapter, layers: WrappedLayers, model: nn.Modu
     conv1d = any(type(layers[path].base_layer).__name__ == "Conv1D" for path in loaded.layers)
     return dataclasses.replace(
         config,
+        modules_to_save=name_saved_modules(list(named_layers(model)), config.modules_to_save, loaded.coverage.saved),
         target_modules=find_shortest_names(model, loaded.coverage) if all_linear else config.target_modules,
         fan_in_fan_out=config.fan_in_fan_out or conv1d,
         base_model_name_or_path=config.base_model_name_or_path or _name_of(model),

@@ -13,13 +13,16 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_kit.config import validation
+from lora_kit.config.combinations import check_combinations
 from lora_kit.config.module_patterns import PatternTable, suffixes_of
 from lora_kit.config.peft_fields import (
     CARRIED_FIELDS,
     FIELDS_NAMING_CODE,
     FIXED_FIELDS,
+    GAUSSIAN,
+    INITS_OF_PEFT,
     UNSUPPORTED_FIELDS,
-    refuse_base_changing_init,
+    parse_saved_init,
     refuse_unsupported,
     to_plain_value,
 )
@@ -34,7 +37,6 @@ ALL_LINEAR: Final = "all-linear"
 NO_TARGETS: Final = "dummy-target-modules"
 """What PEFT writes for `target_modules` where an adapter has `modules_to_save` only."""
 
-_GAUSSIAN: Final = "gaussian"
 _WEIGHT_BASED_INIT: Final = re.compile(r"pissa(_niter_[1-9]\d?)?|olora")
 
 
@@ -61,14 +63,16 @@ class LoraConfig:
         alpha_pattern: exceptions to `lora_alpha`, in the same way.
         use_rslora: rank-stabilized scaling.
         use_dora: train a magnitude for every row of the adapted weight as well (Liu et al. 2024, arXiv 2402.09353).
-        modules_to_save: modules trained and saved whole beside the LoRA weights (a classification head).
+        modules_to_save: modules trained and saved whole beside the LoRA weights (a classification head): every module
+            whose path ends in one of these names, as in PEFT, so that `classifier` means `pre_classifier` as well.
         trainable_token_indices: tokens whose rows of the input embedding are trained and saved, and nothing else of it:
             new tokens. Or a mapping from names of embeddings (and of heads that are not tied) to such tokens. A head
             that shares the embedding's weight has the same rows.
         init_lora_weights: True: A Kaiming-uniform, B zero. `"gaussian"`: A normal with deviation 1/r, B zero. False:
             both random, so that a fresh adapter changes the output (for tests). `"pissa"`, `"olora"`: from the layer's
             own weight, which is not changed: see `lora_kit.layers.initialization`; saved as plain LoRA weights of rank
-            2r. `"pissa_niter_N"`: by N iterations, 1 to 99, quick where weights are large (16 is usual).
+            2r. `"pissa_niter_N"`: by N iterations, 1 to 99, quick where weights are large (16 is usual). `"eva"`,
+            `"mica"`, `"orthogonal"`: how PEFT initialized a saved adapter; a label, with which nothing is trained here.
         fan_in_fan_out: the covered weights are stored (in, out), as those of transformers' Conv1D are. A label for
             other tools: here the layer itself says it.
         base_model_name_or_path: name of the base; a label for other tools.
@@ -147,67 +151,37 @@ class LoraConfig:
             value = getattr(self, name)
             validation.require(value is None or isinstance(value, str), name, value, "a string or null")
         self._set("extra", MappingProxyType(dict(self.extra)))
-        self._check_combinations()
+        check_combinations(self)
 
     def _parse_numbers(self) -> None:
-        self._set("r", validation.parse_rank("r", self.r))
-        self._set("lora_alpha", validation.parse_alpha("lora_alpha", self.lora_alpha))
+        self._parse("r", validation.parse_rank)
+        self._parse("lora_alpha", validation.parse_alpha)
         dropout = self.lora_dropout
         in_range = validation.is_finite_number(dropout) and 0 <= dropout < 1
         validation.require(in_range, "lora_dropout", dropout, "a number from 0 to below 1")
 
     def _parse_names(self) -> None:
         for name in ("target_modules", "exclude_modules"):
-            self._set(name, validation.parse_names_or_expression(name, getattr(self, name), words=(ALL_LINEAR,)))
+            self._parse(name, validation.parse_names_or_expression, (ALL_LINEAR,))
         for name in ("target_parameters", "modules_to_save", "layers_pattern"):
-            self._set(name, validation.parse_names(name, getattr(self, name)))
+            self._parse(name, validation.parse_names)
         for name in ("target_modules", "target_parameters", "modules_to_save"):
             self._set(name, getattr(self, name) or ())
 
     def _parse_patterns(self) -> None:
-        name = "layers_to_transform"
-        self._set(name, validation.parse_layer_indices(name, self.layers_to_transform))
-        name = "rank_pattern"
-        self._set(name, validation.parse_pattern_table(name, self.rank_pattern, validation.parse_rank))
-        name = "alpha_pattern"
-        self._set(name, validation.parse_pattern_table(name, self.alpha_pattern, validation.parse_alpha))
-        name = "trainable_token_indices"
-        self._set(name, validation.parse_token_indices(name, self.trainable_token_indices))
+        self._parse("layers_to_transform", validation.parse_layer_indices)
+        self._parse("rank_pattern", validation.parse_pattern_table, validation.parse_rank)
+        self._parse("alpha_pattern", validation.parse_pattern_table, validation.parse_alpha)
+        self._parse("trainable_token_indices", validation.parse_token_indices)
 
     def _check_init(self) -> None:
         init = self.init_lora_weights
-        known = isinstance(init, bool) or init == _GAUSSIAN or self.starts_from_weight
+        known = isinstance(init, bool) or init in (GAUSSIAN, *INITS_OF_PEFT) or self.starts_from_weight
         words = "true, false, 'gaussian', 'pissa', 'pissa_niter_N' with N from 1 to 99, or 'olora'"
         validation.require(known, "init_lora_weights", init, words)
 
-    def _check_combinations(self) -> None:
-        if self.target_parameters:
-            self._check_parameters()
-        for name in ("use_dora", "target_parameters"):
-            if self.starts_from_weight and getattr(self, name):
-                raise ConfigError(
-                    f"{name} with init_lora_weights={format_value(self.init_lora_weights)} is not supported",
-                    hint=f"init_lora_weights: true, or leave {name} out",
-                )
-        if not (self.target_modules or self.modules_to_save or self.target_parameters or self.trainable_token_indices):
-            raise ConfigError(
-                "target_modules and modules_to_save are both empty: this adapter would hold nothing",
-                hint="name layers to adapt, or a head to train with modules_to_save",
-            )
-
-    def _check_parameters(self) -> None:
-        bare = [name for name in self.target_parameters if "." not in name]
-        if bare:
-            raise ConfigError(
-                f"target_parameters names {format_value(bare[0])} without its module",
-                hint="as in experts.gate_up_proj: keys of a weight file name modules, not parameters",
-            )
-        for name in ("lora_dropout", "use_dora", "rank_pattern", "alpha_pattern"):
-            if value := getattr(self, name):
-                raise ConfigError(
-                    f"target_parameters with {name}={format_value(to_plain_value(value))} is not supported",
-                    hint=f"leave {name} out, or target modules only",
-                )
+    def _parse(self, name: str, parser: Callable[..., object], *more: object) -> None:
+        self._set(name, parser(name, getattr(self, name), *more))
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -223,6 +197,11 @@ class LoraConfig:
         """Whether the LoRA weights of a fresh adapter are computed from the layer's weight (PiSSA, OLoRA)."""
         init = self.init_lora_weights
         return isinstance(init, str) and _WEIGHT_BASED_INIT.fullmatch(init) is not None
+
+    @property
+    def ties_weights(self) -> bool:
+        """Whether what is tied to the input embedding was trained with it (PEFT's `ensure_weight_tying`)."""
+        return bool(self.extra.get("ensure_weight_tying"))
 
     def rank_of(self, path: str) -> int:
         """Return the rank at the module of this path: the first `rank_pattern` that matches, else `r`."""
@@ -300,8 +279,8 @@ class LoraConfig:
             known[name] = known.get(name) or ()
         for name in ("rank_pattern", "alpha_pattern"):
             known[name] = known.get(name) or {}
-        if isinstance(known.get("init_lora_weights"), str) and known["init_lora_weights"] != _GAUSSIAN:
-            refuse_base_changing_init(known["init_lora_weights"])
+        if isinstance(init := known.get("init_lora_weights"), str):
+            known["init_lora_weights"] = parse_saved_init(init)
         if known.get("task_type") is not None:
             known["task_type"] = getattr(known["task_type"], "value", known["task_type"])
         extra = {name: value for name, value in fields.items() if name not in own and name not in FIXED_FIELDS}

@@ -72,7 +72,7 @@ def parse_names(name: str, value: object) -> tuple[str, ...] | None:
     return tuple(sorted(value)) if isinstance(value, (set, frozenset)) else tuple(value)
 
 
-def parse_names_or_expression(name: str, value: object, *, words: Sequence[str] = ()) -> str | tuple[str, ...] | None:
+def parse_names_or_expression(name: str, value: object, words: Sequence[str]) -> str | tuple[str, ...] | None:
     """Return a list of names, or one regular expression over whole paths.
 
     Args:

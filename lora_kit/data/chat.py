@@ -101,7 +101,7 @@ def chat_template(given: str | None, tokenizer: Tokenizer, *, base: str) -> Chat
         base: the name of the tokenizer's model.
 
     Raises:
-        DataError: there is no such template, or it cannot be read.
+        DataError: the template does not exist, or cannot be read.
     """
     if given is None:
         own = find_chat_template(tokenizer)

@@ -109,7 +109,7 @@ def _read_string(name: str, value: object) -> str:
 
 
 def _read_optional_string(name: str, value: object) -> str:
-    """Return a text, or an empty string if there is none."""
+    """Return a text, or an empty string without one."""
     return "" if value is None or value == "" else _read_string(name, value)
 
 

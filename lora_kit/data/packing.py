@@ -66,7 +66,7 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 def pack(samples: EncodedDataset, *, max_length: int, seed: int) -> PackedDataset:
-    """Pack samples into few rows by best-fit decreasing: the longest first, each into the fullest row that has room.
+    """Pack samples into few rows by best-fit decreasing: the longest first, each into the fullest row it fits.
 
     Args:
         samples: samples of the kind `token`, none longer than a row.

@@ -204,7 +204,7 @@ def _compute_token_budget(sample_format: SampleFormat, prefix: Sequence[int], su
     """Return how many tokens of a text fit beside the special tokens."""
     budget = sample_format.max_length - len(prefix) - len(suffix)
     if budget < 1:
-        raise DataError(f"max_length {sample_format.max_length} has no room for a token beside the special ones")
+        raise DataError(f"max_length {sample_format.max_length} leaves no token beside the special ones")
     return budget
 
 

@@ -27,7 +27,7 @@ class SampleFormat:
     Attributes:
         max_length: most tokens of a sample.
         separator: text between a prompt and its completion; not used for a prompt that an encoder reads.
-        template: chat template of conversations; None where there are none.
+        template: chat template; None without conversations.
         label2id: class of each label by its name; empty for rows without labels.
         task: task of the model; `seq2seq` means that an encoder reads prompts and a decoder writes completions.
     """

@@ -106,7 +106,7 @@ def _build_format(base: Base, style: PromptStyle, max_length: int, labels: Seque
 
 
 def _read_recipe_data(base: Base) -> Mapping[str, object]:
-    """Return the `data` section of the recipe beside a base; empty if there is none that can be read."""
+    """Return the `data` section of the recipe beside a base; empty without a readable one."""
     path = Path(base.name).expanduser() / RECIPE_FILE
     if not path.is_file():
         return {}

@@ -113,7 +113,7 @@ class EvalReport:
 
 
 def check_predictions_file(path: Path, *, replace: bool) -> None:
-    """Refuse a file that cannot be written: before hours of work, not after.
+    """Check that a file can be written: before hours of work, not after.
 
     Raises:
         StorageError: the file exists, or its folder does not.

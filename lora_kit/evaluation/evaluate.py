@@ -97,47 +97,39 @@ def evaluate(
 
     Raises:
         ConfigError: a metric is unknown or does not fit the task, or a value is out of range; nothing was loaded.
-        UnknownAdapterError, AdapterError: an adapter does not exist, cannot be read, does not match the base, or has
-            another task than its neighbors.
+        UnknownAdapterError, AdapterError: an adapter does not exist, cannot be read, or does not match the others.
         DataError: the rows cannot be read, or are not of a format that the adapters take.
-        BaseModelError: the base cannot be found or read.
-        StorageError: `out` exists, or cannot be written.
+        BaseModelError, StorageError: the base cannot be found or read; `out` exists, or cannot be written.
 
     Example:
-        report = lk.evaluate("kit-base", [None, "adapters/sql"], "test.jsonl")
-        report["sql"].metrics["loss"]
+        lk.evaluate("kit-base", [None, "adapters/sql"], "test.jsonl")["sql"].metrics["loss"]
     """
-    if not adapters:
-        raise ConfigError("nothing to evaluate was given", hint="name an adapter, or None for the base itself")
     _check_counts(batch_size=batch_size, max_length=max_length, max_new_tokens=max_new_tokens)
-    read = [read_adapter(adapter, store=store) for adapter in adapters]
-    labels = build_adapter_labels(adapters, read)
-    by_label = dict(zip(labels, read, strict=True))
+    labels, by_label = _read_adapters(adapters, store)
     rows = data if isinstance(data, Rows) else read_rows(data)
-    task = _resolve_task(base, find_common_task(labels, read), rows)
-    check_format(rows, task)
+    task = _resolve_task(base, by_label, rows)
     names = validate_metrics(DEFAULT_METRICS[task] if metrics is None else metrics, task)
     prompts = collect_eval_prompts(rows) if select_generation_metrics(names, task) else ()
     if out is not None:
         _check_out(Path(out), names, task, replace=replace)
-    check_quantize(base, labels, read, quantize)
     loaded = _load_for_evaluation(base, by_label, task, quantize)
     formats = resolve_sample_formats(loaded, by_label, rows, max_length=max_length)
-    plan = _build_eval_plan(loaded, formats, rows, prompts, names, max_new_tokens=max_new_tokens)
-    started = time.perf_counter()
-    with attach_adapters(loaded.model, by_label) as bank:
-        results = _EvalRun(plan, bank, batch_size, on_progress).run(by_label)
-    report = EvalReport(
-        data=rows.path,
-        task=task,
-        rows=len(rows),
-        cases=tuple(_build_cases(rows, prompts)),
-        results=tuple(results[label] for label in labels),
-        seconds=time.perf_counter() - started,
-    )
+    plan = _build_eval_plan(loaded, by_label, formats, rows, prompts, names, max_new_tokens)
+    report = _run_plan(plan, labels, batch_size, on_progress)
     if out is not None:
         report.save(out, replace=replace)
     return report
+
+
+def _read_adapters(
+    sources: Sequence[AdapterLike | None], store: str | Path
+) -> tuple[list[str], dict[str, Adapter | None]]:
+    """Return the label of each source, and the adapters by label: a source that is given twice is measured once."""
+    if not sources:
+        raise ConfigError("nothing to evaluate was given", hint="name an adapter, or None for the base itself")
+    adapters = [read_adapter(source, store=store) for source in sources]
+    labels = build_adapter_labels(sources, adapters)
+    return labels, dict(zip(labels, adapters, strict=True))
 
 
 def _check_counts(*, batch_size: int, max_length: int | None, max_new_tokens: int | None) -> None:
@@ -157,21 +149,24 @@ def _check_out(out: Path, metrics: Sequence[str], task: str, *, replace: bool) -
     check_predictions_file(out, replace=replace)
 
 
-def _resolve_task(base: str | Base, adapter_task: str | None, rows: Rows) -> str:
+def _resolve_task(base: str | Base, adapters: Mapping[str, Adapter | None], rows: Rows) -> str:
     """Return the task of a loaded base or of the adapters; without either, the task that the rows are for."""
+    task = find_common_task(list(adapters), list(adapters.values()))
     if isinstance(base, Base):
-        if adapter_task not in (None, base.task):
-            raise ConfigError(f"the adapters are for task {adapter_task}, the base given was loaded for {base.task}")
-        return base.task
-    if adapter_task is not None:
-        return adapter_task
-    task = find_task(rows)
-    return load_input_spec(base).generative_task if task == CAUSAL_LM else task
+        if task not in (None, base.task):
+            raise ConfigError(f"the adapters are for task {task}, the base given was loaded for {base.task}")
+        task = base.task
+    elif task is None:
+        task = find_task(rows)
+        task = load_input_spec(base).generative_task if task == CAUSAL_LM else task
+    check_format(rows, task)
+    return task
 
 
 def _load_for_evaluation(
     base: str | Base, adapters: Mapping[str, Adapter | None], task: str, quantize: str | None
 ) -> Base:
+    check_quantize(base, list(adapters), list(adapters.values()), quantize)
     if isinstance(base, Base):
         return base
     label2id: dict[str, int] = {}
@@ -187,6 +182,9 @@ class _EvalPlan:
 
     Attributes:
         base: the loaded base.
+        adapters: the adapters by label; None for the base itself.
+        rows: the rows.
+        prompts: the prompts of the rows; empty if no metric needs them.
         metrics: the names of the metrics.
         formats: the sample format of each adapter, by its label.
         samples: the samples of each adapter, by its label; empty if no metric needs them.
@@ -194,6 +192,9 @@ class _EvalPlan:
     """
 
     base: Base
+    adapters: Mapping[str, Adapter | None]
+    rows: Rows
+    prompts: Sequence[EvalPrompt]
     metrics: tuple[str, ...]
     formats: Mapping[str, SampleFormat]
     samples: Mapping[str, EncodedDataset]
@@ -202,11 +203,11 @@ class _EvalPlan:
 
 def _build_eval_plan(
     base: Base,
+    adapters: Mapping[str, Adapter | None],
     formats: Mapping[str, SampleFormat],
     rows: Rows,
     prompts: Sequence[EvalPrompt],
     metrics: tuple[str, ...],
-    *,
     max_new_tokens: int | None,
 ) -> _EvalPlan:
     """Encode the rows once for each sample format: adapters that share one share their samples and prompts."""
@@ -220,10 +221,27 @@ def _build_eval_plan(
             tasks[each] = build_generation_task(base, prompts, each.style, max_new_tokens=max_new_tokens)
     return _EvalPlan(
         base,
+        adapters,
+        rows,
+        prompts,
         metrics,
         formats,
         {label: samples[each] for label, each in formats.items() if each in samples},
         {label: tasks[each] for label, each in formats.items() if each in tasks},
+    )
+
+
+def _run_plan(plan: _EvalPlan, labels: Sequence[str], batch_size: int, on_progress: EvalProgress | None) -> EvalReport:
+    started = time.perf_counter()
+    with attach_adapters(plan.base.model, plan.adapters) as bank:
+        results = _EvalRun(plan, bank, batch_size, on_progress).run()
+    return EvalReport(
+        data=plan.rows.path,
+        task=plan.base.task,
+        rows=len(plan.rows),
+        cases=tuple(_build_cases(plan.rows, plan.prompts)),
+        results=tuple(results[label] for label in labels),
+        seconds=time.perf_counter() - started,
     )
 
 
@@ -237,7 +255,7 @@ class _EvalRun:
         self._done: Counter[str] = Counter()
         self._collator = Collator(plan.base.pad_token_id, plan.base.decoder_inputs)
 
-    def run(self, adapters: Mapping[str, Adapter | None]) -> dict[str, Result]:
+    def run(self) -> dict[str, Result]:
         """Return the result of each adapter, by its label."""
         forwards = {label: self._run_samples(label, samples) for label, samples in self._plan.samples.items()}
         completions = generate_completions(
@@ -248,7 +266,7 @@ class _EvalRun:
         )
         return {
             label: self._build_result(label, adapter, forwards.get(label), completions.get(label, []))
-            for label, adapter in adapters.items()
+            for label, adapter in self._plan.adapters.items()
         }
 
     def _run_samples(self, label: str, samples: EncodedDataset) -> ForwardResult:

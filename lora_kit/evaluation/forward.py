@@ -63,7 +63,7 @@ def run_forward(
             labels = inputs.pop("labels")
             with use_autocast(device, autocast):
                 head = head or probe_head(model, inputs, kind=samples.kind)
-                with head.left_out():
+                with head.skip():
                     outputs = model(**inputs, **options).logits
                 loss += head.loss(outputs, labels).double()
             if not generative:

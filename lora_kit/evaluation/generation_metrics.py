@@ -94,7 +94,7 @@ def collect_eval_prompts(rows: Rows) -> tuple[EvalPrompt, ...]:
 def build_generation_task(
     base: Base, prompts: Sequence[EvalPrompt], style: PromptStyle, *, max_new_tokens: int | None = None
 ) -> GenerationTask:
-    """Encode prompts in a style; one that leaves no room for an answer is cut as in training, with a warning.
+    """Encode prompts in a style; one that leaves no tokens for an answer is cut as in training, with a warning.
 
     Args:
         max_new_tokens: most tokens of a completion; None for as many as the longest reference has, with its end.

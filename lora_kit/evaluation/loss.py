@@ -43,7 +43,7 @@ class LossHead:
     label_shift: int = 1
 
     @contextlib.contextmanager
-    def left_out(self) -> Iterator[None]:
+    def skip(self) -> Iterator[None]:
         """Make the model return the hidden states before its head in place of logits, if the loss does not need them.
 
         The model is as before after the block.
@@ -57,9 +57,9 @@ class LossHead:
         Positions without a label are dropped first.
 
         Args:
-            outputs: what the model returned as logits within `left_out`: (rows, length, d or vocabulary) with labels
+            outputs: what the model returned as logits within `skip`: (rows, length, d or vocabulary) with labels
                 (rows, length), or (rows, classes) with labels (rows,).
-            labels: int64, `IGNORE_INDEX` where there is none.
+            labels: int64, `IGNORE_INDEX` at positions without one.
             smoothing: share of the target spread evenly over all classes (Szegedy et al. 2015, arXiv 1512.00567).
 
         Raises:

@@ -262,7 +262,7 @@ def _export_merged(case: ExportCase, out: Path, *, replace: bool, allow: Collect
 
 def _format_card(case: ExportCase, verdict: Verdict) -> str:
     goal = _TARGETS[verdict.target]
-    rows = [("base", case.base or "not said"), ("adapter", case.adapter.digest)]
+    rows = [("base", case.base or "unknown"), ("adapter", case.adapter.digest)]
     if goal.plain:
         rows.append(("rank, alpha", f"{case.plain.rank}, {case.plain.alpha}"))
     return render_card(

@@ -103,7 +103,7 @@ def _orient_weights(
 
 
 def interleave_heads(rows: Tensor, heads: int) -> Tensor:
-    """Return the rows with those of each head's two halves alternating, as the rotary embedding pairs them."""
+    """Return the rows with those of each head's two halves alternating, as the rotary embedding expects them."""
     return rows.reshape(heads, 2, len(rows) // heads // 2, -1).transpose(1, 2).reshape(rows.shape)
 
 

@@ -72,7 +72,7 @@ def find_common_task(labels: Sequence[str], adapters: Sequence[Adapter | None]) 
 def check_quantize(
     base: str | Base, labels: Sequence[str], adapters: Sequence[Adapter | None], quantize: str | None
 ) -> None:
-    """Refuse to quantize a loaded base, and warn of adapters that were trained on another form of the base.
+    """Check that no loaded base is to be quantized, and warn of adapters that were trained on another form of the base.
 
     Raises:
         ConfigError: the base is loaded already, and `quantize` is given.

@@ -107,7 +107,7 @@ def generate(
 
 @contextlib.contextmanager
 def attach_adapters(model: nn.Module, adapters: Mapping[str, Adapter | None]) -> Iterator[AdapterBank | None]:
-    """Attach a bank with these adapters to a model for the length of a block; yield None if there are none.
+    """Attach a bank with these adapters to a model for the length of a block; yield None without any.
 
     Args:
         adapters: by label; None for the base.

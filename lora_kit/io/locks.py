@@ -57,7 +57,7 @@ class FileLock:
         self.release()
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def hold(self) -> Iterator[None]:
         """Hold the lock while the block runs."""
         self.acquire()
         try:

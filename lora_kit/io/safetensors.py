@@ -212,7 +212,7 @@ def _describe_damage(message: str, fields: JsonObject, payload: int) -> str:
 
 
 def _check_tensor_header(name: str, fields: JsonObject, source: str) -> _TensorHeader:
-    """Check what the safetensors library does not: the dtype, the shape, and that nothing else is said of a tensor."""
+    """Check what the safetensors library does not: the dtype, the shape, and that a tensor has no other field."""
     problem = ""
     if not isinstance(fields, dict) or len(fields) != 3:
         problem = f"is described by {format_value(fields)}; dtype, shape and data_offsets are expected"

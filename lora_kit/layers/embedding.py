@@ -17,7 +17,7 @@ class LoraEmbedding(_LoraLayer):
         # Gemma and BART multiply what they look up. The update is of the table, so it is multiplied too.
         scale = float(getattr(self.base_layer, "embed_scale", 1.0))
         if self._is_routed_by_index(y):
-            a, b = self._stacked(A), self._stacked(B)
+            a, b = self._get_stacked(A), self._get_stacked(B)
             return lora_add_embedding_rows(y, ids, a, b, self.scaling * scale, self.routing.get_index(ids))
         entry = self._entry_in_use()
         if entry is None:

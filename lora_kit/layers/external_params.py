@@ -47,7 +47,7 @@ class AdoptedLayer(UnstackedLayer):
     def _get_memory(self, name: str, slot: int, tensor: Tensor) -> Tensor:
         return tensor.detach().to(self.device, copy=True)  # in its own dtype, which the optimizer goes by
 
-    def _stacked(self, name: str) -> Tensor:
+    def _get_stacked(self, name: str) -> Tensor:
         """Stack every slot's tensor, padded to the highest rank, in fp32; differentiable."""
         tensors = [entry.tensors.get(name) if entry else None for entry in self.entries]
         # The class after UnstackedLayer knows the shapes of its stacked weights.

@@ -120,7 +120,7 @@ def round_to_dtype(path: str, exact: Tensor, target: Tensor, dtype: torch.dtype)
 
 
 def check_foldable(model: nn.Module, layers: Iterable[tuple[str, SlotLayer]]) -> None:
-    """Refuse to fold into weights that would lose the delta, or that another module shares.
+    """Check that folding loses no delta, and changes no weight that another module shares.
 
     Raises:
         MergeError: a weight is quantized, or shared with another module.

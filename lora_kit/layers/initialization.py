@@ -157,12 +157,12 @@ def lora_weights_of(entry: SlotEntry) -> tuple[Tensor, Tensor]:
     return join_initialization(tensors[A], tensors[B], tensors[INITIAL_A], tensors[INITIAL_B])
 
 
-def negated_initialization_of(entry: SlotEntry) -> tuple[Tensor, Tensor]:
+def negate_initialization(entry: SlotEntry) -> tuple[Tensor, Tensor]:
     """Return A₀ and -B₀, which subtract the initialization from the base."""
     return entry.tensors[INITIAL_A], -entry.tensors[INITIAL_B]
 
 
-def trained_weights_of(entry: SlotEntry) -> tuple[Tensor, Tensor]:
+def compute_trained_weights(entry: SlotEntry) -> tuple[Tensor, Tensor]:
     """Return A₀ + D_A and B₀ + D_B, the A and B of the publications. Differentiable."""
     tensors = entry.tensors
     if INITIAL_A not in tensors:

@@ -13,11 +13,11 @@ from lora_kit.layers.initialization import (
     MAGNITUDE,
     A,
     B,
+    compute_trained_weights,
     has_initialization,
     lora_weights_of,
-    negated_initialization_of,
+    negate_initialization,
     replace_initialized_slots,
-    trained_weights_of,
 )
 from lora_kit.layers.introspect import features_of, is_stored_transposed, reason_black_box
 from lora_kit.layers.routing import BASE_SLOT, Routing
@@ -104,8 +104,8 @@ class LoraLinear(_LoraLayer):
         dropout = entry.dropout if self.training else 0.0
         if dropout and has_initialization(entry):
             # Dropout is for the input of the trained weights, not of what their initialization takes from the base.
-            y = self._add_update(x, args, kwargs, *negated_initialization_of(entry), entry.scaling, 0.0)
-            return lora_add(y, x, *trained_weights_of(entry), entry.scaling, dropout=dropout)
+            y = self._add_update(x, args, kwargs, *negate_initialization(entry), entry.scaling, 0.0)
+            return lora_add(y, x, *compute_trained_weights(entry), entry.scaling, dropout=dropout)
         y = self._add_update(x, args, kwargs, *lora_weights_of(entry), entry.scaling, dropout)
         return scale_columns(y, self._get_dora_scale(entry), self._bias) if MAGNITUDE in entry.tensors else y
 
@@ -141,13 +141,13 @@ class LoraLinear(_LoraLayer):
 
     def _add_stacked(self, y: Tensor, x: Tensor, index: Tensor) -> Tensor:
         """Return y with what the stacked weights hold for each row."""
-        stacked, dropped = (self._stacked(A), self._stacked(B)), self._drop_rows(x)
+        stacked, dropped = (self._get_stacked(A), self._get_stacked(B)), self._drop_rows(x)
         if self.trains and any(entry is not None and has_initialization(entry) for entry in self.entries):
             if dropped is not x:
                 zeros = torch.zeros_like(stacked[0]), torch.zeros_like(stacked[1])
-                negated = replace_initialized_slots(zeros, self.entries, negated_initialization_of)
+                negated = replace_initialized_slots(zeros, self.entries, negate_initialization)
                 y = lora_add_rows(y, x, *negated, self.scaling, index)
-            weights_of = lora_weights_of if dropped is x else trained_weights_of
+            weights_of = lora_weights_of if dropped is x else compute_trained_weights
             stacked = replace_initialized_slots(stacked, self.entries, weights_of)
         return lora_add_rows(y, dropped, *stacked, self.scaling, index)
 

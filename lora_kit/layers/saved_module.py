@@ -34,7 +34,7 @@ class SavedModule(SlotLayer):
         if torch.compiler.is_compiling() and not self.trains:
             index = routing.get_index(self.scaling)
             names = self.base_layer.state_dict()
-            return self._call({name: self._stacked(name).index_select(0, index)[0] for name in names}, args, kwargs)
+            return self._call({name: self._get_stacked(name).index_select(0, index)[0] for name in names}, args, kwargs)
         return self._call_slot(routing.slot, args, kwargs)
 
     def _call_slot(self, slot: int, args: tuple[object, ...], kwargs: dict[str, object]) -> object:

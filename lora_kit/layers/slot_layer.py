@@ -209,7 +209,7 @@ class SlotLayer(nn.Module):
         for leaf, gradient in zip(leaves, gradients, strict=True):
             leaf.grad = gradient
 
-    def _stacked(self, name: str) -> Tensor:
+    def _get_stacked(self, name: str) -> Tensor:
         """Return the stacked weights of a name, differentiable with respect to the leaf parameters in them."""
         stacked = self.stacked_weights[name]
         if not (self.trains and torch.is_grad_enabled()):

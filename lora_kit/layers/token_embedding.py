@@ -186,7 +186,7 @@ class TokenTable(_TokenLayer):
 
     def get_stacked_embeddings(self) -> Tensor:
         """Return the rows of all slots, (slots, k, d), differentiable."""
-        return self._stacked(TOKEN_EMBEDDINGS)
+        return self._get_stacked(TOKEN_EMBEDDINGS)
 
     def get_lookup(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | int]:
         """Return what ids of R rows of a batch are looked up in.

@@ -79,24 +79,56 @@ def merge(
 
     Raises:
         MergeError: a quantized base without a choice, tied weights, an adapter that is in this base already, an output
-            that overlaps an input, a delta that rounding would lose, or a weight that is not finite.
+            that overlaps an input, embeddings with fewer rows than the tokenizer has tokens, a delta that rounding
+            would lose, or a weight that is not finite.
         AdapterError, BaseMismatchError, BaseModelError: an input cannot be read or does not match the others.
         StorageError: the output exists, or it cannot be written.
         VerificationError: what was written is not the base with the adapter.
         ConfigError: an argument is invalid.
 
     Example:
-        report = lk.merge("kit-base", "adapters/sql", "merged/sql", dtype="bfloat16")
-        report.retention
+        lk.merge("kit-base", "adapters/sql", "merged/sql", dtype="bfloat16").retention
     """
     started, out = time.perf_counter(), Path(out)
     _check_arguments(allow, verify)
     quantized_base.check_quantized_choice(quantized, original=original, dtype=dtype, verify=verify)
     sources, float_dtype = _parse_sources(adapter), None if dtype is None else parse_float_dtype(dtype)
-    local = [folder for name in (base, original) if name is not None and (folder := find_local_folder(name))]
-    adapter_folders = tuple(Path(source) for source, _ in sources if not isinstance(source, Adapter))
-    preflight.refuse_overlap(out, [*local, *adapter_folders])
+    _check_output(out, sources, bases=(base, original), replace=replace)
+    job = _open_job(base, original, sources, float_dtype, allow=allow, quantized=quantized, verify=verify)
+    needed = job.estimate_bytes() - _measure_folder(journal.journal_folder_of(out))
+    with stage_folder(out, replace=replace, owned=preflight.is_merged_folder, needed=needed) as staging:
+        report = job.run(staging, out=out, verify=verify, progress=progress)
+        size = _measure_folder(staging)
+    return dataclasses.replace(report, out=out, bytes=size, seconds=time.perf_counter() - started)
+
+
+def _check_output(
+    out: Path,
+    sources: Sequence[tuple[AdapterLike, float]],
+    *,
+    bases: Sequence[str | Path | None],
+    replace: bool,
+) -> None:
+    local = [folder for name in bases if name is not None and (folder := find_local_folder(name))]
+    preflight.refuse_overlap(out, [*local, *_find_adapter_folders(sources)])
     check_output(out, replace=replace, owned=preflight.is_merged_folder)
+
+
+def _find_adapter_folders(sources: Sequence[tuple[AdapterLike, float]]) -> tuple[Path, ...]:
+    return tuple(Path(source) for source, _ in sources if not isinstance(source, Adapter))
+
+
+def _open_job(
+    base: str | Path,
+    original: str | Path | None,
+    sources: Sequence[tuple[AdapterLike, float]],
+    dtype: torch.dtype | None,
+    *,
+    allow: Collection[str],
+    quantized: str | None,
+    verify: str,
+) -> _MergeJob:
+    """Load the adapters and the list of the base's tensors, and check that these can be merged as requested."""
     adapters = [_load_weighted_adapter(source, weight, allow=allow) for source, weight in sources]
     if verify == "logits":
         logits.check_logits_comparable(adapters)
@@ -109,15 +141,8 @@ def merge(
     shards = read_shards(folder)
     if quantized in (quantized_base.DEQUANTIZED, quantized_base.REQUANTIZED):
         shards = quantized_base.read_quantized_shards(folder, shards)
-    needed = _estimate_bytes(shards, adapters, float_dtype) - _measure_folder(journal.journal_folder_of(out))
-    with stage_folder(out, replace=replace, owned=preflight.is_merged_folder, needed=needed) as staging:
-        job = _MergeJob(str(base), folder, shards, adapters, float_dtype, frozenset(allow), quantized, adapter_folders)
-        report, base_fingerprint = job.write_into(staging, out=out, progress=progress)
-        if verify == "logits":
-            report = dataclasses.replace(report, logits=job.compare_logits(staging, report))
-        _write_record(staging, report, base=base_fingerprint, earlier=preflight.read_merged_digests(folder))
-        size = _measure_folder(staging)
-    return dataclasses.replace(report, out=out, bytes=size, seconds=time.perf_counter() - started)
+    adapter_folders = _find_adapter_folders(sources)
+    return _MergeJob(str(base), folder, shards, adapters, dtype, frozenset(allow), quantized, adapter_folders)
 
 
 @dataclass(frozen=True)
@@ -156,7 +181,23 @@ class _MergeJob:
             raise MergeError("the adapters were made for different tasks or labels", hint="merge those of one task")
         return heads[0]
 
-    def write_into(
+    def estimate_bytes(self) -> int:
+        """Return how many bytes of weights will be written, at most."""
+        tensors = [tensor for shard in self.shards for tensor in shard.tensors.values()]
+        tensors += [tensor for weighted in self.adapters for tensor in weighted.adapter.saved().values()]
+        dtype = self.dtype
+        return sum(t.numel() * (dtype if dtype and t.is_floating_point() else t.dtype).itemsize for t in tensors)
+
+    def run(self, staging: Path, *, out: Path, verify: str, progress: writer.BytesProgress | None) -> MergeReport:
+        """Write the merged model, check it, and write its record."""
+        report, base_fingerprint = self._write_model(staging, out=out, progress=progress)
+        if verify == "logits":
+            report = dataclasses.replace(report, logits=self._compare_logits(staging, report))
+        earlier = preflight.read_merged_digests(self.folder)
+        _write_record(staging, report, base=base_fingerprint, earlier=earlier)
+        return report
+
+    def _write_model(
         self, staging: Path, *, out: Path, progress: writer.BytesProgress | None
     ) -> tuple[MergeReport, dict[str, Any]]:
         """Write the merged model and check it. Returns the report, and the base's fingerprint."""
@@ -192,8 +233,10 @@ class _MergeJob:
         gone = ["quantization_config"] if self.quantized == quantized_base.DEQUANTIZED else []
         model_files.write_config(self.folder, staging, changes=changes, without=gone, dtype=self.dtype)
         model_files.copy_sidecars(self.folder, staging)
-        for folder in self.adapter_folders if base.resized_embeddings else ():
-            model_files.copy_tokenizer(folder, staging)
+        if base.resized_embeddings:
+            for folder in self.adapter_folders:
+                model_files.copy_tokenizer(folder, staging)
+            model_files.check_vocabulary(staging, base.config.get_text_config().vocab_size)
 
     def _compute_key(self, plan: MergePlan) -> str:
         """Return a digest of what the bytes of the weight files depend on."""
@@ -210,7 +253,7 @@ class _MergeJob:
         ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
-    def compare_logits(self, staging: Path, report: MergeReport) -> LogitCheck:
+    def _compare_logits(self, staging: Path, report: MergeReport) -> LogitCheck:
         """Compare the logits of the written model with those of base + adapter."""
         adapter = self.adapters[0].adapter
         changed = {path.removesuffix(".base_layer") for path in adapter.all_pairs()}
@@ -270,13 +313,6 @@ def _load_weighted_adapter(source: AdapterLike, weight: float, *, allow: Collect
     allow = [name for name in allow if name in ALLOWANCES]
     adapter = source if isinstance(source, Adapter) else Adapter.load(source, allow=allow)
     return WeightedAdapter(short_label_of(source, adapter), adapter, weight)
-
-
-def _estimate_bytes(shards: Sequence[Shard], adapters: Sequence[WeightedAdapter], dtype: torch.dtype | None) -> int:
-    """Return how many bytes of weights will be written, at most."""
-    tensors = [tensor for shard in shards for tensor in shard.tensors.values()]
-    tensors += [tensor for weighted in adapters for tensor in weighted.adapter.saved().values()]
-    return sum(t.numel() * (dtype if dtype and t.is_floating_point() else t.dtype).itemsize for t in tensors)
 
 
 def _coarsest_dtype_of(plan: MergePlan) -> str:

@@ -19,7 +19,7 @@ _RECORD_LIMIT: Final = 16 * 2**20
 
 
 def refuse_overlap(out: Path, inputs: Sequence[Path]) -> None:
-    """Refuse an output that is an input or lies inside one, or the other way round.
+    """Raise MergeError if the output is an input, lies inside one, or the other way round.
 
     Raises:
         MergeError: they overlap.
@@ -52,7 +52,7 @@ def refuse_merged(base: Path, adapters: Sequence[Adapter]) -> None:
 
 
 def read_quantization_config(config: Path) -> object:
-    """Return the `quantization_config` of a base's config file; None where there is none."""
+    """Return the `quantization_config` of a base's config file; None without one."""
     try:
         return json.loads(config.read_text("utf-8")).get("quantization_config")
     except (OSError, ValueError, AttributeError, RecursionError):

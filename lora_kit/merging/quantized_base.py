@@ -134,7 +134,7 @@ def _measure_same_codes(packed: QuantizedWeight, weight: Tensor) -> float:
         blocks = [slice(0, len(rows))]
     else:
         blocks = [slice(int(start), int(start) + packed.step) for start in rows[:: packed.step]]
-    codes = [(packed.quantize_to_codes(weight[block]), packed.stored_codes_of(block)) for block in blocks]
+    codes = [(packed.quantize_to_codes(weight[block]), packed.read_codes(block)) for block in blocks]
     return sum(int((new == old).sum()) for new, old in codes) / sum(len(old) for _, old in codes)
 
 

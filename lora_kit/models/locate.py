@@ -91,7 +91,7 @@ def find_base(base: str | Path) -> Path:
 
 
 def find_local_folder(base: str | Path) -> Path | None:
-    """Return the folder of a local base or of `kit-base`; None where there is no such folder."""
+    """Return the folder of a local base or of `kit-base`; None if it does not exist."""
     folder = KIT_FOLDER if base == KIT_BASE else Path(base).expanduser()
     return folder if folder.is_dir() else None
 

@@ -1,4 +1,4 @@
-"""The products of a low-rank update in plain torch: the reference for other kernels, and used where there are none.
+"""The products of a low-rank update in plain torch: the reference for other kernels, and used without them.
 
 No autograd in here: `ops.lora` calls these from its autograd functions. Arguments may have any strides. Slot 0 is the
 base: its stacked weights and its scaling are zero.

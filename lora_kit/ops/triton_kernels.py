@@ -94,10 +94,8 @@ def _add_few(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor | float
     """Do as `_add` for one row in one launch: every program computes all of x Aᵀ, and adds to some columns of y."""
     (_, tokens, size_in), (_, size_out, rank) = x.shape, b.shape
     h = torch.empty(1, tokens, rank, dtype=y.dtype, device=y.device)
-    block_rank, block_out = (
-        _clamp_to_power_of_two(rank, 16, MAX_FUSED_RANK),
-        _clamp_to_power_of_two(triton.cdiv(size_out, TARGET_PROGRAMS), 32, 128),
-    )
+    block_rank = _clamp_to_power_of_two(rank, 16, MAX_FUSED_RANK)
+    block_out = _clamp_to_power_of_two(triton.cdiv(size_out, TARGET_PROGRAMS), 32, 128)
     sizes, strides = (tokens, size_in, size_out, rank), (*y.stride()[1:], *x.stride()[1:], *a.stride(), *b.stride())
     with torch.cuda.device_of(y):
         _add_few_kernel[(triton.cdiv(size_out, block_out),)](
@@ -187,9 +185,7 @@ def _add_op(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tenso
     return add_(y, x, a, b, scaling)
 
 
-@_add_op.register_fake
-def _(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    return y.new_empty(y.shape[0], a.shape[0])
+_add_op.register_fake(lambda y, x, a, b, scaling: y.new_empty(y.shape[0], a.shape[0]))
 
 
 @torch.library.custom_op("lora_kit::add_rows_", mutates_args=("y",))
@@ -197,9 +193,7 @@ def _add_rows_op(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor, sl
     return _add(y, x, a, b, scaling, slots)
 
 
-@_add_rows_op.register_fake
-def _(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor, slots: Tensor) -> Tensor:
-    return y.new_empty(*y.shape[:2], a.shape[1])
+_add_rows_op.register_fake(lambda y, x, a, b, scaling, slots: y.new_empty(*y.shape[:2], a.shape[1]))
 
 
 @torch.library.custom_op("lora_kit::shrink_rows", mutates_args=())
@@ -207,9 +201,7 @@ def _shrink_op(x: Tensor, a: Tensor, slots: Tensor) -> Tensor:
     return _shrink(x, a, slots)
 
 
-@_shrink_op.register_fake
-def _(x: Tensor, a: Tensor, slots: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:2], a.shape[1])
+_shrink_op.register_fake(lambda x, a, slots: x.new_empty(*x.shape[:2], a.shape[1]))
 
 
 @torch.library.custom_op("lora_kit::expand_rows_", mutates_args=("y",))

@@ -15,105 +15,30 @@ import dataclasses
 import json
 import logging
 import os
-import random
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Final
 
-import numpy as np
 import optuna
 from optuna.pruners import MedianPruner, NopPruner
-from optuna.samplers import RandomSampler, TPESampler
+from optuna.samplers import RandomSampler
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lora_kit.errors import AdapterError, RecipeError, StorageError
-from lora_kit.evaluation.metrics import METRICS
 from lora_kit.io.locks import FileLock
-from lora_kit.io.read import exists, folder_exists, read_json
+from lora_kit.io.read import exists, folder_exists
 from lora_kit.io.text import escape_text
-from lora_kit.sweeps.space import Params, Value, list_combinations, parse_space
-from lora_kit.training.loop.checkpoints import describe_differences, hash_json
-from lora_kit.training.recipe.load import load_recipe
-from lora_kit.training.recipe.recipe import Recipe
-
-if TYPE_CHECKING:
-    from lora_kit.sweeps.space import Space
+from lora_kit.sweeps.sweep_plan import PLAN, SweepPlan, propose_params, read_plan
+from lora_kit.training.loop.checkpoints import describe_differences
 
 logger = logging.getLogger(__name__)
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
-PLAN: Final = "plan.json"
 JOURNAL: Final = "journal.log"
 LOCKS: Final = "locks"
 _NAME: Final = "sweep"
-_PLAN_LIMIT: Final = 2**23
-"""Bytes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepPlan:
-    """A sweep whose settings are checked. Its fields are the JSON values of `plan.json`.
-
-    Attributes:
-        out: folder of the best trial's result.
-        fields: the recipe as it was given, without defaults.
-        over: the values or the range of each swept recipe key, as `parse_space` reads them.
-        method: `grid`, `random` or `tpe`.
-        metric: of the validation rows, by which trials are compared.
-        trials: how many.
-        seed: decides the values of every trial.
-        prune: `median`, or None.
-        keep: `best`, or `all` trials' results.
-        identity: what decides the result of every trial: settings, recipe, rows, base.
-    """
-
-    out: str
-    fields: Mapping[str, object]
-    over: Mapping[str, list[Value] | str]
-    method: str
-    metric: str
-    trials: int
-    seed: int
-    prune: str | None
-    keep: str
-    identity: Mapping[str, object]
-
-    @property
-    def folder(self) -> Path:
-        out = Path(self.out)
-        return out.with_name(f"{out.name}.sweep")
-
-    @cached_property
-    def space(self) -> Space:
-        return parse_space(self.over)
-
-    @property
-    def digest(self) -> str:
-        """sha256 of the identity. The number of trials is no part of it, so that there may be more later."""
-        return hash_json(self.identity)
-
-    @property
-    def direction(self) -> Literal["minimize", "maximize"]:
-        return "maximize" if METRICS[self.metric].greater_is_better else "minimize"
-
-    def trial_folder(self, number: int) -> Path:
-        return self.folder / "trials" / str(number)
-
-    def trial_out(self, number: int) -> Path:
-        """Return the folder of a trial's adapter (or model); it is named as `out` is."""
-        return self.trial_folder(number) / Path(self.out).name
-
-    def build_recipe(self, number: int, params: Params) -> Recipe:
-        """Return the recipe of a trial.
-
-        Raises:
-            RecipeError: the values do not go together.
-        """
-        return load_recipe(self.fields, overrides={**params, "out": str(self.trial_out(number))})
 
 
 class SweepStudy:
@@ -161,7 +86,7 @@ class SweepStudy:
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
         """Let no other process begin or end a trial during the block."""
-        with self._alone.held():
+        with self._alone.hold():
             self._check_folder_exists()
             yield
 
@@ -239,7 +164,7 @@ def open_study(plan: SweepPlan, *, replace: bool) -> SweepStudy:
         RecipeError: the folder holds another sweep, which may not be replaced; names what differs.
         StorageError: it may be replaced, and a process works on it.
     """
-    with FileLock(plan.folder / LOCKS / "sweep").held():
+    with FileLock(plan.folder / LOCKS / "sweep").hold():
         if check_folder(plan, replace=replace):
             _clear_folder(plan.folder)
         replace_file(plan.folder / PLAN, json.dumps(dataclasses.asdict(plan), indent=1).encode())
@@ -266,19 +191,6 @@ def check_folder(plan: SweepPlan, *, replace: bool) -> list[str]:
     return differences
 
 
-def read_plan(folder: Path) -> SweepPlan:
-    """Return the plan of the sweep in a folder.
-
-    Raises:
-        AdapterError: there is none, or it is damaged.
-    """
-    fields = read_json(folder / PLAN, limit=_PLAN_LIMIT)
-    try:
-        return SweepPlan(**fields)
-    except TypeError:
-        raise AdapterError(f"{escape_text(folder / PLAN)} is damaged") from None
-
-
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file in one step: other processes read the old one or the new one."""
     staging = path.with_name(f".{path.name}.{os.getpid()}")
@@ -299,7 +211,7 @@ def _open_storage(folder: Path) -> JournalStorage:
     path = folder / JOURNAL
     # Optuna's own locks are files that a killed process leaves there: the others would wait 30 seconds for it.
     lock = FileLock(folder / LOCKS / "journal")
-    with lock.held():
+    with lock.hold():
         _drop_partial_line(path)
     try:
         return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))  # type: ignore[arg-type]
@@ -317,36 +229,3 @@ def _drop_partial_line(path: Path) -> None:
         if whole < len(data):
             logger.warning("%s ends with an unfinished line, which is dropped", escape_text(path))
             file.truncate(whole)
-
-
-# What is tried
-
-
-def propose_params(plan: SweepPlan, trials: Sequence[FrozenTrial]) -> dict[str, Value]:
-    """Return the values of the trial that follows these.
-
-    They depend on the plan and on these trials only, so a sweep that was stopped proposes what it would have proposed.
-    Each trial has a sampler of its own seed for that reason. A finite space is walked without one, since Optuna's
-    `GridSampler` tries combinations again when processes share a study.
-    """
-    combinations = list_combinations(plan.space)
-    if combinations is None:
-        return _sample(plan, trials)
-    if plan.method == "grid":
-        return combinations[len(trials)]
-    tried = [trial.params for trial in trials]
-    untried = [params for params in combinations if params not in tried]
-    proposed = _sample(plan, trials) if plan.method == "tpe" else None
-    return proposed if proposed in untried else random.Random(_seed_of(plan, len(trials))).choice(untried)
-
-
-def _sample(plan: SweepPlan, trials: Sequence[FrozenTrial]) -> dict[str, Value]:
-    seed = _seed_of(plan, len(trials))
-    sampler = TPESampler(seed=seed, constant_liar=True) if plan.method == "tpe" else RandomSampler(seed)
-    scratch = optuna.create_study(direction=plan.direction, sampler=sampler)
-    scratch.add_trials(trials)
-    return scratch.ask(dict(plan.space)).params
-
-
-def _seed_of(plan: SweepPlan, number: int) -> int:
-    return int(np.random.SeedSequence([plan.seed, number]).generate_state(1)[0])

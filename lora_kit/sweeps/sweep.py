@@ -25,7 +25,7 @@ from lora_kit.training.recipe.training_arguments import best_metric_of
 
 if TYPE_CHECKING:
     from lora_kit.sweeps.space import Space
-    from lora_kit.sweeps.study import SweepPlan
+    from lora_kit.sweeps.sweep_plan import SweepPlan
     from lora_kit.sweeps.sweep_report import SweepReport
 
 logger = logging.getLogger(__name__)
@@ -78,20 +78,24 @@ def sweep(
         VerificationError: no trial is complete.
     """
     _check_arguments(base=base, method=method, trials=trials, seed=seed, prune=prune, keep=keep, workers=workers)
-    # These import optuna, and take their time.
-    from lora_kit.sweeps.study import check_folder, open_study
-    from lora_kit.sweeps.sweep_report import check_out, finish_sweep
-    from lora_kit.sweeps.worker import Worker, run_workers
-
     space = parse_space(over)
     fields, loaded, metric = _read_recipe(recipe, overrides, metric)
-    settings: Settings = {
+    settings: SweepSettings = {
         "method": method or ("tpe" if list_combinations(space) is None else "grid"),
         "metric": metric,
         "seed": loaded.seed if seed is None else seed,
         "prune": prune,
     }
     plan, base = _build_plan(loaded, fields, space, base, settings=settings, trials=trials, keep=keep)
+    return _run_plan(plan, base, workers, replace=replace)
+
+
+def _run_plan(plan: SweepPlan, base: Base | None, workers: int, *, replace: bool) -> SweepReport:
+    # These import optuna, and take their time.
+    from lora_kit.sweeps.study import check_folder, open_study
+    from lora_kit.sweeps.sweep_report import check_out, finish_sweep
+    from lora_kit.sweeps.worker import Worker, run_workers
+
     check_folder(plan, replace=replace)
     check_out(plan, replace=replace)
     study = open_study(plan, replace=replace)
@@ -107,7 +111,7 @@ def sweep(
     return finish_sweep(study, replace=replace)
 
 
-class Settings(TypedDict):
+class SweepSettings(TypedDict):
     """What decides the values of the trials, and which one is the best; see `SweepPlan`."""
 
     method: str
@@ -122,12 +126,12 @@ def _build_plan(
     space: Space,
     base: Base | None,
     *,
-    settings: Settings,
+    settings: SweepSettings,
     trials: int | None,
     keep: str,
 ) -> tuple[SweepPlan, Base | None]:
     """Check everything that a trial needs, and return the plan with the base that trials can share."""
-    from lora_kit.sweeps.study import SweepPlan
+    from lora_kit.sweeps.sweep_plan import SweepPlan
     from lora_kit.sweeps.worker import can_share_base
 
     combinations = list_combinations(space)
@@ -205,7 +209,7 @@ def _evaluates(recipe: Recipe) -> bool:
     return str(recipe.train.get("eval_strategy", "no")) != "no"
 
 
-def _check_recipe(recipe: Recipe, space: Space, base: Base | None, *, settings: Settings) -> None:
+def _check_recipe(recipe: Recipe, space: Space, base: Base | None, *, settings: SweepSettings) -> None:
     if settings["method"] == "grid" and list_combinations(space) is None:
         raise RecipeError("a grid needs a list of values for every key; a range was given", hint="method random or tpe")
     if recipe.data.validation is None:

@@ -21,7 +21,8 @@ from lora_kit.io.atomic_write import check_output, stage_folder
 from lora_kit.io.read import exists, read_json
 from lora_kit.names import RECIPE_FILE
 from lora_kit.sweeps.space import Params, Value
-from lora_kit.sweeps.study import SweepPlan, SweepStudy, replace_file
+from lora_kit.sweeps.study import SweepStudy, replace_file
+from lora_kit.sweeps.sweep_plan import SweepPlan
 from lora_kit.training.job.output import is_trained_model_folder
 
 if TYPE_CHECKING:

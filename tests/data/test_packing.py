@@ -174,7 +174,7 @@ def loss_and_gradients(
     for part in split_by_length(Collator(texts.PAD)(list(samples))):
         labels = part.pop("labels")
         head = probe_head(model, part)
-        with head.left_out():
+        with head.skip():
             loss = head.loss(model(**part, use_cache=False).logits, labels) / samples.num_labels
         loss.backward()
         total += loss.detach()

@@ -42,7 +42,7 @@ def test_the_loss_without_the_head_is_the_models_own(make: Any, dtype: torch.dty
     head = probe_head(model, inputs)
     assert head.linear is model.get_output_embeddings(), head.reason
     with torch.no_grad():
-        with head.left_out():
+        with head.skip():
             given = model(**inputs).logits
         assert given.shape == (3, 9, 32)
         own = head.loss(given, labels)
@@ -100,7 +100,7 @@ def test_the_head_is_there_again_after_an_error() -> None:
     head = probe_head(model, batch()[0])
 
     def interrupted() -> None:
-        with head.left_out():
+        with head.skip():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

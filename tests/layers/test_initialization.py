@@ -355,7 +355,7 @@ def test_a_start_costs_a_sum_and_two_copies_of_small_factors_and_what_is_kept_is
 def test_a_bank_of_fixed_rank_has_room_for_what_is_saved() -> None:
     model = tiny.llama()
     bank = lk.attach(model, slots=3, max_rank=8, dtype=torch.float32)
-    with pytest.raises(BankError, match="has rank 16; there is room for 8"):
+    with pytest.raises(BankError, match="has rank 16; the capacity is 8"):
         bank.add("wide", lk.LoraConfig(r=8, init_lora_weights="pissa"))
     assert bank.names == ()
     bank.add("a", lk.LoraConfig(r=4, init_lora_weights="pissa"))

@@ -92,7 +92,7 @@ def convert(
     """
     foreign = read_foreign_adapter(source, lora_alpha=lora_alpha, enable_lora=enable_lora, renames=renames, base=base)
     if foreign.open:
-        raise ConfigError(f"{escape_text(source)}: not said: {'; '.join(foreign.open)}", hint="give it")
+        raise ConfigError(f"{escape_text(source)}: its files do not give {'; '.join(foreign.open)}", hint="give it")
     return foreign.adapter
 
 

@@ -31,7 +31,7 @@ class ForeignFiles:
         weights: the weight file.
         sha256: of its bytes.
         tensors: that it holds, by its keys.
-        fields: of the `adapter_config.json` beside it; None where there is no such file.
+        fields: of the `adapter_config.json` beside it; None without that file.
     """
 
     weights: Path
@@ -44,7 +44,7 @@ class ForeignFiles:
         """Read a weight file, or the only one of a folder; never more than plain tensors.
 
         Raises:
-            AdapterError: there is no such file, there are several, or it is damaged.
+            AdapterError: the file is missing or damaged, or there are several.
             StorageError: it cannot be read.
         """
         weights = _find_only_weights_file(path) if folder_exists(path) else path

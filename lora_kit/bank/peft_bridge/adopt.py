@@ -11,11 +11,12 @@ from torch import nn
 
 from lora_kit.bank.bank import AdapterBank
 from lora_kit.bank.frozen_model import has_bank
-from lora_kit.bank.model_layers import replace_modules
+from lora_kit.bank.model_layers import WrappedLayers, replace_modules
 from lora_kit.bank.peft_bridge.guard import guard_peft_model, release_peft_model
 from lora_kit.bank.peft_bridge.read_peft import PeftContents, PeftLayer, get_lora_tuner, read_peft_model
 from lora_kit.bank.residents import LoadedAdapter
-from lora_kit.errors import BankError, TargetError, format_list
+from lora_kit.bank.snapshot import check_savable
+from lora_kit.errors import AdapterError, BankError, TargetError, format_list
 from lora_kit.layers.external_params import (
     AdoptedConvolution,
     AdoptedEmbedding,
@@ -44,7 +45,7 @@ def adopt(peft_model: peft.PeftModel) -> AdoptedBank:
 
     Every adapter gets a slot whose A and B are the very parameters that PEFT made, in the same memory, so an optimizer
     that has them continues with them. Training code calls the PeftModel as before: it trains, generates, saves and
-    switches adapters. Methods that would change its layers are refused until `bank.to_peft()`.
+    switches adapters. Methods that would change its layers raise an error until `bank.to_peft()`.
 
     Raises:
         ConfigError, BankError, TargetError: it holds something that would not mean the same here; the message names it,
@@ -92,6 +93,7 @@ class AdoptedBank(AdapterBank):
         """Give a slot to an adapter of the PeftModel.
 
         Raises:
+            BankError: it could not be saved.
             TargetError: its config and its layers do not agree.
         """
         adopted = LoadedAdapter(self._peft_contents.configs[name], _find_adapter_coverage(name, self._peft_contents))
@@ -101,6 +103,7 @@ class AdoptedBank(AdapterBank):
                 if own is not None:
                     self._replacements[layer.module].adopt(adopted.slot, own.parameters, own.scaling, own.dropout)
                     adopted.layers.append(layer.path)
+            _refuse_unsavable(name, adopted, self._layers, self.model)
         self._adopted_adapters[name] = adopted
         self._refresh_trainable()
         if name == self._peft_contents.active:
@@ -186,6 +189,16 @@ class AdoptedBank(AdapterBank):
         if added or removed:
             change = f"{format_list(added)} was added" if added else f"{format_list(removed)} was removed"
             raise BankError(f"{change} after the PeftModel was adopted", hint="save adapters, and load them in PEFT")
+
+
+def _refuse_unsavable(name: str, loaded: LoadedAdapter, layers: WrappedLayers, model: nn.Module) -> None:
+    """Raise BankError for an adapter that could not be saved as it is."""
+    try:
+        check_savable(loaded, layers, model)
+    except AdapterError as error:
+        raise BankError(
+            f"adapter {name!r} could not be saved: {error.message}", hint="nothing was changed; it goes on in PEFT"
+        ) from None
 
 
 def _make_replacement(layer: PeftLayer, inner: AdoptedLayer | None, routing: Routing) -> AdoptedLayer:

@@ -1,4 +1,4 @@
-"""How an adopted PeftModel behaves: which methods PEFT runs, which the bank runs, which are refused."""
+"""How an adopted PeftModel behaves: which methods PEFT runs, which the bank runs, which raise an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read what a PeftModel holds, layer by layer, and refuse by name whatever would not mean the same here."""
+"""Read what a PeftModel holds, layer by layer; raise an error that names what the bank does not support."""
 
 from __future__ import annotations
 
@@ -262,7 +262,7 @@ def _find_other_trained(base: nn.Module, layers: tuple[PeftLayer, ...]) -> list[
 
 
 def _find_active_adapter(tuner: peft.LoraModel, layers: tuple[PeftLayer, ...]) -> str | None:
-    """Return the one adapter in use; None while adapters are disabled or there is none.
+    """Return the one adapter in use; None without one, or while adapters are disabled.
 
     Raises:
         BankError: several are, or layers disagree.

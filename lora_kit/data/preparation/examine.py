@@ -29,14 +29,18 @@ class ReadOptions:
     """How files are read, and how their rows become tokens.
 
     Attributes:
+        base: name of the base.
         tokenizer: tokenizer of the base.
+        chat_template: the template of conversations, as a recipe names it; None for the tokenizer's own.
         sample_format: the format of samples; labels are added from the file.
         rename: new names of columns, by old name.
         relabel: new names of labels, by old name.
         encoding: encoding of the files.
     """
 
+    base: str
     tokenizer: Tokenizer
+    chat_template: str | None
     sample_format: SampleFormat
     rename: Mapping[str, str]
     relabel: Mapping[str, str]

@@ -70,64 +70,55 @@ def prepare(
         BaseModelError: the base's tokenizer cannot be read.
         StorageError: `out` exists, or cannot be written.
     """
-    _check_drop(drop)
-    _check_share(share)
+    _check_arguments(drop, share)
     folder = None if out is None else Path(out)
     if folder is not None:
         check_output(folder, replace=replace, owned=is_prepared)
+    options = _build_options(base, max_length, template, rename=rename, relabel=relabel, encoding=encoding)
+    parts = _prepare_files(Path(source), None if validation is None else Path(validation), options, drop)
+    if template is not None and (kind := parts[0].examined.rows.format) != "chat":
+        raise DataError(f"a chat template was given, and {source} has rows of the format {kind}")
+    if folder is not None:
+        _refuse_remaining_faults(parts)
+    train, held_out = _split_rows(parts, share=share, seed=seed)
+    choices = {"drop": sorted(drop), "share": 0.0 if validation is not None else share, "seed": seed}
+    preparation = _build_preparation(parts, train, held_out, options, choices)
+    return preparation if folder is None else write_preparation(preparation, folder, replace=replace)
+
+
+def _check_arguments(drop: Collection[str], share: float) -> None:
+    unknown = sorted(set(drop) - set(DROPPABLE))
+    if unknown:
+        hint = suggest_nearest(unknown[0], DROPPABLE) or f"known: {format_list(DROPPABLE)}"
+        raise DataError(f"drop {format_list(unknown)} is not known", hint=hint)
+    if not 0 <= share < 1:
+        raise DataError(f"the share for validation must be at least 0 and below 1; {share} was given")
+
+
+def _build_options(
+    base: str,
+    max_length: int | None,
+    template: str | None,
+    *,
+    rename: Mapping[str, str] | None,
+    relabel: Mapping[str, str] | None,
+    encoding: str,
+) -> ReadOptions:
     spec = load_input_spec(base)
-    template_name = template if template is not None or find_chat_template(spec.tokenizer) else PLAIN
-    options = ReadOptions(
+    name = template if template is not None or find_chat_template(spec.tokenizer) else PLAIN
+    return ReadOptions(
+        base=base,
         tokenizer=spec.tokenizer,
+        chat_template=name,
         sample_format=SampleFormat(
             max_length=_resolve_max_length(max_length, spec, base),
-            template=chat_template(template_name, spec.tokenizer, base=base),
+            template=chat_template(name, spec.tokenizer, base=base),
             task=spec.generative_task,
         ),
         rename=dict(rename or {}),
         relabel=dict(relabel or {}),
         encoding=encoding,
     )
-    parts = _prepare_files(Path(source), None if validation is None else Path(validation), options, drop)
-    rows = parts[0].examined.rows
-    if template is not None and rows.format != "chat":
-        raise DataError(f"a chat template was given, and {source} has rows of the format {rows.format}")
-    if folder is not None:
-        _refuse_remaining_faults(parts)
-    train, held_out = _split_rows(parts, share=share, seed=seed)
-    preparation = Preparation(
-        parts=parts,
-        format=rows.format,
-        layout=rows.layout,
-        task=next(task for task in (options.sample_format.task, *FORMATS) if rows.format in FORMATS[task]),
-        train=train,
-        validation=held_out,
-        settings={
-            "base": base,
-            "max_length": options.sample_format.max_length,
-            "chat_template": template_name if rows.format == "chat" else None,
-            "rename": options.rename,
-            "relabel": options.relabel,
-            "encoding": encoding,
-            "drop": sorted(drop),
-            "share": 0.0 if validation is not None else share,
-            "seed": seed,
-        },
-        files={},
-    )
-    return preparation if folder is None else write_preparation(preparation, folder, replace=replace)
-
-
-def _check_drop(drop: Collection[str]) -> None:
-    unknown = sorted(set(drop) - set(DROPPABLE))
-    if unknown:
-        hint = suggest_nearest(unknown[0], DROPPABLE) or f"known: {format_list(DROPPABLE)}"
-        raise DataError(f"drop {format_list(unknown)} is not known", hint=hint)
-
-
-def _check_share(share: float) -> None:
-    if not 0 <= share < 1:
-        raise DataError(f"the share for validation must be at least 0 and below 1; {share} was given")
 
 
 def _resolve_max_length(max_length: int | None, spec: InputSpec, base: str) -> int:
@@ -161,7 +152,7 @@ def _prepare_files(
 
 
 def _refuse_other_encoding(path: Path, examined: ExaminedFile, drop: Collection[str]) -> None:
-    """Refuse rows that are not UTF-8: the file is more likely in another encoding than full of bad rows."""
+    """Raise DataError if rows are not UTF-8: the file is more likely in another encoding than full of bad rows."""
     faults = [fault for fault in examined.faults if fault.what.startswith(NOT_UTF8)]
     if faults and BAD not in drop:
         raise build_fault_error(path, faults, hint=f"to leave these rows out: --drop {BAD}")
@@ -183,7 +174,7 @@ def _clean_file(path: Path, examined: ExaminedFile, leaks: Mapping[int, int], dr
 
 
 def _refuse_remaining_faults(parts: Sequence[PreparedFile]) -> None:
-    """Refuse faults that are not left out: the written rows could not be trained on."""
+    """Raise DataError if faults are not left out: the written rows could not be trained on."""
     for part in parts:
         faults = [fault for fault in part.examined.faults if fault.kind not in part.dropped]
         if faults:
@@ -204,3 +195,32 @@ def _split_rows(parts: Sequence[PreparedFile], *, share: float, seed: int) -> tu
         return kept[0], None
     train, held_out = split(kept[0], share=share, seed=seed)
     return kept[0].only(train), kept[0].only(held_out)
+
+
+def _build_preparation(
+    parts: tuple[PreparedFile, ...],
+    train: Rows,
+    held_out: Rows | None,
+    options: ReadOptions,
+    choices: Mapping[str, object],
+) -> Preparation:
+    rows, sample_format = parts[0].examined.rows, options.sample_format
+    settings = {
+        "base": options.base,
+        "max_length": sample_format.max_length,
+        "chat_template": options.chat_template if rows.format == "chat" else None,
+        "rename": options.rename,
+        "relabel": options.relabel,
+        "encoding": options.encoding,
+        **choices,
+    }
+    return Preparation(
+        parts=parts,
+        format=rows.format,
+        layout=rows.layout,
+        task=next(task for task in (sample_format.task, *FORMATS) if rows.format in FORMATS[task]),
+        train=train,
+        validation=held_out,
+        settings=settings,
+        files={},
+    )

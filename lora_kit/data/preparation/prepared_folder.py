@@ -100,7 +100,7 @@ class Preparation:
         layout: layout of the rows; see `lora_kit.data.layouts`.
         task: the task that the rows are for.
         train: the rows to train on.
-        validation: the rows to validate on; None if there are none.
+        validation: the rows to validate on, if any.
         settings: everything but the source files that decides the result.
         out: the folder that was written; None if no folder was requested.
         files: the files that were written, with rows and digests.

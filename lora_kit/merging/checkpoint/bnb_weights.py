@@ -68,7 +68,7 @@ class QuantizedWeight(ABC):
         """Return the codes of a block of rows, in the dtype they are stored in, and their fp32 scales."""
 
     @abstractmethod
-    def stored_codes_of(self, rows: slice) -> Tensor:
+    def read_codes(self, rows: slice) -> Tensor:
         """Return the stored codes of some rows, as bytes."""
 
     @abstractmethod
@@ -147,7 +147,7 @@ class FourBitWeight(QuantizedWeight):
             quant_type=self.kind,
             dtype=torch.float32,
         )
-        return dequantize_four_bit(self.stored_codes_of(rows).unsqueeze(1), state)
+        return dequantize_four_bit(self.read_codes(rows).unsqueeze(1), state)
 
     def read_scales(self, begin: int, end: int) -> Tensor:
         """Return the scales of some blocks, fp32."""
@@ -167,7 +167,7 @@ class FourBitWeight(QuantizedWeight):
         # In fp32, as the offset was before it became text.
         return whole[begin - first * size :] + torch.tensor(self._state["nested_offset"], dtype=torch.float32)
 
-    def stored_codes_of(self, rows: slice) -> Tensor:
+    def read_codes(self, rows: slice) -> Tensor:
         data = self.parts[self.name].reshape(-1).view(torch.uint8)
         return data[rows.start * self.shape[1] // 2 : -(-rows.stop * self.shape[1] // 2)]
 
@@ -238,7 +238,7 @@ class EightBitWeight(QuantizedWeight):
     def __getitem__(self, rows: slice) -> Tensor:
         return dequantize_int8(self.parts[self.name][rows], self.parts[self._scale][rows])
 
-    def stored_codes_of(self, rows: slice) -> Tensor:
+    def read_codes(self, rows: slice) -> Tensor:
         return self.parts[self.name][rows].reshape(-1).view(torch.uint8)
 
     def quantize(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -298,7 +298,7 @@ def _read_four_bit(name: str, tensors: Mapping[str, Tensor]) -> FourBitWeight:
             raise ValueError("its parts do not match each other")
         return FourBitWeight(name, own, _DTYPES[state["dtype"]])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged_error(name, error) from None
+        raise _build_damage_error(name, error) from None
 
 
 def _read_eight_bit(name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> EightBitWeight:
@@ -307,11 +307,11 @@ def _read_eight_bit(name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype
     own = {key: tensors[key] for key in names if key in tensors}
     scale, form = own.get(names[0]), own.get(names[2])
     if scale is None or own[name].ndim != 2 or scale.shape != own[name].shape[:1]:
-        raise _damaged_error(name, f"{names[0]} does not match it")
+        raise _build_damage_error(name, f"{names[0]} does not match it")
     if form is not None and int(form) != 0:
-        raise _damaged_error(name, "its rows are not stored in their order")
+        raise _build_damage_error(name, "its rows are not stored in their order")
     return EightBitWeight(name, own, dtype)
 
 
-def _damaged_error(name: str, error: object) -> BaseModelError:
+def _build_damage_error(name: str, error: object) -> BaseModelError:
     return BaseModelError(f"the quantized weight {escape_text(name)} cannot be read: {escape_text(error)}")

@@ -47,7 +47,7 @@ def read_shards(folder: Path) -> tuple[Shard, ...]:
     """Return the weight files of a model folder, checked against each other; no weight is read.
 
     Raises:
-        BaseModelError: there are none, or one is missing, damaged or not what the index says.
+        BaseModelError: the folder has no weight file, or one is missing, damaged or not what the index says.
     """
     for single, index in _FILE_FORMATS:
         if exists(folder / single):

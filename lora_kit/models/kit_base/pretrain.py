@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import lzma
 import math
 import os
 import time
@@ -24,24 +23,20 @@ from typing import Final, Protocol, TypedDict
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-SEPARATOR: Final = "<|endoftext|>"
-PAD: Final = "<|pad|>"
-HELD_OUT_EVERY: Final = 40
+from lora_kit.models.kit_base.corpus import Windows, encode, read_documents, split_documents, train_tokenizer
+
 STEPS_PER_REPORT: Final = 50
 SECONDS_PER_CHECKPOINT: Final = 300
 QUICK_WINDOWS: Final = 64
 """Held-out windows that are evaluated at a checkpoint; all of them at the end."""
-# Words with their leading space, single digits, runs of punctuation, white space.
-SPLIT: Final = r" ?\p{L}+(?:'\p{L}+)?| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Settings of a run.
+class PretrainingSettings:
+    """PretrainingSettings of a run.
 
     Attributes:
         vocab_size: entries of the byte-level BPE, special tokens included.
@@ -90,60 +85,12 @@ class ForwardPass(Protocol):
     def __call__(self, *, input_ids: torch.Tensor, use_cache: bool) -> CausalLMOutputWithPast: ...
 
 
-def read_documents(path: Path) -> list[str]:
-    """Return the documents of a text file, stripped, without empty ones."""
-    opener = lzma.open if path.suffix == ".xz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        return [text for part in file.read().split(SEPARATOR) if (text := part.strip())]
-
-
-def split_documents(documents: list[str]) -> tuple[list[str], list[str]]:
-    """Return (train, held out): every `HELD_OUT_EVERY`-th document is held out, or the last one of a few."""
-    held = documents[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or documents[-1:]
-    chosen = set(map(id, held))
-    return [text for text in documents if id(text) not in chosen], held
-
-
-def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE. It has no unknown tokens, and decoding returns the text exactly."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[SEPARATOR, PAD],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(documents, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=SEPARATOR,
-        eos_token=SEPARATOR,
-        pad_token=PAD,
-        clean_up_tokenization_spaces=False,
-        model_max_length=Settings.context,
-    )
-
-
-def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> np.ndarray:
-    """Return all documents as one stream of ids, each followed by the separator: uint16 (tokens,)."""
-    eos = tokenizer.eos_token_id
-    encodings = tokenizer.backend_tokenizer.encode_batch_fast(documents, add_special_tokens=False)
-    return np.concatenate([np.array([*encoding.ids, eos], dtype=np.uint16) for encoding in encodings])
-
-
-def prepare(text: Path, work: Path, settings: Settings) -> PreTrainedTokenizerFast:
+def prepare(text: Path, work: Path, settings: PretrainingSettings) -> PreTrainedTokenizerFast:
     """Train the tokenizer and encode the text into `work`. Later calls only load the tokenizer from there."""
     done = work / "prepared.json"
     if not done.exists():
         train, held = split_documents(read_documents(text))
-        tokenizer = train_tokenizer(train, settings.vocab_size)
+        tokenizer = train_tokenizer(train, settings.vocab_size, context=settings.context)
         tokenizer.save_pretrained(work / "tokenizer")
         np.save(work / "train.npy", encode(tokenizer, train))
         np.save(work / "held.npy", encode(tokenizer, held))
@@ -152,7 +99,7 @@ def prepare(text: Path, work: Path, settings: Settings) -> PreTrainedTokenizerFa
     return PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
 
 
-def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def build_model(settings: PretrainingSettings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """Return a randomly initialized Llama with tied embeddings, whose residual outputs start small."""
     config = LlamaConfig(
         vocab_size=settings.vocab_size,
@@ -175,7 +122,7 @@ def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Llama
     return model
 
 
-def build_optimizers(model: LlamaForCausalLM, settings: Settings) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: LlamaForCausalLM, settings: PretrainingSettings) -> list[torch.optim.Optimizer]:
     """Return Muon for the matrices of the decoder layers, and AdamW for everything else."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     chosen = set(map(id, matrices))
@@ -186,38 +133,9 @@ def build_optimizers(model: LlamaForCausalLM, settings: Settings) -> list[torch.
     ]
 
 
-def scale_learning_rate(spent: float, settings: Settings) -> float:
+def scale_learning_rate(spent: float, settings: PretrainingSettings) -> float:
     """Return the share of the peak learning rate after a share `spent` of the time: rise, plateau, linear fall."""
     return min(1.0, spent / settings.warmup, max(0.0, 1.0 - spent) / settings.cooldown)
-
-
-class Windows:
-    """Windows of `context + 1` tokens in random order: each once in a pass, with a new offset in every pass."""
-
-    def __init__(self, stream: np.ndarray, settings: Settings) -> None:
-        self.stream, self.settings = stream, settings
-        self.epoch = self.cursor = 0
-        self._shuffle()
-
-    def _shuffle(self) -> None:
-        generator = np.random.default_rng((self.settings.seed, self.epoch))
-        context = self.settings.context
-        offset = int(generator.integers(context)) if len(self.stream) > 2 * context else 0
-        self.starts = generator.permutation(np.arange(offset, len(self.stream) - context, context))
-
-    def seek(self, epoch: int, cursor: int) -> None:
-        """Go to the window number `cursor` of a pass."""
-        self.epoch, self.cursor = epoch, cursor
-        self._shuffle()
-
-    def next_batch(self) -> torch.Tensor:
-        """Return the next windows: int64 (batch, context + 1)."""
-        if self.cursor + self.settings.batch > len(self.starts):
-            self.seek(self.epoch + 1, 0)
-        chosen = self.starts[self.cursor : self.cursor + self.settings.batch]
-        self.cursor += self.settings.batch
-        rows = [self.stream[start : start + self.settings.context + 1] for start in chosen]
-        return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
 def compute_loss(model: ForwardPass, windows: torch.Tensor) -> torch.Tensor:
@@ -232,7 +150,7 @@ def compute_bits_per_byte(
     model: ForwardPass,
     held: np.ndarray,
     held_bytes: int,
-    settings: Settings,
+    settings: PretrainingSettings,
     *,
     max_windows: int | None = None,
     device: str = "cpu",
@@ -265,11 +183,13 @@ class PretrainingRun:
         progress: steps, tokens and seconds so far, those before a resumption included.
     """
 
-    def __init__(self, work: Path, tokenizer: PreTrainedTokenizerFast, settings: Settings) -> None:
+    def __init__(self, work: Path, tokenizer: PreTrainedTokenizerFast, settings: PretrainingSettings) -> None:
         self._settings, self._checkpoint = settings, work / "state.pt"
         self._held = np.load(work / "held.npy")
         self._held_bytes: int = json.loads((work / "prepared.json").read_text())["held_bytes"]
-        self._windows = Windows(np.load(work / "train.npy"), settings)
+        self._windows = Windows(
+            np.load(work / "train.npy"), context=settings.context, batch=settings.batch, seed=settings.seed
+        )
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = build_model(settings, tokenizer)
         torch.nn.Module.to(self.model, self._device)
@@ -362,11 +282,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the encoded text and checkpoints")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     for name in ("minutes", "batch", "muon_lr", "adamw_lr", "seed"):
-        default = getattr(Settings, name)
+        default = getattr(PretrainingSettings, name)
         parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
     arguments = vars(parser.parse_args())
     text, work, out = arguments.pop("text"), arguments.pop("work"), arguments.pop("out")
-    settings = Settings(**arguments)
+    settings = PretrainingSettings(**arguments)
     work.mkdir(parents=True, exist_ok=True)
 
     tokenizer = prepare(text, work, settings)

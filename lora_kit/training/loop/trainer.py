@@ -132,7 +132,7 @@ class Trainer(transformers.Trainer):
         return head
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        with self._head.left_out():
+        with self._head.skip():
             return super().compute_loss(*args, **kwargs)
 
     def _compute_label_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: LabelCount = None) -> Tensor:
