@@ -569,7 +569,8 @@ def test_limits_of_the_base_are_kept(tmp_path: Path) -> None:
 def test_without_matplotlib_there_is_no_picture_and_that_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    for module in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(__import__("sys").modules, module, None)
     report = train(recipe_of(tmp_path), base=base_of())
     assert not (report.out / "loss.png").exists()
     assert "matplotlib is not installed" in caplog.text
