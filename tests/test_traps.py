@@ -356,7 +356,8 @@ def head_in_its_order(folder: Path) -> None:
     report = train(recipe)
     adapter = Adapter.load(report.out)
     assert adapter.record["labels"] == ["positive", "negative"]
-    assert report.before is not None and report.before.accuracy == 5 / 6
+    assert report.before is not None
+    assert report.before.accuracy == 5 / 6
     turned = Adapter(adapter.config, adapter.tensors, record={**adapter.record, "labels": ["negative", "positive"]})
     assert evaluate(base, [None, turned], recipe["data"]["train"]).results[0].metrics["accuracy"] == 5 / 6
     other = load_base(base, task="classify", label2id={"negative": 0, "positive": 1})
