@@ -41,6 +41,23 @@ CARRIED_FIELDS: Final = (
 """Fields of PEFT that say how training began or ran, or which version wrote the config. They do not change what the
 tensors mean."""
 
+_NEWER_FIELDS: Final[Mapping[str, tuple[object, ...]]] = {
+    **{name: values for name, values in UNSUPPORTED_FIELDS.items() if name not in ("bias", "layer_replication")},
+    **dict.fromkeys(("eva_config", "corda_config", "lora_ga_config"), (None,)),
+    "exclude_modules": (None,),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "qalora_group_size": (16,),
+    "ensure_weight_tying": (False,),
+}
+"""Fields that PEFT 0.10 does not know, with the values that say the same as no such field."""
+_VERSION_FIELD: Final = "peft_version"
+
+
+def is_dispensable(name: str, value: object) -> bool:
+    """Whether a config says the same without this field, which PEFT before the version that brought it rejects."""
+    return name == _VERSION_FIELD or value in _NEWER_FIELDS.get(name, ())
+
 
 def refuse_unsupported(fields: Mapping[str, object]) -> None:
     """Raise ConfigError for a field that changes the arithmetic in a way that is not supported here."""
