@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lora_kit.config import validation
 from lora_kit.config.combinations import check_combinations
-from lora_kit.config.module_patterns import PatternTable, suffixes_of
+from lora_kit.config.module_patterns import PatternTable, matches, suffixes_of
 from lora_kit.config.peft_fields import (
     CARRIED_FIELDS,
     FIELDS_NAMING_CODE,
@@ -203,6 +203,13 @@ class LoraConfig:
     def ties_weights(self) -> bool:
         """Whether what is tied to the input embedding was trained with it (PEFT's `ensure_weight_tying`)."""
         return bool(self.extra.get("ensure_weight_tying"))
+
+    def names_layer(self, path: str) -> bool:
+        """Return whether `target_modules` may mean the layer of this path; `all-linear` may mean any."""
+        names = self.target_modules
+        if isinstance(names, str):
+            return names == ALL_LINEAR or matches(names, path)
+        return not set(names).isdisjoint(suffixes_of(path))
 
     def rank_of(self, path: str) -> int:
         """Return the rank at the module of this path: the first `rank_pattern` that matches, else `r`."""
