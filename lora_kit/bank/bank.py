@@ -21,7 +21,7 @@ from lora_kit.bank.merge_in_memory import fold_into_model
 from lora_kit.bank.model_layers import WrappedLayers
 from lora_kit.bank.reference_model import ReferenceModel
 from lora_kit.bank.residents import LoadedAdapter, LoadedAdapters, check_capacity
-from lora_kit.bank.routes import RouteStack, check_batch_rows
+from lora_kit.bank.routes import RouteBlock, RouteChoices, RowCountCheck
 from lora_kit.bank.snapshot import fingerprint_model, restore_adapter, snapshot_adapter
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import BankError, ConfigError
@@ -52,14 +52,14 @@ class AdapterBank:
         self.dtype = dtype
         self.cache = AdapterCache(cache_bytes)
         self._routing = Routing()
-        self._routes = RouteStack(self._routing)
+        self._choices = RouteChoices(self._routing)
         self._change_lock = threading.RLock()  # one thread at a time changes which adapters are here or in use
         self._layers = WrappedLayers(model, self._routing, max_rank=max_rank, dtype=dtype)
         self._loaded_adapters = LoadedAdapters(self._layers, slots=slots, max_rank=max_rank, cache=self.cache)
         self._lazy_adapters = LazyAdapters(
             self._loaded_adapters, model, dtype=dtype, max_rank=max_rank, cache=self.cache
         )
-        self._frozen_model = FrozenModel(model)
+        self._frozen_model = FrozenModel(model, RowCountCheck(self._routing))
 
     # Which adapters are here
 
@@ -75,11 +75,9 @@ class AdapterBank:
 
     @property
     def active(self) -> str | tuple[str | None, ...] | None:
-        """The adapter in use: a name, one name per row inside `rows`, or None for the base."""
-        names = {self._loaded_adapters[name].slot: name for name in self._loaded_adapters}
-        if self._routing.mixed:
-            return tuple(names.get(slot) for slot in self._routing.rows)
-        return names.get(self._routing.slot)
+        """The adapter that the caller uses: a name, one name per row inside `rows`, or None for the base."""
+        names, route = self._loaded_adapters.names_by_slot(), self._routing.get_route()
+        return tuple(names.get(slot) for slot in route.rows) if route.mixed else names.get(route.slot)
 
     def parameters(self, name: str) -> list[nn.Parameter]:
         """Return the leaf parameters of a trainable adapter, fp32: the only tensors of the model that require grad.
@@ -108,7 +106,9 @@ class AdapterBank:
     def _get_loaded(self, name: str) -> LoadedAdapter:
         """Return the loaded adapter of that name, loading it first if it was only offered."""
         if name not in self._loaded_adapters:
-            self._load_offered([name], keep=())
+            with self._change_lock:
+                self._load_offered([name], keep=())
+                return self._loaded_adapters[name]
         return self._loaded_adapters[name]
 
     # Adding and removing
@@ -127,7 +127,7 @@ class AdapterBank:
             self._check_name(name)
             loaded = LoadedAdapter(config, find_coverage(self.model, config))
             make_plain_config(config)  # raises for a config that could not be saved
-            with self._loaded_adapters.admit_adapters({name: loaded}, keep=self._routes.slots_in_use):
+            with self._loaded_adapters.admit_adapters({name: loaded}, keep=self._routing.find_live_slots()):
                 initialize_adapter(loaded, self._loaded_adapters, self._layers)
         return loaded.coverage
 
@@ -152,7 +152,7 @@ class AdapterBank:
             self._check_name(name)  # another thread may have taken it meanwhile
             coverage = match_adapter(name, adapter, self.model, dtype=self.dtype, allow=allow)
             loaded = LoadedAdapter(adapter.config, coverage, adapter)
-            with self._loaded_adapters.admit_adapters({name: loaded}, keep=self._routes.slots_in_use):
+            with self._loaded_adapters.admit_adapters({name: loaded}, keep=self._routing.find_live_slots()):
                 self._loaded_adapters.fill(loaded)
         return adapter
 
@@ -183,7 +183,7 @@ class AdapterBank:
         """
         with self._change_lock:
             if name in self._loaded_adapters:
-                if self._loaded_adapters[name].slot in self._routes.slots_in_use:
+                if self._loaded_adapters[name].slot in self._choices.find_chosen_slots():
                     raise BankError(f"{name!r} is in use", hint="use(None) or another adapter first")
                 self._loaded_adapters.remove(name)
             elif name not in self._lazy_adapters:
@@ -207,13 +207,13 @@ class AdapterBank:
         Raises:
             BankError: it was detached already, or a block of `using` or `rows` is open.
         """
-        if self._routes.is_inside_block:
+        if self._choices.is_block_open:
             raise BankError("detach was called inside using() or rows()", hint="leave the block first")
         self._frozen_model.check_attached()
         self._layers.unwrap()
         for adapters in (self._loaded_adapters, self._lazy_adapters, self.cache):
             adapters.clear()
-        self._routing.route_to_slot(BASE_SLOT)
+        self._choices.forget()
         self._frozen_model.release()
 
     # Using
@@ -230,7 +230,7 @@ class AdapterBank:
         with self._change_lock:
             if name is not None and name not in self._loaded_adapters:
                 self._load_offered([name], keep=())
-            self._routing.route_to_slot(BASE_SLOT if name is None else self._loaded_adapters.use_slot_of(name))
+            self._choices.use(BASE_SLOT if name is None else self._loaded_adapters.use_slot_of(name))
 
     @contextlib.contextmanager
     def using(self, name: str | None) -> Iterator[None]:
@@ -239,7 +239,7 @@ class AdapterBank:
         Raises:
             UnknownAdapterError: as `use`.
         """
-        with self._route_rows([name]):
+        with self._route_rows([name], row_count=None):
             yield
 
     @contextlib.contextmanager
@@ -260,7 +260,7 @@ class AdapterBank:
         names = [] if names is None or isinstance(names, str) else list(names)
         if not names:
             raise ConfigError("a list with one name (or None) per row was expected")
-        with self._route_rows(names), check_batch_rows(self.model, len(names), get_state=self._routes.get_state):
+        with self._route_rows(names, row_count=len(names)):
             yield
 
     def reference(self) -> ReferenceModel:
@@ -271,14 +271,9 @@ class AdapterBank:
         """
         return ReferenceModel(self)
 
-    @contextlib.contextmanager
-    def _route_rows(self, names: Sequence[str | None]) -> Iterator[None]:
+    def _route_rows(self, names: Sequence[str | None], *, row_count: int | None) -> RouteBlock:
         with self._change_lock:
-            self._routes.enter(self._get_slots(names))
-        try:
-            yield
-        finally:
-            self._routes.leave()
+            return self._choices.enter_block(self._get_slots(names), row_count=row_count)
 
     # Values
 
@@ -331,13 +326,13 @@ class AdapterBank:
             UnknownAdapterError: no adapter of that name.
         """
         loaded = self._get_loaded(name)
-        if self._routes.is_inside_block:
+        if self._choices.is_block_open:
             raise BankError(
                 "a merge inside using() or rows() would change the base under them", hint="leave the block first"
             )
         retained = fold_into_model(loaded, self._layers, self.model)
-        if loaded.slot == self._routing.slot:
-            self._routing.route_to_slot(BASE_SLOT)
+        if loaded.slot in self._routing.get_route().slots:
+            self._choices.use(BASE_SLOT)
         changed = {*loaded.layers, *loaded.coverage.replaced}
         self._loaded_adapters.remove(name)
         self._lazy_adapters.remove(name)
@@ -364,4 +359,4 @@ class AdapterBank:
         for name in names:
             if not isinstance(name, str):
                 raise self._lazy_adapters.make_unknown_error(name)
-        self._lazy_adapters.load(dict.fromkeys(names), keep=keep, slots_in_use=self._routes.slots_in_use)
+        self._lazy_adapters.load(dict.fromkeys(names), keep=keep, slots_in_use=self._routing.find_live_slots())

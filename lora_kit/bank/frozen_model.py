@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from torch import nn
@@ -15,14 +16,20 @@ _FLAG: Final = "_lora_kit_bank"
 
 
 class FrozenModel:
-    """A model that is frozen from now on until `release`."""
+    """A model that is frozen, and checks its calls, from now on until `release`.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: the base.
+        check: called before each forward with the model, its arguments and its keyword arguments.
+    """
+
+    def __init__(self, model: nn.Module, check: Callable[..., None]) -> None:
         self._model = model
         self._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
         self._paused_layers = pause_packing(model)
+        self._check = model.register_forward_pre_hook(check, with_kwargs=True)
         model.__dict__[_FLAG] = True
 
     def unfreeze(self) -> None:
@@ -43,6 +50,7 @@ class FrozenModel:
     def release(self) -> None:
         """Undo everything."""
         del self._model.__dict__[_FLAG]
+        self._check.remove()
         resume_packing(self._paused_layers)
         self.unfreeze()
 

@@ -103,7 +103,11 @@ class LoadedAdapters:
         return self._by_name[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._by_name)
+        return iter(self._by_name.copy())  # other threads may load meanwhile
+
+    def names_by_slot(self) -> dict[int, str]:
+        """Return the name of the adapter in each slot."""
+        return {loaded.slot: name for name, loaded in self._by_name.copy().items()}
 
     def use_slot_of(self, name: str) -> int:
         """Return the slot of an adapter, and mark it as the most recently used."""

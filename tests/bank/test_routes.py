@@ -48,9 +48,20 @@ def test_one_adapter_for_all_rows_is_what_using_it_is(bench: Bench) -> None:
     names: Any = (name for name in ("a", "a", "a"))
     with bank.rows(names):
         assert torch.equal(model(**batch).logits, alone)
-        # Several sequences of one row belong to it.
-        assert model(**{key: value.repeat_interleave(2, 0) for key, value in batch.items()}).logits.shape[0] == 6
+    bank.detach()
     assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("names", [["a", "a", "a"], ["a", None, "b"]])
+def test_only_generation_may_have_several_sequences_of_a_row(bench: Bench, names: list[str | None]) -> None:
+    model, bank, batch = bench
+    twice = {key: value.repeat_interleave(2, 0) for key, value in batch.items()}
+    with bank.rows(names):
+        with pytest.raises(RoutingError, match="3 rows were routed, but the model was given a batch of 6"):
+            model(**twice)
+        with torch.no_grad():
+            found = model.generate(**batch, max_new_tokens=2, do_sample=False, num_beams=2, num_return_sequences=2)
+        assert found.shape[0] == 6
 
 
 @pytest.mark.parametrize("names", ["ab", "aa"])
