@@ -25,6 +25,7 @@ from lora_kit.bank.routes import RouteBlock, RouteChoices, RowCountCheck
 from lora_kit.bank.snapshot import fingerprint_model, restore_adapter, snapshot_adapter
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import BankError, ConfigError
+from lora_kit.layers.checkpoint_routes import install_checkpoint_routes
 from lora_kit.layers.fold import Retention
 from lora_kit.layers.routing import BASE_SLOT, Routing
 from lora_kit.targets.compatibility import match_adapter
@@ -48,6 +49,7 @@ class AdapterBank:
     ) -> None:
         check_capacity("slots", slots)
         check_capacity("max_rank", max_rank)
+        install_checkpoint_routes()
         self.model = model
         self.dtype = dtype
         self.cache = AdapterCache(cache_bytes)

@@ -86,7 +86,7 @@ class LoraParameter(UpdatedWeightLayer):
             return torch.func.functional_call(self.base_layer, updated, args, kwargs)
 
     def _forward_slot(self, slot: int, args: tuple[Tensor, ...]) -> object:
-        with self.routing.use_slot(slot):  # of the wrappers inside this one too
+        with self.routing.use_route(self.routing.make_slot_route(slot)):  # of the wrappers inside this one too
             return self(*args)
 
     def _can_use_rank_space(self, args: tuple[object, ...]) -> bool:

@@ -127,10 +127,6 @@ class Routing:
         self._thread.route = route
         return route
 
-    def get_own_route(self) -> Route | None:
-        """Return the caller's route, or None for a context that has none yet."""
-        return self._current.get()
-
     def set_route(self, route: Route | None) -> None:
         """Let the caller's context use a route from now on; with None it has none, as before its first forward.
 
@@ -142,19 +138,24 @@ class Routing:
                 self._write_captured(device, route or self.default)
 
     def _assign(self, route: Route | None) -> None:
-        self._thread.route = route or self.default
+        # A thread that has no route yet keeps no slot from being given away.
+        self._thread.route = route or Route(self.default.slots, self.default.index)
         if not torch.compiler.is_dynamo_compiling():
             self._current.set(route)
 
     @contextlib.contextmanager
-    def use_slot(self, slot: int) -> Iterator[None]:
-        """Route everything of the caller to one of its slots, for a part of one layer's forward."""
-        before = self.get_route()
-        self._assign(Route((slot,), self._slot_index.setdefault(slot, {})))
+    def use_route(self, route: Route) -> Iterator[None]:
+        """Let the caller use a route within a block. A context that had none has none again."""
+        before = self._thread.route if torch.compiler.is_dynamo_compiling() else self._current.get()
+        self._assign(route)
         try:
             yield
         finally:
             self._assign(before)
+
+    def make_slot_route(self, slot: int) -> Route:
+        """Return a route to one slot of the caller's, for a part of one layer's forward."""
+        return Route((slot,), self._slot_index.setdefault(slot, {}))
 
     def make_route(self, slots: Sequence[int], *, row_count: int | None = None) -> Route:
         """Return a route in which row i of a batch uses slots[i], or every row the only slot."""
