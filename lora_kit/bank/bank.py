@@ -21,7 +21,7 @@ from lora_kit.bank.merge_in_memory import fold_into_model
 from lora_kit.bank.model_layers import WrappedLayers
 from lora_kit.bank.reference_model import ReferenceModel
 from lora_kit.bank.residents import LoadedAdapter, LoadedAdapters, check_capacity
-from lora_kit.bank.routes import RouteBlock, RouteChoices, RowCountCheck
+from lora_kit.bank.routes import Lease, RouteBlock, RouteChoices, RowCountCheck
 from lora_kit.bank.snapshot import fingerprint_model, restore_adapter, snapshot_adapter
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import BankError, ConfigError
@@ -57,7 +57,9 @@ class AdapterBank:
         self._choices = RouteChoices(self._routing)
         self._change_lock = threading.RLock()  # one thread at a time changes which adapters are here or in use
         self._layers = WrappedLayers(model, self._routing, max_rank=max_rank, dtype=dtype)
-        self._loaded_adapters = LoadedAdapters(self._layers, slots=slots, max_rank=max_rank, cache=self.cache)
+        self._loaded_adapters = LoadedAdapters(
+            self._layers, self._routing, slots=slots, max_rank=max_rank, cache=self.cache
+        )
         self._lazy_adapters = LazyAdapters(
             self._loaded_adapters, model, dtype=dtype, max_rank=max_rank, cache=self.cache
         )
@@ -103,7 +105,8 @@ class AdapterBank:
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what tells this base from others; see `lora_kit.targets.fingerprint`."""
-        return fingerprint_model(self.model)
+        with self._routing.module_lock:
+            return fingerprint_model(self.model)
 
     def _get_loaded(self, name: str) -> LoadedAdapter:
         """Return the loaded adapter of that name, loading it first if it was only offered."""
@@ -129,7 +132,8 @@ class AdapterBank:
             self._check_name(name)
             loaded = LoadedAdapter(config, find_coverage(self.model, config))
             make_plain_config(config)  # raises for a config that could not be saved
-            with self._loaded_adapters.admit_adapters({name: loaded}, keep=self._routing.find_live_slots()):
+            live_slots = self._routing.find_live_slots()
+            with self._loaded_adapters.admit_adapters({name: loaded}, keep=live_slots), self._routing.module_lock:
                 initialize_adapter(loaded, self._loaded_adapters, self._layers)
         return loaded.coverage
 
@@ -152,7 +156,8 @@ class AdapterBank:
         adapter = source if isinstance(source, Adapter) else Adapter.load(source, allow=allow)
         with self._change_lock:
             self._check_name(name)  # another thread may have taken it meanwhile
-            coverage = match_adapter(name, adapter, self.model, dtype=self.dtype, allow=allow)
+            with self._routing.module_lock:
+                coverage = match_adapter(name, adapter, self.model, dtype=self.dtype, allow=allow)
             loaded = LoadedAdapter(adapter.config, coverage, adapter)
             with self._loaded_adapters.admit_adapters({name: loaded}, keep=self._routing.find_live_slots()):
                 self._loaded_adapters.fill(loaded)
@@ -177,20 +182,43 @@ class AdapterBank:
             self._lazy_adapters.add(name, source, allow=allow)
 
     def unload(self, name: str) -> None:
-        """Remove an adapter and free its slot; an offer of that name is withdrawn.
+        """Remove an adapter: its name is free at once, and an offer of that name is withdrawn.
+
+        Its slot is free when nothing uses it any more. Until then it drains: threads and tasks that only began with the
+        adapter, a backward that has to compute a part of its forward again, and leases keep it.
 
         Raises:
-            BankError: it is in use.
+            BankError: the caller, another thread or task, or an open block chose to use it.
             UnknownAdapterError: no adapter of that name.
         """
         with self._change_lock:
             if name in self._loaded_adapters:
                 if self._loaded_adapters[name].slot in self._choices.find_chosen_slots():
                     raise BankError(f"{name!r} is in use", hint="use(None) or another adapter first")
-                self._loaded_adapters.remove(name)
+                self._loaded_adapters.unload(name)
             elif name not in self._lazy_adapters:
                 raise self._lazy_adapters.make_unknown_error(name)
             self._lazy_adapters.remove(name)
+
+    def lease(self, name: str) -> Lease:
+        """Keep an adapter in its slot until the lease is released: `unload` then frees the name only.
+
+        Raises:
+            UnknownAdapterError: no adapter of that name.
+            BankError: it is trainable, so it has no digest that stays. For an offered one also what `load` raises.
+
+        Example:
+            with bank.lease("sql") as lease:
+                print(lease.slot, lease.digest)
+        """
+        with self._change_lock:
+            adapter = self._get_loaded(name).adapter
+            if adapter is None:
+                raise BankError(
+                    f"{name!r} is trainable, so its content changes", hint="lease a snapshot that is loaded"
+                )
+            slot = self._loaded_adapters.use_slot_of(name)
+            return Lease(slot, adapter.digest, self._routing.make_route((slot,)))
 
     def restore(self, name: str, adapter: Adapter) -> None:
         """Copy an adapter's values into the trainable adapter of that name, leaf by leaf.
@@ -290,7 +318,8 @@ class AdapterBank:
         loaded = self._get_loaded(name)
         if loaded.adapter is not None:
             return loaded.adapter
-        return snapshot_adapter(loaded, self._layers, self.model)
+        with self._routing.module_lock:
+            return snapshot_adapter(loaded, self._layers, self.model)
 
     def save(
         self,
@@ -324,22 +353,25 @@ class AdapterBank:
         Raises:
             MergeError: a covered weight is quantized or shared with another module, or the result is not finite; the
                 model is as it was.
-            BankError: inside `using` or `rows`.
+            BankError: inside `using` or `rows`, or another thread or task chose to use it.
             UnknownAdapterError: no adapter of that name.
         """
-        loaded = self._get_loaded(name)
-        if self._choices.is_block_open:
-            raise BankError(
-                "a merge inside using() or rows() would change the base under them", hint="leave the block first"
-            )
-        retained = fold_into_model(loaded, self._layers, self.model)
-        if loaded.slot in self._routing.get_route().slots:
-            self._choices.use(BASE_SLOT)
-        changed = {*loaded.layers, *loaded.coverage.replaced}
-        self._loaded_adapters.remove(name)
-        self._lazy_adapters.remove(name)
-        self._layers.refresh_from_base(changed)
-        return retained
+        with self._change_lock:
+            loaded = self._get_loaded(name)
+            if self._choices.is_block_open:
+                raise BankError(
+                    "a merge inside using() or rows() would change the base under them", hint="leave the block first"
+                )
+            if loaded.slot in self._choices.find_chosen_slots(by_others=True):
+                raise BankError(f"{name!r} is in use in another thread or task", hint="use(None) there first")
+            with self._routing.module_lock:
+                retained = fold_into_model(loaded, self._layers, self.model)
+            self._choices.leave_slot(loaded.slot)
+            changed = {*loaded.layers, *loaded.coverage.replaced}
+            self._loaded_adapters.remove(name)
+            self._lazy_adapters.remove(name)
+            self._layers.refresh_from_base(changed)
+            return retained
 
     # Internal
 

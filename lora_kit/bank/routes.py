@@ -44,15 +44,16 @@ class RouteChoices:
         return bool(self._open_blocks)
 
     def find_chosen_slots(self, *, by_others: bool = False) -> set[int]:
-        """Return the slots that a context chose to use, or returns to after a block.
+        """Return the slots that a context chose to use, or returns to after a block, or will begin with.
 
         Args:
-            by_others: leave out the caller's own choice.
+            by_others: only those of other contexts that there are.
         """
         choices = {reference() for reference in self._choices.copy()} - {None}
         if by_others:
             choices.discard(self._choice.get())
-        return {slot for choice in choices if choice is not None for slot in choice.slots}
+        slots = {slot for choice in choices if choice is not None for slot in choice.slots}
+        return slots if by_others else {*slots, *self._routing.default.slots}
 
     def use(self, slot: int) -> None:
         """Route the caller to one slot, and the contexts that begin later."""
@@ -73,6 +74,13 @@ class RouteChoices:
         self._choice.set(block.choice)
         self._routing.set_route(block.route)
         block.route = block.choice = None  # an exception that passed here keeps the block for long
+
+    def leave_slot(self, slot: int) -> None:
+        """Route the caller, and the contexts that begin later, to the base where they would use a slot."""
+        if slot in self._routing.get_route().slots:
+            self.use(BASE_SLOT)
+        if slot in self._routing.default.slots:
+            self._routing.default = self._routing.make_route((BASE_SLOT,))
 
     def forget(self) -> None:
         """Route the caller and the contexts that begin later to the base, by nobody's choice."""
@@ -100,6 +108,32 @@ class RouteBlock:
 
     def __exit__(self, *exception: object) -> None:
         self._choices.leave_block(self)
+
+
+class Lease:
+    """A slot that keeps its adapter until `release`, whatever happens to the name. Made by `bank.lease`.
+
+    A lease is a context manager too. One that is no longer reachable is released.
+
+    Attributes:
+        slot: of the adapter, in every layer.
+        digest: of the adapter.
+    """
+
+    def __init__(self, slot: int, digest: str, route: Route) -> None:
+        self.slot = slot
+        self.digest = digest
+        self._route: Route | None = route
+
+    def release(self) -> None:
+        """Let the slot go. A second call does nothing."""
+        self._route = None
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
 
 
 class RowCountCheck:

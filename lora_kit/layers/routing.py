@@ -92,11 +92,13 @@ class Routing:
 
     Attributes:
         default: the route that new contexts begin with.
+        module_lock: held while the weights of a module of the base are others for a call of it as a black box, and
+            while the base's weights are read besides.
     """
 
     def __init__(self, slots: Sequence[int] = (BASE_SLOT,), devices: Sequence[torch.device] = ()) -> None:
         self._devices = list(devices)
-        self._slot_index: dict[int, Index] = {}
+        self._slot_index: dict[int, Index] = {BASE_SLOT: {}}
         self._captured: dict[tuple[torch.device, int], Tensor] = {}
         self._live_routes: set[ReferenceType[Route]] = set()
         self._version = 0
@@ -155,14 +157,14 @@ class Routing:
 
     def make_slot_route(self, slot: int) -> Route:
         """Return a route to one slot of the caller's, for a part of one layer's forward."""
-        return Route((slot,), self._slot_index.setdefault(slot, {}))
+        return Route((slot,), self._slot_index.get(slot, {}))
 
     def make_route(self, slots: Sequence[int], *, row_count: int | None = None) -> Route:
         """Return a route in which row i of a batch uses slots[i], or every row the only slot."""
         slots = tuple(slots)
         if len(set(slots)) == 1:
             slots = slots[:1]
-            index = self._slot_index.setdefault(slots[0], {})
+            index = self._slot_index.get(slots[0], {})
         else:
             index = {}
         for device in self._devices:
@@ -183,10 +185,18 @@ class Routing:
         if device in self._devices:
             return
         self._devices.append(device)
+        for slot, index in self._slot_index.items():
+            _add_index(index, (slot,), device)
         for route in (self.default, self.peek_route(), self._thread.route):
             _add_index(route.index, route.slots, device)
         if device.type == "cuda":
             self._write_captured(device, self.peek_route())
+
+    def add_slot(self, slot: int) -> None:
+        """Make the index tensors of a slot, so that its use makes none."""
+        self._slot_index[slot] = {}
+        for device in self._devices:
+            _add_index(self._slot_index[slot], (slot,), device)
 
     def get_index(self, route: Route, x: Tensor) -> Tensor:
         """Return the slots of a route as int64 on the device of x: (1,) while all rows use one, else (rows,).

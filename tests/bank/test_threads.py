@@ -275,3 +275,96 @@ def test_a_route_that_a_failed_forward_used_is_let_go() -> None:
     bank.unload("a")
     assert kept.value
     gc.collect()
+
+
+def begin(bank: lk.AdapterBank, values: dict[str, Any]) -> tuple[threading.Thread, threading.Event, list[Any]]:
+    """A thread that begins with the default, waits, and computes then."""
+    begun, go_on, found = threading.Event(), threading.Event(), list[Any]()
+
+    def work() -> None:
+        found.append(bank.active)
+        begun.set()
+        go_on.wait()
+        found.append(tiny.logits(bank.model, values))
+        found.append(bank.active)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    begun.wait()
+    return thread, go_on, found
+
+
+def test_a_thread_that_began_with_an_unloaded_adapter_goes_on_with_it() -> None:
+    values = adapters()
+    inputs = {"input_ids": tiny.batch(rows=1)["input_ids"]}
+    alone = logits_alone(values, inputs["input_ids"])
+    model = tiny.llama()
+    bank = lk.attach(model, slots=2, max_rank=8)
+    bank.load("a", values["a"])
+    bank.use("a")
+    thread, go_on, found = begin(bank, inputs)
+    bank.use(None)
+    bank.unload("a")
+    assert bank.names == ()
+    bank.load("a", values["b"])  # the name is free, the slot is not
+    with pytest.raises(BankError, match=r"all 2 are taken by a, a \(unloaded, but a thread"):
+        bank.load("c", values["c"])
+    with bank.using("a"):
+        torch.testing.assert_close(tiny.logits(model, inputs), alone["b"], rtol=1e-4, atol=1e-4)
+    go_on.set()
+    thread.join()
+    assert [found[0], found[2]] == ["a", "a"]
+    torch.testing.assert_close(found[1], alone["a"], rtol=1e-4, atol=1e-4)
+    bank.load("c", values["c"])
+    with bank.using("c"):
+        torch.testing.assert_close(tiny.logits(model, inputs), alone["c"], rtol=1e-4, atol=1e-4)
+
+
+def test_content_that_comes_back_while_its_slot_drains_takes_that_slot() -> None:
+    values = adapters()
+    bank = lk.attach(tiny.llama(), slots=1, max_rank=8)
+    bank.load("a", values["a"])
+    lease = bank.lease("a")
+    bank.unload("a")
+    with pytest.raises(BankError, match="a lease uses it"):
+        bank.load("b", values["b"])
+    bank.load("again", values["a"])
+    assert bank.lease("again").slot == lease.slot
+    bank.unload("again")
+    lease.release()
+    bank.load("b", values["b"])
+    assert bank.names == ("b",)
+
+
+def test_a_leased_slot_keeps_its_adapter_until_it_is_released() -> None:
+    values = adapters()
+    bank = lk.attach(tiny.llama(), slots=2, max_rank=8)
+    bank.load("a", values["a"])
+    with bank.lease("a") as lease:
+        assert lease.digest == values["a"].digest
+        bank.unload("a")
+        bank.load("b", values["b"])
+        with bank.lease("b") as other:
+            assert other.slot != lease.slot
+    bank.load("c", values["c"])
+    assert bank.lease("c").slot == lease.slot
+    trained = lk.attach(tiny.llama(), lk.LoraConfig(r=2), name="t")
+    with pytest.raises(BankError, match="trainable"):
+        trained.lease("t")
+    with pytest.raises(LoraKitError, match="no adapter"):
+        bank.lease("absent")
+
+
+def test_a_merge_waits_for_no_thread_but_leaves_none_with_the_update_twice() -> None:
+    values = adapters()
+    inputs = {"input_ids": tiny.batch(rows=1)["input_ids"]}
+    alone = logits_alone(values, inputs["input_ids"])
+    bank = lk.attach(tiny.llama())
+    bank.load("a", values["a"])
+    bank.use("a")
+    thread, go_on, found = begin(bank, inputs)
+    bank.merge("a")
+    go_on.set()
+    thread.join()
+    torch.testing.assert_close(found[1], alone["a"], rtol=1e-4, atol=1e-4)
+    assert bank.active is None
