@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from lora_kit.bank.bank import AdapterBank
-from lora_kit.bank.frozen_model import has_bank
+from lora_kit.bank.frozen_model import check_no_bank
 from lora_kit.config.lora_config import LoraConfig
-from lora_kit.errors import BankError
+from lora_kit.torch_utils import FLOAT_DTYPES, parse_float_dtype
 
 if TYPE_CHECKING:
     import peft
@@ -24,7 +24,7 @@ def attach(
     name: str = "default",
     slots: int | None = None,
     max_rank: int | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     cache_bytes: int = 2**30,
 ) -> AdapterBank:
     """Put a bank beside a model. Outputs stay bitwise what they were; `bank.detach()` takes everything away again.
@@ -37,25 +37,26 @@ def attach(
             None: capacity grows when needed.
         max_rank: the largest rank that can be loaded, fixed likewise; None: it grows. (The capacity for rows of tokens
             grows when needed.)
-        dtype: of the stacked weights. fp32 where a config is given, since trainable adapters are fp32; else the
-            model's own.
+        dtype: of the stacked weights: fp32, fp16, bf16 or fp64, also by name. None: fp32 where a config is given, since
+            trainable adapters are fp32; else the model's own.
         cache_bytes: host memory for lazy adapters that had to leave their slots; the least recently used one is
             dropped first.
 
     Raises:
-        BankError: the model has a bank already.
+        BankError: the model has a bank already, or is a part or a copy of one that has, or has a part that has.
         TargetError: the config does not match the model; the model is as it was.
-        ConfigError: the config, `slots` or `max_rank` is invalid.
+        ConfigError: the config, `slots`, `max_rank` or `dtype` is invalid.
 
     Example:
         bank = lk.attach(model, lk.LoraConfig(r=8, lora_alpha=16), name="sql")
         optimizer = torch.optim.AdamW(bank.parameters("sql"), lr=1e-3)
     """
-    if has_bank(model):
-        raise BankError("this model has a bank already", hint="add adapters to that one, or detach it first")
+    check_no_bank(model)
     if dtype is None:
-        dtype = torch.float32 if config is not None else _get_float_dtype(model)
-    bank = AdapterBank(model, slots=slots, max_rank=max_rank, dtype=dtype, cache_bytes=cache_bytes)
+        stack_dtype = torch.float32 if config is not None else _get_float_dtype(model)
+    else:
+        stack_dtype = _parse_dtype(dtype)
+    bank = AdapterBank(model, slots=slots, max_rank=max_rank, dtype=stack_dtype, cache_bytes=cache_bytes)
     if config is not None:
         try:
             bank.add(name, config)
@@ -66,5 +67,11 @@ def attach(
     return bank
 
 
+def _parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    return torch.float64 if dtype in (torch.float64, "fp64", "float64") else parse_float_dtype(dtype)
+
+
 def _get_float_dtype(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    """Return the dtype that the model computes in: weights of eight bits are not it."""
+    dtypes = {torch.float64, *FLOAT_DTYPES.values()}
+    return next((p.dtype for p in model.parameters() if p.dtype in dtypes), torch.float32)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import torch
 from torch import nn
@@ -33,6 +33,10 @@ from lora_kit.targets.coverage import Coverage, find_coverage
 
 if TYPE_CHECKING:
     import peft
+
+
+_ATTACHED_STATE: Final = ("_routing", "_choices", "_layers", "_loaded_adapters", "_lazy_adapters")
+"""Attributes that a bank has until it is detached. Every method needs one of them."""
 
 
 class AdapterBank:
@@ -64,6 +68,17 @@ class AdapterBank:
             self._loaded_adapters, model, dtype=dtype, max_rank=max_rank, cache=self.cache
         )
         self._frozen_model = FrozenModel(model, RowCountCheck(self._routing))
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            """Raise BankError for what `detach` took from every method."""
+            if name in _ATTACHED_STATE:
+                raise BankError("this bank was detached already", hint="attach a new one")
+            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}", name=name, obj=self)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise BankError("a bank is not copied or pickled", hint="copy the model, or the Adapter of bank.snapshot(name)")
 
     # Which adapters are here
 
@@ -153,6 +168,7 @@ class AdapterBank:
         """
         check_allowances(allow)
         self._check_name(name)
+        _check_source(source)
         adapter = source if isinstance(source, Adapter) else Adapter.load(source, allow=allow)
         with self._change_lock:
             self._check_name(name)  # another thread may have taken it meanwhile
@@ -177,6 +193,7 @@ class AdapterBank:
                 or do not match are an error at the first use.
             BankError: the name is taken, or the rank is larger than `max_rank`.
         """
+        _check_source(source)
         with self._change_lock:
             self._check_name(name)
             self._lazy_adapters.add(name, source, allow=allow)
@@ -241,10 +258,11 @@ class AdapterBank:
             raise BankError("detach was called inside using() or rows()", hint="leave the block first")
         self._frozen_model.check_attached()
         self._layers.unwrap()
-        for adapters in (self._loaded_adapters, self._lazy_adapters, self.cache):
-            adapters.clear()
+        self.cache.clear()
         self._choices.forget()
         self._frozen_model.release()
+        for name in _ATTACHED_STATE:
+            delattr(self, name)
 
     # Using
 
@@ -287,7 +305,7 @@ class AdapterBank:
             with bank.rows(["sql", None]):
                 model.generate(**tokenizer(["all names:"] * 2, return_tensors="pt"), max_new_tokens=2)
         """
-        names = [] if names is None or isinstance(names, str) else list(names)
+        names = list(names) if isinstance(names, Iterable) and not isinstance(names, str) else []
         if not names:
             raise ConfigError("a list with one name (or None) per row was expected")
         with self._route_rows(names, row_count=len(names)):
@@ -299,6 +317,7 @@ class AdapterBank:
         Raises:
             BankError: an adapter covers the head, which such trainers use without its adapter.
         """
+        self._frozen_model.check_attached()
         return ReferenceModel(self)
 
     def _route_rows(self, names: Sequence[str | None], *, row_count: int | None) -> RouteBlock:
@@ -392,5 +411,11 @@ class AdapterBank:
     def _load_offered(self, names: Collection[str], *, keep: Collection[str | None]) -> None:
         for name in names:
             if not isinstance(name, str):
-                raise self._lazy_adapters.make_unknown_error(name)
+                raise ConfigError(f"an adapter's name is a string; {name!r} was given")
         self._lazy_adapters.load(dict.fromkeys(names), keep=keep, slots_in_use=self._routing.find_live_slots())
+
+
+def _check_source(source: object) -> None:
+    """Raise ConfigError for what is neither an adapter nor the path of one."""
+    if not isinstance(source, str | Path | Adapter):
+        raise ConfigError(f"a folder or an Adapter was expected; {source!r} was given")

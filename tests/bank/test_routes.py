@@ -74,7 +74,7 @@ def test_a_block_within_has_rows_of_its_own(bench: Bench, names: str) -> None:
             model(**{key: value[:1] for key, value in batch.items()})
 
 
-@pytest.mark.parametrize("names", [[], "a", None, ()])
+@pytest.mark.parametrize("names", [[], "a", None, (), 7])
 def test_what_is_no_list_of_names_is_refused(bench: Bench, names: Any) -> None:
     _, bank, _ = bench
     with pytest.raises(ConfigError, match="one name"), bank.rows(names):
@@ -85,13 +85,17 @@ def test_what_is_no_list_of_names_is_refused(bench: Bench, names: Any) -> None:
 def test_what_is_no_name_is_unknown_and_changes_nothing(bench: Bench, name: Any) -> None:
     _, bank, _ = bench
     bank.use("b")
-    with pytest.raises(UnknownAdapterError):
+    error = UnknownAdapterError if isinstance(name, str) else ConfigError
+    with pytest.raises(error):
         bank.use(name)
-    with pytest.raises(UnknownAdapterError), bank.using(name):
+    with pytest.raises(error), bank.using(name):
         pass
-    with pytest.raises(UnknownAdapterError), bank.rows(["a", name, None]):
+    with pytest.raises(error), bank.rows(["a", name, None]):
         pass
     assert bank.active == "b"
+    for bring in (bank.load, bank.offer):
+        with pytest.raises(ConfigError, match="a folder or an Adapter was expected; 5 was given"):
+            bring("q", 5)  # type: ignore[operator]
 
 
 def test_a_bank_is_not_detached_inside_a_block_that_it_has_to_leave(bench: Bench) -> None:
