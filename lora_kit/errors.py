@@ -20,7 +20,7 @@ LoraKitError
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 
 class LoraKitError(Exception):
@@ -41,6 +41,17 @@ class LoraKitError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message
+
+    def __reduce__(self) -> tuple[Callable[..., LoraKitError], tuple[object, ...]]:
+        # Subclasses make their message from other arguments, so a copy is not made by their constructor.
+        return _rebuild_error, (type(self), self.args, dict(self.__dict__))
+
+
+def _rebuild_error(kind: type[LoraKitError], args: tuple[object, ...], fields: Mapping[str, object]) -> LoraKitError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(fields)
+    return error
 
 
 class ConfigError(LoraKitError, ValueError):

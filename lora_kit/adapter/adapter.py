@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +16,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from lora_kit.adapter.folder import (
+    ALLOWANCES,
     CARD,
     CONFIG,
     RECORD,
@@ -163,6 +164,10 @@ class Adapter:
     def __hash__(self) -> int:
         return hash(self.digest)
 
+    def __reduce__(self) -> tuple[Callable[..., Adapter], tuple[LoraConfig, dict[str, Tensor], dict[str, Any]]]:
+        # Mapping proxies do not pickle. What was allowed once is not checked again.
+        return _rebuild_adapter, (self.config, dict(self.tensors), dict(self.record))
+
     def __repr__(self) -> str:
         size = f"{len(self._contents.pairs)} layers, r={self.config.r}, {self.num_parameters:,} parameters"
         return f"Adapter({size}, {self.digest[:12]})"
@@ -266,6 +271,10 @@ class Adapter:
         contents[RECORD] = encode_record(facts, contents, digest=self.digest)
         write_folder(folder, contents, replace=replace, owned=is_adapter_folder)
         return folder
+
+
+def _rebuild_adapter(config: LoraConfig, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Adapter:
+    return Adapter(config, tensors, record=record, allow=ALLOWANCES)
 
 
 def _compute_digest(config: LoraConfig, weights_sha256: str) -> str:

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from lora_kit.bank.bank import AdapterBank
-from lora_kit.bank.frozen_model import has_bank, refuse_meta_model
+from lora_kit.bank.frozen_model import check_no_bank, refuse_meta_model
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import BankError
 from lora_kit.layers.introspect import unwrap_model
+from lora_kit.torch_utils import FLOAT_DTYPES, parse_float_dtype
 
 if TYPE_CHECKING:
     import peft
@@ -26,7 +27,7 @@ def attach(
     name: str = "default",
     slots: int | None = None,
     max_rank: int | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     cache_bytes: int = 2**30,
 ) -> AdapterBank:
     """Put a bank beside a model. Outputs stay bitwise what they were; `bank.detach()` takes everything away again.
@@ -38,17 +39,18 @@ def attach(
         name: of that adapter.
         slots: the most adapters that can be loaded at once. A fixed number keeps compiled and captured models valid.
             None: capacity grows when needed.
-        max_rank: the largest rank that can be loaded, fixed likewise; None: it grows. (That for token embeddings grows
-            when needed.)
-        dtype: of the stacked weights. fp32 where a config is given, since trainable adapters are fp32; else the
-            model's own.
+        max_rank: the largest rank that can be loaded, fixed likewise; None: it grows. (The capacity for token embeddings
+            grows when needed.)
+        dtype: of the stacked weights: fp32, fp16, bf16 or fp64, also by name. None: fp32 where a config is given, since
+            trainable adapters are fp32; else the model's own.
         cache_bytes: host memory for lazy adapters that had to leave their slots; the least recently used one is
             dropped first.
 
     Raises:
-        BankError: the model has a bank already, or layers of PEFT, or is on meta.
+        BankError: the model has a bank already, or is a part or a copy of one that has, or has a part that has; or has
+            layers of PEFT, or is on meta.
         TargetError: the config does not match the model, or needs weights that are offloaded; the model is as it was.
-        ConfigError: the config, `slots` or `max_rank` is invalid.
+        ConfigError: the config, `slots`, `max_rank` or `dtype` is invalid.
 
     Example:
         bank = lk.attach(model, lk.LoraConfig(r=8, lora_alpha=16), name="sql")
@@ -56,12 +58,13 @@ def attach(
     """
     model = unwrap_model(model)
     _refuse_peft_layers(model)
-    if has_bank(model):
-        raise BankError("this model has a bank already", hint="add adapters to that one, or detach it first")
+    check_no_bank(model)
     refuse_meta_model(model)
     if dtype is None:
-        dtype = torch.float32 if config is not None else _get_float_dtype(model)
-    bank = AdapterBank(model, slots=slots, max_rank=max_rank, dtype=dtype, cache_bytes=cache_bytes)
+        stack_dtype = torch.float32 if config is not None else _get_float_dtype(model)
+    else:
+        stack_dtype = _parse_dtype(dtype)
+    bank = AdapterBank(model, slots=slots, max_rank=max_rank, dtype=stack_dtype, cache_bytes=cache_bytes)
     if config is not None:
         try:
             bank.add(name, config)
@@ -82,5 +85,11 @@ def _refuse_peft_layers(model: nn.Module) -> None:
         )
 
 
+def _parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    return torch.float64 if dtype in (torch.float64, "fp64", "float64") else parse_float_dtype(dtype)
+
+
 def _get_float_dtype(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    """Return the dtype that the model computes in: weights of eight bits are not it."""
+    dtypes = {torch.float64, *FLOAT_DTYPES.values()}
+    return next((p.dtype for p in model.parameters() if p.dtype in dtypes), torch.float32)

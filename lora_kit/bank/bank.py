@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from lora_kit.bank.merge_in_memory import fold_into_model
 from lora_kit.bank.model_layers import WrappedLayers
 from lora_kit.bank.reference_model import ReferenceModel
 from lora_kit.bank.residents import LoadedAdapter, LoadedAdapters, check_capacity
-from lora_kit.bank.routes import RouteStack, check_batch_rows
+from lora_kit.bank.routes import Lease, RouteBlock, RouteChoices, RowCountCheck
 from lora_kit.bank.snapshot import (
     collect_tensors,
     fingerprint_model,
@@ -31,6 +31,7 @@ from lora_kit.bank.snapshot import (
 )
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import BankError, ConfigError
+from lora_kit.layers.checkpoint_routes import install_checkpoint_routes
 from lora_kit.layers.fold import Retention
 from lora_kit.layers.routing import BASE_SLOT, Routing
 from lora_kit.targets.compatibility import match_adapter
@@ -38,6 +39,10 @@ from lora_kit.targets.coverage import Coverage, find_coverage
 
 if TYPE_CHECKING:
     import peft
+
+
+_ATTACHED_STATE: Final = ("_routing", "_choices", "_layers", "_loaded_adapters", "_lazy_adapters")
+"""Attributes that a bank has until it is detached. Every method needs one of them."""
 
 
 class AdapterBank:
@@ -54,18 +59,32 @@ class AdapterBank:
     ) -> None:
         check_capacity("slots", slots)
         check_capacity("max_rank", max_rank)
+        install_checkpoint_routes()
         self.model = model
         self.dtype = dtype
         self.cache = AdapterCache(cache_bytes)
         self._routing = Routing()
-        self._routes = RouteStack(self._routing)
+        self._choices = RouteChoices(self._routing)
         self._change_lock = threading.RLock()  # one thread at a time changes which adapters are here or in use
         self._layers = WrappedLayers(model, self._routing, max_rank=max_rank, dtype=dtype)
-        self._loaded_adapters = LoadedAdapters(self._layers, slots=slots, max_rank=max_rank, cache=self.cache)
+        self._loaded_adapters = LoadedAdapters(
+            self._layers, self._routing, slots=slots, max_rank=max_rank, cache=self.cache
+        )
         self._lazy_adapters = LazyAdapters(
             self._loaded_adapters, model, dtype=dtype, max_rank=max_rank, cache=self.cache
         )
-        self._frozen_model = FrozenModel(model)
+        self._frozen_model = FrozenModel(model, RowCountCheck(self._routing))
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            """Raise BankError for what `detach` took from every method."""
+            if name in _ATTACHED_STATE:
+                raise BankError("this bank was detached already", hint="attach a new one")
+            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}", name=name, obj=self)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise BankError("a bank is not copied or pickled", hint="copy the model, or the Adapter of bank.snapshot(name)")
 
     # Which adapters are here
 
@@ -81,11 +100,9 @@ class AdapterBank:
 
     @property
     def active(self) -> str | tuple[str | None, ...] | None:
-        """The adapter in use: a name, one name per row inside `rows`, or None for the base."""
-        names = {self._loaded_adapters[name].slot: name for name in self._loaded_adapters}
-        if self._routing.mixed:
-            return tuple(names.get(slot) for slot in self._routing.rows)
-        return names.get(self._routing.slot)
+        """The adapter that the caller uses: a name, one name per row inside `rows`, or None for the base."""
+        names, route = self._loaded_adapters.names_by_slot(), self._routing.get_route()
+        return tuple(names.get(slot) for slot in route.rows) if route.mixed else names.get(route.slot)
 
     def parameters(self, name: str) -> list[nn.Parameter]:
         """Return the leaf parameters of a trainable adapter, fp32: the only tensors of the model that require grad.
@@ -109,12 +126,15 @@ class AdapterBank:
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what tells this base from others; see `lora_kit.targets.fingerprint`."""
-        return fingerprint_model(self.model)
+        with self._routing.module_lock:
+            return fingerprint_model(self.model)
 
     def _get_loaded(self, name: str) -> LoadedAdapter:
         """Return the loaded adapter of that name, loading it first if it was only offered."""
         if name not in self._loaded_adapters:
-            self._load_offered([name], keep=())
+            with self._change_lock:
+                self._load_offered([name], keep=())
+                return self._loaded_adapters[name]
         return self._loaded_adapters[name]
 
     # Adding and removing
@@ -133,7 +153,8 @@ class AdapterBank:
             self._check_name(name)
             loaded = LoadedAdapter(config, find_coverage(self.model, config))
             make_plain_config(config)  # raises for a config that could not be saved
-            with self._loaded_adapters.admit_adapters({name: loaded}, keep=self._routes.slots_in_use):
+            live_slots = self._routing.find_live_slots()
+            with self._loaded_adapters.admit_adapters({name: loaded}, keep=live_slots), self._routing.module_lock:
                 initialize_adapter(loaded, self._loaded_adapters, self._layers)
         return loaded.coverage
 
@@ -153,12 +174,14 @@ class AdapterBank:
         """
         check_allowances(allow)
         self._check_name(name)
+        _check_source(source)
         adapter = source if isinstance(source, Adapter) else Adapter.load(source, allow=allow)
         with self._change_lock:
             self._check_name(name)  # another thread may have taken it meanwhile
-            coverage = match_adapter(name, adapter, self.model, dtype=self.dtype, allow=allow)
+            with self._routing.module_lock:
+                coverage = match_adapter(name, adapter, self.model, dtype=self.dtype, allow=allow)
             loaded = LoadedAdapter(adapter.config, coverage, adapter)
-            with self._loaded_adapters.admit_adapters({name: loaded}, keep=self._routes.slots_in_use):
+            with self._loaded_adapters.admit_adapters({name: loaded}, keep=self._routing.find_live_slots()):
                 self._loaded_adapters.fill(loaded)
         return adapter
 
@@ -176,25 +199,49 @@ class AdapterBank:
                 or do not match are an error at the first use.
             BankError: the name is taken, or the rank is larger than `max_rank`.
         """
+        _check_source(source)
         with self._change_lock:
             self._check_name(name)
             self._lazy_adapters.add(name, source, allow=allow)
 
     def unload(self, name: str) -> None:
-        """Remove an adapter and free its slot; an offer of that name is withdrawn.
+        """Remove an adapter: its name is free at once, and an offer of that name is withdrawn.
+
+        Its slot is free when nothing uses it any more. Until then it drains: threads and tasks that only began with the
+        adapter, a backward that has to compute a part of its forward again, and leases keep it.
 
         Raises:
-            BankError: it is in use.
+            BankError: the caller, another thread or task, or an open block chose to use it.
             UnknownAdapterError: no adapter of that name.
         """
         with self._change_lock:
             if name in self._loaded_adapters:
-                if self._loaded_adapters[name].slot in self._routes.slots_in_use:
+                if self._loaded_adapters[name].slot in self._choices.find_chosen_slots():
                     raise BankError(f"{name!r} is in use", hint="use(None) or another adapter first")
-                self._loaded_adapters.remove(name)
+                self._loaded_adapters.unload(name)
             elif name not in self._lazy_adapters:
                 raise self._lazy_adapters.make_unknown_error(name)
             self._lazy_adapters.remove(name)
+
+    def lease(self, name: str) -> Lease:
+        """Keep an adapter in its slot until the lease is released: `unload` then frees the name only.
+
+        Raises:
+            UnknownAdapterError: no adapter of that name.
+            BankError: it is trainable, so it has no digest that stays. For an offered one also what `load` raises.
+
+        Example:
+            with bank.lease("sql") as lease:
+                print(lease.slot, lease.digest)
+        """
+        with self._change_lock:
+            adapter = self._get_loaded(name).adapter
+            if adapter is None:
+                raise BankError(
+                    f"{name!r} is trainable, so its content changes", hint="lease a snapshot that is loaded"
+                )
+            slot = self._loaded_adapters.use_slot_of(name)
+            return Lease(slot, adapter.digest, self._routing.make_route((slot,)))
 
     def restore(self, name: str, adapter: Adapter) -> None:
         """Copy an adapter's values into the trainable adapter of that name, leaf by leaf.
@@ -213,14 +260,15 @@ class AdapterBank:
         Raises:
             BankError: it was detached already, or a block of `using` or `rows` is open.
         """
-        if self._routes.is_inside_block:
+        if self._choices.is_block_open:
             raise BankError("detach was called inside using() or rows()", hint="leave the block first")
         self._frozen_model.check_attached()
         self._layers.unwrap()
-        for adapters in (self._loaded_adapters, self._lazy_adapters, self.cache):
-            adapters.clear()
-        self._routing.route_to_slot(BASE_SLOT)
+        self.cache.clear()
+        self._choices.forget()
         self._frozen_model.release()
+        for name in _ATTACHED_STATE:
+            delattr(self, name)
 
     # Using
 
@@ -236,7 +284,7 @@ class AdapterBank:
         with self._change_lock:
             if name is not None and name not in self._loaded_adapters:
                 self._load_offered([name], keep=())
-            self._routing.route_to_slot(BASE_SLOT if name is None else self._loaded_adapters.use_slot_of(name))
+            self._choices.use(BASE_SLOT if name is None else self._loaded_adapters.use_slot_of(name))
 
     @contextlib.contextmanager
     def using(self, name: str | None) -> Iterator[None]:
@@ -245,7 +293,7 @@ class AdapterBank:
         Raises:
             UnknownAdapterError: as `use`.
         """
-        with self._route_rows([name]):
+        with self._route_rows([name], row_count=None):
             yield
 
     @contextlib.contextmanager
@@ -263,10 +311,10 @@ class AdapterBank:
             with bank.rows(["sql", None]):
                 model.generate(**tokenizer(["all names:"] * 2, return_tensors="pt"), max_new_tokens=2)
         """
-        names = [] if names is None or isinstance(names, str) else list(names)
+        names = list(names) if isinstance(names, Iterable) and not isinstance(names, str) else []
         if not names:
             raise ConfigError("a list with one name (or None) per row was expected")
-        with self._route_rows(names), check_batch_rows(self.model, len(names), get_state=self._routes.get_state):
+        with self._route_rows(names, row_count=len(names)):
             yield
 
     def reference(self) -> ReferenceModel:
@@ -275,16 +323,12 @@ class AdapterBank:
         Raises:
             BankError: an adapter covers the head, which such trainers use without its adapter.
         """
+        self._frozen_model.check_attached()
         return ReferenceModel(self)
 
-    @contextlib.contextmanager
-    def _route_rows(self, names: Sequence[str | None]) -> Iterator[None]:
+    def _route_rows(self, names: Sequence[str | None], *, row_count: int | None) -> RouteBlock:
         with self._change_lock:
-            self._routes.enter(self._get_slots(names))
-        try:
-            yield
-        finally:
-            self._routes.leave()
+            return self._choices.enter_block(self._get_slots(names), row_count=row_count)
 
     # Values
 
@@ -299,7 +343,8 @@ class AdapterBank:
         loaded = self._get_loaded(name)
         if loaded.adapter is not None:
             return loaded.adapter
-        return snapshot_adapter(loaded, self._layers, self.model)
+        with self._routing.module_lock:
+            return snapshot_adapter(loaded, self._layers, self.model)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Return the values that are trained, for checkpoints: by adapter, then by PEFT's key. The memory is shared.
@@ -351,22 +396,25 @@ class AdapterBank:
         Raises:
             MergeError: a covered weight is quantized or shared with another module, or the result is not finite; the
                 model is as it was.
-            BankError: inside `using` or `rows`.
+            BankError: inside `using` or `rows`, or another thread or task chose to use it.
             UnknownAdapterError: no adapter of that name.
         """
-        loaded = self._get_loaded(name)
-        if self._routes.is_inside_block:
-            raise BankError(
-                "a merge inside using() or rows() would change the base under them", hint="leave the block first"
-            )
-        retained = fold_into_model(loaded, self._layers, self.model)
-        if loaded.slot == self._routing.slot:
-            self._routing.route_to_slot(BASE_SLOT)
-        changed = {*loaded.layers, *loaded.coverage.replaced}
-        self._loaded_adapters.remove(name)
-        self._lazy_adapters.remove(name)
-        self._layers.refresh_from_base(changed)
-        return retained
+        with self._change_lock:
+            loaded = self._get_loaded(name)
+            if self._choices.is_block_open:
+                raise BankError(
+                    "a merge inside using() or rows() would change the base under them", hint="leave the block first"
+                )
+            if loaded.slot in self._choices.find_chosen_slots(by_others=True):
+                raise BankError(f"{name!r} is in use in another thread or task", hint="use(None) there first")
+            with self._routing.module_lock:
+                retained = fold_into_model(loaded, self._layers, self.model)
+            self._choices.leave_slot(loaded.slot)
+            changed = {*loaded.layers, *loaded.coverage.replaced}
+            self._loaded_adapters.remove(name)
+            self._lazy_adapters.remove(name)
+            self._layers.refresh_from_base(changed)
+            return retained
 
     # Internal
 
@@ -387,5 +435,11 @@ class AdapterBank:
     def _load_offered(self, names: Collection[str], *, keep: Collection[str | None]) -> None:
         for name in names:
             if not isinstance(name, str):
-                raise self._lazy_adapters.make_unknown_error(name)
-        self._lazy_adapters.load(dict.fromkeys(names), keep=keep, slots_in_use=self._routes.slots_in_use)
+                raise ConfigError(f"an adapter's name is a string; {name!r} was given")
+        self._lazy_adapters.load(dict.fromkeys(names), keep=keep, slots_in_use=self._routing.find_live_slots())
+
+
+def _check_source(source: object) -> None:
+    """Raise ConfigError for what is neither an adapter nor the path of one."""
+    if not isinstance(source, str | Path | Adapter):
+        raise ConfigError(f"a folder or an Adapter was expected; {source!r} was given")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
+from weakref import WeakSet
 
 from torch import nn
 
@@ -10,20 +12,26 @@ from lora_kit.errors import BankError, format_list
 from lora_kit.layers.introspect import pause_packing, resume_packing
 from lora_kit.layers.slot_layer import SlotLayer, offload_device_of
 
-_FLAG: Final = "_lora_kit_bank"
-"""Attribute of a model that has a bank, even one that has wrapped no layer yet."""
+_MODELS: Final[WeakSet[nn.Module]] = WeakSet()
+"""Models that have a bank, even one that has wrapped no layer yet."""
 
 
 class FrozenModel:
-    """A model that is frozen from now on until `release`."""
+    """A model that is frozen, and checks its calls, from now on until `release`.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: the base.
+        check: called before each forward with the model, its arguments and its keyword arguments.
+    """
+
+    def __init__(self, model: nn.Module, check: Callable[..., None]) -> None:
         self._model = model
         self._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
         self._paused_layers = pause_packing(model)
-        model.__dict__[_FLAG] = True
+        self._check = model.register_forward_pre_hook(check, with_kwargs=True)
+        _MODELS.add(model)
 
     def unfreeze(self) -> None:
         """Let the parameters that were frozen require grad again."""
@@ -38,18 +46,38 @@ class FrozenModel:
 
     @property
     def is_attached(self) -> bool:
-        return _FLAG in self._model.__dict__
+        return self._model in _MODELS
 
     def release(self) -> None:
         """Undo everything."""
-        del self._model.__dict__[_FLAG]
+        _MODELS.discard(self._model)
+        self._check.remove()
         resume_packing(self._paused_layers)
         self.unfreeze()
 
 
-def has_bank(model: nn.Module) -> bool:
-    """Return whether a model has a bank."""
-    return _FLAG in model.__dict__ or any(isinstance(module, SlotLayer) for module in model.modules())
+def check_no_bank(model: nn.Module) -> None:
+    """Refuse a model that has a bank, in whole or in part, or is a part of one that has.
+
+    Raises:
+        BankError: it is such a model, or a copy of one.
+    """
+    if model in _MODELS:
+        raise BankError("this model has a bank already", hint="add adapters to that one, or detach it first")
+    for path, module in model.named_modules():
+        if module in _MODELS:
+            raise BankError(f"{path} in this model has a bank already", hint="detach that one first")
+    for whole in tuple(_MODELS):
+        path = next((path for path, module in whole.named_modules() if module is model), None)
+        if path is not None:
+            raise BankError(
+                f"this model is {path} in a {type(whole).__name__} that has a bank already", hint="use that bank"
+            )
+    if any(isinstance(module, SlotLayer) for module in model.modules()):
+        raise BankError(
+            "this model is a copy of one that has a bank already, and computes with the adapter that was in use then",
+            hint="copy the model before attach, or after detach",
+        )
 
 
 def refuse_meta_model(model: nn.Module) -> None:

@@ -82,7 +82,10 @@ class LazyAdapters:
                 raise self.make_unknown_error(name)
         loaded = [name for name in keep if name is not None and name in self._loaded_adapters]
         kept_slots = {*slots_in_use, *(self._loaded_adapters[name].slot for name in loaded)}
-        self._loaded_adapters.select_evictions(names, keep=kept_slots)  # raises before anything is read
+        if (
+            not self._loaded_adapters.has_draining
+        ):  # one of these may take a draining slot, which is seen when it is read
+            self._loaded_adapters.select_evictions(names, keep=kept_slots)  # raises before anything is read
         arriving = {name: self._match(name) for name in names}
         with self._loaded_adapters.admit_adapters(arriving, keep=kept_slots):
             for adapter in arriving.values():
@@ -92,7 +95,8 @@ class LazyAdapters:
         """Read an offered adapter, and match it with the model."""
         offer = self._by_name[name]
         adapter = offer.read(self._cache)
-        coverage = match_adapter(name, adapter, self._model, dtype=self._dtype, allow=offer.allow)
+        with self._loaded_adapters.routing.module_lock:
+            coverage = match_adapter(name, adapter, self._model, dtype=self._dtype, allow=offer.allow)
         return LoadedAdapter(adapter.config, coverage, adapter, offer)
 
     def make_unknown_error(self, name: object) -> UnknownAdapterError:

@@ -64,7 +64,7 @@ class WrappedLayers:
         self._wrap_modules(coverage, ranks, capacity)
         for path in ranks:
             if path not in self._layers:
-                self._wrap_parameter(path)
+                self._wrap_parameter(path, ranks[path], capacity)
         for target in coverage.tokens:
             ranks[target.key] = len(target.indices)
             self._wrap_token_tables(target, capacity)
@@ -84,11 +84,12 @@ class WrappedLayers:
             replace_modules(self._model, {layer.base_layer: layer for layer in new.values()})
             self._layers |= new
 
-    def _wrap_parameter(self, path: str) -> None:
+    def _wrap_parameter(self, path: str, rank: int, capacity: int) -> None:
         """Put a wrapper around the module of a parameter, outside those of its other parameters."""
         module_path, _, name = path.rpartition(".")
         module = self._find_module(module_path)
         layer = LoraParameter(module, name, self._routing)
+        layer.reserve(capacity, rank, self._dtype)
         replace_modules(self._model, {module: layer})
         self._layers[path] = layer
 

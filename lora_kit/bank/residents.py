@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import heapq
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
@@ -17,7 +18,7 @@ from lora_kit.bank.model_layers import WrappedLayers
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import BankError, ConfigError, format_list
 from lora_kit.layers.initialization import MAGNITUDE, A, B
-from lora_kit.layers.routing import BASE_SLOT
+from lora_kit.layers.routing import BASE_SLOT, Routing
 from lora_kit.layers.token_embedding import TOKEN_EMBEDDINGS, TOKEN_INDICES
 from lora_kit.targets.compatibility import select_module_tensors
 from lora_kit.targets.coverage import Coverage
@@ -83,17 +84,31 @@ class LoadedAdapters:
 
     Args:
         layers: of the model.
+        routing: which the layers read.
         slots: how many there are; None: their number grows.
         max_rank: the largest rank that layers have capacity for; None: it grows.
         cache: keeps those that are evicted.
+
+    Attributes:
+        routing: as given.
     """
 
-    def __init__(self, layers: WrappedLayers, *, slots: int | None, max_rank: int | None, cache: AdapterCache) -> None:
+    def __init__(
+        self,
+        layers: WrappedLayers,
+        routing: Routing,
+        *,
+        slots: int | None,
+        max_rank: int | None,
+        cache: AdapterCache,
+    ) -> None:
         self._layers = layers
+        self.routing = routing
         self._slots = SlotAllocator(slots)
         self._max_rank = max_rank
         self._cache = cache
         self._by_name: dict[str, LoadedAdapter] = {}
+        self._draining: dict[int, tuple[str, LoadedAdapter]] = {}  # by slot: unloaded, but a route or a lease names it
         self._evictable: OrderedDict[str, None] = OrderedDict()  # names, the least recently used first
 
     def __contains__(self, name: object) -> bool:
@@ -103,7 +118,12 @@ class LoadedAdapters:
         return self._by_name[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._by_name)
+        return iter(self._by_name.copy())  # other threads may load meanwhile
+
+    def names_by_slot(self) -> dict[int, str]:
+        """Return the name of the adapter in each slot, also of one that drains."""
+        draining = {slot: name for slot, (name, _) in self._draining.copy().items()}
+        return draining | {loaded.slot: name for name, loaded in self._by_name.copy().items()}
 
     def use_slot_of(self, name: str) -> int:
         """Return the slot of an adapter, and mark it as the most recently used."""
@@ -120,6 +140,17 @@ class LoadedAdapters:
                 f"{name!r} has rank {rank}; the capacity is {self._max_rank}", hint="attach with a larger max_rank"
             )
 
+    def free_drained_slots(self) -> None:
+        """Empty the slots of unloaded adapters that no route and no lease names any more."""
+        live = self.routing.find_live_slots() if self._draining else set()
+        for slot in self._draining.keys() - live:
+            self._empty(self._draining.pop(slot)[1])
+
+    @property
+    def has_draining(self) -> bool:
+        """Whether slots of unloaded adapters are in use."""
+        return bool(self._draining)
+
     def select_evictions(self, arriving: Collection[str], *, keep: Collection[int]) -> list[str]:
         """Return the names that have to be evicted for others, the least recently used first.
 
@@ -130,17 +161,27 @@ class LoadedAdapters:
         Raises:
             BankError: evicting does not free enough slots.
         """
+        self.free_drained_slots()
         missing = self._slots.count_missing(len(arriving))
+        if missing and self._draining:
+            gc.collect()  # what only unreachable objects hold
+            self.free_drained_slots()
+            missing = self._slots.count_missing(len(arriving))
         if not missing:
             return []
         evictable = [name for name in self._evictable if self._by_name[name].slot not in keep]
         if len(evictable) < missing:
             needed = "needs a slot" if len(arriving) == 1 else f"need {len(arriving)} slots"
-            others = format_list([name for name in self._by_name if name not in evictable])
+            others = [name for name in self._by_name if name not in evictable]
+            others += [
+                f"{name} (unloaded, but a thread, a task, a backward or a lease uses it)"
+                for name, _ in self._draining.values()
+            ]
             available = len(arriving) - missing + len(evictable)
             taken = f"all but {available}" if available else f"all {self._slots.limit}"
+            wanted = format_list([repr(name) for name in arriving])
             raise BankError(
-                f"{format_list([repr(name) for name in arriving])} {needed}, and {taken} are taken by {others}",
+                f"{wanted} {needed}, and {taken} are taken by {format_list(others)}",
                 hint="unload one or use another, or attach with more slots",
             )
         return evictable[:missing]
@@ -161,7 +202,8 @@ class LoadedAdapters:
         """
         for name, loaded in arriving.items():
             self.check_rank(name, loaded.coverage)
-        evicted = {name: self._by_name[name] for name in self.select_evictions(arriving, keep=keep)}
+        new = [name for name, loaded in arriving.items() if self._find_draining(loaded) is None]
+        evicted = {name: self._by_name[name] for name in self.select_evictions(new, keep=keep)}
         # Tensors made in inference mode could not be written to outside it, by the next swap or load.
         with torch.inference_mode(False):
             for loaded in arriving.values():  # before an eviction, since memory may run out
@@ -174,7 +216,7 @@ class LoadedAdapters:
                 yield
             except BaseException:
                 for name in arriving.keys() & self._by_name.keys():
-                    self.remove(name)
+                    self.unload(name)
                 for name, loaded in reversed(evicted.items()):
                     self._enter(name, loaded)
                     self._evictable.move_to_end(name, last=False)
@@ -186,13 +228,30 @@ class LoadedAdapters:
             loaded.offer.put_in_cache(loaded.adapter, self._cache)
 
     def _enter(self, name: str, loaded: LoadedAdapter) -> None:
-        loaded.slot = self._slots.take()
+        slot = self._find_draining(loaded)
+        if slot is None:
+            loaded.slot = self._slots.take()
+            self.routing.add_slot(loaded.slot)
+        else:
+            _, drained = self._draining.pop(slot)
+            loaded.slot, loaded.layers = slot, drained.layers
         self._by_name[name] = loaded
         if loaded.offer is not None:
             self._evictable[name] = None
 
+    def _find_draining(self, loaded: LoadedAdapter) -> int | None:
+        """Return the slot that still holds what an adapter brings, because it was unloaded and drains."""
+        for slot, (_, drained) in self._draining.items():
+            if not (drained.layers and loaded.adapter and drained.adapter):
+                continue
+            if (loaded.adapter.digest, loaded.coverage) == (drained.adapter.digest, drained.coverage):
+                return slot
+        return None
+
     def fill(self, loaded: LoadedAdapter) -> None:
-        """Copy the values of an adapter into its slot."""
+        """Copy the values of an adapter into its slot, unless they are there still."""
+        if loaded.layers:
+            return
         adapter = loaded.adapter
         assert adapter is not None
         lora_weights = adapter.all_pairs()
@@ -214,18 +273,33 @@ class LoadedAdapters:
         loaded.layers.append(path)
         self._layers[path].put(loaded.slot, tensors, scaling)
 
-    def remove(self, name: str) -> None:
-        """Empty the slot of an adapter, and free it."""
+    def unload(self, name: str) -> None:
+        """Free the name of an adapter at once, and its slot when no route and no lease names it any more."""
         loaded = self._by_name.pop(name)
         self._evictable.pop(name, None)
+        self._draining[loaded.slot] = name, loaded
+        self.free_drained_slots()
+
+    def remove(self, name: str) -> None:
+        """Empty the slot of an adapter at once; it is free when no route and no lease names it any more."""
+        loaded = self._by_name[name]
+        self._clear_layers(loaded)
+        self.unload(name)
+
+    def _empty(self, loaded: LoadedAdapter) -> None:
+        """Empty a slot, and free it."""
+        self._clear_layers(loaded)
+        self._slots.give_back(loaded.slot)
+
+    def _clear_layers(self, loaded: LoadedAdapter) -> None:
         for path in loaded.layers:
             self._layers[path].clear(loaded.slot)
         loaded.layers.clear()
-        self._slots.give_back(loaded.slot)
 
     def clear(self) -> None:
         """Forget all adapters; the layers' slots stay as they are."""
         self._by_name.clear()
+        self._draining.clear()
         self._evictable.clear()
         self._slots = SlotAllocator(self._slots.limit)
 

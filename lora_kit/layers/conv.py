@@ -37,9 +37,10 @@ class LoraConvolution(UpdatedWeightLayer):
         return torch.add(weight, product.view(weight.shape), alpha=entry.scaling)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.routing.mixed:
-            return self._forward_slot(self.routing.slot, (x,))
-        y = forward_each_slot(type(self.base_layer).__name__, self.routing.rows, (x,), {}, self._forward_slot)
+        route = self.routing.get_route()
+        if not route.mixed:
+            return self._forward_slot(route.slot, (x,))
+        y = forward_each_slot(type(self.base_layer).__name__, route.rows, (x,), {}, self._forward_slot)
         assert isinstance(y, Tensor)
         return y
 

@@ -13,13 +13,14 @@ class LoraEmbedding(_LoraLayer):
     """base(ids) + scaling · Aᵀ[ids] Bᵀ: the low-rank update of the table, looked up."""
 
     def forward(self, ids: Tensor) -> Tensor:
+        route = self.routing.get_route()
         y: Tensor = self.base_layer(ids)
         # Gemma and BART multiply what they look up. The update is of the table, so it is multiplied too.
         scale = float(getattr(self.base_layer, "embed_scale", 1.0))
-        if self._is_routed_by_index(y):
-            a, b = self._get_stacked(A), self._get_stacked(B)
-            return lora_add_embedding_rows(y, ids, a, b, self.scaling * scale, self.routing.get_index(ids))
-        entry = self._entry_in_use()
+        if self._is_routed_by_index(route, y):
+            a, b = self._get_stacks(A, B)
+            return lora_add_embedding_rows(y, ids, a, b, self.scaling * scale, self.routing.get_index(route, ids))
+        entry = self._get_entry(route)
         if entry is None:
             return y
         return lora_add_embedding(y, ids, entry.tensors[A], entry.tensors[B], entry.scaling * scale)

@@ -19,6 +19,7 @@ from lora_kit.layers.embedding import LoraEmbedding
 from lora_kit.layers.initialization import MAGNITUDE, A, B
 from lora_kit.layers.linear import LoraLinear
 from lora_kit.layers.parameter import LoraParameter
+from lora_kit.layers.routing import Route
 from lora_kit.layers.saved_module import SavedModule
 from lora_kit.layers.slot_layer import SlotEntry, leaf_name
 from lora_kit.layers.unstacked_layer import UnstackedLayer
@@ -29,7 +30,7 @@ class AdoptedLayer(UnstackedLayer):
 
     def adopt(self, slot: int, tensors: Mapping[str, nn.Parameter], scaling: float, dropout: float) -> None:
         """Let a slot hold these very parameters, trainable where they require grad."""
-        self.routing.row_cache.discard(self)
+        self.routing.discard_caches()
         for name, tensor in tensors.items():
             # `register_parameter` rejects names that a wrapper inside this one has as well.
             self._parameters[leaf_name(name, slot)] = tensor
@@ -44,14 +45,17 @@ class AdoptedLayer(UnstackedLayer):
                 entry.trainable = any(tensor.requires_grad for tensor in entry.tensors.values())
         self.trains = any(entry is not None and entry.trainable for entry in self.entries)
 
-    def _get_memory(self, name: str, slot: int, tensor: Tensor) -> Tensor:
+    def _get_memory(self, stacked: Mapping[str, Tensor], name: str, slot: int, tensor: Tensor) -> Tensor:
         return tensor.detach().to(self.device, copy=True)  # in its own dtype, which the optimizer goes by
 
-    def _get_stacked(self, name: str) -> Tensor:
+    def _get_stacks(self, *names: str) -> list[Tensor]:
         """Stack every slot's tensor, padded to the highest rank, in fp32; differentiable."""
-        tensors = [entry.tensors.get(name) if entry else None for entry in self.entries]
         # The class after UnstackedLayer knows the shapes of its stacked weights.
-        identity = super(UnstackedLayer, self).make_identity_stack(1, self.rank, torch.float32)[name][0]
+        identities = super(UnstackedLayer, self).make_identity_stack(1, self.rank, torch.float32)
+        return [self._stack_slots(name, identities[name][0]) for name in names]
+
+    def _stack_slots(self, name: str, identity: Tensor) -> Tensor:
+        tensors = [entry.tensors.get(name) if entry else None for entry in self.entries]
         return torch.stack([identity if tensor is None else _pad_like(tensor, identity) for tensor in tensors])
 
 
@@ -59,7 +63,8 @@ class AdoptedLinear(AdoptedLayer, LoraLinear):
     """A linear layer with adopted LoRA weights."""
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        entry = None if self.routing.mixed or not self.training else self._entry_in_use()
+        route = self.routing.get_route()
+        entry = None if route.mixed or not self.training else self._get_entry(route)
         if entry is None or not _has_dora_dropout(entry):
             return super().forward(x, *args, **kwargs)
         # y + (c - 1) W drop(x) + c s B A drop(x): PEFT drops the input of the base's share of the change as well.
@@ -70,16 +75,16 @@ class AdoptedLinear(AdoptedLayer, LoraLinear):
         scale = self.compute_dora_scale(entry)
         return (y + (scale - 1) * base + scale * entry.scaling * update).to(y.dtype)
 
-    def _forward_rows(self, y: Tensor, x: Tensor) -> Tensor:
-        entries = [self.entries[slot] for slot in self.routing.rows] if self.training else []
+    def _forward_rows(self, route: Route, y: Tensor, x: Tensor) -> Tensor:
+        entries = [self.entries[slot] for slot in route.rows] if self.training else []
         if any(entry is not None and _has_dora_dropout(entry) for entry in entries):
             raise RoutingError(
                 "rows of adopted adapters that are DoRA with dropout cannot be trained together",
                 hint="use() one adapter at a time",
             )
-        return super()._forward_rows(y, x)
+        return super()._forward_rows(route, y, x)
 
-    def _can_gather(self, y: Tensor, x: Tensor) -> bool:
+    def _can_gather(self, route: Route, y: Tensor, x: Tensor) -> bool:
         return False
 
     def refresh_trainable(self) -> None:

@@ -20,8 +20,8 @@ from lora_kit.layers.initialization import (
     replace_initialized_slots,
 )
 from lora_kit.layers.introspect import features_of, is_stored_transposed, reason_black_box
-from lora_kit.layers.routing import BASE_SLOT, Routing
-from lora_kit.layers.row_gather import GatherBuffer, RowGroup, RowSlot, gather_row_groups, select_row_groups
+from lora_kit.layers.routing import BASE_SLOT, Route, Routing, check_batch
+from lora_kit.layers.row_gather import RowCache, RowGroup, RowSlot, gather_row_groups, select_row_groups
 from lora_kit.layers.slot_layer import SlotEntry, SlotLayer
 from lora_kit.ops import dispatch, torch_kernels
 from lora_kit.ops.dora import dora_scale, scale_columns
@@ -51,28 +51,24 @@ class _LoraLayer(SlotLayer):
                 for stacked in (*self.stacked_weights.values(), self.scaling):
                     stacked[slot].zero_()
 
-    def _is_routed_by_index(self, x: Tensor) -> bool:
+    def _is_routed_by_index(self, route: Route, x: Tensor) -> bool:
         """Return whether slots are read from a tensor.
 
         Compiled and captured inference always reads them there, so that a swap changes no guard and no graph. On CUDA a
         forward that is not captured does so too, where there are kernels for it: a capture may run only kernels that
         were loaded before.
         """
-        if self.routing.mixed:
+        if route.mixed:
             return True
         if self.trains and torch.is_grad_enabled():
             return False
         if self.is_recorded():
             return True
-        return (
-            self.device.type == "cuda"
-            and self.routing.slot != BASE_SLOT
-            and dispatch.get_kernels(x) is not torch_kernels
-        )
+        return self.device.type == "cuda" and route.slot != BASE_SLOT and dispatch.get_kernels(x) is not torch_kernels
 
-    def _entry_in_use(self) -> SlotEntry | None:
+    def _get_entry(self, route: Route) -> SlotEntry | None:
         """Return what the one slot of the whole batch holds here."""
-        slot = self.routing.slot
+        slot = route.slot
         return self.entries[slot] if slot else None
 
     def weight_matrix(self) -> Tensor:
@@ -92,12 +88,12 @@ class LoraLinear(_LoraLayer):
     def __init__(self, base_layer: nn.Module, routing: Routing) -> None:
         super().__init__(base_layer, routing)
         self.dora_scales: Tensor | None = None
-        self._gather_buffer = GatherBuffer()
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        if self._is_routed_by_index(x):
-            return self._forward_rows(self.base_layer(x, *args, **kwargs), x)
-        entry = self._entry_in_use()
+        route = self.routing.get_route()
+        if self._is_routed_by_index(route, x):
+            return self._forward_rows(route, self.base_layer(x, *args, **kwargs), x)
+        entry = self._get_entry(route)
         if entry is None:
             y: Tensor = self.base_layer(x, *args, **kwargs)
             return y
@@ -107,7 +103,7 @@ class LoraLinear(_LoraLayer):
             y = self._add_update(x, args, kwargs, *negate_initialization(entry), entry.scaling, 0.0)
             return lora_add(y, x, *compute_trained_weights(entry), entry.scaling, dropout=dropout)
         y = self._add_update(x, args, kwargs, *lora_weights_of(entry), entry.scaling, dropout)
-        return scale_columns(y, self._get_dora_scale(entry), self._bias) if MAGNITUDE in entry.tensors else y
+        return scale_columns(y, self._get_dora_scale(route, entry), self._bias) if MAGNITUDE in entry.tensors else y
 
     def _add_update(
         self,
@@ -125,52 +121,53 @@ class LoraLinear(_LoraLayer):
             return lora_add(self.base_layer(x, *args, **kwargs), x, a, b, scaling, dropout=dropout)
         return lora_linear(x, *plain, a, b, scaling, dropout=dropout)
 
-    def _forward_rows(self, y: Tensor, x: Tensor) -> Tensor:
+    def _forward_rows(self, route: Route, y: Tensor, x: Tensor) -> Tensor:
         """Return y = base(x) with each row's update."""
-        if not self._can_gather(y, x):
-            index = self.routing.get_index(x)
-            y = self._add_stacked(y, x, index)
-            return y if self.dora_scales is None else self._scale_rows(y, index)
-        self.routing.check_batch(x)
-        rows = len(self.routing.rows)
+        if not self._can_gather(route, y, x):
+            y = self._add_stacked(route, y, x)
+            return self._scale_rows(route, y, x)
+        check_batch(route, x)
+        rows = len(route.rows)
         flat = x if x.dtype == y.dtype else x.to(y.dtype)
         flat, into = flat.reshape(rows, -1, x.shape[-1]), y.view(rows, -1, y.shape[-1])
-        for group in self._get_row_groups(y.dtype):
+        for group in self._get_row_groups(route, y.dtype):
             group.add_(into, flat)
-        return y if self.dora_scales is None else self._scale_rows(y, self.routing.get_index(x))
+        return self._scale_rows(route, y, x)
 
-    def _add_stacked(self, y: Tensor, x: Tensor, index: Tensor) -> Tensor:
+    def _add_stacked(self, route: Route, y: Tensor, x: Tensor) -> Tensor:
         """Return y with what the stacked weights hold for each row."""
-        stacked, dropped = (self._get_stacked(A), self._get_stacked(B)), self._drop_rows(x)
+        index, dropped = self.routing.get_index(route, x), self._drop_rows(route, x)
+        a, b = self._get_stacks(A, B)
         if self.trains and any(entry is not None and has_initialization(entry) for entry in self.entries):
             if dropped is not x:
-                zeros = torch.zeros_like(stacked[0]), torch.zeros_like(stacked[1])
+                zeros = torch.zeros_like(a), torch.zeros_like(b)
                 negated = replace_initialized_slots(zeros, self.entries, negate_initialization)
                 y = lora_add_rows(y, x, *negated, self.scaling, index)
             weights_of = lora_weights_of if dropped is x else compute_trained_weights
-            stacked = replace_initialized_slots(stacked, self.entries, weights_of)
-        return lora_add_rows(y, dropped, *stacked, self.scaling, index)
+            a, b = replace_initialized_slots((a, b), self.entries, weights_of)
+        return lora_add_rows(y, dropped, a, b, self.scaling, index)
 
-    def _can_gather(self, y: Tensor, x: Tensor) -> bool:
+    def _can_gather(self, route: Route, y: Tensor, x: Tensor) -> bool:
         """Return whether the rows' LoRA weights may be gathered once for many forwards: nothing changes them."""
-        if self.trains or not self.routing.mixed or self.is_recorded() or dispatch.get_kernels(y) is not torch_kernels:
+        if self.trains or not route.mixed or self.is_recorded() or dispatch.get_kernels(y) is not torch_kernels:
             return False
         return not (torch.is_grad_enabled() and (y.requires_grad or x.requires_grad)) and can_overwrite(y)
 
-    def _get_row_groups(self, dtype: torch.dtype) -> list[RowGroup]:
-        cached = self.routing.row_cache.groups.get(self)
-        return cached[1] if cached is not None and cached[0] == dtype else self._gather_row_groups(dtype)
+    def _get_row_groups(self, route: Route, dtype: torch.dtype) -> list[RowGroup]:
+        cache = self.routing.get_row_cache(route)
+        cached = cache.groups.get(self)
+        return cached[1] if cached is not None and cached[0] == dtype else self._gather_row_groups(route, cache, dtype)
 
-    def _gather_row_groups(self, dtype: torch.dtype) -> list[RowGroup]:
-        cache, row_slots = self.routing.row_cache, tuple(self._get_row_slot(slot) for slot in self.routing.rows)
+    def _gather_row_groups(self, route: Route, cache: RowCache, dtype: torch.dtype) -> list[RowGroup]:
+        row_slots = tuple(self._get_row_slot(slot) for slot in route.rows)
         key = self.device, row_slots
         if key not in cache.selections:
             cache.selections[key] = select_row_groups(row_slots, self.device)
         # Copies are cached while they take a few times the memory of the stacked weights, else made in each forward.
         can_cache = len(row_slots) - row_slots.count(None) <= _CACHED_ROWS_PER_SLOT * len(self.entries)
-        buffer = self._gather_buffer if can_cache else self.routing.buffer
-        a, b = self.stacked_weights[A], self.stacked_weights[B]
-        groups = gather_row_groups(a, b, cache.selections[key], dtype, buffer)
+        buffer = self.routing.get_buffer(self if can_cache else None)
+        stacked = self.stacked_weights  # read once: another thread may put larger ones in their place
+        groups = gather_row_groups(stacked[A], stacked[B], cache.selections[key], dtype, buffer)
         if can_cache:
             cache.groups[self] = dtype, groups
         return groups
@@ -222,11 +219,10 @@ class LoraLinear(_LoraLayer):
             self._refresh_dora_scales()
         return self
 
-    def _get_dora_scale(self, entry: SlotEntry) -> Tensor:
+    def _get_dora_scale(self, route: Route, entry: SlotEntry) -> Tensor:
         """Return the scale of the entry in use, computed once unless the adapter is trained."""
-        if entry.trainable or self.dora_scales is None:
-            return self.compute_dora_scale(entry)
-        return self.dora_scales[self.routing.slot]
+        scales = self.dora_scales
+        return self.compute_dora_scale(entry) if entry.trainable or scales is None else scales[route.slot]
 
     def compute_dora_scale(self, entry: SlotEntry) -> Tensor:
         """Return c = m / |W + s B A| of a DoRA, (out,) fp32."""
@@ -243,17 +239,22 @@ class LoraLinear(_LoraLayer):
         ones = torch.ones(features_of(self.base_layer)[1], device=self.device)
         return torch.stack([self.compute_dora_scale(e) if e and MAGNITUDE in e.tensors else ones for e in self.entries])
 
-    def _scale_rows(self, y: Tensor, index: Tensor) -> Tensor:
-        columns = self._compute_dora_scales() if self.trains else self.dora_scales
-        assert columns is not None
+    def _scale_rows(self, route: Route, y: Tensor, x: Tensor) -> Tensor:
+        """Return y with the scales of the rows that use a DoRA."""
+        columns = self.dora_scales
+        if columns is None:
+            return y
+        if self.trains:
+            columns = self._compute_dora_scales()
+        index = self.routing.get_index(route, x)
         rows = columns[index].repeat_interleave(y.shape[0] // len(index), 0)
         return scale_columns(y, rows.view(y.shape[0], *[1] * (y.ndim - 2), -1), self._bias)
 
-    def _drop_rows(self, x: Tensor) -> Tensor:
+    def _drop_rows(self, route: Route, x: Tensor) -> Tensor:
         """Return x (n, ..., in) with each row's own dropout."""
-        if not (self.trains and self.training and self.routing.rows):
+        if not (self.trains and self.training and route.rows):
             return x
-        entries = (self.entries[slot] for slot in self.routing.rows)
+        entries = (self.entries[slot] for slot in route.rows)
         keep = torch.tensor([1 - entry.dropout if entry else 1.0 for entry in entries], device=x.device)
         keep = keep.repeat_interleave(x.shape[0] // len(keep)).view(-1, *[1] * (x.ndim - 1))
         return x * (torch.bernoulli(keep.expand(x.shape)) / keep).to(x.dtype)
@@ -262,10 +263,10 @@ class LoraLinear(_LoraLayer):
 class LoraExpert(LoraLinear):
     """A linear layer of one expert of a mixture, which is given the tokens routed to that expert, of whatever rows."""
 
-    def _forward_rows(self, y: Tensor, x: Tensor) -> Tensor:
-        if not self.routing.mixed:
-            return super()._forward_rows(y, x)
-        if any(self.entries[slot] for slot in self.routing.rows):
+    def _forward_rows(self, route: Route, y: Tensor, x: Tensor) -> Tensor:
+        if not route.mixed:
+            return super()._forward_rows(route, y, x)
+        if any(self.entries[slot] for slot in route.rows):
             raise RoutingError(
                 "an expert does not see which row a token belongs to, so rows of adapters that cover it cannot differ",
                 hint="use() one adapter at a time, or adapters that leave the experts alone",

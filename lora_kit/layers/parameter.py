@@ -12,7 +12,7 @@ from lora_kit.errors import RoutingError
 from lora_kit.layers.experts import EXPERT_MATRICES, ExpertFactors, forward_experts, is_fused_experts, is_unmodified
 from lora_kit.layers.initialization import A, B
 from lora_kit.layers.introspect import unwrap_module
-from lora_kit.layers.routing import Routing, forward_each_slot
+from lora_kit.layers.routing import Route, Routing, check_batch, forward_each_slot
 from lora_kit.layers.slot_layer import SlotEntry, SlotLayer
 from lora_kit.layers.unstacked_layer import UpdatedWeightLayer
 from lora_kit.ops.grouped_mm import round_up_rank
@@ -70,21 +70,23 @@ class LoraParameter(UpdatedWeightLayer):
         return weight.ndim == 3 and is_transposed(self.base_layer)
 
     def forward(self, *args: object, **kwargs: object) -> object:
+        route = self.routing.get_route()
         if not kwargs and self._can_use_rank_space(args):
-            return self._forward_in_rank_space(*args)  # type: ignore[arg-type]  # three tensors, as experts take them
-        if self.routing.mixed:
+            return self._forward_in_rank_space(route, *args)  # type: ignore[arg-type]  # three tensors, as experts take them
+        if route.mixed:
             self._check_token_order()
             module = type(self.base_layer).__name__
-            return forward_each_slot(module, self.routing.rows, args, kwargs, self._forward_slot)
-        entry = self.entries[self.routing.slot]
-        if entry is None:
-            return self.base_layer(*args, **kwargs)
-        inner = "base_layer." * (len(self._list_chain()) - 2) + self.parameter
-        updated = {inner: self.compute_updated_weight(entry, self.base_weight)}
-        return torch.func.functional_call(self.base_layer, updated, args, kwargs)
+            return forward_each_slot(module, route.rows, args, kwargs, self._forward_slot)
+        entry = self.entries[route.slot]
+        with self.lock_module():
+            if entry is None:
+                return self.base_layer(*args, **kwargs)
+            inner = "base_layer." * (len(self._list_chain()) - 2) + self.parameter
+            updated = {inner: self.compute_updated_weight(entry, self.base_weight)}
+            return torch.func.functional_call(self.base_layer, updated, args, kwargs)
 
     def _forward_slot(self, slot: int, args: tuple[Tensor, ...]) -> object:
-        with self.routing.use_slot(slot):  # of the wrappers inside this one too
+        with self.routing.use_route(self.routing.make_slot_route(slot)):  # of the wrappers inside this one too
             return self(*args)
 
     def _can_use_rank_space(self, args: tuple[object, ...]) -> bool:
@@ -104,12 +106,14 @@ class LoraParameter(UpdatedWeightLayer):
                 hint="use() one adapter at a time, or adapters that leave the experts alone",
             )
 
-    def _forward_in_rank_space(self, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    def _forward_in_rank_space(self, route: Route, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         *wrappers, module = self._list_chain()
-        self.routing.check_batch(states)
-        rows = self.routing.slots_in_use
+        check_batch(route, states)
+        rows = route.slots
         slots = tuple(sorted(set(rows)))
-        factors = {layer.parameter: layer.get_factors(slots) for layer in wrappers if isinstance(layer, LoraParameter)}
+        factors = {
+            layer.parameter: layer.get_factors(route, slots) for layer in wrappers if isinstance(layer, LoraParameter)
+        }
         updates = {name: update for name, update in factors.items() if update is not None}
         if not updates:
             unchanged: Tensor = module(states, index, weights)
@@ -121,7 +125,7 @@ class LoraParameter(UpdatedWeightLayer):
             owner = owner.repeat_interleave(states.shape[0] // len(rows))
         return forward_experts(module, states, index, weights, updates, owner)
 
-    def get_factors(self, slots: tuple[int, ...]) -> ExpertFactors | None:
+    def get_factors(self, route: Route, slots: tuple[int, ...]) -> ExpertFactors | None:
         """Return the LoRA weights of some slots as `forward_experts` takes them; None where no slot has any.
 
         Those that are not trained are made once, and cached until others are asked for.
@@ -133,12 +137,13 @@ class LoraParameter(UpdatedWeightLayer):
             return None
         if any(isinstance(entry.tensors[A], nn.Parameter) for entry in present):
             return self._stack_factors(entries, dtype)
-        key, cached = (slots, dtype), self.routing.row_cache.expert_factors.get(self)
+        cache = self.routing.get_row_cache(route).expert_factors
+        key, cached = (slots, dtype), cache.get(self)
         if cached is None or cached[0] != key:
             # Memory made in inference mode could not be used in training.
             with torch.inference_mode(False), torch.no_grad():
                 cached = key, self._stack_factors(entries, dtype)
-            self.routing.row_cache.expert_factors[self] = cached
+            cache[self] = cached
         return cached[1]
 
     def _stack_factors(self, entries: Sequence[SlotEntry | None], dtype: torch.dtype) -> ExpertFactors:

@@ -101,11 +101,11 @@ class RowCache:
         self.token_changes: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         self.expert_factors: dict[nn.Module, tuple[tuple[tuple[int, ...], torch.dtype], ExpertFactors]] = {}
 
-    def discard(self, layer: nn.Module) -> None:
-        """Drop what a layer prepared, because its weights change."""
-        self.groups.pop(layer, None)
-        self.token_changes.pop(layer, None)
-        self.expert_factors.pop(layer, None)
+    def clear_rows(self) -> None:
+        """Drop what was prepared for rows, because other rows come."""
+        self.selections.clear()
+        self.groups.clear()
+        self.token_changes.clear()
 
 
 class GatherBuffer:

@@ -26,24 +26,26 @@ class SavedModule(SlotLayer):
         return {name: repeat(tensor) for name, tensor in self.base_layer.state_dict().items()}
 
     def forward(self, *args: object, **kwargs: object) -> object:
-        routing = self.routing
-        if routing.mixed:
-            slots = [slot if self.entries[slot] else BASE_SLOT for slot in routing.rows]
+        route = self.routing.get_route()
+        if route.mixed:
+            slots = [slot if self.entries[slot] else BASE_SLOT for slot in route.rows]
             name = type(self.base_layer).__name__
             return forward_each_slot(name, slots, args, kwargs, lambda slot, part: self._call_slot(slot, part, {}))
         if torch.compiler.is_compiling() and not self.trains:
-            index = routing.get_index(self.scaling)
-            names = self.base_layer.state_dict()
-            return self._call({name: self._get_stacked(name).index_select(0, index)[0] for name in names}, args, kwargs)
-        return self._call_slot(routing.slot, args, kwargs)
+            index = self.routing.get_index(route, self.scaling)
+            names = list(self.base_layer.state_dict())
+            stacks = zip(names, self._get_stacks(*names), strict=True)
+            return self._call({name: stacked.index_select(0, index)[0] for name, stacked in stacks}, args, kwargs)
+        return self._call_slot(route.slot, args, kwargs)
 
     def _call_slot(self, slot: int, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         entry = self.entries[slot]
-        if entry is None:
-            return self.base_layer(*args, **kwargs)
-        return self._call(entry.tensors, args, kwargs)
+        with self.lock_module():
+            return self._call(entry.tensors if entry else {}, args, kwargs)
 
     def _call(self, tensors: Mapping[str, Tensor], args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        if not tensors:
+            return self.base_layer(*args, **kwargs)
         base = self.base_layer.state_dict(keep_vars=True)
         cast = {name: tensor.to(base[name].dtype) for name, tensor in tensors.items()}
         return torch.func.functional_call(self.base_layer, cast, args, kwargs)

@@ -6,6 +6,7 @@ axis is the slot: `lora_A` is (slots, r, in). An adapter of a lower rank fills a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from lora_kit.layers.routing import Routing
+from lora_kit.errors import BankError
+from lora_kit.layers.routing import Routing, is_captured
 
 CONSTANT_PREFIX: Final = "start of "
 """Prefix of the names of tensors that are never trained."""
@@ -84,7 +86,7 @@ class SlotLayer(nn.Module):
                 raise
             return getattr(base_layer, name)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the base layer's own, so that a model with a bank has the base's. Arguments: as nn.Module's."""
         return self.base_layer.state_dict(*args, **kwargs)
 
@@ -111,11 +113,11 @@ class SlotLayer(nn.Module):
         """
         raise NotImplementedError
 
-    def _get_memory(self, name: str, slot: int, tensor: Tensor) -> Tensor:
-        """Return the memory in which a slot keeps a tensor: its part of the stacked weights, or memory of its own."""
-        if name not in self.stacked_weights:
+    def _get_memory(self, stacked: Mapping[str, Tensor], name: str, slot: int, tensor: Tensor) -> Tensor:
+        """Return the memory in which a slot keeps a tensor: its part of stacked weights, or memory of its own."""
+        if name not in stacked:
             return tensor.detach().to(self.device, torch.float32, copy=True)
-        return _narrow_to(self.stacked_weights[name][slot], tensor.shape)
+        return _narrow_to(stacked[name][slot], tensor.shape)
 
     def reserve(self, slots: int, rank: int, dtype: torch.dtype) -> None:
         """Allocate capacity for so many slots of this rank. Values stay, and leaf parameters stay the same objects."""
@@ -124,25 +126,37 @@ class SlotLayer(nn.Module):
             return
         slots, rank = max(slots, has_slots), max(rank, self.rank)
         stacked = self.make_identity_stack(slots, rank, dtype)
-        self.routing.row_cache.discard(self)
         self.dtype, self.rank = dtype, rank
         scaling = torch.zeros(slots, device=self.device)
         with torch.no_grad():
             scaling[:has_slots] = self.scaling
-            self.stacked_weights, self.scaling = stacked, scaling
-            self.entries += [None] * (slots - has_slots)
-            self._rebind_entries(copy=True)
+            self._rebind_entries(stacked, copy=True)
+        # In one assignment, after the values are there: other threads may compute meanwhile.
+        self.stacked_weights, self.scaling = stacked, scaling
+        self.entries += [None] * (slots - has_slots)
+        self.routing.discard_caches()
 
     def is_recorded(self) -> bool:
         """Return whether this forward is compiled, or captured into a CUDA graph, to run again with another routing."""
-        if torch.compiler.is_compiling():
-            return True
-        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return torch.compiler.is_compiling() or is_captured(self.device)
+
+    def lock_module(self) -> contextlib.AbstractContextManager[object]:
+        """Return a lock for a call of the base layer as a black box: other weights are put into it meanwhile.
+
+        Compiled code puts none into it, and cannot take locks.
+        """
+        return contextlib.nullcontext() if torch.compiler.is_compiling() else self.routing.module_lock
+
+    def _replicate_for_data_parallel(self) -> SlotLayer:
+        raise BankError(
+            "nn.DataParallel copies the model into threads that have no bank", hint="use DistributedDataParallel"
+        )
 
     def put(self, slot: int, tensors: Mapping[str, Tensor], scaling: float) -> None:
         """Copy an adapter's tensors into a slot."""
-        self.routing.row_cache.discard(self)
-        own = {name: self._get_memory(name, slot, tensor) for name, tensor in tensors.items()}
+        self.routing.discard_caches()
+        stacked = self.stacked_weights
+        own = {name: self._get_memory(stacked, name, slot, tensor) for name, tensor in tensors.items()}
         # Before the copy: if that fails, `clear` finds the entry and resets the slot.
         self.entries[slot] = SlotEntry(own, scaling)
         with torch.no_grad():
@@ -173,7 +187,7 @@ class SlotLayer(nn.Module):
             return
         for name in entry.tensors:
             self._parameters.pop(leaf_name(name, slot), None)
-        self.routing.row_cache.discard(self)
+        self.routing.discard_caches()
         self.entries[slot] = None
         if entry.trainable:
             self.trains = any(e is not None and e.trainable for e in self.entries)
@@ -191,13 +205,13 @@ class SlotLayer(nn.Module):
                     self.stacked_weights[name][slot].copy_(value[0])
                 self.scaling[slot] = 0
 
-    def _rebind_entries(self, *, copy: bool) -> None:
-        """Point every entry at the present stacked weights; with `copy`, copy its values there first."""
+    def _rebind_entries(self, stacked: Mapping[str, Tensor], *, copy: bool) -> None:
+        """Point every entry at these stacked weights; with `copy`, copy its values there first."""
         for slot, entry in enumerate(self.entries):
             if entry is None:
                 continue
             for name, tensor in entry.tensors.items():
-                memory = self._get_memory(name, slot, tensor)
+                memory = self._get_memory(stacked, name, slot, tensor)
                 if copy:
                     memory.copy_(tensor)
                 if isinstance(tensor, nn.Parameter):
@@ -221,20 +235,27 @@ class SlotLayer(nn.Module):
         """Move the weights of every slot, and the gradients of the trainable ones."""
         leaves = [leaf for leaf in self._parameters.values() if leaf is not None]
         self.device = device
-        self.routing.row_cache.discard(self)
+        self.routing.discard_caches()
         self.stacked_weights = {name: stacked.to(device) for name, stacked in self.stacked_weights.items()}
         self.scaling = self.scaling.to(device)
         self.routing.prepare(device)
         gradients = [None if leaf.grad is None else leaf.grad.to(device) for leaf in leaves]
-        self._rebind_entries(copy=False)
+        self._rebind_entries(self.stacked_weights, copy=False)
         for leaf, gradient in zip(leaves, gradients, strict=True):
             leaf.grad = gradient
 
-    def _get_stacked(self, name: str) -> Tensor:
-        """Return the stacked weights of a name, differentiable with respect to the leaf parameters in them."""
-        stacked = self.stacked_weights[name]
+    def _get_stacks(self, *names: str) -> list[Tensor]:
+        """Return stacked weights by name, differentiable with respect to the leaf parameters in them.
+
+        They are of one size, also where another thread puts larger ones in their place meanwhile.
+        """
+        stacked = self.stacked_weights
         if not (self.trains and torch.is_grad_enabled()):
-            return stacked
+            return [stacked[name] for name in names]
+        return [self._connect_leaves(name, stacked[name]) for name in names]
+
+    def _connect_leaves(self, name: str, stacked: Tensor) -> Tensor:
+        """Return stacked weights as a function of the leaf parameters in their memory."""
         leaves = [
             (slot, e.tensors[name]) for slot, e in enumerate(self.entries) if e and e.trainable and name in e.tensors
         ]
@@ -291,7 +312,7 @@ def offload_device_of(module: nn.Module) -> torch.device | None:
 
     Between forwards such weights are on meta: on the CPU or on disk there are copies, under the module's own names.
     """
-    hook = module.__dict__.get("_hf_hook")
+    hook: Any = module.__dict__.get("_hf_hook")
     hooks = getattr(hook, "hooks", (hook,))  # of a SequentialHook, those inside
     devices = (each.execution_device for each in hooks if getattr(each, "offload", False))
     return next((torch.device(device) for device in devices), None)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_kit.layers.introspect import features_of, is_stored_transposed, is_unquantized, kind_of
-from lora_kit.layers.routing import BASE_SLOT, Routing
+from lora_kit.layers.routing import BASE_SLOT, Route, Routing
 from lora_kit.layers.slot_layer import SlotLayer
 from lora_kit.ops.lora import can_overwrite
 
@@ -56,17 +56,18 @@ class _TokenLayer(SlotLayer):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
+        route, table = self.routing.get_route(), self.table
         y: Tensor = self.base_layer(x)
-        routing, table = self.routing, self.table
-        if not table.is_routed_by_index() and (routing.slot == BASE_SLOT or table.entries[routing.slot] is None):
+        by_index = table.is_routed_by_index(route)
+        if not by_index and (route.slot == BASE_SLOT or table.entries[route.slot] is None):
             return y
         if kind_of(self.base_layer) == "embedding":
-            return self._look_up_tokens(y, x)
-        return self._score_tokens_by_row(y, x) if table.is_routed_by_index() else self._score_tokens(y, x)
+            return self._look_up_tokens(route, y, x)
+        return self._score_tokens_by_row(route, y, x) if by_index else self._score_tokens(route, y, x)
 
-    def _look_up_tokens(self, y: Tensor, ids: Tensor) -> Tensor:
+    def _look_up_tokens(self, route: Route, y: Tensor, ids: Tensor) -> Tensor:
         """Return y (..., d) with the adapter's rows where ids are tokens that it has rows of."""
-        indices, order, rows, first = self.table.get_lookup(ids)
+        indices, order, rows, first = self.table.get_lookup(route, ids)
         flat = ids.reshape(len(indices), -1).long().contiguous()
         position = torch.searchsorted(indices, flat, sorter=order).clamp_(max=indices.shape[1] - 1)
         position = order.gather(1, position)
@@ -78,44 +79,45 @@ class _TokenLayer(SlotLayer):
             chosen = chosen * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)
         return torch.where(is_own.unsqueeze(-1), chosen, y.reshape(chosen.shape)).view(y.shape)
 
-    def _score_tokens(self, y: Tensor, x: Tensor) -> Tensor:
+    def _score_tokens(self, route: Route, y: Tensor, x: Tensor) -> Tensor:
         """Return y (..., V) with the scores of the one adapter's tokens.
 
         What is added is x (row - base's row)ᵀ, which is exactly zero while the two are the same.
         """
-        entry = self.table.entries[self.routing.slot]
+        entry = self.table.entries[route.slot]
         assert entry is not None
         indices = entry.tensors[TOKEN_INDICES].to(x.device)
         change = (entry.tensors[TOKEN_EMBEDDINGS].to(x.device) - self._weight[indices]).to(x.dtype)
         update = functional.linear(x, change).to(y.dtype)
         return y.index_add_(-1, indices, update) if can_overwrite(y) else y.index_add(-1, indices, update)
 
-    def _score_tokens_by_row(self, y: Tensor, x: Tensor) -> Tensor:
+    def _score_tokens_by_row(self, route: Route, y: Tensor, x: Tensor) -> Tensor:
         """Return y (n, ..., V) with the scores of the tokens of each row's adapter."""
-        change, tokens = self._get_changes(x)
+        change, tokens = self._get_changes(route, x)
         count = len(change)
         update = torch.bmm(x.reshape(count, -1, x.shape[-1]), change.mT).to(y.dtype)
         tokens = tokens.unsqueeze(1).expand(update.shape)
         return y.reshape(count, -1, y.shape[-1]).scatter_add(2, tokens, update).view(y.shape)
 
-    def _get_changes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _get_changes(self, route: Route, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return row - base's row (R, k, d) in the dtype of x, and its token (R, k), for each row of the batch.
 
         Cached from one forward to the next while nothing about it changes.
         """
-        table, cache = self.table, self.routing.row_cache.token_changes
-        can_cache = self.routing.mixed and not table.trains and not table.is_recorded()
-        cached = cache.get(table) if can_cache else None
+        table = self.table
+        can_cache = route.mixed and not table.trains and not table.is_recorded()
+        if not can_cache:
+            return self._compute_changes(route, x)
+        cache = self.routing.get_row_cache(route).token_changes
+        cached = cache.get(table)
         if cached is None or cached[0].dtype != x.dtype:
-            cached = self._compute_changes(x)
-            if can_cache:
-                cache[table] = cached
+            cached = cache[table] = self._compute_changes(route, x)
         return cached
 
-    def _compute_changes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        index, table, count = self.routing.get_index(x), self.table, self._weight.shape[0]
-        indices = table.stacked_weights[TOKEN_INDICES].to(x.device).index_select(0, index)
-        rows = table.get_stacked_embeddings().to(x.device).index_select(0, index)
+    def _compute_changes(self, route: Route, x: Tensor) -> tuple[Tensor, Tensor]:
+        index, count = self.routing.get_index(route, x), self._weight.shape[0]
+        stacks = self.table.get_stacks_on(x.device, TOKEN_INDICES, TOKEN_EMBEDDINGS)
+        indices, rows = (stacked.index_select(0, index) for stacked in stacks)
         tokens = indices.clamp(max=count - 1)  # unused positions of a slot add zero to some token
         is_used = (indices < count).unsqueeze(-1)
         return torch.where(is_used, rows - self._weight[tokens], 0).to(x.dtype), tokens
@@ -170,39 +172,37 @@ class TokenTable(_TokenLayer):
 
     def refresh_from_base(self) -> None:
         super().refresh_from_base()
-        self.routing.row_cache.discard(self)
+        self.routing.discard_caches()
 
     def get_base_embeddings(self, indices: Tensor) -> Tensor:
         """Return the base's rows for these tokens, (k, d) in fp32."""
         return self._weight.detach()[indices].float()
 
-    def is_routed_by_index(self) -> bool:
+    def is_routed_by_index(self, route: Route) -> bool:
         """Return whether slots are read from a tensor: where rows differ, and in a forward that is recorded."""
-        if self.routing.mixed:
+        if route.mixed:
             return True
         if self.trains and torch.is_grad_enabled():
             return False
         return self.is_recorded()
 
-    def get_stacked_embeddings(self) -> Tensor:
-        """Return the rows of all slots, (slots, k, d), differentiable."""
-        return self._get_stacked(TOKEN_EMBEDDINGS)
+    def get_stacks_on(self, device: torch.device, *names: str) -> list[Tensor]:
+        """Return stacked weights of all slots on a device, differentiable."""
+        return [stacked.to(device) for stacked in self._get_stacks(*names)]
 
-    def get_lookup(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | int]:
+    def get_lookup(self, route: Route, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | int]:
         """Return what ids of R rows of a batch are looked up in.
 
         Returns:
             the tokens (R, k) of each row's adapter, the positions (R, k) that sort them, rows (N, d) of embeddings, and
             where in these a row's own begin: (R, 1), or one number.
         """
-        if not self.is_routed_by_index():
-            entry = self.entries[self.routing.slot]
+        if not self.is_routed_by_index(route):
+            entry = self.entries[route.slot]
             assert entry is not None
             own = {name: tensor.to(ids.device) for name, tensor in entry.tensors.items()}
             return own[TOKEN_INDICES].unsqueeze(0), own[_TOKEN_ORDER].unsqueeze(0), own[TOKEN_EMBEDDINGS], 0
-        index = self.routing.get_index(ids)
-        indices, order = (
-            self.stacked_weights[name].to(ids.device).index_select(0, index) for name in (TOKEN_INDICES, _TOKEN_ORDER)
-        )
-        rows = self.get_stacked_embeddings().to(ids.device)
+        index = self.routing.get_index(route, ids)
+        *tables, rows = self.get_stacks_on(ids.device, TOKEN_INDICES, _TOKEN_ORDER, TOKEN_EMBEDDINGS)
+        indices, order = (stacked.index_select(0, index) for stacked in tables)
         return indices, order, rows.flatten(0, 1), index.unsqueeze(1) * rows.shape[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -14,12 +16,12 @@ class UnstackedLayer(SlotLayer):
     def make_identity_stack(self, slots: int, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
         return {}
 
-    def _get_memory(self, name: str, slot: int, tensor: Tensor) -> Tensor:
+    def _get_memory(self, stacked: Mapping[str, Tensor], name: str, slot: int, tensor: Tensor) -> Tensor:
         return tensor.detach().to(self.device, self.dtype, copy=True)
 
-    def _rebind_entries(self, *, copy: bool) -> None:
+    def _rebind_entries(self, stacked: Mapping[str, Tensor], *, copy: bool) -> None:
         if not copy:  # on another device; where only slots are added, every tensor stays in its memory
-            super()._rebind_entries(copy=copy)
+            super()._rebind_entries(stacked, copy=copy)
 
 
 class UpdatedWeightLayer(UnstackedLayer):

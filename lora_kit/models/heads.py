@@ -29,7 +29,7 @@ _INITIALIZER_RANGE: Final = 0.02
 
 def list_head_labels(config: PretrainedConfig) -> tuple[str, ...]:
     """Return the labels of a model's head in the order of its classes."""
-    names: Mapping[int, str] = dict(config.id2label)  # transformers also declares keys that are strings, or None
+    names: Mapping[int, str] = config.id2label  # type: ignore[assignment]  # also declared with keys that are strings
     return tuple(str(names[number]) for number in sorted(names))
 
 

@@ -48,9 +48,20 @@ def test_one_adapter_for_all_rows_is_what_using_it_is(bench: Bench) -> None:
     names: Any = (name for name in ("a", "a", "a"))
     with bank.rows(names):
         assert torch.equal(model(**batch).logits, alone)
-        # Several sequences of one row belong to it.
-        assert model(**{key: value.repeat_interleave(2, 0) for key, value in batch.items()}).logits.shape[0] == 6
+    bank.detach()
     assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("names", [["a", "a", "a"], ["a", None, "b"]])
+def test_only_generation_may_have_several_sequences_of_a_row(bench: Bench, names: list[str | None]) -> None:
+    model, bank, batch = bench
+    twice = {key: value.repeat_interleave(2, 0) for key, value in batch.items()}
+    with bank.rows(names):
+        with pytest.raises(RoutingError, match="3 rows were routed, but the model was given a batch of 6"):
+            model(**twice)
+        with torch.no_grad():
+            found = model.generate(**batch, max_new_tokens=2, do_sample=False, num_beams=2, num_return_sequences=2)
+        assert found.shape[0] == 6
 
 
 @pytest.mark.parametrize("names", ["ab", "aa"])
@@ -63,7 +74,7 @@ def test_a_block_within_has_rows_of_its_own(bench: Bench, names: str) -> None:
             model(**{key: value[:1] for key, value in batch.items()})
 
 
-@pytest.mark.parametrize("names", [[], "a", None, ()])
+@pytest.mark.parametrize("names", [[], "a", None, (), 7])
 def test_what_is_no_list_of_names_is_refused(bench: Bench, names: Any) -> None:
     _, bank, _ = bench
     with pytest.raises(ConfigError, match="one name"), bank.rows(names):
@@ -74,13 +85,17 @@ def test_what_is_no_list_of_names_is_refused(bench: Bench, names: Any) -> None:
 def test_what_is_no_name_is_unknown_and_changes_nothing(bench: Bench, name: Any) -> None:
     _, bank, _ = bench
     bank.use("b")
-    with pytest.raises(UnknownAdapterError):
+    error = UnknownAdapterError if isinstance(name, str) else ConfigError
+    with pytest.raises(error):
         bank.use(name)
-    with pytest.raises(UnknownAdapterError), bank.using(name):
+    with pytest.raises(error), bank.using(name):
         pass
-    with pytest.raises(UnknownAdapterError), bank.rows(["a", name, None]):
+    with pytest.raises(error), bank.rows(["a", name, None]):
         pass
     assert bank.active == "b"
+    for bring in (bank.load, bank.offer):
+        with pytest.raises(ConfigError, match="a folder or an Adapter was expected; 5 was given"):
+            bring("q", 5)  # type: ignore[operator]
 
 
 def test_a_bank_is_not_detached_inside_a_block_that_it_has_to_leave(bench: Bench) -> None:

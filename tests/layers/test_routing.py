@@ -363,7 +363,7 @@ def test_memory_for_the_pairs_of_rows_is_taken_once() -> None:
     for rows in (["c", "b", "a"], ["b", "a", "c"], ["b", "c", "a"]):
         with torch.no_grad(), bank.rows(rows):
             model(**inputs)
-            _, (group, *_) = bank._routing.row_cache.groups[layer]
+            _, (group, *_) = bank._routing.get_row_cache(bank._routing.get_route()).groups[layer]
             places.add(group.a.data_ptr())
     assert len(places) == 1
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lora_kit.bank.bank import AdapterBank
-from lora_kit.bank.frozen_model import has_bank
+from lora_kit.bank.frozen_model import check_no_bank
 from lora_kit.bank.model_layers import WrappedLayers, replace_modules
 from lora_kit.bank.peft_bridge.guard import guard_peft_model, release_peft_model
 from lora_kit.bank.peft_bridge.read_peft import PeftContents, PeftLayer, get_lora_tuner, read_peft_model
@@ -56,8 +56,7 @@ def adopt(peft_model: peft.PeftModel) -> AdoptedBank:
     if any(parameter.is_meta for parameter in peft_model.parameters()):
         raise BankError("this PeftModel is offloaded, or on meta", hint="load it to one device first")
     contents = read_peft_model(peft_model)
-    if has_bank(contents.base):
-        raise BankError("there is a bank inside this PeftModel already", hint="detach it first")
+    check_no_bank(contents.base)
     bank = AdoptedBank(peft_model, contents)
     try:
         for name in contents.configs:

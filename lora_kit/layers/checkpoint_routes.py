@@ -1,0 +1,62 @@
+"""Gradient checkpointing computes parts of a forward again in the backward: with the routes that the forward used.
+
+By then the caller may use another adapter, and on a GPU the backward runs in a thread of autograd's own. torch has no
+public place to bring such state along, so the two functions that every form of `torch.utils.checkpoint` goes through
+are wrapped. torch.compile traces checkpoints itself, and needs none of this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Final
+
+from torch.utils import checkpoint
+
+from lora_kit.layers.routing import list_routings
+
+_INSTALLED: Final = "_lora_kit_routes"
+"""Attribute of a function of torch that is wrapped."""
+
+
+def install_checkpoint_routes() -> None:
+    """Let recomputations of gradient checkpointing, from now on, use the routes of their forwards.
+
+    Raises:
+        AttributeError: this version of torch has other functions.
+    """
+    function_class: Any = checkpoint.CheckpointFunction
+    module: Any = checkpoint
+    forward = function_class.forward
+    generate = module._checkpoint_without_reentrant_generator
+    if hasattr(forward, _INSTALLED):
+        return
+
+    @wraps(forward)
+    def forward_with_routes(ctx: object, function: Callable[..., object], *args: object) -> Any:
+        return forward(ctx, keep_routes(function), *args)
+
+    @wraps(generate)
+    def generate_with_routes(function: Callable[..., object], *args: object, **kwargs: object) -> Any:
+        return generate(keep_routes(function), *args, **kwargs)
+
+    for wrapper in (forward_with_routes, generate_with_routes):
+        setattr(wrapper, _INSTALLED, True)
+    function_class.forward = staticmethod(forward_with_routes)
+    module._checkpoint_without_reentrant_generator = generate_with_routes
+
+
+def keep_routes(function: Callable[..., object]) -> Callable[..., object]:
+    """Return a function that does the same with the routes that the caller uses now, whoever calls it and when."""
+    routes = [(routing, routing.peek_route()) for routing in list_routings()]
+    if not routes:
+        return function
+
+    def function_with_routes(*args: object, **kwargs: object) -> object:
+        with contextlib.ExitStack() as stack:
+            for routing, route in routes:
+                stack.enter_context(routing.use_route(route))
+            return function(*args, **kwargs)
+
+    return function_with_routes
