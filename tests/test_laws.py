@@ -55,10 +55,10 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def base_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Base tensors under their own names, with a bank attached."""
-    tensors = state(model)
-    return {name.replace(".base_layer", ""): t for name, t in tensors.items() if not name.endswith(tuple("123456789"))}
+def everything(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor of a model, those of trainable adapters among them, by the names of the modules there are."""
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: tensor.detach().clone() for name, tensor in tensors}
 
 
 def train_some(model: nn.Module, bank: lk.AdapterBank, name: str) -> None:
@@ -89,10 +89,10 @@ def test_attach_changes_no_output_and_detach_leaves_the_model_as_it_was(kind: st
 @every_kind
 def test_training_changes_the_trained_adapter_and_nothing_else(kind: str, dtype: torch.dtype) -> None:
     model, bank = filled(kind, dtype)
-    base = base_of(model)
+    base = state(model)
     kept = {name: bank.snapshot(name) for name in bank.names}
     train_some(model, bank, "wide")
-    assert same(base_of(model), base)
+    assert same(state(model), base)
     changed = [name for name in bank.names if bank.snapshot(name) != kept[name]]
     assert changed == ["wide"]
     trainable = {id(p) for p in model.parameters() if p.requires_grad}
@@ -161,7 +161,7 @@ def test_a_failed_load_changes_nothing(kind: str, dtype: torch.dtype, tmp_path: 
     model, bank = filled(kind, dtype)
     other = lk.attach(tiny.MODELS[kind](dtype=dtype, seed=9), lk.LoraConfig(r=4, init_lora_weights=False), name="x")
     other.save("x", tmp_path / "x")
-    before, names = state(model), bank.names
+    before, names = everything(model), bank.names
     bank.use("wide")
     plain = tiny.logits(model, tiny.batch())
     for source in (tmp_path / "x", tmp_path / "absent", tmp_path):
@@ -171,7 +171,7 @@ def test_a_failed_load_changes_nothing(kind: str, dtype: torch.dtype, tmp_path: 
         bank.load("wide", tmp_path / "x")
     assert bank.names == names
     assert bank.active == "wide"
-    assert same(state(model), before)
+    assert same(everything(model), before)
     assert torch.equal(tiny.logits(model, tiny.batch()), plain)
     bank.load("x", tmp_path / "x", allow=["other-base"])
     assert "x" in bank.names
@@ -262,14 +262,14 @@ def test_merged_equals_unmerged(kind: str, dtype: torch.dtype) -> None:
 
 def test_merging_into_a_tied_weight_is_refused_and_changes_nothing() -> None:
     model = tiny.llama(tie=True)
-    before = state(model)
+    before = everything(model)
     bank = lk.attach(model, lk.LoraConfig(target_modules=["embed_tokens", "q_proj"], init_lora_weights=False), name="a")
     plain = tiny.logits(model, tiny.batch())
     with pytest.raises(lk.LoraKitError, match="shared with another module"):
         bank.merge("a")
     assert torch.equal(tiny.logits(model, tiny.batch()), plain)
     bank.detach()
-    assert same(state(model), before)
+    assert same(everything(model), before)
 
 
 def test_a_merge_that_would_not_be_finite_changes_nothing() -> None:
@@ -277,10 +277,10 @@ def test_a_merge_that_would_not_be_finite_changes_nothing() -> None:
     bank = lk.attach(model, lk.LoraConfig(target_modules=["down_proj"], init_lora_weights=False), name="a")
     with torch.no_grad():
         bank.parameters("a")[-1].fill_(1e6)
-    before = state(model)
+    before = everything(model)
     with pytest.raises(lk.LoraKitError, match="not finite"):
         bank.merge("a")
-    assert same(state(model), before)
+    assert same(everything(model), before)
     assert bank.names == ("a",)
 
 

@@ -253,7 +253,12 @@ class Adapter:
         check_file_names(contents)
         name = Path(os.path.abspath(folder)).name
         contents[CARD] = render_adapter_card(
-            name, self.config, facts.get("metrics"), parameters=self.num_parameters, digest=self.digest
+            name,
+            self.config,
+            facts.get("metrics"),
+            labels=facts.get("labels"),
+            parameters=self.num_parameters,
+            digest=self.digest,
         )
         contents[CONFIG] = encode_config(self.config)
         contents[WEIGHTS] = b"".join(encode_safetensors(self.tensors))

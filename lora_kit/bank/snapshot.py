@@ -43,7 +43,7 @@ def snapshot_adapter(loaded: LoadedAdapter, layers: WrappedLayers, model: nn.Mod
     """Return a copy of a trainable adapter as it is now."""
     config = make_plain_config(_resolve_config(loaded, layers, model))
     with torch.no_grad():
-        saved = convert_to_saved(_collect_tensors(loaded, layers), _collect_initial_weights(loaded, layers))
+        saved = convert_to_saved(collect_tensors(loaded, layers), _collect_initial_weights(loaded, layers))
         tensors = {key: tensor.to("cpu", copy=True).contiguous() for key, tensor in saved.items()}
     return Adapter(config, tensors, record={"base": fingerprint_model(model)} | describe_initialization(loaded.config))
 
@@ -63,7 +63,7 @@ def restore_adapter(name: str, loaded: LoadedAdapter, layers: WrappedLayers, ada
     Raises:
         AdapterError: the two do not hold the same tensors; nothing is copied.
     """
-    leaves = _collect_tensors(loaded, layers)
+    leaves = collect_tensors(loaded, layers)
     values = convert_to_trained(adapter.tensors, _collect_initial_weights(loaded, layers))
     mismatches = _find_mismatches(leaves, values)
     for path, tokens in adapter.tokens().items():
@@ -75,6 +75,30 @@ def restore_adapter(name: str, loaded: LoadedAdapter, layers: WrappedLayers, ada
     with torch.no_grad():
         for key, leaf in leaves.items():
             leaf.copy_(values[key])
+
+
+def load_trained_values(leaves: Mapping[str, Mapping[str, Tensor]], values: object) -> None:
+    """Copy values into leaves of the same adapters and keys.
+
+    Raises:
+        AdapterError: they are not of the same adapters, or do not hold the same tensors; nothing is copied.
+    """
+    if not isinstance(values, Mapping) or not all(_is_tensors(each) for each in values.values()):
+        raise AdapterError("a bank's state is a mapping of adapters to tensors by key", hint="bank.state_dict()")
+    mismatches = [f"adapter {name!r} is missing" for name in leaves.keys() - values.keys()]
+    mismatches += [f"adapter {name!r} is not expected" for name in values.keys() - leaves.keys()]
+    for name in leaves.keys() & values.keys():
+        mismatches += [f"{name!r}: {mismatch}" for mismatch in _find_mismatches(leaves[name], values[name])]
+    if mismatches:
+        raise AdapterError("this state does not match the bank:\n  " + "\n  ".join(sorted(mismatches)))
+    with torch.no_grad():
+        for name, own in leaves.items():
+            for key, leaf in own.items():
+                leaf.copy_(values[name][key])
+
+
+def _is_tensors(values: object) -> bool:
+    return isinstance(values, Mapping) and all(isinstance(value, Tensor) for value in values.values())
 
 
 def _find_mismatches(leaves: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> list[str]:
@@ -94,7 +118,7 @@ def fingerprint_model(model: nn.Module) -> dict[str, Any]:
     return fingerprint(model, name=_name_of(model))
 
 
-def _collect_tensors(loaded: LoadedAdapter, layers: WrappedLayers) -> dict[str, Tensor]:
+def collect_tensors(loaded: LoadedAdapter, layers: WrappedLayers) -> dict[str, Tensor]:
     """Return an adapter's leaf parameters by PEFT's keys."""
     tensors: dict[str, Tensor] = {}
     keys = {target.path: target.key for target in loaded.coverage.targets}

@@ -22,6 +22,7 @@ from lora_kit.config.peft_fields import (
     GAUSSIAN,
     INITS_OF_PEFT,
     UNSUPPORTED_FIELDS,
+    is_dispensable,
     parse_saved_init,
     refuse_unsupported,
     to_plain_value,
@@ -283,7 +284,11 @@ class LoraConfig:
             known["init_lora_weights"] = parse_saved_init(init)
         if known.get("task_type") is not None:
             known["task_type"] = getattr(known["task_type"], "value", known["task_type"])
-        extra = {name: value for name, value in fields.items() if name not in own and name not in FIXED_FIELDS}
+        extra = {
+            name: value
+            for name, value in fields.items()
+            if name not in own and name not in FIXED_FIELDS and not is_dispensable(name, value)
+        }
         return cls(**known, extra={name: getattr(value, "value", value) for name, value in extra.items()})
 
     @classmethod
@@ -316,14 +321,12 @@ class LoraConfig:
         return [name for name, harmless in FIELDS_NAMING_CODE.items() if self.extra.get(name) not in harmless]
 
     def to_dict(self) -> JsonObject:
-        """Return PEFT's fields as JSON values, in a fixed order."""
+        """Return PEFT's fields as JSON values, in a fixed order; newer ones only where they say something."""
         fields = {f.name: to_plain_value(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "extra"}
-        for name in ("target_parameters", "trainable_token_indices"):  # few adapters have them
-            if not fields[name]:
-                del fields[name]
         fields["target_modules"] = fields["target_modules"] or NO_TARGETS
         fields["modules_to_save"] = fields["modules_to_save"] or None
-        return dict(sorted({**FIXED_FIELDS, **{k: to_plain_value(v) for k, v in self.extra.items()}, **fields}.items()))
+        fields = {**FIXED_FIELDS, **{name: to_plain_value(value) for name, value in self.extra.items()}, **fields}
+        return {name: value for name, value in sorted(fields.items()) if not is_dispensable(name, value)}
 
     def to_json(self) -> str:
         """Return the text of an `adapter_config.json`."""

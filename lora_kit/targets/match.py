@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_kit.config.lora_config import ALL_LINEAR, LoraConfig
 from lora_kit.config.module_patterns import compile_expression, suffixes_of
-from lora_kit.layers.introspect import kind_of, unwrap_module
+from lora_kit.layers.introspect import kind_of, unwrap_compiled, unwrap_module
 
 Modules = Sequence[tuple[str, nn.Module]]
 """(path, module) of the modules of a base."""
@@ -36,12 +36,15 @@ _READ_BY_KERNELS: Final = ("x_proj", "dt_proj", "out_proj")
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (path, module) of a base, outer modules first. A wrapper of a bank appears as the module inside it."""
+    """Yield (path, module) of a base, parents first.
+
+    A wrapper of a bank appears as the module inside it, and so does what `torch.compile(module)` returned.
+    """
     seen: set[nn.Module] = set()
     pending: list[tuple[str, nn.Module]] = [("", model)]
     while pending:
         path, module = pending.pop()
-        module = unwrap_module(module)
+        module = unwrap_module(unwrap_compiled(module))
         if module not in seen:
             seen.add(module)
             yield path, module

@@ -53,6 +53,8 @@ def adopt(peft_model: peft.PeftModel) -> AdoptedBank:
     """
     if "_lora_kit" in getattr(peft_model, "__dict__", {}):
         raise BankError("this PeftModel is adopted already", hint="its bank is the one that adopt returned")
+    if any(parameter.is_meta for parameter in peft_model.parameters()):
+        raise BankError("this PeftModel is offloaded, or on meta", hint="load it to one device first")
     contents = read_peft_model(peft_model)
     if has_bank(contents.base):
         raise BankError("there is a bank inside this PeftModel already", hint="detach it first")
