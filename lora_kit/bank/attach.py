@@ -39,8 +39,8 @@ def attach(
         name: of that adapter.
         slots: the most adapters that can be loaded at once. A fixed number keeps compiled and captured models valid.
             None: capacity grows when needed.
-        max_rank: the largest rank that can be loaded, fixed likewise; None: it grows. (The capacity for token embeddings
-            grows when needed.)
+        max_rank: the largest rank that can be loaded, fixed likewise; None: it grows. (The capacity for token
+            embeddings grows when needed.)
         dtype: of the stacked weights: fp32, fp16, bf16 or fp64, also by name. None: fp32 where a config is given, since
             trainable adapters are fp32; else the model's own.
         cache_bytes: host memory for lazy adapters that had to leave their slots; the least recently used one is
