@@ -20,6 +20,7 @@ from lora_kit.adapter.peft_keys import LoraWeights
 from lora_kit.errors import ExportError, format_list
 from lora_kit.exporters.plain_lora import ConfigFields, ExportCase
 from lora_kit.io.text import escape_text
+from lora_kit.names import KIT_BASE
 
 GGUF_FILE: Final = "adapter.gguf"
 
@@ -48,6 +49,12 @@ ARCHITECTURES: Final = {
     "Gemma3ForCausalLM": GgufArchitecture("gemma3"),
     "Phi3ForCausalLM": GgufArchitecture("phi3"),
 }
+_KIT_BASE_NOTE: Final = """
+
+For kit-base the converter stops with "BPE pre-tokenizer was not recognized": it knows those of published models alone.
+Let `get_vocab_base_pre` in llama.cpp's `conversion/base.py` (in `convert_hf_to_gguf.py` of older versions) return
+"gpt-2", and convert again. That one splits text as kit-base does, except for words with an apostrophe (don't, o'clock):
+these become other tokens than in training. A prompt of token ids is exact."""
 _CONFIG_REASON: Final = "llama.cpp's names and row order depend on the architecture"
 _HEAD_COUNT_FIELDS: Final = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 
@@ -138,4 +145,6 @@ def format_command(case: ExportCase) -> str:
     return f"""```sh
 llama-server -m base.gguf --lora {quote(str(case.out / GGUF_FILE))}
 ```
-`base.gguf` is the base `{case.base_name}`, converted by llama.cpp's `convert_hf_to_gguf.py`; it may be quantized."""
+`base.gguf` is the base `{case.base_name}`, converted by llama.cpp's `convert_hf_to_gguf.py`; it may be quantized.{
+        _KIT_BASE_NOTE if case.base == KIT_BASE else ""
+    }"""

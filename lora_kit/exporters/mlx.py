@@ -25,9 +25,7 @@ _OUTSIDE_LAYERS: Final = ("lm_head", "model.embed_tokens")
 
 def find_unsupported(case: ExportCase) -> Iterator[str]:
     """Yield what mlx-lm cannot read."""
-    for path, weights in case.adapter.pairs().items():
-        if case.adapter.config.use_dora and weights.magnitude is None:
-            yield f"use_dora: {path} has no magnitude, and mlx-lm makes a DoRA of every layer or of none"
+    for path in case.adapter.pairs():
         if path in _OUTSIDE_LAYERS:
             if case.require_config("whether embedding and head are tied").get("tie_word_embeddings"):
                 yield f"target_modules: {path} is tied in this base, and mlx-lm would use the update in both places"

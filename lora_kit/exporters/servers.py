@@ -30,6 +30,11 @@ from lora_kit.models.tasks import CAUSAL_LM, TASK_SPECS, find_task_by_peft_type
 
 VLLM_RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Valid values of `--max-lora-rank`."""
+_VLLM_SLOT_ISSUES: Final = (
+    "https://github.com/vllm-project/vllm/issues/48421",
+    "https://github.com/vllm-project/vllm/issues/49656",
+)
+"""Requests without an adapter get that of the last slot."""
 _TGI_KINDS: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _LAYER: Final = re.compile(r"model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)")
 _NUMBERED_LAYER: Final = re.compile(r"(^|\.)layers\.\d+\.")
@@ -169,11 +174,15 @@ model = peft.PeftModel.from_pretrained(model, {str(case.out)!r})
 
 
 def format_vllm_command(case: ExportCase) -> str:
-    options = f"--enable-lora --max-lora-rank {choose_vllm_rank(case.plain.rank)} --lora-modules {case.server_argument}"
+    limits = f"--max-loras 2 --max-lora-rank {choose_vllm_rank(case.plain.rank)}"
     return f"""```sh
-vllm serve {quote(case.base_name)} {options}
+vllm serve {quote(case.base_name)} --enable-lora {limits} --lora-modules {case.server_argument}
 ```
-Requests name it as their model: `"model": {json.dumps(case.name)}`."""
+Requests name it as their model: `"model": {json.dumps(case.name)}`.
+
+`--max-loras` is one more than there are adapters. With exactly as many, vLLM (seen in 0.32 on a CPU)
+answers requests to the base with the adapter of the last slot when they share a batch with requests to adapters:
+{" and ".join(_VLLM_SLOT_ISSUES)}."""
 
 
 def format_sglang_command(case: ExportCase) -> str:
@@ -193,7 +202,10 @@ Requests name it among their parameters: `"adapter_id": {json.dumps(case.name)}`
 
 def list_vllm_requirements(case: ExportCase) -> list[str]:
     """Return what vLLM must be started with."""
-    return [f"--max-lora-rank {choose_vllm_rank(case.plain.rank)} (the default is 16)"]
+    return [
+        f"--max-lora-rank {choose_vllm_rank(case.plain.rank)} (the default is 16)",
+        "--max-loras: one more than there are adapters (the default is 1)",
+    ]
 
 
 def choose_vllm_rank(rank: int) -> int:

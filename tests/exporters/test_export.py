@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy
 import peft
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
 import transformers
 from torch import Tensor
@@ -25,6 +27,7 @@ from lora_kit.cli.main import main
 from lora_kit.errors import AdapterError, BaseMismatchError, ConfigError, ExportError, StorageError
 from lora_kit.exporters.export import check
 from lora_kit.exporters.llama_cpp import ARCHITECTURES
+from lora_kit.models.loading import load_base
 from tests.support import tiny
 from tests.support.folders import contents
 
@@ -169,6 +172,19 @@ def test_the_smallest_limit_that_vllm_can_be_started_with_is_named(rank: int, li
     found = check(adapter, "vllm", max_lora_rank=rank)
     assert (found.refused, found.needed[0].partition(" (")[0]) == ((), f"--max-lora-rank {limit}")
     assert check(adapter, "vllm", max_lora_rank=rank - 1).refused != ()
+
+
+def test_vllm_gets_a_slot_more_than_there_are_adapters(base: Path, tmp_path: Path) -> None:
+    folder = trained(tiny.llama(), tmp_path / "sql", **PLAIN)
+    lk.export(folder, "vllm", tmp_path / "out", base=base)
+    page = (tmp_path / "out" / "README.md").read_text()
+    command = re.search(r"```sh\n(vllm serve .+)\n```", page)
+    assert command
+    words = shlex.split(command[1])
+    count = len([word for word in words if word.endswith(f"={tmp_path / 'out'}")])
+    assert int(words[words.index("--max-loras") + 1]) == count + 1
+    assert "vllm/issues/48421" in page
+    assert any(need.startswith("--max-loras") for need in check(folder, "vllm").needed)
 
 
 def test_an_adapter_that_is_plain_already_keeps_its_bits_and_its_identity(base: Path, tmp_path: Path) -> None:
@@ -339,6 +355,26 @@ def test_every_architecture_that_is_claimed_exists_and_names_its_layers(tmp_path
         # A tied head is the embedding; some architectures never have one of their own.
         assert len(linear) > 8
         assert unnamed in ([], ["lm_head"]), name
+
+
+def test_the_page_for_llama_cpp_says_what_its_converter_does_not_know(base: Path, tmp_path: Path) -> None:
+    kit = trained(load_base("kit-base").model, tmp_path / "kit", **PLAIN)
+    lk.export(kit, "gguf", tmp_path / "out", base="kit-base")
+    assert "get_vocab_base_pre" in (tmp_path / "out" / "README.md").read_text()
+    lk.export(trained(tiny.llama(), tmp_path / "sql", **PLAIN), "gguf", tmp_path / "other", base=base)
+    assert "get_vocab_base_pre" not in (tmp_path / "other" / "README.md").read_text()
+
+
+def test_gpt_2_splits_text_as_kit_base_does_but_for_apostrophes() -> None:
+    tokenizer = load_base("kit-base").tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    fields = json.loads(tokenizer.to_str())
+    fields["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    gpt_2 = tokenizers.Tokenizer.from_str(json.dumps(fields))
+    lines = [line for page in Path(lk.__file__).parents[1].glob("docs/*.md") for line in page.read_text().splitlines()]
+    assert len(lines) > 500
+    others = [line for line in lines if tokenizer.encode(line).ids != gpt_2.encode(line).ids]
+    assert all("'" in line for line in others)
+    assert tokenizer.encode("don't").ids != gpt_2.encode("don't").ids
 
 
 @pytest.mark.parametrize("target", ["gguf", "ollama"])
