@@ -24,9 +24,9 @@ from lora_kit.cli.main import main
 from lora_kit.errors import AdapterError, ConfigError, DataError, RecipeError, StorageError, VerificationError
 from lora_kit.models.loading import Base
 from lora_kit.training.train import train
-from tests.io.test_atomic_write import die, in_child
 from tests.support import texts
-from tests.training.test_train import LABELLED, PAIRS, base_of, recipe_of
+from tests.support.processes import die, in_child
+from tests.support.training import LABELLED, PAIRS, base_of, recipe_of
 
 pytest.importorskip("optuna", reason="optuna is not installed (pip install 'lora-kit[sweep]')")
 
