@@ -194,7 +194,7 @@ def test_what_did_not_go_straight_on_is_told(tmp_path: Path) -> None:
     report = train(recipe, base=narrow("llama", 2)())
     text = Reader(page_of(report)).text
     assert "resumed from the checkpoint of step 2" in text
-    assert "2 rows at once and 2 times accumulated" in text
+    assert "2 rows at once and accumulation 2" in text
     assert page_of(report).count("stroke-dasharray") == 2
 
 
