@@ -29,7 +29,7 @@ def state(model: nn.Module) -> dict[str, Any]:
     return {
         "kinds": [(path, type(module)) for path, module in model.named_modules()],
         "keys": list(model.state_dict()),
-        "bits": [tensor.clone() for tensor in model.state_dict().values()],
+        "bits": [tensor.detach().clone() for tensor in (*model.parameters(), *model.buffers())],
         "trainable": [name for name, parameter in model.named_parameters() if parameter.requires_grad],
     }
 

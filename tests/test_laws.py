@@ -55,10 +55,10 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def base_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Base tensors under their own names, with a bank attached."""
-    tensors = state(model)
-    return {name.replace(".base_layer", ""): t for name, t in tensors.items() if not name.endswith(tuple("123456789"))}
+def everything(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor of a model, those of trainable adapters among them, by the names of the modules there are."""
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: tensor.detach().clone() for name, tensor in tensors}
 
 
 def train_some(model: nn.Module, bank: lk.AdapterBank, name: str) -> None:
@@ -89,10 +89,10 @@ def test_attach_changes_no_output_and_detach_leaves_the_model_as_it_was(kind: st
 @every_kind
 def test_training_changes_the_trained_adapter_and_nothing_else(kind: str, dtype: torch.dtype) -> None:
     model, bank = filled(kind, dtype)
-    base = base_of(model)
+    base = state(model)
     kept = {name: bank.snapshot(name) for name in bank.names}
     train_some(model, bank, "wide")
-    assert same(base_of(model), base)
+    assert same(state(model), base)
     changed = [name for name in bank.names if bank.snapshot(name) != kept[name]]
     assert changed == ["wide"]
     trainable = {id(p) for p in model.parameters() if p.requires_grad}
@@ -161,7 +161,7 @@ def test_a_failed_load_changes_nothing(kind: str, dtype: torch.dtype, tmp_path: 
     model, bank = filled(kind, dtype)
     other = lk.attach(tiny.MODELS[kind](dtype=dtype, seed=9), lk.LoraConfig(r=4, init_lora_weights=False), name="x")
     other.save("x", tmp_path / "x")
-    before, names = state(model), bank.names
+    before, names = everything(model), bank.names
     bank.use("wide")
     plain = tiny.logits(model, tiny.batch())
     for source in (tmp_path / "x", tmp_path / "absent", tmp_path):
@@ -171,23 +171,33 @@ def test_a_failed_load_changes_nothing(kind: str, dtype: torch.dtype, tmp_path: 
         bank.load("wide", tmp_path / "x")
     assert bank.names == names
     assert bank.active == "wide"
-    assert same(state(model), before)
+    assert same(everything(model), before)
     assert torch.equal(tiny.logits(model, tiny.batch()), plain)
     bank.load("x", tmp_path / "x", allow=["other-base"])
     assert "x" in bank.names
 
 
-def test_an_adapter_whose_config_names_what_the_model_has_not_is_refused() -> None:
+def test_a_name_that_the_model_does_not_have_is_refused_in_training_and_said_of_an_adapter(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     made = lk.attach(tiny.llama(), lk.LoraConfig(target_modules=["q_proj"], layers_to_transform=[0, 1])).snapshot(
         "default"
     )
     for more in ({"target_modules": ["q_proj", "FAKE"]}, {"layers_to_transform": [0, 1, 7]}):
         config = dataclasses.replace(made.config, **more)
-        bank = lk.attach(tiny.llama(), slots=1)
         with pytest.raises(LoraKitError, match=r"FAKE|layers_to_transform=7"):
-            bank.load("a", lk.Adapter(config, made.tensors))
-        assert bank.names == ()
-        bank.load("a", lk.Adapter(config, made.tensors), allow=["unmatched-targets"])
+            lk.attach(tiny.llama(), config)
+        bank = lk.attach(tiny.llama(), slots=1)
+        bank.load("quiet", lk.Adapter(config, made.tensors), allow=["unmatched-targets"])
+        assert "nothing in the model matches" not in caplog.text
+        bank.unload("quiet")
+        bank.load("a", lk.Adapter(config, made.tensors))  # as in PEFT: every tensor has its place
+        assert "nothing in the model matches" in caplog.text
+        caplog.clear()
+        short = {key: tensor for key, tensor in made.tensors.items() if "layers.1" not in key}
+        with pytest.raises(LoraKitError, match=r"no LoRA weights for model\.layers\.1"):
+            bank.load("b", lk.Adapter(config, short))
+        assert bank.names == ("a",)
 
 
 def test_values_that_overflow_the_banks_dtype_are_refused() -> None:
@@ -252,14 +262,14 @@ def test_merged_equals_unmerged(kind: str, dtype: torch.dtype) -> None:
 
 def test_merging_into_a_tied_weight_is_refused_and_changes_nothing() -> None:
     model = tiny.llama(tie=True)
-    before = state(model)
+    before = everything(model)
     bank = lk.attach(model, lk.LoraConfig(target_modules=["embed_tokens", "q_proj"], init_lora_weights=False), name="a")
     plain = tiny.logits(model, tiny.batch())
     with pytest.raises(lk.LoraKitError, match="shared with another module"):
         bank.merge("a")
     assert torch.equal(tiny.logits(model, tiny.batch()), plain)
     bank.detach()
-    assert same(state(model), before)
+    assert same(everything(model), before)
 
 
 def test_a_merge_that_would_not_be_finite_changes_nothing() -> None:
@@ -267,10 +277,10 @@ def test_a_merge_that_would_not_be_finite_changes_nothing() -> None:
     bank = lk.attach(model, lk.LoraConfig(target_modules=["down_proj"], init_lora_weights=False), name="a")
     with torch.no_grad():
         bank.parameters("a")[-1].fill_(1e6)
-    before = state(model)
+    before = everything(model)
     with pytest.raises(lk.LoraKitError, match="not finite"):
         bank.merge("a")
-    assert same(state(model), before)
+    assert same(everything(model), before)
     assert bank.names == ("a",)
 
 

@@ -29,6 +29,7 @@ from lora_kit.data.chat import ChatTemplate
 from lora_kit.data.encode import encode
 from lora_kit.data.rows import read_rows
 from lora_kit.errors import AdapterError, BaseModelError, DataError, LoraKitError, TargetError, VerificationError
+from lora_kit.evaluation.evaluate import evaluate
 from lora_kit.evaluation.measure import measure
 from lora_kit.generation.prompts import find_template
 from lora_kit.models.loading import load_base
@@ -37,6 +38,7 @@ from lora_kit.ops.lora import lora_add, lora_linear
 from lora_kit.training.train import train
 from tests.support import texts, tiny
 from tests.support.interrupted import long_recipe, results, unbroken
+from tests.support.labeled_bases import POSITIVE_ROWS, save_sentiment_base
 from tests.support.planting import Mistake, plant
 from tests.support.training import LABELLED, At, base_of, recipe_of, same_state, state
 
@@ -346,6 +348,22 @@ def not_a_number(folder: Path) -> None:
     assert not (folder / "out").exists()
 
 
+def head_in_its_order(folder: Path) -> None:
+    """A head that knows the labels gives each its own row, in training, in evaluation and where it is loaded."""
+    base = str(save_sentiment_base(folder / "base", labels=("positive", "negative")))
+    section = {"learning_rate": 1e-9, "save_strategy": "no"}
+    recipe = {**recipe_of(folder, rows=POSITIVE_ROWS, train=section), "base": base, "task": "classify"}
+    report = train(recipe)
+    adapter = Adapter.load(report.out)
+    assert adapter.record["labels"] == ["positive", "negative"]
+    assert report.before is not None
+    assert report.before.accuracy == 5 / 6
+    turned = Adapter(adapter.config, adapter.tensors, record={**adapter.record, "labels": ["negative", "positive"]})
+    assert evaluate(base, [None, turned], recipe["data"]["train"]).results[0].metrics["accuracy"] == 5 / 6
+    other = load_base(base, task="classify", label2id={"negative": 0, "positive": 1})
+    assert other.model.classifier.bias.count_nonzero() == 0
+
+
 # The mistakes
 
 
@@ -376,7 +394,9 @@ TRAPS = (
                 "in split_by_length(batch)",
                 "in split_by_length(batch)[:1]",
             ),
-            Mistake("training.loop.length_buckets:split_by_length", "read=int(longest[0])", "read=int(longest[-1])"),
+            Mistake(
+                "training.loop.length_buckets:split_by_length", "length=int(longest[0])", "length=int(longest[-1])"
+            ),
         ),
     ),
     Trap(
@@ -442,7 +462,7 @@ TRAPS = (
     ),
     Trap(
         template_is_kept,
-        (Mistake("training.job.job:_resolve_recipe", "chat_template=text", "chat_template=None"),),
+        (Mistake("training.job.resolve:_resolve_data", "chat_template=text", "chat_template=None"),),
     ),
     Trap(
         going_on,
@@ -457,7 +477,7 @@ TRAPS = (
                 'self._resumed_loop["random"]',
                 "capture_random_states()",
             ),
-            Mistake("training.loop.resumable:ResumableTrainer._load_weights", "tensor.copy_(kept[name])", "pass"),
+            Mistake("training.loop.resumable:ResumableTrainer._load_weights", "tensor.copy_(saved[name])", "pass"),
             Mistake(
                 "training.loop.resumable:ResumableTrainer._write_checkpoint_files",
                 "self.optimizer.state_dict()",
@@ -469,7 +489,7 @@ TRAPS = (
                 '{**self.lr_scheduler.state_dict(), "last_epoch": 0}',
             ),
             Mistake(
-                "training.loop.resumable:ResumableTrainer._write_checkpoint_files",
+                "training.loop.resumable:ResumableTrainer._collect_loop_state",
                 "self._loss_sum.cpu()",
                 "0 * self._loss_sum.cpu()",
             ),
@@ -514,9 +534,17 @@ TRAPS = (
         (
             Mistake(
                 "training.loop.unused_parameters:UnusedParameterCallback.on_pre_optimizer_step",
-                "each.grad is None",
+                "tensor.grad is None",
                 "False",
             ),
+        ),
+    ),
+    Trap(
+        head_in_its_order,
+        (
+            Mistake("models.heads:order_labels", "known if set(names)", "tuple(names) if set(names)"),
+            Mistake("models.heads:reason_new_head", "list(head) == list(labels)", "set(head) == set(labels)"),
+            Mistake("evaluation.adapter_format:_use_head_order", "set(labels) != set(", "set(labels) == set("),
         ),
     ),
     Trap(

@@ -28,7 +28,7 @@ from lora_kit.adapter.folder import (
     is_adapter_folder,
 )
 from lora_kit.adapter.model_card import render_adapter_card
-from lora_kit.adapter.peft_keys import LoraWeights, TokenEmbeddings, classify_tensors
+from lora_kit.adapter.peft_keys import LoraWeights, TokenEmbeddings, classify_tensors, name_saved_heads
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import AdapterError, LoraKitError, format_list
 from lora_kit.io.atomic_write import write_folder
@@ -82,6 +82,7 @@ class Adapter:
                 f"init_lora_weights={config.init_lora_weights} is for an adapter that is yet to be trained",
                 hint="a bank's snapshot of such an adapter is a plain LoRA",
             )
+        config = name_saved_heads(config, tensors)
         self.config = config
         self.tensors: Mapping[str, Tensor] = MappingProxyType({key: t.detach() for key, t in tensors.items()})
         self.record: Mapping[str, Any] = MappingProxyType(dict(record or {}))
@@ -252,7 +253,12 @@ class Adapter:
         check_file_names(contents)
         name = Path(os.path.abspath(folder)).name
         contents[CARD] = render_adapter_card(
-            name, self.config, facts.get("metrics"), parameters=self.num_parameters, digest=self.digest
+            name,
+            self.config,
+            facts.get("metrics"),
+            labels=facts.get("labels"),
+            parameters=self.num_parameters,
+            digest=self.digest,
         )
         contents[CONFIG] = encode_config(self.config)
         contents[WEIGHTS] = b"".join(encode_safetensors(self.tensors))

@@ -34,7 +34,7 @@ RECORD_FORMAT: Final = 2
 """Version of `lora_kit.json`."""
 ALLOWANCES: Final = ("other-base", "extra-keys", "changed-files", "unmatched-targets")
 """What a caller may accept: another base than the adapter's, tensors beyond its config, files changed since they were
-saved, names in its config that the model does not have."""
+saved; and names in its config that the model does not have, which are only warned about."""
 
 _CONFIG_LIMIT: Final = 2**20
 _RECORD_LIMIT: Final = 16 * 2**20

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
 
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import format_list
 from lora_kit.io.text import escape_text
+
+_MAX_LABELS: Final = 50
+"""Labels that a card lists."""
 
 # Parts of any card
 
@@ -41,6 +45,12 @@ def format_metrics(metrics: object) -> list[tuple[str, str]]:
     """Return the rows of a table for measured values by name; none where a record of others holds anything else."""
     items = metrics.items() if isinstance(metrics, Mapping) else ()
     return [(str(key), f"{value:.6g}" if isinstance(value, float) else str(value)) for key, value in items]
+
+
+def format_labels(labels: object) -> list[tuple[str, str]]:
+    """Return the row of a table for the labels of a head in the order of its classes; none where there are none."""
+    names = list(map(str, labels)) if isinstance(labels, list) else []
+    return [("labels", format_list(names, most=_MAX_LABELS))] if names else []
 
 
 def format_code(code: str) -> str:
@@ -83,11 +93,14 @@ def write_peft_loading_code(base: str, folder: str, *, task: str, labels: int = 
 # An adapter's card
 
 
-def render_adapter_card(name: str, config: LoraConfig, metrics: object, *, parameters: int, digest: str) -> bytes:
+def render_adapter_card(
+    name: str, config: LoraConfig, metrics: object, *, labels: object, parameters: int, digest: str
+) -> bytes:
     """Return the card of an adapter: what it is, what was measured, how to load it.
 
     Args:
         metrics: measured values by name, as the adapter's record has them.
+        labels: those of its head in the order of the classes, as the adapter's record has them; None without any.
         parameters: how many values it holds.
     """
     targets = config.target_modules if isinstance(config.target_modules, str) else ", ".join(config.target_modules)
@@ -97,6 +110,7 @@ def render_adapter_card(name: str, config: LoraConfig, metrics: object, *, param
         ("target modules", targets or "none"),
         ("modules saved whole", ", ".join(config.modules_to_save) or "none"),
         *([("token embeddings", describe_tokens(config))] if config.trainable_token_indices else []),
+        *format_labels(labels),
         ("parameters", f"{parameters:,}"),
         ("digest", digest),
         *format_metrics(metrics),

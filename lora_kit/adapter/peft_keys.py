@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import dataclasses
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -10,9 +12,12 @@ import torch
 from torch import Tensor
 
 from lora_kit.config.lora_config import LoraConfig
+from lora_kit.config.peft_fields import HEADS_SAVED_BY_TASK
 from lora_kit.errors import AdapterError, format_list
 from lora_kit.io.safetensors import DTYPES
 from lora_kit.io.text import escape_text
+
+logger = logging.getLogger(__name__)
 
 PREFIX: Final = "base_model.model."
 """Before every key of PEFT's weight files."""
@@ -115,6 +120,19 @@ class AdapterTensors:
     mismatches: list[str] = field(default_factory=list)
 
 
+def name_saved_heads(config: LoraConfig, tensors: Iterable[str]) -> LoraConfig:
+    """Return a config whose `modules_to_save` names the heads that PEFT saved because of the task.
+
+    Older versions of PEFT write `modules_to_save: null` then.
+
+    Args:
+        tensors: keys of the adapter's file.
+    """
+    names = [name for name in HEADS_SAVED_BY_TASK.get(config.task_type or "", ()) if name not in config.modules_to_save]
+    present = [name for name in names if any(_MARK not in key and _is_within(key, [name]) for key in tensors)]
+    return dataclasses.replace(config, modules_to_save=(*config.modules_to_save, *present)) if present else config
+
+
 def classify_tensors(config: LoraConfig, tensors: Mapping[str, Tensor], allow: Collection[str]) -> AdapterTensors:
     """Classify the tensors of an adapter by their purpose.
 
@@ -134,7 +152,7 @@ def classify_tensors(config: LoraConfig, tensors: Mapping[str, Tensor], allow: C
         result.mismatches += mismatches
         if not mismatches:
             result.pairs[path] = LoraWeights(sides["A"], sides["B"], kind, sides.get("magnitude"))
-    result.mismatches += [*_find_missing_modules(config, result.saved), *_find_token_mismatches(config, result.tokens)]
+    result.mismatches += _find_token_mismatches(config, result.tokens)
     if not tensors:
         result.mismatches.append("the file holds no tensors")
     elif (config.target_modules or config.target_parameters) and not weights:
@@ -157,6 +175,7 @@ def _classify_keys(
 ) -> dict[tuple[str, str], dict[str, Tensor]]:
     """Add all but LoRA weights to a result; return those by (path, kind), then by `A`, `B` and `magnitude`."""
     weights: dict[tuple[str, str], dict[str, Tensor]] = {}
+    ignored = list[str]()
     for key, tensor in tensors.items():
         bare = key.removeprefix(PREFIX)
         path, _, ending = bare.rpartition(_MARK)
@@ -173,9 +192,15 @@ def _classify_keys(
             result.saved[bare] = tensor
         elif has_prefix and bare.endswith(_COPY_SUFFIX):
             result.copies[bare.removesuffix(_COPY_SUFFIX)] = tensor
-        elif "extra-keys" not in allow:
+        elif has_prefix and config.ties_weights:  # which module is tied to the embedding, only the model says
+            result.saved[bare] = tensor
+        elif "extra-keys" in allow:
+            ignored.append(key)
+        else:
             expected = "neither LoRA weights nor in modules_to_save" if has_prefix else f"keys begin with {PREFIX}"
             result.mismatches.append(f"{key} is not expected: {expected}")
+    if ignored:
+        logger.warning("these tensors are ignored, since the config does not mention them: %s", ", ".join(ignored))
     return weights
 
 
@@ -254,11 +279,6 @@ def _find_token_mismatches(config: LoraConfig, tokens: Mapping[str, TokenEmbeddi
             yield f"{path}: rows {tuple(rows.shape)} for {count} tokens of trainable_token_indices"
 
 
-def _is_within(key: str, modules: Sequence[str]) -> bool:
-    """Return whether a key (`model.score.weight`) lies in one of the modules of these names."""
-    return any(f".{name}." in f".{key}" for name in modules)
-
-
-def _find_missing_modules(config: LoraConfig, saved: Mapping[str, Tensor]) -> list[str]:
-    names = [name for name in config.modules_to_save if not any(_is_within(key, [name]) for key in saved)]
-    return [f"modules_to_save names {name}, but the file holds no tensor of it" for name in names]
+def _is_within(key: str, names: Sequence[str]) -> bool:
+    """Return whether a key (`model.score.weight`) lies in a module whose path ends in one of these names."""
+    return any(f"{name}." in key for name in names)

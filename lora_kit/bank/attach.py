@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -9,9 +10,10 @@ import torch
 from torch import nn
 
 from lora_kit.bank.bank import AdapterBank
-from lora_kit.bank.frozen_model import has_bank
+from lora_kit.bank.frozen_model import has_bank, refuse_meta_model
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import BankError
+from lora_kit.layers.introspect import unwrap_model
 
 if TYPE_CHECKING:
     import peft
@@ -30,7 +32,8 @@ def attach(
     """Put a bank beside a model. Outputs stay bitwise what they were; `bank.detach()` takes everything away again.
 
     Args:
-        model: the base; its parameters are frozen until `detach`.
+        model: the base; its parameters are frozen until `detach`. Of one that `torch.compile`, DistributedDataParallel
+            or DataParallel returned, the model inside.
         config: a LoraConfig (or PEFT's) of a trainable adapter, which is added and used.
         name: of that adapter.
         slots: the most adapters that can be loaded at once. A fixed number keeps compiled and captured models valid.
@@ -43,16 +46,19 @@ def attach(
             dropped first.
 
     Raises:
-        BankError: the model has a bank already.
-        TargetError: the config does not match the model; the model is as it was.
+        BankError: the model has a bank already, or layers of PEFT, or is on meta.
+        TargetError: the config does not match the model, or needs weights that are offloaded; the model is as it was.
         ConfigError: the config, `slots` or `max_rank` is invalid.
 
     Example:
         bank = lk.attach(model, lk.LoraConfig(r=8, lora_alpha=16), name="sql")
         optimizer = torch.optim.AdamW(bank.parameters("sql"), lr=1e-3)
     """
+    model = unwrap_model(model)
+    _refuse_peft_layers(model)
     if has_bank(model):
         raise BankError("this model has a bank already", hint="add adapters to that one, or detach it first")
+    refuse_meta_model(model)
     if dtype is None:
         dtype = torch.float32 if config is not None else _get_float_dtype(model)
     bank = AdapterBank(model, slots=slots, max_rank=max_rank, dtype=dtype, cache_bytes=cache_bytes)
@@ -64,6 +70,16 @@ def attach(
             raise
         bank.use(name)
     return bank
+
+
+def _refuse_peft_layers(model: nn.Module) -> None:
+    """Raise BankError for a model with layers of PEFT, whose adapters would count as the base."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")  # not imported here: where it is not, there is no such layer
+    if tuners is not None and any(isinstance(module, tuners.BaseTunerLayer) for module in model.modules()):
+        raise BankError(
+            f"this {type(model).__name__} has layers of PEFT",
+            hint="lk.adopt(peft_model) takes them over; attach is for a base without adapters",
+        )
 
 
 def _get_float_dtype(model: nn.Module) -> torch.dtype:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.folder import check_allowances
@@ -22,7 +22,13 @@ from lora_kit.bank.model_layers import WrappedLayers
 from lora_kit.bank.reference_model import ReferenceModel
 from lora_kit.bank.residents import LoadedAdapter, LoadedAdapters, check_capacity
 from lora_kit.bank.routes import RouteStack, check_batch_rows
-from lora_kit.bank.snapshot import fingerprint_model, restore_adapter, snapshot_adapter
+from lora_kit.bank.snapshot import (
+    collect_tensors,
+    fingerprint_model,
+    load_trained_values,
+    restore_adapter,
+    snapshot_adapter,
+)
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import BankError, ConfigError
 from lora_kit.layers.fold import Retention
@@ -136,8 +142,8 @@ class AdapterBank:
 
         Args:
             source: an adapter folder, or an Adapter.
-            allow: any of `other-base`, `extra-keys`, `changed-files`, `unmatched-targets`: mismatches that are not
-                errors.
+            allow: of `other-base`, `extra-keys`, `changed-files`: what is accepted instead of rejected; of
+                `unmatched-targets`: names in the config that match nothing in the model are not warned about.
 
         Raises:
             AdapterError: it cannot be read, or does not match the model; lists every mismatch. The bank is as it was.
@@ -294,6 +300,24 @@ class AdapterBank:
         if loaded.adapter is not None:
             return loaded.adapter
         return snapshot_adapter(loaded, self._layers, self.model)
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Return the values that are trained, for checkpoints: by adapter, then by PEFT's key. The memory is shared.
+
+        The model's own `state_dict()` is the base's and holds nothing of the bank.
+        """
+        loaded = {name: self._loaded_adapters[name] for name in self._loaded_adapters}
+        trained = {name: collect_tensors(each, self._layers) for name, each in loaded.items() if each.leaves}
+        return {name: {key: leaf.detach() for key, leaf in leaves.items()} for name, leaves in trained.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Copy the values of `state_dict()` into the trainable adapters: all of them, or none after an error.
+
+        Raises:
+            AdapterError: it does not hold the same adapters, with the same tensors; lists every mismatch.
+        """
+        with self._change_lock:
+            load_trained_values(self.state_dict(), state_dict)
 
     def save(
         self,

@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterator, Mapping
 import torch
 from torch import nn
 
-from lora_kit.errors import TargetError
+from lora_kit.errors import TargetError, format_list
 from lora_kit.layers.conv import LoraConvolution
 from lora_kit.layers.embedding import LoraEmbedding
-from lora_kit.layers.introspect import kind_of, unwrap_module
+from lora_kit.layers.introspect import kind_of, unwrap_compiled, unwrap_module
 from lora_kit.layers.linear import LoraExpert, LoraLinear
 from lora_kit.layers.parameter import LoraParameter
 from lora_kit.layers.routing import Routing
@@ -54,8 +54,10 @@ class WrappedLayers:
         After a failure, capacity that was allocated stays; without an adapter it has no effect.
 
         Raises:
-            TargetError: another adapter covers a module that is inside one of these, or around it.
+            TargetError: another adapter covers a module that is inside one of these, or around it; or an adapter needs
+                to read weights that are offloaded.
         """
+        self._check_readable(coverage)
         ranks = {target.path: self._max_rank or target.slot_rank for target in coverage.targets}
         token_paths = [path for target in coverage.tokens for path in target.all_paths]
         self._check_nesting(dict.fromkeys([*ranks, *token_paths], False) | dict.fromkeys(coverage.saved, True))
@@ -75,7 +77,7 @@ class WrappedLayers:
         paths = [target.path for target in coverage.targets if target.kind != "parameter"]
         for path in paths + list(coverage.saved):
             if path not in self._layers:
-                module, is_saved = self._model.get_submodule(path), path in coverage.saved
+                module, is_saved = self._find_module(path), path in coverage.saved
                 new[path] = SavedModule(module, self._routing) if is_saved else wrap_layer(path, module, self._routing)
                 new[path].reserve(capacity, ranks.get(path, 0), self._dtype)
         if new:
@@ -85,7 +87,7 @@ class WrappedLayers:
     def _wrap_parameter(self, path: str) -> None:
         """Put a wrapper around the module of a parameter, outside those of its other parameters."""
         module_path, _, name = path.rpartition(".")
-        module = self._model.get_submodule(module_path)
+        module = self._find_module(module_path)
         layer = LoraParameter(module, name, self._routing)
         replace_modules(self._model, {module: layer})
         self._layers[path] = layer
@@ -97,16 +99,45 @@ class WrappedLayers:
         """
         if target.key in self._layers:
             return
-        module = self._model.get_submodule(target.path)
+        module = self._find_module(target.path)
         table = TokenTable(module, self._routing)
         table.reserve(capacity, len(target.indices), self._dtype)
         replace_modules(self._model, {module: table})
         self._layers[target.key] = table
         for path in target.tied:
-            module = self._model.get_submodule(path)
+            module = self._find_module(path)
             tied = TiedTokenLayer(module, self._routing, table)
             replace_modules(self._model, {module: tied})
             self._layers[key_of(path)] = tied
+
+    def _check_readable(self, coverage: Coverage) -> None:
+        """Refuse DoRA, initialization from weights, and whatever else reads base weights, where these are offloaded.
+
+        Raises:
+            TargetError: such a weight is on meta between forwards.
+        """
+        reading = [target.path for target in coverage.targets if target.dora or target.starts_from_weight]
+        reading += [target.path.rpartition(".")[0] for target in coverage.targets if target.kind == "parameter"]
+        offloaded = [path for path in (*reading, *coverage.replaced) if _is_offloaded(self._model.get_submodule(path))]
+        if offloaded:
+            raise TargetError(
+                f"these modules are offloaded, and the adapter needs their weights: {format_list(offloaded)}",
+                hint="keep them on a device, or use plain LoRA weights of linear layers and embeddings",
+            )
+
+    def _find_module(self, path: str) -> nn.Module:
+        """Return the module of the model to put a wrapper around.
+
+        Raises:
+            TargetError: it was compiled by itself, and so would go on without the wrapper.
+        """
+        module = self._model.get_submodule(path)
+        if unwrap_compiled(module) is not module:
+            raise TargetError(
+                f"{path} was compiled by itself, and would go on without its adapter",
+                hint="compile the model, or a block around this module",
+            )
+        return module
 
     def refresh_from_base(self, paths: Collection[str]) -> None:
         """Recompute what was derived from the weights of the modules of these paths."""
@@ -153,6 +184,10 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
             for key, child in parent._modules.items():
                 if child is not None and child in new:
                     parent._modules[key] = new[child]
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in module.parameters())
 
 
 def _iterate_parents(path: str) -> Iterator[str]:

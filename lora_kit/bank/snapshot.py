@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.adapter.peft_keys import PREFIX, lora_weight_keys, magnitude_key, token_embeddings_key
+from lora_kit.adapter.peft_keys import (
+    PREFIX,
+    classify_tensors,
+    lora_weight_keys,
+    magnitude_key,
+    name_saved_heads,
+    token_embeddings_key,
+)
 from lora_kit.bank.initialize import (
     InitialWeights,
     convert_to_saved,
@@ -28,6 +35,7 @@ from lora_kit.layers.saved_module import SavedModule
 from lora_kit.layers.token_embedding import TOKEN_EMBEDDINGS, TokenTable
 from lora_kit.targets.coverage import find_shortest_names
 from lora_kit.targets.fingerprint import fingerprint
+from lora_kit.targets.match import name_saved_modules, named_layers
 from lora_kit.targets.token_rows import path_of
 
 
@@ -35,9 +43,18 @@ def snapshot_adapter(loaded: LoadedAdapter, layers: WrappedLayers, model: nn.Mod
     """Return a copy of a trainable adapter as it is now."""
     config = make_plain_config(_resolve_config(loaded, layers, model))
     with torch.no_grad():
-        saved = convert_to_saved(_collect_tensors(loaded, layers), _collect_initial_weights(loaded, layers))
+        saved = convert_to_saved(collect_tensors(loaded, layers), _collect_initial_weights(loaded, layers))
         tensors = {key: tensor.to("cpu", copy=True).contiguous() for key, tensor in saved.items()}
     return Adapter(config, tensors, record={"base": fingerprint_model(model)} | describe_initialization(loaded.config))
+
+
+def check_savable(loaded: LoadedAdapter, layers: WrappedLayers, model: nn.Module) -> None:
+    """Raise AdapterError for a trainable adapter whose tensors do not match the config that it would be saved with."""
+    config = make_plain_config(_resolve_config(loaded, layers, model))
+    # Only names and shapes are checked; what is trained may have any value yet.
+    tensors = _collect_tensors(loaded, layers)
+    zeros = {key: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape) for key, tensor in tensors.items()}
+    classify_tensors(name_saved_heads(config, zeros), zeros, allow=())
 
 
 def restore_adapter(name: str, loaded: LoadedAdapter, layers: WrappedLayers, adapter: Adapter) -> None:
@@ -46,7 +63,7 @@ def restore_adapter(name: str, loaded: LoadedAdapter, layers: WrappedLayers, ada
     Raises:
         AdapterError: the two do not hold the same tensors; nothing is copied.
     """
-    leaves = _collect_tensors(loaded, layers)
+    leaves = collect_tensors(loaded, layers)
     values = convert_to_trained(adapter.tensors, _collect_initial_weights(loaded, layers))
     mismatches = _find_mismatches(leaves, values)
     for path, tokens in adapter.tokens().items():
@@ -58,6 +75,30 @@ def restore_adapter(name: str, loaded: LoadedAdapter, layers: WrappedLayers, ada
     with torch.no_grad():
         for key, leaf in leaves.items():
             leaf.copy_(values[key])
+
+
+def load_trained_values(leaves: Mapping[str, Mapping[str, Tensor]], values: object) -> None:
+    """Copy values into leaves of the same adapters and keys.
+
+    Raises:
+        AdapterError: they are not of the same adapters, or do not hold the same tensors; nothing is copied.
+    """
+    if not isinstance(values, Mapping) or not all(_is_tensors(each) for each in values.values()):
+        raise AdapterError("a bank's state is a mapping of adapters to tensors by key", hint="bank.state_dict()")
+    mismatches = [f"adapter {name!r} is missing" for name in leaves.keys() - values.keys()]
+    mismatches += [f"adapter {name!r} is not expected" for name in values.keys() - leaves.keys()]
+    for name in leaves.keys() & values.keys():
+        mismatches += [f"{name!r}: {mismatch}" for mismatch in _find_mismatches(leaves[name], values[name])]
+    if mismatches:
+        raise AdapterError("this state does not match the bank:\n  " + "\n  ".join(sorted(mismatches)))
+    with torch.no_grad():
+        for name, own in leaves.items():
+            for key, leaf in own.items():
+                leaf.copy_(values[name][key])
+
+
+def _is_tensors(values: object) -> bool:
+    return isinstance(values, Mapping) and all(isinstance(value, Tensor) for value in values.values())
 
 
 def _find_mismatches(leaves: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> list[str]:
@@ -77,7 +118,7 @@ def fingerprint_model(model: nn.Module) -> dict[str, Any]:
     return fingerprint(model, name=_name_of(model))
 
 
-def _collect_tensors(loaded: LoadedAdapter, layers: WrappedLayers) -> dict[str, Tensor]:
+def collect_tensors(loaded: LoadedAdapter, layers: WrappedLayers) -> dict[str, Tensor]:
     """Return an adapter's leaf parameters by PEFT's keys."""
     tensors: dict[str, Tensor] = {}
     keys = {target.path: target.key for target in loaded.coverage.targets}
@@ -112,6 +153,7 @@ def _resolve_config(loaded: LoadedAdapter, layers: WrappedLayers, model: nn.Modu
     conv1d = any(type(layers[path].base_layer).__name__ == "Conv1D" for path in loaded.layers)
     return dataclasses.replace(
         config,
+        modules_to_save=name_saved_modules(list(named_layers(model)), config.modules_to_save, loaded.coverage.saved),
         target_modules=find_shortest_names(model, loaded.coverage) if all_linear else config.target_modules,
         fan_in_fan_out=config.fan_in_fan_out or conv1d,
         base_model_name_or_path=config.base_model_name_or_path or _name_of(model),

@@ -139,6 +139,7 @@ def _build_plan_facts(plan: TrainPlan) -> list[tuple[str, str]]:
     facts += [("", f"{kind.name}: {kind.modules} modules, {kind.parameters:,}") for kind in plan.kinds]
     return [
         *facts,
+        *([("head", plan.head)] if plan.head else []),
         ("data", f"{data.rows:,} rows, {data.samples:,} samples, {data.tokens:,} tokens{cut}"),
         ("labels", f"{data.labels:,} ({data.labels / data.tokens:.1%} of the tokens)"),
         (

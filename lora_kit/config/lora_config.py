@@ -19,8 +19,10 @@ from lora_kit.config.peft_fields import (
     CARRIED_FIELDS,
     FIELDS_NAMING_CODE,
     FIXED_FIELDS,
+    GAUSSIAN,
+    INITS_OF_PEFT,
     UNSUPPORTED_FIELDS,
-    refuse_base_changing_init,
+    parse_saved_init,
     refuse_unsupported,
     to_plain_value,
 )
@@ -35,7 +37,6 @@ ALL_LINEAR: Final = "all-linear"
 NO_TARGETS: Final = "dummy-target-modules"
 """What PEFT writes for `target_modules` where an adapter has `modules_to_save` only."""
 
-_GAUSSIAN: Final = "gaussian"
 _WEIGHT_BASED_INIT: Final = re.compile(r"pissa(_niter_[1-9]\d?)?|olora")
 
 
@@ -62,14 +63,16 @@ class LoraConfig:
         alpha_pattern: exceptions to `lora_alpha`, in the same way.
         use_rslora: rank-stabilized scaling.
         use_dora: train a magnitude for every row of the adapted weight as well (Liu et al. 2024, arXiv 2402.09353).
-        modules_to_save: modules trained in full and saved beside the LoRA weights (a classification head).
+        modules_to_save: modules trained and saved whole beside the LoRA weights (a classification head): every module
+            whose path ends in one of these names, as in PEFT, so that `classifier` means `pre_classifier` as well.
         trainable_token_indices: tokens whose rows of the input embedding are trained and saved, and nothing else of it:
             new tokens. Or a mapping from names of embeddings (and of heads that are not tied) to such tokens. A head
             that shares the embedding's weight has the same rows.
         init_lora_weights: True: A Kaiming-uniform, B zero. `"gaussian"`: A normal with deviation 1/r, B zero. False:
             both random, so that a fresh adapter changes the output (for tests). `"pissa"`, `"olora"`: from the layer's
             own weight, which is not changed: see `lora_kit.layers.initialization`; saved as plain LoRA weights of rank
-            2r. `"pissa_niter_N"`: by N iterations, 1 to 99, quick where weights are large (16 is usual).
+            2r. `"pissa_niter_N"`: by N iterations, 1 to 99, quick where weights are large (16 is usual). `"eva"`,
+            `"mica"`, `"orthogonal"`: how PEFT initialized a saved adapter; a label, with which nothing is trained here.
         fan_in_fan_out: the covered weights are stored (in, out), as those of transformers' Conv1D are. A label for
             other tools: here the layer itself says it.
         base_model_name_or_path: name of the base; a label for other tools.
@@ -173,7 +176,7 @@ class LoraConfig:
 
     def _check_init(self) -> None:
         init = self.init_lora_weights
-        known = isinstance(init, bool) or init == _GAUSSIAN or self.starts_from_weight
+        known = isinstance(init, bool) or init in (GAUSSIAN, *INITS_OF_PEFT) or self.starts_from_weight
         words = "true, false, 'gaussian', 'pissa', 'pissa_niter_N' with N from 1 to 99, or 'olora'"
         validation.require(known, "init_lora_weights", init, words)
 
@@ -194,6 +197,11 @@ class LoraConfig:
         """Whether the LoRA weights of a fresh adapter are computed from the layer's weight (PiSSA, OLoRA)."""
         init = self.init_lora_weights
         return isinstance(init, str) and _WEIGHT_BASED_INIT.fullmatch(init) is not None
+
+    @property
+    def ties_weights(self) -> bool:
+        """Whether what is tied to the input embedding was trained with it (PEFT's `ensure_weight_tying`)."""
+        return bool(self.extra.get("ensure_weight_tying"))
 
     def rank_of(self, path: str) -> int:
         """Return the rank at the module of this path: the first `rank_pattern` that matches, else `r`."""
@@ -271,8 +279,8 @@ class LoraConfig:
             known[name] = known.get(name) or ()
         for name in ("rank_pattern", "alpha_pattern"):
             known[name] = known.get(name) or {}
-        if isinstance(known.get("init_lora_weights"), str) and known["init_lora_weights"] != _GAUSSIAN:
-            refuse_base_changing_init(known["init_lora_weights"])
+        if isinstance(init := known.get("init_lora_weights"), str):
+            known["init_lora_weights"] = parse_saved_init(init)
         if known.get("task_type") is not None:
             known["task_type"] = getattr(known["task_type"], "value", known["task_type"])
         extra = {name: value for name, value in fields.items() if name not in own and name not in FIXED_FIELDS}

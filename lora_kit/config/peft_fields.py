@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from lora_kit.errors import ConfigError
 from lora_kit.io.text import format_value
 
-UNSUPPORTED_FIELDS: Final[Mapping[str, tuple[object, ...]]] = {
-    "use_qalora": (False, None),
-    "use_bdlora": (False, None),
-    "lora_bias": (False, None),
-    "bias": ("none", None),
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "velora_config": (None,),
-    "monteclora_config": (None,),
-    "layer_replication": (None,),
+
+class UnsupportedField(NamedTuple):
+    """A field of PEFT that gives the tensors another meaning.
+
+    Attributes:
+        harmless: its values that do not; any other is rejected.
+        reason: what it does, for the message.
+    """
+
+    harmless: tuple[object, ...]
+    reason: str
+
+
+UNSUPPORTED_FIELDS: Final[Mapping[str, UnsupportedField]] = {
+    "use_qalora": UnsupportedField((False, None), "A reads means over groups of its input"),
+    "use_bdlora": UnsupportedField((False, None), "A or B is block-diagonal, and only its blocks are stored"),
+    "lora_bias": UnsupportedField((False, None), "B has a bias"),
+    "bias": UnsupportedField(("none", None), "biases of the base are trained as well"),
+    "alora_invocation_tokens": UnsupportedField((None,), "it acts only after certain tokens"),
+    "arrow_config": UnsupportedField((None,), "each token chooses among several adapters"),
+    "kasa_config": UnsupportedField((None,), "it changes the base's weights, and has a diagonal between A and B"),
+    "velora_config": UnsupportedField((None,), "it stores state of its training beside the LoRA weights"),
+    "monteclora_config": UnsupportedField((None,), "it stores a sampler beside the LoRA weights"),
+    "layer_replication": UnsupportedField((None,), "it repeats layers of the base"),
 }
-"""Fields of PEFT that change the arithmetic, with the values that do not. Any other value is rejected by name."""
+"""By name."""
 FIXED_FIELDS: Final[Mapping[str, str]] = {"peft_type": "LORA", "bias": "none"}
 """Fields that have one value here."""
 FIELDS_NAMING_CODE: Final[Mapping[str, tuple[object, ...]]] = {
@@ -41,6 +54,19 @@ CARRIED_FIELDS: Final = (
 """Fields of PEFT that say how training began or ran, or which version wrote the config. They do not change what the
 tensors mean."""
 
+HEADS_SAVED_BY_TASK: Final[Mapping[str, tuple[str, ...]]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""By `task_type`: the heads that PEFT trains and saves though `modules_to_save` does not name them."""
+
+GAUSSIAN: Final = "gaussian"
+INITS_OF_PEFT: Final = ("eva", "mica", "orthogonal")
+"""Initializations of PEFT that leave the base as it is. Here they are labels: nothing new is trained with them."""
+_BASE_CHANGING_INITS: Final = ("corda", "lora_ga", "olora", "pissa")
+"""Those that subtract the LoRA weights' initial product from the base: PEFT converts these when they are saved."""
+
 
 def refuse_unsupported(fields: Mapping[str, object]) -> None:
     """Raise ConfigError for a field that changes the arithmetic in a way that is not supported here."""
@@ -50,20 +76,33 @@ def refuse_unsupported(fields: Mapping[str, object]) -> None:
             "of PEFT before 0.3",
             hint="`lora-kit convert` makes plain LoRA weights of them",
         )
-    for name, harmless in UNSUPPORTED_FIELDS.items():
-        if name in fields and fields[name] not in harmless:
+    for name, field in UNSUPPORTED_FIELDS.items():
+        if name in fields and fields[name] not in field.harmless:
             raise ConfigError(
-                f"{name}={format_value(fields[name])} is not supported", hint="load this adapter with PEFT"
+                f"{name}={format_value(fields[name])} is not supported: {field.reason}",
+                hint="load this adapter with PEFT",
             )
 
 
-def refuse_base_changing_init(init: str) -> None:
-    """Raise ConfigError for an initialization that changes the base, so that the tensors need a changed base."""
-    raise ConfigError(
-        f"init_lora_weights={format_value(init)} starts from a changed base, "
-        "so its tensors do not match the original one",
-        hint="save it in PEFT with path_initial_model_for_weight_conversion, which makes a plain LoRA of it",
+def parse_saved_init(init: str) -> str:
+    """Return the initialization of an adapter that PEFT saved, where it says nothing about its tensors.
+
+    Raises:
+        ConfigError: the tensors need a base that the initialization has changed, or may need one.
+    """
+    name = init.lower()
+    if name == GAUSSIAN or name in INITS_OF_PEFT:
+        return name
+    if name.startswith(_BASE_CHANGING_INITS):
+        raise ConfigError(
+            f"init_lora_weights={format_value(init)} starts from a changed base, "
+            "so its tensors do not match the original one",
+            hint="save it in PEFT with path_initial_model_for_weight_conversion, which makes a plain LoRA of it",
+        )
+    reason = (
+        "replaces the base's weights by quantized ones" if name == "loftq" else "is unknown: it may change the base"
     )
+    raise ConfigError(f"init_lora_weights={format_value(init)} {reason}", hint="load this adapter with PEFT")
 
 
 def to_plain_value(value: object) -> Any:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from lora_kit.data.layouts import Message, RowError
+from lora_kit.data.layouts import Message, RowError, get_reasoning, is_learned_answer
 from lora_kit.data.records import LONG
 from lora_kit.errors import DataError
 from lora_kit.models.prompt_tokens import find_special_tokens, tokenize_text
@@ -63,7 +63,7 @@ class ChatTemplate:
         return self._render(tokenizer, messages, add_generation_prompt=False)
 
     def _render(self, tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        conversation = [{"role": role, "content": content} for role, content in messages]
+        conversation = [_describe_message(message) for message in messages]
         try:
             text = tokenizer.apply_chat_template(
                 conversation, chat_template=self.text, tokenize=False, add_generation_prompt=add_generation_prompt
@@ -85,6 +85,14 @@ class ChatTemplate:
             hint = "an answer ends with {{ eos_token }} or with another special token of the tokenizer"
             raise DataError(f"{self.name} puts no special token after an answer", hint=hint)
         return max(ends, key=lambda token: len(names[token]))
+
+
+def _describe_message(message: Message) -> dict[str, str]:
+    """Return a message as templates read it; they call what the assistant thought by either of two names."""
+    role, content = message
+    reasoning = get_reasoning(message)
+    thoughts = {"reasoning_content": reasoning, "thinking": reasoning} if reasoning else {}
+    return {"role": role, "content": content, **thoughts}
 
 
 def find_chat_template(tokenizer: Tokenizer) -> str | None:
@@ -125,7 +133,7 @@ def _is_template(text: str) -> bool:
 
 
 def _split_exchanges(messages: Sequence[Message]) -> list[list[Message]]:
-    """Split a conversation into questions with their answers; drop trailing questions, which carry no loss."""
+    """Split a conversation into questions with their answers; drop what follows the last answer that is learned."""
     exchanges: list[list[Message]] = []
     previous_role = ""
     for message in messages:
@@ -133,7 +141,13 @@ def _split_exchanges(messages: Sequence[Message]) -> list[list[Message]]:
             exchanges.append([])
         exchanges[-1].append(message)
         previous_role = message[0]
-    return exchanges if previous_role == "assistant" else exchanges[:-1]
+    return _drop_unlearned_end(exchanges)
+
+
+def _drop_unlearned_end(exchanges: list[list[Message]]) -> list[list[Message]]:
+    """Return exchanges without the last ones of which no answer is learned."""
+    learned = [index for index, exchange in enumerate(exchanges) if any(map(is_learned_answer, exchange))]
+    return exchanges[: learned[-1] + 1] if learned else []
 
 
 class ChatEncoder:
@@ -183,18 +197,18 @@ class ChatEncoder:
             else:
                 start = len(exchanges) - 1
                 samples.insert(0, self._encode_shortened([*system, *exchanges[start]]))
-            del exchanges[start:]
+            exchanges = _drop_unlearned_end(exchanges[:start])
         return samples
 
     def _encode_whole(self, messages: Sequence[Message]) -> Sample:
-        """Encode a conversation up to its last answer; nothing after that carries a loss."""
+        """Encode a conversation up to its last learned answer; nothing after that carries a loss."""
         ids: list[int] = []
         loss_mask: list[bool] = []
-        for text, is_answer in self._render_pieces(messages):
+        for text, is_learned in self._render_pieces(messages):
             piece = tokenize_text(self.tokenizer, text)
             # What a template puts after the end of an answer (a line break, often) is never generated.
-            learned = len(piece) - piece[::-1].index(self._end) if is_answer and self._end in piece else 0
-            if is_answer and not learned:
+            learned = len(piece) - piece[::-1].index(self._end) if is_learned and self._end in piece else 0
+            if is_learned and not learned:
                 raise DataError(f"{self.template.name} does not end every answer as it ends the first")
             ids += piece
             loss_mask += [True] * learned + [False] * (len(piece) - learned)
@@ -202,18 +216,21 @@ class ChatEncoder:
         return ids[:length], loss_mask[:length]
 
     def _render_pieces(self, messages: Sequence[Message]) -> Iterator[tuple[str, bool]]:
-        """Yield the rendered conversation in pieces, and whether each is an answer."""
+        """Yield the rendered conversation in pieces, and whether each is an answer that is learned."""
         whole, position = self.template.render(self.tokenizer, messages), 0
-        for number, (role, _) in enumerate(messages):
-            if role != "assistant":
+        for number, message in enumerate(messages):
+            if message[0] != "assistant":
                 continue
             before = self.template.render_prompt(self.tokenizer, messages[:number])
             through = self.template.render(self.tokenizer, messages[: number + 1])
             if not (whole.startswith(through) and through.startswith(before) and position < len(before)):
-                message = f"{self.template.name} renders a conversation differently once it goes on after message"
-                raise DataError(f"{message} {number}", hint="the answers in it cannot be located")
+                what = f"{self.template.name} renders a conversation differently once it goes on after message"
+                raise DataError(f"{what} {number}", hint="the answers in it cannot be located")
+            if get_reasoning(message).strip() not in whole[len(before) : len(through)]:
+                what = f"{self.template.name} does not render the reasoning of message {number + 1}"
+                raise DataError(f"{what}, which would be lost")
             yield whole[position : len(before)], False
-            yield whole[len(before) : len(through)], True
+            yield whole[len(before) : len(through)], is_learned_answer(message)
             position = len(through)
 
     def _encode_shortened(self, messages: Sequence[Message]) -> Sample:

@@ -3,7 +3,7 @@
 layout                             format       value of a row
 prompt, completion                 completion   (prompt, completion)
 instruction, [input], output       completion   (instruction, then an empty line and the input if any; output)
-messages: [{role, content}]        chat         (((role, content), …),)
+messages: [{role, content}]        chat         (((role, content), …),); see `AnnotatedMessage` for further keys
 conversations: [{from, value}]     chat         the same; the first message may be in a column of its own, `system`
 text, label                        label        (text, label)
 words, labels                      words        ((word, …), (label, …))
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from lora_kit.data.records import BAD, EMPTY, Row
-from lora_kit.errors import format_list
+from lora_kit.errors import format_list, suggest_nearest
 from lora_kit.models.tasks import CAUSAL_LM, CLASSIFY, SEQ2SEQ, TOKENS
 
 Message = tuple[str, str]
@@ -42,8 +42,59 @@ _SHAREGPT_ROLES: Final[Mapping[str, str]] = {
     "gpt": "assistant",
     "assistant": "assistant",
 }
-_UNSUPPORTED_KEYS: Final = ("tool_calls", "function_call", "weight", "tool_call_id")
-"""Keys that change what a message says or whether it is trained on, so ignoring them would be wrong."""
+_UNSUPPORTED_KEYS: Final = ("tool_calls", "function_call", "tool_call_id", "name")
+"""Keys that change what a message says, so ignoring a value of them would be wrong."""
+_LOSS_KEYS: Final = ("train", "loss", "weight")
+"""Keys that say whether an answer is learned: true or 1, false or 0."""
+_REASONING_KEYS: Final = ("reasoning_content", "thinking", "reasoning")
+"""Keys under which data sets keep what the assistant thought before its answer."""
+
+
+class AnnotatedMessage(tuple[str, str]):
+    """A message that says more than role and content; in every other respect it is that pair.
+
+    Attributes:
+        reasoning: what the assistant thought before its answer; empty without any.
+        is_learned: whether the loss is taken on this message if it is an answer.
+    """
+
+    reasoning: str
+    is_learned: bool
+
+    def __new__(cls, role: str, content: str, *, reasoning: str = "", is_learned: bool = True) -> AnnotatedMessage:
+        message = super().__new__(cls, (role, content))
+        message.reasoning, message.is_learned = reasoning, is_learned
+        return message
+
+    def _identity(self) -> tuple[object, ...]:
+        return (*self, self.reasoning, self.is_learned)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AnnotatedMessage) and self._identity() == other._identity()
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+
+def get_reasoning(message: Message) -> str:
+    """Return what the assistant thought before this answer; empty without any."""
+    return message.reasoning if isinstance(message, AnnotatedMessage) else ""
+
+
+def is_learned_answer(message: Message) -> bool:
+    """Return whether the loss is taken on a message: it is the assistant's, and nothing excludes it."""
+    return message[0] == "assistant" and getattr(message, "is_learned", True)
+
+
+def message_to_json(message: Message) -> dict[str, object]:
+    """Return a message in the layout `messages`."""
+    role, content = message
+    reasoning = {"reasoning_content": get_reasoning(message)} if get_reasoning(message) else {}
+    excluded = {"train": False} if role == "assistant" and not is_learned_answer(message) else {}
+    return {"role": role, "content": content, **reasoning, **excluded}
 
 
 class RowError(ValueError):
@@ -184,19 +235,58 @@ def _read_list(row: Row, key: str) -> list[tuple[int, object]]:
 def _read_message(number: int, item: object, role_key: str, content_key: str, roles: Mapping[str, str]) -> Message:
     if not isinstance(item, dict) or role_key not in item or content_key not in item:
         raise RowError(f"message {number} must have {role_key} and {content_key}")
-    unsupported = [key for key in _UNSUPPORTED_KEYS if item.get(key) is not None]
-    if unsupported:
-        raise RowError(f"message {number} has {format_list(unsupported)}, which cannot be trained on yet")
+    _check_message_keys(number, item, (role_key, content_key))
     role = item[role_key]
     if not isinstance(role, str) or role not in roles:
         raise RowError(f"message {number} is from {role!r}, which is not one of {format_list(list(roles))}")
-    return roles[role], _read_string(f"message {number} ({role})", item[content_key])
+    content = _read_string(f"message {number} ({role})", item[content_key])
+    reasoning, is_learned = _read_reasoning(number, item, roles[role]), _read_loss_keys(number, item)
+    if not reasoning and is_learned:
+        return roles[role], content
+    return AnnotatedMessage(roles[role], content, reasoning=reasoning, is_learned=is_learned)
+
+
+def _check_message_keys(number: int, item: Row, required: tuple[str, str]) -> None:
+    """Raise RowError for a key that would be lost: an unsupported one with a value, or an unknown one."""
+    values = {key: value for key, value in item.items() if value is not None}  # Parquet has every key in every row
+    unsupported = [key for key in _UNSUPPORTED_KEYS if values.get(key) not in (None, "", [], {})]
+    if unsupported:
+        raise RowError(f"message {number} has {format_list(unsupported)}, which cannot be trained on yet")
+    known = (*required, *_LOSS_KEYS, *_REASONING_KEYS, *_UNSUPPORTED_KEYS)
+    unknown = [str(key) for key in values if key not in known]
+    if unknown:
+        nearest = suggest_nearest(unknown[0], known) or f"known are {format_list(known, most=len(known))}"
+        raise RowError(f"message {number} has the key {unknown[0]!r}, which is not known; {nearest}")
+
+
+def _read_loss_keys(number: int, item: Row) -> bool:
+    """Return whether a message is learned if it is an answer: unless one of the keys excludes it."""
+    for key in _LOSS_KEYS:
+        value = item.get(key)
+        if value not in (None, 0, 1):
+            expected = "0 or 1" if key == "weight" else "true or false"
+            raise RowError(f"message {number}: {key} must be {expected}; {value!r} was given")
+    return not any(item.get(key) is not None and not item[key] for key in _LOSS_KEYS)
+
+
+def _read_reasoning(number: int, item: Row, role: str) -> str:
+    """Return what the assistant thought; empty without any."""
+    keys = [key for key in _REASONING_KEYS if item.get(key) not in (None, "")]
+    if not keys:
+        return ""
+    if role != "assistant":
+        raise RowError(f"message {number} has {keys[0]}, but it is not from the assistant")
+    if len({str(item[key]) for key in keys}) > 1:
+        raise RowError(f"message {number} has {format_list(keys)} with different values; give one of them")
+    return _read_string(f"message {number}: {keys[0]}", item[keys[0]])
 
 
 def _build_conversation(messages: Sequence[Message]) -> tuple[Message, ...]:
     if not any(role == "assistant" for role, _ in messages):
         kind = BAD if messages else EMPTY
         raise RowError("no message is from the assistant, so there is nothing to learn", kind=kind)
+    if not any(map(is_learned_answer, messages)):
+        raise RowError(f"{format_list(_LOSS_KEYS)} exclude every answer, so there is nothing to learn")
     late = [number for number, (role, _) in enumerate(messages, start=1) if role == "system" and number > 1]
     if late:
         raise RowError(f"message {late[0]} is from the system; only the first may be")

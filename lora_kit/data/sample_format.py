@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from lora_kit.data.chat import ChatTemplate
+from lora_kit.data.layouts import AnnotatedMessage
 from lora_kit.data.rows import Rows
 from lora_kit.errors import DataError
 from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR
@@ -60,7 +61,8 @@ def convert_rows(rows: Rows, style: PromptStyle) -> Rows:
         return dataclasses.replace(rows, format="chat", values=conversations)
     if isinstance(style, str) and rows.format == "chat":
         for line, (messages,) in zip(rows.lines, rows.values, strict=True):
-            if [role for role, _ in messages] != ["user", "assistant"]:
+            roles = [role for role, _ in messages]
+            if roles != ["user", "assistant"] or any(isinstance(message, AnnotatedMessage) for message in messages):
                 hint = "an adapter that was trained on conversations brings one"
                 raise DataError(f"{rows.path}:{line}: a conversation, but there is no chat template for it", hint=hint)
         pairs = tuple((messages[0][1], messages[1][1]) for (messages,) in rows.values)

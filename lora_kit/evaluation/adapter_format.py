@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from lora_kit.data.sample_format import DEFAULT_MAX_LENGTH, PromptStyle, SampleF
 from lora_kit.errors import AdapterError, DataError, format_list
 from lora_kit.generation.prompts import find_adapter_style, find_training_data
 from lora_kit.io.read import read_text
+from lora_kit.models.heads import list_head_labels, name_head_labels
 from lora_kit.models.loading import Base
 from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR
 from lora_kit.models.tasks import LABEL_TASKS, SEQ2SEQ
@@ -50,6 +52,8 @@ def resolve_sample_formats(
 ) -> dict[str, SampleFormat]:
     """Return the sample format of each adapter; the base has that of the first adapter beside it.
 
+    Where the base's own head has the labels of that adapter, the base's rows have them in the order of its head.
+
     Args:
         adapters: by label; None for the base.
         max_length: most tokens of a sample; None for what each adapter was trained with.
@@ -64,7 +68,7 @@ def resolve_sample_formats(
         if adapter is not None
     }
     default = next(iter(own.values()), None) or _find_base_format(base, rows, max_length)
-    formats = {label: own.get(label, default) for label in adapters}
+    formats = {label: own.get(label, _use_head_order(base, default)) for label in adapters}
     if base.task in LABEL_TASKS:
         size = base.model.config.num_labels
         for label, sample_format in formats.items():
@@ -72,6 +76,14 @@ def resolve_sample_formats(
                 message = f"adapter {label!r} has {len(sample_format.labels)} labels, the model's head {size}"
                 raise AdapterError(message, hint="evaluate adapters with other labels separately")
     return formats
+
+
+def _use_head_order(base: Base, sample_format: SampleFormat) -> SampleFormat:
+    """Return the format with its labels in the order of the base's head, if it has the same labels."""
+    labels = _find_model_labels(base)
+    if set(labels) != set(sample_format.label2id):
+        return sample_format
+    return dataclasses.replace(sample_format, label2id={name: number for number, name in enumerate(labels)})
 
 
 def _find_adapter_format(base: Base, adapter: Adapter, max_length: int | None) -> SampleFormat:
@@ -92,7 +104,8 @@ def _find_base_format(base: Base, rows: Rows, max_length: int | None) -> SampleF
     elif isinstance(separator, str):
         style = separator
     length = _resolve_max_length(base, max_length, recorded.get("max_length"))
-    return _build_format(base, style, length, _find_model_labels(base))
+    names = {str(label) for labels in rows.labels for label in labels}
+    return _build_format(base, style, length, name_head_labels(_find_model_labels(base), names))
 
 
 def _build_format(base: Base, style: PromptStyle, max_length: int, labels: Sequence[str]) -> SampleFormat:
@@ -126,5 +139,4 @@ def _resolve_max_length(base: Base, requested: int | None, recorded: object) -> 
 def _find_model_labels(base: Base) -> tuple[str, ...]:
     if base.task not in LABEL_TASKS:
         return ()
-    names = base.model.config.id2label
-    return tuple(str(names[number]) for number in sorted(names))
+    return list_head_labels(base.model.config)

@@ -45,7 +45,7 @@ from lora_kit.generation.adapter_args import (
 from lora_kit.generation.decoding import Completion
 from lora_kit.generation.generate import attach_adapters
 from lora_kit.io.text import escape_text
-from lora_kit.models.loading import Base, load_base, load_input_spec
+from lora_kit.models.loading import Base, find_label_order, load_base, load_input_spec
 from lora_kit.models.tasks import CAUSAL_LM, CLASSIFY, GENERATIVE_TASKS, LABEL_TASKS, TASKS
 from lora_kit.names import DEFAULT_STORE
 
@@ -169,10 +169,14 @@ def _load_for_evaluation(
     check_quantize(base, list(adapters), list(adapters.values()), quantize)
     if isinstance(base, Base):
         return base
-    label2id: dict[str, int] = {}
+    labels: tuple[str, ...] = ()
     if task in LABEL_TASKS:
         recorded = [find_adapter_labels(adapter) for adapter in adapters.values() if adapter is not None]
-        label2id = {name: number for number, name in enumerate(next(filter(None, recorded), ()))}
+        labels = next(filter(None, recorded), ())
+        _, ordered = find_label_order(base, labels, task=task)
+        # A base whose own head has the adapters' labels is measured with that head, in its own order.
+        labels = ordered if len(ordered) == len(labels) else labels
+    label2id = {name: number for number, name in enumerate(labels)}
     return load_base(base, task=task, label2id=label2id or None, quantize=quantize)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from lora_kit.bank.bank import AdapterBank
 from lora_kit.data.chat import ChatTemplate
-from lora_kit.data.layouts import Message
+from lora_kit.data.layouts import Message, is_learned_answer
 from lora_kit.data.rows import Rows
 from lora_kit.data.sample_format import PromptStyle
 from lora_kit.errors import ConfigError, DataError
@@ -77,9 +77,9 @@ def collect_eval_prompts(rows: Rows) -> tuple[EvalPrompt, ...]:
         if rows.format == "completion":
             answers.setdefault(value[0], []).append((value[1], line))
         elif rows.format == "chat":
-            for number, (role, text) in enumerate(value[0]):
-                if role == "assistant":
-                    answers.setdefault(value[0][:number], []).append((text, line))
+            for number, message in enumerate(value[0]):
+                if is_learned_answer(message):
+                    answers.setdefault(value[0][:number], []).append((message[1], line))
         else:
             raise DataError(
                 f"{rows.path} has rows of the format {rows.format}, which have no prompts",

@@ -48,7 +48,9 @@ def encode_prompt(base: Base, prompt: str | Sequence[Message], style: PromptStyl
     tokenizer, ends = base.tokenizer, find_end_tokens(base)
     if isinstance(style, ChatTemplate):
         messages = [("user", prompt)] if isinstance(prompt, str) else prompt
-        text = style.render_prompt(tokenizer, [(role, _require_utf8(content)) for role, content in messages])
+        for _, content in messages:
+            _require_utf8(content)
+        text = style.render_prompt(tokenizer, messages)
         # The template decides about the BOS.
         ids = tokenize_text(tokenizer, text)
         ends |= {style.find_end_token(tokenizer)}

@@ -123,7 +123,7 @@ def check_foldable(model: nn.Module, layers: Iterable[tuple[str, SlotLayer]]) ->
     """Check that folding loses no delta, and changes no weight that another module shares.
 
     Raises:
-        MergeError: a weight is quantized, or shared with another module.
+        MergeError: a weight is quantized, offloaded, or shared with another module.
     """
     owners: dict[int, int] = {}
     for module in model.modules():
@@ -137,6 +137,11 @@ def check_foldable(model: nn.Module, layers: Iterable[tuple[str, SlotLayer]]) ->
                 hint="merge into the 16-bit original, or keep the adapter beside this base",
             )
         for parameter in layer.base_layer.parameters():
+            if parameter.is_meta:
+                raise MergeError(
+                    f"{path} is offloaded; a delta would be lost in it",
+                    hint="load the whole model, or lk.merge(base, adapter, out), which reads the base from its files",
+                )
             if owners[id(parameter)] > 1:
                 raise MergeError(
                     f"the weight of {path} is shared with another module, which the merge would change too",

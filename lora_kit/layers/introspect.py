@@ -14,6 +14,8 @@ PLAIN_TENSOR_TYPES: Final = (Tensor, nn.Parameter)
 _PLAIN_PARAMETER_TYPES: Final = (nn.Parameter, type(None), Tensor)
 """The same with None, which stands for a bias that a layer does not have; the most frequent first."""
 _PACKING_FLAG: Final = "support_avx512bf16_for_cpu"
+_COMPILED_NAME: Final = "_orig_mod"
+"""torch's name for the module inside a compiled one."""
 
 
 def unwrap_module(module: nn.Module) -> nn.Module:
@@ -21,6 +23,24 @@ def unwrap_module(module: nn.Module) -> nn.Module:
     while isinstance(module, SlotLayer):
         module = module.base_layer
     return module
+
+
+def unwrap_compiled(module: nn.Module) -> nn.Module:
+    """Return the module that `torch.compile(module)` was given; any other module itself."""
+    while (compiled := module._modules.get(_COMPILED_NAME)) is not None:
+        module = compiled
+    return module
+
+
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """Return the model itself of one that `torch.compile`, DistributedDataParallel or DataParallel returned."""
+    while model is not (inner := _unwrap_parallel(unwrap_compiled(model))):
+        model = inner
+    return model
+
+
+def _unwrap_parallel(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) else model
 
 
 def kind_of(module: nn.Module) -> str | None:

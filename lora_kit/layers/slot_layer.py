@@ -19,6 +19,8 @@ from lora_kit.layers.routing import Routing
 
 CONSTANT_PREFIX: Final = "start of "
 """Prefix of the names of tensors that are never trained."""
+_INNER: Final = "base_layer."
+"""What nn.Module puts before the names of a base layer's tensors."""
 
 
 @dataclass
@@ -47,7 +49,7 @@ class SlotLayer(nn.Module):
     Attributes:
         base_layer: the wrapped module.
         routing: which slot each row uses; shared by all layers of a bank.
-        device: of the base layer, and of everything here.
+        device: on which the base layer computes, and of everything here.
         dtype: of the stacked weights.
         rank: that the stacked weights have capacity for.
         stacked_weights: by name, each (slots, ...).
@@ -62,8 +64,7 @@ class SlotLayer(nn.Module):
         # In __dict__ it is found at once; nn.Module would search three dictionaries in every forward.
         self.__dict__["base_layer"] = base_layer
         self.routing = routing
-        tensors = chain(base_layer.parameters(), base_layer.buffers())
-        self.device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+        self.device = compute_device_of(base_layer)
         self.dtype = torch.float32
         self.rank = 0
         self.stacked_weights: dict[str, Tensor] = {}
@@ -72,6 +73,7 @@ class SlotLayer(nn.Module):
         self.trains = False
         routing.prepare(self.device)
         self.train(base_layer.training)
+        self.register_load_state_dict_post_hook(_finish_loading)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -81,6 +83,25 @@ class SlotLayer(nn.Module):
             if base_layer is None:
                 raise
             return getattr(base_layer, name)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the base layer's own, so that a model with a bank has the base's. Arguments: as nn.Module's."""
+        return self.base_layer.state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Hand the base layer's tensors on under the names by which nn.Module then looks for them in this one."""
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            state_dict[f"{prefix}{_INNER}{key.removeprefix(prefix)}"] = state_dict.pop(key)
+        self.__dict__["_load_messages"] = prefix, (missing_keys, unexpected_keys, error_msgs)
 
     def make_identity_stack(self, slots: int, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """Make stacked weights with which every slot leaves the base's output unchanged.
@@ -222,6 +243,15 @@ class SlotLayer(nn.Module):
         return differentiable
 
 
+def _finish_loading(layer: nn.Module, _: object) -> None:
+    """Name what did not match by the base's names, and follow the base's new weights."""
+    assert isinstance(layer, SlotLayer)
+    prefix, messages = layer.__dict__.pop("_load_messages")
+    for lines in messages:
+        lines[:] = [line.replace(prefix + _INNER, prefix) for line in lines]
+    layer.refresh_from_base()
+
+
 class _StackingContext(FunctionCtx):
     slots: list[int]
     shapes: list[torch.Size]
@@ -246,6 +276,25 @@ def _narrow_to(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     for axis, size in enumerate(shape):
         tensor = tensor.narrow(axis, 0, size)
     return tensor
+
+
+def compute_device_of(module: nn.Module) -> torch.device:
+    """Return the device on which a module computes: of an offloaded one, that to which its weights are loaded."""
+    if isinstance(module, SlotLayer):
+        return module.device
+    tensors = chain(module.parameters(), module.buffers())
+    return offload_device_of(module) or next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def offload_device_of(module: nn.Module) -> torch.device | None:
+    """Return the device to which accelerate loads a module's own weights in each forward; None where it does not.
+
+    Between forwards such weights are on meta: on the CPU or on disk there are copies, under the module's own names.
+    """
+    hook = module.__dict__.get("_hf_hook")
+    hooks = getattr(hook, "hooks", (hook,))  # of a SequentialHook, those inside
+    devices = (each.execution_device for each in hooks if getattr(each, "offload", False))
+    return next((torch.device(device) for device in devices), None)
 
 
 def leaf_name(name: str, slot: int) -> str:

@@ -79,7 +79,8 @@ def merge(
 
     Raises:
         MergeError: a quantized base without a choice, tied weights, an adapter that is in this base already, an output
-            that overlaps an input, a delta that rounding would lose, or a weight that is not finite.
+            that overlaps an input, embeddings with fewer rows than the tokenizer has tokens, a delta that rounding
+            would lose, or a weight that is not finite.
         AdapterError, BaseMismatchError, BaseModelError: an input cannot be read or does not match the others.
         StorageError: the output exists, or it cannot be written.
         VerificationError: what was written is not the base with the adapter.
@@ -232,8 +233,10 @@ class _MergeJob:
         gone = ["quantization_config"] if self.quantized == quantized_base.DEQUANTIZED else []
         model_files.write_config(self.folder, staging, changes=changes, without=gone, dtype=self.dtype)
         model_files.copy_sidecars(self.folder, staging)
-        for folder in self.adapter_folders if base.resized_embeddings else ():
-            model_files.copy_tokenizer(folder, staging)
+        if base.resized_embeddings:
+            for folder in self.adapter_folders:
+                model_files.copy_tokenizer(folder, staging)
+            model_files.check_vocabulary(staging, base.config.get_text_config().vocab_size)
 
     def _compute_key(self, plan: MergePlan) -> str:
         """Return a digest of what the bytes of the weight files depend on."""

@@ -6,15 +6,19 @@ import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import torch
 
-from lora_kit.errors import BaseModelError
+from lora_kit.errors import BaseModelError, MergeError
 from lora_kit.io.read import open_regular_file
 from lora_kit.merging.checkpoint.meta_model import MetaModel, TaskHead
 from lora_kit.merging.preflight import MERGE_RECORD
+from lora_kit.models.rope_fields import add_older_rope_fields
 from lora_kit.models.tasks import CLASSIFY
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CONFIG: Final = "config.json"
 CARD: Final = "README.md"
@@ -83,6 +87,7 @@ def write_config(
         for name in ("dtype", "torch_dtype"):
             if dtype is not None and name in part:
                 part[name] = str(dtype).removeprefix("torch.")
+    add_older_rope_fields(fields)
     (out / CONFIG).write_bytes(f"{json.dumps(fields, indent=2)}\n".encode())
 
 
@@ -109,16 +114,45 @@ def compute_config_changes(base: MetaModel, folder: Path, head: TaskHead, *, unt
     return changes
 
 
+def check_vocabulary(folder: Path, rows: int) -> None:
+    """Check that a model whose embeddings were resized has a row for every token of its tokenizer, if there is one.
+
+    Args:
+        folder: of the model.
+        rows: of its embeddings.
+
+    Raises:
+        MergeError: there are fewer.
+    """
+    tokenizer = _load_tokenizer(folder)
+    last = max(tokenizer.get_vocab().values(), default=0) if tokenizer else 0
+    if last >= rows:
+        raise MergeError(
+            f"the adapter brings embeddings of {rows:,} rows, and the tokenizer has tokens up to {last:,}",
+            hint="put the tokenizer that the adapter was trained with into the adapter's folder",
+        )
+
+
 def _find_pad_token(folder: Path) -> int | None:
     """Return the padding token: a decoder that classifies reads the last token that is not padding."""
+    tokenizer = _load_tokenizer(folder)
+    if tokenizer is None:
+        return None
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    return eos if pad is None else pad
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer of a model folder; None where it has none: such a base is merged without one."""
     from transformers import AutoTokenizer
 
     from lora_kit.models.silence import silence_libraries
 
     try:
         with silence_libraries():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
     except (OSError, ValueError):
-        return None  # a base without a tokenizer is merged without one
-    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    return eos if pad is None else pad
+        return None
+    return tokenizer

@@ -16,7 +16,7 @@ from lora_kit.layers.fold import round_to_dtype
 from lora_kit.merging.checkpoint.meta_model import MetaModel
 from lora_kit.merging.planned_tensors import PlannedTensor, WeightedAdapter
 from lora_kit.merging.writing.fold_blocks import ReserveMemory, split_rows
-from lora_kit.targets.coverage import Coverage, survey_coverage
+from lora_kit.targets.coverage import Coverage, survey_adapter
 
 TokenEmbeddingsByKey = dict[str, TokenEmbeddings]
 """Token embeddings by the state dict key of their table."""
@@ -42,7 +42,7 @@ def collect_token_embeddings(base: MetaModel, adapters: Sequence[WeightedAdapter
     """Return the token embeddings of adapters, by the state dict keys of a model."""
     rows: TokenEmbeddingsByKey = {}
     for weighted in adapters:
-        add_token_embeddings(rows, weighted, survey_coverage(base.model, weighted.adapter.config))
+        add_token_embeddings(rows, weighted, survey_adapter(base.model, weighted.adapter))
     return rows
 
 

@@ -17,7 +17,13 @@ from torch import Tensor
 
 from lora_kit.errors import BaseModelError, format_list, suggest_nearest
 from lora_kit.layers.introspect import pause_packing
-from lora_kit.models.heads import check_loading_info
+from lora_kit.models.heads import (
+    check_loading_info,
+    list_checkpoint_labels,
+    order_labels,
+    reason_new_head,
+    renew_label_layer,
+)
 from lora_kit.models.locate import BaseSource, locate_base, translate_load_errors
 from lora_kit.models.prompt_tokens import prepare_decoder_inputs
 from lora_kit.models.protocols import Tokenizer
@@ -104,7 +110,9 @@ def load_base(
         base: a hub id, a local folder, or `kit-base` (which comes with the package and needs no network).
         task: `causal-lm`; `classify` for a head over the whole text, `tokens` for one over each token; `seq2seq`.
         num_labels: size of that head; needed for those two unless `label2id` is given or the checkpoint has a head.
-        label2id: label names to their numbers, kept in the model's config.
+        label2id: label names to their numbers, kept in the model's config. The checkpoint's head is used if its labels
+            are these in this order, or as many without names; otherwise the layer that predicts them is new, with a
+            warning.
         dtype: `bf16`, `fp16`, `fp32` or a torch.dtype; None or `auto` for the checkpoint's own.
         device: where to put the model; None for CUDA where there is a device and the CPU otherwise.
         quantize: one of `QUANTIZATIONS`, through bitsandbytes; None for the weights as they are. A checkpoint that is
@@ -125,11 +133,17 @@ def load_base(
     torch_device = _resolve_device(device)
     source, name = locate_base(base), str(base)
     with silence_libraries(), translate_load_errors(name):
-        config = _load_config(source, task=task, num_labels=num_labels, label2id=label2id)
+        config = _read_config(source)
+        replaced = _set_labels(config, name, task=task, num_labels=num_labels, label2id=label2id)
         _check_architecture(name, config, task)
         refuse_already_quantized(name, config, quantize)
         tokenizer = _load_tokenizer(source, config)
-        model = _load_model(source, config, task, dtype=torch_dtype, device=torch_device, quantize=quantize)
+        labels = tuple(label2id or ())
+        model = _load_model(
+            source, config, task, dtype=torch_dtype, device=torch_device, quantize=quantize, labels=labels
+        )
+    if replaced:
+        _replace_head(model, name, task, replaced)
     _ensure_pad_token(model, tokenizer, name, task)
     # PEFT writes this name into adapters as their base. It is the name as given, not the folder of the package.
     model.config._name_or_path = name
@@ -165,7 +179,7 @@ def load_input_spec(base: str | Path) -> InputSpec:
     """
     source = locate_base(base)
     with silence_libraries(), translate_load_errors(str(base)):
-        config = _load_config(source, task=CAUSAL_LM, num_labels=None, label2id=None)
+        config = _read_config(source)
         tokenizer = _load_tokenizer(source, config)
     return InputSpec(tokenizer, _max_length_of(config, tokenizer), _is_encoder_decoder(config))
 
@@ -203,24 +217,58 @@ def _resolve_device(device: str | torch.device | None) -> torch.device:
     return torch_device
 
 
-def _load_config(
-    source: BaseSource, *, task: str, num_labels: int | None, label2id: Mapping[str, int] | None
-) -> PretrainedConfig:
+def find_label_order(base: str | Path, names: Sequence[str], *, task: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the labels of a base's head, and the labels of a training on it, each in the order of the classes.
+
+    Args:
+        base: as in `load_base`.
+        names: the labels of the training rows, sorted.
+        task: one whose labels have names.
+
+    Returns:
+        The labels of the head, empty if there is none for the task; and all of them again if it knows every name,
+        else the names.
+
+    Raises:
+        BaseModelError: no base of that name.
+    """
+    with silence_libraries(), translate_load_errors(str(base)):
+        head = list_checkpoint_labels(_read_config(locate_base(base)), task)
+    return head, order_labels(names, head)
+
+
+def _read_config(source: BaseSource) -> PretrainedConfig:
     from transformers import AutoConfig
 
-    labels: dict[str, object] = {}
-    if label2id is not None:
-        if num_labels is not None and num_labels != len(label2id):
-            raise BaseModelError(f"num_labels is {num_labels}, but label2id names {len(label2id)} labels")
-        labels = {"label2id": dict(label2id), "id2label": {number: label for label, number in label2id.items()}}
-    elif num_labels is not None:
-        labels = {"num_labels": num_labels}
-    if task == CLASSIFY:
-        labels["problem_type"] = "single_label_classification"
     config: PretrainedConfig = AutoConfig.from_pretrained(
-        source.location, local_files_only=source.local_files_only, trust_remote_code=False, **labels
+        source.location, local_files_only=source.local_files_only, trust_remote_code=False
     )
     return config
+
+
+def _set_labels(
+    config: PretrainedConfig, name: str, *, task: str, num_labels: int | None, label2id: Mapping[str, int] | None
+) -> str | None:
+    """Set the labels of a config; return why the checkpoint's head cannot be used for them, or None if it can."""
+    if task == CLASSIFY:
+        config.problem_type = "single_label_classification"
+    if label2id is None:
+        if num_labels is not None:
+            config.num_labels = num_labels
+        return None
+    if num_labels is not None and num_labels != len(label2id):
+        raise BaseModelError(f"num_labels is {num_labels}, but label2id names {len(label2id)} labels")
+    labels = sorted(label2id, key=label2id.__getitem__)
+    reason = reason_new_head(list_checkpoint_labels(config, task), labels)
+    config.label2id, config.id2label = dict(label2id), {number: label for label, number in label2id.items()}
+    return reason
+
+
+def _replace_head(model: PreTrainedModel, name: str, task: str, reason: str) -> None:
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(_HEAD_SEED)
+        renew_label_layer(model, task)
+    logger.warning("%s: the head's last layer is new; the one in the checkpoint is not used: %s", name, reason)
 
 
 def _check_architecture(name: str, config: PretrainedConfig, task: str) -> None:
@@ -254,6 +302,7 @@ def _load_model(
     dtype: str | torch.dtype,
     device: torch.device,
     quantize: str | None,
+    labels: Sequence[str],
 ) -> PreTrainedModel:
     import transformers
 
@@ -267,9 +316,10 @@ def _load_model(
             local_files_only=source.local_files_only,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=bool(labels),
             **build_quantization_kwargs(quantize, quantization_method_of(config), device),
         )
-    check_loading_info(source.location, task, info)
+    check_loading_info(source.location, task, info, labels=labels)
     if not getattr(model, "is_quantized", False):
         return model.to(device)
     refuse_misread_weights(source.location, model)

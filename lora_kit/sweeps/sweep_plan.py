@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 import optuna
@@ -18,10 +18,13 @@ from lora_kit.errors import AdapterError
 from lora_kit.evaluation.metrics import METRICS
 from lora_kit.io.read import read_json
 from lora_kit.io.text import escape_text
-from lora_kit.sweeps.space import Params, Space, Value, list_combinations, parse_space
+from lora_kit.sweeps.space import Params, Value, list_combinations, parse_space
 from lora_kit.training.loop.checkpoints import hash_json
 from lora_kit.training.recipe.load import load_recipe
 from lora_kit.training.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from lora_kit.sweeps.space import Space
 
 PLAN: Final = "plan.json"
 _PLAN_LIMIT: Final = 2**23

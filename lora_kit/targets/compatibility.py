@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.peft_keys import LoraWeights, TokenEmbeddings
-from lora_kit.errors import AdapterError, BaseMismatchError
-from lora_kit.targets.coverage import Coverage, LayerTarget, survey_coverage
+from lora_kit.errors import AdapterError, BaseMismatchError, format_list
+from lora_kit.targets.coverage import Coverage, LayerTarget, survey_adapter
 from lora_kit.targets.fingerprint import list_base_mismatches
 from lora_kit.targets.match import named_layers
 from lora_kit.targets.token_rows import TokenTarget
@@ -27,23 +27,24 @@ def match_adapter(
     Args:
         name: of the adapter, for messages.
         dtype: in which the tensors are to be kept.
-        allow: `other-base` and `unmatched-targets` are accepted where they are in it, and errors otherwise.
+        allow: `other-base` is accepted where it is in it, and an error otherwise. Names in the config that match
+            nothing in the model are logged as a warning unless `unmatched-targets` is in it.
 
     Raises:
         AdapterError: a mismatch; the message lists them all.
         BaseMismatchError: the adapter was made for another base.
     """
-    coverage = survey_coverage(model, adapter.config)
+    coverage = survey_adapter(model, adapter)
     mismatches = _find_mismatches(adapter, model, coverage, dtype)
-    if "unmatched-targets" not in allow:
-        mismatches += [f"nothing in the model matches {entry}" for entry in coverage.unmatched]
     if mismatches:
         count = sum(target.key in adapter.all_pairs() for target in coverage.targets)
         total = len(coverage.targets)
         head = f"{name!r} does not match this model: {count} of {total} covered layers have LoRA weights"
-        only_unmatched = len(mismatches) == len(coverage.unmatched)
-        hint = "allow 'unmatched-targets' if its list of names is meant for several models" if only_unmatched else ""
-        raise AdapterError("\n  ".join([head, *mismatches]), hint=hint)
+        mismatches += [f"nothing in the model matches {entry}" for entry in coverage.unmatched]
+        raise AdapterError("\n  ".join([head, *mismatches]))
+    if coverage.unmatched and "unmatched-targets" not in allow:
+        # Every tensor has its place: a list that is meant for several models, as PEFT's of heads is.
+        logger.warning("%s: nothing in the model matches %s", name, format_list(coverage.unmatched))
     _check_base(name, adapter, model, coverage, allow)
     return coverage
 
@@ -166,11 +167,23 @@ def _find_overflows(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> list[s
 def _find_copy_mismatches(copies: Mapping[str, Tensor], present: Mapping[str, nn.Module]) -> list[str]:
     """List the base weights in an adapter's file that differ from the base's own.
 
-    An adapter with another embedding table is not an update of this base.
+    An adapter with another embedding table is not an update of this base. Of a meta model only the shapes are compared.
     """
     mismatches = []
     for path, copied in copies.items():
         own = getattr(present.get(path), "weight", None)
-        if own is None or own.shape != copied.shape or not torch.equal(own.detach().cpu(), copied.to(own.dtype)):
+        if own is None or own.shape != copied.shape or not (own.is_meta or _is_same_weight(own.detach().cpu(), copied)):
             mismatches.append(f"the file has a weight for {path} that is not the base's")
     return mismatches
+
+
+def _is_same_weight(own: Tensor, copied: Tensor) -> bool:
+    """Whether two tensors are one weight, each in its own dtype: they are equal in the coarser one."""
+    if not (own.is_floating_point() and copied.is_floating_point()):
+        return own.dtype == copied.dtype and torch.equal(own, copied)
+    coarse = max(own.dtype, copied.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    if {own.dtype, copied.dtype} == {torch.float16, torch.bfloat16}:
+        # Both may be roundings of a finer weight, and fp16 has a larger smallest step.
+        eps, step = torch.finfo(torch.bfloat16).eps, torch.finfo(torch.float16).smallest_normal * 2**-10
+        return torch.allclose(own.float(), copied.float(), rtol=eps, atol=step)
+    return torch.equal(own.to(coarse), copied.to(coarse))

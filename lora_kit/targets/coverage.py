@@ -9,9 +9,11 @@ from typing import Final
 
 from torch import nn
 
+from lora_kit.adapter.adapter import Adapter
 from lora_kit.config.lora_config import ALL_LINEAR, LoraConfig
 from lora_kit.config.module_patterns import suffixes_of
-from lora_kit.errors import TargetError, format_list, suggest_nearest
+from lora_kit.config.peft_fields import INITS_OF_PEFT
+from lora_kit.errors import ConfigError, TargetError, format_list, suggest_nearest
 from lora_kit.layers.experts import list_own_parameters
 from lora_kit.layers.introspect import features_of, is_quantized, is_unquantized, kind_of
 from lora_kit.layers.parameter import is_transposed
@@ -22,13 +24,14 @@ from lora_kit.targets.match import (
     find_mixer_internals,
     find_paths_inside,
     find_saved_paths,
+    find_saved_paths_of_file,
     is_within,
     make_matcher,
     named_layers,
     select_modules,
     target_names_of,
 )
-from lora_kit.targets.token_rows import TokenTarget, find_token_coverage
+from lora_kit.targets.token_rows import TokenTarget, find_tied_paths, find_token_coverage
 
 _PROBLEMS_SHOWN: Final = 4
 _NAMES_SHOWN: Final = 12
@@ -146,9 +149,15 @@ def find_coverage(model: nn.Module, config: LoraConfig) -> Coverage:
     """Return what a config covers in a model.
 
     Raises:
+        ConfigError: `init_lora_weights` is one of PEFT's alone.
         TargetError: an entry of `target_modules`, `modules_to_save` or `layers_to_transform` matches nothing, or a
             matched module cannot have LoRA weights. The hint lists what the model has.
     """
+    if config.init_lora_weights in INITS_OF_PEFT:
+        raise ConfigError(
+            f"init_lora_weights={config.init_lora_weights} is not supported in training",
+            hint="train it in PEFT, or use init_lora_weights: true",
+        )
     coverage = survey_coverage(model, config)
     if coverage.unmatched:
         paths = [path for path, _ in named_layers(model)]
@@ -158,6 +167,7 @@ def find_coverage(model: nn.Module, config: LoraConfig) -> Coverage:
     if coverage.problems:
         problems = "; ".join(coverage.problems[:_PROBLEMS_SHOWN])
         raise TargetError(f"trainable_token_indices does not match the model: {problems}")
+    _refuse_weight_tying(model, config, coverage)
     quantized = [path for path in coverage.saved if is_quantized(model.get_submodule(path))]
     if quantized:
         raise TargetError(
@@ -172,15 +182,50 @@ def find_coverage(model: nn.Module, config: LoraConfig) -> Coverage:
     return coverage
 
 
+def _refuse_weight_tying(model: nn.Module, config: LoraConfig, coverage: Coverage) -> None:
+    """Raise TargetError where layers would have to be trained as one (`ensure_weight_tying`)."""
+    tied = find_tied_paths(model, list(named_layers(model))) if config.ties_weights else []
+    covered = {*coverage.saved, *(target.path for target in coverage.targets)}
+    if len(tied) > 1 and not covered.isdisjoint(tied):
+        raise TargetError(
+            f"ensure_weight_tying=True is not supported in training: {format_list(tied)} would be trained apart",
+            hint="train with `method: peft`, or train rows of tokens (trainable_token_indices), which are tied",
+        )
+
+
 def survey_coverage(model: nn.Module, config: LoraConfig) -> Coverage:
     """Return what a config covers in a model. What does not match is listed in the result instead of raised."""
     modules = list(named_layers(model))
-    saved = find_saved_paths(modules, config.modules_to_save)
-    layers, skipped = _find_layers(model, modules, config, saved)
+    return _survey(model, modules, config, find_saved_paths(modules, config.modules_to_save))
+
+
+def survey_adapter(model: nn.Module, adapter: Adapter) -> Coverage:
+    """Return what an adapter covers in a model: its config, where its tensors decide what the config leaves open.
+
+    The config does not say whether a name in `modules_to_save` was matched as a whole, nor with what the input
+    embedding is tied (`ensure_weight_tying`).
+    """
+    modules, config = list(named_layers(model)), adapter.config
+    saved = find_saved_paths_of_file(modules, config.modules_to_save, adapter.saved())
+    tied = find_tied_paths(model, modules) if config.ties_weights else []
+    saved += [path for path in tied if path not in saved and any(is_within(key, path) for key in adapter.saved())]
+    return _survey(model, modules, config, saved, tied=[path for path in tied if path in adapter.all_pairs()])
+
+
+def _survey(
+    model: nn.Module, modules: Modules, config: LoraConfig, saved: Sequence[str], *, tied: Sequence[str] = ()
+) -> Coverage:
+    """Return what a config covers.
+
+    Args:
+        saved: paths of the modules in `modules_to_save`.
+        tied: paths of layers that share the input embedding's weight, and so have LoRA weights where it has.
+    """
+    layers, skipped = _find_layers(model, modules, config, saved, tied)
     parameters, skipped_parameters = _find_parameters(modules, config, {target.path for target in layers})
     tokens = find_token_coverage(model, modules, config)
     targets, skipped = [*layers, *parameters], [*skipped, *skipped_parameters]
-    unmatched = _find_unmatched_names(modules, config, saved)
+    unmatched = _find_unmatched_names(modules, config)
     if isinstance(config.target_modules, str) and not layers and not skipped:
         unmatched.append(config.target_modules)
     unmatched += [*find_missing_indices(config, (target.path for target in targets)), *tokens.unmatched]
@@ -205,13 +250,15 @@ def find_shortest_names(model: nn.Module, coverage: Coverage) -> tuple[str, ...]
 
 
 def _find_layers(
-    model: nn.Module, modules: Modules, config: LoraConfig, saved: Sequence[str]
+    model: nn.Module, modules: Modules, config: LoraConfig, saved: Sequence[str], tied: Sequence[str]
 ) -> tuple[list[LayerTarget], Skipped]:
     """Return the layers that `target_modules` selects outside `modules_to_save`, and those that it cannot train."""
     targets, skipped = list[LayerTarget](), Skipped()
+    selected = dict(select_modules(model, modules, config))
+    selected |= {path: module for path, module in modules if path in tied}
     in_saved = find_paths_inside(modules, saved)
     internals = find_attention_internals(modules) | find_mixer_internals(modules)
-    for path, module in select_modules(model, modules, config):
+    for path, module in selected.items():
         if path in in_saved and path not in internals:
             continue
         reason = internals.get(path) or _reason_not_trainable(module, config)
@@ -294,7 +341,7 @@ def _make_parameter_target(
     )
 
 
-def _find_unmatched_names(modules: Modules, config: LoraConfig, saved: Sequence[str]) -> list[str]:
+def _find_unmatched_names(modules: Modules, config: LoraConfig) -> list[str]:
     """Return the names in `target_modules`, `target_parameters` and `modules_to_save` that nothing in the model has."""
     names = {suffix for path, _ in modules for suffix in suffixes_of(path)}
     unmatched = [name for name in target_names_of(config) if name not in names]
@@ -302,8 +349,8 @@ def _find_unmatched_names(modules: Modules, config: LoraConfig, saved: Sequence[
         paths = (f"{path}.{name}" for path, module in modules for name in module._parameters)
         parameter_names = {suffix for path in paths for suffix in suffixes_of(path)}
         unmatched += [name for name in config.target_parameters if name not in parameter_names]
-    saved_names = {suffix for path in saved for suffix in suffixes_of(path)}
-    return unmatched + [name for name in config.modules_to_save if name not in saved_names]
+    saved_names = dict.fromkeys(config.modules_to_save)
+    return unmatched + [name for name in saved_names if not any(path.endswith(name) for path, _ in modules)]
 
 
 def _find_clashes(tokens: Sequence[TokenTarget], targets: Sequence[LayerTarget], saved: Sequence[str]) -> Iterator[str]:

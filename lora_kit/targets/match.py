@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Final
 
 from torch import nn
 
 from lora_kit.config.lora_config import ALL_LINEAR, LoraConfig
 from lora_kit.config.module_patterns import compile_expression, suffixes_of
-from lora_kit.layers.introspect import kind_of, unwrap_module
+from lora_kit.layers.introspect import kind_of, unwrap_compiled, unwrap_module
 
 Modules = Sequence[tuple[str, nn.Module]]
 """(path, module) of the modules of a base."""
@@ -36,12 +36,15 @@ _READ_BY_KERNELS: Final = ("x_proj", "dt_proj", "out_proj")
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (path, module) of a base, outer modules first. A wrapper of a bank appears as the module inside it."""
+    """Yield (path, module) of a base, parents first.
+
+    A wrapper of a bank appears as the module inside it, and so does what `torch.compile(module)` returned.
+    """
     seen: set[nn.Module] = set()
     pending: list[tuple[str, nn.Module]] = [("", model)]
     while pending:
         path, module = pending.pop()
-        module = unwrap_module(module)
+        module = unwrap_module(unwrap_compiled(module))
         if module not in seen:
             seen.add(module)
             yield path, module
@@ -113,12 +116,43 @@ def find_missing_indices(config: LoraConfig, paths: Iterable[str]) -> list[str]:
 
 
 def find_saved_paths(modules: Modules, names: Sequence[str]) -> list[str]:
-    """Return the paths of the modules that `names` select, without those inside another of them."""
-    is_named, paths = make_matcher(names), list[str]()
-    for path, _ in modules:
-        if is_named(path) and not any(is_within(path, top) for top in paths):
-            paths.append(path)
-    return paths
+    """Return the paths of the modules that `modules_to_save` selects, without those inside another of them.
+
+    As in PEFT, a name selects every module whose path ends in it, with or without a dot before it: `classifier` selects
+    `pre_classifier` as well.
+    """
+    return _outermost(path for path, _ in modules if path.endswith(tuple(names)))
+
+
+def find_saved_paths_of_file(modules: Modules, names: Sequence[str], keys: Collection[str]) -> list[str]:
+    """Return the paths of the modules that `modules_to_save` selected when an adapter was written.
+
+    These are PEFT's, unless the file has nothing of those whose names do not match as a whole: adapters that were made
+    here before PEFT's rule was followed have only the modules of these very names.
+
+    Args:
+        keys: of the file's saved tensors (`classifier.weight`).
+    """
+    paths, is_named = find_saved_paths(modules, names), make_matcher(names)
+    matched_by_ending = [f"{path}." for path in paths if not is_named(path)]
+    if any(key.startswith(tuple(matched_by_ending)) for key in keys):
+        return paths
+    return _outermost(path for path, _ in modules if is_named(path))
+
+
+def name_saved_modules(modules: Modules, names: Sequence[str], paths: Sequence[str]) -> tuple[str, ...]:
+    """Return names from which PEFT selects exactly the modules of these paths: `names`, or else whole paths."""
+    selected = [path for path, _ in modules if path.endswith(tuple(names))]
+    return tuple(names) if selected == list(paths) else tuple(paths)
+
+
+def _outermost(paths: Iterable[str]) -> list[str]:
+    """Return paths without those inside another of them, which comes first."""
+    tops = list[str]()
+    for path in paths:
+        if not any(is_within(path, top) for top in tops):
+            tops.append(path)
+    return tops
 
 
 def find_attention_internals(modules: Modules) -> dict[str, str]:

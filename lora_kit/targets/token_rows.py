@@ -103,6 +103,12 @@ def path_of(key: str) -> str:
     return key.removesuffix(_WRAPPER_SUFFIX)
 
 
+def find_tied_paths(model: nn.Module, modules: Modules) -> list[str]:
+    """Return the paths of the modules that share the weight of a model's input embedding, with its own."""
+    embedding = _find_input_embedding(model, modules)
+    return [] if embedding is None else _find_sharing_modules(dict(modules)[embedding], modules)
+
+
 def _find_input_embedding(model: nn.Module, modules: Modules) -> str | None:
     """Return the path of a model's input embedding; None where it has none."""
     try:

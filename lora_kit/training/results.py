@@ -183,6 +183,7 @@ class TrainPlan:
         trainable: number of trained parameters.
         parameters: number of parameters of the model with the adapter.
         kinds: the trained modules by name.
+        head: what becomes of the base's head, in words; None where the task has no labels.
         data: the training file, as samples.
         steps: how many there are, and of how many samples.
         memory: estimated, see `lora_kit.training.plan.memory_estimate`.
@@ -196,6 +197,7 @@ class TrainPlan:
     trainable: int
     parameters: int
     kinds: tuple[TrainedModules, ...]
+    head: str | None
     data: DataSummary
     steps: StepCounts
     memory: MemoryEstimate
@@ -210,6 +212,7 @@ class TrainPlan:
             "goes_on_from": self.goes_on_from,
             "trainable": self.trainable,
             "parameters": self.parameters,
+            "head": self.head,
             "data": asdict(self.data),
             "steps": asdict(self.steps),
             "memory": {**asdict(self.memory), "total": self.memory.total},

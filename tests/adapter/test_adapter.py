@@ -331,12 +331,6 @@ def without(*ends: str) -> dict[str, torch.Tensor]:
         (folders.tensors(rank=8), {}, "the config says rank 4"),
         (folders.tensors(), {"rank_pattern": {"layers.1.*": 2}}, f"{PATHS[1]}: the config says rank 2"),
         (folders.tensors(), {"use_dora": True}, "a magnitude is missing"),
-        (folders.tensors(), {"modules_to_save": ["score"]}, "modules_to_save names score"),
-        (
-            folders.tensors(),
-            {"target_modules": [], "modules_to_save": ["q_proj"]},
-            "but the file holds no tensor of it",
-        ),
         ({PREFIX + "score.weight": torch.ones(2, 2)}, {"modules_to_save": ["score"]}, "holds no LoRA weights"),
         (changed(**{A0: torch.randn(4)}), {}, "are not matrices"),
         (changed(**{A0: torch.randn(4, 2, 2, 2)}), {}, "are not matrices"),
@@ -365,10 +359,14 @@ def test_tensors_that_do_not_fit_the_config_are_refused(
     assert told in refused(folders.foreign(tmp_path / "unfit", made, **fields))
 
 
-def test_extra_keys_are_ignored_on_request_only(tmp_path: Path) -> None:
-    folder = folders.foreign(tmp_path / "extra", folders.tensors() | {"stray": torch.ones(1)})
+def test_extra_keys_are_ignored_on_request_only_and_named_in_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = f"{PREFIX}score.weight"
+    folder = folders.foreign(tmp_path / "extra", folders.tensors() | {"stray": torch.ones(1), head: torch.ones(3, 32)})
     refused(folder)
     assert len(lk.Adapter.load(folder, allow={"extra-keys"}).pairs()) == 2
+    assert f"these tensors are ignored, since the config does not mention them: {head}, stray" in caplog.text
     with pytest.raises(ConfigError, match="expected any of other-base"):
         lk.Adapter.load(folder, allow={"extra"})
 

@@ -193,13 +193,13 @@ def test_pairs_of_experts_are_refused_where_they_would_not_mean_the_same(tmp_pat
         lk.LoraConfig(target_parameters=["down_proj"])
     with pytest.raises(TargetError, match=r"experts\.up"):
         lk.attach(model, lk.LoraConfig(target_modules=["q_proj"], target_parameters=["experts.up"]))
-    with pytest.raises(TargetError, match="has pairs already"):
+    with pytest.raises(TargetError, match="has LoRA weights already"):
         lk.attach(model, lk.LoraConfig(target_modules=["q_proj"], target_parameters=["q_proj.weight"]))
     fewer = dict(adapter.tensors)
     key = next(key for key in fewer if key.endswith("lora_A.weight"))
     fewer[key], other = fewer[key][:8], key.replace("lora_A", "lora_B")
     fewer[other] = fewer[other][:, :8]
-    with pytest.raises(AdapterError, match="8 rows for 4 experts of rank 4"):
+    with pytest.raises(AdapterError, match="8 rows, but 4 experts of rank 4"):
         lk.attach(model, slots=1).load("a", lk.Adapter(adapter.config, fewer))
 
 

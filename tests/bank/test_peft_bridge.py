@@ -273,7 +273,7 @@ REFUSED: list[tuple[str, Callable[[], Any]]] = [
     ("init_lora_weights", lambda: peft_model(init_lora_weights="pissa")),
     ("rows of tokens|trainable_token_indices", lambda: peft_model(trainable_token_indices=[3])),
     ("DoraConv2dVariant", lambda: conv(nn.Conv2d(2, 3, 3), use_dora=True)),
-    ("with groups, dilation or another padding", lambda: conv(nn.Conv2d(2, 3, 3, dilation=2))),
+    ("with groups, dilation or a padding mode", lambda: conv(nn.Conv2d(2, 3, 3, dilation=2))),
     ("Conv3d", lambda: conv(nn.Conv3d(2, 3, 3))),
 ]
 

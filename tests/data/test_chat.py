@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,12 @@ import lora_kit as lk
 from lora_kit.data.batches import IGNORE_INDEX, EncodedDataset
 from lora_kit.data.chat import ChatEncoder, ChatTemplate, chat_template
 from lora_kit.data.encode import encode
+from lora_kit.data.preparation.prepare import prepare
+from lora_kit.data.preview import preview_sample
 from lora_kit.data.rows import read_rows
+from lora_kit.data.sample_format import convert_rows
 from lora_kit.errors import DataError, RecipeError
+from lora_kit.evaluation.generation_metrics import collect_eval_prompts
 from lora_kit.generation.decoding import Sampling
 from lora_kit.generation.generate import generate
 from lora_kit.generation.prompts import find_template
@@ -224,3 +229,117 @@ def test_a_template_for_rows_that_are_no_conversations_is_refused(tmp_path: Path
     recipe = {"base": "tiny", "data": {"train": str(file), "chat_template": "plain"}, "out": str(tmp_path / "out")}
     with pytest.raises(RecipeError, match="chat_template is for conversations"):
         train(recipe, base=Base(model=tiny.llama(), tokenizer=tokenizer(), name="tiny"))
+
+
+# What messages say about the loss and about thoughts
+
+THINKING = TURNS.replace(
+    "{{ m['content'] }}", "{% if m.thinking %}({{ m.reasoning_content }}){% endif %}{{ m.content }}"
+)
+
+
+def said(role: str, content: str, **keys: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **keys}
+
+
+def preview_of(path: Path, messages: list[dict[str, Any]], *, text: str = TURNS, max_length: int = 200) -> list[str]:
+    """What `preview` shows of each sample; learned spans between ‹ and ›."""
+    rows = read_rows(texts.write(path / "chat.jsonl", [{"messages": messages}]))
+    samples = encode(rows, tokenizer(), max_length=max_length, template=template(text))
+    marks = {True: "‹{}›", False: "{}"}
+    return [
+        "".join(marks[span.learned].format(span.text.replace(" ", "")) for span in preview_sample(tokenizer(), samples, index))
+        for index in range(len(samples))
+    ]
+
+
+EXCHANGES = [said("user", "hi"), said("assistant", "yo"), said("user", "and"), said("assistant", "so")]
+ALL_LEARNED = "<s>[user]hi</s>\n[assistant]‹yo</s>›\n[user]and</s>\n[assistant]‹so</s>›"
+
+
+@pytest.mark.parametrize("keys", [{"train": False}, {"loss": False}, {"weight": 0}, {"weight": 0.0, "train": None}])
+def test_an_answer_that_is_excluded_is_read_but_not_learned(tmp_path: Path, keys: dict[str, Any]) -> None:
+    first = [EXCHANGES[0], {**EXCHANGES[1], **keys}, *EXCHANGES[2:]]
+    expected = "<s>[user]hi</s>\n[assistant]yo</s>\n[user]and</s>\n[assistant]‹so</s>›"
+    assert preview_of(tmp_path, first) == [expected]
+    last = [*EXCHANGES[:3], {**EXCHANGES[3], **keys}]
+    assert preview_of(tmp_path, last) == ["<s>[user]hi</s>\n[assistant]‹yo</s>›"]
+    # Where the conversation is split, an exchange without a loss is context at most.
+    assert preview_of(tmp_path, first, max_length=40) == ["<s>[user]and</s>\n[assistant]‹so</s>›"]
+    assert preview_of(tmp_path, last, max_length=25) == ["<s>[user]hi</s>\n[assistant]‹yo</s>›"]
+    with pytest.raises(DataError, match="train, loss, weight exclude every answer"):
+        preview_of(tmp_path, [EXCHANGES[0], {**EXCHANGES[1], **keys}])
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"train": True}, {"loss": True, "weight": 1}, {"weight": 1.0}, {"tool_calls": []}, {"name": None},
+     {"tool_calls": None, "function_call": {}, "reasoning_content": "", "thinking": None, "anything": None}],
+    ids=str,
+)  # fmt: skip
+def test_values_that_say_nothing_change_nothing(tmp_path: Path, keys: dict[str, Any]) -> None:
+    assert preview_of(tmp_path, [{**message, **keys} for message in EXCHANGES]) == [ALL_LEARNED]
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_is_rendered_and_learned_or_refused(tmp_path: Path, key: str) -> None:
+    messages = [EXCHANGES[0], {**EXCHANGES[1], key: "hm"}, *EXCHANGES[2:]]
+    learned = ALL_LEARNED.replace("‹yo", "‹(hm)yo")
+    assert preview_of(tmp_path, messages, text=THINKING) == [learned]
+    with pytest.raises(DataError, match=r":1: the template does not render the reasoning of message 2"):
+        preview_of(tmp_path, messages)
+    plain = chat_template("plain", tokenizer(), base="tiny")
+    rows = read_rows(texts.write(tmp_path / "chat.jsonl", [{"messages": messages}]))
+    with pytest.raises(DataError, match="does not render the reasoning"):
+        encode(rows, tokenizer(), max_length=200, template=plain)
+    with pytest.raises(DataError, match="no chat template for it"):
+        convert_rows(rows, "\n")
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"wieght": 0}, "message 2 has the key 'wieght', which is not known; did you mean 'weight'?"),
+        ({"zzz": "x"}, "message 2 has the key 'zzz', which is not known; known are role, content, train, loss, weight"),
+        ({"weight": 0.5}, "message 2: weight must be 0 or 1; 0.5 was given"),
+        ({"train": "no"}, "message 2: train must be true or false; 'no' was given"),
+        ({"name": "Ann"}, "message 2 has name, which cannot be trained on yet"),
+        ({"thinking": "a", "reasoning": "b"}, "message 2 has thinking, reasoning with different values"),
+        ({"thinking": ["a"]}, "message 2: thinking must be a string; list was given"),
+    ],
+)
+def test_a_key_that_would_be_lost_is_a_fault(tmp_path: Path, keys: dict[str, Any], expected: str) -> None:
+    with pytest.raises(DataError) as caught:
+        preview_of(tmp_path, [EXCHANGES[0], {**EXCHANGES[1], **keys}])
+    assert f":1: {expected}" in str(caught.value)
+
+
+def test_a_user_has_no_reasoning(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="message 1 has thinking, but it is not from the assistant"):
+        preview_of(tmp_path, [{**EXCHANGES[0], "thinking": "hm"}, EXCHANGES[1]])
+
+
+def test_prepare_writes_what_messages_say(tmp_path: Path) -> None:
+    template_file = tmp_path / "thinking.jinja"
+    template_file.write_text(THINKING)
+    messages = [EXCHANGES[0], {**EXCHANGES[1], "thinking": "hm"}, EXCHANGES[2], {**EXCHANGES[3], "weight": 0}]
+    rows = [{"messages": [said("user", f"hi {number}"), *messages[1:]]} for number in range(3)]
+    source = texts.write(tmp_path / "chat.jsonl", rows)
+    prepare(source, tmp_path / "out", template=str(template_file), share=0)
+    written = (tmp_path / "out" / "train.jsonl").read_text().splitlines()
+    assert json.loads(written[0])["messages"][1:] == [
+        said("assistant", "yo", reasoning_content="hm"), EXCHANGES[2], said("assistant", "so", train=False),
+    ]  # fmt: skip
+    assert read_rows(tmp_path / "out" / "train.jsonl").values == read_rows(source).values
+
+
+def test_rows_that_differ_in_what_is_learned_are_no_duplicates(tmp_path: Path) -> None:
+    rows = [{"messages": EXCHANGES}, {"messages": [*EXCHANGES[:3], {**EXCHANGES[3], "train": False}]}]
+    prepared = prepare(texts.write(tmp_path / "chat.jsonl", rows), template="plain", share=0)
+    assert not prepared.parts[0].examined.duplicates
+
+
+def test_an_answer_that_is_not_learned_is_no_reference(tmp_path: Path) -> None:
+    rows = [{"messages": [*EXCHANGES[:3], {**EXCHANGES[3], "train": False}]}]
+    prompts = collect_eval_prompts(read_rows(texts.write(tmp_path / "chat.jsonl", rows)))
+    assert [prompt.references for prompt in prompts] == [("yo",)]

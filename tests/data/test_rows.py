@@ -168,7 +168,7 @@ def said(role: str, content: Any, **more: Any) -> dict[str, Any]:
         ([said("user", "hi"), said("assistant", " ")], r"message 2 \(assistant\) is empty"),
         ([said("user", "hi"), said("assistant", None)], r"message 2 \(assistant\) must be a string"),
         ([said("user", "hi"), said("assistant", "yo", tool_calls=[{}])], "message 2 has tool_calls"),
-        ([said("user", "hi"), said("assistant", "yo", weight=0)], "message 2 has weight"),
+        ([said("user", "hi"), said("assistant", "yo", weight=0)], "exclude every answer"),
         ([said("user", "hi"), said("tool", "3"), said("assistant", "yo")], "message 2 is from 'tool'"),
         ([said("user", "hi"), said("assistant", "yo"), said("system", "be")], "message 3 is from the system"),
         ([{"role": "user"}], "message 1 must have role and content"),

@@ -11,6 +11,7 @@ from typing import Any
 
 import gguf
 import numpy
+import peft
 import pytest
 import safetensors.torch
 import torch
@@ -408,6 +409,26 @@ def test_merged_is_what_merge_writes(base: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / weights).read_bytes() == (tmp_path / "merged" / weights).read_bytes()
     with pytest.raises(ExportError, match="base is needed"):
         lk.export(folder, "merged", tmp_path / "other")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_copies_of_tables_beside_their_lora_weights_are_compared_in_the_coarser_dtype(
+    base: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    fields = {"r": 2, "target_modules": ["q_proj", "embed_tokens", "lm_head"], "task_type": "CAUSAL_LM"}
+    config = peft.LoraConfig(**fields, init_lora_weights=False)
+    peft.get_peft_model(tiny.llama(dtype=dtype), config).save_pretrained(tmp_path / "sql", save_embedding_layers=True)
+    assert len(lk.Adapter.load(tmp_path / "sql").base_copies()) == 2
+    assert check(tmp_path / "sql", "vllm", base=base).refused == ()
+    lk.export(tmp_path / "sql", "gguf", tmp_path / "gguf", base=base)
+    for one in (torch.float32, torch.bfloat16, torch.float16):
+        tiny.llama(dtype=one).save_pretrained(tmp_path / str(one))
+        bank = lk.attach(tiny.llama(dtype=one))
+        bank.load("sql", tmp_path / "sql")
+        lk.merge(tmp_path / str(one), tmp_path / "sql", tmp_path / f"merged {one}")
+    tiny.llama(seed=4).save_pretrained(tmp_path / "other")
+    with pytest.raises(AdapterError, match="not the base's"):
+        lk.merge(tmp_path / "other", tmp_path / "sql", tmp_path / "merged")
 
 
 def test_an_unknown_target_and_an_adapter_without_pairs_are_refused(base: Path, tmp_path: Path) -> None:

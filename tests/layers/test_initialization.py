@@ -40,7 +40,7 @@ SHARED: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name.replace(".base_layer", ""): tensor.clone() for name, tensor in model.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

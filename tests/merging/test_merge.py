@@ -110,6 +110,25 @@ def test_the_merged_folder_has_its_tokenizer_and_record(base: Path, adapter: Pat
     assert {path.stat().st_mode for path in (tmp_path / "merged").iterdir()} == {fresh.stat().st_mode}
 
 
+@pytest.mark.parametrize("older", [False, True])
+def test_the_rotary_embeddings_of_the_base_reach_readers_of_either_spelling(
+    base: Path, adapter: Path, tmp_path: Path, older: bool
+) -> None:
+    scaling = {"rope_type": "linear", "factor": 4.0}
+    file = base / "config.json"
+    fields = json.loads(file.read_text("utf-8"))
+    fields["rope_parameters"] = {"rope_theta": 500_000.0, **scaling}
+    if older:
+        del fields["rope_parameters"]
+        fields |= {"rope_theta": 500_000.0, "rope_scaling": scaling}
+    file.write_text(json.dumps(fields), encoding="utf-8")
+    merge(base, adapter, tmp_path / "merged")
+    written = json.loads((tmp_path / "merged" / "config.json").read_text("utf-8"))
+    assert (written["rope_theta"], written["rope_scaling"]) == (500_000.0, scaling)
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "merged")
+    assert config.rope_parameters == {"rope_theta": 500_000.0, **scaling}
+
+
 def test_the_same_adapter_is_merged_only_once(base: Path, adapter: Path, tmp_path: Path) -> None:
     merge(base, adapter, tmp_path / "once")
     with pytest.raises(MergeError, match="already"):

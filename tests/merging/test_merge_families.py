@@ -157,3 +157,59 @@ def test_a_larger_vocabulary_comes_with_its_tokenizer(tmp_path: Path, tied: bool
     assert merged.config.vocab_size == found.shape[-1] == 100
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
     assert "<new>" in transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab()
+
+
+def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(tmp_path: Path) -> None:
+    model = tiny_models.llama()
+    base = merging.base_folder(tmp_path / "base", model)
+    model.resize_token_embeddings(80)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "x")
+    with pytest.raises(MergeError, match=r"80 rows, and the tokenizer has tokens up to \d+"):
+        merge(base, tmp_path / "x", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    (base / "tokenizer.json").unlink()
+    (base / "tokenizer_config.json").unlink()
+    merge(base, tmp_path / "x", tmp_path / "merged")
+
+
+WAVES: dict[str, Any] = {
+    "conv_dim": (8, 8),
+    "conv_stride": (4, 4),
+    "conv_kernel": (4, 4),
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+}
+LAYERS: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+VISION: dict[str, Any] = {**LAYERS, "image_size": 16, "patch_size": 8}
+TEXT: dict[str, Any] = {**LAYERS, "vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+WITHOUT_EMBEDDING: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "CLIP": ("CLIPModel", {"text_config": TEXT, "vision_config": VISION}, ["q_proj", "fc1"]),
+    "ResNet": (
+        "ResNetForImageClassification",
+        {"embedding_size": 8, "hidden_sizes": [8], "depths": [1]},
+        ["classifier.1"],
+    ),
+    "Wav2Vec2": ("Wav2Vec2ForCTC", {**LAYERS, **WAVES}, ["q_proj", "lm_head"]),
+    "HuBERT": ("HubertForSequenceClassification", {**LAYERS, **WAVES}, ["q_proj", "projector"]),
+    "ViT": ("ViTForImageClassification", VISION, ["q_proj", "fc1"]),
+}
+
+
+@pytest.mark.parametrize("family", WITHOUT_EMBEDDING)
+def test_a_base_without_an_input_embedding_is_merged(tmp_path: Path, family: str) -> None:
+    kind, fields, names = WITHOUT_EMBEDDING[family]
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(getattr(transformers, kind).config_class(**fields))
+    model.save_pretrained(tmp_path / "base")
+    head = ["classifier"] if family in ("HuBERT", "ViT") else []
+    config = lk.LoraConfig(r=2, target_modules=names, modules_to_save=head, init_lora_weights=False)
+    bank = lk.attach(model, config, name="x")
+    bank.save("x", tmp_path / "x")
+    bank.merge("x")
+    bank.detach()
+    lk.export(tmp_path / "x", "merged", tmp_path / "merged", base=tmp_path / "base")
+    merged = getattr(transformers, kind).from_pretrained(tmp_path / "merged").state_dict()
+    for key, tensor in model.state_dict().items():
+        torch.testing.assert_close(merged[key], tensor, rtol=1e-6, atol=1e-7)

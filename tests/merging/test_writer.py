@@ -131,6 +131,36 @@ def test_a_dora_is_merged(tmp_path: Path, family: Callable[..., Any], names: lis
         torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize(("family", "names"), [(tiny.llama, ["q_proj", "down_proj"]), (tiny.gpt2, ["c_attn", "c_fc"])])
+@pytest.mark.parametrize(("base_dtype", "dtype"), [("bfloat16", "float32"), ("float32", None), ("float16", "float32")])
+def test_a_dora_in_fp32_is_within_one_rounding_of_its_formula(
+    tmp_path: Path, family: Callable[..., Any], names: list[str], base_dtype: str, dtype: str | None
+) -> None:
+    base = merging.base_folder(tmp_path / "base", family(dtype=getattr(torch, base_dtype)))
+    adapter = lk.Adapter.load(
+        merging.adapter_folder(base, tmp_path / "sql", target_modules=names, use_dora=True, lora_alpha=8)
+    )
+    merge(base, adapter, tmp_path / "merged", dtype=dtype, verify="logits")
+    before, after = stored(base), stored(tmp_path / "merged")
+    prefix = "" if f"{next(iter(adapter.pairs()))}.weight" in before else "transformer."
+    for path, weights in adapter.pairs().items():
+        key = f"{path}.weight".removeprefix(prefix)
+        own, found = (t[key].double().T if family is tiny.gpt2 else t[key].double() for t in (before, after))
+        assert weights.magnitude is not None
+        direction = own + adapter.config.scaling_of(path) * weights.b.double() @ weights.a.double()
+        wanted = weights.magnitude.double().unsqueeze(1) * direction / direction.norm(dim=1, keepdim=True)
+        assert float((found - wanted).norm() / wanted.norm()) < 1e-6
+
+
+def test_a_dora_norm_from_rounded_factors_is_found_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = merging.base_folder(tmp_path / "base", tiny.llama(dtype=torch.bfloat16))
+    adapter = merging.adapter_folder(base, tmp_path / "sql", target_modules=["q_proj"], use_dora=True)
+    real = fold_blocks.dora_scale
+    monkeypatch.setattr(fold_blocks, "dora_scale", lambda weight, *given: real(weight.bfloat16(), *given))
+    assert "rounding allows" in refused(base, adapter, tmp_path / "merged", dtype="float32")
+
+
 def test_adapters_are_added_with_their_weights(base: Path, adapter: Path, tmp_path: Path) -> None:
     other = merging.adapter_folder(base, tmp_path / "other", r=2, target_modules=["q_proj", "lm_head"])
     report = merge(base, [(adapter, 0.5), (lk.Adapter.load(other), -2)], tmp_path / "merged")

@@ -76,7 +76,7 @@ def _trains(box: Box, model: Any, bank: lk.AdapterBank, folder: Path) -> str:
     theirs: Any = peft.PeftModel.from_pretrained(judge, folder, is_trainable=True)
     judged = trained(theirs, adam([p for p in theirs.parameters() if p.requires_grad]), range(5))
     torch.testing.assert_close(ours, judged, rtol=1e-3, atol=0)
-    return "as PEFT does" if box.plain is None else "as PEFT does on the dequantised weights"
+    return "as PEFT does" if box.plain is None else "as PEFT does on the dequantized weights"
 
 
 def _saved(model: Any, bank: lk.AdapterBank, pristine: Any, folder: Path) -> str:
@@ -90,7 +90,7 @@ def _saved(model: Any, bank: lk.AdapterBank, pristine: Any, folder: Path) -> str
 
 
 def _kept(model: Any) -> str:
-    """Whether a dequantised weight waits for the backward."""
+    """Whether a dequantized weight waits for the backward."""
     linear = [m.base_layer for m in model.modules() if hasattr(m, "base_layer")]
     shapes = {(layer.in_features, layer.out_features) for layer in linear}
     shapes |= {shape[::-1] for shape in shapes}
@@ -108,7 +108,7 @@ def _kept(model: Any) -> str:
 
 def _merge(model: Any, bank: lk.AdapterBank) -> str:
     before = tiny.logits(model, tiny.batch())
-    with pytest.raises(MergeError, match="quantised") as caught:
+    with pytest.raises(MergeError, match="quantized") as caught:
         bank.merge("a")
     assert "16-bit original" in caught.value.hint
     assert torch.equal(tiny.logits(model, tiny.batch()), before)

@@ -61,13 +61,13 @@ def read(folder: Path, kind: str) -> Any:
     )
 
 
-def quantised(folder: Path, kind: str) -> Any:
+def quantized(folder: Path, kind: str) -> Any:
     """A base of its own, as transformers loads it."""
     return copy.deepcopy(read(folder, kind)).eval()
 
 
 def packed(model: nn.Module) -> dict[str, Tensor]:
-    """The quantised weights, by name in the base."""
+    """The quantized weights, by name in the base."""
     tensors = {name.replace(".base_layer", ""): p for name, p in model.named_parameters()}
     found = {name: p.detach().clone() for name, p in tensors.items() if not p.is_floating_point()}
     assert len(found) == 7
@@ -79,22 +79,22 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 @every_kind
-def test_training_follows_peft_on_the_same_quantised_base(kind: str, folder: Path, tmp_path: Path) -> None:
-    model = quantised(folder, kind)
+def test_training_follows_peft_on_the_same_quantized_base(kind: str, folder: Path, tmp_path: Path) -> None:
+    model = quantized(folder, kind)
     before = packed(model)
     bank = lk.attach(model, lk.LoraConfig(**FIELDS), name="a")
     bank.save("a", tmp_path / "a")
     ours = trained(model, adam(bank.parameters("a")), range(5))
     assert ours[4] < ours[0]
     assert same(packed(model), before)
-    theirs = peft.PeftModel.from_pretrained(quantised(folder, kind), tmp_path / "a", is_trainable=True)
+    theirs = peft.PeftModel.from_pretrained(quantized(folder, kind), tmp_path / "a", is_trainable=True)
     judged = trained(theirs, adam([p for p in theirs.parameters() if p.requires_grad]), range(5))
     torch.testing.assert_close(ours, judged, rtol=1e-3, atol=0)
 
 
 @every_kind
 def test_adapters_swap_and_serve_rows(kind: str, folder: Path) -> None:
-    model = quantised(folder, kind)
+    model = quantized(folder, kind)
     bank = lk.attach(model, dtype=torch.float32)
     base = tiny.logits(model, tiny.batch())
     alone = {None: base}
@@ -119,7 +119,7 @@ def test_adapters_swap_and_serve_rows(kind: str, folder: Path) -> None:
 
 @every_kind
 def test_a_stopped_training_goes_on_bit_for_bit(kind: str, folder: Path, tmp_path: Path) -> None:
-    model = quantised(folder, kind)
+    model = quantized(folder, kind)
     bank = lk.attach(model, lk.LoraConfig(**FIELDS), name="a")
     optimizer = adam(bank.parameters("a"))
     trained(model, optimizer, range(2))
@@ -127,7 +127,7 @@ def test_a_stopped_training_goes_on_bit_for_bit(kind: str, folder: Path, tmp_pat
     state = optimizer.state_dict()
     torch.save(state, tmp_path / "optimizer.pt")
     expected = trained(model, optimizer, range(2, 4))
-    model = quantised(folder, kind)
+    model = quantized(folder, kind)
     bank = lk.attach(model, lk.LoraConfig(**FIELDS), name="a")
     bank.restore("a", lk.Adapter.load(tmp_path / "a"))
     optimizer = adam(bank.parameters("a"))
@@ -140,7 +140,7 @@ def test_evaluating_in_between_changes_nothing(kind: str, folder: Path) -> None:
     losses = []
     for evaluates in (False, True):
         torch.manual_seed(0)
-        model = quantised(folder, kind)
+        model = quantized(folder, kind)
         bank = lk.attach(model, lk.LoraConfig(**FIELDS), name="a")
         optimizer = adam(bank.parameters("a"))
         first = trained(model, optimizer, range(1))
@@ -153,7 +153,7 @@ def test_evaluating_in_between_changes_nothing(kind: str, folder: Path) -> None:
 
 
 def test_a_base_that_was_packed_for_inference_is_not_trained_on(folder: Path) -> None:
-    model = quantised(folder, "nf4")
+    model = quantized(folder, "nf4")
     packs = [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
     lk.attach(model).detach()
     assert packs == [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
@@ -165,8 +165,8 @@ def test_a_base_that_was_packed_for_inference_is_not_trained_on(folder: Path) ->
 
 
 @every_kind
-def test_the_dequantised_weight_is_never_kept(kind: str, folder: Path) -> None:
-    model = quantised(folder, kind)
+def test_the_dequantized_weight_is_never_kept(kind: str, folder: Path) -> None:
+    model = quantized(folder, kind)
     inputs = tiny.batch()
     lk.attach(model, lk.LoraConfig(**FIELDS))
     layers = [m.base_layer for m in model.modules() if hasattr(m, "base_layer")]
@@ -193,7 +193,7 @@ def test_an_adopted_qlora_goes_on_as_in_peft(kind: str, folder: Path) -> None:
     runs = []
     for adopts in (False, True):
         torch.manual_seed(0)
-        model = peft.get_peft_model(quantised(folder, kind), peft.LoraConfig(task_type="CAUSAL_LM", **FIELDS))
+        model = peft.get_peft_model(quantized(folder, kind), peft.LoraConfig(task_type="CAUSAL_LM", **FIELDS))
         optimizer = adam([p for p in model.parameters() if p.requires_grad])
         first = trained(model, optimizer, range(2))
         if adopts:
@@ -203,12 +203,12 @@ def test_an_adopted_qlora_goes_on_as_in_peft(kind: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_what_cannot_be_done_on_a_quantised_base_is_refused(kind: str, folder: Path) -> None:
-    model = quantised(folder, kind)
+def test_what_cannot_be_done_on_a_quantized_base_is_refused(kind: str, folder: Path) -> None:
+    model = quantized(folder, kind)
     before = packed(model)
     bank = lk.attach(model, lk.LoraConfig(**FIELDS), name="a")
     shaken(bank, "a")
-    with pytest.raises(MergeError, match="quantised"):
+    with pytest.raises(MergeError, match="quantized"):
         bank.merge("a")
     with pytest.raises(TargetError, match="DoRA needs"):
         bank.add("b", lk.LoraConfig(**FIELDS, use_dora=True))
@@ -225,7 +225,7 @@ def test_a_base_that_bitsandbytes_reads_wrong_is_refused_with_its_layers(kind: s
     assert load_base(base, quantize="int8", device="cpu").model.is_quantized
 
 
-def test_a_quantised_base_is_not_quantised_again(folder: Path, tmp_path: Path) -> None:
+def test_a_quantized_base_is_not_quantized_again(folder: Path, tmp_path: Path) -> None:
     read(folder, "nf4").save_pretrained(tmp_path / "base")
     texts.tokenizer().save_pretrained(tmp_path / "base")
     with pytest.raises(BaseModelError, match="already quantized, by bitsandbytes"):
@@ -255,12 +255,12 @@ def test_evaluating_and_generating_say_where_the_base_is_in_another_form(
     ).save(adapter, replace=True)
     given = ["--base", str(base), "--adapter", str(adapter)]
     assert main(["eval", str(rows), *given, "--quantize", "nf4", "--metrics", "loss", "--json"]) == 0
-    quantised = capsys.readouterr()
-    assert "trained on its base" not in quantised.err
+    quantized = capsys.readouterr()
+    assert "trained on its base" not in quantized.err
     assert main(["eval", str(rows), *given, "--metrics", "loss", "--json"]) == 0
     plain = capsys.readouterr()
     assert "a was trained on its base in nf4, which is loaded as it is here" in plain.err
-    assert json.loads(plain.out)["results"] != json.loads(quantised.out)["results"]
+    assert json.loads(plain.out)["results"] != json.loads(quantized.out)["results"]
     assert main(["generate", *given, "--quantize", "int8", "--prompt", "one", "--max-new-tokens", "2"]) == 0
     told = capsys.readouterr().err
     assert "in nf4, which is loaded in int8" in told
@@ -269,7 +269,7 @@ def test_evaluating_and_generating_say_where_the_base_is_in_another_form(
     assert "did you mean 'int8'" in capsys.readouterr().err
 
 
-def test_a_base_that_is_loaded_is_not_quantised_by_name(tmp_path: Path) -> None:
+def test_a_base_that_is_loaded_is_not_quantized_by_name(tmp_path: Path) -> None:
     base = load_base(base_folder(tmp_path / "base", llama()))
     with pytest.raises(ConfigError, match="quantize does nothing"):
         generate(base, [None], "one", quantize="nf4")

@@ -47,11 +47,11 @@ class _Multiplied(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Codes) -> Tensor:
         ctx.layer = layer
-        return x @ layer.dequantised().to(x.dtype)
+        return x @ layer.dequantized().to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return dy @ ctx.layer.dequantised().to(dy.dtype).mT, None
+        return dy @ ctx.layer.dequantized().to(dy.dtype).mT, None
 
 
 class Codes(nn.Module):
@@ -73,7 +73,7 @@ class Codes(nn.Module):
         self.register_buffer("qzeros", _packed(zeros, 1, self.order))
         self.register_buffer("scales", scales.to(torch.float16))
 
-    def dequantised(self) -> Tensor:
+    def dequantized(self) -> Tensor:
         """(in, out) in fp32."""
         codes = _unpacked(self.get_buffer("qweight"), self.packed_dim, self.order).unflatten(0, (-1, GROUP))
         zeros = _unpacked(self.get_buffer("qzeros"), 1, self.order)
@@ -99,13 +99,13 @@ class AwqLinear(Codes):
 
 @dataclass(frozen=True)
 class Box:
-    """A kind of quantised base.
+    """A kind of quantized base.
 
     Attributes:
         make: the model, always with the same weights.
-        plain: the same with ordinary layers of the dequantised weights, where PEFT does not know the layers.
+        plain: the same with ordinary layers of the dequantized weights, where PEFT does not know the layers.
         needs: the package that must be installed.
-        stored: whether the model comes from a folder that holds it quantised, through `load_base`.
+        stored: whether the model comes from a folder that holds it quantized, through `load_base`.
     """
 
     make: Callable[[], Any]
@@ -133,7 +133,7 @@ def _plain(kind: type[Codes]) -> Any:
         for name, child in list(parent.named_children()):
             if isinstance(child, Codes):
                 linear = nn.Linear(child.in_features, child.out_features, bias=False)
-                linear.weight = nn.Parameter(child.dequantised().mT.contiguous())
+                linear.weight = nn.Parameter(child.dequantized().mT.contiguous())
                 setattr(parent, name, linear)
     return model
 

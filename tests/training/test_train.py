@@ -32,7 +32,7 @@ from lora_kit.evaluation.measure import measure
 from lora_kit.models.loading import Base, load_base
 from lora_kit.training.results import TrainReport
 from lora_kit.training.train import train
-from tests.support import heads, texts, tiny
+from tests.support import heads, merging, texts, tiny
 from tests.support.training import LABELLED, PAIRS, At, base_of, recipe_of, same_state, state, weights_of
 
 # What comes out
@@ -370,6 +370,19 @@ def test_full_trains_every_weight_of_a_copy(tmp_path: Path) -> None:
     assert report.trainable == report.parameters == base.model.num_parameters()
 
 
+def test_full_says_the_rotary_embeddings_of_its_base_to_older_readers_too(tmp_path: Path) -> None:
+    merging.base_folder(tmp_path / "base", tiny.llama())
+    file = tmp_path / "base" / "config.json"
+    older = {"rope_theta": 500_000.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+    fields = {**json.loads(file.read_text("utf-8")), **older}
+    del fields["rope_parameters"]
+    file.write_text(json.dumps(fields), encoding="utf-8")
+    report = train({**recipe_of(tmp_path, method="full", steps=1), "base": str(tmp_path / "base")})
+    written = json.loads((report.out / "config.json").read_text("utf-8"))
+    assert {name: written[name] for name in older} == older
+    assert written["rope_parameters"]["rope_theta"] == 500_000.0
+
+
 def test_classify_trains_the_head_too(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, rows=LABELLED, task="classify", steps=30)
     report = train(recipe, base=base_of("bert", labels=2))
@@ -556,7 +569,8 @@ def test_limits_of_the_base_are_kept(tmp_path: Path) -> None:
 def test_without_matplotlib_there_is_no_picture_and_that_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    for module in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(__import__("sys").modules, module, None)
     report = train(recipe_of(tmp_path), base=base_of())
     assert not (report.out / "loss.png").exists()
     assert "matplotlib is not installed" in caplog.text

@@ -11,11 +11,12 @@ from torch import nn
 
 from lora_kit.bank.bank import AdapterBank
 from lora_kit.bank.frozen_model import has_bank
-from lora_kit.bank.model_layers import replace_modules
+from lora_kit.bank.model_layers import WrappedLayers, replace_modules
 from lora_kit.bank.peft_bridge.guard import guard_peft_model, release_peft_model
 from lora_kit.bank.peft_bridge.read_peft import PeftContents, PeftLayer, get_lora_tuner, read_peft_model
 from lora_kit.bank.residents import LoadedAdapter
-from lora_kit.errors import BankError, TargetError, format_list
+from lora_kit.bank.snapshot import check_savable
+from lora_kit.errors import AdapterError, BankError, TargetError, format_list
 from lora_kit.layers.external_params import (
     AdoptedConvolution,
     AdoptedEmbedding,
@@ -52,6 +53,8 @@ def adopt(peft_model: peft.PeftModel) -> AdoptedBank:
     """
     if "_lora_kit" in getattr(peft_model, "__dict__", {}):
         raise BankError("this PeftModel is adopted already", hint="its bank is the one that adopt returned")
+    if any(parameter.is_meta for parameter in peft_model.parameters()):
+        raise BankError("this PeftModel is offloaded, or on meta", hint="load it to one device first")
     contents = read_peft_model(peft_model)
     if has_bank(contents.base):
         raise BankError("there is a bank inside this PeftModel already", hint="detach it first")
@@ -92,6 +95,7 @@ class AdoptedBank(AdapterBank):
         """Give a slot to an adapter of the PeftModel.
 
         Raises:
+            BankError: it could not be saved.
             TargetError: its config and its layers do not agree.
         """
         adopted = LoadedAdapter(self._peft_contents.configs[name], _find_adapter_coverage(name, self._peft_contents))
@@ -101,6 +105,7 @@ class AdoptedBank(AdapterBank):
                 if own is not None:
                     self._replacements[layer.module].adopt(adopted.slot, own.parameters, own.scaling, own.dropout)
                     adopted.layers.append(layer.path)
+            _refuse_unsavable(name, adopted, self._layers, self.model)
         self._adopted_adapters[name] = adopted
         self._refresh_trainable()
         if name == self._peft_contents.active:
@@ -186,6 +191,16 @@ class AdoptedBank(AdapterBank):
         if added or removed:
             change = f"{format_list(added)} was added" if added else f"{format_list(removed)} was removed"
             raise BankError(f"{change} after the PeftModel was adopted", hint="save adapters, and load them in PEFT")
+
+
+def _refuse_unsavable(name: str, loaded: LoadedAdapter, layers: WrappedLayers, model: nn.Module) -> None:
+    """Raise BankError for an adapter that could not be saved as it is."""
+    try:
+        check_savable(loaded, layers, model)
+    except AdapterError as error:
+        raise BankError(
+            f"adapter {name!r} could not be saved: {error.message}", hint="nothing was changed; it goes on in PEFT"
+        ) from None
 
 
 def _make_replacement(layer: PeftLayer, inner: AdoptedLayer | None, routing: Routing) -> AdoptedLayer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -216,8 +217,10 @@ def find_resized_embeddings(model: PreTrainedModel, saved: Mapping[str, Tensor])
         MergeError: it replaces one of them only.
     """
     own = model.state_dict()
-    modules = {module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None}
-    tables = tuple(f"{path}.weight" for path, module in model.named_modules() if module in modules)
+    modules = _find_embeddings(model)
+    tables = tuple(
+        key for path, module in model.named_modules() if module in modules and (key := f"{path}.weight") in own
+    )
     replaced = [key for key in tables if key in saved and saved[key].shape[1:] == own[key].shape[1:]]
     resized = [key for key in replaced if len(saved[key]) != len(own[key])]
     if not resized:
@@ -230,6 +233,15 @@ def find_resized_embeddings(model: PreTrainedModel, saved: Mapping[str, Tensor])
             hint="put the embedding and the head into the adapter's modules_to_save",
         )
     return tables
+
+
+def _find_embeddings(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the input and the output embedding of a model, those that it has."""
+    modules = []
+    for find in (model.get_input_embeddings, model.get_output_embeddings):
+        with contextlib.suppress(NotImplementedError):  # a model of images or of sound
+            modules.append(find())
+    return [module for module in modules if module is not None]
 
 
 def _assign_tensors(

@@ -6,6 +6,7 @@ the fold or the writing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -21,13 +22,12 @@ from lora_kit.merging.checkpoint.bnb_decode import check_quantized, dequantize_r
 from lora_kit.merging.checkpoint.bnb_weights import QuantizedWeight
 from lora_kit.merging.checkpoint.meta_model import MetaModel
 from lora_kit.merging.planned_tensors import WeightedAdapter
-from lora_kit.targets.coverage import LayerTarget, survey_coverage
+from lora_kit.targets.coverage import LayerTarget, survey_adapter
 
 COMPARED_ROWS: Final = 16
 """Rows of a tensor that are compared, evenly spaced."""
 _ROWS_PER_EXPERT: Final = 4
 """Rows of each expert that are compared."""
-_DORA_TOLERANCE: Final = 2**-7
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,19 @@ class ExpectedUpdate:
         """State dict key of the weight."""
         return self.target.path if self.target.kind == "parameter" else f"{self.target.path}.weight"
 
-    def factors(self, rows: Tensor, *, expert: int, swapped: bool) -> tuple[Tensor, Tensor]:
+    def factors(
+        self, rows: Tensor, *, expert: int, swapped: bool, rounded_to: torch.dtype = torch.float64
+    ) -> tuple[Tensor, Tensor]:
         """Return (n, r) and (r, m), fp64, whose product times the scaling is added to some rows.
 
         Args:
             rows: (n,) indices of rows of the weight.
             expert: index of the matrix.
             swapped: whether rows of the weight are inputs of the layer.
+            rounded_to: dtype that A and B are rounded to.
         """
-        a, b, rank = self.weights.a.double(), self.weights.b.double(), self.target.rank
+        a, b = (factor.to(rounded_to).double() for factor in (self.weights.a, self.weights.b))
+        rank = self.target.rank
         if self.weights.kind == "convolution":
             a, b = a.flatten(1), b.flatten(1)
         if self.weights.kind == "parameter":
@@ -71,7 +75,7 @@ def collect_expected_updates(model: nn.Module, adapters: Sequence[WeightedAdapte
     updates: dict[str, list[ExpectedUpdate]] = {}
     for weighted in adapters:
         weights = weighted.adapter.all_pairs()
-        for target in survey_coverage(model, weighted.adapter.config).targets:
+        for target in survey_adapter(model, weighted.adapter).targets:
             update = ExpectedUpdate(target, weights[target.key], target.scaling * weighted.weight)
             updates.setdefault(update.key, []).append(update)
     return updates
@@ -167,7 +171,10 @@ def _check_rows(
     *,
     swapped: bool,
 ) -> int:
-    expected, bound = _compute_expected_rows(own[rows].double(), rows, updates, expert, swapped=swapped)
+    dtype = torch.promote_types(own.dtype, written.dtype)
+    expected, bound = _compute_expected_rows(
+        own[rows].double(), rows, updates, expert, swapped=swapped, norm_dtype=dtype
+    )
     _check_close(name, written[rows], expected, bound)
     return expected.numel()
 
@@ -190,7 +197,13 @@ def _check_close(name: str, written: Tensor, expected: Tensor, bound: Tensor) ->
 
 
 def _compute_expected_rows(
-    before: Tensor, rows: Tensor, updates: Sequence[ExpectedUpdate], expert: int, *, swapped: bool
+    before: Tensor,
+    rows: Tensor,
+    updates: Sequence[ExpectedUpdate],
+    expert: int,
+    *,
+    swapped: bool,
+    norm_dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """Return some rows of base + adapters in fp64, and the largest error of the same sum in fp32.
 
@@ -200,6 +213,7 @@ def _compute_expected_rows(
         updates: what the adapters add.
         expert: index of the matrix.
         swapped: whether the rows are inputs of the layer.
+        norm_dtype: that A and B are rounded to for the norm of a DoRA: the finer one of base and result.
     """
     expected, size, rank = before.clone(), before.abs(), 0
     for update in updates:
@@ -210,8 +224,12 @@ def _compute_expected_rows(
     error = (rank + 4) * torch.finfo(torch.float32).eps * size
     magnitude = updates[0].weights.magnitude
     if magnitude is not None:
-        columns = (magnitude[rows].double() / expected.norm(dim=1)).unsqueeze(1)
-        # The norm of a DoRA is computed from factors rounded to the base's dtype, as in the use of the adapter.
-        error = columns.abs() * (error + _DORA_TOLERANCE * expected.abs())
+        left, right = updates[0].factors(rows, expert=expert, swapped=swapped, rounded_to=norm_dtype)
+        norm = (before + updates[0].scaling * (left @ right)).norm(dim=1, keepdim=True)
+        columns = magnitude[rows].double().unsqueeze(1) / norm
+        # The errors of a sum of m squares in fp32 grow with the root of m, and where its terms cancel.
+        steps = rank + 4 + math.sqrt(before.shape[1])
+        norm_error = steps * torch.finfo(torch.float32).eps * (size.norm(dim=1, keepdim=True) / norm) ** 2
+        error = columns.abs() * (error + norm_error * expected.abs())
         expected = columns * expected
     return expected, error

@@ -142,15 +142,19 @@ def _multiply_factors(update: WeightUpdate, rows: slice, *, transposed: bool, in
 
 
 def _compute_column_scale(entry: PlannedTensor) -> Tensor | None:
-    """Return c = m / |W + s B A| of a DoRA, (out,), computed by blocks of outputs; None for others."""
+    """Return c = m / |W + s B A| of a DoRA, (out,), computed by blocks of outputs; None for others.
+
+    A and B are rounded to the base's dtype, as in the use of the adapter, unless the result has a finer one.
+    """
     scaling, weights, source = entry.updates[0].scaling, entry.updates[0].weights, entry.source
     if weights.magnitude is None:
         return None
     weight = source.T if entry.transposed and isinstance(source, Tensor) else source
-    parts = [
-        dora_scale(weight[rows], weights.a, weights.b[rows], scaling, weights.magnitude[rows])
-        for rows in split_rows(*weight.shape, multiple=source.step if isinstance(source, QuantizedWeight) else 1)
-    ]
+    parts = []
+    for rows in split_rows(*weight.shape, multiple=source.step if isinstance(source, QuantizedWeight) else 1):
+        block = weight[rows]
+        block = block.to(torch.promote_types(block.dtype, entry.dtype))
+        parts.append(dora_scale(block, weights.a, weights.b[rows], scaling, weights.magnitude[rows]))
     return torch.cat(parts)
 
 

@@ -35,8 +35,8 @@ QUICK_WINDOWS: Final = 64
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Settings of a run.
+class PretrainingSettings:
+    """PretrainingSettings of a run.
 
     Attributes:
         vocab_size: entries of the byte-level BPE, special tokens included.
@@ -85,7 +85,7 @@ class ForwardPass(Protocol):
     def __call__(self, *, input_ids: torch.Tensor, use_cache: bool) -> CausalLMOutputWithPast: ...
 
 
-def prepare(text: Path, work: Path, settings: Settings) -> PreTrainedTokenizerFast:
+def prepare(text: Path, work: Path, settings: PretrainingSettings) -> PreTrainedTokenizerFast:
     """Train the tokenizer and encode the text into `work`. Later calls only load the tokenizer from there."""
     done = work / "prepared.json"
     if not done.exists():
@@ -99,7 +99,7 @@ def prepare(text: Path, work: Path, settings: Settings) -> PreTrainedTokenizerFa
     return PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
 
 
-def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def build_model(settings: PretrainingSettings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """Return a randomly initialized Llama with tied embeddings, whose residual outputs start small."""
     config = LlamaConfig(
         vocab_size=settings.vocab_size,
@@ -122,7 +122,7 @@ def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Llama
     return model
 
 
-def build_optimizers(model: LlamaForCausalLM, settings: Settings) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: LlamaForCausalLM, settings: PretrainingSettings) -> list[torch.optim.Optimizer]:
     """Return Muon for the matrices of the decoder layers, and AdamW for everything else."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     chosen = set(map(id, matrices))
@@ -133,7 +133,7 @@ def build_optimizers(model: LlamaForCausalLM, settings: Settings) -> list[torch.
     ]
 
 
-def scale_learning_rate(spent: float, settings: Settings) -> float:
+def scale_learning_rate(spent: float, settings: PretrainingSettings) -> float:
     """Return the share of the peak learning rate after a share `spent` of the time: rise, plateau, linear fall."""
     return min(1.0, spent / settings.warmup, max(0.0, 1.0 - spent) / settings.cooldown)
 
@@ -150,7 +150,7 @@ def compute_bits_per_byte(
     model: ForwardPass,
     held: np.ndarray,
     held_bytes: int,
-    settings: Settings,
+    settings: PretrainingSettings,
     *,
     max_windows: int | None = None,
     device: str = "cpu",
@@ -183,7 +183,7 @@ class PretrainingRun:
         progress: steps, tokens and seconds so far, those before a resumption included.
     """
 
-    def __init__(self, work: Path, tokenizer: PreTrainedTokenizerFast, settings: Settings) -> None:
+    def __init__(self, work: Path, tokenizer: PreTrainedTokenizerFast, settings: PretrainingSettings) -> None:
         self._settings, self._checkpoint = settings, work / "state.pt"
         self._held = np.load(work / "held.npy")
         self._held_bytes: int = json.loads((work / "prepared.json").read_text())["held_bytes"]
@@ -282,11 +282,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the encoded text and checkpoints")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     for name in ("minutes", "batch", "muon_lr", "adamw_lr", "seed"):
-        default = getattr(Settings, name)
+        default = getattr(PretrainingSettings, name)
         parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
     arguments = vars(parser.parse_args())
     text, work, out = arguments.pop("text"), arguments.pop("work"), arguments.pop("out")
-    settings = Settings(**arguments)
+    settings = PretrainingSettings(**arguments)
     work.mkdir(parents=True, exist_ok=True)
 
     tokenizer = prepare(text, work, settings)

@@ -22,7 +22,8 @@ from lora_kit.data.sample_format import SampleFormat
 from lora_kit.errors import DataError, RecipeError, format_list
 from lora_kit.evaluation.generation_metrics import GenerationTask, build_generation_task, collect_eval_prompts
 from lora_kit.evaluation.metrics import select_generation_metrics
-from lora_kit.models.loading import Base
+from lora_kit.models.heads import describe_head, list_head_labels, order_labels
+from lora_kit.models.loading import Base, find_label_order
 from lora_kit.models.tasks import LABEL_TASKS
 from lora_kit.targets.fingerprint import fingerprint
 from lora_kit.training.job.base_model import prepare_base
@@ -46,6 +47,7 @@ class Job:
         train: the training samples.
         validation: the validation samples; None without `data.validation`.
         generation_task: the prompts of the validation rows, where the best model is chosen by what it generates.
+        head: what becomes of the base's head, in words; None where the task has no labels.
         identity: everything that decides the result, see `lora_kit.training.loop.checkpoints`.
     """
 
@@ -56,6 +58,7 @@ class Job:
     train: EncodedDataset | PackedDataset
     validation: EncodedDataset | None
     generation_task: GenerationTask | None
+    head: str | None
     identity: Identity
 
     @classmethod
@@ -70,7 +73,8 @@ class Job:
         """
         check_reporting(recipe.train)
         rows, validation_rows = read_recipe_rows(recipe)
-        label2id = _number_labels(recipe, rows, base)
+        head_labels, labels = _find_labels(recipe, rows, base)
+        label2id = {name: number for number, name in enumerate(labels)}
         base = prepare_base(recipe, base, label2id)
         template = _load_chat_template(recipe, rows, base)
         recipe = resolve_recipe(recipe, rows, base, template)
@@ -94,6 +98,7 @@ class Job:
             train=train,
             validation=validation,
             generation_task=_build_generation_task(recipe, validation_rows, base, sample_format),
+            head=describe_head(head_labels, labels) if labels else None,
             identity=_build_identity(recipe, base, train, validation),
         )
 
@@ -153,13 +158,22 @@ def _read_file(file: str, task: str, *, split: str) -> Rows:
     return rows
 
 
-def _number_labels(recipe: Recipe, rows: Rows, base: Base | None) -> dict[str, int]:
-    """Return the names of the labels to their numbers, in that order; empty where the task has none."""
-    names = collect_label_names(rows) if recipe.task in LABEL_TASKS else ()
-    if base is not None and set(names) == set(base.model.config.label2id):
-        # A head that knows these labels keeps them in its own order.
-        return dict(sorted(base.model.config.label2id.items(), key=lambda item: item[1]))
-    return {name: number for number, name in enumerate(names)}
+def _find_labels(recipe: Recipe, rows: Rows, base: Base | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the labels of the base's head, and those that are trained, in the order of the classes.
+
+    A head that knows all labels of the rows keeps its own labels in its own order. Both are empty where the task has no
+    labels.
+    """
+    if recipe.task not in LABEL_TASKS:
+        return (), ()
+    names = collect_label_names(rows)
+    if base is None:
+        head, labels = find_label_order(recipe.base, names, task=recipe.task)
+    else:
+        head = list_head_labels(base.model.config)
+        labels = order_labels(names, head)
+    logger.info("head: %s", describe_head(head, labels))
+    return head, labels
 
 
 def _load_chat_template(recipe: Recipe, rows: Rows, base: Base) -> ChatTemplate | None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Protocol
 
 from lora_kit.bank.attach import attach
 from lora_kit.bank.bank import AdapterBank
 from lora_kit.io.atomic_write import stage_folder
+from lora_kit.io.strict_json import parse_object
+from lora_kit.models.rope_fields import add_older_rope_fields
 from lora_kit.training.job.job import Job
 from lora_kit.training.job.output import is_trained_model_folder
 from lora_kit.training.loop.checkpoints import hash_json
@@ -128,6 +132,7 @@ def _unfreeze_model(job: Job) -> Iterator[TrainableJob]:
     def save(report: TrainReport, files: Mapping[str, bytes], *, replace: bool) -> TrainReport:
         with stage_folder(report.out, replace=replace, owned=is_trained_model_folder) as folder:
             model.save_pretrained(folder)
+            _complete_config(folder / "config.json")
             job.base.tokenizer.save_pretrained(folder)
             for name, data in files.items():
                 (folder / name).write_bytes(data)
@@ -135,6 +140,13 @@ def _unfreeze_model(job: Job) -> Iterator[TrainableJob]:
 
     kinds = (TrainedModules("every weight", 1, count),)
     yield TrainableJob(job=job, kinds=kinds, count=count, parameters=count, save=save)
+
+
+def _complete_config(file: Path) -> None:
+    """Add to a model's config what other programs read of it, and older versions of transformers."""
+    config = parse_object(file.read_text("utf-8"))
+    add_older_rope_fields(config)
+    file.write_text(f"{json.dumps(config, indent=2)}\n", "utf-8")
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from lora_kit.adapter.folder import CARD, CONFIG, RECORD, WEIGHTS, check_file_na
 from lora_kit.adapter.model_card import (
     format_code,
     format_front_matter,
+    format_labels,
     format_metrics,
     format_table,
     render_card,
@@ -243,7 +244,14 @@ def _render_card(name: str, fields: Section, record: Section, *, elements: int, 
     """
     base, kind, recipe = fields["base_model_name_or_path"], fields["peft_type"], record["recipe"]
     options = [(key, json.dumps(value)) for key, value in recipe["peft"].items() if key != "peft_type"]
-    rows = [("base", base), ("peft_type", kind), *options, ("elements", f"{elements:,}"), ("digest", digest)]
+    rows = [
+        ("base", base),
+        ("peft_type", kind),
+        *options,
+        *format_labels(record.get("labels")),
+        ("elements", f"{elements:,}"),
+        ("digest", digest),
+    ]
     loading = write_peft_loading_code(
         base, f"path/to/{name}", task=recipe["task"], labels=len(record.get("labels", ()))
     )

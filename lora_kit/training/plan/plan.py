@@ -61,6 +61,7 @@ def _build_plan(trainable: TrainableJob, *, first_step: int) -> TrainPlan:
         trainable=trainable.count,
         parameters=trainable.parameters,
         kinds=trainable.kinds,
+        head=job.head,
         data=data,
         steps=steps,
         memory=memory,
