@@ -52,7 +52,7 @@ def check_savable(loaded: LoadedAdapter, layers: WrappedLayers, model: nn.Module
     """Raise AdapterError for a trainable adapter whose tensors do not match the config that it would be saved with."""
     config = make_plain_config(_resolve_config(loaded, layers, model))
     # Only names and shapes are checked; what is trained may have any value yet.
-    tensors = _collect_tensors(loaded, layers)
+    tensors = collect_tensors(loaded, layers)
     zeros = {key: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape) for key, tensor in tensors.items()}
     classify_tensors(name_saved_heads(config, zeros), zeros, allow=())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -11,6 +11,9 @@ from lora_kit.cli.app import AsJson, Replace, app
 from lora_kit.cli.new_adapter import check_adapter_output
 from lora_kit.cli.output import print_json, print_table
 from lora_kit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lora_kit.adapter.adapter import Adapter
 
 Renames = Annotated[
     list[str] | None,
@@ -35,14 +38,14 @@ def convert(
 ) -> None:
     """Convert what another tool wrote into an adapter folder.
 
-    Reads PEFT of any age, state dicts of wrapped models, loralib and mlx-lm; the updates stay the same.
+    Reads PEFT of any age, state dicts of live models, loralib and mlx-lm; the updates stay the same.
 
     Args:
         source: A folder or a weight file.
         out: The adapter folder to write.
-        alpha: Numerator of the scaling, where the files do not contain it (loralib).
+        alpha: Numerator of the scaling, where the files do not contain it (loralib, PEFT's weights alone).
         enable_lora: Which of the equal parts of a fused projection have LoRA weights, once for each part.
-        base: Name of the base.
+        base: Name of the base. Where it is a folder, the result is checked against it.
     """
     from lora_kit.adapter.conversion.convert import convert as run
 
@@ -52,6 +55,8 @@ def convert(
         raise ConfigError(f"--rename {rename} was given", hint="OLD=NEW, as in language_model.model=model")
     renames = {old: new for old, _, new in parts}
     adapter = run(source, lora_alpha=alpha, enable_lora=enable_lora, renames=renames, base=base)
+    if base is not None:
+        _check_base(adapter, base, name=out.name)
     adapter.save(out, replace=replace)
     facts = adapter.record["converted"]
     if json:
@@ -63,3 +68,12 @@ def convert(
         ("modules_to_save", ", ".join(adapter.config.modules_to_save) or "none"),
     ]
     print_table(("", ""), rows + [("", note) for note in facts["notes"]])
+
+
+def _check_base(adapter: Adapter, base: str, *, name: str) -> None:
+    """Raise AdapterError where the base is at hand and the adapter does not load into it by its names."""
+    from lora_kit.exporters.plain_lora import ExportCase
+    from lora_kit.models.locate import find_local_folder
+
+    if find_local_folder(base) is not None:
+        ExportCase(name, adapter, base, given=True).check_base(())

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lora_kit.config import validation
 from lora_kit.config.combinations import check_combinations
-from lora_kit.config.module_patterns import PatternTable, suffixes_of
+from lora_kit.config.module_patterns import PatternTable, matches, suffixes_of
 from lora_kit.config.peft_fields import (
     CARRIED_FIELDS,
     FIELDS_NAMING_CODE,
@@ -22,6 +22,7 @@ from lora_kit.config.peft_fields import (
     GAUSSIAN,
     INITS_OF_PEFT,
     UNSUPPORTED_FIELDS,
+    is_dispensable,
     parse_saved_init,
     refuse_unsupported,
     to_plain_value,
@@ -203,6 +204,13 @@ class LoraConfig:
         """Whether what is tied to the input embedding was trained with it (PEFT's `ensure_weight_tying`)."""
         return bool(self.extra.get("ensure_weight_tying"))
 
+    def names_layer(self, path: str) -> bool:
+        """Return whether `target_modules` may mean the layer of this path; `all-linear` may mean any."""
+        names = self.target_modules
+        if isinstance(names, str):
+            return names == ALL_LINEAR or matches(names, path)
+        return not set(names).isdisjoint(suffixes_of(path))
+
     def rank_of(self, path: str) -> int:
         """Return the rank at the module of this path: the first `rank_pattern` that matches, else `r`."""
         return self._ranks.first(path, default=self.r)
@@ -283,7 +291,11 @@ class LoraConfig:
             known["init_lora_weights"] = parse_saved_init(init)
         if known.get("task_type") is not None:
             known["task_type"] = getattr(known["task_type"], "value", known["task_type"])
-        extra = {name: value for name, value in fields.items() if name not in own and name not in FIXED_FIELDS}
+        extra = {
+            name: value
+            for name, value in fields.items()
+            if name not in own and name not in FIXED_FIELDS and not is_dispensable(name, value)
+        }
         return cls(**known, extra={name: getattr(value, "value", value) for name, value in extra.items()})
 
     @classmethod
@@ -316,14 +328,12 @@ class LoraConfig:
         return [name for name, harmless in FIELDS_NAMING_CODE.items() if self.extra.get(name) not in harmless]
 
     def to_dict(self) -> JsonObject:
-        """Return PEFT's fields as JSON values, in a fixed order."""
+        """Return PEFT's fields as JSON values, in a fixed order; newer ones only where they say something."""
         fields = {f.name: to_plain_value(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "extra"}
-        for name in ("target_parameters", "trainable_token_indices"):  # few adapters have them
-            if not fields[name]:
-                del fields[name]
         fields["target_modules"] = fields["target_modules"] or NO_TARGETS
         fields["modules_to_save"] = fields["modules_to_save"] or None
-        return dict(sorted({**FIXED_FIELDS, **{k: to_plain_value(v) for k, v in self.extra.items()}, **fields}.items()))
+        fields = {**FIXED_FIELDS, **{name: to_plain_value(value) for name, value in self.extra.items()}, **fields}
+        return {name: value for name, value in sorted(fields.items()) if not is_dispensable(name, value)}
 
     def to_json(self) -> str:
         """Return the text of an `adapter_config.json`."""

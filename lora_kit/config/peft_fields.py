@@ -54,6 +54,17 @@ CARRIED_FIELDS: Final = (
 """Fields of PEFT that say how training began or ran, or which version wrote the config. They do not change what the
 tensors mean."""
 
+_NEWER_FIELDS: Final[Mapping[str, tuple[object, ...]]] = {
+    **{name: values for name, values in UNSUPPORTED_FIELDS.items() if name not in ("bias", "layer_replication")},
+    **dict.fromkeys(("eva_config", "corda_config", "lora_ga_config"), (None,)),
+    "exclude_modules": (None,),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "qalora_group_size": (16,),
+    "ensure_weight_tying": (False,),
+}
+"""Fields that PEFT 0.10 does not know, with the values that say the same as no such field."""
+_VERSION_FIELD: Final = "peft_version"
 HEADS_SAVED_BY_TASK: Final[Mapping[str, tuple[str, ...]]] = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -66,6 +77,11 @@ INITS_OF_PEFT: Final = ("eva", "mica", "orthogonal")
 """Initializations of PEFT that leave the base as it is. Here they are labels: nothing new is trained with them."""
 _BASE_CHANGING_INITS: Final = ("corda", "lora_ga", "olora", "pissa")
 """Those that subtract the LoRA weights' initial product from the base: PEFT converts these when they are saved."""
+
+
+def is_dispensable(name: str, value: object) -> bool:
+    """Whether a config says the same without this field, which PEFT before the version that brought it rejects."""
+    return name == _VERSION_FIELD or value in _NEWER_FIELDS.get(name, ())
 
 
 def refuse_unsupported(fields: Mapping[str, object]) -> None:

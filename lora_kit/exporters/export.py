@@ -39,6 +39,7 @@ class ExportTarget:
         write: writes its files into a folder.
         command: returns how they are loaded, in Markdown.
         plain: whether it needs a `PlainLora`: one rank, one scaling, LoRA weights only.
+        dora: whether it reads a DoRA's magnitudes.
         needs: returns what it must be started with.
     """
 
@@ -47,6 +48,7 @@ class ExportTarget:
     write: Callable[[ExportCase, Path], None]
     command: Callable[[ExportCase], str]
     plain: bool = True
+    dora: bool = False
     needs: Callable[[ExportCase], list[str]] = lambda case: []
 
 
@@ -55,7 +57,7 @@ def _accept_all(case: ExportCase) -> Iterator[str]:
 
 
 _TARGETS: Final = {
-    "peft": ExportTarget("PEFT", _accept_all, servers.write_peft, servers.format_peft_command, plain=False),
+    "peft": ExportTarget("PEFT", _accept_all, servers.write_peft, servers.format_peft_command, plain=False, dora=True),
     "vllm": ExportTarget(
         "vLLM",
         servers.find_unsupported_by_vllm,
@@ -73,7 +75,7 @@ _TARGETS: Final = {
     "ollama": ExportTarget(
         "Ollama", ollama.find_unsupported, ollama.write, ollama.format_command, needs=ollama.list_requirements
     ),
-    "mlx": ExportTarget("mlx-lm", mlx.find_unsupported, mlx.write, mlx.format_command),
+    "mlx": ExportTarget("mlx-lm", mlx.find_unsupported, mlx.write, mlx.format_command, dora=True),
 }
 TARGETS: Final = (*_TARGETS, MERGED)
 
@@ -243,7 +245,8 @@ def _judge_case(case: ExportCase, target: str, limit: int | None, allow: Collect
         return Verdict(target, program.reader, (reason,), (), ())
     if program.plain:
         case.check_base(allow)
-    unsupported = list(servers.find_unsupported_by_all(case)) if program.plain else []
+    unsupported = [] if program.dora else list(servers.find_dora(case))
+    unsupported += servers.find_unsupported_by_all(case) if program.plain else ()
     unsupported += program.find_unsupported(case)
     rank = case.plain.rank if program.plain else config.largest_rank
     if limit is not None and rank > limit:

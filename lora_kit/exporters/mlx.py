@@ -1,8 +1,10 @@
 """mlx-lm: `adapters.safetensors` and its `adapter_config.json`.
 
 The files are those that `load_adapters` reads: one rank and one scale for all layers, `<path>.lora_a` (in, r) and
-`<path>.lora_b` (r, out), keys relative to a layer, `num_layers` counted from the last one, with -1 for all.
+`<path>.lora_b` (r, out), with `<path>.m` (out,) where all of them are DoRAs, keys relative to a layer, `num_layers`
+counted from the last one, with -1 for all.
 https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/tuner/utils.py
+https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/tuner/dora.py
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ _OUTSIDE_LAYERS: Final = ("lm_head", "model.embed_tokens")
 
 def find_unsupported(case: ExportCase) -> Iterator[str]:
     """Yield what mlx-lm cannot read."""
-    for path in case.adapter.pairs():
+    for path, weights in case.adapter.pairs().items():
+        if case.adapter.config.use_dora and weights.magnitude is None:
+            yield f"use_dora: {path} has no magnitude, and mlx-lm makes a DoRA of every layer or of none"
         if path in _OUTSIDE_LAYERS:
             if case.require_config("whether embedding and head are tied").get("tie_word_embeddings"):
                 yield f"target_modules: {path} is tied in this base, and mlx-lm would use the update in both places"
@@ -36,7 +40,7 @@ def write(case: ExportCase, folder: Path) -> None:
     plain = case.plain
     keys = {match[1] if (match := _LAYER.fullmatch(path)) else path for path in plain.weights}
     fields = {
-        "fine_tune_type": "lora",
+        "fine_tune_type": "dora" if case.adapter.config.use_dora else "lora",
         "model": case.base_path,
         "num_layers": -1,
         "lora_parameters": {
@@ -50,6 +54,8 @@ def write(case: ExportCase, folder: Path) -> None:
     tensors = {}
     for path, weights in plain.weights.items():
         tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"] = weights.a.T.contiguous(), weights.b.T.contiguous()
+        if weights.magnitude is not None:
+            tensors[f"{path}.m"] = weights.magnitude
     write_tensors(folder / WEIGHTS, tensors)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,7 @@ class PlainLora:
     Attributes:
         rank: of every layer.
         alpha: of every layer.
-        weights: A and B, by path of the layer.
+        weights: A and B, and the magnitude of a DoRA, by path of the layer.
         changes: what was changed, in words.
     """
 
@@ -81,7 +81,7 @@ def _fold_scaling(weights: LoraWeights, scaling: float, rank: int) -> LoraWeight
     """Return LoRA weights with the scaling in B, padded with zeros to a rank, float32."""
     padding = rank - weights.a.shape[0]
     a, b = weights.a.float(), (weights.b.double() * scaling).float()
-    return LoraWeights(pad(a, (0, 0, 0, padding)), pad(b, (0, padding)), weights.kind)
+    return replace(weights, a=pad(a, (0, 0, 0, padding)), b=pad(b, (0, padding)))
 
 
 @dataclass(frozen=True)

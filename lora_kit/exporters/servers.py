@@ -40,11 +40,15 @@ _READ_BESIDE: Final = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_
 # What they cannot read
 
 
+def find_dora(case: ExportCase) -> Iterator[str]:
+    """Yield that an adapter is a DoRA, for the programs without it."""
+    if case.adapter.config.use_dora:
+        yield "use_dora: a DoRA rescales every row of the whole weight; merge it instead"
+
+
 def find_unsupported_by_all(case: ExportCase) -> Iterator[str]:
     """Yield what no program but PEFT can read."""
     config = case.adapter.config
-    if config.use_dora:
-        yield "use_dora: a DoRA rescales every row of the whole weight; merge it instead"
     if config.modules_to_save:
         yield f"modules_to_save: {format_list(config.modules_to_save)} would be left out; merge it instead"
     pairs = case.adapter.pairs()

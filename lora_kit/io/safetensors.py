@@ -59,6 +59,9 @@ _DTYPE_NAMES: Final = {
 """What is written."""
 _DTYPE_ORDER: Final = {dtype: position for position, dtype in enumerate(DTYPES.values())}
 _METADATA: Final = {"format": "pt"}
+_STATE_DICT_NAMES: Final = ("state_dict", "model_state_dict", "model", "module")
+"""Under which training loops put the state dict of their model: Lightning, plain PyTorch, DeepSpeed."""
+_MAX_NESTING: Final = 8
 _PICKLE_MAGIC: Final = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -121,18 +124,44 @@ def read_pickle(path: Path, *, check_size: Callable[[int], None], seen: ChunkCal
         AdapterError: the file holds anything but a mapping from names to tensors.
         StorageError: it cannot be read.
     """
+    return _extract_tensors(_load_pickle(path, check_size, seen), path)
+
+
+def read_checkpoint(path: Path, *, check_size: Callable[[int], None], seen: ChunkCallback) -> WeightFileContents:
+    """Read the model's tensors of a training checkpoint, which may lie deep in it: `{"state_dict": {...}, "epoch": 3}`.
+
+    Args:
+        check_size, seen: as in `read_safetensors`.
+
+    Raises:
+        AdapterError, StorageError: as `read_pickle`.
+    """
+    value = _load_pickle(path, check_size, seen)
+    for _ in range(_MAX_NESTING):
+        parts = value if isinstance(value, dict) else {}
+        inner = next((parts[name] for name in _STATE_DICT_NAMES if isinstance(parts.get(name), dict)), None)
+        value = value if inner is None else inner
+    return _extract_tensors(value, path)
+
+
+def _load_pickle(path: Path, check_size: Callable[[int], None], seen: ChunkCallback) -> object:
+    """Return what a pickle holds, without running code of it."""
     source, data = escape_text(path), read_regular_file(path, check_size=check_size)
     seen(data)
     refuse_lfs_pointer(bytes(data[:64]), source)
     _refuse_zip_bomb(data, source)
     try:
-        value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        value: object = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception:  # damaged pickles fail in every way there is
         raise AdapterError(
             f"{source}: not a file of plain tensors; it may carry code and is not read", hint="save it as safetensors"
         ) from None
+    return value
+
+
+def _extract_tensors(value: object, path: Path) -> WeightFileContents:
     if not isinstance(value, dict) or not all(isinstance(name, str) and _is_plain(t) for name, t in value.items()):
-        raise AdapterError(f"{source}: a mapping of names to plain tensors was expected")
+        raise AdapterError(f"{escape_text(path)}: a mapping of names to plain tensors was expected")
     return WeightFileContents({name: tensor.detach().contiguous() for name, tensor in value.items()}, canonical=False)
 
 

@@ -1,7 +1,6 @@
 """Rotary embeddings in a model's config, in the fields that transformers before 5 and other programs read.
 
-transformers 5 writes `rope_parameters` alone. A program that knows only the older fields silently computes with their
-defaults.
+transformers 5 writes `rope_parameters` alone. A program that knows only the older fields silently uses their defaults.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from lora_kit.adapter.inspect import inspect
 from lora_kit.adapter.peft_keys import PREFIX
 from lora_kit.cli.main import main
 from lora_kit.errors import AdapterError, ConfigError
-from tests.support import folders, tiny
+from tests.support import classifiers, folders, tiny
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
 REAL = os.environ.get("LORA_KIT_FOREIGN_ADAPTERS")
@@ -43,8 +44,14 @@ def mlx(folder: Path, *, kind: str = "lora", **parameters: Any) -> Path:
     values = {f"{Q}.lora_a": torch.randn(32, 4), f"{Q}.lora_b": torch.randn(4, 32)}
     if kind == "dora":
         values[f"{Q}.m"] = torch.rand(32) + 1
-    safetensors.torch.save_file(values, folder / "adapters.safetensors")
+    (folder / "adapters.safetensors").write_bytes(with_null_metadata(safetensors.torch.save(values)))
     return folder
+
+
+def with_null_metadata(data: bytes) -> bytes:
+    """The same file as mlx's own writer makes it, which says `"__metadata__": null`."""
+    header, payload = folders.taken_apart(data)
+    return folders.raw({"__metadata__": None, **header}, payload)
 
 
 def loralib(folder: Path, **more: Tensor) -> Path:
@@ -222,6 +229,103 @@ def test_state_dicts_of_wrapped_models_are_the_same_adapter(tmp_path: Path, how:
     assert adapter == lk.Adapter(folders.config(), plain)
     assert adapter.save(tmp_path / "mine")
     assert lk.Adapter.load(tmp_path / "mine") == adapter
+
+
+AROUND: dict[str, Callable[[str], str]] = {
+    "nothing": lambda key: key,
+    "DDP twice": lambda key: f"module.module.{key}",
+    "DDP and compile": lambda key: f"_orig_mod.module.{key}",
+    "compile inside": lambda key: key.replace(PREFIX, f"{PREFIX}_orig_mod."),
+    "Fabric": lambda key: f"_forward_module.{key}",
+    "Lightning and FSDP": lambda key: f"model._fsdp_wrapped_module.{key}",
+}
+INSIDE: dict[str, Callable[[Any], Any]] = {
+    "nothing": lambda state: state,
+    "Lightning": lambda state: {"state_dict": state, "epoch": 3, "hyper_parameters": {"lr": 0.1}},
+    "a training loop": lambda state: {"model": state, "optimizer": {"state": {0: torch.ones(2)}}, "step": 7},
+    "DeepSpeed": lambda state: {"module": {"state_dict": state}, "dp_world_size": 2},
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "head": {"target_modules": ["query"], "modules_to_save": ["pooler"]},
+    "DoRA": {"target_modules": ["query", "dense"], "use_dora": True},
+    "embedding": {"target_modules": ["query", "word_embeddings"]},
+    "tokens": {"target_modules": ["query"], "trainable_token_indices": {"word_embeddings": [3, 5]}},
+}
+
+
+def live(kind: str) -> Any:
+    """A PeftModel that is being trained."""
+    return classifiers.peft_classifier("Bert", "SEQ_CLS", **KINDS[kind])
+
+
+def checkpoint(folder: Path, model: Any, around: str, inside: str, *, name: str = "last.ckpt") -> Path:
+    """A folder with the whole state dict of a model, as a training loop writes it, and PEFT's config beside it."""
+    model.save_pretrained(folder)
+    (folder / WEIGHTS).unlink()
+    state = {AROUND[around](key): tensor for key, tensor in model.state_dict().items()}
+    torch.save(INSIDE[inside](state), folder / name)
+    return folder
+
+
+def check_equals_live(adapter: lk.Adapter, theirs: Any) -> None:
+    model = classifiers.classifier("Bert", "SEQ_CLS")
+    bank = lk.attach(model, slots=1, max_rank=8)
+    bank.load("converted", adapter)
+    bank.use("converted")
+    torch.testing.assert_close(classifiers.logits(model), classifiers.logits(theirs), rtol=0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_whole_state_dict_of_a_live_model_is_converted(tmp_path: Path, kind: str) -> None:
+    theirs = live(kind)
+    result = read_foreign_adapter(checkpoint(tmp_path / "x", theirs, "nothing", "nothing"))
+    check_equals_live(result.adapter, theirs)
+    assert any("of the base are left out" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("inside", INSIDE)
+@pytest.mark.parametrize("around", AROUND)
+def test_a_state_dict_is_found_however_it_is_wrapped(tmp_path: Path, around: str, inside: str) -> None:
+    theirs = live("head")
+    check_equals_live(convert(checkpoint(tmp_path / "x", theirs, around, inside)), theirs)
+
+
+def test_a_head_beside_named_tensors_is_kept(tmp_path: Path) -> None:
+    theirs = live("head")
+    theirs.save_pretrained(tmp_path / "x")
+    values = safetensors.torch.load_file(tmp_path / "x" / WEIGHTS)
+    named = {re.sub(r"(lora_[AB])\.weight", r"\1.default.weight", key): tensor for key, tensor in values.items()}
+    safetensors.torch.save_file(named, tmp_path / "x" / WEIGHTS)
+    check_equals_live(convert(tmp_path / "x"), theirs)
+
+
+def test_tensors_of_peft_alone_need_their_alpha(tmp_path: Path) -> None:
+    theirs = live("DoRA")
+    folder = checkpoint(tmp_path / "x", theirs, "DDP twice", "Lightning")
+    (folder / CONFIG).unlink()
+    with pytest.raises(AdapterError, match=r"no adapter_config\.json is beside it"):
+        convert(folder)
+    check_equals_live(convert(folder, lora_alpha=8), theirs)
+
+
+def test_what_would_not_load_is_not_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = folders.foreign(tmp_path / "x", target_modules=["v_proj"])
+    with pytest.raises(AdapterError, match=r"LoRA weights for model\.layers\.0\.self_attn\.q_proj, .* does not match"):
+        convert(source)
+    moved = {key.replace("model.layers", "encoder.layers"): tensor for key, tensor in folders.tensors().items()}
+    source = folders.foreign(tmp_path / "y", moved)
+    tiny.llama().save_pretrained(tmp_path / "base")
+    flags = ["--out", str(tmp_path / "out"), "--base", str(tmp_path / "base")]
+    assert main(["convert", str(source), *flags]) == 2
+    assert "the model has no module encoder.layers.0.self_attn.q_proj" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(["convert", str(source), *flags, "--rename", "encoder=model"]) == 0
+
+
+def test_renamed_layers_are_named_in_the_config(tmp_path: Path) -> None:
+    old = {key.replace("model.layers", "decoder.layers"): tensor for key, tensor in folders.tensors().items()}
+    source = folders.foreign(tmp_path / "x", old, target_modules=r"decoder\.layers\.\d\.self_attn\.q_proj")
+    assert convert(source, renames={"decoder": "model"}).config.target_modules == folders.PATHS
 
 
 def test_a_saved_head_of_a_live_peft_model_comes_without_the_original(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +24,36 @@ from tests.support import folders, tiny
 
 SLOW = r"(.|\w)*[^_a-z]"
 """Takes for ever on any path of a layer."""
+
+PEFT_0_10 = frozenset(
+    [
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_lora_weights",
+        "layer_replication",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_alpha",
+        "lora_dropout",
+        "megatron_config",
+        "megatron_core",
+        "modules_to_save",
+        "peft_type",
+        "r",
+        "rank_pattern",
+        "revision",
+        "target_modules",
+        "task_type",
+        "use_dora",
+        "use_rslora",
+    ]
+)
+"""Fields of LoraConfig in PEFT 0.10, which fails on any other."""
 
 
 def refused(folder: Path) -> LoraKitError:
@@ -217,6 +248,22 @@ def test_the_name_of_a_base_is_a_label_shown_escaped(tmp_path: Path, name: str) 
     assert all(line.isprintable() for line in card.splitlines())
     assert "\n\x1b" not in card
     assert adapter.base is None
+
+
+def test_a_config_of_today_has_only_fields_of_peft_0_10() -> None:
+    assert set(LoraConfig(r=4).to_dict()) <= PEFT_0_10
+    of_peft = LoraConfig.of(peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    assert set(of_peft.to_dict()) <= PEFT_0_10
+    assert LoraConfig.from_dict(of_peft.to_dict()) == of_peft
+    telling = LoraConfig(r=4, exclude_modules=("q_proj",), trainable_token_indices=(3,))
+    assert set(telling.to_dict()) - PEFT_0_10 == {"exclude_modules", "trainable_token_indices"}
+
+
+@pytest.mark.parametrize("name", ["mood", "pirate", "scene"])
+def test_leaving_fields_out_changes_no_identity(name: str) -> None:
+    adapter = lk.Adapter.load(Path(__file__).parents[2] / "adapters" / name)
+    assert adapter.digest == adapter.record["digest"]
+    assert lk.Adapter(LoraConfig.from_dict(adapter.config.to_dict()), adapter.tensors).digest == adapter.digest
 
 
 def test_a_config_survives_pickle_and_json() -> None:

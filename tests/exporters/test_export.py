@@ -19,6 +19,7 @@ import transformers
 from torch import Tensor
 
 import lora_kit as lk
+from lora_kit.adapter.conversion.convert import convert
 from lora_kit.adapter.peft_keys import lora_weight_keys
 from lora_kit.cli.main import main
 from lora_kit.errors import AdapterError, BaseMismatchError, ConfigError, ExportError, StorageError
@@ -396,6 +397,34 @@ def test_mlx_reads_the_same_updates(base: Path, awkward: Path, tmp_path: Path) -
         assert re.sub(r"model\.layers\.\d+\.", "", path) in asked["keys"]
         found[path] = (asked["scale"] * b.T) @ a.T  # mlx_lm/tuner/lora.py: LoRALinear.fuse
     assert_same(found, deltas(awkward))
+
+
+@pytest.mark.parametrize("fields", [{**PLAIN, "lora_alpha": 8}, {**AWKWARD, "target_modules": ["q_proj", "lm_head"]}])
+def test_mlx_computes_the_same_dora(fields: dict[str, Any], base: Path, tmp_path: Path) -> None:
+    folder = trained(tiny.llama(), tmp_path / "sql", use_dora=True, **fields)
+    lk.export(folder, "mlx", tmp_path / "out", base=base)
+    asked = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert asked["fine_tune_type"] == "dora"
+    stored = safetensors.torch.load_file(tmp_path / "out" / "adapters.safetensors")
+    lk.merge(base, folder, tmp_path / "merged")
+    before, merged = (safetensors.torch.load_file(f / "model.safetensors") for f in (base, tmp_path / "merged"))
+    scale = asked["lora_parameters"]["scale"]
+    paths = sorted(key.removesuffix(".m") for key in stored if key.endswith(".m"))
+    assert paths == sorted(lk.Adapter.load(folder).pairs())
+    for path in paths:  # mlx_lm/tuner/dora.py: DoRALinear.fuse
+        adapted = before[f"{path}.weight"] + (scale * stored[f"{path}.lora_b"].T) @ stored[f"{path}.lora_a"].T
+        wanted = (stored[f"{path}.m"] / adapted.norm(dim=1)).unsqueeze(1) * adapted
+        torch.testing.assert_close(merged[f"{path}.weight"], wanted, rtol=1e-5, atol=1e-6)
+    model, answers = tiny.llama(), []
+    bank = lk.attach(model)
+    for adapter in (lk.Adapter.load(folder), convert(tmp_path / "out")):
+        bank.load("x", adapter)
+        with bank.using("x"):
+            answers.append(tiny.logits(model, tiny.batch()))
+        bank.unload("x")
+    torch.testing.assert_close(answers[1], answers[0], rtol=0, atol=1e-5)
+    for target in ("vllm", "gguf", "tgi"):
+        assert any("use_dora" in reason for reason in check(folder, target, base=base).refused)
 
 
 # All of them

@@ -11,7 +11,7 @@ from typing import Final
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.conversion.foreign_files import ForeignFiles
 from lora_kit.adapter.conversion.formats import ConversionHints, TranslatedAdapter, from_loralib, from_mlx, from_peft
-from lora_kit.errors import AdapterError, ConfigError, LoraKitError
+from lora_kit.errors import AdapterError, ConfigError, LoraKitError, format_list
 from lora_kit.io.text import escape_text
 
 _Translate = Callable[[ForeignFiles, ConversionHints], TranslatedAdapter]
@@ -64,6 +64,7 @@ def read_foreign_adapter(
         config = result.config if base is None else dataclasses.replace(result.config, base_model_name_or_path=base)
         facts = {"layout": layout, "file": files.weights.name, "sha256": files.sha256, "notes": result.notes}
         adapter = Adapter(config, result.tensors, record={"converted": facts})
+        _refuse_uncovered_layers(adapter)
     except LoraKitError as error:
         raise type(error)(f"{escape_text(source)}: {error.message}", hint=error.hint) from None
     return ForeignAdapter(layout=layout, adapter=adapter, notes=tuple(result.notes), open=tuple(result.open))
@@ -80,8 +81,9 @@ def convert(
     """Convert an adapter that another tool wrote to an adapter of ours with the same updates.
 
     Args:
-        source: a folder or a weight file: PEFT of any age, also state dicts of wrapped models; loralib; mlx-lm.
-        lora_alpha: numerator of the scaling, where the files do not say it (loralib).
+        source: a folder or a weight file: PEFT of any age, also state dicts of live and wrapped models and training
+            checkpoints around them; loralib; mlx-lm.
+        lora_alpha: numerator of the scaling, where the files do not say it (loralib, PEFT's weights alone).
         enable_lora: which of the equal parts of a fused projection have LoRA weights, where the files do not say it.
         renames: from beginnings of module paths in the files to those in the base.
         base: name of the base.
@@ -94,6 +96,18 @@ def convert(
     if foreign.open:
         raise ConfigError(f"{escape_text(source)}: its files do not give {'; '.join(foreign.open)}", hint="give it")
     return foreign.adapter
+
+
+def _refuse_uncovered_layers(adapter: Adapter) -> None:
+    """Raise AdapterError for LoRA weights that the config does not cover, so that nothing would load them."""
+    config = adapter.config
+    paths = [path for path, lora in adapter.all_pairs().items() if lora.kind != "parameter"]
+    uncovered = [path for path in paths if not config.names_layer(path) and not config.ties_weights]
+    if uncovered:
+        raise AdapterError(
+            f"the file has LoRA weights for {format_list(uncovered, most=4)}, which target_modules does not match",
+            hint="look at adapter_config.json, or rename the modules",
+        )
 
 
 def _recognize_layout(source: ForeignFiles) -> tuple[str, _Translate]:

@@ -13,13 +13,13 @@ from torch import Tensor
 from lora_kit.adapter.folder import CONFIG, OLD_WEIGHTS, WEIGHTS
 from lora_kit.errors import AdapterError, format_list
 from lora_kit.io.read import exists, folder_exists, read_json
-from lora_kit.io.safetensors import read_pickle, read_safetensors
+from lora_kit.io.safetensors import read_checkpoint, read_safetensors
 from lora_kit.io.strict_json import JsonObject
 from lora_kit.io.text import escape_text
 
 MLX_WEIGHTS: Final = "adapters.safetensors"
 _USUAL_FILE_NAMES: Final = (WEIGHTS, OLD_WEIGHTS, MLX_WEIGHTS)
-_PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth")
+_PICKLE_SUFFIXES: Final = (".bin", ".ckpt", ".pt", ".pth")
 _CONFIG_LIMIT: Final = 2**20
 
 
@@ -49,7 +49,7 @@ class ForeignFiles:
         """
         weights = _find_only_weights_file(path) if folder_exists(path) else path
         sha = hashlib.sha256()
-        reader = read_pickle if weights.suffix in _PICKLE_SUFFIXES else read_safetensors
+        reader = read_checkpoint if weights.suffix in _PICKLE_SUFFIXES else read_safetensors
         contents = reader(weights, check_size=lambda size: None, seen=sha.update)
         config = weights.parent / CONFIG
         fields = read_json(config, limit=_CONFIG_LIMIT) if exists(config) else None

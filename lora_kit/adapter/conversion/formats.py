@@ -7,6 +7,7 @@ PEFT (`save_pretrained`, and state dicts of wrapped models; https://github.com/h
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,15 +20,19 @@ from torch import Tensor
 from lora_kit.adapter.conversion.foreign_files import ForeignFiles
 from lora_kit.adapter.peft_keys import PREFIX, lora_weight_keys, magnitude_key
 from lora_kit.config.lora_config import LoraConfig
+from lora_kit.config.peft_fields import HEADS_SAVED_BY_TASK
 from lora_kit.errors import AdapterError, format_list
 
-WRAPPERS: Final = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+WRAPPERS: Final = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "_orig_mod")
 """Modules that trainers put around others, and whose names are in the keys of state dicts."""
 _EMBEDDING_NAMES: Final = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in")
-_NAMED_LORA_KEY: Final = re.compile(
-    r"(.*\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.(?!weight$)([^.]+)(\.weight)?"
+_NAMED_KEYS: Final = (
+    re.compile(r"(?P<path>.*\.lora_(?:A|B|embedding_A|embedding_B))\.(?!weight$)(?P<name>[^.]+)(?P<end>\.weight)?"),
+    re.compile(r"(?P<path>.*\.lora_magnitude_vector)\.(?!weight$)(?P<name>[^.]+)(?P<end>)(?:\.weight)?"),
+    re.compile(r"(?P<path>.*\.token_adapter\.trainable_tokens_delta)\.(?P<name>[^.]+)(?P<end>)"),
+    re.compile(r"(?P<path>.*)\.modules_to_save\.(?P<name>[^.]+)(?P<end>\..+)"),
 )
-_SAVED_MODULE_KEY: Final = re.compile(r"(.*)\.modules_to_save\.([^.]+)\.(.+)")
+"""Keys of an adapter's tensors in a live PeftModel, and of what they are without the adapter's name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +81,12 @@ class TranslatedAdapter:
 
 def from_peft(source: ForeignFiles, hints: ConversionHints) -> TranslatedAdapter:
     """Translate a PEFT folder of any age, or the state dict of a wrapped model saved in its place."""
-    fields = dict(source.fields or {})
-    if not fields:
-        raise AdapterError(f"{source.weights} has PEFT's keys, but no adapter_config.json is beside it")
     notes: list[str] = []
-    tensors = _normalize_peft_keys(source.tensors, hints, notes)
+    if not source.fields:
+        return _from_bare_peft(source, hints, notes)
+    fields = dict(source.fields)
+    kept = [*(fields.get("modules_to_save") or ()), *HEADS_SAVED_BY_TASK.get(fields.get("task_type") or "", ())]
+    tensors = _normalize_peft_keys(source.tensors, hints, notes, kept)
     enabled = hints.enable_lora or fields.pop("enable_lora", None)
     fields.pop("merge_weights", None)
     if enabled:
@@ -93,39 +99,95 @@ def from_peft(source: ForeignFiles, hints: ConversionHints) -> TranslatedAdapter
         )
     else:
         config = LoraConfig.from_dict(fields)
+    if hints.renames:
+        config = _name_renamed_layers(config, tensors)
     return TranslatedAdapter(config, tensors, notes)
 
 
-def _normalize_peft_keys(tensors: Mapping[str, Tensor], hints: ConversionHints, notes: list[str]) -> dict[str, Tensor]:
-    """Return tensors by the keys of `save_pretrained`: with its prefix, without wrappers and names of adapters."""
-    normalized, names, dropped = {}, set(), 0
+def _from_bare_peft(source: ForeignFiles, hints: ConversionHints, notes: list[str]) -> TranslatedAdapter:
+    """Translate PEFT's tensors without their config: the ranks are in the shapes, and `lora_alpha` has to be given."""
+    if hints.lora_alpha is None:
+        raise AdapterError(
+            f"{source.weights} has PEFT's keys, but no adapter_config.json is beside it",
+            hint="put it there, or give lora_alpha: the ranks are in the shapes",
+        )
+    tensors = _normalize_peft_keys(source.tensors, hints, notes, ())
+    ranks, rest = dict[str, tuple[int, float]](), list[str]()
+    for key, tensor in tensors.items():
+        path, mark, ending = key.removeprefix(PREFIX).rpartition(".lora_")
+        if mark and ending in ("A.weight", "embedding_A"):
+            ranks[path] = (tensor.shape[0], hints.lora_alpha)
+        elif key.endswith(".trainable_tokens_delta"):
+            raise AdapterError(f"{key} holds rows of tokens, which only an adapter_config.json names")
+        elif not mark:
+            rest.append(key.removeprefix(PREFIX))
+    saved = sorted({_find_outermost_module(key, ranks) for key in rest})
+    use_dora = any(key.endswith(".lora_magnitude_vector") for key in tensors)
+    config = _build_config(ranks, hints, modules_to_save=tuple(saved), use_dora=use_dora)
+    notes.append("there is no adapter_config.json: the ranks are those of the shapes, the scaling is lora_alpha / r")
+    return TranslatedAdapter(config, tensors, notes)
+
+
+def _name_renamed_layers(config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraConfig:
+    """Return a config that covers the layers under their new names, by whole paths where its own do not."""
+    pairs = (key.removeprefix(PREFIX).rpartition(".lora_") for key in tensors)
+    paths = tuple(dict.fromkeys(path for path, mark, _ in pairs if mark))
+    if config.target_parameters or all(config.names_layer(path) for path in paths):
+        return config
+    return dataclasses.replace(
+        config, target_modules=paths, exclude_modules=None, layers_to_transform=None, layers_pattern=None
+    )
+
+
+def _normalize_peft_keys(
+    tensors: Mapping[str, Tensor], hints: ConversionHints, notes: list[str], kept: Sequence[str]
+) -> dict[str, Tensor]:
+    """Return tensors by the keys of `save_pretrained`: with its prefix, without wrappers and names of adapters.
+
+    Args:
+        notes: gets what was done, in words.
+        kept: ends of the paths of modules whose tensors belong to the adapter though their keys do not say so.
+    """
+    normalized, names, others = dict[str, Tensor](), set[str](), dict[str, Tensor]()
     for key, tensor in tensors.items():
         bare = _strip_wrappers(key)
-        if ".original_module." in bare:
-            dropped += 1
-            continue
-        for pattern in (_NAMED_LORA_KEY, _SAVED_MODULE_KEY):
-            if match := pattern.fullmatch(bare):
-                names.add(match[2])
-                bare = f"{match[1]}{match[3] or ''}" if pattern is _NAMED_LORA_KEY else f"{match[1]}.{match[3]}"
-        normalized[PREFIX + hints.rename(bare.removeprefix(PREFIX))] = tensor
+        match = next((match for pattern in _NAMED_KEYS if (match := pattern.fullmatch(bare))), None)
+        if match is not None:
+            names.add(match["name"])
+            bare = match["path"] + (match["end"] or "")
+        target = others if match is None and ".lora_" not in bare else normalized
+        target[PREFIX + hints.rename(bare)] = tensor
     if len(names) > 1:
         raise AdapterError(
             f"the file holds several adapters: {format_list(sorted(names))}", hint="save each on its own"
         )
-    if names:
-        notes.append(f"the name of the adapter, {names.pop()!r}, was in every key")
-    if dropped:
-        notes.append(f"{dropped} tensors of original modules, which belong to the base, are left out")
-    if len(normalized) + dropped < len(tensors):
+    if len(normalized) + len(others) < len(tensors):
         raise AdapterError("two keys are the same once wrappers and names of adapters are removed")
+    if names:  # only a live model has them, and its state dict has the base's weights as well
+        notes.append(f"the name of the adapter, {names.pop()!r}, was in every key")
+        of_base = {key for key in others if not _is_kept(key, kept)}
+        if of_base:
+            notes.append(f"{len(of_base)} tensors of original modules and of other layers of the base are left out")
+        others = {key: tensor for key, tensor in others.items() if key not in of_base}
     if any(not key.startswith(PREFIX) for key in tensors):
         notes.append(f"keys are written as PEFT writes them, with {PREFIX} and without names of wrappers")
-    return normalized
+    return normalized | others
+
+
+def _is_kept(key: str, names: Sequence[str]) -> bool:
+    """Return whether a tensor of a live model is the trained one of a module in `modules_to_save`."""
+    internal = ".original_module." in key or ".base_layer." in key
+    return not internal and any(f"{name}." in key for name in names)
 
 
 def _strip_wrappers(key: str) -> str:
-    return ".".join(part for part in key.removeprefix("module.").split(".") if part not in WRAPPERS)
+    """Return a key as the base has it: without the names of wrappers, and what is around PEFT's model."""
+    bare = ".".join(part for part in key.split(".") if part not in WRAPPERS)
+    if PREFIX in bare:
+        return bare.partition(PREFIX)[2]
+    while bare.startswith("module."):
+        bare = bare.removeprefix("module.")
+    return bare
 
 
 # loralib
