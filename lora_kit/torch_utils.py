@@ -41,6 +41,11 @@ FLOAT_DTYPES: Final[Mapping[str, torch.dtype]] = {
 }
 
 
+def preserve_random_states(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Restore torch's random states, the device's too, at the end of the block."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
 def parse_float_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """Return one of `FLOAT_DTYPES`, given by name or as it is.
 

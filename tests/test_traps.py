@@ -513,17 +513,17 @@ TRAPS = (
         autocast,
         (
             Mistake("ops.lora:lora_linear", "dtype = _autocast_dtype(x)", "dtype = None"),
-            Mistake("ops.lora:_LoraAdd.forward", "_cast(x, y.dtype)", "x"),
+            Mistake("ops.lora_functions:LoraAddFunction.forward", "cast_once(x, y.dtype)", "x"),
         ),
         (AssertionError, RuntimeError),
     ),
     Trap(
         views,
-        (Mistake("ops.lora:can_overwrite", " and not y._is_view()", ""),),
+        (Mistake("ops.lora_functions:can_overwrite", " and not y._is_view()", ""),),
     ),
     Trap(
         dropout,
-        (Mistake("ops.lora:_Dropout.redraw_mask", "generator.set_state(self.state)", "pass"),),
+        (Mistake("ops.lora_functions:_Dropout.redraw_mask", "generator.set_state(self.state)", "pass"),),
     ),
     Trap(
         attention_reads_past,

@@ -147,11 +147,7 @@ def _parse_weights(adapters: Sequence[tuple[AdapterLike, float]]) -> list[float]
 
 
 def _collect_kinds(sources: Sequence[SourceAdapter], own: Sequence[UpdatesByPath]) -> dict[str, str]:
-    """Return the kind of every layer that any of the adapters covers.
-
-    Raises:
-        MergeError: two adapters cover a layer as different kinds or in different shapes.
-    """
+    """Return the kind of every layer that any of the adapters covers."""
     first_seen: dict[str, tuple[str, tuple[int, int], str]] = {}
     mismatches = []
     for source, updates in zip(sources, own, strict=True):
@@ -169,11 +165,7 @@ def _collect_kinds(sources: Sequence[SourceAdapter], own: Sequence[UpdatesByPath
 def _collect_saved_modules(
     sources: Sequence[SourceAdapter], weights: Sequence[float], paths: Collection[str]
 ) -> dict[str, Tensor]:
-    """Return the tensors of `modules_to_save`: each from the one adapter that has it, with weight 1, as it is.
-
-    Raises:
-        MergeError: a weight is not 1, two adapters have the same module, or another one adapts it.
-    """
+    """Return the tensors of `modules_to_save`: each from the one adapter that has it, with weight 1, as it is."""
     owners: dict[str, str] = {}
     combined: dict[str, Tensor] = {}
     for source, weight in zip(sources, weights, strict=True):

@@ -67,11 +67,7 @@ def resize(
 
 
 def _check_limits(rank: int | None, energy: float | None, bytes: int | None) -> dict[str, float]:
-    """Return the one limit that was given, by its name.
-
-    Raises:
-        ConfigError: none or several were given, or it is invalid.
-    """
+    """Return the one limit that was given, by its name."""
     limits = {"rank": rank, "energy": energy, "bytes": bytes}
     given = {name: value for name, value in limits.items() if value is not None}
     if len(given) != 1:

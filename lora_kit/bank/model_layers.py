@@ -112,7 +112,7 @@ class WrappedLayers:
             self._layers[key_of(path)] = tied
 
     def _check_readable(self, coverage: Coverage) -> None:
-        """Refuse DoRA, initialization from weights, and whatever else reads base weights, where these are offloaded.
+        """Check that nothing reads base weights that are offloaded: no DoRA, no initialization from weights.
 
         Raises:
             TargetError: such a weight is on meta between forwards.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from lora_kit.cli.app import Adapters, AsJson, Replace, Store, app
-from lora_kit.cli.output import print_json, print_table
+from lora_kit.cli.output import print_json, print_table, print_text
 from lora_kit.cli.process import show_progress_lines
 from lora_kit.errors import ConfigError
 from lora_kit.io.text import escape_for_terminal
@@ -117,10 +117,10 @@ def _show_eval_report(report: EvalReport, out: Path | None) -> None:
         ("", *names), [(each.name, *(f"{each.metrics[name]:.4f}" for name in names)) for each in report.results]
     )
     asked = f", {len(report.cases):,} prompts" if report.cases and len(report.cases) != report.rows else ""
-    print(escape_for_terminal(f"\n{report.rows:,} rows{asked} of {report.data}, {report.seconds:.1f} s"))
+    print_text(f"\n{report.rows:,} rows{asked} of {report.data}, {report.seconds:.1f} s")
     for each in report.results:
         if each.unended:
             cut = f"note: {each.unended:,} of {len(each.said):,} texts of {each.name} were cut off"
             print(escape_for_terminal(f"{cut}; raise --max-new-tokens"), file=sys.stderr)
     if out is not None:
-        print(escape_for_terminal(f"written: {out}"))
+        print_text(f"written: {out}")

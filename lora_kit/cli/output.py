@@ -49,6 +49,11 @@ def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Non
     print("\n".join(line.rstrip() for line in text.get().splitlines()))
 
 
+def print_text(text: str) -> None:
+    """Print text, with nothing in it that steers a terminal."""
+    print(escape_for_terminal(text))
+
+
 def print_json(value: object) -> None:
     """Print a value as indented JSON."""
     print(json.dumps(value, indent=2))

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Final
 from cyclopts import Parameter
 
 from lora_kit.cli.app import AsJson, Replace, app
-from lora_kit.cli.output import print_json, print_table
+from lora_kit.cli.output import print_json, print_table, print_text
 from lora_kit.errors import DataError, format_list
-from lora_kit.io.text import escape_for_terminal
 from lora_kit.names import KIT_BASE
 
 if TYPE_CHECKING:
@@ -128,11 +127,8 @@ def _show_file(part: PreparedFile, preparation: Preparation) -> None:
         print(f"and {len(labels) - len(shown)} more labels, the rarest with {min(labels.values()):,} {what}")
     for label, other in examined.lookalikes.items():
         likely = shlex.quote(f"{label}={other}")
-        print(
-            escape_for_terminal(
-                f"label {label!r} ({labels[label]:,} of {labeled:,} {what}) looks like {other!r}: --relabel {likely}"
-            )
-        )
+        share = f"{labels[label]:,} of {labeled:,} {what}"
+        print_text(f"label {label!r} ({share}) looks like {other!r}: --relabel {likely}")
     print()
 
 
@@ -143,12 +139,8 @@ def _list_findings(part: PreparedFile) -> Iterator[tuple[str, str]]:
         faults = [f"line {fault.line}: {fault.what}" for fault in examined.faults if fault.kind == kind]
         yield kind, _describe_finding(kind, faults, part) if faults else ""
     for kind, lines in (("duplicates", examined.duplicates), ("conflicts", examined.conflicts), ("leaks", part.leaks)):
-        yield (
-            kind,
-            _describe_finding(kind, [f"line {line}, see {other}" for line, other in lines.items()], part)
-            if lines
-            else "",
-        )
+        repeats = [f"line {line}, see {other}" for line, other in lines.items()]
+        yield kind, _describe_finding(kind, repeats, part) if repeats else ""
 
 
 def _describe_finding(kind: str, items: Sequence[str], part: PreparedFile) -> str:
@@ -165,14 +157,6 @@ def _show_next_steps(preparation: Preparation) -> None:
         print(f"{rows}; nothing was written, --out FOLDER does")
         return
     if preparation.settings["chat_template"] == "plain":
-        print(
-            escape_for_terminal(
-                f"{preparation.settings['base']} has no chat template of its own: the recipe says plain"
-            )
-        )
+        print_text(f"{preparation.settings['base']} has no chat template of its own: the recipe says plain")
     recipe = shlex.quote(str(preparation.recipe))
-    print(
-        escape_for_terminal(
-            f"{rows}: {preparation.out}\n\nnext:\n  lora-kit preview {recipe}\n  lora-kit train {recipe}"
-        )
-    )
+    print_text(f"{rows}: {preparation.out}\n\nnext:\n  lora-kit preview {recipe}\n  lora-kit train {recipe}")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from lora_kit.io.text import escape_for_terminal
+from lora_kit.models.silence import use_log_level
 
 
 class _SteadyStream:
@@ -93,14 +94,12 @@ def log_to_stderr(*, debug: bool) -> Iterator[None]:
             print(grade + escape_for_terminal(record.getMessage()), file=sys.stderr)
 
     logger, handler = logging.getLogger("lora_kit"), Lines()
-    before = logger.level
     logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG if debug else logging.WARNING)
     try:
-        yield
+        with use_log_level("lora_kit", logging.DEBUG if debug else logging.WARNING):
+            yield
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(before)
 
 
 @contextlib.contextmanager
@@ -108,11 +107,6 @@ def show_progress_lines() -> Iterator[None]:
     """Log progress in lines where there is no terminal for a bar."""
     import logging
 
-    logger = logging.getLogger("lora_kit")
-    before = logger.level
-    if not sys.stderr.isatty():
-        logger.setLevel(min(before, logging.INFO))
-    try:
+    before = logging.getLogger("lora_kit").level
+    with use_log_level("lora_kit", before if sys.stderr.isatty() else min(before, logging.INFO)):
         yield
-    finally:
-        logger.setLevel(before)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +11,7 @@ from cyclopts import Parameter
 from lora_kit.cli.app import AsJson, Replace, app
 from lora_kit.cli.output import print_json, print_table
 from lora_kit.cli.train import parse_recipe_flags
+from lora_kit.models.silence import use_log_level
 
 if TYPE_CHECKING:
     from lora_kit.sweeps.sweep_report import SweepReport, TrialReport
@@ -53,7 +52,7 @@ def sweep(
     """
     from lora_kit.sweeps.sweep import sweep as run_sweep
 
-    with _log_trials():
+    with use_log_level("lora_kit.sweeps", logging.INFO):  # a line for every trial that ends
         report = run_sweep(
             recipe,
             over,
@@ -73,18 +72,6 @@ def sweep(
     print_table(("trial", report.metric, *report.best.params, "steps", "seconds", ""), _build_trial_rows(report))
     print_table(("", ""), [("best", f"trial {report.best.number}"), ("written", str(report.out)),
                            ("more", str(report.folder))])  # fmt: skip
-
-
-@contextlib.contextmanager
-def _log_trials() -> Iterator[None]:
-    """Log a line for every trial that ends."""
-    logger = logging.getLogger("lora_kit.sweeps")
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _build_trial_rows(report: SweepReport) -> list[tuple[str, ...]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from lora_kit.cli.app import app
-from lora_kit.cli.output import format_size, print_json, print_table
+from lora_kit.cli.output import format_size, print_json, print_table, print_text
 from lora_kit.cli.process import show_progress_lines
 from lora_kit.errors import ConfigError
 from lora_kit.io.text import escape_for_terminal
@@ -56,7 +56,7 @@ def train(
     print_table(("", ""), _build_train_facts(report))
     if resolved.method in ("lora", "features") and resolved.data.validation:
         rows, adapter = shlex.quote(str(resolved.data.validation)), shlex.quote(str(report.out))
-        print(escape_for_terminal(f"\nnext:\n  lora-kit eval {rows} --adapter {adapter} --compare"))
+        print_text(f"\nnext:\n  lora-kit eval {rows} --adapter {adapter} --compare")
 
 
 def _take_switch(values: dict[str, str], name: str) -> bool:

@@ -64,7 +64,7 @@ class LoraConfig:
         alpha_pattern: exceptions to `lora_alpha`, in the same way.
         use_rslora: rank-stabilized scaling.
         use_dora: train a magnitude for every row of the adapted weight as well (Liu et al. 2024, arXiv 2402.09353).
-        modules_to_save: modules trained and saved whole beside the LoRA weights (a classification head): every module
+        modules_to_save: modules trained in full and saved beside the LoRA weights (a classification head): every module
             whose path ends in one of these names, as in PEFT, so that `classifier` means `pre_classifier` as well.
         trainable_token_indices: tokens whose rows of the input embedding are trained and saved, and nothing else of it:
             new tokens. Or a mapping from names of embeddings (and of heads that are not tied) to such tokens. A head

@@ -234,11 +234,7 @@ class ChatEncoder:
             position = len(through)
 
     def _encode_shortened(self, messages: Sequence[Message]) -> Sample:
-        """Encode one exchange without the beginning of its longest question.
-
-        Raises:
-            RowError: the exchange is too long even without the question.
-        """
+        """Encode one exchange without the beginning of its longest question."""
         questions = [index for index, (role, _) in enumerate(messages) if role == "user"]
         longest = max(questions, key=lambda index: len(messages[index][1]), default=0)
         question = messages[longest][1]

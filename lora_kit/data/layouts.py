@@ -51,7 +51,7 @@ _REASONING_KEYS: Final = ("reasoning_content", "thinking", "reasoning")
 
 
 class AnnotatedMessage(tuple[str, str]):
-    """A message that says more than role and content; in every other respect it is that pair.
+    """A message that says more than role and content; otherwise it is (role, content).
 
     Attributes:
         reasoning: what the assistant thought before its answer; empty without any.

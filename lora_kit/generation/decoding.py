@@ -15,6 +15,7 @@ from lora_kit.generation.prompts import EncodedPrompt, find_end_tokens
 from lora_kit.models.loading import Base
 from lora_kit.models.protocols import Tokenizer
 from lora_kit.models.tasks import SEQ2SEQ
+from lora_kit.torch_utils import preserve_random_states
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -87,7 +88,7 @@ def generate_batch(
     # Rows with other end tokens continue past their own end; `_build_completion` cuts that off.
     ends = frozenset.intersection(*(row.ends for row in rows))
     start = 1 if base.task == SEQ2SEQ else inputs["input_ids"].shape[1]
-    with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
+    with preserve_random_states(base.device):
         torch.manual_seed(sampling.seed)
         config = _build_generation_config(base, sampling, start + limit, ends=ends)
         out = base.model.generate(**inputs, generation_config=config, streamer=streamer)

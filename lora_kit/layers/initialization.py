@@ -119,11 +119,7 @@ def decompose_weight(weight: Tensor, init: str, *, rank: int, scaling: float) ->
 
 
 def _read_dense_weight(path: str, module: nn.Module) -> Tensor:
-    """Return the weight of a linear layer, (out, in) in fp32; a quantized one is dequantized.
-
-    Raises:
-        TargetError: it is quantized in a way that is unknown here.
-    """
+    """Return the weight of a linear layer, (out, in) in fp32; a quantized one is dequantized."""
     weight = dequantize_module_weight(module)
     if weight is None:
         weight = getattr(module, "weight", None)

@@ -25,7 +25,8 @@ from lora_kit.layers.row_gather import RowCache, RowGroup, RowSlot, gather_row_g
 from lora_kit.layers.slot_layer import SlotEntry, SlotLayer
 from lora_kit.ops import dispatch, torch_kernels
 from lora_kit.ops.dora import dora_scale, scale_columns
-from lora_kit.ops.lora import can_overwrite, lora_add, lora_add_rows, lora_linear
+from lora_kit.ops.lora import lora_add, lora_add_rows, lora_linear
+from lora_kit.ops.lora_functions import can_overwrite
 
 _CACHED_ROWS_PER_SLOT: Final = 4
 """Rows with an adapter, for each slot, whose LoRA weights are cached from one forward to the next."""

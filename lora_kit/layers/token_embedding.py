@@ -17,7 +17,7 @@ from torch.nn import functional
 from lora_kit.layers.introspect import features_of, is_stored_transposed, is_unquantized, kind_of
 from lora_kit.layers.routing import BASE_SLOT, Route, Routing
 from lora_kit.layers.slot_layer import SlotLayer
-from lora_kit.ops.lora import can_overwrite
+from lora_kit.ops.lora_functions import can_overwrite
 
 TOKEN_EMBEDDINGS: Final = "token_rows"
 TOKEN_INDICES: Final = "token_indices"

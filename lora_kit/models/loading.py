@@ -38,7 +38,7 @@ from lora_kit.models.quantization import (
 from lora_kit.models.silence import silence_libraries
 from lora_kit.models.tasks import CAUSAL_LM, CLASSIFY, SEQ2SEQ, TASK_SPECS, TASKS
 from lora_kit.targets.fingerprint import fingerprint
-from lora_kit.torch_utils import parse_float_dtype
+from lora_kit.torch_utils import parse_float_dtype, preserve_random_states
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -307,7 +307,7 @@ def _load_model(
     import transformers
 
     auto_class = getattr(transformers, TASK_SPECS[task].auto_class)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with preserve_random_states(device):
         torch.manual_seed(_HEAD_SEED)
         model, info = auto_class.from_pretrained(
             source.location,

@@ -114,11 +114,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _check_config(file: Path) -> None:
-    """Reject a config that transformers would fail on without a clear message, or would build a huge model from.
-
-    Raises:
-        BaseModelError: not a JSON object, or with more layers or labels than any model has.
-    """
+    """Reject a config that transformers would fail on without a clear message, or would build a huge model from."""
     try:
         config = json.loads(read_text(file.resolve(), limit=_CONFIG_LIMIT))
     except AdapterError as error:
@@ -142,11 +138,7 @@ def _check_config(file: Path) -> None:
 
 
 def _must_read_from_cache(name: str) -> bool:
-    """Return whether a hub id must be read from the local cache, because the hub cannot be reached.
-
-    Raises:
-        BaseModelError: it is neither in the cache nor can it be reached, or it holds no model.
-    """
+    """Return whether a hub id must be read from the local cache, because the hub cannot be reached."""
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 

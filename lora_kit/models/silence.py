@@ -27,13 +27,20 @@ def silence_libraries() -> Iterator[None]:
 @contextlib.contextmanager
 def silence_bitsandbytes() -> Iterator[None]:
     """Hide the notice about `kernels` that bitsandbytes logs when it is imported on a CPU."""
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    with use_log_level("bitsandbytes", logging.ERROR):
+        yield
+
+
+@contextlib.contextmanager
+def use_log_level(name: str, level: int) -> Iterator[None]:
+    """Set the level of a logger for the length of a block."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(level)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.setLevel(before)
 
 
 @contextlib.contextmanager

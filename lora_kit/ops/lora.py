@@ -13,14 +13,20 @@ needs a gradient, no autograd function is entered. `dispatch.get_kernels` choose
 from __future__ import annotations
 
 import contextlib
-import weakref
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
 from lora_kit.ops import dispatch, torch_kernels
+from lora_kit.ops.lora_functions import (
+    LoraAddFunction,
+    LoraAddRowsFunction,
+    LoraLinearFunction,
+    can_overwrite,
+    cast_once,
+    copy_contiguous,
+)
 
 
 def lora_linear(
@@ -51,9 +57,9 @@ def lora_linear(
         return functional.linear(x, weight, bias)  # raises, as the base alone would
     with _NULL_CONTEXT if dtype is None else _disable_autocast(x.device.type):
         if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad):
-            y: Tensor = _LoraLinear.apply(x, weight, bias, a, b, scaling, dropout)
+            y: Tensor = LoraLinearFunction.apply(x, weight, bias, a, b, scaling, dropout)
             return y
-        x = _cast(x, weight.dtype)
+        x = cast_once(x, weight.dtype)
         return _add_update(functional.linear(x, weight, bias), x, a, b, scaling, dropout)
 
 
@@ -72,9 +78,9 @@ def lora_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, *, drop
         return _add_by_equation(y, x, a, b, scaling, dropout)
     with _disable_autocast(y.device.type):
         if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or a.requires_grad or b.requires_grad):
-            updated: Tensor = _LoraAdd.apply(y, x, a, b, scaling, dropout)
+            updated: Tensor = LoraAddFunction.apply(y, x, a, b, scaling, dropout)
             return updated
-        return _add_update(y if can_overwrite(y) else _copy(y), _cast(x, y.dtype), a, b, scaling, dropout)
+        return _add_update(y if can_overwrite(y) else copy_contiguous(y), cast_once(x, y.dtype), a, b, scaling, dropout)
 
 
 def lora_add_rows(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor, slots: Tensor) -> Tensor:
@@ -101,11 +107,11 @@ def lora_add_rows(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor, s
         return y + torch.bmm(h, b[slots].to(y.dtype).mT).view(y.shape)
     with _disable_autocast(y.device.type):
         if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or a.requires_grad or b.requires_grad):
-            updated: Tensor = _LoraAddRows.apply(y, x, a, b, scaling, slots)
+            updated: Tensor = LoraAddRowsFunction.apply(y, x, a, b, scaling, slots)
             return updated
-        y = y if can_overwrite(y) else _copy(y)
+        y = y if can_overwrite(y) else copy_contiguous(y)
         rows = slots.shape[0]
-        flat = _cast(x, y.dtype).reshape(rows, -1, x.shape[-1])
+        flat = cast_once(x, y.dtype).reshape(rows, -1, x.shape[-1])
         dispatch.get_kernels(y).add_rows_(y.view(rows, -1, y.shape[-1]), flat, a, b, scaling, slots)
         return y
 
@@ -178,223 +184,3 @@ _NULL_CONTEXT = contextlib.nullcontext()
 def _disable_autocast(kind: str) -> contextlib.AbstractContextManager[object]:
     """Switch autocast off where it is on: the dtype is chosen already."""
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NULL_CONTEXT
-
-
-_last_cast: tuple[weakref.ref[Tensor], int, weakref.ref[Tensor]] | None = None
-"""The tensor cast last, its version, and the cast: layers that read the same x (q, k and v) share one cast of it."""
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x in a dtype, the same tensor for consecutive calls with the same x. Nothing is kept alive."""
-    global _last_cast
-    if x.dtype == dtype:
-        return x
-    if x.is_inference():  # such tensors do not count their versions
-        return x.to(dtype)
-    if _last_cast is not None:
-        source, version, cast = _last_cast[0](), _last_cast[1], _last_cast[2]()
-        if source is x and version == x._version and cast is not None and cast.dtype == dtype:
-            return cast
-    cast = x.to(dtype)
-    _last_cast = (weakref.ref(x), x._version, weakref.ref(cast))
-    return cast
-
-
-def can_overwrite(y: Tensor) -> bool:
-    """Return whether y may be overwritten: it is no view of other memory, and no leaf that requires grad."""
-    return y.is_contiguous() and not y._is_view() and not (y.is_leaf and y.requires_grad)
-
-
-class _Dropout:
-    """A dropout whose mask is drawn again in the backward instead of being saved; bitwise `F.dropout` on a CPU."""
-
-    def __init__(self, p: float, device: torch.device) -> None:
-        self.p, self.device = p, device
-        self.state = _default_generator_of(device).get_state()
-
-    def mask(self, x: Tensor) -> Tensor:
-        """Draw the forward's mask, 0 or 1 / (1 - p) for every element of x, from the global generator."""
-        return torch.empty_like(x).bernoulli_(1 - self.p).div_(1 - self.p)
-
-    def redraw_mask(self, x: Tensor) -> Tensor:
-        """Draw the mask of the forward again."""
-        generator = torch.Generator(self.device)
-        generator.set_state(self.state)
-        return torch.empty_like(x).bernoulli_(1 - self.p, generator=generator).div_(1 - self.p)
-
-
-def _default_generator_of(device: torch.device) -> torch.Generator:
-    if device.type == "cuda":
-        return torch.cuda.default_generators[device.index or 0]
-    return torch.default_generator
-
-
-class _UpdateContext(FunctionCtx):
-    scaling: float
-    dropout: _Dropout | None
-    x_dtype: torch.dtype
-    saved_tensors: tuple[Tensor, ...]
-    needs_input_grad: tuple[bool, ...]
-
-
-class _LowRankUpdate:
-    """What the two functions of one A and B share: s · (drop(x) Aᵀ) Bᵀ added to y, and its gradients.
-
-    With g = dY B (tokens, r):  dX += s · g A,  dA = s · gᵀ x,  dB = s · dYᵀ (x Aᵀ).
-    """
-
-    @staticmethod
-    def add_(
-        ctx: _UpdateContext, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: float, *more: Tensor
-    ) -> None:
-        """Add to y in place, and save what the backward needs, and `more`."""
-        flat = x.reshape(-1, x.shape[-1])
-        ctx.scaling = scaling
-        ctx.dropout = _Dropout(dropout, x.device) if dropout else None
-        if ctx.dropout is not None:
-            flat = flat * ctx.dropout.mask(x).reshape(flat.shape)  # in the memory order of x, like F.dropout's
-        h = dispatch.get_kernels(y).add_(y.view(-1, y.shape[-1]), flat, a, b, scaling)
-        ctx.save_for_backward(x, a, b, h, *more)
-
-    @staticmethod
-    def gradients(
-        ctx: _UpdateContext, dy: Tensor, base: Tensor | None, saved: tuple[Tensor, ...], needs: tuple[bool, bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return (dX, dA, dB), None for those that are not needed.
-
-        Args:
-            dy: (n, out).
-            base: (n, in), the base's part of dX, which is overwritten; None where the base was computed elsewhere.
-            saved: what `add_` saved; under checkpointing it can be read only once.
-            needs: whether dX, dA and dB are needed.
-        """
-        x, a, b, h = saved
-        needs_x, needs_a, needs_b = needs
-        flat = x.reshape(-1, x.shape[-1])
-        mask = ctx.dropout.redraw_mask(x).reshape(flat.shape) if ctx.dropout is not None else None
-        if base is not None and mask is None:
-            g = dispatch.get_kernels(dy).add_(base, dy, b.mT, a.mT, ctx.scaling)
-        else:
-            g = dy @ b.to(dy.dtype)
-            if needs_x:
-                dx = (g @ a.to(dy.dtype)).mul_(ctx.scaling)
-                dx = dx if mask is None else dx.mul_(mask)
-                base = dx if base is None else base.add_(dx)
-        flat = flat if mask is None else flat * mask
-        da = (g.mT @ flat).mul_(ctx.scaling).to(a.dtype) if needs_a else None
-        # hᵀ dY is faster than dYᵀ h on a CPU, and has the memory order of a stacked B.
-        db = (h.mT @ dy).mul_(ctx.scaling).mT.to(b.dtype) if needs_b else None
-        return None if base is None else base.view(x.shape).to(ctx.x_dtype), da, db
-
-
-class _LoraLinear(torch.autograd.Function):
-    """x Wᵀ + bias + s (drop(x) Aᵀ) Bᵀ, W and bias frozen."""
-
-    @staticmethod
-    def forward(
-        ctx: _UpdateContext,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        scaling: float,
-        dropout: float,
-    ) -> Tensor:
-        ctx.x_dtype = x.dtype
-        x = _cast(x, weight.dtype)
-        y = _without_base(functional.linear(x, weight, bias))
-        _LowRankUpdate.add_(ctx, y, x, a, b, scaling, dropout, weight)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: _UpdateContext, dy: Tensor) -> tuple[Tensor | None, ...]:
-        needs_x, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
-        d = dy.reshape(-1, dy.shape[-1])
-        *saved, weight = ctx.saved_tensors
-        base = d @ weight if needs_x else None
-        dx, da, db = _LowRankUpdate.gradients(ctx, d, base, tuple(saved), (needs_x, needs_a, needs_b))
-        return dx, None, None, da, db, None, None
-
-
-class _LoraAdd(torch.autograd.Function):
-    """y + s (drop(x) Aᵀ) Bᵀ; dY passes through."""
-
-    @staticmethod
-    def forward(
-        ctx: _UpdateContext, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: float
-    ) -> Tensor:
-        ctx.x_dtype = x.dtype
-        y = _ensure_writable(ctx, y)
-        _LowRankUpdate.add_(ctx, y, _cast(x, y.dtype), a, b, scaling, dropout)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: _UpdateContext, dy: Tensor) -> tuple[Tensor | None, ...]:
-        _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
-        d, needs = dy.reshape(-1, dy.shape[-1]), (needs_x, needs_a, needs_b)
-        dx, da, db = _LowRankUpdate.gradients(ctx, d, None, ctx.saved_tensors, needs)
-        return dy, dx, da, db, None, None
-
-
-class _LoraAddRows(torch.autograd.Function):
-    """yᵢ + s[kᵢ] (xᵢ A[kᵢ]ᵀ) B[kᵢ]ᵀ; the gradients of `_LowRankUpdate` row by row, those of A and B summed by slot."""
-
-    @staticmethod
-    def forward(
-        ctx: _UpdateContext, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor, slots: Tensor
-    ) -> Tensor:
-        ctx.x_dtype = x.dtype
-        x, y, rows = _cast(x, y.dtype), _ensure_writable(ctx, y), slots.shape[0]
-        into, flat = y.view(rows, -1, y.shape[-1]), x.reshape(rows, -1, x.shape[-1])
-        h = dispatch.get_kernels(y).add_rows_(into, flat, a, b, scaling, slots)  # (R, tokens, r)
-        ctx.save_for_backward(x, a, b, scaling, slots, h)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: _UpdateContext, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, b, scaling, slots, h = ctx.saved_tensors
-        rows, kernels = slots.shape[0], dispatch.get_kernels(dy)
-        _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
-        d, x3 = dy.reshape(rows, -1, dy.shape[-1]), x.reshape(rows, -1, x.shape[-1])
-        dx = None
-        if needs_x:
-            dx = torch.zeros_like(x3, memory_format=torch.contiguous_format)
-            g = kernels.add_rows_(dx, d, b.mT, a.mT, scaling, slots)  # (R, tokens, r)
-            dx = dx.view(x.shape).to(ctx.x_dtype)
-        else:
-            g = kernels.shrink_rows(d, b.mT, slots)
-        da = _sum_by_slot(torch.bmm(g.mT, x3), scaling, slots, like=a) if needs_a else None
-        db = _sum_by_slot(torch.bmm(h.mT, d).mT, scaling, slots, like=b) if needs_b else None
-        return dy, dx, da, db, None, None
-
-
-def _without_base(y: Tensor) -> Tensor:
-    """Return y in the same memory as a tensor that is no view.
-
-    With a bias, torch's linear returns a view of its two-dimensional product. Autograd forbids a model to change a view
-    in place (`relu_`, `y += x`) when an autograd function returned it. Only for a y whose memory nothing else reads.
-    """
-    owned: Tensor = torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
-    return owned
-
-
-def _copy(y: Tensor) -> Tensor:
-    return y.clone(memory_format=torch.contiguous_format)
-
-
-def _ensure_writable(ctx: _UpdateContext, y: Tensor) -> Tensor:
-    """Return y itself, marked as overwritten, or a copy where it may not be overwritten."""
-    if not can_overwrite(y):
-        return _copy(y)
-    ctx.mark_dirty(y)
-    return y
-
-
-def _sum_by_slot(rows: Tensor, scaling: Tensor, slots: Tensor, *, like: Tensor) -> Tensor:
-    """Return s · rows (R, p, q), summed by slot into (S, p, q), in the dtype of `like`."""
-    scaled = rows.to(like.dtype) * scaling.index_select(0, slots).to(like.dtype).view(-1, 1, 1)
-    return torch.zeros_like(like).index_add_(0, slots, scaled)

@@ -180,11 +180,7 @@ def _check_arguments(
 def _read_recipe(
     recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Mapping[str, Any] | None, metric: str | None
 ) -> tuple[dict[str, Any], Recipe, str]:
-    """Return the fields of a recipe whose evaluations compute the metric, the recipe itself, and the metric.
-
-    Raises:
-        RecipeError: the recipe keeps its best weights by another one.
-    """
+    """Return the fields of a recipe whose evaluations compute the metric, the recipe itself, and the metric."""
     fields, _ = read_recipe_fields(recipe, overrides=overrides)
     loaded = load_recipe(fields)
     own = loaded.train.get("metric_for_best_model")
@@ -233,11 +229,7 @@ def _as_plain(fields: Mapping[str, Any], recipe: Recipe) -> dict[str, object]:
 
 
 def _hash_train_rows(space: Space, fields: Mapping[str, Any]) -> dict[str, str]:
-    """Return the sha256 of the rows of each value of `data.train`, where that is swept: other rows are another sweep.
-
-    Raises:
-        DataError: rows cannot be read, or are of a format that the task does not take.
-    """
+    """Return the sha256 of the rows of each swept value of `data.train`: other rows are another sweep."""
     sources = map(str, getattr(space.get("data.train"), "choices", ()))
     recipes = {source: load_recipe(fields, overrides={"data.train": source}) for source in sources}
     return {source: hash_json({"rows": read_recipe_rows(recipe)[0].values}) for source, recipe in recipes.items()}

@@ -189,7 +189,7 @@ def _refuse_weight_tying(model: nn.Module, config: LoraConfig, coverage: Coverag
     if len(tied) > 1 and not covered.isdisjoint(tied):
         raise TargetError(
             f"ensure_weight_tying=True is not supported in training: {format_list(tied)} would be trained apart",
-            hint="train with `method: peft`, or train rows of tokens (trainable_token_indices), which are tied",
+            hint="train with `method: peft`, or train token embeddings (trainable_token_indices), which are tied",
         )
 
 

@@ -36,7 +36,7 @@ _READ_BY_KERNELS: Final = ("x_proj", "dt_proj", "out_proj")
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (path, module) of a base, parents first.
+    """Yield (path, module) of a base, outer modules first.
 
     A wrapper of a bank appears as the module inside it, and so does what `torch.compile(module)` returned.
     """

@@ -118,7 +118,7 @@ def _from_bare_peft(source: ForeignFiles, hints: ConversionHints, notes: list[st
         if mark and ending in ("A.weight", "embedding_A"):
             ranks[path] = (tensor.shape[0], hints.lora_alpha)
         elif key.endswith(".trainable_tokens_delta"):
-            raise AdapterError(f"{key} holds rows of tokens, which only an adapter_config.json names")
+            raise AdapterError(f"{key} holds token embeddings, which only an adapter_config.json names")
         elif not mark:
             rest.append(key.removeprefix(PREFIX))
     saved = sorted({_find_outermost_module(key, ranks) for key in rest})

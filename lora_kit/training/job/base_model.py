@@ -56,11 +56,7 @@ def _reuse_loaded_base(recipe: Recipe, base: Base, label2id: Mapping[str, int]) 
 
 @dataclass(frozen=True)
 class _BaseWithVirtualTokens(Base):
-    """A base whose context also holds the virtual tokens of an adapter.
-
-    Attributes:
-        virtual_tokens: how many come before every text.
-    """
+    """A base whose context also holds the virtual tokens of an adapter."""
 
     virtual_tokens: int = 0
 

@@ -186,11 +186,7 @@ def _load_chat_template(recipe: Recipe, rows: Rows, base: Base) -> ChatTemplate 
 
 
 def _pack_samples(recipe: Recipe, base: Base, samples: EncodedDataset) -> PackedDataset:
-    """Return samples packed into rows of `max_length` tokens.
-
-    Raises:
-        RecipeError: the base does not keep the samples of a row apart.
-    """
+    """Return samples packed into rows of `max_length` tokens."""
     reason = reason_not_packable(base.model)
     if reason:
         raise RecipeError(f"data.packing: {base.name} cannot keep samples apart: {reason}", hint="packing: false")

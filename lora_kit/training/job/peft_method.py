@@ -180,9 +180,6 @@ def _drop_virtual_token_logits(model: PeftModel, job: Job) -> None:
     """Have a model return logits for the positions of its input only, and none for virtual tokens before them.
 
     One forward of a sample tells how many virtual tokens there are.
-
-    Raises:
-        RecipeError: the logits have an unexpected shape.
     """
     batch = {name: tensor.to(job.base.device) for name, tensor in job.collator([job.train[0]]).items()}
     inputs = split_by_length(batch)[0]

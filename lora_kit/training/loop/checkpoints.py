@@ -263,11 +263,7 @@ def _read_saved_run(out: Path) -> object:
 
 
 def _hash_file(path: Path) -> dict[str, object]:
-    """Return the sha256 in hex and the size in bytes of a file.
-
-    Raises:
-        AdapterError: the file is missing.
-    """
+    """Return the sha256 in hex and the size in bytes of a file."""
     try:
         with open(path, "rb") as file:
             return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": os.fstat(file.fileno()).st_size}

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from pathlib import Path
-
-import torch
 
 from lora_kit.data.encode import encode_with_faults
 from lora_kit.data.packing import PackedDataset
 from lora_kit.models.loading import Base
 from lora_kit.models.silence import silence_libraries
+from lora_kit.torch_utils import preserve_random_states
 from lora_kit.training.job.job import Job
 from lora_kit.training.job.methods import TrainableJob, make_job_trainable
 from lora_kit.training.job.output import check_output_available, check_output_writable
@@ -42,15 +40,10 @@ def plan(
         checkpoint = RunFolder(loaded.out).preview_resumable(job.identity, replace=replace)
         with (
             translate_out_of_memory(),
-            _preserve_torch_random_states(job.base.device),
+            preserve_random_states(job.base.device),
             make_job_trainable(job) as trainable,
         ):
             return _build_plan(trainable, first_step=checkpoint.step if checkpoint else 0)
-
-
-def _preserve_torch_random_states(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Restore torch's random states at the end of the block."""
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def _build_plan(trainable: TrainableJob, *, first_step: int) -> TrainPlan:

@@ -174,11 +174,7 @@ class Recipe:
 
 
 def _choose_lora_config(method: str, config: LoraConfig) -> LoraConfig:
-    """Return the config that a method trains with: for `features`, the default is the head alone.
-
-    Raises:
-        RecipeError: the config sets something that the method does not do.
-    """
+    """Return the config that a method trains with: for `features`, the default is the head alone."""
     is_default = config == LoraConfig()
     if "lora" not in _SECTIONS[method] and not is_default:
         what = "trains every weight and " if method == "full" else ""

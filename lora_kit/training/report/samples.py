@@ -42,23 +42,6 @@ class AnsweredSample:
     after: str
 
 
-@dataclass(frozen=True)
-class _SamplePrompt:
-    """A validation sample as a prompt.
-
-    Attributes:
-        prompt: its text.
-        ids: its tokens.
-        expected: the answer in the data.
-        end_tokens: tokens that end an answer.
-    """
-
-    prompt: str
-    ids: list[int]
-    expected: str
-    end_tokens: frozenset[int]
-
-
 class SampleAnswers:
     """The answers of a job's model to some validation samples: greedy, so that they repeat from run to run.
 
@@ -68,11 +51,7 @@ class SampleAnswers:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._positions = _choose_positions(job.validation)
-        self._prompts = (
-            [_build_sample_prompt(job, job.validation, position) for position in self._positions]
-            if job.validation
-            else []
-        )
+        self._prompts = [_build_prompt(job, job.validation, position) for position in self._positions if job.validation]
         self._before = self._generate_answers()
 
     def after(self) -> tuple[AnsweredSample, ...]:
@@ -81,7 +60,7 @@ class SampleAnswers:
         if not self._before or not answers:
             return ()
         rows = zip(self._prompts, self._before, answers, strict=True)
-        return tuple(AnsweredSample(sample.prompt, sample.expected, before, after) for sample, before, after in rows)
+        return tuple(AnsweredSample(prompt.text, expected, before, after) for (prompt, expected), before, after in rows)
 
     def _generate_answers(self) -> list[str]:
         """Return the model's present answers; none, with a warning, where it fails: a report is no reason to stop."""
@@ -96,7 +75,7 @@ class SampleAnswers:
 
     def _generate_texts(self) -> list[str]:
         base = self._job.base
-        prompts = [EncodedPrompt(sample.prompt, sample.ids, sample.end_tokens) for sample in self._prompts]
+        prompts = [prompt for prompt, _ in self._prompts]
         limit = MAX_ANSWER_TOKENS
         if base.task != SEQ2SEQ:
             limit = min(limit, base.max_length - max(len(prompt.ids) for prompt in prompts))
@@ -119,16 +98,16 @@ def _choose_positions(samples: EncodedDataset | None) -> list[int]:
     return sorted({index * len(samples) // count for index in range(count)})
 
 
-def _build_sample_prompt(job: Job, samples: EncodedDataset, position: int) -> _SamplePrompt:
-    """Return a sample as a prompt and the answer expected after it."""
+def _build_prompt(job: Job, samples: EncodedDataset, position: int) -> tuple[EncodedPrompt, str]:
+    """Return a sample as a prompt, and the answer expected after it."""
     tokenizer, sample = job.base.tokenizer, samples[position]
     ids: list[int] = sample["input_ids"].tolist()
     if samples.kind == LABEL:
-        return _SamplePrompt(decode_ids(tokenizer, ids), ids, job.labels[int(sample["labels"])], frozenset())
+        return EncodedPrompt(decode_ids(tokenizer, ids), ids, frozenset()), job.labels[int(sample["labels"])]
     labels: list[int] = sample["labels"].tolist()
     end_tokens = find_end_tokens(job.base)
     if samples.kind == TARGET:
-        return _SamplePrompt(decode_ids(tokenizer, ids), ids, decode_ids(tokenizer, labels), end_tokens)
+        return EncodedPrompt(decode_ids(tokenizer, ids), ids, end_tokens), decode_ids(tokenizer, labels)
     first = next(index for index, label in enumerate(labels) if label != IGNORE_INDEX)
     last = next((index for index in range(first, len(ids)) if labels[index] == IGNORE_INDEX), len(ids)) - 1
     if first <= 1:  # a text without a prompt: its opening is the prompt
@@ -138,7 +117,7 @@ def _build_sample_prompt(job: Job, samples: EncodedDataset, position: int) -> _S
     # A long prompt loses tokens on its left, since an answer depends most on the last ones.
     prompt = ids[max(0, first - max(1, job.base.max_length - MAX_ANSWER_TOKENS)) : first]
     expected = decode_ids(tokenizer, ids[first : last + 1][:MAX_ANSWER_TOKENS])
-    return _SamplePrompt(decode_ids(tokenizer, prompt), prompt, expected, end_tokens)
+    return EncodedPrompt(decode_ids(tokenizer, prompt), prompt, end_tokens), expected
 
 
 def _select_samples(samples: EncodedDataset, positions: list[int]) -> EncodedDataset:
