@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_kit.config.lora_config import LoraConfig
+from lora_kit.config.module_patterns import make_ending_matcher
 from lora_kit.config.peft_fields import HEADS_SAVED_BY_TASK
 from lora_kit.errors import AdapterError, format_list
 from lora_kit.io.safetensors import DTYPES
@@ -129,7 +130,8 @@ def name_saved_heads(config: LoraConfig, tensors: Iterable[str]) -> LoraConfig:
         tensors: keys of the adapter's file.
     """
     names = [name for name in HEADS_SAVED_BY_TASK.get(config.task_type or "", ()) if name not in config.modules_to_save]
-    present = [name for name in names if any(_MARK not in key and _is_within(key, [name]) for key in tensors)]
+    saved = [key for key in tensors if names and _MARK not in key]
+    present = [name for name in names if any(_is_within(key, make_ending_matcher([name])) for key in saved)]
     return dataclasses.replace(config, modules_to_save=(*config.modules_to_save, *present)) if present else config
 
 
@@ -175,7 +177,7 @@ def _classify_keys(
 ) -> dict[tuple[str, str], dict[str, Tensor]]:
     """Add all but LoRA weights to a result; return those by (path, kind), then by `A`, `B` and `magnitude`."""
     weights: dict[tuple[str, str], dict[str, Tensor]] = {}
-    ignored = list[str]()
+    is_saved, ignored = make_ending_matcher(config.modules_to_save), list[str]()
     for key, tensor in tensors.items():
         bare = key.removeprefix(PREFIX)
         path, _, ending = bare.rpartition(_MARK)
@@ -188,7 +190,7 @@ def _classify_keys(
         elif has_prefix and bare.endswith(_TOKENS_SUFFIX):
             path = bare.removesuffix(_TOKENS_SUFFIX)
             result.tokens[path] = TokenEmbeddings(config.tokens_of(path), tensor)
-        elif has_prefix and _is_within(bare, config.modules_to_save):
+        elif has_prefix and _is_within(bare, is_saved):
             result.saved[bare] = tensor
         elif has_prefix and bare.endswith(_COPY_SUFFIX):
             result.copies[bare.removesuffix(_COPY_SUFFIX)] = tensor
@@ -279,6 +281,7 @@ def _find_token_mismatches(config: LoraConfig, tokens: Mapping[str, TokenEmbeddi
             yield f"{path}: rows {tuple(rows.shape)} for {count} tokens of trainable_token_indices"
 
 
-def _is_within(key: str, names: Sequence[str]) -> bool:
-    """Return whether a key (`model.score.weight`) lies in a module whose path ends in one of these names."""
-    return any(f"{name}." in key for name in names)
+def _is_within(key: str, is_module: Callable[[str], bool]) -> bool:
+    """Return whether a key (`model.score.weight`) is of a tensor in a module whose path passes a test."""
+    dots = (index for index, character in enumerate(key) if character == ".")
+    return any(is_module(key[:index]) for index in dots)

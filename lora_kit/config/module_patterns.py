@@ -7,7 +7,7 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final, Generic, TypeVar
 
 import regex
@@ -142,3 +142,10 @@ def suffixes_of(path: str) -> Iterator[str]:
     while "." in path:
         path = path.partition(".")[2]
         yield path
+
+
+def make_ending_matcher(names: Iterable[str]) -> Callable[[str], bool]:
+    """Return a test of paths: whether one ends in a name, with or without a dot before it, as in `modules_to_save`."""
+    wanted = frozenset(names)
+    lengths = {len(name) for name in wanted}  # one look-up for each: names of others may be very many
+    return lambda path: any(path[-length:] in wanted for length in lengths)

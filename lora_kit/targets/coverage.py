@@ -349,8 +349,9 @@ def _find_unmatched_names(modules: Modules, config: LoraConfig) -> list[str]:
         paths = (f"{path}.{name}" for path, module in modules for name in module._parameters)
         parameter_names = {suffix for path in paths for suffix in suffixes_of(path)}
         unmatched += [name for name in config.target_parameters if name not in parameter_names]
-    saved_names = dict.fromkeys(config.modules_to_save)
-    return unmatched + [name for name in saved_names if not any(path.endswith(name) for path, _ in modules)]
+    lengths = {len(name) for name in config.modules_to_save}
+    endings = {path[-length:] for path, _ in modules for length in lengths}
+    return unmatched + [name for name in dict.fromkeys(config.modules_to_save) if name not in endings]
 
 
 def _find_clashes(tokens: Sequence[TokenTarget], targets: Sequence[LayerTarget], saved: Sequence[str]) -> Iterator[str]:

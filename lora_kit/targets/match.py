@@ -9,7 +9,7 @@ from typing import Final
 from torch import nn
 
 from lora_kit.config.lora_config import ALL_LINEAR, LoraConfig
-from lora_kit.config.module_patterns import compile_expression, suffixes_of
+from lora_kit.config.module_patterns import compile_expression, make_ending_matcher, suffixes_of
 from lora_kit.layers.introspect import kind_of, unwrap_compiled, unwrap_module
 
 Modules = Sequence[tuple[str, nn.Module]]
@@ -121,7 +121,8 @@ def find_saved_paths(modules: Modules, names: Sequence[str]) -> list[str]:
     As in PEFT, a name selects every module whose path ends in it, with or without a dot before it: `classifier` selects
     `pre_classifier` as well.
     """
-    return _outermost(path for path, _ in modules if path.endswith(tuple(names)))
+    is_selected = make_ending_matcher(names)
+    return _outermost(path for path, _ in modules if is_selected(path))
 
 
 def find_saved_paths_of_file(modules: Modules, names: Sequence[str], keys: Collection[str]) -> list[str]:
@@ -142,7 +143,8 @@ def find_saved_paths_of_file(modules: Modules, names: Sequence[str], keys: Colle
 
 def name_saved_modules(modules: Modules, names: Sequence[str], paths: Sequence[str]) -> tuple[str, ...]:
     """Return names from which PEFT selects exactly the modules of these paths: `names`, or else whole paths."""
-    selected = [path for path, _ in modules if path.endswith(tuple(names))]
+    is_selected = make_ending_matcher(names)
+    selected = [path for path, _ in modules if is_selected(path)]
     return tuple(names) if selected == list(paths) else tuple(paths)
 
 

@@ -85,20 +85,20 @@ def from_peft(source: ForeignFiles, hints: ConversionHints) -> TranslatedAdapter
     if not source.fields:
         return _from_bare_peft(source, hints, notes)
     fields = dict(source.fields)
-    kept = [*(fields.get("modules_to_save") or ()), *HEADS_SAVED_BY_TASK.get(fields.get("task_type") or "", ())]
-    tensors = _normalize_peft_keys(source.tensors, hints, notes, kept)
-    enabled = hints.enable_lora or fields.pop("enable_lora", None)
-    fields.pop("merge_weights", None)
+    saved_parts, _ = fields.pop("enable_lora", None), fields.pop("merge_weights", None)
+    enabled = hints.enable_lora or saved_parts
+    count = sum(map(bool, enabled)) if enabled else 1
     if enabled:
-        count = sum(map(bool, enabled))
-        config = LoraConfig.from_dict(fields | {"r": fields["r"] * count, "lora_alpha": fields["lora_alpha"] * count})
+        fields |= {"r": fields["r"] * count, "lora_alpha": fields["lora_alpha"] * count}
+    config = LoraConfig.from_dict(fields)
+    kept = (*config.modules_to_save, *HEADS_SAVED_BY_TASK.get(config.task_type or "", ()))
+    tensors = _normalize_peft_keys(source.tensors, hints, notes, kept)
+    if enabled:
         tensors = {key: _ungroup_b(t, enabled) if t.dim() == 3 else t for key, t in tensors.items()}
         notes.append(
             f"enable_lora {[bool(part) for part in enabled]}: LoRA weights for {count} of {len(enabled)} equal parts "
             "of each layer are joined, with zeros between them"
         )
-    else:
-        config = LoraConfig.from_dict(fields)
     if hints.renames:
         config = _name_renamed_layers(config, tensors)
     return TranslatedAdapter(config, tensors, notes)
