@@ -248,7 +248,10 @@ def preview_of(path: Path, messages: list[dict[str, Any]], *, text: str = TURNS,
     samples = encode(rows, tokenizer(), max_length=max_length, template=template(text))
     marks = {True: "‹{}›", False: "{}"}
     return [
-        "".join(marks[span.learned].format(span.text.replace(" ", "")) for span in preview_sample(tokenizer(), samples, index))
+        "".join(
+            marks[span.learned].format(span.text.replace(" ", ""))
+            for span in preview_sample(tokenizer(), samples, index)
+        )
         for index in range(len(samples))
     ]
 
