@@ -29,8 +29,8 @@ _INITIALIZER_RANGE: Final = 0.02
 
 def list_head_labels(config: PretrainedConfig) -> tuple[str, ...]:
     """Return the labels of a model's head in the order of its classes."""
-    names: Mapping[int, str] = config.id2label  # type: ignore[assignment]  # also declared with keys that are strings
-    return tuple(str(names[number]) for number in sorted(names))
+    names = {int(number): str(name) for number, name in (config.id2label or {}).items()}
+    return tuple(names[number] for number in sorted(names))
 
 
 def list_checkpoint_labels(config: PretrainedConfig, task: str) -> tuple[str, ...]:

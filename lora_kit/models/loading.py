@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_kit.errors import BaseModelError, format_list, suggest_nearest
 from lora_kit.layers.introspect import pause_packing
@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 _HEAD_SEED: Final = 0
 """Seed of a new head that the checkpoint does not have: every load of a base gives the same head."""
+_POSITION_EMBEDDINGS: Final = "position_embeddings"
+"""Name of the module with the absolute positions in encoders."""
 _UNLIMITED: Final = 2**30
 """Tokens that a base reads, where neither its config nor its tokenizer says."""
 
@@ -91,7 +93,7 @@ class Base:
     @property
     def max_length(self) -> int:
         """Tokens that the model reads at once; 2^30 where neither the model nor the tokenizer says."""
-        return _max_length_of(self.model.config, self.tokenizer)
+        return _max_length_of(self.model.config, self.tokenizer) - count_reserved_positions(self.model)
 
 
 def load_base(
@@ -181,7 +183,8 @@ def load_input_spec(base: str | Path) -> InputSpec:
     with silence_libraries(), translate_load_errors(str(base)):
         config = _read_config(source)
         tokenizer = _load_tokenizer(source, config)
-    return InputSpec(tokenizer, _max_length_of(config, tokenizer), _is_encoder_decoder(config))
+        max_length = _max_length_of(config, tokenizer) - _count_reserved_positions_of(config)
+    return InputSpec(tokenizer, max_length, _is_encoder_decoder(config))
 
 
 def _is_encoder_decoder(config: PretrainedConfig) -> bool:
@@ -190,9 +193,41 @@ def _is_encoder_decoder(config: PretrainedConfig) -> bool:
 
 def _max_length_of(config: PretrainedConfig, tokenizer: Tokenizer) -> int:
     text = config.get_text_config()
+    if _has_relative_positions_only(text):
+        # The tokenizer has the length of the pretraining, and T5's own config an `n_positions` that nothing reads.
+        return _UNLIMITED
     limits = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
     limits.append(getattr(tokenizer, "model_max_length", None))
     return min([limit for limit in limits if isinstance(limit, int) and limit > 0] + [_UNLIMITED])
+
+
+def _has_relative_positions_only(config: PretrainedConfig) -> bool:
+    """Return whether attention knows distances alone, as that of T5, so that no text is too long."""
+    positions = getattr(config, "max_position_embeddings", None)
+    return hasattr(config, "relative_attention_num_buckets") and positions is None
+
+
+def count_reserved_positions(model: nn.Module) -> int:
+    """Return how many rows of the position embeddings no token gets: those up to the one of padding, as in RoBERTa."""
+    tables = [
+        module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and path.rpartition(".")[2] == _POSITION_EMBEDDINGS
+    ]
+    paddings = [table.padding_idx for table in tables if table.padding_idx is not None]
+    return max(paddings, default=-1) + 1
+
+
+def _count_reserved_positions_of(config: PretrainedConfig) -> int:
+    """Return `count_reserved_positions` of the model of a config, which is built without memory."""
+    text = config.get_text_config()
+    is_rotary = any(getattr(text, name, None) is not None for name in ("rope_parameters", "rope_theta"))
+    if is_rotary or None in (getattr(text, "max_position_embeddings", None), text.pad_token_id):
+        return 0
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        return count_reserved_positions(AutoModel.from_config(config))
 
 
 def _check_one_of(name: str, value: str | None, known: Sequence[str]) -> None:
@@ -329,17 +364,22 @@ def _load_model(
 
 
 def _ensure_pad_token(model: PreTrainedModel, tokenizer: Tokenizer, name: str, task: str) -> None:
-    """Make sure that there is a pad token. Reusing EOS is safe: padding is masked by its position, never by its id."""
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise BaseModelError(f"{name}: the tokenizer has neither a pad token nor an EOS token")
+    """Make sure that there is a pad token that the model can read.
+
+    Reusing EOS is safe: padding is masked by its position, never by its id.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
+        reason = "no pad token" if tokenizer.pad_token_id is None else f"pad token outside its {rows:,} embeddings"
+        if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= rows:
+            raise BaseModelError(f"{name}: {reason}, and no EOS token to use instead")
         tokenizer.pad_token = tokenizer.eos_token
-        logger.info("%s: no pad token; %r is used with an attention mask", name, tokenizer.eos_token)
+        logger.info("%s: %s; %r is used with an attention mask", name, reason, tokenizer.eos_token)
     config = model.config.get_text_config()
     # A decoder that classifies finds the last token that is not padding by this id.
-    if config.pad_token_id is None or task == CLASSIFY:
+    if config.pad_token_id is None or config.pad_token_id >= rows or task == CLASSIFY:
         config.pad_token_id = tokenizer.pad_token_id
         model.config.pad_token_id = tokenizer.pad_token_id
     generation = getattr(model, "generation_config", None)
-    if generation is not None and generation.pad_token_id is None:
+    if generation is not None and (generation.pad_token_id is None or generation.pad_token_id >= rows):
         generation.pad_token_id = tokenizer.pad_token_id

@@ -69,7 +69,7 @@ class TrainReport:
 
 def build_history(report: TrainReport, log: Sequence[LogEntry]) -> Iterator[LogEntry]:
     """Yield the log of a training: metrics before, the Trainer's entries, metrics after, and a summary."""
-    entries = [entry for entry in log if "train_runtime" not in entry]
+    entries = [entry for entry in log if "train_loss" not in entry]  # the Trainer's own summary
     evaluated = {entry["step"] for entry in entries if "eval_loss" in entry}
     if report.before and 0 not in evaluated:
         yield {"step": 0, **_prefix_metrics(report.before)}

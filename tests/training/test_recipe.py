@@ -66,7 +66,8 @@ def test_a_learning_rate_in_yaml_is_a_number(tmp_path: Path, number: str) -> Non
 
 
 def test_numbers_inside_mappings_are_numbers_too(tmp_path: Path) -> None:
-    text = "base: kit-base\ndata: a.jsonl\nout: x\ntrain: {lr_scheduler_kwargs: {min_lr: 1e-5}}\n"
+    text = "base: kit-base\ndata: a.jsonl\nout: x\n"
+    text += "train: {lr_scheduler_type: cosine_with_min_lr, lr_scheduler_kwargs: {min_lr: 1e-5}}\n"
     text += "lora: {alpha_pattern: {q_proj: 1e1}}\n"
     recipe = load_recipe(written(tmp_path, text))
     assert recipe.train["lr_scheduler_kwargs"] == {"min_lr": 1e-5}
@@ -83,6 +84,7 @@ def test_flags_win_and_are_read_as_the_type_of_their_key() -> None:
         "train.learning_rate": "1e-3",
         "train.max_steps": "1e2",
         "train.bf16": "false",
+        "train.lr_scheduler_type": "cosine_with_restarts",
         "train.lr_scheduler_kwargs": "{num_cycles: 2}",
         "data.max_length": "128",
         "data.validation": "valid.jsonl",
@@ -135,6 +137,22 @@ def test_a_regular_expression_stays_one() -> None:
         ({"train": {"seed": 2**32}}, r"train.seed must be from 0 to below 2\^32"),
         ({"train": {"bf16": "maybe"}}, "must be true or false"),
         ({"train": {"lr_scheduler_type": "cosin"}}, "did you mean 'cosine'"),
+        ({"train": {"lr_scheduler_kwargs": {"num_cycles": 2}}}, "unexpected keyword argument 'num_cycles'"),
+        ({"train": {"lr_scheduler_type": "cosine_with_min_lr"}}, "train.lr_scheduler_kwargs: One of min_lr"),
+        ({"train": {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"min_lr": 1}}}, "takes no arguments"),
+        ({"train": {"lr_scheduler_type": "warmup_stable_decay"}}, "train.lr_scheduler_kwargs: .*num_decay_steps"),
+        ({"train": {"lr_scheduler_kwargs": "num_cycles"}}, "must be a mapping"),
+        ({"train": {"optim_args": "beta1"}}, "must be name=value with commas between; 'beta1' was given"),
+        ({"train": {"optim": "sgd", "optim_args": "momentum=fast"}}, "train.optim_args: could not convert"),
+        ({"train": {"optim": "sgd", "optim_args": "momentum=-1"}}, "train.optim_args: Invalid momentum"),
+        ({"train": {"optim": "galore_adamw"}}, "train.optim: .*galore"),
+        ({"train": {"bf16_full_eval": True}}, "in the dtype of the training"),
+        ({"train": {"fp16_full_eval": True}}, "in the dtype of the training"),
+        ({"train": {"load_best_model_at_end": True, "greater_is_better": True}}, "is true, but a lower loss is better"),
+        (
+            {"task": "classify", "train": {"metric_for_best_model": "accuracy", "greater_is_better": False}},
+            "is false, but a higher accuracy is better",
+        ),
         ({"train": {"resume_from_checkpoint": "x"}}, "resumes from its last checkpoint"),
         ({"train": {"output_dir": "x"}}, "the recipe's `out`"),
         ({"train": {"torch_compile": True}}, "the recipe's `compile: true`"),

@@ -581,6 +581,15 @@ def test_training_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("value", [True, "non_padding"])
+def test_losses_stay_in_the_metrics_where_transformers_counts_tokens_too(tmp_path: Path, value: object) -> None:
+    section = {"include_num_input_tokens_seen": value, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    report = train(recipe_of(tmp_path, train=section), base=base_of())
+    assert [entry["step"] for entry in report.history if "loss" in entry] == [1, 2, 3]
+    assert [entry["step"] for entry in report.history if "eval_loss" in entry] == [0, 1, 2, 3]
+    assert [entry["step"] for entry in report.history if "train_loss" in entry] == [3]
+
+
 # The best adapter kept, and LoRA+
 
 
@@ -590,9 +599,10 @@ def restless(folder: Path, **train_section: Any) -> dict[str, Any]:
     return recipe_of(folder, steps=8, train=section)
 
 
-def test_the_best_adapter_is_kept_though_no_checkpoint_was_due(tmp_path: Path) -> None:
+def test_the_best_adapter_is_kept_though_no_checkpoint_was_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = base_of()
-    # The last is the lowest here, so the highest is called the best.
+    # The last is the lowest here, so the highest is called the best, which a recipe may not say.
+    monkeypatch.setattr("lora_kit.training.recipe.training_arguments._check_direction", lambda train: None)
     report = train(restless(tmp_path, load_best_model_at_end=True, greater_is_better=True), base=base)
     losses = {entry["step"]: entry["eval_loss"] for entry in report.history[1:] if "eval_loss" in entry}
     assert report.after is not None

@@ -19,7 +19,7 @@ from lora_kit.data.layouts import FORMATS
 from lora_kit.data.packing import PackedDataset, pack, reason_not_packable
 from lora_kit.data.rows import Rows, collect_label_names, read_rows
 from lora_kit.data.sample_format import SampleFormat
-from lora_kit.errors import DataError, RecipeError, format_list
+from lora_kit.errors import BaseModelError, DataError, RecipeError, format_list
 from lora_kit.evaluation.generation_metrics import GenerationTask, build_generation_task, collect_eval_prompts
 from lora_kit.evaluation.metrics import select_generation_metrics
 from lora_kit.models.heads import describe_head, list_head_labels, order_labels
@@ -87,6 +87,7 @@ class Job:
             task=recipe.task,
         )
         samples = encode_rows(rows, base.tokenizer, sample_format)
+        _check_token_ids(base, samples)
         logger.info("%s: %d samples, %d labels", rows.path, len(samples), samples.num_labels)
         validation = None if validation_rows is None else encode_rows(validation_rows, base.tokenizer, sample_format)
         train = _pack_samples(recipe, base, samples) if recipe.data.packing else samples
@@ -174,6 +175,16 @@ def _find_labels(recipe: Recipe, rows: Rows, base: Base | None) -> tuple[tuple[s
         labels = order_labels(names, head)
     logger.info("head: %s", describe_head(head, labels))
     return head, labels
+
+
+def _check_token_ids(base: Base, samples: EncodedDataset) -> None:
+    """Raise BaseModelError where a token of the samples, or the pad token, has no embedding."""
+    rows = base.model.get_input_embeddings().weight.shape[0]
+    token = max(base.pad_token_id, int(samples.ids.max()) if len(samples.ids) else 0)
+    if token >= rows:
+        word = base.tokenizer.convert_ids_to_tokens([token])[0]
+        what = f"{base.name}: the tokenizer's token {word!r} has the id {token:,}, and the model {rows:,} embeddings"
+        raise BaseModelError(what, hint="the tokenizer is of another model, or its added tokens were never trained")
 
 
 def _load_chat_template(recipe: Recipe, rows: Rows, base: Base) -> ChatTemplate | None:

@@ -17,6 +17,7 @@ from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR
 from lora_kit.models.quantization import QUANTIZATIONS
 from lora_kit.models.tasks import CAUSAL_LM, TASKS
 from lora_kit.training.recipe.coerce import Section, as_json, check_one_of
+from lora_kit.training.recipe.optimizer_checks import check_optimizer, check_schedule
 from lora_kit.training.recipe.peft_config import parse_peft_section
 from lora_kit.training.recipe.training_arguments import (
     check_best_model_settings,
@@ -111,6 +112,8 @@ class Recipe:
         check_evaluation(self.train, self.data.validation)
         check_best_model_settings(self.train, self.task)
         check_learning_rates(self.train, self.method)
+        check_schedule(self.train)
+        check_optimizer(self.train)
         if self.compile:
             check_compilable(self.train)
 

@@ -40,6 +40,9 @@ _CHECKPOINTS: Final = "the same recipe resumes from its last checkpoint, which h
 _ONE_DEVICE: Final = "training runs on one device"
 _COMPILE: Final = "the recipe's `compile: true` compiles the base's layers"
 _OURS: Final = "it follows from the rest of the recipe"
+_EVALUATION_DTYPE: Final = (
+    "an evaluation computes in the dtype of the training: `bf16` or `fp16`, or the recipe's `dtype`"
+)
 _UNSUPPORTED_KEYS: Final[Mapping[str, str]] = {
     "output_dir": "the output is the recipe's `out`",
     "do_train": _OURS,
@@ -53,6 +56,8 @@ _UNSUPPORTED_KEYS: Final[Mapping[str, str]] = {
     "batch_eval_metrics": "logits are never kept",
     "eval_accumulation_steps": "logits are never kept",
     "eval_do_concat_batches": "logits are never kept",
+    "bf16_full_eval": _EVALUATION_DTYPE,
+    "fp16_full_eval": _EVALUATION_DTYPE,
     "logging_nan_inf_filter": "a loss that is not finite is an error",
     "use_cache": _OURS,
     "save_only_model": _CHECKPOINTS,
@@ -163,12 +168,22 @@ def check_best_model_settings(train: Section, task: str) -> None:
         validate_metrics([best_metric_of(train)], task)
     except ConfigError as error:
         raise RecipeError(f"train.metric_for_best_model: {error.message}", hint=error.hint) from None
+    _check_direction(train)
     if not best:
         return
     for key, purpose in (("eval_strategy", "finding"), ("save_strategy", "keeping")):
         if train.get(key, "no") == "no":
             what = f"train.{key} is no, but {purpose} the best adapter needs it"
             raise RecipeError(what, hint=f"train.{key}: epoch, or steps")
+
+
+def _check_direction(train: Section) -> None:
+    """Raise RecipeError where `greater_is_better` would keep the worst adapter."""
+    metric, greater = best_metric_of(train), train.get("greater_is_better")
+    if greater is not None and greater != METRICS[metric].greater_is_better:
+        better = "higher" if METRICS[metric].greater_is_better else "lower"
+        what = f"train.greater_is_better is {str(greater).lower()}, but a {better} {metric} is better"
+        raise RecipeError(what, hint="leave it out: the metric decides")
 
 
 def check_learning_rates(train: Section, method: str) -> None:

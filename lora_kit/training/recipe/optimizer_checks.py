@@ -1,0 +1,79 @@
+"""The optimizer and the schedule of a recipe, built on one number to find what a training would reject."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import types
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+import torch
+
+from lora_kit.errors import RecipeError
+from lora_kit.models.silence import silence_libraries
+from lora_kit.training.recipe.coerce import Section
+
+_WITHOUT_ARGUMENTS: Final = ("constant", "constant_with_warmup")
+"""Schedules that take no arguments; transformers would ignore them."""
+_STEPS: Final = 10
+"""Steps of the schedule that is tried out."""
+
+
+def check_schedule(train: Section) -> None:
+    """Raise RecipeError for a schedule that cannot be built with its `lr_scheduler_kwargs`, or ignores them."""
+    name, arguments = str(train.get("lr_scheduler_type", "linear")), train.get("lr_scheduler_kwargs")
+    if arguments is None and "lr_scheduler_type" not in train:
+        return
+    if name == "reduce_lr_on_plateau" and train.get("eval_strategy", "no") == "no":
+        what = "train.lr_scheduler_type reduce_lr_on_plateau requires an eval strategy"
+        raise RecipeError(what, hint="train.eval_strategy: epoch, or steps")
+    values = _parse_schedule_arguments(arguments)
+    if values and name in _WITHOUT_ARGUMENTS:
+        raise RecipeError(f"train.lr_scheduler_kwargs: the schedule {name} takes no arguments", hint="leave them out")
+    with _translate_errors("train.lr_scheduler_kwargs"):
+        from transformers import get_scheduler
+
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
+        get_scheduler(name, optimizer, num_warmup_steps=0, num_training_steps=_STEPS, scheduler_specific_kwargs=values)
+
+
+def check_optimizer(train: Section) -> None:
+    """Raise RecipeError for an optimizer whose package is missing or whose `optim_args` are invalid."""
+    arguments = train.get("optim_args")
+    if arguments is None and "optim" not in train:
+        return
+    for item in [] if arguments is None else str(arguments).split(","):
+        if item.count("=") != 1 or not all(part.strip() for part in item.split("=")):
+            expected = "train.optim_args must be name=value with commas between"
+            raise RecipeError(f"{expected}; {arguments!r} was given", hint="beta1=0.9,beta2=0.95")
+    with _translate_errors("train.optim" if arguments is None else "train.optim_args"):
+        from transformers import Trainer, TrainingArguments
+        from transformers.training_args import OptimizerNames
+
+        defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments) if field.init}
+        values = {**defaults, "optim": OptimizerNames("adamw_torch"), **train}
+        values["optim"] = OptimizerNames(str(values["optim"]))
+        optimizer, options = Trainer.get_optimizer_cls_and_kwargs(types.SimpleNamespace(**values))
+        if optimizer.__module__.startswith("torch."):
+            optimizer([torch.nn.Parameter(torch.zeros(()))], **options)
+
+
+def _parse_schedule_arguments(arguments: object) -> dict[str, object]:
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError):
+            arguments = json.loads(arguments)
+    if arguments is not None and not isinstance(arguments, Mapping):
+        raise RecipeError(f"train.lr_scheduler_kwargs must be a mapping; {arguments!r} was given")
+    return dict(arguments or {})
+
+
+@contextlib.contextmanager
+def _translate_errors(key: str) -> Iterator[None]:
+    """Raise RecipeError for what transformers and torch raise in this block."""
+    try:
+        with silence_libraries():
+            yield
+    except Exception as error:  # whatever a schedule or an optimizer makes of wrong arguments
+        raise RecipeError(f"{key}: {' '.join(str(error).split())}") from error
