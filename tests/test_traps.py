@@ -10,6 +10,7 @@ short, as on a CI, the differences of long lists take it minutes. PYTEST_DONT_RE
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -364,6 +365,60 @@ def head_in_its_order(folder: Path) -> None:
     assert other.model.classifier.bias.count_nonzero() == 0
 
 
+def _two_adapters() -> tuple[Any, Any]:
+    model = tiny.llama()
+    bank = attach(model, dtype=torch.float32)
+    for name, rank in (("a", 4), ("b", 2)):
+        bank.add(name, LoraConfig(r=rank, init_lora_weights=False))
+    return model, bank
+
+
+def threads_route_for_themselves(folder: Path) -> None:
+    """What one thread uses is not what another computes with."""
+    del folder
+    model, bank = _two_adapters()
+    alone = {}
+    for name in ("a", "b"):
+        bank.use(name)
+        alone[name] = tiny.logits(model, tiny.batch())
+    bank.use("a")
+    assert not torch.equal(alone["a"], alone["b"])
+    found = []
+
+    def work() -> None:
+        with bank.using("b"):
+            found.append(tiny.logits(model, tiny.batch()))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert torch.equal(found[0], alone["b"])
+    bank.use("b")
+    bank.use("a")
+    assert torch.equal(tiny.logits(model, tiny.batch()), alone["a"])
+
+
+def recomputation(folder: Path) -> None:
+    """Gradient checkpointing trains the adapter of the forward, whatever is used by the time of the backward."""
+    del folder
+    for reentrant in (None, False, True):
+        model, bank = _two_adapters()
+        model.train()
+        if reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        bank.use("a")
+        loss = model(**tiny.batch(), use_cache=False).logits.square().mean()
+        bank.use("b")
+        loss.backward()
+        gradients = [leaf.grad for leaf in bank.parameters("a")]
+        if reentrant is None:
+            expected = gradients
+        for mine, theirs in zip(expected, gradients, strict=True):
+            assert theirs is not None
+            assert (mine - theirs).abs().max() < 1e-6
+
+
 # The mistakes
 
 
@@ -381,6 +436,21 @@ class Trap:
 
 
 TRAPS = (
+    Trap(
+        threads_route_for_themselves,
+        (
+            Mistake("layers.routing:Routing.get_route", "self._current.get() or self._begin()", "self.default"),
+            Mistake("bank.routes:RouteChoices._choose", "self._routing.set_route(route)", "pass"),
+        ),
+    ),
+    Trap(
+        recomputation,
+        (
+            Mistake("layers.checkpoint_routes:keep_routes", "use_route(route)", "use_route(routing.peek_route())"),
+            Mistake("layers.checkpoint_routes:keep_routes", "if not routes:", "if routes:"),
+        ),
+        (AssertionError, RuntimeError),
+    ),
     Trap(
         accumulation,
         (
