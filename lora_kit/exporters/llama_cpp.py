@@ -142,9 +142,8 @@ def _import_gguf() -> Any:
 def format_command(case: ExportCase) -> str:
     """Return the command that loads it, in Markdown."""
     assert case.out is not None
+    note = _KIT_BASE_NOTE if case.base == KIT_BASE else ""
     return f"""```sh
 llama-server -m base.gguf --lora {quote(str(case.out / GGUF_FILE))}
 ```
-`base.gguf` is the base `{case.base_name}`, converted by llama.cpp's `convert_hf_to_gguf.py`; it may be quantized.{
-        _KIT_BASE_NOTE if case.base == KIT_BASE else ""
-    }"""
+`base.gguf` is the base `{case.base_name}`, converted by llama.cpp's `convert_hf_to_gguf.py`; it may be quantized.{note}"""
