@@ -84,7 +84,7 @@ class SlotLayer(nn.Module):
                 raise
             return getattr(base_layer, name)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # overloads
         """Return the base layer's own, so that a model with a bank has the base's. Arguments: as nn.Module's."""
         return self.base_layer.state_dict(*args, **kwargs)
 
@@ -291,7 +291,7 @@ def offload_device_of(module: nn.Module) -> torch.device | None:
 
     Between forwards such weights are on meta: on the CPU or on disk there are copies, under the module's own names.
     """
-    hook = module.__dict__.get("_hf_hook")
+    hook: Any = module.__dict__.get("_hf_hook")
     hooks = getattr(hook, "hooks", (hook,))  # of a SequentialHook, those inside
     devices = (each.execution_device for each in hooks if getattr(each, "offload", False))
     return next((torch.device(device) for device in devices), None)
