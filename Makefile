@@ -57,6 +57,10 @@ bench: $(READY) ## what things cost beside PEFT, in short; five minutes on two i
 bench-full: $(READY) ## all of it, written to benchmarks/results and the pages; about an hour and a half
 	@$(OFFLINE) $(BIN)/python -m benchmarks --write
 
+.PHONY: scan-models
+scan-models: $(READY) ## an adapter on a tiny model of every class of transformers; half an hour, writes docs/models-scan.md
+	@$(OFFLINE) $(BIN)/python -m tools.scan_models
+
 .PHONY: bench-quality
 bench-quality: $(READY) ## E2E NLG on kit-base; E2E_DATA=folder with train, valid and test.jsonl; about 40 minutes
 	@test -n "$(E2E_DATA)" || { echo "E2E_DATA=FOLDER is needed: train.jsonl, valid.jsonl, test.jsonl" >&2; exit 2; }

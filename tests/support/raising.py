@@ -166,6 +166,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "bank.load BankError": lambda: loaded(slots=1).load("b", value()),
     "bank.load BaseMismatchError": lambda: loaded().load("b", value(tiny.llama(seed=1))),
     "bank.load ConfigError": lambda: loaded().load("b", value(), allow=["all"]),
+    "bank.load_state_dict AdapterError": lambda: trained().load_state_dict({"b": {}}),
     "bank.offer AdapterError": lambda: loaded().offer("b", "nowhere"),
     "bank.offer BankError": lambda: loaded().offer("a", value()),
     "bank.offer ConfigError": lambda: loaded().offer("b", "base-folder"),

@@ -21,6 +21,7 @@ from lora_kit.errors import VerificationError
 from lora_kit.evaluation.loss import LossHead, probe_head
 from lora_kit.evaluation.measure import Evaluation, measure
 from lora_kit.torch_utils import read_peak_bytes, use_autocast
+from lora_kit.training.loop.frozen_modules import find_modules_without_gradient
 from lora_kit.training.loop.learning_rates import ONE_RATE, LearningRates
 from lora_kit.training.loop.length_buckets import count_batch_tokens, split_by_length
 from lora_kit.training.loop.oom_retry import Batch, LabelCount, MicroBatches, sum_losses
@@ -78,6 +79,7 @@ class Trainer(transformers.Trainer):
         self._progress = TrainingProgress()
         self._train, self._validation, self._collator = train, validation, collator
         self._head, self._rates, self._measure_options = LossHead(None), rates, measure_options
+        self._frozen_modules: list[nn.Module] = []
         super().__init__(
             model=model,
             args=args,
@@ -116,15 +118,20 @@ class Trainer(transformers.Trainer):
         self._progress.close()
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train as transformers.Trainer does, after a probe of how the loss can be computed."""
+        """Train as transformers.Trainer does, after probes of how the loss is computed and what no gradient reaches."""
         self._head = self._find_head()
+        with self.compute_loss_context_manager():
+            self._frozen_modules = find_modules_without_gradient(self.model, self._make_sample())
         return super().train(*args, **kwargs)
 
+    def _make_sample(self) -> dict[str, Tensor]:
+        """Return the first row as inputs of the model, without labels."""
+        batch = self._collator([self._train[0]]).items()
+        return {name: tensor.to(self.args.device) for name, tensor in batch if name != "labels"}
+
     def _find_head(self) -> LossHead:
-        sample = {name: tensor.to(self.args.device) for name, tensor in self._collator([self._train[0]]).items()}
-        del sample["labels"]
         with self.compute_loss_context_manager():
-            head = probe_head(self.model, sample, kind=self._train.kind)
+            head = probe_head(self.model, self._make_sample(), kind=self._train.kind)
         if head.linear is None:
             logger.info("the loss is computed from the model's logits: %s", head.reason)
         else:
@@ -132,6 +139,8 @@ class Trainer(transformers.Trainer):
         return head
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        for module in self._frozen_modules:  # transformers has put the whole model into training mode
+            module.training = False
         with self._head.skip():
             return super().compute_loss(*args, **kwargs)
 
