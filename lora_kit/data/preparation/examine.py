@@ -128,13 +128,13 @@ def examine(
 def normalize_input(rows: Rows, value: RowValue) -> str:
     """Return the input of a row, ignoring case, white space and Unicode forms.
 
-    The input is the prompt, the text, its words, or everything before the first answer.
+    The input is the prompt, the text, its words, or everything before the last answer.
     """
     if rows.format == "words":
         text = " ".join(value[0])
     elif rows.format == "chat":
-        roles = [role for role, _ in value[0]]
-        text = "\n".join(content for _, content in value[0][: roles.index("assistant")])
+        last = max(index for index, (role, _) in enumerate(value[0]) if role == "assistant")
+        text = "\n".join(content for _, content in value[0][:last])
     else:
         text = value[0]
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
