@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -63,7 +63,7 @@ def prepare(
         max_length: Tokens of a sample, at most; by default the context of the base, at most 2,048.
         chat_template: Template of conversations: plain, or a Jinja file; by default the base's own.
         rename: New names of columns: question=prompt answer=completion.
-        relabel: New names of labels: postive=positive.
+        relabel: New names of labels: postive=positive; or auto, for labels that differ only in case or blanks.
         encoding: Encoding of the file: utf-8, utf-16, cp1252, …
         drop: Rows to leave out: bad, empty, long, duplicates, conflicts, leaks.
         seed: Seed of the split.
@@ -79,7 +79,7 @@ def prepare(
         max_length=max_length,
         template=chat_template,
         rename=_parse_renames(rename or (), "rename", "question=prompt answer=completion"),
-        relabel=_parse_renames(relabel or (), "relabel", "postive=positive"),
+        relabel="auto" if relabel == ["auto"] else _parse_renames(relabel or (), "relabel", "postive=positive"),
         encoding=encoding,
         drop=drop or (),
         seed=seed,
@@ -125,11 +125,22 @@ def _show_file(part: PreparedFile, preparation: Preparation) -> None:
     print_table(("label", what, "share"), [(n, f"{c:,}", f"{c / labeled:.1%}") for n, c in shown])
     if len(labels) > len(shown):
         print(f"and {len(labels) - len(shown)} more labels, the rarest with {min(labels.values()):,} {what}")
+    if examined.relabeled:
+        print(escape_for_terminal(f"relabeled: {_describe_names(examined.relabeled)}"))
+    if examined.variants:
+        names = _describe_names(examined.variants)
+        print(escape_for_terminal(f"labels that differ only in case or blanks: {names}: --relabel auto"))
     for label, other in examined.lookalikes.items():
+        if label in examined.variants:
+            continue
         likely = shlex.quote(f"{label}={other}")
         share = f"{labels[label]:,} of {labeled:,} {what}"
         print_text(f"label {label!r} ({share}) looks like {other!r}: --relabel {likely}")
     print()
+
+
+def _describe_names(names: Mapping[str, str]) -> str:
+    return format_list([f"{old!r} is {new!r}" for old, new in names.items()], most=_MAX_LINES)
 
 
 def _list_findings(part: PreparedFile) -> Iterator[tuple[str, str]]:

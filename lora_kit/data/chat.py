@@ -219,7 +219,9 @@ class ChatEncoder:
         """Yield the rendered conversation in pieces, and whether each is an answer that is learned."""
         whole, position = self.template.render(self.tokenizer, messages), 0
         for number, message in enumerate(messages):
-            if message[0] != "assistant":
+            if not is_learned_answer(message):
+                if get_reasoning(message).strip() not in whole:
+                    raise self._build_lost_reasoning_error(number)
                 continue
             before = self.template.render_prompt(self.tokenizer, messages[:number])
             through = self.template.render(self.tokenizer, messages[: number + 1])
@@ -227,11 +229,14 @@ class ChatEncoder:
                 what = f"{self.template.name} renders a conversation differently once it goes on after message"
                 raise DataError(f"{what} {number}", hint="the answers in it cannot be located")
             if get_reasoning(message).strip() not in whole[len(before) : len(through)]:
-                what = f"{self.template.name} does not render the reasoning of message {number + 1}"
-                raise DataError(f"{what}, which would be lost")
+                raise self._build_lost_reasoning_error(number)
             yield whole[position : len(before)], False
-            yield whole[len(before) : len(through)], is_learned_answer(message)
+            yield whole[len(before) : len(through)], True
             position = len(through)
+
+    def _build_lost_reasoning_error(self, number: int) -> DataError:
+        what = f"{self.template.name} does not render the reasoning of message {number + 1}"
+        return DataError(f"{what}, which would be lost")
 
     def _encode_shortened(self, messages: Sequence[Message]) -> Sample:
         """Encode one exchange without the beginning of its longest question."""

@@ -285,6 +285,13 @@ def _build_conversation(messages: Sequence[Message]) -> tuple[Message, ...]:
     if not any(role == "assistant" for role, _ in messages):
         kind = BAD if messages else EMPTY
         raise RowError("no message is from the assistant, so there is nothing to learn", kind=kind)
+    if messages[0][0] == "assistant":
+        # No prompt precedes it, so it is never generated: it is context of what follows.
+        role, content = messages[0]
+        opening = AnnotatedMessage(role, content, reasoning=get_reasoning(messages[0]), is_learned=False)
+        messages = [opening, *messages[1:]]
+        if not any(role == "assistant" for role, _ in messages[1:]):
+            raise RowError("the only answer is the first message, so there is nothing to learn")
     if not any(map(is_learned_answer, messages)):
         raise RowError(f"{format_list(_LOSS_KEYS)} exclude every answer, so there is nothing to learn")
     late = [number for number, (role, _) in enumerate(messages, start=1) if role == "system" and number > 1]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -17,6 +18,8 @@ from lora_kit.errors import DataError, format_list
 
 logger = logging.getLogger(__name__)
 
+_WHOLE_NUMBER: Final = re.compile(r"0|-?[1-9][0-9]{0,18}")
+"""A whole number as it is usually written: `10` and `-1`, not `007`."""
 _MAX_SHOWN_FAULTS: Final = 8
 """How many invalid lines one error lists."""
 
@@ -155,10 +158,15 @@ def collect_label_names(rows: Rows) -> tuple[str, ...]:
     Raises:
         DataError: there are fewer than two.
     """
-    names = tuple(str(label) for label in sorted({label for labels in rows.labels for label in labels}))
+    names = tuple(sort_labels({str(label) for labels in rows.labels for label in labels}))
     if len(names) < 2:
         raise DataError(f"{rows.path}: every label is {names[0]!r}", hint="a classifier needs at least two labels")
     return names
+
+
+def sort_labels(names: Collection[str]) -> list[str]:
+    """Return labels sorted: by size if all are whole numbers, as a CSV file writes them too, else by name."""
+    return sorted(names, key=int if all(map(_WHOLE_NUMBER.fullmatch, names)) else None)
 
 
 def _rename_columns(path: Path, records: Sequence[Record], names: Mapping[str, str]) -> Sequence[Record]:

@@ -368,9 +368,7 @@ def _ensure_pad_token(model: PreTrainedModel, tokenizer: Tokenizer, name: str, t
 
     Reusing EOS is safe: padding is masked by its position, never by its id.
     """
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    rows = weight.shape[0]
+    rows = len(model.get_input_embeddings().get_parameter("weight"))
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         reason = "no pad token" if tokenizer.pad_token_id is None else f"pad token outside its {rows:,} embeddings"
         if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= rows:

@@ -143,3 +143,17 @@ def test_a_preview_of_a_row_that_is_not_there_is_refused(here: Path, capsys: Cap
         assert (code, f"row {row} was asked for" in err) == (2, True)
     code, _, err = run(capsys, "preview", "d/recipe.yaml", "--validation")
     assert (code, "has no data.validation" in err) == (2, True)
+
+
+def test_spellings_of_a_label_are_offered_and_renamed_together(here: Path, capsys: Capture) -> None:
+    labels = ["refund"] * 3 + ["Refund", "refund "] + ["card"] * 3
+    texts.write(here / "rows.jsonl", [{"text": f"t{number}", "label": label} for number, label in enumerate(labels)])
+    code, out, _ = run(capsys, "prepare", "rows.jsonl", "--base", "base")
+    offer = "labels that differ only in case or blanks: 'Refund' is 'refund', 'refund ' is 'refund': --relabel auto"
+    assert (code, offer in out) == (0, True)
+    code, out, _ = run(capsys, "prepare", "rows.jsonl", "--base", "base", "--relabel", "auto")
+    assert (code, "relabeled: 'Refund' is 'refund', 'refund ' is 'refund'" in out, "differ only" in out) == (
+        0,
+        True,
+        False,
+    )

@@ -346,3 +346,30 @@ def test_an_answer_that_is_not_learned_is_no_reference(tmp_path: Path) -> None:
     rows = [{"messages": [*EXCHANGES[:3], {**EXCHANGES[3], "train": False}]}]
     prompts = collect_eval_prompts(read_rows(texts.write(tmp_path / "chat.jsonl", rows)))
     assert [prompt.references for prompt in prompts] == [("yo",)]
+
+
+def test_an_opening_answer_is_context(tmp_path: Path) -> None:
+    opening = [said("assistant", "hey"), *EXCHANGES]
+    assert preview_of(tmp_path, opening) == [ALL_LEARNED.replace("<s>", "<s>[assistant]hey</s>\n", 1)]
+    with pytest.raises(DataError, match="the only answer is the first message"):
+        preview_of(tmp_path, [said("assistant", "hey"), said("user", "hi")])
+    strict = "{% if messages[0].role == 'assistant' %}{{ raise_exception('user first') }}{% endif %}" + TURNS
+    with pytest.raises(DataError, match=":1: the template: user first"):
+        preview_of(tmp_path, opening, text=strict)
+    prompts = collect_eval_prompts(read_rows(texts.write(tmp_path / "chat.jsonl", [{"messages": opening}])))
+    assert [prompt.references for prompt in prompts] == [("yo",), ("so",)]
+
+
+@pytest.mark.parametrize("opening", [[said("system", "be"), said("user", "Hi")], [said("assistant", "hey")]])
+def test_dialogues_that_begin_alike_are_split_and_do_not_leak(tmp_path: Path, opening: list[dict[str, Any]]) -> None:
+    greeting = [said("assistant", "yo")] if opening[-1]["role"] == "user" else []
+    rows = [
+        {"messages": [*opening, *greeting, said("user", f"what is {number}"), said("assistant", str(number))]}
+        for number in range(60)
+    ]
+    file = texts.write(tmp_path / "dialogues.jsonl", rows)
+    prepared = prepare(file, template="plain", share=0.1)
+    assert (len(prepared.train), len(prepared.validation or ())) == (54, 6)
+    other = texts.write(tmp_path / "other.jsonl", rows[58:])
+    mixed = texts.write(tmp_path / "mixed.jsonl", rows[:59])
+    assert prepare(mixed, validation=other, template="plain").parts[0].leaks == {59: 1}

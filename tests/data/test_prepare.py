@@ -14,6 +14,7 @@ import lora_kit as lk
 from lora_kit.data.batches import join_samples
 from lora_kit.data.encode import encode
 from lora_kit.data.preparation.examine import bin_lengths, find_leaks, normalize_input
+from lora_kit.data.preparation.labels import find_lookalikes
 from lora_kit.data.preparation.prepare import Preparation, prepare
 from lora_kit.data.preparation.split import split
 from lora_kit.data.preview import preview_sample
@@ -360,3 +361,36 @@ def test_a_preview_shows_the_sample_and_where_the_loss_is(here: Path) -> None:
 def test_a_label_shows_no_learned_token() -> None:
     samples = join_samples([([4, 5], [1])], kind="label")
     assert [(span.tokens, span.learned) for span in preview_sample(texts.tokenizer(), samples, 0)] == [(2, False)]
+
+
+# Labels that are one label
+
+
+def test_swapped_letters_are_one_slip() -> None:
+    assert find_lookalikes({"refund": 40, "refnud": 1, "card": 30, "cadr": 1}) == {"refnud": "refund", "cadr": "card"}
+    assert find_lookalikes({"refund": 40, "dnufer": 1, "abcd": 40, "badc": 1}) == {}
+
+
+def test_labels_that_differ_in_case_or_blanks_are_renamed_together(here: Path, base: str) -> None:
+    spellings = ["refund"] * 4 + ["Refund", "refund ", "REFUND"] + ["card lost"] * 3 + ["card_lost", "Card  Lost"]
+    train = texts.write(here / "a.jsonl", [{"text": f"t{n}", "label": label} for n, label in enumerate(spellings)])
+    valid = texts.write(here / "b.jsonl", [{"text": "v1", "label": "ReFund"}, {"text": "v2", "label": "card lost"}])
+    expected = {
+        "Refund": "refund", "refund ": "refund", "REFUND": "refund", "card_lost": "card lost",
+        "Card  Lost": "card lost",
+    }  # fmt: skip
+    assert prepare(train, base=base).parts[0].examined.variants == expected
+    found = prepare(train, here / "out", base=base, validation=valid, relabel="auto")
+    assert found.parts[0].examined.labels == {"refund": 7, "card lost": 5}
+    assert found.parts[0].examined.relabeled == expected
+    assert found.parts[1].examined.relabeled == {"ReFund": "refund"}
+    assert [row["label"] for row in lines(here / "out" / "validation.jsonl")] == ["refund", "card lost"]
+    assert json.loads((here / "out" / "manifest.json").read_text())["sources"][0]["relabeled"] == expected
+    with pytest.raises(DataError, match="relabel 'all' is not known"):
+        prepare(train, base=base, relabel="all")
+
+
+def test_labels_of_one_row_each_are_the_reason_why_nothing_is_set_aside(here: Path, base: str) -> None:
+    file = texts.write(here / "rows.jsonl", [{"text": f"t{number}", "label": number} for number in range(30)])
+    with pytest.raises(DataError, match="each of the 30 labels has one input only, and no label is set aside whole"):
+        prepare(file, base=base)

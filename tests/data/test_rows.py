@@ -340,6 +340,11 @@ def test_labels_are_sorted_numbers_by_size(tmp_path: Path) -> None:
     numbers = [{"text": "a", "label": label} for label in (10, 9, 2)]
     assert collect_label_names(read_rows(texts.write(tmp_path / "a.jsonl", words))) == ("no", "yes")
     assert collect_label_names(read_rows(texts.write(tmp_path / "b.jsonl", numbers))) == ("2", "9", "10")
+    table = tmp_path / "d.csv"
+    table.write_text("text,label\n" + "".join(f"a,{number}\n" for number in (10, 2, 1, 0, -3)))
+    assert collect_label_names(read_rows(table)) == ("-3", "0", "1", "2", "10")
+    table.write_text("text,label\na,10\nb,9\nc,007\n")
+    assert collect_label_names(read_rows(table)) == ("007", "10", "9"), "not all are numbers as they are written"
     with pytest.raises(DataError, match="every label is 'yes'"):
         collect_label_names(read_rows(texts.write(tmp_path / "c.jsonl", words[:1])))
 

@@ -13,7 +13,7 @@ from typing import Final
 
 from lora_kit.data.encode import EncodingResult, encode_with_faults
 from lora_kit.data.layouts import RowValue
-from lora_kit.data.preparation.labels import find_lookalikes, relabel_rows
+from lora_kit.data.preparation.labels import find_lookalikes, find_variants, relabel_rows
 from lora_kit.data.records import Fault
 from lora_kit.data.rows import Rows, collect_label_names, scan_rows
 from lora_kit.data.sample_format import SampleFormat
@@ -34,7 +34,7 @@ class ReadOptions:
         chat_template: the template of conversations, as a recipe names it; None for the tokenizer's own.
         sample_format: the format of samples; labels are added from the file.
         rename: new names of columns, by old name.
-        relabel: new names of labels, by old name.
+        relabel: new names of labels, by old name; or `AUTO`.
         encoding: encoding of the files.
     """
 
@@ -43,7 +43,7 @@ class ReadOptions:
     chat_template: str | None
     sample_format: SampleFormat
     rename: Mapping[str, str]
-    relabel: Mapping[str, str]
+    relabel: Mapping[str, str] | str
     encoding: str
 
 
@@ -57,6 +57,7 @@ class ExaminedFile:
         unused: columns that are not part of the layout.
         duplicates: the line of a row → the line of an earlier, identical row.
         conflicts: the line of a row → the line of an earlier row with the same input and another label.
+        relabeled: new names that labels got, by old name.
         measured: the rows as samples.
         sha256: hash of the file, or of the rows of a data set.
     """
@@ -66,6 +67,7 @@ class ExaminedFile:
     unused: tuple[str, ...]
     duplicates: Mapping[int, int]
     conflicts: Mapping[int, int]
+    relabeled: Mapping[str, str]
     measured: EncodingResult
     sha256: str
 
@@ -81,7 +83,12 @@ class ExaminedFile:
     @functools.cached_property
     def labels(self) -> dict[str, int]:
         """How many texts or words have each label, the most frequent label first."""
-        return dict(Counter(str(label) for labels in self.rows.labels for label in labels).most_common())
+        return _count_labels(self.rows)
+
+    @functools.cached_property
+    def variants(self) -> dict[str, str]:
+        """A label → the more frequent label that differs from it only in case or blanks."""
+        return find_variants(self.labels)
 
     @functools.cached_property
     def lookalikes(self) -> dict[str, str]:
@@ -110,9 +117,7 @@ def examine(
             `encode_with_faults`.
     """
     scan = scan_rows(path, rename=options.rename, encoding=options.encoding, split=split)
-    present = {str(label) for labels in scan.rows.labels for label in labels}
-    # A label that is misspelled in the training rows only need not be in the validation rows.
-    relabel = {old: new for old, new in options.relabel.items() if label2id is None or old in present}
+    relabel = _choose_names(scan.rows, options.relabel, label2id)
     rows = relabel_rows(scan.rows, relabel)
     if rows.values and rows.format in ("label", "words") and label2id is None:
         label2id = {name: number for number, name in enumerate(collect_label_names(rows))}
@@ -124,21 +129,36 @@ def examine(
         unused=scan.unused,
         duplicates=_find_duplicates(rows),
         conflicts=_find_conflicts(rows),
+        relabeled=relabel,
         measured=measured,
         sha256=scan.sha256,
     )
 
 
+def _choose_names(rows: Rows, relabel: Mapping[str, str] | str, label2id: Mapping[str, int] | None) -> dict[str, str]:
+    """Return the new names of the labels in a file, by old name."""
+    counts = _count_labels(rows)
+    if isinstance(relabel, str):
+        return find_variants(counts, known=label2id or ())
+    # A label that is misspelled in the training rows only need not be in the validation rows.
+    return {old: new for old, new in relabel.items() if label2id is None or old in counts}
+
+
+def _count_labels(rows: Rows) -> dict[str, int]:
+    """Return how often each label occurs, the most frequent first."""
+    return dict(Counter(str(label) for labels in rows.labels for label in labels).most_common())
+
+
 def normalize_input(rows: Rows, value: RowValue) -> str:
     """Return the input of a row, ignoring case, white space and Unicode forms.
 
-    The input is the prompt, the text, its words, or everything before the first answer.
+    The input is the prompt, the text, its words, or everything before the last answer.
     """
     if rows.format == "words":
         text = " ".join(value[0])
     elif rows.format == "chat":
-        roles = [role for role, _ in value[0]]
-        text = "\n".join(content for _, content in value[0][: roles.index("assistant")])
+        last = max(index for index, (role, _) in enumerate(value[0]) if role == "assistant")
+        text = "\n".join(content for _, content in value[0][:last])
     else:
         text = value[0]
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Final
 
 from lora_kit.data.layouts import RowValue
@@ -15,6 +15,24 @@ _MIN_SIMILARITY: Final = 0.85
 """Least similarity of two lookalikes, where 1 is the same text."""
 _MIN_FREQUENCY_RATIO: Final = 20
 """How many times as frequent as its misspelling a label must be."""
+
+
+AUTO: Final = "auto"
+"""For new names of labels: those that differ only in case or blanks get the most frequent spelling."""
+
+
+def find_variants(counts: Mapping[str, int], *, known: Collection[str] = ()) -> dict[str, str]:
+    """Return each label that differs from a more frequent one only in case, blanks or underscores → that one.
+
+    Args:
+        counts: how many rows have each label, the most frequent label first.
+        known: labels that are right, however frequent they are.
+    """
+    spellings: dict[str, str] = {}
+    for label in (*known, *counts):
+        spellings.setdefault(_normalize_label(label), label)
+    chosen = {label: spellings[_normalize_label(label)] for label in counts}
+    return {label: other for label, other in chosen.items() if label not in (other, *known)}
 
 
 def find_lookalikes(counts: Mapping[str, int]) -> dict[str, str]:
@@ -29,7 +47,9 @@ def find_lookalikes(counts: Mapping[str, int]) -> dict[str, str]:
         frequent = {
             _normalize_label(other): other for other, more in words.items() if more >= _MIN_FREQUENCY_RATIO * count
         }
-        near = difflib.get_close_matches(_normalize_label(label), frequent, n=1, cutoff=_MIN_SIMILARITY)
+        name = _normalize_label(label)
+        near = [other for other in frequent if _is_swapped(name, other)]
+        near = near or difflib.get_close_matches(name, frequent, n=1, cutoff=_MIN_SIMILARITY)
         if near:
             lookalikes[label] = frequent[near[0]]
     return lookalikes
@@ -64,6 +84,14 @@ def relabel_rows(rows: Rows, names: Mapping[str, str]) -> Rows:
     else:
         values = tuple((text, rename(label)) for text, label in rows.values)
     return dataclasses.replace(rows, values=values)
+
+
+def _is_swapped(one: str, other: str) -> bool:
+    """Return whether two texts differ in two neighboring letters that changed places, which is one slip of a typist."""
+    if len(one) != len(other):
+        return False
+    places = [index for index, (a, b) in enumerate(zip(one, other, strict=True)) if a != b]
+    return len(places) == 2 and places[1] == places[0] + 1 and sorted(one) == sorted(other)
 
 
 def _normalize_label(label: str) -> str:

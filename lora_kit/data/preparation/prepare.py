@@ -12,6 +12,7 @@ from typing import Final
 from lora_kit.data.chat import PLAIN, chat_template, find_chat_template
 from lora_kit.data.layouts import FORMATS
 from lora_kit.data.preparation.examine import ExaminedFile, ReadOptions, examine, find_leaks
+from lora_kit.data.preparation.labels import AUTO
 from lora_kit.data.preparation.prepared_folder import Preparation, PreparedFile, is_prepared, write_preparation
 from lora_kit.data.preparation.split import split
 from lora_kit.data.records import BAD, EMPTY, LONG, NOT_UTF8
@@ -38,7 +39,7 @@ def prepare(
     max_length: int | None = None,
     template: str | None = None,
     rename: Mapping[str, str] | None = None,
-    relabel: Mapping[str, str] | None = None,
+    relabel: Mapping[str, str] | str | None = None,
     encoding: str = "utf-8",
     drop: Collection[str] = (),
     seed: int = 0,
@@ -58,7 +59,8 @@ def prepare(
         template: chat template of conversations: `plain`, a Jinja file or the text of one; None for the tokenizer's
             own, or `plain` if it has none.
         rename: new names of columns, by old name.
-        relabel: new names of labels, by old name.
+        relabel: new names of labels, by old name; `auto` gives labels that differ only in case or blanks the most
+            frequent spelling.
         encoding: encoding of the files.
         drop: which rows to leave out, of `DROPPABLE`. The first of several duplicates stays; leaks are removed from the
             training rows.
@@ -71,6 +73,8 @@ def prepare(
         StorageError: `out` exists, or cannot be written.
     """
     _check_arguments(drop, share)
+    if isinstance(relabel, str) and relabel != AUTO:
+        raise DataError(f"relabel {relabel!r} is not known", hint=f"{AUTO}, or old=new")
     folder = None if out is None else Path(out)
     if folder is not None:
         check_output(folder, replace=replace, owned=is_prepared)
@@ -101,7 +105,7 @@ def _build_options(
     template: str | None,
     *,
     rename: Mapping[str, str] | None,
-    relabel: Mapping[str, str] | None,
+    relabel: Mapping[str, str] | str | None,
     encoding: str,
 ) -> ReadOptions:
     spec = load_input_spec(base)
@@ -116,7 +120,7 @@ def _build_options(
             task=spec.generative_task,
         ),
         rename=dict(rename or {}),
-        relabel=dict(relabel or {}),
+        relabel=relabel if isinstance(relabel, str) else dict(relabel or {}),
         encoding=encoding,
     )
 

@@ -81,6 +81,8 @@ class PreparedFile:
             "unused": list(examined.unused),
             "labels": examined.labels,
             "lookalikes": examined.lookalikes,
+            "variants": examined.variants,
+            "relabeled": dict(examined.relabeled),
             "tokens": self.tokens,
             "cut": list(examined.measured.cut),
         }

@@ -37,12 +37,17 @@ def split(rows: Rows, *, share: float, seed: int = 0) -> tuple[list[int], list[i
     if not taken:
         taken = _find_smallest_group(strata, seed)
     if not taken:
-        raise DataError(
-            f"{rows.path}: no row can be set aside for validation, since rows with one input stay together",
-            hint="give a file for validation, or a share of 0",
-        )
+        reason = _reason_not_splittable(strata)
+        what = f"{rows.path}: no row can be set aside for validation, since {reason}"
+        raise DataError(what, hint="give a file for validation, or a share of 0")
     held_out = set(taken)
     return [index for index in range(len(rows)) if index not in held_out], sorted(held_out)
+
+
+def _reason_not_splittable(strata: Mapping[str, _Groups]) -> str:
+    if len(strata) < 2:
+        return "rows with one input stay together"
+    return f"each of the {len(strata)} labels has one input only, and no label is set aside whole"
 
 
 def _group_by_label(rows: Rows) -> dict[str, _Groups]:

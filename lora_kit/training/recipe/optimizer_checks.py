@@ -7,7 +7,7 @@ import dataclasses
 import json
 import types
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import Final, cast
 
 import torch
 
@@ -55,8 +55,9 @@ def check_optimizer(train: Section) -> None:
         defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments) if field.init}
         values = {**defaults, "optim": OptimizerNames("adamw_torch"), **train}
         values["optim"] = OptimizerNames(str(values["optim"]))
-        arguments_of_trainer: Any = types.SimpleNamespace(**values)
-        optimizer, options = Trainer.get_optimizer_cls_and_kwargs(arguments_of_trainer)
+        # A stand-in: real TrainingArguments would choose the device of the whole process.
+        args = cast("TrainingArguments", types.SimpleNamespace(**values))
+        optimizer, options = Trainer.get_optimizer_cls_and_kwargs(args)
         if optimizer.__module__.startswith("torch."):
             optimizer([torch.nn.Parameter(torch.zeros(()))], **options)
 
