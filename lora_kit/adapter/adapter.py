@@ -29,6 +29,7 @@ from lora_kit.adapter.folder import (
 )
 from lora_kit.adapter.model_card import render_adapter_card
 from lora_kit.adapter.peft_keys import LoraWeights, TokenEmbeddings, classify_tensors
+from lora_kit.adapter.resolve import resolve_folder
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import AdapterError, LoraKitError, format_list
 from lora_kit.io.atomic_write import write_folder
@@ -171,12 +172,14 @@ class Adapter:
         """Read an adapter folder, strictly.
 
         Args:
-            folder: of the adapter.
+            folder: of the adapter, as a path; or, as text, its name in the store `adapters/` or an id of the hub, see
+                `lora_kit.adapter.resolve.resolve_adapter`.
             allow: which of `ALLOWANCES` are accepted instead of rejected.
 
         Raises:
             AdapterError: the weights or the record are wrong; says what is wrong in which file.
-            ConfigError: `adapter_config.json` is wrong.
+            ConfigError: `adapter_config.json` is wrong, or `folder` is neither text nor a path.
+            UnknownAdapterError: nothing is called so.
             StorageError: a file cannot be read, or does not fit in memory.
 
         Example:
@@ -184,7 +187,7 @@ class Adapter:
             adapter.config.r, adapter.num_parameters, adapter.digest
         """
         check_allowances(allow)
-        folder = Path(folder)
+        folder = resolve_folder(folder)
         for _ in range(_READ_ATTEMPTS):
             identity = _stat_folder(folder)
             try:

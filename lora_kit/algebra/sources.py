@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.folder import check_allowances
-from lora_kit.adapter.store import find_adapter
+from lora_kit.adapter.resolve import label_adapter_folder, resolve_adapter
 from lora_kit.algebra.low_rank import LowRankUpdate
 from lora_kit.errors import BaseMismatchError, MergeError
 from lora_kit.io.text import escape_text
@@ -19,7 +19,7 @@ from lora_kit.targets.fingerprint import list_fingerprint_mismatches
 logger = logging.getLogger(__name__)
 
 AdapterLike = str | Path | Adapter
-"""An adapter: a folder, a name in the store, or the value itself."""
+"""An adapter: a folder, a name in the store, an id of the hub, or the value itself."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class SourceAdapter:
         check_allowances(allow)
         if isinstance(source, Adapter):
             return cls(source.digest[:12], source)
-        folder = find_adapter(source)
-        return cls(folder.resolve().name, Adapter.load(folder, allow=allow))
+        folder = resolve_adapter(source).folder
+        return cls(label_adapter_folder(folder), Adapter.load(folder, allow=allow))
 
     def check_linear(self, verb: str) -> None:
         """Raise MergeError for a DoRA, whose update is not `B A`."""

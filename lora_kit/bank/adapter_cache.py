@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.folder import AdapterFolder, check_allowances
+from lora_kit.adapter.resolve import resolve_folder
 from lora_kit.errors import AdapterError, ConfigError
 from lora_kit.io.text import escape_text
 
@@ -70,7 +71,8 @@ class LazyAdapter:
     """An adapter of which only the config was read so far.
 
     Args:
-        source: an adapter folder, or an Adapter, which is held for as long as it is offered.
+        source: a folder, a name in the store or an id of the hub, as in `Adapter.load`; or an Adapter, which is held
+            for as long as it is offered.
         allow: as in `Adapter.load`.
 
     Attributes:
@@ -89,7 +91,7 @@ class LazyAdapter:
             self._source: Adapter | Path = source
             self.config = source.config
         else:
-            self._source = Path(source).absolute()
+            self._source = resolve_folder(source).absolute()
             found = AdapterFolder.open(self._source, allow=allow)
             self.config, self._digest = found.config, found.digest
 

@@ -146,7 +146,7 @@ class AdapterBank:
         """Put an adapter into a slot, where `use` and `rows` find it by name.
 
         Args:
-            source: an adapter folder, or an Adapter.
+            source: a folder, a name in the store or an id of the hub, as in `Adapter.load`; or an Adapter.
             allow: of `other-base`, `extra-keys`, `changed-files`, `unmatched-targets`: what may pass instead of being
                 refused.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -67,6 +67,7 @@ def evaluate(
     replace: bool = False,
     store: str | Path = DEFAULT_STORE,
     quantize: str | None = None,
+    allow: Collection[str] = (),
     on_progress: EvalProgress | None = None,
 ) -> EvalReport:
     """Measure adapters of one base, and the base itself, on the rows of a file.
@@ -77,7 +78,7 @@ def evaluate(
 
     Args:
         base: hub id, local folder, `kit-base`, or a loaded base; a loaded one is left as it was.
-        adapters: folders, names in `store`, Adapters; None for the base itself.
+        adapters: folders, names in `store`, ids of the hub, Adapters; None for the base itself.
         data: a file of rows, see `lora_kit.data`, or rows.
         metrics: names from `METRICS`; None for those that need no generation.
         batch_size: rows at once.
@@ -87,6 +88,7 @@ def evaluate(
         replace: that file may be replaced.
         store: where adapters are looked up by name.
         quantize: how to load the base, as in `load_base`.
+        allow: as in `AdapterBank.load`.
         on_progress: called as rows are done.
 
     Raises:
@@ -106,7 +108,7 @@ def evaluate(
     for name, value in (("batch_size", batch_size), ("max_length", max_length), ("max_new_tokens", max_new_tokens)):
         if value is not None and value < (2 if name == "max_length" else 1):
             raise ConfigError(f"{name} must be a whole number from 1; {value!r} was given")
-    read = [read_adapter(adapter, store=store) for adapter in adapters]
+    read = [read_adapter(adapter, store=store, allow=allow) for adapter in adapters]
     labels = labels_of(adapters, read)
     values = dict(zip(labels, read, strict=True))
     rows = data if isinstance(data, Rows) else read_rows(data)
@@ -122,7 +124,7 @@ def evaluate(
         loaded, values, rows, questions, wanted, max_length=max_length, max_new_tokens=max_new_tokens
     )
     started = time.perf_counter()
-    with attach_adapters(loaded.model, values) as bank:
+    with attach_adapters(loaded.model, values, allow=allow) as bank:
         found = _EvalRun(plan, bank, batch_size, on_progress).results(values)
     report = EvalReport(
         data=rows.path,

@@ -13,7 +13,8 @@ from typing import Any, Final
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.folder import ALLOWANCES
 from lora_kit.adapter.model_card import format_table, render_card
-from lora_kit.adapter.store import find_adapter, sum_file_sizes, to_json_value
+from lora_kit.adapter.resolve import resolve_adapter
+from lora_kit.adapter.store import sum_file_sizes, to_json_value
 from lora_kit.algebra.sources import AdapterLike, SourceAdapter
 from lora_kit.errors import ConfigError, ExportError, format_list, suggest_nearest
 from lora_kit.exporters import llama_cpp, mlx, ollama, servers
@@ -21,7 +22,7 @@ from lora_kit.exporters.plain_lora import ExportCase
 from lora_kit.io.atomic_write import check_output, stage_folder
 from lora_kit.io.text import escape_text
 from lora_kit.merging.merge import merge
-from lora_kit.names import KIT_BASE
+from lora_kit.models.infer_base import NamedBase
 
 RECORD: Final = "lora_kit_export.json"
 CARD: Final = "README.md"
@@ -138,7 +139,8 @@ def check(
     Args:
         adapter: a folder, a name in the store or an Adapter.
         target: one of `TARGETS`.
-        base: hub id, local folder or `kit-base`; where it is known, the adapter must fit a model of its config.
+        base: hub id, local folder or `kit-base`; None for the one that the adapter names, where it is here. Where it is
+            known, the adapter must fit a model of its config.
         max_lora_rank: what the reader is started with.
         allow: what `Adapter.load` allows.
 
@@ -169,7 +171,8 @@ def export(
         adapter: a folder, a name in the store or an Adapter.
         target: `peft`, `vllm`, `sglang`, `tgi`, `gguf`, `ollama`, `mlx`; or `merged`, a whole model (`lk.merge`).
         out: the folder to write.
-        base: hub id, local folder or `kit-base`: needed by `gguf`, `ollama` and `merged`.
+        base: hub id, local folder or `kit-base`, needed by `gguf`, `ollama` and `merged`; None for the one that the
+            adapter names, where it is here.
         max_lora_rank: what the reader is started with: a larger rank is refused.
         replace: an earlier export in `out` may be replaced; anything else there never is.
         allow: what `Adapter.load` allows; with `merged`, what `merge` does.
@@ -185,7 +188,8 @@ def export(
     _check_target(target)
     out = Path(out)
     if not isinstance(adapter, Adapter):
-        _check_not_in_adapter(out, find_adapter(adapter))
+        adapter = resolve_adapter(adapter).folder
+        _check_not_in_adapter(out, adapter)
     parent = SourceAdapter.of(
         adapter, allow=[name for name in allow if name in ALLOWANCES] if target == MERGED else allow
     )
@@ -225,8 +229,10 @@ def _check_not_in_adapter(out: Path, folder: Path) -> None:
 
 
 def _build_case(parent: SourceAdapter, base: str | Path | None) -> ExportCase:
-    named = parent.adapter.config.base_model_name_or_path
-    return ExportCase(parent.name, parent.adapter, named if base is None else str(base), given=base is not None)
+    if base is not None:
+        return ExportCase(parent.name, parent.adapter, str(base), known=True)
+    named = NamedBase.of(parent.adapter.config, parent.adapter.base)
+    return ExportCase(parent.name, parent.adapter, named.name, known=named.problem is None)
 
 
 def _judge_case(case: ExportCase, target: str, limit: int | None, allow: Collection[str]) -> Verdict:
@@ -248,9 +254,11 @@ def _judge_case(case: ExportCase, target: str, limit: int | None, allow: Collect
 
 
 def _export_merged(case: ExportCase, out: Path, *, replace: bool, allow: Collection[str]) -> Export:
-    """A whole model, by `merge`. A base that only the adapter names is not looked up, unless it is the built-in one."""
-    if case.base is None or not (case.given or case.base == KIT_BASE):
-        raise ExportError("the base is needed to merge into", hint="give the base: a folder or a hub id")
+    """Write a whole model, by `merge`."""
+    if case.base is None or not case.known:
+        refusal = NamedBase.of(case.adapter.config, case.adapter.base).refusal
+        message = f"the base is needed to merge into: the adapter {refusal}"
+        raise ExportError(message, hint="give the base: a folder or a hub id")
     report = merge(case.base, case.adapter, out, replace=replace, allow=allow)
     return Export(out, MERGED, (), report.bytes)
 

@@ -17,9 +17,8 @@ from lora_kit.adapter.peft_keys import LoraWeights
 from lora_kit.errors import BaseModelError, ExportError, MergeError
 from lora_kit.io.text import escape_text
 from lora_kit.merging.checkpoint.meta_model import TaskHead, build_empty_model
-from lora_kit.models.locate import find_local_folder
+from lora_kit.models.locate import find_local_folder, locate_base
 from lora_kit.models.silence import silence_libraries
-from lora_kit.names import KIT_BASE
 from lora_kit.targets.compatibility import match_adapter
 
 
@@ -85,14 +84,14 @@ class ExportCase:
         name: what the adapter is called there.
         adapter: as it is here.
         base: hub id, local folder or `kit-base`, where it is known.
-        given: whether that was said by the caller, and not only by the adapter.
+        known: whether the base may be read: the caller gave it, or the adapter names one that is here.
         out: the folder that is written; None where nothing is.
     """
 
     name: str
     adapter: Adapter
     base: str | None
-    given: bool
+    known: bool
     out: Path | None = None
 
     @functools.cached_property
@@ -102,7 +101,7 @@ class ExportCase:
     @property
     def base_path(self) -> str | None:
         """The base as other tools find it: a hub id, or the folder of a local one; None where it is not known."""
-        if self.base is None or not (self.given or self.base == KIT_BASE):
+        if self.base is None or not self.known:
             return self.base
         folder = find_local_folder(self.base)
         return self.base if folder is None else str(folder.resolve())
@@ -128,8 +127,7 @@ class ExportCase:
 
     @functools.cached_property
     def _config(self) -> Any:
-        # A name in an adapter was written by whoever made it: only what the caller says is looked up.
-        if self.base is None or not (self.given or self.base == KIT_BASE):
+        if self.base is None or not self.known:
             return None
         return _load_base_config(self.base, self._head)
 
@@ -162,14 +160,12 @@ def _load_base_config(base: str, head: TaskHead) -> Any:
     """transformers' config of a base, with the defaults that its file leaves out."""
     from transformers import AutoConfig
 
-    folder = find_local_folder(base)
+    source = locate_base(base)
     try:
         with silence_libraries():
-            return AutoConfig.from_pretrained(
-                folder or base, local_files_only=folder is not None, trust_remote_code=False, **head.fields
-            )
+            return AutoConfig.from_pretrained(source.location, **source.loading_options, **head.fields)
     except Exception as error:  # a damaged file, or any failure of the network, of whatever library it comes from
-        where = "its config cannot be read" if folder else "no such folder, and the hub gave no config"
+        where = "its config cannot be read" if source.folder else "the hub gave no config"
         raise BaseModelError(
             f"{escape_text(base)}: {where} ({type(error).__name__})", hint="give the base as a local folder"
         ) from error

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.adapter.store import find_adapter
+from lora_kit.adapter.resolve import label_adapter_folder, resolve_adapter
 from lora_kit.errors import AdapterError, ConfigError
 from lora_kit.models.loading import Base
 from lora_kit.models.tasks import find_task_by_peft_type
@@ -19,18 +19,22 @@ BASE_ROW: Final = "base"
 """What the row of the base itself is called."""
 
 AdapterSource = str | Path | Adapter | None
-"""A folder, a name in the store, an Adapter, or None for the base itself."""
+"""A folder, a name in the store, an id of the hub, an Adapter, or None for the base itself."""
 
 
-def read_adapter(given: AdapterSource, *, store: str | Path) -> Adapter | None:
-    """The adapter that is meant, read strictly; None for the base.
+def read_adapter(given: AdapterSource, *, store: str | Path, allow: Collection[str] = ()) -> Adapter | None:
+    """Return the adapter that is meant, read strictly; None for the base.
+
+    Args:
+        allow: as in `Adapter.load`.
 
     Raises:
-        UnknownAdapterError: it is not there. AdapterError, ConfigError: it cannot be read.
+        UnknownAdapterError: it is not there.
+        AdapterError, ConfigError: it cannot be read.
     """
     if given is None or isinstance(given, Adapter):
         return given
-    return Adapter.load(find_adapter(given, store=store))
+    return Adapter.load(resolve_adapter(given, store=store).folder, allow=allow)
 
 
 def labels_of(given: Sequence[AdapterSource], values: Sequence[Adapter | None]) -> list[str]:
@@ -48,7 +52,7 @@ def labels_of(given: Sequence[AdapterSource], values: Sequence[Adapter | None]) 
 def _short_label_of(given: AdapterSource, value: Adapter | None) -> str:
     if value is None:
         return BASE_ROW
-    return value.digest[:12] if isinstance(given, Adapter) or given is None else Path(given).resolve().name
+    return value.digest[:12] if isinstance(given, Adapter) or given is None else label_adapter_folder(given)
 
 
 def task_of(labels: Sequence[str], values: Sequence[Adapter | None]) -> str | None:

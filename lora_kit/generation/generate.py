@@ -49,13 +49,14 @@ def generate(
     template: Literal["adapter", "raw"] = "adapter",
     store: str | Path = DEFAULT_STORE,
     quantize: str | None = None,
+    allow: Collection[str] = (),
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[Generation]:
     """Let several adapters of one base answer a prompt, as one batch.
 
     Args:
         base: hub id, local folder, `kit-base`, or a loaded base; a loaded one is left as it was.
-        adapters: one per row: a folder, a name in `store`, an Adapter, or None for the base itself.
+        adapters: one per row: a folder, a name in `store`, an id of the hub, an Adapter, or None for the base itself.
         prompt: what is asked; of an adapter that was trained on conversations, the user's message.
         sampling: how the next token is chosen; the likeliest one by default.
         template: `adapter` puts the prompt as each adapter saw prompts in training: in the chat template of its record,
@@ -63,6 +64,7 @@ def generate(
             the adapter differs; alone it gets the prompt as it is. `raw` gives every row the prompt as it is.
         store: where adapters are looked up by name.
         quantize: how to load the base, as in `load_base`.
+        allow: as in `AdapterBank.load`.
         on_text: called with a row and its text so far each time the text grows.
 
     Returns:
@@ -76,7 +78,7 @@ def generate(
     if not adapters:
         raise ConfigError("no row to generate was given", hint="name an adapter, or None for the base itself")
     sampling = sampling or Sampling()
-    values = [read_adapter(adapter, store=store) for adapter in adapters]
+    values = [read_adapter(adapter, store=store, allow=allow) for adapter in adapters]
     labels = labels_of(adapters, values)
     check_quantize(base, labels, values, quantize)
     loaded = _load_for_generation(base, labels, values, quantize)
@@ -84,7 +86,8 @@ def generate(
     rows = [encode_prompt(loaded, prompt, style) for style in own]
     limit, limited_by = _limit_new_tokens(loaded, max(len(row.ids) for row in rows), sampling.max_new_tokens)
     growing = _RowStreamer(loaded, [row.ends for row in rows], on_text=on_text) if on_text else None
-    with attach_adapters(loaded.model, dict(zip(labels, values, strict=True))) as bank, route_rows(bank, labels):
+    by_label = dict(zip(labels, values, strict=True))
+    with attach_adapters(loaded.model, by_label, allow=allow) as bank, route_rows(bank, labels):
         written = generate_batch(loaded, rows, sampling=sampling, limit=limit, streamer=growing)
     return [
         Generation(
@@ -99,7 +102,9 @@ def generate(
 
 
 @contextlib.contextmanager
-def attach_adapters(model: Any, adapters: Mapping[str, Adapter | None]) -> Iterator[AdapterBank | None]:
+def attach_adapters(
+    model: Any, adapters: Mapping[str, Adapter | None], *, allow: Collection[str] = ()
+) -> Iterator[AdapterBank | None]:
     """A bank with these adapters beside a model for the length of a block; None where there are none.
 
     Raises:
@@ -112,7 +117,7 @@ def attach_adapters(model: Any, adapters: Mapping[str, Adapter | None]) -> Itera
     bank = attach(model, slots=len(values), max_rank=max(1, *(v.config.largest_rank for v in values.values())))
     try:
         for label, adapter in values.items():
-            bank.load(label, adapter)
+            bank.load(label, adapter, allow=allow)
         yield bank
     finally:
         bank.detach()

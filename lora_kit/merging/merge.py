@@ -16,6 +16,7 @@ import torch
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.folder import ALLOWANCES
+from lora_kit.adapter.resolve import label_adapter_folder, resolve_folder
 from lora_kit.errors import ConfigError, MergeError, format_list
 from lora_kit.io.atomic_write import check_output, stage_folder
 from lora_kit.merging import model_files, preflight
@@ -64,7 +65,8 @@ def merge(
 
     Args:
         base: hub id, local folder or `kit-base`.
-        adapter: a folder or an Adapter; or several, each with the weight it is added with.
+        adapter: a folder, a name in the store, an id of the hub or an Adapter; or several, each with the weight it is
+            added with.
         out: the folder to write, beside its inputs, never in them.
         dtype: of the floating weights of the result; None: each keeps its own.
         replace: an earlier merge in `out` may be replaced; anything else there never is.
@@ -94,9 +96,9 @@ def merge(
     started, out = time.perf_counter(), Path(out)
     _check_arguments(allow, verify)
     quantisation.check_quantized_choice(quantized, original=original, dtype=dtype, verify=verify)
-    sources, wanted = _parse_sources(adapter), None if dtype is None else parse_float_dtype(dtype)
+    sources, wanted = _resolve_sources(adapter), None if dtype is None else parse_float_dtype(dtype)
     local = [folder for name in (base, original) if name is not None and (folder := find_local_folder(name))]
-    beside = tuple(Path(source) for source, _ in sources if not isinstance(source, Adapter))
+    beside = tuple(source for source, _ in sources if isinstance(source, Path))
     inputs = [*local, *beside]
     preflight.refuse_overlap(out, inputs)
     check_output(out, replace=replace, owned=preflight.is_merged_folder)
@@ -231,6 +233,16 @@ def _check_arguments(allow: Collection[str], verify: str) -> None:
         raise ConfigError(f"verify={verify!r} was given; expected one of {format_list(VERIFICATIONS)}")
 
 
+def _resolve_sources(
+    adapter: AdapterOrFolder | Sequence[tuple[AdapterOrFolder, float]],
+) -> list[tuple[Path | Adapter, float]]:
+    """Return every adapter with its weight, the folders found."""
+    return [
+        (source if isinstance(source, Adapter) else resolve_folder(source), weight)
+        for source, weight in _parse_sources(adapter)
+    ]
+
+
 def _parse_sources(
     adapter: AdapterOrFolder | Sequence[tuple[AdapterOrFolder, float]],
 ) -> list[tuple[AdapterOrFolder, float]]:
@@ -249,11 +261,11 @@ def _parse_sources(
     return found
 
 
-def _load_weighted_adapter(source: AdapterOrFolder, weight: float, *, allow: Collection[str]) -> WeightedAdapter:
+def _load_weighted_adapter(source: Path | Adapter, weight: float, *, allow: Collection[str]) -> WeightedAdapter:
     """An adapter, read."""
     allow = [name for name in allow if name in ALLOWANCES]
     adapter = source if isinstance(source, Adapter) else Adapter.load(source, allow=allow)
-    name = adapter.digest[:12] if isinstance(source, Adapter) else Path(source).resolve().name
+    name = adapter.digest[:12] if isinstance(source, Adapter) else label_adapter_folder(source)
     return WeightedAdapter(name, adapter, weight)
 
 

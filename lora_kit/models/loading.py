@@ -101,7 +101,8 @@ def load_base(
     """Load a base model and its tokenizer, ready to attach adapters to.
 
     Args:
-        base: a hub id, a local folder, or `kit-base` (which comes with the package and needs no network).
+        base: a local folder, `kit-base` (which comes with the package and needs no network), or a hub id; the id may
+            have a revision (`organization/name@revision`) and a subfolder (`organization/name/subfolder`).
         task: `causal-lm`; `classify` for a head over the whole text, `tokens` for one over each token; `seq2seq`.
         num_labels: size of that head; needed for those two unless `label2id` is given or the checkpoint has a head.
         label2id: label names to their numbers, kept in the model's config.
@@ -217,9 +218,7 @@ def _load_config(
         labels = {"num_labels": num_labels}
     if task == CLASSIFY:
         labels["problem_type"] = "single_label_classification"
-    config: PretrainedConfig = AutoConfig.from_pretrained(
-        source.location, local_files_only=source.local_files_only, trust_remote_code=False, **labels
-    )
+    config: PretrainedConfig = AutoConfig.from_pretrained(source.location, **source.loading_options, **labels)
     return config
 
 
@@ -234,9 +233,7 @@ def _load_tokenizer(source: BaseSource, config: PretrainedConfig) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.location, config=config, local_files_only=source.local_files_only, trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(source.location, config=config, **source.loading_options)
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise
@@ -264,9 +261,8 @@ def _load_model(
             source.location,
             config=config,
             dtype=dtype,
-            local_files_only=source.local_files_only,
-            trust_remote_code=False,
             output_loading_info=True,
+            **source.loading_options,
             **build_quantization_kwargs(quantize, quantization_method_of(config), device),
         )
     check_loading_info(source.location, task, info)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ import yaml
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import AdapterError, ConfigError, RecipeError, format_list, suggest_nearest
 from lora_kit.io.read import exists, read_text
-from lora_kit.io.text import escape_text
+from lora_kit.io.text import escape_text, format_value
 from lora_kit.training.recipe.coerce import (
     Section,
     check_known_keys,
@@ -58,6 +59,9 @@ def read_recipe_fields(source: RecipeSource, *, overrides: Section | None = None
         fields, where = source.to_dict(), "the recipe"
     elif isinstance(source, Mapping):
         fields, where = copy_nested(source), "the recipe"
+    elif not isinstance(source, (str, os.PathLike)):
+        hint = "give the file of a recipe, a mapping or a Recipe"
+        raise RecipeError(f"{format_value(source)} was given as a recipe", hint=hint)
     else:
         fields, where = _read_recipe_file(Path(source)), str(source)
     for key, value in (overrides or {}).items():
