@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from lora_kit.adapter.adapter_location import resolve_folder
 from lora_kit.adapter.folder import (
     CARD,
     CONFIG,
@@ -29,7 +30,6 @@ from lora_kit.adapter.folder import (
 )
 from lora_kit.adapter.model_card import render_adapter_card
 from lora_kit.adapter.peft_keys import LoraWeights, TokenEmbeddings, classify_tensors
-from lora_kit.adapter.resolve import resolve_folder
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import AdapterError, LoraKitError, format_list
 from lora_kit.io.atomic_write import write_folder
@@ -173,7 +173,7 @@ class Adapter:
 
         Args:
             folder: of the adapter, as a path; or, as text, its name in the store `adapters/` or an id of the hub, see
-                `lora_kit.adapter.resolve.resolve_adapter`.
+                `lora_kit.adapter.adapter_location.resolve_adapter`.
             allow: which of `ALLOWANCES` are accepted instead of rejected.
 
         Raises:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from lora_kit.adapter.adapter import Adapter
+from lora_kit.adapter.adapter_location import label_adapter_folder
 from lora_kit.adapter.conversion.convert import read_foreign_adapter
 from lora_kit.adapter.folder import RECORD
 from lora_kit.adapter.peft_keys import LoraWeights
-from lora_kit.adapter.resolve import label_adapter_folder
 from lora_kit.adapter.store import find_adapter, sum_file_sizes, to_json_value
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import AdapterError, ConfigError, LoraKitError

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_kit.adapter.adapter import Adapter
+from lora_kit.adapter.adapter_location import resolve_adapter
 from lora_kit.adapter.folder import CONFIG, list_adapter_subfolders
-from lora_kit.adapter.resolve import resolve_adapter
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import AdapterError, LoraKitError
 from lora_kit.io.strict_json import JsonObject
@@ -70,7 +70,7 @@ def find_adapter(adapter: str | Path, *, store: str | Path = DEFAULT_STORE) -> P
     """Return the folder of an adapter that is given as a path, by its name in the store, or as an id of the hub.
 
     Raises:
-        UnknownAdapterError, AdapterError, ConfigError: as `lora_kit.adapter.resolve.resolve_adapter`.
+        UnknownAdapterError, AdapterError, ConfigError: as `lora_kit.adapter.adapter_location.resolve_adapter`.
     """
     return resolve_adapter(adapter, store=store).folder
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_kit.adapter.adapter import Adapter
+from lora_kit.adapter.adapter_location import label_adapter_folder, resolve_adapter
 from lora_kit.adapter.folder import check_allowances
-from lora_kit.adapter.resolve import label_adapter_folder, resolve_adapter
 from lora_kit.algebra.low_rank import LowRankUpdate
 from lora_kit.errors import BaseMismatchError, MergeError
 from lora_kit.io.text import escape_text

@@ -8,8 +8,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from lora_kit.adapter.adapter import Adapter
+from lora_kit.adapter.adapter_location import resolve_folder
 from lora_kit.adapter.folder import AdapterFolder, check_allowances
-from lora_kit.adapter.resolve import resolve_folder
 from lora_kit.errors import AdapterError, ConfigError
 from lora_kit.io.text import escape_text
 

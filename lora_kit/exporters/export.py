@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from lora_kit.adapter.adapter import Adapter
+from lora_kit.adapter.adapter_location import resolve_adapter
 from lora_kit.adapter.folder import ALLOWANCES
 from lora_kit.adapter.model_card import format_table, render_card
-from lora_kit.adapter.resolve import resolve_adapter
 from lora_kit.adapter.store import sum_file_sizes, to_json_value
 from lora_kit.algebra.sources import AdapterLike, SourceAdapter
 from lora_kit.errors import ConfigError, ExportError, format_list, suggest_nearest

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.adapter.resolve import label_adapter_folder, resolve_adapter
+from lora_kit.adapter.adapter_location import label_adapter_folder, resolve_adapter
 from lora_kit.errors import AdapterError, ConfigError
 from lora_kit.models.loading import Base
 from lora_kit.models.tasks import find_task_by_peft_type

@@ -15,8 +15,8 @@ from typing import Any, Final
 import torch
 
 from lora_kit.adapter.adapter import Adapter
+from lora_kit.adapter.adapter_location import label_adapter_folder, resolve_folder
 from lora_kit.adapter.folder import ALLOWANCES
-from lora_kit.adapter.resolve import label_adapter_folder, resolve_folder
 from lora_kit.errors import ConfigError, MergeError, format_list
 from lora_kit.io.atomic_write import check_output, stage_folder
 from lora_kit.merging import model_files, preflight

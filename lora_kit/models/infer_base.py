@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_kit.adapter.adapter_location import resolve_adapter
 from lora_kit.adapter.folder import AdapterFolder
-from lora_kit.adapter.resolve import resolve_adapter
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import ConfigError, format_list
 from lora_kit.io.hub import split_revision
