@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from lora_kit.cli.main import main
 from lora_kit.models.locate import KIT_FOLDER
@@ -50,8 +51,15 @@ def run(capsys: Capture, *arguments: str) -> str:
 
 def commands_in(printed: str) -> Iterator[list[str]]:
     """The arguments of every command on a line of its own."""
-    for line in re.findall(r"^\s*lora-kit .*$", printed, re.MULTILINE):
+    for line in re.findall(r"^\s*lora-kit [a-z].*$", printed, re.MULTILINE):
         yield shlex.split(line)[1:]
+
+
+def run_commands_of_page(page: Path, capsys: Capture) -> None:
+    commands = list(commands_in(html.unescape(re.sub(r"<[^>]+>", "\n", page.read_text("utf-8")))))
+    assert commands, "the page shows how the result is used"
+    for command in commands:
+        run(capsys, *command)
 
 
 @pytest.mark.parametrize("layout", ROWS)
@@ -66,11 +74,7 @@ def test_from_rows_to_answers_every_command_runs_as_printed(here: Path, capsys: 
     assert [verb for verb, *_ in commands] == ["eval"]
     run(capsys, *commands[0])
     texts.write(here / "rows.jsonl", ROWS[layout][:2])
-    page = html.unescape(next(here.glob("adapters/*/report.html")).read_text("utf-8"))
-    commands = list(commands_in(page.replace("<code>", "\n").replace("</code>", "\n")))
-    assert commands, page
-    for command in commands:
-        run(capsys, *command)
+    run_commands_of_page(next(here.glob("adapters/*/report.html")), capsys)
 
 
 def test_what_is_made_of_a_trained_adapter_needs_no_base_named(here: Path, capsys: Capture) -> None:
@@ -100,13 +104,7 @@ def test_other_methods(here: Path, capsys: Capture, method: str) -> None:
         "data": {"train": "rows.jsonl", "validation": "rows.jsonl"},
         "train": {"max_steps": 2},
     }
-    import yaml
-
     Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
     for command in commands_in(run(capsys, "train", "recipe.yaml")):
         run(capsys, *command)
-    page = html.unescape(Path("my adapter", "report.html").read_text("utf-8"))
-    commands = list(commands_in(page.replace("<code>", "\n").replace("</code>", "\n")))
-    assert commands
-    for command in commands:
-        run(capsys, *command)
+    run_commands_of_page(Path("my adapter", "report.html"), capsys)
