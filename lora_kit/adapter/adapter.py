@@ -63,6 +63,7 @@ class Adapter:
         config: of the adapter.
         tensors: by PEFT's keys, read-only: `lora_A` (r, in), `lora_B` (out, r), saved modules as in the base.
         record: further facts, read-only.
+        folder: that it was loaded from, for messages; None of any other. No part of its identity.
 
     Raises:
         AdapterError: on construction, listing every tensor that does not match the config.
@@ -86,6 +87,7 @@ class Adapter:
         self.config = config
         self.tensors: Mapping[str, Tensor] = MappingProxyType({key: t.detach() for key, t in tensors.items()})
         self.record: Mapping[str, Any] = MappingProxyType(dict(record or {}))
+        self.folder: Path | None = None
         self._contents = classify_tensors(config, self.tensors, allow)
         if (
             self._contents.pairs
@@ -222,9 +224,11 @@ class Adapter:
     @classmethod
     def _build(cls, source: AdapterFolder, tensors: Mapping[str, Tensor], allow: Collection[str]) -> Adapter:
         try:
-            return cls(source.config, tensors, record=source.record, allow=allow)
+            adapter = cls(source.config, tensors, record=source.record, allow=allow)
         except AdapterError as error:
             raise AdapterError(f"{source.shown}: {error.message}", hint=error.hint) from None
+        adapter.folder = source.weights.parent
+        return adapter
 
     def save(
         self,

@@ -107,8 +107,8 @@ class LazyAdapter:
         return kept or self._read(self._source)
 
     def put_in_cache(self, adapter: Adapter, cache: AdapterCache) -> None:
-        """Keep its value for the next time, where it would have to be read."""
-        if isinstance(self._source, Path):
+        """Keep its value for the next time, where it would have to be read. One under other names is another value."""
+        if isinstance(self._source, Path) and adapter.digest == self._digest:
             cache.put(adapter)
 
     def _read(self, folder: Path) -> Adapter:

@@ -31,6 +31,7 @@ from lora_kit.layers.routing import BASE_SLOT, Routing
 from lora_kit.layers.slot_layer import SlotLayer
 from lora_kit.targets.compatibility import match_adapter
 from lora_kit.targets.coverage import Coverage, find_coverage
+from lora_kit.targets.legacy_names import convert_to_model_names
 
 
 class AdapterBank:
@@ -161,8 +162,9 @@ class AdapterBank:
         adapter = source if isinstance(source, Adapter) else Adapter.load(source, allow=allow)
         with self._change_lock:
             self._check_name(name)  # another thread may have taken it meanwhile
-            coverage = match_adapter(name, adapter, self.model, dtype=self.dtype, allow=allow)
-            resident = LoadedAdapter(adapter.config, coverage, adapter)
+            fitting = convert_to_model_names(name, adapter, self.model)
+            coverage = match_adapter(name, fitting, self.model, dtype=self.dtype, allow=allow)
+            resident = LoadedAdapter(fitting.config, coverage, fitting)
             with self._loaded_adapters.admit_adapters({name: resident}, keep=self._slots_in_use()):
                 self._loaded_adapters.fill(resident)
         return adapter

@@ -20,6 +20,7 @@ from lora_kit.merging.checkpoint.meta_model import TaskHead, build_empty_model
 from lora_kit.models.locate import find_local_folder, locate_base
 from lora_kit.models.silence import silence_libraries
 from lora_kit.targets.compatibility import match_adapter
+from lora_kit.targets.legacy_names import convert_to_model_names
 
 
 @dataclass(frozen=True)
@@ -141,9 +142,9 @@ class ExportCase:
     def check_base(self, allow: Collection[str]) -> None:
         """Where the base is known, raise AdapterError unless the adapter fits a model of its config."""
         if self._config is not None:
-            match_adapter(
-                self.name, self.adapter, build_empty_model(self._config, self._head), dtype=torch.float32, allow=allow
-            )
+            model = build_empty_model(self._config, self._head)
+            adapter = convert_to_model_names(self.name, self.adapter, model)
+            match_adapter(self.name, adapter, model, dtype=torch.float32, allow=allow)
 
     def require_config(self, why: str) -> dict[str, Any]:
         """As `base_config`.

@@ -32,6 +32,7 @@ from lora_kit.merging.verification import verify as proof
 from lora_kit.merging.writing import journal, writer
 from lora_kit.models.locate import find_base, find_local_folder
 from lora_kit.targets.fingerprint import fingerprint
+from lora_kit.targets.legacy_names import convert_to_model_names
 from lora_kit.torch_utils import parse_float_dtype
 from lora_kit.version import __version__
 
@@ -117,9 +118,9 @@ def merge(
     needed = _estimate_bytes(shards, parts, wanted) - _measure_folder(journal.journal_folder_of(out))
     with stage_folder(out, replace=replace, owned=preflight.is_merged_folder, needed=needed) as staging:
         work = _MergeJob(str(base), folder, shards, parts, wanted, frozenset(allow), quantized, beside)
-        report, origin = work.into(staging, out=out, progress=progress)
+        report, origin, part = work.into(staging, out=out, progress=progress)
         if verify == "logits":
-            report = dataclasses.replace(report, logits=work.compare_logits(staging, report))
+            report = dataclasses.replace(report, logits=work.compare_logits(staging, report, part))
         _write_record(staging, report, origin=origin, earlier=preflight.read_merged_digests(folder))
         size = _measure_folder(staging)
     return dataclasses.replace(report, out=out, bytes=size, seconds=time.perf_counter() - started)
@@ -147,13 +148,20 @@ class _MergeJob:
 
     def into(
         self, staging: Path, *, out: Path, progress: writer.BytesProgress | None
-    ) -> tuple[MergeReport, dict[str, Any]]:
-        """Write the merged model and check it. Returns the report, and the base's fingerprint."""
+    ) -> tuple[MergeReport, dict[str, Any], WeightedAdapter]:
+        """Write the merged model and check it.
+
+        Returns:
+            The report, the base's fingerprint, and the first adapter under the names of the base's modules.
+        """
         head = self.head
         saved = {key: tensor for part in self.parts for key, tensor in part.adapter.saved().items()}
         base = build_meta_model(self.folder, self.shards, head, saved=saved)
+        parts = [
+            part._replace(adapter=convert_to_model_names(part.name, part.adapter, base.model)) for part in self.parts
+        ]
         todo = plan_merge(
-            base, self.shards, self.parts, head=head, dtype=self.dtype, allow=self.allow, quantized=self.quantized
+            base, self.shards, parts, head=head, dtype=self.dtype, allow=self.allow, quantized=self.quantized
         )
         changes = model_files.compute_config_changes(base, self.folder, head, untied=bool(todo.untied))
         gone = ["quantization_config"] if self.quantized == quantisation.DEQUANTIZED else []
@@ -177,8 +185,8 @@ class _MergeJob:
             quantized=self.quantized,
         )
         proof.check_retention(report.tensors, dtype=report.dtype, allow=self.allow)
-        compared = proof.check_result(staging, base, self.shards, self.parts, head=head)
-        return dataclasses.replace(report, compared=compared), fingerprint(base.model, name=self.base)
+        compared = proof.check_result(staging, base, self.shards, parts, head=head)
+        return dataclasses.replace(report, compared=compared), fingerprint(base.model, name=self.base), parts[0]
 
     def _key(self, todo: MergePlan) -> str:
         """What the bytes of the weight files depend on."""
@@ -195,13 +203,13 @@ class _MergeJob:
         ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
-    def compare_logits(self, staging: Path, report: MergeReport) -> LogitCheck:
-        """The logits of what was written beside those of base + adapter."""
-        adapter = self.parts[0].adapter
+    def compare_logits(self, staging: Path, report: MergeReport, part: WeightedAdapter) -> LogitCheck:
+        """Compare the logits of what was written with those of the base and its only adapter."""
+        adapter = part.adapter
         return logits.check_logits(
             self.base,
             staging,
-            self.parts[0],
+            part,
             head=self.head,
             paths=None
             if self.dtype

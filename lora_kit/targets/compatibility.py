@@ -13,6 +13,7 @@ from lora_kit.adapter.peft_keys import LoraWeights, TokenEmbeddings
 from lora_kit.errors import AdapterError, BaseMismatchError
 from lora_kit.targets.coverage import Coverage, LayerTarget, survey_coverage
 from lora_kit.targets.fingerprint import list_base_mismatches
+from lora_kit.targets.legacy_names import suggest_conversion
 from lora_kit.targets.match import named_layers
 from lora_kit.targets.token_rows import TokenTarget
 
@@ -43,6 +44,7 @@ def match_adapter(
         head = f"{name!r} does not match this model: {count} of {total} covered layers have LoRA weights"
         only_unmatched = len(mismatches) == len(coverage.unmatched)
         hint = "allow 'unmatched-targets' if its list of names is meant for several models" if only_unmatched else ""
+        hint = hint or suggest_conversion(adapter, model)
         raise AdapterError("\n  ".join([head, *mismatches]), hint=hint)
     _check_base(name, adapter, model, coverage, allow)
     return coverage

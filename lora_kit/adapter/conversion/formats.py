@@ -7,6 +7,7 @@ PEFT (`save_pretrained`, and state dicts of wrapped models; https://github.com/h
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ from torch import Tensor
 from lora_kit.adapter.conversion.foreign_files import ForeignFiles
 from lora_kit.adapter.peft_keys import PREFIX, lora_weight_keys, magnitude_key
 from lora_kit.config.lora_config import LoraConfig
+from lora_kit.config.renamed_paths import rename_config_paths
 from lora_kit.errors import AdapterError, format_list
 
 WRAPPERS: Final = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
@@ -93,7 +95,20 @@ def from_peft(source: ForeignFiles, hints: ConversionHints) -> TranslatedAdapter
         )
     else:
         config = LoraConfig.from_dict(fields)
+    if hints.renames:
+        config = _rename_modules(config, source.tensors, hints)
+        notes.append("the modules have other names, so target_modules lists each with its whole path")
     return TranslatedAdapter(config, tensors, notes)
+
+
+def _rename_modules(config: LoraConfig, tensors: Mapping[str, Tensor], hints: ConversionHints) -> LoraConfig:
+    """Return a config that covers the modules under their new names, and no others."""
+    keys = _normalize_peft_keys(tensors, dataclasses.replace(hints, renames={}), [])
+    paths = [key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in keys if ".lora_" in key]
+    saved = tuple(hints.rename(name) for name in config.modules_to_save)
+    if paths and not config.target_parameters:
+        config = rename_config_paths(config, {path: hints.rename(path) for path in paths})
+    return dataclasses.replace(config, modules_to_save=saved)
 
 
 def _normalize_peft_keys(tensors: Mapping[str, Tensor], hints: ConversionHints, notes: list[str]) -> dict[str, Tensor]:
