@@ -38,20 +38,27 @@ def convert(
     Reads PEFT of any age, state dicts of wrapped models, loralib and mlx-lm; the updates stay the same.
 
     Args:
-        source: A folder or a weight file.
+        source: A folder, a weight file, a name in the store, or a hub id.
         out: The adapter folder to write.
         alpha: Numerator of the scaling, where the files do not contain it (loralib).
         enable_lora: Which of the equal parts of a fused projection have LoRA weights, once for each part.
         base: Name of the base.
     """
     from lora_kit.adapter.conversion.convert import convert as run
+    from lora_kit.adapter.store import find_adapter
 
     check_adapter_output(out, replace=replace)
     parts = [item.partition("=") for item in rename or ()]
     if any(not old or not sign for old, sign, _ in parts):
         raise ConfigError(f"--rename {rename} was given", hint="OLD=NEW, as in language_model.model=model")
     renames = {old: new for old, _, new in parts}
-    adapter = run(source, lora_alpha=alpha, enable_lora=enable_lora, renames=renames, base=base)
+    adapter = run(
+        source if source.exists() else find_adapter(str(source)),
+        lora_alpha=alpha,
+        enable_lora=enable_lora,
+        renames=renames,
+        base=base,
+    )
     adapter.save(out, replace=replace)
     facts = adapter.record["converted"]
     if json:

@@ -19,6 +19,7 @@ from lora_kit.generation.prompts import encode_prompt, resolve_styles
 from lora_kit.models.loading import Base, load_base, load_input_spec
 from lora_kit.models.tasks import SEQ2SEQ, find_task_by_peft_type
 from lora_kit.names import DEFAULT_STORE
+from lora_kit.targets.legacy_names import convert_to_model_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +111,11 @@ def attach_adapters(
     Raises:
         AdapterError, BaseMismatchError: one does not fit the model, which is as it was.
     """
-    values = {label: adapter for label, adapter in adapters.items() if adapter is not None}
+    values = {
+        label: convert_to_model_names(label, adapter, model)
+        for label, adapter in adapters.items()
+        if adapter is not None
+    }
     if not values:
         yield None
         return

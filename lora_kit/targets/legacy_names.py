@@ -13,7 +13,7 @@ import logging
 import math
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kit.adapter.adapter import Adapter
+from lora_kit.adapter.conversion.formats import ConversionHints
 from lora_kit.adapter.peft_keys import PREFIX, LoraWeights, lora_weight_keys
 from lora_kit.config.renamed_paths import rename_config_paths
 from lora_kit.layers.experts import list_own_parameters
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MOST_RENAMES: Final = 4
+"""Renames that a command in a hint has at most."""
 
 
 def convert_to_model_names(name: str, adapter: Adapter, model: nn.Module) -> Adapter:
@@ -44,7 +46,7 @@ def convert_to_model_names(name: str, adapter: Adapter, model: nn.Module) -> Ada
         name: of the adapter, for the log.
 
     Returns:
-        An adapter with the same updates, as every module of it is found in the model; else the one given.
+        An adapter with the same updates, each module of which the model has; the one given where a module is nowhere.
     """
     places = dict(named_layers(model))
     missing = [path for path in _list_module_paths(adapter) if path not in places]
@@ -66,16 +68,11 @@ def convert_to_model_names(name: str, adapter: Adapter, model: nn.Module) -> Ada
 
 
 def suggest_conversion(adapter: Adapter, model: nn.Module) -> str:
-    """Return the command that renames an adapter's modules to the model's; empty where no few renames do it."""
-    places = [path for path, _ in named_layers(model)]
-    known = set(places)
-    missing = [path for path in _list_module_paths(adapter) if path not in known]
-    renames: dict[str, str] = {}
-    for path in missing:
-        old, new = next(iter(_find_renames(path, places)), ("", ""))
-        if not old or renames.setdefault(old, new) != new or len(renames) > _MOST_RENAMES:
-            return ""
-    if not renames:
+    """Return the command that renames an adapter's modules to the model's; empty where a few renames do not do it."""
+    places, paths = dict(named_layers(model)), _list_module_paths(adapter)
+    renames = dict(filter(None, (_find_rename(path, list(places)) for path in paths if path not in places)))
+    rename = ConversionHints(renames=renames).rename
+    if not 0 < len(renames) <= _MOST_RENAMES or any(rename(path) not in places for path in paths):
         return ""
     folder = shlex.quote(str(adapter.folder)) if adapter.folder else "ADAPTER"
     flags = " ".join(f"--rename {shlex.quote(f'{old}={new}')}" for old, new in renames.items())
@@ -136,7 +133,7 @@ def _find_transforms(model: nn.Module) -> Sequence[WeightTransform]:
 
     if not isinstance(model, PreTrainedModel):
         return []
-    transforms: Sequence[WeightTransform] = get_model_conversion_mapping(model, add_legacy=False)
+    transforms: Sequence[WeightTransform] = get_model_conversion_mapping(model)
     return transforms
 
 
@@ -251,7 +248,7 @@ def _fuse(adapter: Adapter, model: nn.Module, names: _ModelNames, parameters: Ma
         for path, pair in scaled.items()
         if path not in names.fused and path not in names.matrices
     }
-    rank = max(*(a.shape[1] for a, _ in stacked.values()), *(pair.a.shape[0] for pair in layers.values()))
+    rank = max([*(a.shape[1] for a, _ in stacked.values()), *(pair.a.shape[0] for pair in layers.values())])
     fused_config = dataclasses.replace(
         config,
         r=rank,
@@ -325,16 +322,19 @@ def _pad(tensor: Tensor, axis: int, size: int) -> Tensor:
 # A command that renames them
 
 
-def _find_renames(path: str, places: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield beginnings of a path and of the model's paths that are equal behind them, the longest equal end first."""
+def _find_rename(path: str, places: Sequence[str]) -> tuple[str, str] | None:
+    """Return the beginnings of a path and of the only module of the model that has the longest equal end.
+
+    None where several have it, or none.
+    """
     parts = path.split(".")
     for start in range(len(parts)):
         end = "." + ".".join(parts[start:])
         found = [place for place in places if f".{place}".endswith(end)]
-        if not found:
-            continue
         if len(found) == 1:
             old, new = ".".join(parts[:start]), f".{found[0]}"[: -len(end)].removeprefix(".")
             # A beginning to rename is never empty: the first part of the equal end goes with it.
-            yield (old, new) if old else (parts[0], f"{new}.{parts[0]}")
-        return
+            return (old, new) if old else (parts[0], f"{new}.{parts[0]}")
+        if found:
+            return None
+    return None

@@ -20,6 +20,7 @@ from lora_kit.adapter.folder import CONFIG, WEIGHTS
 from lora_kit.adapter.peft_keys import PREFIX
 from lora_kit.cli.main import main
 from lora_kit.errors import AdapterError
+from lora_kit.generation.generate import attach_adapters
 from lora_kit.io.safetensors import encode_safetensors
 from tests.support import tiny
 
@@ -233,6 +234,14 @@ def test_an_adapter_that_is_loaded_when_it_is_needed_is_converted_too(tmp_path: 
     for name in ("one", "two", "one"):
         with bank.using(name):
             assert torch.equal(logits(model), wanted)
+
+
+def test_a_bank_for_certain_adapters_has_room_for_their_fused_experts(tmp_path: Path) -> None:
+    make, shapes, fields = CASES["mixtral"]
+    adapter = lk.Adapter.load(write(tmp_path / "adapter", shapes, **fields))
+    with attach_adapters(made(make), {"old": adapter}) as bank:
+        assert bank is not None
+        assert {target.rank for target in bank.coverage("old").targets} == {8}
 
 
 @pytest.mark.parametrize("case", ["llava", "mixtral, attention and router"])
