@@ -179,9 +179,8 @@ class Adapter:
             allow: which of `ALLOWANCES` are accepted instead of rejected.
 
         Raises:
-            AdapterError: the weights or the record are wrong; says what is wrong in which file.
+            AdapterError: nothing is called so; or the weights or the record are wrong: says what in which file.
             ConfigError: `adapter_config.json` is wrong, or `folder` is neither text nor a path.
-            UnknownAdapterError: nothing is called so.
             StorageError: a file cannot be read, or does not fit in memory.
 
         Example:

@@ -84,8 +84,18 @@ def resolve_adapter(adapter: str | Path, *, store: str | Path = DEFAULT_STORE) -
 
 
 def resolve_folder(adapter: str | Path) -> Path:
-    """Return the folder of an adapter that is given as a `Path`, as it is, or as text; see `resolve_adapter`."""
-    return adapter if isinstance(adapter, Path) else resolve_adapter(adapter).folder
+    """Return the folder of an adapter that is given as a `Path`, as it is, or as text; see `resolve_adapter`.
+
+    Raises:
+        AdapterError: nothing is called so.
+        ConfigError: `adapter` is neither text nor a path.
+    """
+    if isinstance(adapter, Path):
+        return adapter
+    try:
+        return resolve_adapter(adapter).folder
+    except UnknownAdapterError as error:
+        raise AdapterError(f"{escape_text(adapter)} is not a folder: {error.message}", hint=error.hint) from None
 
 
 def label_adapter_folder(folder: str | Path) -> str:

@@ -59,14 +59,19 @@ def read_recipe_fields(source: RecipeSource, *, overrides: Section | None = None
         fields, where = source.to_dict(), "the recipe"
     elif isinstance(source, Mapping):
         fields, where = copy_nested(source), "the recipe"
-    elif not isinstance(source, (str, os.PathLike)):
-        hint = "give the file of a recipe, a mapping or a Recipe"
-        raise RecipeError(f"{format_value(source)} was given as a recipe", hint=hint)
     else:
+        _check_is_path(source)
         fields, where = _read_recipe_file(Path(source)), str(source)
     for key, value in (overrides or {}).items():
         _override(fields, key, value)
     return fields, where
+
+
+def _check_is_path(source: object) -> None:
+    """Raise RecipeError for what is not even the name of a file."""
+    if not isinstance(source, (str, os.PathLike)):
+        hint = "give the file of a recipe, a mapping or a Recipe"
+        raise RecipeError(f"{format_value(source)} was given as a recipe", hint=hint)
 
 
 def _read_recipe_file(path: Path) -> dict[str, Any]:
