@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.adapter_location import resolve_adapter
-from lora_kit.adapter.folder import CONFIG, list_adapter_subfolders
+from lora_kit.adapter.folder import CONFIG, has_adapter_files
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import AdapterError, LoraKitError
 from lora_kit.io.strict_json import JsonObject
@@ -63,7 +63,7 @@ def list_adapters(store: str | Path = DEFAULT_STORE) -> list[AdapterSummary]:
     store = Path(store)
     if not store.is_dir():
         raise AdapterError(f"{str(store)!r} is not a folder", hint="give the folder that holds one folder per adapter")
-    return [_summarize_adapter(folder) for folder in list_adapter_subfolders(store)]
+    return [_summarize_adapter(folder) for folder in sorted(store.iterdir()) if has_adapter_files(folder)]
 
 
 def find_adapter(adapter: str | Path, *, store: str | Path = DEFAULT_STORE) -> Path:

@@ -61,7 +61,7 @@ def infer_base(adapters: Sequence[str | Path], *, store: str | Path = DEFAULT_ST
     chosen: dict[str, str] = {}
     labels: dict[str, str] = {}
     for adapter in adapters:
-        found = AdapterFolder.open(resolve_adapter(adapter, store=store).folder, allow=())
+        found = AdapterFolder.open(resolve_adapter(adapter, store=store).folder, allow=("changed-files",))
         fingerprint = (found.record or {}).get("base")
         base = NamedBase.of(found.config, fingerprint)
         if base.name is None or base.problem is not None:

@@ -24,6 +24,7 @@ from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.conversion.formats import ConversionHints
 from lora_kit.adapter.peft_keys import PREFIX, LoraWeights, lora_weight_keys
 from lora_kit.config.renamed_paths import rename_config_paths
+from lora_kit.errors import AdapterError
 from lora_kit.layers.experts import list_own_parameters
 from lora_kit.layers.introspect import kind_of
 from lora_kit.layers.parameter import is_transposed
@@ -47,6 +48,9 @@ def convert_to_model_names(name: str, adapter: Adapter, model: nn.Module) -> Ada
 
     Returns:
         An adapter with the same updates, each module of which the model has; the one given where a module is nowhere.
+
+    Raises:
+        AdapterError: LoRA weights of experts of another number or size than the model's.
     """
     places = dict(named_layers(model))
     missing = [path for path in _list_module_paths(adapter) if path not in places]
@@ -55,7 +59,7 @@ def convert_to_model_names(name: str, adapter: Adapter, model: nn.Module) -> Ada
         return adapter
     parameters = _list_parameters(places)
     names = _find_model_names(missing, transforms, parameters, places)
-    if names is None or (names.parameters and (adapter.config.use_dora or adapter.config.target_parameters)):
+    if names is None or (names.parts and (adapter.config.use_dora or adapter.config.target_parameters)):
         return adapter
     logger.warning(
         "%s: %d of its modules have the names of an older transformers; they are read as this model's: %s -> %s",
@@ -64,7 +68,7 @@ def convert_to_model_names(name: str, adapter: Adapter, model: nn.Module) -> Ada
         missing[0],
         names.place_of(missing[0]),
     )
-    return _fuse(adapter, model, names, parameters) if names.parameters else _rename(adapter, model, names.renamed)
+    return _fuse(adapter, model, names, parameters) if names.parts else _rename(adapter, model, names.renamed)
 
 
 def suggest_conversion(adapter: Adapter, model: nn.Module) -> str:
@@ -84,19 +88,19 @@ def suggest_conversion(adapter: Adapter, model: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class _FusedPart:
-    """A layer of an older transformers that is some rows of one matrix of a parameter.
+    """A layer of an older transformers that is some rows of a matrix of a parameter, or all of them (a router's).
 
     Attributes:
-        parameter: path of the parameter (experts, out, in).
+        parameter: path of the parameter, (experts, out, in) or (out, in).
         expert: which of the matrices.
         part: which of the equal parts of its rows.
         parts: how many there are.
     """
 
     parameter: str
-    expert: int
-    part: int
-    parts: int
+    expert: int = 0
+    part: int = 0
+    parts: int = 1
 
 
 @dataclass
@@ -105,23 +109,16 @@ class _ModelNames:
 
     Attributes:
         renamed: paths of the model's modules, by the adapter's.
-        fused: parts of parameters, by the adapter's path.
-        matrices: paths of parameters that were the weight of a linear layer, by the adapter's path.
+        parts: parts of parameters, by the adapter's path.
     """
 
     renamed: dict[str, str] = field(default_factory=dict)
-    fused: dict[str, _FusedPart] = field(default_factory=dict)
-    matrices: dict[str, str] = field(default_factory=dict)
+    parts: dict[str, _FusedPart] = field(default_factory=dict)
 
     def place_of(self, path: str) -> str:
         """Return the module or the parameter of the model that a module of the adapter is."""
-        part = self.fused.get(path)
-        return part.parameter if part is not None else self.matrices.get(path) or self.renamed[path]
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """Paths of the parameters that have an update."""
-        return tuple(dict.fromkeys([*(part.parameter for part in self.fused.values()), *self.matrices.values()]))
+        part = self.parts.get(path)
+        return self.renamed[path] if part is None else part.parameter
 
 
 def _find_transforms(model: nn.Module) -> Sequence[WeightTransform]:
@@ -173,11 +170,11 @@ def _find_model_names(
         renamed = key.removesuffix(".weight")
         fused = None if renamed in places else _find_fused_part(key, converters, parameters, places)
         if fused is not None:
-            names.fused[path] = fused
+            names.parts[path] = fused
         elif renamed not in places:
             return None
         elif kind_of(places[renamed]) is None and f"{renamed}.weight" in parameters:
-            names.matrices[path] = f"{renamed}.weight"
+            names.parts[path] = _FusedPart(f"{renamed}.weight")
         else:
             names.renamed[path] = renamed
     return names
@@ -242,12 +239,11 @@ def _fuse(adapter: Adapter, model: nn.Module, names: _ModelNames, parameters: Ma
         path: dataclasses.replace(pair, b=_scale(pair.b, config.scaling_of(path) / scaling))
         for path, pair in pairs.items()
     }
-    stacked = {path: _stack_experts(scaled, path, parameters[path].shape, names) for path in names.parameters}
-    layers = {
-        names.renamed.get(path, path): pair
-        for path, pair in scaled.items()
-        if path not in names.fused and path not in names.matrices
-    }
+    parts: dict[str, dict[str, _FusedPart]] = {}
+    for path, part in names.parts.items():
+        parts.setdefault(part.parameter, {})[path] = part
+    stacked = {path: _stack_experts(scaled, own, parameters[path].shape) for path, own in parts.items()}
+    layers = {names.renamed.get(path, path): pair for path, pair in scaled.items() if path not in names.parts}
     rank = max([*(a.shape[1] for a, _ in stacked.values()), *(pair.a.shape[0] for pair in layers.values())])
     fused_config = dataclasses.replace(
         config,
@@ -255,7 +251,7 @@ def _fuse(adapter: Adapter, model: nn.Module, names: _ModelNames, parameters: Ma
         lora_alpha=scaling * (math.sqrt(rank) if config.use_rslora else rank),
         lora_dropout=0.0,
         target_modules=tuple(layers),
-        target_parameters=names.parameters,
+        target_parameters=tuple(parts),
         rank_pattern={},
         alpha_pattern={},
         layers_to_transform=None,
@@ -278,33 +274,36 @@ def _fuse(adapter: Adapter, model: nn.Module, names: _ModelNames, parameters: Ma
 
 
 def _stack_experts(
-    pairs: Mapping[str, LoraWeights], parameter: str, shape: Sequence[int], names: _ModelNames
+    pairs: Mapping[str, LoraWeights], parts: Mapping[str, _FusedPart], shape: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Return A and B of each matrix of a parameter; zero where the adapter has no update.
 
     Args:
         pairs: of the adapter, by its paths.
+        parts: those of this parameter, by the adapter's paths.
         shape: of the parameter, (experts, out, in) or (out, in).
 
     Returns:
         A (experts, r, in) and B (experts, out, r).
+
+    Raises:
+        AdapterError: LoRA weights of another shape than the rows of the parameter.
     """
-    pieces = {
-        (part.expert, part.part): pairs[path] for path, part in names.fused.items() if part.parameter == parameter
-    }
-    for path, matrix in names.matrices.items():
-        if matrix == parameter:
-            pieces[0, 0] = pairs[path]
-    parts = next((part.parts for part in names.fused.values() if part.parameter == parameter), 1)
-    present = sorted({part for _, part in pieces})
-    first, rank = next(iter(pieces.values())), max(pair.a.shape[0] for pair in pieces.values())
     experts, height, width = (1, *shape)[-3:]
+    present = sorted({part.part for part in parts.values()})
+    first, rank = pairs[next(iter(parts))], max(pairs[path].a.shape[0] for path in parts)
     a = first.a.new_zeros(experts, rank * len(present), width)
     b = first.b.new_zeros(experts, height, rank * len(present))
-    for (expert, part), pair in pieces.items():
-        row, column = part * (height // parts), present.index(part) * rank
-        a[expert, column : column + pair.a.shape[0]] = pair.a
-        b[expert, row : row + pair.b.shape[0], column : column + pair.b.shape[1]] = pair.b
+    for path, part in parts.items():
+        pair, rows = pairs[path], height // part.parts
+        if part.expert >= experts or (pair.a.shape[1:], pair.b.shape[:1]) != ((width,), (rows,)):
+            raise AdapterError(
+                f"{path}: A {tuple(pair.a.shape)} B {tuple(pair.b.shape)}, but {part.parameter} has {experts} experts "
+                f"of {width} inputs and {part.parts} times {rows} outputs"
+            )
+        row, column = part.part * rows, present.index(part.part) * rank
+        a[part.expert, column : column + pair.a.shape[0]] = pair.a
+        b[part.expert, row : row + rows, column : column + pair.b.shape[1]] = pair.b
     return a, b
 
 

@@ -236,6 +236,17 @@ def test_an_adapter_that_is_loaded_when_it_is_needed_is_converted_too(tmp_path: 
             assert torch.equal(logits(model), wanted)
 
 
+def test_experts_of_another_model_are_an_error_of_the_adapter(tmp_path: Path) -> None:
+    for name, shapes in (
+        ("wide", {"model.layers.0.block_sparse_moe.experts.0.w1": (64, 48)}),
+        ("tall", {"model.layers.0.block_sparse_moe.experts.0.w2": (48, 64)}),
+        ("many", {"model.layers.0.block_sparse_moe.experts.7.w1": (32, 48)}),
+    ):
+        folder = write(tmp_path / name, shapes, target_modules=["w1", "w2"])
+        with pytest.raises(AdapterError, match=r"but model\.layers\.0\.mlp\.experts\.\w+ has 3 experts"):
+            lk.attach(made(mixtral)).load("x", folder)
+
+
 def test_a_bank_for_certain_adapters_has_room_for_their_fused_experts(tmp_path: Path) -> None:
     make, shapes, fields = CASES["mixtral"]
     adapter = lk.Adapter.load(write(tmp_path / "adapter", shapes, **fields))
