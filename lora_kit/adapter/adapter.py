@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from lora_kit.adapter.adapter_location import resolve_folder
 from lora_kit.adapter.folder import (
     ALLOWANCES,
     CARD,
@@ -63,6 +64,7 @@ class Adapter:
         config: of the adapter.
         tensors: by PEFT's keys, read-only: `lora_A` (r, in), `lora_B` (out, r), saved modules as in the base.
         record: further facts, read-only.
+        folder: that it was loaded from, for messages; None of any other. No part of its identity.
 
     Raises:
         AdapterError: on construction, listing every tensor that does not match the config.
@@ -87,6 +89,7 @@ class Adapter:
         self.config = config
         self.tensors: Mapping[str, Tensor] = MappingProxyType({key: t.detach() for key, t in tensors.items()})
         self.record: Mapping[str, Any] = MappingProxyType(dict(record or {}))
+        self.folder: Path | None = None
         self._contents = classify_tensors(config, self.tensors, allow)
         if (
             self._contents.pairs
@@ -177,12 +180,13 @@ class Adapter:
         """Read an adapter folder, strictly.
 
         Args:
-            folder: of the adapter.
+            folder: of the adapter, as a path; or, as text, its name in the store `adapters/` or an id of the hub, see
+                `lora_kit.adapter.adapter_location.resolve_adapter`.
             allow: which of `ALLOWANCES` are accepted instead of rejected.
 
         Raises:
-            AdapterError: the weights or the record are wrong; says what is wrong in which file.
-            ConfigError: `adapter_config.json` is wrong.
+            AdapterError: nothing is called so; or the weights or the record are wrong: says what in which file.
+            ConfigError: `adapter_config.json` is wrong, or `folder` is neither text nor a path.
             StorageError: a file cannot be read, or does not fit in memory.
 
         Example:
@@ -190,7 +194,7 @@ class Adapter:
             adapter.config.r, adapter.num_parameters, adapter.digest
         """
         check_allowances(allow)
-        folder = Path(folder)
+        folder = resolve_folder(folder)
         for _ in range(_READ_ATTEMPTS):
             identity = _stat_folder(folder)
             try:
@@ -225,9 +229,11 @@ class Adapter:
     @classmethod
     def _build(cls, source: AdapterFolder, tensors: Mapping[str, Tensor], allow: Collection[str]) -> Adapter:
         try:
-            return cls(source.config, tensors, record=source.record, allow=allow)
+            adapter = cls(source.config, tensors, record=source.record, allow=allow)
         except AdapterError as error:
             raise AdapterError(f"{source.shown}: {error.message}", hint=error.hint) from None
+        adapter.folder = source.weights.parent
+        return adapter
 
     def save(
         self,

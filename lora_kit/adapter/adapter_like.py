@@ -1,13 +1,14 @@
-"""An adapter as people give it: a folder, a name in the store, or the value itself."""
+"""An adapter as people give it: a folder, a name in the store, a hub id, or the value itself."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from lora_kit.adapter.adapter import Adapter
+from lora_kit.adapter.adapter_location import label_adapter_folder
 
 AdapterLike = str | Path | Adapter
-"""A folder, a name in the store, or an Adapter. Where the base itself can be meant: `AdapterLike | None`."""
+"""A folder, a name in the store, a hub id, or an Adapter. Where the base itself can be meant: `AdapterLike | None`."""
 
 
 def short_label_of(source: AdapterLike, adapter: Adapter) -> str:
@@ -17,4 +18,4 @@ def short_label_of(source: AdapterLike, adapter: Adapter) -> str:
         source: what was given.
         adapter: what was read from it.
     """
-    return adapter.digest[:12] if isinstance(source, Adapter) else Path(source).resolve().name
+    return adapter.digest[:12] if isinstance(source, Adapter) else label_adapter_folder(source)

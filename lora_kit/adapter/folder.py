@@ -53,6 +53,19 @@ def is_adapter_folder(folder: Path) -> bool:
     return (folder / CONFIG).is_file() or (folder / RECORD).is_file()
 
 
+def has_adapter_files(folder: Path) -> bool:
+    """Return whether a folder has the config or the weights of an adapter; a link that leads nowhere counts."""
+    return any(exists(folder / name) for name in (CONFIG, WEIGHTS, OLD_WEIGHTS))
+
+
+def list_adapter_subfolders(folder: Path) -> list[Path]:
+    """Return the folders directly in a folder that hold an adapter, by name; none where it cannot be read."""
+    try:
+        return [entry for entry in sorted(folder.iterdir()) if has_adapter_files(entry)]
+    except (OSError, ValueError):  # ValueError: a NUL
+        return []
+
+
 def check_allowances(allow: Collection[str]) -> None:
     """Raise ConfigError for a name that is not one of `ALLOWANCES`."""
     unknown = [name for name in allow if name not in ALLOWANCES]
@@ -99,7 +112,9 @@ class AdapterFolder:
         if not folder_exists(folder):
             raise AdapterError(f"{shown} is not a folder", hint="an adapter is a folder with an adapter_config.json")
         if not exists(folder / CONFIG):
-            raise ConfigError(f"{shown} has no {CONFIG}", hint="is it an adapter folder?")
+            below = [escape_text(entry) for entry in list_adapter_subfolders(folder)]
+            hint = f"these hold an adapter: {format_list(below)}" if below else "is it an adapter folder?"
+            raise ConfigError(f"{shown} has no {CONFIG}", hint=hint)
         text = read_text(folder / CONFIG, limit=_CONFIG_LIMIT)
         record = _read_record(folder)
         facts = None if record is None or "changed-files" in allow else _file_facts_of(record, shown)

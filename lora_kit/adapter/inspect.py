@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_kit.adapter.adapter import Adapter
+from lora_kit.adapter.adapter_location import label_adapter_folder
 from lora_kit.adapter.conversion.convert import read_foreign_adapter
 from lora_kit.adapter.folder import RECORD
 from lora_kit.adapter.peft_keys import LoraWeights
@@ -104,14 +105,15 @@ class Inspection:
         return {**to_json_value(self), "config": self.config.to_dict(), "norm": self.norm}
 
 
-def inspect(adapter: str | Path, *, store: str | Path = DEFAULT_STORE) -> Inspection:
+def inspect(adapter: str | Path, *, store: str | Path = DEFAULT_STORE, allow: Collection[str] = ()) -> Inspection:
     """Inspect an adapter; it is read as strictly as loading reads it.
 
     An adapter in the format of another tool is shown as `lora_kit.adapter.conversion` converts it.
 
     Args:
-        adapter: a folder, the name of one in `store`, or a weight file of another tool.
+        adapter: a folder, the name of one in `store`, an id of the hub, or a weight file of another tool.
         store: where names are looked up.
+        allow: as in `Adapter.load`.
 
     Raises:
         UnknownAdapterError: no such folder and no such name.
@@ -119,9 +121,9 @@ def inspect(adapter: str | Path, *, store: str | Path = DEFAULT_STORE) -> Inspec
         ConfigError: its config cannot be read.
     """
     folder = Path(adapter) if Path(adapter).is_file() else find_adapter(adapter, store=store)
-    loaded, notes = _load_or_convert(folder)
+    loaded, notes = _load_or_convert(folder, allow)
     return Inspection(
-        name=folder.resolve().name,
+        name=label_adapter_folder(folder),
         folder=folder,
         config=loaded.config,
         layers=summarize_layers(loaded),
@@ -136,10 +138,10 @@ def inspect(adapter: str | Path, *, store: str | Path = DEFAULT_STORE) -> Inspec
     )
 
 
-def _load_or_convert(path: Path) -> tuple[Adapter, tuple[str, ...]]:
+def _load_or_convert(path: Path, allow: Collection[str]) -> tuple[Adapter, tuple[str, ...]]:
     """Load an adapter, or convert one of another tool; return notes on how it was converted too."""
     try:
-        return Adapter.load(path), ()
+        return Adapter.load(path, allow=allow), ()
     except (AdapterError, ConfigError) as error:
         if (path / RECORD).exists():
             raise  # one of ours, which is damaged

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Final, TypeVar
 
 from lora_kit.adapter.adapter import Adapter
+from lora_kit.adapter.adapter_location import resolve_folder
 from lora_kit.errors import AdapterError, ConfigError, StorageError, VerificationError
 from lora_kit.io.atomic_write import stage_file
 from lora_kit.io.read import exists
@@ -29,7 +30,7 @@ def sign(folder: str | Path, *, key: str | Path, replace: bool = False) -> Path:
     """Sign an adapter's folder as it is now; it is loaded first, so that nothing damaged is signed.
 
     Args:
-        folder: of the adapter.
+        folder: of the adapter, or its name, as in `Adapter.load`.
         key: a private elliptic curve key in a PEM file, without a password.
         replace: a signature that is there already may be replaced.
 
@@ -41,7 +42,7 @@ def sign(folder: str | Path, *, key: str | Path, replace: bool = False) -> Path:
         ConfigError: its config or the key cannot be read, or model-signing is not installed.
         StorageError: there is a signature already, or it cannot be written.
     """
-    folder, library = Path(folder).resolve(), _import_model_signing()
+    folder, library = resolve_folder(folder).resolve(), _import_model_signing()
     Adapter.load(folder)
     target = folder / SIGNATURE
     if exists(target) and not replace:
@@ -57,7 +58,7 @@ def verify(folder: str | Path, *, key: str | Path) -> Adapter:
     """Check that an adapter's folder is, file by file, what the owner of a key signed.
 
     Args:
-        folder: of the adapter, with `model.sig` in it.
+        folder: of the adapter, or its name, as in `Adapter.load`; with `model.sig` in it.
         key: the public key in a PEM file.
 
     Returns:
@@ -68,7 +69,7 @@ def verify(folder: str | Path, *, key: str | Path) -> Adapter:
         ConfigError: the key cannot be read, or model-signing is not installed.
         VerificationError: it is the signature of another key, or is damaged; or a file was changed, removed or added.
     """
-    folder, library = Path(folder).resolve(), _import_model_signing()
+    folder, library = resolve_folder(folder).resolve(), _import_model_signing()
     if not exists(folder / SIGNATURE):
         raise AdapterError(f"{escape_text(folder)} is not signed", hint=f"there is no {SIGNATURE} in it")
     config = library.verifying.Config().set_hashing_config(_build_hashing_config(library, folder))

@@ -1,20 +1,21 @@
-"""The adapter store: list the adapters of a folder, find one by its name."""
+"""The adapter store: list the adapters of a folder, find one by what it is called."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.adapter.folder import CONFIG, OLD_WEIGHTS, WEIGHTS
+from lora_kit.adapter.adapter_location import resolve_adapter
+from lora_kit.adapter.folder import CONFIG, has_adapter_files
 from lora_kit.config.lora_config import LoraConfig
-from lora_kit.errors import AdapterError, ConfigError, LoraKitError, UnknownAdapterError, format_list, suggest_nearest
+from lora_kit.errors import AdapterError, LoraKitError
 from lora_kit.io.strict_json import JsonObject
-from lora_kit.names import DEFAULT_STORE, KIT_BASE
+from lora_kit.names import DEFAULT_STORE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,43 +63,16 @@ def list_adapters(store: str | Path = DEFAULT_STORE) -> list[AdapterSummary]:
     store = Path(store)
     if not store.is_dir():
         raise AdapterError(f"{str(store)!r} is not a folder", hint="give the folder that holds one folder per adapter")
-    return [_summarize_adapter(folder) for folder in sorted(store.iterdir()) if _has_adapter_files(folder)]
+    return [_summarize_adapter(folder) for folder in sorted(store.iterdir()) if has_adapter_files(folder)]
 
 
 def find_adapter(adapter: str | Path, *, store: str | Path = DEFAULT_STORE) -> Path:
-    """Return the folder of an adapter that is given as a folder, or by its name in the store.
+    """Return the folder of an adapter that is given as a path, by its name in the store, or as an id of the hub.
 
     Raises:
-        UnknownAdapterError: there is neither; names the nearest adapter of the store.
+        UnknownAdapterError, AdapterError, ConfigError: as `lora_kit.adapter.adapter_location.resolve_adapter`.
     """
-    path, store = Path(adapter), Path(store)
-    is_name = len(path.parts) == 1 and path.name == str(adapter) != ".."
-    if is_name and not _has_adapter_files(path) and _has_adapter_files(store / path):
-        return store / path
-    if str(adapter) and path.is_dir():
-        return path
-    known = [folder.name for folder in sorted(store.iterdir()) if _has_adapter_files(folder)] if store.is_dir() else []
-    error = UnknownAdapterError(str(adapter), known)
-    error.hint = suggest_nearest(path.name, known) or f"a folder, or a name in {store}/: {format_list(known)}"
-    raise error
-
-
-def infer_base(adapters: Sequence[str | Path], *, store: str | Path = DEFAULT_STORE) -> str:
-    """Return the base to use where the user gives none: `kit-base`, if every adapter was made for it.
-
-    Another name in a config was written by whoever made the adapter: it is shown, and not loaded unless the user asks.
-
-    Raises:
-        ConfigError: an adapter names another base, or none.
-    """
-    for adapter in adapters:
-        base = Adapter.load(find_adapter(adapter, store=store)).config.base_model_name_or_path
-        if base != KIT_BASE:
-            label = f"names {base!r} as its base" if base else "names no base"
-            raise ConfigError(
-                f"adapter {str(adapter)!r} {label}, and no base was given", hint="give the base with --base"
-            )
-    return KIT_BASE
+    return resolve_adapter(adapter, store=store).folder
 
 
 def sum_file_sizes(folder: Path) -> int:
@@ -168,7 +142,3 @@ def _summarize_config(config: LoraConfig | None) -> dict[str, Any]:
         + (("trainable_token_indices",) if config.trainable_token_indices else ()),
         "base": config.base_model_name_or_path,
     }
-
-
-def _has_adapter_files(folder: Path) -> bool:
-    return any((folder / name).is_file() or (folder / name).is_symlink() for name in (CONFIG, WEIGHTS, OLD_WEIGHTS))

@@ -9,8 +9,8 @@ from typing import Any
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.adapter_like import AdapterLike, short_label_of
+from lora_kit.adapter.adapter_location import resolve_adapter
 from lora_kit.adapter.folder import check_allowances
-from lora_kit.adapter.store import find_adapter
 from lora_kit.algebra.low_rank import LowRankUpdate
 from lora_kit.errors import BaseMismatchError, MergeError
 from lora_kit.io.text import escape_text
@@ -36,14 +36,14 @@ class SourceAdapter:
 
     @classmethod
     def of(cls, source: AdapterLike, *, allow: Collection[str] = ()) -> SourceAdapter:
-        """Read an adapter given as a folder, a name in the store or a value.
+        """Read an adapter given as a folder, a name in the store, a hub id or a value.
 
         Raises:
             UnknownAdapterError: it is not there.
             AdapterError: it cannot be read.
         """
         check_allowances(allow)
-        source = source if isinstance(source, Adapter) else find_adapter(source)
+        source = source if isinstance(source, Adapter) else resolve_adapter(source).folder
         adapter = source if isinstance(source, Adapter) else Adapter.load(source, allow=allow)
         return cls(short_label_of(source, adapter), adapter)
 

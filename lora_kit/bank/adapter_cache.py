@@ -8,6 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from lora_kit.adapter.adapter import Adapter
+from lora_kit.adapter.adapter_location import resolve_folder
 from lora_kit.adapter.folder import AdapterFolder, check_allowances
 from lora_kit.errors import AdapterError, ConfigError
 from lora_kit.io.text import escape_text
@@ -71,7 +72,7 @@ class LazyAdapter:
     """An adapter of which only the config was read so far.
 
     Args:
-        source: an adapter folder, or an Adapter, which stays in memory.
+        source: a folder, a name in the store or a hub id, as in `Adapter.load`; or an Adapter, which stays in memory.
         allow: as in `Adapter.load`.
 
     Attributes:
@@ -91,7 +92,7 @@ class LazyAdapter:
             self._source: Adapter | Path = source
             self.config = source.config
         else:
-            self._source = Path(source).absolute()
+            self._source = resolve_folder(source).absolute()
             folder = AdapterFolder.open(self._source, allow=allow)
             self.config, self._digest = folder.config, folder.digest
 
@@ -107,8 +108,11 @@ class LazyAdapter:
         return cached or self._read_folder(self._source)
 
     def put_in_cache(self, adapter: Adapter, cache: AdapterCache) -> None:
-        """Put its value into a cache, where it would be read from a folder the next time."""
-        if isinstance(self._source, Path):
+        """Put its value into a cache, where it would be read from a folder the next time.
+
+        An adapter that was converted to the model's names is another value than the folder's, and is not cached.
+        """
+        if isinstance(self._source, Path) and adapter.digest == self._digest:
             cache.put(adapter)
 
     def _read_folder(self, folder: Path) -> Adapter:

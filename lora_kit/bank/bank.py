@@ -36,6 +36,7 @@ from lora_kit.layers.fold import Retention
 from lora_kit.layers.routing import BASE_SLOT, Routing
 from lora_kit.targets.compatibility import match_adapter
 from lora_kit.targets.coverage import Coverage, find_coverage
+from lora_kit.targets.legacy_names import convert_to_model_names
 
 if TYPE_CHECKING:
     import peft
@@ -162,7 +163,7 @@ class AdapterBank:
         """Put an adapter into a slot, where `use` and `rows` find it by name.
 
         Args:
-            source: an adapter folder, or an Adapter.
+            source: a folder, a name in the store or a hub id, as in `Adapter.load`; or an Adapter.
             allow: of `other-base`, `extra-keys`, `changed-files`: what is accepted instead of rejected; of
                 `unmatched-targets`: names in the config that match nothing in the model are not warned about.
 
@@ -179,8 +180,9 @@ class AdapterBank:
         with self._change_lock:
             self._check_name(name)  # another thread may have taken it meanwhile
             with self._routing.module_lock:
-                coverage = match_adapter(name, adapter, self.model, dtype=self.dtype, allow=allow)
-            loaded = LoadedAdapter(adapter.config, coverage, adapter)
+                converted = convert_to_model_names(name, adapter, self.model)
+                coverage = match_adapter(name, converted, self.model, dtype=self.dtype, allow=allow)
+            loaded = LoadedAdapter(converted.config, coverage, converted)
             with self._loaded_adapters.admit_adapters({name: loaded}, keep=self._routing.find_live_slots()):
                 self._loaded_adapters.fill(loaded)
         return adapter

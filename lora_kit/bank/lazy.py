@@ -14,6 +14,7 @@ from lora_kit.bank.residents import LoadedAdapter, LoadedAdapters
 from lora_kit.errors import UnknownAdapterError
 from lora_kit.targets.compatibility import match_adapter
 from lora_kit.targets.coverage import survey_coverage
+from lora_kit.targets.legacy_names import convert_to_model_names
 
 
 class LazyAdapters:
@@ -96,6 +97,7 @@ class LazyAdapters:
         offer = self._by_name[name]
         adapter = offer.read(self._cache)
         with self._loaded_adapters.routing.module_lock:
+            adapter = convert_to_model_names(name, adapter, self._model)
             coverage = match_adapter(name, adapter, self._model, dtype=self._dtype, allow=offer.allow)
         return LoadedAdapter(adapter.config, coverage, adapter, offer)
 

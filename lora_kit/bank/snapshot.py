@@ -29,6 +29,7 @@ from lora_kit.bank.model_layers import WrappedLayers
 from lora_kit.bank.residents import LoadedAdapter
 from lora_kit.config.lora_config import ALL_LINEAR, LoraConfig
 from lora_kit.errors import AdapterError
+from lora_kit.io.hub import split_revision
 from lora_kit.layers.initialization import INITIAL_A, INITIAL_B, MAGNITUDE, A, B
 from lora_kit.layers.introspect import kind_of
 from lora_kit.layers.saved_module import SavedModule
@@ -151,12 +152,14 @@ def _resolve_config(loaded: LoadedAdapter, layers: WrappedLayers, model: nn.Modu
     config = loaded.config
     all_linear = config.target_modules == ALL_LINEAR
     conv1d = any(type(layers[path].base_layer).__name__ == "Conv1D" for path in loaded.layers)
+    name, revision = split_revision(config.base_model_name_or_path or _name_of(model) or "")
     return dataclasses.replace(
         config,
         modules_to_save=name_saved_modules(list(named_layers(model)), config.modules_to_save, loaded.coverage.saved),
         target_modules=find_shortest_names(model, loaded.coverage) if all_linear else config.target_modules,
         fan_in_fan_out=config.fan_in_fan_out or conv1d,
-        base_model_name_or_path=config.base_model_name_or_path or _name_of(model),
+        base_model_name_or_path=name or None,
+        revision=revision or config.revision,
         inference_mode=True,
     )
 

@@ -34,7 +34,23 @@ app = App(
 Adapters = Annotated[
     list[str],
     Parameter(
-        name=["--adapter", "-a"], negative="", help="Adapter: a folder, or a name in the store; may be repeated."
+        name=["--adapter", "-a"],
+        negative="",
+        help="Adapter: a folder, a name in the store, or a hub id (organization/name@revision); may be repeated.",
+    ),
+]
+_ALLOW_HELP: Final = (
+    "Accept instead of rejecting, may be repeated. other-base: another base than the adapter's. extra-keys: tensors "
+    "beyond its config. changed-files: files changed since they were saved. unmatched-targets: names in its config "
+    "that the base does not have, without a warning."
+)
+Allow = Annotated[list[str] | None, Parameter(negative="", help=_ALLOW_HELP)]
+MergeAllow = Annotated[
+    list[str] | None,
+    Parameter(
+        negative="",
+        help=f"{_ALLOW_HELP} untie: write tied weights separately. lost-delta: continue where rounding removes most of "
+        "a delta.",
     ),
 ]
 Store = Annotated[Path, Parameter(help="Folder in which adapters are looked up by name.")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_kit.cli.app import AsJson, Store, app
+from lora_kit.cli.app import Allow, AsJson, Store, app
 from lora_kit.cli.export import BaseOption, MaxRankOption, TargetOption
 from lora_kit.cli.output import print_json, print_table
 from lora_kit.names import DEFAULT_STORE
@@ -21,6 +21,7 @@ def check(
     target: TargetOption,
     base: BaseOption = None,
     max_lora_rank: MaxRankOption = None,
+    allow: Allow = None,
     store: Store = DEFAULT_STORE,
     json: AsJson = False,
 ) -> None:
@@ -29,12 +30,12 @@ def check(
     Exit code 2 if it cannot.
 
     Args:
-        adapter: A folder, or a name in the store.
+        adapter: A folder, a name in the store, or a hub id.
     """
     from lora_kit.adapter.store import find_adapter
     from lora_kit.exporters.export import check as run
 
-    verdict = run(find_adapter(adapter, store=store), target, base=base, max_lora_rank=max_lora_rank)
+    verdict = run(find_adapter(adapter, store=store), target, base=base, max_lora_rank=max_lora_rank, allow=allow or ())
     if json:
         print_json({**verdict.to_json(), "fits": not verdict.refused})
     else:

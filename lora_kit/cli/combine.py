@@ -7,16 +7,13 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from lora_kit.cli.app import Adapters, AsJson, Replace, Store, app
+from lora_kit.cli.app import Adapters, Allow, AsJson, Replace, Store, app
 from lora_kit.cli.new_adapter import check_adapter_output, save_and_show
 from lora_kit.errors import ConfigError
 from lora_kit.names import DEFAULT_STORE
 
 Weights = Annotated[
     list[float], Parameter(negative="", help="Weight of each adapter, in their order; may be negative.")
-]
-Allow = Annotated[
-    list[str] | None, Parameter(negative="", help="other-base: combine or compare adapters of different bases.")
 ]
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_kit.cli.app import AsJson, Store, app
-from lora_kit.cli.combine import Allow
+from lora_kit.cli.app import Allow, AsJson, Store, app
 from lora_kit.cli.output import abbreviate, print_json, print_table
 from lora_kit.names import DEFAULT_STORE
 
@@ -20,7 +19,7 @@ def compare(
     """Compare two adapters of one base, layer by layer.
 
     Args:
-        one: A folder, or a name in the store.
+        one: A folder, a name in the store, or a hub id.
         other: The same.
     """
     from lora_kit.adapter.store import find_adapter

@@ -41,20 +41,27 @@ def convert(
     Reads PEFT of any age, state dicts of live models, loralib and mlx-lm; the updates stay the same.
 
     Args:
-        source: A folder or a weight file.
+        source: A folder, a weight file, a name in the store, or a hub id.
         out: The adapter folder to write.
         alpha: Numerator of the scaling, where the files do not contain it (loralib, PEFT's weights alone).
         enable_lora: Which of the equal parts of a fused projection have LoRA weights, once for each part.
         base: Name of the base. Where it is a folder, the result is checked against it.
     """
     from lora_kit.adapter.conversion.convert import convert as run
+    from lora_kit.adapter.store import find_adapter
 
     check_adapter_output(out, replace=replace)
     parts = [item.partition("=") for item in rename or ()]
     if any(not old or not sign for old, sign, _ in parts):
         raise ConfigError(f"--rename {rename} was given", hint="OLD=NEW, as in language_model.model=model")
     renames = {old: new for old, _, new in parts}
-    adapter = run(source, lora_alpha=alpha, enable_lora=enable_lora, renames=renames, base=base)
+    adapter = run(
+        source if source.exists() else find_adapter(str(source)),
+        lora_alpha=alpha,
+        enable_lora=enable_lora,
+        renames=renames,
+        base=base,
+    )
     if base is not None:
         _check_base(adapter, base, name=out.name)
     adapter.save(out, replace=replace)
@@ -76,4 +83,4 @@ def _check_base(adapter: Adapter, base: str, *, name: str) -> None:
     from lora_kit.models.locate import find_local_folder
 
     if find_local_folder(base) is not None:
-        ExportCase(name, adapter, base, given=True).check_base(())
+        ExportCase(name, adapter, base, known=True).check_base(())

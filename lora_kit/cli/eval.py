@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from lora_kit.cli.app import Adapters, AsJson, Replace, Store, app
+from lora_kit.cli.app import Adapters, Allow, AsJson, Replace, Store, app
 from lora_kit.cli.output import print_json, print_table, print_text
 from lora_kit.cli.process import show_progress_lines
 from lora_kit.errors import ConfigError
@@ -36,6 +36,7 @@ def evaluate(
     max_new_tokens: int | None = None,
     out: Path | None = None,
     replace: Replace = False,
+    allow: Allow = None,
     store: Store = DEFAULT_STORE,
     json: AsJson = False,
 ) -> None:
@@ -45,7 +46,7 @@ def evaluate(
 
     Args:
         data: File of rows, in any format that prepare reads.
-        base: Base model: hub id, local folder or kit-base; by default the one the adapters name.
+        base: Base model: hub id, local folder or kit-base; by default the one that the adapters name, where it is here.
         quantize: Load it in nf4, nf4-double, fp4, fp4-double or int8.
         compare: Measure the base alone as well.
         metrics: Any of loss, perplexity, accuracy, f1, f1_macro, f1_micro, exact_match, bleu, chrf and rouge, with
@@ -55,8 +56,8 @@ def evaluate(
         max_new_tokens: Tokens of an answer, at most; by default as many as the longest reference has.
         out: File for the answers to each row, as JSONL.
     """
-    from lora_kit.adapter.store import infer_base
     from lora_kit.evaluation.evaluate import evaluate as run
+    from lora_kit.models.infer_base import infer_base
 
     rows: list[str | None] = [*([None] if compare or not adapter else []), *(adapter or [])]
     with show_progress_lines(), _show_progress() as on_progress:
@@ -71,6 +72,7 @@ def evaluate(
             out=out,
             replace=replace,
             store=store,
+            allow=allow or (),
             quantize=quantize,
             on_progress=on_progress,
         )

@@ -7,14 +7,17 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from lora_kit.cli.app import AsJson, Replace, Store, app
+from lora_kit.cli.app import AsJson, MergeAllow, Replace, Store, app
 from lora_kit.cli.output import format_size, print_json, print_table
 from lora_kit.names import DEFAULT_STORE
 
 TargetOption = Annotated[str, Parameter(help="merged, peft, vllm, sglang, tgi, gguf, ollama or mlx.")]
 BaseOption = Annotated[
     str | None,
-    Parameter(help="Hub id, local folder or kit-base: the adapter's base, whose config gguf and ollama need."),
+    Parameter(
+        help="Hub id, local folder or kit-base: the base, whose config gguf and ollama need; by default the one that "
+        "the adapter names, where it is here."
+    ),
 ]
 MaxRankOption = Annotated[int | None, Parameter(help="The largest rank that the reader is started with.")]
 
@@ -29,6 +32,7 @@ def export(
     base: BaseOption = None,
     max_lora_rank: MaxRankOption = None,
     replace: Replace = False,
+    allow: MergeAllow = None,
     store: Store = DEFAULT_STORE,
     json: AsJson = False,
 ) -> None:
@@ -37,14 +41,14 @@ def export(
     The README in the folder shows the command that loads it.
 
     Args:
-        adapter: A folder, or a name in the store.
+        adapter: A folder, a name in the store, or a hub id.
         out: The folder to write.
     """
     from lora_kit.adapter.store import find_adapter
     from lora_kit.exporters.export import export as run
 
     folder = find_adapter(adapter, store=store)
-    exported = run(folder, target, out, base=base, max_lora_rank=max_lora_rank, replace=replace)
+    exported = run(folder, target, out, base=base, max_lora_rank=max_lora_rank, replace=replace, allow=allow or ())
     if json:
         print_json(exported.to_json())
         return

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from lora_kit.cli.app import Adapters, Store, app
+from lora_kit.cli.app import Adapters, Allow, Store, app
 from lora_kit.cli.output import create_console
 from lora_kit.io.text import escape_for_terminal
 from lora_kit.names import DEFAULT_STORE
@@ -35,13 +35,14 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     raw: Annotated[bool, Parameter(negative="")] = False,
+    allow: Allow = None,
     store: Store = DEFAULT_STORE,
 ) -> None:
     """Answer a prompt with several adapters, side by side, in one batch.
 
     Args:
         prompt: The prompt.
-        base: Base model: hub id, local folder or kit-base; by default the one the adapters name.
+        base: Base model: hub id, local folder or kit-base; by default the one that the adapters name, where it is here.
         quantize: Load it in nf4, nf4-double, fp4, fp4-double or int8.
         compare: Show the answer of the base alone as well.
         max_new_tokens: Tokens of an answer, at most.
@@ -50,10 +51,10 @@ def generate(
         seed: Seed of the sampling.
         raw: Use the prompt as it is, without the separator or chat template of the training.
     """
-    from lora_kit.adapter.store import infer_base
     from lora_kit.generation.adapter_args import BASE_ROW
     from lora_kit.generation.decoding import Sampling
     from lora_kit.generation.generate import generate as run
+    from lora_kit.models.infer_base import infer_base
 
     rows: list[str | None] = [*([None] if compare or not adapter else []), *(adapter or [])]
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
@@ -66,6 +67,7 @@ def generate(
             sampling=sampling,
             template="raw" if raw else "adapter",
             store=store,
+            allow=allow or (),
             quantize=quantize,
             on_text=on_text,
         )

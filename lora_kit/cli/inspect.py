@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from lora_kit.cli.app import AsJson, Store, app
+from lora_kit.cli.app import Allow, AsJson, Store, app
 from lora_kit.cli.output import abbreviate, format_size, print_json, print_table
 from lora_kit.errors import format_list
 from lora_kit.names import DEFAULT_STORE
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 
 @app.command
-def inspect(adapter: str, /, *, store: Store = DEFAULT_STORE, json: AsJson = False) -> None:
+def inspect(adapter: str, /, *, allow: Allow = None, store: Store = DEFAULT_STORE, json: AsJson = False) -> None:
     """Show what an adapter contains.
 
     Shows layers, norms and spectra of the deltas, size, base and record.
 
     Args:
-        adapter: A folder, a name in the store, or a file that another tool wrote.
+        adapter: A folder, a name in the store, a hub id, or a file that another tool wrote.
     """
     from lora_kit.adapter.inspect import inspect as run
 
-    inspection = run(adapter, store=store)
+    inspection = run(adapter, store=store, allow=allow or ())
     if json:
         print_json(inspection.to_json())
         return

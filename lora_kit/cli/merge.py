@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import Parameter
 
-from lora_kit.cli.app import Adapters, AsJson, Replace, Store, app
+from lora_kit.cli.app import Adapters, AsJson, MergeAllow, Replace, Store, app
 from lora_kit.cli.output import format_size, print_json, print_table, show_bytes_bar
 from lora_kit.errors import ConfigError
 from lora_kit.names import DEFAULT_STORE
@@ -16,10 +16,6 @@ if TYPE_CHECKING:
     from lora_kit.merging.merge_report import MergeReport
 
 _MAX_SHOWN_TENSORS: Final = 5
-_ALLOW_HELP: Final = (
-    "other-base: merge into another base than the adapter's; untie: write tied weights separately; "
-    "lost-delta: continue where rounding removes most of a delta."
-)
 
 
 @app.command
@@ -36,7 +32,7 @@ def merge(
     quantized: str | None = None,
     original: str | None = None,
     replace: Replace = False,
-    allow: Annotated[list[str] | None, Parameter(negative="", help=_ALLOW_HELP)] = None,
+    allow: MergeAllow = None,
     store: Store = DEFAULT_STORE,
     json: AsJson = False,
 ) -> None:
@@ -46,14 +42,15 @@ def merge(
 
     Args:
         out: The folder to write.
-        base: Base model: hub id, local folder or kit-base; by default the one the adapter names.
+        base: Base model: hub id, local folder or kit-base; by default the one that the adapter names, where it is here.
         dtype: float32, bfloat16 or float16; by default the dtype of the base.
         verify: weights; or logits, which loads base and result and compares their logits too.
         quantized: What to merge into where the base is quantized: original, dequantized or requantized.
         original: For --quantized original: the model that the base was quantized from, a hub id or a folder.
     """
-    from lora_kit.adapter.store import find_adapter, infer_base
+    from lora_kit.adapter.store import find_adapter
     from lora_kit.merging.merge import merge as run
+    from lora_kit.models.infer_base import infer_base
 
     weights = weight or [1.0] * len(adapter)
     if len(weights) != len(adapter):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_kit.cli.app import AsJson, Replace, Store, app
+from lora_kit.cli.app import Allow, AsJson, Replace, Store, app
 from lora_kit.cli.new_adapter import check_adapter_output, save_and_show
 from lora_kit.names import DEFAULT_STORE
 
@@ -19,13 +19,14 @@ def resize(
     energy: float | None = None,
     bytes: int | None = None,
     replace: Replace = False,
+    allow: Allow = None,
     store: Store = DEFAULT_STORE,
     json: AsJson = False,
 ) -> None:
     """Reduce the ranks of an adapter with the smallest possible error.
 
     Args:
-        adapter: A folder, or a name in the store.
+        adapter: A folder, a name in the store, or a hub id.
         out: The adapter folder to write.
         rank: Rank in every layer, at most.
         energy: Share of each update's squared norm to keep, above 0 to 1.
@@ -36,4 +37,5 @@ def resize(
 
     folder = find_adapter(adapter, store=store)
     check_adapter_output(out, replace=replace)
-    save_and_show(run(folder, rank=rank, energy=energy, bytes=bytes), out, replace=replace, json=json)
+    resized = run(folder, rank=rank, energy=energy, bytes=bytes, allow=allow or ())
+    save_and_show(resized, out, replace=replace, json=json)

@@ -16,7 +16,7 @@ def sign(
     """Sign an adapter's folder with a private key.
 
     Args:
-        adapter: A folder, or a name in the store.
+        adapter: A folder, a name in the store, or a hub id.
         key: Private elliptic curve key: a PEM file without a password.
     """
     from lora_kit.adapter.signing import sign as run

@@ -16,7 +16,7 @@ def verify(adapter: str, /, *, key: Path, store: Store = DEFAULT_STORE, json: As
     Exit code 4 if the adapter is not what was signed.
 
     Args:
-        adapter: A folder, or a name in the store.
+        adapter: A folder, a name in the store, or a hub id.
         key: The public key: a PEM file.
     """
     from lora_kit.adapter.signing import verify as run

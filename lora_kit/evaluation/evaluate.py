@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -73,6 +73,7 @@ def evaluate(
     replace: bool = False,
     store: str | Path = DEFAULT_STORE,
     quantize: str | None = None,
+    allow: Collection[str] = (),
     on_progress: EvalProgress | None = None,
 ) -> EvalReport:
     """Measure adapters of one base, and the base itself, on the rows of a file.
@@ -83,7 +84,7 @@ def evaluate(
 
     Args:
         base: hub id, local folder, `kit-base`, or a loaded base; a loaded one is left as it was.
-        adapters: folders, names in `store`, Adapters; None for the base itself.
+        adapters: folders, names in `store`, hub ids, Adapters; None for the base itself.
         data: a file of rows, see `lora_kit.data`, or rows.
         metrics: names from `METRICS`; None for those that need no generation.
         batch_size: rows in one batch.
@@ -93,6 +94,7 @@ def evaluate(
         replace: whether that file may be replaced.
         store: where adapters are looked up by name.
         quantize: how to load the base, as in `load_base`.
+        allow: as in `AdapterBank.load`.
         on_progress: called as rows are done.
 
     Raises:
@@ -105,7 +107,7 @@ def evaluate(
         lk.evaluate("kit-base", [None, "adapters/sql"], "test.jsonl")["sql"].metrics["loss"]
     """
     _check_counts(batch_size=batch_size, max_length=max_length, max_new_tokens=max_new_tokens)
-    labels, by_label = _read_adapters(adapters, store)
+    labels, by_label = _read_adapters(adapters, store, allow)
     rows = data if isinstance(data, Rows) else read_rows(data)
     task = _resolve_task(base, by_label, rows)
     names = validate_metrics(DEFAULT_METRICS[task] if metrics is None else metrics, task)
@@ -115,19 +117,19 @@ def evaluate(
     loaded = _load_for_evaluation(base, by_label, task, quantize)
     formats = resolve_sample_formats(loaded, by_label, rows, max_length=max_length)
     plan = _build_eval_plan(loaded, by_label, formats, rows, prompts, names, max_new_tokens)
-    report = _run_plan(plan, labels, batch_size, on_progress)
+    report = _run_plan(plan, labels, batch_size, on_progress, allow=allow)
     if out is not None:
         report.save(out, replace=replace)
     return report
 
 
 def _read_adapters(
-    sources: Sequence[AdapterLike | None], store: str | Path
+    sources: Sequence[AdapterLike | None], store: str | Path, allow: Collection[str]
 ) -> tuple[list[str], dict[str, Adapter | None]]:
     """Return the label of each source, and the adapters by label: a source that is given twice is measured once."""
     if not sources:
         raise ConfigError("nothing to evaluate was given", hint="name an adapter, or None for the base itself")
-    adapters = [read_adapter(source, store=store) for source in sources]
+    adapters = [read_adapter(source, store=store, allow=allow) for source in sources]
     labels = build_adapter_labels(sources, adapters)
     return labels, dict(zip(labels, adapters, strict=True))
 
@@ -235,9 +237,16 @@ def _build_eval_plan(
     )
 
 
-def _run_plan(plan: _EvalPlan, labels: Sequence[str], batch_size: int, on_progress: EvalProgress | None) -> EvalReport:
+def _run_plan(
+    plan: _EvalPlan,
+    labels: Sequence[str],
+    batch_size: int,
+    on_progress: EvalProgress | None,
+    *,
+    allow: Collection[str],
+) -> EvalReport:
     started = time.perf_counter()
-    with attach_adapters(plan.base.model, plan.adapters) as bank:
+    with attach_adapters(plan.base.model, plan.adapters, allow=allow) as bank:
         results = _EvalRun(plan, bank, batch_size, on_progress).run()
     return EvalReport(
         data=plan.rows.path,

@@ -12,9 +12,10 @@ from typing import Any, Final
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.adapter_like import AdapterLike
+from lora_kit.adapter.adapter_location import resolve_adapter
 from lora_kit.adapter.folder import ALLOWANCES
 from lora_kit.adapter.model_card import format_table, render_card
-from lora_kit.adapter.store import find_adapter, sum_file_sizes, to_json_value
+from lora_kit.adapter.store import sum_file_sizes, to_json_value
 from lora_kit.algebra.sources import SourceAdapter
 from lora_kit.errors import ConfigError, ExportError, format_list, suggest_nearest
 from lora_kit.exporters import llama_cpp, mlx, ollama, servers
@@ -22,7 +23,7 @@ from lora_kit.exporters.plain_lora import ExportCase
 from lora_kit.io.atomic_write import check_output, stage_folder
 from lora_kit.io.text import escape_text
 from lora_kit.merging.merge import merge
-from lora_kit.names import KIT_BASE
+from lora_kit.models.infer_base import NamedBase
 
 RECORD: Final = "lora_kit_export.json"
 CARD: Final = "README.md"
@@ -141,9 +142,10 @@ def check(
     """Return whether a program can read an adapter, and what exporting would change.
 
     Args:
-        adapter: a folder, a name in the store or an Adapter.
+        adapter: a folder, a name in the store, a hub id or an Adapter.
         target: one of `TARGETS`.
-        base: hub id, local folder or `kit-base`; if given, the adapter must match a model of its config.
+        base: hub id, local folder or `kit-base`; None for the one that the adapter names, where it is here. If the base
+            is known, the adapter must match a model of its config.
         max_lora_rank: that the program is started with.
         allow: what `Adapter.load` allows.
 
@@ -173,10 +175,11 @@ def export(
     that loads it.
 
     Args:
-        adapter: a folder, a name in the store or an Adapter.
+        adapter: a folder, a name in the store, a hub id or an Adapter.
         target: `peft`, `vllm`, `sglang`, `tgi`, `gguf`, `ollama`, `mlx`; or `merged`, a whole model (`lk.merge`).
         out: the folder to write.
-        base: hub id, local folder or `kit-base`: needed by `gguf`, `ollama` and `merged`.
+        base: hub id, local folder or `kit-base`, needed by `gguf`, `ollama` and `merged`; None for the one that the
+            adapter names, where it is here.
         max_lora_rank: that the program is started with; a larger rank is an error.
         replace: whether an earlier export in `out` may be replaced; anything else there never is.
         allow: what `Adapter.load` allows; for `merged`, what `merge` allows.
@@ -192,7 +195,8 @@ def export(
     _check_target(target)
     out = Path(out)
     if not isinstance(adapter, Adapter):
-        _check_not_in_adapter(out, find_adapter(adapter))
+        adapter = resolve_adapter(adapter).folder
+        _check_not_in_adapter(out, adapter)
     loading = [name for name in allow if name in ALLOWANCES] if target == MERGED else allow
     source = SourceAdapter.of(adapter, allow=loading)
     case = dataclasses.replace(_build_case(source, base), out=Path(os.path.abspath(out)))
@@ -231,8 +235,10 @@ def _check_not_in_adapter(out: Path, folder: Path) -> None:
 
 
 def _build_case(source: SourceAdapter, base: str | Path | None) -> ExportCase:
-    named = source.adapter.config.base_model_name_or_path
-    return ExportCase(source.name, source.adapter, named if base is None else str(base), given=base is not None)
+    if base is not None:
+        return ExportCase(source.name, source.adapter, str(base), known=True)
+    named = NamedBase.of(source.adapter.config, source.adapter.base)
+    return ExportCase(source.name, source.adapter, named.name, known=named.problem is None)
 
 
 def _judge_case(case: ExportCase, target: str, limit: int | None, allow: Collection[str]) -> Verdict:
@@ -256,9 +262,11 @@ def _judge_case(case: ExportCase, target: str, limit: int | None, allow: Collect
 
 
 def _export_merged(case: ExportCase, out: Path, *, replace: bool, allow: Collection[str]) -> Export:
-    """Write a whole model. A base that only the adapter names is not looked up, unless it is the built-in one."""
-    if case.base is None or not (case.given or case.base == KIT_BASE):
-        raise ExportError("the base is needed, to merge into it", hint="give the base: a folder or a hub id")
+    """Write a whole model, by `merge`."""
+    if case.base is None or not case.known:
+        refusal = NamedBase.of(case.adapter.config, case.adapter.base).refusal
+        message = f"the base is needed to merge into: the adapter {refusal}"
+        raise ExportError(message, hint="give the base: a folder or a hub id")
     report = merge(case.base, case.adapter, out, replace=replace, allow=allow)
     return Export(out, MERGED, (), report.bytes)
 

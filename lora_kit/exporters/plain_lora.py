@@ -20,10 +20,10 @@ from lora_kit.errors import BaseModelError, ExportError, MergeError
 from lora_kit.io.safetensors import encode_safetensors
 from lora_kit.io.text import escape_text
 from lora_kit.merging.checkpoint.meta_model import TaskHead, build_empty_model
-from lora_kit.models.locate import find_local_folder
+from lora_kit.models.locate import find_local_folder, locate_base
 from lora_kit.models.silence import silence_libraries
-from lora_kit.names import KIT_BASE
 from lora_kit.targets.compatibility import match_adapter
+from lora_kit.targets.legacy_names import convert_to_model_names
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -91,15 +91,15 @@ class ExportCase:
     Attributes:
         name: of the adapter in the other program.
         adapter: its value.
-        base: hub id, local folder or `kit-base`; None where it is not known.
-        given: whether the caller named the base, not only the adapter.
+        base: hub id, local folder or `kit-base`; None where none is named.
+        known: whether the base may be read: the caller named it, or the adapter names one that is here.
         out: the folder to write; None where nothing is written.
     """
 
     name: str
     adapter: Adapter
     base: str | None
-    given: bool
+    known: bool
     out: Path | None = None
 
     @functools.cached_property
@@ -109,7 +109,7 @@ class ExportCase:
     @property
     def base_path(self) -> str | None:
         """The base as other programs find it: a hub id, or the folder of a local one; None where it is not known."""
-        if self.base is None or not (self.given or self.base == KIT_BASE):
+        if self.base is None or not self.known:
             return self.base
         folder = find_local_folder(self.base)
         return self.base if folder is None else str(folder.resolve())
@@ -135,8 +135,7 @@ class ExportCase:
 
     @functools.cached_property
     def _config(self) -> PretrainedConfig | None:
-        # Whoever made an adapter chose the name in it: only a base that the caller names is looked up.
-        if self.base is None or not (self.given or self.base == KIT_BASE):
+        if self.base is None or not self.known:
             return None
         return _load_base_config(self.base, self._head)
 
@@ -151,7 +150,8 @@ class ExportCase:
         """Raise AdapterError if the base is known and the adapter does not match a model of its config."""
         if self._config is not None:
             model = build_empty_model(self._config, self._head)
-            match_adapter(self.name, self.adapter, model, dtype=torch.float32, allow=allow)
+            adapter = convert_to_model_names(self.name, self.adapter, model)
+            match_adapter(self.name, adapter, model, dtype=torch.float32, allow=allow)
 
     def require_config(self, why: str) -> ConfigFields:
         """Return `base_config`.
@@ -171,14 +171,14 @@ def _load_base_config(base: str, head: TaskHead) -> PretrainedConfig:
     """Return transformers' config of a base, with the defaults that its file leaves out."""
     from transformers import AutoConfig
 
-    folder = find_local_folder(base)
+    source = locate_base(base)
     try:
         with silence_libraries():
             config: PretrainedConfig = AutoConfig.from_pretrained(
-                folder or base, local_files_only=folder is not None, trust_remote_code=False, **head.fields
+                source.location, **source.loading_options, **head.fields
             )
     except Exception as error:  # a damaged file or a failing network can raise anything
-        where = "its config cannot be read" if folder else "no such folder, and the hub gave no config"
+        where = "its config cannot be read" if source.folder else "the hub gave no config"
         raise BaseModelError(
             f"{escape_text(base)}: {where} ({type(error).__name__})", hint="give the base as a local folder"
         ) from error

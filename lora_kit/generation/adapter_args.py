@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.adapter_like import AdapterLike, short_label_of
-from lora_kit.adapter.store import find_adapter
+from lora_kit.adapter.adapter_location import resolve_adapter
 from lora_kit.errors import AdapterError, ConfigError
 from lora_kit.models.loading import Base
 from lora_kit.models.tasks import find_task_by_peft_type
@@ -20,8 +20,13 @@ BASE_ROW: Final = "base"
 """The label of the base itself."""
 
 
-def read_adapter(source: AdapterLike | None, *, store: str | Path) -> Adapter | None:
+def read_adapter(source: AdapterLike | None, *, store: str | Path, allow: Collection[str] = ()) -> Adapter | None:
     """Read an adapter strictly; return None for the base.
+
+    Args:
+        source: an adapter, or None for the base.
+        store: where names are looked up.
+        allow: as in `Adapter.load`.
 
     Raises:
         UnknownAdapterError: the adapter does not exist.
@@ -29,7 +34,7 @@ def read_adapter(source: AdapterLike | None, *, store: str | Path) -> Adapter | 
     """
     if source is None or isinstance(source, Adapter):
         return source
-    return Adapter.load(find_adapter(source, store=store))
+    return Adapter.load(resolve_adapter(source, store=store).folder, allow=allow)
 
 
 def build_adapter_labels(sources: Sequence[AdapterLike | None], adapters: Sequence[Adapter | None]) -> list[str]:

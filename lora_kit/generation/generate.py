@@ -26,6 +26,7 @@ from lora_kit.generation.prompts import encode_prompt, resolve_styles
 from lora_kit.models.loading import Base, load_base, load_input_spec
 from lora_kit.models.tasks import SEQ2SEQ, find_task_by_peft_type
 from lora_kit.names import DEFAULT_STORE
+from lora_kit.targets.legacy_names import convert_to_model_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +57,14 @@ def generate(
     template: Literal["adapter", "raw"] = "adapter",
     store: str | Path = DEFAULT_STORE,
     quantize: str | None = None,
+    allow: Collection[str] = (),
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[Generation]:
     """Complete a prompt with several adapters of one base, as one batch.
 
     Args:
         base: hub id, local folder, `kit-base`, or a loaded base; a loaded one is left as it was.
-        adapters: one for each row: a folder, a name in `store`, an Adapter, or None for the base itself.
+        adapters: one for each row: a folder, a name in `store`, a hub id, an Adapter, or None for the base itself.
         prompt: the prompt; for an adapter that was trained on conversations, the user's message.
         sampling: how the next token is chosen; greedily by default.
         template: `adapter` presents the prompt as each adapter saw prompts in training: in the chat template of its
@@ -70,6 +72,7 @@ def generate(
             only the adapter differs; alone it gets the prompt as it is. `raw` gives every row the prompt as it is.
         store: where adapters are looked up by name.
         quantize: how to load the base, as in `load_base`.
+        allow: as in `AdapterBank.load`.
         on_text: called with a row and its text so far each time the text grows.
 
     Returns:
@@ -83,7 +86,7 @@ def generate(
     if not adapters:
         raise ConfigError("no row to generate was given", hint="name an adapter, or None for the base itself")
     sampling = sampling or Sampling()
-    read = [read_adapter(adapter, store=store) for adapter in adapters]
+    read = [read_adapter(adapter, store=store, allow=allow) for adapter in adapters]
     labels = build_adapter_labels(adapters, read)
     check_quantize(base, labels, read, quantize)
     loaded = _load_for_generation(base, labels, read, quantize)
@@ -91,7 +94,8 @@ def generate(
     rows = [encode_prompt(loaded, prompt, style) for style in styles]
     limit, limited_by = _limit_new_tokens(loaded, max(len(row.ids) for row in rows), sampling.max_new_tokens)
     streamer = _RowStreamer(loaded, [row.ends for row in rows], on_text=on_text) if on_text else None
-    with attach_adapters(loaded.model, dict(zip(labels, read, strict=True))) as bank, route_rows(bank, labels):
+    by_label = dict(zip(labels, read, strict=True))
+    with attach_adapters(loaded.model, by_label, allow=allow) as bank, route_rows(bank, labels):
         completions = generate_batch(loaded, rows, sampling=sampling, limit=limit, streamer=streamer)
     return [
         Generation(
@@ -106,23 +110,31 @@ def generate(
 
 
 @contextlib.contextmanager
-def attach_adapters(model: nn.Module, adapters: Mapping[str, Adapter | None]) -> Iterator[AdapterBank | None]:
+def attach_adapters(
+    model: nn.Module, adapters: Mapping[str, Adapter | None], *, allow: Collection[str] = ()
+) -> Iterator[AdapterBank | None]:
     """Attach a bank with these adapters to a model for the length of a block; yield None without any.
 
     Args:
         adapters: by label; None for the base.
+        allow: as in `AdapterBank.load`.
 
     Raises:
         AdapterError, BaseMismatchError: an adapter does not match the model, which is left as it was.
     """
-    present = {label: adapter for label, adapter in adapters.items() if adapter is not None}
+    # Converted first: a conversion may raise the rank that the bank needs.
+    present = {
+        label: convert_to_model_names(label, adapter, model)
+        for label, adapter in adapters.items()
+        if adapter is not None
+    }
     if not present:
         yield None
         return
     bank = attach(model, slots=len(present), max_rank=max(1, *(a.config.largest_rank for a in present.values())))
     try:
         for label, adapter in present.items():
-            bank.load(label, adapter)
+            bank.load(label, adapter, allow=allow)
         yield bank
     finally:
         bank.detach()

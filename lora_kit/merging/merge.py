@@ -16,6 +16,7 @@ import torch
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.adapter_like import AdapterLike, short_label_of
+from lora_kit.adapter.adapter_location import resolve_folder
 from lora_kit.adapter.folder import ALLOWANCES
 from lora_kit.errors import ConfigError, MergeError, format_list
 from lora_kit.io.atomic_write import check_output, stage_folder
@@ -31,6 +32,7 @@ from lora_kit.merging.verification import verify as proof
 from lora_kit.merging.writing import journal, writer
 from lora_kit.models.locate import find_base, find_local_folder
 from lora_kit.targets.fingerprint import fingerprint
+from lora_kit.targets.legacy_names import convert_to_model_names
 from lora_kit.torch_utils import parse_float_dtype
 from lora_kit.version import __version__
 
@@ -62,7 +64,7 @@ def merge(
 
     Args:
         base: hub id, local folder or `kit-base`.
-        adapter: a folder or an Adapter; or several, each with the weight of its update.
+        adapter: a folder, a name in the store, a hub id or an Adapter; or several, each with the weight of its update.
         out: the folder to write; it must not overlap an input.
         dtype: of the floating weights of the result; None: each keeps its own.
         replace: whether an earlier merge in `out` may be replaced; anything else there never is.
@@ -92,7 +94,7 @@ def merge(
     started, out = time.perf_counter(), Path(out)
     _check_arguments(allow, verify)
     quantized_base.check_quantized_choice(quantized, original=original, dtype=dtype, verify=verify)
-    sources, float_dtype = _parse_sources(adapter), None if dtype is None else parse_float_dtype(dtype)
+    sources, float_dtype = _resolve_sources(adapter), None if dtype is None else parse_float_dtype(dtype)
     _check_output(out, sources, bases=(base, original), replace=replace)
     job = _open_job(base, original, sources, float_dtype, allow=allow, quantized=quantized, verify=verify)
     needed = job.estimate_bytes() - _measure_folder(journal.journal_folder_of(out))
@@ -104,7 +106,7 @@ def merge(
 
 def _check_output(
     out: Path,
-    sources: Sequence[tuple[AdapterLike, float]],
+    sources: Sequence[tuple[Path | Adapter, float]],
     *,
     bases: Sequence[str | Path | None],
     replace: bool,
@@ -114,14 +116,14 @@ def _check_output(
     check_output(out, replace=replace, owned=preflight.is_merged_folder)
 
 
-def _find_adapter_folders(sources: Sequence[tuple[AdapterLike, float]]) -> tuple[Path, ...]:
-    return tuple(Path(source) for source, _ in sources if not isinstance(source, Adapter))
+def _find_adapter_folders(sources: Sequence[tuple[Path | Adapter, float]]) -> tuple[Path, ...]:
+    return tuple(source for source, _ in sources if isinstance(source, Path))
 
 
 def _open_job(
     base: str | Path,
     original: str | Path | None,
-    sources: Sequence[tuple[AdapterLike, float]],
+    sources: Sequence[tuple[Path | Adapter, float]],
     dtype: torch.dtype | None,
     *,
     allow: Collection[str],
@@ -190,29 +192,43 @@ class _MergeJob:
 
     def run(self, staging: Path, *, out: Path, verify: str, progress: writer.BytesProgress | None) -> MergeReport:
         """Write the merged model, check it, and write its record."""
-        report, base_fingerprint = self._write_model(staging, out=out, progress=progress)
+        saved = {key: tensor for weighted in self.adapters for key, tensor in weighted.adapter.saved().items()}
+        base = build_meta_model(self.folder, self.shards, self.head, saved=saved)
+        adapters = [
+            weighted._replace(adapter=convert_to_model_names(weighted.name, weighted.adapter, base.model))
+            for weighted in self.adapters
+        ]
+        report = self._write_model(staging, base, adapters, out=out, progress=progress)
         if verify == "logits":
-            report = dataclasses.replace(report, logits=self._compare_logits(staging, report))
-        earlier = preflight.read_merged_digests(self.folder)
-        _write_record(staging, report, base=base_fingerprint, earlier=earlier)
+            report = dataclasses.replace(report, logits=self._compare_logits(staging, report, adapters[0]))
+        base_fingerprint = fingerprint(base.model, name=self.base)
+        _write_record(staging, report, base=base_fingerprint, earlier=preflight.read_merged_digests(self.folder))
         return report
 
     def _write_model(
-        self, staging: Path, *, out: Path, progress: writer.BytesProgress | None
-    ) -> tuple[MergeReport, dict[str, Any]]:
-        """Write the merged model and check it. Returns the report, and the base's fingerprint."""
-        head = self.head
-        saved = {key: tensor for weighted in self.adapters for key, tensor in weighted.adapter.saved().items()}
-        base = build_meta_model(self.folder, self.shards, head, saved=saved)
+        self,
+        staging: Path,
+        base: MetaModel,
+        adapters: Sequence[WeightedAdapter],
+        *,
+        out: Path,
+        progress: writer.BytesProgress | None,
+    ) -> MergeReport:
+        """Write the merged model and check it.
+
+        Args:
+            base: the model without its weights.
+            adapters: `self.adapters` under the names of the model's modules.
+        """
         plan = plan_merge(
-            base, self.shards, self.adapters, head=head, dtype=self.dtype, allow=self.allow, quantized=self.quantized
+            base, self.shards, adapters, head=self.head, dtype=self.dtype, allow=self.allow, quantized=self.quantized
         )
         self._write_sidecars(staging, base, untied=bool(plan.untied))
         with journal.keep_finished_files(out, self._compute_key(plan)) as finished:
             written = writer.write_shards(plan, staging, finished=finished, progress=progress)
         dtype, retention = _coarsest_dtype_of(plan), tuple(written.retention)
         proof.check_retention(retention, dtype=dtype, allow=self.allow)
-        report = MergeReport(
+        return MergeReport(
             out=staging,
             base=self.base,
             adapters={weighted.adapter.digest: weighted.weight for weighted in self.adapters},
@@ -222,10 +238,9 @@ class _MergeJob:
             untied=plan.untied,
             left_out=plan.left_out,
             files=written.files,
-            compared=proof.check_result(staging, base, self.shards, self.adapters, head=head),
+            compared=proof.check_result(staging, base, self.shards, adapters, head=self.head),
             quantized=self.quantized,
         )
-        return report, fingerprint(base.model, name=self.base)
 
     def _write_sidecars(self, staging: Path, base: MetaModel, *, untied: bool) -> None:
         """Write the config, and copy the other files that belong to the model."""
@@ -253,15 +268,15 @@ class _MergeJob:
         ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
-    def _compare_logits(self, staging: Path, report: MergeReport) -> LogitCheck:
+    def _compare_logits(self, staging: Path, report: MergeReport, weighted: WeightedAdapter) -> LogitCheck:
         """Compare the logits of the written model with those of base + adapter."""
-        adapter = self.adapters[0].adapter
+        adapter = weighted.adapter
         changed = {path.removesuffix(".base_layer") for path in adapter.all_pairs()}
         changed |= {key.rpartition(".")[0] for key in adapter.saved()} | adapter.tokens().keys()
         return logits.check_logits(
             self.base,
             staging,
-            self.adapters[0],
+            weighted,
             head=self.head,
             paths=None if self.dtype else changed,
             dtype=getattr(torch, report.dtype),
@@ -287,6 +302,16 @@ def _check_arguments(allow: Collection[str], verify: str) -> None:
         raise ConfigError(f"verify={verify!r} was given; expected one of {format_list(VERIFICATIONS)}")
 
 
+def _resolve_sources(
+    adapter: AdapterLike | Sequence[tuple[AdapterLike, float]],
+) -> list[tuple[Path | Adapter, float]]:
+    """Return every adapter, as a folder or a value, with its weight."""
+    return [
+        (source if isinstance(source, Adapter) else resolve_folder(source), weight)
+        for source, weight in _parse_sources(adapter)
+    ]
+
+
 def _parse_sources(
     adapter: AdapterLike | Sequence[tuple[AdapterLike, float]],
 ) -> list[tuple[AdapterLike, float]]:
@@ -309,7 +334,7 @@ def _parse_sources(
     return sources
 
 
-def _load_weighted_adapter(source: AdapterLike, weight: float, *, allow: Collection[str]) -> WeightedAdapter:
+def _load_weighted_adapter(source: Path | Adapter, weight: float, *, allow: Collection[str]) -> WeightedAdapter:
     allow = [name for name in allow if name in ALLOWANCES]
     adapter = source if isinstance(source, Adapter) else Adapter.load(source, allow=allow)
     return WeightedAdapter(short_label_of(source, adapter), adapter, weight)

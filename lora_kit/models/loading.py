@@ -109,7 +109,8 @@ def load_base(
     """Load a base model and its tokenizer, ready to attach adapters to.
 
     Args:
-        base: a hub id, a local folder, or `kit-base` (which comes with the package and needs no network).
+        base: a local folder, `kit-base` (which comes with the package and needs no network), or a hub id; the id may
+            have a revision (`organization/name@revision`) and a subfolder (`organization/name/subfolder`).
         task: `causal-lm`; `classify` for a head over the whole text, `tokens` for one over each token; `seq2seq`.
         num_labels: size of that head; needed for those two unless `label2id` is given or the checkpoint has a head.
         label2id: label names to their numbers, kept in the model's config. The checkpoint's head is used if its labels
@@ -275,9 +276,7 @@ def find_label_order(base: str | Path, names: Sequence[str], *, task: str) -> tu
 def _read_config(source: BaseSource) -> PretrainedConfig:
     from transformers import AutoConfig
 
-    config: PretrainedConfig = AutoConfig.from_pretrained(
-        source.location, local_files_only=source.local_files_only, trust_remote_code=False
-    )
+    config: PretrainedConfig = AutoConfig.from_pretrained(source.location, **source.loading_options)
     return config
 
 
@@ -317,9 +316,7 @@ def _load_tokenizer(source: BaseSource, config: PretrainedConfig) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.location, config=config, local_files_only=source.local_files_only, trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(source.location, config=config, **source.loading_options)
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise
@@ -348,10 +345,9 @@ def _load_model(
             source.location,
             config=config,
             dtype=dtype,
-            local_files_only=source.local_files_only,
-            trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=bool(labels),
+            **source.loading_options,
             **build_quantization_kwargs(quantize, quantization_method_of(config), device),
         )
     check_loading_info(source.location, task, info, labels=labels)

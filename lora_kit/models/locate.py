@@ -5,13 +5,22 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import re
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from lora_kit.errors import AdapterError, BaseModelError, LoraKitError, suggest_nearest
+from lora_kit.errors import AdapterError, BaseModelError, LoraKitError, format_list, suggest_nearest
+from lora_kit.io.hub import (
+    HubError,
+    HubId,
+    HubUnreachableError,
+    download_snapshot,
+    is_cached,
+    list_hub_files,
+    may_be_hub_id,
+)
 from lora_kit.io.read import read_text
 from lora_kit.io.text import escape_text, format_value
 from lora_kit.models.silence import silence_libraries
@@ -21,13 +30,11 @@ logger = logging.getLogger(__name__)
 
 KIT_FOLDER: Final = Path(__file__).parent / "kit_base"
 _CONFIG: Final = "config.json"
+_ADAPTER_CONFIG: Final = "adapter_config.json"
 _CONFIG_LIMIT: Final = 16 * 2**20
 """Bytes that a config may have."""
 _MAX_CONFIG_COUNTS: Final = {"layers": 4096, "layer": 4096, "blocks": 4096, "labels": 2**20}
 """The largest count accepted for a field of a config, by the end of the field's name. No model has more."""
-_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_HUB_TIMEOUT: Final = 10
-"""Seconds to wait for the hub's answer."""
 _BASE_PATTERNS: Final = [
     "*.json",
     "*.safetensors",
@@ -40,7 +47,7 @@ _BASE_PATTERNS: Final = [
     "LICENSE*",
 ]
 _PICKLE_PATTERNS: Final = ["pytorch_model*"]
-_WHAT_A_BASE_IS: Final = "give a folder, a hub id, or kit-base"
+_WHAT_A_BASE_IS: Final = "give a folder, a hub id (organization/name, or organization/name@revision), or kit-base"
 _WITHOUT_NETWORK: Final = "give a local folder, or kit-base, which needs no network"
 
 
@@ -49,22 +56,41 @@ class BaseSource:
     """Where a base is read from.
 
     Attributes:
-        location: a local folder or a hub id, as `from_pretrained` takes it.
+        location: a local folder or a repository of the hub, as `from_pretrained` takes it.
         folder: the local folder; None for a hub id.
         local_files_only: whether to keep off the network.
+        revision: of the repository; None for a local folder, and for `main`.
+        subfolder: of the repository; empty for its root.
     """
 
     location: str
     folder: Path | None
     local_files_only: bool
+    revision: str | None = None
+    subfolder: str = ""
+
+    @property
+    def loading_options(self) -> dict[str, Any]:
+        """Keyword arguments for `from_pretrained`, beside `location`; code that comes with a model is never run."""
+        options: dict[str, Any] = {"local_files_only": self.local_files_only, "trust_remote_code": False}
+        if self.revision is not None:
+            options["revision"] = self.revision
+        if self.subfolder:
+            options["subfolder"] = self.subfolder
+        return options
 
 
 def locate_base(base: str | Path) -> BaseSource:
     """Return where a base is; nothing but the hub's list of its files is fetched.
 
+    A folder of that name is meant first, then `kit-base`, then the hub: `organization/name`, with `/subfolder` and
+    `@revision` where they are needed.
+
     Raises:
         BaseModelError: no such base, a folder that is not a base, or a hub id that cannot be reached or has no model.
     """
+    if not isinstance(base, (str, os.PathLike)):
+        raise BaseModelError(f"{format_value(base)} was given as the base", hint=_WHAT_A_BASE_IS)
     folder = find_local_folder(base)
     if folder is not None:
         _check_folder(folder)
@@ -72,10 +98,11 @@ def locate_base(base: str | Path) -> BaseSource:
     name, path = str(base), Path(base).expanduser()
     if path.exists():
         raise BaseModelError(f"{escape_text(name)} is a file, not a base", hint=_WHAT_A_BASE_IS)
-    # `organization/model` on the hub looks like a path. It is a path if the folder before the slash exists.
-    if isinstance(base, Path) or not _HUB_ID.fullmatch(name) or ("/" in name and path.parent.is_dir()):
+    hub_id = HubId.parse(name) if may_be_hub_id(base) else None
+    if hub_id is None:
         raise BaseModelError(f"{escape_text(name)}: no such folder", hint=_suggest_folder(path))
-    return BaseSource(name, None, local_files_only=_must_read_from_cache(name))
+    from_cache = _must_read_from_cache(name, hub_id)
+    return BaseSource(hub_id.repository, None, from_cache, hub_id.revision, hub_id.subfolder)
 
 
 def find_base(base: str | Path) -> Path:
@@ -85,9 +112,24 @@ def find_base(base: str | Path) -> Path:
         BaseModelError: as `locate_base`, or the download failed.
     """
     source = locate_base(base)
-    folder = source.folder or _download_base(source)
+    folder = source.folder or _download_base(str(base), source)
     _check_folder(folder)
     return folder
+
+
+def reason_not_here(base: str) -> str | None:
+    """Return why a base cannot be read without the network; None for `kit-base`, a folder and a cached hub id."""
+    folder = find_local_folder(base)
+    if folder is not None:
+        try:
+            _check_folder(folder)
+        except BaseModelError as error:
+            return error.message
+        return None
+    hub_id = HubId.parse(base) if may_be_hub_id(base) else None
+    if hub_id is None:
+        return "there is no such folder"
+    return None if is_cached(hub_id, _CONFIG) else "it is neither a folder here nor in the local cache"
 
 
 def find_local_folder(base: str | Path) -> Path | None:
@@ -105,10 +147,11 @@ def _suggest_folder(path: Path) -> str:
 
 def _check_folder(folder: Path) -> None:
     """Raise BaseModelError for a folder that holds an adapter, or no config that a model can be built from."""
-    if (folder / "adapter_config.json").exists():
+    if (folder / _ADAPTER_CONFIG).exists():
         raise BaseModelError(f"{escape_text(folder)} holds an adapter, not a base", hint="give it as the adapter")
     if not (folder / _CONFIG).is_file():
-        hint = "a base is a folder as save_pretrained writes it"
+        below = [escape_text(str(file.parent)) for file in sorted(folder.glob(f"*/{_CONFIG}"))]
+        hint = f"these hold one: {format_list(below)}" if below else "a base is a folder as save_pretrained writes it"
         raise BaseModelError(f"{escape_text(folder)}: no {_CONFIG} in this folder", hint=hint)
     _check_config(folder / _CONFIG)
 
@@ -137,50 +180,42 @@ def _check_config(file: Path) -> None:
                 )
 
 
-def _must_read_from_cache(name: str) -> bool:
-    """Return whether a hub id must be read from the local cache, because the hub cannot be reached."""
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+def _must_read_from_cache(name: str, hub_id: HubId) -> bool:
+    """Return whether a hub id must be read from the local cache, because the hub cannot be reached.
 
-    if constants.HF_HUB_OFFLINE:
-        reason = "HF_HUB_OFFLINE is set"
-    else:
-        try:
-            # One request with a time limit, before any call that would retry again and again.
-            info = HfApi().model_info(name, timeout=_HUB_TIMEOUT)
-        except (GatedRepoError, RepositoryNotFoundError):
-            message = f"{name}: the hub has no such model, or it needs a login"
-            raise BaseModelError(message, hint=_suggest_folder(Path(name))) from None
-        except Exception as error:  # any failure of the network, of whatever library it comes from
-            reason = f"the hub did not answer ({type(error).__name__})"
-        else:
-            if _CONFIG not in {sibling.rfilename for sibling in info.siblings or ()}:
-                raise BaseModelError(f"{name}: no {_CONFIG} in this repository", hint="an adapter is not a base")
-            return False
-    if not isinstance(try_to_load_from_cache(name, _CONFIG), str):
-        hint = suggest_nearest(name, [KIT_BASE]) or _WITHOUT_NETWORK
-        raise BaseModelError(f"{name}: no such folder here, it is not in the local cache, and {reason}", hint=hint)
-    logger.info("%s: read from the local cache, since %s", name, reason)
-    return True
+    Raises:
+        BaseModelError: it is neither in the cache nor can it be reached, or it holds no model.
+    """
+    try:
+        files = list_hub_files(hub_id)
+    except HubUnreachableError as error:
+        if not is_cached(hub_id, _CONFIG):
+            hint = suggest_nearest(name, [KIT_BASE]) or _WITHOUT_NETWORK
+            message = f"{name}: no such folder here, it is not in the local cache, and {error}"
+            raise BaseModelError(message, hint=hint) from None
+        logger.info("%s: read from the local cache, since %s", name, error)
+        return True
+    except HubError as error:
+        raise BaseModelError(f"{name}: {error}", hint=_suggest_folder(Path(name))) from None
+    if hub_id.path_of(_CONFIG) not in files:
+        below = [f"{hub_id.repository}/{file.rpartition('/')[0]}" for file in files if file.endswith(f"/{_CONFIG}")]
+        hint = f"these hold one: {format_list(below)}" if below else "an adapter is not a base"
+        raise BaseModelError(f"{name}: no {_CONFIG} in this repository", hint=hint)
+    return False
 
 
-def _download_base(source: BaseSource) -> Path:
+def _download_base(name: str, source: BaseSource) -> Path:
     """Download a base from the hub; pickled weights only where it has no safetensors."""
-    from huggingface_hub import snapshot_download
-
-    def download(patterns: list[str]) -> Path:
-        return Path(
-            snapshot_download(source.location, allow_patterns=patterns, local_files_only=source.local_files_only)
-        )
-
+    hub_id = HubId(source.location, source.subfolder, source.revision)
     try:
         with silence_libraries():
-            folder = download(_BASE_PATTERNS)
-            return folder if any(folder.glob("*.safetensors")) else download([*_BASE_PATTERNS, *_PICKLE_PATTERNS])
-    except Exception as error:  # any failure of the network, of whatever library it comes from
-        raise BaseModelError(
-            f"{source.location}: the download from the hub failed ({type(error).__name__})", hint=_WITHOUT_NETWORK
-        ) from error
+            folder = download_snapshot(hub_id, _BASE_PATTERNS, local_files_only=source.local_files_only)
+            if any(folder.glob("*.safetensors")):
+                return folder
+            patterns = [*_BASE_PATTERNS, *_PICKLE_PATTERNS]
+            return download_snapshot(hub_id, patterns, local_files_only=source.local_files_only)
+    except HubError as error:
+        raise BaseModelError(f"{name}: {error}", hint=_WITHOUT_NETWORK) from error.__cause__
 
 
 @contextlib.contextmanager

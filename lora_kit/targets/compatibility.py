@@ -13,6 +13,7 @@ from lora_kit.adapter.peft_keys import LoraWeights, TokenEmbeddings
 from lora_kit.errors import AdapterError, BaseMismatchError, format_list
 from lora_kit.targets.coverage import Coverage, LayerTarget, survey_adapter
 from lora_kit.targets.fingerprint import list_base_mismatches
+from lora_kit.targets.legacy_names import suggest_conversion
 from lora_kit.targets.match import named_layers
 from lora_kit.targets.token_rows import TokenTarget
 
@@ -41,7 +42,7 @@ def match_adapter(
         total = len(coverage.targets)
         head = f"{name!r} does not match this model: {count} of {total} covered layers have LoRA weights"
         mismatches += [f"nothing in the model matches {entry}" for entry in coverage.unmatched]
-        raise AdapterError("\n  ".join([head, *mismatches]))
+        raise AdapterError("\n  ".join([head, *mismatches]), hint=suggest_conversion(adapter, model))
     if coverage.unmatched and "unmatched-targets" not in allow:
         # Every tensor has its place: a list that is meant for several models, as PEFT's of heads is.
         logger.warning("%s: nothing in the model matches %s", name, format_list(coverage.unmatched))

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 import lora_kit as lk
 from lora_kit.adapter.inspect import compute_singular_values, inspect
 from lora_kit.adapter.peft_keys import lora_weight_keys
-from lora_kit.adapter.store import find_adapter, infer_base, list_adapters, sum_file_sizes
+from lora_kit.adapter.store import find_adapter, list_adapters, sum_file_sizes
 from lora_kit.errors import AdapterError, ConfigError, UnknownAdapterError
+from lora_kit.models.infer_base import infer_base
 from tests.support import tiny
 
 

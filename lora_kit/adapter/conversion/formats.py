@@ -21,6 +21,7 @@ from lora_kit.adapter.conversion.foreign_files import ForeignFiles
 from lora_kit.adapter.peft_keys import PREFIX, lora_weight_keys, magnitude_key
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.config.peft_fields import HEADS_SAVED_BY_TASK
+from lora_kit.config.renamed_paths import rename_config_paths
 from lora_kit.errors import AdapterError, format_list
 
 WRAPPERS: Final = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "_orig_mod")
@@ -100,7 +101,7 @@ def from_peft(source: ForeignFiles, hints: ConversionHints) -> TranslatedAdapter
             "of each layer are joined, with zeros between them"
         )
     if hints.renames:
-        config = _name_renamed_layers(config, tensors)
+        config = _rename_layers(config, source.tensors, hints, kept)
     return TranslatedAdapter(config, tensors, notes)
 
 
@@ -128,15 +129,20 @@ def _from_bare_peft(source: ForeignFiles, hints: ConversionHints, notes: list[st
     return TranslatedAdapter(config, tensors, notes)
 
 
-def _name_renamed_layers(config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraConfig:
-    """Return a config that covers the layers under their new names, by whole paths where its own do not."""
-    pairs = (key.removeprefix(PREFIX).rpartition(".lora_") for key in tensors)
-    paths = tuple(dict.fromkeys(path for path, mark, _ in pairs if mark))
-    if config.target_parameters or all(config.names_layer(path) for path in paths):
-        return config
-    return dataclasses.replace(
-        config, target_modules=paths, exclude_modules=None, layers_to_transform=None, layers_pattern=None
+def _rename_layers(
+    config: LoraConfig, tensors: Mapping[str, Tensor], hints: ConversionHints, kept: Sequence[str]
+) -> LoraConfig:
+    """Return a config that covers the same modules under their new names, by whole paths where its own do not."""
+    config = dataclasses.replace(config, modules_to_save=tuple(map(hints.rename, config.modules_to_save)))
+    keys = _normalize_peft_keys(tensors, dataclasses.replace(hints, renames={}), [], kept)
+    pairs = (key.removeprefix(PREFIX).rpartition(".lora_") for key in keys)
+    renamed = {path: hints.rename(path) for path, mark, _ in pairs if mark}
+    covered = all(
+        config.names_layer(new)
+        and (config.rank_of(new), config.alpha_of(new)) == (config.rank_of(old), config.alpha_of(old))
+        for old, new in renamed.items()
     )
+    return config if config.target_parameters or covered else rename_config_paths(config, renamed)
 
 
 def _normalize_peft_keys(

@@ -11,6 +11,7 @@ from lora_kit.data.chat import ChatTemplate
 from lora_kit.data.rows import Rows
 from lora_kit.data.sample_format import DEFAULT_MAX_LENGTH
 from lora_kit.errors import RecipeError, format_list
+from lora_kit.io.hub import split_revision
 from lora_kit.models.heads import find_head_modules
 from lora_kit.models.loading import Base
 from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR
@@ -56,10 +57,12 @@ def _resolve_data(recipe: Recipe, rows: Rows, base: Base, template: ChatTemplate
 
 def _resolve_lora_config(recipe: Recipe, base: Base) -> LoraConfig:
     """Return the adapter's config with its head by name, and with the labels that other tools read."""
+    name, revision = split_revision(recipe.lora.base_model_name_or_path or base.name)
     return dataclasses.replace(
         recipe.lora,
         modules_to_save=_resolve_saved_modules(recipe, base, recipe.lora.modules_to_save),
-        base_model_name_or_path=recipe.lora.base_model_name_or_path or base.name,
+        base_model_name_or_path=name,
+        revision=revision or recipe.lora.revision,
         task_type=TASK_SPECS[recipe.task].peft_type,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ import yaml
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import AdapterError, ConfigError, RecipeError, format_list, suggest_nearest
 from lora_kit.io.read import exists, read_text
-from lora_kit.io.text import escape_text
+from lora_kit.io.text import escape_text, format_value
 from lora_kit.training.recipe.coerce import (
     Section,
     check_known_keys,
@@ -59,10 +60,18 @@ def read_recipe_fields(source: RecipeSource, *, overrides: Section | None = None
     elif isinstance(source, Mapping):
         fields, where = copy_nested(source), "the recipe"
     else:
+        _check_is_path(source)
         fields, where = _read_recipe_file(Path(source)), str(source)
     for key, value in (overrides or {}).items():
         _override(fields, key, value)
     return fields, where
+
+
+def _check_is_path(source: object) -> None:
+    """Raise RecipeError for what is not even the name of a file."""
+    if not isinstance(source, (str, os.PathLike)):
+        hint = "give the file of a recipe, a mapping or a Recipe"
+        raise RecipeError(f"{format_value(source)} was given as a recipe", hint=hint)
 
 
 def _read_recipe_file(path: Path) -> dict[str, Any]:

@@ -1,0 +1,165 @@
+"""Find the folder of an adapter by what people call it: a path, a name in the store, or an id of the hub."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from lora_kit.adapter.folder import (
+    CARD,
+    CONFIG,
+    OLD_WEIGHTS,
+    RECORD,
+    WEIGHTS,
+    has_adapter_files,
+    list_adapter_subfolders,
+)
+from lora_kit.errors import AdapterError, ConfigError, UnknownAdapterError, format_list, suggest_nearest
+from lora_kit.io.hub import (
+    HubError,
+    HubId,
+    HubUnreachableError,
+    download_snapshot,
+    list_cached_files,
+    list_hub_files,
+    may_be_hub_id,
+)
+from lora_kit.io.read import folder_exists
+from lora_kit.io.text import escape_text, format_value
+from lora_kit.names import DEFAULT_STORE
+
+logger = logging.getLogger(__name__)
+
+_FILES: Final = (CONFIG, WEIGHTS, RECORD, CARD)
+_FORMS: Final = "a folder, a name in the store, or a hub id such as organization/name or organization/name@revision"
+
+
+@dataclass(frozen=True)
+class AdapterLocation:
+    """Where an adapter is.
+
+    Attributes:
+        folder: with its files; one of the hub is in the local cache.
+        origin: `path`, `store` or `hub`: what it was found as.
+    """
+
+    folder: Path
+    origin: Literal["path", "store", "hub"]
+
+
+def resolve_adapter(adapter: str | Path, *, store: str | Path = DEFAULT_STORE) -> AdapterLocation:
+    """Return where an adapter is.
+
+    A path wins over a name in the store, and both over an id of the hub. Only a folder without an adapter gives way to
+    an adapter of that name in the store. A `Path` is never an id of the hub.
+
+    Args:
+        adapter: a path (`adapters/sql`, `run/checkpoint-200`), a name in the store (`sql`, `sql/checkpoint-200`), or a
+            hub id (`organization/name`), with `/subfolder` and `@revision` where they are needed.
+        store: where names are looked up.
+
+    Raises:
+        UnknownAdapterError: there is none; the hint has the nearest adapter of the store.
+        AdapterError: a repository of the hub that cannot be read, or holds no adapter.
+        ConfigError: `adapter` is neither text nor a path.
+    """
+    if not isinstance(adapter, (str, os.PathLike)):
+        raise ConfigError(f"{format_value(adapter)} was given as an adapter", hint=_FORMS)
+    path, store = Path(adapter).expanduser(), Path(store)
+    named = _find_in_store(str(adapter), store)
+    if str(adapter) and folder_exists(path) and (named is None or has_adapter_files(path)):
+        if named is not None and not path.samefile(named):
+            logger.warning("%s is a folder here and an adapter in the store: the folder is taken", escape_text(path))
+        return AdapterLocation(path, "path")
+    if named is not None:
+        return AdapterLocation(named, "store")
+    hub_id = HubId.parse(str(adapter)) if may_be_hub_id(adapter) else None
+    if hub_id is not None and "/" in hub_id.repository:
+        return AdapterLocation(_fetch_adapter(str(adapter), hub_id, store), "hub")
+    raise _make_unknown_error(adapter, store)
+
+
+def resolve_folder(adapter: str | Path) -> Path:
+    """Return the folder of an adapter that is given as a `Path`, as it is, or as text; see `resolve_adapter`.
+
+    Raises:
+        AdapterError: nothing is called so.
+        ConfigError: `adapter` is neither text nor a path.
+    """
+    if isinstance(adapter, Path):
+        return adapter
+    try:
+        return resolve_adapter(adapter).folder
+    except UnknownAdapterError as error:
+        raise AdapterError(f"{escape_text(adapter)} is not a folder: {error.message}", hint=error.hint) from None
+
+
+def label_adapter_folder(folder: str | Path) -> str:
+    """Return the short name of an adapter folder: its own, or its repository's where it is in the hub's cache."""
+    real = Path(folder).resolve()
+    if real.parent.name == "snapshots" and real.parent.parent.name.startswith("models--"):
+        return real.parent.parent.name.rpartition("--")[2]
+    return real.name
+
+
+def _make_unknown_error(adapter: str | Path, store: Path, *, reason: str = "") -> UnknownAdapterError:
+    """Return the error for an adapter that is nowhere, with the nearest name as its hint.
+
+    Args:
+        reason: why the hub has none either; empty where it was not asked.
+    """
+    path = Path(adapter)
+    in_store = [folder.name for folder in list_adapter_subfolders(store)]
+    beside = [str(folder) for folder in list_adapter_subfolders(path.parent)] if len(path.parts) > 1 else []
+    error = UnknownAdapterError(str(adapter), in_store)
+    if reason:
+        error.message += f": no such folder here, and {reason}"
+    nearest = suggest_nearest(path.name, in_store) or suggest_nearest(str(path), beside)
+    error.hint = nearest or f"{_FORMS}; {path.parent if beside else store} holds {format_list(beside or in_store)}"
+    return error
+
+
+def _find_in_store(name: str, store: Path) -> Path | None:
+    """Return the folder of a name in the store, or of a folder below one (`sql/checkpoint-200`); None for no such."""
+    path = Path(name)
+    inside = name not in ("", ".") and not path.is_absolute() and ".." not in path.parts
+    return store / path if inside and has_adapter_files(store / path) else None
+
+
+def _fetch_adapter(name: str, hub_id: HubId, store: Path) -> Path:
+    """Return the folder in the cache of an adapter of the hub, which is downloaded where the hub can be reached.
+
+    Raises:
+        UnknownAdapterError: the hub and the cache have no such repository.
+        AdapterError: it holds no adapter there, or the download failed.
+    """
+    try:
+        files, from_cache = list_hub_files(hub_id), False
+    except HubUnreachableError as error:
+        files, from_cache = list_cached_files(hub_id), True
+        if not files:
+            reason = f"it is not in the local cache, and {error}"
+            raise _make_unknown_error(name, store, reason=reason) from None
+        logger.info("%s: read from the local cache, since %s", name, error)
+    except HubError as error:
+        raise _make_unknown_error(name, store, reason=str(error)) from None
+    if hub_id.path_of(CONFIG) not in files:
+        raise AdapterError(f"{name}: no {CONFIG} in this repository", hint=_hint_subfolders(hub_id, files))
+    weights = () if hub_id.path_of(WEIGHTS) in files else (OLD_WEIGHTS,)
+    try:
+        return download_snapshot(hub_id, (*_FILES, *weights), local_files_only=from_cache)
+    except HubError as error:
+        raise AdapterError(f"{name}: {error}", hint="give a local folder") from error.__cause__
+
+
+def _hint_subfolders(hub_id: HubId, files: Sequence[str]) -> str:
+    """Return a hint at the subfolders of a repository that hold an adapter."""
+    revision = "" if hub_id.revision is None else f"@{hub_id.revision}"
+    below = [file.removesuffix(f"/{CONFIG}") for file in files if file.endswith(f"/{CONFIG}")]
+    if not below:
+        return "is it an adapter? A base is given as the base"
+    return f"these hold one: {format_list([f'{hub_id.repository}/{folder}{revision}' for folder in below])}"

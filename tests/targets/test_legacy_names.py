@@ -1,0 +1,308 @@
+"""Adapters under the module names of transformers 4, which PEFT reads too: what is computed is what PEFT computes."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from torch import Tensor, nn
+
+import lora_kit as lk
+from lora_kit.adapter.folder import CONFIG, WEIGHTS
+from lora_kit.adapter.peft_keys import PREFIX
+from lora_kit.cli.main import main
+from lora_kit.errors import AdapterError
+from lora_kit.generation.generate import attach_adapters
+from lora_kit.io.safetensors import encode_safetensors
+from tests.support import tiny
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+IDS = torch.tensor([[5, 9, 17, 33, 2, 70]])
+
+
+def llava() -> Any:
+    text = transformers.LlamaConfig(**SIZES)
+    config = transformers.LlavaConfig(
+        text_config=text, vision_config=transformers.CLIPVisionConfig(**VISION), image_token_id=95
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def gemma3() -> Any:
+    text = transformers.Gemma3TextConfig(**SIZES, head_dim=8)
+    config = transformers.Gemma3Config(
+        text_config=text,
+        vision_config=transformers.SiglipVisionConfig(**VISION).to_dict(),
+        mm_tokens_per_image=4,
+        image_token_id=95,
+        boi_token_id=94,
+        eoi_token_id=93,
+    )
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+def paligemma() -> Any:
+    text = transformers.GemmaConfig(**SIZES, head_dim=8)
+    vision = transformers.SiglipVisionConfig(**VISION, projection_dim=32)
+    config = transformers.PaliGemmaConfig(
+        text_config=text, vision_config=vision, image_token_id=95, projection_dim=32, hidden_size=32
+    )
+    return transformers.PaliGemmaForConditionalGeneration(config)
+
+
+def mixtral() -> Any:
+    return transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**SIZES, num_local_experts=3, num_experts_per_tok=2)
+    )
+
+
+def qwen2_moe() -> Any:
+    config = transformers.Qwen2MoeConfig(
+        **SIZES, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=40
+    )
+    return transformers.Qwen2MoeForCausalLM(config)
+
+
+def qwen3_moe() -> Any:
+    config = transformers.Qwen3MoeConfig(
+        **SIZES, head_dim=8, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=24
+    )
+    return transformers.Qwen3MoeForCausalLM(config)
+
+
+def attention(prefix: str, *names: str) -> dict[str, tuple[int, int]]:
+    """The shapes (in, out) of these projections of two layers."""
+    widths = {"q_proj": (32, 32), "k_proj": (32, 16), "v_proj": (32, 16), "o_proj": (32, 32)}
+    return {f"{prefix}.{layer}.self_attn.{name}": widths[name] for layer in range(2) for name in names}
+
+
+def experts(block: str, names: tuple[str, str, str], width: int) -> dict[str, tuple[int, int]]:
+    """The shapes (in, out) of three experts of two layers: gate, up and down."""
+    gate, up, down = names
+    return {
+        f"model.layers.{layer}.{block}.experts.{expert}.{name}": (width, 32) if name == down else (32, width)
+        for layer in range(2)
+        for expert in range(3)
+        for name in (gate, up, down)
+    }
+
+
+TEXT = "language_model.model.layers"
+MIXTRAL = experts("block_sparse_moe", ("w1", "w3", "w2"), 48)
+QWEN = experts("mlp", ("gate_proj", "up_proj", "down_proj"), 24)
+ROUTER = {f"model.layers.{layer}.block_sparse_moe.gate": (32, 3) for layer in range(2)}
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj")
+CASES: dict[str, tuple[Callable[[], Any], dict[str, tuple[int, int]], dict[str, Any]]] = {
+    "llava": (llava, attention(TEXT, *ALL), {"target_modules": [*ALL]}),
+    "gemma3": (gemma3, attention(TEXT, *ALL), {"target_modules": [*ALL]}),
+    "paligemma": (paligemma, attention(TEXT, "q_proj", "v_proj"), {"target_modules": ["q_proj", "v_proj"]}),
+    "mixtral": (mixtral, MIXTRAL, {"target_modules": ["w1", "w2", "w3"]}),
+    "mixtral, attention and router": (
+        mixtral,
+        MIXTRAL | attention("model.layers", *ALL) | ROUTER,
+        {"target_modules": ["w1", "w2", "w3", "gate", *ALL], "use_rslora": False},
+    ),
+    "mixtral, dropout": (mixtral, MIXTRAL, {"target_modules": ["w1", "w2", "w3"], "lora_dropout": 0.1}),
+    "mixtral, down alone": (
+        mixtral,
+        {path: shape for path, shape in MIXTRAL.items() if path.endswith("w2")},
+        {"target_modules": ["w2"]},
+    ),
+    "qwen2_moe": (
+        qwen2_moe,
+        QWEN
+        | {
+            f"model.layers.{layer}.mlp.shared_expert.{name}": shape
+            for layer in range(2)
+            for name, shape in {"gate_proj": (32, 40), "up_proj": (32, 40), "down_proj": (40, 32)}.items()
+        },
+        {"target_modules": ["gate_proj", "up_proj", "down_proj"]},
+    ),
+    "qwen2_moe, experts": (qwen2_moe, QWEN, {"target_modules": ["gate_proj", "up_proj", "down_proj"]}),
+    "qwen3_moe": (
+        qwen3_moe,
+        QWEN | attention("model.layers", "q_proj"),
+        {"target_modules": ["gate_proj", "up_proj", "down_proj", "q_proj"]},
+    ),
+}
+PEFT_CANNOT = {
+    "mixtral, dropout",  # it wants no dropout beside parameters
+    "qwen2_moe",  # it converts the models that are like it, and not this one: the experts' updates are lost
+    "qwen2_moe, experts",
+}
+
+
+def write(folder: Path, shapes: dict[str, tuple[int, int]], **fields: Any) -> Path:
+    """An adapter as PEFT wrote it on transformers 4."""
+    generator, tensors = torch.Generator().manual_seed(3), dict[str, Tensor]()
+    for path, (width, height) in shapes.items():
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = torch.randn(4, width, generator=generator) / 4
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = torch.randn(height, 4, generator=generator) / 4
+    folder.mkdir()
+    (folder / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8, **fields}))
+    (folder / WEIGHTS).write_bytes(b"".join(encode_safetensors(tensors)))
+    return folder
+
+
+def made(make: Callable[[], Any]) -> Any:
+    torch.manual_seed(0)
+    return make().eval()
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=IDS).logits
+    return found
+
+
+def with_updates(model: Any, folder: Path, out: Path) -> Any:
+    """The model with the updates added to the files that it saves, which have the names of transformers 4."""
+    model.save_pretrained(out)
+    weights = safetensors.torch.load_file(out / "model.safetensors")
+    tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    for key, a in tensors.items():
+        if ".lora_A." in key:
+            path = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+            weights[f"{path}.weight"] += 2 * tensors[key.replace("lora_A", "lora_B")] @ a
+    safetensors.torch.save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    return type(model).from_pretrained(out).eval()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_logits_are_those_of_the_updated_weights(tmp_path: Path, case: str) -> None:
+    make, shapes, fields = CASES[case]
+    folder = write(tmp_path / "adapter", shapes, **fields)
+    model = made(make)
+    wanted = logits(with_updates(model, folder, tmp_path / "updated"))
+    bank = lk.attach(model)
+    bank.load("old", folder)
+    bank.use("old")
+    assert (logits(model) - wanted).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("case", sorted(CASES.keys() - PEFT_CANNOT))
+def test_the_logits_are_those_of_peft(tmp_path: Path, case: str, caplog: pytest.LogCaptureFixture) -> None:
+    make, shapes, fields = CASES[case]
+    folder = write(tmp_path / "adapter", shapes, **fields)
+    by_peft = logits(peft.PeftModel.from_pretrained(made(make), str(folder)).eval())
+    model = made(make)
+    base, bank = logits(model), lk.attach(model)
+    assert bank.load("old", folder) == lk.Adapter.load(folder)
+    assert "names of an older transformers" in caplog.text
+    bank.use("old")
+    ours = logits(model)
+    assert (ours - base).abs().max() > 1e-2
+    assert (ours - by_peft).abs().max() < 1e-5
+
+
+def test_an_adapter_that_is_loaded_when_it_is_needed_is_converted_too(tmp_path: Path) -> None:
+    make, shapes, fields = CASES["mixtral"]
+    folder = write(tmp_path / "adapter", shapes, **fields)
+    model = made(make)
+    bank = lk.attach(model, slots=1)
+    bank.load("now", folder)
+    bank.use("now")
+    wanted = logits(model)
+    bank.use(None)
+    bank.unload("now")
+    for name in ("one", "two"):
+        bank.offer(name, folder)
+    for name in ("one", "two", "one"):
+        with bank.using(name):
+            assert torch.equal(logits(model), wanted)
+
+
+def test_experts_of_another_model_are_an_error_of_the_adapter(tmp_path: Path) -> None:
+    for name, shapes in (
+        ("wide", {"model.layers.0.block_sparse_moe.experts.0.w1": (64, 48)}),
+        ("tall", {"model.layers.0.block_sparse_moe.experts.0.w2": (48, 64)}),
+        ("many", {"model.layers.0.block_sparse_moe.experts.7.w1": (32, 48)}),
+    ):
+        folder = write(tmp_path / name, shapes, target_modules=["w1", "w2"])
+        with pytest.raises(AdapterError, match=r"but model\.layers\.0\.mlp\.experts\.\w+ has 3 experts"):
+            lk.attach(made(mixtral)).load("x", folder)
+
+
+def test_a_bank_for_certain_adapters_has_room_for_their_fused_experts(tmp_path: Path) -> None:
+    make, shapes, fields = CASES["mixtral"]
+    adapter = lk.Adapter.load(write(tmp_path / "adapter", shapes, **fields))
+    with attach_adapters(made(make), {"old": adapter}) as bank:
+        assert bank is not None
+        assert {target.rank for target in bank.coverage("old").targets} == {8}
+
+
+@pytest.mark.parametrize("case", ["llava", "mixtral, attention and router"])
+def test_a_merge_takes_them_too(tmp_path: Path, case: str) -> None:
+    make, shapes, fields = CASES[case]
+    folder = write(tmp_path / "adapter", shapes, **fields)
+    model = made(make)
+    model.save_pretrained(tmp_path / "base")
+    bank = lk.attach(model)
+    bank.load("old", folder)
+    bank.use("old")
+    report = lk.merge(tmp_path / "base", folder, tmp_path / "merged")
+    assert report.adapters == {lk.Adapter.load(folder).digest: 1.0}
+    merged = type(model).from_pretrained(tmp_path / "merged").eval()
+    assert (logits(merged) - logits(model)).abs().max() < 1e-5
+
+
+def test_ranks_and_alphas_stay_with_their_modules(tmp_path: Path) -> None:
+    _, shapes, _ = CASES["llava"]
+    first = next(iter(shapes))
+    folder = write(tmp_path / "adapter", shapes, target_modules=list(shapes), alpha_pattern={first: 32})
+    model = made(llava)
+    bank = lk.attach(model)
+    bank.load("old", folder)
+    scalings = {target.path: target.scaling for target in bank.coverage("old").targets}
+    assert {path: scaling for path, scaling in scalings.items() if scaling != 2} == {
+        "model.language_model.layers.0.self_attn.q_proj": 8
+    }
+    assert len(scalings) == len(shapes)
+
+
+def test_where_the_mapping_does_not_help_the_error_has_the_command_that_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shapes = attention("transformer.layers", "q_proj", "v_proj")
+    folder = write(tmp_path / "an adapter", shapes, target_modules=["q_proj", "v_proj"])
+    with pytest.raises(AdapterError, match="the model has no module transformer") as caught:
+        lk.attach(tiny.llama()).load("x", folder)
+    command = shlex.split(caught.value.hint)
+    assert command[:2] == ["lora-kit", "convert"]
+    assert "transformer=model" in command
+    out = tmp_path / "converted"
+    assert main([str(out) if word == "CONVERTED" else word for word in command[1:]]) == 0, capsys.readouterr().err
+    config = lk.Adapter.load(out).config
+    assert set(config.target_modules) == {path.replace("transformer", "model") for path in shapes}
+    lk.attach(tiny.llama()).load("x", out)
+
+
+def test_a_prefix_that_is_missing_is_added_by_the_command(tmp_path: Path) -> None:
+    folder = write(tmp_path / "adapter", attention("layers", "q_proj"), target_modules=["q_proj"])
+    with pytest.raises(AdapterError) as caught:
+        lk.attach(tiny.llama()).load("x", folder)
+    assert "--rename layers=model.layers" in caught.value.hint
