@@ -57,7 +57,7 @@ class FrozenModel:
 
 
 def check_no_bank(model: nn.Module) -> None:
-    """Refuse a model that has a bank, in whole or in part, or is a part of one that has.
+    """Raise BankError for a model that has a bank, in whole or in part, or is a part of one that has.
 
     Raises:
         BankError: it is such a model, or a copy of one.
