@@ -136,7 +136,9 @@ class LoraLinear(_LoraLayer):
 
     def _add_stacked(self, route: Route, y: Tensor, x: Tensor) -> Tensor:
         """Return y with what the stacked weights hold for each row."""
-        index, stacked, dropped = self.routing.get_index(route, x), self._get_stacks(A, B), self._drop_rows(route, x)
+        index, dropped = self.routing.get_index(route, x), self._drop_rows(route, x)
+        a, b = self._get_stacks(A, B)
+        stacked = a, b
         if self.trains and any(entry is not None and has_initialization(entry) for entry in self.entries):
             if dropped is not x:
                 zeros = torch.zeros_like(stacked[0]), torch.zeros_like(stacked[1])
