@@ -260,15 +260,15 @@ class AdapterBank:
         Raises:
             BankError: it was detached already, or a block of `using` or `rows` is open.
         """
-        if self._choices.is_block_open:
-            raise BankError("detach was called inside using() or rows()", hint="leave the block first")
-        self._frozen_model.check_attached()
-        self._layers.unwrap()
-        self.cache.clear()
-        self._choices.forget()
-        self._frozen_model.release()
-        for name in _ATTACHED_STATE:
-            delattr(self, name)
+        with self._change_lock:
+            if self._choices.is_block_open:
+                raise BankError("detach was called inside using() or rows()", hint="leave the block first")
+            self._layers.unwrap()
+            self.cache.clear()
+            self._choices.forget()
+            self._frozen_model.release()
+            for name in _ATTACHED_STATE:
+                delattr(self, name)
 
     # Using
 

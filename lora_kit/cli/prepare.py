@@ -126,10 +126,10 @@ def _show_file(part: PreparedFile, preparation: Preparation) -> None:
     if len(labels) > len(shown):
         print(f"and {len(labels) - len(shown)} more labels, the rarest with {min(labels.values()):,} {what}")
     if examined.relabeled:
-        print(escape_for_terminal(f"relabeled: {_describe_names(examined.relabeled)}"))
+        print_text(f"relabeled: {_describe_names(examined.relabeled)}")
     if examined.variants:
         names = _describe_names(examined.variants)
-        print(escape_for_terminal(f"labels that differ only in case or blanks: {names}: --relabel auto"))
+        print_text(f"labels that differ only in case or blanks: {names}: --relabel auto")
     for label, other in examined.lookalikes.items():
         if label in examined.variants:
             continue

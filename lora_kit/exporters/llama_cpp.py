@@ -146,4 +146,5 @@ def format_command(case: ExportCase) -> str:
     return f"""```sh
 llama-server -m base.gguf --lora {quote(str(case.out / GGUF_FILE))}
 ```
-`base.gguf` is the base `{case.base_name}`, converted by llama.cpp's `convert_hf_to_gguf.py`; it may be quantized.{note}"""
+`base.gguf` is the base `{case.base_name}`, converted by llama.cpp's `convert_hf_to_gguf.py`; it may be
+quantized.{note}"""

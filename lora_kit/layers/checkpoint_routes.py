@@ -16,6 +16,10 @@ from torch.utils import checkpoint
 
 from lora_kit.layers.routing import list_routings
 
+_FORWARD: Final = "forward"
+"""Method of `CheckpointFunction`, the reentrant form; its first argument after the context is the function."""
+_GENERATOR: Final = "_checkpoint_without_reentrant_generator"
+"""Function of the other form; its first argument is the function."""
 _INSTALLED: Final = "_lora_kit_routes"
 """Attribute of a function of torch that is wrapped."""
 
@@ -26,10 +30,8 @@ def install_checkpoint_routes() -> None:
     Raises:
         AttributeError: this version of torch has other functions.
     """
-    function_class: Any = checkpoint.CheckpointFunction
-    module: Any = checkpoint
-    forward = function_class.forward
-    generate = module._checkpoint_without_reentrant_generator
+    forward: Callable[..., object] = checkpoint.CheckpointFunction.forward
+    generate: Callable[..., Iterator[None]] = getattr(checkpoint, _GENERATOR)
     if hasattr(forward, _INSTALLED):
         return
 
@@ -43,8 +45,8 @@ def install_checkpoint_routes() -> None:
 
     for wrapper in (forward_with_routes, generate_with_routes):
         setattr(wrapper, _INSTALLED, True)
-    function_class.forward = staticmethod(forward_with_routes)
-    module._checkpoint_without_reentrant_generator = generate_with_routes
+    setattr(checkpoint.CheckpointFunction, _FORWARD, staticmethod(forward_with_routes))
+    setattr(checkpoint, _GENERATOR, generate_with_routes)
 
 
 def keep_routes(function: Callable[..., object]) -> Callable[..., object]:

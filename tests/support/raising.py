@@ -172,6 +172,8 @@ CASES: dict[str, Callable[[], Any]] = {
     "bank.offer ConfigError": lambda: loaded().offer("b", "base-folder"),
     "bank.unload BankError": lambda: loaded().unload("a"),
     "bank.unload UnknownAdapterError": lambda: loaded().unload("b"),
+    "bank.lease BankError": lambda: trained().lease("a"),
+    "bank.lease UnknownAdapterError": lambda: loaded().lease("b"),
     "bank.restore AdapterError": lambda: trained().restore("a", value(r=4)),
     "bank.restore BankError": lambda: loaded().restore("a", value()),
     "bank.restore UnknownAdapterError": lambda: trained().restore("b", value()),

@@ -30,7 +30,7 @@ CPU_SECONDS: Final = 60
 MEMORY_BYTES: Final = 12 * 2**30
 _PREFERRED: Final = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForSequenceClassification",
                      "ForImageClassification", "ForAudioClassification", "ForCTC", "Model")  # fmt: skip
-_ABSTRACT: Final = re.compile("PreTrainedModel|PretrainedModel|Output")
+_ABSTRACT: Final = re.compile("PreTrainedModel|PretrainedModel|Output|^Auto")
 
 
 def main() -> None:
