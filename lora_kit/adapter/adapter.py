@@ -185,7 +185,7 @@ class Adapter:
             allow: which of `ALLOWANCES` are accepted instead of rejected.
 
         Raises:
-            AdapterError: nothing is called so; or the weights or the record are wrong: says what in which file.
+            AdapterError: there is no such adapter, or its weights or record are wrong: names the file.
             ConfigError: `adapter_config.json` is wrong, or `folder` is neither text nor a path.
             StorageError: a file cannot be read, or does not fit in memory.
 

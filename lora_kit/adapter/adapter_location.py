@@ -1,4 +1,4 @@
-"""Find the folder of an adapter by what people call it: a path, a name in the store, or an id of the hub."""
+"""Find the folder of an adapter by a path, a name in the store, or a hub id."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def resolve_adapter(adapter: str | Path, *, store: str | Path = DEFAULT_STORE) -
         store: where names are looked up.
 
     Raises:
-        UnknownAdapterError: there is none; the hint has the nearest adapter of the store.
-        AdapterError: a repository of the hub that cannot be read, or holds no adapter.
+        UnknownAdapterError: there is no such adapter; the hint names the nearest one.
+        AdapterError: the repository of the hub cannot be read, or holds no adapter.
         ConfigError: `adapter` is neither text nor a path.
     """
     if not isinstance(adapter, (str, os.PathLike)):
@@ -84,10 +84,10 @@ def resolve_adapter(adapter: str | Path, *, store: str | Path = DEFAULT_STORE) -
 
 
 def resolve_folder(adapter: str | Path) -> Path:
-    """Return the folder of an adapter that is given as a `Path`, as it is, or as text; see `resolve_adapter`.
+    """Return the folder of an adapter: a `Path` as it is, text as `resolve_adapter` finds it.
 
     Raises:
-        AdapterError: nothing is called so.
+        AdapterError: there is no such adapter.
         ConfigError: `adapter` is neither text nor a path.
     """
     if isinstance(adapter, Path):
@@ -107,10 +107,10 @@ def label_adapter_folder(folder: str | Path) -> str:
 
 
 def _make_unknown_error(adapter: str | Path, store: Path, *, reason: str = "") -> UnknownAdapterError:
-    """Return the error for an adapter that is nowhere, with the nearest name as its hint.
+    """Return the error for an adapter that does not exist, with the nearest name as its hint.
 
     Args:
-        reason: why the hub has none either; empty where it was not asked.
+        reason: why the hub has none either; empty where the hub was not asked.
     """
     path = Path(adapter)
     in_store = [folder.name for folder in list_adapter_subfolders(store)]
@@ -124,7 +124,7 @@ def _make_unknown_error(adapter: str | Path, store: Path, *, reason: str = "") -
 
 
 def _find_in_store(name: str, store: Path) -> Path | None:
-    """Return the folder of a name in the store, or of a folder below one (`sql/checkpoint-200`); None for no such."""
+    """Return the folder of a name in the store, or of a folder below one (`sql/checkpoint-200`), if it exists."""
     path = Path(name)
     inside = name not in ("", ".") and not path.is_absolute() and ".." not in path.parts
     return store / path if inside and has_adapter_files(store / path) else None

@@ -1,4 +1,4 @@
-"""A config whose modules have other names in the model."""
+"""Configs whose modules have other names in the model."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def rename_config_paths(config: LoraConfig, paths: Mapping[str, str]) -> LoraCon
     """Return a config that covers the same modules under new names, each with the rank and the alpha that it had.
 
     Args:
-        paths: the new path of each module with LoRA weights, by its old one. They are written in full, so that the
-            names mean nothing else.
+        paths: the new path of each module with LoRA weights, by its old one. They are written in full, so that they
+            match no other module.
     """
     ranks = {new: config.rank_of(old) for old, new in paths.items()}
     alphas = {new: config.alpha_of(old) for old, new in paths.items()}

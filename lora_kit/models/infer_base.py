@@ -1,4 +1,4 @@
-"""Choose the base where nobody gives one: the base that the adapters name, if it is here."""
+"""Choose the base where the caller gives none: the one that the adapters name, if it is on this machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class NamedBase:
 
     Attributes:
         name: a folder, a hub id or `kit-base`; None where the adapter names none.
-        problem: why it cannot be used without asking; None where it is here.
+        problem: why it cannot be read without the network; None where it can.
     """
 
     name: str | None
@@ -33,10 +33,10 @@ class NamedBase:
 
     @classmethod
     def of(cls, config: LoraConfig, fingerprint: object) -> NamedBase:
-        """Return the first base that is here, of those that a config and the fingerprint in a record name.
+        """Return the first base on this machine of those that a config and the fingerprint in a record name.
 
-        A name in an adapter was written by whoever made it. It is used where it is here, and the adapter's fingerprint
-        is compared with the base when the adapter is loaded. Nothing is fetched for it.
+        Whoever made an adapter chose the name in it. So nothing is downloaded for it, and the adapter's fingerprint is
+        compared with the base when the adapter is loaded.
         """
         names = [_name_with_revision(config)]
         if isinstance(fingerprint, Mapping) and isinstance(fingerprint.get("name"), str):
@@ -47,30 +47,30 @@ class NamedBase:
 
     @property
     def refusal(self) -> str:
-        """What the adapter names, and why it is not used; for messages."""
+        """The end of a message: which base the adapter names, and why it is not used."""
         return f"names {format_value(self.name)} as its base, but {self.problem}" if self.name else "names no base"
 
 
 def infer_base(adapters: Sequence[str | Path], *, store: str | Path = DEFAULT_STORE) -> str:
-    """Return the base to use where the user gives none: the one that the adapters name; `kit-base` without adapters.
+    """Return the base to use where the user gives none: the one that all adapters name; `kit-base` without adapters.
 
     Raises:
-        ConfigError: an adapter names none, or one that is not here, or two name different ones.
-        UnknownAdapterError, AdapterError: an adapter that is not there or cannot be read.
+        ConfigError: an adapter names no base, or one that is not on this machine; or the adapters name different bases.
+        UnknownAdapterError, AdapterError: an adapter does not exist or cannot be read.
     """
     chosen: dict[str, str] = {}
     labels: dict[str, str] = {}
     for adapter in adapters:
-        found = AdapterFolder.open(resolve_adapter(adapter, store=store).folder, allow=("changed-files",))
-        fingerprint = (found.record or {}).get("base")
-        base = NamedBase.of(found.config, fingerprint)
+        folder = AdapterFolder.open(resolve_adapter(adapter, store=store).folder, allow=("changed-files",))
+        fingerprint = (folder.record or {}).get("base")
+        base = NamedBase.of(folder.config, fingerprint)
         if base.name is None or base.problem is not None:
             message = f"adapter {str(adapter)!r} {base.refusal}, and no base was given"
             raise ConfigError(message, hint="give the base with --base")
         if fingerprint is None and base.name != KIT_BASE:
             logger.warning(
                 "%s: %s, the base that it names, is used; without a fingerprint only shapes can be checked",
-                found.shown,
+                folder.shown,
                 base.name,
             )
         key = str((find_local_folder(base.name) or Path(base.name)).resolve())

@@ -32,7 +32,7 @@ from lora_kit.targets.coverage import survey_coverage
 from lora_kit.targets.match import named_layers
 
 if TYPE_CHECKING:
-    from transformers.core_model_loading import WeightTransform
+    from transformers.core_model_loading import WeightConverter, WeightTransform
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +47,10 @@ def convert_to_model_names(name: str, adapter: Adapter, model: nn.Module) -> Ada
         name: of the adapter, for the log.
 
     Returns:
-        An adapter with the same updates, each module of which the model has; the one given where a module is nowhere.
+        An adapter with the same updates on modules that the model has; `adapter` itself if there is no place for one.
 
     Raises:
-        AdapterError: LoRA weights of experts of another number or size than the model's.
+        AdapterError: LoRA weights of experts whose number or size is not the model's.
     """
     places = dict(named_layers(model))
     missing = [path for path in _list_module_paths(adapter) if path not in places]
@@ -157,7 +157,7 @@ def _find_model_names(
     parameters: Mapping[str, nn.Parameter],
     places: Mapping[str, nn.Module],
 ) -> _ModelNames | None:
-    """Return where the modules are that the model does not have by their names; None where one is nowhere."""
+    """Return where the model has the modules that it does not know by name; None if it has no place for one."""
     from transformers.core_model_loading import WeightConverter
 
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
@@ -181,13 +181,15 @@ def _find_model_names(
 
 
 def _find_fused_part(
-    key: str, converters: Sequence[object], parameters: Mapping[str, nn.Parameter], places: Mapping[str, nn.Module]
+    key: str,
+    converters: Sequence[WeightConverter],
+    parameters: Mapping[str, nn.Parameter],
+    places: Mapping[str, nn.Module],
 ) -> _FusedPart | None:
-    """Return which part of which parameter a weight of an older transformers is; None where that is not known."""
-    from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+    """Return which part of which parameter a weight of an older transformers is; None if that is not known."""
+    from transformers.core_model_loading import Concatenate, MergeModulelist
 
     for converter in converters:
-        assert isinstance(converter, WeightConverter)
         parameter, pattern = converter.rename_source_key(key)
         if pattern is None or parameter not in parameters:
             continue
@@ -329,11 +331,11 @@ def _find_rename(path: str, places: Sequence[str]) -> tuple[str, str] | None:
     parts = path.split(".")
     for start in range(len(parts)):
         end = "." + ".".join(parts[start:])
-        found = [place for place in places if f".{place}".endswith(end)]
-        if len(found) == 1:
-            old, new = ".".join(parts[:start]), f".{found[0]}"[: -len(end)].removeprefix(".")
+        matches = [place for place in places if f".{place}".endswith(end)]
+        if len(matches) == 1:
+            old, new = ".".join(parts[:start]), f".{matches[0]}"[: -len(end)].removeprefix(".")
             # A beginning to rename is never empty: the first part of the equal end goes with it.
             return (old, new) if old else (parts[0], f"{new}.{parts[0]}")
-        if found:
+        if matches:
             return None
     return None
