@@ -8,7 +8,7 @@ are wrapped. torch.compile traces checkpoints itself, and needs none of this.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any, Final
 
