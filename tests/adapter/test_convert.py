@@ -328,6 +328,15 @@ def test_renamed_layers_are_named_in_the_config(tmp_path: Path) -> None:
     assert convert(source, renames={"decoder": "model"}).config.target_modules == folders.PATHS
 
 
+def test_renamed_layers_keep_the_rank_and_the_alpha_that_their_old_paths_had(tmp_path: Path) -> None:
+    old = {key.replace("model.layers", "decoder.layers"): tensor for key, tensor in folders.tensors().items()}
+    first = folders.PATHS[0].replace("model.", "decoder.")
+    source = folders.foreign(tmp_path / "x", old, r=2, rank_pattern={"q_proj": 4}, alpha_pattern={first: 16})
+    config = convert(source, renames={"decoder": "model"}).config
+    assert [config.rank_of(path) for path in folders.PATHS] == [4, 4]
+    assert [config.alpha_of(path) for path in folders.PATHS] == [16, 8]
+
+
 def test_a_saved_head_of_a_live_peft_model_comes_without_the_original(tmp_path: Path) -> None:
     values = folders.tensors() | {
         f"{PREFIX}score.original_module.weight": torch.zeros(3, 32),
