@@ -171,11 +171,10 @@ class AdapterBank:
             AdapterError: it cannot be read, or does not match the model; lists every mismatch. The bank is as it was.
             BaseMismatchError: it was made for another base.
             BankError: the name is taken, or no slot is free.
-            ConfigError: its config, the name or `allow` is invalid.
+            ConfigError: its config, the name, `source` or `allow` is invalid.
         """
         check_allowances(allow)
         self._check_name(name)
-        _check_source(source)
         adapter = source if isinstance(source, Adapter) else Adapter.load(source, allow=allow)
         with self._change_lock:
             self._check_name(name)  # another thread may have taken it meanwhile
@@ -201,7 +200,6 @@ class AdapterBank:
                 or do not match are an error at the first use.
             BankError: the name is taken, or the rank is larger than `max_rank`.
         """
-        _check_source(source)
         with self._change_lock:
             self._check_name(name)
             self._lazy_adapters.add(name, source, allow=allow)
@@ -439,9 +437,3 @@ class AdapterBank:
             if not isinstance(name, str):
                 raise ConfigError(f"an adapter's name is a string; {name!r} was given")
         self._lazy_adapters.load(dict.fromkeys(names), keep=keep, slots_in_use=self._routing.find_live_slots())
-
-
-def _check_source(source: object) -> None:
-    """Raise ConfigError for what is neither an adapter nor the path of one."""
-    if not isinstance(source, str | Path | Adapter):
-        raise ConfigError(f"a folder or an Adapter was expected; {source!r} was given")

@@ -1,4 +1,4 @@
-"""Repositories of the Hugging Face hub: what an id names, and its files from the local cache or the network."""
+"""Repositories of the Hugging Face hub: parse their ids, and read their files from the local cache or the network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class HubError(Exception):
 
 
 class HubUnreachableError(HubError):
-    """The hub must not be asked, or does not answer: only the local cache is left."""
+    """The hub is offline or does not answer, so that only the local cache can be read."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class HubId:
 
     @classmethod
     def parse(cls, text: str) -> HubId | None:
-        """Return the id that a text has the form of, or None. Nothing is looked up."""
+        """Return the hub id that a text spells, or None for any other text. Nothing is looked up."""
         match = _HUB_ID.fullmatch(text)
         if match is None or ".." in text:
             return None
@@ -55,7 +55,7 @@ class HubId:
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """Return the name and the revision of a base that is called `id@revision`; a folder may have any name."""
+    """Return the name and the revision of a base named `id@revision`; a folder of that name has no revision."""
     hub_id = HubId.parse(name)
     if hub_id is None or hub_id.revision is None or folder_exists(Path(name)):
         return name, None
@@ -63,7 +63,7 @@ def split_revision(name: str) -> tuple[str, str | None]:
 
 
 def may_be_hub_id(name: str | os.PathLike[str]) -> bool:
-    """Return whether a name that no folder has may be an id of the hub.
+    """Return whether a name may be a hub id, given that no folder has it.
 
     `organization/name` looks like a path. It is a path if the folder before the slash exists.
     """
@@ -76,7 +76,7 @@ def list_hub_files(hub_id: HubId) -> tuple[str, ...]:
 
     Raises:
         HubError: the hub has no such repository or revision, or shows it only after a login.
-        HubUnreachableError: the hub must not be asked, or does not answer.
+        HubUnreachableError: `HF_HUB_OFFLINE` is set, or the hub does not answer.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError

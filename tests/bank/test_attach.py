@@ -75,6 +75,8 @@ METHODS: dict[str, Callable[[lk.AdapterBank], Any]] = {
     "rows": lambda bank: bank.rows(["a"]).__enter__(),
     "reference": lambda bank: bank.reference(),
     "snapshot": lambda bank: bank.snapshot("a"),
+    "state_dict": lambda bank: bank.state_dict(),
+    "load_state_dict": lambda bank: bank.load_state_dict({}),
     "save": lambda bank: bank.save("a", "nowhere"),
     "merge": lambda bank: bank.merge("a"),
 }

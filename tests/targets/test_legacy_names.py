@@ -297,7 +297,7 @@ def test_where_the_mapping_does_not_help_the_error_has_the_command_that_does(
     out = tmp_path / "converted"
     assert main([str(out) if word == "CONVERTED" else word for word in command[1:]]) == 0, capsys.readouterr().err
     config = lk.Adapter.load(out).config
-    assert set(config.target_modules) == {path.replace("transformer", "model") for path in shapes}
+    assert all(config.names_layer(path.replace("transformer", "model")) for path in shapes)
     lk.attach(tiny.llama()).load("x", out)
 
 
