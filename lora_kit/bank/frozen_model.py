@@ -57,7 +57,7 @@ class FrozenModel:
 
 
 def check_no_bank(model: nn.Module) -> None:
-    """Check that neither a model, nor a part of it, nor one that it is a part of, has a bank.
+    """Raise BankError for a model that has a bank, in whole or in part, or is a part of one that has.
 
     Raises:
         BankError: it is such a model, or a copy of one.

@@ -137,7 +137,7 @@ class Lease:
 
 
 class RowCountCheck:
-    """A hook of the model that raises RoutingError for a batch without one row for each name that `rows` was given.
+    """A hook of the model that raises RoutingError for a batch which has not one row for each that `rows` named.
 
     Layers split any multiple evenly, as `generate` needs it: there, beams and several returned sequences belong to the
     row they come from. In another call a multiple is a mistake.

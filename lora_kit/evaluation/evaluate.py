@@ -78,8 +78,8 @@ def evaluate(
 ) -> EvalReport:
     """Measure adapters of one base, and the base itself, on the rows of a file.
 
-    Each adapter gets the rows in the format of its record: separator or chat template, labels and length. The base gets
-    them as the first adapter does. Rows with the same prompt are references of one another.
+    Each adapter gets the rows as in its training: with the separator or chat template, the labels and the length of its
+    record; the base gets what the first adapter gets. Rows with the same prompt are references of one another.
 
     Args:
         base: hub id, local folder, `kit-base`, or a loaded base; a loaded one is left as it was.

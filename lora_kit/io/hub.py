@@ -43,7 +43,7 @@ class HubId:
 
     @classmethod
     def parse(cls, text: str) -> HubId | None:
-        """Return the id that a text has the form of, or None. Nothing is looked up."""
+        """Return the hub id that a text spells, or None for any other text. Nothing is looked up."""
         match = _HUB_ID.fullmatch(text)
         if match is None or ".." in text:
             return None
