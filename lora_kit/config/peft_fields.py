@@ -55,7 +55,7 @@ CARRIED_FIELDS: Final = (
 tensors mean."""
 
 _NEWER_FIELDS: Final[Mapping[str, tuple[object, ...]]] = {
-    **{name: values for name, values in UNSUPPORTED_FIELDS.items() if name not in ("bias", "layer_replication")},
+    **{name: field.harmless for name, field in UNSUPPORTED_FIELDS.items() if name not in ("bias", "layer_replication")},
     **dict.fromkeys(("eva_config", "corda_config", "lora_ga_config"), (None,)),
     "exclude_modules": (None,),
     "target_parameters": (None, []),

@@ -19,7 +19,7 @@ from lora_kit.adapter.adapter_like import AdapterLike, short_label_of
 from lora_kit.adapter.adapter_location import resolve_folder
 from lora_kit.adapter.folder import ALLOWANCES
 from lora_kit.errors import ConfigError, MergeError, format_list
-from lora_kit.io.atomic_write import check_output, stage_folder
+from lora_kit.io.atomic_write import check_output, check_path, stage_folder
 from lora_kit.merging import model_files, preflight, quantized_base
 from lora_kit.merging.checkpoint.bnb_weights import QuantizedWeight
 from lora_kit.merging.checkpoint.meta_model import MetaModel, TaskHead, build_meta_model
@@ -92,6 +92,7 @@ def merge(
         lk.merge("kit-base", "adapters/sql", "merged/sql", dtype="bfloat16").retention
     """
     started, out = time.perf_counter(), Path(out)
+    check_path(out)
     _check_arguments(allow, verify)
     quantized_base.check_quantized_choice(quantized, original=original, dtype=dtype, verify=verify)
     sources, float_dtype = _resolve_sources(adapter), None if dtype is None else parse_float_dtype(dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import random
 import threading
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 import lora_kit as lk
 from lora_kit.errors import BankError, LoraKitError
 from tests.support import tiny
+
+LONG = pytest.mark.skipif(os.environ.get("LORA_KIT_LONG") != "1", reason="takes minutes; LORA_KIT_LONG=1 runs it")
 
 NAMES = ("a", "b", "c", "head", "dora")
 
@@ -120,7 +123,7 @@ class Storm:
         self.compared += 1
 
 
-@pytest.mark.parametrize("steps", [15, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [15, pytest.param(500, marks=LONG)])
 def test_no_result_of_threads_that_work_at_once_is_anothers(steps: int) -> None:
     storm = Storm()
     run_in_threads(8, lambda number: storm.run(number, steps))
