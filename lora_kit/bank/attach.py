@@ -12,7 +12,7 @@ from torch import nn
 from lora_kit.bank.bank import AdapterBank
 from lora_kit.bank.frozen_model import check_no_bank, refuse_meta_model
 from lora_kit.config.lora_config import LoraConfig
-from lora_kit.errors import BankError
+from lora_kit.errors import BankError, ConfigError
 from lora_kit.layers.introspect import unwrap_model
 from lora_kit.torch_utils import FLOAT_DTYPES, parse_float_dtype
 
@@ -56,6 +56,8 @@ def attach(
         bank = lk.attach(model, lk.LoraConfig(r=8, lora_alpha=16), name="sql")
         optimizer = torch.optim.AdamW(bank.parameters("sql"), lr=1e-3)
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"a model (torch.nn.Module) was expected; {type(model).__name__} was given")
     model = unwrap_model(model)
     _refuse_peft_layers(model)
     check_no_bank(model)

@@ -66,6 +66,9 @@ class AnnotatedMessage(tuple[str, str]):
         message.reasoning, message.is_learned = reasoning, is_learned
         return message
 
+    def __getnewargs_ex__(self) -> tuple[tuple[str, ...], dict[str, object]]:
+        return tuple(self), {"reasoning": self.reasoning, "is_learned": self.is_learned}
+
     def _identity(self) -> tuple[object, ...]:
         return (*self, self.reasoning, self.is_learned)
 
@@ -271,7 +274,8 @@ def _read_loss_keys(number: int, item: Row) -> bool:
 
 def _read_reasoning(number: int, item: Row, role: str) -> str:
     """Return what the assistant thought; empty without any."""
-    keys = [key for key in _REASONING_KEYS if item.get(key) not in (None, "")]
+    values = {key: item.get(key) for key in _REASONING_KEYS}
+    keys = [key for key, value in values.items() if value is not None and str(value).strip()]  # blank: no reasoning
     if not keys:
         return ""
     if role != "assistant":

@@ -185,8 +185,10 @@ class SlotLayer(nn.Module):
         entry = self.entries[slot]
         if entry is None:
             return
-        for name in entry.tensors:
+        for name, tensor in entry.tensors.items():
             self._parameters.pop(leaf_name(name, slot), None)
+            if isinstance(tensor, nn.Parameter):
+                tensor.data = tensor.data.clone()  # a backward still to come reads it; the slot's memory is reset
         self.routing.discard_caches()
         self.entries[slot] = None
         if entry.trainable:

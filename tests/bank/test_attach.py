@@ -148,3 +148,9 @@ def test_data_parallel_is_refused_with_what_to_use_instead() -> None:
     layer = next(module for module in model.modules() if isinstance(module, SlotLayer))
     with pytest.raises(BankError, match="DistributedDataParallel"):
         layer._replicate_for_data_parallel()
+
+
+@pytest.mark.parametrize("given", [5, None, "model"])
+def test_what_is_no_model_is_a_config_error(given: Any) -> None:
+    with pytest.raises(ConfigError, match="a model"):
+        lk.attach(given)

@@ -256,3 +256,17 @@ def test_features_trains_the_head_and_nothing_else() -> None:
     assert recipe.lora.modules_to_save == ("head",)
     named = load_recipe({**LEAST, "method": "features", "lora": {"modules_to_save": ["score"]}})
     assert named.lora.modules_to_save == ("score",)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [({"adam_beta1": 2}, "beta"), ({"optim": "adamw_torch", "adam_epsilon": -1}, "epsilon")],
+)
+def test_values_that_no_optimizer_takes_are_found_with_the_recipe(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe({"base": "kit-base", "data": "rows.jsonl", "out": "adapters/x", "train": section})
+
+
+def test_arguments_of_the_default_optimizer_need_no_name() -> None:
+    recipe = {"base": "kit-base", "data": "rows.jsonl", "out": "adapters/x"}
+    assert load_recipe({**recipe, "train": {"optim_args": "beta1=0.9,beta2=0.95"}}).train["optim_args"]

@@ -40,9 +40,9 @@ def check_schedule(train: Section) -> None:
 
 
 def check_optimizer(train: Section) -> None:
-    """Raise RecipeError for an optimizer whose package is missing or whose `optim_args` are invalid."""
+    """Raise RecipeError for an optimizer whose package is missing or whose arguments are invalid."""
     arguments = train.get("optim_args")
-    if arguments is None and "optim" not in train:
+    if not any(key in ("optim", "optim_args") or key.startswith("adam_") for key in train):
         return
     for item in [] if arguments is None else str(arguments).split(","):
         if item.count("=") != 1 or not all(part.strip() for part in item.split("=")):
@@ -53,8 +53,8 @@ def check_optimizer(train: Section) -> None:
         from transformers.training_args import OptimizerNames
 
         defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments) if field.init}
-        values = {**defaults, "optim": OptimizerNames("adamw_torch"), **train}
-        values["optim"] = OptimizerNames(str(values["optim"]))
+        values = {**defaults, "optim": "adamw_torch", **train}
+        values["optim"] = OptimizerNames(values["optim"])
         # A stand-in: real TrainingArguments would choose the device of the whole process.
         args = cast("TrainingArguments", types.SimpleNamespace(**values))
         optimizer, options = Trainer.get_optimizer_cls_and_kwargs(args)
