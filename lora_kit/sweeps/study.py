@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,6 +26,7 @@ from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lora_kit.errors import AdapterError, RecipeError, StorageError
+from lora_kit.io.atomic_write import write_file
 from lora_kit.io.locks import FileLock
 from lora_kit.io.read import exists, folder_exists
 from lora_kit.io.text import escape_text
@@ -167,7 +167,7 @@ def open_study(plan: SweepPlan, *, replace: bool) -> SweepStudy:
     with FileLock(plan.folder / LOCKS / "sweep").hold():
         if check_folder(plan, replace=replace):
             _clear_folder(plan.folder)
-        replace_file(plan.folder / PLAN, json.dumps(dataclasses.asdict(plan), indent=1).encode())
+        write_file(plan.folder / PLAN, json.dumps(dataclasses.asdict(plan), indent=1).encode())
         return SweepStudy(plan)
 
 
@@ -189,13 +189,6 @@ def check_folder(plan: SweepPlan, *, replace: bool) -> list[str]:
             hint="go back to that one to continue it, or ask to replace (--replace) to start anew",
         )
     return differences
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file in one step: other processes read the old one or the new one."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}")
-    staging.write_bytes(data)
-    os.replace(staging, path)
 
 
 def _clear_folder(folder: Path) -> None:

@@ -17,11 +17,11 @@ from optuna.trial import FrozenTrial, TrialState
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.folder import CARD, CONFIG, RECORD, WEIGHTS, is_adapter_folder
 from lora_kit.errors import AdapterError, VerificationError
-from lora_kit.io.atomic_write import check_output, stage_folder
+from lora_kit.io.atomic_write import check_output, stage_folder, write_file
 from lora_kit.io.read import exists, read_json
 from lora_kit.names import RECIPE_FILE
 from lora_kit.sweeps.space import Params, Value
-from lora_kit.sweeps.study import SweepStudy, replace_file
+from lora_kit.sweeps.study import SweepStudy
 from lora_kit.sweeps.sweep_plan import SweepPlan
 from lora_kit.training.job.output import is_trained_model_folder
 
@@ -125,10 +125,10 @@ def finish_sweep(study: SweepStudy, *, replace: bool) -> SweepReport:
 
 def _write_report(plan: SweepPlan, report: SweepReport) -> None:
     results = {"over": plan.over, "method": plan.method, "seed": plan.seed, **report.to_json()}
-    replace_file(plan.folder / RESULTS, json.dumps(results, indent=1).encode())
+    write_file(plan.folder / RESULTS, json.dumps(results, indent=1).encode())
     picture = plot_trials(plan, report.trials)
     if picture:
-        replace_file(plan.folder / PICTURE, picture)
+        write_file(plan.folder / PICTURE, picture)
 
 
 # The best trial's result
