@@ -17,7 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from lora_kit.data.records import BAD, EMPTY, Row
+from lora_kit.data.records import BAD, EMPTY, LONG, Row
+from lora_kit.data.size_limits import MAX_TEXT_LENGTH
 from lora_kit.errors import format_list, suggest_nearest
 from lora_kit.models.tasks import CAUSAL_LM, CLASSIFY, SEQ2SEQ, TOKENS
 
@@ -155,6 +156,9 @@ def _read_string(name: str, value: object) -> str:
         raise RowError(f"{name} is empty", kind=EMPTY)
     if not isinstance(value, str):
         raise RowError(f"{name} must be a string; {type(value).__name__} was given")
+    if len(value) > MAX_TEXT_LENGTH:
+        what = f"{name} has {len(value):,} characters, and at most {MAX_TEXT_LENGTH:,} are read"
+        raise RowError(f"{what}; make several rows of it", kind=LONG)
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
