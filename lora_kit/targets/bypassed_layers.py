@@ -54,7 +54,7 @@ def _list_bypassed_names(module: nn.Module) -> Iterable[str]:
         return _READ_BY_KERNELS
     if isinstance(module, nn.TransformerEncoderLayer):
         return _READ_BY_FAST_PATH if _has_fast_path(module) else ()
-    return find_read_names(type(module))
+    return find_read_names(type(module))  # type: ignore[arg-type]  # a class is hashable
 
 
 def _is_mixer(module: nn.Module) -> bool:
@@ -68,7 +68,7 @@ def _has_fast_path(layer: nn.TransformerEncoderLayer) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def find_read_names(kind: type) -> frozenset[str]:
+def find_read_names(kind: type[nn.Module]) -> frozenset[str]:
     """Return names of layers of a class (`q_proj`, `attention.q_proj`) of which its forward only reads the weight.
 
     A layer that the class calls as well, or hands on to others, is none of them: which of the two happens may depend on
@@ -84,7 +84,7 @@ def find_read_names(kind: type) -> frozenset[str]:
     return frozenset(name for name in read if not any(is_within(name, top) for top in used))
 
 
-def _collect_methods(kind: type) -> dict[str, list[FunctionType]]:
+def _collect_methods(kind: type[nn.Module]) -> dict[str, list[FunctionType]]:
     """Return the methods of a class by name, without torch's own; with each, those of its bases that it calls."""
     methods = dict[str, list[FunctionType]]()
     for base in reversed(kind.__mro__):
