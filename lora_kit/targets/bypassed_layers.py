@@ -71,7 +71,7 @@ def _has_fast_path(layer: nn.TransformerEncoderLayer) -> bool:
 def find_read_names(kind: type[nn.Module]) -> frozenset[str]:
     """Return names of layers of a class (`q_proj`, `attention.q_proj`) of which its forward only reads the weight.
 
-    A layer that the class calls as well, or hands on to others, is none of them: which of the two happens may depend on
+    A layer that the class calls as well, or hands on to others, does not count: which of the two happens may depend on
     values. Nor is one of which only the dtype, the shape or the like is read.
     """
     methods = _collect_methods(kind)
