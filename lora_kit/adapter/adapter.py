@@ -291,7 +291,7 @@ def _make_config_portable(config: LoraConfig) -> LoraConfig:
 
 
 def _make_facts_portable(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the facts of a record with the name of the base as it is told to others."""
+    """Return the facts of a record with the name of the base as others read it."""
     base = facts.get("base")
     if not isinstance(base, Mapping) or not isinstance(base.get("name"), str):
         return dict(facts)

@@ -15,7 +15,7 @@ _HOMES: Final = (Path("/home"), Path("/Users"), Path("/root"))
 
 
 def make_path_portable(path: str) -> str:
-    """Return a path as it is told to others: inside the working directory relative to it, else its name alone.
+    """Return a path as others read it: inside the working directory relative to it, else its name alone.
 
     What is neither absolute nor leads out of the working directory, such as an id of the hub, is returned as it is.
     """
@@ -26,7 +26,7 @@ def make_path_portable(path: str) -> str:
 
 
 def make_folder_portable(base: str) -> str:
-    """Return the name of a base as it is told to others: in the user's home as `~/…`, in that of another its last part.
+    """Return the name of a base as others read it: in the user's home as `~/…`, in that of another its last part.
 
     A folder that is in no home, such as `/models/llama`, keeps its path, so that the base is found again.
     """
