@@ -1,8 +1,8 @@
 """The record of an adapter, `lora_kit.json`: digests of the other files and of itself, identity and provenance.
 
 `adapters/README.md` describes every field. From format 3 on the record has the sha256 of its own bytes, with zeros
-in the place of those 64 digits, so a single changed bit of it is seen. A record of format 2 is read, with the note that it is
-unprotected.
+in the place of those 64 digits, so a single changed bit of it is seen. A record of format 2 is read, with the note that
+it is unprotected.
 """
 
 from __future__ import annotations
