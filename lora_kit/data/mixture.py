@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -41,6 +41,13 @@ DataSource: TypeAlias = str | tuple[DataFile, ...]
 def list_files(source: DataSource) -> tuple[DataFile, ...]:
     """Return the files of a source, each with its weight."""
     return (DataFile(source),) if isinstance(source, str) else source
+
+
+def rename_files(source: DataSource, rename: Callable[[str], str]) -> DataSource:
+    """Return a source with other paths."""
+    if isinstance(source, str):
+        return rename(source)
+    return tuple(DataFile(rename(file.path), file.weight) for file in source)
 
 
 def describe_source(source: DataSource) -> str:

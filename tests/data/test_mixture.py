@@ -18,6 +18,7 @@ from lora_kit.data.rows import Rows
 from lora_kit.errors import DataError, RecipeError
 from lora_kit.training.job.job import Job
 from lora_kit.training.recipe.load import load_recipe
+from lora_kit.training.recipe.portable_recipe import make_recipe_portable
 from tests.support import texts
 
 
@@ -119,12 +120,18 @@ def test_a_recipe_names_files_with_weights_and_comes_back_from_yaml(tmp_path: Pa
     assert load_recipe(recipe_fields(["a.jsonl", "b.jsonl"])).data.train == (DataFile("a.jsonl"), DataFile("b.jsonl"))
 
 
+def test_files_of_one_name_outside_the_project_stay_two_files() -> None:
+    recipe = make_recipe_portable(
+        load_recipe(recipe_fields(["/far/one/train.jsonl", "/far/two/train.jsonl", "in.jsonl"]))
+    )
+    assert recipe.data.train == (DataFile("train.jsonl"), DataFile("train.jsonl"), DataFile("in.jsonl"))
+
+
 @pytest.mark.parametrize(
     ("train", "message"),
     [
         ([], r"data\.train must not be empty"),
         ([""], r"data\.train must not be empty"),
-        (["a", "a"], "has a twice .*weight: 2"),
         ([{"path": "a", "weight": 0}], "must be above 0 and at most 1,000; 0 was given"),
         ([{"path": "a", "weight": -1}], "must be above 0"),
         ([{"path": "a", "weight": 1e9}], "at most 1,000"),

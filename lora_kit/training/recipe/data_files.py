@@ -43,17 +43,13 @@ def _parse_file(name: str, item: object) -> DataFile:
 
 
 def check_data_files(train: DataSource, validation: DataSource | None) -> None:
-    """Raise RecipeError for a path or a list that is empty, a file that is named twice, or an invalid weight."""
+    """Raise RecipeError for a path or a list that is empty, or an invalid weight."""
     for name, source in (("data.train", train), ("data.validation", validation)):
         if source is None:
             continue
         files = list_files(source)
         if not files or not all(file.path.strip() for file in files):
             raise RecipeError(f"{name} must not be empty", hint="it is a file of rows, or a list of files")
-        paths = [file.path for file in files]
-        repeated = next((path for path in paths if paths.count(path) > 1), None)
-        if repeated:
-            raise RecipeError(f"{name} has {repeated} twice", hint=f"{{path: {repeated}, weight: 2}} takes it twice")
         for file in files:
             _check_weight(name, file)
 
