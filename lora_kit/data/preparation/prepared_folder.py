@@ -1,7 +1,7 @@
 """What `prepare` found, and the folder it writes.
 
-The folder holds `train.jsonl`, `validation.jsonl`, a `recipe.yaml` to train with, and `manifest.json`: the source files
-with digests, the faults and what was left out, line by line, and the settings.
+The folder holds `train.jsonl`, perhaps `validation.jsonl` and `test.jsonl`, a `recipe.yaml` to train with, and
+`manifest.json`: the source files with digests, the faults and what was left out, line by line, and the settings.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import yaml
 
 from lora_kit.data.layouts import RowValue, message_to_json
 from lora_kit.data.preparation.examine import ExaminedFile, bin_lengths
+from lora_kit.data.preparation.training_defaults import choose_train_section
 from lora_kit.data.rows import Rows
 from lora_kit.io.atomic_write import write_folder
 from lora_kit.names import RECIPE_FILE
@@ -25,6 +26,7 @@ from lora_kit.names import RECIPE_FILE
 MANIFEST: Final = "manifest.json"
 TRAIN: Final = "train.jsonl"
 VALIDATION: Final = "validation.jsonl"
+TEST: Final = "test.jsonl"
 _MANIFEST_VERSION: Final = 1
 _COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
     "completion": ("prompt", "completion"),
@@ -71,6 +73,7 @@ class PreparedFile:
         return {
             "path": str(self.path),
             "sha256": examined.sha256,
+            "encoding": examined.encoding,
             "rows": examined.total,
             "kept": len(self.kept),
             "faults": [{"line": fault.line, "kind": fault.kind, "what": fault.what} for fault in examined.faults],
@@ -103,6 +106,8 @@ class Preparation:
         task: the task that the rows are for.
         train: the rows to train on.
         validation: the rows to validate on, if any.
+        test: the rows to test on, if any.
+        hidden_size: width of the base; None where its config does not say it.
         settings: everything but the source files that decides the result.
         out: the folder that was written; None if no folder was requested.
         files: the files that were written, with rows and digests.
@@ -114,6 +119,8 @@ class Preparation:
     task: str
     train: Rows
     validation: Rows | None
+    test: Rows | None
+    hidden_size: int | None
     settings: Mapping[str, Any]
     out: Path | None = None
     files: Mapping[str, object]
@@ -131,7 +138,7 @@ class Preparation:
             "format": self.format,
             "settings": dict(self.settings),
             "sources": [part.to_json() for part in self.parts],
-            "rows": {"train": len(self.train), "validation": len(self.validation or ())},
+            "rows": {"train": len(self.train), "validation": len(self.validation or ()), "test": len(self.test or ())},
             "files": dict(self.files),
         }
 
@@ -147,9 +154,8 @@ def write_preparation(preparation: Preparation, folder: Path, *, replace: bool) 
     Raises:
         StorageError: the folder exists, or cannot be written.
     """
-    sides = {TRAIN: preparation.train}
-    if preparation.validation is not None:
-        sides[VALIDATION] = preparation.validation
+    optional = {VALIDATION: preparation.validation, TEST: preparation.test}
+    sides = {TRAIN: preparation.train} | {name: rows for name, rows in optional.items() if rows is not None}
     files = {name: "".join(_format_row(rows, value) for value in rows.values).encode() for name, rows in sides.items()}
     listing = {name: {"rows": len(sides[name]), **_describe_file(data)} for name, data in files.items()}
     files[RECIPE_FILE] = _render_recipe(preparation, folder).encode()
@@ -182,12 +188,15 @@ def _render_recipe(preparation: Preparation, folder: Path) -> str:
     data["max_length"] = settings["max_length"]
     if settings["chat_template"]:
         data["chat_template"] = settings["chat_template"]
+    train = choose_train_section(
+        rows=len(preparation.train), task=preparation.task, hidden_size=preparation.hidden_size
+    )
     recipe = {
         "base": settings["base"],
         "data": data,
         "task": preparation.task,
         "lora": {"r": 16, "lora_alpha": 32},
-        "train": {"num_train_epochs": 3, "per_device_train_batch_size": 8, "learning_rate": 5e-4, "seed": 0},
+        "train": train,
         "out": f"adapters/{folder.absolute().name}",
     }
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120)
