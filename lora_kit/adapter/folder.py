@@ -43,7 +43,9 @@ _RECORD_TYPES: Final[Mapping[str, type]] = {
     "files": dict,
     "labels": list,
     "metrics": dict,
+    "problem": str,
     "recipe": dict,
+    "thresholds": list,
     "versions": dict,
 }
 

@@ -36,7 +36,18 @@ from lora_kit.models.quantization import (
     silence_cast_warnings,
 )
 from lora_kit.models.silence import silence_libraries
-from lora_kit.models.tasks import CAUSAL_LM, CLASSIFY, SEQ2SEQ, TASK_SPECS, TASKS
+from lora_kit.models.tasks import (
+    CAUSAL_LM,
+    CLASSIFY,
+    PROBLEM_TYPES,
+    PROBLEMS,
+    REGRESSION,
+    SEQ2SEQ,
+    SINGLE_LABEL,
+    TASK_SPECS,
+    TASKS,
+    find_problem_by_type,
+)
 from lora_kit.targets.fingerprint import fingerprint
 from lora_kit.torch_utils import parse_float_dtype, preserve_random_states
 
@@ -81,6 +92,11 @@ class Base:
         assert pad is not None, "load_base sets a pad token"
         return pad
 
+    @property
+    def problem(self) -> str | None:
+        """What the head predicts of a whole text, one of `lora_kit.models.tasks.PROBLEMS`; None for other tasks."""
+        return find_problem_by_type(self.model.config.problem_type) if self.task == CLASSIFY else None
+
     def fingerprint(self) -> dict[str, Any]:
         """Return what distinguishes this base from others; see `lora_kit.targets.fingerprint`."""
         return fingerprint(self.model, name=self.name)
@@ -102,6 +118,7 @@ def load_base(
     task: str = CAUSAL_LM,
     num_labels: int | None = None,
     label2id: Mapping[str, int] | None = None,
+    problem: str | None = None,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     quantize: str | None = None,
@@ -116,6 +133,8 @@ def load_base(
         label2id: label names to their numbers, kept in the model's config. The checkpoint's head is used if its labels
             are these in this order, or as many without names; otherwise the layer that predicts them is new, with a
             warning.
+        problem: what `classify` predicts: `single-label`, `multi-label` or `regression`, which has one output; None for
+            what the checkpoint says, else one label.
         dtype: `bf16`, `fp16`, `fp32` or a torch.dtype; None or `auto` for the checkpoint's own.
         device: where to put the model; None for CUDA where there is a device and the CPU otherwise.
         quantize: one of `QUANTIZATIONS`, through bitsandbytes; None for the weights as they are. A checkpoint that is
@@ -131,12 +150,16 @@ def load_base(
         base.model, base.tokenizer
     """
     _check_one_of("task", task, TASKS)
+    _check_one_of("problem", problem, PROBLEMS)
     _check_one_of("quantize", quantize, QUANTIZATIONS)
     torch_dtype = _resolve_dtype(dtype)
     torch_device = _resolve_device(device)
     source, name = locate_base(base), str(base)
     with silence_libraries(), translate_load_errors(name):
         config = _read_config(source)
+        if task == CLASSIFY:
+            _set_problem(config, problem)
+            num_labels = 1 if problem == REGRESSION and label2id is None else num_labels
         replaced = _set_labels(config, name, task=task, num_labels=num_labels, label2id=label2id)
         _check_architecture(name, config, task)
         refuse_already_quantized(name, config, quantize)
@@ -273,6 +296,17 @@ def find_label_order(base: str | Path, names: Sequence[str], *, task: str) -> tu
     return head, order_labels(names, head)
 
 
+def find_checkpoint_problem(base: str | Path) -> str | None:
+    """Return what the head of a base predicts of a whole text; None where it has no such head, or does not say.
+
+    Raises:
+        BaseModelError: no base of that name.
+    """
+    with silence_libraries(), translate_load_errors(str(base)):
+        config = _read_config(locate_base(base))
+    return find_problem_by_type(config.problem_type) if list_checkpoint_labels(config, CLASSIFY) else None
+
+
 def _read_config(source: BaseSource) -> PretrainedConfig:
     from transformers import AutoConfig
 
@@ -284,8 +318,6 @@ def _set_labels(
     config: PretrainedConfig, name: str, *, task: str, num_labels: int | None, label2id: Mapping[str, int] | None
 ) -> str | None:
     """Set the labels of a config; return why the checkpoint's head cannot be used for them, or None if it can."""
-    if task == CLASSIFY:
-        config.problem_type = "single_label_classification"
     if label2id is None:
         if num_labels is not None:
             config.num_labels = num_labels
@@ -296,6 +328,12 @@ def _set_labels(
     reason = reason_new_head(list_checkpoint_labels(config, task), labels)
     config.label2id, config.id2label = dict(label2id), {number: label for label, number in label2id.items()}
     return reason
+
+
+def _set_problem(config: PretrainedConfig, problem: str | None) -> None:
+    """Set what the head predicts: the problem that is given, else the checkpoint's own, else one label."""
+    if problem is not None or find_problem_by_type(config.problem_type) is None:
+        vars(config)["problem_type"] = PROBLEM_TYPES[problem or SINGLE_LABEL]
 
 
 def _replace_head(model: PreTrainedModel, name: str, task: str, reason: str) -> None:
