@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 from lora_kit.data.cells import RowError, read_list, read_string
 from lora_kit.data.records import EMPTY, Row
@@ -33,7 +34,7 @@ def read_text_with_labels(row: Row) -> tuple[TextInput, Label] | tuple[TextInput
 
 
 def read_text_input(row: Row) -> TextInput:
-    """Return the text of a row, or the pair where there is a second one."""
+    """Return the text of a row, or a pair of texts where there is a second one."""
     text = read_string("text", row["text"])
     return (text, read_string(PAIR, row[PAIR])) if row.get(PAIR) is not None else text
 
@@ -41,6 +42,14 @@ def read_text_input(row: Row) -> TextInput:
 def _add_weight(row: Row, value: tuple[TextInput, Label]) -> tuple[TextInput, Label] | tuple[TextInput, Label, float]:
     weight = row.get(WEIGHT)
     return value if weight in (None, "") else (*value, _read_weight(weight))
+
+
+def convert_labeled_text(value: tuple[Any, ...]) -> dict[str, object]:
+    """Return what `read_labeled_text` or `read_text_with_labels` returned as the columns of a row."""
+    text, label, *weight = value
+    columns: dict[str, object] = {"text": text} if isinstance(text, str) else {"text": text[0], PAIR: text[1]}
+    columns |= {"labels": list(label)} if isinstance(label, tuple) else {"label": label}
+    return columns | ({WEIGHT: weight[0]} if weight else {})
 
 
 def _read_weight(value: object) -> float:

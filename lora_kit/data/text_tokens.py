@@ -40,13 +40,13 @@ class TextTokens:
 
 
 def tokenize_texts(texts: Sequence[TextInput], tokenizer: Tokenizer, *, max_length: int) -> Iterator[TextTokens]:
-    """Yield each text, or each pair, between the tokenizer's special tokens; one that is too long loses its end.
+    """Yield each text, or pair of texts, between the tokenizer's special tokens; what is too long loses its end.
 
-    Of a pair the longer text loses tokens first, as in transformers' `longest_first`. A tokenizer that puts nothing
-    between two texts gets a line break there.
+    Of two texts the longer one loses tokens first, as in transformers' `longest_first`. Where a tokenizer puts nothing
+    between two texts, a line break stands there.
 
     Args:
-        texts: all of them texts, or all of them pairs.
+        texts: all of them texts, or all of them pairs of texts.
         max_length: most tokens of a text with the special ones.
 
     Raises:
@@ -96,7 +96,7 @@ class _PairFrame:
 def _tokenize_pairs(pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer, max_length: int) -> Iterator[TextTokens]:
     frame = _find_pair_frame(tokenizer)
     if compute_token_budget(max_length, [*frame.prefix, *frame.middle], frame.suffix) < 2:
-        raise DataError(f"max_length {max_length} leaves no token for each text of a pair")
+        raise DataError(f"max_length {max_length} leaves no token for each of two texts")
     firsts = tokenize_batches(tokenizer, [pair[0] for pair in pairs])
     seconds = tokenize_batches(tokenizer, [pair[1] for pair in pairs])
     for first, second in zip(firsts, seconds, strict=True):
@@ -104,7 +104,7 @@ def _tokenize_pairs(pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer, max_
 
 
 def _find_pair_frame(tokenizer: Tokenizer) -> _PairFrame:
-    """Return what the tokenizer puts around two texts, from a pair of one letter each."""
+    """Return what the tokenizer puts around two texts, from two of one letter each."""
     encoding = tokenizer(_PROBE, _PROBE, add_special_tokens=True)
     full: list[int] = encoding["input_ids"]
     types: list[int] = encoding.get("token_type_ids") or []

@@ -25,7 +25,8 @@ from lora_kit.evaluation.adapter_format import (
     resolve_eval_problem,
     resolve_sample_formats,
 )
-from lora_kit.evaluation.eval_report import Answer, EvalCase, EvalReport, Result, check_predictions_file
+from lora_kit.evaluation.eval_cases import build_cases
+from lora_kit.evaluation.eval_report import Answer, EvalReport, Result, check_predictions_file
 from lora_kit.evaluation.forward import ForwardResult, run_forward
 from lora_kit.evaluation.generation_metrics import (
     EvalPrompt,
@@ -34,17 +35,12 @@ from lora_kit.evaluation.generation_metrics import (
     collect_eval_prompts,
     generate_completions,
 )
-from lora_kit.evaluation.label_answers import format_value, name_answers
+from lora_kit.evaluation.label_answers import name_answers
 from lora_kit.evaluation.measure import compute_perplexity
 from lora_kit.evaluation.metrics import default_metrics, select_generation_metrics, validate_metrics
 from lora_kit.evaluation.sample_scores import score_samples
 from lora_kit.evaluation.scores import score_texts
-from lora_kit.generation.adapter_args import (
-    build_adapter_labels,
-    check_quantize,
-    find_common_task,
-    read_adapter,
-)
+from lora_kit.generation.adapter_args import build_adapter_labels, check_quantize, find_common_task, read_adapter
 from lora_kit.generation.decoding import Completion
 from lora_kit.generation.generate import attach_adapters
 from lora_kit.io.text import escape_text
@@ -87,8 +83,7 @@ def evaluate(
         batch_size: rows in one batch.
         max_length: most tokens of a sample; None for what each adapter was trained with.
         max_new_tokens: most tokens of an answer; None for as many as the longest reference has, with its end.
-        out: a JSONL file for the answers to each row.
-        replace: whether that file may be replaced.
+        out: a JSONL file for the answers to each row; `replace`: whether it may be replaced.
         store: where adapters are looked up by name.
         quantize: how to load the base, as in `load_base`.
         allow: as in `AdapterBank.load`.
@@ -256,7 +251,7 @@ def _run_plan(
         data=plan.rows.path,
         task=plan.base.task,
         rows=len(plan.rows),
-        cases=tuple(_build_cases(plan.rows, plan.prompts)),
+        cases=tuple(build_cases(plan.rows, plan.prompts)),
         results=tuple(results[label] for label in labels),
         seconds=time.perf_counter() - started,
     )
@@ -334,25 +329,3 @@ class _EvalRun:
             samples, task = self._plan.samples.get(label), self._plan.tasks.get(label)
             total = (0 if samples is None else len(samples)) + (0 if task is None else len(task.rows))
             self._on_progress(label, self._done[label], total)
-
-
-def _build_cases(rows: Rows, prompts: Sequence[EvalPrompt]) -> list[EvalCase]:
-    if prompts:
-        return [EvalCase(each.lines, each.prompt, each.references) for each in prompts]
-    if rows.format == "label":
-        return [
-            EvalCase((line,), value[0], _name_expected(value[1]))
-            for line, value in zip(rows.lines, rows.values, strict=True)
-        ]
-    if rows.format == "words":
-        return [
-            EvalCase((line,), words, tuple(map(str, labels)))
-            for line, (words, labels) in zip(rows.lines, rows.values, strict=True)
-        ]
-    return []
-
-
-def _name_expected(label: object) -> Answer:
-    if isinstance(label, tuple):
-        return tuple(map(str, label))
-    return format_value(label) if isinstance(label, float) else str(label)

@@ -1,6 +1,6 @@
 """Statistics of predicted numbers and probabilities.
 
-AUROC       the share of pairs (with the label, without it) in which the first has the greater score; a tie counts half
+AUROC       how often a text with the label has a greater score than one without it; a tie counts half
 Pearson     covariance / (σ σ), the correlation of two lists of numbers
 Spearman    Pearson of the ranks; equal numbers share the mean of their ranks
 MAE         mean |z − y|

@@ -133,7 +133,7 @@ def test_a_pair_is_what_the_tokenizer_makes_of_it(max_length: int, types: bool) 
 
 
 def test_a_pair_without_room_for_both_is_refused() -> None:
-    with pytest.raises(DataError, match="max_length 4 leaves no token for each text of a pair"):
+    with pytest.raises(DataError, match="max_length 4 leaves no token for each of two texts"):
         list(tokenize_texts([("a", "b")], texts.pair_tokenizer(), max_length=4))
 
 
