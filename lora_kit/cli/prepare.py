@@ -90,7 +90,11 @@ def prepare(
     )
     if json:
         print_json(preparation.to_json())
-        return
+    else:
+        _show_preparation(preparation)
+
+
+def _show_preparation(preparation: Preparation) -> None:
     for part in preparation.parts:
         _show_file(part, preparation)
     _show_next_steps(preparation)
