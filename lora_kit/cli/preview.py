@@ -47,7 +47,7 @@ def _load_sample(path: Path, row: int, side: str) -> tuple[Tokenizer, EncodedDat
     """Return the tokenizer of a recipe, the samples of one of its rows, and the label of that row, if there is one."""
     from lora_kit.data.chat import chat_template
     from lora_kit.data.encode import encode_rows
-    from lora_kit.data.rows import read_rows
+    from lora_kit.data.mixture import read_source
     from lora_kit.data.sample_format import DEFAULT_MAX_LENGTH, SampleFormat
     from lora_kit.models.loading import load_input_spec
     from lora_kit.training.recipe.load import load_recipe
@@ -56,7 +56,7 @@ def _load_sample(path: Path, row: int, side: str) -> tuple[Tokenizer, EncodedDat
     file = getattr(recipe.data, side)
     if file is None:
         raise DataError(f"{path} has no data.{side}")
-    rows = read_rows(file, split=side)
+    rows = read_source(file, split=side, seed=recipe.seed)
     if not 1 <= row <= len(rows):
         raise DataError(f"row {row} was asked for; {rows.path} has {len(rows):,}", hint="rows count from 1")
     reader = load_input_spec(recipe.base)
@@ -81,12 +81,12 @@ def _load_sample(path: Path, row: int, side: str) -> tuple[Tokenizer, EncodedDat
 def _find_labels(recipe: Recipe) -> tuple[str, tuple[str, ...]]:
     """Return what the labels of a recipe's training rows are, and their names; none without labels."""
     from lora_kit.data.label_problem import list_label_names, resolve_problem
-    from lora_kit.data.rows import read_rows
+    from lora_kit.data.mixture import read_source
     from lora_kit.models.tasks import CLASSIFY, LABEL_TASKS, SINGLE_LABEL
 
     if recipe.task not in LABEL_TASKS:
         return SINGLE_LABEL, ()
-    rows = read_rows(recipe.data.train)
+    rows = read_source(recipe.data.train, split="train", seed=recipe.seed)
     problem = resolve_problem(rows, recipe.problem) if recipe.task == CLASSIFY else SINGLE_LABEL
     return problem, list_label_names(rows, problem)
 
