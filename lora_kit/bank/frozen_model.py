@@ -44,7 +44,7 @@ class FrozenModel:
         _MODELS.add(model)
 
     @contextlib.contextmanager
-    def suspended(self) -> Iterator[None]:
+    def suspend(self) -> Iterator[None]:
         """Take out, within a block, what `copy.deepcopy` of the model would copy: the check and the guards."""
         hooks = self._model._forward_pre_hooks
         check, options = hooks.pop(self._check.id), self._model._forward_pre_hooks_with_kwargs.pop(self._check.id)

@@ -129,7 +129,7 @@ class AdoptedBank(AdapterBank):
         Args:
             memo: as of `copy.deepcopy`.
         """
-        with self.as_peft(), self._frozen_model.suspended():
+        with self.as_peft(), self._frozen_model.suspend():
             return copy.deepcopy(module, memo)
 
     def to_peft(self) -> peft.PeftModel:
