@@ -21,6 +21,7 @@ from lora_kit.errors import ConfigError, format_list
 from lora_kit.evaluation.adapter_format import (
     check_format,
     find_adapter_labels,
+    find_learn,
     find_task,
     resolve_sample_formats,
 )
@@ -110,7 +111,8 @@ def evaluate(
     rows = data if isinstance(data, Rows) else read_rows(data)
     task = _resolve_task(base, by_label, rows)
     names = validate_metrics(DEFAULT_METRICS[task] if metrics is None else metrics, task)
-    prompts = collect_eval_prompts(rows) if select_generation_metrics(names, task) else ()
+    learn = find_learn(by_label)
+    prompts = collect_eval_prompts(rows, learn=learn) if select_generation_metrics(names, task) else ()
     if out is not None:
         _check_out(Path(out), names, task, replace=replace)
     loaded = _load_for_evaluation(base, by_label, task, quantize)
