@@ -1,15 +1,16 @@
-"""The cells of a row, read with their types checked."""
+"""The cells of a row, read strictly: texts and lists, or what is wrong with them."""
 
 from __future__ import annotations
 
-from lora_kit.data.records import BAD, EMPTY, Row
+from lora_kit.data.records import BAD, EMPTY, LONG, Row
+from lora_kit.data.size_limits import MAX_TEXT_LENGTH
 
 
 class RowError(ValueError):
     """A row that does not match its layout.
 
     Attributes:
-        kind: `bad`; `empty` if the only fault is a missing text; `long` if the row is too long to be trained on.
+        kind: `bad`, `empty` if the only fault is a missing text, or `long` if a text has too many characters.
     """
 
     def __init__(self, message: str, *, kind: str = BAD) -> None:
@@ -18,17 +19,16 @@ class RowError(ValueError):
 
 
 def read_string(name: str, value: object) -> str:
-    """Return a text that holds more than white space.
-
-    Raises:
-        RowError: the value is not a text, or an empty one.
-    """
+    """Return a text that holds more than white space."""
     if value is None:
         raise RowError(f"{name} must be a string; NoneType was given", kind=EMPTY)
     if isinstance(value, str) and not value.strip():
         raise RowError(f"{name} is empty", kind=EMPTY)
     if not isinstance(value, str):
         raise RowError(f"{name} must be a string; {type(value).__name__} was given")
+    if len(value) > MAX_TEXT_LENGTH:
+        what = f"{name} has {len(value):,} characters, and at most {MAX_TEXT_LENGTH:,} are read"
+        raise RowError(f"{what}; make several rows of it", kind=LONG)
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
@@ -37,16 +37,12 @@ def read_string(name: str, value: object) -> str:
 
 
 def read_optional_string(name: str, value: object) -> str:
-    """Return a text, or an empty string without one; raises as `read_string` does."""
+    """Return a text, or an empty string without one."""
     return "" if value is None or value == "" else read_string(name, value)
 
 
 def read_list(row: Row, key: str) -> list[tuple[int, object]]:
-    """Return the items of a list, numbered from 1.
-
-    Raises:
-        RowError: the value is no list.
-    """
+    """Return the items of a list, numbered from 1."""
     items = row[key]
     if not isinstance(items, list):
         raise RowError(f"{key} must be a list; {type(items).__name__} was given")

@@ -18,9 +18,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from lora_kit.data.cells import RowError, read_list, read_optional_string, read_string
+from lora_kit.data.cells import RowError, read_optional_string, read_string
+from lora_kit.data.label_columns import read_labeled_text, read_ner_tags, read_tagged_words
 from lora_kit.data.read_messages import CONVERSATION_KEYS, read_messages, read_prompt_messages, read_sharegpt
-from lora_kit.data.records import EMPTY, Row
+from lora_kit.data.records import Row
 from lora_kit.errors import format_list
 from lora_kit.models.tasks import CAUSAL_LM, CLASSIFY, SEQ2SEQ, TOKENS
 
@@ -88,38 +89,6 @@ def _read_instruction(row: Row) -> tuple[str, str]:
     return f"{instruction}\n\n{context}" if context else instruction, read_string("output", row["output"])
 
 
-def _read_labeled_text(row: Row) -> tuple[str, str | int]:
-    return read_string("text", row["text"]), _read_label("label", row["label"])
-
-
-def _read_label(name: str, value: object) -> str | int:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if value is not None and not isinstance(value, str):
-        raise RowError(f"{name} must be a string or a whole number; {type(value).__name__} was given")
-    return read_string(name, value)
-
-
-def _read_tagged_words(row: Row, words_key: str, labels_key: str) -> tuple[tuple[str, ...], tuple[str | int, ...]]:
-    words, labels = read_list(row, words_key), read_list(row, labels_key)
-    if len(words) != len(labels):
-        raise RowError(f"{len(words)} {words_key} and {len(labels)} {labels_key}; each word has one")
-    if not words:
-        raise RowError(f"{words_key} is empty", kind=EMPTY)
-    return (
-        tuple(read_string(f"{words_key} {number}", item) for number, item in words),
-        tuple(_read_label(f"{labels_key} {number}", item) for number, item in labels),
-    )
-
-
-def _read_words(row: Row) -> tuple[tuple[str, ...], tuple[str | int, ...]]:
-    return _read_tagged_words(row, "words", "labels")
-
-
-def _read_ner(row: Row) -> tuple[tuple[str, ...], tuple[str | int, ...]]:
-    return _read_tagged_words(row, "tokens", "ner_tags")
-
-
 def _read_plain_text(row: Row) -> tuple[str]:
     return (read_string("text", row["text"]),)
 
@@ -132,9 +101,9 @@ LAYOUTS: Final = (
     Layout("instruction", ("instruction", "output"), "completion", _read_instruction, optional=("input",)),
     Layout("messages", ("messages",), "chat", read_messages, CONVERSATION_KEYS),
     Layout("ShareGPT conversations", ("conversations",), "chat", read_sharegpt, ("system", *CONVERSATION_KEYS)),
-    Layout("text and label", ("text", "label"), "label", _read_labeled_text),
-    Layout("words and labels", ("words", "labels"), "words", _read_words),
-    Layout("tokens and ner_tags", ("tokens", "ner_tags"), "words", _read_ner),
+    Layout("text and label", ("text", "label"), "label", read_labeled_text),
+    Layout("words and labels", ("words", "labels"), "words", read_tagged_words),
+    Layout("tokens and ner_tags", ("tokens", "ner_tags"), "words", read_ner_tags),
     Layout("text", ("text",), "text", _read_plain_text),
 )
 """In order of precedence: the first one whose keys the first row has is the layout of the file."""
