@@ -21,6 +21,7 @@ from lora_kit.evaluation.adapter_format import (
     check_format,
     find_adapter_labels,
     find_adapter_thresholds,
+    find_learn,
     find_task,
     resolve_eval_problem,
     resolve_sample_formats,
@@ -104,7 +105,7 @@ def evaluate(
     task = _resolve_task(base, by_label, rows)
     problem = resolve_eval_problem(base, by_label, rows) if task == CLASSIFY else None
     names = validate_metrics(default_metrics(task, problem) if metrics is None else metrics, task, problem)
-    prompts = collect_eval_prompts(rows) if select_generation_metrics(names, task) else ()
+    prompts = _collect_prompts(rows, by_label) if select_generation_metrics(names, task) else ()
     if out is not None:
         _check_out(Path(out), names, task, replace=replace)
     loaded = load_for_labels(base, by_label, task, quantize, problem=problem)
@@ -114,6 +115,10 @@ def evaluate(
     if out is not None:
         report.save(out, replace=replace)
     return report
+
+
+def _collect_prompts(rows: Rows, adapters: Mapping[str, Adapter | None]) -> tuple[EvalPrompt, ...]:
+    return collect_eval_prompts(rows, learn=find_learn(adapters))
 
 
 def _read_adapters(

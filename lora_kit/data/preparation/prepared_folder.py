@@ -17,7 +17,7 @@ from typing import Any, Final
 import yaml
 
 from lora_kit.data.label_columns import convert_labeled_text
-from lora_kit.data.layouts import RowValue, message_to_json
+from lora_kit.data.layouts import RowValue
 from lora_kit.data.preparation.examine import ExaminedFile, bin_lengths
 from lora_kit.data.rows import Rows
 from lora_kit.io.atomic_write import write_folder
@@ -165,7 +165,7 @@ def _format_row(rows: Rows, value: RowValue) -> str:
     if rows.format == "label":
         row: dict[str, object] = convert_labeled_text(value)
     elif rows.format == "chat":
-        row = {"messages": [message_to_json(message) for message in value[0]]}
+        row = value[0].to_json()
     else:
         row = dict(zip(_COLUMNS[rows.format], value, strict=True))
     return json.dumps(row, ensure_ascii=False) + "\n"
