@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 import lora_kit as lk
 from lora_kit.models.loading import Base
+from lora_kit.models.rope_fields import add_older_rope_fields
 from lora_kit.models.silence import silence_libraries
 
 LENGTH: Final = 24
@@ -53,7 +54,7 @@ BASES: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
     "qwen3": ("qwen3", {}),
     "gemma": ("gemma", {"tie_word_embeddings": True}),
     "gemma2": ("gemma2", {"tie_word_embeddings": True, "query_pre_attn_scalar": 16}),
-    "gemma3": ("gemma3_text", {"tie_word_embeddings": True, "query_pre_attn_scalar": 16}),
+    "gemma3": ("gemma3_text", {"tie_word_embeddings": True, "query_pre_attn_scalar": 16, "num_hidden_layers": 6}),
     "phi3": ("phi3", {"pad_token_id": 0}),
 }
 """By name: the type of a config and what differs from `_SMALL`; kit-base is the one of the package, in fp32."""
@@ -151,6 +152,14 @@ def _write_base(name: str, folder: Path) -> None:
     torch.manual_seed(len(name))
     with silence_libraries():
         transformers.AutoModelForCausalLM.from_config(config).to(torch.float32).save_pretrained(folder)
+    _add_older_fields(folder / "config.json")
+
+
+def _add_older_fields(file: Path) -> None:
+    """Write the fields of rotary embeddings as the configs of published models have them, too."""
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    add_older_rope_fields(fields)
+    file.write_text(json.dumps(fields, indent=2), encoding="utf-8")
 
 
 def _fit_names(base: str, config: Mapping[str, Any]) -> dict[str, Any]:

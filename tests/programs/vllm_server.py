@@ -73,9 +73,7 @@ def write_questions(base: Base, adapters: Mapping[str, Path], *, prompts: int = 
         for name, folder in adapters.items():
             bank.load(name, folder)
         return [
-            Question(name, prompt, _answer(base, bank, name, prompt))
-            for name in (None, *adapters)
-            for prompt in texts
+            Question(name, prompt, _answer(base, bank, name, prompt)) for name in (None, *adapters) for prompt in texts
         ]
     finally:
         bank.detach()
