@@ -287,7 +287,7 @@ def set_aliases(aliases: Mapping[str, str], labels: AdapterLabels) -> None:
 
 
 def _is_offered(folder: Path) -> bool:
-    """Whether a folder of the store is an adapter; a link to somewhere else is none."""
+    """Whether a folder of the store is an adapter; a link to somewhere else is not."""
     return folder.is_dir() and not folder.is_symlink() and has_adapter_files(folder)
 
 

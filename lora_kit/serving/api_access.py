@@ -61,7 +61,7 @@ async def find_adapter(served: ServedModel, key: AccessKey, model: str, scale: f
     """Return the adapter that a client named; None for the base.
 
     Raises:
-        ApiError: there is none, or the key does not allow it: what is not allowed is not said to exist.
+        ApiError: there is none, or the key does not allow it: whether there is one that is not allowed is not revealed.
         LoraKitError: its folder cannot be read.
     """
     if not key.may_ask(model.partition("@")[0]):

@@ -55,7 +55,8 @@ def translate_error(error: LoraKitError) -> ApiError:
     """Return the answer for an error of the library."""
     message = str(error)
     if isinstance(error, UnknownAdapterError):
-        return ApiError(404, message, param="model", code="model_not_found")
+        # Without the hint, which lists names that this client may not know.
+        return ApiError(404, error.message, param="model", code="model_not_found")
     if isinstance(error, RequestError):
         return ApiError(400, message, param=error.field, code=error.code)
     if isinstance(error, OverloadedError):

@@ -107,7 +107,7 @@ class Engine(Protocol):
         """
 
     def cancel(self, request_id: str) -> None:
-        """End a request with the next step; an unknown one is none of the engine's concern any more."""
+        """End a request with the next step; nothing happens for one that is not there any more."""
 
     def step(self) -> list[Event]:
         """Compute what is next of the requests that run; return at once, with nothing, where there are none."""

@@ -1,7 +1,7 @@
 """Keys and values of running requests, a row each, and the attention that reads them in a packed forward.
 
 A packed forward is one row of tokens, (1, T): one token for each request that is generating, then chunks of prompts. It
-goes through public pieces of transformers alone: a model is told the name of an attention function and of a mask
+goes through public pieces of transformers alone: a model gets the name of an attention function and of a mask
 function, and hands keyword arguments through to the former.
 
     o_t = softmax(s · q_t K[row(t), : p(t) + 1]ᵀ) V[row(t), : p(t) + 1],   p(t) the position of token t in its row

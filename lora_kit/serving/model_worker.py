@@ -150,7 +150,7 @@ class ModelWorker(threading.Thread):
         self._commands.put(lambda: self._cancel(request_id))
 
     def stop(self) -> None:
-        """End the thread after its step; what runs is told that it is cancelled."""
+        """End the thread after its step; what runs is cancelled."""
 
         def stop() -> None:
             self._stopping = True

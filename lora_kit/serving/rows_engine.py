@@ -9,19 +9,18 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Hashable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from lora_kit.bank.bank import AdapterBank
-from lora_kit.bank.routes import Lease
 from lora_kit.models.loading import Base
 from lora_kit.serving.engine import EngineRequest, Event, Finish, FinishReason, RequestError
 from lora_kit.serving.fair_turns import FairTurns
-from lora_kit.serving.kv_rows import ATTENTION, KeyValueRows, PackedStep, PromptChunk, register_attention
+from lora_kit.serving.kv_rows import KeyValueRows, PackedStep, PromptChunk
+from lora_kit.serving.packed_forward import PackedForward
+from lora_kit.serving.running_request import RowContent, RunningRequest
 from lora_kit.serving.sampler import Sampler
 from lora_kit.serving.text_stream import TextStream
 
@@ -29,58 +28,13 @@ logger = logging.getLogger(__name__)
 
 STEP_TOKENS: Final = 256
 """Tokens of a packed forward, at most: how long those who are generating wait for the prompts of others."""
-_PROBE_TOKENS: Final = 16
-
-
-@dataclass
-class _RowContent:
-    """What the keys and values of a row were computed from.
-
-    Attributes:
-        content: digest of the adapter, empty for the base.
-        tokens: whose keys and values are there, from position 0.
-    """
-
-    content: str = ""
-    tokens: list[int] = field(default_factory=list)
-
-
-@dataclass
-class _Running:
-    """A request with a row.
-
-    Attributes:
-        row: of its keys and values.
-        read: tokens of the prompt whose keys and values are there.
-        reused: of these, how many were there when it began.
-        answer: its tokens so far.
-    """
-
-    request: EngineRequest
-    sampler: Sampler
-    stream: TextStream
-    row: int
-    read: int
-    reused: int
-    answer: list[int] = field(default_factory=list)
-
-    @property
-    def is_generating(self) -> bool:
-        return self.read == len(self.request.prompt)
-
-    @property
-    def position(self) -> int:
-        """Of its newest token."""
-        return len(self.request.prompt) + len(self.answer) - 1
-
-    def finish(self, reason: FinishReason, message: str = "") -> Finish:
-        return Finish(reason, len(self.request.prompt), self.reused, len(self.answer), message)
 
 
 class RowsEngine:
     """An `Engine` for decoders whose attention is plain, with a row of keys and values for each running request.
 
     Attributes:
+        forward: computes the logits of a step.
         memory: the keys and values.
         failures: forwards that raised an exception so far.
     """
@@ -105,19 +59,17 @@ class RowsEngine:
             step_tokens: see `STEP_TOKENS`; more than `rows`.
             reuse_prefixes: whether the beginning of a prompt may be taken from another row.
         """
-        register_attention()
+        self.forward = PackedForward(base, bank)
         self.memory = KeyValueRows(rows, min(positions or base.max_length, base.max_length))
         self.failures = 0
-        self._base, self._bank, self._reuse_prefixes = base, bank, reuse_prefixes
+        self._base, self._reuse_prefixes = base, reuse_prefixes
         self._step_tokens = max(step_tokens, rows + 1)
-        self._contents = [_RowContent() for _ in range(rows)]
+        self._contents = [RowContent() for _ in range(rows)]
         self._free = deque(range(rows))  # the one freed longest ago first: its beginning is the least likely to help
         self._waiting = dict[str, EngineRequest]()
-        self._running = dict[str, _Running]()
+        self._running = dict[str, RunningRequest]()
         self._cancelled = set[str]()
         self._prefill_turns, self._admission_turns = FairTurns(), FairTurns()
-        self._attention = base.model.config._attn_implementation
-        base.model.set_attn_implementation(ATTENTION)
 
     @property
     def waiting(self) -> int:
@@ -133,7 +85,7 @@ class RowsEngine:
 
     def close(self) -> None:
         """Give the model its own attention back."""
-        self._base.model.set_attn_implementation(self._attention)
+        self.forward.close()
 
     def submit(self, request: EngineRequest) -> None:
         """Take a request.
@@ -215,8 +167,8 @@ class RowsEngine:
         self._free.remove(row)
         if source is not None and source != row:
             self.memory.copy_prefix(source, row, length)
-        self._contents[row] = _RowContent(request.content, list(request.prompt[:length]))
-        self._running[request.request_id] = _Running(
+        self._contents[row] = RowContent(request.content, list(request.prompt[:length]))
+        self._running[request.request_id] = RunningRequest(
             request,
             Sampler(request.settings, request.prompt, request.end_tokens),
             TextStream(self._base.tokenizer, request.settings.stop),
@@ -239,7 +191,7 @@ class RowsEngine:
                         best, longest = row, length
         return best, longest
 
-    def _plan_chunks(self, budget: int) -> list[tuple[_Running, int]]:
+    def _plan_chunks(self, budget: int) -> list[tuple[RunningRequest, int]]:
         """Divide a budget of tokens between the prompts that are read; adapters take turns."""
         reading = [running for running in self._running.values() if not running.is_generating]
         planned = dict.fromkeys((running.request.request_id for running in reading), 0)
@@ -260,7 +212,7 @@ class RowsEngine:
 
     # One forward
 
-    def _compute(self, generating: Sequence[_Running], chunks: Sequence[tuple[_Running, int]]) -> Tensor:
+    def _compute(self, generating: Sequence[RunningRequest], chunks: Sequence[tuple[RunningRequest, int]]) -> Tensor:
         """Return the logits after the last token of each run, fp32 (runs, vocabulary), and keep keys and values."""
         tokens = [running.answer[-1] for running in generating]
         positions = [running.position for running in generating]
@@ -273,58 +225,16 @@ class RowsEngine:
         generators = slice(len(generating))
         step = PackedStep(
             self.memory,
-            self._to_tensor([running.row for running in generating]),
-            self._to_tensor(positions[generators]),
+            self.forward.to_tensor([running.row for running in generating]),
+            self.forward.to_tensor(positions[generators]),
             spans,
         )
         runs = [(running.request.lease, 1) for running in generating]
         runs += [(running.request.lease, count) for running, count in chunks]
-        return self._forward(tokens, positions, last, step, runs)
-
-    def _forward(
-        self,
-        tokens: Sequence[int],
-        positions: Sequence[int],
-        last: Sequence[int],
-        step: PackedStep,
-        runs: Sequence[tuple[Lease | None, int]],
-    ) -> Tensor:
-        """Return the logits at some places of a packed forward, fp32 (places, vocabulary).
-
-        Args:
-            last: those places: the last token of each run.
-            runs: which adapter computes how many tokens.
-        """
-        with nullcontext() if self._bank is None else self._bank.runs(runs):
-            output = self._base.model(
-                input_ids=self._to_tensor(tokens).unsqueeze(0),
-                position_ids=self._to_tensor(positions).unsqueeze(0),
-                use_cache=False,
-                logits_to_keep=self._to_tensor(last),
-                lora_kit_step=step,
-            )
-        logits: Tensor = output.logits[0].float()
-        return logits
-
-    def _to_tensor(self, numbers: Sequence[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int64, device=self._base.device)
-
-    @torch.inference_mode()
-    def measure_effect(self, lease: Lease) -> float:
-        """Return the largest change of a logit by an adapter, over a few tokens spread over the vocabulary."""
-        vocabulary = self._base.model.config.get_text_config().vocab_size
-        tokens = [place * vocabulary // _PROBE_TOKENS for place in range(_PROBE_TOKENS)]
-        none = self._to_tensor([])
-
-        def compute(adapter: Lease | None) -> Tensor:
-            chunk = PromptChunk(row=0, start=0, count=_PROBE_TOKENS, offset=0)
-            step = PackedStep(KeyValueRows(1, _PROBE_TOKENS), none, none, [chunk])
-            return self._forward(tokens, range(_PROBE_TOKENS), [_PROBE_TOKENS - 1], step, [(adapter, _PROBE_TOKENS)])
-
-        return float((compute(lease) - compute(None)).abs().max())
+        return self.forward.compute(tokens, positions, last, step, runs)
 
     def _take_logits(
-        self, members: Sequence[_Running], chunks: Sequence[tuple[_Running, int]], logits: Tensor
+        self, members: Sequence[RunningRequest], chunks: Sequence[tuple[RunningRequest, int]], logits: Tensor
     ) -> list[Event]:
         """Choose a token for each request whose prompt is read, and return what came of it."""
         for running in members:
@@ -336,7 +246,7 @@ class RowsEngine:
         ready = [(running, row) for running, row in zip(members, logits, strict=True) if running.is_generating]
         return [self._choose(running, row) for running, row in ready]
 
-    def _choose(self, running: _Running, logits: Tensor) -> Event:
+    def _choose(self, running: RunningRequest, logits: Tensor) -> Event:
         try:
             chosen = running.sampler.choose(logits)
         except (ValueError, RuntimeError) as error:
@@ -352,14 +262,14 @@ class RowsEngine:
             return Event(running.request.request_id, text, chosen, running.finish(reason))
         return Event(running.request.request_id, text, chosen)
 
-    def _end(self, running: _Running, reason: FinishReason, message: str = "") -> Event:
+    def _end(self, running: RunningRequest, reason: FinishReason, message: str = "") -> Event:
         if reason == "error":  # what was written of its keys and values is not known
-            self._contents[running.row] = _RowContent()
+            self._contents[running.row] = RowContent()
         text = running.stream.finish()
         self._release(running)
         return Event(running.request.request_id, text, finish=running.finish(reason, message))
 
-    def _release(self, running: _Running) -> None:
+    def _release(self, running: RunningRequest) -> None:
         del self._running[running.request.request_id]
         self._free.append(running.row)
 

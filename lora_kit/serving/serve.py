@@ -1,4 +1,4 @@
-"""`serve`: answer requests over HTTP until the process is told to stop."""
+"""`serve`: answer requests over HTTP until the process is to stop."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from lora_kit.models.protocols import Tokenizer
 from lora_kit.serving.access import AccessKeys, check_host, read_keys
 from lora_kit.serving.adapter_labels import AdapterLabels, set_aliases
 from lora_kit.serving.adapter_slots import AdapterSlots, SlotUse
-from lora_kit.serving.api_errors import ApiError
+from lora_kit.serving.engine import RequestError
 from lora_kit.serving.model_worker import ModelWorker, QueueLimits
 from lora_kit.serving.rows_engine import RowsEngine
 from lora_kit.serving.server_metrics import ServerMetrics
@@ -112,7 +112,7 @@ class ServedModel:
         self._pin_again()
 
     def close(self) -> None:
-        """Stop the worker; what runs is told that it is cancelled."""
+        """Stop the worker; what runs is cancelled."""
         self.worker.stop()
         self.worker.join(timeout=_CALL_SECONDS)
 
@@ -136,11 +136,11 @@ class ServedModel:
         """Return the tokens of a prompt as it is; token ids stay what they are.
 
         Raises:
-            ApiError: it has none, or is not text.
+            RequestError: it has none, or is not text.
         """
         ids = list(prompt) if not isinstance(prompt, str) else tokenize_prompt(self.tokenizer, _check_text(prompt))
         if not ids:
-            raise ApiError(400, "the prompt has no token", param="prompt", code="empty_prompt")
+            raise RequestError("the prompt has no token", field="prompt", code="empty_prompt")
         return ids
 
     def encode_messages(
@@ -149,7 +149,7 @@ class ServedModel:
         """Return a conversation as an adapter saw conversations in training; as the base's template has it, else.
 
         Raises:
-            ApiError: there is no template, or it rejects the conversation.
+            RequestError: there is no template, or it rejects the conversation.
         """
         template = find_template(adapter) if adapter is not None else None
         own = self.tokenizer.chat_template
@@ -167,7 +167,7 @@ class ServedModel:
             )
         except Exception as error:  # a template may raise anything
             message = f"the chat template rejects this conversation: {' '.join(str(error).split())[:300]}"
-            raise ApiError(400, message, param="messages", code="template") from None
+            raise RequestError(message, field="messages", code="template") from None
         ids = tokenize_text(self.tokenizer, _check_text(rendered))
         try:
             ends = self.end_tokens | {ChatTemplate(text, "the chat template").find_end_token(self.tokenizer)}
@@ -178,10 +178,9 @@ class ServedModel:
     def _encode_single(self, messages: Sequence[Mapping[str, Any]], separator: str) -> EncodedPrompt:
         """Return the one message of a conversation as a prompt, for adapters that were trained on prompts."""
         if not separator or len(messages) != 1:
-            raise ApiError(
-                400,
+            raise RequestError(
                 "this model has no chat template: use /v1/completions",
-                param="messages",
+                field="messages",
                 code="no_chat_template",
             )
         text = f"{_check_text(_flatten(messages[0])['content'])}{separator}"
@@ -197,17 +196,17 @@ class ServedModel:
         """Return the text of tokens.
 
         Raises:
-            ApiError: one is not a token.
+            RequestError: one is not a token.
         """
         wrong = next((token for token in ids if not 0 <= token < len(self.tokenizer)), None)
         if wrong is not None:
-            raise ApiError(400, f"{wrong} is not a token of this base", param="tokens", code="invalid_token")
+            raise RequestError(f"{wrong} is not a token of this base", field="tokens", code="invalid_token")
         return self.tokenizer.decode(list(ids))
 
     def choose_max_tokens(self, requested: int | None, *, longest: int, is_chat: bool) -> int:
         """Return how many tokens an answer may have: what was asked for, else as many as fit, or OpenAI's default.
 
-        A prompt that leaves no position is refused by the engine, which knows the numbers.
+        The engine rejects a prompt that leaves no position.
         """
         left = max(1, self.context - longest)
         if requested is not None:
@@ -230,10 +229,7 @@ class ServedModel:
             if scale not in (None, 1.0):
                 raise ConfigError("lora_scale is of an adapter; the base has none")
             return None
-        try:
-            adapter = self.labels.resolve(model)
-        except UnknownAdapterError as error:
-            raise ApiError(404, f"no model is called {model!r}", param="model", code="model_not_found") from error
+        adapter = self.labels.resolve(model)
         return adapter if scale in (None, 1.0) else scale_adapter(adapter, float(scale or 0.0))
 
     def load(self, label: str, name: str) -> dict[str, Any]:
@@ -247,7 +243,7 @@ class ServedModel:
         if adapter is None:
             raise UnknownAdapterError(name, self.labels.list_store())
         slots = self.worker.slots
-        probing = self.worker.call(lambda: slots.probe(adapter, self._engine.measure_effect))
+        probing = self.worker.call(lambda: slots.probe(adapter, self._engine.forward.measure_effect))
         effect = probing.result(timeout=_CALL_SECONDS)
         self.labels.load(label, name)
         return {"status": "loaded", "label": label, "digest": adapter.digest, "largest_change_of_a_logit": effect}
@@ -321,13 +317,13 @@ def _flatten(message: Mapping[str, Any]) -> dict[str, Any]:
     """Return a message whose content is text: parts of text are joined.
 
     Raises:
-        ApiError: a part is not text.
+        RequestError: a part is not text.
     """
     content = message.get("content")
     if not isinstance(content, list):
         return {**message, "content": content or ""}
     if any(part.get("type") != "text" or not isinstance(part.get("text"), str) for part in content):
-        raise ApiError(400, "messages: only parts of type text are supported", param="messages", code="unsupported")
+        raise RequestError("messages: only parts of type text are supported", field="messages", code="unsupported")
     return {**message, "content": "".join(part["text"] for part in content)}
 
 
@@ -335,7 +331,7 @@ def _check_text(text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise ApiError(400, "the text is not valid UTF-8", param="prompt", code="invalid_text") from None
+        raise RequestError("the text is not valid UTF-8", field="prompt", code="invalid_text") from None
     return text
 
 
