@@ -13,11 +13,15 @@ from typing import Any, Final
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.bank.attach import attach
 from lora_kit.config.lora_config import LoraConfig
-from lora_kit.data.chat import ChatTemplate
+from lora_kit.data.cells import RowError
+from lora_kit.data.messages import Conversation
+from lora_kit.data.read_messages import read_open_conversation
+from lora_kit.data.sample_format import PromptStyle
+from lora_kit.data.templates import ChatTemplate, find_chat_template
 from lora_kit.errors import ConfigError, DataError, UnknownAdapterError
-from lora_kit.generation.prompts import EncodedPrompt, find_adapter_style, find_end_tokens, find_template
+from lora_kit.generation.prompts import EncodedPrompt, encode_prompt, find_adapter_style, find_end_tokens
 from lora_kit.models.loading import Base, load_base
-from lora_kit.models.prompt_tokens import tokenize_prompt, tokenize_text
+from lora_kit.models.prompt_tokens import tokenize_prompt
 from lora_kit.models.protocols import Tokenizer
 from lora_kit.serving.access import AccessKeys, check_host, read_keys
 from lora_kit.serving.adapter_labels import AdapterLabels, set_aliases
@@ -144,47 +148,36 @@ class ServedModel:
         return ids
 
     def encode_messages(
-        self, messages: Sequence[Mapping[str, Any]], adapter: Adapter | None, template_fields: Mapping[str, Any] | None
+        self, messages: Sequence[Mapping[str, Any]], adapter: Adapter | None, variables: Mapping[str, Any] | None
     ) -> EncodedPrompt:
-        """Return a conversation as an adapter saw conversations in training; as the base's template has it, else.
+        """Return a conversation as an adapter saw conversations in training; else as the base's template has it.
 
         Raises:
-            RequestError: there is no template, or it rejects the conversation.
+            RequestError: a message is not one, or there is no template, or it rejects the conversation.
         """
-        template = find_template(adapter) if adapter is not None else None
-        own = self.tokenizer.chat_template
-        text = template.text if template is not None else own if isinstance(own, str) else None
-        if text is None:
-            separator = find_adapter_style(adapter) if adapter is not None else ""
-            return self._encode_single(messages, str(separator))
         try:
-            rendered = self.tokenizer.apply_chat_template(
-                [_flatten(message) for message in messages],
-                chat_template=text,
-                tokenize=False,
-                add_generation_prompt=True,
-                **(template_fields or {}),
-            )
-        except Exception as error:  # a template may raise anything
-            message = f"the chat template rejects this conversation: {' '.join(str(error).split())[:300]}"
-            raise RequestError(message, field="messages", code="template") from None
-        ids = tokenize_text(self.tokenizer, _check_text(rendered))
-        try:
-            ends = self.end_tokens | {ChatTemplate(text, "the chat template").find_end_token(self.tokenizer)}
-        except DataError:
-            ends = self.end_tokens
-        return EncodedPrompt(rendered, ids, ends)
+            conversation = read_open_conversation({"messages": messages, "chat_template_kwargs": variables})
+            return encode_prompt(self._base, *self._present(conversation, adapter))
+        except (RowError, DataError) as error:
+            raise RequestError(str(error), field="messages", code="invalid_messages") from None
 
-    def _encode_single(self, messages: Sequence[Mapping[str, Any]], separator: str) -> EncodedPrompt:
-        """Return the one message of a conversation as a prompt, for adapters that were trained on prompts."""
-        if not separator or len(messages) != 1:
+    def _present(self, conversation: Conversation, adapter: Adapter | None) -> tuple[str | Conversation, PromptStyle]:
+        """Return a conversation, and the style to present it in; for an adapter trained on prompts, its one message.
+
+        Raises:
+            RequestError: there is no template, and it is more than one message.
+        """
+        own = find_chat_template(self.tokenizer)
+        style = find_adapter_style(adapter) if adapter is not None else ""
+        if isinstance(style, ChatTemplate):
+            return conversation, style
+        if own:
+            return conversation, ChatTemplate(own, f"the chat template of {self.base_name}")
+        if not style or len(conversation.messages) != 1:
             raise RequestError(
-                "this model has no chat template: use /v1/completions",
-                field="messages",
-                code="no_chat_template",
+                "this model has no chat template", field="messages", code="no_chat_template", hint="/v1/completions"
             )
-        text = f"{_check_text(_flatten(messages[0])['content'])}{separator}"
-        return EncodedPrompt(text, tokenize_prompt(self.tokenizer, text), self.end_tokens)
+        return conversation.messages[0].content, style
 
     def tokenize(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Return the tokens of a text."""
@@ -311,20 +304,6 @@ def scale_adapter(adapter: Adapter, scale: float) -> Adapter:
     fields["lora_alpha"] = config.lora_alpha * scale
     fields["alpha_pattern"] = {key: alpha * scale for key, alpha in config.alpha_pattern.items()}
     return Adapter(LoraConfig.from_dict(fields), adapter.tensors, record=adapter.record)
-
-
-def _flatten(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message whose content is text: parts of text are joined.
-
-    Raises:
-        RequestError: a part is not text.
-    """
-    content = message.get("content")
-    if not isinstance(content, list):
-        return {**message, "content": content or ""}
-    if any(part.get("type") != "text" or not isinstance(part.get("text"), str) for part in content):
-        raise RequestError("messages: only parts of type text are supported", field="messages", code="unsupported")
-    return {**message, "content": "".join(part["text"] for part in content)}
 
 
 def _check_text(text: str) -> str:
