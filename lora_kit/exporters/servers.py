@@ -52,7 +52,7 @@ def find_dora(case: ExportCase) -> Iterator[str]:
 
 
 def find_unlike_layers(case: ExportCase) -> Iterator[str]:
-    """Yield what an adapter has besides LoRA weights of linear layers and embeddings, which no program but PEFT reads."""
+    """Yield what an adapter has besides LoRA weights of linear layers and embeddings: only PEFT reads it."""
     config, adapter = case.adapter.config, case.adapter
     if config.target_parameters:
         yield f"target_parameters: {format_list(config.target_parameters)} would be left out"
