@@ -29,7 +29,7 @@ class _StrictLoader(yaml.SafeLoader):
         super().__init__(text)
         self._nodes = self._level = 0
 
-    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()
         line = event.start_mark.line + 1
         if getattr(event, "tag", None) is not None:
