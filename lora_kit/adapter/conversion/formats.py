@@ -153,6 +153,7 @@ def _normalize_peft_keys(
         notes: gets what was done, in words.
         kept: ends of the paths of modules whose tensors belong to the adapter though their keys do not say so.
     """
+    _check_one_model(tensors)
     normalized, names, others = dict[str, Tensor](), set[str](), dict[str, Tensor]()
     for key, tensor in tensors.items():
         bare = _strip_wrappers(key)
@@ -177,6 +178,17 @@ def _normalize_peft_keys(
     if any(not key.startswith(PREFIX) for key in tensors):
         notes.append(f"keys are written as PEFT writes them, with {PREFIX} and without names of wrappers")
     return normalized | others
+
+
+def _check_one_model(keys: Iterable[str]) -> None:
+    """Raise AdapterError where several PeftModels are in one state dict, as a student and its teacher are."""
+    around = {key.partition(PREFIX)[0] for key in keys if ".lora_" in key and PREFIX in key}
+    if len(around) > 1:
+        models = [name.removesuffix(".") or "the model itself" for name in sorted(around)]
+        raise AdapterError(
+            f"the file holds LoRA weights of several models: {format_list(models)}",
+            hint="save the state dict of one of them on its own",
+        )
 
 
 def _is_kept(key: str, names: Sequence[str]) -> bool:
