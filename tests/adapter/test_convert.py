@@ -296,10 +296,11 @@ def test_two_state_dicts_with_lora_weights_are_both_named(tmp_path: Path) -> Non
     state = theirs.state_dict()
     averaged = {key: tensor + 1 for key, tensor in state.items()}
     folder = checkpoint(tmp_path / "x", theirs, "nothing", "nothing")
+    both = {f"{who}.{key}": state[key] for who in ("student", "teacher") for key in state}
     for whole, names in (
-        ({"model": state, "callbacks": {"ema": averaged}}, r"callbacks\.ema and model"),
-        ({"state_dict": {f"{who}.{key}": state[key] for who in ("student", "teacher") for key in state}}, "student and teacher"),
-    ):  # fmt: skip
+        ({"model": state, "callbacks": {"ema": averaged}}, r"callbacks\.ema, model"),
+        ({"state_dict": both}, "student, teacher"),
+    ):
         torch.save(whole, folder / "last.ckpt")
         with pytest.raises(AdapterError, match=names):
             convert(folder)
