@@ -48,6 +48,7 @@ def prepare(
     rename: Annotated[list[str] | None, Parameter(negative="", consume_multiple=True)] = None,
     relabel: Annotated[list[str] | None, Parameter(negative="", consume_multiple=True)] = None,
     encoding: str = "auto",
+    problem: str | None = None,
     drop: Annotated[list[str] | None, Parameter(negative="", consume_multiple=True)] = None,
     seed: int = 0,
     replace: Replace = False,
@@ -68,6 +69,7 @@ def prepare(
         chat_template: Template of conversations: plain, or a Jinja file; by default the base's own.
         rename: New names of columns: question=prompt answer=completion.
         relabel: New names of labels: postive=positive; or auto, for labels that differ in case, blanks or one slip.
+        problem: For texts with labels: single-label, multi-label or regression; by default what the labels are.
         encoding: Encoding of the file: utf-8, utf-16, cp1252, …; by default it is found out.
         drop: Rows to leave out: bad, empty, long, duplicates, conflicts, leaks.
         seed: Seed of the split.
@@ -85,6 +87,7 @@ def prepare(
         template=chat_template,
         rename=_parse_renames(rename or (), "rename", "question=prompt answer=completion"),
         relabel=_parse_relabel(relabel or ()),
+        problem=problem,
         encoding=encoding,
         drop=drop or (),
         seed=seed,

@@ -5,11 +5,11 @@ The same file and the same settings give the same bytes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from lora_kit.data.chat import PLAIN, chat_template, find_chat_template
 from lora_kit.data.encodings import AUTO_ENCODING
 from lora_kit.data.layouts import FORMATS
 from lora_kit.data.preparation.examine import ExaminedFile, ReadOptions, examine, find_leaks
@@ -19,9 +19,11 @@ from lora_kit.data.preparation.split import choose_share, split
 from lora_kit.data.records import BAD, EMPTY, LONG, NOT_UTF8
 from lora_kit.data.rows import Rows, build_fault_error
 from lora_kit.data.sample_format import DEFAULT_MAX_LENGTH, SampleFormat
+from lora_kit.data.templates import PLAIN, chat_template, find_chat_template
 from lora_kit.errors import DataError, format_list, suggest_nearest
 from lora_kit.io.atomic_write import check_output
 from lora_kit.models.loading import InputSpec, load_input_spec
+from lora_kit.models.tasks import PROBLEMS
 from lora_kit.names import KIT_BASE
 
 DUPLICATES, CONFLICTS, LEAKS = "duplicates", "conflicts", "leaks"
@@ -41,6 +43,7 @@ def prepare(
     template: str | None = None,
     rename: Mapping[str, str] | None = None,
     relabel: Mapping[str, str] | str | None = None,
+    problem: str | None = None,
     encoding: str = AUTO_ENCODING,
     drop: Collection[str] = (),
     seed: int = 0,
@@ -53,31 +56,31 @@ def prepare(
             and `lora_kit.data.layouts`.
         out: the folder to write; None to examine only.
         validation: a separate file for validation; None to set a share of the rows aside.
-        share: share of the rows to set aside for validation; 0 for none; None for what `choose_share` says. Ignored if
-            there is a file for validation.
+        share: of the rows to set aside for validation; None for what `choose_share` says, 0 for none.
         test: share of the rows to set aside for a test; 0 for none.
         base: the base whose tokens are counted, and which the recipe trains on.
         max_length: most tokens of a sample; None for the context of the base, but at most 2,048.
-        template: chat template of conversations: `plain`, a Jinja file or the text of one; None for the tokenizer's
-            own, or `plain` if it has none.
+        template: of conversations: `plain`, a Jinja file or its text; None for the tokenizer's own, else `plain`.
         rename: new names of columns, by old name.
         relabel: new names of labels, by old name; `auto` for those that differ in case, blanks or one slip.
+        problem: what is predicted of texts with labels, one of `PROBLEMS`; None to infer it from them.
         encoding: encoding of the files; `auto` to find it out, see `lora_kit.data.encodings`.
-        drop: which rows to leave out, of `DROPPABLE`. The first of several duplicates stays; leaks are removed from the
-            training rows.
-        seed: seed of the split.
-        replace: whether an earlier result at `out` may be replaced.
+        drop: which rows to leave out, of `DROPPABLE`; the first of several duplicates stays.
+        seed: seed of the split; `replace`: whether `out` may be replaced.
 
     Raises:
         DataError: the files cannot be read, or rows that cannot be trained on are neither fixed nor left out.
         BaseModelError: the base's tokenizer cannot be read.
         StorageError: `out` exists, or cannot be written.
     """
-    _check_arguments(drop, relabel, share or 0.0, test)
+    _check_arguments(drop, relabel, problem)
+    _check_shares(share or 0.0, test)
     folder = None if out is None else Path(out)
     if folder is not None:
         check_output(folder, replace=replace, owned=is_prepared)
-    options = _build_options(base, max_length, template, rename=rename, relabel=relabel, encoding=encoding)
+    options = _build_options(
+        base, max_length, template, rename=rename, relabel=relabel, encoding=encoding, problem=problem
+    )
     parts = _prepare_files(Path(source), None if validation is None else Path(validation), options, drop)
     if template is not None and (kind := parts[0].examined.rows.format) != "chat":
         raise DataError(f"a chat template was given, and {source} has rows of the format {kind}")
@@ -90,13 +93,19 @@ def prepare(
     return preparation if folder is None else write_preparation(preparation, folder, replace=replace)
 
 
-def _check_arguments(drop: Collection[str], relabel: Mapping[str, str] | str | None, share: float, test: float) -> None:
+def _check_arguments(drop: Collection[str], relabel: Mapping[str, str] | str | None, problem: str | None) -> None:
     if isinstance(relabel, str) and relabel != AUTO:
         raise DataError(f"relabel {relabel!r} is not known", hint=f"{AUTO}, or old=new")
     unknown = sorted(set(drop) - set(DROPPABLE))
     if unknown:
         hint = suggest_nearest(unknown[0], DROPPABLE) or f"known: {format_list(DROPPABLE)}"
         raise DataError(f"drop {format_list(unknown)} is not known", hint=hint)
+    if problem is not None and problem not in PROBLEMS:
+        hint = suggest_nearest(problem, PROBLEMS) or f"known: {format_list(PROBLEMS)}"
+        raise DataError(f"problem {problem!r} is not known", hint=hint)
+
+
+def _check_shares(share: float, test: float) -> None:
     for purpose, value in (("validation", share), ("test", test)):
         if not 0 <= value < 1:
             raise DataError(f"the share for {purpose} must be at least 0 and below 1; {value} was given")
@@ -112,6 +121,7 @@ def _build_options(
     rename: Mapping[str, str] | None,
     relabel: Mapping[str, str] | str | None,
     encoding: str,
+    problem: str | None,
 ) -> ReadOptions:
     spec = load_input_spec(base)
     name = template if template is not None or find_chat_template(spec.tokenizer) else PLAIN
@@ -128,6 +138,7 @@ def _build_options(
         rename=dict(rename or {}),
         relabel=relabel if isinstance(relabel, str) else dict(relabel or {}),
         encoding=encoding,
+        problem=problem,
     )
 
 
@@ -152,6 +163,7 @@ def _prepare_files(
     if validation is None:
         return (_clean_file(source, train, {}, drop),)
     label2id = {name: number for number, name in enumerate(train.labels)} if train.labels else None
+    options = dataclasses.replace(options, problem=train.problem)
     other = examine(validation, options, label2id=label2id, split="validation")
     _refuse_other_encoding(validation, other, drop)
     if other.rows.format != train.rows.format:
@@ -206,16 +218,16 @@ def _split_rows(parts: Sequence[PreparedFile], *, share: float, test: float, see
     for part, rows in zip(parts, kept, strict=True):
         if not len(rows):
             raise DataError(f"{part.path}: no row is left")
-    rest, tested = _set_aside(kept[0], test, seed)
-    train, validated = _set_aside(rest, share * len(kept[0]) / len(rest), seed)
+    rest, tested = _set_aside(kept[0], test, seed, parts[0].examined.problem)
+    train, validated = _set_aside(rest, share * len(kept[0]) / len(rest), seed, parts[0].examined.problem)
     return {"train": train, "validation": kept[1] if len(kept) > 1 else validated, "test": tested}
 
 
-def _set_aside(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows | None]:
+def _set_aside(rows: Rows, share: float, seed: int, problem: str | None) -> tuple[Rows, Rows | None]:
     """Return the rows that remain, and those that are set aside."""
     if not share:
         return rows, None
-    remaining, aside = split(rows, share=share, seed=seed)
+    remaining, aside = split(rows, share=share, seed=seed, problem=problem)
     return rows.only(remaining), rows.only(aside)
 
 
@@ -233,6 +245,7 @@ def _build_preparation(
         "chat_template": options.chat_template if rows.format == "chat" else None,
         "rename": options.rename,
         "relabel": options.relabel,
+        "problem": parts[0].examined.problem,
         "encoding": parts[0].examined.encoding,
         **choices,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -13,23 +14,26 @@ import torch
 from torch import nn
 
 from lora_kit.data.batches import Collator, EncodedDataset
-from lora_kit.data.chat import ChatTemplate, chat_template
 from lora_kit.data.encode import encode_rows
+from lora_kit.data.label_problem import count_labels, list_label_names, resolve_problem
 from lora_kit.data.layouts import FORMATS
+from lora_kit.data.messages import ALL
 from lora_kit.data.mixture import DataSource, read_source
 from lora_kit.data.packing import PackedDataset, pack, reason_not_packable
-from lora_kit.data.rows import Rows, collect_label_names
+from lora_kit.data.rows import Rows
 from lora_kit.data.sample_format import SampleFormat
+from lora_kit.data.templates import ChatTemplate, chat_template
 from lora_kit.errors import BaseModelError, DataError, RecipeError, format_list
 from lora_kit.evaluation.generation_metrics import GenerationTask, build_generation_task, collect_eval_prompts
 from lora_kit.evaluation.metrics import select_generation_metrics
 from lora_kit.models.heads import describe_head, list_head_labels, order_labels
 from lora_kit.models.loading import Base, find_label_order
-from lora_kit.models.tasks import LABEL_TASKS
+from lora_kit.models.tasks import CLASSIFY, LABEL_TASKS, SINGLE_LABEL
 from lora_kit.targets.fingerprint import fingerprint
 from lora_kit.training.job.base_model import prepare_base
 from lora_kit.training.job.resolve import resolve_recipe
 from lora_kit.training.loop.checkpoints import Identity, hash_json
+from lora_kit.training.recipe.class_weights import compute_class_weights
 from lora_kit.training.recipe.recipe import Recipe
 from lora_kit.training.recipe.training_arguments import best_metric_of, check_reporting
 
@@ -48,6 +52,7 @@ class Job:
         train: the training samples.
         validation: the validation samples; None without `data.validation`.
         generation_task: the prompts of the validation rows, where the best model is chosen by what it generates.
+        class_weights: weight of each class in the loss; empty where each has the weight 1.
         head: what becomes of the base's head, in words; None where the task has no labels.
         identity: everything that decides the result, see `lora_kit.training.loop.checkpoints`.
     """
@@ -59,6 +64,7 @@ class Job:
     train: EncodedDataset | PackedDataset
     validation: EncodedDataset | None
     generation_task: GenerationTask | None
+    class_weights: tuple[float, ...]
     head: str | None
     identity: Identity
 
@@ -74,9 +80,12 @@ class Job:
         """
         check_reporting(recipe.train)
         rows, validation_rows = read_recipe_rows(recipe)
+        problem = resolve_problem(rows, recipe.problem) if recipe.task == CLASSIFY else None
+        recipe = recipe.replace(problem=problem)
         head_labels, labels = _find_labels(recipe, rows, base)
         label2id = {name: number for number, name in enumerate(labels)}
-        base = prepare_base(recipe, base, label2id)
+        class_weights = _weigh_classes(recipe, rows, labels)
+        base = prepare_base(recipe, base, label2id, problem)
         template = _load_chat_template(recipe, rows, base)
         recipe = resolve_recipe(recipe, rows, base, template)
         assert recipe.data.max_length is not None
@@ -85,7 +94,9 @@ class Job:
             separator=recipe.data.separator,
             template=template,
             label2id=label2id,
+            learn=recipe.data.learn,
             task=recipe.task,
+            problem=problem or SINGLE_LABEL,
         )
         samples = encode_rows(rows, base.tokenizer, sample_format)
         _check_token_ids(base, samples)
@@ -100,6 +111,7 @@ class Job:
             train=train,
             validation=validation,
             generation_task=_build_generation_task(recipe, validation_rows, base, sample_format),
+            class_weights=class_weights,
             head=describe_head(head_labels, labels) if labels else None,
             identity=_build_identity(recipe, base, train, validation),
         )
@@ -168,7 +180,7 @@ def _find_labels(recipe: Recipe, rows: Rows, base: Base | None) -> tuple[tuple[s
     """
     if recipe.task not in LABEL_TASKS:
         return (), ()
-    names = collect_label_names(rows)
+    names = list_label_names(rows, recipe.problem or SINGLE_LABEL)
     if base is None:
         head, labels = find_label_order(recipe.base, names, task=recipe.task)
     else:
@@ -176,6 +188,20 @@ def _find_labels(recipe: Recipe, rows: Rows, base: Base | None) -> tuple[tuple[s
         labels = order_labels(names, head)
     logger.info("head: %s", describe_head(head, labels))
     return head, labels
+
+
+def _weigh_classes(recipe: Recipe, rows: Rows, labels: Sequence[str]) -> tuple[float, ...]:
+    """Return the weight of each class in the loss; empty where each has the weight 1."""
+    if recipe.class_weights is None:
+        return ()
+    counts = count_labels(rows, labels)
+    total = len(rows) if recipe.task == CLASSIFY else sum(counts)
+    weights = compute_class_weights(
+        recipe.class_weights, labels, counts, problem=recipe.problem or SINGLE_LABEL, total=total
+    )
+    listed = [f"{label} {weight:.3g}" for label, weight in zip(labels, weights, strict=True)]
+    logger.info("weights of the labels: %s", format_list(listed))
+    return weights
 
 
 def _check_token_ids(base: Base, samples: EncodedDataset) -> None:
@@ -189,11 +215,19 @@ def _check_token_ids(base: Base, samples: EncodedDataset) -> None:
 
 
 def _load_chat_template(recipe: Recipe, rows: Rows, base: Base) -> ChatTemplate | None:
-    text = recipe.data.chat_template
+    data = recipe.data
     if rows.format == "chat":
-        return chat_template(text, base.tokenizer, base=base.name)
-    if text is not None:
-        raise RecipeError(f"data.chat_template is for conversations; {rows.path} has rows of the format {rows.format}")
+        return chat_template(
+            data.chat_template, base.tokenizer, base=base.name, variables=dict(data.chat_template_kwargs)
+        )
+    given = {
+        "chat_template": data.chat_template is not None,
+        "chat_template_kwargs": bool(data.chat_template_kwargs),
+        "learn": data.learn != ALL,
+    }
+    unused = next((key for key, is_given in given.items() if is_given), None)
+    if unused:
+        raise RecipeError(f"data.{unused} is for conversations; {rows.path} has rows of the format {rows.format}")
     return None
 
 
@@ -215,7 +249,7 @@ def _build_generation_task(
     """Return the prompts of the validation rows where the best model is chosen by a metric of generated text."""
     if rows is None or not select_generation_metrics([best_metric_of(recipe.train)], recipe.task):
         return None
-    return build_generation_task(base, collect_eval_prompts(rows), sample_format.style)
+    return build_generation_task(base, collect_eval_prompts(rows, learn=recipe.data.learn), sample_format.style)
 
 
 def _build_identity(
@@ -235,6 +269,7 @@ def hash_samples(samples: EncodedDataset | PackedDataset) -> str:
     if isinstance(samples, PackedDataset):
         return hash_json({"samples": hash_samples(samples.samples), "rows": samples.rows})
     digest = hashlib.sha256(samples.kind.encode())
-    for tensor in (samples.offsets, samples.ids, samples.labels, samples.label_offsets):
+    further = [tensor for tensor in (samples.types, samples.weights) if tensor is not None]
+    for tensor in (samples.offsets, samples.ids, samples.labels, samples.label_offsets, *further):
         digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()
