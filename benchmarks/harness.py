@@ -2,7 +2,7 @@
 
 Noise: a machine that is shared changes its speed by tens of per cent within a minute. So the cases of a comparison run
 one after the other within a round, a case is divided by the first case of the *same* round, and quoted are the median
-of these ratios and their quartiles. The order turns round every other round: no case always follows the same neighbour.
+of these ratios and their quartiles. The order turns round every other round: no case always follows the same neighbor.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ def test_a_row_gives_what_its_adapter_gives_alone(kind: str, dtype: torch.dtype)
 
 @settings(max_examples=25, deadline=None)
 @given(names=st.lists(st.sampled_from([*NAMES, None]), min_size=1, max_size=6))
-def test_rows_are_independent_of_their_neighbours(names: list[str | None]) -> None:
+def test_rows_are_independent_of_their_neighbors(names: list[str | None]) -> None:
     model, bank = filled("llama", torch.float32)
     inputs = tiny.batch(rows=len(names))
     with bank.rows(names):

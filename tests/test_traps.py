@@ -41,7 +41,7 @@ from tests.support import texts, tiny
 from tests.support.interrupted import long_recipe, results, unbroken
 from tests.support.labeled_bases import POSITIVE_ROWS, save_sentiment_base
 from tests.support.planting import Mistake, plant
-from tests.support.training import LABELLED, At, base_of, recipe_of, same_state, state
+from tests.support.training import LABELED, At, base_of, recipe_of, same_state, state
 
 pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 
@@ -117,7 +117,7 @@ def accumulation(folder: Path) -> None:
 
 def padding(folder: Path) -> None:
     """A row's loss does not depend on the rows beside it, nor on the token that pads."""
-    for kind, rows in (("llama", ROWS), ("bert", LABELLED)):
+    for kind, rows in (("llama", ROWS), ("bert", LABELED)):
         base = base_of(kind)
         labels = {"label2id": {"no": 0, "yes": 1}} if kind == "bert" else {}
         samples = samples_of(folder, rows, tokenizer=base.tokenizer, **labels)
@@ -597,7 +597,11 @@ TRAPS = (
     ),
     Trap(
         attention_reads_past,
-        (Mistake("targets.match:find_attention_internals", "isinstance(module, nn.MultiheadAttention)", "False"),),
+        (
+            Mistake(
+                "targets.bypassed_layers:find_bypassed_layers", "isinstance(module, nn.MultiheadAttention)", "False"
+            ),
+        ),
     ),
     Trap(
         past_a_wrapper,

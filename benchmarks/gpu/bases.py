@@ -98,5 +98,5 @@ def _nf4(bitsandbytes: Any, linear: nn.Linear) -> nn.Module:
         linear.in_features, linear.out_features, bias=False, compute_dtype=linear.weight.dtype, quant_type="nf4"
     )
     weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
-    made.weight = weight.to(linear.weight.device)  # which quantises
+    made.weight = weight.to(linear.weight.device)  # which quantizes
     return made

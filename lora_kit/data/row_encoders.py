@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from lora_kit.data.batches import IGNORE_INDEX
+from lora_kit.data.cells import RowError
 from lora_kit.data.chat import ChatEncoder
-from lora_kit.data.layouts import RowError
 from lora_kit.data.records import LONG
 from lora_kit.data.rows import Rows
 from lora_kit.data.sample_format import SampleFormat

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,7 @@ from typing import Any, Final
 import torch
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.adapter.adapter_like import AdapterLike, short_label_of
-from lora_kit.adapter.adapter_location import resolve_folder
+from lora_kit.adapter.adapter_like import AdapterLike
 from lora_kit.adapter.folder import ALLOWANCES
 from lora_kit.errors import ConfigError, MergeError, format_list
 from lora_kit.io.atomic_write import check_output, check_path, stage_folder
@@ -25,6 +23,7 @@ from lora_kit.merging.checkpoint.bnb_weights import QuantizedWeight
 from lora_kit.merging.checkpoint.meta_model import MetaModel, TaskHead, build_meta_model
 from lora_kit.merging.checkpoint.shards import Shard, read_shards
 from lora_kit.merging.merge_report import LogitCheck, MergeReport
+from lora_kit.merging.merge_sources import load_weighted_adapter, resolve_sources
 from lora_kit.merging.plan_merge import plan_merge
 from lora_kit.merging.planned_tensors import MergePlan, WeightedAdapter
 from lora_kit.merging.verification import logits
@@ -95,7 +94,7 @@ def merge(
     check_path(out)
     _check_arguments(allow, verify)
     quantized_base.check_quantized_choice(quantized, original=original, dtype=dtype, verify=verify)
-    sources, float_dtype = _resolve_sources(adapter), None if dtype is None else parse_float_dtype(dtype)
+    sources, float_dtype = resolve_sources(adapter), None if dtype is None else parse_float_dtype(dtype)
     _check_output(out, sources, bases=(base, original), replace=replace)
     job = _open_job(base, original, sources, float_dtype, allow=allow, quantized=quantized, verify=verify)
     needed = job.estimate_bytes() - _measure_folder(journal.journal_folder_of(out))
@@ -132,7 +131,7 @@ def _open_job(
     verify: str,
 ) -> _MergeJob:
     """Load the adapters and the list of the base's tensors, and check that these can be merged as requested."""
-    adapters = [_load_weighted_adapter(source, weight, allow=allow) for source, weight in sources]
+    adapters = [load_weighted_adapter(source, weight, allow=allow) for source, weight in sources]
     if verify == "logits":
         logits.check_logits_comparable(adapters)
     folder = find_base(base)
@@ -301,44 +300,6 @@ def _check_arguments(allow: Collection[str], verify: str) -> None:
         raise ConfigError(f"allow={allow!r} was given; expected any of {format_list(known)}")
     if verify not in VERIFICATIONS:
         raise ConfigError(f"verify={verify!r} was given; expected one of {format_list(VERIFICATIONS)}")
-
-
-def _resolve_sources(
-    adapter: AdapterLike | Sequence[tuple[AdapterLike, float]],
-) -> list[tuple[Path | Adapter, float]]:
-    """Return every adapter, as a folder or a value, with its weight."""
-    return [
-        (source if isinstance(source, Adapter) else resolve_folder(source), weight)
-        for source, weight in _parse_sources(adapter)
-    ]
-
-
-def _parse_sources(
-    adapter: AdapterLike | Sequence[tuple[AdapterLike, float]],
-) -> list[tuple[AdapterLike, float]]:
-    """Return every adapter with its weight.
-
-    Raises:
-        ConfigError: the argument is neither an adapter nor a list of them with weights.
-    """
-    if isinstance(adapter, (str, Path, Adapter)):
-        return [(adapter, 1.0)]
-    try:
-        sources = [(source, float(weight)) for source, weight in adapter]
-    except (TypeError, ValueError):
-        sources = []
-    valid = all(
-        isinstance(source, (str, Path, Adapter)) and math.isfinite(weight) and weight for source, weight in sources
-    )
-    if not sources or not valid:
-        raise ConfigError("an adapter, or a list of (adapter, weight) with finite weights that are not 0, was expected")
-    return sources
-
-
-def _load_weighted_adapter(source: Path | Adapter, weight: float, *, allow: Collection[str]) -> WeightedAdapter:
-    allow = [name for name in allow if name in ALLOWANCES]
-    adapter = source if isinstance(source, Adapter) else Adapter.load(source, allow=allow)
-    return WeightedAdapter(short_label_of(source, adapter), adapter, weight)
 
 
 def _coarsest_dtype_of(plan: MergePlan) -> str:

@@ -109,15 +109,15 @@ def test_labels_from_training_are_known_without_being_told(here: Path, capsys: C
     transformers.BertModel(config).save_pretrained("encoder")
     texts.bert_tokenizer().save_pretrained("encoder")
     rows = [{"text": word * n, "label": label} for word, label in (("good ", "y"), ("bad ", "n")) for n in (1, 2, 3)]
-    texts.write(here / "labelled.jsonl", rows)
+    texts.write(here / "labeled.jsonl", rows)
     recipe = {"base": "encoder", "task": "classify", "out": "adapters/mood", "train": {"max_steps": 8}}
-    report = lk.train({**recipe, "data": {"train": "labelled.jsonl", "validation": "labelled.jsonl"}})
+    report = lk.train({**recipe, "data": {"train": "labeled.jsonl", "validation": "labeled.jsonl"}})
     capsys.readouterr()
-    assert main(["eval", "--base", "encoder", "-a", "mood", "--data", "labelled.jsonl", "--json"]) == 0
+    assert main(["eval", "--base", "encoder", "-a", "mood", "--data", "labeled.jsonl", "--json"]) == 0
     [result] = json.loads(capsys.readouterr().out)["results"]
     assert report.after is not None
     assert result["metrics"]["loss"] == pytest.approx(report.after.loss, rel=1e-5)
     assert set(result["metrics"]) == {"loss", "accuracy", "f1"}
     # A base without a head of its own knows no labels.
-    assert main(["eval", "--base", "encoder", "--data", "labelled.jsonl"]) == 2
+    assert main(["eval", "--base", "encoder", "--data", "labeled.jsonl"]) == 2
     assert "label 'y' is not one of LABEL_0, LABEL_1, LABEL_2" in capsys.readouterr().err

@@ -204,7 +204,7 @@ def test_an_adapter_brings_its_template_to_generation(tmp_path: Path) -> None:
 
 
 def test_an_answer_ends_where_the_template_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The end of a turn is not always the end of text: each row stops at its own, whatever its neighbours do."""
+    """The end of a turn is not always the end of text: each row stops at its own, whatever its neighbors do."""
     base = Base(model=tiny.llama(), tokenizer=tokenizer(), name="tiny")
     prompt = torch.tensor([base.tokenizer("hi", add_special_tokens=False)["input_ids"]])
     written = base.model.generate(input_ids=prompt, max_new_tokens=6, do_sample=False)[0, prompt.shape[1] :].tolist()

@@ -171,7 +171,7 @@ def test_a_misspelt_label_is_told_and_put_right(here: Path, base: str) -> None:
     assert json.loads((here / "out" / "manifest.json").read_text())["settings"]["relabel"] == {"Postive": "positive"}
 
 
-def test_numbers_are_relabelled_as_numbers_and_are_not_taken_for_misspelt(here: Path, base: str) -> None:
+def test_numbers_are_relabeled_as_numbers_and_are_not_taken_for_misspelt(here: Path, base: str) -> None:
     rows = [{"text": f"text {n}", "label": n % 2 + 10} for n in range(60)]
     train = texts.write(here / "a.jsonl", [*rows, {"text": "good", "label": 12}])
     assert prepare(train, base=base).parts[0].examined.lookalikes == {}

@@ -37,7 +37,7 @@ ROWS = [
     {"prompt": "one", "completion": "three"},
     {"prompt": "b", "completion": "a longer one"},
 ]
-LABELLED = [{"text": word * n, "label": label} for word, label in (("good ", "yes"), ("bad ", "no")) for n in (1, 2, 3)]
+LABELED = [{"text": word * n, "label": label} for word, label in (("good ", "yes"), ("bad ", "no")) for n in (1, 2, 3)]
 CHAT = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token if m['role'] == 'assistant' }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -191,13 +191,13 @@ def heads_of(base: Base, *, labels: list[str], seed: int) -> lk.Adapter:
 
 def test_labels_are_those_of_the_adapters_own_record(tmp_path: Path) -> None:
     base = classifier()
-    path = texts.write(tmp_path / "rows.jsonl", LABELLED)
+    path = texts.write(tmp_path / "rows.jsonl", LABELED)
     adapter = heads_of(base, labels=["no", "yes"], seed=1)
     turned = recorded(adapter, labels=["yes", "no"])
     metrics = ["loss", "accuracy", "f1", "f1_micro"]
     one = evaluate(base, [adapter], path, metrics=metrics).results[0]
     other = evaluate(base, [turned], path, metrics=metrics).results[0]
-    right = [row["label"] for row in LABELLED]
+    right = [row["label"] for row in LABELED]
     assert one.metrics["accuracy"] == sum(a == b for a, b in zip(one.said, right, strict=True)) / 6
     assert [{"yes": "no", "no": "yes"}[str(label)] for label in one.said] == list(other.said)
     assert one.metrics["accuracy"] == pytest.approx(1 - other.metrics["accuracy"])
@@ -205,7 +205,7 @@ def test_labels_are_those_of_the_adapters_own_record(tmp_path: Path) -> None:
 
 
 def test_a_label_that_the_adapter_does_not_know_is_refused_with_the_list(tmp_path: Path) -> None:
-    path = texts.write(tmp_path / "rows.jsonl", [*LABELLED, {"text": "so", "label": "perhaps"}])
+    path = texts.write(tmp_path / "rows.jsonl", [*LABELED, {"text": "so", "label": "perhaps"}])
     base = classifier()
     with pytest.raises(DataError, match=r":7: label 'perhaps' is not one of no, yes"):
         evaluate(base, [heads_of(base, labels=["no", "yes"], seed=1)], path)
@@ -215,13 +215,13 @@ def test_a_label_that_the_adapter_does_not_know_is_refused_with_the_list(tmp_pat
 
 def test_what_is_said_of_a_row_stands_beside_what_was_expected(tmp_path: Path) -> None:
     base = classifier()
-    path, out = texts.write(tmp_path / "rows.jsonl", LABELLED), tmp_path / "said.jsonl"
+    path, out = texts.write(tmp_path / "rows.jsonl", LABELED), tmp_path / "said.jsonl"
     adapters = [heads_of(base, labels=["no", "yes"], seed=seed) for seed in (1, 2)]
     found = evaluate(base, adapters, path, out=out)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["lines"] for line in lines] == [[n] for n in range(1, 7)]
-    assert [line["given"] for line in lines] == [row["text"] for row in LABELLED]
-    assert [line["expected"] for line in lines] == [row["label"] for row in LABELLED]
+    assert [line["given"] for line in lines] == [row["text"] for row in LABELED]
+    assert [line["expected"] for line in lines] == [row["label"] for row in LABELED]
     for each in found.results:
         assert [line["said"][each.name] for line in lines] == list(each.said)
     with pytest.raises(StorageError, match="exists"):
@@ -334,7 +334,7 @@ def test_nothing_random_is_drawn_and_modes_and_weights_stay(rows: Path) -> None:
 @pytest.mark.parametrize("kind", ["whole text", "words", "next token"])
 def test_the_logits_of_a_batch_are_gone_before_the_next(tmp_path: Path, kind: str) -> None:
     base = {"whole text": classifier, "words": tagger, "next token": llama_with_its_logits}[kind]()
-    rows: list[Any] = {"whole text": LABELLED, "words": TAGGED, "next token": ROWS}[kind]  # type: ignore[assignment]
+    rows: list[Any] = {"whole text": LABELED, "words": TAGGED, "next token": ROWS}[kind]  # type: ignore[assignment]
     head = base.model.get_output_embeddings() if kind == "next token" else base.model.classifier
     kept: list[weakref.ref[torch.Tensor]] = []
     alive: list[int] = []
@@ -386,9 +386,9 @@ def test_what_does_not_fit_is_refused_before_the_base_is_loaded(
 
 
 def test_rows_of_another_task_are_refused(base: Base, tmp_path: Path) -> None:
-    labelled = texts.write(tmp_path / "labelled.jsonl", LABELLED)
+    labeled = texts.write(tmp_path / "labeled.jsonl", LABELED)
     with pytest.raises(DataError, match="task causal-lm takes completion, chat, text"):
-        evaluate(base, [made(base, seed=1)], labelled)
+        evaluate(base, [made(base, seed=1)], labeled)
     plain = texts.write(tmp_path / "plain.jsonl", [{"text": "one two"}])
     assert evaluate(base, [None], plain).results[0].metrics["loss"] > 0
     with pytest.raises(DataError, match="have no prompts"):

@@ -20,14 +20,14 @@ from lora_kit.models.tasks import TASKS
 ALL = ("accuracy", "f1", "f1_macro", "f1_micro", "exact_match")
 
 
-def labelled(true: list[int], given: list[int], labels: int) -> dict[str, float]:
+def labeled(true: list[int], given: list[int], labels: int) -> dict[str, float]:
     names = [f"l{number}" for number in range(labels)]
     return score_labels(ALL, [[one] for one in true], [[one] for one in given], labels=names)
 
 
 def test_f1_of_three_labels_is_what_scikit_learn_gives() -> None:
     # f1_score([0,1,2,2,1,0,0,2], [0,2,2,2,1,1,0,0], average=...) of scikit-learn 1.9
-    found = labelled([0, 1, 2, 2, 1, 0, 0, 2], [0, 2, 2, 2, 1, 1, 0, 0], 3)
+    found = labeled([0, 1, 2, 2, 1, 0, 0, 2], [0, 2, 2, 2, 1, 1, 0, 0], 3)
     assert found["f1_macro"] == pytest.approx(0.611111111111111)
     assert found["f1_micro"] == pytest.approx(0.625)
     assert found["f1"] == found["f1_macro"]
@@ -36,7 +36,7 @@ def test_f1_of_three_labels_is_what_scikit_learn_gives() -> None:
 
 def test_f1_of_two_labels_is_that_of_the_second() -> None:
     # as above with [0,1,1,0,1,1,0] and [1,1,0,0,1,1,1]; average="binary" counts label 1
-    found = labelled([0, 1, 1, 0, 1, 1, 0], [1, 1, 0, 0, 1, 1, 1], 2)
+    found = labeled([0, 1, 1, 0, 1, 1, 0], [1, 1, 0, 0, 1, 1, 1], 2)
     assert found["f1"] == pytest.approx(2 / 3)
     assert found["f1_macro"] == pytest.approx(0.5333333333333333)
     assert found["f1_micro"] == pytest.approx(4 / 7)
@@ -44,10 +44,10 @@ def test_f1_of_two_labels_is_that_of_the_second() -> None:
 
 def test_labels_that_never_occur_are_no_part_of_the_mean() -> None:
     # as above with [0,1,1,0] and [3,1,0,0]: a label that is predicted and never true counts, others do not
-    found = labelled([0, 1, 1, 0], [3, 1, 0, 0], 9)
+    found = labeled([0, 1, 1, 0], [3, 1, 0, 0], 9)
     assert found["f1_macro"] == pytest.approx(0.38888888888888884)
-    assert labelled([1, 1], [1, 1], 2)["f1_macro"] == 1.0
-    assert labelled([0, 0], [0, 0], 2)["f1"] == 0.0
+    assert labeled([1, 1], [1, 1], 2)["f1_macro"] == 1.0
+    assert labeled([0, 0], [0, 0], 2)["f1"] == 0.0
 
 
 def test_f1_of_tagged_words_is_that_of_whole_entities() -> None:

@@ -152,7 +152,7 @@ def test_settings_out_of_range_are_refused(wrong: dict[str, float]) -> None:
         Sampling(**wrong)  # type: ignore[arg-type]
 
 
-def test_adapters_are_labelled_by_folder_and_told_apart(base: Base, tmp_path: Path) -> None:
+def test_adapters_are_labeled_by_folder_and_told_apart(base: Base, tmp_path: Path) -> None:
     one, two = tmp_path / "a" / "sql", tmp_path / "b" / "sql"
     made(base, seed=1).save(one)
     made(base, seed=2).save(two)

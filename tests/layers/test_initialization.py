@@ -308,11 +308,11 @@ def test_dropout_of_a_row_is_of_the_trained_pair_and_not_of_its_start() -> None:
             torch.testing.assert_close(difference[1], torch.zeros(5), rtol=0, atol=1e-6)
 
 
-# Quantised bases
+# Quantized bases
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_on_a_quantised_base_it_starts_from_what_the_weight_stands_for(kind: str) -> None:
+def test_on_a_quantized_base_it_starts_from_what_the_weight_stands_for(kind: str) -> None:
     import bitsandbytes as bnb
 
     plain = nn.Linear(64, 64, bias=False)

@@ -1,4 +1,4 @@
-"""Quantised bases of other makes than bitsandbytes: a layer that maps (..., in) to (..., out) is all that is needed.
+"""Quantized bases of other makes than bitsandbytes: a layer that maps (..., in) to (..., out) is all that is needed.
 
 `python -m tests.models.test_black_boxes` rewrites the table of docs/quantized.md; rows of packages that are
 missing stay.

@@ -15,7 +15,7 @@ from lora_kit.training.plan.plan import plan
 from lora_kit.training.train import train
 from tests.support import texts, tiny
 from tests.support.sequences import both
-from tests.support.training import LABELLED, base_of, recipe_of
+from tests.support.training import LABELED, base_of, recipe_of
 
 pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 
@@ -76,7 +76,7 @@ def test_a_pad_token_without_an_embedding_becomes_the_eos(tmp_path: Path) -> Non
     model.resize_token_embeddings(tokenizer.pad_token_id)
     base = load_base(saved(tmp_path / "base", model, tokenizer), task="classify", num_labels=2)
     assert base.pad_token_id == texts.EOS
-    train({**recipe_of(tmp_path, rows=LABELLED), "base": base.name, "task": "classify"})
+    train({**recipe_of(tmp_path, rows=LABELED), "base": base.name, "task": "classify"})
 
 
 def test_a_token_without_an_embedding_is_found_before_training(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def test_a_setting_that_is_not_known_is_refused(settings: dict[str, Any], messag
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
-def test_a_quantised_base_passes_gradients_on_after_inference_too(quantize: str) -> None:
+def test_a_quantized_base_passes_gradients_on_after_inference_too(quantize: str) -> None:
     base = load_base("kit-base", quantize=quantize)
     full = load_base("kit-base").model.model.layers[0].mlp.gate_proj
     layer = base.model.model.layers[0].mlp.gate_proj

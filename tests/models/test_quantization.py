@@ -1,4 +1,4 @@
-"""Quantised bases through bitsandbytes, on a CPU: trained, swapped, served by rows, resumed, evaluated; PEFT judges."""
+"""Quantized bases through bitsandbytes, on a CPU: trained, swapped, served by rows, resumed, evaluated; PEFT judges."""
 
 from __future__ import annotations
 

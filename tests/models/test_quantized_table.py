@@ -1,4 +1,4 @@
-"""Every way to quantise a base through bitsandbytes: what docs/quantized.md says of it is what happened here.
+"""Every way to quantize a base through bitsandbytes: what docs/quantized.md says of it is what happened here.
 
 `python -m tests.models.test_quantized_table` rewrites the table.
 """

@@ -1,4 +1,4 @@
-"""Quantised bases that are not made by bitsandbytes: by packages where they are installed, and by hand-written layers.
+"""Quantized bases that are not made by bitsandbytes: by packages where they are installed, and by hand-written layers.
 
 The layers store what GPTQ and AWQ checkpoints do, and are written from their formats: 4-bit codes, eight to an int32,
 with a scale and a zero to each group of inputs.
@@ -139,7 +139,7 @@ def _plain(kind: type[Codes]) -> Any:
 
 
 def _stored(config: Callable[[], Any]) -> Any:
-    """Quantised by transformers, saved, and loaded from there."""
+    """Quantized by transformers, saved, and loaded from there."""
     with tempfile.TemporaryDirectory() as name:
         original = base_folder(Path(name) / "original", llama().float())
         with silence_libraries():

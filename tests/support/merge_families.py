@@ -48,7 +48,7 @@ CAUSAL: Final[dict[str, dict[str, Any]]] = {
         "shared_expert_intermediate_size": 16,
     },
 }
-LABELLED: Final[dict[str, dict[str, Any]]] = {
+LABELED: Final[dict[str, dict[str, Any]]] = {
     "bert": {},
     "roberta": {"max_position_embeddings": 80},
     "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
@@ -73,11 +73,11 @@ PAIRS: Final[dict[str, dict[str, Any]]] = {
 PICTURES: Final[dict[str, dict[str, Any]]] = {"vit": {"image_size": 16, "patch_size": 4}}
 TASKS: Final = {
     **dict.fromkeys(CAUSAL, ("CAUSAL_LM", "AutoModelForCausalLM")),
-    **dict.fromkeys(LABELLED, ("SEQ_CLS", "AutoModelForSequenceClassification")),
+    **dict.fromkeys(LABELED, ("SEQ_CLS", "AutoModelForSequenceClassification")),
     **dict.fromkeys(PAIRS, ("SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM")),
     **dict.fromkeys(PICTURES, (None, "AutoModelForImageClassification")),
 }
-FIELDS: Final = {**CAUSAL, **LABELLED, **PAIRS, **PICTURES}
+FIELDS: Final = {**CAUSAL, **LABELED, **PAIRS, **PICTURES}
 
 
 def tiny(family: str, dtype: torch.dtype) -> Any:

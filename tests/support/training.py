@@ -20,7 +20,7 @@ PAIRS = [
     {"prompt": "cc", "completion": "dddd"},
     {"prompt": "e", "completion": "f g h"},
 ]
-LABELLED = [{"text": word * n, "label": label} for word, label in (("good ", "yes"), ("bad ", "no")) for n in (1, 2, 3)]
+LABELED = [{"text": word * n, "label": label} for word, label in (("good ", "yes"), ("bad ", "no")) for n in (1, 2, 3)]
 
 
 def base_of(kind: str = "llama", **settings: Any) -> Base:

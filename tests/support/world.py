@@ -16,8 +16,8 @@ from tests.support import texts
 from tests.support.pages import ROOT
 
 PAIRS = [{"prompt": f"all names of table {n}", "completion": f"select name from t{n};"} for n in range(8)]
-LABELLED = [{"text": f"where is card {n}", "label": "card"} for n in range(4)]
-LABELLED += [{"text": f"send {n} pounds", "label": "money"} for n in range(4)]
+LABELED = [{"text": f"where is card {n}", "label": "card"} for n in range(4)]
+LABELED += [{"text": f"send {n} pounds", "label": "money"} for n in range(4)]
 KIT = ROOT / "lora_kit" / "models" / "kit_base"
 
 
@@ -33,7 +33,7 @@ def build(folder: Path) -> Path:
         texts.write(folder / f"{name}.jsonl", PAIRS)
     _spreadsheet(folder / "rows.csv", ("prompt", "completion"), PAIRS)
     _spreadsheet(folder / "answers.csv", ("Question", "Answer"), PAIRS)
-    _spreadsheet(folder / "test.csv", ("text", "label"), LABELLED)
+    _spreadsheet(folder / "test.csv", ("text", "label"), LABELED)
     _loralib(folder / "lora.bin")
     return folder
 

@@ -26,7 +26,7 @@ from lora_kit.models.loading import Base
 from lora_kit.training.train import train
 from tests.support import texts
 from tests.support.processes import die, in_child
-from tests.support.training import LABELLED, PAIRS, base_of, recipe_of
+from tests.support.training import LABELED, PAIRS, base_of, recipe_of
 
 pytest.importorskip("optuna", reason="optuna is not installed (pip install 'lora-kit[sweep]')")
 
@@ -307,7 +307,7 @@ def test_the_picture_shows_numbers_names_and_trials_without_a_value(tmp_path: Pa
 
 def test_a_metric_that_grows_is_made_as_large_as_it_can_be(tmp_path: Path) -> None:
     recipe = {**swept(tmp_path), "task": "classify"}
-    texts.write(tmp_path / "rows.jsonl", LABELLED)
+    texts.write(tmp_path / "rows.jsonl", LABELED)
     over = ["train.learning_rate=1e-6,5e-2"]
     steps = {"train.max_steps": 20, "train.eval_strategy": "no", "train.save_strategy": "no"}
     report = sweep(recipe, over, base=base_of("bert", labels=2), metric="f1", overrides=steps)

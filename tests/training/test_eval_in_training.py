@@ -18,7 +18,7 @@ from tests.support.sequences import both
 from tests.support.training import recipe_of
 
 PAIRS = [{"prompt": "a", "completion": "bb"}, {"prompt": "c", "completion": "d"}, {"prompt": "a", "completion": "e"}]
-LABELLED = [{"text": word * n, "label": label} for word, label in (("good ", "yes"), ("bad ", "no")) for n in (1, 2, 3)]
+LABELED = [{"text": word * n, "label": label} for word, label in (("good ", "yes"), ("bad ", "no")) for n in (1, 2, 3)]
 EVERY_TWO = {"eval_strategy": "steps", "eval_steps": 2}
 
 
@@ -46,7 +46,7 @@ def found(report: TrainReport, metric: str) -> dict[int, float]:
 def test_the_adapter_that_is_best_by_a_metric_is_kept(
     tmp_path: Path, metric: str, task: str, make: Any, steps: int
 ) -> None:
-    rows = LABELLED if task == "classify" else PAIRS
+    rows = LABELED if task == "classify" else PAIRS
     section = {**EVERY_TWO, "metric_for_best_model": metric, "learning_rate": 1e-2}
     base = make()
     report = train(recipe_of(tmp_path, rows=rows, steps=steps, train=section, task=task), base=base)

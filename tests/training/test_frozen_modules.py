@@ -15,7 +15,7 @@ from lora_kit.training.loop.frozen_modules import find_modules_without_gradient
 from lora_kit.training.train import train
 from tests.support import tiny
 from tests.support.families import FAMILIES
-from tests.support.training import LABELLED, base_of, recipe_of
+from tests.support.training import LABELED, base_of, recipe_of
 
 
 def paths_without_gradient(model: nn.Module, **fields: Any) -> set[str]:
@@ -93,7 +93,7 @@ def test_training_keeps_them_in_evaluation_mode(method: str, tmp_path: Path) -> 
     base, seen = base_of("bert", labels=2), Modes()
     modes = {path: module.training for path, module in base.model.named_modules()}
     lora = {"r": 2, "layers_to_transform": [1]} if method == "lora" else {}
-    recipe = recipe_of(tmp_path, rows=LABELLED, steps=2, method=method, lora=lora, task="classify")
+    recipe = recipe_of(tmp_path, rows=LABELED, steps=2, method=method, lora=lora, task="classify")
     train(recipe, base=base, callbacks=[seen])
     assert "bert.embeddings.dropout" not in seen.training
     assert "bert.encoder.layer.0.output.dropout" not in seen.training
@@ -109,6 +109,6 @@ def test_features_train_on_what_the_body_gives_without_dropout(tmp_path: Path) -
             if isinstance(module, nn.Dropout):
                 module.p = rate
         (tmp_path / str(rate)).mkdir()
-        recipe = recipe_of(tmp_path / str(rate), rows=LABELLED, steps=2, method="features", lora={}, task="classify")
+        recipe = recipe_of(tmp_path / str(rate), rows=LABELED, steps=2, method="features", lora={}, task="classify")
         losses.append(train(recipe, base=base).train_loss)
     assert losses[0] == losses[1]

@@ -20,7 +20,7 @@ from lora_kit.training.plan.plan import plan
 from lora_kit.training.recipe.load import load_recipe
 from lora_kit.training.train import train
 from tests.support.interrupted import die_at, killed, long_recipe, results, unbroken
-from tests.support.training import LABELLED, base_of, recipe_of
+from tests.support.training import LABELED, base_of, recipe_of
 
 pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 HEAD = {"classifier.weight", "classifier.bias"}
@@ -31,7 +31,7 @@ def bert() -> Base:
 
 
 def rate_by_name(model: Any, rates: LearningRates) -> dict[str, tuple[float, float]]:
-    """(rate, decay) of every trained parameter in an optimiser of two groups, as transformers makes it."""
+    """(rate, decay) of every trained parameter in an optimizer of two groups, as transformers makes it."""
     named = {name: leaf for name, leaf in model.named_parameters() if leaf.requires_grad}
     matrices, vectors = ([leaf for leaf in named.values() if (leaf.ndim > 1) == wanted] for wanted in (True, False))
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -82,7 +82,7 @@ def test_a_training_moves_the_head_at_its_rate(tmp_path: Path, method: str) -> N
         # The first step of SGD is the rate times the gradient.
         section = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.1, **section}
         out = tmp_path / f"{len(list(tmp_path.iterdir()))}"
-        recipe = recipe_of(tmp_path, rows=LABELLED, steps=1, task="classify", method=method, train=section)
+        recipe = recipe_of(tmp_path, rows=LABELED, steps=1, task="classify", method=method, train=section)
         train({**recipe, "out": str(out)}, base=bert())
         return tensors(out)
 
@@ -101,10 +101,10 @@ def test_a_training_moves_the_head_at_its_rate(tmp_path: Path, method: str) -> N
     assert all((plain[key] - start[key]).any() for key in plain if "classifier" in key)
 
 
-def test_an_optimiser_that_is_there_already_keeps_its_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_optimizer_that_is_there_already_keeps_its_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def bytes_of(name: str) -> bytes:
         section = {"loraplus_lr_ratio": 4.0, "head_learning_rate": 0.3}
-        recipe = recipe_of(tmp_path, rows=LABELLED, task="classify", train=section, out=str(tmp_path / name))
+        recipe = recipe_of(tmp_path, rows=LABELED, task="classify", train=section, out=str(tmp_path / name))
         return (train(recipe, base=bert()).out / "adapter_model.safetensors").read_bytes()
 
     once, create = bytes_of("once"), Trainer.create_optimizer
@@ -114,7 +114,7 @@ def test_an_optimiser_that_is_there_already_keeps_its_rates(tmp_path: Path, monk
 
 def test_killed_and_started_again_it_ends_with_the_same_bytes_and_log(tmp_path: Path) -> None:
     rates = {"head_learning_rate": 0.3, "loraplus_lr_ratio": 4.0, "weight_decay": 0.1}
-    recipe = long_recipe(tmp_path, task="classify", rows=LABELLED, train=rates)
+    recipe = long_recipe(tmp_path, task="classify", rows=LABELED, train=rates)
     expected = unbroken(recipe, bert)
     killed(recipe, die_at(4), base=bert)
     assert results(train(recipe, base=bert()).out) == expected
@@ -123,7 +123,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes_and_log(tmp_path: 
 
 
 def test_another_rate_of_the_head_is_another_training(tmp_path: Path) -> None:
-    recipe = long_recipe(tmp_path, task="classify", rows=LABELLED, train={"head_learning_rate": 0.3})
+    recipe = long_recipe(tmp_path, task="classify", rows=LABELED, train={"head_learning_rate": 0.3})
     killed(recipe, die_at(4), base=bert)
     recipe["train"]["head_learning_rate"] = 0.2
     with pytest.raises(RecipeError, match=r"train\.head_learning_rate"):

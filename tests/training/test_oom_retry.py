@@ -19,7 +19,7 @@ from lora_kit.training.results import TrainReport
 from lora_kit.training.train import train
 from tests.support.interrupted import SignalAt, die_at, killed, results
 from tests.support.memory import device_is_full, narrow
-from tests.support.training import LABELLED, PAIRS, At, base_of, recipe_of, same_state, state
+from tests.support.training import LABELED, PAIRS, At, base_of, recipe_of, same_state, state
 
 ROWS = [*PAIRS, {"prompt": "g", "completion": "hi"}, {"prompt": "jk", "completion": "l"}]
 
@@ -114,7 +114,7 @@ def test_a_later_halving_and_a_label_per_text(tmp_path: Path) -> None:
                 device_is_full()
 
         layer.register_forward_pre_hook(count)
-        again = recipe_of(tmp_path, rows=LABELLED, task="classify", train=section, out=str(tmp_path / name))
+        again = recipe_of(tmp_path, rows=LABELED, task="classify", train=section, out=str(tmp_path / name))
         found.append(train(again, base=base))
     assert [line["micro_batch"] for line in lines_of(found[1]) if "micro_batch" in line] == [3, 2]
     plain, halved = (Adapter.load(report.out).tensors for report in found)

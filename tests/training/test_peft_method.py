@@ -38,7 +38,7 @@ from tests.support import texts
 from tests.support.interrupted import SignalAt, die_at, killed, long_recipe, results, unbroken
 from tests.support.memory import narrow
 from tests.support.sequences import both
-from tests.support.training import LABELLED, PAIRS, At, base_of, recipe_of, same_state, state
+from tests.support.training import LABELED, PAIRS, At, base_of, recipe_of, same_state, state
 
 LEAST: dict[str, Any] = {"base": "kit-base", "data": "train.jsonl", "out": "adapters/x", "method": "peft"}
 PROMPT: dict[str, Any] = {"num_virtual_tokens": 4}
@@ -388,7 +388,7 @@ def test_where_memory_runs_out_the_micro_batch_halves(tmp_path: Path) -> None:
 def test_a_head_is_trained_and_saved_with_it(tmp_path: Path, kind: str) -> None:
     base = base_of("bert", labels=2)
     section = {**section_of(kind), **({"target_modules": "query,key,value,dense"} if kind == "LORA" else {})}
-    recipe = recipe_of(tmp_path, rows=LABELLED, steps=30, task="classify", method="peft", peft=section)
+    recipe = recipe_of(tmp_path, rows=LABELED, steps=30, task="classify", method="peft", peft=section)
     report = train(recipe, base=base)
     assert report.after is not None
     if kind == "LORA":  # which a model of this size learns these labels by
@@ -407,7 +407,7 @@ def test_a_head_is_trained_and_saved_with_it(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_type_that_saves_no_head_is_refused_for_a_task_with_one(tmp_path: Path) -> None:
-    recipe = recipe_of(tmp_path, rows=LABELLED, task="classify", method="peft", peft=section_of("TRAINABLE_TOKENS"))
+    recipe = recipe_of(tmp_path, rows=LABELED, task="classify", method="peft", peft=section_of("TRAINABLE_TOKENS"))
     with pytest.raises(RecipeError, match="task classify trains a head, which TRAINABLE_TOKENS does not save"):
         train(recipe, base=base_of("bert", labels=2))
 
@@ -422,7 +422,7 @@ def test_an_encoder_with_a_decoder_learns(tmp_path: Path, kind: str) -> None:
     assert report.after.loss < report.before.loss - 1e-3
 
 
-def test_on_a_quantised_base_it_is_trained_or_refused_with_what_may_be_wrong(tmp_path: Path) -> None:
+def test_on_a_quantized_base_it_is_trained_or_refused_with_what_may_be_wrong(tmp_path: Path) -> None:
     config = transformers.LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=96, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
@@ -477,7 +477,7 @@ def test_the_loss_of_a_step_is_that_of_the_labels_behind_the_virtual_tokens(tmp_
 
 
 @pytest.mark.parametrize("kind", ["PROMPT_TUNING", "PREFIX_TUNING"])
-def test_what_is_written_after_a_prompt_does_not_depend_on_its_neighbours(tmp_path: Path, kind: str) -> None:
+def test_what_is_written_after_a_prompt_does_not_depend_on_its_neighbors(tmp_path: Path, kind: str) -> None:
     recipe = recipe_of(tmp_path, method="peft", peft=section_of(kind))
     job = Job.open(load_recipe(recipe), base_of())
     with make_job_trainable(job) as ready:

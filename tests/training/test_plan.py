@@ -16,7 +16,7 @@ from lora_kit.training.results import TrainPlan
 from lora_kit.training.train import train
 from tests.support.interrupted import die_at, killed, long_recipe, run_of
 from tests.support.memory import narrow
-from tests.support.training import LABELLED, PAIRS, base_of, recipe_of, same_state, state
+from tests.support.training import LABELED, PAIRS, base_of, recipe_of, same_state, state
 
 pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 
@@ -79,7 +79,7 @@ def test_nothing_is_written_and_the_base_is_as_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
-        ("bert", {"task": "classify", "rows": LABELLED}),
+        ("bert", {"task": "classify", "rows": LABELED}),
         ("llama", {"method": "features"}),
         ("llama", {"method": "full"}),
         ("llama", {"train": {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}}),

@@ -27,7 +27,7 @@ from lora_kit.training.report.samples import MAX_ANSWER_TOKENS
 from lora_kit.training.results import TrainReport
 from lora_kit.training.train import train
 from tests.support.memory import narrow
-from tests.support.training import LABELLED, PAIRS, At, base_of, recipe_of, weights_of
+from tests.support.training import LABELED, PAIRS, At, base_of, recipe_of, weights_of
 
 NASTY = "<script>alert('x')</script> & \"quotes\" \x1b[31m \u202e"
 
@@ -140,7 +140,7 @@ def test_the_samples_are_what_base_and_adapter_say(tmp_path: Path) -> None:
 
 
 def test_a_label_is_predicted_before_and_after(tmp_path: Path) -> None:
-    report = train(recipe_of(tmp_path, rows=LABELLED, task="classify", steps=30), base=base_of("bert", labels=2))
+    report = train(recipe_of(tmp_path, rows=LABELED, task="classify", steps=30), base=base_of("bert", labels=2))
     cells = re.findall(r"<td>(.*?)</td>", page_of(report), re.S)
     rows = [cells[place : place + 4] for place in range(0, len(cells), 4)]
     assert report.after is not None

@@ -25,7 +25,7 @@ from lora_kit.training.train import train
 from tests.support import texts
 from tests.support.interrupted import DROPOUT, SignalAt, die_at, killed, long_recipe, results, run_of, unbroken
 from tests.support.processes import at_call, die, in_child
-from tests.support.training import LABELLED, PAIRS, At, base_of, recipe_of
+from tests.support.training import LABELED, PAIRS, At, base_of, recipe_of
 
 pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 
@@ -59,7 +59,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
                                       "early_stopping_patience": 5, "loraplus_lr_ratio": 2.0}}),
     "features": ("llama", {"method": "features", "lora": {}}),
     "new tokens": ("llama", {"lora": {**DROPOUT, "trainable_token_indices": {"embed_tokens": [9, 7], "lm_head": [7]}}}),
-    "classify": ("bert", {"task": "classify", "rows": LABELLED}),
+    "classify": ("bert", {"task": "classify", "rows": LABELED}),
     "dora, bf16": ("llama", {"lora": {**DROPOUT, "use_dora": True}, "train": {"bf16": True}}),
     "plateau": ("llama", {"train": {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps",
                                     "eval_steps": 1, "lr_scheduler_kwargs": {"patience": 0}}}),

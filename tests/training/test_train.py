@@ -33,7 +33,7 @@ from lora_kit.models.loading import Base, load_base
 from lora_kit.training.results import TrainReport
 from lora_kit.training.train import train
 from tests.support import heads, merging, texts, tiny
-from tests.support.training import LABELLED, PAIRS, At, base_of, recipe_of, same_state, state, weights_of
+from tests.support.training import LABELED, PAIRS, At, base_of, recipe_of, same_state, state, weights_of
 
 # What comes out
 
@@ -120,7 +120,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Pa
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_accumulation_equals_one_big_batch(tmp_path: Path, kind: str) -> None:
     # Five samples in windows of four: the last window is short in both.
-    rows = LABELLED[1:] if kind == "bert" else PAIRS
+    rows = LABELED[1:] if kind == "bert" else PAIRS
     labels: dict[str, Any] = {"labels": 2} if kind == "bert" else {}
     task: dict[str, Any] = {"task": "classify"} if kind == "bert" else {}
     adapters = []
@@ -309,7 +309,7 @@ def test_an_error_within_a_step_leaves_the_head_as_it_was(tmp_path: Path, monkey
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_a_batch_in_parts_gives_the_same_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    rows, task = (LABELLED, {"task": "classify"}) if kind == "bert" else (PAIRS, {})
+    rows, task = (LABELED, {"task": "classify"}) if kind == "bert" else (PAIRS, {})
     found = []
     for cost in (0, 10**6):
         monkeypatch.setattr("lora_kit.training.loop.length_buckets.BUCKET_OVERHEAD_TOKENS", {"cpu": cost})
@@ -384,7 +384,7 @@ def test_full_says_the_rotary_embeddings_of_its_base_to_older_readers_too(tmp_pa
 
 
 def test_classify_trains_the_head_too(tmp_path: Path) -> None:
-    recipe = recipe_of(tmp_path, rows=LABELLED, task="classify", steps=30)
+    recipe = recipe_of(tmp_path, rows=LABELED, task="classify", steps=30)
     report = train(recipe, base=base_of("bert", labels=2))
     assert report.after is not None
     assert report.before is not None
@@ -412,7 +412,7 @@ def test_kit_base_learns_from_a_recipe_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["lora", "features"])
 def test_kit_base_learns_labels(tmp_path: Path, method: str) -> None:
-    recipe = recipe_of(tmp_path, rows=LABELLED, task="classify", steps=8, base="kit-base", method=method)
+    recipe = recipe_of(tmp_path, rows=LABELED, task="classify", steps=8, base="kit-base", method=method)
     report = train(recipe)
     assert report.after is not None
     assert report.after.accuracy == 1.0
@@ -423,11 +423,11 @@ def test_kit_base_learns_labels(tmp_path: Path, method: str) -> None:
 def test_labels_keep_the_order_of_a_head_that_knows_them(tmp_path: Path) -> None:
     base = base_of("bert", labels=2)
     base.model.config.id2label, base.model.config.label2id = {0: "yes", 1: "no"}, {"yes": 0, "no": 1}
-    report = train(recipe_of(tmp_path, rows=LABELLED, task="classify"), base=base)
+    report = train(recipe_of(tmp_path, rows=LABELED, task="classify"), base=base)
     assert Adapter.load(report.out).record["labels"] == ["yes", "no"]
 
 
-def test_a_quantised_base_is_trained_on_and_stays_as_it_was(tmp_path: Path) -> None:
+def test_a_quantized_base_is_trained_on_and_stays_as_it_was(tmp_path: Path) -> None:
     base = load_base("kit-base", quantize="nf4")
     before = state(base.model)
     report = train(recipe_of(tmp_path, base="kit-base", steps=6), base=base)
@@ -561,7 +561,7 @@ def test_limits_of_the_base_are_kept(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="the context of tiny is 64 tokens"):
         train(recipe_of(tmp_path), base=base_of(), overrides={"data.max_length": 65})
     with pytest.raises(RecipeError, match="3 labels, the data 2"):
-        train(recipe_of(tmp_path, rows=LABELLED, task="classify"), base=base_of("bert"))
+        train(recipe_of(tmp_path, rows=LABELED, task="classify"), base=base_of("bert"))
     with pytest.raises(BaseModelError, match="no such folder"):
         train(recipe_of(tmp_path, base="./nothing"))
 
