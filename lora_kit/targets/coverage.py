@@ -14,7 +14,8 @@ from lora_kit.config.module_patterns import suffixes_of
 from lora_kit.config.peft_fields import INITS_OF_PEFT
 from lora_kit.errors import ConfigError, TargetError, format_list, suggest_nearest
 from lora_kit.layers.experts import list_own_parameters
-from lora_kit.layers.introspect import features_of, is_quantized, is_unquantized, kind_of
+from lora_kit.layers.grouped_linear import is_grouped_linear
+from lora_kit.layers.introspect import features_of, is_quantized, is_unquantized, kind_of, maps_features
 from lora_kit.layers.parameter import is_transposed
 from lora_kit.targets.bypassed_layers import find_bypassed_layers
 from lora_kit.targets.layer_target import LayerTarget
@@ -226,6 +227,11 @@ def _reason_not_trainable(module: nn.Module, config: LoraConfig) -> str | None:
     kind = kind_of(module)
     if kind is None:
         return f"a {type(module).__name__} is not a linear layer or an embedding"
+    if is_grouped_linear(module):
+        is_plain = not config.use_dora and not config.starts_from_weight
+        return None if is_plain else "DoRA and initializations from the weight are not for layers in groups"
+    if isinstance(module, nn.Linear) and not maps_features(module):
+        return f"a {type(module).__name__} does not map (..., in_features) to (..., out_features)"
     if isinstance(module, (nn.Conv1d, nn.Conv2d)) and _is_unsupported_convolution(module):
         return "a convolution with groups, dilation or a padding mode other than zeros"
     if config.use_dora and (kind != "linear" or not _has_float_weight(module)):

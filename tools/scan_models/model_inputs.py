@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from tools.scan_models.shrink_config import IMAGE, VOCABULARY
+from tools.scan_models.shrink_config import IMAGE, VOCABULARY, iterate_parts
 
 BATCH, TOKENS = 2, 8
 _MAIN_INPUTS: Final = (
@@ -35,6 +35,8 @@ def find_inputs(model: Any, reason_not_usable: Callable[[Inputs], str]) -> tuple
         reason_not_usable: of inputs; empty where the model accepts them.
     """
     names, reasons = set(inspect.signature(model.forward).parameters), list[str]()
+    if "input_ids" in names:
+        names.discard("inputs_embeds")  # the same in other words; both together are refused
     flags = {name: value for name, value in _FLAGS.items() if name in names}
     for index, maker in enumerate(_iterate_makers(model.config)):
         for start in _iterate_starts(model, names):
@@ -214,7 +216,6 @@ _MAKERS: Final[dict[str, Callable[[InputMaker], Any]]] = {
 
 def _find_value(config: Any, *names: str) -> Any:
     """Return the first of these values that a config has, or a part of it."""
-    parts = [value for value in vars(config).values() if hasattr(value, "to_dict")]
-    within = [part for value in parts for part in vars(value).values() if hasattr(part, "to_dict")]
-    found = (getattr(each, name, None) for name in names for each in (config, *parts, *within))
+    configs = (config, *iterate_parts(config))
+    found = (getattr(each, name, None) for name in names for each in configs)
     return next((value for value in found if value), None)

@@ -9,7 +9,7 @@ from typing import Final
 
 import transformers
 
-from tools.scan_models.trial import FAILS, NOT_TRIED, REFUSED, WORKS
+from tools.scan_models.trial import CUT, FAILS, NOT_TRIED, REFUSED, WORKS
 
 PAGE: Final = Path(__file__).parents[2] / "docs" / "models-scan.md"
 _HEAD: Final = """# Every class of transformers

@@ -12,6 +12,7 @@ In all of them there are few layers, one for each kind of layer that the config 
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -45,7 +46,9 @@ _COUNTS: Final[dict[str, int]] = {
     ),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k"), 2),
-    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "num_expert_group"), 1),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "num_expert_group", "n_groups", "mamba_n_groups"), 1),
+    "encoder_hash_byte_group_vocab": VOCABULARY,
+    **dict.fromkeys(("mamba_chunk_size", "max_window_layers"), 8),
     "num_queries": 8, "first_k_dense_replace": 1,
 }  # fmt: skip
 _KEY_VALUE_HEADS: Final = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num", "n_head_kv")
@@ -67,6 +70,16 @@ _IS_NO_WIDTH: Final = re.compile(
     "blocks|depth|block_configs"
 )
 
+_FILLED: Final[dict[str, Any]] = {
+    "layer_types": ["full_attention"] * LAYERS, "mlp_layer_types": ["dense", "sparse"],
+    "sliding_window": 4, "partial_rotary_factor": 1.0, "hidden_act": "silu", "prediction_length": 4,
+    "context_length": 8, "default_language": "en_XX", "ffn_hidden_size": 64, "image_token_index": 3,
+    "image_token_id": 3, "vocabulary_map": {"<image>": 3}, "deepstack_layer_map": [],
+}  # fmt: skip
+"""Values for fields that are None by default, of which a model may need one."""
+_LINKED: Final = re.compile("^(out_hidden_size|text_hidden_size|output_dim|llm_hidden_size|output_hidden_size|out_dim)")
+"""Fields of a part that have the width of another part."""
+
 Shrink = Callable[[Mapping[str, Any]], dict[str, Any]]
 """From the fields of a config to the small values of some of them."""
 
@@ -78,6 +91,17 @@ def iterate_configs(kind: Any) -> Iterator[Callable[[], Any]]:
         yield lambda shrink=shrink: _assign(kind.config_class(), shrink)
     yield lambda: _rebuild(kind.config_class(), _make_divider(_common_divisor(kind.config_class())))
     yield kind.config_class
+    for shrink in (_name_widths, _keep_widths):
+        yield lambda shrink=shrink: _rebuild(kind.config_class(), lambda values: shrink(values) | _fill(values))
+        yield lambda shrink=shrink: _assign(kind.config_class(), lambda values: shrink(values) | _fill(values))
+
+
+def iterate_parts(config: Any) -> Iterator[Any]:
+    """Yield the configs inside a config, and inside those."""
+    for value in _fields_of(config).values():
+        if hasattr(value, "to_dict"):
+            yield value
+            yield from iterate_parts(value)
 
 
 def _rebuild(config: Any, shrink: Shrink) -> Any:
@@ -95,9 +119,17 @@ def _assign(config: Any, shrink: Shrink) -> Any:
 def _shrink_parts(config: Any, shrink: Shrink, make: Callable[[Any, Shrink], Any]) -> dict[str, Any]:
     values = _fields_of(config)
     changes = _cut_depth(values) | shrink(values)
-    for name, part in _parts_of(config).items():
-        changes[name] = make(part, shrink)
+    parts = _parts_of(config)
+    widths = {_hidden_of(part): name for name, part in parts.items() if _hidden_of(part)}
+    changes |= {name: make(part, shrink) for name, part in parts.items()}
+    for part, name, width in ((p, n, v) for p in parts for n, v in _fields_of(parts[p]).items() if _LINKED.match(n)):
+        if width in widths and widths[width] != part and _is_count(width):
+            setattr(changes[part], name, _hidden_of(changes[widths[width]]))
     return changes
+
+
+def _hidden_of(config: Any) -> int:
+    return next((v for n in ("hidden_size", "d_model", "n_embd") if _is_count(v := getattr(config, n, None))), 0)
 
 
 def _fields_of(config: Any) -> dict[str, Any]:
@@ -106,7 +138,7 @@ def _fields_of(config: Any) -> dict[str, Any]:
 
 def _parts_of(config: Any) -> dict[str, Any]:
     """Return the configs inside a config; one that is missing by default is made, where its class is known."""
-    parts = {name: value for name, value in _fields_of(config).items() if hasattr(value, "to_dict")}
+    parts = {name: copy.deepcopy(v) for name, v in _fields_of(config).items() if hasattr(v, "to_dict")}
     for name, kind in getattr(config, "sub_configs", {}).items():
         if getattr(config, name, None) is None and hasattr(kind, "to_dict"):
             parts[name] = kind()
@@ -169,6 +201,8 @@ def _name_widths(values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         if name in ("head_dim", *_KEY_VALUE_HEADS) and "qk_rope_head_dim" in values:
             continue  # the sizes of latent attention belong together
+        if name == "rope_parameters" and isinstance(value, dict) and "mrope_section" in value:
+            changes[name] = value | {"mrope_section": _divide_sections(values, value)}
         if _is_count(value) and name in _KEY_VALUE_HEADS:
             changes[name] = min(value, 2)
         elif _is_count(value) and name in _WIDTHS:
@@ -178,6 +212,27 @@ def _name_widths(values: Mapping[str, Any]) -> dict[str, Any]:
                 changes[name] = [HIDDEN * 2**index for index in range(len(value))]
             elif name in ("image_size", "patch_size"):
                 changes[name] = [_WIDTHS[name]] * len(value)
+    return changes
+
+
+def _divide_sections(values: Mapping[str, Any], rope: Mapping[str, Any]) -> list[int]:
+    """Return how many frequencies of a small head are for time, height and width."""
+    rotated = int(HIDDEN // HEADS * (rope.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1))
+    count = len(rope["mrope_section"])
+    return [rotated // 2 - (count - 1) * (rotated // 2 // count)] + [rotated // 2 // count] * (count - 1)
+
+
+def _fill(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values for fields that are None."""
+    missing = {name for name, value in values.items() if value is None}
+    sizes = _WIDTHS | _COUNTS | dict.fromkeys(_KEY_VALUE_HEADS, 2) | _FILLED
+    kept = missing - {"q_lora_rank", "embedding_size", "d_inner", "n_inner", "image_size", "dim"}
+    changes = {name: sizes[name] for name in kept if name in sizes}
+    rope = values.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope and "mrope_section" not in rope:
+        changes["rope_parameters"] = rope | {
+            "mrope_section": _divide_sections(values, rope | {"mrope_section": [0] * 3})
+        }
     return changes
 
 
@@ -200,9 +255,10 @@ def _make_divider(divisor: int) -> Shrink:
     def divide(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
             return type(value)(divide(each) for each in value)
-        if not _is_count(value):
+        if not _is_count(value) or value < 2 * divisor:
             return value
-        return value // divisor if value % divisor == 0 else value
+        # Where it leaves a remainder nothing else depends on it, except what wants a multiple of a power of two.
+        return value // divisor if value % divisor == 0 else max(value // divisor // 8, 1) * 8
 
     def shrink(values: Mapping[str, Any]) -> dict[str, Any]:
         changes = {n: divide(v) for n, v in values.items() if _IS_WIDTH.search(n) and not _IS_NO_WIDTH.search(n)}

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import torch
 
-from tools.scan_models.shrink_config import iterate_configs
+from tools.scan_models.shrink_config import iterate_configs, iterate_parts
 
 MAX_PARAMETERS: Final = 60_000_000
 
@@ -40,6 +40,8 @@ def _build(kind: Any, config: Any) -> Any:
     size = _count_parameters(kind, copy.deepcopy(config))
     if size > MAX_PARAMETERS:
         raise ValueError(f"its smallest config has {size:,} parameters")
+    for each in (config, *iterate_parts(config)):
+        each.use_cache = False
     torch.manual_seed(0)
     return kind(config).float()
 

@@ -89,7 +89,7 @@ def _reason_not_usable(model: Any, inputs: Mapping[str, Any]) -> str:
 
 def _train_alone(model: Any, inputs: Mapping[str, Any]) -> set[str]:
     """Return the names of the weights that receive a gradient when the model is trained alone."""
-    model.train().requires_grad_(True)
+    _start_training(model.requires_grad_(True))
     try:
         _seed()
         _loss(model(**inputs)).backward()
@@ -118,7 +118,8 @@ def _try_adapter(model: Any, inputs: Mapping[str, Any], reached: set[str]) -> Ou
     bank.detach()
     _check(_equal(_run(model, inputs), base), "detach does not restore the outputs")
     _check(list(model.state_dict()) == keys, "detach does not restore the keys")
-    return Outcome(WORKS, f"{len(covered)} {note}", rows, _try_merge(model, second, inputs, trained))
+    part = "" if len(weights) == len(covered) else f", {len(weights)} of them used"
+    return Outcome(WORKS, f"{len(covered)} {note}{part}", rows, _try_merge(model, second, inputs, trained))
 
 
 def _attach(model: Any) -> tuple[lk.AdapterBank, str]:
@@ -202,7 +203,7 @@ def _try_merge(model: Any, adapter: lk.Adapter, inputs: Mapping[str, Any], expec
 def _train(model: Any, bank: lk.AdapterBank, name: str, inputs: Mapping[str, Any]) -> None:
     """Train one step."""
     bank.use(name)
-    model.train()
+    _start_training(model)
     optimizer = torch.optim.SGD(bank.parameters(name), lr=1e-2)
     _seed()
     _loss(model(**inputs)).backward()
@@ -212,6 +213,14 @@ def _train(model: Any, bank: lk.AdapterBank, name: str, inputs: Mapping[str, Any
     optimizer.step()
     optimizer.zero_grad()
     model.eval()
+
+
+def _start_training(model: nn.Module) -> None:
+    """Switch to training, except what would keep statistics of its inputs: the base must stay as it was."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
 def _check_moved(paths: Collection[str], before: _Tensors, after: _Tensors, *names: str) -> None:

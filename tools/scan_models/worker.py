@@ -17,7 +17,7 @@ import transformers
 
 from tools.scan_models.trial import CUT, NOT_TRIED, Outcome, try_class
 
-CPU_SECONDS: Final = 60
+CPU_SECONDS: Final = 30
 """A class may take so much time of a processor, and ten times as long on a busy machine."""
 MEMORY_BYTES: Final = 4 * 2**30
 """A class may take so much memory more than the process has at its start."""
@@ -75,6 +75,7 @@ def _answer(pipe: Connection) -> None:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
+    gc.freeze()  # what the parent made stays, and need not be searched for garbage after every class
     with open(os.devnull, "w") as silence:
         os.dup2(silence.fileno(), 2)
         os.dup2(silence.fileno(), 1)
