@@ -125,10 +125,15 @@ class InputMaker:
         """Return normal numbers."""
         return torch.randn(BATCH, *shape, generator=self._generator)
 
-    def draw_ids(self, *shape: int) -> Tensor:
-        """Return tokens, none of them special."""
+    def draw_ids(self) -> Tensor:
+        """Return tokens (n, tokens), none of them special but the last, which is the end; or (n, choices, tokens)."""
         vocabulary = max(min(self.find(VOCABULARY, "vocab_size", "codebook_size"), VOCABULARY), 6)
-        return torch.randint(4, vocabulary - 1, (BATCH, *shape), generator=self._generator)
+        shape = (BATCH, 2, TOKENS) if self.is_transposed else (BATCH, TOKENS)
+        ids = torch.randint(4, vocabulary - 1, shape, generator=self._generator)
+        end = self.find(0, "eos_token_id")
+        if end and end < vocabulary:
+            ids[..., -1] = end
+        return ids
 
     @property
     def channels(self) -> int:
@@ -155,10 +160,14 @@ class InputMaker:
         mels = self.find(80, "num_mel_bins", "input_feat_per_channel", "feature_size", "n_mels", "mel_dim",
                          "feature_projection_input_dim", "input_dim")  # fmt: skip
         frames = self.find(64, "max_length") if self.is_transposed else 2 * self.find(32, "max_source_positions")
+        if _find_value(self.config, "spec_size"):
+            return self.draw(1, frames, mels)
         return self.draw(frames, mels) if self.is_transposed else self.draw(mels, frames)
 
     def make_wave(self) -> Tensor:
         """Return sounds (n, samples) or (n, 1, samples)."""
+        if _find_value(self.config, "num_mel_bins") and not _find_value(self.config, "conv_dim"):
+            return self.make_sound()
         return self.draw(self.find(1, "audio_channels"), 8000) if self.is_transposed else self.draw(8000)
 
     def make_series(self) -> Tensor:
@@ -181,8 +190,7 @@ class InputMaker:
 
 
 _MAKERS: Final[dict[str, Callable[[InputMaker], Any]]] = {
-    **dict.fromkeys(("input_ids", "qformer_input_ids", "text_input_ids"), lambda m: m.draw_ids(TOKENS)),
-    **dict.fromkeys(("decoder_input_ids",), lambda m: m.draw_ids(5)),
+    **dict.fromkeys(("input_ids", "decoder_input_ids", "qformer_input_ids", "text_input_ids"), lambda m: m.draw_ids()),
     **dict.fromkeys(
         ("attention_mask", "qformer_attention_mask", "decoder_attention_mask", "text_attention_mask"),
         lambda m: torch.ones(BATCH, TOKENS, dtype=torch.long),

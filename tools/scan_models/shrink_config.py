@@ -49,6 +49,7 @@ _COUNTS: Final[dict[str, int]] = {
     **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "num_expert_group", "n_groups", "mamba_n_groups"), 1),
     "encoder_hash_byte_group_vocab": VOCABULARY,
     **dict.fromkeys(("mamba_chunk_size", "max_window_layers"), 8),
+    "max_length": POSITIONS,
     "num_queries": 8, "first_k_dense_replace": 1,
 }  # fmt: skip
 _KEY_VALUE_HEADS: Final = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num", "n_head_kv")

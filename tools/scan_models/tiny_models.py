@@ -42,6 +42,8 @@ def _build(kind: Any, config: Any) -> Any:
         raise ValueError(f"its smallest config has {size:,} parameters")
     for each in (config, *iterate_parts(config)):
         each.use_cache = False
+        if getattr(each, "pad_token_id", 0) is None:
+            each.pad_token_id = 0  # classifiers of text want one
     torch.manual_seed(0)
     return kind(config).float()
 

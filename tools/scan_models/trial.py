@@ -97,7 +97,8 @@ def _train_alone(model: Any, inputs: Mapping[str, Any]) -> set[str]:
         raise UntriedError(f"it does not train: {_first_line(error)}") from error
     reached = {name for name, each in model.named_parameters() if each.grad is not None and each.grad.any()}
     model.zero_grad(set_to_none=True)
-    model.eval()
+    # As under an adapter: torch chooses some kernels by it, and rounds accordingly.
+    model.eval().requires_grad_(False)
     return reached
 
 
@@ -111,13 +112,14 @@ def _try_adapter(model: Any, inputs: Mapping[str, Any], reached: set[str]) -> Ou
     _train(model, bank, "a", inputs)
     _check_moved(weights, started, _copy(bank, "a"), "lora_B")  # while B is zero, A receives no gradient
     adapted = _run(model, inputs)
-    _check(not _equal(adapted, base), "the trained adapter changes no output")
     trained = _try_swaps(model, bank, inputs, weights, {"a": adapted, None: base})
     rows = _try_rows(model, bank, inputs)
     second = bank.snapshot("b")
     bank.detach()
     _check(_equal(_run(model, inputs), base), "detach does not restore the outputs")
     _check(list(model.state_dict()) == keys, "detach does not restore the keys")
+    if _equal(adapted, base) and _equal(trained, base):
+        note += ", on which no output depends smoothly"
     part = "" if len(weights) == len(covered) else f", {len(weights)} of them used"
     return Outcome(WORKS, f"{len(covered)} {note}{part}", rows, _try_merge(model, second, inputs, trained))
 
@@ -128,11 +130,16 @@ def _attach(model: Any) -> tuple[lk.AdapterBank, str]:
     try:
         return lk.attach(model, config, name="a"), "layers"
     except TargetError:
-        convolutions = (nn.Conv1d, nn.Conv2d)
-        paths = [path for path, module in model.named_modules() if isinstance(module, convolutions)]
+        paths = [path for path, module in model.named_modules() if _is_plain_convolution(module)]
         if not paths:
             raise
         return lk.attach(model, dataclasses.replace(config, target_modules=paths), name="a"), "convolutions"
+
+
+def _is_plain_convolution(module: nn.Module) -> bool:
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return False
+    return module.groups == 1 and set(module.dilation) == {1} and module.padding_mode == "zeros"
 
 
 def _try_swaps(
