@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from lora_kit.data.records import BAD, EMPTY, Row
+from lora_kit.data.records import BAD, EMPTY, LONG, Row
+from lora_kit.data.size_limits import MAX_TEXT_LENGTH
 
 
 class RowError(ValueError):
     """A row that does not match its layout.
 
     Attributes:
-        kind: `bad`, or `empty` if the only fault is a missing text.
+        kind: `bad`, `empty` if the only fault is a missing text, or `long` if a text has too many characters.
     """
 
     def __init__(self, message: str, *, kind: str = BAD) -> None:
@@ -25,6 +26,9 @@ def read_string(name: str, value: object) -> str:
         raise RowError(f"{name} is empty", kind=EMPTY)
     if not isinstance(value, str):
         raise RowError(f"{name} must be a string; {type(value).__name__} was given")
+    if len(value) > MAX_TEXT_LENGTH:
+        what = f"{name} has {len(value):,} characters, and at most {MAX_TEXT_LENGTH:,} are read"
+        raise RowError(f"{what}; make several rows of it", kind=LONG)
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from lora_kit.data.batches import EncodedDataset, join_samples
+from lora_kit.data.batches import EncodedDataset, concatenate_samples, join_samples
 from lora_kit.data.chat import ChatTemplate
 from lora_kit.data.records import LONG, Fault
 from lora_kit.data.row_encoders import (
@@ -99,9 +99,12 @@ def encode(
 
 def encode_rows(rows: Rows, tokenizer: Tokenizer, sample_format: SampleFormat) -> EncodedDataset:
     """Return the samples of rows in a format; see `encode`, which documents the limits and raises the same errors."""
+    if rows.parts:
+        return concatenate_samples([encode_rows(part, tokenizer, sample_format) for part in rows.parts])
     result = encode_with_faults(rows, tokenizer, sample_format)
     if result.faults:
-        raise build_fault_error(rows.path, result.faults, hint=_suggest_fix(result.faults))
+        faults = list(dict.fromkeys(result.faults))  # a row of a mixture may be there several times
+        raise build_fault_error(rows.path, faults, hint=_suggest_fix(faults))
     if result.cut:
         level = logging.INFO if rows.format == "text" else logging.WARNING
         action = _CUT_SOURCE_MESSAGE if result.encoded.kind == TARGET else _CUT_MESSAGES[rows.format]

@@ -35,6 +35,7 @@ class Rows:
         values: one tuple for each row; see `lora_kit.data.layouts`.
         lines: the line each row begins on, from 1; in a JSON array and in a Parquet file the number of the row.
         layout: the name of the layout of the columns; see `lora_kit.data.layouts`.
+        parts: the rows of each file, where there are several; then `path` names all of them.
     """
 
     path: Path
@@ -42,6 +43,7 @@ class Rows:
     values: tuple[RowValue, ...]
     lines: tuple[int, ...]
     layout: str = ""
+    parts: tuple[Rows, ...] = ()
 
     def __len__(self) -> int:
         return len(self.values)
@@ -56,7 +58,7 @@ class Rows:
     def only(self, indices: Sequence[int]) -> Rows:
         """Return the rows at these indices, in this order."""
         values = tuple(self.values[index] for index in indices)
-        return dataclasses.replace(self, values=values, lines=tuple(self.lines[index] for index in indices))
+        return dataclasses.replace(self, values=values, lines=tuple(self.lines[index] for index in indices), parts=())
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from lora_kit.data.batches import Collator, EncodedDataset
 from lora_kit.data.chat import ChatTemplate, chat_template
 from lora_kit.data.encode import encode_rows
 from lora_kit.data.layouts import FORMATS
+from lora_kit.data.mixture import DataSource, read_source
 from lora_kit.data.packing import PackedDataset, pack, reason_not_packable
-from lora_kit.data.rows import Rows, collect_label_names, read_rows
+from lora_kit.data.rows import Rows, collect_label_names
 from lora_kit.data.sample_format import SampleFormat
 from lora_kit.errors import BaseModelError, DataError, RecipeError, format_list
 from lora_kit.evaluation.generation_metrics import GenerationTask, build_generation_task, collect_eval_prompts
@@ -139,19 +140,19 @@ def read_recipe_rows(recipe: Recipe) -> tuple[Rows, Rows | None]:
     Raises:
         DataError: the task does not take their format, or they have different formats.
     """
-    train = _read_file(recipe.data.train, recipe.task, split="train")
+    train = _read_files(recipe.data.train, recipe, split="train")
     if recipe.data.validation is None:
         logger.info("no evaluation: the recipe has no data.validation")
         return train, None
-    validation = _read_file(recipe.data.validation, recipe.task, split="validation")
+    validation = _read_files(recipe.data.validation, recipe, split="validation")
     if validation.format != train.format:
         formats = " and ".join(f"{rows.path} has rows of the format {rows.format}" for rows in (train, validation))
         raise DataError(formats, hint="both files of a recipe have one format")
     return train, validation
 
 
-def _read_file(file: str, task: str, *, split: str) -> Rows:
-    rows = read_rows(file, split=split)
+def _read_files(source: DataSource, recipe: Recipe, *, split: str) -> Rows:
+    rows, task = read_source(source, split=split, seed=recipe.seed), recipe.task
     if rows.format not in FORMATS[task]:
         other = next(task for task, formats in FORMATS.items() if rows.format in formats)
         what = f"{rows.path} has rows of the format {rows.format}; task {task} takes {format_list(FORMATS[task])}"
