@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -186,12 +187,20 @@ def _survey(
     )
 
 
-def find_shortest_names(model: nn.Module, coverage: Coverage) -> tuple[str, ...]:
-    """Return the shortest list of names that selects exactly the covered layers: last names, else whole paths."""
+def find_shortest_names(model: nn.Module, coverage: Coverage) -> str | tuple[str, ...]:
+    """Return what selects exactly the covered layers: last names, else whole paths, else an expression.
+
+    A whole path selects every module whose path ends in it, too, so it may select more.
+    """
     covered = {target.path for target in coverage.targets if target.kind != "parameter"}
-    names = {path.rpartition(".")[2] for path in covered}
-    selected = {path for path, _ in named_layers(model) if not names.isdisjoint(suffixes_of(path))}
-    return tuple(sorted(names if selected == covered else covered))
+    paths = [path for path, _ in named_layers(model)]
+    for names in ({path.rpartition(".")[2] for path in covered}, covered):
+        if {path for path in paths if not names.isdisjoint(suffixes_of(path))} == covered:
+            return tuple(sorted(names))
+    escaped = {path: re.escape(path) for path in sorted(covered)}
+    # With any number for each number it is short; it may select more, though.
+    short = "|".join(sorted({re.sub(r"\d+", r"\\d+", each) for each in escaped.values()}))
+    return short if {path for path in paths if re.fullmatch(short, path)} == covered else "|".join(escaped.values())
 
 
 def _find_layers(

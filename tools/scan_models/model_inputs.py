@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tools.scan_models.shrink_config import IMAGE, VOCABULARY, iterate_parts
 
-BATCH, TOKENS = 2, 8
+BATCH, TOKENS, VARIANTS = 2, 8, 3
 _MAIN_INPUTS: Final = (
     "input_ids", "pixel_values", "input_features", "input_values", "inputs_embeds", "past_values",
     "pixel_values_videos", "audio_values", "flattened_patches", "hidden_states", "inputs", "sample", "states",
@@ -38,7 +38,7 @@ def find_inputs(model: Any, reason_not_usable: Callable[[Inputs], str]) -> tuple
     if "input_ids" in names:
         names.discard("inputs_embeds")  # the same in other words; both together are refused
     flags = {name: value for name, value in _FLAGS.items() if name in names}
-    for index, maker in enumerate(_iterate_makers(model.config)):
+    for index, maker in enumerate(_iterate_makers(model.config, names)):
         for start in _iterate_starts(model, names):
             inputs, reason = _repair(maker, start, names, flags, reason_not_usable)
             if inputs is not None:
@@ -84,13 +84,14 @@ def _iterate_starts(model: Any, known: set[str]) -> Iterator[tuple[str, ...]]:
     yield from dict.fromkeys(tuple(dict.fromkeys(start)) for start in starts if start)
 
 
-def _iterate_makers(config: Any) -> Iterator[InputMaker]:
-    """Yield makers of inputs of different shapes: images by the config, small, large; sounds and series either way."""
+def _iterate_makers(config: Any, names: set[str]) -> Iterator[InputMaker]:
+    """Yield makers of inputs of different shapes: images by the config, small, large; and all variants of shapes."""
     image = _find_value(config, "image_size", "img_size", "input_size", "crop_size") or IMAGE
-    sizes = image if isinstance(image, (list, tuple)) else (image, image)
-    for height, width in dict.fromkeys(((sizes[0], sizes[-1]), (64, 64), (224, 224))):
-        yield InputMaker(config, height, width)
-        yield InputMaker(config, height, width, is_transposed=True)
+    own = (image[0], image[-1]) if isinstance(image, (list, tuple)) else (image, image)
+    small, large = (64, 64), (224, 224)
+    for height, width in dict.fromkeys((own, small, large) if max(own) <= large[0] else (small, large, own)):
+        for variant in range(VARIANTS):
+            yield InputMaker(config, names, height, width, variant)
 
 
 class InputMaker:
@@ -98,16 +99,19 @@ class InputMaker:
 
     Attributes:
         config: of the model.
+        names: of the arguments of its forward.
         height: of images.
         width: of images.
-        is_transposed: whether sounds have their time first, videos their channels first, and waves a channel.
+        variant: 0 for the usual shapes. 1: sounds have their time first, waves a channel, images are videos, and tokens
+            have choices, or codebooks. 2: sounds have a channel, and the batch has a row for each codebook.
     """
 
-    def __init__(self, config: Any, height: int, width: int, *, is_transposed: bool = False) -> None:
+    def __init__(self, config: Any, names: set[str], height: int, width: int, variant: int) -> None:
         self.config = config
+        self.names = names
         self.height = height
         self.width = width
-        self.is_transposed = is_transposed
+        self.variant = variant
 
     def make(self, name: str) -> Any:
         """Return a tensor for an argument, the same each time; None where nothing is known of the name."""
@@ -126,9 +130,11 @@ class InputMaker:
         return torch.randn(BATCH, *shape, generator=self._generator)
 
     def draw_ids(self) -> Tensor:
-        """Return tokens (n, tokens), none of them special but the last, which is the end; or (n, choices, tokens)."""
+        """Return tokens (n, tokens), none of them special but the last, which is the end; or with choices."""
         vocabulary = max(min(self.find(VOCABULARY, "vocab_size", "codebook_size"), VOCABULARY), 6)
-        shape = (BATCH, 2, TOKENS) if self.is_transposed else (BATCH, TOKENS)
+        codebooks = self.find(0, "num_codebooks")
+        other = (BATCH, TOKENS, codebooks) if codebooks else (BATCH, 2, TOKENS)
+        shape = ((BATCH, TOKENS), other, (BATCH * max(codebooks, 1), TOKENS))[self.variant]
         ids = torch.randint(4, vocabulary - 1, shape, generator=self._generator)
         end = self.find(0, "eos_token_id")
         if end and end < vocabulary:
@@ -146,9 +152,11 @@ class InputMaker:
         return self.find(32, "hidden_size", "d_model", "n_embd", "embed_dim", "dim")
 
     def make_image(self) -> Tensor:
-        """Return images (n, channels, height, width); where time comes first, videos."""
-        if self.is_transposed:
-            return self.draw(self.find(2, "num_frames"), self.channels, self.height, self.width)
+        """Return images (n, channels, height, width), or videos; patches where their grid is an argument."""
+        if self.names & {"grid_thw", "image_grid_thw"} and not self.variant:
+            return self.make_packed_patches()
+        if self.variant == 1:
+            return self.make_video()
         return self.draw(self.channels, self.height, self.width)
 
     def make_video(self) -> Tensor:
@@ -159,23 +167,28 @@ class InputMaker:
         """Return features of sounds, (n, mels, frames) or (n, frames, mels)."""
         mels = self.find(80, "num_mel_bins", "input_feat_per_channel", "feature_size", "n_mels", "mel_dim",
                          "feature_projection_input_dim", "input_dim")  # fmt: skip
-        frames = self.find(64, "max_length") if self.is_transposed else 2 * self.find(32, "max_source_positions")
-        if _find_value(self.config, "spec_size"):
-            return self.draw(1, frames, mels)
-        return self.draw(frames, mels) if self.is_transposed else self.draw(mels, frames)
+        if self.variant == 0:
+            return self.draw(mels, self.frames)
+        frames = self.find(64, "max_length")
+        return self.draw(frames, mels) if self.variant == 1 else self.draw(1, frames, mels)
+
+    @property
+    def frames(self) -> int:
+        """Return how many frames a sound has."""
+        return 2 * self.find(32, "max_source_positions")
 
     def make_wave(self) -> Tensor:
         """Return sounds (n, samples) or (n, 1, samples)."""
         if _find_value(self.config, "num_mel_bins") and not _find_value(self.config, "conv_dim"):
             return self.make_sound()
-        return self.draw(self.find(1, "audio_channels"), 8000) if self.is_transposed else self.draw(8000)
+        return self.draw(self.find(1, "audio_channels"), 7680) if self.variant else self.draw(7680)
 
     def make_series(self) -> Tensor:
         """Return series (n, times), or (n, times, channels)."""
         lags = _find_value(self.config, "lags_sequence") or [0]
         times = self.find(32, "context_length", "prediction_length", "seq_length") + max(lags)
         channels = self.find(1, "num_input_channels", "input_size")
-        return self.draw(times, channels) if self.is_transposed or channels > 1 else self.draw(times)
+        return self.draw(times, channels) if self.variant or channels > 1 else self.draw(times)
 
     def make_patches(self) -> Tensor:
         """Return patches with their row and column, (n, patches, 2 + channels · side²)."""
@@ -199,7 +212,12 @@ _MAKERS: Final[dict[str, Callable[[InputMaker], Any]]] = {
         ("token_type_ids", "mm_token_type_ids", "reduced_token_type_ids"),
         lambda m: torch.zeros(BATCH, TOKENS, dtype=torch.long),
     ),
-    **dict.fromkeys(("inputs_embeds", "hidden_states", "embeddings"), lambda m: m.draw(TOKENS, m.hidden)),
+    **dict.fromkeys(("inputs_embeds", "embeddings"), lambda m: m.draw(TOKENS, m.hidden)),
+    "hidden_states": lambda m: m.make_image() if "grid_thw" in m.names else m.draw(TOKENS, m.hidden),
+    **dict.fromkeys(
+        ("input_features_mask", "feature_attention_mask", "mask", "padding_mask"),
+        lambda m: torch.ones(BATCH, m.frames, dtype=torch.bool),
+    ),
     **dict.fromkeys(("encoder_hidden_states", "image_embeds"), lambda m: m.draw(TOKENS, m.hidden)),
     **dict.fromkeys(
         ("image_grid_thw", "grid_thw", "video_grid_thw"), lambda m: torch.tensor([[1, 4, 4]] * BATCH)

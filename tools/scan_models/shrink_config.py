@@ -25,7 +25,7 @@ _WIDTHS: Final[dict[str, int]] = {
     **dict.fromkeys(
         ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "emb_dim", "d_embed", "encoder_hidden_size",
          "projection_dim", "decoder_hidden_size", "embedding_size", "hidden_dim", "word_embed_proj_dim", "lru_width",
-         "text_hidden_size", "projector_hidden_size"), HIDDEN
+         "text_hidden_size", "projector_hidden_size", "d_latents"), HIDDEN
     ),
     **dict.fromkeys(
         ("intermediate_size", "ffn_dim", "d_ff", "d_inner", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim",
@@ -34,10 +34,11 @@ _WIDTHS: Final[dict[str, int]] = {
     ),
     **dict.fromkeys(
         ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads",
-         "num_encoder_attention_heads", "num_decoder_attention_heads"), HEADS
+         "num_encoder_attention_heads", "num_decoder_attention_heads", "num_self_attention_heads",
+         "num_cross_attention_heads"), HEADS
     ),
     **dict.fromkeys(("head_dim", "d_kv", "d_head", "kv_channels", "attention_head_dim"), HIDDEN // HEADS),
-    "image_size": IMAGE, "patch_size": PATCH, "num_mel_bins": 8, "rotary_dim": 4,
+    "image_size": IMAGE, "patch_size": PATCH, "num_mel_bins": 8, "rotary_dim": 4, "upsample_groups": HIDDEN,
 }  # fmt: skip
 _COUNTS: Final[dict[str, int]] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "vocab_size_per_codebook"), VOCABULARY),
@@ -50,7 +51,7 @@ _COUNTS: Final[dict[str, int]] = {
     "encoder_hash_byte_group_vocab": VOCABULARY,
     **dict.fromkeys(("mamba_chunk_size", "max_window_layers"), 8),
     "max_length": POSITIONS,
-    "num_queries": 8, "first_k_dense_replace": 1,
+    "num_queries": 8, "num_self_attends_per_block": 1, "first_k_dense_replace": 1, "num_kv_shared_layers": 0,
 }  # fmt: skip
 _KEY_VALUE_HEADS: Final = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num", "n_head_kv")
 _DEPTHS: Final = (
@@ -63,7 +64,7 @@ _MAIN_HEADS: Final = ("num_attention_heads", "num_heads", "n_head", "n_heads", "
 _IS_WIDTH: Final = re.compile(
     "hidden|intermediate|d_model|embd|embed|emb_dim|ffn|d_ff|mlp_dim|inner|width|projection|proj_|out_dim|output_dim|"
     "dim$|conv_dim|tdnn_dim|units|filters|heads|n_head|d_inner|out_channels|base_channels|mid_channels|out_channel|"
-    "lru_width|expand_dim|text_config_dim|fpn_dim|feature_sizes|neck|decoder_channels|upsample_initial_channel"
+    "lru_width|expand_dim|text_config_dim|fpn_dim|feature_sizes|neck|decoder_channels|upsample_initial_channel|upsample_groups"
 )
 _IS_NO_WIDTH: Final = re.compile(
     "head_dim|d_kv|vocab|image|patch_size|kernel|window|stride|layers|num_embeddings|position|ratio|rope|dropout|act|"
@@ -76,6 +77,7 @@ _FILLED: Final[dict[str, Any]] = {
     "sliding_window": 4, "partial_rotary_factor": 1.0, "hidden_act": "silu", "prediction_length": 4,
     "context_length": 8, "default_language": "en_XX", "ffn_hidden_size": 64, "image_token_index": 3,
     "image_token_id": 3, "vocabulary_map": {"<image>": 3}, "deepstack_layer_map": [],
+    "mask_token_id": 3, "token_budget": 8, "compress_ratio": 4,
 }  # fmt: skip
 """Values for fields that are None by default, of which a model may need one."""
 _LINKED: Final = re.compile("^(out_hidden_size|text_hidden_size|output_dim|llm_hidden_size|output_hidden_size|out_dim)")
@@ -182,6 +184,8 @@ def _cut(name: str, value: Any, *, depth: int, staged: bool) -> object:
             return None if staged else min(value, depth)
         if name.endswith(("token_id", "token_index")) and value >= VOCABULARY:
             return 3
+        if name.endswith("vocab_size"):
+            return min(value, VOCABULARY)
         return min(value, _COUNTS[name]) if name in _COUNTS else None
     if isinstance(value, (list, tuple)) and value and all(map(_is_count, value)):
         if name in ("depths", "num_blocks", "stage_numb_of_layers", "stage_num_blocks", "encoder_depths"):

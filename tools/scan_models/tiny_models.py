@@ -10,7 +10,7 @@ import torch
 
 from tools.scan_models.shrink_config import iterate_configs, iterate_parts
 
-MAX_PARAMETERS: Final = 60_000_000
+MAX_PARAMETERS: Final = 80_000_000
 
 
 def iterate_tiny_models(kind: Any) -> Iterator[Any]:

@@ -65,17 +65,22 @@ def _make(kind: type[nn.Module]) -> tuple[Any, dict[str, Any], set[str]]:
     reasons = list[str]()
     try:
         for model in iterate_tiny_models(kind):
-            inputs, reason = find_inputs(model.eval(), partial(_reason_not_usable, model))
+            reached: set[str] = set()
+            inputs, reason = find_inputs(model.eval(), partial(_reason_not_usable, model, reached))
             if inputs is not None:
-                return model, inputs, _train_alone(model, inputs)
+                return model, inputs, reached
             reasons.append(reason)
     except Exception as error:
         reasons.append(f"no tiny model: {_first_line(error)}")
     raise UntriedError(reasons[0])
 
 
-def _reason_not_usable(model: Any, inputs: Mapping[str, Any]) -> str:
-    """Return why the outputs of a model alone are nothing to compare with; empty where they are."""
+def _reason_not_usable(model: Any, reached: set[str], inputs: Mapping[str, Any]) -> str:
+    """Return why a model alone does not run, or train, with such inputs; empty where it does.
+
+    Args:
+        reached: filled with the names of the weights that receive a gradient.
+    """
     try:
         once, again = _run(model, inputs), _run(model, inputs)
     except Exception as error:
@@ -84,21 +89,25 @@ def _reason_not_usable(model: Any, inputs: Mapping[str, Any]) -> str:
         return "it returns no floats"
     if not _equal(once, again):
         return "its outputs vary"
-    return "" if all(torch.isfinite(tensor).all() for tensor in once) else "its outputs are not finite"
+    if not all(torch.isfinite(tensor).all() for tensor in once):
+        return "its outputs are not finite"
+    try:
+        reached |= _train_alone(model, inputs)
+    except Exception as error:
+        return f"it does not train: {_first_line(error)}"
+    finally:
+        model.eval().requires_grad_(False)
+    return "" if reached else "no weight receives a gradient"
 
 
 def _train_alone(model: Any, inputs: Mapping[str, Any]) -> set[str]:
     """Return the names of the weights that receive a gradient when the model is trained alone."""
+    # Frozen again afterwards, as under an adapter: torch chooses some kernels by it, and rounds accordingly.
     _start_training(model.requires_grad_(True))
-    try:
-        _seed()
-        _loss(model(**inputs)).backward()
-    except Exception as error:
-        raise UntriedError(f"it does not train: {_first_line(error)}") from error
+    _seed()
+    _loss(model(**inputs)).backward()
     reached = {name for name, each in model.named_parameters() if each.grad is not None and each.grad.any()}
     model.zero_grad(set_to_none=True)
-    # As under an adapter: torch chooses some kernels by it, and rounds accordingly.
-    model.eval().requires_grad_(False)
     return reached
 
 
@@ -203,8 +212,18 @@ def _try_merge(model: Any, adapter: lk.Adapter, inputs: Mapping[str, Any], expec
     except LoraKitError as error:
         return _first_line(error)
     merged = _run(model, inputs)
-    _check(all(map(_is_close, merged, expected, [1e-3] * len(merged))), "merged differs from unmerged")
+    is_equal = len(merged) == len(expected) and all(map(_is_close, merged, expected, [1e-3] * len(merged)))
+    _check(is_equal or _is_unstable(model, inputs, merged), "merged differs from unmerged")
     return "yes"
+
+
+def _is_unstable(model: Any, inputs: Mapping[str, Any], outputs: list[Tensor]) -> bool:
+    """Return whether changes of the size of rounding change the outputs: random scores that are ranked are near ties."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 1e-6 * torch.randn_like(parameter))
+    changed = _run(model, inputs)
+    return len(changed) != len(outputs) or not all(map(_is_close, changed, outputs, [1e-3] * len(outputs)))
 
 
 def _train(model: Any, bank: lk.AdapterBank, name: str, inputs: Mapping[str, Any]) -> None:
@@ -278,6 +297,8 @@ def _equal(one: list[Tensor], other: list[Tensor]) -> bool:
 
 def _is_close(one: Tensor, other: Tensor, tolerance: float = 1e-4) -> bool:
     """Return whether two tensors are equal but for rounding; where one is not finite, so is the other."""
+    if one.shape != other.shape:
+        return False
     scale = max(1.0, other.nan_to_num(posinf=0.0, neginf=0.0).abs().max().item()) if other.numel() else 1.0
     return torch.allclose(one, other, rtol=0.0, atol=tolerance * scale, equal_nan=True)
 

@@ -17,7 +17,7 @@ import transformers
 
 from tools.scan_models.trial import CUT, NOT_TRIED, Outcome, try_class
 
-CPU_SECONDS: Final = 30
+CPU_SECONDS: Final = 60
 """A class may take so much time of a processor, and ten times as long on a busy machine."""
 MEMORY_BYTES: Final = 4 * 2**30
 """A class may take so much memory more than the process has at its start."""
