@@ -44,11 +44,11 @@ def preview(recipe: Path, /, *, row: int = 1, validation: Annotated[bool, Parame
 
 def _load_sample(path: Path, row: int, side: str) -> tuple[Tokenizer, EncodedDataset, str | None]:
     """Return the tokenizer of a recipe, the samples of one of its rows, and the label of that row, if there is one."""
-    from lora_kit.data.chat import chat_template
     from lora_kit.data.encode import encode_rows
     from lora_kit.data.mixture import read_source
     from lora_kit.data.rows import collect_label_names
     from lora_kit.data.sample_format import DEFAULT_MAX_LENGTH, SampleFormat
+    from lora_kit.data.templates import chat_template
     from lora_kit.models.loading import load_input_spec
     from lora_kit.training.recipe.load import load_recipe
 

@@ -132,6 +132,8 @@ def _build_train_facts(report: TrainReport) -> list[tuple[str, str]]:
 def _build_plan_facts(plan: TrainPlan) -> list[tuple[str, str]]:
     data, steps, memory, measured = plan.data, plan.steps, plan.memory, plan.measured
     cut = f"; {data.cut:,} rows cut to fit {data.longest:,} tokens" if data.cut else ""
+    if data.divided:
+        cut += f"; {data.divided:,} conversations have a sample for each answer that is rendered differently later on"
     fewer = f" (memory ran out with {steps.micro_batch})" if measured.micro_batch != steps.micro_batch else ""
     speed, accumulation = measured.tokens / measured.seconds, -(-steps.batch // measured.micro_batch)
     estimate = [("weights", memory.weights), ("trained", memory.trained), ("gradients", memory.gradients),

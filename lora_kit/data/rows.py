@@ -187,7 +187,7 @@ def _rename_columns(path: Path, records: Sequence[Record], names: Mapping[str, s
 
 
 def _require_layout(path: Path, row: Row) -> Layout:
-    layout = find_layout(list(row))
+    layout = find_layout(row)
     if layout is None:
         formats = "; ".join(" and ".join(layout.keys) for layout in LAYOUTS)
         hint = f"formats: {formats}. lora-kit prepare --rename mine=prompt gives columns other names"

@@ -14,7 +14,7 @@ from lora_kit.layers.linear import LoraLinear
 def is_grouped_linear(module: nn.Module) -> bool:
     """Return whether a linear layer has one block of its weight for each group of its input.
 
-    The weight is (groups · out, in): group g of the input (..., groups, in) meets rows g · out to (g + 1) · out, and the
+    The weight is (groups · out, in): group g of the input (..., groups, in) meets the rows from g · out on, and the
     output is (..., groups, out).
     """
     module = unwrap_module(module)

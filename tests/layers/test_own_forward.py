@@ -17,7 +17,11 @@ import lora_kit as lk
 IMAGE, ROWS = torch.randn(2, 4, 6, 6), torch.randn(2, 4)
 REFUSED: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
     "standardized": (lambda: WeightStandardizedConv2d(4, 4, 3), IMAGE, "computes with something else"),
-    "convolution with weight_norm": (lambda: parametrizations.weight_norm(nn.Conv2d(4, 4, 3)), IMAGE, "parametrization"),
+    "convolution with weight_norm": (
+        lambda: parametrizations.weight_norm(nn.Conv2d(4, 4, 3)),
+        IMAGE,
+        "parametrization",
+    ),
     "linear with weight_norm": (lambda: parametrizations.weight_norm(nn.Linear(4, 4)), ROWS, "parametrization"),
 }
 

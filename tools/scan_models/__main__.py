@@ -42,7 +42,7 @@ def main() -> None:
     try_class(transformers.BertForSequenceClassification)  # what it imports need not be imported by every process
     families = list_classes()
     names = _choose(families, _read_rows(), options.only, options.again)
-    _try_classes(_take_share(names, families, options.share), families, time.monotonic() + 60 * options.minutes)
+    _try_classes(take_share(names, families, options.share), families, time.monotonic() + 60 * options.minutes)
     write_page(_read_rows(), total=len(families))
 
 
@@ -55,7 +55,7 @@ def _choose(
     return [name for name in families if name not in rows or rows[name]["status"] in again]
 
 
-def _take_share(names: Iterable[str], families: Mapping[str, str], share: str) -> list[str]:
+def take_share(names: Iterable[str], families: Mapping[str, str], share: str) -> list[str]:
     """Return the classes of every n-th family."""
     part, parts = map(int, share.split("/"))
     own = sorted(set(families.values()))[part - 1 :: parts]

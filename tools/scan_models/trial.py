@@ -218,7 +218,7 @@ def _try_merge(model: Any, adapter: lk.Adapter, inputs: Mapping[str, Any], expec
 
 
 def _is_unstable(model: Any, inputs: Mapping[str, Any], outputs: list[Tensor]) -> bool:
-    """Return whether changes of the size of rounding change the outputs: random scores that are ranked are near ties."""
+    """Return whether changes of the size of rounding change the outputs: ranked scores of random weights are close."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1 + 1e-6 * torch.randn_like(parameter))
