@@ -46,6 +46,7 @@ def _load_sample(path: Path, row: int, side: str) -> tuple[Tokenizer, EncodedDat
     """Return the tokenizer of a recipe, the samples of one of its rows, and the label of that row, if there is one."""
     from lora_kit.data.chat import chat_template
     from lora_kit.data.encode import encode_rows
+    from lora_kit.data.preferences import get_answer_format
     from lora_kit.data.rows import collect_label_names, read_rows
     from lora_kit.data.sample_format import DEFAULT_MAX_LENGTH, SampleFormat
     from lora_kit.models.loading import load_input_spec
@@ -61,7 +62,7 @@ def _load_sample(path: Path, row: int, side: str) -> tuple[Tokenizer, EncodedDat
     reader = load_input_spec(recipe.base)
     tokenizer, limit = reader.tokenizer, reader.max_length
     template = None
-    if rows.format == "chat":
+    if get_answer_format(rows.format) == "chat":
         template = chat_template(recipe.data.chat_template, tokenizer, base=recipe.base)
     names = collect_label_names(read_rows(recipe.data.train)) if any(rows.labels) else ()
     sample_format = SampleFormat(

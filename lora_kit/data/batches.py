@@ -49,6 +49,14 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return (self[index] for index in range(len(self)))
 
+    def only(self, indices: Sequence[int]) -> EncodedDataset:
+        """Return the samples at these indices, in this order."""
+        ids, labels = (
+            [values[_slice_at(offsets, index)].tolist() for index in indices]
+            for values, offsets in ((self.ids, self.offsets), (self.labels, self.label_offsets))
+        )
+        return join_samples(list(zip(ids, labels, strict=True)), kind=self.kind)
+
     @property
     def lengths(self) -> Tensor:
         """Tokens of each sample, without those that a decoder shall write: int64 (samples,)."""

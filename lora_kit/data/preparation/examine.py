@@ -13,6 +13,7 @@ from typing import Final
 
 from lora_kit.data.encode import EncodingResult, encode_with_faults
 from lora_kit.data.layouts import RowValue
+from lora_kit.data.preferences import get_answer_format, get_first_answer
 from lora_kit.data.preparation.labels import find_lookalikes, find_variants, relabel_rows
 from lora_kit.data.records import Fault
 from lora_kit.data.rows import Rows, collect_label_names, scan_rows
@@ -154,9 +155,10 @@ def normalize_input(rows: Rows, value: RowValue) -> str:
 
     The input is the prompt, the text, its words, or everything before the last answer.
     """
+    value = get_first_answer(rows.format, value)
     if rows.format == "words":
         text = " ".join(value[0])
-    elif rows.format == "chat":
+    elif get_answer_format(rows.format) == "chat":
         last = max(index for index, (role, _) in enumerate(value[0]) if role == "assistant")
         text = "\n".join(content for _, content in value[0][:last])
     else:

@@ -17,6 +17,8 @@ from lora_kit.data.chat import ChatTemplate, chat_template
 from lora_kit.data.encode import encode_rows
 from lora_kit.data.layouts import FORMATS
 from lora_kit.data.packing import PackedDataset, pack, reason_not_packable
+from lora_kit.data.preference_samples import PreferenceDataset, build_preference_dataset
+from lora_kit.data.preferences import describe_use, get_answer_format
 from lora_kit.data.rows import Rows, collect_label_names, read_rows
 from lora_kit.data.sample_format import SampleFormat
 from lora_kit.errors import BaseModelError, DataError, RecipeError, format_list
@@ -29,6 +31,7 @@ from lora_kit.targets.fingerprint import fingerprint
 from lora_kit.training.job.base_model import prepare_base
 from lora_kit.training.job.resolve import resolve_recipe
 from lora_kit.training.loop.checkpoints import Identity, hash_json
+from lora_kit.training.recipe.objectives import KTO, REWARD, REWARD_LABEL, SFT, find_formats
 from lora_kit.training.recipe.recipe import Recipe
 from lora_kit.training.recipe.training_arguments import best_metric_of, check_reporting
 
@@ -55,8 +58,8 @@ class Job:
     base: Base
     rows: Rows
     sample_format: SampleFormat
-    train: EncodedDataset | PackedDataset
-    validation: EncodedDataset | None
+    train: Any  # EncodedDataset or PackedDataset; PreferenceDataset where the objective is not `sft`
+    validation: Any
     generation_task: GenerationTask | None
     head: str | None
     identity: Identity
@@ -89,8 +92,11 @@ class Job:
         samples = encode_rows(rows, base.tokenizer, sample_format)
         _check_token_ids(base, samples)
         logger.info("%s: %d samples, %d labels", rows.path, len(samples), samples.num_labels)
-        validation = None if validation_rows is None else encode_rows(validation_rows, base.tokenizer, sample_format)
-        train = _pack_samples(recipe, base, samples) if recipe.data.packing else samples
+        train = _arrange_samples(recipe, base, rows, samples)
+        validation = None
+        if validation_rows is not None:
+            encoded = encode_rows(validation_rows, base.tokenizer, sample_format)
+            validation = _arrange_samples(recipe, base, validation_rows, encoded, packing=False)
         return cls(
             recipe=recipe,
             base=base,
@@ -123,6 +129,7 @@ class Job:
     def environment(self) -> dict[str, object]:
         """What may change the last bits of the result: versions and the number of threads."""
         packages = ["lora-kit", "torch", "transformers", *(["peft"] if self.recipe.method == "peft" else [])]
+        packages += [] if self.recipe.objective == SFT else ["trl"]
         versions = {name: metadata.version(name) for name in packages}
         return {"versions": versions, "threads": torch.get_num_threads()}
 
@@ -139,24 +146,33 @@ def read_recipe_rows(recipe: Recipe) -> tuple[Rows, Rows | None]:
     Raises:
         DataError: the task does not take their format, or they have different formats.
     """
-    train = _read_file(recipe.data.train, recipe.task, split="train")
+    train = _read_file(recipe.data.train, recipe, split="train")
     if recipe.data.validation is None:
         logger.info("no evaluation: the recipe has no data.validation")
         return train, None
-    validation = _read_file(recipe.data.validation, recipe.task, split="validation")
+    validation = _read_file(recipe.data.validation, recipe, split="validation")
     if validation.format != train.format:
         formats = " and ".join(f"{rows.path} has rows of the format {rows.format}" for rows in (train, validation))
         raise DataError(formats, hint="both files of a recipe have one format")
     return train, validation
 
 
-def _read_file(file: str, task: str, *, split: str) -> Rows:
+def _read_file(file: str, recipe: Recipe, *, split: str) -> Rows:
     rows = read_rows(file, split=split)
-    if rows.format not in FORMATS[task]:
-        other = next(task for task, formats in FORMATS.items() if rows.format in formats)
-        what = f"{rows.path} has rows of the format {rows.format}; task {task} takes {format_list(FORMATS[task])}"
-        raise DataError(what, hint=f"task: {other} takes these rows")
+    formats = find_formats(recipe.objective, recipe.task)
+    if rows.format not in formats:
+        what = f"task {recipe.task}" if recipe.objective == SFT else f"objective {recipe.objective}"
+        raise DataError(
+            f"{rows.path} has rows of the format {rows.format}; {what} takes {format_list(formats)}",
+            hint=describe_use(rows.format) or _describe_task(rows.format, recipe.objective),
+        )
     return rows
+
+
+def _describe_task(row_format: str, objective: str) -> str:
+    """Return what learns from rows of a format that holds no preferences."""
+    task = next(task for task, formats in FORMATS.items() if row_format in formats)
+    return f"task: {task} takes these rows" + ("" if objective == SFT else f", with objective: {SFT}")
 
 
 def _find_labels(recipe: Recipe, rows: Rows, base: Base | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -167,7 +183,7 @@ def _find_labels(recipe: Recipe, rows: Rows, base: Base | None) -> tuple[tuple[s
     """
     if recipe.task not in LABEL_TASKS:
         return (), ()
-    names = collect_label_names(rows)
+    names = (REWARD_LABEL,) if recipe.objective == REWARD else collect_label_names(rows)
     if base is None:
         head, labels = find_label_order(recipe.base, names, task=recipe.task)
     else:
@@ -189,11 +205,21 @@ def _check_token_ids(base: Base, samples: EncodedDataset) -> None:
 
 def _load_chat_template(recipe: Recipe, rows: Rows, base: Base) -> ChatTemplate | None:
     text = recipe.data.chat_template
-    if rows.format == "chat":
+    if get_answer_format(rows.format) == "chat":
         return chat_template(text, base.tokenizer, base=base.name)
     if text is not None:
         raise RecipeError(f"data.chat_template is for conversations; {rows.path} has rows of the format {rows.format}")
     return None
+
+
+def _arrange_samples(
+    recipe: Recipe, base: Base, rows: Rows, samples: EncodedDataset, *, packing: bool | None = None
+) -> EncodedDataset | PackedDataset | PreferenceDataset:
+    """Return samples as the loop of the objective takes them: packed, as preferences, or as they are."""
+    if recipe.objective != SFT:
+        return build_preference_dataset(rows, samples, unpaired=recipe.objective == KTO)
+    is_packed = recipe.data.packing if packing is None else packing
+    return _pack_samples(recipe, base, samples) if is_packed else samples
 
 
 def _pack_samples(recipe: Recipe, base: Base, samples: EncodedDataset) -> PackedDataset:
@@ -212,13 +238,18 @@ def _build_generation_task(
     recipe: Recipe, rows: Rows | None, base: Base, sample_format: SampleFormat
 ) -> GenerationTask | None:
     """Return the prompts of the validation rows where the best model is chosen by a metric of generated text."""
+    if recipe.objective != SFT:
+        return None
     if rows is None or not select_generation_metrics([best_metric_of(recipe.train)], recipe.task):
         return None
     return build_generation_task(base, collect_eval_prompts(rows), sample_format.style)
 
 
 def _build_identity(
-    recipe: Recipe, base: Base, train: EncodedDataset | PackedDataset, validation: EncodedDataset | None
+    recipe: Recipe,
+    base: Base,
+    train: EncodedDataset | PackedDataset | PreferenceDataset,
+    validation: EncodedDataset | PackedDataset | PreferenceDataset | None,
 ) -> Identity:
     """Return everything that decides the result. Rows count by their content, not by their path."""
     fields = recipe.to_dict()
@@ -229,10 +260,12 @@ def _build_identity(
     return fields | {"sha256": sums, "device": base.device.type}
 
 
-def hash_samples(samples: EncodedDataset | PackedDataset) -> str:
+def hash_samples(samples: EncodedDataset | PackedDataset | PreferenceDataset) -> str:
     """Return the sha256 of samples as the model sees them, in hex."""
     if isinstance(samples, PackedDataset):
         return hash_json({"samples": hash_samples(samples.samples), "rows": samples.rows})
+    if isinstance(samples, PreferenceDataset):
+        return hash_json({"samples": hash_samples(samples.samples), "verdicts": samples.verdicts})
     digest = hashlib.sha256(samples.kind.encode())
     for tensor in (samples.offsets, samples.ids, samples.labels, samples.label_offsets):
         digest.update(tensor.contiguous().numpy().data)
