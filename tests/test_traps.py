@@ -597,7 +597,11 @@ TRAPS = (
     ),
     Trap(
         attention_reads_past,
-        (Mistake("targets.match:find_attention_internals", "isinstance(module, nn.MultiheadAttention)", "False"),),
+        (
+            Mistake(
+                "targets.bypassed_layers:find_bypassed_layers", "isinstance(module, nn.MultiheadAttention)", "False"
+            ),
+        ),
     ),
     Trap(
         past_a_wrapper,

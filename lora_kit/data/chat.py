@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from lora_kit.data.layouts import Message, RowError, get_reasoning, is_learned_answer
+from lora_kit.data.cells import RowError
+from lora_kit.data.layouts import Message, get_reasoning, is_learned_answer
 from lora_kit.data.records import LONG
 from lora_kit.errors import DataError
 from lora_kit.models.prompt_tokens import find_special_tokens, tokenize_text

@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from lora_kit.data.cells import RowError, read_list, read_optional_string, read_string
+from lora_kit.data.label_columns import read_labeled_text, read_ner_tags, read_tagged_words
 from lora_kit.data.records import BAD, EMPTY, Row
 from lora_kit.errors import format_list, suggest_nearest
 from lora_kit.models.tasks import CAUSAL_LM, CLASSIFY, SEQ2SEQ, TOKENS
@@ -100,18 +102,6 @@ def message_to_json(message: Message) -> dict[str, object]:
     return {"role": role, "content": content, **reasoning, **excluded}
 
 
-class RowError(ValueError):
-    """A row that does not match its layout.
-
-    Attributes:
-        kind: `bad`, or `empty` if the only fault is a missing text.
-    """
-
-    def __init__(self, message: str, *, kind: str = BAD) -> None:
-        super().__init__(message)
-        self.kind = kind
-
-
 @dataclass(frozen=True)
 class Layout:
     """Columns that belong together.
@@ -147,70 +137,18 @@ def find_layout(keys: Sequence[str]) -> Layout | None:
     return next((layout for layout in LAYOUTS if set(layout.keys) <= set(keys)), None)
 
 
-def _read_string(name: str, value: object) -> str:
-    """Return a text that holds more than white space."""
-    if value is None:
-        raise RowError(f"{name} must be a string; NoneType was given", kind=EMPTY)
-    if isinstance(value, str) and not value.strip():
-        raise RowError(f"{name} is empty", kind=EMPTY)
-    if not isinstance(value, str):
-        raise RowError(f"{name} must be a string; {type(value).__name__} was given")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise RowError(f"{name} holds half a surrogate pair, which is not text") from None
-    return value
-
-
-def _read_optional_string(name: str, value: object) -> str:
-    """Return a text, or an empty string without one."""
-    return "" if value is None or value == "" else _read_string(name, value)
-
-
 def _read_completion(row: Row) -> tuple[str, str]:
-    return _read_string("prompt", row["prompt"]), _read_string("completion", row["completion"])
+    return read_string("prompt", row["prompt"]), read_string("completion", row["completion"])
 
 
 def _read_instruction(row: Row) -> tuple[str, str]:
-    context = _read_optional_string("input", row.get("input"))
-    instruction = _read_string("instruction", row["instruction"])
-    return f"{instruction}\n\n{context}" if context else instruction, _read_string("output", row["output"])
-
-
-def _read_labeled_text(row: Row) -> tuple[str, str | int]:
-    return _read_string("text", row["text"]), _read_label("label", row["label"])
-
-
-def _read_label(name: str, value: object) -> str | int:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if value is not None and not isinstance(value, str):
-        raise RowError(f"{name} must be a string or a whole number; {type(value).__name__} was given")
-    return _read_string(name, value)
-
-
-def _read_tagged_words(row: Row, words_key: str, labels_key: str) -> tuple[tuple[str, ...], tuple[str | int, ...]]:
-    words, labels = _read_list(row, words_key), _read_list(row, labels_key)
-    if len(words) != len(labels):
-        raise RowError(f"{len(words)} {words_key} and {len(labels)} {labels_key}; each word has one")
-    if not words:
-        raise RowError(f"{words_key} is empty", kind=EMPTY)
-    return (
-        tuple(_read_string(f"{words_key} {number}", item) for number, item in words),
-        tuple(_read_label(f"{labels_key} {number}", item) for number, item in labels),
-    )
-
-
-def _read_words(row: Row) -> tuple[tuple[str, ...], tuple[str | int, ...]]:
-    return _read_tagged_words(row, "words", "labels")
-
-
-def _read_ner(row: Row) -> tuple[tuple[str, ...], tuple[str | int, ...]]:
-    return _read_tagged_words(row, "tokens", "ner_tags")
+    context = read_optional_string("input", row.get("input"))
+    instruction = read_string("instruction", row["instruction"])
+    return f"{instruction}\n\n{context}" if context else instruction, read_string("output", row["output"])
 
 
 def _read_plain_text(row: Row) -> tuple[str]:
-    return (_read_string("text", row["text"]),)
+    return (read_string("text", row["text"]),)
 
 
 def _read_messages(row: Row) -> tuple[tuple[Message, ...]]:
@@ -219,20 +157,12 @@ def _read_messages(row: Row) -> tuple[tuple[Message, ...]]:
 
 def _read_sharegpt(row: Row) -> tuple[tuple[Message, ...]]:
     messages = _read_message_list(row, "conversations", "from", "value", _SHAREGPT_ROLES)
-    system = _read_optional_string("system", row.get("system"))
+    system = read_optional_string("system", row.get("system"))
     return (_build_conversation([("system", system), *messages] if system else messages),)
 
 
 def _read_message_list(row: Row, key: str, role_key: str, content_key: str, roles: Mapping[str, str]) -> list[Message]:
-    return [_read_message(number, item, role_key, content_key, roles) for number, item in _read_list(row, key)]
-
-
-def _read_list(row: Row, key: str) -> list[tuple[int, object]]:
-    """Return the items of a list, numbered from 1."""
-    items = row[key]
-    if not isinstance(items, list):
-        raise RowError(f"{key} must be a list; {type(items).__name__} was given")
-    return list(enumerate(items, start=1))
+    return [_read_message(number, item, role_key, content_key, roles) for number, item in read_list(row, key)]
 
 
 def _read_message(number: int, item: object, role_key: str, content_key: str, roles: Mapping[str, str]) -> Message:
@@ -242,7 +172,7 @@ def _read_message(number: int, item: object, role_key: str, content_key: str, ro
     role = item[role_key]
     if not isinstance(role, str) or role not in roles:
         raise RowError(f"message {number} is from {role!r}, which is not one of {format_list(list(roles))}")
-    content = _read_string(f"message {number} ({role})", item[content_key])
+    content = read_string(f"message {number} ({role})", item[content_key])
     reasoning, is_learned = _read_reasoning(number, item, roles[role]), _read_loss_keys(number, item)
     if not reasoning and is_learned:
         return roles[role], content
@@ -282,7 +212,7 @@ def _read_reasoning(number: int, item: Row, role: str) -> str:
         raise RowError(f"message {number} has {keys[0]}, but it is not from the assistant")
     if len({str(item[key]) for key in keys}) > 1:
         raise RowError(f"message {number} has {format_list(keys)} with different values; give one of them")
-    return _read_string(f"message {number}: {keys[0]}", item[keys[0]])
+    return read_string(f"message {number}: {keys[0]}", item[keys[0]])
 
 
 def _build_conversation(messages: Sequence[Message]) -> tuple[Message, ...]:
@@ -309,9 +239,9 @@ LAYOUTS: Final = (
     Layout("instruction", ("instruction", "output"), "completion", _read_instruction, optional=("input",)),
     Layout("messages", ("messages",), "chat", _read_messages),
     Layout("ShareGPT conversations", ("conversations",), "chat", _read_sharegpt, optional=("system",)),
-    Layout("text and label", ("text", "label"), "label", _read_labeled_text),
-    Layout("words and labels", ("words", "labels"), "words", _read_words),
-    Layout("tokens and ner_tags", ("tokens", "ner_tags"), "words", _read_ner),
+    Layout("text and label", ("text", "label"), "label", read_labeled_text),
+    Layout("words and labels", ("words", "labels"), "words", read_tagged_words),
+    Layout("tokens and ner_tags", ("tokens", "ner_tags"), "words", read_ner_tags),
     Layout("text", ("text",), "text", _read_plain_text),
 )
 """In order of precedence: the first one whose keys the first row has is the layout of the file."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_kit.data.batches import IGNORE_INDEX, EncodedDataset
-from lora_kit.data.layouts import RowError
+from lora_kit.data.cells import RowError
 from lora_kit.data.preferences import FEEDBACK_FORMATS, PAIR_FORMATS, get_answer_format
 from lora_kit.data.row_encoders import EncodedRow, encode_completions, encode_conversations
 from lora_kit.data.rows import Rows
@@ -138,4 +138,4 @@ def build_preference_dataset(rows: Rows, samples: EncodedDataset, *, unpaired: b
         return PreferenceDataset(samples)
     sides = [(row, (row + turn) % 2) for turn in (0, 1) for row in range(len(rows))]
     order = [2 * row + side for row, side in sides]
-    return PreferenceDataset(samples.only(order), tuple(side == 0 for _, side in sides))
+    return PreferenceDataset(samples.select(order), tuple(side == 0 for _, side in sides))

@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from lora_kit.data.layouts import Layout, RowError, RowValue, find_layout, message_to_json
+from lora_kit.data.cells import RowError
+from lora_kit.data.layouts import Layout, RowValue, find_layout, message_to_json
 from lora_kit.data.records import Row
 
 PAIR_FORMATS: Final = ("preference", "chat-preference")

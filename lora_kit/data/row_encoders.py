@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from lora_kit.data.batches import IGNORE_INDEX
+from lora_kit.data.cells import RowError
 from lora_kit.data.chat import ChatEncoder
-from lora_kit.data.layouts import RowError
 from lora_kit.data.records import LONG
 from lora_kit.data.rows import Rows
 from lora_kit.data.sample_format import SampleFormat
@@ -31,6 +31,8 @@ from lora_kit.models.protocols import Tokenizer
 
 _TOKENIZER_BATCH: Final = 1024
 """Rows that the tokenizer encodes at once."""
+_TOKENIZER_CHARACTERS: Final = 2**20
+"""Characters that the tokenizer encodes at once, unless one text has more: each takes it some 150 bytes."""
 
 
 @dataclass(frozen=True)
@@ -220,10 +222,15 @@ def _describe_unknown_label(label: str, label2id: Mapping[str, int]) -> str:
 def _tokenize_batches(
     tokenizer: Tokenizer, texts: Sequence[str], *, side: Literal["text", "text_target"] = "text"
 ) -> Iterator[list[int]]:
-    for start in range(0, len(texts), _TOKENIZER_BATCH):
-        batch = {side: list(texts[start : start + _TOKENIZER_BATCH])}
-        # verbose=False: rows that are too long are cut and reported here, not by the tokenizer.
-        yield from tokenizer(**batch, add_special_tokens=False, verbose=False)["input_ids"]
+    start = size = 0
+    for end, text in enumerate([*texts, ""]):
+        is_full = end - start == _TOKENIZER_BATCH or (end > start and size + len(text) > _TOKENIZER_CHARACTERS)
+        if is_full or end == len(texts) > start:
+            # verbose=False: rows that are too long are cut and reported here, not by the tokenizer.
+            batch = {side: list(texts[start:end])}
+            yield from tokenizer(**batch, add_special_tokens=False, verbose=False)["input_ids"]
+            start, size = end, 0
+        size += len(text)
 
 
 def _find_eos(tokenizer: Tokenizer) -> int:

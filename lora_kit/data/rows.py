@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from lora_kit.data.cells import RowError
 from lora_kit.data.hub_datasets import is_dataset, read_dataset
-from lora_kit.data.layouts import LAYOUTS, Layout, RowError, RowValue, find_layout
+from lora_kit.data.layouts import LAYOUTS, Layout, RowValue, find_layout
 from lora_kit.data.preferences import PREFERENCE_LAYOUTS, find_preference_layout
 from lora_kit.data.readers import read_file
 from lora_kit.data.records import NOT_UTF8, OTHER_ENCODING_HINT, Fault, Record, Row

@@ -31,8 +31,6 @@ HEAD_NAMES: Final = (
 _ROUTER_NAMES: Final = frozenset({"gate", "router", "shared_expert_gate"})
 """Names of the routers of a mixture of experts. `all-linear` leaves them out, and the modules inside them."""
 _EXPERTS: Final = "experts"
-_READ_BY_KERNELS: Final = ("x_proj", "dt_proj", "out_proj")
-"""Linear layers of a state-space mixer (Mamba and its relatives) that reads their weight itself, always or on a GPU."""
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -155,22 +153,6 @@ def _outermost(paths: Iterable[str]) -> list[str]:
         if not any(is_within(path, top) for top in tops):
             tops.append(path)
     return tops
-
-
-def find_attention_internals(modules: Modules) -> dict[str, str]:
-    """Return, by path, why the modules inside `nn.MultiheadAttention` cannot be wrapped."""
-    tops = [path for path, module in modules if isinstance(module, nn.MultiheadAttention)]
-    return dict.fromkeys(
-        find_paths_inside(modules, tops), "nn.MultiheadAttention reads its weight directly and would ignore a wrapper"
-    )
-
-
-def find_mixer_internals(modules: Modules) -> dict[str, str]:
-    """Return, by path, why some linear layers of state-space mixers cannot be wrapped."""
-    mixers = {path for path, module in modules if {"A_log", "D"} <= module._parameters.keys()}
-    read = {f"{mixer}.{name}" for mixer in mixers for name in _READ_BY_KERNELS}
-    paths = [path for path, _ in modules if path in read]
-    return dict.fromkeys(paths, "a state-space mixer reads its weight directly and would ignore a wrapper")
 
 
 def _find_heads(model: nn.Module, modules: Modules) -> set[str]:
