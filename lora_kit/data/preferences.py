@@ -28,7 +28,7 @@ _ANSWER_FORMATS: Final[Mapping[str, str]] = {
     "feedback": "completion",
     "chat-feedback": "chat",
 }
-_VERDICTS: Final[Mapping[object, bool]] = {"true": True, "false": False, 1: True, 0: False}
+_VERDICTS: Final[Mapping[object, bool]] = {"true": True, "false": False, "1": True, "0": False, 1: True, 0: False}
 """Labels of `feedback`; a CSV file has them as words or numbers."""
 
 
