@@ -120,6 +120,23 @@ def join_samples(
     )
 
 
+def concatenate_samples(parts: Sequence[EncodedDataset]) -> EncodedDataset:
+    """Return the samples of several data sets of one kind as one; where some have weights, the others have 1."""
+    lengths = torch.cat([part.offsets.diff() for part in parts])
+    label_counts = torch.cat([part.label_offsets.diff() for part in parts])
+    types = [part.types for part in parts if part.types is not None]
+    weights = [torch.ones(len(part)) if part.weights is None else part.weights for part in parts]
+    return EncodedDataset(
+        ids=torch.cat([part.ids for part in parts]),
+        offsets=_compute_offsets(lengths.tolist()),
+        labels=torch.cat([part.labels for part in parts]),
+        kind=parts[0].kind,
+        label_offsets=_compute_offsets(label_counts.tolist()),
+        types=torch.cat(types) if types else None,
+        weights=torch.cat(weights) if any(part.weights is not None for part in parts) else None,
+    )
+
+
 def _compute_offsets(lengths: Sequence[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0)
 

@@ -11,11 +11,14 @@ The rows in a value are rows of the format `completion`, or `chat`; of a convers
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 from lora_kit.data.cells import RowError
-from lora_kit.data.layouts import Layout, RowValue, find_layout, message_to_json
+from lora_kit.data.layouts import Layout, RowValue, find_layout
+from lora_kit.data.messages import Conversation
+from lora_kit.data.read_messages import CONVERSATION_KEYS
 from lora_kit.data.records import Row
 
 PAIR_FORMATS: Final = ("preference", "chat-preference")
@@ -76,14 +79,20 @@ def preference_to_json(row_format: str, value: RowValue) -> dict[str, object]:
     """Return a row of preferences in the columns that it is read from."""
     answers = value[:1] if row_format in FEEDBACK_FORMATS else value
     if get_answer_format(row_format) == "chat":
-        conversations = [[message_to_json(message) for message in messages] for (messages,) in answers]
-        prompt: object = conversations[0][:-1]
-        texts: list[Any] = [messages[-1:] for messages in conversations]
+        rows = [_conversation_to_json(conversation) for (conversation,) in answers]
     else:
-        prompt, texts = answers[0][0], [completion for _, completion in answers]
+        rows = [{"prompt": prompt, "completion": completion} for prompt, completion in answers]
     if row_format in FEEDBACK_FORMATS:
-        return {"prompt": prompt, "completion": texts[0], "label": value[1]}
-    return {"prompt": prompt, "chosen": texts[0], "rejected": texts[1]}
+        return {**rows[0], "label": value[1]}
+    shared = {key: cell for key, cell in rows[0].items() if key != "completion"}
+    return {**shared, "chosen": rows[0]["completion"], "rejected": rows[1]["completion"]}
+
+
+def _conversation_to_json(conversation: Conversation) -> dict[str, object]:
+    """Return a conversation as columns, its last answer apart; which answers are learned follows from that."""
+    messages = [dataclasses.replace(message, train=None).to_json() for message in conversation.messages]
+    further = {key: cell for key, cell in conversation.to_json().items() if key != "messages"}
+    return {"prompt": messages[:-1], "completion": messages[-1:], **further}
 
 
 def _parse_verdict(label: object) -> bool | None:
@@ -98,7 +107,7 @@ def _read_text_pair(row: Row) -> RowValue:
 
 def _read_conversation_pair(row: Row) -> RowValue:
     chosen, rejected = _read_conversation(row, "chosen"), _read_conversation(row, "rejected")
-    if chosen[0][:-1] != rejected[0][:-1]:
+    if chosen[0].messages[:-1] != rejected[0].messages[:-1]:
         raise RowError("chosen and rejected differ before their last answer; each must be one answer to one prompt")
     return chosen, rejected
 
@@ -120,9 +129,9 @@ def _read_verdict(row: Row) -> bool:
 
 def _read_text(row: Row, key: str) -> RowValue:
     """Return the row `prompt and completion` with the answer in a column."""
-    layout = find_layout(["prompt", "completion"])
-    assert layout is not None
-    return _convert(layout, {"prompt": row["prompt"], "completion": row[key]}, key)
+    if isinstance(row[key], list):
+        raise RowError(f"{key} is a list of messages, and a text in the first row")
+    return _convert({"prompt": row["prompt"], "completion": row[key]}, key)
 
 
 def _read_conversation(row: Row, key: str) -> RowValue:
@@ -138,10 +147,9 @@ def _read_conversation(row: Row, key: str) -> RowValue:
         messages = [{"role": "user", "content": prompt}, *answer]
     if not isinstance(messages[-1], dict) or messages[-1].get("role") != "assistant":
         raise RowError(f"the last message of {key} must be from the assistant")
-    layout = find_layout(["messages"])
-    assert layout is not None
-    further = {name: row[name] for name in layout.optional if row.get(name) is not None}
-    return _convert(layout, {**further, "messages": [*map(_exclude, messages[:-1]), messages[-1]]}, key)
+    further = {name: row[name] for name in CONVERSATION_KEYS if row.get(name) is not None}
+    marked = [*map(_exclude, messages[:-1]), {**messages[-1], "train": True}]
+    return _convert({**further, "messages": marked}, key)
 
 
 def _exclude(message: object) -> object:
@@ -150,7 +158,10 @@ def _exclude(message: object) -> object:
     return {**message, "train": False} if is_answer and isinstance(message, dict) else message
 
 
-def _convert(layout: Layout, row: Row, key: str) -> RowValue:
+def _convert(row: Row, key: str) -> RowValue:
+    """Return a row as the layout of its columns reads it; faults name the column of the answer."""
+    layout = find_layout(row)
+    assert layout is not None
     try:
         return layout.convert(row)
     except RowError as error:
@@ -163,7 +174,7 @@ _CONVERSATION_PAIRS: Final = Layout(
     ("chosen", "rejected"),
     "chat-preference",
     _read_conversation_pair,
-    optional=("prompt", "tools"),
+    optional=("prompt", *CONVERSATION_KEYS),
 )
 _FEEDBACK: Final = Layout(
     "prompt, completion and label", ("prompt", "completion", "label"), "feedback", _read_text_feedback
@@ -173,7 +184,7 @@ _CONVERSATION_FEEDBACK: Final = Layout(
     ("prompt", "completion", "label"),
     "chat-feedback",
     _read_conversation_feedback,
-    optional=("tools",),
+    optional=CONVERSATION_KEYS,
 )
 PREFERENCE_LAYOUTS: Final = (_PAIRS, _CONVERSATION_PAIRS, _FEEDBACK, _CONVERSATION_FEEDBACK)
 """Layouts of preferences; they are looked for before those of `lora_kit.data.layouts`."""

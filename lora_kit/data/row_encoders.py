@@ -43,12 +43,14 @@ class EncodedRow:
         length: tokens of the row before anything was cut.
         samples: tokens and labels of each sample; none if there is an error.
         cut: whether the row was cut or became several samples.
+        divided: whether it became several samples because its template renders earlier answers differently later on.
         error: why the row cannot be trained on; None if it can.
     """
 
     length: int
     samples: Sequence[tuple[list[int], list[int]]] = ()
     cut: bool = False
+    divided: bool = False
     error: RowError | None = None
 
 
@@ -81,18 +83,22 @@ def encode_conversations(rows: Rows, tokenizer: Tokenizer, sample_format: Sample
     """Encode conversations: a long one is split between exchanges; see `ChatEncoder`."""
     if sample_format.template is None:
         raise DataError(f"{rows.path} holds conversations, and no chat template was given")
-    encoder = ChatEncoder(tokenizer, sample_format.template, max_length=sample_format.max_length)
-    for (messages,) in rows.values:
+    template, limit = sample_format.template, sample_format.max_length
+    encoder = ChatEncoder(tokenizer, template, max_length=limit, learn=sample_format.learn)
+    for (conversation,) in rows.values:
         try:
-            length, samples = encoder.encode(messages)
+            encoded = encoder.encode(conversation)
         except RowError as error:
             yield EncodedRow(0, error=error)
             continue
         labeled = [
-            (ids, [token if has_loss else IGNORE_INDEX for token, has_loss in zip(ids, loss_mask, strict=True)])
-            for ids, loss_mask in samples
+            (
+                each.ids,
+                [token if has_loss else IGNORE_INDEX for token, has_loss in zip(each.ids, each.loss_mask, strict=True)],
+            )
+            for each in encoded.samples
         ]
-        yield EncodedRow(length, labeled, cut=length > sample_format.max_length)
+        yield EncodedRow(encoded.length, labeled, cut=encoded.is_cut, divided=encoded.is_divided)
 
 
 def encode_plain_texts(rows: Rows, tokenizer: Tokenizer, sample_format: SampleFormat) -> Iterator[EncodedRow]:

@@ -36,6 +36,7 @@ class Rows:
         values: one tuple for each row; see `lora_kit.data.layouts`.
         lines: the line each row begins on, from 1; in a JSON array and in a Parquet file the number of the row.
         layout: the name of the layout of the columns; see `lora_kit.data.layouts`.
+        parts: the rows of each file, where there are several; then `path` names all of them.
     """
 
     path: Path
@@ -43,6 +44,7 @@ class Rows:
     values: tuple[RowValue, ...]
     lines: tuple[int, ...]
     layout: str = ""
+    parts: tuple[Rows, ...] = ()
 
     def __len__(self) -> int:
         return len(self.values)
@@ -57,7 +59,7 @@ class Rows:
     def only(self, indices: Sequence[int]) -> Rows:
         """Return the rows at these indices, in this order."""
         values = tuple(self.values[index] for index in indices)
-        return dataclasses.replace(self, values=values, lines=tuple(self.lines[index] for index in indices))
+        return dataclasses.replace(self, values=values, lines=tuple(self.lines[index] for index in indices), parts=())
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ def _rename_columns(path: Path, records: Sequence[Record], names: Mapping[str, s
 
 
 def _require_layout(path: Path, row: Row) -> Layout:
-    layout = find_preference_layout(row) or find_layout(list(row))
+    layout = find_preference_layout(row) or find_layout(row)
     if layout is None:
         formats = "; ".join(" and ".join(layout.keys) for layout in (*LAYOUTS, *PREFERENCE_LAYOUTS))
         hint = f"formats: {formats}. lora-kit prepare --rename mine=prompt gives columns other names"

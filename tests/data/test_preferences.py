@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from lora_kit.data.chat import chat_template
 from lora_kit.data.encode import encode_rows, encode_with_faults
 from lora_kit.data.preference_samples import build_preference_dataset
 from lora_kit.data.preparation.prepare import prepare
 from lora_kit.data.rows import read_rows
 from lora_kit.data.sample_format import SampleFormat
+from lora_kit.data.templates import chat_template
 from lora_kit.errors import DataError
 from lora_kit.evaluation.adapter_format import find_task
 from lora_kit.training.recipe.load import load_recipe

@@ -24,6 +24,7 @@ from lora_kit.training.recipe.coerce import (
     coerce_value,
     copy_nested,
 )
+from lora_kit.training.recipe.data_files import parse_data_files
 from lora_kit.training.recipe.recipe import HEAD, DataSpec, Recipe
 from lora_kit.training.recipe.strict_yaml import load_yaml
 
@@ -98,7 +99,7 @@ def _read_recipe_file(path: Path) -> dict[str, Any]:
 def _override(fields: dict[str, Any], key: str, value: object) -> None:
     """Set a dotted key in the fields of a recipe."""
     section, dot, name = key.partition(".")
-    if section == "data" and isinstance(fields.get("data"), str) and dot:
+    if section == "data" and isinstance(fields.get("data"), (str, list)) and dot:
         fields["data"] = {"train": fields["data"]}
     if not dot:
         fields[key] = value
@@ -137,12 +138,14 @@ def _build_recipe(fields: Section) -> Recipe:
 
 
 def _parse_data_section(section: object) -> DataSpec:
-    if isinstance(section, (str, Path)):
-        return DataSpec(train=str(section))
-    values = coerce_fields(DataSpec, _drop_none(check_mapping("data", section)), where="data.")
-    if "train" not in values:
-        raise RecipeError("data.train is missing", hint="it is a file of rows")
-    return DataSpec(**values)
+    if isinstance(section, (str, Path, list, tuple)):
+        return DataSpec(train=parse_data_files("data", section))
+    given = _drop_none(check_mapping("data", section))
+    files = {name: parse_data_files(f"data.{name}", given[name]) for name in ("train", "validation") if name in given}
+    values = coerce_fields(DataSpec, {key: value for key, value in given.items() if key not in files}, where="data.")
+    if "train" not in files:
+        raise RecipeError("data.train is missing", hint="it is a file of rows, or a list of files")
+    return DataSpec(**{**files, **values})
 
 
 def _parse_lora_section(section: Section, method: str) -> LoraConfig:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from lora_kit.data.mixture import rename_files
 from lora_kit.io.portable_paths import make_folder_portable, make_path_portable
 from lora_kit.training.recipe.recipe import Recipe
 
@@ -21,8 +22,8 @@ def make_recipe_portable(recipe: Recipe) -> Recipe:
         out=make_path_portable(recipe.out),
         data=dataclasses.replace(
             data,
-            train=make_path_portable(data.train),
-            validation=make_path_portable(data.validation) if data.validation else None,
+            train=rename_files(data.train, make_path_portable),
+            validation=None if data.validation is None else rename_files(data.validation, make_path_portable),
         ),
         lora=dataclasses.replace(
             recipe.lora, base_model_name_or_path=make_folder_portable(base_label) if base_label else None
