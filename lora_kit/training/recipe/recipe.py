@@ -15,11 +15,13 @@ from lora_kit.config.lora_config import LoraConfig
 from lora_kit.data.messages import ALL, LEARN
 from lora_kit.data.mixture import DataSource
 from lora_kit.errors import RecipeError
+from lora_kit.io.text import format_value
 from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR
 from lora_kit.models.quantization import QUANTIZATIONS
 from lora_kit.models.tasks import CAUSAL_LM, TASKS
 from lora_kit.training.recipe.coerce import Section, as_json, check_one_of
 from lora_kit.training.recipe.data_files import check_data_files, describe_data_files
+from lora_kit.training.recipe.limits import check_largest, check_output_name
 from lora_kit.training.recipe.objectives import (
     SFT,
     TRL_OBJECTIVES,
@@ -136,6 +138,7 @@ class Recipe:
         check_schedule(self.train)
         check_optimizer(self.train)
         check_objective_values(self.objective, self.train, lora_dropout=self.lora.lora_dropout)
+        check_largest(self.train)
         if self.compile:
             check_compilable(self.train)
 
@@ -170,14 +173,16 @@ class Recipe:
                 raise RecipeError(f"{key} does not go with objective {self.objective}", hint=hint)
 
     def _check_data(self) -> None:
+        check_output_name(self.out)
         if not self.base.strip() or not self.out.strip():
             raise RecipeError("base and out must not be empty")
         check_data_files(self.data.train, self.data.validation)
         if self.data.packing and self.task != CAUSAL_LM:
             raise RecipeError(f"data.packing is for task causal-lm; the task is {self.task}")
         check_one_of("data.learn", self.data.learn, LEARN)
-        if self.data.max_length is not None and self.data.max_length < 2:
-            raise RecipeError(f"data.max_length must be at least 2; {self.data.max_length} was given")
+        if self.data.max_length is not None and not 2 <= self.data.max_length < 2**31:
+            shown = format_value(self.data.max_length)
+            raise RecipeError(f"data.max_length must be at least 2 and below 2^31; {shown} was given")
 
     def _parse_peft(self) -> Section:
         if self.method != "peft":
