@@ -65,7 +65,7 @@ def _build_split_error(row: EncodedRow) -> EncodedRow:
     return EncodedRow(row.length, error=RowError("the template gives several samples for one answer"))
 
 
-def split_answer(ids: Sequence[int], labels: Sequence[int]) -> tuple[list[int], list[int]]:
+def split_answer(ids: Sequence[int], labels: Sequence[float]) -> tuple[list[int], list[int]]:
     """Return the tokens of a sample before its first label, and those from there on."""
     first = next(index for index, label in enumerate(labels) if label != IGNORE_INDEX)
     return list(ids[:first]), list(ids[first:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,14 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from lora_kit.errors import LoraKitError, RecipeError
+from lora_kit.errors import LoraKitError, RecipeError, format_list
+from lora_kit.evaluation.forward import run_forward
 from lora_kit.evaluation.measure import Evaluation
+from lora_kit.evaluation.thresholds import choose_thresholds
 from lora_kit.io.atomic_write import lock_output
 from lora_kit.models.loading import Base
 from lora_kit.models.silence import silence_libraries
+from lora_kit.models.tasks import MULTI_LABEL
 from lora_kit.torch_utils import Clock
 from lora_kit.training.job.job import Job
 from lora_kit.training.job.methods import TrainableJob, make_job_trainable
@@ -34,6 +38,8 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from lora_kit.training.loop.resumable import ResumableLoop
+
+logger = logging.getLogger(__name__)
 
 TENSORBOARD_SUFFIX: Final = ".tensorboard"
 """TensorBoard's files are in the folder `<out>.tensorboard`, unless TENSORBOARD_LOGGING_DIR is set."""
@@ -108,6 +114,7 @@ class _TrainingOutcome:
         peak_bytes: peak memory.
         before: metrics on the validation rows before training; None without any.
         after: metrics on the validation rows of the weights that are kept; None without any.
+        thresholds: of labels of which any number may apply; see `TrainReport`.
     """
 
     trainer: ResumableLoop
@@ -115,6 +122,7 @@ class _TrainingOutcome:
     peak_bytes: int
     before: Evaluation | None
     after: Evaluation | None
+    thresholds: tuple[float, ...] = ()
 
 
 def _run_training(
@@ -132,8 +140,17 @@ def _run_training(
         finally:
             trainer.close()
         seconds = trainer.seconds_before + clock.seconds - trainer.evaluating_seconds
-        after = dict(trainer.evaluations).get(trainer.kept) or trainer.measure_validation()
-    return _TrainingOutcome(trainer=trainer, seconds=seconds, peak_bytes=clock.peak_bytes, before=before, after=after)
+        thresholds = _choose_thresholds(job, trainer)
+        known = None if thresholds else dict(trainer.evaluations).get(trainer.kept)
+        after = known or trainer.measure_validation(thresholds)
+    return _TrainingOutcome(
+        trainer=trainer,
+        seconds=seconds,
+        peak_bytes=clock.peak_bytes,
+        before=before,
+        after=after,
+        thresholds=thresholds,
+    )
 
 
 def _build_trainer(
@@ -180,6 +197,19 @@ def _set_tensorboard_folder(trainer: ResumableLoop, folder: str) -> None:
             callback.logging_dir = folder
 
 
+def _choose_thresholds(job: Job, trainer: ResumableLoop) -> tuple[float, ...]:
+    """Return thresholds for the validation rows where any number of labels apply; empty without any."""
+    if job.recipe.problem != MULTI_LABEL or job.validation is None:
+        return ()
+    size, autocast = trainer.args.per_device_eval_batch_size, trainer.autocast_dtype
+    forward = run_forward(job.base.model, job.validation, job.collator, batch_size=size, autocast=autocast)
+    assert forward.scores is not None
+    thresholds = choose_thresholds(forward.scores, job.validation.labels.view(len(job.validation), -1))
+    listed = [f"{label} {threshold:.3g}" for label, threshold in zip(job.labels, thresholds, strict=True)]
+    logger.info("thresholds with the best F1 on the validation rows: %s", format_list(listed))
+    return thresholds
+
+
 def _build_report(trainable: TrainableJob, outcome: _TrainingOutcome) -> TrainReport:
     job, trainer = trainable.job, outcome.trainer
     log = trainer.state.log_history
@@ -199,6 +229,7 @@ def _build_report(trainable: TrainableJob, outcome: _TrainingOutcome) -> TrainRe
         train_loss=[entry["loss"] for entry in log if "loss" in entry][-1],
         before=outcome.before,
         after=outcome.after,
+        thresholds=outcome.thresholds,
         history=(),
         digest=None,
         recipe=job.recipe,

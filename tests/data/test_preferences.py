@@ -48,7 +48,6 @@ def read(folder: Path, *rows: dict[str, Any]) -> Any:
         ),
         ({"prompt": "p", "completion": "c", "label": True}, "feedback"),
         ({"prompt": ASKED, "completion": [say("assistant", "yes")], "label": False}, "chat-feedback"),
-        ({"prompt": "p", "completion": "c", "label": "card"}, "completion"),
     ],
 )
 def test_the_columns_decide_the_format(row: dict[str, Any], row_format: str, tmp_path: Path) -> None:

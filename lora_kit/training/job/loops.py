@@ -58,6 +58,7 @@ def build_loop(
         validation=job.validation,
         collator=job.collator,
         measure_options=job.measure_options,
+        class_weights=job.class_weights,
         **options,
     )
 

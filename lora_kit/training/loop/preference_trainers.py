@@ -130,7 +130,7 @@ class PreferenceLoop(ResumableLoop):
 
     # Evaluation
 
-    def measure_validation(self) -> Evaluation | None:
+    def measure_validation(self, thresholds: Sequence[float] = ()) -> Evaluation | None:
         """Return the loss and the metrics of the objective as means over all validation rows; None without any."""
         if self.eval_dataset is None:
             return None

@@ -38,6 +38,7 @@ class TrainingLoop(transformers.Trainer):
 
     model: PreTrainedModel
     train_dataset: Any
+    autocast_dtype: torch.dtype | None = None
 
     def __init__(
         self,
@@ -84,8 +85,12 @@ class TrainingLoop(transformers.Trainer):
         """Continue from the counts of a checkpoint; see `capture_counts`."""
         self._tokens_seen += counts["tokens"]
 
-    def measure_validation(self) -> Evaluation | None:
-        """Return the metrics of the model as it is on the validation samples; None without any."""
+    def measure_validation(self, thresholds: Sequence[float] = ()) -> Evaluation | None:
+        """Return the metrics of the model as it is on the validation samples; None without any.
+
+        Args:
+            thresholds: of labels of which any number may apply; empty for 0.5.
+        """
         raise NotImplementedError
 
     def compute_sample_loss(self, samples: list[dict[str, Tensor]]) -> Tensor:

@@ -144,6 +144,7 @@ def _build_loop(
         collator=job.collator,
         callbacks=[timer],
         rates=LearningRates.of(job.recipe.train, job.recipe.task),
+        class_weights=job.class_weights,
     )
 
 

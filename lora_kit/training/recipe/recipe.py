@@ -18,7 +18,8 @@ from lora_kit.errors import RecipeError
 from lora_kit.io.text import format_value
 from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR
 from lora_kit.models.quantization import QUANTIZATIONS
-from lora_kit.models.tasks import CAUSAL_LM, TASKS
+from lora_kit.models.tasks import CAUSAL_LM, CLASSIFY, LABEL_TASKS, MULTI_LABEL, PROBLEMS, REGRESSION, TASKS
+from lora_kit.training.recipe.class_weights import ClassWeights, parse_class_weights
 from lora_kit.training.recipe.coerce import Section, as_json, check_one_of
 from lora_kit.training.recipe.data_files import check_data_files, describe_data_files
 from lora_kit.training.recipe.limits import check_largest, check_output_name
@@ -52,6 +53,8 @@ METHODS_CHANGING_BASE: Final = ("full", "peft")
 """Methods that change the model itself, which nothing else may use then."""
 HEAD: Final = "head"
 """In `modules_to_save`: the head of whatever base is loaded."""
+_LABEL_FIELDS: Final = ("problem", "class_weights")
+"""Fields that a recipe without labels does not have."""
 _DESCRIPTIVE_FIELDS: Final = ("base_model_name_or_path", "revision", "task_type", "inference_mode")
 
 
@@ -92,6 +95,10 @@ class Recipe:
         data: the files and how they are read.
         out: folder of the result; its last part is the adapter's name.
         task: one of `lora_kit.models.tasks.TASKS`.
+        problem: what task `classify` predicts, one of `lora_kit.models.tasks.PROBLEMS`; None to infer it from the form
+            of the labels.
+        class_weights: weight of each label in the loss by its name, 1 for labels that are not named; `balanced` for the
+            inverse of how frequent they are; None for equal weights.
         objective: `sft` to learn the answers; `dpo`, `kto`, `orpo` to prefer some answers to others, `reward` to score
             them, by TRL's trainers; see `lora_kit.training.recipe.objectives`. A reward model's task is `classify`.
         method: `lora`; `features` to train only the head; `full` to train every weight; `peft` for one of PEFT's own
@@ -116,6 +123,8 @@ class Recipe:
     data: DataSpec
     out: str
     task: str = CAUSAL_LM
+    problem: str | None = None
+    class_weights: ClassWeights = None
     objective: str = SFT
     method: str = "lora"
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -133,7 +142,7 @@ class Recipe:
         object.__setattr__(self, "lora", _choose_lora_config(self.method, self.lora))
         object.__setattr__(self, "peft", MappingProxyType(self._parse_peft()))
         check_evaluation(self.train, self.data.validation)
-        check_best_model_settings(self.train, self.task, self.objective)
+        check_best_model_settings(self.train, self.task, self.problem, self.objective)
         check_learning_rates(self.train, self.method)
         check_schedule(self.train)
         check_optimizer(self.train)
@@ -144,8 +153,11 @@ class Recipe:
 
     def _check_plain_fields(self) -> None:
         check_one_of("task", self.task, TASKS)
+        if self.problem is not None:
+            check_one_of("problem", self.problem, PROBLEMS)
         check_one_of("method", self.method, METHODS)
         self._resolve_objective()
+        self._check_labels()
         check_one_of("dtype", self.dtype, DTYPES)
         if self.quantize is not None:
             check_one_of("quantize", self.quantize, QUANTIZATIONS)
@@ -166,11 +178,26 @@ class Recipe:
             object.__setattr__(self, "task", objective.task)
         for key, is_wrong, hint in (
             (f"method {self.method}", self.method not in objective.methods, f"use method {objective.methods[0]}"),
+            (f"problem {self.problem}", self.problem not in (None, REGRESSION), "leave the problem out"),
+            ("class_weights", self.class_weights is not None, "leave them out"),
             ("data.packing", self.data.packing, "packing: false"),
             ("compile", self.compile, "compile: false"),
         ):
             if is_wrong:
                 raise RecipeError(f"{key} does not go with objective {self.objective}", hint=hint)
+
+    def _check_labels(self) -> None:
+        if self.problem is not None and self.task != CLASSIFY:
+            raise RecipeError(f"problem is for task {CLASSIFY}; the task is {self.task}", hint=f"task: {CLASSIFY}")
+        if self.problem in (MULTI_LABEL, REGRESSION) and self.train.get("label_smoothing_factor"):
+            what = f"train.label_smoothing_factor has no effect on the loss of problem {self.problem}"
+            raise RecipeError(what, hint="take it out")
+        object.__setattr__(self, "class_weights", parse_class_weights(self.class_weights))
+        if self.class_weights is None:
+            return
+        if self.task not in LABEL_TASKS or self.problem == REGRESSION:
+            what = f"problem {REGRESSION}" if self.problem == REGRESSION else f"task {self.task}"
+            raise RecipeError(f"class_weights are weights of labels, which {what} has not", hint="take them out")
 
     def _check_data(self) -> None:
         check_output_name(self.out)
@@ -219,6 +246,10 @@ class Recipe:
         fields["peft"] = as_json(dict(self.peft))
         if self.objective == SFT:
             del fields["objective"]  # as it was before there were others
+        fields["class_weights"] = as_json(self.class_weights)
+        for name in _LABEL_FIELDS:
+            if fields[name] is None:
+                del fields[name]
         for section in ("lora", "peft"):
             if section not in _SECTIONS[self.method]:
                 del fields[section]

@@ -177,14 +177,21 @@ def check_evaluation(train: Section, validation: object) -> None:
         raise RecipeError(f"train.{keys[0]} is {train[keys[0]]!r}, and there is no data.validation to evaluate on")
 
 
-def check_best_model_settings(train: Section, task: str, objective: str = SFT) -> None:
+def check_best_model_settings(train: Section, task: str, problem: str | None = None, objective: str = SFT) -> None:
     """Raise RecipeError where the best adapter is to be kept and cannot be determined or saved."""
     patience, best = train.get("early_stopping_patience"), train.get("load_best_model_at_end")
     if patience is not None and patience < 1:
         raise RecipeError(f"train.early_stopping_patience must be 1 or more evaluations; {patience} was given")
     if patience and not best:
         raise RecipeError("train.early_stopping_patience keeps the best adapter, but load_best_model_at_end is false")
-    _check_best_metric(best_metric_of(train), task, objective)
+    metric = best_metric_of(train)
+    if objective == SFT:
+        try:
+            check_best_metric(metric, task, problem)
+        except ConfigError as error:
+            raise RecipeError(f"train.metric_for_best_model: {error.message}", hint=error.hint) from None
+    else:
+        check_one_of("train.metric_for_best_model", metric, ("loss", *TRL_OBJECTIVES[objective].metrics))
     _check_direction(train)
     if not best:
         return
@@ -194,14 +201,11 @@ def check_best_model_settings(train: Section, task: str, objective: str = SFT) -
             raise RecipeError(what, hint=f"train.{key}: epoch, or steps")
 
 
-def _check_best_metric(metric: str, task: str, objective: str) -> None:
-    if objective != SFT:
-        check_one_of("train.metric_for_best_model", metric, ("loss", *TRL_OBJECTIVES[objective].metrics))
-        return
-    try:
-        validate_metrics([metric], task)
-    except ConfigError as error:
-        raise RecipeError(f"train.metric_for_best_model: {error.message}", hint=error.hint) from None
+def check_best_metric(metric: str, task: str, problem: str | None) -> None:
+    """Raise ConfigError for a metric by which no models can be compared."""
+    validate_metrics([metric], task, problem)
+    if not METRICS[metric].is_one_value:
+        raise ConfigError(f"metric {metric!r} is not one number", hint="f1_macro is its mean over the labels")
 
 
 def _check_direction(train: Section) -> None:
