@@ -14,7 +14,7 @@ from lora_kit.config.module_patterns import suffixes_of
 from lora_kit.config.peft_fields import INITS_OF_PEFT
 from lora_kit.errors import ConfigError, TargetError, format_list, suggest_nearest
 from lora_kit.layers.experts import list_own_parameters
-from lora_kit.layers.introspect import features_of, is_quantized, is_unquantized, kind_of
+from lora_kit.layers.introspect import features_of, find_module, is_quantized, is_unquantized, kind_of
 from lora_kit.layers.parameter import is_transposed
 from lora_kit.targets.bypassed_layers import find_bypassed_layers
 from lora_kit.targets.layer_target import LayerTarget
@@ -109,7 +109,7 @@ def find_coverage(model: nn.Module, config: LoraConfig) -> Coverage:
         problems = "; ".join(coverage.problems[:_PROBLEMS_SHOWN])
         raise TargetError(f"the config does not match the model: {problems}")
     _refuse_weight_tying(model, config, coverage)
-    quantized = [path for path in coverage.saved if is_quantized(model.get_submodule(path))]
+    quantized = [path for path in coverage.saved if is_quantized(find_module(model, path))]
     if quantized:
         raise TargetError(
             f"quantized modules cannot be in modules_to_save: {format_list(quantized)}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,14 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from lora_kit.errors import LoraKitError, RecipeError
+from lora_kit.errors import LoraKitError, RecipeError, format_list
+from lora_kit.evaluation.forward import run_forward
 from lora_kit.evaluation.measure import Evaluation, measure
+from lora_kit.evaluation.thresholds import choose_thresholds
 from lora_kit.io.atomic_write import lock_output
 from lora_kit.models.loading import Base
 from lora_kit.models.silence import silence_libraries
+from lora_kit.models.tasks import MULTI_LABEL
 from lora_kit.torch_utils import Clock
 from lora_kit.training.job.job import Job
 from lora_kit.training.job.methods import TrainableJob, make_job_trainable
@@ -36,6 +40,8 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from lora_kit.training.loop.resumable import ResumableTrainer
+
+logger = logging.getLogger(__name__)
 
 TENSORBOARD_SUFFIX: Final = ".tensorboard"
 """TensorBoard's files are in the folder `<out>.tensorboard`, unless TENSORBOARD_LOGGING_DIR is set."""
@@ -110,6 +116,7 @@ class _TrainingOutcome:
         peak_bytes: peak memory.
         before: metrics on the validation rows before training; None without any.
         after: metrics on the validation rows of the weights that are kept; None without any.
+        thresholds: of labels of which any number may apply; see `TrainReport`.
     """
 
     trainer: ResumableTrainer
@@ -117,6 +124,7 @@ class _TrainingOutcome:
     peak_bytes: int
     before: Evaluation | None
     after: Evaluation | None
+    thresholds: tuple[float, ...] = ()
 
 
 def _run_training(
@@ -134,8 +142,17 @@ def _run_training(
         finally:
             trainer.close()
         seconds = trainer.seconds_before + clock.seconds - trainer.evaluating_seconds
-        after = dict(trainer.evaluations).get(trainer.kept) or _evaluate_validation(job, trainer)
-    return _TrainingOutcome(trainer=trainer, seconds=seconds, peak_bytes=clock.peak_bytes, before=before, after=after)
+        thresholds = _choose_thresholds(job, trainer)
+        known = None if thresholds else dict(trainer.evaluations).get(trainer.kept)
+        after = known or _evaluate_validation(job, trainer, thresholds)
+    return _TrainingOutcome(
+        trainer=trainer,
+        seconds=seconds,
+        peak_bytes=clock.peak_bytes,
+        before=before,
+        after=after,
+        thresholds=thresholds,
+    )
 
 
 def _build_trainer(
@@ -160,6 +177,7 @@ def _build_trainer(
             callbacks=[UnusedParameterCallback(), *early_stopping, *callbacks],
             rates=LearningRates.of(train_section, job.recipe.task),
             measure_options=job.measure_options,
+            class_weights=job.class_weights,
             run=RunContext(folder=folder, identity=job.identity, setting=job.environment, stop=stop),
         )
     _set_tensorboard_folder(trainer, f"{folder.out}{TENSORBOARD_SUFFIX}")
@@ -186,7 +204,20 @@ def _set_tensorboard_folder(trainer: ResumableTrainer, folder: str) -> None:
             callback.logging_dir = folder
 
 
-def _evaluate_validation(job: Job, trainer: ResumableTrainer) -> Evaluation | None:
+def _choose_thresholds(job: Job, trainer: ResumableTrainer) -> tuple[float, ...]:
+    """Return thresholds for the validation rows where any number of labels apply; empty without any."""
+    if job.recipe.problem != MULTI_LABEL or job.validation is None:
+        return ()
+    size, autocast = trainer.args.per_device_eval_batch_size, trainer.autocast_dtype
+    forward = run_forward(job.base.model, job.validation, job.collator, batch_size=size, autocast=autocast)
+    assert forward.scores is not None
+    thresholds = choose_thresholds(forward.scores, job.validation.labels.view(len(job.validation), -1))
+    listed = [f"{label} {threshold:.3g}" for label, threshold in zip(job.labels, thresholds, strict=True)]
+    logger.info("thresholds with the best F1 on the validation rows: %s", format_list(listed))
+    return thresholds
+
+
+def _evaluate_validation(job: Job, trainer: ResumableTrainer, thresholds: Sequence[float] = ()) -> Evaluation | None:
     if job.validation is None:
         return None
     return measure(
@@ -195,6 +226,7 @@ def _evaluate_validation(job: Job, trainer: ResumableTrainer) -> Evaluation | No
         job.collator,
         batch_size=trainer.args.per_device_eval_batch_size,
         autocast=trainer.autocast_dtype,
+        thresholds=thresholds,
         **job.measure_options,
     )
 
@@ -218,6 +250,7 @@ def _build_report(trainable: TrainableJob, outcome: _TrainingOutcome) -> TrainRe
         train_loss=[entry["loss"] for entry in log if "loss" in entry][-1],
         before=outcome.before,
         after=outcome.after,
+        thresholds=outcome.thresholds,
         history=(),
         digest=None,
         recipe=job.recipe,

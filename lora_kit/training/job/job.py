@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -14,11 +15,12 @@ from torch import nn
 
 from lora_kit.data.batches import Collator, EncodedDataset
 from lora_kit.data.encode import encode_rows
+from lora_kit.data.label_problem import count_labels, list_label_names, resolve_problem
 from lora_kit.data.layouts import FORMATS
 from lora_kit.data.messages import ALL
 from lora_kit.data.mixture import DataSource, read_source
 from lora_kit.data.packing import PackedDataset, pack, reason_not_packable
-from lora_kit.data.rows import Rows, collect_label_names
+from lora_kit.data.rows import Rows
 from lora_kit.data.sample_format import SampleFormat
 from lora_kit.data.templates import ChatTemplate, chat_template
 from lora_kit.errors import BaseModelError, DataError, RecipeError, format_list
@@ -26,11 +28,12 @@ from lora_kit.evaluation.generation_metrics import GenerationTask, build_generat
 from lora_kit.evaluation.metrics import select_generation_metrics
 from lora_kit.models.heads import describe_head, list_head_labels, order_labels
 from lora_kit.models.loading import Base, find_label_order
-from lora_kit.models.tasks import LABEL_TASKS
+from lora_kit.models.tasks import CLASSIFY, LABEL_TASKS, SINGLE_LABEL
 from lora_kit.targets.fingerprint import fingerprint
 from lora_kit.training.job.base_model import prepare_base
 from lora_kit.training.job.resolve import resolve_recipe
 from lora_kit.training.loop.checkpoints import Identity, hash_json
+from lora_kit.training.recipe.class_weights import compute_class_weights
 from lora_kit.training.recipe.recipe import Recipe
 from lora_kit.training.recipe.training_arguments import best_metric_of, check_reporting
 
@@ -49,6 +52,7 @@ class Job:
         train: the training samples.
         validation: the validation samples; None without `data.validation`.
         generation_task: the prompts of the validation rows, where the best model is chosen by what it generates.
+        class_weights: weight of each class in the loss; empty where each has the weight 1.
         head: what becomes of the base's head, in words; None where the task has no labels.
         identity: everything that decides the result, see `lora_kit.training.loop.checkpoints`.
     """
@@ -60,6 +64,7 @@ class Job:
     train: EncodedDataset | PackedDataset
     validation: EncodedDataset | None
     generation_task: GenerationTask | None
+    class_weights: tuple[float, ...]
     head: str | None
     identity: Identity
 
@@ -75,9 +80,12 @@ class Job:
         """
         check_reporting(recipe.train)
         rows, validation_rows = read_recipe_rows(recipe)
+        problem = resolve_problem(rows, recipe.problem) if recipe.task == CLASSIFY else None
+        recipe = recipe.replace(problem=problem)
         head_labels, labels = _find_labels(recipe, rows, base)
         label2id = {name: number for number, name in enumerate(labels)}
-        base = prepare_base(recipe, base, label2id)
+        class_weights = _weigh_classes(recipe, rows, labels)
+        base = prepare_base(recipe, base, label2id, problem)
         template = _load_chat_template(recipe, rows, base)
         recipe = resolve_recipe(recipe, rows, base, template)
         assert recipe.data.max_length is not None
@@ -88,6 +96,7 @@ class Job:
             label2id=label2id,
             learn=recipe.data.learn,
             task=recipe.task,
+            problem=problem or SINGLE_LABEL,
         )
         samples = encode_rows(rows, base.tokenizer, sample_format)
         _check_token_ids(base, samples)
@@ -102,6 +111,7 @@ class Job:
             train=train,
             validation=validation,
             generation_task=_build_generation_task(recipe, validation_rows, base, sample_format),
+            class_weights=class_weights,
             head=describe_head(head_labels, labels) if labels else None,
             identity=_build_identity(recipe, base, train, validation),
         )
@@ -170,7 +180,7 @@ def _find_labels(recipe: Recipe, rows: Rows, base: Base | None) -> tuple[tuple[s
     """
     if recipe.task not in LABEL_TASKS:
         return (), ()
-    names = collect_label_names(rows)
+    names = list_label_names(rows, recipe.problem or SINGLE_LABEL)
     if base is None:
         head, labels = find_label_order(recipe.base, names, task=recipe.task)
     else:
@@ -178,6 +188,20 @@ def _find_labels(recipe: Recipe, rows: Rows, base: Base | None) -> tuple[tuple[s
         labels = order_labels(names, head)
     logger.info("head: %s", describe_head(head, labels))
     return head, labels
+
+
+def _weigh_classes(recipe: Recipe, rows: Rows, labels: Sequence[str]) -> tuple[float, ...]:
+    """Return the weight of each class in the loss; empty where each has the weight 1."""
+    if recipe.class_weights is None:
+        return ()
+    counts = count_labels(rows, labels)
+    total = len(rows) if recipe.task == CLASSIFY else sum(counts)
+    weights = compute_class_weights(
+        recipe.class_weights, labels, counts, problem=recipe.problem or SINGLE_LABEL, total=total
+    )
+    listed = [f"{label} {weight:.3g}" for label, weight in zip(labels, weights, strict=True)]
+    logger.info("weights of the labels: %s", format_list(listed))
+    return weights
 
 
 def _check_token_ids(base: Base, samples: EncodedDataset) -> None:
@@ -245,6 +269,7 @@ def hash_samples(samples: EncodedDataset | PackedDataset) -> str:
     if isinstance(samples, PackedDataset):
         return hash_json({"samples": hash_samples(samples.samples), "rows": samples.rows})
     digest = hashlib.sha256(samples.kind.encode())
-    for tensor in (samples.offsets, samples.ids, samples.labels, samples.label_offsets):
+    further = [tensor for tensor in (samples.types, samples.weights) if tensor is not None]
+    for tensor in (samples.offsets, samples.ids, samples.labels, samples.label_offsets, *further):
         digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()

@@ -78,13 +78,19 @@ def make_job_trainable(job: Job) -> Iterator[TrainableJob]:
 
 def build_training_record(job: Job, report: TrainReport) -> dict[str, object]:
     """Return what an adapter's record says about its training, as JSON values."""
-    record = {
+    record: dict[str, object] = {
         "recipe": make_recipe_portable(job.recipe).to_dict(),
         "seed": job.recipe.seed,
         "metrics": collect_record_metrics(report),
         "run": hash_json(job.identity),
     }
-    return {**record, "labels": list(job.labels)} if job.labels else record
+    if job.labels:
+        record["labels"] = list(job.labels)
+    if job.recipe.problem is not None:
+        record["problem"] = job.recipe.problem
+    if report.thresholds:
+        record["thresholds"] = list(report.thresholds)
+    return record
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lora_kit.data.batches import Collator, EncodedDataset
+from lora_kit.data.batches import SAMPLE_WEIGHTS, Collator, EncodedDataset
 from lora_kit.data.packing import PackedDataset
 from lora_kit.errors import VerificationError
 from lora_kit.evaluation.loss import LossHead, probe_head
@@ -48,6 +48,7 @@ class Trainer(transformers.Trainer):
     Args:
         rates: learning rates that differ from `args.learning_rate`.
         measure_options: arguments of `lora_kit.evaluation.measure.measure` for metrics besides the loss.
+        class_weights: of labels that are no tokens; empty where each class has the weight 1.
 
     Attributes:
         tokens: number of tokens trained on so far, without padding.
@@ -68,6 +69,7 @@ class Trainer(transformers.Trainer):
         callbacks: Sequence[transformers.TrainerCallback],
         rates: LearningRates = ONE_RATE,
         measure_options: Mapping[str, Any] = MappingProxyType({}),
+        class_weights: Sequence[float] = (),
     ) -> None:
         self.autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         # With a mixed precision accelerate would replace the model's forward and cast all logits to fp32, so autocast
@@ -79,6 +81,8 @@ class Trainer(transformers.Trainer):
         self._progress = TrainingProgress()
         self._train, self._validation, self._collator = train, validation, collator
         self._head, self._rates, self._measure_options = LossHead(None), rates, measure_options
+        self._class_weights = class_weights
+        self._sample_weights: Tensor | None = None
         self._frozen_modules: list[nn.Module] = []
         super().__init__(
             model=model,
@@ -127,28 +131,40 @@ class Trainer(transformers.Trainer):
     def _make_sample(self) -> dict[str, Tensor]:
         """Return the first row as inputs of the model, without labels."""
         batch = self._collator([self._train[0]]).items()
-        return {name: tensor.to(self.args.device) for name, tensor in batch if name != "labels"}
+        return {name: tensor.to(self.args.device) for name, tensor in batch if name not in ("labels", SAMPLE_WEIGHTS)}
 
     def _find_head(self) -> LossHead:
         with self.compute_loss_context_manager():
-            head = probe_head(self.model, self._make_sample(), kind=self._train.kind)
+            sample, weights = self._make_sample(), self._class_weights
+            head = probe_head(self.model, sample, kind=self._train.kind, class_weights=weights)
         if head.linear is None:
             logger.info("the loss is computed from the model's logits: %s", head.reason)
         else:
             logger.info("the head is frozen: the loss is computed in chunks of its logits")
         return head
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        inputs = dict(inputs)
+        self._sample_weights = inputs.pop(SAMPLE_WEIGHTS, None)
         for module in self._frozen_modules:  # transformers has put the whole model into training mode
             module.training = False
         with self._head.skip():
-            return super().compute_loss(*args, **kwargs)
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _compute_label_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: LabelCount = None) -> Tensor:
         if num_items_in_batch is None:
             raise RuntimeError("transformers.Trainer did not count the labels of the accumulation window")
         smoothing = self.args.label_smoothing_factor
-        return self._head.loss(outputs.logits, labels, smoothing=smoothing) / num_items_in_batch
+        loss = self._head.loss(outputs.logits, labels, weights=self._sample_weights, smoothing=smoothing)
+        return loss / num_items_in_batch
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> LabelCount:
+        """Return what the loss of an accumulation window is divided by: the number of its labels, or their weights."""
+        if self._head.label_loss is None:
+            count: LabelCount = super()._get_num_items_in_batch(batch_samples, device)
+            return count
+        counts = [self._head.label_loss.count(batch["labels"], batch.get(SAMPLE_WEIGHTS)) for batch in batch_samples]
+        return torch.stack(counts).sum().to(device) if counts else None
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Return the batches of the next step."""

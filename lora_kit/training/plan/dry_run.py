@@ -104,6 +104,7 @@ def measure_dry_run(job: Job, steps: StepCounts, *, folder: str) -> tuple[StepMe
         collator=job.collator,
         callbacks=[timer],
         rates=LearningRates.of(job.recipe.train, job.recipe.task),
+        class_weights=job.class_weights,
     )
     timer.trainer = trainer
     try:

@@ -15,11 +15,14 @@ from lora_kit.config.lora_config import LoraConfig
 from lora_kit.data.messages import ALL, LEARN
 from lora_kit.data.mixture import DataSource
 from lora_kit.errors import RecipeError
+from lora_kit.io.text import format_value
 from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR
 from lora_kit.models.quantization import QUANTIZATIONS
-from lora_kit.models.tasks import CAUSAL_LM, TASKS
+from lora_kit.models.tasks import CAUSAL_LM, CLASSIFY, LABEL_TASKS, MULTI_LABEL, PROBLEMS, REGRESSION, TASKS
+from lora_kit.training.recipe.class_weights import ClassWeights, parse_class_weights
 from lora_kit.training.recipe.coerce import Section, as_json, check_one_of
 from lora_kit.training.recipe.data_files import check_data_files, describe_data_files
+from lora_kit.training.recipe.limits import check_largest, check_output_name
 from lora_kit.training.recipe.optimizer_checks import check_optimizer, check_schedule
 from lora_kit.training.recipe.peft_config import parse_peft_section
 from lora_kit.training.recipe.training_arguments import (
@@ -44,6 +47,8 @@ METHODS_CHANGING_BASE: Final = ("full", "peft")
 """Methods that change the model itself, which nothing else may use then."""
 HEAD: Final = "head"
 """In `modules_to_save`: the head of whatever base is loaded."""
+_LABEL_FIELDS: Final = ("problem", "class_weights")
+"""Fields that a recipe without labels does not have."""
 _DESCRIPTIVE_FIELDS: Final = ("base_model_name_or_path", "revision", "task_type", "inference_mode")
 
 
@@ -84,6 +89,10 @@ class Recipe:
         data: the files and how they are read.
         out: folder of the result; its last part is the adapter's name.
         task: one of `lora_kit.models.tasks.TASKS`.
+        problem: what task `classify` predicts, one of `lora_kit.models.tasks.PROBLEMS`; None to infer it from the form
+            of the labels.
+        class_weights: weight of each label in the loss by its name, 1 for labels that are not named; `balanced` for the
+            inverse of how frequent they are; None for equal weights.
         method: `lora`; `features` to train only the head; `full` to train every weight; `peft` for one of PEFT's own
             adapter types.
         lora: the adapter's config.
@@ -105,6 +114,8 @@ class Recipe:
     data: DataSpec
     out: str
     task: str = CAUSAL_LM
+    problem: str | None = None
+    class_weights: ClassWeights = None
     method: str = "lora"
     lora: LoraConfig = field(default_factory=LoraConfig)
     peft: Section = field(default_factory=dict)
@@ -120,16 +131,20 @@ class Recipe:
         object.__setattr__(self, "lora", _choose_lora_config(self.method, self.lora))
         object.__setattr__(self, "peft", MappingProxyType(self._parse_peft()))
         check_evaluation(self.train, self.data.validation)
-        check_best_model_settings(self.train, self.task)
+        check_best_model_settings(self.train, self.task, self.problem)
         check_learning_rates(self.train, self.method)
         check_schedule(self.train)
         check_optimizer(self.train)
+        check_largest(self.train)
         if self.compile:
             check_compilable(self.train)
 
     def _check_plain_fields(self) -> None:
         check_one_of("task", self.task, TASKS)
+        if self.problem is not None:
+            check_one_of("problem", self.problem, PROBLEMS)
         check_one_of("method", self.method, METHODS)
+        self._check_labels()
         check_one_of("dtype", self.dtype, DTYPES)
         if self.quantize is not None:
             check_one_of("quantize", self.quantize, QUANTIZATIONS)
@@ -137,15 +152,30 @@ class Recipe:
             what = f"method full cannot train the weights of a base in {self.quantize}"
             raise RecipeError(what, hint="use method lora")
 
+    def _check_labels(self) -> None:
+        if self.problem is not None and self.task != CLASSIFY:
+            raise RecipeError(f"problem is for task {CLASSIFY}; the task is {self.task}", hint=f"task: {CLASSIFY}")
+        if self.problem in (MULTI_LABEL, REGRESSION) and self.train.get("label_smoothing_factor"):
+            what = f"train.label_smoothing_factor has no effect on the loss of problem {self.problem}"
+            raise RecipeError(what, hint="take it out")
+        object.__setattr__(self, "class_weights", parse_class_weights(self.class_weights))
+        if self.class_weights is None:
+            return
+        if self.task not in LABEL_TASKS or self.problem == REGRESSION:
+            what = f"problem {REGRESSION}" if self.problem == REGRESSION else f"task {self.task}"
+            raise RecipeError(f"class_weights are weights of labels, which {what} has not", hint="take them out")
+
     def _check_data(self) -> None:
+        check_output_name(self.out)
         if not self.base.strip() or not self.out.strip():
             raise RecipeError("base and out must not be empty")
         check_data_files(self.data.train, self.data.validation)
         if self.data.packing and self.task != CAUSAL_LM:
             raise RecipeError(f"data.packing is for task causal-lm; the task is {self.task}")
         check_one_of("data.learn", self.data.learn, LEARN)
-        if self.data.max_length is not None and self.data.max_length < 2:
-            raise RecipeError(f"data.max_length must be at least 2; {self.data.max_length} was given")
+        if self.data.max_length is not None and not 2 <= self.data.max_length < 2**31:
+            shown = format_value(self.data.max_length)
+            raise RecipeError(f"data.max_length must be at least 2 and below 2^31; {shown} was given")
 
     def _parse_peft(self) -> Section:
         if self.method != "peft":
@@ -180,6 +210,10 @@ class Recipe:
         fields["train"] = {key: as_json(value) for key, value in sorted(self.train.items())}
         fields["lora"] = _collect_lora_fields(self.lora)
         fields["peft"] = as_json(dict(self.peft))
+        fields["class_weights"] = as_json(self.class_weights)
+        for name in _LABEL_FIELDS:
+            if fields[name] is None:
+                del fields[name]
         for section in ("lora", "peft"):
             if section not in _SECTIONS[self.method]:
                 del fields[section]

@@ -157,7 +157,7 @@ def check_evaluation(train: Section, validation: object) -> None:
         raise RecipeError(f"train.{keys[0]} is {train[keys[0]]!r}, and there is no data.validation to evaluate on")
 
 
-def check_best_model_settings(train: Section, task: str) -> None:
+def check_best_model_settings(train: Section, task: str, problem: str | None = None) -> None:
     """Raise RecipeError where the best adapter is to be kept and cannot be determined or saved."""
     patience, best = train.get("early_stopping_patience"), train.get("load_best_model_at_end")
     if patience is not None and patience < 1:
@@ -165,7 +165,7 @@ def check_best_model_settings(train: Section, task: str) -> None:
     if patience and not best:
         raise RecipeError("train.early_stopping_patience keeps the best adapter, but load_best_model_at_end is false")
     try:
-        validate_metrics([best_metric_of(train)], task)
+        check_best_metric(best_metric_of(train), task, problem)
     except ConfigError as error:
         raise RecipeError(f"train.metric_for_best_model: {error.message}", hint=error.hint) from None
     _check_direction(train)
@@ -175,6 +175,13 @@ def check_best_model_settings(train: Section, task: str) -> None:
         if train.get(key, "no") == "no":
             what = f"train.{key} is no, but {purpose} the best adapter needs it"
             raise RecipeError(what, hint=f"train.{key}: epoch, or steps")
+
+
+def check_best_metric(metric: str, task: str, problem: str | None) -> None:
+    """Raise ConfigError for a metric by which no models can be compared."""
+    validate_metrics([metric], task, problem)
+    if not METRICS[metric].is_one_value:
+        raise ConfigError(f"metric {metric!r} is not one number", hint="f1_macro is its mean over the labels")
 
 
 def _check_direction(train: Section) -> None:
