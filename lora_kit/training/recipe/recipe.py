@@ -25,6 +25,7 @@ from lora_kit.training.recipe.limits import check_largest, check_output_name
 from lora_kit.training.recipe.optimizer_checks import check_optimizer, check_schedule
 from lora_kit.training.recipe.peft_config import parse_peft_section
 from lora_kit.training.recipe.training_arguments import (
+    check_arguments,
     check_best_model_settings,
     check_compilable,
     check_evaluation,
@@ -126,6 +127,7 @@ class Recipe:
         check_learning_rates(self.train, self.method)
         check_schedule(self.train)
         check_optimizer(self.train)
+        check_arguments(self.train)
         check_largest(self.train)
         if self.compile:
             check_compilable(self.train)

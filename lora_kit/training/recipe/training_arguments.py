@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from lora_kit.errors import ConfigError, RecipeError
+from lora_kit.errors import ConfigError, RecipeError, format_list
 from lora_kit.evaluation.metrics import METRICS, validate_metrics
 from lora_kit.models.silence import silence_libraries
 from lora_kit.training.recipe.coerce import Section, check_known_keys, coerce_value
@@ -83,6 +85,8 @@ _UNSUPPORTED_KEYS: Final[Mapping[str, str]] = {
 }
 """Fields of transformers.TrainingArguments that a recipe cannot set, and why."""
 
+_TOKEN_COUNTS: Final = ("all", "non_padding", "no")
+"""What `include_num_input_tokens_seen` may be, besides true and false."""
 _NEWER_NAMES: Final = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
@@ -117,7 +121,8 @@ def _check_numbers(values: Section) -> None:
         (_LENGTHS, lambda number: number > 0, "above 0"),
         (_AMOUNTS, lambda number: number >= 0, "0 or more"),
         (_SEEDS, lambda number: 0 <= number < 2**32, "from 0 to below 2^32"),
-        (("max_steps",), lambda number: number != 0, "1 or more, or -1 to count in epochs"),
+        (("max_steps",), lambda number: number >= 1 or number == -1, "1 or more, or -1 to count in epochs"),
+        (("label_smoothing_factor",), lambda number: 0 <= number < 1, "from 0 to below 1"),
     )
     for names, is_valid, expected in ranges:
         for name in names:
@@ -169,6 +174,9 @@ def check_best_model_settings(train: Section, task: str) -> None:
     except ConfigError as error:
         raise RecipeError(f"train.metric_for_best_model: {error.message}", hint=error.hint) from None
     _check_direction(train)
+    if train.get("save_strategy") == "best" and not best:
+        what = "train.save_strategy is best, but load_best_model_at_end is not true"
+        raise RecipeError(what, hint="train.load_best_model_at_end: true")
     if not best:
         return
     for key, purpose in (("eval_strategy", "finding"), ("save_strategy", "keeping")):
@@ -248,27 +256,82 @@ def build_training_arguments(train: Section, *, device: torch.device, folder: st
     """
     from transformers import TrainingArguments
 
-    # By default transformers hides the progress bar, because its own log is silenced here.
-    values = {"disable_tqdm": False, "run_name": name, **train}
-    for key in OWN_FIELDS:
-        values.pop(key, None)
-    # Set below: transformers would require checkpoints at evaluations only; here each new best one is saved.
-    keeps_best = values.pop("load_best_model_at_end", False)
-    for older, newer in _NEWER_NAMES.items():
-        if older in values and newer in get_training_argument_types():
-            values[newer] = values.pop(older)
+    values, keeps_best = _translate_section(train), train.get("load_best_model_at_end", False)
     if "paged" in str(values.get("optim")) and device.type != "cuda":
         # bitsandbytes would silently use states that are not paged.
         raise RecipeError(f"train.optim {values['optim']} needs a CUDA device", hint="adamw_8bit runs on a CPU too")
-    args = TrainingArguments(
-        output_dir=folder,
-        use_cpu=device.type == "cpu",
-        remove_unused_columns=False,
-        label_names=["labels"],
-        logging_nan_inf_filter=False,
-        **values,
-    )
+    # By default transformers hides the progress bar, because its own log is silenced here.
+    with _translate_argument_errors():
+        args = TrainingArguments(
+            **{"disable_tqdm": False, "run_name": name, **values},
+            output_dir=folder,
+            use_cpu=device.type == "cpu",
+            remove_unused_columns=False,
+            label_names=["labels"],
+            logging_nan_inf_filter=False,
+        )
     # With several devices transformers would use DataParallel, which copies the model in every step.
     args._n_gpu = min(args.n_gpu, 1)
     args.load_best_model_at_end = keeps_best
     return args
+
+
+def check_arguments(train: Section) -> None:
+    """Raise RecipeError for values that transformers, or the training, would reject only once a base is loaded."""
+    with silence_libraries():
+        from transformers import TrainingArguments
+        from transformers.utils import is_torch_tf32_available
+
+    choices = {field.name: field.metadata.get("choices") for field in dataclasses.fields(TrainingArguments)}
+    for key, values in {**choices, "include_num_input_tokens_seen": _TOKEN_COUNTS}.items():
+        if values is not None and isinstance(train.get(key), str) and train[key] not in values:
+            known = format_list([str(value) for value in values], most=len(values))
+            raise RecipeError(f"train.{key} must be one of {known}; {train[key]!r} was given")
+    _check_checkpointing(train)
+    for key in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+        if train.get(key) and not train.get("dataloader_num_workers"):
+            raise RecipeError(f"train.{key} needs train.dataloader_num_workers of 1 or more")
+    if train.get("tf32") and not is_torch_tf32_available():
+        raise RecipeError("train.tf32 needs a CUDA device of the Ampere generation or newer", hint="leave it out")
+
+    class _WithoutDevice(TrainingArguments):
+        """Arguments that are checked as transformers does, and choose no device of the process."""
+
+        @property
+        def device(self) -> torch.device:
+            return torch.device("cpu")
+
+    with _translate_argument_errors(), silence_libraries():
+        # It would set a flag of the process; whether there is that flag was checked above.
+        _WithoutDevice(output_dir="-", use_cpu=True, **{**_translate_section(train), "tf32": None})
+
+
+def _check_checkpointing(train: Section) -> None:
+    """Raise RecipeError for arguments that torch's gradient checkpointing does not take: it is tried on one number."""
+    for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        if train.get(key):
+            options = {"use_reentrant": False, **train[key]}
+            try:
+                checkpoint(torch.clone, torch.zeros(()), **options)
+            except Exception as error:
+                raise RecipeError(f"train.{key}: {' '.join(str(error).split())}") from error
+
+
+def _translate_section(train: Section) -> dict[str, Any]:
+    """Return arguments of transformers.TrainingArguments for a `train` section, except those that are set here."""
+    values = {key: value for key, value in train.items() if key not in OWN_FIELDS}
+    # Set afterwards: transformers would require checkpoints at evaluations only; here each new best one is saved.
+    values.pop("load_best_model_at_end", None)
+    for older, newer in _NEWER_NAMES.items():
+        if older in values and newer in get_training_argument_types():
+            values[newer] = values.pop(older)
+    return values
+
+
+@contextlib.contextmanager
+def _translate_argument_errors() -> Iterator[None]:
+    """Raise RecipeError for what transformers makes of arguments that it does not accept."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, NotImplementedError, OSError, ImportError) as error:
+        raise RecipeError(f"train: {' '.join(str(error).split())}") from error
