@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_kit.layers.introspect import features_of, is_stored_transposed, is_unquantized, kind_of
-from lora_kit.layers.routing import BASE_SLOT, Route, Routing
+from lora_kit.layers.route import BASE_SLOT, Route
+from lora_kit.layers.routing import Routing
 from lora_kit.layers.slot_layer import SlotLayer
 from lora_kit.ops.lora_functions import can_overwrite
 
