@@ -6,21 +6,27 @@ the row they come from. In another call a multiple is a mistake.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from types import FrameType
 from typing import Any, Final, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from lora_kit.bank.routes import RouteChoices
 from lora_kit.errors import RoutingError
-from lora_kit.layers.forward_scope import ForwardScope
-from lora_kit.layers.route import Route
+from lora_kit.layers.forward_scope import ForwardScope, Sizes, leading_sizes
+from lora_kit.layers.route import BASE_SLOT, Route
 from lora_kit.layers.route_stack import iterate_frames
 from lora_kit.layers.routing import Routing
+from lora_kit.layers.slot_layer import SlotLayer
+from lora_kit.torch_utils import preserve_random_states, use_eval_mode
 
 _INPUT_NAMES: Final = (
     "input_ids",
@@ -73,7 +79,31 @@ class ForwardHooks:
         inputs = list_inputs(args, kwargs) if route.row_count is not None or route.mixed else []
         if route.row_count is not None and inputs:
             _check_row_count(route, inputs[0])
-        self._routing.begin_forward(ForwardScope(route, inputs, frame=_find_call(), outer=outer))
+        forward = ForwardScope(route, inputs, frame=_find_call(), outer=outer)
+        if forward.batch is not None:
+            forward.measure_one_row = partial(self._measure_one_row, module, args, kwargs, forward.batch)
+        self._routing.begin_forward(forward)
+
+    def _measure_one_row(
+        self, module: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], batch: int
+    ) -> Mapping[nn.Module, set[Sizes]]:
+        """Return the leading sizes of each layer's inputs in a forward of the first row alone, with the base.
+
+        Empty where the module cannot compute one row, as with a cache of all rows: then nothing is known.
+        """
+        recorder, base = _SizeRecorder(), self._routing.make_route((BASE_SLOT,))
+        layers = [layer for layer in module.modules() if isinstance(layer, SlotLayer)]
+        hooks = [layer.register_forward_pre_hook(recorder) for layer in layers]
+        random = preserve_random_states(layers[0].device)
+        try:
+            with torch.no_grad(), use_eval_mode(module), random, self._routing.repeat_forward(base, None):
+                module(*_select_first_row(tuple(args), batch), **_select_first_row(dict(kwargs), batch))
+        except Exception:
+            return {}
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return recorder.sizes
 
     def end(self, module: nn.Module, args: object, output: object) -> None:
         """End the forward that the same call began."""
@@ -97,6 +127,18 @@ def remove_copied_hooks(model: nn.Module) -> None:
 
 def _is_own_hook(hook: object) -> bool:
     return isinstance(getattr(hook, "__self__", None), ForwardHooks)
+
+
+class _SizeRecorder:
+    """Notes the leading sizes of what layers are given in one thread."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[nn.Module, set[Sizes]] = {}
+        self._thread = threading.get_ident()
+
+    def __call__(self, layer: nn.Module, args: Sequence[object]) -> None:
+        if args and isinstance(args[0], Tensor) and threading.get_ident() == self._thread:
+            self.sizes.setdefault(layer, set()).add(tuple(leading_sizes(args[0])))
 
 
 class RoutedGenerate:
@@ -149,6 +191,17 @@ def _list_parameters(kind: type[nn.Module]) -> Iterable[str]:
         return inspect.signature(kind.forward).parameters
     except (TypeError, ValueError):  # written in another language
         return ()
+
+
+def _select_first_row(values: Any, batch: int) -> Any:
+    """Return a call's arguments for its first row alone; objects that a forward changes are copied."""
+
+    def select(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[:1] if value.ndim and value.shape[0] == batch else value
+        return copy.deepcopy(value)
+
+    return tree_map(select, values)
 
 
 def list_inputs(args: Iterable[object], kwargs: Mapping[str, object]) -> list[Tensor]:

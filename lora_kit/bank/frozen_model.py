@@ -108,7 +108,7 @@ def _name_shared(shared: Mapping[nn.Module, str]) -> str:
     """Return the paths of the outermost shared modules, in words."""
     paths = set(shared.values())
     outermost = [path for path in shared.values() if path.rpartition(".")[0] not in paths]
-    return format_list([path or "everything" for path in outermost])
+    return format_list(sorted(path or "everything" for path in outermost))
 
 
 def refuse_meta_model(model: nn.Module) -> None:

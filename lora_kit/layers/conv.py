@@ -40,7 +40,7 @@ class LoraConvolution(UpdatedWeightLayer):
         route = self.routing.get_route()
         if not route.mixed:
             return self._forward_slot(route.slot, (x,))
-        y = forward_each_slot(self.routing, type(self.base_layer).__name__, route.rows, (x,), {}, self._forward_slot)
+        y = forward_each_slot(self, route.rows, (x,), {}, self._forward_slot)
         assert isinstance(y, Tensor)
         return y
 

@@ -127,10 +127,10 @@ class LoraLinear(_LoraLayer):
         """Return y = base(x) with each row's update."""
         if not self.is_recorded() and not any(self.entries[slot] for slot in route.slots):
             return y
+        self.routing.check_rows(route, x, self)
         if not self._can_gather(route, y, x):
             y = self._add_stacked(route, y, x)
             return self._scale_rows(route, y, x)
-        self.routing.check_rows(route, x)
         rows = len(route.rows)
         flat = x if x.dtype == y.dtype else x.to(y.dtype)
         flat, into = flat.reshape(rows, -1, x.shape[-1]), y.view(rows, -1, y.shape[-1])

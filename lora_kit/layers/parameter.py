@@ -77,8 +77,7 @@ class LoraParameter(UpdatedWeightLayer):
             return self._forward_in_rank_space(route, *args)  # type: ignore[arg-type]  # three tensors, as experts take them
         if route.mixed:
             self._check_token_order()
-            module = type(self.base_layer).__name__
-            return forward_each_slot(self.routing, module, route.rows, args, kwargs, self._forward_slot)
+            return forward_each_slot(self, route.rows, args, kwargs, self._forward_slot)
         entry = self.entries[route.slot]
         with self.lock_module():
             if entry is None:
@@ -120,7 +119,7 @@ class LoraParameter(UpdatedWeightLayer):
             unchanged: Tensor = module(states, index, weights)
             return unchanged
         assert is_fused_experts(module)
-        self.routing.check_rows(route, states)
+        self.routing.check_rows(route, states, self)
         owner = None
         if len(slots) > 1:
             owner = torch.tensor([slots.index(slot) for slot in rows], device=states.device)

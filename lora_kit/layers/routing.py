@@ -176,7 +176,7 @@ class Routing:
 
     def end_forward(self, forward: ForwardScope) -> None:
         """Return to what was before a forward, or to what was chosen in it."""
-        forward.frame = None  # of contexts that were made meanwhile it is over, too
+        forward.finish()
         outer, forward.outer = forward.outer, None
         self._forward.set(outer)
         self._assign(outer.route if outer else self.stack.get_route())
@@ -224,7 +224,7 @@ class Routing:
         routes = [reference() for reference in self._live_routes.copy()]  # a copy, since other threads make routes
         return {slot for route in routes if route is not None for slot in route.slots}
 
-    def check_rows(self, route: Route, x: Tensor) -> None:
+    def check_rows(self, route: Route, x: Tensor, layer: nn.Module) -> None:
         """Check that an input x (n, ...) of a layer can be split into the rows of a route, in their order.
 
         Raises:
@@ -232,14 +232,14 @@ class Routing:
         """
         if not route.mixed:
             return
+        # Not `route.rows`: compiled code would have a guard on them, which fails for every other route.
+        rows = route.add_index(x.device).shape[0]
         if torch.compiler.is_compiling():  # which knows nothing of the forward that it belongs to
-            rows = route.index[x.device].shape[0]  # not `route.rows`, a guard on which would fail for every other route
             reason = f"was given a batch of {x.shape[0]}" if x.shape[0] % rows else None
         else:
-            rows = len(route.rows)
             forward = self._forward.get()
             if forward is not None and forward.batch is not None:
-                reason = forward.reason_not_by_row(x)
+                reason = forward.reason_not_by_row(x, layer)
             else:
                 reason = None if x.shape[0] == rows else f"was given a batch of {x.shape[0]}"
         if reason is not None:
@@ -269,15 +269,10 @@ class Routing:
             add_index(self._slot_index[slot], (slot,), device)
 
     def get_index(self, route: Route, x: Tensor) -> Tensor:
-        """Return the slots of a route as int64 on the device of x: (1,) while all rows use one, else (rows,).
-
-        Raises:
-            RoutingError: as `check_rows`.
-        """
+        """Return the slots of a route as int64 on the device of x: (1,) while all rows use one, else (rows,)."""
         index = route.add_index(x.device)
         if is_captured(x.device):
             index = self._captured[x.device, len(index)]
-        self.check_rows(route, x)
         return index
 
     def _write_captured(self, device: torch.device, route: Route) -> None:

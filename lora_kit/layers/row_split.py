@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from lora_kit.errors import RoutingError
-from lora_kit.layers.routing import Routing
+from lora_kit.layers.slot_layer import SlotLayer
 
 
 def forward_each_slot(
-    routing: Routing,
-    module: str,
+    layer: SlotLayer,
     slots: Sequence[int],
     args: tuple[object, ...],
     kwargs: Mapping[str, object],
@@ -23,21 +22,22 @@ def forward_each_slot(
     """Compute the rows of each slot by themselves, and return the outputs in the order of the batch.
 
     Args:
-        routing: of the layer.
-        module: name of the module's class, for the message.
+        layer: around the module.
         slots: of each of R rows.
         args: tensors (n, ...), where n is a multiple of R. kwargs: must be empty.
         forward: from a slot and its part of args, to a tensor or a tuple of tensors with as many entries.
 
     Raises:
-        RoutingError: the module was called with something other than such tensors, or these cannot be split into rows.
+        RoutingError: the module was called with something other than such tensors, or these cannot be split into the
+            rows.
     """
     if kwargs or not _is_batch(args):
+        module = type(layer.base_layer).__name__
         raise RoutingError(
             f"a {module} that takes more than tensors of tokens cannot serve rows of different adapters",
             hint="use() one adapter at a time",
         )
-    routing.check_rows(routing.get_route(), args[0])
+    layer.routing.check_rows(layer.routing.get_route(), args[0], layer)
     slot_of = torch.tensor(slots).repeat_interleave(args[0].shape[0] // len(slots))
     parts, order = list[object](), list[Tensor]()
     for slot in sorted(set(slots)):

@@ -31,10 +31,7 @@ class SavedModule(SlotLayer):
         if route.mixed:
             slots = [slot if self.entries[slot] else BASE_SLOT for slot in route.rows]
             if len(set(slots)) > 1:
-                name = type(self.base_layer).__name__
-                return forward_each_slot(
-                    self.routing, name, slots, args, kwargs, lambda slot, part: self._call_slot(slot, part, {})
-                )
+                return forward_each_slot(self, slots, args, kwargs, lambda slot, x: self._call_slot(slot, x, {}))
             return self._call_slot(slots[0], args, kwargs)
         if torch.compiler.is_compiling() and not self.trains:
             index = self.routing.get_index(route, self.scaling)

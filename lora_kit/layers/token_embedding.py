@@ -62,6 +62,9 @@ class _TokenLayer(SlotLayer):
         by_index = table.is_routed_by_index(route)
         if not by_index and (route.slot == BASE_SLOT or table.entries[route.slot] is None):
             return y
+        if not self.is_recorded() and not any(table.entries[slot] for slot in route.slots):
+            return y
+        self.routing.check_rows(route, x, self)
         if kind_of(self.base_layer) == "embedding":
             return self._look_up_tokens(route, y, x)
         return self._score_tokens_by_row(route, y, x) if by_index else self._score_tokens(route, y, x)
