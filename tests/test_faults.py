@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 import lora_kit as lk
-from lora_kit.adapter.folder import CONFIG, RECORD, WEIGHTS
+from lora_kit.adapter.adapter_record import RECORD, seal_record
+from lora_kit.adapter.folder import CONFIG, WEIGHTS
 from lora_kit.adapter.peft_keys import PREFIX
 from lora_kit.errors import BaseMismatchError, LoraKitError, StorageError
 from lora_kit.layers.linear import LoraLinear
@@ -243,7 +244,7 @@ def test_a_fingerprint_that_is_none_is_a_difference_and_no_crash(tmp_path: Path,
     folder = made_for(tiny.llama()).save(tmp_path / "x")
     record = json.loads((folder / RECORD).read_text())
     record["base"]["weights"] = weights
-    (folder / RECORD).write_text(json.dumps(record))
+    (folder / RECORD).write_bytes(seal_record(record))
     bank = lk.attach(tiny.llama(), slots=1)
     with pytest.raises(LoraKitError) as caught:
         bank.load("x", folder)

@@ -26,9 +26,9 @@ from lora_kit.adapter.adapter import Adapter
 from lora_kit.bank.attach import attach
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.data.batches import IGNORE_INDEX, Collator, EncodedDataset
-from lora_kit.data.chat import ChatTemplate
 from lora_kit.data.encode import encode
 from lora_kit.data.rows import read_rows
+from lora_kit.data.templates import ChatTemplate
 from lora_kit.errors import AdapterError, BaseModelError, DataError, LoraKitError, TargetError, VerificationError
 from lora_kit.evaluation.evaluate import evaluate
 from lora_kit.evaluation.measure import measure
@@ -597,7 +597,11 @@ TRAPS = (
     ),
     Trap(
         attention_reads_past,
-        (Mistake("targets.match:find_attention_internals", "isinstance(module, nn.MultiheadAttention)", "False"),),
+        (
+            Mistake(
+                "targets.bypassed_layers:find_bypassed_layers", "isinstance(module, nn.MultiheadAttention)", "False"
+            ),
+        ),
     ),
     Trap(
         past_a_wrapper,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -16,17 +17,16 @@ from typing import Any, Final
 from torch import Tensor
 
 from lora_kit.adapter.adapter_location import resolve_folder
+from lora_kit.adapter.adapter_record import RECORD, encode_record
 from lora_kit.adapter.folder import (
     ALLOWANCES,
     CARD,
     CONFIG,
-    RECORD,
     WEIGHTS,
     AdapterFolder,
     check_allowances,
     check_file_names,
     encode_config,
-    encode_record,
     is_adapter_folder,
 )
 from lora_kit.adapter.model_card import render_adapter_card
@@ -34,6 +34,7 @@ from lora_kit.adapter.peft_keys import LoraWeights, TokenEmbeddings, classify_te
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import AdapterError, LoraKitError, format_list
 from lora_kit.io.atomic_write import write_folder
+from lora_kit.io.portable_paths import make_folder_portable
 from lora_kit.io.safetensors import encode_safetensors, hash_tensors
 
 logger = logging.getLogger(__name__)
@@ -243,7 +244,7 @@ class Adapter:
         files: Mapping[str, bytes] | None = None,
         replace: bool = False,
     ) -> Path:
-        """Write the folder, all or nothing, synced to disk.
+        """Write the folder, all or nothing, synced to disk. No home folder is named in it.
 
         Args:
             folder: to write.
@@ -259,19 +260,20 @@ class Adapter:
             ConfigError: `record` is not JSON, or a name in `files` is not allowed for a further file.
         """
         folder = Path(folder)
-        facts = {**self.record, **(record or {})}
+        facts = _make_facts_portable({**self.record, **(record or {})})
+        config = _make_config_portable(self.config)
         contents = dict(files or {})
         check_file_names(contents)
         name = Path(os.path.abspath(folder)).name
         contents[CARD] = render_adapter_card(
             name,
-            self.config,
+            config,
             facts.get("metrics"),
             labels=facts.get("labels"),
             parameters=self.num_parameters,
             digest=self.digest,
         )
-        contents[CONFIG] = encode_config(self.config)
+        contents[CONFIG] = encode_config(config)
         contents[WEIGHTS] = b"".join(encode_safetensors(self.tensors))
         # Last, because it has the digests of the others.
         contents[RECORD] = encode_record(facts, contents, digest=self.digest)
@@ -281,6 +283,19 @@ class Adapter:
 
 def _rebuild_adapter(config: LoraConfig, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Adapter:
     return Adapter(config, tensors, record=record, allow=ALLOWANCES)
+
+
+def _make_config_portable(config: LoraConfig) -> LoraConfig:
+    base = config.base_model_name_or_path
+    return dataclasses.replace(config, base_model_name_or_path=make_folder_portable(base)) if base else config
+
+
+def _make_facts_portable(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the facts of a record with the name of the base as others read it."""
+    base = facts.get("base")
+    if not isinstance(base, Mapping) or not isinstance(base.get("name"), str):
+        return dict(facts)
+    return {**facts, "base": {**base, "name": make_folder_portable(base["name"])}}
 
 
 def _compute_digest(config: LoraConfig, weights_sha256: str) -> str:

@@ -1,24 +1,22 @@
-"""An adapter's folder: the names of its files, and the record of their digests in `lora_kit.json`.
+"""An adapter's folder: the names of its files, and how they are read before an adapter is made of them.
 
 The folder is PEFT's (`adapter_config.json`, `adapter_model.safetensors`, `README.md`) and one file more,
-`lora_kit.json`, with digests of the others, the adapter's identity and the fingerprint of its base.
-`adapters/README.md` describes every field.
+`lora_kit.json`, see `lora_kit.adapter.adapter_record`. `adapters/README.md` describes every field.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from lora_kit.adapter.adapter_record import RECORD, encode_json, find_changed_files, log_record_caveats, read_record
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import AdapterError, ConfigError, format_list
-from lora_kit.io.read import exists, folder_exists, read_json, read_text
+from lora_kit.io.read import exists, folder_exists, read_text
 from lora_kit.io.safetensors import ChunkCallback, WeightFileContents, read_pickle, read_safetensors
 from lora_kit.io.strict_json import JsonObject
 from lora_kit.io.text import escape_text, format_value
@@ -29,23 +27,11 @@ CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
 OLD_WEIGHTS: Final = "adapter_model.bin"
 CARD: Final = "README.md"
-RECORD: Final = "lora_kit.json"
-RECORD_FORMAT: Final = 2
-"""Version of `lora_kit.json`."""
 ALLOWANCES: Final = ("other-base", "extra-keys", "changed-files", "unmatched-targets")
 """What a caller may accept: another base than the adapter's, tensors beyond its config, files changed since they were
 saved; and names in its config that the model does not have, which are only warned about."""
 
 _CONFIG_LIMIT: Final = 2**20
-_RECORD_LIMIT: Final = 16 * 2**20
-_RECORD_TYPES: Final[Mapping[str, type]] = {
-    "base": dict,
-    "files": dict,
-    "labels": list,
-    "metrics": dict,
-    "recipe": dict,
-    "versions": dict,
-}
 
 
 def is_adapter_folder(folder: Path) -> bool:
@@ -116,8 +102,8 @@ class AdapterFolder:
             hint = f"these hold an adapter: {format_list(below)}" if below else "is it an adapter folder?"
             raise ConfigError(f"{shown} has no {CONFIG}", hint=hint)
         text = read_text(folder / CONFIG, limit=_CONFIG_LIMIT)
-        record = _read_record(folder)
-        facts = None if record is None or "changed-files" in allow else _file_facts_of(record, shown)
+        record = read_record(folder, allow=allow)
+        facts: JsonObject | None = None if record is None or "changed-files" in allow else record.get("files") or {}
         config = _parse_config(text, record, source=escape_text(folder / CONFIG))
         return cls(shown, text, config, record, facts, _find_weights_file(folder))
 
@@ -170,12 +156,20 @@ class AdapterFolder:
             logger.info(
                 "%s has no %s: neither its files nor the base it was made for can be checked", self.shown, RECORD
             )
+        else:
+            log_record_caveats(self.record, self.shown)
+        if self.facts is not None and CARD in self.facts:
+            self._log_changed_card(self.facts[CARD])
         if self.config.unknown_fields:
             names = [escape_text(name) for name in self.config.unknown_fields]
             logger.warning("%s: unknown fields are kept as they are: %s", self.shown, format_list(names))
         if self.config.fields_naming_code:
             names = self.config.fields_naming_code
             logger.info("%s: fields that name code are kept and not acted on: %s", self.shown, format_list(names))
+
+    def _log_changed_card(self, fact: object) -> None:
+        for name, change in find_changed_files(self.weights.parent, {"files": {CARD: fact}}).items():
+            logger.warning("%s/%s: %s since it was saved", self.shown, name, change)
 
 
 def _parse_config(text: str, record: JsonObject | None, *, source: str) -> LoraConfig:
@@ -186,28 +180,6 @@ def _parse_config(text: str, record: JsonObject | None, *, source: str) -> LoraC
             raise
         hint = "peft.PeftModel.from_pretrained loads it, as its model card shows"
         raise ConfigError(f"{error.message}; this one was trained by `method: peft`", hint=hint) from None
-
-
-def _read_record(folder: Path) -> JsonObject | None:
-    """Read `lora_kit.json`; None if the file does not exist."""
-    if not exists(folder / RECORD):
-        return None
-    record = read_json(folder / RECORD, limit=_RECORD_LIMIT)
-    for name, kind in _RECORD_TYPES.items():
-        if not isinstance(record.get(name), (kind, type(None))):
-            raise AdapterError(f"{escape_text(folder / RECORD)}: {name} is {format_value(record[name])}; it is damaged")
-    return record
-
-
-def _file_facts_of(record: JsonObject, shown: str) -> JsonObject:
-    """Return what a record says of the files beside it."""
-    if record.get("format") != RECORD_FORMAT:
-        raise AdapterError(
-            f"{shown}/{RECORD} has format {format_value(record.get('format'))}; format {RECORD_FORMAT} is read",
-            hint="allow 'changed-files' to read it unchecked, and save it again",
-        )
-    files: JsonObject | None = record.get("files")
-    return files or {}
 
 
 def _check_size(fact: object, size: int, shown: str) -> None:
@@ -238,14 +210,7 @@ def _find_weights_file(folder: Path) -> Path:
 
 def encode_config(config: LoraConfig) -> bytes:
     """Encode `adapter_config.json`."""
-    return _encode_json(config.to_dict(), CONFIG, _CONFIG_LIMIT)
-
-
-def encode_record(facts: Mapping[str, object], files: Mapping[str, bytes], *, digest: str) -> bytes:
-    """Encode `lora_kit.json`: facts, the adapter's digest, size and sha256 of the other files, and versions."""
-    sums = {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in files.items()}
-    own = {"format": RECORD_FORMAT, "digest": digest, "files": sums, "versions": _collect_versions()}
-    return _encode_json({**facts, **own}, RECORD, _RECORD_LIMIT)
+    return encode_json(config.to_dict(), CONFIG, limit=_CONFIG_LIMIT)
 
 
 def check_file_names(files: Iterable[str]) -> None:
@@ -253,32 +218,3 @@ def check_file_names(files: Iterable[str]) -> None:
     for name in files:
         if name in (CARD, CONFIG, WEIGHTS, OLD_WEIGHTS, RECORD) or name in ("", ".", "..") or set(name) & {"/", "\0"}:
             raise ConfigError(f"{format_value(name)} cannot be the name of a further file of an adapter")
-
-
-def _encode_json(value: object, name: str, limit: int) -> bytes:
-    """Encode a small file; raise ConfigError for one that could not be read again."""
-    try:
-        text = json.dumps(_replace_nonfinite(value), indent=2, sort_keys=name == RECORD, ensure_ascii=name != RECORD)
-        data = f"{text}\n".encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"the content of {name} is not JSON: {error}") from None
-    if len(data) > limit:
-        raise ConfigError(f"{name} would have {len(data):,} bytes; at most {limit:,} are read")
-    return data
-
-
-def _replace_nonfinite(value: object) -> object:
-    """Return null for NaN and infinity, which JSON does not have."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _replace_nonfinite(item) for key, item in value.items()}
-    return [_replace_nonfinite(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _collect_versions() -> dict[str, str]:
-    import torch
-
-    from lora_kit.version import __version__
-
-    return {"lora_kit": __version__, "torch": str(torch.__version__)}

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.adapter_location import label_adapter_folder
+from lora_kit.adapter.adapter_record import RECORD, find_changed_files
 from lora_kit.adapter.conversion.convert import read_foreign_adapter
-from lora_kit.adapter.folder import RECORD
 from lora_kit.adapter.peft_keys import LoraWeights
 from lora_kit.adapter.store import find_adapter, sum_file_sizes, to_json_value
 from lora_kit.config.lora_config import LoraConfig
@@ -78,6 +78,7 @@ class Inspection:
         digest: its identity.
         base: fingerprint of the base it was made for; None where it is not known.
         record: content of its `lora_kit.json`.
+        changed_files: files that are not as the record says, each with what happened to it; None without a record.
         notes: where another tool wrote it in its own format: how it was converted, and what its files do not say.
         tokens: the tokens that it has embeddings of, by path of the embedding or head.
     """
@@ -92,6 +93,7 @@ class Inspection:
     digest: str
     base: Mapping[str, object] | None
     record: Mapping[str, object]
+    changed_files: Mapping[str, str] | None = None
     notes: tuple[str, ...] = ()
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
@@ -133,6 +135,7 @@ def inspect(adapter: str | Path, *, store: str | Path = DEFAULT_STORE, allow: Co
         digest=loaded.digest,
         base=loaded.base if isinstance(loaded.base, Mapping) else None,
         record=loaded.record,
+        changed_files=find_changed_files(folder, dict(loaded.record)) if "files" in loaded.record else None,
         notes=notes,
         tokens={path: embeddings.indices for path, embeddings in loaded.tokens().items()},
     )

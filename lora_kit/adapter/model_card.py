@@ -6,6 +6,7 @@ Every text that others may have written (names, metrics) is escaped here.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
@@ -13,6 +14,9 @@ from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import format_list
 from lora_kit.io.text import escape_text
 
+_MARKUP: Final = re.compile(r"[\\`*\[\]|<>&]")
+"""Characters that begin markup: code, emphasis, links, pictures, table cells, tags and entities of HTML."""
+_ENTITIES: Final[Mapping[str, str]] = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
 _MAX_LABELS: Final = 50
 """Labels that a card lists."""
 
@@ -21,7 +25,7 @@ _MAX_LABELS: Final = 50
 
 def render_card(title: str, *sections: str) -> str:
     """Return a card in Markdown: its title, then its sections, an empty line between each two."""
-    return "\n\n".join([f"# {escape_text(title)}", *(section.strip("\n") for section in sections)]) + "\n"
+    return "\n\n".join([f"# {escape_markdown(title)}", *(section.strip("\n") for section in sections)]) + "\n"
 
 
 def format_front_matter(*, base: str | None, tag: str) -> str:
@@ -37,7 +41,7 @@ def format_front_matter(*, base: str | None, tag: str) -> str:
 
 def format_table(rows: Iterable[Sequence[object]], *, head: Sequence[str] = ("", "")) -> str:
     """Return a Markdown table; every cell is escaped."""
-    lines = [f"| {' | '.join(map(_escape_cell, row))} |" for row in (head, *rows)]
+    lines = [f"| {' | '.join(map(escape_markdown, row))} |" for row in (head, *rows)]
     return "\n".join([lines[0], f"|{'---|' * len(head)}", *lines[1:]])
 
 
@@ -58,8 +62,16 @@ def format_code(code: str) -> str:
     return f"```python\n{code}\n```"
 
 
-def _escape_cell(value: object) -> str:
-    return escape_text(value).replace("|", "\\|")
+def format_inline_code(code: object) -> str:
+    """Return text as code within a line of Markdown, whatever backticks are in it."""
+    text = escape_text(code)
+    fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
+    return f"{fence}{text}{fence}" if "`" not in text else f"{fence} {text} {fence}"
+
+
+def escape_markdown(value: object) -> str:
+    """Return text from outside so that neither Markdown nor HTML reads anything but text in it."""
+    return _MARKUP.sub(lambda match: _ENTITIES.get(match[0]) or f"\\{match[0]}", escape_text(value))
 
 
 # Code that loads it
@@ -121,7 +133,9 @@ def render_adapter_card(
         "A LoRA adapter trained with lora_kit.",
         format_table(rows),
         format_code(f"import lora_kit as lk\n\n{write_bank_loading_code(name, path)}")
-        + f"\nIt is in PEFT's format: `peft.PeftModel.from_pretrained(model, {path!r})` loads it as well.",
+        + "\nIt is in PEFT's format: "
+        + format_inline_code(f"peft.PeftModel.from_pretrained(model, {path!r})")
+        + " loads it as well.",
     )
     return (format_front_matter(base=config.base_model_name_or_path, tag="lora") + card).encode()
 

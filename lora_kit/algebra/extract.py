@@ -24,8 +24,9 @@ from lora_kit.io.text import escape_text
 from lora_kit.layers.introspect import features_of, is_stored_transposed, kind_of
 from lora_kit.merging.checkpoint.meta_model import MetaModel
 from lora_kit.targets.compatibility import match_adapter, select_module_tensors
-from lora_kit.targets.coverage import Coverage, LayerTarget, find_shortest_names
+from lora_kit.targets.coverage import Coverage, find_shortest_names
 from lora_kit.targets.fingerprint import fingerprint
+from lora_kit.targets.layer_target import LayerTarget
 
 logger = logging.getLogger(__name__)
 

@@ -18,6 +18,7 @@ from typing import Any, Final, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
 
 from lora_kit.bank.routes import RouteChoices
 from lora_kit.errors import RoutingError
@@ -56,7 +57,7 @@ class ForwardHooks:
         self._routing = routing
         self._is_part = is_part
 
-    def register(self, module: nn.Module) -> list[Any]:
+    def register(self, module: nn.Module) -> list[RemovableHandle]:
         """Register the hooks; return their handles."""
         return [
             module.register_forward_pre_hook(self.begin, with_kwargs=True),

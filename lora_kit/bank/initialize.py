@@ -27,7 +27,7 @@ from lora_kit.layers.linear import LoraLinear
 from lora_kit.layers.slot_layer import SlotLayer
 from lora_kit.layers.token_embedding import TOKEN_EMBEDDINGS, TOKEN_INDICES, TokenTable
 from lora_kit.ops.dora import dora_scale
-from lora_kit.targets.coverage import LayerTarget
+from lora_kit.targets.layer_target import LayerTarget
 
 
 def check_trainable(model: nn.Module, dtype: torch.dtype) -> None:

@@ -73,6 +73,7 @@ def _build_adapter_facts(inspection: Inspection) -> list[tuple[str, str]]:
         ),
         ("parameters", f"{inspection.parameters:,}"),
         ("size", format_size(inspection.bytes)),
+        ("files", _describe_files(inspection)),
         ("‖delta‖", f"{inspection.norm:.4g}"),
     ]
     facts += [("note", note) for note in inspection.notes]
@@ -81,6 +82,13 @@ def _build_adapter_facts(inspection: Inspection) -> list[tuple[str, str]]:
         for key, value in inspection.record.items()
         if key in ("recipe", "seed", "metrics", "created")
     ]
+
+
+def _describe_files(inspection: Inspection) -> str:
+    if inspection.changed_files is None:
+        return "no lora_kit.json: they cannot be checked"
+    changes = [f"{name} {change}" for name, change in inspection.changed_files.items()]
+    return format_list(changes) if changes else "as they were saved"
 
 
 def _describe_fingerprint(base: Mapping[str, object] | None) -> str:

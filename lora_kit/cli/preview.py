@@ -44,10 +44,11 @@ def preview(recipe: Path, /, *, row: int = 1, validation: Annotated[bool, Parame
 
 def _load_sample(path: Path, row: int, side: str) -> tuple[Tokenizer, EncodedDataset, str | None]:
     """Return the tokenizer of a recipe, the samples of one of its rows, and the label of that row, if there is one."""
-    from lora_kit.data.chat import chat_template
     from lora_kit.data.encode import encode_rows
-    from lora_kit.data.rows import collect_label_names, read_rows
+    from lora_kit.data.mixture import read_source
+    from lora_kit.data.rows import collect_label_names
     from lora_kit.data.sample_format import DEFAULT_MAX_LENGTH, SampleFormat
+    from lora_kit.data.templates import chat_template
     from lora_kit.models.loading import load_input_spec
     from lora_kit.training.recipe.load import load_recipe
 
@@ -55,7 +56,7 @@ def _load_sample(path: Path, row: int, side: str) -> tuple[Tokenizer, EncodedDat
     file = getattr(recipe.data, side)
     if file is None:
         raise DataError(f"{path} has no data.{side}")
-    rows = read_rows(file, split=side)
+    rows = read_source(file, split=side, seed=recipe.seed)
     if not 1 <= row <= len(rows):
         raise DataError(f"row {row} was asked for; {rows.path} has {len(rows):,}", hint="rows count from 1")
     reader = load_input_spec(recipe.base)
@@ -63,7 +64,9 @@ def _load_sample(path: Path, row: int, side: str) -> tuple[Tokenizer, EncodedDat
     template = None
     if rows.format == "chat":
         template = chat_template(recipe.data.chat_template, tokenizer, base=recipe.base)
-    names = collect_label_names(read_rows(recipe.data.train)) if any(rows.labels) else ()
+    names = (
+        collect_label_names(read_source(recipe.data.train, split="train", seed=recipe.seed)) if any(rows.labels) else ()
+    )
     sample_format = SampleFormat(
         max_length=recipe.data.max_length or min(limit, DEFAULT_MAX_LENGTH),
         separator=recipe.data.separator,

@@ -37,6 +37,7 @@ def train(
     Args:
         recipe: The file of the recipe.
     """
+    from lora_kit.data.mixture import list_files
     from lora_kit.training.plan.plan import plan
     from lora_kit.training.recipe.load import load_recipe
     from lora_kit.training.train import train as run
@@ -55,8 +56,9 @@ def train(
         report = run(resolved, replace=replace or force)
     print_table(("", ""), _build_train_facts(report))
     if resolved.method in ("lora", "features") and resolved.data.validation:
-        rows, adapter = shlex.quote(str(resolved.data.validation)), shlex.quote(str(report.out))
-        print_text(f"\nnext:\n  lora-kit eval {rows} --adapter {adapter} --compare")
+        adapter = shlex.quote(str(report.out))
+        files = [shlex.quote(file.path) for file in list_files(resolved.data.validation)]
+        print_text("\nnext:" + "".join(f"\n  lora-kit eval {file} --adapter {adapter} --compare" for file in files))
 
 
 def _take_switch(values: dict[str, str], name: str) -> bool:
@@ -91,6 +93,8 @@ def parse_recipe_flags(flags: Sequence[str]) -> dict[str, str]:
 
 
 def _format_headline(recipe: Recipe) -> str:
+    from lora_kit.data.mixture import describe_source
+
     lora = f" r={recipe.lora.r} alpha={recipe.lora.lora_alpha:g}" if recipe.method == "lora" else ""
     length = f"{recipe.train.get('num_train_epochs', 3):g} x the data"
     if recipe.train.get("max_steps", -1) > 0:
@@ -98,7 +102,7 @@ def _format_headline(recipe: Recipe) -> str:
     lora += f" {recipe.peft['peft_type']}" if recipe.method == "peft" else ""
     what = f"{recipe.task}, {recipe.method}{lora} on {recipe.base}"
     return escape_for_terminal(
-        f"{what}: {recipe.data.train}, {length}, learning rate {_format_rates(recipe)} -> {recipe.out}"
+        f"{what}: {describe_source(recipe.data.train)}, {length}, learning rate {_format_rates(recipe)} -> {recipe.out}"
     )
 
 
@@ -128,6 +132,8 @@ def _build_train_facts(report: TrainReport) -> list[tuple[str, str]]:
 def _build_plan_facts(plan: TrainPlan) -> list[tuple[str, str]]:
     data, steps, memory, measured = plan.data, plan.steps, plan.memory, plan.measured
     cut = f"; {data.cut:,} rows cut to fit {data.longest:,} tokens" if data.cut else ""
+    if data.divided:
+        cut += f"; {data.divided:,} conversations have a sample for each answer that is rendered differently later on"
     fewer = f" (memory ran out with {steps.micro_batch})" if measured.micro_batch != steps.micro_batch else ""
     speed, accumulation = measured.tokens / measured.seconds, -(-steps.batch // measured.micro_batch)
     estimate = [("weights", memory.weights), ("trained", memory.trained), ("gradients", memory.gradients),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from lora_kit.data.batches import IGNORE_INDEX, Collator, EncodedDataset
-from lora_kit.data.chat import ChatTemplate, chat_template
 from lora_kit.data.encode import encode
 from lora_kit.data.layouts import FORMATS
 from lora_kit.data.packing import PackedDataset, pack, reason_not_packable
@@ -12,6 +11,7 @@ from lora_kit.data.preparation.prepared_folder import Preparation
 from lora_kit.data.preview import Span, preview_sample
 from lora_kit.data.rows import Rows, Scan, collect_label_names, read_rows, scan_rows
 from lora_kit.data.sample_format import DEFAULT_MAX_LENGTH, SampleFormat
+from lora_kit.data.templates import ChatTemplate, chat_template
 from lora_kit.models.tasks import GENERATIVE_KINDS, NEXT, WORD
 
 __all__ = [

@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lora_kit.models.tasks import LABEL, TARGET
+from lora_kit.models.tasks import LABEL, LABEL_SET, TARGET, VALUE
 
 IGNORE_INDEX: Final = -100
 """The label of a position without a loss."""
+SAMPLE_WEIGHTS: Final = "sample_weights"
+"""The key of a batch under which the weights of its samples are; a model does not take it."""
+_FLOAT_KINDS: Final = (LABEL_SET, VALUE)
+"""The kinds whose labels are numbers to be predicted, not classes."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +27,14 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     Attributes:
         ids: tokens of all samples: int32 (tokens,).
         offsets: index of the first token of each sample, and the number of tokens: int64 (samples + 1,).
-        labels: labels of all samples, `IGNORE_INDEX` where there is no loss: int32 (labels,).
-        kind: `token` or `word`: one label for each token; `label`: one for each sample; `target`: one for each token
-            that a decoder shall write.
+        labels: labels of all samples, `IGNORE_INDEX` where there is no loss: int32 (labels,). Of the kind `label-set`
+            0 or 1 for each class, of the kind `value` a number: float32.
+        kind: `token` or `word`: one label for each token; `label` or `value`: one for each sample; `label-set`: one for
+            each class; `target`: one for each token that a decoder shall write.
         label_offsets: index of the first label of each sample, and the number of labels: int64 (samples + 1,).
+        types: which of two texts each token belongs to, as the model's `token_type_ids`: int8 (tokens,); None where the
+            tokenizer does not say.
+        weights: weight of each sample in the loss: float32 (samples,); None where each has the weight 1.
     """
 
     ids: Tensor
@@ -34,17 +42,27 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     labels: Tensor
     kind: str
     label_offsets: Tensor
+    types: Tensor | None = None
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return `input_ids`, int64 (length,), and `labels`, int64 (labels,), or () for a label of the whole text."""
-        labels = self.labels[_slice_at(self.label_offsets, index)].long()
-        return {
-            "input_ids": self.ids[_slice_at(self.offsets, index)].long(),
-            "labels": labels[0] if self.kind == LABEL else labels,
-        }
+        """Return `input_ids`, int64 (length,), and `labels`, int64 (labels,), or () for a label of the whole text.
+
+        Labels of the kinds `label-set` and `value` are float32: (classes,) and (). With types of tokens there is
+        `token_type_ids`, int64 (length,); with weights `sample_weights`, float32 ().
+        """
+        tokens = _slice_at(self.offsets, index)
+        labels = self.labels[_slice_at(self.label_offsets, index)]
+        labels = labels if self.kind in _FLOAT_KINDS else labels.long()
+        sample = {"input_ids": self.ids[tokens].long(), "labels": labels[0] if self.kind in (LABEL, VALUE) else labels}
+        if self.types is not None:
+            sample["token_type_ids"] = self.types[tokens].long()
+        if self.weights is not None:
+            sample[SAMPLE_WEIGHTS] = self.weights[index]
+        return sample
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return (self[index] for index in range(len(self)))
@@ -61,22 +79,61 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     @property
     def num_labels(self) -> int:
-        """Positions with a loss: tokens to be written, words, or texts."""
-        return int((self.labels != IGNORE_INDEX).sum())
+        """Positions with a loss: tokens to be written, words, texts, or the classes of all texts."""
+        return len(self.labels) if self.kind in _FLOAT_KINDS else int((self.labels != IGNORE_INDEX).sum())
+
+    def select(self, indices: Sequence[int]) -> EncodedDataset:
+        """Return the samples at these indices, in this order."""
+        chosen = [self[index] for index in indices]
+        samples = [(sample["input_ids"].tolist(), sample["labels"].reshape(-1).tolist()) for sample in chosen]
+        types = None if self.types is None else [sample["token_type_ids"].tolist() for sample in chosen]
+        weights = None if self.weights is None else self.weights[list(indices)].tolist()
+        return join_samples(samples, kind=self.kind, types=types, weights=weights)
 
 
 def _slice_at(offsets: Tensor, index: int) -> slice:
     return slice(int(offsets[index]), int(offsets[index + 1]))
 
 
-def join_samples(samples: Sequence[tuple[Sequence[int], Sequence[int]]], *, kind: str) -> EncodedDataset:
-    """Return samples of (tokens, labels) as one data set."""
+def join_samples(
+    samples: Sequence[tuple[Sequence[int], Sequence[float]]],
+    *,
+    kind: str,
+    types: Sequence[Sequence[int]] | None = None,
+    weights: Sequence[float] | None = None,
+) -> EncodedDataset:
+    """Return samples of (tokens, labels) as one data set.
+
+    Args:
+        types: of the tokens of each sample, as in `EncodedDataset`.
+        weights: of each sample.
+    """
+    dtype = torch.float32 if kind in _FLOAT_KINDS else torch.int32
     return EncodedDataset(
         ids=torch.tensor([token for ids, _ in samples for token in ids], dtype=torch.int32),
         offsets=_compute_offsets([len(ids) for ids, _ in samples]),
-        labels=torch.tensor([label for _, labels in samples for label in labels], dtype=torch.int32),
+        labels=torch.tensor([label for _, labels in samples for label in labels], dtype=dtype),
         kind=kind,
         label_offsets=_compute_offsets([len(labels) for _, labels in samples]),
+        types=None if types is None else torch.tensor([each for row in types for each in row], dtype=torch.int8),
+        weights=None if weights is None else torch.tensor(weights, dtype=torch.float32),
+    )
+
+
+def concatenate_samples(parts: Sequence[EncodedDataset]) -> EncodedDataset:
+    """Return the samples of several data sets of one kind as one; where some have weights, the others have 1."""
+    lengths = torch.cat([part.offsets.diff() for part in parts])
+    label_counts = torch.cat([part.label_offsets.diff() for part in parts])
+    types = [part.types for part in parts if part.types is not None]
+    weights = [torch.ones(len(part)) if part.weights is None else part.weights for part in parts]
+    return EncodedDataset(
+        ids=torch.cat([part.ids for part in parts]),
+        offsets=_compute_offsets(lengths.tolist()),
+        labels=torch.cat([part.labels for part in parts]),
+        kind=parts[0].kind,
+        label_offsets=_compute_offsets(label_counts.tolist()),
+        types=torch.cat(types) if types else None,
+        weights=torch.cat(weights) if any(part.weights is not None for part in parts) else None,
     )
 
 
@@ -102,8 +159,9 @@ class Collator:
         """Return a batch, all int64 (rows, longest).
 
         `labels` are (rows,) if each text has one label, and (rows, longest target) for a decoder, with
-        `decoder_input_ids` of that shape. Packed rows keep their `position_ids`; give a model those in place of the
-        mask.
+        `decoder_input_ids` of that shape; float32 (rows, classes) for sets of labels, and float32 (rows,) for numbers.
+        Packed rows keep their `position_ids`; give a model those in place of the mask. Weights of the samples are
+        `sample_weights`, float32 (rows,); a model does not take them.
         """
         ids = [sample["input_ids"] for sample in samples]
         labels = [sample["labels"] for sample in samples]
@@ -111,11 +169,16 @@ class Collator:
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
             "labels": torch.stack(labels)
-            if labels[0].ndim == 0
+            if labels[0].ndim == 0 or labels[0].is_floating_point()
             else pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
         }
         if self.decoder_inputs is not None:
             batch["decoder_input_ids"] = self.decoder_inputs(batch["labels"])
+        if SAMPLE_WEIGHTS in samples[0]:
+            batch[SAMPLE_WEIGHTS] = torch.stack([sample[SAMPLE_WEIGHTS] for sample in samples])
+        if "token_type_ids" in samples[0]:
+            types = [sample["token_type_ids"] for sample in samples]
+            batch["token_type_ids"] = pad_sequence(types, batch_first=True)
         if "position_ids" in samples[0]:
             # Positions of 0: every token of padding begins a sample of its own.
             batch["position_ids"] = pad_sequence([sample["position_ids"] for sample in samples], batch_first=True)

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from lora_kit.data.batches import EncodedDataset, join_samples
-from lora_kit.data.chat import ChatTemplate
+from lora_kit.data.batches import EncodedDataset, concatenate_samples, join_samples
 from lora_kit.data.records import LONG, Fault
 from lora_kit.data.row_encoders import (
     RowEncoder,
@@ -21,6 +20,7 @@ from lora_kit.data.row_encoders import (
 )
 from lora_kit.data.rows import Rows, build_fault_error
 from lora_kit.data.sample_format import SampleFormat
+from lora_kit.data.templates import ChatTemplate
 from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR
 from lora_kit.models.protocols import Tokenizer
 from lora_kit.models.tasks import CAUSAL_LM, LABEL, NEXT, SEQ2SEQ, TARGET, WORD
@@ -43,6 +43,8 @@ _CUT_MESSAGES: Final[Mapping[str, str]] = {
     "words": "texts were cut at the end, and the labels there are not learned,",
 }
 """What happens to rows that are too long, by format."""
+DIVIDED_MESSAGE: Final = "conversations have a sample for each answer that is rendered differently later on"
+"""What happens to conversations in which an answer is not what it was once the conversation goes on."""
 _CUT_SOURCE_MESSAGE: Final = "prompts were cut at the end"
 """What happens to prompts that are too long for an encoder."""
 
@@ -54,13 +56,15 @@ class EncodingResult:
     Attributes:
         encoded: the samples of all valid rows.
         lengths: tokens of each row before anything was cut; 0 for a conversation that cannot be trained on.
-        cut: lines of the rows that were cut or became several samples.
+        cut: lines of the rows that were cut or became several samples to fit.
+        divided: lines of the conversations in which answers have samples of their own; see `lora_kit.data.chat`.
         faults: the rows that cannot be trained on.
     """
 
     encoded: EncodedDataset
     lengths: tuple[int, ...]
     cut: tuple[int, ...]
+    divided: tuple[int, ...]
     faults: tuple[Fault, ...]
 
 
@@ -99,14 +103,19 @@ def encode(
 
 def encode_rows(rows: Rows, tokenizer: Tokenizer, sample_format: SampleFormat) -> EncodedDataset:
     """Return the samples of rows in a format; see `encode`, which documents the limits and raises the same errors."""
+    if rows.parts:
+        return concatenate_samples([encode_rows(part, tokenizer, sample_format) for part in rows.parts])
     result = encode_with_faults(rows, tokenizer, sample_format)
     if result.faults:
-        raise build_fault_error(rows.path, result.faults, hint=_suggest_fix(result.faults))
+        faults = list(dict.fromkeys(result.faults))  # a row of a mixture may be there several times
+        raise build_fault_error(rows.path, faults, hint=_suggest_fix(faults))
     if result.cut:
         level = logging.INFO if rows.format == "text" else logging.WARNING
         action = _CUT_SOURCE_MESSAGE if result.encoded.kind == TARGET else _CUT_MESSAGES[rows.format]
         limit = sample_format.max_length
         logger.log(level, "%s: %d of %d %s to fit %d tokens", rows.path, len(result.cut), len(rows), action, limit)
+    if result.divided:
+        logger.info("%s: %d of %d %s", rows.path, len(result.divided), len(rows), DIVIDED_MESSAGE)
     return result.encoded
 
 
@@ -125,6 +134,7 @@ def encode_with_faults(rows: Rows, tokenizer: Tokenizer, sample_format: SampleFo
         encoded=join_samples([sample for _, row in encoded for sample in row.samples], kind=kind),
         lengths=tuple(row.length for _, row in encoded),
         cut=tuple(line for line, row in encoded if row.cut),
+        divided=tuple(line for line, row in encoded if row.divided),
         faults=tuple(Fault(line, str(row.error), row.error.kind) for line, row in encoded if row.error),
     )
 

@@ -11,9 +11,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from lora_kit.data.parquet import resolve_class_names
 from lora_kit.data.readers import READABLE_SUFFIXES
 from lora_kit.data.records import Contents
-from lora_kit.data.tables import resolve_class_names
 from lora_kit.errors import DataError
 from lora_kit.models.silence import silence_datasets
 
@@ -55,7 +55,7 @@ def read_dataset(path: Path, *, split: str) -> Contents:
         hint = "owner/name:split or owner/name/config:split; what was read once needs no network (HF_HUB_OFFLINE=1)"
         message = f"{path}: no such file here, and no data set of the hub that can be read ({tried}): {reason}"
         raise DataError(message, hint=hint) from None
-    rows = resolve_class_names(dataset.to_list(), dataset.features)
+    rows = list(resolve_class_names(dataset.to_list(), dataset.features))
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")

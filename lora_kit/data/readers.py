@@ -3,23 +3,41 @@
 .jsonl .ndjson   one JSON object on each line
 .json            an array of JSON objects, or JSONL
 .csv .tsv        a header, then rows; see `lora_kit.data.tables`
-.parquet         one record for each row; the numbers of a ClassLabel of `datasets` become its names
+.parquet         one record for each row; see `lora_kit.data.parquet`
 .txt             paragraphs, separated by empty lines, each as `{"text": …}`
+
+Each of them but Parquet may be compressed by gzip, and is called `.jsonl.gz`, `.csv.gz` and so on then.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
+import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
-from lora_kit.data.records import NOT_UTF8, Contents, Fault, Parsed, Record, decode_utf8, reason_not_utf8
-from lora_kit.data.tables import parse_csv, parse_parquet, parse_tsv
+from lora_kit.data.parquet import parse_parquet
+from lora_kit.data.records import (
+    NOT_UTF8,
+    Contents,
+    Fault,
+    Parsed,
+    Record,
+    check_not_utf16,
+    decode_utf8,
+    reason_not_utf8,
+)
+from lora_kit.data.size_limits import check_file_size, unpack_gzip
+from lora_kit.data.tables import parse_csv, parse_tsv
 from lora_kit.errors import DataError, suggest_nearest
 
+GZIP: Final = ".gz"
+PARQUET: Final = ".parquet"
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 """Spreadsheets put it before a text in UTF-8, even where later lines are in another encoding."""
 _WHITE_SPACE: Final = re.compile(r"[ \t\r\n]*")
@@ -27,17 +45,38 @@ _WHITE_SPACE: Final = re.compile(r"[ \t\r\n]*")
 
 
 def read_file(path: Path, *, encoding: str = "utf-8") -> Contents:
-    """Read a file of rows; the ending of its name decides how it is parsed.
+    """Read a file of rows whole; the ending of its name decides how it is parsed.
 
     Raises:
-        DataError: the file is missing, is of an unknown kind, or cannot be parsed at all.
+        DataError: the file is missing, is of an unknown kind, is too large, or cannot be parsed at all.
     """
-    suffix = path.suffix.lower()
     contents = _read_bytes(path)
+    parse = find_parser(path)
+    text = unpack_gzip(path, contents) if path.suffix.lower() == GZIP else contents
+    if parse is not parse_parquet:
+        text = _convert_to_utf8(path, text, encoding)
+    records: list[Record] = []
+    faults: list[Fault] = []
+    for item in parse(path, io.BytesIO(text)):
+        faults.append(item) if isinstance(item, Fault) else records.append(item)
+    return Contents(records, faults, hashlib.sha256(contents).hexdigest())
+
+
+def find_parser(path: Path) -> Callable[[Path, BinaryIO], Parsed]:
+    """Return what parses a file, by the ending of its name.
+
+    Raises:
+        DataError: files with this ending are not read.
+    """
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    suffix = suffixes[-1] if suffixes else ""
+    if suffix == GZIP:
+        suffix = suffixes[-2] if len(suffixes) > 1 else ""
+        suffix = "" if suffix == PARQUET else suffix
     if suffix not in _PARSERS:
-        raise DataError(f"{path}: files of this kind are not read", hint=f"kinds: {' '.join(READABLE_SUFFIXES)}")
-    text = contents if suffix == ".parquet" else _convert_to_utf8(path, contents, encoding)
-    return Contents(*_PARSERS[suffix](path, text), hashlib.sha256(contents).hexdigest())
+        hint = f"kinds: {' '.join(READABLE_SUFFIXES)}, and .gz after them"
+        raise DataError(f"{path}: files of this kind are not read", hint=hint)
+    return _PARSERS[suffix]
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -46,6 +85,7 @@ def _read_bytes(path: Path) -> bytes:
             raise DataError(f"{path} is a folder", hint="give one file")
         if path.exists() and not path.is_file():
             raise DataError(f"{path} is not a regular file")
+        check_file_size(path, path.stat().st_size)
         return path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file", hint=_suggest_file(path)) from None
@@ -61,6 +101,8 @@ def _suggest_file(path: Path) -> str:
 
 def _convert_to_utf8(path: Path, contents: bytes, encoding: str) -> bytes:
     """Return the text in UTF-8, without a byte order mark."""
+    if encoding == "utf-8":
+        check_not_utf16(path, contents)
     contents = contents.removeprefix(_BYTE_ORDER_MARK)
     try:
         text = contents if encoding == "utf-8" else contents.decode(encoding).encode("utf-8")
@@ -74,49 +116,44 @@ def _convert_to_utf8(path: Path, contents: bytes, encoding: str) -> bytes:
 # JSON
 
 
-def _parse_jsonl(path: Path, contents: bytes) -> Parsed:
-    records: list[Record] = []
-    faults: list[Fault] = []
-    for number, line in enumerate(contents.split(b"\n"), start=1):
+def _parse_jsonl(path: Path, stream: BinaryIO) -> Parsed:
+    for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue
         try:
             item = json.loads(line.decode("utf-8"), object_pairs_hook=_build_unique_dict)
         except UnicodeDecodeError as error:
-            faults.append(Fault(number, f"{NOT_UTF8} at byte {error.start} of the line"))
+            yield Fault(number, f"{NOT_UTF8} at byte {error.start} of the line")
         except (RecursionError, ValueError) as error:
-            faults.append(Fault(number, _describe_json_error(error)))
+            yield Fault(number, _describe_json_error(error))
         else:
-            _append_record_or_fault(number, item, records, faults)
-    return records, faults
+            yield _build_record(number, item)
 
 
-def _parse_json(path: Path, contents: bytes) -> Parsed:
+def _parse_json(path: Path, stream: BinaryIO) -> Parsed:
     """Parse an array item by item, so that each has its number; parse JSONL under another name as JSONL."""
-    text = _JsonText(decode_utf8(path, contents))
+    contents = stream.read()
+    text = _JsonText(decode_utf8(contents))
     if not text.take("["):
-        return _parse_jsonl(path, contents)
-    records: list[Record] = []
-    faults: list[Fault] = []
+        yield from _parse_jsonl(path, io.BytesIO(contents))
+        return
     number, closed = 0, text.take("]")
     while not closed:
         number += 1
         try:
             item, source = text.take_item()
         except (RecursionError, ValueError) as error:
-            return records, [*faults, Fault(number, f"{_describe_json_error(error)}; nothing after it can be read")]
+            yield Fault(number, f"{_describe_json_error(error)}; nothing after it can be read")
+            return
         reason = reason_not_utf8(source)
-        if reason:
-            faults.append(Fault(number, reason))
-        else:
-            _append_record_or_fault(number, item, records, faults)
+        yield Fault(number, reason) if reason else _build_record(number, item)
         closed = text.take("]")
         if not closed and not text.take(","):
             what = f"not JSON: , or ] was expected after it in line {text.line}; nothing after it can be read"
-            return records, [*faults, Fault(number, what)]
+            yield Fault(number, what)
+            return
     if not text.at_end:
-        faults.append(Fault(number + 1, "there is text after the end of the array"))
-    return records, faults
+        yield Fault(number + 1, "there is text after the end of the array")
 
 
 class _JsonText:
@@ -158,11 +195,10 @@ class _JsonText:
         self._position = space.end()
 
 
-def _append_record_or_fault(line: int, item: object, records: list[Record], faults: list[Fault]) -> None:
+def _build_record(line: int, item: object) -> Record | Fault:
     if isinstance(item, dict):
-        records.append((line, item))
-    else:
-        faults.append(Fault(line, f"a JSON object was expected, found {type(item).__name__}"))
+        return line, item
+    return Fault(line, f"a JSON object was expected, found {type(item).__name__}")
 
 
 class _RepeatedKeyError(ValueError):
@@ -172,8 +208,8 @@ class _RepeatedKeyError(ValueError):
 def _build_unique_dict(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in keys if keys.count(key) > 1)
+        counts = Counter(key for key, _ in pairs)
+        repeated = next(key for key, count in counts.items() if count > 1)
         raise _RepeatedKeyError(f"the key {repeated!r} appears twice")
     return values
 
@@ -188,34 +224,27 @@ def _describe_json_error(error: Exception) -> str:
 # Text
 
 
-def _parse_txt(path: Path, contents: bytes) -> Parsed:
-    paragraphs: list[tuple[int, list[str]]] = []
-    within = False
-    for number, line in enumerate(decode_utf8(path, contents).replace("\r\n", "\n").split("\n"), start=1):
-        if line.strip() and within:
-            paragraphs[-1][1].append(line)
-        elif line.strip():
-            paragraphs.append((number, [line]))
-        within = bool(line.strip())
-    records: list[Record] = []
-    faults: list[Fault] = []
-    for number, lines in paragraphs:
-        text = "\n".join(lines)
-        reason = reason_not_utf8(text)
-        if reason:
-            faults.append(Fault(number, reason))
-        else:
-            records.append((number, {"text": text}))
-    return records, faults
+def _parse_txt(path: Path, stream: BinaryIO) -> Parsed:
+    first, lines = 0, list[str]()
+    for number, raw in enumerate(itertools.chain(stream, [b""]), start=1):
+        line = decode_utf8(raw).removesuffix("\n").removesuffix("\r")
+        if line.strip():
+            first = first if lines else number
+            lines.append(line)
+        elif lines:
+            text = "\n".join(lines)
+            reason = reason_not_utf8(text)
+            yield Fault(first, reason) if reason else (first, {"text": text})
+            lines = []
 
 
-_PARSERS: Final = {
+_PARSERS: Final[Mapping[str, Callable[[Path, BinaryIO], Parsed]]] = {
     ".jsonl": _parse_jsonl,
     ".ndjson": _parse_jsonl,
     ".json": _parse_json,
     ".csv": parse_csv,
     ".tsv": parse_tsv,
-    ".parquet": parse_parquet,
+    PARQUET: parse_parquet,
     ".txt": _parse_txt,
 }
 READABLE_SUFFIXES: Final = tuple(_PARSERS)

@@ -6,7 +6,7 @@ Text is read as UTF-8. A byte that is not UTF-8 makes its own row a fault, not t
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -44,8 +44,8 @@ Row = dict[str, Any]
 """A row of a file, by column: the values are whatever JSON, CSV or Parquet hold, and are checked by the layout."""
 Record = tuple[int, Row]
 """The line of a row (its number, where files of its kind have no lines), and the row."""
-Parsed = tuple[list[Record], list[Fault]]
-"""The rows of a file that could be parsed, and a fault for each that could not."""
+Parsed = Iterator[Record | Fault]
+"""The rows of a file in its order: each as a record, or as a fault where it could not be parsed."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,15 @@ class Contents:
     sha256: str
 
 
-def decode_utf8(path: Path, contents: bytes) -> str:
-    """Decode text, keeping bytes that are not UTF-8 as surrogates, so that only their own rows become faults.
-
-    Raises:
-        DataError: the whole file is in UTF-16.
-    """
+def check_not_utf16(path: Path, contents: bytes) -> None:
+    """Raise DataError for contents that begin as UTF-16 does."""
     if contents.startswith(_UTF16_MARKS):
         hint = "lora-kit prepare --encoding utf-16 reads it, if that is what it is"
         raise DataError(f"{path}:1: {NOT_UTF8} at byte 0 of the file", hint=hint)
+
+
+def decode_utf8(contents: bytes) -> str:
+    """Decode text, keeping bytes that are not UTF-8 as surrogates, so that only their own rows become faults."""
     return contents.decode("utf-8", "surrogateescape")
 
 

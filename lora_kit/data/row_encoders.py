@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from lora_kit.data.batches import IGNORE_INDEX
+from lora_kit.data.cells import RowError
 from lora_kit.data.chat import ChatEncoder
-from lora_kit.data.layouts import RowError
 from lora_kit.data.records import LONG
 from lora_kit.data.rows import Rows
 from lora_kit.data.sample_format import SampleFormat
@@ -31,6 +31,8 @@ from lora_kit.models.protocols import Tokenizer
 
 _TOKENIZER_BATCH: Final = 1024
 """Rows that the tokenizer encodes at once."""
+_TOKENIZER_CHARACTERS: Final = 2**20
+"""Characters that the tokenizer encodes at once, unless one text has more: each takes it some 150 bytes."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,14 @@ class EncodedRow:
         length: tokens of the row before anything was cut.
         samples: tokens and labels of each sample; none if there is an error.
         cut: whether the row was cut or became several samples.
+        divided: whether it became several samples because its template renders earlier answers differently later on.
         error: why the row cannot be trained on; None if it can.
     """
 
     length: int
     samples: Sequence[tuple[list[int], list[int]]] = ()
     cut: bool = False
+    divided: bool = False
     error: RowError | None = None
 
 
@@ -79,18 +83,22 @@ def encode_conversations(rows: Rows, tokenizer: Tokenizer, sample_format: Sample
     """Encode conversations: a long one is split between exchanges; see `ChatEncoder`."""
     if sample_format.template is None:
         raise DataError(f"{rows.path} holds conversations, and no chat template was given")
-    encoder = ChatEncoder(tokenizer, sample_format.template, max_length=sample_format.max_length)
-    for (messages,) in rows.values:
+    template, limit = sample_format.template, sample_format.max_length
+    encoder = ChatEncoder(tokenizer, template, max_length=limit, learn=sample_format.learn)
+    for (conversation,) in rows.values:
         try:
-            length, samples = encoder.encode(messages)
+            encoded = encoder.encode(conversation)
         except RowError as error:
             yield EncodedRow(0, error=error)
             continue
         labeled = [
-            (ids, [token if has_loss else IGNORE_INDEX for token, has_loss in zip(ids, loss_mask, strict=True)])
-            for ids, loss_mask in samples
+            (
+                each.ids,
+                [token if has_loss else IGNORE_INDEX for token, has_loss in zip(each.ids, each.loss_mask, strict=True)],
+            )
+            for each in encoded.samples
         ]
-        yield EncodedRow(length, labeled, cut=length > sample_format.max_length)
+        yield EncodedRow(encoded.length, labeled, cut=encoded.is_cut, divided=encoded.is_divided)
 
 
 def encode_plain_texts(rows: Rows, tokenizer: Tokenizer, sample_format: SampleFormat) -> Iterator[EncodedRow]:
@@ -220,10 +228,15 @@ def _describe_unknown_label(label: str, label2id: Mapping[str, int]) -> str:
 def _tokenize_batches(
     tokenizer: Tokenizer, texts: Sequence[str], *, side: Literal["text", "text_target"] = "text"
 ) -> Iterator[list[int]]:
-    for start in range(0, len(texts), _TOKENIZER_BATCH):
-        batch = {side: list(texts[start : start + _TOKENIZER_BATCH])}
-        # verbose=False: rows that are too long are cut and reported here, not by the tokenizer.
-        yield from tokenizer(**batch, add_special_tokens=False, verbose=False)["input_ids"]
+    start = size = 0
+    for end, text in enumerate([*texts, ""]):
+        is_full = end - start == _TOKENIZER_BATCH or (end > start and size + len(text) > _TOKENIZER_CHARACTERS)
+        if is_full or end == len(texts) > start:
+            # verbose=False: rows that are too long are cut and reported here, not by the tokenizer.
+            batch = {side: list(texts[start:end])}
+            yield from tokenizer(**batch, add_special_tokens=False, verbose=False)["input_ids"]
+            start, size = end, 0
+        size += len(text)
 
 
 def _find_eos(tokenizer: Tokenizer) -> int:

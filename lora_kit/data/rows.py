@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from lora_kit.data.cells import RowError
 from lora_kit.data.hub_datasets import is_dataset, read_dataset
-from lora_kit.data.layouts import LAYOUTS, Layout, RowError, RowValue, find_layout
+from lora_kit.data.layouts import LAYOUTS, Layout, RowValue, find_layout
 from lora_kit.data.readers import read_file
 from lora_kit.data.records import NOT_UTF8, OTHER_ENCODING_HINT, Fault, Record, Row
 from lora_kit.errors import DataError, format_list
@@ -34,6 +35,7 @@ class Rows:
         values: one tuple for each row; see `lora_kit.data.layouts`.
         lines: the line each row begins on, from 1; in a JSON array and in a Parquet file the number of the row.
         layout: the name of the layout of the columns; see `lora_kit.data.layouts`.
+        parts: the rows of each file, where there are several; then `path` names all of them.
     """
 
     path: Path
@@ -41,6 +43,7 @@ class Rows:
     values: tuple[RowValue, ...]
     lines: tuple[int, ...]
     layout: str = ""
+    parts: tuple[Rows, ...] = ()
 
     def __len__(self) -> int:
         return len(self.values)
@@ -55,7 +58,7 @@ class Rows:
     def only(self, indices: Sequence[int]) -> Rows:
         """Return the rows at these indices, in this order."""
         values = tuple(self.values[index] for index in indices)
-        return dataclasses.replace(self, values=values, lines=tuple(self.lines[index] for index in indices))
+        return dataclasses.replace(self, values=values, lines=tuple(self.lines[index] for index in indices), parts=())
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,7 @@ def _rename_columns(path: Path, records: Sequence[Record], names: Mapping[str, s
 
 
 def _require_layout(path: Path, row: Row) -> Layout:
-    layout = find_layout(list(row))
+    layout = find_layout(row)
     if layout is None:
         formats = "; ".join(" and ".join(layout.keys) for layout in LAYOUTS)
         hint = f"formats: {formats}. lora-kit prepare --rename mine=prompt gives columns other names"

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from lora_kit.data.chat import ChatTemplate
-from lora_kit.data.layouts import AnnotatedMessage
+from lora_kit.data.messages import ALL, Conversation, Message
 from lora_kit.data.rows import Rows
+from lora_kit.data.templates import ChatTemplate
 from lora_kit.errors import DataError
 from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR
 from lora_kit.models.tasks import CAUSAL_LM
@@ -30,6 +30,7 @@ class SampleFormat:
         separator: text between a prompt and its completion; not used for a prompt that an encoder reads.
         template: chat template; None without conversations.
         label2id: class of each label by its name; empty for rows without labels.
+        learn: which answers of a conversation are learned; see `lora_kit.data.messages.LEARN`.
         task: task of the model; `seq2seq` means that an encoder reads prompts and a decoder writes completions.
     """
 
@@ -37,6 +38,7 @@ class SampleFormat:
     separator: str = DEFAULT_SEPARATOR
     template: ChatTemplate | None = None
     label2id: Mapping[str, int] = field(default_factory=dict, hash=False)
+    learn: str = ALL
     task: str = CAUSAL_LM
 
     @property
@@ -57,14 +59,17 @@ def convert_rows(rows: Rows, style: PromptStyle) -> Rows:
         DataError: a conversation of several exchanges, and the style is not a chat template.
     """
     if isinstance(style, ChatTemplate) and rows.format == "completion":
-        conversations = tuple(((("user", prompt), ("assistant", completion)),) for prompt, completion in rows.values)
-        return dataclasses.replace(rows, format="chat", values=conversations)
+        values = tuple(
+            (Conversation((Message("user", prompt), Message("assistant", completion))),)
+            for prompt, completion in rows.values
+        )
+        return dataclasses.replace(rows, format="chat", values=values)
     if isinstance(style, str) and rows.format == "chat":
-        for line, (messages,) in zip(rows.lines, rows.values, strict=True):
-            roles = [role for role, _ in messages]
-            if roles != ["user", "assistant"] or any(isinstance(message, AnnotatedMessage) for message in messages):
+        for line, (conversation,) in zip(rows.lines, rows.values, strict=True):
+            roles = [message.role for message in conversation.messages]
+            if roles != ["user", "assistant"] or not conversation.is_plain:
                 hint = "an adapter that was trained on conversations brings one"
                 raise DataError(f"{rows.path}:{line}: a conversation, but there is no chat template for it", hint=hint)
-        pairs = tuple((messages[0][1], messages[1][1]) for (messages,) in rows.values)
+        pairs = tuple(tuple(message.content for message in conversation.messages) for (conversation,) in rows.values)
         return dataclasses.replace(rows, format="completion", values=pairs)
     return rows

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Final
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.adapter.folder import CARD, CONFIG, RECORD, WEIGHTS
+from lora_kit.adapter.adapter_record import RECORD
+from lora_kit.adapter.folder import CARD, CONFIG, WEIGHTS
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.demo.demo_report import TaskResult
 from lora_kit.demo.demo_tasks import TASKS, DemoRow

@@ -11,12 +11,13 @@ from typing import Final
 import yaml
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.data.chat import ChatTemplate, chat_template
 from lora_kit.data.layouts import FORMATS
+from lora_kit.data.messages import ALL, LEARN
 from lora_kit.data.rows import Rows
 from lora_kit.data.sample_format import DEFAULT_MAX_LENGTH, PromptStyle, SampleFormat
+from lora_kit.data.templates import ChatTemplate, chat_template
 from lora_kit.errors import AdapterError, DataError, format_list
-from lora_kit.generation.prompts import find_adapter_style, find_training_data
+from lora_kit.generation.prompts import build_recorded_template, find_adapter_style, find_training_data
 from lora_kit.io.read import read_text
 from lora_kit.models.heads import list_head_labels, name_head_labels
 from lora_kit.models.loading import Base
@@ -68,7 +69,10 @@ def resolve_sample_formats(
         if adapter is not None
     }
     default = next(iter(own.values()), None) or _find_base_format(base, rows, max_length)
-    formats = {label: own.get(label, _use_head_order(base, default)) for label in adapters}
+    learn = find_learn(adapters)
+    formats = {
+        label: dataclasses.replace(own.get(label, _use_head_order(base, default)), learn=learn) for label in adapters
+    }
     if base.task in LABEL_TASKS:
         size = base.model.config.num_labels
         for label, sample_format in formats.items():
@@ -76,6 +80,13 @@ def resolve_sample_formats(
                 message = f"adapter {label!r} has {len(sample_format.labels)} labels, the model's head {size}"
                 raise AdapterError(message, hint="evaluate adapters with other labels separately")
     return formats
+
+
+def find_learn(adapters: Mapping[str, Adapter | None]) -> str:
+    """Return which answers of conversations are measured: those that the first adapter was to learn, else all."""
+    records = [find_training_data(adapter) or {} for adapter in adapters.values() if adapter is not None]
+    learn = records[0].get("learn") if records else None
+    return learn if isinstance(learn, str) and learn in LEARN else ALL
 
 
 def _use_head_order(base: Base, sample_format: SampleFormat) -> SampleFormat:
@@ -89,16 +100,18 @@ def _use_head_order(base: Base, sample_format: SampleFormat) -> SampleFormat:
 def _find_adapter_format(base: Base, adapter: Adapter, max_length: int | None) -> SampleFormat:
     recorded = (find_training_data(adapter) or {}).get("max_length")
     labels = find_adapter_labels(adapter) or _find_model_labels(base)
-    return _build_format(base, find_adapter_style(adapter), _resolve_max_length(base, max_length, recorded), labels)
+    length = _resolve_max_length(base, max_length, recorded)
+    return _build_format(base, find_adapter_style(adapter), length, labels)
 
 
 def _find_base_format(base: Base, rows: Rows, max_length: int | None) -> SampleFormat:
     """Return the format of a base alone: that of the recipe that trained all its weights, else the default one."""
     recorded = _read_recipe_data(base)
-    separator, template = recorded.get("separator"), recorded.get("chat_template")
+    separator = recorded.get("separator")
+    template = build_recorded_template(recorded, f"the chat template of {base.name}")
     style: PromptStyle = "" if base.task == SEQ2SEQ else DEFAULT_SEPARATOR
-    if isinstance(template, str):
-        style = ChatTemplate(template, f"the chat template of {base.name}")
+    if template is not None:
+        style = template
     elif rows.format == "chat":
         style = chat_template(None, base.tokenizer, base=base.name)
     elif isinstance(separator, str):

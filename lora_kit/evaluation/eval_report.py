@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_kit.adapter.store import to_json_value
+from lora_kit.data.messages import Conversation
 from lora_kit.errors import StorageError
 from lora_kit.evaluation.generation_metrics import Prompt
 from lora_kit.io.atomic_write import stage_file
@@ -132,7 +133,7 @@ def _input_to_json(value: Prompt | tuple[str, ...]) -> object:
     """Return a text or words as they are, and a conversation as a list of messages."""
     if isinstance(value, str):
         return value
-    return [item if isinstance(item, str) else {"role": item[0], "content": item[1]} for item in value]
+    return value.to_json()["messages"] if isinstance(value, Conversation) else list(value)
 
 
 def collect_metric_names(results: Sequence[Result]) -> list[str]:

@@ -21,6 +21,7 @@ from lora_kit.errors import ConfigError, format_list
 from lora_kit.evaluation.adapter_format import (
     check_format,
     find_adapter_labels,
+    find_learn,
     find_task,
     resolve_sample_formats,
 )
@@ -110,7 +111,7 @@ def evaluate(
     rows = data if isinstance(data, Rows) else read_rows(data)
     task = _resolve_task(base, by_label, rows)
     names = validate_metrics(DEFAULT_METRICS[task] if metrics is None else metrics, task)
-    prompts = collect_eval_prompts(rows) if select_generation_metrics(names, task) else ()
+    prompts = _collect_prompts(rows, by_label) if select_generation_metrics(names, task) else ()
     if out is not None:
         _check_out(Path(out), names, task, replace=replace)
     loaded = _load_for_evaluation(base, by_label, task, quantize)
@@ -120,6 +121,10 @@ def evaluate(
     if out is not None:
         report.save(out, replace=replace)
     return report
+
+
+def _collect_prompts(rows: Rows, adapters: Mapping[str, Adapter | None]) -> tuple[EvalPrompt, ...]:
+    return collect_eval_prompts(rows, learn=find_learn(adapters))
 
 
 def _read_adapters(

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from lora_kit.bank.bank import AdapterBank
-from lora_kit.data.chat import ChatTemplate
-from lora_kit.data.layouts import Message, is_learned_answer
+from lora_kit.data.messages import ALL, Conversation, find_learned_answers
 from lora_kit.data.rows import Rows
 from lora_kit.data.sample_format import PromptStyle
+from lora_kit.data.templates import ChatTemplate
 from lora_kit.errors import ConfigError, DataError
 from lora_kit.generation.decoding import Completion, Sampling, generate_batch
 from lora_kit.generation.generate import route_rows
@@ -25,7 +25,7 @@ from lora_kit.torch_utils import use_autocast, use_eval_mode
 
 logger = logging.getLogger(__name__)
 
-Prompt = str | tuple[Message, ...]
+Prompt = str | Conversation
 """A text, or a conversation so far."""
 
 
@@ -66,8 +66,11 @@ class GenerationTask:
         return [prompt.references for prompt in self.prompts]
 
 
-def collect_eval_prompts(rows: Rows) -> tuple[EvalPrompt, ...]:
+def collect_eval_prompts(rows: Rows, *, learn: str = ALL) -> tuple[EvalPrompt, ...]:
     """Return the prompts of a file, each once; in a conversation every answer follows everything before it.
+
+    Args:
+        learn: which answers of a conversation count; see `lora_kit.data.messages.LEARN`.
 
     Raises:
         DataError: rows of this format have no prompts.
@@ -77,9 +80,8 @@ def collect_eval_prompts(rows: Rows) -> tuple[EvalPrompt, ...]:
         if rows.format == "completion":
             answers.setdefault(value[0], []).append((value[1], line))
         elif rows.format == "chat":
-            for number, message in enumerate(value[0]):
-                if is_learned_answer(message):
-                    answers.setdefault(value[0][:number], []).append((message[1], line))
+            for number in find_learned_answers(value[0], learn):
+                answers.setdefault(value[0].until(number), []).append((value[0].messages[number].content, line))
         else:
             raise DataError(
                 f"{rows.path} has rows of the format {rows.format}, which have no prompts",
@@ -127,10 +129,10 @@ def _convert_prompt(prompt: EvalPrompt, style: PromptStyle) -> Prompt:
     """Return a prompt as the style takes it: without a chat template, a single message is a text."""
     if isinstance(style, ChatTemplate) or isinstance(prompt.prompt, str):
         return prompt.prompt
-    if len(prompt.prompt) != 1:
+    if len(prompt.prompt.messages) != 1 or not prompt.prompt.is_plain:
         message = f"line {prompt.lines[0]} is a conversation, but there is no chat template for it"
         raise DataError(message, hint="an adapter that was trained on conversations brings one")
-    return prompt.prompt[0][1]
+    return prompt.prompt.messages[0].content
 
 
 def _cut_prompt(base: Base, row: EncodedPrompt, budget: int) -> EncodedPrompt:

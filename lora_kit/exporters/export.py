@@ -14,13 +14,14 @@ from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.adapter_like import AdapterLike
 from lora_kit.adapter.adapter_location import resolve_adapter
 from lora_kit.adapter.folder import ALLOWANCES
-from lora_kit.adapter.model_card import format_table, render_card
+from lora_kit.adapter.model_card import escape_markdown, format_table, render_card
 from lora_kit.adapter.store import sum_file_sizes, to_json_value
 from lora_kit.algebra.sources import SourceAdapter
 from lora_kit.errors import ConfigError, ExportError, format_list, suggest_nearest
 from lora_kit.exporters import llama_cpp, mlx, ollama, servers
 from lora_kit.exporters.plain_lora import ExportCase
 from lora_kit.io.atomic_write import check_output, stage_folder
+from lora_kit.io.portable_paths import make_folder_portable
 from lora_kit.io.text import escape_text
 from lora_kit.merging.merge import merge
 from lora_kit.models.infer_base import NamedBase
@@ -208,7 +209,12 @@ def export(
     with stage_folder(out, replace=replace, owned=is_export, needed=2 * source.adapter.nbytes) as folder:
         _TARGETS[target].write(case, folder)
         (folder / CARD).write_text(_format_card(case, verdict), "utf-8")
-        record = {"adapter": source.adapter.digest, "base": case.base, "changed": verdict.changed, "target": target}
+        record = {
+            "adapter": source.adapter.digest,
+            "base": case.base and make_folder_portable(case.base),
+            "changed": verdict.changed,
+            "target": target,
+        }
         (folder / RECORD).write_text(f"{json.dumps(record, indent=2)}\n", "utf-8")
         size = sum_file_sizes(folder)
     return Export(out, target, verdict.changed, size)
@@ -246,9 +252,9 @@ def _judge_case(case: ExportCase, target: str, limit: int | None, allow: Collect
     if target == MERGED:
         return Verdict(MERGED, "any reader", (), (), ("the base, to merge into",))
     program, config = _TARGETS[target], case.adapter.config
-    if program.plain and config.target_parameters:
-        reason = f"target_parameters: {format_list(config.target_parameters)} would be left out"
-        return Verdict(target, program.reader, (reason,), (), ())
+    unlike_layers = tuple(servers.find_unlike_layers(case)) if program.plain else ()
+    if unlike_layers:
+        return Verdict(target, program.reader, unlike_layers, (), ())
     if program.plain:
         case.check_base(allow)
     unsupported = [] if program.dora else list(servers.find_dora(case))
@@ -273,7 +279,7 @@ def _export_merged(case: ExportCase, out: Path, *, replace: bool, allow: Collect
 
 def _format_card(case: ExportCase, verdict: Verdict) -> str:
     goal = _TARGETS[verdict.target]
-    rows = [("base", case.base or "unknown"), ("adapter", case.adapter.digest)]
+    rows = [("base", make_folder_portable(case.base) if case.base else "unknown"), ("adapter", case.adapter.digest)]
     if goal.plain:
         rows.append(("rank, alpha", f"{case.plain.rank}, {case.plain.alpha}"))
     return render_card(
@@ -282,5 +288,5 @@ def _format_card(case: ExportCase, verdict: Verdict) -> str:
         format_table(rows),
         "Exported by lora_kit; the updates are the adapter's own. What was rewritten so that this reader does not "
         "pass over it:",
-        "\n".join(f"- {change}" for change in verdict.changed or ("nothing",)),
+        "\n".join(f"- {escape_markdown(change)}" for change in verdict.changed or ("nothing",)),
     )

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from lora_kit.adapter.model_card import format_inline_code
 from lora_kit.adapter.peft_keys import LoraWeights
 from lora_kit.errors import ExportError, format_list
 from lora_kit.exporters.plain_lora import ConfigFields, ExportCase
@@ -141,10 +142,9 @@ def _import_gguf() -> Any:
 
 def format_command(case: ExportCase) -> str:
     """Return the command that loads it, in Markdown."""
-    assert case.out is not None
     note = _KIT_BASE_NOTE if case.base == KIT_BASE else ""
     return f"""```sh
-llama-server -m base.gguf --lora {quote(str(case.out / GGUF_FILE))}
+llama-server -m base.gguf --lora {quote(f"{case.folder}/{GGUF_FILE}")}
 ```
-`base.gguf` is the base `{case.base_name}`, converted by llama.cpp's `convert_hf_to_gguf.py`; it may be
-quantized.{note}"""
+`base.gguf` is the base {format_inline_code(case.base_name)}, converted by llama.cpp's
+`convert_hf_to_gguf.py`; it may be quantized.{note}"""

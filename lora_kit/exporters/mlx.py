@@ -60,5 +60,5 @@ def write(case: ExportCase, folder: Path) -> None:
 def format_command(case: ExportCase) -> str:
     """Return the command that loads it, in Markdown."""
     return f"""```sh
-mlx_lm.generate --model {quote(case.base_name)} --adapter-path {quote(str(case.out))} --prompt "..."
+mlx_lm.generate --model {case.base_argument} --adapter-path {quote(case.folder)} --prompt "..."
 ```"""

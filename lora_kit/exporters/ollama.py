@@ -15,6 +15,7 @@ from typing import Final
 
 from lora_kit.exporters import llama_cpp
 from lora_kit.exporters.plain_lora import ExportCase
+from lora_kit.io.text import escape_text
 from lora_kit.models.locate import find_base
 
 MODELFILE: Final = "Modelfile"
@@ -45,8 +46,9 @@ def list_requirements(case: ExportCase) -> list[str]:
 
 def format_command(case: ExportCase) -> str:
     """Return the command that loads it, in Markdown."""
+    name = quote(escape_text(case.name))
     return f"""```sh
-cd {quote(str(case.out))} && ollama create {quote(case.name)} -f {MODELFILE} && ollama run {quote(case.name)}
+cd {quote(case.folder)} && ollama create {name} -f {MODELFILE} && ollama run {name}
 ```
 This needs Ollama up to {_LAST_VERSION}: later ones create no model from an adapter. There, merge the adapter, convert
 the model with llama.cpp's `convert_hf_to_gguf.py`, and let `FROM` name that file.

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.peft_keys import LoraWeights
 from lora_kit.errors import BaseModelError, ExportError, MergeError
+from lora_kit.io.portable_paths import make_folder_portable
 from lora_kit.io.safetensors import encode_safetensors
 from lora_kit.io.text import escape_text
 from lora_kit.merging.checkpoint.meta_model import TaskHead, build_empty_model
@@ -112,17 +113,29 @@ class ExportCase:
         if self.base is None or not self.known:
             return self.base
         folder = find_local_folder(self.base)
-        return self.base if folder is None else str(folder.resolve())
+        return self.base if folder is None else make_folder_portable(str(folder.resolve()))
 
     @property
     def base_name(self) -> str:
-        """The base, for a command line."""
+        """The base, for messages and code."""
         return escape_text(self.base_path or "BASE")
+
+    @property
+    def base_argument(self) -> str:
+        """The base, quoted for a command line; a shell expands `~` only outside of quotes."""
+        name = self.base_name
+        return f"~/{quote(name[2:])}" if name.startswith("~/") else quote(name)
+
+    @property
+    def folder(self) -> str:
+        """The folder that is written, as a command line names it; relative to the project where it is in a home."""
+        portable = make_folder_portable(str(self.out))
+        return escape_text(Path(portable).name if portable.startswith("~") else portable)
 
     @property
     def server_argument(self) -> str:
         """`name=folder`, the form in which servers take an adapter on their command line."""
-        return quote(f"{self.name}={self.out}")
+        return quote(escape_text(f"{self.name}={self.folder}"))
 
     @functools.cached_property
     def base_config(self) -> ConfigFields | None:

@@ -19,10 +19,10 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from shlex import quote
 from typing import Final
 
 from lora_kit.adapter.folder import CONFIG, WEIGHTS
+from lora_kit.adapter.model_card import format_inline_code
 from lora_kit.adapter.peft_keys import lora_weight_keys
 from lora_kit.errors import format_list
 from lora_kit.exporters.plain_lora import ExportCase, write_json, write_tensors
@@ -51,16 +51,25 @@ def find_dora(case: ExportCase) -> Iterator[str]:
         yield "use_dora: a DoRA rescales every row of the whole weight; merge it instead"
 
 
+def find_unlike_layers(case: ExportCase) -> Iterator[str]:
+    """Yield what an adapter has besides LoRA weights of linear layers and embeddings: only PEFT reads it."""
+    config, adapter = case.adapter.config, case.adapter
+    if config.target_parameters:
+        yield f"target_parameters: {format_list(config.target_parameters)} would be left out"
+    if adapter.tokens():
+        yield f"trainable_token_indices: those of {format_list(sorted(adapter.tokens()))} would be left out"
+    for path, weights in adapter.all_pairs().items():
+        if weights.kind not in ("linear", "embedding", "parameter"):
+            yield f"target_modules: {path} is neither a linear layer nor an embedding"
+
+
 def find_unsupported_by_all(case: ExportCase) -> Iterator[str]:
     """Yield what no program but PEFT can read."""
     config = case.adapter.config
     if config.modules_to_save:
         yield f"modules_to_save: {format_list(config.modules_to_save)} would be left out; merge it instead"
-    pairs = case.adapter.pairs()
-    if not pairs:
+    if not case.adapter.pairs():
         yield "target_modules: there are no LoRA weights"
-    for path in (path for path, weights in pairs.items() if weights.kind not in ("linear", "embedding")):
-        yield f"target_modules: {path} is neither a linear layer nor an embedding; merge it instead"
 
 
 def find_unsupported_by_vllm(case: ExportCase) -> Iterator[str]:
@@ -165,20 +174,23 @@ def format_peft_command(case: ExportCase) -> str:
     task = find_task_by_peft_type(case.adapter.config.task_type) or TASK_SPECS[CAUSAL_LM]
     labels = case.adapter.record.get("labels")
     count = f", num_labels={len(labels)}" if isinstance(labels, list) and not task.is_generative else ""
+    base = repr(case.base_name)
+    if case.base_name.startswith("~/"):
+        base = f"os.path.expanduser({base})"
     return f"""```python
-import peft, transformers
+import os, peft, transformers
 
-model = transformers.{task.auto_class}.from_pretrained({case.base_name!r}{count})
-model = peft.PeftModel.from_pretrained(model, {str(case.out)!r})
+model = transformers.{task.auto_class}.from_pretrained({base}{count})
+model = peft.PeftModel.from_pretrained(model, {case.folder!r})
 ```"""
 
 
 def format_vllm_command(case: ExportCase) -> str:
     limits = f"--max-loras 2 --max-lora-rank {choose_vllm_rank(case.plain.rank)}"
     return f"""```sh
-vllm serve {quote(case.base_name)} --enable-lora {limits} --lora-modules {case.server_argument}
+vllm serve {case.base_argument} --enable-lora {limits} --lora-modules {case.server_argument}
 ```
-Requests name it as their model: `"model": {json.dumps(case.name)}`.
+Requests name it as their model: {format_inline_code(f'"model": {json.dumps(case.name)}')}.
 
 `--max-loras` is one more than there are adapters. With exactly as many, vLLM (seen in 0.32 on a CPU)
 answers requests to the base with the adapter of the last slot when they share a batch with requests to adapters:
@@ -188,16 +200,16 @@ answers requests to the base with the adapter of the last slot when they share a
 def format_sglang_command(case: ExportCase) -> str:
     options = f"--enable-lora --lora-paths {case.server_argument}"
     return f"""```sh
-python -m sglang.launch_server --model-path {quote(case.base_name)} {options}
+python -m sglang.launch_server --model-path {case.base_argument} {options}
 ```
-Requests to `/generate` name it: `"lora_path": {json.dumps(case.name)}`."""
+Requests to `/generate` name it: {format_inline_code(f'"lora_path": {json.dumps(case.name)}')}."""
 
 
 def format_tgi_command(case: ExportCase) -> str:
     return f"""```sh
-text-generation-launcher --model-id {quote(case.base_name)} --lora-adapters {case.server_argument}
+text-generation-launcher --model-id {case.base_argument} --lora-adapters {case.server_argument}
 ```
-Requests name it among their parameters: `"adapter_id": {json.dumps(case.name)}`."""
+Requests name it among their parameters: {format_inline_code(f'"adapter_id": {json.dumps(case.name)}')}."""
 
 
 def list_vllm_requirements(case: ExportCase) -> list[str]:

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.data.chat import ChatTemplate
-from lora_kit.data.layouts import Message
+from lora_kit.data.answer_ends import find_template_ends
+from lora_kit.data.messages import Conversation, Message
 from lora_kit.data.sample_format import PromptStyle
+from lora_kit.data.templates import ChatTemplate
 from lora_kit.errors import DataError
 from lora_kit.models.loading import Base
 from lora_kit.models.prompt_tokens import (
@@ -36,7 +37,7 @@ class EncodedPrompt:
     ends: frozenset[int]
 
 
-def encode_prompt(base: Base, prompt: str | Sequence[Message], style: PromptStyle) -> EncodedPrompt:
+def encode_prompt(base: Base, prompt: str | Conversation, style: PromptStyle) -> EncodedPrompt:
     """Encode a prompt, or a conversation so far, in the style of an adapter.
 
     Args:
@@ -47,13 +48,11 @@ def encode_prompt(base: Base, prompt: str | Sequence[Message], style: PromptStyl
     """
     tokenizer, ends = base.tokenizer, find_end_tokens(base)
     if isinstance(style, ChatTemplate):
-        messages = [("user", prompt)] if isinstance(prompt, str) else prompt
-        for _, content in messages:
-            _require_utf8(content)
-        text = style.render_prompt(tokenizer, messages)
+        conversation = Conversation((Message("user", prompt),)) if isinstance(prompt, str) else prompt
+        text = _require_utf8(style.render_prompt(tokenizer, conversation))
         # The template decides about the BOS.
         ids = tokenize_text(tokenizer, text)
-        ends |= {style.find_end_token(tokenizer)}
+        ends |= find_template_ends(style, tokenizer)
     else:
         assert isinstance(prompt, str)
         text = render_prompt(_require_utf8(prompt), separator=style)
@@ -111,8 +110,15 @@ def find_separator(adapter: Adapter) -> str:
 
 def find_template(adapter: Adapter) -> ChatTemplate | None:
     """Return the chat template of the adapter's training, or None if it was not trained on conversations."""
-    text = (find_training_data(adapter) or {}).get("chat_template")
-    return ChatTemplate(text, "the chat template in the adapter's record") if isinstance(text, str) else None
+    return build_recorded_template(find_training_data(adapter) or {}, "the chat template in the adapter's record")
+
+
+def build_recorded_template(data: Mapping[str, object], name: str) -> ChatTemplate | None:
+    """Return the chat template in the `data` section of a resolved recipe, or None if it has none."""
+    text, variables = data.get("chat_template"), data.get("chat_template_kwargs")
+    if not isinstance(text, str):
+        return None
+    return ChatTemplate(text, name, variables if isinstance(variables, Mapping) else {})
 
 
 def find_training_data(adapter: Adapter) -> Mapping[str, object] | None:

@@ -18,6 +18,7 @@ from lora_kit.adapter.adapter_like import AdapterLike
 from lora_kit.adapter.folder import ALLOWANCES
 from lora_kit.errors import ConfigError, MergeError, format_list
 from lora_kit.io.atomic_write import check_output, check_path, stage_folder
+from lora_kit.io.portable_paths import make_folder_portable
 from lora_kit.merging import model_files, preflight, quantized_base
 from lora_kit.merging.checkpoint.bnb_weights import QuantizedWeight
 from lora_kit.merging.checkpoint.meta_model import MetaModel, TaskHead, build_meta_model
@@ -288,6 +289,7 @@ def _write_record(folder: Path, report: MergeReport, *, base: Mapping[str, Any],
     """Write the model card and, last, the record that marks a folder as a finished merge."""
     (folder / model_files.CARD).write_bytes(report.page().encode())
     fields = {key: value for key, value in report.to_json().items() if key not in ("out", "bytes", "seconds")}
+    base = {**base, "name": make_folder_portable(str(base["name"]))}
     record = {**fields, "format": RECORD_FORMAT, "base": base, "merged": [*earlier, *report.adapters]}
     text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False)
     (folder / preflight.MERGE_RECORD).write_bytes(f"{text}\n".encode())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lora_kit.adapter.model_card import format_table, render_card
+from lora_kit.io.portable_paths import make_folder_portable
 from lora_kit.layers.fold import Retention
 from lora_kit.merging.writing.hashing_file import FileDigest
 
@@ -94,7 +95,7 @@ class MergeReport:
             digest[:12] + (f" × {weight:g}" if weight != 1 else "") for digest, weight in self.adapters.items()
         )
         facts = [
-            ("base", self.base),
+            ("base", make_folder_portable(self.base)),
             ("adapters", adapters),
             ("dtype", self.dtype),
             *([("quantized base", f"merged into the {self.quantized} weights")] if self.quantized else []),

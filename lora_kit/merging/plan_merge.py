@@ -23,7 +23,7 @@ from lora_kit.merging.checkpoint.shards import Shard
 from lora_kit.merging.new_token_rows import TokenEmbeddingsByKey, add_token_embeddings, has_equal_rows
 from lora_kit.merging.planned_tensors import MergePlan, PlannedTensor, WeightedAdapter, WeightUpdate
 from lora_kit.targets.compatibility import match_adapter
-from lora_kit.targets.coverage import LayerTarget
+from lora_kit.targets.layer_target import LayerTarget
 
 _FOLDABLE_DTYPES: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -21,12 +21,15 @@ class Tokenizer(Protocol):
     pad_token: str | None
     all_special_ids: list[int]
     chat_template: str | dict[str, str] | None
+    special_tokens_map: dict[str, str]
     is_fast: bool
     model_max_length: int
 
     def __call__(self, text: object = ..., text_pair: object = ..., **options: object) -> BatchEncoding: ...
 
     def __len__(self) -> int: ...
+
+    def __hash__(self) -> int: ...
 
     def decode(self, token_ids: object, **options: object) -> str: ...
 

@@ -12,11 +12,30 @@ CLASSIFY: Final = "classify"
 TOKENS: Final = "tokens"
 SEQ2SEQ: Final = "seq2seq"
 
-NEXT, LABEL, WORD, TARGET = "token", "label", "word", "target"
-"""Kinds of samples: each token is the label of the position before it; one label for the whole text; a label on the
-first token of each word; an input for an encoder and the tokens that a decoder is to generate."""
+NEXT, LABEL, LABEL_SET, VALUE, WORD, TARGET = "token", "label", "label-set", "value", "word", "target"
+"""Kinds of samples: each token is the label of the position before it; one label for the whole text, any number of
+labels, or a number; a label on the first token of each word; an input for an encoder and the tokens that a decoder is
+to generate."""
 GENERATIVE_KINDS: Final = (NEXT, TARGET)
 """The kinds whose labels are tokens that a model generates."""
+TEXT_KINDS: Final = (LABEL, LABEL_SET, VALUE)
+"""The kinds of whole texts, of which a model predicts something: those of task `classify`, one for each problem."""
+
+SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single-label", "multi-label", "regression"
+PROBLEMS: Final = (SINGLE_LABEL, MULTI_LABEL, REGRESSION)
+"""What task `classify` predicts of a text: exactly one label; any number of labels, each by itself; a number."""
+PROBLEM_KINDS: Final[Mapping[str, str]] = MappingProxyType(dict(zip(PROBLEMS, TEXT_KINDS, strict=True)))
+"""The kind of the samples of each problem."""
+PROBLEM_TYPES: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        SINGLE_LABEL: "single_label_classification",
+        MULTI_LABEL: "multi_label_classification",
+        REGRESSION: "regression",
+    }
+)
+"""What transformers calls each problem: `problem_type` of a model's config."""
+REGRESSION_LABEL: Final = "value"
+"""The name of the one output of a head that predicts a number."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +87,11 @@ _BY_PEFT_TYPE: Final = {spec.peft_type: spec for spec in TASK_SPECS.values()}
 def find_task_by_peft_type(peft_type: str | None) -> TaskSpec | None:
     """Return the task that PEFT calls `peft_type`; None where no task is called so."""
     return _BY_PEFT_TYPE.get(peft_type or "")
+
+
+def find_problem_by_type(problem_type: str | None) -> str | None:
+    """Return the problem that transformers calls `problem_type`; None where none is called so."""
+    return next((problem for problem, name in PROBLEM_TYPES.items() if name == problem_type), None)
 
 
 def infer_task_from_architecture(architecture: str) -> TaskSpec:

@@ -15,9 +15,11 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.adapter.folder import CARD, CONFIG, RECORD, WEIGHTS, is_adapter_folder
+from lora_kit.adapter.adapter_record import RECORD
+from lora_kit.adapter.folder import CARD, CONFIG, WEIGHTS, is_adapter_folder
 from lora_kit.errors import AdapterError, VerificationError
 from lora_kit.io.atomic_write import check_output, stage_folder, write_file
+from lora_kit.io.portable_paths import make_path_portable
 from lora_kit.io.read import exists, read_json
 from lora_kit.names import RECIPE_FILE
 from lora_kit.sweeps.space import Params, Value
@@ -158,7 +160,7 @@ def check_out(plan: SweepPlan, *, replace: bool) -> None:
 def _write_best(plan: SweepPlan, best: FrozenTrial, origin: Mapping[str, object], *, replace: bool) -> None:
     """Write the best trial's result to `out`, all or nothing, as if it had been trained there."""
     source, out = plan.trial_out(best.number), Path(plan.out)
-    recipe = yaml.safe_load((source / RECIPE_FILE).read_text(encoding="utf-8")) | {"out": plan.out}
+    recipe = yaml.safe_load((source / RECIPE_FILE).read_text(encoding="utf-8")) | {"out": make_path_portable(plan.out)}
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120)
     changed = {RECIPE_FILE: text.encode(), ORIGIN: json.dumps(origin, indent=1).encode()}
     if exists(source / RECORD):

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.peft_keys import LoraWeights, TokenEmbeddings
 from lora_kit.errors import AdapterError, BaseMismatchError, format_list
-from lora_kit.targets.coverage import Coverage, LayerTarget, survey_adapter
+from lora_kit.targets.coverage import Coverage, survey_adapter
 from lora_kit.targets.fingerprint import list_base_mismatches
+from lora_kit.targets.layer_target import LayerTarget
 from lora_kit.targets.legacy_names import suggest_conversion
 from lora_kit.targets.match import named_layers
 from lora_kit.targets.token_rows import TokenTarget
@@ -74,7 +75,7 @@ def _find_mismatches(adapter: Adapter, model: nn.Module, coverage: Coverage, dty
         coverage: of the adapter's config in this model.
         dtype: in which the tensors are to be kept.
     """
-    present = dict(named_layers(model))
+    present, skipped = dict(named_layers(model)), dict(coverage.skipped)
     weights = adapter.all_pairs()
     expected = {target.key: target for target in coverage.targets}
     missing = expected.keys() - weights.keys()
@@ -84,7 +85,7 @@ def _find_mismatches(adapter: Adapter, model: nn.Module, coverage: Coverage, dty
             *(
                 message
                 for path, lora in weights.items()
-                for message in _find_lora_mismatches(path, lora, expected.get(path), present)
+                for message in _find_lora_mismatches(path, lora, expected.get(path) or skipped.get(path), present)
             ),
             *_find_saved_mismatches(adapter.saved(), coverage.saved, present),
             *(coverage.problems or _find_token_mismatches(adapter.tokens(), coverage.tokens)),
@@ -100,9 +101,15 @@ def select_module_tensors(tensors: Mapping[str, Tensor], path: str) -> dict[str,
 
 
 def _find_lora_mismatches(
-    path: str, lora: LoraWeights, target: LayerTarget | None, present: Mapping[str, nn.Module]
+    path: str, lora: LoraWeights, target: LayerTarget | str | None, present: Mapping[str, nn.Module]
 ) -> list[str]:
-    """List how the LoRA weights of one layer differ from what the config covers there; at most one message."""
+    """List how the LoRA weights of one layer differ from what the config covers there; at most one message.
+
+    Args:
+        target: what the config covers there, or the reason why the layer cannot have LoRA weights.
+    """
+    if isinstance(target, str):
+        return [f"{path} cannot have LoRA weights: {target}"]
     if target is None and path not in present:
         return [f"the model has no module {path}"]
     if target is None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,13 +14,13 @@ from lora_kit.config.module_patterns import suffixes_of
 from lora_kit.config.peft_fields import INITS_OF_PEFT
 from lora_kit.errors import ConfigError, TargetError, format_list, suggest_nearest
 from lora_kit.layers.experts import list_own_parameters
-from lora_kit.layers.introspect import features_of, is_quantized, is_unquantized, kind_of
+from lora_kit.layers.introspect import features_of, find_module, is_quantized, is_unquantized, kind_of
 from lora_kit.layers.parameter import is_transposed
+from lora_kit.targets.bypassed_layers import find_bypassed_layers
+from lora_kit.targets.layer_target import LayerTarget
 from lora_kit.targets.match import (
     Modules,
-    find_attention_internals,
     find_missing_indices,
-    find_mixer_internals,
     find_paths_inside,
     find_saved_paths,
     find_saved_paths_of_file,
@@ -38,64 +37,6 @@ _NAMES_SHOWN: Final = 12
 
 Skipped = list[tuple[str, str]]
 """(path, reason) of modules or parameters that a pattern names but that cannot have LoRA weights."""
-
-
-@dataclass(frozen=True)
-class LayerTarget:
-    """A layer with LoRA weights: A (rank, in_features), B (out_features, rank).
-
-    Attributes:
-        path: of the layer; of a parameter, it ends in the parameter's name.
-        kind: `linear`, `embedding` (in_features are its entries, out_features its dimension), `convolution` (they are
-            its channels) or `parameter`.
-        in_features: width of A.
-        out_features: height of B.
-        rank: height of A and width of B.
-        scaling: factor of `B A x`.
-        dora: whether it has a magnitude (out_features,) as well.
-        experts: how many matrices a parameter has, each with its own A and B.
-        kernel: kernel size of a convolution, else empty.
-        stored_path: what an adapter's file calls a parameter; empty for other kinds, whose files use `path`.
-        starts_from_weight: whether A and B are initialized from the layer's weight, so that the adapter is saved, and
-            loaded, with twice the rank.
-    """
-
-    path: str
-    kind: str
-    in_features: int
-    out_features: int
-    rank: int
-    scaling: float
-    dora: bool = False
-    experts: int = 1
-    kernel: tuple[int, ...] = ()
-    stored_path: str = ""
-    starts_from_weight: bool = False
-
-    @property
-    def key(self) -> str:
-        """Its path in an adapter's file."""
-        return self.stored_path or self.path
-
-    @property
-    def slot_rank(self) -> int:
-        """The rank that a slot needs for it."""
-        return 2 * self.rank if self.starts_from_weight else self.rank
-
-    @property
-    def rows(self) -> int:
-        """Rows of A: the rank, once for each expert."""
-        return self.rank * self.experts
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of A and B."""
-        return (self.rows, self.in_features, *self.kernel), (self.out_features, self.rows, *[1] * len(self.kernel))
-
-    @property
-    def parameters(self) -> int:
-        """Elements of A, B and the magnitude."""
-        return sum(math.prod(shape) for shape in self.shapes) + (self.out_features if self.dora else 0)
 
 
 @dataclass(frozen=True)
@@ -166,18 +107,19 @@ def find_coverage(model: nn.Module, config: LoraConfig) -> Coverage:
         raise TargetError(f"nothing in the model matches {format_list(coverage.unmatched)}", hint=hint)
     if coverage.problems:
         problems = "; ".join(coverage.problems[:_PROBLEMS_SHOWN])
-        raise TargetError(f"trainable_token_indices does not match the model: {problems}")
+        raise TargetError(f"the config does not match the model: {problems}")
     _refuse_weight_tying(model, config, coverage)
-    quantized = [path for path in coverage.saved if is_quantized(model.get_submodule(path))]
+    quantized = [path for path in coverage.saved if is_quantized(find_module(model, path))]
     if quantized:
         raise TargetError(
             f"quantized modules cannot be in modules_to_save: {format_list(quantized)}",
             hint="name them in target_modules instead",
         )
-    if coverage.skipped and config.target_modules != ALL_LINEAR:
+    is_empty = not coverage.targets and not coverage.saved and not coverage.tokens
+    if coverage.skipped and (is_empty or config.target_modules != ALL_LINEAR):
         skipped = format_list([f"{path}: {reason}" for path, reason in coverage.skipped])
         raise TargetError(f"these modules cannot have LoRA weights: {skipped}", hint="take them out of target_modules")
-    if not coverage.targets and not coverage.saved and not coverage.tokens:
+    if is_empty:
         raise TargetError("the config covers no module of this model", hint=_list_layer_names(model))
     return coverage
 
@@ -221,7 +163,8 @@ def _survey(
         saved: paths of the modules in `modules_to_save`.
         tied: paths of layers that share the input embedding's weight, and so have LoRA weights where it has.
     """
-    layers, skipped = _find_layers(model, modules, config, saved, tied)
+    bypassed = find_bypassed_layers(modules)
+    layers, skipped = _find_layers(model, modules, config, saved, tied, bypassed)
     parameters, skipped_parameters = _find_parameters(modules, config, {target.path for target in layers})
     tokens = find_token_coverage(model, modules, config)
     targets, skipped = [*layers, *parameters], [*skipped, *skipped_parameters]
@@ -230,6 +173,7 @@ def _survey(
         unmatched.append(config.target_modules)
     unmatched += [*find_missing_indices(config, (target.path for target in targets)), *tokens.unmatched]
     by_path = dict(modules)
+    replaced = [*saved, *(path for target in tokens.targets for path in target.all_paths)]
     return Coverage(
         targets=tuple(targets),
         saved=tuple(saved),
@@ -237,7 +181,7 @@ def _survey(
         skipped=tuple(skipped),
         unmatched=tuple(unmatched),
         tokens=tokens.targets,
-        problems=(*tokens.problems, *_find_clashes(tokens.targets, targets, saved)),
+        problems=(*tokens.problems, *_find_clashes(tokens.targets, targets, saved), *_find_unused(bypassed, replaced)),
     )
 
 
@@ -250,18 +194,26 @@ def find_shortest_names(model: nn.Module, coverage: Coverage) -> tuple[str, ...]
 
 
 def _find_layers(
-    model: nn.Module, modules: Modules, config: LoraConfig, saved: Sequence[str], tied: Sequence[str]
+    model: nn.Module,
+    modules: Modules,
+    config: LoraConfig,
+    saved: Sequence[str],
+    tied: Sequence[str],
+    bypassed: Mapping[str, str],
 ) -> tuple[list[LayerTarget], Skipped]:
-    """Return the layers that `target_modules` selects outside `modules_to_save`, and those that it cannot train."""
+    """Return the layers that `target_modules` selects outside `modules_to_save`, and those that it cannot train.
+
+    Args:
+        bypassed: reasons why layers cannot be wrapped, by path.
+    """
     targets, skipped = list[LayerTarget](), Skipped()
     selected = dict(select_modules(model, modules, config))
     selected |= {path: module for path, module in modules if path in tied}
     in_saved = find_paths_inside(modules, saved)
-    internals = find_attention_internals(modules) | find_mixer_internals(modules)
     for path, module in selected.items():
-        if path in in_saved and path not in internals:
+        if path in in_saved and path not in bypassed:
             continue
-        reason = internals.get(path) or _reason_not_trainable(module, config)
+        reason = bypassed.get(path) or _reason_not_trainable(module, config)
         if reason is not None:
             skipped.append((path, reason))
         else:
@@ -362,6 +314,11 @@ def _find_clashes(tokens: Sequence[TokenTarget], targets: Sequence[LayerTarget],
             yield f"{path} has LoRA weights as well; take it out of target_modules"
         if any(is_within(path, top) for top in saved):
             yield f"{path} is saved in full as well; take it out of modules_to_save"
+
+
+def _find_unused(bypassed: Mapping[str, str], replaced: Sequence[str]) -> Iterator[str]:
+    """Yield which modules an adapter would replace without effect."""
+    yield from (f"{path}: {bypassed[path]}" for path in replaced if path in bypassed)
 
 
 def _is_unsupported_convolution(module: nn.Conv1d | nn.Conv2d) -> bool:

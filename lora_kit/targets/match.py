@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_kit.config.lora_config import ALL_LINEAR, LoraConfig
 from lora_kit.config.module_patterns import compile_expression, make_ending_matcher, suffixes_of
-from lora_kit.layers.introspect import kind_of, unwrap_compiled, unwrap_module
+from lora_kit.layers.introspect import kind_of, unwrap_module, unwrap_outer
 
 Modules = Sequence[tuple[str, nn.Module]]
 """(path, module) of the modules of a base."""
@@ -31,20 +31,19 @@ HEAD_NAMES: Final = (
 _ROUTER_NAMES: Final = frozenset({"gate", "router", "shared_expert_gate"})
 """Names of the routers of a mixture of experts. `all-linear` leaves them out, and the modules inside them."""
 _EXPERTS: Final = "experts"
-_READ_BY_KERNELS: Final = ("x_proj", "dt_proj", "out_proj")
-"""Linear layers of a state-space mixer (Mamba and its relatives) that reads their weight itself, always or on a GPU."""
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield (path, module) of a base, outer modules first.
 
-    A wrapper of a bank appears as the module inside it, and so does what `torch.compile(module)` returned.
+    A wrapper of a bank appears as the module inside it, and so does what others put around a module
+    (`lora_kit.layers.introspect.WRAPPER_NAMES`).
     """
     seen: set[nn.Module] = set()
     pending: list[tuple[str, nn.Module]] = [("", model)]
     while pending:
         path, module = pending.pop()
-        module = unwrap_module(unwrap_compiled(module))
+        module = unwrap_module(unwrap_outer(module))
         if module not in seen:
             seen.add(module)
             yield path, module
@@ -155,22 +154,6 @@ def _outermost(paths: Iterable[str]) -> list[str]:
         if not any(is_within(path, top) for top in tops):
             tops.append(path)
     return tops
-
-
-def find_attention_internals(modules: Modules) -> dict[str, str]:
-    """Return, by path, why the modules inside `nn.MultiheadAttention` cannot be wrapped."""
-    tops = [path for path, module in modules if isinstance(module, nn.MultiheadAttention)]
-    return dict.fromkeys(
-        find_paths_inside(modules, tops), "nn.MultiheadAttention reads its weight directly and would ignore a wrapper"
-    )
-
-
-def find_mixer_internals(modules: Modules) -> dict[str, str]:
-    """Return, by path, why some linear layers of state-space mixers cannot be wrapped."""
-    mixers = {path for path, module in modules if {"A_log", "D"} <= module._parameters.keys()}
-    read = {f"{mixer}.{name}" for mixer in mixers for name in _READ_BY_KERNELS}
-    paths = [path for path, _ in modules if path in read]
-    return dict.fromkeys(paths, "a state-space mixer reads its weight directly and would ignore a wrapper")
 
 
 def _find_heads(model: nn.Module, modules: Modules) -> set[str]:

@@ -124,6 +124,7 @@ class DataSummary:
         tokens: tokens of all samples.
         labels: labels of all samples, over which the loss is a mean.
         cut: rows that lose tokens, or become several samples, to fit `longest`.
+        divided: conversations in which answers have samples of their own, since they are rendered differently later on.
         longest: tokens of a sample, at most.
     """
 
@@ -132,6 +133,7 @@ class DataSummary:
     tokens: int
     labels: int
     cut: int
+    divided: int
     longest: int
 
 

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import pickle
+import random
 import socket
 import tempfile
 import time
@@ -25,9 +26,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_kit as lk
-from lora_kit.adapter.folder import CARD, CONFIG, OLD_WEIGHTS, RECORD, WEIGHTS
+from lora_kit.adapter.adapter_record import RECORD, RECORD_FORMAT, check_files, find_changed_files, seal_record
+from lora_kit.adapter.folder import CARD, CONFIG, OLD_WEIGHTS, WEIGHTS
 from lora_kit.adapter.peft_keys import PREFIX
-from lora_kit.errors import AdapterError, ConfigError, LoraKitError, StorageError
+from lora_kit.errors import AdapterError, ConfigError, LoraKitError, StorageError, VerificationError
 from lora_kit.io import read
 from lora_kit.io import safetensors as weights
 from tests.support import folders
@@ -555,6 +557,7 @@ LIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no object": lambda record: [record],
     "empty object": lambda record: {},
     "another format": edited(format=1),
+    "a later format": edited(format=4),
     "format of another kind": edited(format="2"),
     "another digest": edited(digest="0" * 64),
     "digest of another kind": edited(digest=5),
@@ -580,7 +583,8 @@ LIES: dict[str, Callable[[dict[str, Any]], Any]] = {
 def test_a_record_that_lies_is_refused(tmp_path: Path, name: str) -> None:
     folder = folders.adapter().save(tmp_path / "liar")
     record = json.loads((folder / RECORD).read_text())
-    (folder / RECORD).write_text(json.dumps(LIES[name](record)))
+    lie = LIES[name](record)
+    (folder / RECORD).write_bytes(seal_record(lie) if isinstance(lie, dict) else json.dumps(lie).encode())
     assert RECORD in refused(folder) or "changed since" in refused(folder) or "are expected" in refused(folder)
 
 
@@ -591,6 +595,57 @@ def test_a_damaged_record_is_refused(tmp_path: Path, text: bytes) -> None:
     folder = folders.adapter().save(tmp_path / "damaged")
     (folder / RECORD).write_bytes(text)
     assert RECORD in refused(folder)
+
+
+def checked(folder: Path) -> int:
+    return check_files(folder, dict(lk.Adapter.load(folder).record))
+
+
+def test_one_flipped_bit_in_any_byte_of_any_file_is_seen(tmp_path: Path) -> None:
+    chooser = random.Random(0)
+    record = {"base": {"name": "b", "structure": "s"}, "metrics": {"loss": 1e-05, "é": 0.1}, "seed": 3}
+    folder = folders.adapter().save(tmp_path / "x", record=record)
+    for name, data in folders.contents(folder).items():
+        for position in chooser.sample(range(len(data)), 150):
+            flipped = bytearray(data)
+            flipped[position] ^= 1 << chooser.randrange(8)
+            (folder / name).write_bytes(flipped)
+            with pytest.raises(LoraKitError):
+                checked(folder)
+        (folder / name).write_bytes(data)
+    assert checked(folder) == 3
+
+
+def test_a_record_of_format_2_loads_and_is_said_to_be_unprotected(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = folders.adapter().save(tmp_path / "old")
+    record = json.loads((folder / RECORD).read_text())
+    del record["record_sha256"]
+    (folder / RECORD).write_text(json.dumps({**record, "format": 2}))
+    with caplog.at_level(logging.INFO):
+        adapter = lk.Adapter.load(folder)
+    assert "has format 2: a change of the record itself is not seen" in caplog.text
+    again = adapter.save(tmp_path / "new")
+    assert lk.Adapter.load(again).record["format"] == RECORD_FORMAT
+    (folder / RECORD).write_text(json.dumps({**record, "format": RECORD_FORMAT}))
+    assert "was changed since it was saved" in refused(folder)
+
+
+def test_unknown_fields_of_a_record_and_a_changed_card_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = folders.adapter().save(tmp_path / "x", record={"bcse": {"name": "kit-base"}, "seed": 1})
+    (folder / CARD).write_text("edited")
+    adapter = lk.Adapter.load(folder)
+    assert "unknown fields are kept as they are: bcse" in caplog.text
+    assert f"{CARD}: changed since it was saved" in caplog.text
+    assert find_changed_files(folder, dict(adapter.record)) == {CARD: "changed"}
+    (folder / CARD).unlink()
+    with pytest.raises(VerificationError, match=f"{CARD} missing"):
+        check_files(folder, dict(adapter.record))
+    with pytest.raises(AdapterError, match="no file beside it"):
+        find_changed_files(folder, {"files": {"../x/README.md": {}}})
 
 
 def test_a_foreign_adapter_loads_and_what_cannot_be_checked_is_said(
@@ -670,7 +725,7 @@ def test_identity_is_of_the_tensors_and_not_of_the_file(tmp_path: Path) -> None:
         (folder / WEIGHTS).write_bytes(data)
         record = json.loads((folder / RECORD).read_text())
         record["files"][WEIGHTS] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
-        (folder / RECORD).write_text(json.dumps(record))
+        (folder / RECORD).write_bytes(seal_record(record))
         assert lk.Adapter.load(folder).digest == adapter.digest, name
         (folder / RECORD).unlink()
         assert lk.Adapter.load(folder).digest == adapter.digest, name

@@ -131,3 +131,19 @@ def test_the_verbs_sign_verify_and_exit_with_4_where_it_does_not_hold(
     (signed / "README.md").write_text("other")
     assert main(["verify", "sql", "--key", "key.pub"]) == 4
     assert "README.md was changed" in capsys.readouterr().err
+
+
+def test_without_a_key_the_record_vouches_for_every_file(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = adapter().save(tmp_path / "adapters" / "sql", files={"notes.txt": b"one"})
+    assert main(["verify", "sql"]) == 0
+    assert "4 as they were saved" in capsys.readouterr().out
+    (folder / "notes.txt").write_text("two")
+    assert main(["inspect", "sql"]) == 0
+    assert "notes.txt changed" in capsys.readouterr().out
+    assert main(["verify", "sql"]) == 4
+    assert "notes.txt changed" in capsys.readouterr().err
+    (folder / "lora_kit.json").unlink()
+    assert main(["verify", "sql"]) == 2

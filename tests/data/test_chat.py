@@ -11,12 +11,13 @@ import torch
 
 import lora_kit as lk
 from lora_kit.data.batches import IGNORE_INDEX, EncodedDataset
-from lora_kit.data.chat import ChatEncoder, ChatTemplate, chat_template
+from lora_kit.data.chat import ChatEncoder
 from lora_kit.data.encode import encode
 from lora_kit.data.preparation.prepare import prepare
 from lora_kit.data.preview import preview_sample
 from lora_kit.data.rows import read_rows
 from lora_kit.data.sample_format import convert_rows
+from lora_kit.data.templates import ChatTemplate, chat_template
 from lora_kit.errors import DataError, RecipeError
 from lora_kit.evaluation.generation_metrics import collect_eval_prompts
 from lora_kit.generation.decoding import Sampling
@@ -24,7 +25,7 @@ from lora_kit.generation.generate import generate
 from lora_kit.generation.prompts import find_template
 from lora_kit.models.loading import Base
 from lora_kit.training.train import train
-from tests.support import texts, tiny
+from tests.support import chats, texts, tiny
 
 # Like Llama's: a BOS of its own, an end after every turn, and a line break after the end that nobody generates.
 TURNS = (
@@ -84,15 +85,24 @@ def test_nothing_after_the_last_answer_is_kept(tmp_path: Path) -> None:
 
 def test_what_stands_before_an_answer_is_what_generation_is_given(tmp_path: Path) -> None:
     sample = encoded(tmp_path, CHAT)[0]
-    asked = tokenizer()(template().render_prompt(tokenizer(), CHAT[:4]), add_special_tokens=False)["input_ids"]
+    text = template().render_prompt(tokenizer(), chats.conversation(*CHAT[:4]))
+    asked = tokenizer()(text, add_special_tokens=False)["input_ids"]
     assert sample["input_ids"].tolist()[: len(asked)] == asked
     assert sample["labels"].tolist()[len(asked) - 1 : len(asked) + 1] == [IGNORE_INDEX, sample["input_ids"][len(asked)]]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"chat\.jsonl:1: the template renders a conversation differently"):
+def test_a_template_that_rewrites_earlier_turns_gives_each_answer_its_own_sample(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    samples = encoded(tmp_path, CHAT[1:], template=template(FORGETFUL))
+    assert [shown(sample) for sample in samples] == [
+        "<s>[user]hi</s>\n[assistant]‹yo</s>›",
+        "<s>[user]hi</s>\n[assistant]</s>\n[user]and</s>\n[assistant]‹so</s>›",
+    ]
+    assert "1 of 1 conversations have a sample for each answer that" in caplog.text
+    with pytest.raises(DataError, match=r":1: the template does not render message 1 \(system\), which would be lost"):
         encoded(tmp_path, CHAT, template=template(FORGETFUL))
-    assert shown(encoded(tmp_path, CHAT[1:3], template=template(FORGETFUL))[0]).endswith("[assistant]‹yo</s>›")
 
 
 def test_a_template_without_an_end_is_refused(tmp_path: Path) -> None:
@@ -171,10 +181,10 @@ def test_the_tokenizers_own_template_comes_first(tmp_path: Path) -> None:
 def test_the_plain_template_begins_as_the_tokenizer_begins(bos: str) -> None:
     made = tokenizer(bos=bos)
     encoder = ChatEncoder(made, chat_template("plain", made, base="tiny"), max_length=99)
-    ids, learned = encoder.encode(CHAT[1:3])[1][0]
-    words = "".join(made.convert_ids_to_tokens(ids))
+    sample = encoder.encode(chats.conversation(*CHAT[1:3])).samples[0]
+    words = "".join(made.convert_ids_to_tokens(sample.ids))
     assert words == f"{bos}User:\nhi<unk>Assistant:\nyo</s>"  # two line breaks are no token of this tokenizer
-    assert sum(learned) == 3
+    assert sum(sample.loss_mask) == 3
 
 
 def test_a_template_cannot_reach_out(tmp_path: Path) -> None:
@@ -210,7 +220,7 @@ def test_an_answer_ends_where_the_template_ends_it(monkeypatch: pytest.MonkeyPat
     written = base.model.generate(input_ids=prompt, max_new_tokens=6, do_sample=False)[0, prompt.shape[1] :].tolist()
     end = written[2]
     monkeypatch.setattr(ChatTemplate, "render_prompt", lambda self, tokenizer, messages: "hi")
-    monkeypatch.setattr(ChatTemplate, "find_end_token", lambda self, tokenizer: end)
+    monkeypatch.setattr("lora_kit.generation.prompts.find_template_ends", lambda template, tokenizer: {end})
     bank = lk.attach(base.model, lk.LoraConfig(r=2), name="idle")  # B is zero: writes what the base writes
     adapter = bank.snapshot("idle")
     bank.detach()
@@ -306,7 +316,7 @@ def test_reasoning_is_rendered_and_learned_or_refused(tmp_path: Path, key: str) 
         ({"zzz": "x"}, "message 2 has the key 'zzz', which is not known; known are role, content, train, loss, weight"),
         ({"weight": 0.5}, "message 2: weight must be 0 or 1; 0.5 was given"),
         ({"train": "no"}, "message 2: train must be true or false; 'no' was given"),
-        ({"name": "Ann"}, "message 2 has name, which cannot be trained on yet"),
+        ({"tool_call_id": "x"}, "message 2 has tool_call_id, but it is not from a tool"),
         ({"thinking": "a", "reasoning": "b"}, "message 2 has thinking, reasoning with different values"),
         ({"thinking": ["a"]}, "message 2: thinking must be a string; list was given"),
     ],

@@ -17,7 +17,7 @@ from lora_kit.data.encode import encode
 from lora_kit.data.rows import collect_label_names, read_rows, scan_rows
 from lora_kit.errors import DataError
 from lora_kit.models.prompt_tokens import render_prompt, tokenize_prompt
-from tests.support import texts
+from tests.support import chats, texts
 
 PAIRS = [{"prompt": "ab", "completion": "cd"}, {"prompt": "abcdef", "completion": "g"}]
 
@@ -122,7 +122,11 @@ def test_keys_that_are_not_used_are_said(tmp_path: Path, caplog: pytest.LogCaptu
 # Layouts and kinds of files
 
 
-HELLO = (("user", "hi"), ("assistant", "yo"))
+def said(role: str, content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+HELLO = chats.conversation(("user", "hi"), ("assistant", "yo"))
 
 
 @pytest.mark.parametrize(
@@ -145,18 +149,24 @@ HELLO = (("user", "hi"), ("assistant", "yo"))
         (
             {"system": "be", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
             "ShareGPT conversations",
-            ((("system", "be"), *HELLO),),
+            (chats.conversation(("system", "be"), ("user", "hi"), ("assistant", "yo")),),
+        ),
+        (
+            {"conversations": [said("user", "hi"), said("assistant", "yo")]},
+            "ShareGPT conversations",
+            (HELLO,),
+        ),
+        (
+            {"prompt": [said("user", "hi")], "completion": [said("assistant", "yo")]},
+            "prompt and completion as messages",
+            (HELLO,),
         ),
     ],
 )
 def test_layouts_become_formats(tmp_path: Path, row: dict[str, Any], layout: str, value: tuple[Any, ...]) -> None:
     rows = read_rows(texts.write(tmp_path / "rows.jsonl", [row]))
     assert (rows.layout, rows.values) == (layout, (value,))
-    assert rows.format == ("chat" if isinstance(value[0], tuple) else "completion")
-
-
-def said(role: str, content: Any, **more: Any) -> dict[str, Any]:
-    return {"role": role, "content": content, **more}
+    assert rows.format == ("completion" if isinstance(value[0], str) else "chat")
 
 
 @pytest.mark.parametrize(
@@ -167,12 +177,16 @@ def said(role: str, content: Any, **more: Any) -> dict[str, Any]:
         ([said("user", "hi")], "no message is from the assistant"),
         ([said("user", "hi"), said("assistant", " ")], r"message 2 \(assistant\) is empty"),
         ([said("user", "hi"), said("assistant", None)], r"message 2 \(assistant\) must be a string"),
-        ([said("user", "hi"), said("assistant", "yo", tool_calls=[{}])], "message 2 has tool_calls"),
+        (
+            [said("user", "hi"), said("assistant", "yo", tool_calls=[{}])],
+            r"message 2 \(assistant\): tool call 1: name must be",
+        ),
         ([said("user", "hi"), said("assistant", "yo", weight=0)], "exclude every answer"),
-        ([said("user", "hi"), said("tool", "3"), said("assistant", "yo")], "message 2 is from 'tool'"),
+        ([said("user", "hi"), said("robot", "3"), said("assistant", "yo")], "message 2 is from 'robot'"),
         ([said("user", "hi"), said("assistant", "yo"), said("system", "be")], "message 3 is from the system"),
         ([{"role": "user"}], "message 1 must have role and content"),
-        ([said("user", [{"type": "text"}]), said("assistant", "yo")], "must be a string; list was given"),
+        ([said("user", [{"type": "text"}]), said("assistant", "yo")], "part 1 of the content must have type and text"),
+        ([said("user", [{"type": "image"}]), said("assistant", "yo")], "is of type 'image'; only text"),
     ],
 )
 def test_a_wrong_conversation_is_named(tmp_path: Path, messages: Any, message: str) -> None:

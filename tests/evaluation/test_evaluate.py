@@ -13,9 +13,9 @@ import torch
 
 import lora_kit as lk
 from lora_kit.data.batches import Collator
-from lora_kit.data.chat import ChatTemplate
 from lora_kit.data.encode import encode
 from lora_kit.data.rows import read_rows
+from lora_kit.data.templates import ChatTemplate
 from lora_kit.errors import AdapterError, BaseModelError, ConfigError, DataError, StorageError
 from lora_kit.evaluation.eval_report import EvalReport
 from lora_kit.evaluation.evaluate import evaluate

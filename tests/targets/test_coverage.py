@@ -133,7 +133,7 @@ def test_patterns_set_rank_and_alpha_by_layer() -> None:
 
 
 def test_attention_that_reads_weights_past_a_wrapper_is_refused() -> None:
-    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16))
     with pytest.raises(TargetError, match="MultiheadAttention"):
         find_coverage(model, lk.LoraConfig(target_modules=["out_proj"]))
     assert not any("self_attn" in path for path in paths(model))

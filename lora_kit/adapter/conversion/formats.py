@@ -23,9 +23,8 @@ from lora_kit.config.lora_config import LoraConfig
 from lora_kit.config.peft_fields import HEADS_SAVED_BY_TASK
 from lora_kit.config.renamed_paths import rename_config_paths
 from lora_kit.errors import AdapterError, format_list
+from lora_kit.layers.introspect import WRAPPER_NAMES
 
-WRAPPERS: Final = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "_orig_mod")
-"""Modules that trainers put around others, and whose names are in the keys of state dicts."""
 _EMBEDDING_NAMES: Final = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in")
 _NAMED_KEYS: Final = (
     re.compile(r"(?P<path>.*\.lora_(?:A|B|embedding_A|embedding_B))\.(?!weight$)(?P<name>[^.]+)(?P<end>\.weight)?"),
@@ -188,7 +187,7 @@ def _is_kept(key: str, names: Sequence[str]) -> bool:
 
 def _strip_wrappers(key: str) -> str:
     """Return a key as the base has it: without the names of wrappers, and what is around PEFT's model."""
-    bare = ".".join(part for part in key.split(".") if part not in WRAPPERS)
+    bare = ".".join(part for part in key.split(".") if part not in WRAPPER_NAMES)
     if PREFIX in bare:
         return bare.partition(PREFIX)[2]
     while bare.startswith("module."):

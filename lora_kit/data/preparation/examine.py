@@ -157,8 +157,7 @@ def normalize_input(rows: Rows, value: RowValue) -> str:
     if rows.format == "words":
         text = " ".join(value[0])
     elif rows.format == "chat":
-        last = max(index for index, (role, _) in enumerate(value[0]) if role == "assistant")
-        text = "\n".join(content for _, content in value[0][:last])
+        text = value[0].input_text
     else:
         text = value[0]
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())

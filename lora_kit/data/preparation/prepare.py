@@ -9,7 +9,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from lora_kit.data.chat import PLAIN, chat_template, find_chat_template
 from lora_kit.data.layouts import FORMATS
 from lora_kit.data.preparation.examine import ExaminedFile, ReadOptions, examine, find_leaks
 from lora_kit.data.preparation.labels import AUTO
@@ -18,6 +17,7 @@ from lora_kit.data.preparation.split import split
 from lora_kit.data.records import BAD, EMPTY, LONG, NOT_UTF8
 from lora_kit.data.rows import Rows, build_fault_error
 from lora_kit.data.sample_format import DEFAULT_MAX_LENGTH, SampleFormat
+from lora_kit.data.templates import PLAIN, chat_template, find_chat_template
 from lora_kit.errors import DataError, format_list, suggest_nearest
 from lora_kit.io.atomic_write import check_output
 from lora_kit.models.loading import InputSpec, load_input_spec

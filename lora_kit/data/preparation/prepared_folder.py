@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import yaml
 
-from lora_kit.data.layouts import RowValue, message_to_json
+from lora_kit.data.layouts import RowValue
 from lora_kit.data.preparation.examine import ExaminedFile, bin_lengths
 from lora_kit.data.rows import Rows
 from lora_kit.io.atomic_write import write_folder
@@ -163,7 +163,7 @@ def write_preparation(preparation: Preparation, folder: Path, *, replace: bool) 
 def _format_row(rows: Rows, value: RowValue) -> str:
     """Return a row as a line of JSON, in the first layout of its format."""
     if rows.format == "chat":
-        row: dict[str, object] = {"messages": [message_to_json(message) for message in value[0]]}
+        row: dict[str, object] = value[0].to_json()
     else:
         row = dict(zip(_COLUMNS[rows.format], value, strict=True))
     return json.dumps(row, ensure_ascii=False) + "\n"

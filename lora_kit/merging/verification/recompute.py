@@ -22,7 +22,8 @@ from lora_kit.merging.checkpoint.bnb_decode import check_quantized, dequantize_r
 from lora_kit.merging.checkpoint.bnb_weights import QuantizedWeight
 from lora_kit.merging.checkpoint.meta_model import MetaModel
 from lora_kit.merging.planned_tensors import WeightedAdapter
-from lora_kit.targets.coverage import LayerTarget, survey_adapter
+from lora_kit.targets.coverage import survey_adapter
+from lora_kit.targets.layer_target import LayerTarget
 
 COMPARED_ROWS: Final = 16
 """Rows of a tensor that are compared, evenly spaced."""

@@ -13,12 +13,14 @@ import torch
 from torch import nn
 
 from lora_kit.data.batches import Collator, EncodedDataset
-from lora_kit.data.chat import ChatTemplate, chat_template
 from lora_kit.data.encode import encode_rows
 from lora_kit.data.layouts import FORMATS
+from lora_kit.data.messages import ALL
+from lora_kit.data.mixture import DataSource, read_source
 from lora_kit.data.packing import PackedDataset, pack, reason_not_packable
-from lora_kit.data.rows import Rows, collect_label_names, read_rows
+from lora_kit.data.rows import Rows, collect_label_names
 from lora_kit.data.sample_format import SampleFormat
+from lora_kit.data.templates import ChatTemplate, chat_template
 from lora_kit.errors import BaseModelError, DataError, RecipeError, format_list
 from lora_kit.evaluation.generation_metrics import GenerationTask, build_generation_task, collect_eval_prompts
 from lora_kit.evaluation.metrics import select_generation_metrics
@@ -84,6 +86,7 @@ class Job:
             separator=recipe.data.separator,
             template=template,
             label2id=label2id,
+            learn=recipe.data.learn,
             task=recipe.task,
         )
         samples = encode_rows(rows, base.tokenizer, sample_format)
@@ -139,19 +142,19 @@ def read_recipe_rows(recipe: Recipe) -> tuple[Rows, Rows | None]:
     Raises:
         DataError: the task does not take their format, or they have different formats.
     """
-    train = _read_file(recipe.data.train, recipe.task, split="train")
+    train = _read_files(recipe.data.train, recipe, split="train")
     if recipe.data.validation is None:
         logger.info("no evaluation: the recipe has no data.validation")
         return train, None
-    validation = _read_file(recipe.data.validation, recipe.task, split="validation")
+    validation = _read_files(recipe.data.validation, recipe, split="validation")
     if validation.format != train.format:
         formats = " and ".join(f"{rows.path} has rows of the format {rows.format}" for rows in (train, validation))
         raise DataError(formats, hint="both files of a recipe have one format")
     return train, validation
 
 
-def _read_file(file: str, task: str, *, split: str) -> Rows:
-    rows = read_rows(file, split=split)
+def _read_files(source: DataSource, recipe: Recipe, *, split: str) -> Rows:
+    rows, task = read_source(source, split=split, seed=recipe.seed), recipe.task
     if rows.format not in FORMATS[task]:
         other = next(task for task, formats in FORMATS.items() if rows.format in formats)
         what = f"{rows.path} has rows of the format {rows.format}; task {task} takes {format_list(FORMATS[task])}"
@@ -188,11 +191,19 @@ def _check_token_ids(base: Base, samples: EncodedDataset) -> None:
 
 
 def _load_chat_template(recipe: Recipe, rows: Rows, base: Base) -> ChatTemplate | None:
-    text = recipe.data.chat_template
+    data = recipe.data
     if rows.format == "chat":
-        return chat_template(text, base.tokenizer, base=base.name)
-    if text is not None:
-        raise RecipeError(f"data.chat_template is for conversations; {rows.path} has rows of the format {rows.format}")
+        return chat_template(
+            data.chat_template, base.tokenizer, base=base.name, variables=dict(data.chat_template_kwargs)
+        )
+    given = {
+        "chat_template": data.chat_template is not None,
+        "chat_template_kwargs": bool(data.chat_template_kwargs),
+        "learn": data.learn != ALL,
+    }
+    unused = next((key for key, is_given in given.items() if is_given), None)
+    if unused:
+        raise RecipeError(f"data.{unused} is for conversations; {rows.path} has rows of the format {rows.format}")
     return None
 
 
@@ -214,7 +225,7 @@ def _build_generation_task(
     """Return the prompts of the validation rows where the best model is chosen by a metric of generated text."""
     if rows is None or not select_generation_metrics([best_metric_of(recipe.train)], recipe.task):
         return None
-    return build_generation_task(base, collect_eval_prompts(rows), sample_format.style)
+    return build_generation_task(base, collect_eval_prompts(rows, learn=recipe.data.learn), sample_format.style)
 
 
 def _build_identity(

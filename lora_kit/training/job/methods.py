@@ -19,6 +19,7 @@ from lora_kit.models.rope_fields import add_older_rope_fields
 from lora_kit.training.job.job import Job
 from lora_kit.training.job.output import is_trained_model_folder
 from lora_kit.training.loop.checkpoints import hash_json
+from lora_kit.training.recipe.portable_recipe import make_recipe_portable
 from lora_kit.training.results import TrainedModules, TrainReport, collect_record_metrics
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def make_job_trainable(job: Job) -> Iterator[TrainableJob]:
 def build_training_record(job: Job, report: TrainReport) -> dict[str, object]:
     """Return what an adapter's record says about its training, as JSON values."""
     record = {
-        "recipe": job.recipe.to_dict(),
+        "recipe": make_recipe_portable(job.recipe).to_dict(),
         "seed": job.recipe.seed,
         "metrics": collect_record_metrics(report),
         "run": hash_json(job.identity),

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.adapter.folder import CARD, CONFIG, RECORD, WEIGHTS, check_file_names, encode_record, is_adapter_folder
+from lora_kit.adapter.adapter_record import RECORD, encode_record
+from lora_kit.adapter.folder import CARD, CONFIG, WEIGHTS, check_file_names, is_adapter_folder
 from lora_kit.adapter.model_card import (
     format_code,
     format_front_matter,
@@ -31,6 +32,7 @@ from lora_kit.adapter.model_card import (
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import LoraKitError, RecipeError, VerificationError
 from lora_kit.io.atomic_write import write_folder
+from lora_kit.io.portable_paths import make_folder_portable
 from lora_kit.models.silence import silence_libraries
 from lora_kit.models.tasks import CAUSAL_LM, GENERATIVE_TASKS
 from lora_kit.torch_utils import use_eval_mode
@@ -116,7 +118,11 @@ class PeftAdapter:
         contents[CARD] = _render_card(name, fields, record, elements=elements, digest=digest, is_lora=lora is not None)
         contents[CONFIG] = f"{json.dumps(fields, indent=2, sort_keys=True)}\n".encode()
         contents[WEIGHTS] = weights
-        facts = {"base": self._fingerprint, "method": "peft", "peft_type": self._kind}
+        facts = {
+            "base": {**self._fingerprint, "name": make_folder_portable(self._name)},
+            "method": "peft",
+            "peft_type": self._kind,
+        }
         # Last, because it holds the checksums of the others.
         contents[RECORD] = encode_record({**record, **facts}, contents, digest=digest)
         write_folder(folder, contents, replace=replace, owned=is_adapter_folder)
@@ -135,7 +141,7 @@ class PeftAdapter:
     def _collect_config_fields(self) -> dict[str, Any]:
         """Return the config as PEFT filled it in, as JSON values; sets are sorted."""
         fields = self.model.peft_config["default"].to_dict()
-        changes = {"inference_mode": True, "base_model_name_or_path": self._name}
+        changes = {"inference_mode": True, "base_model_name_or_path": make_folder_portable(self._name)}
         return {key: _convert_to_json(value) for key, value in {**fields, **changes}.items()}
 
     @contextlib.contextmanager

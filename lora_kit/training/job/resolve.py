@@ -7,9 +7,9 @@ import logging
 from collections.abc import Sequence
 
 from lora_kit.config.lora_config import LoraConfig
-from lora_kit.data.chat import ChatTemplate
 from lora_kit.data.rows import Rows
 from lora_kit.data.sample_format import DEFAULT_MAX_LENGTH
+from lora_kit.data.templates import ChatTemplate
 from lora_kit.errors import RecipeError, format_list
 from lora_kit.io.hub import split_revision
 from lora_kit.models.heads import find_head_modules

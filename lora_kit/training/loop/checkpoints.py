@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from lora_kit.adapter.folder import RECORD
+from lora_kit.adapter.adapter_record import RECORD
 from lora_kit.errors import AdapterError, RecipeError, StorageError, format_list
 from lora_kit.io.atomic_write import stage_folder
 from lora_kit.io.read import exists, folder_exists, read_json

@@ -80,6 +80,7 @@ def _summarize_data(job: Job) -> DataSummary:
         tokens=samples.num_tokens,
         labels=samples.num_labels,
         cut=len(result.cut),
+        divided=len(result.divided),
         longest=job.sample_format.max_length,
     )
 

@@ -12,11 +12,16 @@ from typing import Any, Final
 import yaml
 
 from lora_kit.config.lora_config import LoraConfig
+from lora_kit.data.messages import ALL, LEARN
+from lora_kit.data.mixture import DataSource
 from lora_kit.errors import RecipeError
+from lora_kit.io.text import format_value
 from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR
 from lora_kit.models.quantization import QUANTIZATIONS
 from lora_kit.models.tasks import CAUSAL_LM, TASKS
 from lora_kit.training.recipe.coerce import Section, as_json, check_one_of
+from lora_kit.training.recipe.data_files import check_data_files, describe_data_files
+from lora_kit.training.recipe.limits import check_largest, check_output_name
 from lora_kit.training.recipe.optimizer_checks import check_optimizer, check_schedule
 from lora_kit.training.recipe.peft_config import parse_peft_section
 from lora_kit.training.recipe.training_arguments import (
@@ -49,18 +54,25 @@ class DataSpec:
     """The data of a recipe.
 
     Attributes:
-        train: file of the training rows, see `lora_kit.data`; relative paths start from the working directory.
-        validation: file of the rows that metrics are computed on; None for no evaluation.
+        train: file of the training rows, or several with their weights, see `lora_kit.data` and
+            `lora_kit.data.mixture`; relative paths start from the working directory.
+        validation: file or files of the rows that metrics are computed on; None for no evaluation.
         separator: appended to every prompt, in training and in generation.
         chat_template: for conversations: `plain`, a Jinja file or its text; None for the tokenizer's own.
+        chat_template_kwargs: variables of the chat template, such as `enable_thinking: false`, in training and in
+            generation.
+        learn: which answers of a conversation are learned: `all`, but for those that say `train: false`; the `last`; or
+            those `marked` with `train: true`.
         max_length: tokens of a sample, at most; None for the base's context length, capped at 2,048.
         packing: whether several training samples share one row of `max_length` tokens, each computed as if alone.
     """
 
-    train: str
-    validation: str | None = None
+    train: DataSource
+    validation: DataSource | None = None
     separator: str = DEFAULT_SEPARATOR
     chat_template: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    learn: str = ALL
     max_length: int | None = None
     packing: bool = False
 
@@ -114,6 +126,7 @@ class Recipe:
         check_learning_rates(self.train, self.method)
         check_schedule(self.train)
         check_optimizer(self.train)
+        check_largest(self.train)
         if self.compile:
             check_compilable(self.train)
 
@@ -128,12 +141,16 @@ class Recipe:
             raise RecipeError(what, hint="use method lora")
 
     def _check_data(self) -> None:
-        if not self.base.strip() or not self.out.strip() or not self.data.train.strip():
-            raise RecipeError("base, out and data.train must not be empty")
+        check_output_name(self.out)
+        if not self.base.strip() or not self.out.strip():
+            raise RecipeError("base and out must not be empty")
+        check_data_files(self.data.train, self.data.validation)
         if self.data.packing and self.task != CAUSAL_LM:
             raise RecipeError(f"data.packing is for task causal-lm; the task is {self.task}")
-        if self.data.max_length is not None and self.data.max_length < 2:
-            raise RecipeError(f"data.max_length must be at least 2; {self.data.max_length} was given")
+        check_one_of("data.learn", self.data.learn, LEARN)
+        if self.data.max_length is not None and not 2 <= self.data.max_length < 2**31:
+            shown = format_value(self.data.max_length)
+            raise RecipeError(f"data.max_length must be at least 2 and below 2^31; {shown} was given")
 
     def _parse_peft(self) -> Section:
         if self.method != "peft":
@@ -162,7 +179,9 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as JSON values, from which `load_recipe` builds the same recipe again."""
         fields = dict(vars(self))
-        fields["data"] = dataclasses.asdict(self.data)
+        fields["data"] = dataclasses.asdict(self.data) | {
+            name: describe_data_files(getattr(self.data, name)) for name in ("train", "validation")
+        }
         fields["train"] = {key: as_json(value) for key, value in sorted(self.train.items())}
         fields["lora"] = _collect_lora_fields(self.lora)
         fields["peft"] = as_json(dict(self.peft))

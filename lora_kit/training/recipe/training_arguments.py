@@ -150,7 +150,7 @@ def get_training_argument_types() -> dict[str, object]:
     return {field.name: hints[field.name] for field in dataclasses.fields(TrainingArguments) if field.init}
 
 
-def check_evaluation(train: Section, validation: str | None) -> None:
+def check_evaluation(train: Section, validation: object) -> None:
     """Raise RecipeError for evaluations during training without validation rows."""
     keys = [key for key in ("eval_strategy", "eval_on_start") if train.get(key) not in (None, "no", False)]
     if keys and validation is None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 from lora_kit.names import RECIPE_FILE
 from lora_kit.training.job.output import (
@@ -14,6 +16,7 @@ from lora_kit.training.job.output import (
     METRICS_FILE,
     REPORT_FILE,
 )
+from lora_kit.training.recipe.portable_recipe import make_recipe_portable
 from lora_kit.training.report.html import render_report_page
 from lora_kit.training.report.samples import AnsweredSample
 from lora_kit.training.results import LogEntry, TrainReport
@@ -30,7 +33,8 @@ def build_result_files(report: TrainReport, *, samples: Sequence[AnsweredSample]
         samples: validation samples with their answers.
         num_labels: of the task; 0 where it has none.
     """
-    recipe = report.recipe
+    recipe = make_recipe_portable(report.recipe)
+    report = dataclasses.replace(report, recipe=recipe, out=Path(recipe.out))
     log = "".join(json.dumps(entry) + "\n" for entry in report.history)
     files = {
         RECIPE_FILE: recipe.to_yaml().encode(),

@@ -85,7 +85,7 @@ class SampleAnswers:
     def _predict_labels(self) -> list[str]:
         job = self._job
         assert job.validation is not None
-        samples = _select_samples(job.validation, self._positions)
+        samples = job.validation.select(self._positions)
         result = run_forward(job.base.model, samples, job.collator, batch_size=1)
         return [job.labels[label] for (label,) in result.predicted]
 
@@ -118,14 +118,3 @@ def _build_prompt(job: Job, samples: EncodedDataset, position: int) -> tuple[Enc
     prompt = ids[max(0, first - max(1, job.base.max_length - MAX_ANSWER_TOKENS)) : first]
     expected = decode_ids(tokenizer, ids[first : last + 1][:MAX_ANSWER_TOKENS])
     return EncodedPrompt(decode_ids(tokenizer, prompt), prompt, end_tokens), expected
-
-
-def _select_samples(samples: EncodedDataset, positions: list[int]) -> EncodedDataset:
-    """Return the samples at some positions, which have one label each."""
-    return EncodedDataset(
-        ids=torch.cat([samples[position]["input_ids"] for position in positions]).int(),
-        offsets=torch.cat([torch.zeros(1, dtype=torch.int64), samples.lengths[positions].cumsum(0)]),
-        labels=samples.labels[positions],
-        kind=samples.kind,
-        label_offsets=torch.arange(len(positions) + 1),
-    )
