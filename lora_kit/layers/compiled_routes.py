@@ -17,7 +17,8 @@ from lora_kit.layers.routing import list_routings
 _MODULE: Final = "torch._dynamo.eval_frame"
 _FUNCTION: Final = "_callback_from_stance"
 """Called by the wrapper that torch.compile puts around a function, before it looks for compiled code."""
-_INSTALLED: Final = "_lora_kit_routes"
+_done: Final[list[bool]] = []
+"""Not empty once it is wrapped."""
 
 
 def install_compiled_routes() -> None:
@@ -26,12 +27,12 @@ def install_compiled_routes() -> None:
     Raises:
         AttributeError: this version of torch has no such function.
     """
+    if _done:
+        return
     module = sys.modules.get(_MODULE)
     if module is None or not hasattr(sys.modules["torch._dynamo"], "eval_frame"):  # absent, or being imported
         return
     get_callback = getattr(module, _FUNCTION)
-    if hasattr(get_callback, _INSTALLED):
-        return
 
     @wraps(get_callback)
     def get_callback_with_routes(*args: Any, **kwargs: Any) -> Any:
@@ -39,5 +40,5 @@ def install_compiled_routes() -> None:
             routing.refresh_thread()
         return get_callback(*args, **kwargs)
 
-    setattr(get_callback_with_routes, _INSTALLED, True)
     setattr(module, _FUNCTION, get_callback_with_routes)
+    _done.append(True)

@@ -49,6 +49,8 @@ class RouteEntry:
         is_chosen: whether the context chose it; otherwise it only began with it.
     """
 
+    __slots__ = ("__weakref__", "block", "is_chosen", "route")
+
     def __init__(self, route: Route, block: RouteBlock | None = None, *, is_chosen: bool = True) -> None:
         self.route = route
         self.block = block
@@ -65,7 +67,10 @@ class RouteStack:
 
     def get_route(self) -> Route | None:
         """Return the route that the caller's next forward uses; None where it has none yet."""
-        for entry in reversed(self._list_entries()):
+        entries = self._entries.get()
+        if len(entries) == 1 and entries[0].block is None:  # as nearly always
+            return entries[0].route
+        for entry in self._list_entries()[::-1]:
             if entry.block is None or self._is_in_force(entry.block):
                 return entry.route
         return None
@@ -76,6 +81,10 @@ class RouteStack:
 
     def use(self, route: Route) -> None:
         """Put a route in the place of the caller's innermost one: inside a generation, of the one outside it."""
+        found = self._entries.get()
+        if not found or not (found[1:] or found[0].block):  # as nearly always
+            self._entries.set((self._make_entry(route, None),))
+            return
         entries = list(self._list_entries())
         for place in range(len(entries) - 1, -1, -1):
             block = entries[place].block
