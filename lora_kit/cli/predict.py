@@ -91,10 +91,10 @@ def _read_rows(texts: list[str], pairs: list[str], data: Path | None, task: str)
 
     if data is not None:
         if pairs:
-            raise ConfigError("--text_pair goes with --text; a file has a column text_pair")
+            raise ConfigError("a second text goes with --text; a file has a column text_pair")
         return read_unlabeled_rows(data, task)
     if pairs and len(pairs) != len(texts):
-        raise ConfigError(f"{len(texts)} --text and {len(pairs)} --text_pair were given", hint="give one for each")
+        raise ConfigError(f"{len(texts)} --text and {len(pairs)} second texts were given", hint="give one for each")
     inputs = tuple(zip(texts, pairs, strict=True)) if pairs else tuple(texts)
     return UnlabeledRows(tuple(range(1, len(inputs) + 1)), inputs)
 

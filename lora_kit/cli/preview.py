@@ -47,6 +47,7 @@ def _load_sample(path: Path, row: int, side: str) -> tuple[Tokenizer, EncodedDat
     """Return the tokenizer of a recipe, the samples of one of its rows, and the label of that row, if there is one."""
     from lora_kit.data.encode import encode_rows
     from lora_kit.data.mixture import read_source
+    from lora_kit.data.preferences import get_answer_format
     from lora_kit.data.sample_format import DEFAULT_MAX_LENGTH, SampleFormat
     from lora_kit.data.templates import chat_template
     from lora_kit.models.loading import load_input_spec
@@ -62,7 +63,7 @@ def _load_sample(path: Path, row: int, side: str) -> tuple[Tokenizer, EncodedDat
     reader = load_input_spec(recipe.base)
     tokenizer, limit = reader.tokenizer, reader.max_length
     template = None
-    if rows.format == "chat":
+    if get_answer_format(rows.format) == "chat":
         template = chat_template(recipe.data.chat_template, tokenizer, base=recipe.base)
     problem, names = _find_labels(recipe)
     sample_format = SampleFormat(

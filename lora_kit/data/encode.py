@@ -9,6 +9,8 @@ from typing import Final
 
 from lora_kit.data.batches import EncodedDataset, concatenate_samples, join_samples
 from lora_kit.data.label_encoders import encode_labeled_texts, encode_labeled_words
+from lora_kit.data.preference_samples import encode_feedback, encode_pairs
+from lora_kit.data.preferences import FEEDBACK_FORMATS, PAIR_FORMATS, get_answer_format
 from lora_kit.data.records import LONG, Fault
 from lora_kit.data.row_encoders import (
     EncodedRow,
@@ -33,6 +35,8 @@ _ENCODERS: Final[Mapping[str, tuple[str, RowEncoder]]] = {
     "text": (NEXT, encode_plain_texts),
     "label": (LABEL, encode_labeled_texts),
     "words": (WORD, encode_labeled_words),
+    **dict.fromkeys(PAIR_FORMATS, (NEXT, encode_pairs)),
+    **dict.fromkeys(FEEDBACK_FORMATS, (NEXT, encode_feedback)),
 }
 """The kind of the samples, and what encodes the rows, by format."""
 _CUT_MESSAGES: Final[Mapping[str, str]] = {
@@ -118,7 +122,7 @@ def encode_rows(rows: Rows, tokenizer: Tokenizer, sample_format: SampleFormat) -
         raise build_fault_error(rows.path, faults, hint=_suggest_fix(faults))
     if result.cut:
         level = logging.INFO if rows.format == "text" else logging.WARNING
-        action = _CUT_SOURCE_MESSAGE if result.encoded.kind == TARGET else _CUT_MESSAGES[rows.format]
+        action = _CUT_SOURCE_MESSAGE if result.encoded.kind == TARGET else _CUT_MESSAGES[get_answer_format(rows.format)]
         limit = sample_format.max_length
         logger.log(level, "%s: %d of %d %s to fit %d tokens", rows.path, len(result.cut), len(rows), action, limit)
     if result.divided:

@@ -13,6 +13,7 @@ from typing import Final
 from lora_kit.data.cells import RowError
 from lora_kit.data.hub_datasets import is_dataset, read_dataset
 from lora_kit.data.layouts import LAYOUTS, Layout, RowValue, find_layout, reason_not_ignorable
+from lora_kit.data.preferences import PREFERENCE_LAYOUTS, find_preference_layout
 from lora_kit.data.readers import read_file
 from lora_kit.data.records import NOT_UTF8, OTHER_ENCODING_HINT, Fault, Record, Row
 from lora_kit.errors import DataError, format_list
@@ -31,7 +32,7 @@ class Rows:
 
     Attributes:
         path: the file, or the name of the data set.
-        format: `completion`, `chat`, `label`, `words` or `text`.
+        format: `completion`, `chat`, `label`, `words`, `text`, or one of `lora_kit.data.preferences`.
         values: one tuple for each row; see `lora_kit.data.layouts`.
         lines: the line each row begins on, from 1; in a JSON array and in a Parquet file the number of the row.
         layout: the name of the layout of the columns; see `lora_kit.data.layouts`.
@@ -188,9 +189,9 @@ def _rename_columns(path: Path, records: Sequence[Record], names: Mapping[str, s
 
 
 def _require_layout(path: Path, row: Row) -> Layout:
-    layout = find_layout(row)
+    layout = find_preference_layout(row) or find_layout(row)
     if layout is None:
-        formats = "; ".join(" and ".join(layout.keys) for layout in LAYOUTS)
+        formats = "; ".join(" and ".join(layout.keys) for layout in (*LAYOUTS, *PREFERENCE_LAYOUTS))
         hint = f"formats: {formats}. lora-kit prepare --rename mine=prompt gives columns other names"
         raise DataError(f"{path}: the first row has the keys {format_list(sorted(row))}", hint=hint)
     return layout

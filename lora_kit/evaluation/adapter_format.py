@@ -14,6 +14,7 @@ from lora_kit.adapter.adapter import Adapter
 from lora_kit.data.label_problem import resolve_problem
 from lora_kit.data.layouts import FORMATS
 from lora_kit.data.messages import ALL, LEARN
+from lora_kit.data.preferences import describe_use
 from lora_kit.data.rows import Rows
 from lora_kit.data.sample_format import DEFAULT_MAX_LENGTH, PromptStyle, SampleFormat
 from lora_kit.data.templates import ChatTemplate, chat_template
@@ -34,8 +35,18 @@ _MAX_RECIPE_BYTES: Final = 2**20
 
 
 def find_task(rows: Rows) -> str:
-    """Return the task that rows are for, if nothing else decides it."""
-    return next(task for task, formats in FORMATS.items() if rows.format in formats)
+    """Return the task that rows are for, if nothing else decides it.
+
+    Raises:
+        DataError: the rows are preferences.
+    """
+    task = next((task for task, formats in FORMATS.items() if rows.format in formats), None)
+    if task is None:
+        raise DataError(
+            f"{rows.path} has rows of the format {rows.format}, which are measured in training only",
+            hint=describe_use(rows.format),
+        )
+    return task
 
 
 def check_format(rows: Rows, task: str) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from lora_kit.errors import LoraKitError, RecipeError, format_list
 from lora_kit.evaluation.forward import run_forward
-from lora_kit.evaluation.measure import Evaluation, measure
+from lora_kit.evaluation.measure import Evaluation
 from lora_kit.evaluation.thresholds import choose_thresholds
 from lora_kit.io.atomic_write import lock_output
 from lora_kit.models.loading import Base
@@ -26,12 +26,10 @@ from lora_kit.training.job.methods import TrainableJob, make_job_trainable
 from lora_kit.training.job.output import check_output_available, check_output_writable
 from lora_kit.training.loop.checkpoints import Checkpoint, RunFolder
 from lora_kit.training.loop.contexts import set_up_training
-from lora_kit.training.loop.learning_rates import LearningRates
 from lora_kit.training.loop.oom_retry import translate_out_of_memory
 from lora_kit.training.loop.signals import StopRequest
 from lora_kit.training.recipe.coerce import Section
 from lora_kit.training.recipe.load import RecipeSource, load_recipe
-from lora_kit.training.recipe.training_arguments import build_training_arguments
 from lora_kit.training.report.artifacts import build_result_files
 from lora_kit.training.report.samples import SampleAnswers
 from lora_kit.training.results import TrainReport, build_history
@@ -39,7 +37,7 @@ from lora_kit.training.results import TrainReport, build_history
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-    from lora_kit.training.loop.resumable import ResumableTrainer
+    from lora_kit.training.loop.resumable import ResumableLoop
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +99,7 @@ def _train_and_save(
     replace: bool,
 ) -> TrainReport:
     samples = SampleAnswers(trainable.job)
-    report = _build_report(trainable, _run_training(trainable.job, folder, checkpoint, callbacks))
+    report = _build_report(trainable, _run_training(trainable, folder, checkpoint, callbacks))
     files = build_result_files(report, samples=samples.after(), num_labels=len(trainable.job.labels))
     return trainable.save(report, files, replace=replace)
 
@@ -119,7 +117,7 @@ class _TrainingOutcome:
         thresholds: of labels of which any number may apply; see `TrainReport`.
     """
 
-    trainer: ResumableTrainer
+    trainer: ResumableLoop
     seconds: float
     peak_bytes: int
     before: Evaluation | None
@@ -128,13 +126,13 @@ class _TrainingOutcome:
 
 
 def _run_training(
-    job: Job, folder: RunFolder, checkpoint: Checkpoint | None, callbacks: Sequence[TrainerCallback]
+    trainable: TrainableJob, folder: RunFolder, checkpoint: Checkpoint | None, callbacks: Sequence[TrainerCallback]
 ) -> _TrainingOutcome:
     """Train the parameters that require a gradient. Other changes that the Trainer makes to the model are undone."""
-    stop = StopRequest()
+    stop, job = StopRequest(), trainable.job
     with set_up_training(job.base, compiled=job.recipe.compile) as scratch:
-        trainer = _build_trainer(job, scratch, callbacks, folder=folder, stop=stop)
-        before = _evaluate_validation(job, trainer)
+        trainer = _build_trainer(trainable, scratch, callbacks, folder=folder, stop=stop)
+        before = trainer.measure_validation()
         clock = Clock(job.base.device)
         try:
             with stop:
@@ -144,7 +142,7 @@ def _run_training(
         seconds = trainer.seconds_before + clock.seconds - trainer.evaluating_seconds
         thresholds = _choose_thresholds(job, trainer)
         known = None if thresholds else dict(trainer.evaluations).get(trainer.kept)
-        after = known or _evaluate_validation(job, trainer, thresholds)
+        after = known or trainer.measure_validation(thresholds)
     return _TrainingOutcome(
         trainer=trainer,
         seconds=seconds,
@@ -156,28 +154,23 @@ def _run_training(
 
 
 def _build_trainer(
-    job: Job, scratch: str, callbacks: Sequence[TrainerCallback], *, folder: RunFolder, stop: StopRequest
-) -> ResumableTrainer:
+    trainable: TrainableJob, scratch: str, callbacks: Sequence[TrainerCallback], *, folder: RunFolder, stop: StopRequest
+) -> ResumableLoop:
     from transformers import EarlyStoppingCallback
 
-    from lora_kit.training.loop.resumable import ResumableTrainer, RunContext
+    from lora_kit.training.job.loops import build_job_arguments, build_loop
+    from lora_kit.training.loop.resumable import RunContext
     from lora_kit.training.loop.unused_parameters import UnusedParameterCallback
 
+    job = trainable.job
     train_section = job.recipe.train
     patience = train_section.get("early_stopping_patience")
     early_stopping = [EarlyStoppingCallback(patience)] if patience else []
     with _translate_trainer_errors():
-        args = build_training_arguments(train_section, device=job.base.device, folder=scratch, name=job.recipe.name)
-        trainer = ResumableTrainer(
-            job.base.model,
-            args,
-            train=job.train,
-            validation=job.validation,
-            collator=job.collator,
+        trainer = build_loop(
+            trainable,
+            build_job_arguments(job, scratch),
             callbacks=[UnusedParameterCallback(), *early_stopping, *callbacks],
-            rates=LearningRates.of(train_section, job.recipe.task),
-            measure_options=job.measure_options,
-            class_weights=job.class_weights,
             run=RunContext(folder=folder, identity=job.identity, setting=job.environment, stop=stop),
         )
     _set_tensorboard_folder(trainer, f"{folder.out}{TENSORBOARD_SUFFIX}")
@@ -195,7 +188,7 @@ def _translate_trainer_errors() -> Iterator[None]:
         raise RecipeError(f"train: {' '.join(str(error).split())}") from error
 
 
-def _set_tensorboard_folder(trainer: ResumableTrainer, folder: str) -> None:
+def _set_tensorboard_folder(trainer: ResumableLoop, folder: str) -> None:
     """Have TensorBoard write beside the output: its default is in the temporary folder of the training."""
     from transformers.integrations import TensorBoardCallback
 
@@ -204,7 +197,7 @@ def _set_tensorboard_folder(trainer: ResumableTrainer, folder: str) -> None:
             callback.logging_dir = folder
 
 
-def _choose_thresholds(job: Job, trainer: ResumableTrainer) -> tuple[float, ...]:
+def _choose_thresholds(job: Job, trainer: ResumableLoop) -> tuple[float, ...]:
     """Return thresholds for the validation rows where any number of labels apply; empty without any."""
     if job.recipe.problem != MULTI_LABEL or job.validation is None:
         return ()
@@ -215,20 +208,6 @@ def _choose_thresholds(job: Job, trainer: ResumableTrainer) -> tuple[float, ...]
     listed = [f"{label} {threshold:.3g}" for label, threshold in zip(job.labels, thresholds, strict=True)]
     logger.info("thresholds with the best F1 on the validation rows: %s", format_list(listed))
     return thresholds
-
-
-def _evaluate_validation(job: Job, trainer: ResumableTrainer, thresholds: Sequence[float] = ()) -> Evaluation | None:
-    if job.validation is None:
-        return None
-    return measure(
-        job.base.model,
-        job.validation,
-        job.collator,
-        batch_size=trainer.args.per_device_eval_batch_size,
-        autocast=trainer.autocast_dtype,
-        thresholds=thresholds,
-        **job.measure_options,
-    )
 
 
 def _build_report(trainable: TrainableJob, outcome: _TrainingOutcome) -> TrainReport:

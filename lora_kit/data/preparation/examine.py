@@ -14,6 +14,7 @@ from typing import Final
 from lora_kit.data.encode import EncodingResult, encode_with_faults
 from lora_kit.data.label_problem import list_label_names, resolve_problem
 from lora_kit.data.layouts import RowValue
+from lora_kit.data.preferences import get_answer_format, get_first_answer
 from lora_kit.data.preparation.labels import find_lookalikes, find_variants, relabel_rows
 from lora_kit.data.records import Fault
 from lora_kit.data.rows import Rows, scan_rows
@@ -162,9 +163,10 @@ def normalize_input(rows: Rows, value: RowValue) -> str:
 
     The input is the prompt, the text, its words, or everything before the last answer.
     """
+    value = get_first_answer(rows.format, value)
     if rows.format == "words":
         text = " ".join(value[0])
-    elif rows.format == "chat":
+    elif get_answer_format(rows.format) == "chat":
         text = value[0].input_text
     else:
         text = value[0] if isinstance(value[0], str) else "\n".join(value[0])

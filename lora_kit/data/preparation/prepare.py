@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from lora_kit.data.layouts import FORMATS
+from lora_kit.data.preferences import get_answer_format, is_preference
 from lora_kit.data.preparation.examine import ExaminedFile, ReadOptions, examine, find_leaks
 from lora_kit.data.preparation.labels import AUTO
 from lora_kit.data.preparation.prepared_folder import Preparation, PreparedFile, is_prepared, write_preparation
@@ -22,7 +23,7 @@ from lora_kit.data.templates import PLAIN, chat_template, find_chat_template
 from lora_kit.errors import DataError, format_list, suggest_nearest
 from lora_kit.io.atomic_write import check_output
 from lora_kit.models.loading import InputSpec, load_input_spec
-from lora_kit.models.tasks import PROBLEMS
+from lora_kit.models.tasks import CAUSAL_LM, PROBLEMS
 from lora_kit.names import KIT_BASE
 
 DUPLICATES, CONFLICTS, LEAKS = "duplicates", "conflicts", "leaks"
@@ -83,7 +84,7 @@ def prepare(
         base, max_length, template, rename=rename, relabel=relabel, encoding=encoding, problem=problem
     )
     parts = _prepare_files(Path(source), None if validation is None else Path(validation), options, drop)
-    if template is not None and (kind := parts[0].examined.rows.format) != "chat":
+    if template is not None and get_answer_format(kind := parts[0].examined.rows.format) != "chat":
         raise DataError(f"a chat template was given, and {source} has rows of the format {kind}")
     if folder is not None:
         _refuse_remaining_faults(parts)
@@ -221,7 +222,7 @@ def _build_preparation(
     settings = {
         "base": options.base,
         "max_length": sample_format.max_length,
-        "chat_template": options.chat_template if rows.format == "chat" else None,
+        "chat_template": options.chat_template if get_answer_format(rows.format) == "chat" else None,
         "rename": options.rename,
         "relabel": options.relabel,
         "problem": parts[0].examined.problem,
@@ -232,9 +233,16 @@ def _build_preparation(
         parts=parts,
         format=rows.format,
         layout=rows.layout,
-        task=next(task for task in (sample_format.task, *FORMATS) if rows.format in FORMATS[task]),
+        task=_find_task(rows, sample_format.task),
         train=train,
         validation=held_out,
         settings=settings,
         files={},
     )
+
+
+def _find_task(rows: Rows, generative_task: str) -> str:
+    """Return the task that rows are for: the base's generative task where that learns from them."""
+    if is_preference(rows.format):
+        return CAUSAL_LM
+    return next(task for task in (generative_task, *FORMATS) if rows.format in FORMATS[task])

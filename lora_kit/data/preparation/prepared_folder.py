@@ -18,6 +18,7 @@ import yaml
 
 from lora_kit.data.label_columns import convert_labeled_text
 from lora_kit.data.layouts import RowValue
+from lora_kit.data.preferences import is_preference, preference_to_json, suggest_objective
 from lora_kit.data.preparation.examine import ExaminedFile, bin_lengths
 from lora_kit.data.rows import Rows
 from lora_kit.io.atomic_write import write_folder
@@ -166,6 +167,8 @@ def _format_row(rows: Rows, value: RowValue) -> str:
         row: dict[str, object] = convert_labeled_text(value)
     elif rows.format == "chat":
         row = value[0].to_json()
+    elif is_preference(rows.format):
+        row = preference_to_json(rows.format, value)
     else:
         row = dict(zip(_COLUMNS[rows.format], value, strict=True))
     return json.dumps(row, ensure_ascii=False) + "\n"
@@ -184,13 +187,16 @@ def _render_recipe(preparation: Preparation, folder: Path) -> str:
     data["max_length"] = settings["max_length"]
     if settings["chat_template"]:
         data["chat_template"] = settings["chat_template"]
+    objective = suggest_objective(preparation.format)
+    rate = {} if objective else {"learning_rate": 5e-4}  # an objective has a lower default of its own
     recipe = {
         "base": settings["base"],
         "data": data,
         "task": preparation.task,
+        **({"objective": objective} if objective else {}),
         **({"problem": settings["problem"]} if settings.get("problem") else {}),
         "lora": {"r": 16, "lora_alpha": 32},
-        "train": {"num_train_epochs": 3, "per_device_train_batch_size": 8, "learning_rate": 5e-4, "seed": 0},
+        "train": {"num_train_epochs": 3, "per_device_train_batch_size": 8, **rate, "seed": 0},
         "out": f"adapters/{folder.absolute().name}",
     }
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120)
