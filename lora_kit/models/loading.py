@@ -175,11 +175,13 @@ class InputSpec:
         tokenizer: of the base.
         max_length: tokens that the base reads at once, as `Base.max_length`.
         is_encoder_decoder: whether it has an encoder and a decoder.
+        hidden_size: width of its layers; None where the config does not say it.
     """
 
     tokenizer: Tokenizer
     max_length: int
     is_encoder_decoder: bool
+    hidden_size: int | None = None
 
     @property
     def generative_task(self) -> str:
@@ -198,7 +200,8 @@ def load_input_spec(base: str | Path) -> InputSpec:
         config = read_base_config(source)
         tokenizer = _load_tokenizer(source, config)
         max_length = max_length_of(config, tokenizer) - count_reserved_positions_of(config)
-    return InputSpec(tokenizer, max_length, _is_encoder_decoder(config))
+    width = getattr(config.get_text_config(), "hidden_size", None)
+    return InputSpec(tokenizer, max_length, _is_encoder_decoder(config), width if isinstance(width, int) else None)
 
 
 def _is_encoder_decoder(config: PretrainedConfig) -> bool:
