@@ -49,8 +49,8 @@ def evaluate(
         base: Base model: hub id, local folder or kit-base; by default the one that the adapters name, where it is here.
         quantize: Load it in nf4, nf4-double, fp4, fp4-double or int8.
         compare: Measure the base alone as well.
-        metrics: Any of loss, perplexity, accuracy, f1, f1_macro, f1_micro, exact_match, bleu, chrf and rouge, with
-            commas between them.
+        metrics: Any of loss, perplexity, accuracy, f1, f1_macro, f1_micro, f1_per_label, auroc, pearson, spearman, mae,
+            exact_match, bleu, chrf and rouge, with commas between them.
         batch_size: Rows at once.
         max_length: Tokens of a sample, at most; by default as in the training of each adapter.
         max_new_tokens: Tokens of an answer, at most; by default as many as the longest reference has.
@@ -60,7 +60,7 @@ def evaluate(
     from lora_kit.models.infer_base import infer_base
 
     rows: list[str | None] = [*([None] if compare or not adapter else []), *(adapter or [])]
-    with show_progress_lines(), _show_progress() as on_progress:
+    with show_progress_lines(), show_row_progress() as on_progress:
         report = run(
             base or infer_base(adapter or [], store=store),
             rows,
@@ -93,7 +93,7 @@ def _split_names(items: Sequence[str] | None) -> list[str] | None:
 
 
 @contextlib.contextmanager
-def _show_progress() -> Iterator[EvalProgress]:
+def show_row_progress() -> Iterator[EvalProgress]:
     """Show a bar for each adapter on stderr, where that is a terminal; yield what updates them."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
