@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Sequence
 from typing import Final
 
@@ -12,29 +11,21 @@ from lora_kit.bank.bank import AdapterBank
 from lora_kit.errors import RecipeError, format_list
 from lora_kit.training.recipe.recipe import Recipe
 
-logger = logging.getLogger(__name__)
-
 _FREE_FIELDS: Final = ("lora_dropout", "base_model_name_or_path", "revision", "task_type", "inference_mode")
 """Fields of a config in which the recipe may differ: they do not say what the tensors mean."""
 
 
 def load_starting_adapter(recipe: Recipe) -> Adapter | None:
-    """Return the adapter that a recipe starts from, resized to the recipe's rank; None where it starts afresh.
+    """Return the adapter that a recipe starts from; None where it starts afresh.
 
     Raises:
         RecipeError: the recipe's config is another one.
-        LoraKitError: the adapter cannot be read or resized.
+        LoraKitError: the adapter cannot be read.
     """
     if recipe.start_from is None:
         return None
     adapter = Adapter.load(recipe.start_from)
-    if recipe.lora.r < adapter.config.r and recipe.lora.target_modules:
-        from lora_kit.algebra.resize import resize
-
-        adapter = resize(adapter, rank=recipe.lora.r)
-        logger.warning("%s was resized to rank %d", recipe.start_from, recipe.lora.r)
-    else:
-        _check_config(recipe, adapter)
+    _check_config(recipe, adapter)
     return adapter
 
 
@@ -43,7 +34,7 @@ def _check_config(recipe: Recipe, adapter: Adapter) -> None:
     others = [name for name in names if getattr(recipe.lora, name) != getattr(adapter.config, name)]
     if others:
         what = f"{recipe.start_from} has other values of {format_list([f'lora.{name}' for name in others])}"
-        hint = "leave them out: they are the adapter's. lora.r may be smaller; a larger rank needs a new adapter"
+        hint = "leave them out: they are the adapter's; lora-kit resize gives it a smaller rank"
         raise RecipeError(f"from: {what} than the recipe", hint=hint)
 
 
