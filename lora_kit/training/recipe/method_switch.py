@@ -1,7 +1,7 @@
-"""Another method for a recipe, by a flag: what only the method before had is dropped, and said.
+"""Another method for a recipe, by a flag: what only the method before had is dropped, with a warning.
 
-A recipe is written for one method. `--method full` on one for LoRA would otherwise be refused for its `lora` section,
-or train every weight at a learning rate that is right for an adapter.
+A recipe is written for one method. `--method full` on one for LoRA would otherwise be an error for its `lora`
+section, or train every weight at a learning rate that is right for an adapter.
 """
 
 from __future__ import annotations
