@@ -158,17 +158,18 @@ class RowCountCheck:
         # A check of the number of rows would make compiled code be compiled again for each.
         if torch.compiler.is_compiling():
             return
-        count = self._routing.peek_route().row_count
-        if count is None:
-            return
         batch = next(
             (kwargs[name] for name in _INPUT_NAMES if isinstance(kwargs.get(name), Tensor)), args[0] if args else None
         )
-        if not isinstance(batch, Tensor) or not batch.ndim or batch.shape[0] == count:
+        size = batch.shape[0] if isinstance(batch, Tensor) and batch.ndim else 0
+        route = self._routing.peek_route()
+        count = route.row_count
+        self._routing.begin_forward(route, size or count or 0)
+        if not count or not size or size == count:
             return
-        if batch.shape[0] % count or not _is_generating():
+        if size % count or not _is_generating():
             raise RoutingError(
-                f"{count} rows were routed, but the model was given a batch of {batch.shape[0]}",
+                f"{count} rows were routed, but the model was given a batch of {size}",
                 hint="name one adapter per row of the batch",
             )
 

@@ -12,7 +12,7 @@ from lora_kit.errors import RoutingError
 from lora_kit.layers.experts import EXPERT_MATRICES, ExpertFactors, forward_experts, is_fused_experts, is_unmodified
 from lora_kit.layers.initialization import A, B
 from lora_kit.layers.introspect import unwrap_module
-from lora_kit.layers.routing import Route, Routing, check_batch, forward_each_slot
+from lora_kit.layers.routing import Route, Routing, forward_each_slot
 from lora_kit.layers.slot_layer import SlotEntry, SlotLayer
 from lora_kit.layers.unstacked_layer import UpdatedWeightLayer
 from lora_kit.ops.grouped_mm import round_up_rank
@@ -108,7 +108,7 @@ class LoraParameter(UpdatedWeightLayer):
 
     def _forward_in_rank_space(self, route: Route, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         *wrappers, module = self._list_chain()
-        check_batch(route, states)
+        self.routing.check_batch(route, states)
         rows = route.slots
         slots = tuple(sorted(set(rows)))
         factors = {

@@ -72,11 +72,15 @@ class _ThreadState(threading.local):
 
     Attributes:
         route: what compiled code reads, because torch.compile cannot trace context variables.
+        batch: how many rows the model was last given, in a forward with the route `batch_of`; 0: not known.
+        batch_of: that route; weak, so that it keeps no slot from being given away.
         workspace: of the thread.
     """
 
     def __init__(self, routing: Routing) -> None:
         self.route = routing.default
+        self.batch = 0
+        self.batch_of: ReferenceType[Route] = ref(routing.default)
         self.workspace = _Workspace()
 
 
@@ -202,16 +206,43 @@ class Routing:
         """Return the slots of a route as int64 on the device of x: (1,) while all rows use one, else (rows,).
 
         Raises:
-            RoutingError: the batch x (n, ...) cannot be split evenly between the rows.
+            RoutingError: as `check_batch`.
         """
         if x.device not in route.index:
             _add_index(route.index, route.slots, x.device)
         index = route.index[x.device]
         if is_captured(x.device):
             index = self._captured[x.device, len(index)]
-        if route.mixed and x.shape[0] % index.shape[0]:
-            _raise_mismatch(x, index.shape[0])
+        if route.mixed:
+            self._check_rows(route, x, index.shape[0])
         return index
+
+    def begin_forward(self, route: Route, batch: int) -> None:
+        """Remember how many rows the model is given in a forward of this thread; 0 where that is not known."""
+        self._thread.batch, self._thread.batch_of = batch, ref(route)
+
+    def check_batch(self, route: Route, x: Tensor) -> None:
+        """Check that the batch x (n, ...) of a layer can be split evenly between the rows of a route.
+
+        Raises:
+            RoutingError: it cannot, or the rows are not its first axis (XLNet, Longformer and FSMT put time there).
+        """
+        if route.mixed:
+            self._check_rows(route, x, len(route.rows))
+
+    def _check_rows(self, route: Route, x: Tensor, rows: int) -> None:
+        if x.shape[0] % rows:
+            _raise_mismatch(x, rows)
+        if torch.compiler.is_compiling():
+            return
+        # Flattened tokens are (n · tokens, features), windows (n · windows, tokens, features).
+        batch = self._thread.batch if self._thread.batch_of() is route else 0
+        axes = x.ndim if x.is_floating_point() else x.ndim + 1
+        if batch and axes > 2 and x.shape[0] != batch and x.shape[1] == batch:
+            raise RoutingError(
+                f"a layer was given {tuple(x.shape)} for a batch of {batch}: its first axis is not that of the rows",
+                hint="use() one adapter at a time",
+            )
 
     def _write_captured(self, device: torch.device, route: Route) -> None:
         _add_index(route.index, route.slots, device)
@@ -257,12 +288,6 @@ def is_captured(device: torch.device) -> bool:
     if torch.compiler.is_compiling() or device.type != "cuda":
         return False
     return torch.cuda.is_current_stream_capturing()
-
-
-def check_batch(route: Route, x: Tensor) -> None:
-    """Raise RoutingError unless the batch x (n, ...) can be split evenly between the rows of a route."""
-    if route.mixed and x.shape[0] % len(route.rows):
-        _raise_mismatch(x, len(route.rows))
 
 
 def _add_index(index: Index, slots: tuple[int, ...], device: torch.device) -> None:
