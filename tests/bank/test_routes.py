@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 
 import lora_kit as lk
@@ -146,41 +145,3 @@ def test_room_that_is_no_number_of_adapters_or_ranks_is_refused(room: dict[str, 
     with pytest.raises(ConfigError, match="whole number from 1"):
         lk.attach(model, **room)
     lk.attach(model).detach()
-
-
-_SIZES = {"vocab_size": 96, "d_model": 32, "n_layer": 1, "n_head": 4, "d_inner": 32}
-_TEXT = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        transformers.XLNetModel(transformers.XLNetConfig(**_SIZES)),
-        transformers.LongformerModel(transformers.LongformerConfig(**_TEXT, attention_window=[4])),
-    ],
-    ids=["XLNet", "Longformer"],
-)
-def test_a_model_whose_layers_have_time_first_refuses_rows(model: nn.Module) -> None:
-    """They would be given to moments instead of rows, without a message, where the lengths divide."""
-    bank = lk.attach(model.eval())
-    for name in ("a", "b"):
-        bank.add(name, lk.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
-    ids = torch.randint(4, 90, (2, 8))
-    with bank.rows(["a", "b"]), pytest.raises(RoutingError, match="its first axis is not that of the rows"):
-        model(input_ids=ids)
-    bank.use("a")
-    model(input_ids=ids)
-    with bank.rows(["a", "a"]):
-        model(input_ids=ids)
-
-
-def test_a_layer_that_is_given_a_vector_refuses_rows() -> None:
-    model = nn.ModuleDict({"project": nn.Linear(4, 4)})
-    bank = lk.attach(model)
-    for name in ("a", "b"):
-        bank.add(name, lk.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
-    with (
-        bank.rows(["a", "b"]),
-        pytest.raises(RoutingError, match="a vector, which has no rows"),
-    ):
-        model["project"](torch.ones(4))

@@ -19,6 +19,7 @@ from lora_kit.io.text import format_value
 from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR
 from lora_kit.models.quantization import QUANTIZATIONS
 from lora_kit.models.tasks import CAUSAL_LM, CLASSIFY, LABEL_TASKS, MULTI_LABEL, PROBLEMS, REGRESSION, TASKS
+from lora_kit.training.recipe.argument_checks import check_arguments
 from lora_kit.training.recipe.class_weights import ClassWeights, parse_class_weights
 from lora_kit.training.recipe.coerce import Section, as_json, check_one_of
 from lora_kit.training.recipe.data_files import check_data_files, describe_data_files
@@ -146,6 +147,7 @@ class Recipe:
         check_learning_rates(self.train, self.method)
         check_schedule(self.train)
         check_optimizer(self.train)
+        check_arguments(self.train)
         check_objective_values(self.objective, self.train, lora_dropout=self.lora.lora_dropout)
         check_largest(self.train)
         if self.compile:
