@@ -8,6 +8,8 @@ import hashlib
 import json
 import logging
 import os
+import stat
+import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +24,7 @@ from lora_kit.adapter.folder import (
     ALLOWANCES,
     CARD,
     CONFIG,
+    OLD_WEIGHTS,
     WEIGHTS,
     AdapterFolder,
     check_allowances,
@@ -32,15 +35,20 @@ from lora_kit.adapter.folder import (
 from lora_kit.adapter.model_card import render_adapter_card
 from lora_kit.adapter.peft_keys import LoraWeights, TokenEmbeddings, classify_tensors, name_saved_heads
 from lora_kit.config.lora_config import LoraConfig
-from lora_kit.errors import AdapterError, LoraKitError, format_list
+from lora_kit.errors import AdapterError, ConfigError, LoraKitError, format_list
+from lora_kit.io.arguments import parse_path
 from lora_kit.io.atomic_write import write_folder
 from lora_kit.io.portable_paths import make_folder_portable
 from lora_kit.io.safetensors import encode_safetensors, hash_tensors
+from lora_kit.io.text import escape_text
+from lora_kit.torch_utils import translate_out_of_memory
 
 logger = logging.getLogger(__name__)
 
-_READ_ATTEMPTS: Final = 3
-"""How often a folder is read again because another one replaced it meanwhile."""
+_READ_ATTEMPTS: Final = 5
+"""How often a folder is read at most, because it changed meanwhile."""
+_SETTLING_ATTEMPTS: Final = 20
+_TICK_NANOSECONDS: Final = 20_000_000
 _IDENTITY_FIELDS: Final = (
     "lora_alpha",
     "alpha_pattern",
@@ -81,6 +89,9 @@ class Adapter:
         allow: Collection[str] = (),
     ) -> None:
         check_allowances(allow)
+        if not isinstance(config, LoraConfig) or not isinstance(tensors, Mapping):
+            given = f"{type(config).__name__} and {type(tensors).__name__}"
+            raise ConfigError(f"a LoraConfig and a mapping of tensors were expected; {given} were given")
         if config.starts_from_weight:
             raise AdapterError(
                 f"init_lora_weights={config.init_lora_weights} is for an adapter that is yet to be trained",
@@ -197,15 +208,21 @@ class Adapter:
         check_allowances(allow)
         folder = resolve_folder(folder)
         for _ in range(_READ_ATTEMPTS):
-            identity = _stat_folder(folder)
+            identity = _wait_until_settled(folder)
             try:
-                return cls._read(folder, allow)
+                adapter = cls._read(folder, allow)
             except LoraKitError:
-                if _stat_folder(folder) == identity:
+                if _identify_files(folder) == identity:
                     raise
-        return cls._read(folder, allow)
+                continue
+            # The digests of a record prove that its files belong together; without them, only time does.
+            is_proved = "files" in adapter.record and "changed-files" not in allow
+            if is_proved or _identify_files(folder) == identity:
+                return adapter
+        raise AdapterError(f"{escape_text(folder)} was changed while it was read", hint="load it again")
 
     @classmethod
+    @translate_out_of_memory("there is not enough memory for the adapter", hint="free some, and load it again")
     def _read(cls, folder: Path, allow: Collection[str]) -> Adapter:
         source = AdapterFolder.open(folder, allow=allow)
         source.log_caveats()
@@ -259,7 +276,7 @@ class Adapter:
             StorageError: the folder exists, or writing fails; what was there is unchanged.
             ConfigError: `record` is not JSON, or a name in `files` is not allowed for a further file.
         """
-        folder = Path(folder)
+        folder = parse_path(folder, name="folder")
         facts = _make_facts_portable({**self.record, **(record or {})})
         config = _make_config_portable(self.config)
         contents = dict(files or {})
@@ -315,10 +332,35 @@ def _normalize_numbers(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _stat_folder(folder: Path) -> tuple[int, int] | None:
-    """Return device and inode of the folder that is at a path now; None without one."""
+def _identify_files(folder: Path) -> tuple[tuple[int, ...] | None, ...]:
+    """Return what changes with a folder and each of its files: device, inode, size and times; None where one is not."""
+    return tuple(
+        _identify_file(path) for path in (folder, *(folder / name for name in (CONFIG, WEIGHTS, OLD_WEIGHTS, RECORD)))
+    )
+
+
+def _identify_file(path: Path) -> tuple[int, ...] | None:
     try:
-        status = os.stat(folder)
+        status = os.stat(path)
     except (OSError, ValueError):
         return None
-    return status.st_dev, status.st_ino
+    if stat.S_ISDIR(status.st_mode):  # further files in it do not matter
+        return status.st_dev, status.st_ino
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _wait_until_settled(folder: Path) -> tuple[tuple[int, ...] | None, ...]:
+    """Return what identifies the files, once none was changed in the last moments.
+
+    File systems count time in ticks of some milliseconds: a change within the same tick as the one before is not seen.
+    A folder with a record does not wait.
+    """
+    identity = _identify_files(folder)
+    for _ in range(_SETTLING_ATTEMPTS):
+        newest = max((file[-1] for file in identity if file is not None and len(file) > 2), default=0)
+        age = time.time_ns() - newest
+        if identity[-1] is not None or not 0 <= age < _TICK_NANOSECONDS:
+            break
+        time.sleep((_TICK_NANOSECONDS - age) / 1e9)
+        identity = _identify_files(folder)
+    return identity
