@@ -66,8 +66,8 @@ _ALLOCATOR_MESSAGES: Final = ("DefaultCPUAllocator: can't allocate memory", "Def
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that memory could not be allocated, on a device or on the CPU."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+    """Return whether an error means that torch could not allocate memory, on a device or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(message in str(error) for message in _ALLOCATOR_MESSAGES)
     )
 
@@ -84,7 +84,7 @@ def translate_out_of_memory(message: str, *, hint: str) -> Iterator[None]:
     except LoraKitError:
         raise
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if not isinstance(error, MemoryError) and not is_out_of_memory(error):
             raise
         raise OutOfMemoryError(message, hint=hint) from error
 

@@ -8,8 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import stat
-import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +22,6 @@ from lora_kit.adapter.folder import (
     ALLOWANCES,
     CARD,
     CONFIG,
-    OLD_WEIGHTS,
     WEIGHTS,
     AdapterFolder,
     check_allowances,
@@ -32,11 +29,12 @@ from lora_kit.adapter.folder import (
     encode_config,
     is_adapter_folder,
 )
+from lora_kit.adapter.folder_identity import identify_files, wait_until_settled
 from lora_kit.adapter.model_card import render_adapter_card
 from lora_kit.adapter.peft_keys import LoraWeights, TokenEmbeddings, classify_tensors, name_saved_heads
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import AdapterError, ConfigError, LoraKitError, format_list
-from lora_kit.io.arguments import parse_path
+from lora_kit.io.argument_checks import parse_path
 from lora_kit.io.atomic_write import write_folder
 from lora_kit.io.portable_paths import make_folder_portable
 from lora_kit.io.safetensors import encode_safetensors, hash_tensors
@@ -47,8 +45,6 @@ logger = logging.getLogger(__name__)
 
 _READ_ATTEMPTS: Final = 5
 """How often a folder is read at most, because it changed meanwhile."""
-_SETTLING_ATTEMPTS: Final = 20
-_TICK_NANOSECONDS: Final = 20_000_000
 _IDENTITY_FIELDS: Final = (
     "lora_alpha",
     "alpha_pattern",
@@ -89,9 +85,7 @@ class Adapter:
         allow: Collection[str] = (),
     ) -> None:
         check_allowances(allow)
-        if not isinstance(config, LoraConfig) or not isinstance(tensors, Mapping):
-            given = f"{type(config).__name__} and {type(tensors).__name__}"
-            raise ConfigError(f"a LoraConfig and a mapping of tensors were expected; {given} were given")
+        _check_parts(config, tensors)
         if config.starts_from_weight:
             raise AdapterError(
                 f"init_lora_weights={config.init_lora_weights} is for an adapter that is yet to be trained",
@@ -208,16 +202,16 @@ class Adapter:
         check_allowances(allow)
         folder = resolve_folder(folder)
         for _ in range(_READ_ATTEMPTS):
-            identity = _wait_until_settled(folder)
+            identity = wait_until_settled(folder)
             try:
                 adapter = cls._read(folder, allow)
             except LoraKitError:
-                if _identify_files(folder) == identity:
+                if identify_files(folder) == identity:
                     raise
                 continue
             # The digests of a record prove that its files belong together; without them, only time does.
             is_proved = "files" in adapter.record and "changed-files" not in allow
-            if is_proved or _identify_files(folder) == identity:
+            if is_proved or identify_files(folder) == identity:
                 return adapter
         raise AdapterError(f"{escape_text(folder)} was changed while it was read", hint="load it again")
 
@@ -298,6 +292,13 @@ class Adapter:
         return folder
 
 
+def _check_parts(config: object, tensors: object) -> None:
+    """Raise ConfigError for what is no config, or no mapping."""
+    if not isinstance(config, LoraConfig) or not isinstance(tensors, Mapping):
+        given = f"{type(config).__name__} and {type(tensors).__name__}"
+        raise ConfigError(f"a LoraConfig and a mapping of tensors were expected; {given} were given")
+
+
 def _rebuild_adapter(config: LoraConfig, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Adapter:
     return Adapter(config, tensors, record=record, allow=ALLOWANCES)
 
@@ -330,37 +331,3 @@ def _normalize_numbers(value: object) -> object:
     if isinstance(value, Mapping):
         return {key: _normalize_numbers(item) for key, item in value.items()}
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _identify_files(folder: Path) -> tuple[tuple[int, ...] | None, ...]:
-    """Return what changes with a folder and each of its files: device, inode, size and times; None where one is not."""
-    return tuple(
-        _identify_file(path) for path in (folder, *(folder / name for name in (CONFIG, WEIGHTS, OLD_WEIGHTS, RECORD)))
-    )
-
-
-def _identify_file(path: Path) -> tuple[int, ...] | None:
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    if stat.S_ISDIR(status.st_mode):  # further files in it do not matter
-        return status.st_dev, status.st_ino
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def _wait_until_settled(folder: Path) -> tuple[tuple[int, ...] | None, ...]:
-    """Return what identifies the files, once none was changed in the last moments.
-
-    File systems count time in ticks of some milliseconds: a change within the same tick as the one before is not seen.
-    A folder with a record does not wait.
-    """
-    identity = _identify_files(folder)
-    for _ in range(_SETTLING_ATTEMPTS):
-        newest = max((file[-1] for file in identity if file is not None and len(file) > 2), default=0)
-        age = time.time_ns() - newest
-        if identity[-1] is not None or not 0 <= age < _TICK_NANOSECONDS:
-            break
-        time.sleep((_TICK_NANOSECONDS - age) / 1e9)
-        identity = _identify_files(folder)
-    return identity

@@ -17,7 +17,7 @@ from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.adapter_like import AdapterLike
 from lora_kit.adapter.folder import ALLOWANCES
 from lora_kit.errors import ConfigError, MergeError, format_list
-from lora_kit.io.arguments import is_name_collection, parse_path
+from lora_kit.io.argument_checks import is_name_collection, parse_path
 from lora_kit.io.atomic_write import check_output, check_path, stage_folder
 from lora_kit.io.portable_paths import make_folder_portable
 from lora_kit.io.sealed_json import NO_DIGEST, SELF_DIGEST, seal_json
@@ -95,8 +95,7 @@ def merge(
     Example:
         lk.merge("kit-base", "adapters/sql", "merged/sql", dtype="bfloat16").retention
     """
-    started, out = time.perf_counter(), parse_path(out, name="out")
-    parse_path(base, name="base")
+    started, out, _ = time.perf_counter(), parse_path(out, name="out"), parse_path(base, name="base")
     check_path(out)
     _check_arguments(allow, verify)
     quantized_base.check_quantized_choice(quantized, original=original, dtype=dtype, verify=verify)

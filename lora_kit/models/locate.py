@@ -231,7 +231,7 @@ def translate_load_errors(name: str | Path) -> Iterator[None]:
     except LoraKitError:
         raise
     except Exception as error:
-        if is_out_of_memory(error):
+        if isinstance(error, MemoryError) or is_out_of_memory(error):
             hint = "quantize: nf4, or a dtype of two bytes"
             raise OutOfMemoryError(f"{escape_text(name)} does not fit in memory", hint=hint) from error
         if "trust_remote_code" in str(error):

@@ -51,7 +51,8 @@ def parse_space(over: Mapping[str, object] | Iterable[str]) -> Space:
     Raises:
         RecipeError: a text is invalid; a key is given twice, or is no key of a recipe (the nearest is named).
     """
-    if isinstance(over, bytes) or not isinstance(over, Iterable):
+    given: object = over
+    if isinstance(given, bytes) or not isinstance(given, Iterable):
         raise RecipeError(
             f"keys with their values were expected; {over!r} was given", hint="for example {'lora.r': [4, 8]}"
         )
