@@ -12,6 +12,7 @@ from torch import nn
 from lora_kit.errors import TargetError, format_list
 from lora_kit.layers.conv import LoraConvolution
 from lora_kit.layers.embedding import LoraEmbedding
+from lora_kit.layers.grouped_linear import LoraGroupedLinear, is_grouped_linear
 from lora_kit.layers.introspect import find_module, is_compiled, kind_of, unwrap_module, unwrap_outer
 from lora_kit.layers.linear import LoraExpert, LoraLinear
 from lora_kit.layers.parameter import LoraParameter
@@ -233,4 +234,6 @@ def wrap_layer(path: str, module: nn.Module, routing: Routing) -> SlotLayer:
         return LoraConvolution(module, routing)
     if kind == "embedding":
         return LoraEmbedding(module, routing)
+    if is_grouped_linear(module):
+        return LoraGroupedLinear(module, routing)
     return LoraExpert(module, routing) if is_in_expert(path) else LoraLinear(module, routing)

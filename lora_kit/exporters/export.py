@@ -253,9 +253,9 @@ def _judge_case(case: ExportCase, target: str, limit: int | None, allow: Collect
     if target == MERGED:
         return Verdict(MERGED, "any reader", (), (), ("the base, to merge into",))
     program, config = _TARGETS[target], case.adapter.config
-    if program.plain and config.target_parameters:
-        reason = f"target_parameters: {format_list(config.target_parameters)} would be left out"
-        return Verdict(target, program.reader, (reason,), (), ())
+    unlike_layers = tuple(servers.find_unlike_layers(case)) if program.plain else ()
+    if unlike_layers:
+        return Verdict(target, program.reader, unlike_layers, (), ())
     if program.plain:
         case.check_base(allow)
     unsupported = [] if program.dora else list(servers.find_dora(case))

@@ -51,16 +51,25 @@ def find_dora(case: ExportCase) -> Iterator[str]:
         yield "use_dora: a DoRA rescales every row of the whole weight; merge it instead"
 
 
+def find_unlike_layers(case: ExportCase) -> Iterator[str]:
+    """Yield what an adapter has besides LoRA weights of linear layers and embeddings: only PEFT reads it."""
+    config, adapter = case.adapter.config, case.adapter
+    if config.target_parameters:
+        yield f"target_parameters: {format_list(config.target_parameters)} would be left out"
+    if adapter.tokens():
+        yield f"trainable_token_indices: those of {format_list(sorted(adapter.tokens()))} would be left out"
+    for path, weights in adapter.all_pairs().items():
+        if weights.kind not in ("linear", "embedding", "parameter"):
+            yield f"target_modules: {path} is neither a linear layer nor an embedding"
+
+
 def find_unsupported_by_all(case: ExportCase) -> Iterator[str]:
     """Yield what no program but PEFT can read."""
     config = case.adapter.config
     if config.modules_to_save:
         yield f"modules_to_save: {format_list(config.modules_to_save)} would be left out; merge it instead"
-    pairs = case.adapter.pairs()
-    if not pairs:
+    if not case.adapter.pairs():
         yield "target_modules: there are no LoRA weights"
-    for path in (path for path, weights in pairs.items() if weights.kind not in ("linear", "embedding")):
-        yield f"target_modules: {path} is neither a linear layer nor an embedding; merge it instead"
 
 
 def find_unsupported_by_vllm(case: ExportCase) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
+import torch
 from torch import Tensor, nn
 
 from lora_kit.layers.slot_layer import SlotLayer
@@ -107,6 +108,24 @@ def reason_black_box(module: nn.Module) -> str | None:
         if type(parameter) not in _PLAIN_PARAMETER_TYPES:
             return f"has a {type(parameter).__name__} for a parameter"
     return None
+
+
+def maps_features(module: nn.Linear) -> bool:
+    """Return whether a module maps (..., in) to (..., out) and returns nothing else, as far as that can be known.
+
+    Subclasses of nn.Linear with a forward of their own may do something else (routers return several tensors). They
+    are tried with tensors that have a shape and no values.
+    """
+    if type(module).forward is nn.Linear.forward or reason_black_box(module) or not is_unquantized(module.weight):
+        return True
+    tensors = {name: tensor.to("meta") for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+    x = torch.empty(2, module.in_features, device="meta", dtype=module.weight.dtype)
+    try:
+        with torch.no_grad():
+            y = torch.func.functional_call(module, tensors, (x,))
+    except Exception:  # what it needs is not known
+        return True
+    return isinstance(y, Tensor) and y.shape == (2, module.out_features)
 
 
 def is_unquantized(tensor: Tensor) -> bool:

@@ -255,7 +255,7 @@ def test_a_huge_sparse_file_is_refused_in_little_memory(tmp_path: Path, claims: 
 def test_a_file_that_memory_does_not_hold_is_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = folders.tensors() | {"large": torch.ones(2**20)}
     folder = folders.foreign(tmp_path / "big", values)
-    monkeypatch.setattr(read, "_available_memory", lambda: 1_000)
+    monkeypatch.setattr(read, "available_memory", lambda: 1_000)
     told = refused(folder, StorageError)
     assert f"needs {sum(t.nbytes for t in values.values()):,} bytes of memory; 1,000 are available" in told
 

@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lora_kit.cli.main import main
+from lora_kit.data.rows import read_rows
 from tests.support import texts, tiny
 
 Capture = pytest.CaptureFixture[str]
-MENDED = ["--rename", "Question=prompt", "Answer=completion", "--encoding", "cp1252"]
+LABEL_B = '""b"", '
+MENDED = ["--rename", "Question=prompt", "Answer=completion"]
 
 
 @pytest.fixture
@@ -34,14 +37,16 @@ def run(capsys: Capture, *arguments: str) -> tuple[int, str, str]:
 def test_from_a_messy_csv_to_an_answer_with_no_file_edited(here: Path, capsys: Capture) -> None:
     code, _, err = run(capsys, "prepare", "messy.csv", "--base", "base")
     assert (code, "lora-kit prepare --rename mine=prompt" in err) == (2, True)
-    code, _, err = run(capsys, "prepare", "messy.csv", "--base", "base", *MENDED[:3])
+    as_utf8 = [*MENDED, "--encoding", "utf-8"]
+    code, _, err = run(capsys, "prepare", "messy.csv", "--base", "base", *as_utf8)
     assert (code, "--encoding cp1252" in err, "--drop bad" in err) == (2, True, True)
-    code, out, _ = run(capsys, "prepare", "messy.csv", "--base", "base", *MENDED[:3], "--drop", "bad")
+    code, out, _ = run(capsys, "prepare", "messy.csv", "--base", "base", *as_utf8, "--drop", "bad")
     assert (code, "line 17: not UTF-8: byte 0xe9 in 'caf'…" in out.replace("\n", "")) == (0, True)
 
     code, out, err = run(capsys, "prepare", "messy.csv", "--base", "base", *MENDED)
     assert (code, err) == (0, "")
     assert "17 rows: prompt and completion" in out
+    assert ["encoding", "cp1252"] in [line.split() for line in out.splitlines()]
     assert "line 14: 4 cells, and the header has 3" in out
     assert "line 15: prompt is empty" in out
     assert "line 16, see 11" in out
@@ -56,7 +61,8 @@ def test_from_a_messy_csv_to_an_answer_with_no_file_edited(here: Path, capsys: C
     drop = ["--drop", "bad", "empty", "long", "duplicates"]
     code, out, err = run(capsys, "prepare", "messy.csv", "--base", "base", *MENDED, "--out", "data/faq", *drop)
     assert (code, err) == (0, "")
-    assert "12 rows to train on, 1 to validate on" in out
+    assert "13 rows to train on, 0 to validate on" in out
+    assert "nothing is validated on: with so few rows, give --validation FILE" in out
     commands = [line.split()[1:] for line in out.splitlines() if line.startswith("  lora-kit ")]
     assert [command[0] for command in commands] == ["preview", "train"]
 
@@ -88,9 +94,11 @@ def test_a_preview_of_a_conversation_shows_what_is_learned(here: Path, capsys: C
 
 def test_labels_are_shown_with_their_shares(here: Path, capsys: Capture) -> None:
     rows = [{"text": f"text {n}", "label": "spam" if n % 4 else "ham"} for n in range(16)]
-    code, out, _ = run(capsys, "prepare", str(texts.write(here / "rows.jsonl", rows)), "--base", "base", "--out", "d")
+    base = ["--base", "base", "--out", "d", "--share", "0.1"]
+    code, out, _ = run(capsys, "prepare", str(texts.write(here / "rows.jsonl", rows)), *base)
     assert code == 0
-    assert [line.split() for line in out.splitlines() if "%" in line] == [
+    assert "2 rows to validate on say little: one row is 50%" in out
+    assert [line.split() for line in out.splitlines() if line.endswith("%")] == [
         ["spam", "12", "75.0%"],
         ["ham", "4", "25.0%"],
     ]
@@ -157,3 +165,34 @@ def test_spellings_of_a_label_are_offered_and_renamed_together(here: Path, capsy
         True,
         False,
     )
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "problem"),
+    [
+        ("text,labels", [f'row {n},"[{["", LABEL_B][n % 2]}""a""]"' for n in range(30)], "multi-label"),
+        ("text,label", [f"row {n},{n}.5" for n in range(30)], "regression"),
+        ("text,text_pair,label,weight", [f"row {n},pair {n},{'xy'[n % 2]},{1 + n}" for n in range(30)], "single-label"),
+    ],
+)  # fmt: skip
+def test_a_table_of_texts_with_labels_becomes_a_recipe_that_can_be_previewed(
+    here: Path, capsys: Capture, header: str, rows: list[str], problem: str
+) -> None:
+    Path("rows.csv").write_text("\n".join([header, *rows]), encoding="utf-8")
+    code, _, err = run(capsys, "prepare", "rows.csv", "--base", "base", "--out", "data/rows")
+    assert code == 0, err
+    recipe = yaml.safe_load(Path("data/rows/recipe.yaml").read_text("utf-8"))
+    assert (recipe["task"], recipe["problem"]) == ("classify", problem)
+    written = read_rows("data/rows/train.jsonl").values + read_rows("data/rows/validation.jsonl").values
+    assert sorted(written) == sorted(read_rows("rows.csv").values)
+    code, out, err = run(capsys, "preview", "data/rows/recipe.yaml")
+    assert code == 0, err
+    assert ", label " in out
+
+
+def test_whole_numbers_that_may_be_classes_are_asked_about(here: Path, capsys: Capture) -> None:
+    Path("rows.csv").write_text("text,label\n" + "\n".join(f"row {n},{n}" for n in range(30)), encoding="utf-8")
+    code, _, err = run(capsys, "prepare", "rows.csv", "--base", "base")
+    assert (code, "30 rows have 30 different numbers as labels, which looks like a regression" in err) == (2, True)
+    code, _, err = run(capsys, "prepare", "rows.csv", "--base", "base", "--problem", "regression", "--out", "data/rows")
+    assert code == 0, err

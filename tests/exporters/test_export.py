@@ -530,6 +530,17 @@ def test_pairs_for_parameters_stay_with_peft(tmp_path: Path) -> None:
         assert check(tmp_path / "moe", target).refused[0].startswith("target_parameters: ")
 
 
+def test_token_embeddings_are_named_as_what_a_program_cannot_read(tmp_path: Path) -> None:
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**tiny_shape()))
+    bank = lk.attach(model, lk.LoraConfig(r=2, target_modules=("q_proj",), trainable_token_indices=(3,)), name="a")
+    bank.save("a", tmp_path / "rows")
+    for target in ("vllm", "sglang", "tgi", "gguf", "ollama", "mlx"):
+        assert check(tmp_path / "rows", target).refused[0].startswith("trainable_token_indices: ")
+        with pytest.raises(ExportError, match="trainable_token_indices"):
+            lk.export(tmp_path / "rows", target, tmp_path / "out")
+    assert check(tmp_path / "rows", "peft").refused == ()
+
+
 def test_only_an_earlier_export_is_replaced_and_never_what_is_read(base: Path, awkward: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     lk.export(awkward, "vllm", out, base=base)

@@ -153,6 +153,8 @@ def _normalize_peft_keys(
         notes: gets what was done, in words.
         kept: ends of the paths of modules whose tensors belong to the adapter though their keys do not say so.
     """
+    model = _find_prefix_of_model(tensors)
+    tensors = {key: tensor for key, tensor in tensors.items() if key.startswith(model)}
     normalized, names, others = dict[str, Tensor](), set[str](), dict[str, Tensor]()
     for key, tensor in tensors.items():
         bare = _strip_wrappers(key)
@@ -177,6 +179,22 @@ def _normalize_peft_keys(
     if any(not key.startswith(PREFIX) for key in tensors):
         notes.append(f"keys are written as PEFT writes them, with {PREFIX} and without names of wrappers")
     return normalized | others
+
+
+def _find_prefix_of_model(keys: Iterable[str]) -> str:
+    """Return what keys of the model with LoRA weights begin with: others are of a teacher, or of a loss.
+
+    Raises:
+        AdapterError: several models have LoRA weights, as a student and its teacher may.
+    """
+    around = {key.partition(PREFIX)[0] for key in keys if ".lora_" in key and PREFIX in key}
+    if len(around) > 1:
+        models = [name.removesuffix(".") or "the model itself" for name in sorted(around)]
+        raise AdapterError(
+            f"the file holds LoRA weights of several models: {format_list(models)}",
+            hint="save the state dict of one of them on its own",
+        )
+    return around.pop() if around else ""
 
 
 def _is_kept(key: str, names: Sequence[str]) -> bool:

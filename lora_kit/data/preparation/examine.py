@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Final
 
 from lora_kit.data.encode import EncodingResult, encode_with_faults
+from lora_kit.data.encodings import UTF8
+from lora_kit.data.label_problem import list_label_names, resolve_problem
 from lora_kit.data.layouts import RowValue
-from lora_kit.data.preparation.labels import find_lookalikes, find_variants, relabel_rows
+from lora_kit.data.preferences import get_answer_format, get_first_answer
+from lora_kit.data.preparation.labels import choose_spellings, find_lookalikes, find_variants, relabel_rows
 from lora_kit.data.records import Fault
-from lora_kit.data.rows import Rows, collect_label_names, scan_rows
+from lora_kit.data.rows import Rows, scan_rows
 from lora_kit.data.sample_format import SampleFormat
 from lora_kit.models.protocols import Tokenizer
-from lora_kit.models.tasks import LABEL
+from lora_kit.models.tasks import REGRESSION, SINGLE_LABEL, TEXT_KINDS
 
 FIRST_BIN: Final = 16
 """Upper end of the first bin of a histogram of lengths; that of each further bin is twice the one before."""
@@ -31,20 +34,24 @@ class ReadOptions:
     Attributes:
         base: name of the base.
         tokenizer: tokenizer of the base.
+        hidden_size: width of the base; None where its config does not say it.
         chat_template: the template of conversations, as a recipe names it; None for the tokenizer's own.
         sample_format: the format of samples; labels are added from the file.
         rename: new names of columns, by old name.
         relabel: new names of labels, by old name; or `AUTO`.
-        encoding: encoding of the files.
+        encoding: encoding of the files; `auto` to find it out.
+        problem: what is predicted of texts with labels; None to infer it from the labels.
     """
 
     base: str
     tokenizer: Tokenizer
+    hidden_size: int | None
     chat_template: str | None
     sample_format: SampleFormat
     rename: Mapping[str, str]
     relabel: Mapping[str, str] | str
     encoding: str
+    problem: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +67,8 @@ class ExaminedFile:
         relabeled: new names that labels got, by old name.
         measured: the rows as samples.
         sha256: hash of the file, or of the rows of a data set.
+        encoding: encoding that the file was read in.
+        problem: what the labels of texts are; None in other formats.
     """
 
     rows: Rows
@@ -70,6 +79,8 @@ class ExaminedFile:
     relabeled: Mapping[str, str]
     measured: EncodingResult
     sha256: str
+    encoding: str = UTF8
+    problem: str | None = None
 
     def lines_of(self, kind: str) -> list[int]:
         """Return the lines of the faults of a kind: `bad`, `empty` or `long`."""
@@ -82,8 +93,8 @@ class ExaminedFile:
 
     @functools.cached_property
     def labels(self) -> dict[str, int]:
-        """How many texts or words have each label, the most frequent label first."""
-        return _count_labels(self.rows)
+        """How many texts or words have each label, the most frequent label first; empty for numbers to be predicted."""
+        return {} if self.problem == REGRESSION else _count_labels(self.rows)
 
     @functools.cached_property
     def variants(self) -> dict[str, str]:
@@ -97,9 +108,9 @@ class ExaminedFile:
 
     @property
     def learned(self) -> float:
-        """Share of tokens with a loss; 0 if each text has one label, for then no token has a loss."""
+        """Share of tokens with a loss; 0 if something is predicted of each text, for then no token has a loss."""
         samples = self.measured.encoded
-        return samples.num_labels / samples.num_tokens if samples.kind != LABEL and samples.num_tokens else 0.0
+        return samples.num_labels / samples.num_tokens if samples.kind not in TEXT_KINDS and samples.num_tokens else 0.0
 
 
 def examine(
@@ -119,9 +130,11 @@ def examine(
     scan = scan_rows(path, rename=options.rename, encoding=options.encoding, split=split)
     relabel = _choose_names(scan.rows, options.relabel, label2id)
     rows = relabel_rows(scan.rows, relabel)
+    problem = resolve_problem(rows, options.problem) if rows.values and rows.format == "label" else None
     if rows.values and rows.format in ("label", "words") and label2id is None:
-        label2id = {name: number for number, name in enumerate(collect_label_names(rows))}
-    sample_format = dataclasses.replace(options.sample_format, label2id=label2id or {})
+        names = list_label_names(rows, problem or SINGLE_LABEL)
+        label2id = {name: number for number, name in enumerate(names)}
+    sample_format = dataclasses.replace(options.sample_format, label2id=label2id or {}, problem=problem or SINGLE_LABEL)
     measured = encode_with_faults(rows, options.tokenizer, sample_format)
     return ExaminedFile(
         rows=rows,
@@ -132,6 +145,8 @@ def examine(
         relabeled=relabel,
         measured=measured,
         sha256=scan.sha256,
+        encoding=scan.encoding,
+        problem=problem,
     )
 
 
@@ -139,7 +154,7 @@ def _choose_names(rows: Rows, relabel: Mapping[str, str] | str, label2id: Mappin
     """Return the new names of the labels in a file, by old name."""
     counts = _count_labels(rows)
     if isinstance(relabel, str):
-        return find_variants(counts, known=label2id or ())
+        return choose_spellings(counts, known=label2id or ())
     # A label that is misspelled in the training rows only need not be in the validation rows.
     return {old: new for old, new in relabel.items() if label2id is None or old in counts}
 
@@ -154,12 +169,13 @@ def normalize_input(rows: Rows, value: RowValue) -> str:
 
     The input is the prompt, the text, its words, or everything before the last answer.
     """
+    value = get_first_answer(rows.format, value)
     if rows.format == "words":
         text = " ".join(value[0])
-    elif rows.format == "chat":
+    elif get_answer_format(rows.format) == "chat":
         text = value[0].input_text
     else:
-        text = value[0]
+        text = value[0] if isinstance(value[0], str) else "\n".join(value[0])
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
@@ -197,7 +213,8 @@ def _find_conflicts(rows: Rows) -> dict[int, int]:
     first: dict[str, tuple[int, str]] = {}
     conflicts = {}
     for line, value in zip(rows.lines, rows.values, strict=True):
-        earlier, label = first.setdefault(normalize_input(rows, value), (line, str(value[1])))
-        if label != str(value[1]):
+        own = str(sorted(map(str, value[1])) if isinstance(value[1], tuple) else value[1])
+        earlier, label = first.setdefault(normalize_input(rows, value), (line, own))
+        if label != own:
             conflicts[line] = earlier
     return conflicts

@@ -5,15 +5,18 @@ The same file and the same settings give the same bytes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from lora_kit.data.encodings import AUTO_ENCODING
 from lora_kit.data.layouts import FORMATS
+from lora_kit.data.preferences import get_answer_format, is_preference
 from lora_kit.data.preparation.examine import ExaminedFile, ReadOptions, examine, find_leaks
 from lora_kit.data.preparation.labels import AUTO
 from lora_kit.data.preparation.prepared_folder import Preparation, PreparedFile, is_prepared, write_preparation
-from lora_kit.data.preparation.split import split
+from lora_kit.data.preparation.split import choose_share, split
 from lora_kit.data.records import BAD, EMPTY, LONG, NOT_UTF8
 from lora_kit.data.rows import Rows, build_fault_error
 from lora_kit.data.sample_format import DEFAULT_MAX_LENGTH, SampleFormat
@@ -21,12 +24,12 @@ from lora_kit.data.templates import PLAIN, chat_template, find_chat_template
 from lora_kit.errors import DataError, format_list, suggest_nearest
 from lora_kit.io.atomic_write import check_output
 from lora_kit.models.loading import InputSpec, load_input_spec
+from lora_kit.models.tasks import CAUSAL_LM, PROBLEMS
 from lora_kit.names import KIT_BASE
 
 DUPLICATES, CONFLICTS, LEAKS = "duplicates", "conflicts", "leaks"
 DROPPABLE: Final = (BAD, EMPTY, LONG, DUPLICATES, CONFLICTS, LEAKS)
 """Rows that can be left out: invalid, without text, too long; repeats; training rows that are validated on."""
-DEFAULT_VALIDATION_SHARE: Final = 0.05
 
 
 def prepare(
@@ -34,13 +37,15 @@ def prepare(
     out: str | Path | None = None,
     *,
     validation: str | Path | None = None,
-    share: float = DEFAULT_VALIDATION_SHARE,
+    share: float | None = None,
+    test: float = 0.0,
     base: str = KIT_BASE,
     max_length: int | None = None,
     template: str | None = None,
     rename: Mapping[str, str] | None = None,
     relabel: Mapping[str, str] | str | None = None,
-    encoding: str = "utf-8",
+    problem: str | None = None,
+    encoding: str = AUTO_ENCODING,
     drop: Collection[str] = (),
     seed: int = 0,
     replace: bool = False,
@@ -48,55 +53,65 @@ def prepare(
     """Examine a file of rows, clean it as requested, and write it split for training, all or nothing.
 
     Args:
-        source: the file or data set; `lora_kit.data.readers` lists the kinds of files, `lora_kit.data.hub_datasets` the
-            names of data sets, `lora_kit.data.layouts` the layouts.
+        source: the file or data set; see `lora_kit.data.readers`, `lora_kit.data.hub_datasets` for names of data sets,
+            and `lora_kit.data.layouts`.
         out: the folder to write; None to examine only.
-        validation: a separate file for validation; None to set a share of the rows aside, see
-            `lora_kit.data.preparation.split`.
-        share: share of the rows to set aside; 0 for none. Ignored if there is a file for validation.
+        validation: a separate file for validation; None to set a share of the rows aside.
+        share: of the rows to set aside for validation; None for what `choose_share` says, 0 for none.
+        test: share of the rows to set aside for a test; 0 for none.
         base: the base whose tokens are counted, and which the recipe trains on.
         max_length: most tokens of a sample; None for the context of the base, but at most 2,048.
-        template: chat template of conversations: `plain`, a Jinja file or the text of one; None for the tokenizer's
-            own, or `plain` if it has none.
+        template: of conversations: `plain`, a Jinja file or its text; None for the tokenizer's own, else `plain`.
         rename: new names of columns, by old name.
-        relabel: new names of labels, by old name; `auto` gives labels that differ only in case or blanks the most
-            frequent spelling.
-        encoding: encoding of the files.
-        drop: which rows to leave out, of `DROPPABLE`. The first of several duplicates stays; leaks are removed from the
-            training rows.
-        seed: seed of the split.
-        replace: whether an earlier result at `out` may be replaced.
+        relabel: new names of labels, by old name; `auto` for those that differ in case, blanks or one slip.
+        problem: what is predicted of texts with labels, one of `PROBLEMS`; None to infer it from them.
+        encoding: encoding of the files; `auto` to find it out, see `lora_kit.data.encodings`.
+        drop: which rows to leave out, of `DROPPABLE`; the first of several duplicates stays.
+        seed: seed of the split; `replace`: whether `out` may be replaced.
 
     Raises:
         DataError: the files cannot be read, or rows that cannot be trained on are neither fixed nor left out.
         BaseModelError: the base's tokenizer cannot be read.
         StorageError: `out` exists, or cannot be written.
     """
-    _check_arguments(drop, share)
-    if isinstance(relabel, str) and relabel != AUTO:
-        raise DataError(f"relabel {relabel!r} is not known", hint=f"{AUTO}, or old=new")
+    _check_arguments(drop, relabel, problem)
+    _check_shares(share or 0.0, test)
     folder = None if out is None else Path(out)
     if folder is not None:
         check_output(folder, replace=replace, owned=is_prepared)
-    options = _build_options(base, max_length, template, rename=rename, relabel=relabel, encoding=encoding)
+    options = _build_options(
+        base, max_length, template, rename=rename, relabel=relabel, encoding=encoding, problem=problem
+    )
     parts = _prepare_files(Path(source), None if validation is None else Path(validation), options, drop)
-    if template is not None and (kind := parts[0].examined.rows.format) != "chat":
+    if template is not None and get_answer_format(kind := parts[0].examined.rows.format) != "chat":
         raise DataError(f"a chat template was given, and {source} has rows of the format {kind}")
     if folder is not None:
         _refuse_remaining_faults(parts)
-    train, held_out = _split_rows(parts, share=share, seed=seed)
-    choices = {"drop": sorted(drop), "share": 0.0 if validation is not None else share, "seed": seed}
-    preparation = _build_preparation(parts, train, held_out, options, choices)
+    share = _resolve_share(share, parts)
+    splits = _split_rows(parts, share=share, test=test, seed=seed)
+    choices = {"drop": sorted(drop), "share": share, "test": test, "seed": seed}
+    preparation = _build_preparation(parts, splits, options, choices)
     return preparation if folder is None else write_preparation(preparation, folder, replace=replace)
 
 
-def _check_arguments(drop: Collection[str], share: float) -> None:
+def _check_arguments(drop: Collection[str], relabel: Mapping[str, str] | str | None, problem: str | None) -> None:
+    if isinstance(relabel, str) and relabel != AUTO:
+        raise DataError(f"relabel {relabel!r} is not known", hint=f"{AUTO}, or old=new")
     unknown = sorted(set(drop) - set(DROPPABLE))
     if unknown:
         hint = suggest_nearest(unknown[0], DROPPABLE) or f"known: {format_list(DROPPABLE)}"
         raise DataError(f"drop {format_list(unknown)} is not known", hint=hint)
-    if not 0 <= share < 1:
-        raise DataError(f"the share for validation must be at least 0 and below 1; {share} was given")
+    if problem is not None and problem not in PROBLEMS:
+        hint = suggest_nearest(problem, PROBLEMS) or f"known: {format_list(PROBLEMS)}"
+        raise DataError(f"problem {problem!r} is not known", hint=hint)
+
+
+def _check_shares(share: float, test: float) -> None:
+    for purpose, value in (("validation", share), ("test", test)):
+        if not 0 <= value < 1:
+            raise DataError(f"the share for {purpose} must be at least 0 and below 1; {value} was given")
+    if share + test >= 1:
+        raise DataError(f"the shares for validation and test are {share} and {test}, which leaves no row to train on")
 
 
 def _build_options(
@@ -107,12 +122,14 @@ def _build_options(
     rename: Mapping[str, str] | None,
     relabel: Mapping[str, str] | str | None,
     encoding: str,
+    problem: str | None,
 ) -> ReadOptions:
     spec = load_input_spec(base)
     name = template if template is not None or find_chat_template(spec.tokenizer) else PLAIN
     return ReadOptions(
         base=base,
         tokenizer=spec.tokenizer,
+        hidden_size=spec.hidden_size,
         chat_template=name,
         sample_format=SampleFormat(
             max_length=_resolve_max_length(max_length, spec, base),
@@ -122,6 +139,7 @@ def _build_options(
         rename=dict(rename or {}),
         relabel=relabel if isinstance(relabel, str) else dict(relabel or {}),
         encoding=encoding,
+        problem=problem,
     )
 
 
@@ -146,6 +164,7 @@ def _prepare_files(
     if validation is None:
         return (_clean_file(source, train, {}, drop),)
     label2id = {name: number for number, name in enumerate(train.labels)} if train.labels else None
+    options = dataclasses.replace(options, problem=train.problem)
     other = examine(validation, options, label2id=label2id, split="validation")
     _refuse_other_encoding(validation, other, drop)
     if other.rows.format != train.rows.format:
@@ -187,44 +206,66 @@ def _refuse_remaining_faults(parts: Sequence[PreparedFile]) -> None:
             raise build_fault_error(part.path, faults, hint=hint)
 
 
-def _split_rows(parts: Sequence[PreparedFile], *, share: float, seed: int) -> tuple[Rows, Rows | None]:
-    """Return the rows to train on, and those to validate on."""
+def _resolve_share(share: float | None, parts: Sequence[PreparedFile]) -> float:
+    """Return the share of rows to set aside for validation: none where there is a file for it."""
+    if len(parts) > 1:
+        return 0.0
+    return choose_share(len(parts[0].kept)) if share is None else share
+
+
+def _split_rows(parts: Sequence[PreparedFile], *, share: float, test: float, seed: int) -> dict[str, Rows | None]:
+    """Return the rows of each side; those of the test first, so that they do not depend on the others' share."""
     kept = [part.examined.rows.only(part.kept) for part in parts]
     for part, rows in zip(parts, kept, strict=True):
         if not len(rows):
             raise DataError(f"{part.path}: no row is left")
-    if len(kept) > 1:
-        return kept[0], kept[1]
+    rest, tested = _set_aside(kept[0], test, seed, parts[0].examined.problem)
+    train, validated = _set_aside(rest, share * len(kept[0]) / len(rest), seed, parts[0].examined.problem)
+    return {"train": train, "validation": kept[1] if len(kept) > 1 else validated, "test": tested}
+
+
+def _set_aside(rows: Rows, share: float, seed: int, problem: str | None) -> tuple[Rows, Rows | None]:
+    """Return the rows that remain, and those that are set aside."""
     if not share:
-        return kept[0], None
-    train, held_out = split(kept[0], share=share, seed=seed)
-    return kept[0].only(train), kept[0].only(held_out)
+        return rows, None
+    remaining, aside = split(rows, share=share, seed=seed, problem=problem)
+    return rows.only(remaining), rows.only(aside)
 
 
 def _build_preparation(
     parts: tuple[PreparedFile, ...],
-    train: Rows,
-    held_out: Rows | None,
+    splits: Mapping[str, Rows | None],
     options: ReadOptions,
     choices: Mapping[str, object],
 ) -> Preparation:
-    rows, sample_format = parts[0].examined.rows, options.sample_format
+    rows, sample_format, train = parts[0].examined.rows, options.sample_format, splits["train"]
+    assert train is not None
     settings = {
         "base": options.base,
         "max_length": sample_format.max_length,
-        "chat_template": options.chat_template if rows.format == "chat" else None,
+        "chat_template": options.chat_template if get_answer_format(rows.format) == "chat" else None,
         "rename": options.rename,
         "relabel": options.relabel,
-        "encoding": options.encoding,
+        "problem": parts[0].examined.problem,
+        "encoding": parts[0].examined.encoding,
         **choices,
     }
     return Preparation(
         parts=parts,
         format=rows.format,
         layout=rows.layout,
-        task=next(task for task in (sample_format.task, *FORMATS) if rows.format in FORMATS[task]),
+        task=_find_task(rows, sample_format.task),
         train=train,
-        validation=held_out,
+        validation=splits["validation"],
+        test=splits["test"],
+        hidden_size=options.hidden_size,
         settings=settings,
         files={},
     )
+
+
+def _find_task(rows: Rows, generative_task: str) -> str:
+    """Return the task that rows are for: the base's generative task where that learns from them."""
+    if is_preference(rows.format):
+        return CAUSAL_LM
+    return next(task for task in (generative_task, *FORMATS) if rows.format in FORMATS[task])

@@ -32,7 +32,7 @@ from lora_kit.training.recipe.strict_yaml import load_yaml
 _SIZE_LIMIT: Final = 2**20
 """Bytes of a recipe's file, at most."""
 _MAX_SHOWN_PATH: Final = 160
-_PLAIN_FIELDS: Final = ("base", "out", "task", "method", "dtype", "quantize", "compile")
+_PLAIN_FIELDS: Final = ("base", "out", "task", "problem", "objective", "method", "dtype", "quantize", "compile")
 """Fields of a recipe that hold one value, not a section."""
 
 RecipeSource: TypeAlias = str | Path | Section | Recipe

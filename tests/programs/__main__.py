@@ -1,0 +1,91 @@
+"""`python -m tests.programs [--only mlx] [--write]`: ends with 1 if a program computes something else than we do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks import harness
+from tests.programs.cases import Case, write_cases
+from tests.programs.checks import CHECKS, Check, Outcome, iterate_checks, run_check
+from tests.programs.environments import UnavailableError, install, python_of
+from tests.programs.page import MARK, PAGE, format_table
+
+ROOT: Final = Path(__file__).resolve().parents[2] / ".programs"
+RESULT: Final = harness.RESULTS / "programs.json"
+
+
+def main() -> int:
+    """Run the programs that are named, or all of them, and print a line for each form that they read."""
+    parser = argparse.ArgumentParser(prog="python -m tests.programs", description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=list(CHECKS), default=[], help="programs to run")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of the environments and files")
+    parser.add_argument("--write", action="store_true", help="write the results, and the table of docs/export.md")
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    cases = list(write_cases(arguments.root / "cases"))
+    records = [_run(program, check, cases, arguments.root) for program, check in iterate_checks(arguments.only)]
+    if arguments.write:
+        _write(records)
+    return 1 if any(record["wrong"] for record in records) else 0
+
+
+def _run(program: str, check: Check, cases: Sequence[Case], root: Path) -> dict[str, Any]:
+    """Run one check, print what came of it, and return its record."""
+    record: dict[str, Any] = {"program": program, "form": check.form, "version": None, "wrong": False, "cases": []}
+    started = time.perf_counter()
+    try:
+        python = Path(sys.executable)
+        if check.environment is not None:
+            python = python_of(install(check.environment, root, say=_say))
+        version, outcomes = run_check(check, cases, python=python, folder=root / "runs" / program / check.form)
+    except UnavailableError as error:
+        _say(f"{program:<22} {check.form:<8} skipped: {error}")
+        return {**record, "skipped": str(error)}
+    except RuntimeError as error:
+        _say(f"{program:<22} {check.form:<8} FAILED: {error}")
+        return {**record, "wrong": True, "failed": str(error)}
+    record |= {"version": version, "seconds": round(time.perf_counter() - started, 1)}
+    record |= {"cases": [asdict(outcome) for outcome in outcomes]}
+    record["wrong"] = not all(outcome.is_right for outcome in outcomes)
+    _print_summary(record, outcomes)
+    return record
+
+
+def _print_summary(record: dict[str, Any], outcomes: Sequence[Outcome]) -> None:
+    equal = [outcome for outcome in outcomes if outcome.verdict == "equal"]
+    largest = max((outcome.difference or 0.0 for outcome in equal), default=0.0)
+    counts = {verdict: sum(o.verdict == verdict for o in outcomes) for verdict in ("rejected", "known")}
+    _say(
+        f"{record['program']:<22} {record['form']:<8} {len(equal):>3} equal, at most {largest:.1e} off; "
+        f"{counts['rejected']} rejected, {counts['known']} known faults; {record['seconds']:.0f} s; {record['version']}"
+    )
+    for outcome in outcomes:
+        if not outcome.is_right:
+            figures = f"{outcome.difference:.2e} off, bound {outcome.bound:.1e}" if outcome.difference else ""
+            _say(f"  {outcome.verdict.upper()} {outcome.key}: {figures} {outcome.reason or ''}")
+
+
+def _write(records: Sequence[dict[str, Any]]) -> None:
+    """Write the results; of a part of the programs, beside what the others gave before."""
+    earlier = json.loads(RESULT.read_text(encoding="utf-8"))["checks"] if RESULT.is_file() else []
+    ran = {(record["program"], record["form"]) for record in records}
+    kept = [record for record in earlier if (record["program"], record["form"]) not in ran]
+    result = {"checks": sorted([*kept, *records], key=lambda record: (record["program"], record["form"]))}
+    harness.write(RESULT.stem, result)
+    harness.fill(PAGE, format_table(result), mark=MARK)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
