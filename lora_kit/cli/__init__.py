@@ -17,6 +17,7 @@ from lora_kit.cli import (  # noqa: F401 - each adds its verb
     inspect,
     list,
     merge,
+    predict,
     prepare,
     preview,
     resize,

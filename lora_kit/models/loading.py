@@ -17,11 +17,10 @@ from torch import Tensor
 
 from lora_kit.errors import BaseModelError, format_list, suggest_nearest
 from lora_kit.layers.introspect import pause_packing
+from lora_kit.models.checkpoint_head import read_base_config
 from lora_kit.models.head_config import set_labels, set_problem
 from lora_kit.models.heads import (
     check_loading_info,
-    list_checkpoint_labels,
-    order_labels,
     renew_label_layer,
 )
 from lora_kit.models.input_lengths import count_reserved_positions, count_reserved_positions_of, max_length_of
@@ -148,7 +147,7 @@ def load_base(
     torch_device = _resolve_device(device)
     source, name = locate_base(base), str(base)
     with silence_libraries(), translate_load_errors(name):
-        config = _read_config(source)
+        config = read_base_config(source)
         if task == CLASSIFY:
             set_problem(config, problem)
         replaced = set_labels(config, name, task=task, num_labels=num_labels, label2id=label2id)
@@ -198,7 +197,7 @@ def load_input_spec(base: str | Path) -> InputSpec:
     """
     source = locate_base(base)
     with silence_libraries(), translate_load_errors(str(base)):
-        config = _read_config(source)
+        config = read_base_config(source)
         tokenizer = _load_tokenizer(source, config)
         max_length = max_length_of(config, tokenizer) - count_reserved_positions_of(config)
     width = getattr(config.get_text_config(), "hidden_size", None)
@@ -229,44 +228,6 @@ def _resolve_device(device: str | torch.device | None) -> torch.device:
     if torch_device.type == "cuda" and not torch.cuda.is_available():
         raise BaseModelError(f"device {device!r} was given, but torch finds no CUDA device", hint="use cpu")
     return torch_device
-
-
-def find_label_order(base: str | Path, names: Sequence[str], *, task: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the labels of a base's head, and the labels of a training on it, each in the order of the classes.
-
-    Args:
-        base: as in `load_base`.
-        names: the labels of the training rows, sorted.
-        task: one whose labels have names.
-
-    Returns:
-        The labels of the head, empty if there is none for the task; and all of them again if it knows every name,
-        else the names.
-
-    Raises:
-        BaseModelError: no base of that name.
-    """
-    with silence_libraries(), translate_load_errors(str(base)):
-        head = list_checkpoint_labels(_read_config(locate_base(base)), task)
-    return head, order_labels(names, head)
-
-
-def find_checkpoint_problem(base: str | Path) -> str | None:
-    """Return what the head of a base predicts of a whole text; None where it has no such head, or does not say.
-
-    Raises:
-        BaseModelError: no base of that name.
-    """
-    with silence_libraries(), translate_load_errors(str(base)):
-        config = _read_config(locate_base(base))
-    return find_problem_by_type(config.problem_type) if list_checkpoint_labels(config, CLASSIFY) else None
-
-
-def _read_config(source: BaseSource) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    config: PretrainedConfig = AutoConfig.from_pretrained(source.location, **source.loading_options)
-    return config
 
 
 def _replace_head(model: PreTrainedModel, name: str, task: str, reason: str) -> None:

@@ -28,8 +28,9 @@ from lora_kit.data.templates import ChatTemplate, chat_template
 from lora_kit.errors import BaseModelError, DataError, RecipeError, format_list
 from lora_kit.evaluation.generation_metrics import GenerationTask, build_generation_task, collect_eval_prompts
 from lora_kit.evaluation.metrics import select_generation_metrics
+from lora_kit.models.checkpoint_head import find_label_order
 from lora_kit.models.heads import describe_head, list_head_labels, order_labels
-from lora_kit.models.loading import Base, find_label_order
+from lora_kit.models.loading import Base
 from lora_kit.models.tasks import CLASSIFY, LABEL_TASKS, REGRESSION, SINGLE_LABEL
 from lora_kit.targets.fingerprint import fingerprint
 from lora_kit.training.job.base_model import prepare_base
