@@ -34,8 +34,8 @@ from lora_kit.adapter.model_card import render_adapter_card
 from lora_kit.adapter.peft_keys import LoraWeights, TokenEmbeddings, classify_tensors, name_saved_heads
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import AdapterError, ConfigError, LoraKitError, format_list
-from lora_kit.io.argument_checks import parse_path
 from lora_kit.io.atomic_write import write_folder
+from lora_kit.io.given_values import parse_path
 from lora_kit.io.portable_paths import make_folder_portable
 from lora_kit.io.safetensors import encode_safetensors, hash_tensors
 from lora_kit.io.text import escape_text

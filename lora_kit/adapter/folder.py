@@ -16,7 +16,7 @@ from typing import Final
 from lora_kit.adapter.adapter_record import RECORD, encode_json, find_changed_files, log_record_caveats, read_record
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import AdapterError, ConfigError, format_list
-from lora_kit.io.argument_checks import is_name_collection
+from lora_kit.io.given_values import is_name_collection
 from lora_kit.io.read import exists, folder_exists, read_text
 from lora_kit.io.safetensors import ChunkCallback, WeightFileContents, read_pickle, read_safetensors
 from lora_kit.io.strict_json import JsonObject

@@ -18,7 +18,7 @@ from lora_kit.data.preferences import PREFERENCE_LAYOUTS, find_preference_layout
 from lora_kit.data.readers import read_file
 from lora_kit.data.records import NOT_UTF8, OTHER_ENCODING_HINT, Fault, Record, Row
 from lora_kit.errors import DataError, format_list
-from lora_kit.io.argument_checks import parse_path
+from lora_kit.io.given_values import parse_path
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from lora_kit.algebra.sources import SourceAdapter
 from lora_kit.errors import ConfigError, ExportError, format_list, suggest_nearest
 from lora_kit.exporters import llama_cpp, mlx, ollama, servers
 from lora_kit.exporters.plain_lora import ExportCase
-from lora_kit.io.argument_checks import parse_path
 from lora_kit.io.atomic_write import check_output, stage_folder
+from lora_kit.io.given_values import parse_path
 from lora_kit.io.portable_paths import make_folder_portable
 from lora_kit.io.text import escape_text
 from lora_kit.merging.merge import merge
