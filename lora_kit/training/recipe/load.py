@@ -84,7 +84,7 @@ def read_recipe_fields(source: RecipeSource, *, overrides: Section | None = None
         _check_is_path(source)
         fields, where = _read_recipe_file(Path(source)), _name_file(source)
         check_values(fields, where=where)
-    check_values(overrides or {}, where="the overrides")
+    check_values(check_mapping("the overrides", overrides or {}), where="the overrides")
     fields = switch_method(fields, overrides or {})
     for key, value in (overrides or {}).items():
         if not isinstance(key, str):
