@@ -45,8 +45,8 @@ def compile_template(text: str) -> jinja2.Template:
     environment.count_step, environment.join_texts = _count_step, _join_texts
     environment.intercepted_binops = frozenset(_BINARY)
     environment.binop_table = {**environment.binop_table, **_BINARY}
-    environment.filters = {name: _bound_filter(name, each) for name, each in environment.filters.items()}
-    environment.call, environment.finalize = _bound_calls(environment.call), _check_output
+    environment.filters = {name: _limit_filter(name, each) for name, each in environment.filters.items()}
+    environment.call, environment.finalize = _limit_calls(environment.call), _check_output
     tree = _Instrument(environment).visit(environment.parse(text))
     code = environment.compile(tree)
     return jinja2.Template.from_code(environment, code, environment.make_globals(None))
@@ -173,28 +173,28 @@ def _check_format(text: str) -> None:
         raise TemplateLimitError(f"the template formats with a width of more than {10**6:,} characters")
 
 
-def _bound_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _limit_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a filter that checks what it is given before it works, and its result."""
 
     @functools.wraps(function)
-    def bounded(*args: Any, **options: Any) -> Any:
+    def call_within_limits(*args: Any, **options: Any) -> Any:
         values = [_check_output(value) for value in args if isinstance(value, (str, int, list, tuple, dict))]
         _check_arguments(name, values, [*values[1:], *options.values()])
         return _check_result(function(*args, **options))
 
-    return bounded
+    return call_within_limits
 
 
-def _bound_calls(call: Callable[..., Any]) -> Callable[..., Any]:
+def _limit_calls(call: Callable[..., Any]) -> Callable[..., Any]:
     """Return the sandbox's way to call a method or a function, with the same checks."""
 
-    def bounded(context: Any, called: Any, *args: Any, **options: Any) -> Any:
+    def call_within_limits(context: Any, called: Any, *args: Any, **options: Any) -> Any:
         own = getattr(getattr(called, "__wrapped__", called), "__self__", None)  # the sandbox wraps `format`
         if isinstance(own, (str, list, tuple)):
             _check_arguments(getattr(called, "__name__", ""), [own, *args], [*args, *options.values()])
         return _check_result(call(context, called, *args, **options))
 
-    return bounded
+    return call_within_limits
 
 
 def _check_arguments(name: str, values: Sequence[Any], rest: Sequence[Any]) -> None:
