@@ -83,7 +83,7 @@ def read_recipe_fields(source: RecipeSource, *, overrides: Section | None = None
         _check_is_path(source)
         fields, where = _read_recipe_file(Path(source)), _name_file(source)
         check_values(fields, where=where)
-    check_values(overrides or {}, where="the overrides")
+    check_values(check_mapping("the overrides", overrides or {}), where="the overrides")
     for key, value in (overrides or {}).items():
         if not isinstance(key, str):
             raise RecipeError(f"the override {format_value(key)} is not a key", hint="for example 'lora.r'")
