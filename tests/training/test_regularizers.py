@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.errors import RecipeError
@@ -28,24 +27,26 @@ class Embeddings:
     """Keeps what the embedding gives in training and in evaluation."""
 
     def __init__(self, model: Any) -> None:
-        self.noisy, self.clean = 0, 0
+        self.noisy = self.missed = self.clean = 0
         self.weight = model.get_input_embeddings().weight
         model.model.layers[0].register_forward_pre_hook(self.look, with_kwargs=True)
 
     def look(self, module: Any, args: Any, kwargs: Any) -> None:
         states = args[0] if args else kwargs["hidden_states"]
         is_a_row = (states[0, 0] == self.weight).all(dim=1).any()
-        if torch.is_grad_enabled() and not is_a_row:
-            self.noisy += 1
-        elif is_a_row:
-            self.clean += 1
+        if module.training:
+            self.noisy += not is_a_row
+            self.missed += bool(is_a_row)
+        else:
+            self.clean += bool(is_a_row)
 
 
 def test_noise_is_on_the_embeddings_in_every_step_and_in_no_evaluation(tmp_path: Path) -> None:
     base = base_of()
     seen = Embeddings(base.model)
     report = train(recipe_of(tmp_path, steps=3, train=NOISE), base=base)
-    assert seen.noisy == 3 * len(report.history[1:-1]) or seen.noisy >= 3
+    assert seen.noisy >= 3
+    assert seen.missed == 0
     assert seen.clean >= 2  # before and after
     plain = train(recipe_of(tmp_path, steps=3, out=str(tmp_path / "plain")), base=base_of())
     assert weights_of(report) != weights_of(plain)
@@ -81,14 +82,13 @@ def test_a_run_that_was_killed_ends_with_the_same_bytes(section: dict[str, Any],
 
 def test_each_module_has_the_rate_of_the_first_pattern_that_matches(tmp_path: Path) -> None:
     report = train(recipe_of(tmp_path, steps=2, train={**BY_LAYER, "weight_decay": 0.0}), base=base_of())
-    moved = {
-        key for key, tensor in Adapter.load(report.out).tensors.items() if "lora_B" in key and tensor.abs().sum() > 0
+    sizes = {key: float(tensor.abs().max()) for key, tensor in Adapter.load(report.out).tensors.items() if "_B" in key}
+    assert not [key for key, size in sizes.items() if "layers.0." in key and size > 0]
+    upper = {
+        name: max(size for key, size in sizes.items() if "layers.1." in key and name in key)
+        for name in ("v_proj", "q_proj")
     }
-    assert moved
-    assert not [key for key in moved if "layers.0." in key]
-    largest = {name: max(float(tensor.abs().max()) for key, tensor in Adapter.load(report.out).tensors.items()
-                         if "lora_B" in key and "layers.1" in key and name in key) for name in ("v_proj", "q_proj")}  # fmt: skip
-    assert largest["v_proj"] < largest["q_proj"]  # 3e-3 instead of 1e-2
+    assert 0 < upper["v_proj"] < upper["q_proj"]  # 3e-3 instead of 1e-2
 
 
 def test_a_pattern_that_matches_nothing_is_an_error(tmp_path: Path) -> None:
