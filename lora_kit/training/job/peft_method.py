@@ -36,10 +36,9 @@ from lora_kit.io.atomic_write import write_folder
 from lora_kit.io.portable_paths import make_folder_portable
 from lora_kit.models.silence import silence_libraries
 from lora_kit.models.tasks import CAUSAL_LM, GENERATIVE_TASKS
-from lora_kit.torch_utils import use_eval_mode
+from lora_kit.torch_utils import is_out_of_memory, use_eval_mode
 from lora_kit.training.job.job import Job
 from lora_kit.training.loop.length_buckets import split_by_length
-from lora_kit.training.loop.oom_retry import is_out_of_memory
 from lora_kit.training.recipe.coerce import Section
 from lora_kit.training.recipe.peft_config import build_peft_config
 from lora_kit.training.results import TrainedModules
