@@ -322,14 +322,20 @@ class AdapterBank:
         with self._route_rows(names, row_count=len(names)):
             yield
 
-    def reference(self) -> ReferenceModel:
+    def reference(self, name: str | None = None) -> ReferenceModel:
         """Return the base as a model of its own, for trainers that compare the trained model with a reference model.
 
+        Args:
+            name: a loaded adapter that the reference has; None for the base alone.
+
         Raises:
+            UnknownAdapterError: no adapter of that name.
             BankError: an adapter covers the head, which such trainers use without its adapter.
         """
         self._frozen_model.check_attached()
-        return ReferenceModel(self)
+        if name is not None:
+            self._get_loaded(name)
+        return ReferenceModel(self, name)
 
     def _route_rows(self, names: Sequence[str | None], *, row_count: int | None) -> ChosenBlock:
         with self._change_lock:

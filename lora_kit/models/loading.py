@@ -6,6 +6,7 @@ Code that comes with a model is never run, a missing weight is an error, and the
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,12 +67,14 @@ class Base:
         tokenizer: with a pad token.
         name: as the caller gave it: a hub id, a folder or `kit-base`.
         task: one of `TASKS`.
+        new_modules: paths of modules of the body that the checkpoint does not have: they belong to the new head.
     """
 
     model: Any  # transformers does not declare what it adds to its models: generate, labels of a config, …
     tokenizer: Tokenizer
     name: str
     task: str = CAUSAL_LM
+    new_modules: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -98,6 +101,13 @@ class Base:
     def decoder_inputs(self) -> Callable[[Tensor], Tensor] | None:
         """Function from labels to the inputs of the decoder, see `prepare_decoder_inputs`; None without an encoder."""
         return functools.partial(prepare_decoder_inputs, self.model) if self.task == SEQ2SEQ else None
+
+    @property
+    def takes_token_types(self) -> bool:
+        """Whether the model reads which of two texts a token belongs to; RoBERTa and DistilBERT do not."""
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        takes = "token_type_ids" in inspect.signature(model.forward).parameters
+        return takes and getattr(model.config, "type_vocab_size", None) != 1
 
     @property
     def max_length(self) -> int:
@@ -155,7 +165,7 @@ def load_base(
         refuse_already_quantized(name, config, quantize)
         tokenizer = _load_tokenizer(source, config)
         labels = tuple(label2id or ())
-        model = _load_model(
+        model, new_modules = _load_model(
             source, config, task, dtype=torch_dtype, device=torch_device, quantize=quantize, labels=labels
         )
     if replaced:
@@ -164,7 +174,7 @@ def load_base(
     # PEFT writes this name into adapters as their base. It is the name as given, not the folder of the package.
     model.config._name_or_path = name
     model.eval()
-    return Base(model=model, tokenizer=tokenizer, name=name, task=task)
+    return Base(model=model, tokenizer=tokenizer, name=name, task=task, new_modules=new_modules)
 
 
 @dataclass(frozen=True)
@@ -267,7 +277,8 @@ def _load_model(
     device: torch.device,
     quantize: str | None,
     labels: Sequence[str],
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """Return the model, and the paths of modules in its body that belong to its new head."""
     import transformers
 
     auto_class = getattr(transformers, TASK_SPECS[task].auto_class)
@@ -282,13 +293,13 @@ def _load_model(
             **source.loading_options,
             **build_quantization_kwargs(quantize, quantization_method_of(config), device),
         )
-    check_loading_info(source.location, task, info, labels=labels)
+    new_modules = check_loading_info(source.location, task, info, labels=labels)
     if not getattr(model, "is_quantized", False):
-        return model.to(device)
+        return model.to(device), new_modules
     refuse_misread_weights(source.location, model)
     pause_packing(model)
     silence_cast_warnings()
-    return model
+    return model, new_modules
 
 
 def _ensure_pad_token(model: PreTrainedModel, tokenizer: Tokenizer, name: str, task: str) -> None:
