@@ -199,12 +199,15 @@ class WrappedLayers:
 
 
 def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
-    """Replace modules by others, under every name that the model has for them."""
+    """Replace modules by others, under every name that the model has for them, and in lists that it calls them from."""
     for parent in list(model.modules()):
         if not isinstance(parent, SlotLayer):
             for key, child in parent._modules.items():
                 if child is not None and child in new:
                     parent._modules[key] = new[child]
+            for values in parent.__dict__.values():  # Mask2Former has the layers of its heads in plain lists, too
+                if type(values) is list and any(isinstance(each, nn.Module) for each in values):
+                    values[:] = [new.get(each, each) if isinstance(each, nn.Module) else each for each in values]
 
 
 def _refuse_wrapped_parts(path: str, module: nn.Module) -> None:
