@@ -227,7 +227,8 @@ def _record_calls(model: nn.Module, inputs: Mapping[str, Any]) -> _Calls:
     calls: _Calls = {}
 
     def record(path: str, _: nn.Module, x: tuple[Any, ...], y: Tensor) -> None:
-        calls.setdefault(path, (x, y))
+        # Copies: a model may change what it gave, or was given, in place.
+        calls.setdefault(path, (tuple(each.clone() if isinstance(each, Tensor) else each for each in x), y.clone()))
 
     adapted = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, SlotLayer)]
     hooks = [layer.register_forward_hook(partial(record, path)) for path, layer in adapted]
