@@ -260,8 +260,9 @@ def _render_card(name: str, fields: Section, record: Section, *, elements: int, 
         ("elements", f"{elements:,}"),
         ("digest", digest),
     ]
+    labels = len(record.get("labels", ()))
     loading = write_peft_loading_code(
-        base, f"path/to/{name}", task=recipe["task"], labels=len(record.get("labels", ()))
+        base, f"path/to/{name}", task=recipe["task"], labels=labels, problem=record.get("problem")
     )
     bank = (
         "A bank of lora_kit loads it as well."
