@@ -71,13 +71,10 @@ def _locate(template: ChatTemplate, tokenizer: Tokenizer, conversation: Conversa
     prompt = template.render_prompt(tokenizer, conversation.until(index))
     full = template.render(tokenizer, conversation.until(index + 1))
     continues = full.startswith(prompt)
-    if continues:
-        rest = full[len(prompt) :]
-    else:
-        rest = _find_after_shortened(template, tokenizer, conversation, index, full)
-        if rest is None:
-            history = template.render(tokenizer, conversation.until(index))
-            rest = _bridge(template, prompt, full, history, message, index)
+    rest = full[len(prompt) :] if continues else _find_after_shortened(template, tokenizer, conversation, index, full)
+    if rest is None:
+        history = template.render(tokenizer, conversation.until(index))
+        rest = _bridge(template, prompt, full, history, message, index)
     text, end = _cut_at_end(template, tokenizer, rest, message, ends)
     check_answer(template, tokenizer, conversation, index, text)
     learned: tuple[tuple[int, int], ...] = ((len(prompt), len(prompt) + len(text)),)
