@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable
 
 from lora_kit.errors import ConfigError, StorageError
 from lora_kit.serving.served_model import ServedModel, ServerSettings
 
-logger = logging.getLogger(__name__)
 
-
-def serve(settings: ServerSettings) -> None:
+def serve(settings: ServerSettings, *, on_ready: Callable[[str], None] | None = None) -> None:
     """Serve the base and every adapter of a store, each under its name, until SIGINT or SIGTERM.
+
+    Args:
+        on_ready: called with the address before the first request is taken.
 
     Raises:
         ConfigError: the packages of the extra `serve` are missing, or a setting is wrong.
@@ -29,7 +30,8 @@ def serve(settings: ServerSettings) -> None:
         config = uvicorn.Config(
             build_app(served), host=settings.host, port=settings.port, log_level="warning", access_log=False
         )
-        logger.info("serving %s at http://%s:%d", served.base_name, settings.host, settings.port)
+        if on_ready is not None:
+            on_ready(f"http://{settings.host}:{settings.port}")
         uvicorn.Server(config).run()
     except SystemExit as error:  # uvicorn ends the process where it cannot listen
         raise StorageError(
