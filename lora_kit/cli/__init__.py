@@ -18,6 +18,7 @@ from lora_kit.cli import (  # noqa: F401 - each adds its verb
     inspect,
     list,
     merge,
+    parity,
     prepare,
     preview,
     resize,

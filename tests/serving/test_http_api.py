@@ -194,7 +194,7 @@ def test_what_is_wrong_is_said_in_the_envelope(
     answer = client.post("/v1/completions", json={"model": "plain", "prompt": PROMPT, "max_tokens": 2, **body})
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
-    assert (param in str(error["param"]))
+    assert param in str(error["param"])
     assert error["message"]
     assert complete(client, "plain").status_code == 200  # nobody else suffers
 
