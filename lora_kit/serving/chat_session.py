@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -111,7 +111,7 @@ class ChatSession:
         line = json.dumps({"messages": self.messages}, ensure_ascii=False)
         write_file(path, f"{line}\n".encode())
 
-    def ask(self, text: str) -> Iterator[str]:
+    def ask(self, text: str) -> Generator[str, None, None]:
         """Yield the answer to a message as it grows; both are in the history once it is whole.
 
         An answer that the caller does not read to its end is cancelled, and nothing is added to the history.
