@@ -15,7 +15,7 @@ help: ## this list
 $(READY): pyproject.toml constraints.txt
 	@echo "installing into $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,dev,eval,export,plot,serve,sign,sweep]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,dev,eval,export,plot,preferences,serve,sign,sweep]'
 	@touch $@
 
 .PHONY: install
@@ -58,7 +58,7 @@ bench-full: $(READY) ## all of it, written to benchmarks/results and the pages; 
 	@$(OFFLINE) $(BIN)/python -m benchmarks --write
 
 .PHONY: scan-models
-scan-models: $(READY) ## an adapter on a tiny model of every class of transformers; half an hour, writes docs/models-scan.md
+scan-models: $(READY) ## an adapter on a tiny model of every class of transformers; an hour, writes docs/models-scan.md
 	@$(OFFLINE) $(BIN)/python -m tools.scan_models
 
 .PHONY: test-programs

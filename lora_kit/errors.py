@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Final
 
 
 class LoraKitError(Exception):
@@ -120,8 +121,13 @@ class VerificationError(LoraKitError, RuntimeError):
     exit_code = 4
 
 
+_MAX_WORD: Final = 200
+
+
 def suggest_nearest(word: str, known: Iterable[str]) -> str:
     """Return `did you mean 'x'?`, or an empty string where no known word is close."""
+    if len(word) > _MAX_WORD:  # comparing takes time that grows with the square
+        return ""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else ""
 

@@ -185,6 +185,40 @@ def only_answers(folder: Path) -> None:
     assert tokenizer.convert_ids_to_tokens(learned) == ["y", "o", "</s>", "s", "o", "</s>"]
 
 
+def excluded_answer(folder: Path) -> None:
+    """An answer with `train: false` is read and not learned."""
+    tokenizer = texts.tokenizer()
+    messages = [TALK[0], {**TALK[1], "train": False}, *TALK[2:]]
+    samples = samples_of(folder, [{"messages": messages}], max_length=200, template=ChatTemplate(TURNS, "turns"))
+    learned = [label for sample in samples for label in sample["labels"].tolist() if label != IGNORE_INDEX]
+    assert tokenizer.convert_ids_to_tokens(learned) == ["s", "o", "</s>"]
+
+
+def tool_result(folder: Path) -> None:
+    """What a tool gives back is read by the next answer, and never learned itself."""
+    tokenizer = texts.tokenizer()
+    calls = "{% for c in m.tool_calls %}({{ c.function.name }}{{ c.function.arguments.n }}){% endfor %}"
+    template = ChatTemplate(TURNS.replace("{{ m['content'] }}", "{{ m['content'] }}" + calls), "calls")
+    call = {"name": "add", "arguments": '{"n": 7}'}
+    said = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
+    messages = [TALK[0], said, {"role": "tool", "content": "42"}, TALK[1]]
+    samples = samples_of(folder, [{"messages": messages}], max_length=200, template=template)
+    learned = [label for sample in samples for label in sample["labels"].tolist() if label != IGNORE_INDEX]
+    assert "".join(tokenizer.convert_ids_to_tokens(learned)) == "(add7)</s>yo</s>"
+
+
+def answer_border(folder: Path) -> None:
+    """An answer begins with the token after those that generation is given, and ends with the one it stops at."""
+    tokenizer = texts.tokenizer()
+    sample = samples_of(folder, [{"messages": TALK[:2]}], max_length=200, template=ChatTemplate(TURNS, "turns"))[0]
+    prompt = tokenizer("[user]hi</s>\n[assistant]", add_special_tokens=False)["input_ids"]
+    ids, labels = sample["input_ids"].tolist(), sample["labels"].tolist()
+    start = ids.index(texts.BOS) + 1
+    assert ids[start : start + len(prompt)] == prompt
+    assert [label != IGNORE_INDEX for label in labels] == [False] * (start + len(prompt)) + [True, True, True]
+    assert ids[-1] == texts.EOS
+
+
 def template_is_kept(folder: Path) -> None:
     """An adapter brings the template it was trained with, also to a base that has none."""
     recipe = recipe_of(folder, rows=[{"messages": TALK}], steps=1, train={"save_strategy": "no"})
@@ -493,11 +527,7 @@ TRAPS = (
                 "padding_value=IGNORE_INDEX)",
                 "padding_value=IGNORE_INDEX).masked_fill(pad_sequence(ids, True) == self.pad_token_id, IGNORE_INDEX)",
             ),
-            Mistake(
-                "data.chat:ChatEncoder._encode_whole",
-                "piece[::-1].index(self._end)",
-                "piece[::-1].index(self._end) - 1",
-            ),
+            Mistake("data.answers:_cut_at_end", "rest[: start + len(name)]", "rest[:start]"),
         ),
     ),
     Trap(
@@ -521,13 +551,36 @@ TRAPS = (
     ),
     Trap(
         nothing_to_learn,
-        (Mistake("data.encode:encode_rows", "if result.faults:", "if False:"),),
+        (Mistake("data.encode:encode_with_faults", "if row.error)", "if False)"),),
     ),
     Trap(
         only_answers,
         (
-            Mistake("data.chat:ChatEncoder._encode_whole", "[False] * (len", "[True] * (len"),
-            Mistake("data.chat:ChatEncoder._render_pieces", "len(before)], False", "len(before)], True"),
+            Mistake("data.answer_tokens:encode_answers", "[False] * len(ids)", "[True] * len(ids)"),
+            Mistake("data.answer_tokens:_find_learned_tokens", "[(len(before), len(through))]", "[(0, len(through))]"),
+        ),
+    ),
+    Trap(
+        excluded_answer,
+        (
+            Mistake("data.messages:find_learned_answers", "message.train is not False", "True"),
+            Mistake("data.read_messages:_read_loss_keys", "all(given)", "True"),
+        ),
+    ),
+    Trap(
+        tool_result,
+        (
+            Mistake("data.messages:find_learned_answers", 'message.role == "assistant"', 'message.role != "user"'),
+            Mistake("data.read_messages:_read_arguments", "json.dumps(parsed, ensure_ascii=False)", '"{}"'),
+        ),
+        (AssertionError, DataError),
+    ),
+    Trap(
+        answer_border,
+        (
+            Mistake("data.answer_tokens:_find_learned_tokens", "[(len(before), len", "[(len(before) + 1, len"),
+            Mistake("data.answer_tokens:_find_learned_tokens", "[(len(before), len", "[(len(before) - 1, len"),
+            Mistake("data.answers:_cut_at_end", "rest[: start + len(name)]", "rest[:start]"),
         ),
     ),
     Trap(

@@ -53,7 +53,7 @@ ROOMS: Final = (
     "exporters",
     "doctor",
     "demo",
-    "serving",
+    "serve",
     "cli",
     "__main__",
 )

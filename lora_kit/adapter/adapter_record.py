@@ -34,7 +34,9 @@ _TYPES: Final[Mapping[str, type]] = {
     "files": dict,
     "labels": list,
     "metrics": dict,
+    "problem": str,
     "recipe": dict,
+    "thresholds": list,
     "versions": dict,
 }
 _KNOWN_FIELDS: Final = (

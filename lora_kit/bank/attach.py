@@ -33,8 +33,8 @@ def attach(
     """Put a bank beside a model. Outputs stay bitwise what they were; `bank.detach()` takes everything away again.
 
     Args:
-        model: the base; its parameters are frozen until `detach`. Of one that `torch.compile`, DistributedDataParallel
-            or DataParallel returned, the model inside.
+        model: the base; its parameters are frozen until `detach`. Of one that torch.compile, a trainer
+            or an engine put something around, the model inside.
         config: a LoraConfig (or PEFT's) of a trainable adapter, which is added and used.
         name: of that adapter.
         slots: the most adapters that can be loaded at once. A fixed number keeps compiled and captured models valid.

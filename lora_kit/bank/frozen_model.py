@@ -1,9 +1,14 @@
-"""What a bank changes in its model besides wrapping layers: it freezes parameters, and stops bitsandbytes' packing."""
+"""What a bank changes in its model besides wrapping layers.
+
+It freezes parameters, stops bitsandbytes' packing, and guards methods that would take wrapped layers out of the model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Final
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Final
 from weakref import WeakSet
 
 from torch import nn
@@ -14,6 +19,10 @@ from lora_kit.layers.slot_layer import SlotLayer, offload_device_of
 
 _MODELS: Final[WeakSet[nn.Module]] = WeakSet()
 """Models that have a bank, even one that has wrapped no layer yet."""
+
+_GETTERS: Final = {"set_input_embeddings": "get_input_embeddings", "set_output_embeddings": "get_output_embeddings"}
+"""Methods of transformers' models that put a new module in place of the embedding or the head, and what returns it."""
+_RESIZE: Final = "resize_token_embeddings"
 
 
 class FrozenModel:
@@ -31,7 +40,20 @@ class FrozenModel:
             parameter.requires_grad_(False)
         self._paused_layers = pause_packing(model)
         self._check = model.register_forward_pre_hook(check, with_kwargs=True)
+        _guard_embeddings(model)
         _MODELS.add(model)
+
+    @contextlib.contextmanager
+    def suspend(self) -> Iterator[None]:
+        """Take out, within a block, what `copy.deepcopy` of the model would copy: the check and the guards."""
+        hooks = self._model._forward_pre_hooks
+        check, options = hooks.pop(self._check.id), self._model._forward_pre_hooks_with_kwargs.pop(self._check.id)
+        _release_embeddings(self._model)
+        try:
+            yield
+        finally:
+            _guard_embeddings(self._model)
+            hooks[self._check.id], self._model._forward_pre_hooks_with_kwargs[self._check.id] = check, options
 
     def unfreeze(self) -> None:
         """Let the parameters that were frozen require grad again."""
@@ -52,8 +74,70 @@ class FrozenModel:
         """Undo everything."""
         _MODELS.discard(self._model)
         self._check.remove()
+        _release_embeddings(self._model)
         resume_packing(self._paused_layers)
         self.unfreeze()
+
+
+def _guard_embeddings(model: nn.Module) -> None:
+    """Let methods that replace the embedding or the head raise an error where that would take an adapter away."""
+    methods = {name: partial(_set_embeddings, model, name) for name in _GETTERS}
+    for name, method in {_RESIZE: partial(_resize_embeddings, model), **methods}.items():
+        if hasattr(model, name):
+            model.__dict__[name] = method
+
+
+def _release_embeddings(model: nn.Module) -> None:
+    """Undo `_guard_embeddings`."""
+    for name in (*_GETTERS, _RESIZE):
+        model.__dict__.pop(name, None)
+
+
+def _resize_embeddings(
+    model: nn.Module,
+    new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> nn.Module:
+    """Call the model's own method, unless adapters cover the embedding or the head, or nothing would change."""
+    embedding = _get_module(model, "get_input_embeddings")
+    weight = getattr(embedding, "weight", None)
+    if (
+        embedding is not None
+        and weight is not None
+        and not pad_to_multiple_of
+        and new_num_tokens in (None, len(weight))
+    ):
+        return embedding
+    for getter in _GETTERS.values():
+        _refuse_covered(model, getter, _RESIZE)
+    resized: nn.Module = getattr(type(model), _RESIZE)(model, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+    return resized
+
+
+def _set_embeddings(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Call the model's own method, unless an adapter covers what it would replace."""
+    if _get_module(model, _GETTERS[name]) is not new:
+        _refuse_covered(model, _GETTERS[name], name)
+        getattr(type(model), name)(model, new)
+
+
+def _refuse_covered(model: nn.Module, getter: str, method: str) -> None:
+    """Raise BankError where adapters cover the embedding, or the head, that a method would replace."""
+    if isinstance(_get_module(model, getter), SlotLayer):
+        raise BankError(
+            f"{method} would replace what {getter} returns, which adapters cover",
+            hint="call it before attach; or bank.detach(), call it, and attach again",
+        )
+
+
+def _get_module(model: nn.Module, getter: str) -> nn.Module | None:
+    try:
+        module: nn.Module | None = getattr(model, getter)()
+    except (AttributeError, NotImplementedError):  # of models without text
+        module = None
+    return module
 
 
 def check_no_bank(model: nn.Module) -> None:

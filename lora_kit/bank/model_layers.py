@@ -10,7 +10,8 @@ from torch import nn
 from lora_kit.errors import TargetError, format_list
 from lora_kit.layers.conv import LoraConvolution
 from lora_kit.layers.embedding import LoraEmbedding
-from lora_kit.layers.introspect import kind_of, unwrap_compiled, unwrap_module
+from lora_kit.layers.grouped_linear import LoraGroupedLinear, is_grouped_linear
+from lora_kit.layers.introspect import find_module, is_compiled, kind_of, unwrap_module, unwrap_outer
 from lora_kit.layers.linear import LoraExpert, LoraLinear
 from lora_kit.layers.parameter import LoraParameter
 from lora_kit.layers.routing import Routing
@@ -78,6 +79,8 @@ class WrappedLayers:
         for path in paths + list(coverage.saved):
             if path not in self._layers:
                 module, is_saved = self._find_module(path), path in coverage.saved
+                if is_saved:
+                    _refuse_wrapped_parts(path, module)
                 new[path] = SavedModule(module, self._routing) if is_saved else wrap_layer(path, module, self._routing)
                 new[path].reserve(capacity, ranks.get(path, 0), self._dtype)
         if new:
@@ -119,7 +122,7 @@ class WrappedLayers:
         """
         reading = [target.path for target in coverage.targets if target.dora or target.starts_from_weight]
         reading += [target.path.rpartition(".")[0] for target in coverage.targets if target.kind == "parameter"]
-        offloaded = [path for path in (*reading, *coverage.replaced) if _is_offloaded(self._model.get_submodule(path))]
+        offloaded = [path for path in (*reading, *coverage.replaced) if _is_offloaded(find_module(self._model, path))]
         if offloaded:
             raise TargetError(
                 f"these modules are offloaded, and the adapter needs their weights: {format_list(offloaded)}",
@@ -132,13 +135,13 @@ class WrappedLayers:
         Raises:
             TargetError: it was compiled by itself, and so would go on without the wrapper.
         """
-        module = self._model.get_submodule(path)
-        if unwrap_compiled(module) is not module:
+        module = find_module(self._model, path)
+        if is_compiled(module):
             raise TargetError(
                 f"{path} was compiled by itself, and would go on without its adapter",
                 hint="compile the model, or a block around this module",
             )
-        return module
+        return unwrap_outer(module)
 
     def refresh_from_base(self, paths: Collection[str]) -> None:
         """Recompute what was derived from the weights of the modules of these paths."""
@@ -187,6 +190,15 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
                     parent._modules[key] = new[child]
 
 
+def _refuse_wrapped_parts(path: str, module: nn.Module) -> None:
+    """Raise TargetError where names of wrappers would be in the keys of a module that is saved as a whole."""
+    if any(unwrap_outer(part) is not part for part in module.modules()):
+        raise TargetError(
+            f"parts of {path} were compiled or wrapped by themselves, and it is in modules_to_save",
+            hint="compile or wrap the model, or blocks around this module",
+        )
+
+
 def _is_offloaded(module: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in module.parameters())
 
@@ -205,4 +217,6 @@ def wrap_layer(path: str, module: nn.Module, routing: Routing) -> SlotLayer:
         return LoraConvolution(module, routing)
     if kind == "embedding":
         return LoraEmbedding(module, routing)
+    if is_grouped_linear(module):
+        return LoraGroupedLinear(module, routing)
     return LoraExpert(module, routing) if is_in_expert(path) else LoraLinear(module, routing)

@@ -49,8 +49,8 @@ def evaluate(
         base: Base model: hub id, local folder or kit-base; by default the one that the adapters name, where it is here.
         quantize: Load it in nf4, nf4-double, fp4, fp4-double or int8.
         compare: Measure the base alone as well.
-        metrics: Any of loss, perplexity, accuracy, f1, f1_macro, f1_micro, exact_match, bleu, chrf and rouge, with
-            commas between them.
+        metrics: Any of loss, perplexity, accuracy, f1, f1_macro, f1_micro, f1_per_label, auroc, pearson, spearman, mae,
+            exact_match, bleu, chrf and rouge, with commas between them.
         batch_size: Rows at once.
         max_length: Tokens of a sample, at most; by default as in the training of each adapter.
         max_new_tokens: Tokens of an answer, at most; by default as many as the longest reference has.

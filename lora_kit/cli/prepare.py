@@ -44,6 +44,7 @@ def prepare(
     chat_template: str | None = None,
     rename: Annotated[list[str] | None, Parameter(negative="", consume_multiple=True)] = None,
     relabel: Annotated[list[str] | None, Parameter(negative="", consume_multiple=True)] = None,
+    problem: str | None = None,
     encoding: str = "utf-8",
     drop: Annotated[list[str] | None, Parameter(negative="", consume_multiple=True)] = None,
     seed: int = 0,
@@ -64,6 +65,7 @@ def prepare(
         chat_template: Template of conversations: plain, or a Jinja file; by default the base's own.
         rename: New names of columns: question=prompt answer=completion.
         relabel: New names of labels: postive=positive; or auto, for labels that differ only in case or blanks.
+        problem: For texts with labels: single-label, multi-label or regression; by default what the labels are.
         encoding: Encoding of the file: utf-8, utf-16, cp1252, …
         drop: Rows to leave out: bad, empty, long, duplicates, conflicts, leaks.
         seed: Seed of the split.
@@ -80,6 +82,7 @@ def prepare(
         template=chat_template,
         rename=_parse_renames(rename or (), "rename", "question=prompt answer=completion"),
         relabel="auto" if relabel == ["auto"] else _parse_renames(relabel or (), "relabel", "postive=positive"),
+        problem=problem,
         encoding=encoding,
         drop=drop or (),
         seed=seed,
@@ -87,7 +90,11 @@ def prepare(
     )
     if json:
         print_json(preparation.to_json())
-        return
+    else:
+        _show_preparation(preparation)
+
+
+def _show_preparation(preparation: Preparation) -> None:
     for part in preparation.parts:
         _show_file(part, preparation)
     _show_next_steps(preparation)

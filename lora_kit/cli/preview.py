@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lora_kit.data.batches import EncodedDataset
     from lora_kit.data.preview import Span
     from lora_kit.models.protocols import Tokenizer
+    from lora_kit.training.recipe.recipe import Recipe
 
 
 @app.command
@@ -46,7 +47,7 @@ def _load_sample(path: Path, row: int, side: str) -> tuple[Tokenizer, EncodedDat
     """Return the tokenizer of a recipe, the samples of one of its rows, and the label of that row, if there is one."""
     from lora_kit.data.encode import encode_rows
     from lora_kit.data.mixture import read_source
-    from lora_kit.data.rows import collect_label_names
+    from lora_kit.data.preferences import get_answer_format
     from lora_kit.data.sample_format import DEFAULT_MAX_LENGTH, SampleFormat
     from lora_kit.data.templates import chat_template
     from lora_kit.models.loading import load_input_spec
@@ -62,20 +63,33 @@ def _load_sample(path: Path, row: int, side: str) -> tuple[Tokenizer, EncodedDat
     reader = load_input_spec(recipe.base)
     tokenizer, limit = reader.tokenizer, reader.max_length
     template = None
-    if rows.format == "chat":
+    if get_answer_format(rows.format) == "chat":
         template = chat_template(recipe.data.chat_template, tokenizer, base=recipe.base)
-    names = (
-        collect_label_names(read_source(recipe.data.train, split="train", seed=recipe.seed)) if any(rows.labels) else ()
-    )
+    problem, names = _find_labels(recipe)
     sample_format = SampleFormat(
         max_length=recipe.data.max_length or min(limit, DEFAULT_MAX_LENGTH),
         separator=recipe.data.separator,
         template=template,
         label2id={name: number for number, name in enumerate(names)},
         task=recipe.task,
+        problem=problem,
     )
     samples = encode_rows(rows.only([row - 1]), tokenizer, sample_format)
-    return tokenizer, samples, " ".join(map(str, rows.labels[row - 1])) or None
+    has_label = rows.format in ("label", "words")
+    return tokenizer, samples, (" ".join(map(str, rows.labels[row - 1])) or "none") if has_label else None
+
+
+def _find_labels(recipe: Recipe) -> tuple[str, tuple[str, ...]]:
+    """Return what the labels of a recipe's training rows are, and their names; none without labels."""
+    from lora_kit.data.label_problem import list_label_names, resolve_problem
+    from lora_kit.data.mixture import read_source
+    from lora_kit.models.tasks import CLASSIFY, LABEL_TASKS, SINGLE_LABEL
+
+    if recipe.task not in LABEL_TASKS:
+        return SINGLE_LABEL, ()
+    rows = read_source(recipe.data.train, split="train", seed=recipe.seed)
+    problem = resolve_problem(rows, recipe.problem) if recipe.task == CLASSIFY else SINGLE_LABEL
+    return problem, list_label_names(rows, problem)
 
 
 def _show_spans(spans: Sequence[Span]) -> None:

@@ -63,7 +63,8 @@ def _tokenize_after(tokenizer: Tokenizer, prompt: list[int], whole: list[int], t
         whole: the tokens of the prompt and the text at once, which must decode to the same.
     """
     expected = _decode(tokenizer, whole)
-    for anchor in [*find_special_names(tokenizer), "\n"]:
+    # A special token, or a letter that the text will not join: what is put before a text then belongs to it.
+    for anchor in [*find_special_names(tokenizer), "\n", "a", ".", "0"]:
         alone, joined = _tokenize(tokenizer, [anchor, anchor + text])
         if joined[: len(alone)] == alone and _decode(tokenizer, prompt + joined[len(alone) :]) == expected:
             return joined[len(alone) :]

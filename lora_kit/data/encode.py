@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from typing import Final
 
 from lora_kit.data.batches import EncodedDataset, concatenate_samples, join_samples
+from lora_kit.data.label_encoders import encode_labeled_texts, encode_labeled_words
+from lora_kit.data.preference_samples import encode_feedback, encode_pairs
+from lora_kit.data.preferences import FEEDBACK_FORMATS, PAIR_FORMATS, get_answer_format
 from lora_kit.data.records import LONG, Fault
 from lora_kit.data.row_encoders import (
+    EncodedRow,
     RowEncoder,
     encode_completions,
     encode_conversations,
-    encode_labeled_texts,
-    encode_labeled_words,
     encode_plain_texts,
     encode_seq2seq,
 )
@@ -23,7 +25,7 @@ from lora_kit.data.sample_format import SampleFormat
 from lora_kit.data.templates import ChatTemplate
 from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR
 from lora_kit.models.protocols import Tokenizer
-from lora_kit.models.tasks import CAUSAL_LM, LABEL, NEXT, SEQ2SEQ, TARGET, WORD
+from lora_kit.models.tasks import CAUSAL_LM, LABEL, NEXT, PROBLEM_KINDS, SEQ2SEQ, SINGLE_LABEL, TARGET, WORD
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ _ENCODERS: Final[Mapping[str, tuple[str, RowEncoder]]] = {
     "text": (NEXT, encode_plain_texts),
     "label": (LABEL, encode_labeled_texts),
     "words": (WORD, encode_labeled_words),
+    **dict.fromkeys(PAIR_FORMATS, (NEXT, encode_pairs)),
+    **dict.fromkeys(FEEDBACK_FORMATS, (NEXT, encode_feedback)),
 }
 """The kind of the samples, and what encodes the rows, by format."""
 _CUT_MESSAGES: Final[Mapping[str, str]] = {
@@ -77,6 +81,7 @@ def encode(
     template: ChatTemplate | None = None,
     label2id: Mapping[str, int] | None = None,
     task: str = CAUSAL_LM,
+    problem: str = SINGLE_LABEL,
 ) -> EncodedDataset:
     """Return the tokens and labels of the rows of a file.
 
@@ -91,12 +96,18 @@ def encode(
         template: chat template of conversations.
         label2id: class of each label by its name, for rows with labels.
         task: `seq2seq` if an encoder reads prompts and a decoder writes completions.
+        problem: what is predicted of a text with labels, one of `lora_kit.models.tasks.PROBLEMS`.
 
     Raises:
         DataError: rows that cannot keep a label, or whose label is unknown; the message lists their lines.
     """
     sample_format = SampleFormat(
-        max_length=max_length, separator=separator, template=template, label2id=label2id or {}, task=task
+        max_length=max_length,
+        separator=separator,
+        template=template,
+        label2id=label2id or {},
+        task=task,
+        problem=problem,
     )
     return encode_rows(rows, tokenizer, sample_format)
 
@@ -111,7 +122,7 @@ def encode_rows(rows: Rows, tokenizer: Tokenizer, sample_format: SampleFormat) -
         raise build_fault_error(rows.path, faults, hint=_suggest_fix(faults))
     if result.cut:
         level = logging.INFO if rows.format == "text" else logging.WARNING
-        action = _CUT_SOURCE_MESSAGE if result.encoded.kind == TARGET else _CUT_MESSAGES[rows.format]
+        action = _CUT_SOURCE_MESSAGE if result.encoded.kind == TARGET else _CUT_MESSAGES[get_answer_format(rows.format)]
         limit = sample_format.max_length
         logger.log(level, "%s: %d of %d %s to fit %d tokens", rows.path, len(result.cut), len(rows), action, limit)
     if result.divided:
@@ -129,13 +140,28 @@ def encode_with_faults(rows: Rows, tokenizer: Tokenizer, sample_format: SampleFo
     kind, encode_each = _ENCODERS.get(rows.format, _ENCODERS["completion"])
     if kind == NEXT and sample_format.task == SEQ2SEQ:
         kind, encode_each = TARGET, encode_seq2seq
+    if kind == LABEL:
+        kind = PROBLEM_KINDS[sample_format.problem]
     encoded = list(zip(rows.lines, encode_each(rows, tokenizer, sample_format), strict=True))
     return EncodingResult(
-        encoded=join_samples([sample for _, row in encoded for sample in row.samples], kind=kind),
+        encoded=_join_rows([row for _, row in encoded], kind=kind),
         lengths=tuple(row.length for _, row in encoded),
         cut=tuple(line for line, row in encoded if row.cut),
         divided=tuple(line for line, row in encoded if row.divided),
         faults=tuple(Fault(line, str(row.error), row.error.kind) for line, row in encoded if row.error),
+    )
+
+
+def _join_rows(rows: Sequence[EncodedRow], *, kind: str) -> EncodedDataset:
+    """Return the samples of rows as one data set, with types of tokens and weights where there are any."""
+    samples = [(row, sample) for row in rows for sample in row.samples]
+    has_types = any(row.types is not None for row, _ in samples)
+    has_weights = any(row.weight != 1.0 for row, _ in samples)
+    return join_samples(
+        [sample for _, sample in samples],
+        kind=kind,
+        types=[row.types or [0] * len(ids) for row, (ids, _) in samples] if has_types else None,
+        weights=[row.weight for row, _ in samples] if has_weights else None,
     )
 
 

@@ -6,7 +6,9 @@ instruction, [input], output       completion   (instruction, then an empty line
 prompt, completion as messages     chat         (conversation,)
 messages: [{role, content}]        chat         (conversation,); see `lora_kit.data.read_messages` for further keys
 conversations: [{from, value}]     chat         the same; the first message may be in a column of its own, `system`
-text, label                        label        (text, label)
+text, label                        label        (text, label), or (text, label, weight); with `text_pair` the text is
+                                                (text, text_pair)
+text, labels                       label        (text, (label, …)), or with a weight
 words, labels                      words        ((word, …), (label, …))
 tokens, ner_tags                   words        the same
 text                               text         (text,)
@@ -14,12 +16,19 @@ text                               text         (text,)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from lora_kit.data.cells import RowError, read_optional_string, read_string
-from lora_kit.data.label_columns import read_labeled_text, read_ner_tags, read_tagged_words
+from lora_kit.data.label_columns import (
+    PAIR,
+    WEIGHT,
+    read_labeled_text,
+    read_ner_tags,
+    read_tagged_words,
+    read_text_with_labels,
+)
 from lora_kit.data.read_messages import CONVERSATION_KEYS, read_messages, read_prompt_messages, read_sharegpt
 from lora_kit.data.records import Row
 from lora_kit.errors import format_list
@@ -74,6 +83,18 @@ class Layout:
         return self.read(row)
 
 
+_KEYS_THAT_COUNT: Final = ("label", "labels", PAIR, WEIGHT)
+"""Columns that say what is learned; a layout that does not read them would learn something else."""
+
+
+def reason_not_ignorable(layout: Layout, keys: Collection[str]) -> str | None:
+    """Return which of the columns that a layout does not read would change what is learned; None if none would."""
+    counting = [key for key in _KEYS_THAT_COUNT if key in keys and key not in (*layout.keys, *layout.optional)]
+    if not counting:
+        return None
+    return f"the columns are {layout.name}, which does not read {format_list(counting)}"
+
+
 def find_layout(row: Row) -> Layout | None:
     """Return the first layout that a row matches, or None."""
     return next((layout for layout in LAYOUTS if layout.matches(row)), None)
@@ -101,9 +122,10 @@ LAYOUTS: Final = (
     Layout("instruction", ("instruction", "output"), "completion", _read_instruction, optional=("input",)),
     Layout("messages", ("messages",), "chat", read_messages, CONVERSATION_KEYS),
     Layout("ShareGPT conversations", ("conversations",), "chat", read_sharegpt, ("system", *CONVERSATION_KEYS)),
-    Layout("text and label", ("text", "label"), "label", read_labeled_text),
+    Layout("text and label", ("text", "label"), "label", read_labeled_text, (PAIR, WEIGHT)),
     Layout("words and labels", ("words", "labels"), "words", read_tagged_words),
     Layout("tokens and ner_tags", ("tokens", "ner_tags"), "words", read_ner_tags),
+    Layout("text and labels", ("text", "labels"), "label", read_text_with_labels, optional=(PAIR, WEIGHT)),
     Layout("text", ("text",), "text", _read_plain_text),
 )
 """In order of precedence: the first one whose keys the first row has is the layout of the file."""

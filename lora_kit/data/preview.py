@@ -7,7 +7,7 @@ from itertools import groupby
 
 from lora_kit.data.batches import IGNORE_INDEX, EncodedDataset
 from lora_kit.models.protocols import Tokenizer
-from lora_kit.models.tasks import LABEL, TARGET
+from lora_kit.models.tasks import TARGET, TEXT_KINDS
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Span:
 def preview_sample(tokenizer: Tokenizer, samples: EncodedDataset, index: int) -> list[Span]:
     """Return a sample as spans; what a decoder writes follows what its encoder reads.
 
-    If the whole text has one label, no token is learned; of a labeled word the first token is.
+    If something is predicted of the whole text, no token is learned; of a labeled word the first token is.
     """
     sample = samples[index]
     ids, labels = sample["input_ids"].tolist(), sample["labels"]
-    learned = [False] * len(ids) if samples.kind in (LABEL, TARGET) else (labels != IGNORE_INDEX).tolist()
+    learned = [False] * len(ids) if samples.kind in (*TEXT_KINDS, TARGET) else (labels != IGNORE_INDEX).tolist()
     if samples.kind == TARGET:
         ids, learned = ids + labels.tolist(), learned + [True] * len(labels)
     spans, start = [], 0

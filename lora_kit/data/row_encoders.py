@@ -3,8 +3,8 @@
     completion   [BOS] prompt separator | completion EOS      loss on everything after the bar
     chat         as the chat template renders it              loss on every answer and the token that ends it
     text         [BOS] text EOS                               loss on all but the first token, which nothing predicts
-    label        text with the tokenizer's own special tokens loss on the label
-    words        the words as one text, encoded like `label`  loss on the first token of each word that has a label
+
+Texts with labels are encoded in `lora_kit.data.label_encoders`.
 
 Prompt and completion are tokenized separately and joined, so the boundary is the same in training and in generation.
 The first token of a sample never carries the label of a token before it: labels other than `IGNORE_INDEX` are exactly
@@ -15,7 +15,7 @@ the tokens that are predicted. With `task="seq2seq"` the two stay apart:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -25,7 +25,7 @@ from lora_kit.data.chat import ChatEncoder
 from lora_kit.data.records import LONG
 from lora_kit.data.rows import Rows
 from lora_kit.data.sample_format import SampleFormat
-from lora_kit.errors import DataError, format_list
+from lora_kit.errors import DataError
 from lora_kit.models.prompt_tokens import find_special_tokens, render_prompt, strip_special_tokens
 from lora_kit.models.protocols import Tokenizer
 
@@ -45,13 +45,17 @@ class EncodedRow:
         cut: whether the row was cut or became several samples.
         divided: whether it became several samples because its template renders earlier answers differently later on.
         error: why the row cannot be trained on; None if it can.
+        types: which of two texts each token of the one sample belongs to; None where the tokenizer does not say.
+        weight: of the row in the loss.
     """
 
     length: int
-    samples: Sequence[tuple[list[int], list[int]]] = ()
+    samples: Sequence[tuple[list[int], Sequence[float]]] = ()
     cut: bool = False
     divided: bool = False
     error: RowError | None = None
+    types: list[int] | None = None
+    weight: float = 1.0
 
 
 RowEncoder = Callable[[Rows, Tokenizer, SampleFormat], Iterator[EncodedRow]]
@@ -63,8 +67,8 @@ def encode_completions(rows: Rows, tokenizer: Tokenizer, sample_format: SampleFo
     eos = _find_eos(tokenizer)
     prefix, _ = find_special_tokens(tokenizer)
     texts = [render_prompt(value[0], separator=sample_format.separator) for value in rows.values]
-    prompts = _tokenize_batches(tokenizer, texts)
-    completions = _tokenize_batches(tokenizer, [value[1] for value in rows.values])
+    prompts = tokenize_batches(tokenizer, texts)
+    completions = tokenize_batches(tokenizer, [value[1] for value in rows.values])
     for raw_prompt, raw_completion in zip(prompts, completions, strict=True):
         completion = _append_eos(raw_completion, eos)
         prompt = strip_special_tokens(raw_prompt, prefix, [])
@@ -106,7 +110,7 @@ def encode_plain_texts(rows: Rows, tokenizer: Tokenizer, sample_format: SampleFo
     eos = _find_eos(tokenizer)
     prefix, _ = find_special_tokens(tokenizer)
     size = sample_format.max_length
-    for raw in _tokenize_batches(tokenizer, [value[0] for value in rows.values]):
+    for raw in tokenize_batches(tokenizer, [value[0] for value in rows.values]):
         ids = prefix + _append_eos(strip_special_tokens(raw, prefix, []), eos)
         if len(ids) < 2 or size < 2:
             message = f"{len(ids)} token and max_length {size} leave nothing to predict"
@@ -126,9 +130,9 @@ def encode_seq2seq(rows: Rows, tokenizer: Tokenizer, sample_format: SampleFormat
     before, after = find_special_tokens(tokenizer, side="text_target")
     if eos not in after:
         after = [eos, *after]
-    budget = _compute_token_budget(sample_format, prefix, suffix)
-    prompts = _tokenize_batches(tokenizer, [value[0] for value in rows.values])
-    completions = _tokenize_batches(tokenizer, [value[1] for value in rows.values], side="text_target")
+    budget = compute_token_budget(sample_format.max_length, prefix, suffix)
+    prompts = tokenize_batches(tokenizer, [value[0] for value in rows.values])
+    completions = tokenize_batches(tokenizer, [value[1] for value in rows.values], side="text_target")
     for raw_prompt, raw_completion in zip(prompts, completions, strict=True):
         source = strip_special_tokens(raw_prompt, prefix, suffix)
         target = before + strip_special_tokens(raw_completion, before, after) + after
@@ -139,80 +143,15 @@ def encode_seq2seq(rows: Rows, tokenizer: Tokenizer, sample_format: SampleFormat
         yield EncodedRow(length, [(prefix + source[:budget] + suffix, target)], cut=len(source) > budget)
 
 
-def encode_labeled_texts(rows: Rows, tokenizer: Tokenizer, sample_format: SampleFormat) -> Iterator[EncodedRow]:
-    """Encode texts with one label each: a long text loses its end."""
-    label2id = sample_format.label2id
-    prefix, suffix = find_special_tokens(tokenizer)
-    budget = _compute_token_budget(sample_format, prefix, suffix)
-    texts = _tokenize_batches(tokenizer, [value[0] for value in rows.values])
-    for value, ids in zip(rows.values, texts, strict=True):
-        label = str(value[1])
-        length = len(prefix) + len(ids) + len(suffix)
-        if label not in label2id:
-            yield EncodedRow(length, error=RowError(_describe_unknown_label(label, label2id)))
-            continue
-        yield EncodedRow(length, [(prefix + ids[:budget] + suffix, [label2id[label]])], cut=len(ids) > budget)
+def compute_token_budget(max_length: int, prefix: Sequence[int], suffix: Sequence[int]) -> int:
+    """Return how many tokens of a text fit beside the special tokens.
 
-
-def encode_labeled_words(rows: Rows, tokenizer: Tokenizer, sample_format: SampleFormat) -> Iterator[EncodedRow]:
-    """Encode words with one label each, joined by single spaces, as in the running text that a model is used on."""
-    if not tokenizer.is_fast:
-        raise DataError("the tokenizer does not report the offsets of its tokens, so words would lose their labels")
-    label2id = sample_format.label2id
-    prefix, suffix = find_special_tokens(tokenizer)
-    budget = _compute_token_budget(sample_format, prefix, suffix)
-    for words, labels in rows.values:
-        tokens = tokenizer(" ".join(words), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids, first_tokens = tokens["input_ids"], _find_first_tokens(words, tokens["offset_mapping"])
-        length = len(prefix) + len(ids) + len(suffix)
-        reason = _reason_not_labelable(words, labels, first_tokens, label2id)
-        if reason:
-            yield EncodedRow(length, error=RowError(reason))
-            continue
-        token_labels = [IGNORE_INDEX] * len(ids)
-        for number, token in first_tokens.items():
-            token_labels[token] = label2id[str(labels[number - 1])]
-        padded = [IGNORE_INDEX] * len(prefix) + token_labels[:budget] + [IGNORE_INDEX] * len(suffix)
-        yield EncodedRow(length, [(prefix + ids[:budget] + suffix, padded)], cut=len(ids) > budget)
-
-
-def _reason_not_labelable(
-    words: Sequence[str], labels: Sequence[str | int], first_tokens: Mapping[int, int], label2id: Mapping[str, int]
-) -> str | None:
-    """Return which word has no token for its label, or which label is unknown; None if there is neither."""
-    for number, word in enumerate(words, start=1):
-        if number not in first_tokens:
-            return f"word {number} ({word!r}) has no token of its own"
-    unknown = next((str(label) for label in labels if str(label) not in label2id), None)
-    return None if unknown is None else _describe_unknown_label(unknown, label2id)
-
-
-def _find_first_tokens(words: Sequence[str], spans: Sequence[tuple[int, int]]) -> dict[int, int]:
-    """Return the index of the first token of each word, by the number of the word, from 1.
-
-    Words without a token of their own are left out.
-
-    Args:
-        spans: where each token begins and ends in the joined words; a token may include the space before its word.
+    Raises:
+        DataError: none does.
     """
-    firsts: dict[int, int] = {}
-    token = start = 0
-    for number, word in enumerate(words, start=1):
-        end = start + len(word)
-        while token < len(spans) and (spans[token][1] <= start or spans[token][0] < start - 1):
-            token += 1
-        if token < len(spans) and spans[token][0] < end:
-            firsts[number] = token
-            token += 1
-        start = end + 1
-    return firsts
-
-
-def _compute_token_budget(sample_format: SampleFormat, prefix: Sequence[int], suffix: Sequence[int]) -> int:
-    """Return how many tokens of a text fit beside the special tokens."""
-    budget = sample_format.max_length - len(prefix) - len(suffix)
+    budget = max_length - len(prefix) - len(suffix)
     if budget < 1:
-        raise DataError(f"max_length {sample_format.max_length} leaves no token beside the special ones")
+        raise DataError(f"max_length {max_length} leaves no token beside the special ones")
     return budget
 
 
@@ -221,13 +160,10 @@ def _build_completion_error(completion: Sequence[int], sample_format: SampleForm
     return RowError(message, kind=LONG)
 
 
-def _describe_unknown_label(label: str, label2id: Mapping[str, int]) -> str:
-    return f"label {label!r} is not one of {format_list(list(label2id))}, which are those of the training rows"
-
-
-def _tokenize_batches(
+def tokenize_batches(
     tokenizer: Tokenizer, texts: Sequence[str], *, side: Literal["text", "text_target"] = "text"
 ) -> Iterator[list[int]]:
+    """Yield the tokens of each text without special tokens, many texts at a time."""
     start = size = 0
     for end, text in enumerate([*texts, ""]):
         is_full = end - start == _TOKENIZER_BATCH or (end > start and size + len(text) > _TOKENIZER_CHARACTERS)

@@ -12,7 +12,8 @@ from typing import Final
 
 from lora_kit.data.cells import RowError
 from lora_kit.data.hub_datasets import is_dataset, read_dataset
-from lora_kit.data.layouts import LAYOUTS, Layout, RowValue, find_layout
+from lora_kit.data.layouts import LAYOUTS, Layout, RowValue, find_layout, reason_not_ignorable
+from lora_kit.data.preferences import PREFERENCE_LAYOUTS, find_preference_layout
 from lora_kit.data.readers import read_file
 from lora_kit.data.records import NOT_UTF8, OTHER_ENCODING_HINT, Fault, Record, Row
 from lora_kit.errors import DataError, format_list
@@ -31,7 +32,7 @@ class Rows:
 
     Attributes:
         path: the file, or the name of the data set.
-        format: `completion`, `chat`, `label`, `words` or `text`.
+        format: `completion`, `chat`, `label`, `words`, `text`, or one of `lora_kit.data.preferences`.
         values: one tuple for each row; see `lora_kit.data.layouts`.
         lines: the line each row begins on, from 1; in a JSON array and in a Parquet file the number of the row.
         layout: the name of the layout of the columns; see `lora_kit.data.layouts`.
@@ -49,11 +50,11 @@ class Rows:
         return len(self.values)
 
     @property
-    def labels(self) -> tuple[tuple[str | int, ...], ...]:
-        """The labels of each row: one for a text, or one for each of its words; none in other formats."""
-        if self.format == "words":
-            return tuple(value[1] for value in self.values)
-        return tuple((value[1],) if self.format == "label" else () for value in self.values)
+    def labels(self) -> tuple[tuple[str | int | float, ...], ...]:
+        """The labels of each row: those of a text, or one for each of its words; none in other formats."""
+        if self.format not in ("label", "words"):
+            return ((),) * len(self.values)
+        return tuple(value[1] if isinstance(value[1], tuple) else (value[1],) for value in self.values)
 
     def only(self, indices: Sequence[int]) -> Rows:
         """Return the rows at these indices, in this order."""
@@ -122,8 +123,9 @@ def scan_rows(
         return Scan(Rows(path, "", (), ()), tuple(contents.faults), (), contents.sha256)
     records = _rename_columns(path, contents.records, rename or {})
     layout = _require_layout(path, records[0][1])
-    rows, faults = _convert_records(path, layout, records)
     unused = {key for _, row in records for key in row} - {*layout.keys, *layout.optional}
+    _refuse_ignored_columns(path, layout, records)
+    rows, faults = _convert_records(path, layout, records)
     return Scan(rows, tuple(sorted([*contents.faults, *faults])), tuple(sorted(unused)), contents.sha256)
 
 
@@ -140,7 +142,7 @@ def _convert_records(path: Path, layout: Layout, records: Sequence[Record]) -> t
         else:
             lines.append(line)
     rows = Rows(path, layout.format, tuple(values), tuple(lines), layout.name)
-    mixed = _find_mixed_labels(rows)
+    mixed = [*_find_mixed_labels(rows), *_find_mixed_pairs(rows)]
     invalid = {fault.line for fault in mixed}
     return rows.only([index for index, line in enumerate(lines) if line not in invalid]), [*faults, *mixed]
 
@@ -187,19 +189,41 @@ def _rename_columns(path: Path, records: Sequence[Record], names: Mapping[str, s
 
 
 def _require_layout(path: Path, row: Row) -> Layout:
-    layout = find_layout(row)
+    layout = find_preference_layout(row) or find_layout(row)
     if layout is None:
-        formats = "; ".join(" and ".join(layout.keys) for layout in LAYOUTS)
+        formats = "; ".join(" and ".join(layout.keys) for layout in (*LAYOUTS, *PREFERENCE_LAYOUTS))
         hint = f"formats: {formats}. lora-kit prepare --rename mine=prompt gives columns other names"
         raise DataError(f"{path}: the first row has the keys {format_list(sorted(row))}", hint=hint)
     return layout
 
 
+def _refuse_ignored_columns(path: Path, layout: Layout, records: Sequence[Record]) -> None:
+    """Raise DataError for columns with values that the layout does not read, though they say what is learned."""
+    filled = {key for _, row in records for key, value in row.items() if value is not None}
+    reason = reason_not_ignorable(layout, filled)
+    if reason:
+        hint = "take them out, or give columns other names: lora-kit prepare --rename label=topic"
+        raise DataError(f"{path}: {reason}", hint=hint)
+
+
 def _find_mixed_labels(rows: Rows) -> list[Fault]:
-    """Return a fault for each row with a label of another type than the first."""
-    expected = next((type(label) for labels in rows.labels for label in labels), str)
+    """Return a fault for each row with a label of another type than the first; whole and other numbers are one type."""
+    types = {type(label) for labels in rows.labels for label in labels}
+    if types <= {int, float}:
+        return []
+    expected = next(type(label) for labels in rows.labels for label in labels)
     return [
         Fault(line, f"label is {type(other).__name__}, and {expected.__name__} in the first row")
         for labels, line in zip(rows.labels, rows.lines, strict=True)
         for other in [label for label in labels if type(label) is not expected][:1]
     ]
+
+
+def _find_mixed_pairs(rows: Rows) -> list[Fault]:
+    """Return a fault for each text without a second one where the first row has one, or the reverse."""
+    if rows.format != "label" or not rows.values:
+        return []
+    is_pair = isinstance(rows.values[0][0], tuple)
+    message = "text_pair is missing; the first row has it" if is_pair else "text_pair is given; the first row has none"
+    lines = zip(rows.lines, rows.values, strict=True)
+    return [Fault(line, message) for line, value in lines if isinstance(value[0], tuple) != is_pair]

@@ -12,7 +12,7 @@ from lora_kit.data.rows import Rows
 from lora_kit.data.templates import ChatTemplate
 from lora_kit.errors import DataError
 from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR
-from lora_kit.models.tasks import CAUSAL_LM
+from lora_kit.models.tasks import CAUSAL_LM, SINGLE_LABEL
 
 DEFAULT_MAX_LENGTH: Final = 2048
 """Tokens of a sample, unless a recipe or the base sets a lower limit."""
@@ -32,6 +32,7 @@ class SampleFormat:
         label2id: class of each label by its name; empty for rows without labels.
         learn: which answers of a conversation are learned; see `lora_kit.data.messages.LEARN`.
         task: task of the model; `seq2seq` means that an encoder reads prompts and a decoder writes completions.
+        problem: what is predicted of a whole text, one of `lora_kit.models.tasks.PROBLEMS`.
     """
 
     max_length: int
@@ -40,6 +41,7 @@ class SampleFormat:
     label2id: Mapping[str, int] = field(default_factory=dict, hash=False)
     learn: str = ALL
     task: str = CAUSAL_LM
+    problem: str = SINGLE_LABEL
 
     @property
     def style(self) -> PromptStyle:

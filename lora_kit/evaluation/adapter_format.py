@@ -11,18 +11,21 @@ from typing import Final
 import yaml
 
 from lora_kit.adapter.adapter import Adapter
+from lora_kit.data.label_problem import resolve_problem
 from lora_kit.data.layouts import FORMATS
 from lora_kit.data.messages import ALL, LEARN
+from lora_kit.data.preferences import describe_use
 from lora_kit.data.rows import Rows
 from lora_kit.data.sample_format import DEFAULT_MAX_LENGTH, PromptStyle, SampleFormat
 from lora_kit.data.templates import ChatTemplate, chat_template
 from lora_kit.errors import AdapterError, DataError, format_list
 from lora_kit.generation.prompts import build_recorded_template, find_adapter_style, find_training_data
 from lora_kit.io.read import read_text
+from lora_kit.io.text import format_value
 from lora_kit.models.heads import list_head_labels, name_head_labels
-from lora_kit.models.loading import Base
+from lora_kit.models.loading import Base, find_checkpoint_problem
 from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR
-from lora_kit.models.tasks import LABEL_TASKS, SEQ2SEQ
+from lora_kit.models.tasks import LABEL_TASKS, PROBLEMS, SEQ2SEQ, SINGLE_LABEL
 from lora_kit.names import RECIPE_FILE
 
 logger = logging.getLogger(__name__)
@@ -31,8 +34,18 @@ _MAX_RECIPE_BYTES: Final = 2**20
 
 
 def find_task(rows: Rows) -> str:
-    """Return the task that rows are for, if nothing else decides it."""
-    return next(task for task, formats in FORMATS.items() if rows.format in formats)
+    """Return the task that rows are for, if nothing else decides it.
+
+    Raises:
+        DataError: the rows are preferences.
+    """
+    task = next((task for task, formats in FORMATS.items() if rows.format in formats), None)
+    if task is None:
+        raise DataError(
+            f"{rows.path} has rows of the format {rows.format}, which are measured in training only",
+            hint=describe_use(rows.format),
+        )
+    return task
 
 
 def check_format(rows: Rows, task: str) -> None:
@@ -48,8 +61,64 @@ def find_adapter_labels(adapter: Adapter) -> tuple[str, ...]:
     return tuple(map(str, names)) if isinstance(names, Sequence) and not isinstance(names, str) else ()
 
 
+def find_adapter_problem(adapter: Adapter) -> str | None:
+    """Return what an adapter was trained to predict of a whole text; None where its record does not say.
+
+    Raises:
+        AdapterError: the record says something else.
+    """
+    problem = adapter.record.get("problem", SINGLE_LABEL if find_adapter_labels(adapter) else None)
+    if problem is not None and problem not in PROBLEMS:
+        what = f"the adapter's record has the problem {format_value(problem)}"
+        raise AdapterError(what, hint=f"known: {format_list(PROBLEMS)}")
+    return problem
+
+
+def find_adapter_thresholds(adapter: Adapter | None) -> tuple[float, ...]:
+    """Return the thresholds in an adapter's record, one for each of its labels; empty for 0.5.
+
+    Raises:
+        AdapterError: they are not numbers, one for each label.
+    """
+    values = [] if adapter is None else adapter.record.get("thresholds", [])
+    if adapter is None or not values:
+        return ()
+    numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    if len(numbers) != len(values) or len(numbers) != len(find_adapter_labels(adapter)):
+        what = f"the adapter's record has {len(values)} thresholds for {len(find_adapter_labels(adapter))} labels"
+        raise AdapterError(what, hint="one number for each label is expected")
+    return tuple(map(float, numbers))
+
+
+def resolve_eval_problem(base: str | Base, adapters: Mapping[str, Adapter | None], rows: Rows) -> str:
+    """Return what is predicted of whole texts: what the adapters were trained for, else what the base's head says.
+
+    Where neither says it, the labels of the rows do.
+
+    Raises:
+        AdapterError: the adapters were trained for different problems.
+    """
+    problems: dict[str, str] = {}
+    for label, adapter in adapters.items():
+        problem = None if adapter is None else find_adapter_problem(adapter)
+        if problem is not None:
+            problems.setdefault(problem, label)
+    if len(problems) > 1:
+        listed = ", ".join(f"{label!r} for {problem}" for problem, label in problems.items())
+        raise AdapterError(f"adapters of different problems: {listed}", hint="use adapters of one problem")
+    if problems:
+        return next(iter(problems))
+    own = base.problem if isinstance(base, Base) else find_checkpoint_problem(base)
+    return own or resolve_problem(rows, None)
+
+
 def resolve_sample_formats(
-    base: Base, adapters: Mapping[str, Adapter | None], rows: Rows, *, max_length: int | None
+    base: Base,
+    adapters: Mapping[str, Adapter | None],
+    rows: Rows,
+    *,
+    max_length: int | None,
+    problem: str | None = None,
 ) -> dict[str, SampleFormat]:
     """Return the sample format of each adapter; the base has that of the first adapter beside it.
 
@@ -58,6 +127,7 @@ def resolve_sample_formats(
     Args:
         adapters: by label; None for the base.
         max_length: most tokens of a sample; None for what each adapter was trained with.
+        problem: what is predicted of whole texts; None for other tasks.
 
     Raises:
         AdapterError: an adapter has more or fewer labels than the model's head.
@@ -69,9 +139,10 @@ def resolve_sample_formats(
         if adapter is not None
     }
     default = next(iter(own.values()), None) or _find_base_format(base, rows, max_length)
-    learn = find_learn(adapters)
+    learn, problem = find_learn(adapters), problem or SINGLE_LABEL
     formats = {
-        label: dataclasses.replace(own.get(label, _use_head_order(base, default)), learn=learn) for label in adapters
+        label: dataclasses.replace(own.get(label, _use_head_order(base, default)), learn=learn, problem=problem)
+        for label in adapters
     }
     if base.task in LABEL_TASKS:
         size = base.model.config.num_labels

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.adapter_like import AdapterLike
@@ -21,11 +20,14 @@ from lora_kit.errors import ConfigError, format_list
 from lora_kit.evaluation.adapter_format import (
     check_format,
     find_adapter_labels,
+    find_adapter_thresholds,
     find_learn,
     find_task,
+    resolve_eval_problem,
     resolve_sample_formats,
 )
-from lora_kit.evaluation.eval_report import Answer, EvalCase, EvalReport, Result, check_predictions_file
+from lora_kit.evaluation.eval_cases import build_cases
+from lora_kit.evaluation.eval_report import Answer, EvalReport, Result, check_predictions_file
 from lora_kit.evaluation.forward import ForwardResult, run_forward
 from lora_kit.evaluation.generation_metrics import (
     EvalPrompt,
@@ -34,28 +36,20 @@ from lora_kit.evaluation.generation_metrics import (
     collect_eval_prompts,
     generate_completions,
 )
-from lora_kit.evaluation.measure import collect_true_labels, compute_perplexity
-from lora_kit.evaluation.metrics import BASIC_METRICS, select_generation_metrics, validate_metrics
-from lora_kit.evaluation.scores import score_labels, score_texts
-from lora_kit.generation.adapter_args import (
-    build_adapter_labels,
-    check_quantize,
-    find_common_task,
-    read_adapter,
-)
+from lora_kit.evaluation.label_answers import name_answers
+from lora_kit.evaluation.measure import compute_perplexity
+from lora_kit.evaluation.metrics import default_metrics, select_generation_metrics, validate_metrics
+from lora_kit.evaluation.sample_scores import score_samples
+from lora_kit.evaluation.scores import score_texts
+from lora_kit.generation.adapter_args import build_adapter_labels, check_quantize, find_common_task, read_adapter
 from lora_kit.generation.decoding import Completion
 from lora_kit.generation.generate import attach_adapters
 from lora_kit.io.text import escape_text
 from lora_kit.models.loading import Base, find_label_order, load_base, load_input_spec
-from lora_kit.models.tasks import CAUSAL_LM, CLASSIFY, GENERATIVE_TASKS, LABEL_TASKS, TASKS
+from lora_kit.models.tasks import CAUSAL_LM, CLASSIFY, GENERATIVE_TASKS, LABEL_TASKS
 from lora_kit.names import DEFAULT_STORE
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_METRICS: Final[Mapping[str, tuple[str, ...]]] = {
-    task: (*BASIC_METRICS[task], *(("f1",) if task in LABEL_TASKS else ())) for task in TASKS
-}
-"""The default metrics of each task: those that need no generation."""
 
 EvalProgress = Callable[[str, int, int], None]
 """Called with the label of an adapter, how many of its rows are done, and how many there are."""
@@ -90,8 +84,7 @@ def evaluate(
         batch_size: rows in one batch.
         max_length: most tokens of a sample; None for what each adapter was trained with.
         max_new_tokens: most tokens of an answer; None for as many as the longest reference has, with its end.
-        out: a JSONL file for the answers to each row.
-        replace: whether that file may be replaced.
+        out: a JSONL file for the answers to each row; `replace`: whether it may be replaced.
         store: where adapters are looked up by name.
         quantize: how to load the base, as in `load_base`.
         allow: as in `AdapterBank.load`.
@@ -110,12 +103,13 @@ def evaluate(
     labels, by_label = _read_adapters(adapters, store, allow)
     rows = data if isinstance(data, Rows) else read_rows(data)
     task = _resolve_task(base, by_label, rows)
-    names = validate_metrics(DEFAULT_METRICS[task] if metrics is None else metrics, task)
+    problem = resolve_eval_problem(base, by_label, rows) if task == CLASSIFY else None
+    names = validate_metrics(default_metrics(task, problem) if metrics is None else metrics, task, problem)
     prompts = _collect_prompts(rows, by_label) if select_generation_metrics(names, task) else ()
     if out is not None:
         _check_out(Path(out), names, task, replace=replace)
-    loaded = _load_for_evaluation(base, by_label, task, quantize)
-    formats = resolve_sample_formats(loaded, by_label, rows, max_length=max_length)
+    loaded = load_for_labels(base, by_label, task, quantize, problem=problem)
+    formats = resolve_sample_formats(loaded, by_label, rows, max_length=max_length, problem=problem)
     plan = _build_eval_plan(loaded, by_label, formats, rows, prompts, names, max_new_tokens)
     report = _run_plan(plan, labels, batch_size, on_progress, allow=allow)
     if out is not None:
@@ -169,9 +163,15 @@ def _resolve_task(base: str | Base, adapters: Mapping[str, Adapter | None], rows
     return task
 
 
-def _load_for_evaluation(
-    base: str | Base, adapters: Mapping[str, Adapter | None], task: str, quantize: str | None
+def load_for_labels(
+    base: str | Base,
+    adapters: Mapping[str, Adapter | None],
+    task: str,
+    quantize: str | None,
+    *,
+    problem: str | None = None,
 ) -> Base:
+    """Return a loaded base, or load one with a head for the labels of the adapters."""
     check_quantize(base, list(adapters), list(adapters.values()), quantize)
     if isinstance(base, Base):
         return base
@@ -183,7 +183,7 @@ def _load_for_evaluation(
         # A base whose own head has the adapters' labels is measured with that head, in its own order.
         labels = ordered if len(ordered) == len(labels) else labels
     label2id = {name: number for number, name in enumerate(labels)}
-    return load_base(base, task=task, label2id=label2id or None, quantize=quantize)
+    return load_base(base, task=task, label2id=label2id or None, problem=problem, quantize=quantize)
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ def _run_plan(
         data=plan.rows.path,
         task=plan.base.task,
         rows=len(plan.rows),
-        cases=tuple(_build_cases(plan.rows, plan.prompts)),
+        cases=tuple(build_cases(plan.rows, plan.prompts)),
         results=tuple(results[label] for label in labels),
         seconds=time.perf_counter() - started,
     )
@@ -294,6 +294,7 @@ class _EvalRun:
             samples,
             self._collator,
             batch_size=self._batch_size,
+            thresholds=find_adapter_thresholds(self._plan.adapters[label]),
             on_rows=lambda count: self._report_progress(label, count),
         )
 
@@ -305,17 +306,19 @@ class _EvalRun:
         answers: tuple[Answer, ...] = ()
         if forward is not None:
             values = {"loss": forward.loss, "perplexity": compute_perplexity(forward.loss)}
-        if forward is not None and forward.predicted:
-            names = plan.formats[label].labels
+        if forward is not None and plan.base.task in LABEL_TASKS:
+            names, samples = plan.formats[label].labels, plan.samples[label]
             wanted = [name for name in plan.metrics if name not in values]
-            values |= score_labels(wanted, collect_true_labels(plan.samples[label]), forward.predicted, labels=names)
-            answers = tuple(_name_labels(row, names, single=plan.base.task == CLASSIFY) for row in forward.predicted)
+            values |= score_samples(wanted, samples, forward, labels=names)
+            answers = name_answers(samples.kind, forward, names)
         if completions:
             texts = [completion.text for completion in completions]
             wanted = list(select_generation_metrics(plan.metrics, plan.base.task))
             values |= score_texts(wanted, texts, plan.tasks[label].references)
             answers = tuple(text.strip() for text in texts)
-        scores = {name: values[name] for name in plan.metrics}
+        # A metric with a value for each label stands for the names of these values.
+        names_of_labels = [name for name in values if name.startswith("f1[")]
+        scores = {name: values[name] for name in (*plan.metrics, *names_of_labels) if name in values}
         logger.info("%s: %s", label, ", ".join(f"{name} {score:.4g}" for name, score in scores.items()))
         return Result(
             name=label,
@@ -331,22 +334,3 @@ class _EvalRun:
             samples, task = self._plan.samples.get(label), self._plan.tasks.get(label)
             total = (0 if samples is None else len(samples)) + (0 if task is None else len(task.rows))
             self._on_progress(label, self._done[label], total)
-
-
-def _name_labels(row: Sequence[int], names: Sequence[str], *, single: bool) -> Answer:
-    return names[row[0]] if single else tuple(names[label] for label in row)
-
-
-def _build_cases(rows: Rows, prompts: Sequence[EvalPrompt]) -> list[EvalCase]:
-    if prompts:
-        return [EvalCase(each.lines, each.prompt, each.references) for each in prompts]
-    if rows.format == "label":
-        return [
-            EvalCase((line,), text, str(label)) for line, (text, label) in zip(rows.lines, rows.values, strict=True)
-        ]
-    if rows.format == "words":
-        return [
-            EvalCase((line,), words, tuple(map(str, labels)))
-            for line, (words, labels) in zip(rows.lines, rows.values, strict=True)
-        ]
-    return []

@@ -1,21 +1,25 @@
-"""One forward pass over samples: their loss, and the predicted label of each. No logits are kept."""
+"""One forward pass over samples: their loss, and what is predicted of each. No logits of tokens are kept."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
 
-from lora_kit.data.batches import IGNORE_INDEX, Collator, EncodedDataset
+from lora_kit.data.batches import IGNORE_INDEX, SAMPLE_WEIGHTS, Collator, EncodedDataset
 from lora_kit.evaluation.loss import LossHead, probe_head
-from lora_kit.models.tasks import GENERATIVE_KINDS
+from lora_kit.models.tasks import GENERATIVE_KINDS, LABEL, LABEL_SET, TEXT_KINDS, VALUE
 from lora_kit.torch_utils import use_autocast, use_eval_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+DEFAULT_THRESHOLD: Final = 0.5
+"""The least probability of a label that is predicted, where several may apply."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +27,16 @@ class ForwardResult:
     """The result of a pass over samples.
 
     Attributes:
-        loss: mean negative log-likelihood of a label, in nats.
-        predicted: the most likely labels of each sample; empty if the labels are tokens to be written.
+        loss: mean negative log-likelihood of a label, in nats; of numbers the mean squared error.
+        predicted: the most likely labels of each sample, or those of a set; empty if the labels are tokens to be
+            written, or numbers.
+        scores: of whole texts the probability of each class, or the predicted number: fp32 (samples, classes) on the
+            CPU; None for tokens and words.
     """
 
     loss: float
     predicted: tuple[tuple[int, ...], ...]
+    scores: Tensor | None = None
 
 
 def run_forward(
@@ -38,6 +46,7 @@ def run_forward(
     *,
     batch_size: int,
     autocast: torch.dtype | None = None,
+    thresholds: Sequence[float] = (),
     on_rows: Callable[[int], None] | None = None,
 ) -> ForwardResult:
     """Run a model over samples, with whatever adapter is active.
@@ -48,11 +57,13 @@ def run_forward(
     Args:
         batch_size: samples in one batch.
         autocast: dtype to compute in; None for the model's own.
+        thresholds: of sets of labels: the least probability of each class that is predicted; empty for 0.5.
         on_rows: called with the number of samples of each finished batch.
     """
     device = next(model.parameters()).device
     loss = torch.zeros((), dtype=torch.float64, device=device)
     predicted: dict[int, tuple[int, ...]] = {}
+    scores: dict[int, Tensor] = {}
     generative = samples.kind in GENERATIVE_KINDS
     options = {"use_cache": False} if generative else {}
     head: LossHead | None = None
@@ -61,16 +72,23 @@ def run_forward(
             batch = collator([samples[index] for index in indices])
             inputs = {name: tensor.to(device) for name, tensor in batch.items()}
             labels = inputs.pop("labels")
+            inputs.pop(SAMPLE_WEIGHTS, None)  # what is measured counts each row once
             with use_autocast(device, autocast):
                 head = head or probe_head(model, inputs, kind=samples.kind)
                 with head.skip():
                     outputs = model(**inputs, **options).logits
                 loss += head.loss(outputs, labels).double()
-            if not generative:
-                predicted |= dict(zip(indices, _predict_labels(outputs, labels), strict=True))
+            if samples.kind in TEXT_KINDS:
+                scores |= zip(indices, compute_scores(outputs, samples.kind), strict=True)
+            elif not generative:
+                predicted |= zip(indices, _predict_word_labels(outputs, labels), strict=True)
             if on_rows is not None:
                 on_rows(len(indices))
-    return ForwardResult(float(loss) / samples.num_labels, tuple(predicted[index] for index in sorted(predicted)))
+    mean_loss = float(loss) / samples.num_labels
+    if samples.kind not in TEXT_KINDS:
+        return ForwardResult(mean_loss, tuple(predicted[index] for index in sorted(predicted)))
+    ordered = torch.stack([scores[index] for index in sorted(scores)])
+    return ForwardResult(mean_loss, choose_classes(ordered, samples.kind, thresholds), ordered)
 
 
 def batch_by_length(lengths: Tensor, size: int) -> Iterator[list[int]]:
@@ -79,13 +97,40 @@ def batch_by_length(lengths: Tensor, size: int) -> Iterator[list[int]]:
     return (order[start : start + size] for start in range(0, len(order), size))
 
 
-def _predict_labels(logits: Tensor, labels: Tensor) -> list[tuple[int, ...]]:
-    """Return the most likely class of each row, or of each position that has a label.
+def compute_scores(logits: Tensor, kind: str) -> Tensor:
+    """Return the probability of each class, or the predicted number: fp32 (rows, classes) on the CPU.
 
     Args:
-        logits: (rows, classes) with labels (rows,), or (rows, length, classes) with labels (rows, length).
+        logits: (rows, classes).
+        kind: of the samples: `label`, `label-set` or `value`.
+    """
+    logits = logits.detach().float()
+    if kind == VALUE:
+        return logits.to("cpu", copy=True)
+    return (logits.sigmoid() if kind == LABEL_SET else logits.softmax(-1)).cpu()
+
+
+def choose_classes(scores: Tensor, kind: str, thresholds: Sequence[float] = ()) -> tuple[tuple[int, ...], ...]:
+    """Return the most likely class of each text, or all whose probability reaches their threshold.
+
+    Args:
+        scores: of `compute_scores`.
+        kind: of the samples; a predicted number has no class.
+        thresholds: of each class; empty for 0.5.
+    """
+    if kind == LABEL:
+        return tuple((label,) for label in scores.argmax(-1).tolist())
+    if kind == VALUE:
+        return ()
+    limits = torch.tensor(thresholds or [DEFAULT_THRESHOLD] * scores.shape[1])
+    return tuple(tuple(row.nonzero().flatten().tolist()) for row in scores >= limits)
+
+
+def _predict_word_labels(logits: Tensor, labels: Tensor) -> list[tuple[int, ...]]:
+    """Return the most likely class of each position that has a label.
+
+    Args:
+        logits: (rows, length, classes) with labels (rows, length).
     """
     classes = logits.argmax(-1)
-    if labels.ndim == 1:
-        return [(label,) for label in classes.tolist()]
     return [tuple(row[has_label].tolist()) for row, has_label in zip(classes, labels != IGNORE_INDEX, strict=True)]

@@ -8,7 +8,7 @@ whether a model does anything else with its logits (soft-capping, a scale, slice
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from lora_kit.data.batches import IGNORE_INDEX
 from lora_kit.errors import VerificationError
+from lora_kit.evaluation.label_loss import LabelLoss
 from lora_kit.layers.introspect import reason_black_box
 from lora_kit.models.tasks import GENERATIVE_KINDS, NEXT
 from lora_kit.ops.cross_entropy import chunked_cross_entropy
@@ -36,11 +37,13 @@ class LossHead:
         reason: why the loss needs them; None if it does not.
         label_shift: distance from the position that predicts a label to the label: 1 where a text continues; 0 where
             each position has its own label, as a word has, or where the decoder's inputs are shifted already.
+        label_loss: the loss of labels that are no tokens; None where they are.
     """
 
     linear: nn.Linear | None
     reason: str | None = None
     label_shift: int = 1
+    label_loss: LabelLoss | None = None
 
     @contextlib.contextmanager
     def skip(self) -> Iterator[None]:
@@ -51,22 +54,25 @@ class LossHead:
         with contextlib.nullcontext() if self.linear is None else _replace_forward(self.linear, lambda states: states):
             yield
 
-    def loss(self, outputs: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Tensor:
+    def loss(self, outputs: Tensor, labels: Tensor, *, weights: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
         """Return the negative log-likelihood of the labels in nats, summed: () in fp32.
+
+        For sets of labels and for numbers it is the loss of `LabelLoss`.
 
         Positions without a label are dropped first.
 
         Args:
             outputs: what the model returned as logits within `skip`: (rows, length, d or vocabulary) with labels
-                (rows, length), or (rows, classes) with labels (rows,).
-            labels: int64, `IGNORE_INDEX` at positions without one.
+                (rows, length), or (rows, classes) with labels of whole texts.
+            labels: int64, `IGNORE_INDEX` at positions without one; of whole texts as a `Collator` returns them.
+            weights: of samples whose labels are no tokens: float32 (rows,).
             smoothing: share of the target spread evenly over all classes (Szegedy et al. 2015, arXiv 1512.00567).
 
         Raises:
             VerificationError: the model did not use its head as in the probe.
         """
-        if labels.ndim == 1:
-            return functional.cross_entropy(outputs.float(), labels, reduction="sum", label_smoothing=smoothing)
+        if self.label_loss is not None:
+            return self.label_loss.sum(outputs, labels, weights, smoothing=smoothing)
         labels = functional.pad(labels[:, self.label_shift :], (0, self.label_shift), value=IGNORE_INDEX)
         if self.linear is None:
             has_label = labels != IGNORE_INDEX
@@ -87,7 +93,9 @@ class LossHead:
         )
 
 
-def probe_head(model: PreTrainedModel, sample: Mapping[str, Tensor], *, kind: str = NEXT) -> LossHead:
+def probe_head(
+    model: PreTrainedModel, sample: Mapping[str, Tensor], *, kind: str = NEXT, class_weights: Sequence[float] = ()
+) -> LossHead:
     """Find out by one forward of a sample how the loss of a model is to be computed; the model is left as it was.
 
     The head is left out if it is a plain linear layer, frozen (or no gradient is needed), and the model returns as
@@ -96,10 +104,11 @@ def probe_head(model: PreTrainedModel, sample: Mapping[str, Tensor], *, kind: st
     Args:
         sample: inputs of the model, on its device: `input_ids` (rows, length) and so on, without labels.
         kind: kind of the samples; the head can be left out only if the labels are tokens to be written.
+        class_weights: of labels that are no tokens.
     """
     label_shift = int(kind == NEXT)
     if kind not in GENERATIVE_KINDS:
-        return LossHead(None, "labels are not tokens", label_shift)
+        return LossHead(None, "labels are not tokens", label_shift, LabelLoss(kind, class_weights))
     sample = {name: tensor[:, :2] for name, tensor in sample.items()}
     head = model.get_output_embeddings()
     reason = _reason_not_plain(head)

@@ -6,16 +6,16 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 
-from lora_kit.data.batches import IGNORE_INDEX, Collator, EncodedDataset
+from lora_kit.data.batches import Collator, EncodedDataset
 from lora_kit.evaluation.forward import run_forward
 from lora_kit.evaluation.generation_metrics import GenerationTask, generate_completions
-from lora_kit.evaluation.scores import score_labels, score_texts
-from lora_kit.models.tasks import GENERATIVE_KINDS
+from lora_kit.evaluation.sample_scores import score_samples
+from lora_kit.evaluation.scores import score_texts
+from lora_kit.models.tasks import GENERATIVE_KINDS, VALUE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,11 +26,12 @@ class Evaluation:
     """The metrics of a model on samples.
 
     Attributes:
-        loss: mean negative log-likelihood of a label, in nats.
-        labels: number of labels: predicted tokens, words or texts.
+        loss: mean negative log-likelihood of a label, in nats; of numbers the mean squared error.
+        labels: number of labels: predicted tokens, words, texts, or the classes of all texts.
         samples: number of samples.
         perplexity: exp(loss), if the labels are tokens; else None.
-        accuracy: share of texts or words whose most likely label is right; None if the labels are tokens.
+        accuracy: share of texts or words whose most likely label is right, or of texts all of whose labels are; None if
+            the labels are tokens or numbers.
         further: other metrics that were requested, see `METRICS`.
         seconds: wall time.
     """
@@ -44,7 +45,7 @@ class Evaluation:
     seconds: float = 0.0
 
     def metrics(self) -> dict[str, float]:
-        """Return `loss`, `perplexity` or `accuracy`, and the further metrics; these repeat from run to run."""
+        """Return `loss`, `perplexity` or `accuracy` or `mae`, and the further metrics; these repeat from run to run."""
         values = {"loss": self.loss, "perplexity": self.perplexity, "accuracy": self.accuracy}
         return {name: value for name, value in values.items() if value is not None} | dict(self.further)
 
@@ -58,6 +59,7 @@ def measure(
     autocast: torch.dtype | None = None,
     metrics: Sequence[str] = (),
     labels: Sequence[str] = (),
+    thresholds: Sequence[float] = (),
     task: GenerationTask | None = None,
 ) -> Evaluation:
     """Measure a model with whatever adapter is active; its modes are left as they were.
@@ -67,15 +69,17 @@ def measure(
         autocast: dtype to compute in; None for the model's own.
         metrics: what to measure besides the loss and perplexity or accuracy; see `METRICS`.
         labels: the names of the labels, for `f1`.
+        thresholds: of sets of labels: the least probability of each class that is predicted; empty for 0.5.
         task: prompts for the metrics of generated texts; its base is that of the model.
     """
     started = time.perf_counter()
-    forward = run_forward(model, samples, collator, batch_size=batch_size, autocast=autocast)
+    forward = run_forward(model, samples, collator, batch_size=batch_size, autocast=autocast, thresholds=thresholds)
     generative = samples.kind in GENERATIVE_KINDS
-    further = [name for name in metrics if name not in ("loss", "perplexity", "accuracy")]
+    further = [name for name in metrics if name not in ("loss", "perplexity", "accuracy", "mae")]
     scores: dict[str, float] = {}
     if not generative:
-        scores = score_labels(["accuracy", *further], collect_true_labels(samples), forward.predicted, labels=labels)
+        basic = "mae" if samples.kind == VALUE else "accuracy"
+        scores = score_samples([basic, *further], samples, forward, labels=labels)
     elif task is not None and further:
         completions = generate_completions({"": task}, batch_size=batch_size, autocast=autocast)[""]
         scores = score_texts(further, [completion.text for completion in completions], task.references)
@@ -88,13 +92,6 @@ def measure(
         further=scores,
         seconds=time.perf_counter() - started,
     )
-
-
-def collect_true_labels(samples: EncodedDataset) -> list[list[int]]:
-    """Return the labels of each sample, without `IGNORE_INDEX`."""
-    ends = samples.label_offsets.tolist()
-    rows = [samples.labels[start:end] for start, end in pairwise(ends)]
-    return [row[row != IGNORE_INDEX].tolist() for row in rows]
 
 
 def compute_perplexity(loss: float) -> float:

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from lora_kit.evaluation.metrics import F1_PER_LABEL
+
 LabelRows = Sequence[Sequence[int]]
 """The classes of each sample."""
 EntitySpan = tuple[int, int, str]
@@ -20,9 +22,9 @@ Outcomes = Mapping[int, tuple[int, int, int]]
 
 
 def score_labels(
-    names: Sequence[str], true: LabelRows, predicted: LabelRows, *, labels: Sequence[str]
+    names: Sequence[str], true: LabelRows, predicted: LabelRows, *, labels: Sequence[str], is_set: bool = False
 ) -> dict[str, float]:
-    """Return metrics of labels, by name.
+    """Return metrics of labels, by name; `f1_per_label` has one value for each label, called `f1[label]`.
 
     `f1` is that of the second label if texts have one of two labels; that of the marked entities if the labels of words
     are of the form B-x, I-x and O (one wrong word makes the entity wrong); else it is `f1_macro`.
@@ -32,27 +34,47 @@ def score_labels(
         true: the right labels of each sample.
         predicted: the predicted labels of each sample.
         labels: the names of the classes.
+        is_set: whether a sample has any number of labels; its accuracy is then 1 if all of them are right, else 0.
     """
-    flat_true, flat_predicted = ([label for row in rows for label in row] for rows in (true, predicted))
-    outcomes = count_outcomes(flat_true, flat_predicted)
+    if is_set:
+        outcomes = count_set_outcomes(true, predicted)
+        right: Iterable[bool] = (set(a) == set(b) for a, b in zip(true, predicted, strict=True))
+    else:
+        flat_true, flat_predicted = ([label for row in rows for label in row] for rows in (true, predicted))
+        outcomes = count_outcomes(flat_true, flat_predicted)
+        right = (a == b for a, b in zip(flat_true, flat_predicted, strict=True))
     metrics: dict[str, Callable[[], float]] = {
-        "accuracy": lambda: _compute_share(a == b for a, b in zip(flat_true, flat_predicted, strict=True)),
+        "accuracy": lambda: _compute_share(right),
         "exact_match": lambda: _compute_share(list(a) == list(b) for a, b in zip(true, predicted, strict=True)),
-        "f1_micro": lambda: compute_f1(*map(sum, zip(*outcomes.values(), strict=True))),
+        "f1_micro": lambda: compute_f1(*map(sum, zip(*outcomes.values(), strict=True))) if outcomes else 0.0,
         "f1_macro": lambda: _compute_macro_f1(outcomes),
-        "f1": lambda: _compute_default_f1(true, predicted, outcomes, labels),
+        "f1": lambda: _compute_macro_f1(outcomes) if is_set else _compute_default_f1(true, predicted, outcomes, labels),
     }
-    return {name: metrics[name]() for name in names}
+    values = {name: metrics[name]() for name in names if name != F1_PER_LABEL}
+    return values | (_compute_label_f1s(outcomes, labels) if F1_PER_LABEL in names else {})
+
+
+def _compute_label_f1s(outcomes: Outcomes, labels: Sequence[str]) -> dict[str, float]:
+    return {f"f1[{name}]": compute_f1(*outcomes.get(number, (0, 0, 0))) for number, name in enumerate(labels)}
+
+
+def count_set_outcomes(true: LabelRows, predicted: LabelRows) -> dict[int, tuple[int, int, int]]:
+    """Return (TP, FP, FN) of each class that is true or predicted somewhere, where a sample has any number of them."""
+    right = Counter(key for a, b in zip(true, predicted, strict=True) for key in set(a) & set(b))
+    all_true, all_predicted = (Counter(key for row in rows for key in set(row)) for rows in (true, predicted))
+    return _combine_counts(right, all_true, all_predicted)
 
 
 def count_outcomes(true: Sequence[int], predicted: Sequence[int]) -> dict[int, tuple[int, int, int]]:
     """Return (TP, FP, FN) of each class that is true or predicted somewhere."""
     right = Counter(a for a, b in zip(true, predicted, strict=True) if a == b)
-    all_true, all_predicted = Counter(true), Counter(predicted)
-    return {
-        key: (right[key], all_predicted[key] - right[key], all_true[key] - right[key])
-        for key in all_true | all_predicted
-    }
+    return _combine_counts(right, Counter(true), Counter(predicted))
+
+
+def _combine_counts(
+    right: Counter[int], true: Counter[int], predicted: Counter[int]
+) -> dict[int, tuple[int, int, int]]:
+    return {key: (right[key], predicted[key] - right[key], true[key] - right[key]) for key in true | predicted}
 
 
 def compute_f1(right: int, wrong: int, missed: int) -> float:
@@ -98,7 +120,7 @@ def _compute_entity_f1(true: LabelRows, predicted: LabelRows, labels: Sequence[s
 
 
 def _compute_macro_f1(outcomes: Outcomes) -> float:
-    return sum(compute_f1(*each) for each in outcomes.values()) / len(outcomes)
+    return sum(compute_f1(*each) for each in outcomes.values()) / len(outcomes) if outcomes else 0.0
 
 
 def _compute_share(flags: Iterable[bool]) -> float:

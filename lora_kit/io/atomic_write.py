@@ -16,7 +16,7 @@ from typing import Final
 from lora_kit.errors import StorageError
 from lora_kit.io.locks import FileLock
 from lora_kit.io.read import mode_of
-from lora_kit.io.text import escape_text
+from lora_kit.io.text import escape_text, format_value
 
 FolderPredicate = Callable[[Path], bool]
 """Returns whether an existing folder is one of ours, which may be replaced."""
@@ -25,6 +25,10 @@ _RENAME_EXCHANGE: Final = 2
 _AT_FDCWD: Final = -100
 _NO_EXCHANGE: Final = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 _NO_FOLDER_SYNC: Final = (errno.EINVAL, errno.ENOTSUP)
+_MAX_PART_BYTES: Final = 255
+_MAX_NAME_BYTES: Final = 220
+"""Bytes of an output's name: `.<name>.run.lock` and the like have to be names as well."""
+_MAX_PATH_BYTES: Final = 4_000
 _DISK_FULL_ERRNOS: Final = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
@@ -143,8 +147,25 @@ def check_output(target: Path, *, replace: bool = False, owned: FolderPredicate 
 
 def check_path(target: Path) -> None:
     """Raise StorageError for a path that no file system accepts."""
-    if "\0" in str(target):
-        raise StorageError(f"{escape_text(target)} is not a path", hint="choose another output")
+    reason = reason_not_a_path(target)
+    if reason:
+        raise StorageError(f"{format_value(str(target))} {reason}", hint="choose another output")
+
+
+def reason_not_a_path(target: Path) -> str:
+    """Return why no file system takes an output, with the names that are written beside it; else an empty string."""
+    text = str(target)
+    if "\0" in text:
+        return "is not a path"
+    try:
+        sizes = [len(os.fsencode(part)) for part in target.parts]
+    except UnicodeEncodeError:
+        return "is not a path"
+    if sizes and sizes[-1] > _MAX_NAME_BYTES:
+        return f"has a name of {sizes[-1]:,} bytes; at most {_MAX_NAME_BYTES} leave room for the names beside it"
+    if max(sizes, default=0) > _MAX_PART_BYTES or len(os.fsencode(text)) > _MAX_PATH_BYTES:
+        return f"is longer than a path can be ({_MAX_PATH_BYTES:,} bytes, {_MAX_PART_BYTES} for each part)"
+    return ""
 
 
 def _already_exists_error(target: Path) -> StorageError:

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lora_kit.errors import AdapterError
+from lora_kit.errors import AdapterError, format_list
 from lora_kit.io.read import allocate_buffer, open_regular_file, read_into, read_regular_file, refuse_lfs_pointer
 from lora_kit.io.strict_json import JsonObject, parse_object
 from lora_kit.io.text import escape_text, format_value
@@ -61,6 +61,8 @@ _DTYPE_ORDER: Final = {dtype: position for position, dtype in enumerate(DTYPES.v
 _METADATA: Final = {"format": "pt"}
 _STATE_DICT_NAMES: Final = ("state_dict", "model_state_dict", "model", "module")
 """Under which training loops put the state dict of their model: Lightning, plain PyTorch, DeepSpeed."""
+_LORA_MARK: Final = ".lora_"
+"""What the keys of LoRA weights have in common, whoever wrote them."""
 _MAX_NESTING: Final = 8
 _PICKLE_MAGIC: Final = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
@@ -130,18 +132,42 @@ def read_pickle(path: Path, *, check_size: Callable[[int], None], seen: ChunkCal
 def read_checkpoint(path: Path, *, check_size: Callable[[int], None], seen: ChunkCallback) -> WeightFileContents:
     """Read the model's tensors of a training checkpoint, which may lie deep in it: `{"state_dict": {...}, "epoch": 3}`.
 
+    The state dict is the one with LoRA weights, wherever it is; without any, the one under the usual names.
+
     Args:
         check_size, seen: as in `read_safetensors`.
 
     Raises:
-        AdapterError, StorageError: as `read_pickle`.
+        AdapterError, StorageError: as `read_pickle`; and several state dicts have LoRA weights.
     """
     value = _load_pickle(path, check_size, seen)
+    adapters = dict(_find_adapters(value, "", _MAX_NESTING))
+    if len({id(state) for state in adapters.values()}) > 1:
+        raise AdapterError(
+            f"{escape_text(path)}: several state dicts in it have LoRA weights: {format_list(sorted(adapters))}",
+            hint="save the state dict of one model on its own",
+        )
+    return _extract_tensors(next(iter(adapters.values()), _find_usual_state_dict(value)), path)
+
+
+def _find_adapters(value: object, name: str, depth: int) -> Iterator[tuple[str, object]]:
+    """Yield (name, mapping) of the mappings in a checkpoint that have tensors of LoRA weights."""
+    if not depth or not isinstance(value, (dict, list, tuple)):
+        return
+    items = list(value.items() if isinstance(value, dict) else enumerate(value))
+    if any(isinstance(key, str) and _LORA_MARK in key and isinstance(part, Tensor) for key, part in items):
+        yield name, value
+        return
+    for key, part in items:
+        yield from _find_adapters(part, f"{name}.{escape_text(key)}".removeprefix("."), depth - 1)
+
+
+def _find_usual_state_dict(value: object) -> object:
     for _ in range(_MAX_NESTING):
         parts = value if isinstance(value, dict) else {}
         inner = next((parts[name] for name in _STATE_DICT_NAMES if isinstance(parts.get(name), dict)), None)
         value = value if inner is None else inner
-    return _extract_tensors(value, path)
+    return value
 
 
 def _load_pickle(path: Path, check_size: Callable[[int], None], seen: ChunkCallback) -> object:

@@ -11,13 +11,22 @@ MAX_DIGITS: Final = 40
 _MAX_TEXT_LENGTH: Final = 500
 _REPR: Final = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 120
+_REPR.maxlevel = 3
+_MAX_VALUE_LENGTH: Final = 200
 
 
 def format_value(value: object) -> str:
     """Return a value from outside as Python writes it, cut short where it is long."""
     if isinstance(value, int) and value.bit_length() > 4 * MAX_DIGITS:
         return f"a number of {value.bit_length():,} bits"
-    return _REPR.repr(value)
+    text = _REPR.repr(value)
+    return text if len(text) <= _MAX_VALUE_LENGTH else f"{text[:_MAX_VALUE_LENGTH]}…"
+
+
+def shorten(message: object, *, most: int = 200) -> str:
+    """Return the message of another library, or one that quotes values, as one line, cut after `most` characters."""
+    line = " ".join(str(message).split())
+    return line if len(line) <= most else f"{line[:most]}…"
 
 
 def escape_text(value: object) -> str:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_kit.errors import MergeError
+from lora_kit.layers.conv import LoraConvolution
 from lora_kit.layers.initialization import MAGNITUDE, lora_weights_of
-from lora_kit.layers.introspect import is_quantized, is_stored_transposed
+from lora_kit.layers.introspect import is_quantized, is_stored_transposed, unwrap_module
 from lora_kit.layers.linear import LoraLinear
+from lora_kit.layers.own_forward import reason_not_mergeable
 from lora_kit.layers.slot_layer import SlotLayer
 from lora_kit.layers.unstacked_layer import UpdatedWeightLayer
 
@@ -123,7 +125,7 @@ def check_foldable(model: nn.Module, layers: Iterable[tuple[str, SlotLayer]]) ->
     """Check that folding loses no delta, and changes no weight that another module shares.
 
     Raises:
-        MergeError: a weight is quantized, offloaded, or shared with another module.
+        MergeError: a weight is quantized, offloaded, shared with another module, or not what its layer computes with.
     """
     owners: dict[int, int] = {}
     for module in model.modules():
@@ -135,6 +137,13 @@ def check_foldable(model: nn.Module, layers: Iterable[tuple[str, SlotLayer]]) ->
             raise MergeError(
                 f"{path} is quantized; a delta would be lost in it",
                 hint="merge into the 16-bit original, or keep the adapter beside this base",
+            )
+        adds_update = isinstance(layer, (LoraLinear, LoraConvolution))
+        reason = reason_not_mergeable(unwrap_module(layer)) if adds_update else None
+        if reason is not None:
+            raise MergeError(
+                f"{path} cannot be merged: {reason}",
+                hint="remove its parametrization first, or keep the adapter beside this base",
             )
         for parameter in layer.base_layer.parameters():
             if parameter.is_meta:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
+import torch
 from torch import Tensor, nn
 
 from lora_kit.layers.slot_layer import SlotLayer
@@ -16,6 +17,13 @@ _PLAIN_PARAMETER_TYPES: Final = (nn.Parameter, type(None), Tensor)
 _PACKING_FLAG: Final = "support_avx512bf16_for_cpu"
 _COMPILED_NAME: Final = "_orig_mod"
 """torch's name for the module inside a compiled one."""
+WRAPPER_NAMES: Final = (_COMPILED_NAME, "_checkpoint_wrapped_module", "_forward_module", "_fsdp_wrapped_module")
+"""Names of the module inside others that torch.compile, checkpoint_wrapper, Lightning and FSDP put around it.
+
+They are in no name of a layer, and of the keys of state dicts they are removed.
+"""
+_PARALLEL_NAME: Final = "module"
+"""Name of the model in what DataParallel, DistributedDataParallel and engines for training put around it."""
 
 
 def unwrap_module(module: nn.Module) -> nn.Module:
@@ -25,22 +33,54 @@ def unwrap_module(module: nn.Module) -> nn.Module:
     return module
 
 
-def unwrap_compiled(module: nn.Module) -> nn.Module:
-    """Return the module that `torch.compile(module)` was given; any other module itself."""
-    while (compiled := module._modules.get(_COMPILED_NAME)) is not None:
-        module = compiled
+def unwrap_outer(module: nn.Module) -> nn.Module:
+    """Return the module inside what torch.compile, checkpoint_wrapper, Lightning or FSDP put around it; else itself."""
+    while (inner := _find_inner(module)) is not None:
+        module = inner
     return module
 
 
+def _find_inner(module: nn.Module) -> nn.Module | None:
+    children = module._modules
+    return next((children[name] for name in WRAPPER_NAMES if name in children), None) if children else None
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether `torch.compile(module)` returned a module, alone or inside another that is around it."""
+    while (inner := _find_inner(module)) is not None:
+        if _COMPILED_NAME in module._modules:
+            return True
+        module = inner
+    return False
+
+
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """Return the model itself of one that `torch.compile`, DistributedDataParallel or DataParallel returned."""
-    while model is not (inner := _unwrap_parallel(unwrap_compiled(model))):
+    """Return the model itself of one that torch.compile, a trainer or an engine put something around."""
+    while model is not (inner := _unwrap_parallel(unwrap_outer(model))):
         model = inner
     return model
 
 
 def _unwrap_parallel(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) else model
+    """Return `model.module` of a module that has nothing else."""
+    inner = model._modules.get(_PARALLEL_NAME)
+    is_around = inner is not None and not (len(model._modules) > 1 or model._parameters or model._buffers)
+    return inner if is_around and inner is not None else model
+
+
+def find_module(model: nn.Module, path: str) -> nn.Module:
+    """Return the module of a model at a path, with the wrappers of a bank that are around it.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    module = model
+    for name in path.split(".") if path else ():
+        child = unwrap_outer(unwrap_module(unwrap_outer(module)))._modules.get(name)
+        if child is None:
+            raise AttributeError(f"{type(model).__name__} has no module {path}")
+        module = child
+    return module
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -68,6 +108,24 @@ def reason_black_box(module: nn.Module) -> str | None:
         if type(parameter) not in _PLAIN_PARAMETER_TYPES:
             return f"has a {type(parameter).__name__} for a parameter"
     return None
+
+
+def maps_features(module: nn.Linear) -> bool:
+    """Return whether a module maps (..., in) to (..., out) and returns nothing else, as far as that can be known.
+
+    Subclasses of nn.Linear with a forward of their own may do something else (routers return several tensors). They
+    are tried with tensors that have a shape and no values.
+    """
+    if type(module).forward is nn.Linear.forward or reason_black_box(module) or not is_unquantized(module.weight):
+        return True
+    tensors = {name: tensor.to("meta") for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+    x = torch.empty(2, module.in_features, device="meta", dtype=module.weight.dtype)
+    try:
+        with torch.no_grad():
+            y = torch.func.functional_call(module, tensors, (x,))
+    except Exception:  # what it needs is not known
+        return True
+    return isinstance(y, Tensor) and y.shape == (2, module.out_features)
 
 
 def is_unquantized(tensor: Tensor) -> bool:

@@ -23,6 +23,8 @@ CONSTANT_PREFIX: Final = "start of "
 """Prefix of the names of tensors that are never trained."""
 _INNER: Final = "base_layer."
 """What nn.Module puts before the names of a base layer's tensors."""
+_ACCELERATE_NAMES: Final = frozenset({"_hf_hook", "_old_forward"})
+"""Attributes by which accelerate marks a module that it moves or offloads."""
 
 
 @dataclass
@@ -82,9 +84,24 @@ class SlotLayer(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             base_layer = self.__dict__.get("_modules", {}).get("base_layer")
-            if base_layer is None:
+            if base_layer is None or name in _ACCELERATE_NAMES:
                 raise
             return getattr(base_layer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute of this module; a weight that the base layer has, there (`model.tie_weights()` does so)."""
+        if name in _ACCELERATE_NAMES:
+            raise BankError(
+                "accelerate cannot move or offload the layers of a model with a bank",
+                hint="offload or dispatch the model first, then attach; or detach the bank first",
+            )
+        base = _find_base(self)
+        owner = next((own for own in (base._parameters, base._buffers) if name in own), None) if base else None
+        if owner is None:
+            super().__setattr__(name, value)
+        else:
+            owner[name] = value  # also a plain tensor, which torch.func.functional_call puts there for a while
+            self.refresh_from_base()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the base layer's own, so that a model with a bank has the base's. Arguments: as nn.Module's."""
@@ -266,6 +283,14 @@ class SlotLayer(nn.Module):
         return differentiable
 
 
+def _find_base(layer: nn.Module) -> nn.Module | None:
+    """Return the model's own module inside a wrapper; None while the wrapper is made."""
+    module: nn.Module | None = layer
+    while isinstance(module, SlotLayer):
+        module = module.__dict__.get("base_layer")
+    return module
+
+
 def _finish_loading(layer: nn.Module, _: object) -> None:
     """Name what did not match by the base's names, and follow the base's new weights."""
     assert isinstance(layer, SlotLayer)
@@ -318,6 +343,17 @@ def offload_device_of(module: nn.Module) -> torch.device | None:
     hooks = getattr(hook, "hooks", (hook,))  # of a SequentialHook, those inside
     devices = (each.execution_device for each in hooks if getattr(each, "offload", False))
     return next((torch.device(device) for device in devices), None)
+
+
+def read_offloaded(module: nn.Module, name: str) -> Tensor | None:
+    """Return the copy, on the CPU or on disk, of a weight that accelerate keeps on meta; None where there is none."""
+    hook: Any = module.__dict__.get("_hf_hook")
+    for each in getattr(hook, "hooks", (hook,)):
+        with contextlib.suppress(KeyError):
+            if (weights := getattr(each, "weights_map", None)) is not None:
+                copied: Tensor = weights[name]
+                return copied
+    return None
 
 
 def leaf_name(name: str, slot: int) -> str:

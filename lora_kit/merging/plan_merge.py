@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lora_kit.adapter.peft_keys import LoraWeights
 from lora_kit.errors import BaseModelError, MergeError, format_list
 from lora_kit.layers.introspect import is_stored_transposed
+from lora_kit.layers.own_forward import reason_not_mergeable
 from lora_kit.layers.parameter import is_transposed
 from lora_kit.merging.checkpoint.bnb_weights import QuantizedWeight
 from lora_kit.merging.checkpoint.meta_model import MetaModel, TaskHead, build_empty_model
@@ -108,6 +109,13 @@ def plan_merge(
     return MergePlan(filled, untied, tuple(sorted(left_out)))
 
 
+def _check_mergeable(model: nn.Module, target: LayerTarget) -> None:
+    module = None if target.kind == "parameter" else model.get_submodule(target.path)
+    reason = None if module is None else reason_not_mergeable(module)
+    if reason is not None:
+        raise MergeError(f"{target.path} cannot be merged: {reason}", hint="keep the adapter beside this base")
+
+
 def _collect_changes(base: MetaModel, adapters: Sequence[WeightedAdapter], allow: Collection[str]) -> _AdapterChanges:
     changes = _AdapterChanges()
     for name, adapter, weight in adapters:
@@ -120,6 +128,7 @@ def _collect_changes(base: MetaModel, adapters: Sequence[WeightedAdapter], allow
             message = f"{name!r} replaces {format_list(coverage.saved)}, which cannot be weighted"
             raise MergeError(message, hint="give weight 1")
         for target in coverage.targets:
+            _check_mergeable(base.model, target)
             key = target.path if target.kind == "parameter" else f"{target.path}.weight"
             changes.updates.setdefault(key, []).extend(_build_updates(adapter.all_pairs()[target.key], target, weight))
         for key, tensor in adapter.saved().items():

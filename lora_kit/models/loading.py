@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_kit.errors import BaseModelError, format_list, suggest_nearest
 from lora_kit.layers.introspect import pause_packing
+from lora_kit.models.head_config import set_labels, set_problem
 from lora_kit.models.heads import (
     check_loading_info,
     list_checkpoint_labels,
     order_labels,
-    reason_new_head,
     renew_label_layer,
 )
+from lora_kit.models.input_lengths import count_reserved_positions, count_reserved_positions_of, max_length_of
 from lora_kit.models.locate import BaseSource, locate_base, translate_load_errors
 from lora_kit.models.prompt_tokens import prepare_decoder_inputs
 from lora_kit.models.protocols import Tokenizer
@@ -36,7 +37,15 @@ from lora_kit.models.quantization import (
     silence_cast_warnings,
 )
 from lora_kit.models.silence import silence_libraries
-from lora_kit.models.tasks import CAUSAL_LM, CLASSIFY, SEQ2SEQ, TASK_SPECS, TASKS
+from lora_kit.models.tasks import (
+    CAUSAL_LM,
+    CLASSIFY,
+    PROBLEMS,
+    SEQ2SEQ,
+    TASK_SPECS,
+    TASKS,
+    find_problem_by_type,
+)
 from lora_kit.targets.fingerprint import fingerprint
 from lora_kit.torch_utils import parse_float_dtype, preserve_random_states
 
@@ -47,10 +56,6 @@ logger = logging.getLogger(__name__)
 
 _HEAD_SEED: Final = 0
 """Seed of a new head that the checkpoint does not have: every load of a base gives the same head."""
-_POSITION_EMBEDDINGS: Final = "position_embeddings"
-"""Name of the module with the absolute positions in encoders."""
-_UNLIMITED: Final = 2**30
-"""Tokens that a base reads, where neither its config nor its tokenizer says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +86,11 @@ class Base:
         assert pad is not None, "load_base sets a pad token"
         return pad
 
+    @property
+    def problem(self) -> str | None:
+        """What the head predicts of a whole text, one of `lora_kit.models.tasks.PROBLEMS`; None for other tasks."""
+        return find_problem_by_type(self.model.config.problem_type) if self.task == CLASSIFY else None
+
     def fingerprint(self) -> dict[str, Any]:
         """Return what distinguishes this base from others; see `lora_kit.targets.fingerprint`."""
         return fingerprint(self.model, name=self.name)
@@ -93,7 +103,7 @@ class Base:
     @property
     def max_length(self) -> int:
         """Tokens that the model reads at once; 2^30 where neither the model nor the tokenizer says."""
-        return _max_length_of(self.model.config, self.tokenizer) - count_reserved_positions(self.model)
+        return max_length_of(self.model.config, self.tokenizer) - count_reserved_positions(self.model)
 
 
 def load_base(
@@ -102,6 +112,7 @@ def load_base(
     task: str = CAUSAL_LM,
     num_labels: int | None = None,
     label2id: Mapping[str, int] | None = None,
+    problem: str | None = None,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     quantize: str | None = None,
@@ -116,10 +127,11 @@ def load_base(
         label2id: label names to their numbers, kept in the model's config. The checkpoint's head is used if its labels
             are these in this order, or as many without names; otherwise the layer that predicts them is new, with a
             warning.
+        problem: what `classify` predicts: `single-label`, `multi-label` or `regression`, which has one output; None for
+            what the checkpoint says, else one label.
         dtype: `bf16`, `fp16`, `fp32` or a torch.dtype; None or `auto` for the checkpoint's own.
         device: where to put the model; None for CUDA where there is a device and the CPU otherwise.
-        quantize: one of `QUANTIZATIONS`, through bitsandbytes; None for the weights as they are. A checkpoint that is
-            already quantized needs None; transformers reads it with the package that made it.
+        quantize: one of `QUANTIZATIONS`, through bitsandbytes; None for the weights as the checkpoint has them.
 
     Raises:
         BaseModelError: no base of that name, missing or truncated files, weights that do not fill the model, a base to
@@ -128,16 +140,18 @@ def load_base(
 
     Example:
         base = lk.load_base("kit-base", dtype="fp32")
-        base.model, base.tokenizer
     """
     _check_one_of("task", task, TASKS)
+    _check_one_of("problem", problem, PROBLEMS)
     _check_one_of("quantize", quantize, QUANTIZATIONS)
     torch_dtype = _resolve_dtype(dtype)
     torch_device = _resolve_device(device)
     source, name = locate_base(base), str(base)
     with silence_libraries(), translate_load_errors(name):
         config = _read_config(source)
-        replaced = _set_labels(config, name, task=task, num_labels=num_labels, label2id=label2id)
+        if task == CLASSIFY:
+            set_problem(config, problem)
+        replaced = set_labels(config, name, task=task, num_labels=num_labels, label2id=label2id)
         _check_architecture(name, config, task)
         refuse_already_quantized(name, config, quantize)
         tokenizer = _load_tokenizer(source, config)
@@ -184,51 +198,12 @@ def load_input_spec(base: str | Path) -> InputSpec:
     with silence_libraries(), translate_load_errors(str(base)):
         config = _read_config(source)
         tokenizer = _load_tokenizer(source, config)
-        max_length = _max_length_of(config, tokenizer) - _count_reserved_positions_of(config)
+        max_length = max_length_of(config, tokenizer) - count_reserved_positions_of(config)
     return InputSpec(tokenizer, max_length, _is_encoder_decoder(config))
 
 
 def _is_encoder_decoder(config: PretrainedConfig) -> bool:
     return bool(getattr(config, "is_encoder_decoder", False))
-
-
-def _max_length_of(config: PretrainedConfig, tokenizer: Tokenizer) -> int:
-    text = config.get_text_config()
-    if _has_relative_positions_only(text):
-        # The tokenizer has the length of the pretraining, and T5's own config an `n_positions` that nothing reads.
-        return _UNLIMITED
-    limits = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
-    limits.append(getattr(tokenizer, "model_max_length", None))
-    return min([limit for limit in limits if isinstance(limit, int) and limit > 0] + [_UNLIMITED])
-
-
-def _has_relative_positions_only(config: PretrainedConfig) -> bool:
-    """Return whether attention knows distances alone, as that of T5, so that no text is too long."""
-    positions = getattr(config, "max_position_embeddings", None)
-    return hasattr(config, "relative_attention_num_buckets") and positions is None
-
-
-def count_reserved_positions(model: nn.Module) -> int:
-    """Return how many rows of the position embeddings no token gets: those up to the one of padding, as in RoBERTa."""
-    tables = [
-        module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and path.rpartition(".")[2] == _POSITION_EMBEDDINGS
-    ]
-    paddings = [table.padding_idx for table in tables if table.padding_idx is not None]
-    return max(paddings, default=-1) + 1
-
-
-def _count_reserved_positions_of(config: PretrainedConfig) -> int:
-    """Return `count_reserved_positions` of the model of a config, which is built without memory."""
-    text = config.get_text_config()
-    is_rotary = any(getattr(text, name, None) is not None for name in ("rope_parameters", "rope_theta"))
-    if is_rotary or None in (getattr(text, "max_position_embeddings", None), text.pad_token_id):
-        return 0
-    from transformers import AutoModel
-
-    with torch.device("meta"):
-        return count_reserved_positions(AutoModel.from_config(config))
 
 
 def _check_one_of(name: str, value: str | None, known: Sequence[str]) -> None:
@@ -273,29 +248,22 @@ def find_label_order(base: str | Path, names: Sequence[str], *, task: str) -> tu
     return head, order_labels(names, head)
 
 
+def find_checkpoint_problem(base: str | Path) -> str | None:
+    """Return what the head of a base predicts of a whole text; None where it has no such head, or does not say.
+
+    Raises:
+        BaseModelError: no base of that name.
+    """
+    with silence_libraries(), translate_load_errors(str(base)):
+        config = _read_config(locate_base(base))
+    return find_problem_by_type(config.problem_type) if list_checkpoint_labels(config, CLASSIFY) else None
+
+
 def _read_config(source: BaseSource) -> PretrainedConfig:
     from transformers import AutoConfig
 
     config: PretrainedConfig = AutoConfig.from_pretrained(source.location, **source.loading_options)
     return config
-
-
-def _set_labels(
-    config: PretrainedConfig, name: str, *, task: str, num_labels: int | None, label2id: Mapping[str, int] | None
-) -> str | None:
-    """Set the labels of a config; return why the checkpoint's head cannot be used for them, or None if it can."""
-    if task == CLASSIFY:
-        config.problem_type = "single_label_classification"
-    if label2id is None:
-        if num_labels is not None:
-            config.num_labels = num_labels
-        return None
-    if num_labels is not None and num_labels != len(label2id):
-        raise BaseModelError(f"num_labels is {num_labels}, but label2id names {len(label2id)} labels")
-    labels = sorted(label2id, key=label2id.__getitem__)
-    reason = reason_new_head(list_checkpoint_labels(config, task), labels)
-    config.label2id, config.id2label = dict(label2id), {number: label for label, number in label2id.items()}
-    return reason
 
 
 def _replace_head(model: PreTrainedModel, name: str, task: str, reason: str) -> None:

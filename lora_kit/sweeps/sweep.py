@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import ConfigError, RecipeError
-from lora_kit.evaluation.metrics import BASIC_METRICS, validate_metrics
+from lora_kit.evaluation.metrics import basic_metrics
 from lora_kit.io.text import escape_text
 from lora_kit.models.loading import Base
 from lora_kit.models.silence import silence_libraries
@@ -21,7 +21,7 @@ from lora_kit.training.loop.checkpoints import hash_json
 from lora_kit.training.recipe.coerce import as_json, check_one_of
 from lora_kit.training.recipe.load import load_recipe, read_recipe_fields
 from lora_kit.training.recipe.recipe import Recipe
-from lora_kit.training.recipe.training_arguments import best_metric_of
+from lora_kit.training.recipe.training_arguments import best_metric_of, check_best_metric
 
 if TYPE_CHECKING:
     from lora_kit.sweeps.space import Space
@@ -185,8 +185,8 @@ def _read_recipe(
     loaded = load_recipe(fields)
     own = loaded.train.get("metric_for_best_model")
     metric = metric or best_metric_of(loaded.train)
-    validate_metrics([metric], loaded.task)
-    if metric in BASIC_METRICS[loaded.task] or (own and best_metric_of(loaded.train) == metric):
+    check_best_metric(metric, loaded.task, loaded.problem)
+    if metric in basic_metrics(loaded.task, loaded.problem) or (own and best_metric_of(loaded.train) == metric):
         return fields, loaded, metric
     if own:
         raise RecipeError(

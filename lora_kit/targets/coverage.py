@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -14,7 +15,13 @@ from lora_kit.config.module_patterns import suffixes_of
 from lora_kit.config.peft_fields import INITS_OF_PEFT
 from lora_kit.errors import ConfigError, TargetError, format_list, suggest_nearest
 from lora_kit.layers.experts import list_own_parameters
-from lora_kit.layers.introspect import features_of, is_quantized, is_unquantized, kind_of
+from lora_kit.layers.introspect import (
+    features_of,
+    find_module,
+    is_quantized,
+    is_unquantized,
+    kind_of,
+)
 from lora_kit.layers.parameter import is_transposed
 from lora_kit.targets.bypassed_layers import find_bypassed_layers
 from lora_kit.targets.layer_target import LayerTarget
@@ -31,6 +38,7 @@ from lora_kit.targets.match import (
     target_names_of,
 )
 from lora_kit.targets.token_rows import TokenTarget, find_tied_paths, find_token_coverage
+from lora_kit.targets.trainable_layers import reason_not_trainable
 
 _PROBLEMS_SHOWN: Final = 4
 _NAMES_SHOWN: Final = 12
@@ -109,7 +117,7 @@ def find_coverage(model: nn.Module, config: LoraConfig) -> Coverage:
         problems = "; ".join(coverage.problems[:_PROBLEMS_SHOWN])
         raise TargetError(f"the config does not match the model: {problems}")
     _refuse_weight_tying(model, config, coverage)
-    quantized = [path for path in coverage.saved if is_quantized(model.get_submodule(path))]
+    quantized = [path for path in coverage.saved if is_quantized(find_module(model, path))]
     if quantized:
         raise TargetError(
             f"quantized modules cannot be in modules_to_save: {format_list(quantized)}",
@@ -185,12 +193,20 @@ def _survey(
     )
 
 
-def find_shortest_names(model: nn.Module, coverage: Coverage) -> tuple[str, ...]:
-    """Return the shortest list of names that selects exactly the covered layers: last names, else whole paths."""
+def find_shortest_names(model: nn.Module, coverage: Coverage) -> str | tuple[str, ...]:
+    """Return what selects exactly the covered layers: last names, else whole paths, else an expression.
+
+    A whole path selects every module whose path ends in it, too, so it may select more.
+    """
     covered = {target.path for target in coverage.targets if target.kind != "parameter"}
-    names = {path.rpartition(".")[2] for path in covered}
-    selected = {path for path, _ in named_layers(model) if not names.isdisjoint(suffixes_of(path))}
-    return tuple(sorted(names if selected == covered else covered))
+    paths = [path for path, _ in named_layers(model)]
+    for names in ({path.rpartition(".")[2] for path in covered}, covered):
+        if {path for path in paths if not names.isdisjoint(suffixes_of(path))} == covered:
+            return tuple(sorted(names))
+    escaped = {path: re.escape(path) for path in sorted(covered)}
+    # With any number for each number it is short; it may select more, though.
+    short = "|".join(sorted({re.sub(r"\d+", r"\\d+", each) for each in escaped.values()}))
+    return short if {path for path in paths if re.fullmatch(short, path)} == covered else "|".join(escaped.values())
 
 
 def _find_layers(
@@ -213,26 +229,12 @@ def _find_layers(
     for path, module in selected.items():
         if path in in_saved and path not in bypassed:
             continue
-        reason = bypassed.get(path) or _reason_not_trainable(module, config)
+        reason = bypassed.get(path) or reason_not_trainable(module, config)
         if reason is not None:
             skipped.append((path, reason))
         else:
             targets.append(_make_layer_target(path, module, config))
     return targets, skipped
-
-
-def _reason_not_trainable(module: nn.Module, config: LoraConfig) -> str | None:
-    """Return why a module cannot have the LoRA weights that a config asks for; None where it can."""
-    kind = kind_of(module)
-    if kind is None:
-        return f"a {type(module).__name__} is not a linear layer or an embedding"
-    if isinstance(module, (nn.Conv1d, nn.Conv2d)) and _is_unsupported_convolution(module):
-        return "a convolution with groups, dilation or a padding mode other than zeros"
-    if config.use_dora and (kind != "linear" or not _has_float_weight(module)):
-        return "DoRA needs a linear layer whose weight is not quantized"
-    if config.starts_from_weight and kind != "linear":
-        return f"init_lora_weights={config.init_lora_weights} is for linear layers"
-    return None
 
 
 def _make_layer_target(path: str, module: nn.Module, config: LoraConfig) -> LayerTarget:
@@ -319,15 +321,6 @@ def _find_clashes(tokens: Sequence[TokenTarget], targets: Sequence[LayerTarget],
 def _find_unused(bypassed: Mapping[str, str], replaced: Sequence[str]) -> Iterator[str]:
     """Yield which modules an adapter would replace without effect."""
     yield from (f"{path}: {bypassed[path]}" for path in replaced if path in bypassed)
-
-
-def _is_unsupported_convolution(module: nn.Conv1d | nn.Conv2d) -> bool:
-    return module.groups > 1 or set(module.dilation) != {1} or module.padding_mode != "zeros"
-
-
-def _has_float_weight(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return weight is not None and is_unquantized(weight)
 
 
 def _list_layer_names(model: nn.Module) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kit.layers.introspect import features_of, is_unquantized, kind_of
+from lora_kit.layers.slot_layer import read_offloaded
 from lora_kit.targets.match import Modules, named_layers
 
 SAMPLED_TENSORS: Final = 32
@@ -28,20 +29,21 @@ _SMALLEST: Final = 2**-24
 def fingerprint(model: nn.Module, *, name: str | None = None) -> dict[str, Any]:
     """Return the structure and sampled weights of a base model, with or without a bank attached.
 
-    Quantized and meta weights are not sampled.
+    Quantized weights, and those on meta, are not sampled. Offloaded ones are: of them there is a copy elsewhere.
 
     Returns:
         `{"name", "structure": sha256, "weights": {parameter: hex}}`. The hex digits are evenly spaced values, rounded
         to bfloat16, big-endian. The prefix `float16:` marks values that were float16 before.
     """
     layers = list(named_layers(model))
-    sampled = _collect_sampled_parameters(layers)
-    names = sorted(sampled)
+    owners = _find_owners(layers)
+    names = sorted(owners)
     chosen = names[:: max(1, len(names) // SAMPLED_TENSORS)]
+    sampled = {key: _read_parameter(owners[key], key) for key in chosen}
     return {
         "name": name,
         "structure": _hash_structure(layers),
-        "weights": {key: _sample(sampled[key]) for key in chosen},
+        "weights": {key: _sample(tensor) for key, tensor in sampled.items() if tensor is not None},
     }
 
 
@@ -58,11 +60,12 @@ def list_base_mismatches(expected: Mapping[str, Any], model: nn.Module, *, ignor
     mismatches, layers = [], list(named_layers(model))
     if expected.get("structure") not in (None, _hash_structure(layers)):
         mismatches.append("its layers have other names or shapes")
-    parameters, weights = _collect_sampled_parameters(layers), expected.get("weights") or {}
+    owners, weights = _find_owners(layers), expected.get("weights") or {}
     if not isinstance(weights, Mapping):
         return [*mismatches, "its fingerprint is damaged"]
-    compared = [key for key in weights if key in parameters and not _is_within(key, ignore)]
-    different = [key for key in compared if not _is_same(weights[key], _sample(parameters[key]))]
+    names = [key for key in weights if key in owners and not _is_within(key, ignore)]
+    compared = {key: tensor for key in names if (tensor := _read_parameter(owners[key], key)) is not None}
+    different = [key for key, tensor in compared.items() if not _is_same(weights[key], _sample(tensor))]
     if different:
         mismatches.append(f"{len(different)} of {len(compared)} sampled weights differ, {different[0]} among them")
     return mismatches
@@ -104,14 +107,21 @@ def _hash_structure(modules: Modules) -> str:
     return hashlib.sha256("\n".join(sorted(layers)).encode()).hexdigest()
 
 
-def _collect_sampled_parameters(modules: Modules) -> dict[str, nn.Parameter]:
-    """Return the parameters, by name, whose values can be sampled: neither quantized nor on the meta device."""
+def _find_owners(modules: Modules) -> dict[str, nn.Module]:
+    """Return, by the name of each parameter whose values are not quantized, the module that it belongs to."""
     return {
-        f"{path}.{key}" if path else key: parameter
+        f"{path}.{key}" if path else key: module
         for path, module in modules
         for key, parameter in module._parameters.items()
-        if parameter is not None and is_unquantized(parameter) and not parameter.is_meta
+        if parameter is not None and is_unquantized(parameter)
     }
+
+
+def _read_parameter(owner: nn.Module, name: str) -> Tensor | None:
+    """Return a parameter, or the copy of an offloaded one; None where it is on meta without a copy."""
+    key = name.rpartition(".")[2]
+    parameter = owner._parameters[key]
+    return read_offloaded(owner, key) if parameter is None or parameter.is_meta else parameter
 
 
 def _sample(tensor: Tensor) -> str:

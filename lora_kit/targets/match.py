@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_kit.config.lora_config import ALL_LINEAR, LoraConfig
 from lora_kit.config.module_patterns import compile_expression, make_ending_matcher, suffixes_of
-from lora_kit.layers.introspect import kind_of, unwrap_compiled, unwrap_module
+from lora_kit.layers.introspect import kind_of, unwrap_module, unwrap_outer
 
 Modules = Sequence[tuple[str, nn.Module]]
 """(path, module) of the modules of a base."""
@@ -36,13 +36,14 @@ _EXPERTS: Final = "experts"
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield (path, module) of a base, outer modules first.
 
-    A wrapper of a bank appears as the module inside it, and so does what `torch.compile(module)` returned.
+    A wrapper of a bank appears as the module inside it, and so does what others put around a module
+    (`lora_kit.layers.introspect.WRAPPER_NAMES`).
     """
     seen: set[nn.Module] = set()
     pending: list[tuple[str, nn.Module]] = [("", model)]
     while pending:
         path, module = pending.pop()
-        module = unwrap_module(unwrap_compiled(module))
+        module = unwrap_module(unwrap_outer(module))
         if module not in seen:
             seen.add(module)
             yield path, module

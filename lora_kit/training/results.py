@@ -37,6 +37,8 @@ class TrainReport:
         train_loss: mean training loss over the last logging interval, in nats per label.
         before: metrics on the validation file before training; None where the recipe has none.
         after: metrics on the validation file after training; None where the recipe has none.
+        thresholds: where any number of labels apply: the least probability of each that is predicted, chosen on the
+            validation file for the best F1; `after` is measured with them. Empty for 0.5.
         history: the entries of the log, as in metrics.jsonl.
         digest: identity of the adapter; None for `full`.
         recipe: with every value that was left open filled in.
@@ -57,6 +59,7 @@ class TrainReport:
     train_loss: float
     before: Evaluation | None
     after: Evaluation | None
+    thresholds: tuple[float, ...] = ()
     history: tuple[LogEntry, ...]
     digest: str | None
     recipe: Recipe

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,23 +12,24 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from lora_kit.errors import LoraKitError, RecipeError
-from lora_kit.evaluation.measure import Evaluation, measure
+from lora_kit.errors import LoraKitError, RecipeError, format_list
+from lora_kit.evaluation.forward import run_forward
+from lora_kit.evaluation.measure import Evaluation
+from lora_kit.evaluation.thresholds import choose_thresholds
 from lora_kit.io.atomic_write import lock_output
 from lora_kit.models.loading import Base
 from lora_kit.models.silence import silence_libraries
+from lora_kit.models.tasks import MULTI_LABEL
 from lora_kit.torch_utils import Clock
 from lora_kit.training.job.job import Job
 from lora_kit.training.job.methods import TrainableJob, make_job_trainable
 from lora_kit.training.job.output import check_output_available, check_output_writable
 from lora_kit.training.loop.checkpoints import Checkpoint, RunFolder
 from lora_kit.training.loop.contexts import set_up_training
-from lora_kit.training.loop.learning_rates import LearningRates
 from lora_kit.training.loop.oom_retry import translate_out_of_memory
 from lora_kit.training.loop.signals import StopRequest
 from lora_kit.training.recipe.coerce import Section
 from lora_kit.training.recipe.load import RecipeSource, load_recipe
-from lora_kit.training.recipe.training_arguments import build_training_arguments
 from lora_kit.training.report.artifacts import build_result_files
 from lora_kit.training.report.samples import SampleAnswers
 from lora_kit.training.results import TrainReport, build_history
@@ -35,7 +37,9 @@ from lora_kit.training.results import TrainReport, build_history
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-    from lora_kit.training.loop.resumable import ResumableTrainer
+    from lora_kit.training.loop.resumable import ResumableLoop
+
+logger = logging.getLogger(__name__)
 
 TENSORBOARD_SUFFIX: Final = ".tensorboard"
 """TensorBoard's files are in the folder `<out>.tensorboard`, unless TENSORBOARD_LOGGING_DIR is set."""
@@ -95,7 +99,7 @@ def _train_and_save(
     replace: bool,
 ) -> TrainReport:
     samples = SampleAnswers(trainable.job)
-    report = _build_report(trainable, _run_training(trainable.job, folder, checkpoint, callbacks))
+    report = _build_report(trainable, _run_training(trainable, folder, checkpoint, callbacks))
     files = build_result_files(report, samples=samples.after(), num_labels=len(trainable.job.labels))
     return trainable.save(report, files, replace=replace)
 
@@ -110,23 +114,25 @@ class _TrainingOutcome:
         peak_bytes: peak memory.
         before: metrics on the validation rows before training; None without any.
         after: metrics on the validation rows of the weights that are kept; None without any.
+        thresholds: of labels of which any number may apply; see `TrainReport`.
     """
 
-    trainer: ResumableTrainer
+    trainer: ResumableLoop
     seconds: float
     peak_bytes: int
     before: Evaluation | None
     after: Evaluation | None
+    thresholds: tuple[float, ...] = ()
 
 
 def _run_training(
-    job: Job, folder: RunFolder, checkpoint: Checkpoint | None, callbacks: Sequence[TrainerCallback]
+    trainable: TrainableJob, folder: RunFolder, checkpoint: Checkpoint | None, callbacks: Sequence[TrainerCallback]
 ) -> _TrainingOutcome:
     """Train the parameters that require a gradient. Other changes that the Trainer makes to the model are undone."""
-    stop = StopRequest()
+    stop, job = StopRequest(), trainable.job
     with set_up_training(job.base, compiled=job.recipe.compile) as scratch:
-        trainer = _build_trainer(job, scratch, callbacks, folder=folder, stop=stop)
-        before = _evaluate_validation(job, trainer)
+        trainer = _build_trainer(trainable, scratch, callbacks, folder=folder, stop=stop)
+        before = trainer.measure_validation()
         clock = Clock(job.base.device)
         try:
             with stop:
@@ -134,32 +140,37 @@ def _run_training(
         finally:
             trainer.close()
         seconds = trainer.seconds_before + clock.seconds - trainer.evaluating_seconds
-        after = dict(trainer.evaluations).get(trainer.kept) or _evaluate_validation(job, trainer)
-    return _TrainingOutcome(trainer=trainer, seconds=seconds, peak_bytes=clock.peak_bytes, before=before, after=after)
+        thresholds = _choose_thresholds(job, trainer)
+        known = None if thresholds else dict(trainer.evaluations).get(trainer.kept)
+        after = known or trainer.measure_validation(thresholds)
+    return _TrainingOutcome(
+        trainer=trainer,
+        seconds=seconds,
+        peak_bytes=clock.peak_bytes,
+        before=before,
+        after=after,
+        thresholds=thresholds,
+    )
 
 
 def _build_trainer(
-    job: Job, scratch: str, callbacks: Sequence[TrainerCallback], *, folder: RunFolder, stop: StopRequest
-) -> ResumableTrainer:
+    trainable: TrainableJob, scratch: str, callbacks: Sequence[TrainerCallback], *, folder: RunFolder, stop: StopRequest
+) -> ResumableLoop:
     from transformers import EarlyStoppingCallback
 
-    from lora_kit.training.loop.resumable import ResumableTrainer, RunContext
+    from lora_kit.training.job.loops import build_job_arguments, build_loop
+    from lora_kit.training.loop.resumable import RunContext
     from lora_kit.training.loop.unused_parameters import UnusedParameterCallback
 
+    job = trainable.job
     train_section = job.recipe.train
     patience = train_section.get("early_stopping_patience")
     early_stopping = [EarlyStoppingCallback(patience)] if patience else []
     with _translate_trainer_errors():
-        args = build_training_arguments(train_section, device=job.base.device, folder=scratch, name=job.recipe.name)
-        trainer = ResumableTrainer(
-            job.base.model,
-            args,
-            train=job.train,
-            validation=job.validation,
-            collator=job.collator,
+        trainer = build_loop(
+            trainable,
+            build_job_arguments(job, scratch),
             callbacks=[UnusedParameterCallback(), *early_stopping, *callbacks],
-            rates=LearningRates.of(train_section, job.recipe.task),
-            measure_options=job.measure_options,
             run=RunContext(folder=folder, identity=job.identity, setting=job.environment, stop=stop),
         )
     _set_tensorboard_folder(trainer, f"{folder.out}{TENSORBOARD_SUFFIX}")
@@ -177,7 +188,7 @@ def _translate_trainer_errors() -> Iterator[None]:
         raise RecipeError(f"train: {' '.join(str(error).split())}") from error
 
 
-def _set_tensorboard_folder(trainer: ResumableTrainer, folder: str) -> None:
+def _set_tensorboard_folder(trainer: ResumableLoop, folder: str) -> None:
     """Have TensorBoard write beside the output: its default is in the temporary folder of the training."""
     from transformers.integrations import TensorBoardCallback
 
@@ -186,17 +197,17 @@ def _set_tensorboard_folder(trainer: ResumableTrainer, folder: str) -> None:
             callback.logging_dir = folder
 
 
-def _evaluate_validation(job: Job, trainer: ResumableTrainer) -> Evaluation | None:
-    if job.validation is None:
-        return None
-    return measure(
-        job.base.model,
-        job.validation,
-        job.collator,
-        batch_size=trainer.args.per_device_eval_batch_size,
-        autocast=trainer.autocast_dtype,
-        **job.measure_options,
-    )
+def _choose_thresholds(job: Job, trainer: ResumableLoop) -> tuple[float, ...]:
+    """Return thresholds for the validation rows where any number of labels apply; empty without any."""
+    if job.recipe.problem != MULTI_LABEL or job.validation is None:
+        return ()
+    size, autocast = trainer.args.per_device_eval_batch_size, trainer.autocast_dtype
+    forward = run_forward(job.base.model, job.validation, job.collator, batch_size=size, autocast=autocast)
+    assert forward.scores is not None
+    thresholds = choose_thresholds(forward.scores, job.validation.labels.view(len(job.validation), -1))
+    listed = [f"{label} {threshold:.3g}" for label, threshold in zip(job.labels, thresholds, strict=True)]
+    logger.info("thresholds with the best F1 on the validation rows: %s", format_list(listed))
+    return thresholds
 
 
 def _build_report(trainable: TrainableJob, outcome: _TrainingOutcome) -> TrainReport:
@@ -218,6 +229,7 @@ def _build_report(trainable: TrainableJob, outcome: _TrainingOutcome) -> TrainRe
         train_loss=[entry["loss"] for entry in log if "loss" in entry][-1],
         before=outcome.before,
         after=outcome.after,
+        thresholds=outcome.thresholds,
         history=(),
         digest=None,
         recipe=job.recipe,

@@ -244,6 +244,7 @@ INSIDE: dict[str, Callable[[Any], Any]] = {
     "Lightning": lambda state: {"state_dict": state, "epoch": 3, "hyper_parameters": {"lr": 0.1}},
     "a training loop": lambda state: {"model": state, "optimizer": {"state": {0: torch.ones(2)}}, "step": 7},
     "DeepSpeed": lambda state: {"module": {"state_dict": state}, "dp_world_size": 2},
+    "under other names": lambda state: {"epoch": 2, "checkpoint": {"net": [state, {"lr": 0.1}]}},
 }
 KINDS: dict[str, dict[str, Any]] = {
     "head": {"target_modules": ["query"], "modules_to_save": ["pooler"]},
@@ -288,6 +289,34 @@ def test_the_whole_state_dict_of_a_live_model_is_converted(tmp_path: Path, kind:
 def test_a_state_dict_is_found_however_it_is_wrapped(tmp_path: Path, around: str, inside: str) -> None:
     theirs = live("head")
     check_equals_live(convert(checkpoint(tmp_path / "x", theirs, around, inside)), theirs)
+
+
+def test_two_state_dicts_with_lora_weights_are_both_named(tmp_path: Path) -> None:
+    theirs = live("head")
+    state = theirs.state_dict()
+    averaged = {key: tensor + 1 for key, tensor in state.items()}
+    folder = checkpoint(tmp_path / "x", theirs, "nothing", "nothing")
+    both = {f"{who}.{key}": state[key] for who in ("student", "teacher") for key in state}
+    for whole, names in (
+        ({"model": state, "callbacks": {"ema": averaged}}, r"callbacks\.ema, model"),
+        ({"state_dict": both}, "student, teacher"),
+    ):
+        torch.save(whole, folder / "last.ckpt")
+        with pytest.raises(AdapterError, match=names):
+            convert(folder)
+    torch.save({"model": state, "again": state}, folder / "last.ckpt")
+    check_equals_live(convert(folder), theirs)
+
+
+def test_a_teacher_without_an_adapter_is_left_out(tmp_path: Path) -> None:
+    theirs = live("head")
+    folder = checkpoint(tmp_path / "x", theirs, "nothing", "nothing")
+    teacher = {
+        f"teacher.{key}": tensor for key, tensor in classifiers.classifier("Bert", "SEQ_CLS").state_dict().items()
+    }
+    student = {f"student.{key}": tensor for key, tensor in theirs.state_dict().items()}
+    torch.save({"state_dict": teacher | student}, folder / "last.ckpt")
+    check_equals_live(convert(folder), theirs)
 
 
 def test_a_head_beside_named_tensors_is_kept(tmp_path: Path) -> None:

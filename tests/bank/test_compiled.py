@@ -10,6 +10,10 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 
 import lora_kit as lk
 from lora_kit.errors import BankError, TargetError
@@ -71,12 +75,44 @@ def _parallelize(model: nn.Module) -> nn.Module:
     return nn.DataParallel(model)
 
 
+class Around(nn.Module):
+    """A module with another inside under some name, as trainers and engines have them."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        super().__init__()
+        setattr(self, name, model)
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = getattr(self, self.name)(x)
+        return y
+
+
+def _checkpoint_blocks(model: Any) -> nn.Module:
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Block))
+    own: nn.Module = model
+    return own
+
+
+def _checkpoint_layers(model: Any) -> nn.Module:
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, nn.Linear))
+    own: nn.Module = model
+    return own
+
+
 WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "torch.compile": _compile_model,
     "model.compile": _compile_in_place,
     "blocks": _compile_blocks,
     "DataParallel": _parallelize,
     "both": lambda model: _compile_model(_parallelize(model)),
+    "checkpointed": checkpoint_wrapper,
+    "checkpointed blocks": _checkpoint_blocks,
+    "checkpointed layers": _checkpoint_layers,
+    "compiled, checkpointed blocks": lambda model: _compile_blocks(_checkpoint_blocks(model)),
+    "an engine": lambda model: Around(model, "module"),
+    "Lightning": lambda model: Around(Around(model, "module"), "_forward_module"),
+    "an engine of a compiled model": lambda model: Around(_compile_model(model), "module"),
 }
 
 
@@ -125,6 +161,32 @@ def test_a_layer_that_was_compiled_by_itself_is_refused_by_name() -> None:
     with pytest.raises(TargetError, match=r"layers\.0\.proj was compiled by itself"):
         lk.attach(model, CONFIG)
     lk.attach(model, lk.LoraConfig(r=2, target_modules=["head"]))
+
+
+def test_a_part_that_is_wrapped_by_itself_is_not_saved_under_the_wrappers_name() -> None:
+    model = _make()
+    model.layers[0].proj = torch.compile(model.layers[0].proj, backend="eager")
+    with pytest.raises(TargetError, match=r"parts of layers\.0 were compiled or wrapped"):
+        lk.attach(model, lk.LoraConfig(target_modules=[], modules_to_save=["layers.0"]))
+
+
+def test_a_module_with_more_than_a_model_inside_is_a_model_of_its_own() -> None:
+    model = Around(_make(), "module")
+    model.head = nn.Linear(3, 3)
+    bank = lk.attach(model, CONFIG, name="a")
+    assert bank.model is model
+    assert all(key.startswith("base_model.model.module.layers.") for key in bank.snapshot("a").tensors)
+
+
+@pytest.mark.parametrize("way", ["checkpointed", "checkpointed blocks", "checkpointed layers"])
+def test_gradients_under_checkpoint_wrappers_are_those_without(way: str) -> None:
+    plain, wrapped = _make(), WAYS[way](_make())
+    expected, bank = lk.attach(plain, CONFIG, name="a"), lk.attach(wrapped, CONFIG, name="a")
+    bank.load_state_dict(expected.state_dict())
+    for model in (plain, wrapped):
+        model(torch.linspace(-1, 1, 16).view(2, 8)).square().sum().backward()
+    for leaf, other in zip(bank.parameters("a"), expected.parameters("a"), strict=True):
+        torch.testing.assert_close(leaf.grad, other.grad)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

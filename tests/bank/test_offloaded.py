@@ -14,7 +14,7 @@ import torch
 import transformers
 
 import lora_kit as lk
-from lora_kit.errors import BankError, MergeError, TargetError
+from lora_kit.errors import BankError, BaseMismatchError, MergeError, TargetError
 from tests.support import tiny
 
 
@@ -112,3 +112,35 @@ def test_an_offloaded_peft_model_is_not_adopted() -> None:
     accelerate.cpu_offload(model, "cpu")
     with pytest.raises(BankError, match="offloaded"):
         lk.adopt(model)
+
+
+@pytest.mark.parametrize("way", ["cpu_offload", "disk_offload"])
+def test_a_model_with_a_bank_is_not_offloaded_afterwards(way: str, tmp_path: Path) -> None:
+    model = tiny.llama()
+    bank = lk.attach(model, lk.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), name="a")
+    expected = tiny.logits(model, tiny.batch())
+    with pytest.raises(BankError, match="cannot move or offload"):
+        OFFLOADS[way](model, tmp_path)
+    assert torch.equal(tiny.logits(model, tiny.batch()), expected)
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    bank.detach()
+    OFFLOADS[way](model, tmp_path)
+
+
+def test_hooks_of_an_offloaded_model_come_off_under_a_bank() -> None:
+    model = tiny.llama()
+    accelerate.cpu_offload(model, "cpu")
+    lk.attach(model, lk.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), name="a")
+    expected = tiny.logits(model, tiny.batch())
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    assert torch.equal(tiny.logits(model, tiny.batch()), expected)
+
+
+@every_offload
+def test_an_offloaded_base_has_the_fingerprint_of_the_resident_one(way: str, tmp_path: Path) -> None:
+    resident, model = lk.attach(tiny.llama()), OFFLOADS[way](tiny.llama(), tmp_path)
+    assert {**lk.attach(model).fingerprint(), "name": None} == resident.fingerprint()
+    adapter = lk.attach(tiny.llama(seed=1), lk.LoraConfig(r=2, target_modules=["q_proj"]), name="a").snapshot("a")
+    with pytest.raises(BaseMismatchError, match="sampled weights differ"):
+        lk.attach(OFFLOADS["cpu_offload"](tiny.llama(), tmp_path)).load("a", adapter)

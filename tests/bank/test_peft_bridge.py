@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import transformers
 from torch import nn
 
 import lora_kit as lk
-from lora_kit.errors import BankError, ConfigError, LoraKitError
+from lora_kit.errors import BankError, ConfigError, LoraKitError, RoutingError
 from lora_kit.layers.slot_layer import SlotLayer
 from tests.support import tiny
 from tests.support.peft_models import looks, peft_model, two_adapters
@@ -342,3 +344,37 @@ def test_no_method_of_peft_that_reaches_into_layers_is_forgotten() -> None:
         known = GUARDED_METHODS[kind is peft.LoraModel].keys() | harmless | own
         found = {name for name in dir(kind) if not name.startswith("_") and callable(getattr(kind, name))}
         assert not found - known, kind
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_a_copy_of_an_adopted_model_is_a_peft_model_of_its_own(way: str, tmp_path: Path) -> None:
+    model = peft_model("llama", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    bank = lk.adopt(model)
+    expected = model(**tiny.batch()).logits
+    if way == "deepcopy":
+        twin = copy.deepcopy(model)
+    elif way == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    else:
+        torch.save(model, tmp_path / "model.pt")
+        twin = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert type(twin) is type(bank.to_peft())
+    assert not any(isinstance(module, SlotLayer) for module in twin.modules())
+    assert not twin.get_base_model()._forward_pre_hooks
+    assert {name for name, p in twin.named_parameters() if p.requires_grad} == {
+        name for name, p in model.named_parameters() if p.requires_grad
+    }
+    torch.testing.assert_close(twin(**tiny.batch()).logits, expected)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(model(**tiny.batch()).logits, expected)
+
+
+def test_an_adopted_model_goes_on_after_it_was_copied() -> None:
+    model = peft_model("llama", target_modules=["q_proj"])
+    bank = lk.adopt(model)
+    copy.deepcopy(model)
+    assert any(isinstance(module, SlotLayer) for module in model.modules())
+    with bank.rows(["default", None]), pytest.raises(RoutingError):
+        model(**tiny.batch(3))

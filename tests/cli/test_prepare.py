@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lora_kit.cli.main import main
+from lora_kit.data.rows import read_rows
 from tests.support import texts, tiny
 
 Capture = pytest.CaptureFixture[str]
+LABEL_B = '""b"", '
 MENDED = ["--rename", "Question=prompt", "Answer=completion", "--encoding", "cp1252"]
 
 
@@ -157,3 +160,34 @@ def test_spellings_of_a_label_are_offered_and_renamed_together(here: Path, capsy
         True,
         False,
     )
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "problem"),
+    [
+        ("text,labels", [f'row {n},"[{["", LABEL_B][n % 2]}""a""]"' for n in range(30)], "multi-label"),
+        ("text,label", [f"row {n},{n}.5" for n in range(30)], "regression"),
+        ("text,text_pair,label,weight", [f"row {n},pair {n},{'xy'[n % 2]},{1 + n}" for n in range(30)], "single-label"),
+    ],
+)  # fmt: skip
+def test_a_table_of_texts_with_labels_becomes_a_recipe_that_can_be_previewed(
+    here: Path, capsys: Capture, header: str, rows: list[str], problem: str
+) -> None:
+    Path("rows.csv").write_text("\n".join([header, *rows]), encoding="utf-8")
+    code, _, err = run(capsys, "prepare", "rows.csv", "--base", "base", "--out", "data/rows")
+    assert code == 0, err
+    recipe = yaml.safe_load(Path("data/rows/recipe.yaml").read_text("utf-8"))
+    assert (recipe["task"], recipe["problem"]) == ("classify", problem)
+    written = read_rows("data/rows/train.jsonl").values + read_rows("data/rows/validation.jsonl").values
+    assert sorted(written) == sorted(read_rows("rows.csv").values)
+    code, out, err = run(capsys, "preview", "data/rows/recipe.yaml")
+    assert code == 0, err
+    assert ", label " in out
+
+
+def test_whole_numbers_that_may_be_classes_are_asked_about(here: Path, capsys: Capture) -> None:
+    Path("rows.csv").write_text("text,label\n" + "\n".join(f"row {n},{n}" for n in range(30)), encoding="utf-8")
+    code, _, err = run(capsys, "prepare", "rows.csv", "--base", "base")
+    assert (code, "30 rows have 30 different numbers as labels, which looks like a regression" in err) == (2, True)
+    code, _, err = run(capsys, "prepare", "rows.csv", "--base", "base", "--problem", "regression", "--out", "data/rows")
+    assert code == 0, err

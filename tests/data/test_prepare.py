@@ -391,6 +391,6 @@ def test_labels_that_differ_in_case_or_blanks_are_renamed_together(here: Path, b
 
 
 def test_labels_of_one_row_each_are_the_reason_why_nothing_is_set_aside(here: Path, base: str) -> None:
-    file = texts.write(here / "rows.jsonl", [{"text": f"t{number}", "label": number} for number in range(30)])
+    file = texts.write(here / "rows.jsonl", [{"text": f"t{number}", "label": f"n{number}"} for number in range(30)])
     with pytest.raises(DataError, match="each of the 30 labels has one input only, and no label is set aside whole"):
         prepare(file, base=base)

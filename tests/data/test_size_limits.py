@@ -13,7 +13,7 @@ import pytest
 from pyarrow import parquet  # type: ignore[import-untyped]
 
 from lora_kit.data.readers import read_file
-from lora_kit.data.row_encoders import _tokenize_batches
+from lora_kit.data.row_encoders import tokenize_batches
 from lora_kit.data.rows import read_rows, scan_rows
 from lora_kit.data.size_limits import MAX_COLUMNS, MAX_TEXT_LENGTH
 from lora_kit.errors import DataError
@@ -156,7 +156,7 @@ def test_texts_go_to_the_tokenizer_in_bounded_batches() -> None:
         return {"input_ids": [[len(each)] for each in text]}
 
     texts = ["a" * 300_000, "b" * 900_000, "c", "d" * 1_500_000, "e" * 10, "f" * 10]
-    found = list(_tokenize_batches(counting, texts))
+    found = list(tokenize_batches(counting, texts))
     assert found == [[len(text)] for text in texts]
     assert asked == [300_000, 900_001, 1_500_000, 20]
-    assert list(_tokenize_batches(counting, [])) == []
+    assert list(tokenize_batches(counting, [])) == []

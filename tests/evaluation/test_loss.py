@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from lora_kit.errors import VerificationError
+from lora_kit.evaluation.label_loss import LabelLoss
 from lora_kit.evaluation.loss import LossHead, probe_head
 from lora_kit.training.loop.length_buckets import choose_bucket_sizes, split_by_length
 from tests.support import heads, tiny
@@ -119,7 +120,7 @@ def test_a_model_that_behaves_otherwise_later_is_noticed() -> None:
 def test_labels_of_whole_texts_are_scored_from_the_logits() -> None:
     logits, labels = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
     expected = functional.cross_entropy(logits, labels, reduction="sum")
-    assert torch.equal(LossHead(None).loss(logits, labels), expected)
+    assert torch.equal(LossHead(None, label_loss=LabelLoss()).loss(logits, labels), expected)
 
 
 # Parts

@@ -6,7 +6,6 @@ import pytest
 import transformers
 
 from lora_kit.data.layouts import FORMATS
-from lora_kit.evaluation.evaluate import DEFAULT_METRICS
 from lora_kit.evaluation.metrics import BASIC_METRICS
 from lora_kit.models.tasks import (
     GENERATIVE_TASKS,
@@ -53,4 +52,4 @@ def test_a_task_either_generates_text_or_predicts_labels() -> None:
 
 
 def test_every_task_has_formats_and_metrics() -> None:
-    assert set(FORMATS) == set(BASIC_METRICS) == set(DEFAULT_METRICS) == set(TASKS)
+    assert set(FORMATS) == set(BASIC_METRICS) == set(TASKS)

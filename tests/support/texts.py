@@ -46,3 +46,14 @@ def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     """A JSONL file of these rows."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def pair_tokenizer(*, types: bool = True) -> Any:
+    """`<s> a </s> b </s>` for a pair of texts, as BERT has it; with `types` the second text is of type 1."""
+    made = tokenizer()
+    second = "$B:1 </s>:1" if types else "</s> $B </s>"
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair=f"<s> $A </s> {second}", special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
+    made.model_input_names = ["input_ids", *(["token_type_ids"] if types else []), "attention_mask"]
+    return made

@@ -31,6 +31,8 @@ def build(folder: Path) -> Path:
     _classifier(folder / "adapters" / "intents")
     for name in ("train", "valid", "validation", "test", "rows"):
         texts.write(folder / f"{name}.jsonl", PAIRS)
+    preferences = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "no"} for row in PAIRS]
+    texts.write(folder / "preferences.jsonl", preferences)
     _spreadsheet(folder / "rows.csv", ("prompt", "completion"), PAIRS)
     _spreadsheet(folder / "answers.csv", ("Question", "Answer"), PAIRS)
     _spreadsheet(folder / "test.csv", ("text", "label"), LABELED)

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -158,3 +159,20 @@ def test_the_report_says_what_was_found() -> None:
     report = str(find_coverage(tiny.bert(), lk.LoraConfig(target_modules=["query"], modules_to_save=["classifier"])))
     assert "query: 2 layers, rank 8" in report
     assert "classifier: saved in full" in report
+
+
+def test_a_path_that_is_the_end_of_others_is_saved_as_an_expression(tmp_path: Path) -> None:
+    def make_model() -> nn.Module:
+        torch.manual_seed(0)
+        inner = nn.ModuleDict({"proj": nn.Identity(), "layers": nn.ModuleList(nn.Linear(4, 4) for _ in range(3))})
+        return nn.ModuleDict({"inner": inner, "proj": nn.Linear(4, 4)})
+
+    bank = lk.attach(make_model(), lk.LoraConfig(r=2, target_modules="all-linear"), name="a")
+    covered = [target.path for target in bank.coverage("a").targets]
+    assert covered == ["inner.layers.0", "inner.layers.1", "inner.layers.2", "proj"]
+    bank.save("a", tmp_path / "a")
+    again = lk.attach(make_model())
+    again.load("a", tmp_path / "a")
+    assert [target.path for target in again.coverage("a").targets] == covered
+    theirs = peft.PeftModel.from_pretrained(make_model(), str(tmp_path / "a"))
+    assert sum(hasattr(module, "lora_A") for module in theirs.modules()) == len(covered)

@@ -1,113 +1,89 @@
-"""`python -m tools.scan_models [--minutes N] [--again STATUS]`: try all classes, write the results and their page.
+"""`python -m tools.scan_models`: try an adapter on all model classes, write the results and their page.
 
-One class after another, each in a process of its own with a time limit, so a crash or a hang is a row. One class of
-each family comes first, then the others. What `benchmarks/results/models_scan.json` holds already is not tried again.
+One class after another, in a process with a limit of time and of memory, so a crash or a hang is a row. What
+`benchmarks/results/models_scan.json` holds already is not tried again: a scan that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-import multiprocessing
-import os
 import re
-import resource
 import time
-import warnings
-from multiprocessing.connection import Connection
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
 import torch
 import transformers
 
+from lora_kit.io.locks import FileLock
 from tools.scan_models.page import write_page
-from tools.scan_models.trial import FAILS, NOT_TRIED, Outcome, try_class
+from tools.scan_models.trial import try_class
+from tools.scan_models.worker import Worker
 
 RESULTS: Final = Path(__file__).parents[2] / "benchmarks" / "results" / "models_scan.json"
-CPU_SECONDS: Final = 60
-"""A class may take so much time of a processor, and ten times as long on a busy machine."""
-MEMORY_BYTES: Final = 12 * 2**30
-_PREFERRED: Final = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForSequenceClassification",
-                     "ForImageClassification", "ForAudioClassification", "ForCTC", "Model")  # fmt: skip
-_ABSTRACT: Final = re.compile("PreTrainedModel|PretrainedModel|Output|^Auto")
+_IS_MODEL: Final = re.compile(
+    "For|(Model|WithProjection|WithLMHead|Backbone|Encoder|Decoder|Reader|VQVAE|VisionTransformer|HifiGan|Code2Wav)$"
+)
+_ABSTRACT: Final = re.compile("PreTrained|Pretrained|Output|^Auto|_MAPPING|VisualFeatureEncoder")
 
 
 def main() -> None:
     """Try classes until the time is up, and write the page."""
     parser = argparse.ArgumentParser(description="Try an adapter on every model class of transformers.")
-    parser.add_argument("--minutes", type=float, default=25, help="stop after so many")
+    parser.add_argument("--minutes", type=float, default=60, help="stop after so many")
     parser.add_argument("--only", default="", help="classes with this in their name, whatever is known of them")
-    parser.add_argument("--again", default="", help="try those with this status again")
+    parser.add_argument("--again", nargs="*", default=[], help="try those with one of these statuses again")
+    parser.add_argument("--share", default="1/1", help="one part of the families, so that several processes can work")
     options = parser.parse_args()
-    end, rows, families = time.monotonic() + 60 * options.minutes, _read_rows(), list_classes()
     torch.set_num_threads(1)
-    try_class(transformers.BertForSequenceClassification)  # what it imports need not be imported for every class
-    for name, family in families.items():
-        known = rows.get(name)
-        wanted = options.only in name if options.only else known is None or known["status"] == options.again
-        if wanted and time.monotonic() < end:
-            outcome = _try_in_process(name)
-            rows[name] = {"family": family, "status": outcome.status, "detail": outcome.detail}
+    try_class(transformers.BertForSequenceClassification)  # what it imports need not be imported by every process
+    families = list_classes()
+    names = _choose(families, _read_rows(), options.only, options.again)
+    _try_classes(take_share(names, families, options.share), families, time.monotonic() + 60 * options.minutes)
+    write_page(_read_rows(), total=len(families))
+
+
+def _choose(
+    families: Mapping[str, str], rows: Mapping[str, Mapping[str, str]], only: str, again: Collection[str]
+) -> list[str]:
+    """Return the classes to try: those asked for, or those of which nothing is known."""
+    if only:
+        return [name for name in families if only in name]
+    return [name for name in families if name not in rows or rows[name]["status"] in again]
+
+
+def take_share(names: Iterable[str], families: Mapping[str, str], share: str) -> list[str]:
+    """Return the classes of every n-th family."""
+    part, parts = map(int, share.split("/"))
+    own = sorted(set(families.values()))[part - 1 :: parts]
+    return [name for name in names if families[name] in own]
+
+
+def _try_classes(names: Iterable[str], families: Mapping[str, str], end: float) -> None:
+    worker = Worker()
+    for name in names:
+        if time.monotonic() < end:
+            outcome = worker.try_class(name)
             print(f"{name}: {outcome.status}, {outcome.detail}", flush=True)
-            _write_rows(rows)
-    write_page(rows, total=len(families))
+            _add_row(name, {"family": families[name], **dataclasses.asdict(outcome)})
+    worker.close()
 
 
 def list_classes() -> dict[str, str]:
-    """Return the names of the model classes of transformers, with their families: one of each family, then the others.
+    """Return the names of the model classes of transformers, with their families, one family after the other.
 
     Nothing is imported for it: where a class is defined stands in a table of the package.
     """
     modules: dict[str, str] = transformers._class_to_module
     family_of = {
         name: modules[name].split(".")[-2]
-        for name in sorted(modules, key=_rank)
-        if ".modeling_" in modules[name] and (name.endswith("Model") or "For" in name) and not _ABSTRACT.search(name)
+        for name in modules
+        if ".modeling_" in modules[name] and _IS_MODEL.search(name) and not _ABSTRACT.search(name)
     }
-    first: dict[str, str] = {}
-    for name, family in family_of.items():
-        first.setdefault(family, name)
-    return {name: family for family, name in first.items()} | family_of
-
-
-def _rank(name: str) -> tuple[int, str]:
-    endings = [index for index, ending in enumerate(_PREFERRED) if name.endswith(ending)]
-    return (endings[0] if endings else len(_PREFERRED)), name
-
-
-def _try_in_process(name: str) -> Outcome:
-    receive, send = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=_try_and_send, args=(name, send))
-    process.start()
-    send.close()
-    try:
-        if not receive.poll(10 * CPU_SECONDS):
-            return Outcome(FAILS, f"no answer within {10 * CPU_SECONDS} seconds")
-        answer: Outcome = receive.recv()
-        return answer
-    except EOFError:
-        process.join()
-        return Outcome(FAILS, f"the process ended with {process.exitcode}")
-    finally:
-        process.kill()
-        process.join()
-
-
-def _try_and_send(name: str, send: Connection) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    used = int(time.process_time())
-    resource.setrlimit(resource.RLIMIT_CPU, (used + CPU_SECONDS, used + CPU_SECONDS))
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
-    with open(os.devnull, "w") as silence:
-        os.dup2(silence.fileno(), 2)
-        try:
-            kind = getattr(transformers, name)
-        except Exception as error:  # a library that the class needs is not installed
-            send.send(Outcome(NOT_TRIED, f"it cannot be imported: {error}".splitlines()[0][:160]))
-        else:
-            send.send(try_class(kind))
+    return dict(sorted(family_of.items(), key=lambda item: (item[1], item[0])))
 
 
 def _read_rows() -> dict[str, dict[str, str]]:
@@ -117,9 +93,12 @@ def _read_rows() -> dict[str, dict[str, str]]:
     return rows
 
 
-def _write_rows(rows: dict[str, dict[str, str]]) -> None:
+def _add_row(name: str, row: dict[str, str]) -> None:
+    """Write one more result. Several processes may do so."""
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
-    RESULTS.write_text(json.dumps({**versions, "classes": dict(sorted(rows.items()))}, indent=1) + "\n")
+    with FileLock(RESULTS.parents[1] / "work" / "models_scan.lock").hold():
+        rows = _read_rows() | {name: row}
+        RESULTS.write_text(json.dumps({**versions, "classes": dict(sorted(rows.items()))}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+import random
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
+import numpy
 import torch
 from torch import Tensor, nn
 
 import lora_kit as lk
-from lora_kit.errors import LoraKitError
-from tools.scan_models.tiny_models import iterate_inputs, iterate_tiny_models
+from lora_kit.errors import LoraKitError, TargetError
+from tools.scan_models.model_inputs import BATCH, find_inputs
+from tools.scan_models.tiny_models import iterate_tiny_models
 
-WORKS, REFUSED, FAILS, NOT_TRIED = "works", "refused", "fails", "not tried"
+WORKS, REFUSED, FAILS, NOT_TRIED, CUT = "works", "refused", "fails", "not tried", "cut"
+_PREFIX: Final = "base_model.model."
+"""Of the keys of an adapter's tensors."""
+_Tensors = Mapping[str, Tensor]
+_Outputs = Mapping[str | None, list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -21,12 +30,17 @@ class Outcome:
     """What was seen of one class.
 
     Attributes:
-        status: `works`, `refused` (with a typed error), `fails`, or `not tried`: the model alone does not run.
-        detail: the reason; of one that works, how many layers, and a merge that was refused.
+        status: `works`, `refused` (with a typed error), `fails`, `not tried`: the model alone does not run, or `cut`:
+            it took too long.
+        detail: the reason; of one that works, how many layers.
+        rows: of one that works: `yes` where rows of a batch may use different adapters, or why not.
+        merge: of one that works: `yes`, or why the merge in memory is refused.
     """
 
     status: str
     detail: str
+    rows: str = ""
+    merge: str = ""
 
 
 class UntriedError(Exception):
@@ -48,22 +62,25 @@ def try_class(kind: type[nn.Module]) -> Outcome:
 
 def _make(kind: type[nn.Module]) -> tuple[Any, dict[str, Any], set[str]]:
     """Return a model that runs alone, the same twice, and trains; its inputs; and what `_train_alone` returns."""
-    reason = ""
+    reasons = list[str]()
     try:
         for model in iterate_tiny_models(kind):
-            for inputs in iterate_inputs(model):
-                reason = _reason_not_usable(model.eval(), inputs)
-                if not reason:
-                    return model, inputs, _train_alone(model, inputs)
-    except UntriedError:
-        raise
+            reached: set[str] = set()
+            inputs, reason = find_inputs(model.eval(), partial(_reason_not_usable, model, reached))
+            if inputs is not None:
+                return model, inputs, reached
+            reasons.append(reason)
     except Exception as error:
-        raise UntriedError(f"no tiny model: {_first_line(error)}") from error
-    raise UntriedError(f"no inputs: {reason}")
+        reasons.append(f"no tiny model: {_first_line(error)}")
+    raise UntriedError(reasons[0])
 
 
-def _reason_not_usable(model: Any, inputs: Mapping[str, Any]) -> str:
-    """Return why the outputs of a model alone are nothing to compare with; empty where they are."""
+def _reason_not_usable(model: Any, reached: set[str], inputs: Mapping[str, Any]) -> str:
+    """Return why a model alone does not run, or train, with such inputs; empty where it does.
+
+    Args:
+        reached: filled with the names of the weights that receive a gradient.
+    """
     try:
         once, again = _run(model, inputs), _run(model, inputs)
     except Exception as error:
@@ -72,68 +89,175 @@ def _reason_not_usable(model: Any, inputs: Mapping[str, Any]) -> str:
         return "it returns no floats"
     if not _equal(once, again):
         return "its outputs vary"
-    return "" if all(torch.isfinite(tensor).all() for tensor in once) else "its outputs are not finite"
+    if not all(torch.isfinite(tensor).all() for tensor in once):
+        return "its outputs are not finite"
+    try:
+        reached |= _train_alone(model, inputs)
+    except Exception as error:
+        return f"it does not train: {_first_line(error)}"
+    finally:
+        model.eval().requires_grad_(False)
+    return "" if reached else "no weight receives a gradient"
 
 
 def _train_alone(model: Any, inputs: Mapping[str, Any]) -> set[str]:
     """Return the names of the weights that receive a gradient when the model is trained alone."""
-    model.train().requires_grad_(True)
-    try:
-        torch.manual_seed(0)
-        _loss(model(**inputs)).backward()
-    except Exception as error:
-        raise UntriedError(f"it does not train: {_first_line(error)}") from error
+    # Frozen again afterwards, as under an adapter: torch chooses some kernels by it, and rounds accordingly.
+    _start_training(model.requires_grad_(True))
+    _seed()
+    _loss(model(**inputs)).backward()
     reached = {name for name, each in model.named_parameters() if each.grad is not None and each.grad.any()}
     model.zero_grad(set_to_none=True)
-    model.eval()
     return reached
 
 
 def _try_adapter(model: Any, inputs: Mapping[str, Any], reached: set[str]) -> Outcome:
-    base = _run(model, inputs)
-    bank = lk.attach(model, lk.LoraConfig(r=2, lora_alpha=4, target_modules="all-linear"), name="a")
+    base, keys = _run(model, inputs), list(model.state_dict())
+    bank, note = _attach(model)
     _check(_equal(_run(model, inputs), base), "attach changes the outputs")
-    _train(model, bank, inputs)
-    covered = bank.coverage("a").targets
-    silent = [target.path for target in covered if f"{target.path}.weight" in reached and not _moved(bank, target.path)]
-    _check(not silent, f"{len(silent)} of {len(covered)} layers are bypassed: {', '.join(silent[:3])}")
+    covered = [target.path for target in bank.coverage("a").targets]
+    weights = [path for path in covered if f"{path}.weight" in reached]
+    started = _copy(bank, "a")
+    _train(model, bank, "a", inputs)
+    _check_moved(weights, started, _copy(bank, "a"), "lora_B")  # while B is zero, A receives no gradient
     adapted = _run(model, inputs)
-    _check(not _equal(adapted, base), "the trained adapter changes no output")
-    bank.use(None)
-    _check(_equal(_run(model, inputs), base), "use(None) is not the base")
-    bank.use("a")
-    _check(_equal(_run(model, inputs), adapted), "a swap is not bitwise")
-    return Outcome(WORKS, f"{len(covered)} layers{_merge(model, bank, inputs, adapted)}")
+    trained = _try_swaps(model, bank, inputs, weights, {"a": adapted, None: base})
+    rows = _try_rows(model, bank, inputs)
+    second = bank.snapshot("b")
+    bank.detach()
+    _check(_equal(_run(model, inputs), base), "detach does not restore the outputs")
+    _check(list(model.state_dict()) == keys, "detach does not restore the keys")
+    if _equal(adapted, base) and _equal(trained, base):
+        note += ", on which no output depends smoothly"
+    part = "" if len(weights) == len(covered) else f", {len(weights)} of them used"
+    return Outcome(WORKS, f"{len(covered)} {note}{part}", rows, _try_merge(model, second, inputs, trained))
 
 
-def _merge(model: Any, bank: lk.AdapterBank, inputs: Mapping[str, Any], adapted: list[Tensor]) -> str:
-    """Merge, and return a note where that is refused."""
+def _attach(model: Any) -> tuple[lk.AdapterBank, str]:
+    """Return a bank with an adapter for all linear layers; where a model has none, for its convolutions."""
+    config = lk.LoraConfig(r=2, lora_alpha=4, target_modules="all-linear")
     try:
-        bank.merge("a")
+        return lk.attach(model, config, name="a"), "layers"
+    except TargetError:
+        paths = [path for path, module in model.named_modules() if _is_plain_convolution(module)]
+        if not paths:
+            raise
+        return lk.attach(model, dataclasses.replace(config, target_modules=paths), name="a"), "convolutions"
+
+
+def _is_plain_convolution(module: nn.Module) -> bool:
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return False
+    return module.groups == 1 and set(module.dilation) == {1} and module.padding_mode == "zeros"
+
+
+def _try_swaps(
+    model: Any, bank: lk.AdapterBank, inputs: Mapping[str, Any], weights: list[str], known: _Outputs
+) -> list[Tensor]:
+    """Train a second adapter, whose A receives gradients too, and swap; return the outputs with it."""
+    bank.add("b", dataclasses.replace(bank.snapshot("a").config, init_lora_weights=False))
+    started = _copy(bank, "b")
+    _train(model, bank, "b", inputs)
+    _check_moved(weights, started, _copy(bank, "b"), "lora_A", "lora_B")
+    second = _run(model, inputs)
+    for name, expected in (*known.items(), ("b", second), *known.items()):
+        bank.use(name)
+        _check(_equal(_run(model, inputs), expected), f"a swap to {name} is not bitwise")
+    return second
+
+
+def _try_rows(model: Any, bank: lk.AdapterBank, inputs: Mapping[str, Any]) -> str:
+    """Return `yes` where each row of a batch gives what its adapter alone gives, or why rows are refused."""
+    bank.use(None)
+    other = {name: _repeat_row(value) for name, value in inputs.items()}
+    alone = {}
+    for name in ("a", "b"):
+        bank.use(name)
+        alone[name] = _run(model, inputs)
+    try:
+        with bank.rows(["a", "b"]):
+            mixed = _run(model, inputs)
+        own = _find_own_rows(_run(model, other), alone["b"])
     except LoraKitError as error:
-        return f"; merge refused: {_first_line(error)}"
-    for merged, expected in zip(_run(model, inputs), adapted, strict=True):
-        scale = max(1.0, expected.abs().max().item())
-        _check((merged - expected).abs().max().item() <= 1e-3 * scale, "merged differs from unmerged")
-    return ""
+        return _first_line(error)
+    compared = [index for index, is_own in enumerate(own) if is_own]
+    for index in compared:
+        for row, name in enumerate(("a", "b")):
+            _check(_is_close(mixed[index][row], alone[name][index][row]), f"row {row} is not what its adapter gives")
+    return "yes" if compared else "no output has rows of its own"
 
 
-def _train(model: Any, bank: lk.AdapterBank, inputs: Mapping[str, Any]) -> None:
-    """Two steps: in the first only B receives a gradient."""
-    model.train()
-    optimizer = torch.optim.AdamW(bank.parameters("a"), lr=1e-2, weight_decay=0.0)
-    for _ in range(2):
-        torch.manual_seed(0)
-        _loss(model(**inputs)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+def _repeat_row(value: object) -> object:
+    """Return inputs whose first row is the second, too."""
+    has_rows = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == BATCH
+    return value[1:].expand_as(value).clone() if has_rows and isinstance(value, Tensor) else value
+
+
+def _find_own_rows(changed: list[Tensor], outputs: list[Tensor]) -> list[bool]:
+    """Return of each output whether its second row depends on nothing in the first, which was changed."""
+    if len(changed) != len(outputs):
+        return [False] * len(outputs)
+    pairs = zip(changed, outputs, strict=True)
+    return [x.shape == y.shape and x.ndim > 1 and len(x) == BATCH and _is_close(x[1], y[1]) for x, y in pairs]
+
+
+def _try_merge(model: Any, adapter: lk.Adapter, inputs: Mapping[str, Any], expected: list[Tensor]) -> str:
+    """Load what was saved into the restored model and merge it; return `yes`, or why the merge is refused."""
+    bank = lk.attach(model)
+    bank.load("b", adapter)
+    bank.use("b")
+    _check(_equal(_run(model, inputs), expected), "loaded again, an adapter gives other outputs")
+    try:
+        bank.merge("b")
+    except LoraKitError as error:
+        return _first_line(error)
+    merged = _run(model, inputs)
+    is_equal = len(merged) == len(expected) and all(map(_is_close, merged, expected, [1e-3] * len(merged)))
+    _check(is_equal or _is_unstable(model, inputs, merged), "merged differs from unmerged")
+    return "yes"
+
+
+def _is_unstable(model: Any, inputs: Mapping[str, Any], outputs: list[Tensor]) -> bool:
+    """Return whether changes of the size of rounding change the outputs: ranked scores of random weights are close."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 1e-6 * torch.randn_like(parameter))
+    changed = _run(model, inputs)
+    return len(changed) != len(outputs) or not all(map(_is_close, changed, outputs, [1e-3] * len(outputs)))
+
+
+def _train(model: Any, bank: lk.AdapterBank, name: str, inputs: Mapping[str, Any]) -> None:
+    """Train one step."""
+    bank.use(name)
+    _start_training(model)
+    optimizer = torch.optim.SGD(bank.parameters(name), lr=1e-2)
+    _seed()
+    _loss(model(**inputs)).backward()
+    # The step has the size of Adam's first, whatever the gradient's: a small gradient is no missing one.
+    for parameter in bank.parameters(name):
+        parameter.grad = None if parameter.grad is None else parameter.grad.sign()
+    optimizer.step()
+    optimizer.zero_grad()
     model.eval()
 
 
-def _moved(bank: lk.AdapterBank, path: str) -> bool:
-    """Return whether the B of a layer is no longer zero."""
-    tensors = bank.state_dict()["a"]
-    return any(bool(tensor.any()) for key, tensor in tensors.items() if f".{path}.lora_" in key and "_B" in key)
+def _start_training(model: nn.Module) -> None:
+    """Switch to training, except what would keep statistics of its inputs: the base must stay as it was."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+def _check_moved(paths: Collection[str], before: _Tensors, after: _Tensors, *names: str) -> None:
+    """Check that the LoRA weights of these names were trained in every layer."""
+    moved = {key for key, tensor in after.items() if not torch.equal(tensor, before[key])}
+    silent = [path for path in paths if any(f"{_PREFIX}{path}.{name}.weight" not in moved for name in names)]
+    _check(not silent, f"{len(silent)} of {len(paths)} layers are bypassed: {', '.join(silent[:3])}")
+
+
+def _copy(bank: lk.AdapterBank, name: str) -> dict[str, Tensor]:
+    return {key: tensor.detach().clone() for key, tensor in bank.state_dict()[name].items()}
 
 
 def _loss(outputs: object) -> Tensor:
@@ -141,9 +265,16 @@ def _loss(outputs: object) -> Tensor:
 
 
 def _run(model: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
-    torch.manual_seed(0)
+    _seed()
     with torch.no_grad():
         return [tensor.clone() for tensor in _floats(model(**inputs))]
+
+
+def _seed() -> None:
+    """Seed whatever a model may draw from."""
+    torch.manual_seed(0)
+    numpy.random.seed(0)
+    random.seed(0)
 
 
 def _floats(outputs: object) -> Iterator[Tensor]:
@@ -162,6 +293,14 @@ def _floats(outputs: object) -> Iterator[Tensor]:
 
 def _equal(one: list[Tensor], other: list[Tensor]) -> bool:
     return len(one) == len(other) and all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+
+
+def _is_close(one: Tensor, other: Tensor, tolerance: float = 1e-4) -> bool:
+    """Return whether two tensors are equal but for rounding; where one is not finite, so is the other."""
+    if one.shape != other.shape:
+        return False
+    scale = max(1.0, other.nan_to_num(posinf=0.0, neginf=0.0).abs().max().item()) if other.numel() else 1.0
+    return torch.allclose(one, other, rtol=0.0, atol=tolerance * scale, equal_nan=True)
 
 
 def _check(good: bool, problem: str) -> None:

@@ -23,9 +23,8 @@ from lora_kit.config.lora_config import LoraConfig
 from lora_kit.config.peft_fields import HEADS_SAVED_BY_TASK
 from lora_kit.config.renamed_paths import rename_config_paths
 from lora_kit.errors import AdapterError, format_list
+from lora_kit.layers.introspect import WRAPPER_NAMES
 
-WRAPPERS: Final = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "_orig_mod")
-"""Modules that trainers put around others, and whose names are in the keys of state dicts."""
 _EMBEDDING_NAMES: Final = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in")
 _NAMED_KEYS: Final = (
     re.compile(r"(?P<path>.*\.lora_(?:A|B|embedding_A|embedding_B))\.(?!weight$)(?P<name>[^.]+)(?P<end>\.weight)?"),
@@ -154,6 +153,8 @@ def _normalize_peft_keys(
         notes: gets what was done, in words.
         kept: ends of the paths of modules whose tensors belong to the adapter though their keys do not say so.
     """
+    model = _find_prefix_of_model(tensors)
+    tensors = {key: tensor for key, tensor in tensors.items() if key.startswith(model)}
     normalized, names, others = dict[str, Tensor](), set[str](), dict[str, Tensor]()
     for key, tensor in tensors.items():
         bare = _strip_wrappers(key)
@@ -180,6 +181,22 @@ def _normalize_peft_keys(
     return normalized | others
 
 
+def _find_prefix_of_model(keys: Iterable[str]) -> str:
+    """Return what keys of the model with LoRA weights begin with: others are of a teacher, or of a loss.
+
+    Raises:
+        AdapterError: several models have LoRA weights, as a student and its teacher may.
+    """
+    around = {key.partition(PREFIX)[0] for key in keys if ".lora_" in key and PREFIX in key}
+    if len(around) > 1:
+        models = [name.removesuffix(".") or "the model itself" for name in sorted(around)]
+        raise AdapterError(
+            f"the file holds LoRA weights of several models: {format_list(models)}",
+            hint="save the state dict of one of them on its own",
+        )
+    return around.pop() if around else ""
+
+
 def _is_kept(key: str, names: Sequence[str]) -> bool:
     """Return whether a tensor of a live model is the trained one of a module in `modules_to_save`."""
     internal = ".original_module." in key or ".base_layer." in key
@@ -188,7 +205,7 @@ def _is_kept(key: str, names: Sequence[str]) -> bool:
 
 def _strip_wrappers(key: str) -> str:
     """Return a key as the base has it: without the names of wrappers, and what is around PEFT's model."""
-    bare = ".".join(part for part in key.split(".") if part not in WRAPPERS)
+    bare = ".".join(part for part in key.split(".") if part not in WRAPPER_NAMES)
     if PREFIX in bare:
         return bare.partition(PREFIX)[2]
     while bare.startswith("module."):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import torch
 from torch import nn
@@ -33,6 +34,7 @@ from lora_kit.targets.coverage import Coverage, survey_coverage
 if TYPE_CHECKING:
     import peft
 
+_Module = TypeVar("_Module")
 _LAYER_CLASSES: Final[dict[str, type[AdoptedLayer]]] = {
     "linear": AdoptedLinear,
     "embedding": AdoptedEmbedding,
@@ -120,6 +122,15 @@ class AdoptedBank(AdapterBank):
             replace_modules(self.model, wrappers)
             guard_peft_model(self.peft_model, self)
             self._refresh_trainable()
+
+    def copy_with_peft_layers(self, module: _Module, memo: dict[int, object]) -> _Module:
+        """Return a deep copy of the PeftModel, or of its tuner, that has PEFT's own layers and nothing of this bank.
+
+        Args:
+            memo: as of `copy.deepcopy`.
+        """
+        with self.as_peft(), self._frozen_model.suspend():
+            return copy.deepcopy(module, memo)
 
     def to_peft(self) -> peft.PeftModel:
         """Return the PeftModel with its own layers; its parameters are the same objects with their present values.

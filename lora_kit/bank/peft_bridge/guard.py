@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -83,6 +84,22 @@ def _route_rows(
         yield
 
 
+def _deep_copy(self: _Guarded, memo: dict[int, object]) -> object:
+    """Return a PeftModel of its own, with PEFT's layers and the values of the parameters."""
+    return self._lora_kit.copy_with_peft_layers(self, memo)
+
+
+def _reduce(self: _Guarded, protocol: object) -> tuple[object, ...]:
+    """Pickle a copy with PEFT's layers: a bank is not pickled."""
+    return _return_copy, (copy.deepcopy(self),)
+
+
+def _return_copy(model: object) -> object:
+    """Return what was pickled."""
+    return model
+
+
+_COPIES: Final[Mapping[str, Callable[..., object]]] = {"__deepcopy__": _deep_copy, "__reduce_ex__": _reduce}
 _MODEL_METHODS: Final[Mapping[str, Callable[..., object]]] = {
     "state_dict": _delegate_to_peft("state_dict"),
     "load_state_dict": _delegate_to_peft("load_state_dict"),
@@ -93,12 +110,14 @@ _MODEL_METHODS: Final[Mapping[str, Callable[..., object]]] = {
     "set_adapter": _set_adapter,
     "disable_adapter": _disable_adapter,
     **{name: _refuse_method(name) for name in ("add_adapter", "delete_adapter", "set_requires_grad")},
+    **_COPIES,
 }
 """Methods of a PeftModel that reach into its layers."""
 _TUNER_METHODS: Final[Mapping[str, Callable[..., object]]] = {
     "state_dict": _delegate_to_peft("state_dict"),
     "load_state_dict": _delegate_to_peft("load_state_dict"),
     "_enable_peft_forward_hooks": _route_rows,
+    **_COPIES,
     **{
         name: _refuse_method(name)
         for name in (

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Final
 
 from lora_kit.data.encode import EncodingResult, encode_with_faults
+from lora_kit.data.label_problem import list_label_names, resolve_problem
 from lora_kit.data.layouts import RowValue
+from lora_kit.data.preferences import get_answer_format, get_first_answer
 from lora_kit.data.preparation.labels import find_lookalikes, find_variants, relabel_rows
 from lora_kit.data.records import Fault
-from lora_kit.data.rows import Rows, collect_label_names, scan_rows
+from lora_kit.data.rows import Rows, scan_rows
 from lora_kit.data.sample_format import SampleFormat
 from lora_kit.models.protocols import Tokenizer
-from lora_kit.models.tasks import LABEL
+from lora_kit.models.tasks import REGRESSION, SINGLE_LABEL, TEXT_KINDS
 
 FIRST_BIN: Final = 16
 """Upper end of the first bin of a histogram of lengths; that of each further bin is twice the one before."""
@@ -36,6 +38,7 @@ class ReadOptions:
         rename: new names of columns, by old name.
         relabel: new names of labels, by old name; or `AUTO`.
         encoding: encoding of the files.
+        problem: what is predicted of texts with labels; None to infer it from the labels.
     """
 
     base: str
@@ -45,6 +48,7 @@ class ReadOptions:
     rename: Mapping[str, str]
     relabel: Mapping[str, str] | str
     encoding: str
+    problem: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +64,7 @@ class ExaminedFile:
         relabeled: new names that labels got, by old name.
         measured: the rows as samples.
         sha256: hash of the file, or of the rows of a data set.
+        problem: what the labels of texts are; None in other formats.
     """
 
     rows: Rows
@@ -70,6 +75,7 @@ class ExaminedFile:
     relabeled: Mapping[str, str]
     measured: EncodingResult
     sha256: str
+    problem: str | None = None
 
     def lines_of(self, kind: str) -> list[int]:
         """Return the lines of the faults of a kind: `bad`, `empty` or `long`."""
@@ -82,8 +88,8 @@ class ExaminedFile:
 
     @functools.cached_property
     def labels(self) -> dict[str, int]:
-        """How many texts or words have each label, the most frequent label first."""
-        return _count_labels(self.rows)
+        """How many texts or words have each label, the most frequent label first; empty for numbers to be predicted."""
+        return {} if self.problem == REGRESSION else _count_labels(self.rows)
 
     @functools.cached_property
     def variants(self) -> dict[str, str]:
@@ -97,9 +103,9 @@ class ExaminedFile:
 
     @property
     def learned(self) -> float:
-        """Share of tokens with a loss; 0 if each text has one label, for then no token has a loss."""
+        """Share of tokens with a loss; 0 if something is predicted of each text, for then no token has a loss."""
         samples = self.measured.encoded
-        return samples.num_labels / samples.num_tokens if samples.kind != LABEL and samples.num_tokens else 0.0
+        return samples.num_labels / samples.num_tokens if samples.kind not in TEXT_KINDS and samples.num_tokens else 0.0
 
 
 def examine(
@@ -119,9 +125,11 @@ def examine(
     scan = scan_rows(path, rename=options.rename, encoding=options.encoding, split=split)
     relabel = _choose_names(scan.rows, options.relabel, label2id)
     rows = relabel_rows(scan.rows, relabel)
+    problem = resolve_problem(rows, options.problem) if rows.values and rows.format == "label" else None
     if rows.values and rows.format in ("label", "words") and label2id is None:
-        label2id = {name: number for number, name in enumerate(collect_label_names(rows))}
-    sample_format = dataclasses.replace(options.sample_format, label2id=label2id or {})
+        names = list_label_names(rows, problem or SINGLE_LABEL)
+        label2id = {name: number for number, name in enumerate(names)}
+    sample_format = dataclasses.replace(options.sample_format, label2id=label2id or {}, problem=problem or SINGLE_LABEL)
     measured = encode_with_faults(rows, options.tokenizer, sample_format)
     return ExaminedFile(
         rows=rows,
@@ -132,6 +140,7 @@ def examine(
         relabeled=relabel,
         measured=measured,
         sha256=scan.sha256,
+        problem=problem,
     )
 
 
@@ -154,12 +163,13 @@ def normalize_input(rows: Rows, value: RowValue) -> str:
 
     The input is the prompt, the text, its words, or everything before the last answer.
     """
+    value = get_first_answer(rows.format, value)
     if rows.format == "words":
         text = " ".join(value[0])
-    elif rows.format == "chat":
+    elif get_answer_format(rows.format) == "chat":
         text = value[0].input_text
     else:
-        text = value[0]
+        text = value[0] if isinstance(value[0], str) else "\n".join(value[0])
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
@@ -197,7 +207,8 @@ def _find_conflicts(rows: Rows) -> dict[int, int]:
     first: dict[str, tuple[int, str]] = {}
     conflicts = {}
     for line, value in zip(rows.lines, rows.values, strict=True):
-        earlier, label = first.setdefault(normalize_input(rows, value), (line, str(value[1])))
-        if label != str(value[1]):
+        own = str(sorted(map(str, value[1])) if isinstance(value[1], tuple) else value[1])
+        earlier, label = first.setdefault(normalize_input(rows, value), (line, own))
+        if label != own:
             conflicts[line] = earlier
     return conflicts

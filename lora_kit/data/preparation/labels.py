@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
 from lora_kit.data.layouts import RowValue
@@ -72,7 +72,7 @@ def relabel_rows(rows: Rows, names: Mapping[str, str]) -> Rows:
         hint = suggest_nearest(unknown[0], known) or f"there are {format_list(sorted(known))}"
         raise DataError(f"{rows.path} has no label {unknown[0]!r} to rename", hint=hint)
 
-    def rename(label: str | int) -> str | int:
+    def rename(label: str | int | float) -> str | int | float:
         new = names.get(str(label))
         if new is None:
             return label
@@ -82,8 +82,15 @@ def relabel_rows(rows: Rows, names: Mapping[str, str]) -> Rows:
     if rows.format == "words":
         values = tuple((words, tuple(map(rename, labels))) for words, labels in rows.values)
     else:
-        values = tuple((text, rename(label)) for text, label in rows.values)
+        values = tuple(_relabel_text(value, rename) for value in rows.values)
     return dataclasses.replace(rows, values=values)
+
+
+def _relabel_text(value: RowValue, rename: Callable[[str | int], str | int | float]) -> RowValue:
+    """Return a text with new names of its labels; two that get one name become one."""
+    text, label, *weight = value
+    new = tuple(dict.fromkeys(map(rename, label))) if isinstance(label, tuple) else rename(label)
+    return (text, new, *weight)
 
 
 def _is_swapped(one: str, other: str) -> bool:

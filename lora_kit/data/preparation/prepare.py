@@ -5,11 +5,13 @@ The same file and the same settings give the same bytes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from lora_kit.data.layouts import FORMATS
+from lora_kit.data.preferences import get_answer_format, is_preference
 from lora_kit.data.preparation.examine import ExaminedFile, ReadOptions, examine, find_leaks
 from lora_kit.data.preparation.labels import AUTO
 from lora_kit.data.preparation.prepared_folder import Preparation, PreparedFile, is_prepared, write_preparation
@@ -21,6 +23,7 @@ from lora_kit.data.templates import PLAIN, chat_template, find_chat_template
 from lora_kit.errors import DataError, format_list, suggest_nearest
 from lora_kit.io.atomic_write import check_output
 from lora_kit.models.loading import InputSpec, load_input_spec
+from lora_kit.models.tasks import CAUSAL_LM, PROBLEMS
 from lora_kit.names import KIT_BASE
 
 DUPLICATES, CONFLICTS, LEAKS = "duplicates", "conflicts", "leaks"
@@ -40,6 +43,7 @@ def prepare(
     template: str | None = None,
     rename: Mapping[str, str] | None = None,
     relabel: Mapping[str, str] | str | None = None,
+    problem: str | None = None,
     encoding: str = "utf-8",
     drop: Collection[str] = (),
     seed: int = 0,
@@ -53,34 +57,34 @@ def prepare(
         out: the folder to write; None to examine only.
         validation: a separate file for validation; None to set a share of the rows aside, see
             `lora_kit.data.preparation.split`.
-        share: share of the rows to set aside; 0 for none. Ignored if there is a file for validation.
+        share: of the rows to set aside, unless there is a file for validation; 0 for none.
         base: the base whose tokens are counted, and which the recipe trains on.
         max_length: most tokens of a sample; None for the context of the base, but at most 2,048.
-        template: chat template of conversations: `plain`, a Jinja file or the text of one; None for the tokenizer's
-            own, or `plain` if it has none.
+        template: of conversations: `plain`, a Jinja file or its text; None for the tokenizer's own, else `plain`.
         rename: new names of columns, by old name.
-        relabel: new names of labels, by old name; `auto` gives labels that differ only in case or blanks the most
-            frequent spelling.
+        relabel: new names of labels, by old name; `auto`: the most frequent of those that differ in case or blanks.
+        problem: what is predicted of texts with labels, one of `PROBLEMS`; None to infer it from them.
         encoding: encoding of the files.
         drop: which rows to leave out, of `DROPPABLE`. The first of several duplicates stays; leaks are removed from the
             training rows.
-        seed: seed of the split.
-        replace: whether an earlier result at `out` may be replaced.
+        seed: seed of the split; `replace`: whether `out` may be replaced.
 
     Raises:
         DataError: the files cannot be read, or rows that cannot be trained on are neither fixed nor left out.
         BaseModelError: the base's tokenizer cannot be read.
         StorageError: `out` exists, or cannot be written.
     """
-    _check_arguments(drop, share)
+    _check_arguments(drop, share, problem)
     if isinstance(relabel, str) and relabel != AUTO:
         raise DataError(f"relabel {relabel!r} is not known", hint=f"{AUTO}, or old=new")
     folder = None if out is None else Path(out)
     if folder is not None:
         check_output(folder, replace=replace, owned=is_prepared)
-    options = _build_options(base, max_length, template, rename=rename, relabel=relabel, encoding=encoding)
+    options = _build_options(
+        base, max_length, template, rename=rename, relabel=relabel, encoding=encoding, problem=problem
+    )
     parts = _prepare_files(Path(source), None if validation is None else Path(validation), options, drop)
-    if template is not None and (kind := parts[0].examined.rows.format) != "chat":
+    if template is not None and get_answer_format(kind := parts[0].examined.rows.format) != "chat":
         raise DataError(f"a chat template was given, and {source} has rows of the format {kind}")
     if folder is not None:
         _refuse_remaining_faults(parts)
@@ -90,11 +94,14 @@ def prepare(
     return preparation if folder is None else write_preparation(preparation, folder, replace=replace)
 
 
-def _check_arguments(drop: Collection[str], share: float) -> None:
+def _check_arguments(drop: Collection[str], share: float, problem: str | None) -> None:
     unknown = sorted(set(drop) - set(DROPPABLE))
     if unknown:
         hint = suggest_nearest(unknown[0], DROPPABLE) or f"known: {format_list(DROPPABLE)}"
         raise DataError(f"drop {format_list(unknown)} is not known", hint=hint)
+    if problem is not None and problem not in PROBLEMS:
+        hint = suggest_nearest(problem, PROBLEMS) or f"known: {format_list(PROBLEMS)}"
+        raise DataError(f"problem {problem!r} is not known", hint=hint)
     if not 0 <= share < 1:
         raise DataError(f"the share for validation must be at least 0 and below 1; {share} was given")
 
@@ -107,6 +114,7 @@ def _build_options(
     rename: Mapping[str, str] | None,
     relabel: Mapping[str, str] | str | None,
     encoding: str,
+    problem: str | None,
 ) -> ReadOptions:
     spec = load_input_spec(base)
     name = template if template is not None or find_chat_template(spec.tokenizer) else PLAIN
@@ -122,6 +130,7 @@ def _build_options(
         rename=dict(rename or {}),
         relabel=relabel if isinstance(relabel, str) else dict(relabel or {}),
         encoding=encoding,
+        problem=problem,
     )
 
 
@@ -146,6 +155,7 @@ def _prepare_files(
     if validation is None:
         return (_clean_file(source, train, {}, drop),)
     label2id = {name: number for number, name in enumerate(train.labels)} if train.labels else None
+    options = dataclasses.replace(options, problem=train.problem)
     other = examine(validation, options, label2id=label2id, split="validation")
     _refuse_other_encoding(validation, other, drop)
     if other.rows.format != train.rows.format:
@@ -197,7 +207,7 @@ def _split_rows(parts: Sequence[PreparedFile], *, share: float, seed: int) -> tu
         return kept[0], kept[1]
     if not share:
         return kept[0], None
-    train, held_out = split(kept[0], share=share, seed=seed)
+    train, held_out = split(kept[0], share=share, seed=seed, problem=parts[0].examined.problem)
     return kept[0].only(train), kept[0].only(held_out)
 
 
@@ -212,9 +222,10 @@ def _build_preparation(
     settings = {
         "base": options.base,
         "max_length": sample_format.max_length,
-        "chat_template": options.chat_template if rows.format == "chat" else None,
+        "chat_template": options.chat_template if get_answer_format(rows.format) == "chat" else None,
         "rename": options.rename,
         "relabel": options.relabel,
+        "problem": parts[0].examined.problem,
         "encoding": options.encoding,
         **choices,
     }
@@ -222,9 +233,16 @@ def _build_preparation(
         parts=parts,
         format=rows.format,
         layout=rows.layout,
-        task=next(task for task in (sample_format.task, *FORMATS) if rows.format in FORMATS[task]),
+        task=_find_task(rows, sample_format.task),
         train=train,
         validation=held_out,
         settings=settings,
         files={},
     )
+
+
+def _find_task(rows: Rows, generative_task: str) -> str:
+    """Return the task that rows are for: the base's generative task where that learns from them."""
+    if is_preference(rows.format):
+        return CAUSAL_LM
+    return next(task for task in (generative_task, *FORMATS) if rows.format in FORMATS[task])

@@ -16,7 +16,9 @@ from typing import Any, Final
 
 import yaml
 
+from lora_kit.data.label_columns import convert_labeled_text
 from lora_kit.data.layouts import RowValue
+from lora_kit.data.preferences import is_preference, preference_to_json, suggest_objective
 from lora_kit.data.preparation.examine import ExaminedFile, bin_lengths
 from lora_kit.data.rows import Rows
 from lora_kit.io.atomic_write import write_folder
@@ -28,7 +30,6 @@ VALIDATION: Final = "validation.jsonl"
 _MANIFEST_VERSION: Final = 1
 _COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
     "completion": ("prompt", "completion"),
-    "label": ("text", "label"),
     "words": ("words", "labels"),
     "text": ("text",),
 }
@@ -162,8 +163,12 @@ def write_preparation(preparation: Preparation, folder: Path, *, replace: bool) 
 
 def _format_row(rows: Rows, value: RowValue) -> str:
     """Return a row as a line of JSON, in the first layout of its format."""
-    if rows.format == "chat":
-        row: dict[str, object] = value[0].to_json()
+    if rows.format == "label":
+        row: dict[str, object] = convert_labeled_text(value)
+    elif rows.format == "chat":
+        row = value[0].to_json()
+    elif is_preference(rows.format):
+        row = preference_to_json(rows.format, value)
     else:
         row = dict(zip(_COLUMNS[rows.format], value, strict=True))
     return json.dumps(row, ensure_ascii=False) + "\n"
@@ -182,12 +187,16 @@ def _render_recipe(preparation: Preparation, folder: Path) -> str:
     data["max_length"] = settings["max_length"]
     if settings["chat_template"]:
         data["chat_template"] = settings["chat_template"]
+    objective = suggest_objective(preparation.format)
+    rate = {} if objective else {"learning_rate": 5e-4}  # an objective has a lower default of its own
     recipe = {
         "base": settings["base"],
         "data": data,
         "task": preparation.task,
+        **({"objective": objective} if objective else {}),
+        **({"problem": settings["problem"]} if settings.get("problem") else {}),
         "lora": {"r": 16, "lora_alpha": 32},
-        "train": {"num_train_epochs": 3, "per_device_train_batch_size": 8, "learning_rate": 5e-4, "seed": 0},
+        "train": {"num_train_epochs": 3, "per_device_train_batch_size": 8, **rate, "seed": 0},
         "out": f"adapters/{folder.absolute().name}",
     }
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120)

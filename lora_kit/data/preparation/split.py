@@ -14,22 +14,24 @@ from collections.abc import Mapping, Sequence
 from lora_kit.data.preparation.examine import normalize_input
 from lora_kit.data.rows import Rows
 from lora_kit.errors import DataError
+from lora_kit.models.tasks import SINGLE_LABEL
 
 _Groups = Mapping[str, Sequence[int]]
 """Indices of the rows with each input."""
 
 
-def split(rows: Rows, *, share: float, seed: int = 0) -> tuple[list[int], list[int]]:
+def split(rows: Rows, *, share: float, seed: int = 0, problem: str | None = None) -> tuple[list[int], list[int]]:
     """Return the indices of the rows to train on, and of those to validate on, each in the order of the file.
 
     Args:
         share: share of the rows to set aside, above 0 and below 1; at least one row is set aside.
         seed: seed of the choice.
+        problem: what the labels of texts are; only single labels contribute their share each.
 
     Raises:
         DataError: no row can be set aside, since all have one input.
     """
-    strata = _group_by_label(rows)
+    strata = _group_by_label(rows, is_labeled=rows.format == "label" and problem in (None, SINGLE_LABEL))
     quotas = _compute_quotas({name: sum(map(len, groups.values())) for name, groups in strata.items()}, share)
     taken: list[int] = []
     for name, groups in strata.items():
@@ -50,14 +52,14 @@ def _reason_not_splittable(strata: Mapping[str, _Groups]) -> str:
     return f"each of the {len(strata)} labels has one input only, and no label is set aside whole"
 
 
-def _group_by_label(rows: Rows) -> dict[str, _Groups]:
+def _group_by_label(rows: Rows, *, is_labeled: bool) -> dict[str, _Groups]:
     """Return the groups that may be set aside, by label; inputs with several labels are always trained on."""
     groups: dict[str, list[int]] = defaultdict(list)
     for index, value in enumerate(rows.values):
         groups[normalize_input(rows, value)].append(index)
     strata: dict[str, dict[str, list[int]]] = defaultdict(dict)
     for text, indices in groups.items():
-        labels = {str(rows.values[index][1]) for index in indices} if rows.format == "label" else {""}
+        labels = {str(rows.values[index][1]) for index in indices} if is_labeled else {""}
         if len(labels) == 1:
             strata[labels.pop()][text] = indices
     return {name: strata[name] for name in sorted(strata)}

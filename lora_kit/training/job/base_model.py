@@ -9,31 +9,43 @@ from dataclasses import dataclass
 
 from lora_kit.errors import RecipeError
 from lora_kit.models.loading import Base, load_base
+from lora_kit.models.tasks import PROBLEM_TYPES
 from lora_kit.training.recipe.recipe import METHODS_CHANGING_BASE, Recipe
 
 
-def prepare_base(recipe: Recipe, base: Base | None, label2id: Mapping[str, int]) -> Base:
+def prepare_base(recipe: Recipe, base: Base | None, label2id: Mapping[str, int], problem: str | None = None) -> Base:
     """Return the base that a recipe trains on.
 
     Args:
         base: a base that is already loaded; None to load the recipe's.
         label2id: names of the labels to their numbers; empty where the task has none.
+        problem: what task `classify` predicts; None for other tasks.
 
     Raises:
         RecipeError: the loaded base is not the recipe's, or does not go with it.
         BaseModelError: the recipe's base cannot be loaded.
     """
-    base = _load_recipe_base(recipe, label2id) if base is None else _reuse_loaded_base(recipe, base, label2id)
+    if base is None:
+        base = _load_recipe_base(recipe, label2id, problem)
+    else:
+        base = _reuse_loaded_base(recipe, base, label2id, problem)
     return _reserve_virtual_tokens(recipe, base)
 
 
-def _load_recipe_base(recipe: Recipe, label2id: Mapping[str, int]) -> Base:
+def _load_recipe_base(recipe: Recipe, label2id: Mapping[str, int], problem: str | None) -> Base:
     # Small updates are lost in 16 bits, so every weight is trained in fp32 unless the recipe sets a dtype.
     dtype = "fp32" if recipe.method == "full" and recipe.dtype == "auto" else recipe.dtype
-    return load_base(recipe.base, task=recipe.task, label2id=label2id or None, dtype=dtype, quantize=recipe.quantize)
+    return load_base(
+        recipe.base,
+        task=recipe.task,
+        label2id=label2id or None,
+        problem=problem,
+        dtype=dtype,
+        quantize=recipe.quantize,
+    )
 
 
-def _reuse_loaded_base(recipe: Recipe, base: Base, label2id: Mapping[str, int]) -> Base:
+def _reuse_loaded_base(recipe: Recipe, base: Base, label2id: Mapping[str, int], problem: str | None) -> Base:
     """Return a loaded base, checked against the recipe; a copy of it where its weights will change."""
     if (base.name, base.task) != (recipe.base, recipe.task):
         what = f"the recipe is for {recipe.base} ({recipe.task}), the base given is {base.name} ({base.task})"
@@ -51,6 +63,8 @@ def _reuse_loaded_base(recipe: Recipe, base: Base, label2id: Mapping[str, int]) 
         model = model.float()
     if label2id:
         model.config.label2id, model.config.id2label = dict(label2id), {v: k for k, v in label2id.items()}
+    if problem:
+        model.config.problem_type = PROBLEM_TYPES[problem]
     return dataclasses.replace(base, model=model)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -14,11 +15,14 @@ from torch import nn
 
 from lora_kit.data.batches import Collator, EncodedDataset
 from lora_kit.data.encode import encode_rows
+from lora_kit.data.label_problem import count_labels, list_label_names, resolve_problem
 from lora_kit.data.layouts import FORMATS
 from lora_kit.data.messages import ALL
 from lora_kit.data.mixture import DataSource, read_source
 from lora_kit.data.packing import PackedDataset, pack, reason_not_packable
-from lora_kit.data.rows import Rows, collect_label_names
+from lora_kit.data.preference_samples import PreferenceDataset, build_preference_dataset
+from lora_kit.data.preferences import describe_use, get_answer_format
+from lora_kit.data.rows import Rows
 from lora_kit.data.sample_format import SampleFormat
 from lora_kit.data.templates import ChatTemplate, chat_template
 from lora_kit.errors import BaseModelError, DataError, RecipeError, format_list
@@ -26,11 +30,13 @@ from lora_kit.evaluation.generation_metrics import GenerationTask, build_generat
 from lora_kit.evaluation.metrics import select_generation_metrics
 from lora_kit.models.heads import describe_head, list_head_labels, order_labels
 from lora_kit.models.loading import Base, find_label_order
-from lora_kit.models.tasks import LABEL_TASKS
+from lora_kit.models.tasks import CLASSIFY, LABEL_TASKS, REGRESSION, SINGLE_LABEL
 from lora_kit.targets.fingerprint import fingerprint
 from lora_kit.training.job.base_model import prepare_base
 from lora_kit.training.job.resolve import resolve_recipe
 from lora_kit.training.loop.checkpoints import Identity, hash_json
+from lora_kit.training.recipe.class_weights import compute_class_weights
+from lora_kit.training.recipe.objectives import KTO, REWARD, REWARD_LABEL, SFT, find_formats
 from lora_kit.training.recipe.recipe import Recipe
 from lora_kit.training.recipe.training_arguments import best_metric_of, check_reporting
 
@@ -49,6 +55,7 @@ class Job:
         train: the training samples.
         validation: the validation samples; None without `data.validation`.
         generation_task: the prompts of the validation rows, where the best model is chosen by what it generates.
+        class_weights: weight of each class in the loss; empty where each has the weight 1.
         head: what becomes of the base's head, in words; None where the task has no labels.
         identity: everything that decides the result, see `lora_kit.training.loop.checkpoints`.
     """
@@ -57,9 +64,10 @@ class Job:
     base: Base
     rows: Rows
     sample_format: SampleFormat
-    train: EncodedDataset | PackedDataset
-    validation: EncodedDataset | None
+    train: Any  # EncodedDataset or PackedDataset; PreferenceDataset where the objective is not `sft`
+    validation: Any
     generation_task: GenerationTask | None
+    class_weights: tuple[float, ...]
     head: str | None
     identity: Identity
 
@@ -75,9 +83,12 @@ class Job:
         """
         check_reporting(recipe.train)
         rows, validation_rows = read_recipe_rows(recipe)
+        problem = _find_problem(recipe, rows)
+        recipe = recipe.replace(problem=problem)
         head_labels, labels = _find_labels(recipe, rows, base)
         label2id = {name: number for number, name in enumerate(labels)}
-        base = prepare_base(recipe, base, label2id)
+        class_weights = _weigh_classes(recipe, rows, labels)
+        base = prepare_base(recipe, base, label2id, problem)
         template = _load_chat_template(recipe, rows, base)
         recipe = resolve_recipe(recipe, rows, base, template)
         assert recipe.data.max_length is not None
@@ -88,12 +99,16 @@ class Job:
             label2id=label2id,
             learn=recipe.data.learn,
             task=recipe.task,
+            problem=problem or SINGLE_LABEL,
         )
         samples = encode_rows(rows, base.tokenizer, sample_format)
         _check_token_ids(base, samples)
         logger.info("%s: %d samples, %d labels", rows.path, len(samples), samples.num_labels)
-        validation = None if validation_rows is None else encode_rows(validation_rows, base.tokenizer, sample_format)
-        train = _pack_samples(recipe, base, samples) if recipe.data.packing else samples
+        train = _arrange_samples(recipe, base, rows, samples)
+        validation = None
+        if validation_rows is not None:
+            encoded = encode_rows(validation_rows, base.tokenizer, sample_format)
+            validation = _arrange_samples(recipe, base, validation_rows, encoded, packing=False)
         return cls(
             recipe=recipe,
             base=base,
@@ -102,6 +117,7 @@ class Job:
             train=train,
             validation=validation,
             generation_task=_build_generation_task(recipe, validation_rows, base, sample_format),
+            class_weights=class_weights,
             head=describe_head(head_labels, labels) if labels else None,
             identity=_build_identity(recipe, base, train, validation),
         )
@@ -126,6 +142,7 @@ class Job:
     def environment(self) -> dict[str, object]:
         """What may change the last bits of the result: versions and the number of threads."""
         packages = ["lora-kit", "torch", "transformers", *(["peft"] if self.recipe.method == "peft" else [])]
+        packages += [] if self.recipe.objective == SFT else ["trl"]
         versions = {name: metadata.version(name) for name in packages}
         return {"versions": versions, "threads": torch.get_num_threads()}
 
@@ -154,12 +171,28 @@ def read_recipe_rows(recipe: Recipe) -> tuple[Rows, Rows | None]:
 
 
 def _read_files(source: DataSource, recipe: Recipe, *, split: str) -> Rows:
-    rows, task = read_source(source, split=split, seed=recipe.seed), recipe.task
-    if rows.format not in FORMATS[task]:
-        other = next(task for task, formats in FORMATS.items() if rows.format in formats)
-        what = f"{rows.path} has rows of the format {rows.format}; task {task} takes {format_list(FORMATS[task])}"
-        raise DataError(what, hint=f"task: {other} takes these rows")
+    rows = read_source(source, split=split, seed=recipe.seed)
+    formats = find_formats(recipe.objective, recipe.task)
+    if rows.format not in formats:
+        what = f"task {recipe.task}" if recipe.objective == SFT else f"objective {recipe.objective}"
+        raise DataError(
+            f"{rows.path} has rows of the format {rows.format}; {what} takes {format_list(formats)}",
+            hint=describe_use(rows.format) or _describe_task(rows.format, recipe.objective),
+        )
     return rows
+
+
+def _describe_task(row_format: str, objective: str) -> str:
+    """Return what learns from rows of a format that holds no preferences."""
+    task = next(task for task, formats in FORMATS.items() if row_format in formats)
+    return f"task: {task} takes these rows" + ("" if objective == SFT else f", with objective: {SFT}")
+
+
+def _find_problem(recipe: Recipe, rows: Rows) -> str | None:
+    """Return what `classify` predicts, a number for a reward; None for other tasks."""
+    if recipe.objective == REWARD:
+        return REGRESSION
+    return resolve_problem(rows, recipe.problem) if recipe.task == CLASSIFY else None
 
 
 def _find_labels(recipe: Recipe, rows: Rows, base: Base | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -170,7 +203,8 @@ def _find_labels(recipe: Recipe, rows: Rows, base: Base | None) -> tuple[tuple[s
     """
     if recipe.task not in LABEL_TASKS:
         return (), ()
-    names = collect_label_names(rows)
+    is_reward = recipe.objective == REWARD
+    names = (REWARD_LABEL,) if is_reward else list_label_names(rows, recipe.problem or SINGLE_LABEL)
     if base is None:
         head, labels = find_label_order(recipe.base, names, task=recipe.task)
     else:
@@ -178,6 +212,20 @@ def _find_labels(recipe: Recipe, rows: Rows, base: Base | None) -> tuple[tuple[s
         labels = order_labels(names, head)
     logger.info("head: %s", describe_head(head, labels))
     return head, labels
+
+
+def _weigh_classes(recipe: Recipe, rows: Rows, labels: Sequence[str]) -> tuple[float, ...]:
+    """Return the weight of each class in the loss; empty where each has the weight 1."""
+    if recipe.class_weights is None:
+        return ()
+    counts = count_labels(rows, labels)
+    total = len(rows) if recipe.task == CLASSIFY else sum(counts)
+    weights = compute_class_weights(
+        recipe.class_weights, labels, counts, problem=recipe.problem or SINGLE_LABEL, total=total
+    )
+    listed = [f"{label} {weight:.3g}" for label, weight in zip(labels, weights, strict=True)]
+    logger.info("weights of the labels: %s", format_list(listed))
+    return weights
 
 
 def _check_token_ids(base: Base, samples: EncodedDataset) -> None:
@@ -192,7 +240,7 @@ def _check_token_ids(base: Base, samples: EncodedDataset) -> None:
 
 def _load_chat_template(recipe: Recipe, rows: Rows, base: Base) -> ChatTemplate | None:
     data = recipe.data
-    if rows.format == "chat":
+    if get_answer_format(rows.format) == "chat":
         return chat_template(
             data.chat_template, base.tokenizer, base=base.name, variables=dict(data.chat_template_kwargs)
         )
@@ -205,6 +253,16 @@ def _load_chat_template(recipe: Recipe, rows: Rows, base: Base) -> ChatTemplate 
     if unused:
         raise RecipeError(f"data.{unused} is for conversations; {rows.path} has rows of the format {rows.format}")
     return None
+
+
+def _arrange_samples(
+    recipe: Recipe, base: Base, rows: Rows, samples: EncodedDataset, *, packing: bool | None = None
+) -> EncodedDataset | PackedDataset | PreferenceDataset:
+    """Return samples as the loop of the objective takes them: packed, as preferences, or as they are."""
+    if recipe.objective != SFT:
+        return build_preference_dataset(rows, samples, unpaired=recipe.objective == KTO)
+    is_packed = recipe.data.packing if packing is None else packing
+    return _pack_samples(recipe, base, samples) if is_packed else samples
 
 
 def _pack_samples(recipe: Recipe, base: Base, samples: EncodedDataset) -> PackedDataset:
@@ -223,13 +281,18 @@ def _build_generation_task(
     recipe: Recipe, rows: Rows | None, base: Base, sample_format: SampleFormat
 ) -> GenerationTask | None:
     """Return the prompts of the validation rows where the best model is chosen by a metric of generated text."""
+    if recipe.objective != SFT:
+        return None
     if rows is None or not select_generation_metrics([best_metric_of(recipe.train)], recipe.task):
         return None
     return build_generation_task(base, collect_eval_prompts(rows, learn=recipe.data.learn), sample_format.style)
 
 
 def _build_identity(
-    recipe: Recipe, base: Base, train: EncodedDataset | PackedDataset, validation: EncodedDataset | None
+    recipe: Recipe,
+    base: Base,
+    train: EncodedDataset | PackedDataset | PreferenceDataset,
+    validation: EncodedDataset | PackedDataset | PreferenceDataset | None,
 ) -> Identity:
     """Return everything that decides the result. Rows count by their content, not by their path."""
     fields = recipe.to_dict()
@@ -240,11 +303,14 @@ def _build_identity(
     return fields | {"sha256": sums, "device": base.device.type}
 
 
-def hash_samples(samples: EncodedDataset | PackedDataset) -> str:
+def hash_samples(samples: EncodedDataset | PackedDataset | PreferenceDataset) -> str:
     """Return the sha256 of samples as the model sees them, in hex."""
     if isinstance(samples, PackedDataset):
         return hash_json({"samples": hash_samples(samples.samples), "rows": samples.rows})
+    if isinstance(samples, PreferenceDataset):
+        return hash_json({"samples": hash_samples(samples.samples), "verdicts": samples.verdicts})
     digest = hashlib.sha256(samples.kind.encode())
-    for tensor in (samples.offsets, samples.ids, samples.labels, samples.label_offsets):
+    further = [tensor for tensor in (samples.types, samples.weights) if tensor is not None]
+    for tensor in (samples.offsets, samples.ids, samples.labels, samples.label_offsets, *further):
         digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()

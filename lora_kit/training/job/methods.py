@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
+from torch import nn
+
 from lora_kit.bank.attach import attach
 from lora_kit.bank.bank import AdapterBank
 from lora_kit.io.atomic_write import stage_folder
@@ -53,6 +55,8 @@ class TrainableJob:
         count: number of trained parameters.
         parameters: number of parameters of the whole model.
         save: writes what was trained.
+        build_reference: returns the model as it was before the training, computed by the same model, for objectives
+            that compare the two; raises BankError where it cannot. None where the method has none.
     """
 
     job: Job
@@ -60,6 +64,7 @@ class TrainableJob:
     count: int
     parameters: int
     save: ResultSaver
+    build_reference: Callable[[], nn.Module] | None = None
 
 
 @contextlib.contextmanager
@@ -78,13 +83,19 @@ def make_job_trainable(job: Job) -> Iterator[TrainableJob]:
 
 def build_training_record(job: Job, report: TrainReport) -> dict[str, object]:
     """Return what an adapter's record says about its training, as JSON values."""
-    record = {
+    record: dict[str, object] = {
         "recipe": make_recipe_portable(job.recipe).to_dict(),
         "seed": job.recipe.seed,
         "metrics": collect_record_metrics(report),
         "run": hash_json(job.identity),
     }
-    return {**record, "labels": list(job.labels)} if job.labels else record
+    if job.labels:
+        record["labels"] = list(job.labels)
+    if job.recipe.problem is not None:
+        record["problem"] = job.recipe.problem
+    if report.thresholds:
+        record["thresholds"] = list(report.thresholds)
+    return record
 
 
 @contextlib.contextmanager
@@ -106,6 +117,7 @@ def _attach_adapter(job: Job) -> Iterator[TrainableJob]:
             count=bank.coverage(recipe.name).parameters,
             parameters=job.base.model.num_parameters(),
             save=save,
+            build_reference=bank.reference,
         )
     finally:
         bank.detach()

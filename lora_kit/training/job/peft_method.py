@@ -30,6 +30,7 @@ from lora_kit.adapter.model_card import (
     write_peft_loading_code,
 )
 from lora_kit.config.lora_config import LoraConfig
+from lora_kit.data.batches import SAMPLE_WEIGHTS
 from lora_kit.errors import LoraKitError, RecipeError, VerificationError
 from lora_kit.io.atomic_write import write_folder
 from lora_kit.io.portable_paths import make_folder_portable
@@ -190,11 +191,13 @@ def _drop_virtual_token_logits(model: PeftModel, job: Job) -> None:
     batch = {name: tensor.to(job.base.device) for name, tensor in job.collator([job.train[0]]).items()}
     inputs = split_by_length(batch)[0]
     labels = inputs.pop("labels")
+    inputs.pop(SAMPLE_WEIGHTS, None)
+    is_of_text = labels.ndim == 1 or labels.is_floating_point()
     options = {"use_cache": False} if job.recipe.task in GENERATIVE_TASKS else {}
     with use_eval_mode(model), torch.no_grad():
         shape = model(**inputs, **options).logits.shape
-    before = 0 if labels.ndim == 1 else shape[1] - labels.shape[1]
-    if len(shape) != labels.ndim + 1 or before < 0:
+    before = 0 if is_of_text else shape[1] - labels.shape[1]
+    if len(shape) != (2 if is_of_text else 3) or before < 0:
         kind = job.recipe.peft["peft_type"]
         raise RecipeError(f"peft: {kind} returns logits {tuple(shape)} for labels {tuple(labels.shape)}")
 

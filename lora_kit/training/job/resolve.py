@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 
 from lora_kit.config.lora_config import LoraConfig
+from lora_kit.data.preferences import get_answer_format
 from lora_kit.data.rows import Rows
 from lora_kit.data.sample_format import DEFAULT_MAX_LENGTH
 from lora_kit.data.templates import ChatTemplate
@@ -49,7 +50,7 @@ def _resolve_data(recipe: Recipe, rows: Rows, base: Base, template: ChatTemplate
     if recipe.task == SEQ2SEQ and separator not in ("", DEFAULT_SEPARATOR):
         raise RecipeError("data.separator is for causal-lm: an encoder reads a prompt as it is", hint="leave it out")
     # Texts have no prompt, so generation must not append a separator; in a chat the template puts one.
-    if rows.format != "completion" or recipe.task == SEQ2SEQ:
+    if get_answer_format(rows.format) != "completion" or recipe.task == SEQ2SEQ:
         separator = ""
     text = template.text if template else None
     return dataclasses.replace(recipe.data, max_length=length, separator=separator, chat_template=text)

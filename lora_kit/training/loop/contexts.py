@@ -6,7 +6,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -44,14 +44,23 @@ def set_up_training(base: Base, *, compiled: bool) -> Iterator[str]:
 def preserve_model_settings(model: PreTrainedModel) -> Iterator[None]:
     """Restore at the end of the block what the Trainer changes on a model besides its trained weights.
 
-    That is: training mode, `config.use_cache`, gradient checkpointing, and attributes that accelerate adds.
+    That is: training mode, `config.use_cache`, gradient checkpointing, and attributes that accelerate adds; and what
+    TRL sets besides: dropout, the pad token, and gradients of the embeddings' output.
     """
     modes = [(module, module.training) for module in model.modules()]
     attributes, use_cache = set(vars(model)), getattr(model.config, "use_cache", None)
     had_checkpointing = _has_gradient_checkpointing(model)
+    dropouts = [(module, module.p) for module in model.modules() if isinstance(module, nn.Dropout)]
+    pads = [(config, config.pad_token_id) for config in _list_configs_with_pad(model)]
     try:
         yield
     finally:
+        for dropout, probability in dropouts:
+            dropout.p = probability
+        for config, pad in pads:
+            config.pad_token_id = pad
+        if {"_require_grads_hook", "_require_grads_hooks"} & (set(vars(model)) - attributes):
+            model.disable_input_require_grads()
         if not had_checkpointing:
             _disable_gradient_checkpointing(model)
         for name in set(vars(model)) - attributes:
@@ -62,6 +71,12 @@ def preserve_model_settings(model: PreTrainedModel) -> Iterator[None]:
             del model.config.use_cache
         for module, mode in modes:
             module.training = mode
+
+
+def _list_configs_with_pad(model: PreTrainedModel) -> list[Any]:
+    """Return the configs of a model in which TRL sets the pad token."""
+    generation = getattr(model, "generation_config", None)
+    return [model.config.get_text_config(), *([generation] if generation is not None else [])]
 
 
 def stop_gradient_checkpointing(model: PreTrainedModel) -> list[nn.Module]:

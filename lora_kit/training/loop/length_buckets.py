@@ -45,8 +45,10 @@ def _trim_padding(part: Mapping[str, Tensor], *, length: int) -> dict[str, Tenso
     lengths = {"labels": decoder_length, "decoder_input_ids": decoder_length}
     # In packed rows the position ids say where attention ends; a model given a mask as well would ignore them.
     dropped = {"attention_mask"} if "position_ids" in part else set()
+    # Numbers to be predicted, one for each class, have no position.
+    untrimmed = {"labels"} if part["labels"].is_floating_point() else set()
     return {
-        name: tensor[:, : lengths.get(name, length)] if tensor.ndim > 1 else tensor
+        name: tensor[:, : lengths.get(name, length)] if tensor.ndim > 1 and name not in untrimmed else tensor
         for name, tensor in part.items()
         if name not in dropped
     }

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypedDict
+from typing import Any, Final, NotRequired, TypedDict, cast
 
 import torch
 import transformers
@@ -22,6 +22,7 @@ from lora_kit.torch_utils import capture_random_states, restore_random_states
 from lora_kit.training.loop.checkpoints import Checkpoint, Environment, Identity, RunFolder
 from lora_kit.training.loop.signals import StopRequest
 from lora_kit.training.loop.trainer import Trainer
+from lora_kit.training.loop.training_loop import TrainingLoop
 
 logger = logging.getLogger(__name__)
 
@@ -57,22 +58,24 @@ class _LoopState(TypedDict):
         epoch_random: random states at the beginning of the epoch, which decide the order of its samples.
         loss: sum of the losses since the last line of the log: ().
         logged: step of that line.
+        seconds: wall time of the training so far.
         micro_batch: rows of a forward pass, at most.
         tokens: number of tokens trained on so far.
-        seconds: wall time of the training so far.
+        trl: what a loop of TRL has counted since the last line of the log; missing in others.
     """
 
     random: dict[str, Any]
     epoch_random: dict[str, Any]
     loss: Tensor
     logged: int
+    seconds: float
     micro_batch: int
     tokens: int
-    seconds: float
+    trl: NotRequired[dict[str, Any]]
 
 
-class ResumableTrainer(Trainer):
-    """A Trainer whose checkpoints hold everything that decides the rest of the training.
+class ResumableLoop(TrainingLoop):
+    """A training loop whose checkpoints hold everything that decides the rest of the training.
 
     They hold more than transformers' own (see `_LoopState`), and one that is due at the end of an epoch is written only
     after the evaluation and the log line of that epoch.
@@ -110,8 +113,7 @@ class ResumableTrainer(Trainer):
         logger.info("resuming from step %d in %s", checkpoint.step, escape_text(checkpoint.folder))
         loop: _LoopState = torch.load(checkpoint.folder / LOOP, map_location="cpu", weights_only=True)
         self.resumed, self.seconds_before = checkpoint.step, loop["seconds"]
-        self._tokens_seen += loop["tokens"]
-        self._micro.rows = loop["micro_batch"]
+        self.restore_counts(loop)
         if checkpoint.finished:
             self._load_weights(checkpoint.folder)
             self.state = TrainerState.load_from_json(str(checkpoint.folder / STATE))
@@ -177,15 +179,15 @@ class ResumableTrainer(Trainer):
 
     def _collect_loop_state(self) -> _LoopState:
         now = capture_random_states()
-        return {
+        state = {
             "random": now,
             "epoch_random": now if self._is_epoch_over else self._epoch_random,
             "loss": self._loss_sum.cpu(),
             "logged": self._last_logged_step,
-            "micro_batch": self._micro.rows,
-            "tokens": self.tokens,
             "seconds": self.seconds_before + time.perf_counter() - self._started - self.evaluating_seconds,
+            **self.capture_counts(),
         }
+        return cast("_LoopState", state)
 
     def _get_trained_tensors(self) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in self.model.named_parameters() if tensor.requires_grad}
@@ -263,10 +265,14 @@ class ResumableTrainer(Trainer):
         control.should_save = control.should_save or self._is_save_pending or self._is_asked_to_stop
 
 
-class _LoopCallback(transformers.TrainerCallback):
-    """Calls the methods of a ResumableTrainer at moments of the loop."""
+class ResumableTrainer(ResumableLoop, Trainer):
+    """The Trainer whose checkpoints hold everything that decides the rest of the training."""
 
-    def __init__(self, trainer: ResumableTrainer) -> None:
+
+class _LoopCallback(transformers.TrainerCallback):
+    """Calls the methods of a ResumableLoop at moments of the loop."""
+
+    def __init__(self, trainer: ResumableLoop) -> None:
         self._trainer = trainer
 
     def on_train_begin(

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 import torch
 import transformers
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from lora_kit.data.batches import EncodedDataset
+from lora_kit.data.packing import PackedDataset
+from lora_kit.data.preference_samples import PreferenceDataset
 from lora_kit.torch_utils import Clock
 from lora_kit.training.job.job import Job
+from lora_kit.training.job.loops import build_preference_loop
+from lora_kit.training.job.methods import TrainableJob
+from lora_kit.training.loop.checkpoints import RunFolder
 from lora_kit.training.loop.learning_rates import LearningRates
+from lora_kit.training.loop.resumable import RunContext
+from lora_kit.training.loop.signals import StopRequest
 from lora_kit.training.loop.trainer import Samples, Trainer
+from lora_kit.training.loop.training_loop import TrainingLoop
 from lora_kit.training.plan.memory_estimate import MemoryEstimate, estimate_memory
+from lora_kit.training.recipe.objectives import SFT
 from lora_kit.training.recipe.training_arguments import build_training_arguments
 from lora_kit.training.results import StepCounts, StepMeasurement
 
@@ -40,16 +48,18 @@ _DRY_RUN_ARGUMENTS: Final[Mapping[str, object]] = {
 }
 
 
-class _SampleSelection(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+class _SampleSelection(torch.utils.data.Dataset[dict[str, Any]]):
     """Samples of a data set at some positions, in that order."""
 
-    def __init__(self, samples: Samples, positions: list[int]) -> None:
+    num_labels = 0
+
+    def __init__(self, samples: Samples | PreferenceDataset, positions: list[int]) -> None:
         self.kind, self._samples, self._positions = samples.kind, samples, positions
 
     def __len__(self) -> int:
         return len(self._positions)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return self._samples[self._positions[index]]
 
 
@@ -63,7 +73,7 @@ class _StepTimer(transformers.TrainerCallback):
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self.trainer: Trainer | None = None
+        self.trainer: TrainingLoop | None = None
         self.ends: list[tuple[float, int]] = []
 
     def on_step_end(
@@ -73,14 +83,16 @@ class _StepTimer(transformers.TrainerCallback):
         self.ends.append((self._clock.seconds, self.trainer.tokens))
 
 
-def _count_row_tokens(samples: Samples) -> torch.Tensor:
+def _count_row_tokens(samples: Samples | PreferenceDataset) -> torch.Tensor:
     """Return the number of tokens of each row: int64 (rows,)."""
-    if isinstance(samples, EncodedDataset):
+    if not isinstance(samples, PackedDataset):
         return samples.lengths
     return torch.stack([samples.samples.lengths[list(row)].sum() for row in samples.rows])
 
 
-def measure_dry_run(job: Job, steps: StepCounts, *, folder: str) -> tuple[StepMeasurement, MemoryEstimate]:
+def measure_dry_run(
+    trainable: TrainableJob, steps: StepCounts, *, folder: str
+) -> tuple[StepMeasurement, MemoryEstimate]:
     """Run two steps and measure the second; the first also pays for what is slow only once.
 
     The trained tensors of the model change.
@@ -88,23 +100,17 @@ def measure_dry_run(job: Job, steps: StepCounts, *, folder: str) -> tuple[StepMe
     Args:
         folder: the output folder that transformers requires; nothing is written to it.
     """
+    job = trainable.job
     batch = min(steps.batch, len(job.train))
     micro_batch = min(steps.micro_batch, batch)
     longest = _count_row_tokens(job.train).argsort(descending=True, stable=True)[:batch].tolist()
     drawn = torch.randperm(len(job.train), generator=torch.Generator().manual_seed(job.recipe.seed))[:batch].tolist()
     missing = -batch % micro_batch  # here a step consists of complete micro-batches
-    samples = _SampleSelection(job.train, [*longest, *longest[:missing], *drawn, *drawn[:missing]])
+    positions = [*longest, *longest[:missing], *drawn, *drawn[:missing]]
     clock = Clock(job.base.device)
     timer = _StepTimer(clock)
-    trainer = Trainer(
-        job.base.model,
-        _build_arguments(job, batch=batch, micro_batch=micro_batch, folder=folder),
-        train=samples,  # type: ignore[arg-type]
-        validation=None,
-        collator=job.collator,
-        callbacks=[timer],
-        rates=LearningRates.of(job.recipe.train, job.recipe.task),
-    )
+    args = _build_arguments(job, batch=batch, micro_batch=micro_batch, folder=folder)
+    trainer = _build_loop(trainable, args, positions, timer)
     timer.trainer = trainer
     try:
         trainer.train()
@@ -118,7 +124,28 @@ def measure_dry_run(job: Job, steps: StepCounts, *, folder: str) -> tuple[StepMe
         micro_batch=trainer.micro_batch if trainer.micro_batch < micro_batch else steps.micro_batch,
     )
     rows = min(measurement.micro_batch, len(job.train))
-    return measurement, estimate_memory(trainer, job.train[longest[0]], rows=rows)
+    return measurement, estimate_memory(trainer, trainer.train_dataset[0], rows=rows)
+
+
+def _build_loop(
+    trainable: TrainableJob, args: transformers.TrainingArguments, positions: list[int], timer: _StepTimer
+) -> TrainingLoop:
+    """Return the job's loop on samples at some positions, in that order."""
+    job = trainable.job
+    samples = _SampleSelection(job.train, positions)
+    if job.recipe.objective != SFT:
+        run = RunContext(folder=RunFolder(job.recipe.out), identity={}, setting={}, stop=StopRequest())
+        return build_preference_loop(trainable, args, train=samples, validation=None, callbacks=[timer], run=run)
+    return Trainer(
+        job.base.model,
+        args,
+        train=samples,  # type: ignore[arg-type]
+        validation=None,
+        collator=job.collator,
+        callbacks=[timer],
+        rates=LearningRates.of(job.recipe.train, job.recipe.task),
+        class_weights=job.class_weights,
+    )
 
 
 def _build_arguments(job: Job, *, batch: int, micro_batch: int, folder: str) -> transformers.TrainingArguments:
@@ -126,4 +153,6 @@ def _build_arguments(job: Job, *, batch: int, micro_batch: int, folder: str) -> 
     section = {name: value for name, value in job.recipe.train.items() if name not in _DROPPED_KEYS}
     sizes = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": -(-batch // micro_batch)}
     section = {**section, **_DRY_RUN_ARGUMENTS, **sizes}
-    return build_training_arguments(section, device=job.base.device, folder=folder, name=job.recipe.name)
+    return build_training_arguments(
+        section, device=job.base.device, folder=folder, name=job.recipe.name, objective=job.recipe.objective
+    )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kit.training.loop.contexts import stop_gradient_checkpointing
-from lora_kit.training.loop.trainer import Trainer
+from lora_kit.training.loop.training_loop import TrainingLoop
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class MemoryEstimate:
         return self.weights + self.trained + self.gradients + self.optimizer + self.activations
 
 
-def estimate_memory(trainer: Trainer, longest: dict[str, Tensor], *, rows: int) -> MemoryEstimate:
+def estimate_memory(trainer: TrainingLoop, longest: dict[str, Tensor], *, rows: int) -> MemoryEstimate:
     """Return the memory that a training needs, measured after one step of it. Turns gradient checkpointing off.
 
     Args:
@@ -65,7 +65,7 @@ def _measure_storages(tensors: list[Tensor]) -> dict[int, int]:
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
-def _estimate_activations(trainer: Trainer, longest: dict[str, Tensor], rows: int, weights: set[int]) -> int:
+def _estimate_activations(trainer: TrainingLoop, longest: dict[str, Tensor], rows: int, weights: set[int]) -> int:
     """Return the bytes that a micro-batch keeps: those of one row, and what each further row adds.
 
     The difference of two rows and one leaves out what does not depend on their number, as casts of weights.
@@ -79,7 +79,7 @@ def _estimate_activations(trainer: Trainer, longest: dict[str, Tensor], rows: in
 
 
 def _measure_saved_tensors(
-    rows: list[dict[str, Tensor]], trainer: Trainer, layers: list[nn.Module], weights: set[int]
+    rows: list[dict[str, Tensor]], trainer: TrainingLoop, layers: list[nn.Module], weights: set[int]
 ) -> int:
     """Return the bytes that the forward of some rows keeps for its backward, besides weights.
 

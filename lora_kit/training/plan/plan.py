@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from lora_kit.data.batches import EncodedDataset
 from lora_kit.data.encode import encode_with_faults
 from lora_kit.data.packing import PackedDataset
 from lora_kit.models.loading import Base
 from lora_kit.models.silence import silence_libraries
 from lora_kit.torch_utils import preserve_random_states
 from lora_kit.training.job.job import Job
+from lora_kit.training.job.loops import build_job_arguments
 from lora_kit.training.job.methods import TrainableJob, make_job_trainable
 from lora_kit.training.job.output import check_output_available, check_output_writable
 from lora_kit.training.loop.checkpoints import RunFolder
@@ -18,7 +20,6 @@ from lora_kit.training.loop.contexts import set_up_training
 from lora_kit.training.loop.oom_retry import translate_out_of_memory
 from lora_kit.training.recipe.coerce import Section
 from lora_kit.training.recipe.load import RecipeSource, load_recipe
-from lora_kit.training.recipe.training_arguments import build_training_arguments
 from lora_kit.training.results import DataSummary, StepCounts, TrainPlan
 
 
@@ -52,7 +53,7 @@ def _build_plan(trainable: TrainableJob, *, first_step: int) -> TrainPlan:
     job = trainable.job
     with set_up_training(job.base, compiled=job.recipe.compile) as scratch:
         steps = _count_steps(job, scratch)
-        measured, memory = measure_dry_run(job, steps, folder=scratch)
+        measured, memory = measure_dry_run(trainable, steps, folder=scratch)
     data = _summarize_data(job)
     tokens_left = data.tokens * (steps.steps - first_step) / steps.per_epoch
     return TrainPlan(
@@ -72,11 +73,11 @@ def _build_plan(trainable: TrainableJob, *, first_step: int) -> TrainPlan:
 
 
 def _summarize_data(job: Job) -> DataSummary:
-    samples = job.train.samples if isinstance(job.train, PackedDataset) else job.train
+    samples = job.train if isinstance(job.train, EncodedDataset) else job.train.samples
     result = encode_with_faults(job.rows, job.base.tokenizer, job.sample_format)
     return DataSummary(
         rows=len(job.rows),
-        samples=len(samples),
+        samples=len(samples) if isinstance(job.train, PackedDataset) else len(job.train),
         tokens=samples.num_tokens,
         labels=samples.num_labels,
         cut=len(result.cut),
@@ -86,7 +87,7 @@ def _summarize_data(job: Job) -> DataSummary:
 
 
 def _count_steps(job: Job, folder: str) -> StepCounts:
-    args = build_training_arguments(job.recipe.train, device=job.base.device, folder=folder, name=job.recipe.name)
+    args = build_job_arguments(job, folder)
     micro_batch, accumulation = args.train_batch_size, args.gradient_accumulation_steps
     divide = math.floor if args.dataloader_drop_last else math.ceil
     per_epoch = max(1, math.ceil(divide(len(job.train) / micro_batch) / accumulation))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 from lora_kit.errors import RecipeError, format_list, suggest_nearest
+from lora_kit.io.text import format_value, shorten
 from lora_kit.training.recipe.strict_yaml import parse_yaml
 
 Section: TypeAlias = Mapping[str, Any]
@@ -104,7 +105,7 @@ def _coerce_to_narrowest(name: str, kinds: Sequence[object], value: object) -> o
         if result is not None:
             return _coerce_items(name, kinds, result)
     expected = " or ".join(_TYPE_WORDS[kind] for kind in _TYPE_WORDS if kind in plain)
-    raise RecipeError(f"{name} must be {expected or 'another kind of value'}; {value!r} was given")
+    raise RecipeError(f"{name} must be {expected or 'another kind of value'}; {format_value(value)} was given")
 
 
 def _plain_type_of(kind: object) -> object:
@@ -126,7 +127,7 @@ def _coerce_items(name: str, kinds: Sequence[object], value: object) -> object:
     if isinstance(value, dict):
         return {key: coerce_value(f"{name}.{key}", item_types[1], item) for key, item in value.items()}
     if typing.get_origin(holder) is tuple and Ellipsis not in item_types and len(value) != len(item_types):
-        raise RecipeError(f"{name} must have {len(item_types)} items; {value!r} was given")
+        raise RecipeError(f"{name} must have {len(item_types)} items; {format_value(value)} was given")
     return [coerce_value(f"{name}[{index}]", item_types[0], item) for index, item in enumerate(value)]
 
 
@@ -163,7 +164,7 @@ def _coerce_enum(name: str, kind: type[enum.Enum], value: object) -> str:
 
 def _unknown_value_error(name: str, value: object, known: Sequence[str], *, most: int = 12) -> RecipeError:
     hint = suggest_nearest(str(value), known) or f"known: {format_list(list(known), most=most)}"
-    return RecipeError(f"{name} {value!r} is not known", hint=hint)
+    return RecipeError(f"{name} {format_value(value)} is not known", hint=hint)
 
 
 # Parsers: each returns the value as its type, or None where the value is of another type
@@ -237,13 +238,13 @@ def check_known_keys(values: Section, names: Sequence[str], *, where: str) -> No
     unknown = [key for key in values if key not in names]
     if unknown:
         hint = suggest_nearest(str(unknown[0]), names) or f"known: {format_list(sorted(names), most=12)}"
-        raise RecipeError(f"unknown key {where}{unknown[0]}", hint=hint)
+        raise RecipeError(shorten(f"unknown key {where}{unknown[0]}"), hint=hint)
 
 
 def check_mapping(name: str, value: object) -> Section:
     """Return a value that is a mapping; raise RecipeError for any other."""
     if not isinstance(value, Mapping):
-        raise RecipeError(f"{name} must be a mapping of keys to values; {value!r} was given")
+        raise RecipeError(f"{name} must be a mapping of keys to values; {format_value(value)} was given")
     return value
 
 
@@ -251,7 +252,7 @@ def check_one_of(name: str, value: str, known: Sequence[str]) -> None:
     """Raise RecipeError unless a value is one of those known; the nearest is named."""
     if value not in known:
         hint = suggest_nearest(str(value), known) or f"known: {format_list(list(known))}"
-        raise RecipeError(f"{name} {value!r} is not known", hint=hint)
+        raise RecipeError(f"{name} {format_value(value)} is not known", hint=hint)
 
 
 # Copies

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lora_kit.data.mixture import MAX_WEIGHT, DataFile, DataSource, list_files
 from lora_kit.errors import RecipeError
+from lora_kit.io.text import format_value
 from lora_kit.training.recipe.coerce import check_known_keys, coerce_value
 from lora_kit.training.recipe.strict_yaml import parse_yaml
 
@@ -25,7 +26,7 @@ def parse_data_files(name: str, value: object) -> DataSource:
     if isinstance(value, (str, Path)):
         return str(value)
     if not isinstance(value, (list, tuple)):
-        raise RecipeError(f"{name} must be a path or a list of files; {value!r} was given")
+        raise RecipeError(f"{name} must be a path or a list of files; {format_value(value)} was given")
     return tuple(_parse_file(f"{name}[{index}]", item) for index, item in enumerate(value))
 
 
@@ -35,7 +36,9 @@ def _parse_file(name: str, item: object) -> DataFile:
     if isinstance(item, (str, Path)):
         return DataFile(str(item))
     if not isinstance(item, Mapping) or "path" not in item:
-        raise RecipeError(f"{name} must be a path or a mapping with path and perhaps weight; {item!r} was given")
+        raise RecipeError(
+            f"{name} must be a path or a mapping with path and perhaps weight; {format_value(item)} was given"
+        )
     check_known_keys(item, ("path", "weight"), where=f"{name}.")
     path = coerce_value(f"{name}.path", str, item["path"])
     weight = item.get("weight")

@@ -15,7 +15,7 @@ import yaml
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import AdapterError, ConfigError, RecipeError, format_list, suggest_nearest
 from lora_kit.io.read import exists, read_text
-from lora_kit.io.text import escape_text, format_value
+from lora_kit.io.text import escape_text, format_value, shorten
 from lora_kit.training.recipe.coerce import (
     Section,
     check_known_keys,
@@ -25,12 +25,14 @@ from lora_kit.training.recipe.coerce import (
     copy_nested,
 )
 from lora_kit.training.recipe.data_files import parse_data_files
+from lora_kit.training.recipe.limits import check_values
 from lora_kit.training.recipe.recipe import HEAD, DataSpec, Recipe
 from lora_kit.training.recipe.strict_yaml import load_yaml
 
 _SIZE_LIMIT: Final = 2**20
 """Bytes of a recipe's file, at most."""
-_PLAIN_FIELDS: Final = ("base", "out", "task", "method", "dtype", "quantize", "compile")
+_MAX_SHOWN_PATH: Final = 160
+_PLAIN_FIELDS: Final = ("base", "out", "task", "problem", "objective", "method", "dtype", "quantize", "compile")
 """Fields of a recipe that hold one value, not a section."""
 
 RecipeSource: TypeAlias = str | Path | Section | Recipe
@@ -51,7 +53,7 @@ def load_recipe(source: RecipeSource, *, overrides: Section | None = None) -> Re
     try:
         return _build_recipe(fields)
     except RecipeError as error:
-        raise RecipeError(f"{where}: {error.message}", hint=error.hint) from None
+        raise RecipeError(f"{where}: {shorten(error.message)}", hint=shorten(error.hint)) from None
 
 
 def read_recipe_fields(source: RecipeSource, *, overrides: Section | None = None) -> tuple[dict[str, Any], str]:
@@ -59,13 +61,24 @@ def read_recipe_fields(source: RecipeSource, *, overrides: Section | None = None
     if isinstance(source, Recipe):
         fields, where = source.to_dict(), "the recipe"
     elif isinstance(source, Mapping):
+        check_values(source, where="the recipe")
         fields, where = copy_nested(source), "the recipe"
     else:
         _check_is_path(source)
-        fields, where = _read_recipe_file(Path(source)), str(source)
+        fields, where = _read_recipe_file(Path(source)), _name_file(source)
+        check_values(fields, where=where)
+    check_values(overrides or {}, where="the overrides")
     for key, value in (overrides or {}).items():
+        if not isinstance(key, str):
+            raise RecipeError(f"the override {format_value(key)} is not a key", hint="for example 'lora.r'")
         _override(fields, key, value)
     return fields, where
+
+
+def _name_file(path: object) -> str:
+    """Return the path of a recipe for messages: its end, where it is long."""
+    text = escape_text(path)
+    return text if len(text) <= _MAX_SHOWN_PATH else f"…{text[-_MAX_SHOWN_PATH:]}"
 
 
 def _check_is_path(source: object) -> None:
@@ -79,10 +92,10 @@ def _read_recipe_file(path: Path) -> dict[str, Any]:
     """Return the mapping in a recipe's file."""
     suffix = path.suffix.lower()
     if suffix not in (".yaml", ".yml", ".toml"):
-        raise RecipeError(f"{path}: a recipe is a .yaml, .yml or .toml file")
+        raise RecipeError(f"{_name_file(path)}: a recipe is a .yaml, .yml or .toml file")
     if not exists(path):
         siblings = [str(item) for item in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise RecipeError(f"{escape_text(path)}: no such file", hint=suggest_nearest(str(path), siblings))
+        raise RecipeError(f"{_name_file(path)}: no such file", hint=suggest_nearest(str(path), siblings))
     try:
         text = read_text(path.resolve(), limit=_SIZE_LIMIT)
     except AdapterError as error:
@@ -90,9 +103,9 @@ def _read_recipe_file(path: Path) -> dict[str, Any]:
     try:
         fields = tomllib.loads(text) if suffix == ".toml" else load_yaml(text)
     except (tomllib.TOMLDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
-        raise RecipeError(f"{path}: cannot be parsed: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"{_name_file(path)}: cannot be parsed: {shorten(error)}") from None
     if not isinstance(fields, dict):
-        raise RecipeError(f"{path}: a mapping was expected, found {type(fields).__name__}")
+        raise RecipeError(f"{_name_file(path)}: a mapping was expected, found {type(fields).__name__}")
     return fields
 
 
@@ -107,12 +120,12 @@ def _override(fields: dict[str, Any], key: str, value: object) -> None:
     if section not in ("data", "lora", "peft", "train"):
         known = [f.name for f in dataclasses.fields(Recipe)]
         raise RecipeError(
-            f"--{key}: a recipe has no section {section!r}",
+            shorten(f"--{key}: a recipe has no section {format_value(section)}"),
             hint=suggest_nearest(section, known) or f"known: {format_list(known)}",
         )
     values = {} if fields.get(section) is None else fields[section]
     if not isinstance(values, dict):
-        raise RecipeError(f"{section} must be a mapping; {values!r} was given")
+        raise RecipeError(f"{section} must be a mapping; {format_value(values)} was given")
     fields[section] = {**values, name: value}
 
 

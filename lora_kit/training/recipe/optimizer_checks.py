@@ -12,6 +12,7 @@ from typing import Final, cast
 import torch
 
 from lora_kit.errors import RecipeError
+from lora_kit.io.text import format_value, shorten
 from lora_kit.models.silence import silence_libraries
 from lora_kit.training.recipe.coerce import Section
 
@@ -47,7 +48,7 @@ def check_optimizer(train: Section) -> None:
     for item in [] if arguments is None else str(arguments).split(","):
         if item.count("=") != 1 or not all(part.strip() for part in item.split("=")):
             expected = "train.optim_args must be name=value with commas between"
-            raise RecipeError(f"{expected}; {arguments!r} was given", hint="beta1=0.9,beta2=0.95")
+            raise RecipeError(f"{expected}; {format_value(arguments)} was given", hint="beta1=0.9,beta2=0.95")
     with _translate_errors("train.optim" if arguments is None else "train.optim_args"):
         from transformers import Trainer, TrainingArguments
         from transformers.training_args import OptimizerNames
@@ -67,7 +68,7 @@ def _parse_schedule_arguments(arguments: object) -> dict[str, object]:
         with contextlib.suppress(ValueError):
             arguments = json.loads(arguments)
     if arguments is not None and not isinstance(arguments, Mapping):
-        raise RecipeError(f"train.lr_scheduler_kwargs must be a mapping; {arguments!r} was given")
+        raise RecipeError(f"train.lr_scheduler_kwargs must be a mapping; {format_value(arguments)} was given")
     return dict(arguments or {})
 
 
@@ -78,4 +79,4 @@ def _translate_errors(key: str) -> Iterator[None]:
         with silence_libraries():
             yield
     except Exception as error:  # whatever a schedule or an optimizer makes of wrong arguments
-        raise RecipeError(f"{key}: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"{key}: {shorten(error)}") from error

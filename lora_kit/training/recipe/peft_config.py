@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lora_kit.config.validation import MAX_RANK
 from lora_kit.errors import RecipeError, format_list, suggest_nearest
+from lora_kit.io.text import format_value, shorten
 from lora_kit.models.silence import silence_libraries
 from lora_kit.models.tasks import CAUSAL_LM, TASK_SPECS
 from lora_kit.training.recipe.coerce import Section, coerce_fields, union_members_of
@@ -112,7 +113,7 @@ def build_peft_config(section: Section, *, task: str) -> PeftConfig:
         with silence_libraries():
             return config_class(task_type=TASK_SPECS[task].peft_type, **fields)
     except (ValueError, TypeError, ImportError, AttributeError, KeyError, RuntimeError) as error:
-        raise RecipeError(f"peft: {section['peft_type']}: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"peft: {section['peft_type']}: {shorten(error)}") from None
 
 
 def can_save_modules(section: Section) -> bool:
@@ -134,7 +135,7 @@ def _parse_peft_type(value: object) -> str:
     kind = str(value).upper()
     if kind not in known:
         hint = suggest_nearest(kind, known) or f"known: {format_list(known, most=len(known))}"
-        raise RecipeError(f"peft.peft_type {value!r} is not known", hint=hint)
+        raise RecipeError(f"peft.peft_type {format_value(value)} is not known", hint=hint)
     if kind in UNSUPPORTED_TYPES:
         raise RecipeError(f"peft.peft_type {kind} cannot be trained by a recipe: {UNSUPPORTED_TYPES[kind]}")
     return kind
@@ -154,7 +155,8 @@ def _check_trainable(kind: str, config: PeftConfig) -> None:
     init = str(getattr(config, "init_lora_weights", "")).partition("_niter_")[0]
     if init in _UNSUPPORTED_INITIALIZATIONS:
         raise RecipeError(
-            f"peft.init_lora_weights {init!r} cannot be trained by a recipe: {_UNSUPPORTED_INITIALIZATIONS[init]}"
+            f"peft.init_lora_weights {format_value(init)} cannot be trained by a recipe: "
+            f"{_UNSUPPORTED_INITIALIZATIONS[init]}"
         )
     if getattr(config, "auxiliary_loss_weight", 0):
         raise RecipeError(f"peft: {kind}: {_OWN_LOSS}", hint="peft.auxiliary_loss_weight: 0")
@@ -164,7 +166,7 @@ def _check_virtual_tokens(kind: str, config: PeftConfig, *, packing: bool, check
     """Raise RecipeError for settings that do not work with virtual tokens before a text."""
     count = getattr(config, "num_virtual_tokens", None)
     if not isinstance(count, int) or count < 1:
-        raise RecipeError(f"peft.num_virtual_tokens must be a whole number from 1; {count!r} was given")
+        raise RecipeError(f"peft.num_virtual_tokens must be a whole number from 1; {format_value(count)} was given")
     if packing:
         raise RecipeError(f"peft: {kind} puts its virtual tokens before a whole row, so data.packing must be false")
     if checkpointing and kind in ("PREFIX_TUNING", "CARTRIDGE"):

@@ -15,11 +15,20 @@ from lora_kit.config.lora_config import LoraConfig
 from lora_kit.data.messages import ALL, LEARN
 from lora_kit.data.mixture import DataSource
 from lora_kit.errors import RecipeError
+from lora_kit.io.text import format_value
 from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR
 from lora_kit.models.quantization import QUANTIZATIONS
-from lora_kit.models.tasks import CAUSAL_LM, TASKS
+from lora_kit.models.tasks import CAUSAL_LM, CLASSIFY, LABEL_TASKS, MULTI_LABEL, PROBLEMS, REGRESSION, TASKS
+from lora_kit.training.recipe.class_weights import ClassWeights, parse_class_weights
 from lora_kit.training.recipe.coerce import Section, as_json, check_one_of
 from lora_kit.training.recipe.data_files import check_data_files, describe_data_files
+from lora_kit.training.recipe.limits import check_largest, check_output_name
+from lora_kit.training.recipe.objectives import (
+    SFT,
+    TRL_OBJECTIVES,
+    check_objective,
+    check_objective_values,
+)
 from lora_kit.training.recipe.optimizer_checks import check_optimizer, check_schedule
 from lora_kit.training.recipe.peft_config import parse_peft_section
 from lora_kit.training.recipe.training_arguments import (
@@ -44,6 +53,8 @@ METHODS_CHANGING_BASE: Final = ("full", "peft")
 """Methods that change the model itself, which nothing else may use then."""
 HEAD: Final = "head"
 """In `modules_to_save`: the head of whatever base is loaded."""
+_LABEL_FIELDS: Final = ("problem", "class_weights")
+"""Fields that a recipe without labels does not have."""
 _DESCRIPTIVE_FIELDS: Final = ("base_model_name_or_path", "revision", "task_type", "inference_mode")
 
 
@@ -84,12 +95,19 @@ class Recipe:
         data: the files and how they are read.
         out: folder of the result; its last part is the adapter's name.
         task: one of `lora_kit.models.tasks.TASKS`.
+        problem: what task `classify` predicts, one of `lora_kit.models.tasks.PROBLEMS`; None to infer it from the form
+            of the labels.
+        class_weights: weight of each label in the loss by its name, 1 for labels that are not named; `balanced` for the
+            inverse of how frequent they are; None for equal weights.
+        objective: `sft` to learn the answers; `dpo`, `kto`, `orpo` to prefer some answers to others, `reward` to score
+            them, by TRL's trainers; see `lora_kit.training.recipe.objectives`. A reward model's task is `classify`.
         method: `lora`; `features` to train only the head; `full` to train every weight; `peft` for one of PEFT's own
             adapter types.
         lora: the adapter's config.
         peft: for method `peft`: `peft_type` and fields of PEFT's config of that type.
-        train: fields of transformers.TrainingArguments. A field that is not set has that class's default, except for
-            `DEFAULTS`, `LEARNING_RATES` and `SAVE_STRATEGIES` in `training_arguments`. Further keys:
+        train: fields of transformers.TrainingArguments, and of TRL's config of the objective. A field that is not set
+            has that class's default, except for `DEFAULTS`, `LEARNING_RATES` and `SAVE_STRATEGIES` in
+            `training_arguments` and the learning rate of an `Objective`. Further keys:
             `early_stopping_patience`, the number of evaluations without improvement before training stops;
             `loraplus_lr_ratio`, the learning rate of B divided by that of A (Hayou et al. 2024, arXiv:2402.12354);
             `head_learning_rate`, the learning rate of the head.
@@ -105,6 +123,9 @@ class Recipe:
     data: DataSpec
     out: str
     task: str = CAUSAL_LM
+    problem: str | None = None
+    class_weights: ClassWeights = None
+    objective: str = SFT
     method: str = "lora"
     lora: LoraConfig = field(default_factory=LoraConfig)
     peft: Section = field(default_factory=dict)
@@ -116,20 +137,27 @@ class Recipe:
     def __post_init__(self) -> None:
         self._check_plain_fields()
         self._check_data()
-        object.__setattr__(self, "train", MappingProxyType(parse_train_section(self.train, self.method)))
+        train = parse_train_section(self.train, self.method, self.objective)
+        object.__setattr__(self, "train", MappingProxyType(train))
         object.__setattr__(self, "lora", _choose_lora_config(self.method, self.lora))
         object.__setattr__(self, "peft", MappingProxyType(self._parse_peft()))
         check_evaluation(self.train, self.data.validation)
-        check_best_model_settings(self.train, self.task)
+        check_best_model_settings(self.train, self.task, self.problem, self.objective)
         check_learning_rates(self.train, self.method)
         check_schedule(self.train)
         check_optimizer(self.train)
+        check_objective_values(self.objective, self.train, lora_dropout=self.lora.lora_dropout)
+        check_largest(self.train)
         if self.compile:
             check_compilable(self.train)
 
     def _check_plain_fields(self) -> None:
         check_one_of("task", self.task, TASKS)
+        if self.problem is not None:
+            check_one_of("problem", self.problem, PROBLEMS)
         check_one_of("method", self.method, METHODS)
+        self._resolve_objective()
+        self._check_labels()
         check_one_of("dtype", self.dtype, DTYPES)
         if self.quantize is not None:
             check_one_of("quantize", self.quantize, QUANTIZATIONS)
@@ -137,15 +165,51 @@ class Recipe:
             what = f"method full cannot train the weights of a base in {self.quantize}"
             raise RecipeError(what, hint="use method lora")
 
+    def _resolve_objective(self) -> None:
+        """Check the objective, and set the task that a reward model has."""
+        check_objective(self.objective)
+        if self.objective == SFT:
+            return
+        objective = TRL_OBJECTIVES[self.objective]
+        if self.task != objective.task:
+            if self.task != CAUSAL_LM:
+                what = f"objective {self.objective} is for task {objective.task}; the task is {self.task}"
+                raise RecipeError(what, hint="leave the task out")
+            object.__setattr__(self, "task", objective.task)
+        for key, is_wrong, hint in (
+            (f"method {self.method}", self.method not in objective.methods, f"use method {objective.methods[0]}"),
+            (f"problem {self.problem}", self.problem not in (None, REGRESSION), "leave the problem out"),
+            ("class_weights", self.class_weights is not None, "leave them out"),
+            ("data.packing", self.data.packing, "packing: false"),
+            ("compile", self.compile, "compile: false"),
+        ):
+            if is_wrong:
+                raise RecipeError(f"{key} does not go with objective {self.objective}", hint=hint)
+
+    def _check_labels(self) -> None:
+        if self.problem is not None and self.task != CLASSIFY:
+            raise RecipeError(f"problem is for task {CLASSIFY}; the task is {self.task}", hint=f"task: {CLASSIFY}")
+        if self.problem in (MULTI_LABEL, REGRESSION) and self.train.get("label_smoothing_factor"):
+            what = f"train.label_smoothing_factor has no effect on the loss of problem {self.problem}"
+            raise RecipeError(what, hint="take it out")
+        object.__setattr__(self, "class_weights", parse_class_weights(self.class_weights))
+        if self.class_weights is None:
+            return
+        if self.task not in LABEL_TASKS or self.problem == REGRESSION:
+            what = f"problem {REGRESSION}" if self.problem == REGRESSION else f"task {self.task}"
+            raise RecipeError(f"class_weights are weights of labels, which {what} has not", hint="take them out")
+
     def _check_data(self) -> None:
+        check_output_name(self.out)
         if not self.base.strip() or not self.out.strip():
             raise RecipeError("base and out must not be empty")
         check_data_files(self.data.train, self.data.validation)
         if self.data.packing and self.task != CAUSAL_LM:
             raise RecipeError(f"data.packing is for task causal-lm; the task is {self.task}")
         check_one_of("data.learn", self.data.learn, LEARN)
-        if self.data.max_length is not None and self.data.max_length < 2:
-            raise RecipeError(f"data.max_length must be at least 2; {self.data.max_length} was given")
+        if self.data.max_length is not None and not 2 <= self.data.max_length < 2**31:
+            shown = format_value(self.data.max_length)
+            raise RecipeError(f"data.max_length must be at least 2 and below 2^31; {shown} was given")
 
     def _parse_peft(self) -> Section:
         if self.method != "peft":
@@ -180,6 +244,12 @@ class Recipe:
         fields["train"] = {key: as_json(value) for key, value in sorted(self.train.items())}
         fields["lora"] = _collect_lora_fields(self.lora)
         fields["peft"] = as_json(dict(self.peft))
+        if self.objective == SFT:
+            del fields["objective"]  # as it was before there were others
+        fields["class_weights"] = as_json(self.class_weights)
+        for name in _LABEL_FIELDS:
+            if fields[name] is None:
+                del fields[name]
         for section in ("lora", "peft"):
             if section not in _SECTIONS[self.method]:
                 del fields[section]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,7 +13,14 @@ import torch
 from lora_kit.errors import ConfigError, RecipeError
 from lora_kit.evaluation.metrics import METRICS, validate_metrics
 from lora_kit.models.silence import silence_libraries
-from lora_kit.training.recipe.coerce import Section, check_known_keys, coerce_value
+from lora_kit.training.recipe.coerce import Section, check_known_keys, check_one_of, coerce_value
+from lora_kit.training.recipe.objectives import (
+    SFT,
+    TRL_OBJECTIVES,
+    check_objective_keys,
+    get_objective_types,
+    load_config_class,
+)
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -31,6 +39,7 @@ OWN_FIELDS: Final[Mapping[str, type]] = {
 }
 """Keys of `train` that are no fields of transformers.TrainingArguments, with their types."""
 
+_UNLIMITED: Final = 2**30
 _COUNTS: Final = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 _LENGTHS: Final = ("num_train_epochs", "logging_steps", "save_steps", "eval_steps")
 _AMOUNTS: Final = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers")
@@ -90,13 +99,16 @@ _NEWER_NAMES: Final = {
 """Older names of TrainingArguments that recipes may use, and their names in newer versions of transformers."""
 
 
-def parse_train_section(section: Section, method: str) -> dict[str, Any]:
+def parse_train_section(section: Section, method: str, objective: str = SFT) -> dict[str, Any]:
     """Return the `train` section with its defaults, every value converted to its type.
+
+    With an objective of TRL it may also have the keys of that objective's config.
 
     Raises:
         RecipeError: a key is unknown or cannot be set, or a value is invalid.
     """
-    hints = {**get_training_argument_types(), **OWN_FIELDS}
+    hints = {**get_objective_types(objective), **get_training_argument_types(), **OWN_FIELDS}
+    check_objective_keys(objective, section)
     for key in section:
         if key in _UNSUPPORTED_KEYS:
             raise RecipeError(f"train.{key} cannot be set", hint=_UNSUPPORTED_KEYS[key])
@@ -105,7 +117,8 @@ def parse_train_section(section: Section, method: str) -> dict[str, Any]:
     check_known_keys(section, [key for key in hints if key not in _UNSUPPORTED_KEYS], where="train.")
     values = {key: coerce_value(f"train.{key}", hints[key], value, split_names=False) for key, value in section.items()}
     _check_numbers(values)
-    defaults = {**DEFAULTS, "learning_rate": LEARNING_RATES[method], "save_strategy": SAVE_STRATEGIES[method]}
+    rate = LEARNING_RATES[method] if objective == SFT else TRL_OBJECTIVES[objective].learning_rate
+    defaults = {**DEFAULTS, "learning_rate": rate, "save_strategy": SAVE_STRATEGIES[method]}
     train = {**defaults, **{key: value for key, value in values.items() if value is not None or key not in defaults}}
     return {**_infer_best_model_defaults(train), **train}
 
@@ -132,8 +145,15 @@ def _infer_best_model_defaults(train: Section) -> dict[str, object]:
     if not train.get("load_best_model_at_end", keeps_best):
         return {}
     metric = best_metric_of(train)
-    higher = metric in METRICS and METRICS[metric].greater_is_better
+    higher = is_greater_better(metric)
     return {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": higher}
+
+
+def is_greater_better(metric: str) -> bool:
+    """Return whether a greater value of a metric is better; False for one that is not known."""
+    if metric in METRICS:
+        return METRICS[metric].greater_is_better
+    return any(objective.metrics.get(metric, False) for objective in TRL_OBJECTIVES.values())
 
 
 def best_metric_of(train: Section) -> str:
@@ -157,17 +177,21 @@ def check_evaluation(train: Section, validation: object) -> None:
         raise RecipeError(f"train.{keys[0]} is {train[keys[0]]!r}, and there is no data.validation to evaluate on")
 
 
-def check_best_model_settings(train: Section, task: str) -> None:
+def check_best_model_settings(train: Section, task: str, problem: str | None = None, objective: str = SFT) -> None:
     """Raise RecipeError where the best adapter is to be kept and cannot be determined or saved."""
     patience, best = train.get("early_stopping_patience"), train.get("load_best_model_at_end")
     if patience is not None and patience < 1:
         raise RecipeError(f"train.early_stopping_patience must be 1 or more evaluations; {patience} was given")
     if patience and not best:
         raise RecipeError("train.early_stopping_patience keeps the best adapter, but load_best_model_at_end is false")
-    try:
-        validate_metrics([best_metric_of(train)], task)
-    except ConfigError as error:
-        raise RecipeError(f"train.metric_for_best_model: {error.message}", hint=error.hint) from None
+    metric = best_metric_of(train)
+    if objective == SFT:
+        try:
+            check_best_metric(metric, task, problem)
+        except ConfigError as error:
+            raise RecipeError(f"train.metric_for_best_model: {error.message}", hint=error.hint) from None
+    else:
+        check_one_of("train.metric_for_best_model", metric, ("loss", *TRL_OBJECTIVES[objective].metrics))
     _check_direction(train)
     if not best:
         return
@@ -177,11 +201,18 @@ def check_best_model_settings(train: Section, task: str) -> None:
             raise RecipeError(what, hint=f"train.{key}: epoch, or steps")
 
 
+def check_best_metric(metric: str, task: str, problem: str | None) -> None:
+    """Raise ConfigError for a metric by which no models can be compared."""
+    validate_metrics([metric], task, problem)
+    if not METRICS[metric].is_one_value:
+        raise ConfigError(f"metric {metric!r} is not one number", hint="f1_macro is its mean over the labels")
+
+
 def _check_direction(train: Section) -> None:
     """Raise RecipeError where `greater_is_better` would keep the worst adapter."""
     metric, greater = best_metric_of(train), train.get("greater_is_better")
-    if greater is not None and greater != METRICS[metric].greater_is_better:
-        better = "higher" if METRICS[metric].greater_is_better else "lower"
+    if greater is not None and greater != is_greater_better(metric):
+        better = "higher" if is_greater_better(metric) else "lower"
         what = f"train.greater_is_better is {str(greater).lower()}, but a {better} {metric} is better"
         raise RecipeError(what, hint="leave it out: the metric decides")
 
@@ -235,13 +266,16 @@ def check_reporting(train: Section) -> None:
                 raise RecipeError(f"train.report_to {name}: {' '.join(str(error).split())}", hint=hint) from None
 
 
-def build_training_arguments(train: Section, *, device: torch.device, folder: str, name: str) -> TrainingArguments:
+def build_training_arguments(
+    train: Section, *, device: torch.device, folder: str, name: str, objective: str = SFT
+) -> TrainingArguments:
     """Return a checked `train` section as transformers.TrainingArguments.
 
     Args:
         device: the base's.
         folder: the output folder that transformers requires; nothing is written to it.
         name: of the run, for experiment trackers.
+        objective: whose class of arguments is returned; `sft` is transformers' own.
 
     Raises:
         RecipeError: the optimizer does not run on the device.
@@ -260,14 +294,23 @@ def build_training_arguments(train: Section, *, device: torch.device, folder: st
     if "paged" in str(values.get("optim")) and device.type != "cuda":
         # bitsandbytes would silently use states that are not paged.
         raise RecipeError(f"train.optim {values['optim']} needs a CUDA device", hint="adamw_8bit runs on a CPU too")
-    args = TrainingArguments(
-        output_dir=folder,
-        use_cpu=device.type == "cpu",
-        remove_unused_columns=False,
-        label_names=["labels"],
-        logging_nan_inf_filter=False,
-        **values,
-    )
+    config = TrainingArguments
+    if objective != SFT:
+        config = load_config_class(objective)
+        # No limit of TRL's own: what is too long was found when the rows were encoded.
+        defaults = {"max_length": _UNLIMITED, "bf16": False, "gradient_checkpointing": False}
+        names = {field.name for field in dataclasses.fields(config)}
+        values = {**{key: value for key, value in defaults.items() if key in names}, **values}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # about names that TRL's configs still use
+        args = config(
+            output_dir=folder,
+            use_cpu=device.type == "cpu",
+            remove_unused_columns=False,
+            label_names=["labels"],
+            logging_nan_inf_filter=False,
+            **values,
+        )
     # With several devices transformers would use DataParallel, which copies the model in every step.
     args._n_gpu = min(args.n_gpu, 1)
     args.load_best_model_at_end = keeps_best

@@ -10,9 +10,10 @@ import torch
 
 from lora_kit.data.batches import IGNORE_INDEX, EncodedDataset
 from lora_kit.evaluation.forward import run_forward
+from lora_kit.evaluation.label_answers import describe_answer, name_answers, name_target
 from lora_kit.generation.decoding import Sampling, decode_ids, generate_batch
 from lora_kit.generation.prompts import EncodedPrompt, find_end_tokens
-from lora_kit.models.tasks import GENERATIVE_KINDS, LABEL, SEQ2SEQ, TARGET
+from lora_kit.models.tasks import GENERATIVE_KINDS, SEQ2SEQ, TARGET, TEXT_KINDS
 from lora_kit.torch_utils import use_eval_mode
 from lora_kit.training.job.job import Job
 
@@ -87,12 +88,12 @@ class SampleAnswers:
         assert job.validation is not None
         samples = job.validation.select(self._positions)
         result = run_forward(job.base.model, samples, job.collator, batch_size=1)
-        return [job.labels[label] for (label,) in result.predicted]
+        return [describe_answer(answer) for answer in name_answers(samples.kind, result, job.labels)]
 
 
 def _choose_positions(samples: EncodedDataset | None) -> list[int]:
     """Return positions spread evenly over a data set."""
-    if samples is None or samples.kind not in (*GENERATIVE_KINDS, LABEL):
+    if samples is None or samples.kind not in (*GENERATIVE_KINDS, *TEXT_KINDS):
         return []
     count = min(SAMPLE_COUNT, len(samples))
     return sorted({index * len(samples) // count for index in range(count)})
@@ -102,8 +103,9 @@ def _build_prompt(job: Job, samples: EncodedDataset, position: int) -> tuple[Enc
     """Return a sample as a prompt, and the answer expected after it."""
     tokenizer, sample = job.base.tokenizer, samples[position]
     ids: list[int] = sample["input_ids"].tolist()
-    if samples.kind == LABEL:
-        return EncodedPrompt(decode_ids(tokenizer, ids), ids, frozenset()), job.labels[int(sample["labels"])]
+    if samples.kind in TEXT_KINDS:
+        expected = describe_answer(name_target(samples.kind, sample["labels"], job.labels))
+        return EncodedPrompt(decode_ids(tokenizer, ids), ids, frozenset()), expected
     labels: list[int] = sample["labels"].tolist()
     end_tokens = find_end_tokens(job.base)
     if samples.kind == TARGET:

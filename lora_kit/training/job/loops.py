@@ -1,0 +1,91 @@
+"""The training loop of a job: our own for `sft`, one of TRL's for the other objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import Dataset
+
+from lora_kit.data.preference_samples import PreferenceDataset
+from lora_kit.errors import RecipeError
+from lora_kit.training.job.job import Job
+from lora_kit.training.job.methods import TrainableJob
+from lora_kit.training.loop.learning_rates import LearningRates
+from lora_kit.training.recipe.objectives import SFT, TRL_OBJECTIVES
+from lora_kit.training.recipe.training_arguments import build_training_arguments
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback, TrainingArguments
+
+    from lora_kit.training.loop.resumable import ResumableLoop, RunContext
+
+
+def build_job_arguments(job: Job, folder: str) -> TrainingArguments:
+    """Return the arguments of a job's `train` section.
+
+    Args:
+        folder: the output folder that transformers requires; nothing is written to it.
+    """
+    recipe = job.recipe
+    return build_training_arguments(
+        recipe.train, device=job.base.device, folder=folder, name=recipe.name, objective=recipe.objective
+    )
+
+
+def build_loop(
+    trainable: TrainableJob, args: TrainingArguments, *, callbacks: Sequence[TrainerCallback], run: RunContext
+) -> ResumableLoop:
+    """Return the loop that trains a job.
+
+    Raises:
+        RecipeError, BankError: the adapter does not go with the objective.
+    """
+    job = trainable.job
+    options: dict[str, Any] = {
+        "callbacks": callbacks,
+        "rates": LearningRates.of(job.recipe.train, job.recipe.task),
+        "run": run,
+    }
+    if job.recipe.objective != SFT:
+        return build_preference_loop(trainable, args, train=job.train, validation=job.validation, **options)
+    from lora_kit.training.loop.resumable import ResumableTrainer
+
+    return ResumableTrainer(
+        job.base.model,
+        args,
+        train=job.train,
+        validation=job.validation,
+        collator=job.collator,
+        measure_options=job.measure_options,
+        class_weights=job.class_weights,
+        **options,
+    )
+
+
+def build_preference_loop(
+    trainable: TrainableJob,
+    args: TrainingArguments,
+    *,
+    train: Dataset[dict[str, Any]],
+    validation: PreferenceDataset | None,
+    **options: Any,
+) -> ResumableLoop:
+    """Return TRL's loop of a job's objective on some samples.
+
+    Args:
+        options: further arguments of a `ResumableLoop`.
+
+    Raises:
+        RecipeError, BankError: the adapter does not go with the objective.
+    """
+    from lora_kit.training.loop.preference_trainers import LOOPS
+
+    job = trainable.job
+    if TRL_OBJECTIVES[job.recipe.objective].needs_reference:
+        if trainable.build_reference is None:
+            raise RecipeError(f"method {job.recipe.method} keeps no reference for objective {job.recipe.objective}")
+        options["ref_model"] = trainable.build_reference()
+    return LOOPS[job.recipe.objective](
+        job.base.model, args, train=train, validation=validation, tokenizer=job.base.tokenizer, **options
+    )
