@@ -27,6 +27,7 @@ def serve(
     context: int | None = None,
     alias: Annotated[list[str] | None, Parameter(negative="")] = None,
     keys: Path | None = None,
+    rate: str | None = None,
     state: Path | None = None,
 ) -> None:
     """Serve the base and every adapter of a store over HTTP, in OpenAI's API.
@@ -43,6 +44,7 @@ def serve(
         context: Tokens of prompt and answer, at most; by default what the base reads.
         alias: Another name of an adapter, NAME=ADAPTER; may be repeated.
         keys: File with the sha256 of bearer keys, and what each may do.
+        rate: Requests of one key, such as 60/minute.
         state: File that keeps what was loaded, aliased and pinned at run time.
     """
     from lora_kit.serving.serve import serve as run
@@ -61,6 +63,7 @@ def serve(
         context=context,
         aliases=dict(_parse_alias(text) for text in alias or ()),
         keys=keys,
+        rate=rate,
         state=state,
     )
     run(settings, on_ready=lambda address: print(f"serving {base} at {address}; stop with Ctrl-C", flush=True))

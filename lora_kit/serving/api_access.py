@@ -32,13 +32,15 @@ def require_key(request: Request) -> AccessKey:
     """Return what the client may do.
 
     Raises:
-        ApiError: it has no key, or a wrong one.
+        ApiError: it has no key, or a wrong one, or sends too many requests.
     """
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
     found = get_served(request).keys.find(key if scheme.lower() == "bearer" else None)
     if found is None:
         message = "no key, or a wrong one, was given: send 'Authorization: Bearer KEY'"
         raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+    if not get_served(request).rate.take(found.name):
+        raise ApiError(429, "too many requests with this key", code="rate_limit", headers={"Retry-After": "1"})
     return found
 
 

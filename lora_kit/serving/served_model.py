@@ -28,6 +28,7 @@ from lora_kit.serving.adapter_labels import AdapterLabels, set_aliases
 from lora_kit.serving.adapter_slots import AdapterSlots, SlotUse
 from lora_kit.serving.engine import RequestError
 from lora_kit.serving.model_worker import ModelWorker, QueueLimits
+from lora_kit.serving.rate_limit import RateLimit
 from lora_kit.serving.rows_engine import RowsEngine
 from lora_kit.serving.server_metrics import ServerMetrics
 
@@ -53,6 +54,7 @@ class ServerSettings:
         context: tokens of prompt and answer, at most; None for what the base reads.
         aliases: labels by alias.
         keys: file of keys; None for none.
+        rate: requests of one key, such as `60/minute`; None for no limit.
         state: file that keeps what was loaded, aliased and pinned; None to forget it.
         limits: what may wait.
         body_bytes: of a request's body, at most.
@@ -71,6 +73,7 @@ class ServerSettings:
     context: int | None = None
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     keys: Path | None = None
+    rate: str | None = None
     state: Path | None = None
     limits: QueueLimits = dataclasses.field(default_factory=QueueLimits)
     body_bytes: int = 4 * 2**20
@@ -88,6 +91,7 @@ class ServedModel:
     Attributes:
         settings: how it was started.
         keys: who may do what.
+        rate: how often.
         labels: what clients call adapters.
         worker: runs requests.
         metrics: what happened.
@@ -103,6 +107,7 @@ class ServedModel:
         self.settings = settings
         self.keys: AccessKeys = read_keys(settings.keys)
         check_host(settings.host, self.keys)
+        self.rate = RateLimit(settings.rate)
         self._base: Base = load_base(settings.base, dtype=settings.dtype, quantize=settings.quantize)
         self.base_name = Path(settings.base).name or settings.base
         self.labels = AdapterLabels(settings.store, base_name=self.base_name, state_file=settings.state)
