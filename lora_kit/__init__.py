@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lora_kit.config.lora_config import LoraConfig
     from lora_kit.errors import LoraKitError
     from lora_kit.evaluation.evaluate import evaluate
+    from lora_kit.evaluation.predict import predict
     from lora_kit.exporters.export import export
     from lora_kit.merging.merge import merge
     from lora_kit.models.loading import load_base
@@ -41,6 +42,7 @@ _HOMES = {
     "extract": "lora_kit.algebra.extract",
     "load_base": "lora_kit.models.loading",
     "merge": "lora_kit.merging.merge",
+    "predict": "lora_kit.evaluation.predict",
     "resize": "lora_kit.algebra.resize",
     "sweep": "lora_kit.sweeps.sweep",
     "train": "lora_kit.training.train",
@@ -61,6 +63,7 @@ __all__ = [
     "extract",
     "load_base",
     "merge",
+    "predict",
     "resize",
     "sweep",
     "train",

@@ -37,6 +37,7 @@ FURTHER: Final = {
     "lora_kit.evaluation.metrics": ("METRICS",),
     "lora_kit.evaluation.eval_report": ("EvalReport",),
     "lora_kit.evaluation.measure": ("Evaluation",),
+    "lora_kit.evaluation.prediction": ("Prediction", "Entity"),
     "lora_kit.generation.generate": ("generate", "Generation"),
     "lora_kit.generation.decoding": ("Sampling",),
     "lora_kit.adapter.store": ("list_adapters", "find_adapter"),

@@ -18,6 +18,7 @@ from lora_kit.io.hub import (
     HubUnreachableError,
     download_snapshot,
     list_cached_files,
+    list_cached_revisions,
     list_hub_files,
     may_be_hub_id,
 )
@@ -135,8 +136,7 @@ def _fetch_adapter(name: str, hub_id: HubId, store: Path) -> Path:
     except HubUnreachableError as error:
         files, from_cache = list_cached_files(hub_id), True
         if not files:
-            reason = f"it is not in the local cache, and {error}"
-            raise _make_unknown_error(name, store, reason=reason) from None
+            raise _make_uncached_error(name, hub_id, store, str(error)) from None
         logger.info("%s: read from the local cache, since %s", name, error)
     except HubError as error:
         raise _make_unknown_error(name, store, reason=str(error)) from None
@@ -149,10 +149,25 @@ def _fetch_adapter(name: str, hub_id: HubId, store: Path) -> Path:
         raise AdapterError(f"{name}: {error}", hint="give a local folder") from error.__cause__
 
 
+def _make_uncached_error(name: str, hub_id: HubId, store: Path, reason: str) -> UnknownAdapterError:
+    """Return the error for what is not in the local cache, which names the revisions that are."""
+    revisions = list_cached_revisions(hub_id.repository)
+    if not revisions:
+        return _make_unknown_error(name, store, reason=f"it is not in the local cache, and {reason}")
+    known = f"the local cache has {format_list(revisions)} of {hub_id.repository}, and {reason}"
+    error = _make_unknown_error(name, store, reason=known)
+    error.hint = f"{hub_id.repository}@{revisions[0]}"
+    revision, _, subfolder = (hub_id.revision or "").partition("/")
+    if revision in revisions and subfolder:
+        error.hint = f"a subfolder stands before the revision: {hub_id.repository}/{subfolder}@{revision}"
+    return error
+
+
 def _hint_subfolders(hub_id: HubId, files: Sequence[str]) -> str:
     """Return a hint at the subfolders of a repository that hold an adapter."""
     revision = "" if hub_id.revision is None else f"@{hub_id.revision}"
-    below = [file.removesuffix(f"/{CONFIG}") for file in files if file.endswith(f"/{CONFIG}")]
-    if not below:
+    folders = [file.removesuffix(CONFIG).rstrip("/") for file in files if file.rpartition("/")[2] == CONFIG]
+    if not folders:
         return "is it an adapter? A base is given as the base"
-    return f"these hold one: {format_list([f'{hub_id.repository}/{folder}{revision}' for folder in below])}"
+    names = [f"{hub_id.repository}/{folder}".rstrip("/") + revision for folder in folders]
+    return f"these hold one: {format_list(names)}"

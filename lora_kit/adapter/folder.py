@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -32,6 +33,9 @@ ALLOWANCES: Final = ("other-base", "extra-keys", "changed-files", "unmatched-tar
 saved; and names in its config that the model does not have, which are only warned about."""
 
 _CONFIG_LIMIT: Final = 2**20
+_MAX_DEPTH: Final = 3
+"""How far below a folder without an adapter others are looked for, to name them in its error."""
+_MAX_NAMED: Final = 8
 
 
 def is_adapter_folder(folder: Path) -> bool:
@@ -57,6 +61,19 @@ def check_allowances(allow: Collection[str]) -> None:
     unknown = [name for name in allow if name not in ALLOWANCES]
     if isinstance(allow, str) or unknown:
         raise ConfigError(f"allow={allow!r} was given; expected any of {format_list(ALLOWANCES)}")
+
+
+def _find_nested_adapters(folder: Path, depth: int) -> Iterator[Path]:
+    """Yield folders below this one that hold an adapter, at most so deep; nothing inside an adapter, and no links."""
+    try:
+        entries = sorted(folder.iterdir()) if depth else []
+    except OSError:
+        return
+    for entry in entries:
+        if has_adapter_files(entry):
+            yield entry
+        elif entry.is_dir() and not entry.is_symlink():
+            yield from _find_nested_adapters(entry, depth - 1)
 
 
 # Reading
@@ -98,7 +115,7 @@ class AdapterFolder:
         if not folder_exists(folder):
             raise AdapterError(f"{shown} is not a folder", hint="an adapter is a folder with an adapter_config.json")
         if not exists(folder / CONFIG):
-            below = [escape_text(entry) for entry in list_adapter_subfolders(folder)]
+            below = [escape_text(entry) for entry in islice(_find_nested_adapters(folder, _MAX_DEPTH), _MAX_NAMED)]
             hint = f"these hold an adapter: {format_list(below)}" if below else "is it an adapter folder?"
             raise ConfigError(f"{shown} has no {CONFIG}", hint=hint)
         text = read_text(folder / CONFIG, limit=_CONFIG_LIMIT)

@@ -138,6 +138,7 @@ def build_record(
     for name, values in (
         ("recipe", [_extract_prompt_fields(source.adapter.record) for source in sources]),
         ("labels", [source.adapter.record.get("labels") for source in sources]),
+        ("problem", [source.adapter.record.get("problem") for source in sources]),
     ):
         known = [value for value in values if value]
         if known and all(value == known[0] for value in known):
@@ -147,7 +148,11 @@ def build_record(
     return record
 
 
-_RECORD_WORDS: Final = {"recipe": "prompts (recipe.data.separator or chat_template)", "labels": "labels"}
+_RECORD_WORDS: Final = {
+    "recipe": "prompts (recipe.data.separator or chat_template)",
+    "labels": "labels",
+    "problem": "problems",
+}
 
 
 def _extract_prompt_fields(record: Mapping[str, Any]) -> dict[str, object] | None:

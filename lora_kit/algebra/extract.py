@@ -87,7 +87,7 @@ def extract(
     record = {
         "base": fingerprint(one.meta.model, name=str(base)),
         PROVENANCE: {**provenance, "error": error.to_json()},
-        **({"labels": list(two.head.labels)} if two.head.labels else {}),
+        **two.head.record_fields,
     }
     config = _build_extracted_config(one.meta.model, list(low_rank), whole, base=str(base), task=two.head.task)
     updates = {path: ("linear", approximation.update) for path, approximation in low_rank.items()}

@@ -14,7 +14,14 @@ from lora_kit.merging.checkpoint.meta_model import MetaModel, TaskHead, build_me
 from lora_kit.merging.checkpoint.shards import Shard, read_shards
 from lora_kit.merging.preflight import read_quantization_config
 from lora_kit.models.locate import find_base
-from lora_kit.models.tasks import CAUSAL_LM, TASK_SPECS, infer_task_from_architecture
+from lora_kit.models.tasks import (
+    CAUSAL_LM,
+    CLASSIFY,
+    SINGLE_LABEL,
+    TASK_SPECS,
+    find_problem_by_type,
+    infer_task_from_architecture,
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,10 @@ def _read_head(folder: Path) -> TaskHead:
     except (OSError, ValueError, AttributeError, TypeError, IndexError, RecursionError):
         return TaskHead(TASK_SPECS[CAUSAL_LM].peft_type)  # reading it says what is wrong with it
     task = infer_task_from_architecture(architecture)
-    return TaskHead(task.peft_type) if task.is_generative else TaskHead(task.peft_type, len(names), names)
+    if task.is_generative:
+        return TaskHead(task.peft_type)
+    problem = find_problem_by_type(fields.get("problem_type")) if task.name == CLASSIFY else None
+    return TaskHead(task.peft_type, len(names), names, problem or (SINGLE_LABEL if task.name == CLASSIFY else None))
 
 
 def _check_same_architecture(one: ModelFolder, two: ModelFolder) -> None:

@@ -21,7 +21,7 @@ from lora_kit.bank.merge_in_memory import fold_into_model
 from lora_kit.bank.model_layers import WrappedLayers
 from lora_kit.bank.reference_model import ReferenceModel
 from lora_kit.bank.residents import LoadedAdapter, LoadedAdapters, check_capacity
-from lora_kit.bank.routes import Lease, RouteBlock, RouteChoices, RowCountCheck
+from lora_kit.bank.routes import ChosenBlock, Lease, RouteChoices
 from lora_kit.bank.snapshot import (
     collect_tensors,
     fingerprint_model,
@@ -32,8 +32,10 @@ from lora_kit.bank.snapshot import (
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import BankError, ConfigError
 from lora_kit.layers.checkpoint_routes import install_checkpoint_routes
+from lora_kit.layers.compiled_routes import install_compiled_routes
 from lora_kit.layers.fold import Retention
-from lora_kit.layers.routing import BASE_SLOT, Routing
+from lora_kit.layers.route import BASE_SLOT
+from lora_kit.layers.routing import Routing
 from lora_kit.targets.compatibility import match_adapter
 from lora_kit.targets.coverage import Coverage, find_coverage
 from lora_kit.targets.legacy_names import convert_to_model_names
@@ -61,6 +63,7 @@ class AdapterBank:
         check_capacity("slots", slots)
         check_capacity("max_rank", max_rank)
         install_checkpoint_routes()
+        install_compiled_routes()
         self.model = model
         self.dtype = dtype
         self.cache = AdapterCache(cache_bytes)
@@ -74,7 +77,7 @@ class AdapterBank:
         self._lazy_adapters = LazyAdapters(
             self._loaded_adapters, model, dtype=dtype, max_rank=max_rank, cache=self.cache
         )
-        self._frozen_model = FrozenModel(model, RowCountCheck(self._routing))
+        self._frozen_model = FrozenModel(model, self._routing, self._choices)
 
     if not TYPE_CHECKING:
 
@@ -102,7 +105,7 @@ class AdapterBank:
     @property
     def active(self) -> str | tuple[str | None, ...] | None:
         """The adapter that the caller uses: a name, one name per row inside `rows`, or None for the base."""
-        names, route = self._loaded_adapters.names_by_slot(), self._routing.get_route()
+        names, route = self._loaded_adapters.names_by_slot(), self._routing.get_upcoming()
         return tuple(names.get(slot) for slot in route.rows) if route.mixed else names.get(route.slot)
 
     def parameters(self, name: str) -> list[nn.Parameter]:
@@ -262,7 +265,9 @@ class AdapterBank:
         """
         with self._change_lock:
             if self._choices.is_block_open:
-                raise BankError("detach was called inside using() or rows()", hint="leave the block first")
+                raise BankError(
+                    "detach was called inside using(), rows() or a generation", hint="leave the block first"
+                )
             self._layers.unwrap()
             self.cache.clear()
             self._choices.forget()
@@ -317,16 +322,22 @@ class AdapterBank:
         with self._route_rows(names, row_count=len(names)):
             yield
 
-    def reference(self) -> ReferenceModel:
+    def reference(self, name: str | None = None) -> ReferenceModel:
         """Return the base as a model of its own, for trainers that compare the trained model with a reference model.
 
+        Args:
+            name: a loaded adapter that the reference has; None for the base alone.
+
         Raises:
+            UnknownAdapterError: no adapter of that name.
             BankError: an adapter covers the head, which such trainers use without its adapter.
         """
         self._frozen_model.check_attached()
-        return ReferenceModel(self)
+        if name is not None:
+            self._get_loaded(name)
+        return ReferenceModel(self, name)
 
-    def _route_rows(self, names: Sequence[str | None], *, row_count: int | None) -> RouteBlock:
+    def _route_rows(self, names: Sequence[str | None], *, row_count: int | None) -> ChosenBlock:
         with self._change_lock:
             return self._choices.enter_block(self._get_slots(names), row_count=row_count)
 
@@ -403,7 +414,8 @@ class AdapterBank:
             loaded = self._get_loaded(name)
             if self._choices.is_block_open:
                 raise BankError(
-                    "a merge inside using() or rows() would change the base under them", hint="leave the block first"
+                    "a merge inside using(), rows() or a generation would change the base under them",
+                    hint="leave the block first",
                 )
             if loaded.slot in self._choices.find_chosen_slots(by_others=True):
                 raise BankError(f"{name!r} is in use in another thread or task", hint="use(None) there first")

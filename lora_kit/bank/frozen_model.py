@@ -6,15 +6,20 @@ It freezes parameters, stops bitsandbytes' packing, and guards methods that woul
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, Final
 from weakref import WeakSet
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
+from lora_kit.bank.forward_hooks import ForwardHooks, RoutedGenerate, find_parts, remove_copied_hooks
+from lora_kit.bank.reference_model import ReferenceModel
+from lora_kit.bank.routes import RouteChoices
 from lora_kit.errors import BankError, format_list
 from lora_kit.layers.introspect import pause_packing, resume_packing
+from lora_kit.layers.routing import Routing
 from lora_kit.layers.slot_layer import SlotLayer, offload_device_of
 
 _MODELS: Final[WeakSet[nn.Module]] = WeakSet()
@@ -26,34 +31,50 @@ _RESIZE: Final = "resize_token_embeddings"
 
 
 class FrozenModel:
-    """A model that is frozen, and checks its calls, from now on until `release`.
+    """A model that is frozen, and whose calls keep their routes, from now on until `release`.
 
     Args:
         model: the base.
-        check: called before each forward with the model, its arguments and its keyword arguments.
+        routing: of the bank.
+        choices: of the bank.
     """
 
-    def __init__(self, model: nn.Module, check: Callable[..., None]) -> None:
+    def __init__(self, model: nn.Module, routing: Routing, choices: RouteChoices) -> None:
         self._model = model
         self._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
         self._paused_layers = pause_packing(model)
-        self._check = model.register_forward_pre_hook(check, with_kwargs=True)
-        _guard_embeddings(model)
+        self._routing, self._choices = routing, choices
+        self._hooks: list[RemovableHandle] = []
+        self._generate: RoutedGenerate | None = None
+        self._register()
         _MODELS.add(model)
 
     @contextlib.contextmanager
     def suspend(self) -> Iterator[None]:
-        """Take out, within a block, what `copy.deepcopy` of the model would copy: the check and the guards."""
-        hooks = self._model._forward_pre_hooks
-        check, options = hooks.pop(self._check.id), self._model._forward_pre_hooks_with_kwargs.pop(self._check.id)
-        _release_embeddings(self._model)
+        """Take out, within a block, what `copy.deepcopy` of the model would copy: the hooks and the guards."""
+        self._unregister()
         try:
             yield
         finally:
-            _guard_embeddings(self._model)
-            hooks[self._check.id], self._model._forward_pre_hooks_with_kwargs[self._check.id] = check, options
+            self._register()
+
+    def _register(self) -> None:
+        self._hooks = ForwardHooks(self._routing, is_part=False).register(self._model)
+        part_hooks = ForwardHooks(self._routing, is_part=True)
+        for part in find_parts(self._model):
+            self._hooks += part_hooks.register(part)
+        if callable(getattr(self._model, "generate", None)):
+            self._generate = RoutedGenerate(self._model, self._choices)
+        _guard_embeddings(self._model)
+
+    def _unregister(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        if self._generate is not None:
+            self._generate.remove()
+        _release_embeddings(self._model)
 
     def unfreeze(self) -> None:
         """Let the parameters that were frozen require grad again."""
@@ -73,8 +94,7 @@ class FrozenModel:
     def release(self) -> None:
         """Undo everything."""
         _MODELS.discard(self._model)
-        self._check.remove()
-        _release_embeddings(self._model)
+        self._unregister()
         resume_packing(self._paused_layers)
         self.unfreeze()
 
@@ -141,27 +161,46 @@ def _get_module(model: nn.Module, getter: str) -> nn.Module | None:
 
 
 def check_no_bank(model: nn.Module) -> None:
-    """Raise BankError for a model that has a bank, in whole or in part, or is a part of one that has.
+    """Check that no other bank has anything of a model, and forget what a copy of an empty bank's model brought along.
 
     Raises:
-        BankError: it is such a model, or a copy of one.
+        BankError: it has a bank, or shares modules with a model that has, or is a copy or the reference of one.
     """
     if model in _MODELS:
         raise BankError("this model has a bank already", hint="add adapters to that one, or detach it first")
     for path, module in model.named_modules():
         if module in _MODELS:
             raise BankError(f"{path} in this model has a bank already", hint="detach that one first")
+    own = {module: path for path, module in model.named_modules()}
     for whole in tuple(_MODELS):
-        path = next((path for path, module in whole.named_modules() if module is model), None)
-        if path is not None:
+        shared = {module: path for path, module in whole.named_modules() if module in own}
+        if model in shared:
             raise BankError(
-                f"this model is {path} in a {type(whole).__name__} that has a bank already", hint="use that bank"
+                f"this model is {shared[model]} in a {type(whole).__name__} that has a bank already",
+                hint="use that bank",
             )
+        if shared:
+            raise BankError(
+                f"this model shares {_name_shared(shared)} with a {type(whole).__name__} that has a bank already",
+                hint="attach to a model of its own (copy.deepcopy before the first attach), or detach that bank",
+            )
+    if any(isinstance(module, ReferenceModel) for module in own):
+        raise BankError(
+            "this model is the reference of one that has a bank already", hint="add adapters to the bank that made it"
+        )
     if any(isinstance(module, SlotLayer) for module in model.modules()):
         raise BankError(
             "this model is a copy of one that has a bank already, and computes with the adapter that was in use then",
             hint="copy the model before attach, or after detach",
         )
+    remove_copied_hooks(model)
+
+
+def _name_shared(shared: Mapping[nn.Module, str]) -> str:
+    """Return the paths of the outermost shared modules, in words."""
+    paths = set(shared.values())
+    outermost = [path for path in shared.values() if path.rpartition(".")[0] not in paths]
+    return format_list(sorted(path or "everything" for path in outermost))
 
 
 def refuse_meta_model(model: nn.Module) -> None:

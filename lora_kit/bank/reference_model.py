@@ -1,4 +1,4 @@
-"""The base of a bank as a model of its own, which preference training compares the adapter with."""
+"""The base of a bank, or one of its adapters, as a model of its own: what preference training compares with."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ if TYPE_CHECKING:
 
 
 class ReferenceModel(nn.Module):
-    """The base model as it was before adapters, computed by the model that has them. Made by `bank.reference()`.
+    """The base as it was before adapters, or with a fixed one, computed by the model that has them all.
 
-    A call is a call of the model without an adapter, without dropout and without a gradient; afterwards everything is
-    as it was. Nothing is copied: it has no parameters of its own, so nothing can train it, move it or save it twice.
-    Whatever another library puts in the place of `forward` runs under the same conditions.
+    Made by `bank.reference()`.
+
+    A call is a call of the model without an adapter, or with the fixed one, without dropout and without a gradient;
+    afterwards everything is as it was. Nothing is copied: it has no parameters of its own, so nothing can train it,
+    move it or save it twice. Whatever another library puts in the place of `forward` runs under the same conditions.
     """
 
-    def __init__(self, bank: AdapterBank) -> None:
+    def __init__(self, bank: AdapterBank, name: str | None = None) -> None:
         super().__init__()
         get_head = getattr(bank.model, "get_output_embeddings", None)
         if get_head is not None and isinstance(get_head(), SlotLayer):
@@ -32,12 +34,12 @@ class ReferenceModel(nn.Module):
                 "an adapter covers the head, which preference trainers use without its adapter",
                 hint="leave the head out of target_modules and modules_to_save",
             )
-        self._bank = bank
+        self._bank, self._name = bank, name
         self.eval()
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         # Not in forward, which TRL replaces by one that calls parts of the model.
-        with torch.no_grad(), use_eval_mode(self._bank.model), self._bank.using(None):
+        with torch.no_grad(), use_eval_mode(self._bank.model), self._bank.using(self._name):
             return super().__call__(*args, **kwargs)
 
     def forward(self, *args: object, **kwargs: object) -> object:

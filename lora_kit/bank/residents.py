@@ -18,7 +18,8 @@ from lora_kit.bank.model_layers import WrappedLayers
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import BankError, ConfigError, format_list
 from lora_kit.layers.initialization import MAGNITUDE, A, B
-from lora_kit.layers.routing import BASE_SLOT, Routing
+from lora_kit.layers.route import BASE_SLOT
+from lora_kit.layers.routing import Routing
 from lora_kit.layers.token_embedding import TOKEN_EMBEDDINGS, TOKEN_INDICES
 from lora_kit.targets.compatibility import select_module_tensors
 from lora_kit.targets.coverage import Coverage

@@ -1,28 +1,16 @@
-"""Which routes contexts chose, which blocks are open, and whether a batch has the rows that were routed."""
+"""Which routes contexts chose, and which blocks and generations are open."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
-from typing import Final
-from weakref import ReferenceType, ref
+from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
 
-import torch
-from torch import Tensor, nn
-
-from lora_kit.errors import RoutingError
-from lora_kit.layers.routing import BASE_SLOT, Route, Routing
-
-_INPUT_NAMES: Final = ("input_ids", "inputs_embeds", "decoder_input_ids")
-"""Arguments of transformers' models with one entry per row."""
-
-
-class _Choice:
-    """That a context chose a route. It lives as long as the context uses that route, or will return to it."""
-
-    def __init__(self, route: Route) -> None:
-        self.slots = route.slots
+from lora_kit.errors import BankError
+from lora_kit.layers.compiled_routes import install_compiled_routes
+from lora_kit.layers.route import BASE_SLOT, Route
+from lora_kit.layers.route_stack import RouteBlock
+from lora_kit.layers.routing import Routing
 
 
 class RouteChoices:
@@ -34,13 +22,14 @@ class RouteChoices:
 
     def __init__(self, routing: Routing) -> None:
         self._routing = routing
-        self._choice: ContextVar[_Choice | None] = ContextVar("choice", default=None)
-        self._choices: set[ReferenceType[_Choice]] = set()
         self._open_blocks: set[RouteBlock] = set()
+
+    def __reduce__(self) -> tuple[type[RouteChoices], tuple[Routing]]:
+        return RouteChoices, (self._routing,)  # copied with the model: nothing is open in the copy
 
     @property
     def is_block_open(self) -> bool:
-        """Whether any context is inside a block."""
+        """Whether any context is inside a block or a generation."""
         return bool(self._open_blocks)
 
     def find_chosen_slots(self, *, by_others: bool = False) -> set[int]:
@@ -49,35 +38,44 @@ class RouteChoices:
         Args:
             by_others: only those of other contexts that there are.
         """
-        choices = {reference() for reference in self._choices.copy()} - {None}
-        if by_others:
-            choices.discard(self._choice.get())
-        slots = {slot for choice in choices if choice is not None for slot in choice.slots}
+        slots = self._routing.stack.find_chosen_slots(by_others=by_others)
         return slots if by_others else {*slots, *self._routing.default.slots}
 
     def use(self, slot: int) -> None:
         """Route the caller to one slot, and the contexts that begin later."""
         route = self._routing.make_route((slot,))
         self._routing.default = route
-        self._choose(route)
+        self._routing.stack.use(route)
+        self._apply()
 
-    def enter_block(self, slots: Sequence[int], *, row_count: int | None) -> RouteBlock:
+    def enter_block(self, slots: Sequence[int], *, row_count: int | None) -> ChosenBlock:
         """Begin a block in which row i of the caller's batches goes to slots[i]."""
-        block = RouteBlock(self, self._routing.get_route(), self._choice.get())
-        self._open_blocks.add(block)
-        self._choose(self._routing.make_route(slots, row_count=row_count))
-        return block
+        return self._open(self._routing.make_route(slots, row_count=row_count), RouteBlock())
 
-    def leave_block(self, block: RouteBlock) -> None:
-        """End a block. The routes are put back by value: a generator may be resumed in another context."""
+    def enter_generation(self, frame: FrameType) -> ChosenBlock:
+        """Begin a generation, which keeps the caller's route.
+
+        Args:
+            frame: of the function that generates.
+        """
+        return self._open(self._routing.get_upcoming(), RouteBlock(is_generation=True, frame=frame))
+
+    def _open(self, route: Route, block: RouteBlock) -> ChosenBlock:
+        self._routing.get_upcoming()  # what is returned to, also where it is what the context begins with
+        self._open_blocks.add(block)
+        self._routing.stack.open(route, block)
+        self._apply()
+        return ChosenBlock(self, block, route)
+
+    def leave(self, block: RouteBlock) -> None:
+        """End a block. Whatever the caller's innermost block is then is what counts."""
         self._open_blocks.discard(block)
-        self._choice.set(block.choice)
-        self._routing.set_route(block.route)
-        block.route = block.choice = None  # an exception that passed here keeps the block for long
+        self._routing.stack.close(block)
+        self._apply()
 
     def leave_slot(self, slot: int) -> None:
         """Route the caller, and the contexts that begin later, to the base where they would use a slot."""
-        if slot in self._routing.get_route().slots:
+        if slot in self._routing.get_upcoming().slots:
             self.use(BASE_SLOT)
         if slot in self._routing.default.slots:
             self._routing.default = self._routing.make_route((BASE_SLOT,))
@@ -85,35 +83,35 @@ class RouteChoices:
     def forget(self) -> None:
         """Route the caller and the contexts that begin later to the base, by nobody's choice."""
         self._routing.default = self._routing.make_route((BASE_SLOT,))
-        self._routing.set_route(None)
-        self._choice.set(None)
+        self._routing.forget()
 
-    def _choose(self, route: Route) -> None:
-        choice = _Choice(route)
-        self._choices.add(ref(choice, self._choices.discard))
-        self._choice.set(choice)
-        self._routing.set_route(route)
+    def _apply(self) -> None:
+        install_compiled_routes()
+        self._routing.follow_stack()
 
 
-class RouteBlock:
-    """An open block of `using` or `rows`; with it, what its context returns to."""
+class ChosenBlock:
+    """An open block of `using` or `rows`, or a generation, to be left once. It began when it was made."""
 
-    def __init__(self, choices: RouteChoices, route: Route, choice: _Choice | None) -> None:
+    def __init__(self, choices: RouteChoices, block: RouteBlock, route: Route) -> None:
         self._choices = choices
-        self.route: Route | None = route
-        self.choice = choice
+        self._block = block
+        self._route: Route | None = route
 
-    def __enter__(self) -> None:
-        """Do nothing: the block began when it was made."""
+    def __enter__(self) -> Route:
+        route, self._route = self._route, None  # an exception that passes here keeps the block for long
+        assert route is not None
+        return route
 
     def __exit__(self, *exception: object) -> None:
-        self._choices.leave_block(self)
+        self._choices.leave(self._block)
 
 
 class Lease:
     """A slot that keeps its adapter until `release`, whatever happens to the name. Made by `bank.lease`.
 
-    A lease is a context manager too. One that is no longer reachable is released.
+    A lease is a context manager too. One that is no longer reachable is released. It is not copied or pickled: the slot
+    is counted once.
 
     Attributes:
         slot: of the adapter, in every layer.
@@ -135,49 +133,5 @@ class Lease:
     def __exit__(self, *exception: object) -> None:
         self.release()
 
-
-class RowCountCheck:
-    """A hook of the model that raises RoutingError for a batch which has not one row for each that `rows` named.
-
-    Layers split any multiple evenly, as `generate` needs it: there, beams and several returned sequences belong to the
-    row they come from. In another call a multiple is a mistake.
-
-    Args:
-        routing: what the layers read.
-    """
-
-    def __init__(self, routing: Routing) -> None:
-        self._routing = routing
-
-    def __call__(self, model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
-        """Check the batch of a call of the model.
-
-        Raises:
-            RoutingError: it has other rows.
-        """
-        # A check of the number of rows would make compiled code be compiled again for each.
-        if torch.compiler.is_compiling():
-            return
-        count = self._routing.peek_route().row_count
-        if count is None:
-            return
-        batch = next(
-            (kwargs[name] for name in _INPUT_NAMES if isinstance(kwargs.get(name), Tensor)), args[0] if args else None
-        )
-        if not isinstance(batch, Tensor) or not batch.ndim or batch.shape[0] == count:
-            return
-        if batch.shape[0] % count or not _is_generating():
-            raise RoutingError(
-                f"{count} rows were routed, but the model was given a batch of {batch.shape[0]}",
-                hint="name one adapter per row of the batch",
-            )
-
-
-def _is_generating() -> bool:
-    """Return whether the caller was called, however indirectly, by a function that is named `generate`."""
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_code.co_name == "generate":
-            return True
-    return False
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise BankError("a lease is not copied or pickled", hint="take another one: bank.lease(name)")

@@ -19,6 +19,7 @@ from lora_kit.cli import (  # noqa: F401 - each adds its verb
     list,
     merge,
     parity,
+    predict,
     prepare,
     preview,
     resize,

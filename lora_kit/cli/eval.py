@@ -60,7 +60,7 @@ def evaluate(
     from lora_kit.models.infer_base import infer_base
 
     rows: list[str | None] = [*([None] if compare or not adapter else []), *(adapter or [])]
-    with show_progress_lines(), _show_progress() as on_progress:
+    with show_progress_lines(), show_row_progress() as on_progress:
         report = run(
             base or infer_base(adapter or [], store=store),
             rows,
@@ -93,7 +93,7 @@ def _split_names(items: Sequence[str] | None) -> list[str] | None:
 
 
 @contextlib.contextmanager
-def _show_progress() -> Iterator[EvalProgress]:
+def show_row_progress() -> Iterator[EvalProgress]:
     """Show a bar for each adapter on stderr, where that is a terminal; yield what updates them."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn

@@ -21,6 +21,8 @@ _BAR_WIDTH: Final = 40
 """Characters of the longest bar of a histogram."""
 _MAX_LINES: Final = 10
 """Lines printed for each kind of finding; the manifest has all of them."""
+_FEW_ROWS: Final = 20
+"""Fewer rows than these are a coarse measure of what was learned."""
 _MEANINGS: Final = {
     "bad": "cannot be read as rows",
     "empty": "without text or label",
@@ -38,14 +40,15 @@ def prepare(
     *,
     out: Path | None = None,
     validation: Path | None = None,
-    share: float = 0.05,
+    share: float | None = None,
+    test: float = 0.0,
     base: str = KIT_BASE,
     max_length: int | None = None,
     chat_template: str | None = None,
     rename: Annotated[list[str] | None, Parameter(negative="", consume_multiple=True)] = None,
     relabel: Annotated[list[str] | None, Parameter(negative="", consume_multiple=True)] = None,
+    encoding: str = "auto",
     problem: str | None = None,
-    encoding: str = "utf-8",
     drop: Annotated[list[str] | None, Parameter(negative="", consume_multiple=True)] = None,
     seed: int = 0,
     replace: Replace = False,
@@ -59,14 +62,15 @@ def prepare(
         source: The file, or a data set of the hub: owner/name:split or owner/name/config:split.
         out: Folder to write; without it the file is only examined.
         validation: Separate file or data set for validation; by default a share of the rows.
-        share: Share of the rows set aside for validation; 0 for none.
+        share: Share of the rows set aside for validation, 0 for none; by default 0.05, but at least 20 rows.
+        test: Share of the rows set aside for a test, in test.jsonl.
         base: Base model whose tokens are counted: hub id, local folder or kit-base.
         max_length: Tokens of a sample, at most; by default the context of the base, at most 2,048.
         chat_template: Template of conversations: plain, or a Jinja file; by default the base's own.
         rename: New names of columns: question=prompt answer=completion.
-        relabel: New names of labels: postive=positive; or auto, for labels that differ only in case or blanks.
+        relabel: New names of labels: postive=positive; or auto, for labels that differ in case, blanks or one slip.
         problem: For texts with labels: single-label, multi-label or regression; by default what the labels are.
-        encoding: Encoding of the file: utf-8, utf-16, cp1252, …
+        encoding: Encoding of the file: utf-8, utf-16, cp1252, …; by default it is found out.
         drop: Rows to leave out: bad, empty, long, duplicates, conflicts, leaks.
         seed: Seed of the split.
     """
@@ -77,27 +81,19 @@ def prepare(
         out,
         validation=validation,
         share=share,
+        test=test,
         base=base,
         max_length=max_length,
         template=chat_template,
         rename=_parse_renames(rename or (), "rename", "question=prompt answer=completion"),
-        relabel="auto" if relabel == ["auto"] else _parse_renames(relabel or (), "relabel", "postive=positive"),
+        relabel=_parse_relabel(relabel or ()),
         problem=problem,
         encoding=encoding,
         drop=drop or (),
         seed=seed,
         replace=replace,
     )
-    if json:
-        print_json(preparation.to_json())
-    else:
-        _show_preparation(preparation)
-
-
-def _show_preparation(preparation: Preparation) -> None:
-    for part in preparation.parts:
-        _show_file(part, preparation)
-    _show_next_steps(preparation)
+    print_json(preparation.to_json()) if json else _show_preparation(preparation)
 
 
 def _parse_renames(items: Sequence[str], flag: str, example: str) -> dict[str, str]:
@@ -109,12 +105,23 @@ def _parse_renames(items: Sequence[str], flag: str, example: str) -> dict[str, s
     return {old: new for old, _, new in parts}
 
 
+def _parse_relabel(items: Sequence[str]) -> dict[str, str] | str:
+    return "auto" if items == ["auto"] else _parse_renames(items, "relabel", "postive=positive")
+
+
+def _show_preparation(preparation: Preparation) -> None:
+    for part in preparation.parts:
+        _show_file(part, preparation)
+    _show_next_steps(preparation)
+
+
 def _show_file(part: PreparedFile, preparation: Preparation) -> None:
     examined = part.examined
     tokens = part.tokens
     cut, length = len(examined.measured.cut), preparation.settings["max_length"]
     facts = [
         (part.path.name, f"{examined.total:,} rows: {preparation.layout}"),
+        ("encoding", "" if examined.encoding == "utf-8" else examined.encoding),
         ("not used", format_list(list(examined.unused)) if examined.unused else ""),
         ("tokens", f"{tokens['shortest']:,} to {tokens['longest']:,} in a row, median {tokens['median']:,}"),
         ("learned", f"{tokens['learned']:.0%} of the tokens" if tokens["learned"] else ""),
@@ -169,8 +176,21 @@ def _describe_finding(kind: str, items: Sequence[str], part: PreparedFile) -> st
     return "\n".join([f"{len(items):,} {_MEANINGS[kind]} ({done})", *items[:_MAX_LINES], *more])
 
 
+def _show_few_rows(preparation: Preparation) -> None:
+    """Say what a validation on few rows, or on none, is worth."""
+    count = len(preparation.validation or ())
+    if preparation.validation is None and preparation.settings["share"] == 0 and len(preparation.parts) == 1:
+        print_text("nothing is validated on: with so few rows, give --validation FILE, or a --share of them")
+    elif count < _FEW_ROWS:
+        print_text(
+            f"{count:,} rows to validate on say little: one row is {1 / count:.0%}; --validation FILE gives more"
+        )
+
+
 def _show_next_steps(preparation: Preparation) -> None:
     rows = f"{len(preparation.train):,} rows to train on, {len(preparation.validation or ()):,} to validate on"
+    rows += f", {len(preparation.test):,} to test on" if preparation.test else ""
+    _show_few_rows(preparation)
     if preparation.recipe is None:
         print(f"{rows}; nothing was written, --out FOLDER does")
         return

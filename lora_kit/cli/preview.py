@@ -16,6 +16,8 @@ from lora_kit.io.text import escape_for_terminal
 if TYPE_CHECKING:
     from lora_kit.data.batches import EncodedDataset
     from lora_kit.data.preview import Span
+    from lora_kit.data.rows import Rows
+    from lora_kit.data.sample_format import SampleFormat
     from lora_kit.models.protocols import Tokenizer
     from lora_kit.training.recipe.recipe import Recipe
 
@@ -31,20 +33,16 @@ def preview(recipe: Path, /, *, row: int = 1, validation: Annotated[bool, Parame
     """
     from lora_kit.data.preview import preview_sample
 
-    tokenizer, samples, label = _load_sample(recipe, row, "validation" if validation else "train")
+    tokenizer, samples, summary = _load_sample(recipe, row, "validation" if validation else "train")
     for place in range(len(samples)):
         if len(samples) > 1:
             print(f"--- sample {place + 1} of {len(samples)} of this row")
         _show_spans(preview_sample(tokenizer, samples, place))
-    tokens = samples.num_tokens
-    if label is not None:
-        print(f"{tokens:,} tokens, label {escape_for_terminal(label)}")
-    else:
-        print(f"{samples.num_labels:,} of {tokens:,} tokens are learned ({samples.num_labels / tokens:.0%})")
+    print(summary)
 
 
-def _load_sample(path: Path, row: int, side: str) -> tuple[Tokenizer, EncodedDataset, str | None]:
-    """Return the tokenizer of a recipe, the samples of one of its rows, and the label of that row, if there is one."""
+def _load_sample(path: Path, row: int, side: str) -> tuple[Tokenizer, EncodedDataset, str]:
+    """Return the tokenizer of a recipe, the samples of one of its rows, and what is learned of them in a sentence."""
     from lora_kit.data.encode import encode_rows
     from lora_kit.data.mixture import read_source
     from lora_kit.data.preferences import get_answer_format
@@ -64,19 +62,36 @@ def _load_sample(path: Path, row: int, side: str) -> tuple[Tokenizer, EncodedDat
     tokenizer, limit = reader.tokenizer, reader.max_length
     template = None
     if get_answer_format(rows.format) == "chat":
-        template = chat_template(recipe.data.chat_template, tokenizer, base=recipe.base)
+        variables = recipe.data.chat_template_kwargs
+        template = chat_template(recipe.data.chat_template, tokenizer, base=recipe.base, variables=variables)
     problem, names = _find_labels(recipe)
     sample_format = SampleFormat(
         max_length=recipe.data.max_length or min(limit, DEFAULT_MAX_LENGTH),
         separator=recipe.data.separator,
         template=template,
+        learn=recipe.data.learn,
         label2id={name: number for number, name in enumerate(names)},
         task=recipe.task,
         problem=problem,
     )
-    samples = encode_rows(rows.only([row - 1]), tokenizer, sample_format)
-    has_label = rows.format in ("label", "words")
-    return tokenizer, samples, (" ".join(map(str, rows.labels[row - 1])) or "none") if has_label else None
+    chosen = rows.only([row - 1])
+    samples = encode_rows(chosen, tokenizer, sample_format)
+    return tokenizer, samples, _summarize(chosen, tokenizer, samples, sample_format)
+
+
+def _summarize(row: Rows, tokenizer: Tokenizer, samples: EncodedDataset, sample_format: SampleFormat) -> str:
+    """Return how much of one row is learned; of a conversation by role, of a text with a label its label."""
+    from lora_kit.data.preview import count_learned_by_role
+
+    tokens = samples.num_tokens
+    if row.format in ("label", "words"):
+        label = " ".join(map(str, row.labels[0])) or "none"
+        return f"{tokens:,} tokens, label {escape_for_terminal(label)}"
+    summary = f"{samples.num_labels:,} of {tokens:,} tokens are learned ({samples.num_labels / tokens:.0%})"
+    if row.format != "chat":
+        return summary
+    shares = count_learned_by_role(row.values[0][0], tokenizer, sample_format)
+    return f"{summary}: {', '.join(f'{role} {learned:,} of {count:,}' for role, (learned, count) in shares.items())}"
 
 
 def _find_labels(recipe: Recipe) -> tuple[str, tuple[str, ...]]:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
+from lora_kit.data.encodings import AUTO_ENCODING, BYTE_ORDER_MARK, UTF8, detect_encoding
 from lora_kit.data.parquet import parse_parquet
 from lora_kit.data.records import (
     NOT_UTF8,
@@ -38,14 +39,15 @@ from lora_kit.errors import DataError, suggest_nearest
 
 GZIP: Final = ".gz"
 PARQUET: Final = ".parquet"
-_BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
-"""Spreadsheets put it before a text in UTF-8, even where later lines are in another encoding."""
 _WHITE_SPACE: Final = re.compile(r"[ \t\r\n]*")
 """What JSON takes for white space."""
 
 
-def read_file(path: Path, *, encoding: str = "utf-8") -> Contents:
+def read_file(path: Path, *, encoding: str = UTF8) -> Contents:
     """Read a file of rows whole; the ending of its name decides how it is parsed.
+
+    Args:
+        encoding: of a text; `auto` to find it out, see `lora_kit.data.encodings`.
 
     Raises:
         DataError: the file is missing, is of an unknown kind, is too large, or cannot be parsed at all.
@@ -53,13 +55,16 @@ def read_file(path: Path, *, encoding: str = "utf-8") -> Contents:
     contents = _read_bytes(path)
     parse = find_parser(path)
     text = unpack_gzip(path, contents) if path.suffix.lower() == GZIP else contents
-    if parse is not parse_parquet:
+    if parse is parse_parquet:
+        encoding = UTF8
+    else:
+        encoding = detect_encoding(text) if encoding == AUTO_ENCODING else encoding
         text = _convert_to_utf8(path, text, encoding)
     records: list[Record] = []
     faults: list[Fault] = []
     for item in parse(path, io.BytesIO(text)):
         faults.append(item) if isinstance(item, Fault) else records.append(item)
-    return Contents(records, faults, hashlib.sha256(contents).hexdigest())
+    return Contents(records, faults, hashlib.sha256(contents).hexdigest(), encoding)
 
 
 def find_parser(path: Path) -> Callable[[Path, BinaryIO], Parsed]:
@@ -101,16 +106,16 @@ def _suggest_file(path: Path) -> str:
 
 def _convert_to_utf8(path: Path, contents: bytes, encoding: str) -> bytes:
     """Return the text in UTF-8, without a byte order mark."""
-    if encoding == "utf-8":
+    if encoding == UTF8:
         check_not_utf16(path, contents)
-    contents = contents.removeprefix(_BYTE_ORDER_MARK)
+    contents = contents.removeprefix(BYTE_ORDER_MARK)
     try:
-        text = contents if encoding == "utf-8" else contents.decode(encoding).encode("utf-8")
+        text = contents if encoding == UTF8 else contents.decode(encoding).encode("utf-8")
     except LookupError:
         raise DataError(f"encoding {encoding!r} is not known", hint="utf-8, utf-16, cp1252, …") from None
     except UnicodeError as error:
         raise DataError(f"{path}: not in {encoding}: {error}") from None
-    return text.removeprefix(_BYTE_ORDER_MARK)
+    return text.removeprefix(BYTE_ORDER_MARK)
 
 
 # JSON

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from lora_kit.data.encodings import UTF8, UTF16_MARKS
 from lora_kit.errors import DataError
 
 BAD, EMPTY, LONG = "bad", "empty", "long"
@@ -19,7 +20,6 @@ BAD, EMPTY, LONG = "bad", "empty", "long"
 NOT_UTF8: Final = "not UTF-8"
 """The beginning of the fault of a row in another encoding."""
 OTHER_ENCODING_HINT: Final = "lora-kit prepare --encoding cp1252 reads it, if that is what it is"
-_UTF16_MARKS: Final = (b"\xff\xfe", b"\xfe\xff")
 _INVALID_BYTE: Final = re.compile("[\udc80-\udcff]")
 """How `surrogateescape` represents a byte that is not UTF-8."""
 _CONTEXT_LENGTH: Final = 20
@@ -56,16 +56,18 @@ class Contents:
         records: the rows that could be parsed.
         faults: the rows that could not be parsed.
         sha256: hash of the file, or of the rows of a data set.
+        encoding: encoding that the file was read in.
     """
 
     records: Sequence[Record]
     faults: Sequence[Fault]
     sha256: str
+    encoding: str = UTF8
 
 
 def check_not_utf16(path: Path, contents: bytes) -> None:
     """Raise DataError for contents that begin as UTF-16 does."""
-    if contents.startswith(_UTF16_MARKS):
+    if contents.startswith(UTF16_MARKS):
         hint = "lora-kit prepare --encoding utf-16 reads it, if that is what it is"
         raise DataError(f"{path}:1: {NOT_UTF8} at byte 0 of the file", hint=hint)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from lora_kit.data.cells import RowError
+from lora_kit.data.encodings import UTF8
 from lora_kit.data.hub_datasets import is_dataset, read_dataset
 from lora_kit.data.layouts import LAYOUTS, Layout, RowValue, find_layout, reason_not_ignorable
 from lora_kit.data.preferences import PREFERENCE_LAYOUTS, find_preference_layout
@@ -71,12 +72,14 @@ class Scan:
         faults: the invalid rows, sorted by line.
         unused: columns that are not part of the layout.
         sha256: hash of the file, or of the rows of a data set.
+        encoding: encoding that the file was read in.
     """
 
     rows: Rows
     faults: tuple[Fault, ...]
     unused: tuple[str, ...]
     sha256: str
+    encoding: str = UTF8
 
 
 def read_rows(path: str | Path, *, split: str = "train") -> Rows:
@@ -109,7 +112,7 @@ def scan_rows(
 
     Args:
         rename: new names of columns, by old name.
-        encoding: the encoding of a text file.
+        encoding: the encoding of a text file; `auto` to find it out, see `lora_kit.data.encodings`.
         split: the split of a data set whose name holds none.
 
     Raises:
@@ -120,13 +123,14 @@ def scan_rows(
     if not contents.records and not contents.faults:
         raise DataError(f"{path} has no rows", hint="the ending of its name decides how a file is read")
     if not contents.records:
-        return Scan(Rows(path, "", (), ()), tuple(contents.faults), (), contents.sha256)
+        return Scan(Rows(path, "", (), ()), tuple(contents.faults), (), contents.sha256, contents.encoding)
     records = _rename_columns(path, contents.records, rename or {})
     layout = _require_layout(path, records[0][1])
     unused = {key for _, row in records for key in row} - {*layout.keys, *layout.optional}
     _refuse_ignored_columns(path, layout, records)
     rows, faults = _convert_records(path, layout, records)
-    return Scan(rows, tuple(sorted([*contents.faults, *faults])), tuple(sorted(unused)), contents.sha256)
+    all_faults = tuple(sorted([*contents.faults, *faults]))
+    return Scan(rows, all_faults, tuple(sorted(unused)), contents.sha256, contents.encoding)
 
 
 def _convert_records(path: Path, layout: Layout, records: Sequence[Record]) -> tuple[Rows, list[Fault]]:

@@ -22,8 +22,9 @@ from lora_kit.errors import AdapterError, DataError, format_list
 from lora_kit.generation.prompts import build_recorded_template, find_adapter_style, find_training_data
 from lora_kit.io.read import read_text
 from lora_kit.io.text import format_value
+from lora_kit.models.checkpoint_head import find_checkpoint_problem
 from lora_kit.models.heads import list_head_labels, name_head_labels
-from lora_kit.models.loading import Base, find_checkpoint_problem
+from lora_kit.models.loading import Base
 from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR
 from lora_kit.models.tasks import LABEL_TASKS, PROBLEMS, SEQ2SEQ, SINGLE_LABEL
 from lora_kit.names import RECIPE_FILE
@@ -151,6 +152,24 @@ def resolve_sample_formats(
                 message = f"adapter {label!r} has {len(sample_format.labels)} labels, the model's head {size}"
                 raise AdapterError(message, hint="evaluate adapters with other labels separately")
     return formats
+
+
+def build_prediction_format(
+    base: Base, adapter: Adapter | None, *, max_length: int | None, problem: str | None
+) -> SampleFormat:
+    """Return how texts are put to an adapter, as in its training, or to the base's own head.
+
+    Raises:
+        AdapterError: the adapter has more or fewer labels than the model's head.
+    """
+    if adapter is None:
+        found = _build_format(base, "", _resolve_max_length(base, max_length, None), _find_model_labels(base))
+    else:
+        found = _find_adapter_format(base, adapter, max_length)
+    size = base.model.config.num_labels
+    if len(found.labels) != size:
+        raise AdapterError(f"the adapter has {len(found.labels)} labels, the model's head {size}")
+    return dataclasses.replace(found, problem=problem or SINGLE_LABEL)
 
 
 def find_learn(adapters: Mapping[str, Adapter | None]) -> str:

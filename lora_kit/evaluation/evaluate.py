@@ -45,7 +45,8 @@ from lora_kit.generation.adapter_args import build_adapter_labels, check_quantiz
 from lora_kit.generation.decoding import Completion
 from lora_kit.generation.generate import attach_adapters
 from lora_kit.io.text import escape_text
-from lora_kit.models.loading import Base, find_label_order, load_base, load_input_spec
+from lora_kit.models.checkpoint_head import find_label_order
+from lora_kit.models.loading import Base, load_base, load_input_spec
 from lora_kit.models.tasks import CAUSAL_LM, CLASSIFY, GENERATIVE_TASKS, LABEL_TASKS
 from lora_kit.names import DEFAULT_STORE
 

@@ -26,7 +26,7 @@ from lora_kit.adapter.model_card import format_inline_code
 from lora_kit.adapter.peft_keys import lora_weight_keys
 from lora_kit.errors import format_list
 from lora_kit.exporters.plain_lora import ExportCase, write_json, write_tensors
-from lora_kit.models.tasks import CAUSAL_LM, TASK_SPECS, find_task_by_peft_type
+from lora_kit.models.tasks import CAUSAL_LM, CLASSIFY, PROBLEM_TYPES, TASK_SPECS, find_task_by_peft_type
 
 VLLM_RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Valid values of `--max-lora-rank`."""
@@ -174,6 +174,8 @@ def format_peft_command(case: ExportCase) -> str:
     task = find_task_by_peft_type(case.adapter.config.task_type) or TASK_SPECS[CAUSAL_LM]
     labels = case.adapter.record.get("labels")
     count = f", num_labels={len(labels)}" if isinstance(labels, list) and not task.is_generative else ""
+    problem_type = PROBLEM_TYPES.get(str(case.adapter.record.get("problem")))
+    count += f", problem_type={problem_type!r}" if problem_type and task.name == CLASSIFY else ""
     base = repr(case.base_name)
     if case.base_name.startswith("~/"):
         base = f"os.path.expanduser({base})"

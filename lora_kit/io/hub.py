@@ -113,6 +113,15 @@ def list_cached_files(hub_id: HubId) -> tuple[str, ...]:
     return tuple(str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_file())
 
 
+def list_cached_revisions(repository: str) -> list[str]:
+    """Return the branches and tags of a repository that are in the local cache."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    refs = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="model"), "refs")
+    return sorted(file.relative_to(refs).as_posix() for file in refs.rglob("*") if file.is_file())
+
+
 def download_snapshot(hub_id: HubId, patterns: Sequence[str], *, local_files_only: bool) -> Path:
     """Download the files of the id's folder that match a pattern; return that folder in the cache.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_kit.layers.initialization import A, B
-from lora_kit.layers.routing import forward_each_slot
+from lora_kit.layers.row_split import forward_each_slot
 from lora_kit.layers.slot_layer import SlotEntry
 from lora_kit.layers.unstacked_layer import UpdatedWeightLayer
 
@@ -40,7 +40,7 @@ class LoraConvolution(UpdatedWeightLayer):
         route = self.routing.get_route()
         if not route.mixed:
             return self._forward_slot(route.slot, (x,))
-        y = forward_each_slot(type(self.base_layer).__name__, route.rows, (x,), {}, self._forward_slot)
+        y = forward_each_slot(self, route.rows, (x,), {}, self._forward_slot)
         assert isinstance(y, Tensor)
         return y
 

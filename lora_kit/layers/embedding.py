@@ -18,6 +18,9 @@ class LoraEmbedding(_LoraLayer):
         # Gemma and BART multiply what they look up. The update is of the table, so it is multiplied too.
         scale = float(getattr(self.base_layer, "embed_scale", 1.0))
         if self._is_routed_by_index(route, y):
+            if not self.is_recorded() and not any(self.entries[slot] for slot in route.slots):
+                return y
+            self.routing.check_rows(route, ids, self)
             a, b = self._get_stacks(A, B)
             return lora_add_embedding_rows(y, ids, a, b, self.scaling * scale, self.routing.get_index(route, ids))
         entry = self._get_entry(route)

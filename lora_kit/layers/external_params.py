@@ -19,7 +19,7 @@ from lora_kit.layers.embedding import LoraEmbedding
 from lora_kit.layers.initialization import MAGNITUDE, A, B
 from lora_kit.layers.linear import LoraLinear
 from lora_kit.layers.parameter import LoraParameter
-from lora_kit.layers.routing import Route
+from lora_kit.layers.route import Route
 from lora_kit.layers.saved_module import SavedModule
 from lora_kit.layers.slot_layer import SlotEntry, leaf_name
 from lora_kit.layers.unstacked_layer import UnstackedLayer

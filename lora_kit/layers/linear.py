@@ -20,7 +20,8 @@ from lora_kit.layers.initialization import (
     replace_initialized_slots,
 )
 from lora_kit.layers.introspect import features_of, is_stored_transposed, reason_black_box
-from lora_kit.layers.routing import BASE_SLOT, Route, Routing, check_batch
+from lora_kit.layers.route import BASE_SLOT, Route
+from lora_kit.layers.routing import Routing
 from lora_kit.layers.row_gather import RowCache, RowGroup, RowSlot, gather_row_groups, select_row_groups
 from lora_kit.layers.slot_layer import SlotEntry, SlotLayer
 from lora_kit.ops import dispatch, torch_kernels
@@ -124,10 +125,12 @@ class LoraLinear(_LoraLayer):
 
     def _forward_rows(self, route: Route, y: Tensor, x: Tensor) -> Tensor:
         """Return y = base(x) with each row's update."""
+        if not self.is_recorded() and not any(self.entries[slot] for slot in route.slots):
+            return y
+        self.routing.check_rows(route, x, self)
         if not self._can_gather(route, y, x):
             y = self._add_stacked(route, y, x)
             return self._scale_rows(route, y, x)
-        check_batch(route, x)
         rows = len(route.rows)
         flat = x if x.dtype == y.dtype else x.to(y.dtype)
         flat, into = flat.reshape(rows, -1, x.shape[-1]), y.view(rows, -1, y.shape[-1])

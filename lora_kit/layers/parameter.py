@@ -12,7 +12,9 @@ from lora_kit.errors import RoutingError
 from lora_kit.layers.experts import EXPERT_MATRICES, ExpertFactors, forward_experts, is_fused_experts, is_unmodified
 from lora_kit.layers.initialization import A, B
 from lora_kit.layers.introspect import unwrap_module
-from lora_kit.layers.routing import Route, Routing, check_batch, forward_each_slot
+from lora_kit.layers.route import Route
+from lora_kit.layers.routing import Routing
+from lora_kit.layers.row_split import forward_each_slot
 from lora_kit.layers.slot_layer import SlotEntry, SlotLayer
 from lora_kit.layers.unstacked_layer import UpdatedWeightLayer
 from lora_kit.ops.grouped_mm import round_up_rank
@@ -75,8 +77,7 @@ class LoraParameter(UpdatedWeightLayer):
             return self._forward_in_rank_space(route, *args)  # type: ignore[arg-type]  # three tensors, as experts take them
         if route.mixed:
             self._check_token_order()
-            module = type(self.base_layer).__name__
-            return forward_each_slot(module, route.rows, args, kwargs, self._forward_slot)
+            return forward_each_slot(self, route.rows, args, kwargs, self._forward_slot)
         entry = self.entries[route.slot]
         with self.lock_module():
             if entry is None:
@@ -108,7 +109,6 @@ class LoraParameter(UpdatedWeightLayer):
 
     def _forward_in_rank_space(self, route: Route, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         *wrappers, module = self._list_chain()
-        check_batch(route, states)
         rows = route.slots
         slots = tuple(sorted(set(rows)))
         factors = {
@@ -119,6 +119,7 @@ class LoraParameter(UpdatedWeightLayer):
             unchanged: Tensor = module(states, index, weights)
             return unchanged
         assert is_fused_experts(module)
+        self.routing.check_rows(route, states, self)
         owner = None
         if len(slots) > 1:
             owner = torch.tensor([slots.index(slot) for slot in rows], device=states.device)

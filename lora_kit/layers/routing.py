@@ -4,46 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from typing import Final, NoReturn, TypeGuard
+from typing import Final
 from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
 
 from lora_kit.errors import RoutingError
+from lora_kit.layers.forward_scope import ForwardScope
+from lora_kit.layers.route import BASE_SLOT, Index, Route, add_index
+from lora_kit.layers.route_stack import RouteStack
 from lora_kit.layers.row_gather import GatherBuffer, RowCache
-
-BASE_SLOT: Final = 0
-"""The slot that means "no adapter"."""
-
-Index = dict[torch.device, Tensor]
-"""The slots of a route as int64, by device: (1,) where all rows use one, else (rows,)."""
-
-
-class Route:
-    """Which slot each row of a batch uses. It never changes; contexts and threads may share it.
-
-    A slot keeps its weights while there is a `Route` that names it.
-
-    Attributes:
-        slots: the slot of every row, or one slot per row where they differ.
-        mixed: whether rows differ. Compiled code reads this and the index tensors only, so that a swap changes no
-            guard.
-        slot: the slot of every row; without meaning where rows differ.
-        rows: the slot of each row where they differ, else empty.
-        row_count: how many rows a batch must have; None: any number.
-        index: the slots as tensors.
-    """
-
-    def __init__(self, slots: tuple[int, ...], index: Index, *, row_count: int | None = None) -> None:
-        self.slots = slots
-        self.mixed = len(slots) > 1
-        self.slot = BASE_SLOT if self.mixed else slots[0]
-        self.rows = slots if self.mixed else ()
-        self.row_count = row_count
-        self.index = index
 
 
 class _Workspace:
@@ -68,15 +41,15 @@ class _Workspace:
 
 
 class _ThreadState(threading.local):
-    """What a thread has of its own. A thread that reads it first begins with the default route.
+    """What a thread has of its own.
 
     Attributes:
-        route: what compiled code reads, because torch.compile cannot trace context variables.
+        route: what compiled code reads, because torch.compile cannot trace context variables; see `compiled_routes`.
         workspace: of the thread.
     """
 
     def __init__(self, routing: Routing) -> None:
-        self.route = routing.default
+        self.route = routing.peek_route()
         self.workspace = _Workspace()
 
 
@@ -84,32 +57,43 @@ class Routing:
     """The route that each thread and asyncio task uses now; one object shared by all layers of a bank.
 
     A context (a thread, or an asyncio task) that has no route takes the default when it first reads, and keeps it.
-    Copies and pickles are of what the caller uses now, and share nothing with the original.
+    While a forward of the model runs, its layers use the route that it began with, whatever is chosen meanwhile. Copies
+    and pickles are of what the caller uses now, and share nothing with the original.
 
     Args:
         slots: of the default route.
         devices: that layers compute on.
+        row_count: of the default route.
 
     Attributes:
         default: the route that new contexts begin with.
+        stack: what forwards that begin now use.
         module_lock: held while the weights of a module of the base are others for a call of it as a black box, and
             while the base's weights are read besides.
     """
 
-    def __init__(self, slots: Sequence[int] = (BASE_SLOT,), devices: Sequence[torch.device] = ()) -> None:
+    def __init__(
+        self,
+        slots: Sequence[int] = (BASE_SLOT,),
+        devices: Sequence[torch.device] = (),
+        row_count: int | None = None,
+    ) -> None:
         self._devices = list(devices)
         self._slot_index: dict[int, Index] = {BASE_SLOT: {}}
         self._captured: dict[tuple[torch.device, int], Tensor] = {}
         self._live_routes: set[ReferenceType[Route]] = set()
         self._version = 0
         self._current: ContextVar[Route | None] = ContextVar("route", default=None)
-        self.default = self.make_route(slots)
+        self._forward: ContextVar[ForwardScope | None] = ContextVar("forward", default=None)
+        self.stack = RouteStack()
+        self.default = self.make_route(slots, row_count=row_count)
         self._thread = _ThreadState(self)
         self.module_lock = threading.RLock()
         _ROUTINGS.add(ref(self, _ROUTINGS.discard))
 
-    def __reduce__(self) -> tuple[type[Routing], tuple[tuple[int, ...], list[torch.device]]]:
-        return Routing, (self.peek_route().slots, self._devices)
+    def __reduce__(self) -> tuple[type[Routing], tuple[object, ...]]:
+        route = self.peek_route()
+        return Routing, (route.slots, self._devices, route.row_count)
 
     # The route in use
 
@@ -123,21 +107,40 @@ class Routing:
         """Return the caller's route; the default for a context that has none, which does not keep it."""
         return self._current.get() or self.default
 
+    def get_upcoming(self) -> Route:
+        """Return the route of a forward that begins now. A context that has none takes the default, and keeps it."""
+        route = self.stack.get_route()
+        if route is None:
+            route = self.default
+            self.stack.begin(route)
+        return route
+
     def _begin(self) -> Route:
-        route = self.default
+        route = self.get_upcoming()
         self._current.set(route)
         self._thread.route = route
         return route
 
-    def set_route(self, route: Route | None) -> None:
-        """Let the caller's context use a route from now on; with None it has none, as before its first forward.
+    def follow_stack(self) -> None:
+        """Let the caller's context use what its stack says now; a forward that is running keeps what it has.
 
         Captured CUDA graphs read tensors that are written in place here, so they follow whichever context came last.
         """
+        forward = self._forward.get()
+        if forward is not None:
+            if forward.is_running:
+                return
+            self._forward.set(None)  # it was interrupted, or is of the context that made this one
+        route = self.stack.get_route()
         self._assign(route)
         for device in self._devices:
             if device.type == "cuda":
                 self._write_captured(device, route or self.default)
+
+    def forget(self) -> None:
+        """Let the caller have no route, as before its first forward."""
+        self.stack.clear()
+        self.follow_stack()
 
     def _assign(self, route: Route | None) -> None:
         # A thread that has no route yet keeps no slot from being given away.
@@ -147,13 +150,56 @@ class Routing:
 
     @contextlib.contextmanager
     def use_route(self, route: Route) -> Iterator[None]:
-        """Let the caller use a route within a block. A context that had none has none again."""
+        """Let the caller's layers use a route within a block, as a part of one forward."""
         before = self._thread.route if torch.compiler.is_dynamo_compiling() else self._current.get()
         self._assign(route)
         try:
             yield
         finally:
             self._assign(before)
+
+    def refresh_thread(self) -> None:
+        """Let compiled code that the caller enters now use the caller's route."""
+        self._thread.route = self.get_route()
+
+    # Forwards
+
+    def get_forward(self) -> ForwardScope | None:
+        """Return the forward of the model that is running."""
+        forward = self._forward.get()
+        return forward if forward is not None and forward.is_running else None
+
+    def begin_forward(self, forward: ForwardScope) -> None:
+        """Let the layers use the route of a forward until `end_forward`."""
+        self._forward.set(forward)
+        self._assign(forward.route)
+
+    def end_forward(self, forward: ForwardScope) -> None:
+        """Return to what was before a forward, or to what was chosen in it."""
+        forward.finish()
+        outer, forward.outer = forward.outer, None
+        self._forward.set(outer)
+        self._assign(outer.route if outer else self.stack.get_route())
+
+    def save_forward(self) -> tuple[Route, ForwardScope | None]:
+        """Return what `repeat_forward` takes to compute a part of the caller's forward again."""
+        return self.peek_route(), self._forward.get()
+
+    @contextlib.contextmanager
+    def repeat_forward(self, route: Route, forward: ForwardScope | None) -> Iterator[None]:
+        """Let whatever the caller computes within a block be a part of a forward that is over."""
+        current, running = self._current.get(), self._forward.get()
+        entries = self.stack.exchange(route)
+        self._forward.set(forward)
+        self._assign(route)
+        try:
+            yield
+        finally:
+            self.stack.put_back(entries)
+            self._forward.set(running)
+            self._assign(current)
+
+    # Routes
 
     def make_slot_route(self, slot: int) -> Route:
         """Return a route to one slot of the caller's, for a part of one layer's forward."""
@@ -168,7 +214,7 @@ class Routing:
         else:
             index = {}
         for device in self._devices:
-            _add_index(index, slots, device)
+            add_index(index, slots, device)
         route = Route(slots, index, row_count=row_count)
         self._live_routes.add(ref(route, self._live_routes.discard))
         return route
@@ -178,6 +224,30 @@ class Routing:
         routes = [reference() for reference in self._live_routes.copy()]  # a copy, since other threads make routes
         return {slot for route in routes if route is not None for slot in route.slots}
 
+    def check_rows(self, route: Route, x: Tensor, layer: nn.Module) -> None:
+        """Check that an input x (n, ...) of a layer can be split into the rows of a route, in their order.
+
+        Raises:
+            RoutingError: it cannot, or nothing shows that it can.
+        """
+        if not route.mixed:
+            return
+        # Not `route.rows`: compiled code would have a guard on them, which fails for every other route.
+        rows = route.add_index(x.device).shape[0]
+        if torch.compiler.is_compiling():  # which knows nothing of the forward that it belongs to
+            reason = f"was given a batch of {x.shape[0]}" if x.shape[0] % rows else None
+        else:
+            forward = self._forward.get()
+            if forward is not None and forward.batch is not None:
+                reason = forward.reason_not_by_row(x, layer)
+            else:
+                reason = None if x.shape[0] == rows else f"was given a batch of {x.shape[0]}"
+        if reason is not None:
+            raise RoutingError(
+                f"{rows} rows were routed, but a layer {reason}",
+                hint="name one adapter per row of the batch of the model, or use() one adapter at a time",
+            )
+
     # Index tensors
 
     def prepare(self, device: torch.device) -> None:
@@ -186,9 +256,9 @@ class Routing:
             return
         self._devices.append(device)
         for slot, index in self._slot_index.items():
-            _add_index(index, (slot,), device)
+            add_index(index, (slot,), device)
         for route in (self.default, self.peek_route(), self._thread.route):
-            _add_index(route.index, route.slots, device)
+            route.add_index(device)
         if device.type == "cuda":
             self._write_captured(device, self.peek_route())
 
@@ -196,26 +266,17 @@ class Routing:
         """Make the index tensors of a slot, so that its use makes none."""
         self._slot_index[slot] = {}
         for device in self._devices:
-            _add_index(self._slot_index[slot], (slot,), device)
+            add_index(self._slot_index[slot], (slot,), device)
 
     def get_index(self, route: Route, x: Tensor) -> Tensor:
-        """Return the slots of a route as int64 on the device of x: (1,) while all rows use one, else (rows,).
-
-        Raises:
-            RoutingError: the batch x (n, ...) cannot be split evenly between the rows.
-        """
-        if x.device not in route.index:
-            _add_index(route.index, route.slots, x.device)
-        index = route.index[x.device]
+        """Return the slots of a route as int64 on the device of x: (1,) while all rows use one, else (rows,)."""
+        index = route.add_index(x.device)
         if is_captured(x.device):
             index = self._captured[x.device, len(index)]
-        if route.mixed and x.shape[0] % index.shape[0]:
-            _raise_mismatch(x, index.shape[0])
         return index
 
     def _write_captured(self, device: torch.device, route: Route) -> None:
-        _add_index(route.index, route.slots, device)
-        index, key = route.index[device], (device, len(route.slots))
+        index, key = route.add_index(device), (device, len(route.slots))
         if key in self._captured:
             self._captured[key].copy_(index)
         else:
@@ -257,72 +318,3 @@ def is_captured(device: torch.device) -> bool:
     if torch.compiler.is_compiling() or device.type != "cuda":
         return False
     return torch.cuda.is_current_stream_capturing()
-
-
-def check_batch(route: Route, x: Tensor) -> None:
-    """Raise RoutingError unless the batch x (n, ...) can be split evenly between the rows of a route."""
-    if route.mixed and x.shape[0] % len(route.rows):
-        _raise_mismatch(x, len(route.rows))
-
-
-def _add_index(index: Index, slots: tuple[int, ...], device: torch.device) -> None:
-    """Add the slots as a tensor on a device, unless they are there."""
-    if device not in index:
-        with torch.inference_mode(False):  # memory made in inference mode could not be used in training
-            uniform = len(slots) == 1
-            index[device] = torch.full((1,), slots[0], device=device) if uniform else torch.tensor(slots, device=device)
-
-
-def forward_each_slot(
-    module: str,
-    slots: Sequence[int],
-    args: tuple[object, ...],
-    kwargs: Mapping[str, object],
-    forward: Callable[[int, tuple[Tensor, ...]], object],
-) -> object:
-    """Compute the rows of each slot by themselves, and return the outputs in the order of the batch.
-
-    Args:
-        module: name of the module's class, for the message.
-        slots: of each of R rows.
-        args: tensors (n, ...), where n is a multiple of R. kwargs: must be empty.
-        forward: from a slot and its part of args, to a tensor or a tuple of tensors with as many entries.
-
-    Raises:
-        RoutingError: the module was called with something other than such tensors, or n is not a multiple of R.
-    """
-    if kwargs or not _is_batch(args):
-        raise RoutingError(
-            f"a {module} that takes more than tensors of tokens cannot serve rows of different adapters",
-            hint="use() one adapter at a time",
-        )
-    if args[0].shape[0] % len(slots):
-        _raise_mismatch(args[0], len(slots))
-    slot_of = torch.tensor(slots).repeat_interleave(args[0].shape[0] // len(slots))
-    parts, order = list[object](), list[Tensor]()
-    for slot in sorted(set(slots)):
-        indices = (slot_of == slot).nonzero().squeeze(1)
-        parts.append(forward(slot, tuple(x.index_select(0, indices.to(x.device)) for x in args)))
-        order.append(indices)
-    return _join_outputs(parts, torch.cat(order).argsort())
-
-
-def _raise_mismatch(x: Tensor, rows: int) -> NoReturn:
-    raise RoutingError(
-        f"{rows} rows were routed, but a layer was given a batch of {x.shape[0]}",
-        hint="name one adapter per row of the batch",
-    )
-
-
-def _is_batch(args: tuple[object, ...]) -> TypeGuard[tuple[Tensor, ...]]:
-    """Return whether these are tensors with the same number of entries."""
-    tensors = [x for x in args if isinstance(x, Tensor) and x.ndim]
-    return bool(args) and len(tensors) == len(args) and len({x.shape[0] for x in tensors}) == 1
-
-
-def _join_outputs(parts: Sequence[object], order: Tensor) -> object:
-    """Return the outputs of parts of a batch in the order of the whole: a tensor, or a tuple of tensors."""
-    if isinstance(parts[0], tuple):
-        return tuple(_join_outputs(each, order) for each in zip(*parts, strict=True))
-    joined = torch.cat([part for part in parts if isinstance(part, Tensor)])
-    return joined.index_select(0, order.to(joined.device))

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lora_kit.layers.routing import BASE_SLOT, forward_each_slot
+from lora_kit.layers.route import BASE_SLOT
+from lora_kit.layers.row_split import forward_each_slot
 from lora_kit.layers.slot_layer import SlotLayer
 
 
@@ -29,8 +30,9 @@ class SavedModule(SlotLayer):
         route = self.routing.get_route()
         if route.mixed:
             slots = [slot if self.entries[slot] else BASE_SLOT for slot in route.rows]
-            name = type(self.base_layer).__name__
-            return forward_each_slot(name, slots, args, kwargs, lambda slot, part: self._call_slot(slot, part, {}))
+            if len(set(slots)) > 1:
+                return forward_each_slot(self, slots, args, kwargs, lambda slot, x: self._call_slot(slot, x, {}))
+            return self._call_slot(slots[0], args, kwargs)
         if torch.compiler.is_compiling() and not self.trains:
             index = self.routing.get_index(route, self.scaling)
             names = list(self.base_layer.state_dict())

@@ -18,6 +18,7 @@ from torch.autograd.function import FunctionCtx
 
 from lora_kit.errors import BankError
 from lora_kit.layers.routing import Routing, is_captured
+from lora_kit.ops.lora_functions import read_saved
 
 CONSTANT_PREFIX: Final = "start of "
 """Prefix of the names of tensors that are never trained."""
@@ -301,6 +302,7 @@ def _finish_loading(layer: nn.Module, _: object) -> None:
 
 
 class _StackingContext(FunctionCtx):
+    saved_tensors: tuple[Tensor, ...]
     slots: list[int]
     shapes: list[torch.Size]
 
@@ -311,10 +313,13 @@ class _StackedFromLeaves(torch.autograd.Function):
     @staticmethod
     def forward(ctx: _StackingContext, stacked: Tensor, slots: list[int], *leaves: Tensor) -> Tensor:
         ctx.slots, ctx.shapes = slots, [leaf.shape for leaf in leaves]
+        # A leaf counts its changes by itself: what is saved of the stacked weights would not show them.
+        ctx.save_for_backward(*leaves)
         return stacked.detach()
 
     @staticmethod
     def backward(ctx: _StackingContext, d_stacked: Tensor) -> tuple[Tensor | None, ...]:
+        read_saved(ctx)
         parts = [_narrow_to(d_stacked[slot], shape) for slot, shape in zip(ctx.slots, ctx.shapes, strict=True)]
         return None, None, *parts
 

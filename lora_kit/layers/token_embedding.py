@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_kit.layers.introspect import features_of, is_stored_transposed, is_unquantized, kind_of
-from lora_kit.layers.routing import BASE_SLOT, Route, Routing
+from lora_kit.layers.route import BASE_SLOT, Route
+from lora_kit.layers.routing import Routing
 from lora_kit.layers.slot_layer import SlotLayer
 from lora_kit.ops.lora_functions import can_overwrite
 
@@ -61,6 +62,9 @@ class _TokenLayer(SlotLayer):
         by_index = table.is_routed_by_index(route)
         if not by_index and (route.slot == BASE_SLOT or table.entries[route.slot] is None):
             return y
+        if not self.is_recorded() and not any(table.entries[slot] for slot in route.slots):
+            return y
+        self.routing.check_rows(route, x, self)
         if kind_of(self.base_layer) == "embedding":
             return self._look_up_tokens(route, y, x)
         return self._score_tokens_by_row(route, y, x) if by_index else self._score_tokens(route, y, x)

@@ -15,7 +15,7 @@ from lora_kit.io.read import open_regular_file
 from lora_kit.merging.checkpoint.meta_model import MetaModel, TaskHead
 from lora_kit.merging.preflight import MERGE_RECORD
 from lora_kit.models.rope_fields import add_older_rope_fields
-from lora_kit.models.tasks import CLASSIFY
+from lora_kit.models.tasks import PROBLEM_TYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,8 +109,8 @@ def compute_config_changes(base: MetaModel, folder: Path, head: TaskHead, *, unt
         changes["id2label"], changes["label2id"] = config.id2label, config.label2id
         pad = config.get_text_config().pad_token_id
         changes["pad_token_id"] = _find_pad_token(folder) if pad is None else pad
-        if head.spec.name == CLASSIFY:
-            changes["problem_type"] = "single_label_classification"
+        if head.problem is not None:
+            changes["problem_type"] = PROBLEM_TYPES[head.problem]
     return changes
 
 

@@ -24,6 +24,8 @@ _INITIALIZER_RANGE: Final = 0.02
 """Standard deviation of a new head's weights, where the config has none."""
 
 
+_POOLER: Final = "pooler"
+
 # Labels
 
 
@@ -111,8 +113,13 @@ def renew_label_layer(model: PreTrainedModel, task: str) -> None:
 # Modules
 
 
-def check_loading_info(source: str, task: str, info: Mapping[str, Any], *, labels: Sequence[str] = ()) -> None:
+def check_loading_info(
+    source: str, task: str, info: Mapping[str, Any], *, labels: Sequence[str] = ()
+) -> tuple[str, ...]:
     """Reject a model that the checkpoint fills only in part. A new classification head is accepted, and logged.
+
+    Returns:
+        The paths of new modules that belong to the head but stand in the body: the pooler of a masked language model.
 
     Args:
         source: of the model, for messages.
@@ -136,10 +143,16 @@ def check_loading_info(source: str, task: str, info: Mapping[str, Any], *, label
         raise BaseModelError(f"{source}: the weights do not fill the model: {problem}", hint=hint)
     if head:
         logger.info("%s: new head, not in the checkpoint: %s", source, format_list(head))
+    return tuple(dict.fromkeys(".".join(key.split(".")[:2]) for key in head if _is_in_pooler(key)))
 
 
 def _is_in_head(key: str, task: str) -> bool:
-    return task in LABEL_TASKS and key.split(".")[0] in HEAD_NAMES
+    return task in LABEL_TASKS and (key.split(".")[0] in HEAD_NAMES or _is_in_pooler(key))
+
+
+def _is_in_pooler(key: str) -> bool:
+    """Return whether a key belongs to the layer of an encoder that only its head reads: `bert.pooler.dense.weight`."""
+    return key.split(".")[1:2] == [_POOLER]
 
 
 def find_head_modules(model: PreTrainedModel, task: str) -> tuple[str, ...]:

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from lora_kit.errors import BaseModelError, format_list, suggest_nearest
 from lora_kit.layers.introspect import pause_packing
+from lora_kit.models.checkpoint_head import read_base_config
 from lora_kit.models.head_config import set_labels, set_problem
 from lora_kit.models.heads import (
     check_loading_info,
-    list_checkpoint_labels,
-    order_labels,
     renew_label_layer,
 )
 from lora_kit.models.input_lengths import count_reserved_positions, count_reserved_positions_of, max_length_of
@@ -67,12 +66,14 @@ class Base:
         tokenizer: with a pad token.
         name: as the caller gave it: a hub id, a folder or `kit-base`.
         task: one of `TASKS`.
+        new_modules: paths of modules of the body that the checkpoint does not have: they belong to the new head.
     """
 
     model: Any  # transformers does not declare what it adds to its models: generate, labels of a config, …
     tokenizer: Tokenizer
     name: str
     task: str = CAUSAL_LM
+    new_modules: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -148,7 +149,7 @@ def load_base(
     torch_device = _resolve_device(device)
     source, name = locate_base(base), str(base)
     with silence_libraries(), translate_load_errors(name):
-        config = _read_config(source)
+        config = read_base_config(source)
         if task == CLASSIFY:
             set_problem(config, problem)
         replaced = set_labels(config, name, task=task, num_labels=num_labels, label2id=label2id)
@@ -156,7 +157,7 @@ def load_base(
         refuse_already_quantized(name, config, quantize)
         tokenizer = _load_tokenizer(source, config)
         labels = tuple(label2id or ())
-        model = _load_model(
+        model, new_modules = _load_model(
             source, config, task, dtype=torch_dtype, device=torch_device, quantize=quantize, labels=labels
         )
     if replaced:
@@ -165,7 +166,7 @@ def load_base(
     # PEFT writes this name into adapters as their base. It is the name as given, not the folder of the package.
     model.config._name_or_path = name
     model.eval()
-    return Base(model=model, tokenizer=tokenizer, name=name, task=task)
+    return Base(model=model, tokenizer=tokenizer, name=name, task=task, new_modules=new_modules)
 
 
 @dataclass(frozen=True)
@@ -176,11 +177,13 @@ class InputSpec:
         tokenizer: of the base.
         max_length: tokens that the base reads at once, as `Base.max_length`.
         is_encoder_decoder: whether it has an encoder and a decoder.
+        hidden_size: width of its layers; None where the config does not say it.
     """
 
     tokenizer: Tokenizer
     max_length: int
     is_encoder_decoder: bool
+    hidden_size: int | None = None
 
     @property
     def generative_task(self) -> str:
@@ -196,10 +199,11 @@ def load_input_spec(base: str | Path) -> InputSpec:
     """
     source = locate_base(base)
     with silence_libraries(), translate_load_errors(str(base)):
-        config = _read_config(source)
+        config = read_base_config(source)
         tokenizer = _load_tokenizer(source, config)
         max_length = max_length_of(config, tokenizer) - count_reserved_positions_of(config)
-    return InputSpec(tokenizer, max_length, _is_encoder_decoder(config))
+    width = getattr(config.get_text_config(), "hidden_size", None)
+    return InputSpec(tokenizer, max_length, _is_encoder_decoder(config), width if isinstance(width, int) else None)
 
 
 def _is_encoder_decoder(config: PretrainedConfig) -> bool:
@@ -226,44 +230,6 @@ def _resolve_device(device: str | torch.device | None) -> torch.device:
     if torch_device.type == "cuda" and not torch.cuda.is_available():
         raise BaseModelError(f"device {device!r} was given, but torch finds no CUDA device", hint="use cpu")
     return torch_device
-
-
-def find_label_order(base: str | Path, names: Sequence[str], *, task: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the labels of a base's head, and the labels of a training on it, each in the order of the classes.
-
-    Args:
-        base: as in `load_base`.
-        names: the labels of the training rows, sorted.
-        task: one whose labels have names.
-
-    Returns:
-        The labels of the head, empty if there is none for the task; and all of them again if it knows every name,
-        else the names.
-
-    Raises:
-        BaseModelError: no base of that name.
-    """
-    with silence_libraries(), translate_load_errors(str(base)):
-        head = list_checkpoint_labels(_read_config(locate_base(base)), task)
-    return head, order_labels(names, head)
-
-
-def find_checkpoint_problem(base: str | Path) -> str | None:
-    """Return what the head of a base predicts of a whole text; None where it has no such head, or does not say.
-
-    Raises:
-        BaseModelError: no base of that name.
-    """
-    with silence_libraries(), translate_load_errors(str(base)):
-        config = _read_config(locate_base(base))
-    return find_problem_by_type(config.problem_type) if list_checkpoint_labels(config, CLASSIFY) else None
-
-
-def _read_config(source: BaseSource) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    config: PretrainedConfig = AutoConfig.from_pretrained(source.location, **source.loading_options)
-    return config
 
 
 def _replace_head(model: PreTrainedModel, name: str, task: str, reason: str) -> None:
@@ -303,7 +269,8 @@ def _load_model(
     device: torch.device,
     quantize: str | None,
     labels: Sequence[str],
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """Return the model, and the paths of modules in its body that belong to its new head."""
     import transformers
 
     auto_class = getattr(transformers, TASK_SPECS[task].auto_class)
@@ -318,13 +285,13 @@ def _load_model(
             **source.loading_options,
             **build_quantization_kwargs(quantize, quantization_method_of(config), device),
         )
-    check_loading_info(source.location, task, info, labels=labels)
+    new_modules = check_loading_info(source.location, task, info, labels=labels)
     if not getattr(model, "is_quantized", False):
-        return model.to(device)
+        return model.to(device), new_modules
     refuse_misread_weights(source.location, model)
     pause_packing(model)
     silence_cast_warnings()
-    return model
+    return model, new_modules
 
 
 def _ensure_pad_token(model: PreTrainedModel, tokenizer: Tokenizer, name: str, task: str) -> None:

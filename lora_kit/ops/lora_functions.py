@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import weakref
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
+from lora_kit.errors import BankError
 from lora_kit.ops import dispatch
 
 _last_cast: tuple[weakref.ref[Tensor], int, weakref.ref[Tensor]] | None = None
@@ -60,12 +62,36 @@ def _default_generator_of(device: torch.device) -> torch.Generator:
     return torch.default_generator
 
 
+class SavedTensors(Protocol):
+    """A context of an autograd function in its backward."""
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor, ...]: ...
+
+
 class _UpdateContext(FunctionCtx):
     scaling: float
     dropout: _Dropout | None
     x_dtype: torch.dtype
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
+
+
+def read_saved(ctx: SavedTensors) -> tuple[Tensor, ...]:
+    """Return what the forward saved.
+
+    Raises:
+        BankError: it was changed in place since then, so the gradient would be of something else.
+    """
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise BankError(
+            "an adapter, or the base below it, was changed between this forward and its backward",
+            hint="run the backward before restore, merge, unload or an optimizer step, or hold a lease",
+        ) from error
 
 
 class _LowRankUpdate:
@@ -143,7 +169,7 @@ class LoraLinearFunction(torch.autograd.Function):
     def backward(ctx: _UpdateContext, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs_x, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         d = dy.reshape(-1, dy.shape[-1])
-        *saved, weight = ctx.saved_tensors
+        *saved, weight = read_saved(ctx)
         base = d @ weight if needs_x else None
         dx, da, db = _LowRankUpdate.gradients(ctx, d, base, tuple(saved), (needs_x, needs_a, needs_b))
         return dx, None, None, da, db, None, None
@@ -166,7 +192,7 @@ class LoraAddFunction(torch.autograd.Function):
     def backward(ctx: _UpdateContext, dy: Tensor) -> tuple[Tensor | None, ...]:
         _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
         d, needs = dy.reshape(-1, dy.shape[-1]), (needs_x, needs_a, needs_b)
-        dx, da, db = _LowRankUpdate.gradients(ctx, d, None, ctx.saved_tensors, needs)
+        dx, da, db = _LowRankUpdate.gradients(ctx, d, None, read_saved(ctx), needs)
         return dy, dx, da, db, None, None
 
 
@@ -187,7 +213,7 @@ class LoraAddRowsFunction(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: _UpdateContext, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, b, scaling, slots, h = ctx.saved_tensors
+        x, a, b, scaling, slots, h = read_saved(ctx)
         rows, kernels = slots.shape[0], dispatch.get_kernels(dy)
         _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
         d, x3 = dy.reshape(rows, -1, dy.shape[-1]), x.reshape(rows, -1, x.shape[-1])

@@ -61,6 +61,10 @@ def test_an_error_names_the_folders_below_that_hold_an_adapter(here: Path) -> No
     for name in ("run", Path("run")):
         with pytest.raises(ConfigError, match=r"run/checkpoint-100, run/checkpoint-200"):
             lk.Adapter.load(name)
+    (here / "runs" / "one").mkdir(parents=True)
+    shutil.move(here / "run", here / "runs" / "one" / "run")
+    with pytest.raises(ConfigError, match=r"these hold an adapter: runs/one/run/checkpoint-100"):
+        lk.Adapter.load(Path("runs"))
 
 
 @pytest.mark.parametrize(
@@ -137,8 +141,12 @@ def test_adapters_come_from_the_cache_by_id_revision_and_subfolder(tmp_path: Pat
     assert (found.origin, label_adapter_folder(found.folder)) == ("hub", "sql")
     with pytest.raises(AdapterError, match=r"no adapter_config.json .*org/many/checkpoint-3"):
         lk.Adapter.load("org/many")
-    with pytest.raises(AdapterError, match="not in the local cache, and HF_HUB_OFFLINE is set"):
+    with pytest.raises(AdapterError, match=r"the local cache has main, v2 of org/sql, .*\(org/sql@main\)"):
         lk.Adapter.load("org/sql@v3")
+    with pytest.raises(AdapterError, match=r"a subfolder stands before the revision: org/sql/checkpoint-3@v2"):
+        lk.Adapter.load("org/sql@v2/checkpoint-3")
+    with pytest.raises(AdapterError, match=r"these hold one: org/sql@v2"):
+        lk.Adapter.load("org/sql/nothing@v2")
     with pytest.raises(UnknownAdapterError, match="not in the local cache"):
         find_adapter("org/nothing")
 

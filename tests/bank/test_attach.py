@@ -142,6 +142,48 @@ def test_a_copied_model_computes_as_the_original_did_and_goes_its_own_way(again:
     lk.attach(again(model)).detach()
 
 
+class Pair(nn.Module):
+    """A model that has a module of another one."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part, self.own = part, nn.Linear(3, 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda bank: copy.copy(bank.model), "shares lm_head, model with a LlamaForCausalLM"),
+        (lambda bank: Pair(bank.model.model.layers[0]), "shares model.layers.0 with"),
+        (lambda bank: Pair(bank.model.lm_head.base_layer), "shares lm_head.base_layer with"),
+        (lambda bank: bank.model.model, "is model in a LlamaForCausalLM"),
+        (lambda bank: bank.reference(), "is the reference of one"),
+        (lambda bank: Pair(bank.reference()), "is the reference of one"),
+    ],
+    ids=["shallow copy", "a block", "a wrapped layer", "a part", "the reference", "around the reference"],
+)
+def test_a_model_that_shares_modules_with_one_that_has_a_bank_gets_none(
+    make: Callable[[Any], nn.Module], reason: str
+) -> None:
+    bank = lk.attach(tiny.llama(), CONFIG)
+    if "lm_head.base" in reason:
+        bank.add("head", lk.LoraConfig(r=2, target_modules=["lm_head"]))
+    model = make(bank)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with pytest.raises(BankError, match=reason):
+        lk.attach(model)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+
+
+def test_a_lease_is_neither_copied_nor_pickled() -> None:
+    bank = lk.attach(tiny.llama(), CONFIG, name="a")
+    bank.load("b", bank.snapshot("a"))
+    with bank.lease("b") as lease:
+        for call in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(BankError, match="a lease is not copied or pickled"):
+                call(lease)
+
+
 def test_data_parallel_is_refused_with_what_to_use_instead() -> None:
     model = tiny.llama()
     lk.attach(model, CONFIG)

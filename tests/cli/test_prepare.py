@@ -14,7 +14,7 @@ from tests.support import texts, tiny
 
 Capture = pytest.CaptureFixture[str]
 LABEL_B = '""b"", '
-MENDED = ["--rename", "Question=prompt", "Answer=completion", "--encoding", "cp1252"]
+MENDED = ["--rename", "Question=prompt", "Answer=completion"]
 
 
 @pytest.fixture
@@ -37,14 +37,16 @@ def run(capsys: Capture, *arguments: str) -> tuple[int, str, str]:
 def test_from_a_messy_csv_to_an_answer_with_no_file_edited(here: Path, capsys: Capture) -> None:
     code, _, err = run(capsys, "prepare", "messy.csv", "--base", "base")
     assert (code, "lora-kit prepare --rename mine=prompt" in err) == (2, True)
-    code, _, err = run(capsys, "prepare", "messy.csv", "--base", "base", *MENDED[:3])
+    as_utf8 = [*MENDED, "--encoding", "utf-8"]
+    code, _, err = run(capsys, "prepare", "messy.csv", "--base", "base", *as_utf8)
     assert (code, "--encoding cp1252" in err, "--drop bad" in err) == (2, True, True)
-    code, out, _ = run(capsys, "prepare", "messy.csv", "--base", "base", *MENDED[:3], "--drop", "bad")
+    code, out, _ = run(capsys, "prepare", "messy.csv", "--base", "base", *as_utf8, "--drop", "bad")
     assert (code, "line 17: not UTF-8: byte 0xe9 in 'caf'…" in out.replace("\n", "")) == (0, True)
 
     code, out, err = run(capsys, "prepare", "messy.csv", "--base", "base", *MENDED)
     assert (code, err) == (0, "")
     assert "17 rows: prompt and completion" in out
+    assert ["encoding", "cp1252"] in [line.split() for line in out.splitlines()]
     assert "line 14: 4 cells, and the header has 3" in out
     assert "line 15: prompt is empty" in out
     assert "line 16, see 11" in out
@@ -59,7 +61,8 @@ def test_from_a_messy_csv_to_an_answer_with_no_file_edited(here: Path, capsys: C
     drop = ["--drop", "bad", "empty", "long", "duplicates"]
     code, out, err = run(capsys, "prepare", "messy.csv", "--base", "base", *MENDED, "--out", "data/faq", *drop)
     assert (code, err) == (0, "")
-    assert "12 rows to train on, 1 to validate on" in out
+    assert "13 rows to train on, 0 to validate on" in out
+    assert "nothing is validated on: with so few rows, give --validation FILE" in out
     commands = [line.split()[1:] for line in out.splitlines() if line.startswith("  lora-kit ")]
     assert [command[0] for command in commands] == ["preview", "train"]
 
@@ -91,9 +94,11 @@ def test_a_preview_of_a_conversation_shows_what_is_learned(here: Path, capsys: C
 
 def test_labels_are_shown_with_their_shares(here: Path, capsys: Capture) -> None:
     rows = [{"text": f"text {n}", "label": "spam" if n % 4 else "ham"} for n in range(16)]
-    code, out, _ = run(capsys, "prepare", str(texts.write(here / "rows.jsonl", rows)), "--base", "base", "--out", "d")
+    base = ["--base", "base", "--out", "d", "--share", "0.1"]
+    code, out, _ = run(capsys, "prepare", str(texts.write(here / "rows.jsonl", rows)), *base)
     assert code == 0
-    assert [line.split() for line in out.splitlines() if "%" in line] == [
+    assert "2 rows to validate on say little: one row is 50%" in out
+    assert [line.split() for line in out.splitlines() if line.endswith("%")] == [
         ["spam", "12", "75.0%"],
         ["ham", "4", "25.0%"],
     ]

@@ -10,13 +10,15 @@ import pytest
 import torch
 
 import lora_kit as lk
+from lora_kit.data.answers import locate_answer
 from lora_kit.data.batches import IGNORE_INDEX, EncodedDataset
+from lora_kit.data.cells import RowError
 from lora_kit.data.chat import ChatEncoder
 from lora_kit.data.encode import encode
 from lora_kit.data.preparation.prepare import prepare
-from lora_kit.data.preview import preview_sample
+from lora_kit.data.preview import count_learned_by_role, preview_sample
 from lora_kit.data.rows import read_rows
-from lora_kit.data.sample_format import convert_rows
+from lora_kit.data.sample_format import SampleFormat, convert_rows
 from lora_kit.data.templates import ChatTemplate, chat_template
 from lora_kit.errors import DataError, RecipeError
 from lora_kit.evaluation.generation_metrics import collect_eval_prompts
@@ -383,3 +385,114 @@ def test_dialogues_that_begin_alike_are_split_and_do_not_leak(tmp_path: Path, op
     other = texts.write(tmp_path / "other.jsonl", rows[58:])
     mixed = texts.write(tmp_path / "mixed.jsonl", rows[:59])
     assert prepare(mixed, validation=other, template="plain").parts[0].leaks == {59: 1}
+
+
+# Tools, and what a recipe says
+
+CALLING = TURNS.replace(
+    "{{ m['content'] }}",
+    "{{ m.content }}{% for c in m.tool_calls %}({{ c.function.name }} {{ c.function.arguments.n }}){% endfor %}",
+)
+ADD = {"type": "function", "function": {"name": "add", "arguments": '{"n": 7}'}}
+WITH_TOOL = [
+    said("user", "hi"), said("assistant", None, tool_calls=[ADD]),
+    said("tool", "42", tool_call_id="a", name="add"), said("assistant", "yo"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "keys", [{"tool_calls": [ADD]}, {"tool_calls": [ADD["function"]]}, {"function_call": ADD["function"]},
+             {"tool_calls": [{"function": {"name": "add", "arguments": {"n": 7}}}]}], ids=str,
+)  # fmt: skip
+def test_calls_are_learned_and_results_are_not(tmp_path: Path, keys: dict[str, Any]) -> None:
+    messages = [WITH_TOOL[0], said("assistant", "", **keys), *WITH_TOOL[2:]]
+    assert preview_of(tmp_path, messages, text=CALLING) == [
+        "<s>[user]hi</s>\n[assistant]‹(add7)</s>›\n[tool]42</s>\n[assistant]‹yo</s>›"
+    ]
+    with pytest.raises(DataError, match=":1: the template does not render every tool call of message 2"):
+        preview_of(tmp_path, messages)
+    fixed = CALLING.replace("{{ c.function.arguments.n }}", "")
+    with pytest.raises(DataError, match="does not render the arguments of the calls of message 2"):
+        preview_of(tmp_path, messages, text=fixed)
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        ({"function": {"name": "add", "arguments": "{"}}, "tool call 1: arguments: not JSON"),
+        ({"function": {"name": "add", "arguments": "[1]"}}, "tool call 1: arguments must be an object"),
+        ({"function": {"arguments": "{}"}}, "tool call 1: name must be a string"),
+        ({"name": "add", "args": {}}, "tool call 1 has the key 'args'"),
+        ({"type": "code", "function": {"name": "add"}}, "is of type 'code'; only functions"),
+        ("add", "tool call 1 must be an object"),
+    ],
+)
+def test_a_call_that_is_no_call_is_a_fault(tmp_path: Path, call: object, expected: str) -> None:
+    with pytest.raises(DataError, match=expected):
+        preview_of(tmp_path, [WITH_TOOL[0], said("assistant", "", tool_calls=[call]), *WITH_TOOL[2:]], text=CALLING)
+
+
+def test_only_the_assistant_calls_and_only_tools_answer_calls(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="message 1 has tool_calls, but it is not from the assistant"):
+        preview_of(tmp_path, [said("user", "hi", tool_calls=[ADD]), said("assistant", "yo")], text=CALLING)
+
+
+def test_tools_reach_the_template_or_are_refused(tmp_path: Path) -> None:
+    schema = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    listing = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" + CALLING
+    for tools in ([schema], json.dumps([schema])):
+        rows = read_rows(texts.write(tmp_path / "chat.jsonl", [{"messages": WITH_TOOL, "tools": tools}]))
+        samples = encode(rows, tokenizer(), max_length=200, template=template(listing))
+        assert shown(samples[0]).startswith("add<s>[user]hi")
+    plain = read_rows(texts.write(tmp_path / "chat.jsonl", [{"messages": EXCHANGES, "tools": [schema]}]))
+    with pytest.raises(DataError, match="does not render the tools, which would be lost"):
+        encode(plain, tokenizer(), max_length=200, template=template())
+
+
+def test_variables_of_the_template_come_from_the_recipe_and_the_row(tmp_path: Path) -> None:
+    loud = TURNS.replace("{{ bos_token }}", "{{ bos_token }}{{ mood }}")
+    rows = [{"messages": EXCHANGES[:2]}, {"messages": EXCHANGES[:2], "chat_template_kwargs": {"mood": "sad"}}]
+    read = read_rows(texts.write(tmp_path / "chat.jsonl", rows))
+    given = chat_template(loud, tokenizer(), base="tiny", variables={"mood": "glad"})
+    samples = encode(read, tokenizer(), max_length=200, template=given)
+    assert [shown(sample).split("[")[0] for sample in samples] == ["<s>glad", "<s>sad"]
+    with pytest.raises(DataError, match=r"reads no variable 'mod'.*did you mean 'mood'"):
+        chat_template(loud, tokenizer(), base="tiny", variables={"mod": 1})
+    with pytest.raises(DataError, match="messages is the conversation's own"):
+        chat_template(loud, tokenizer(), base="tiny", variables={"messages": []})
+
+
+@pytest.mark.parametrize(("learn", "expected"), [("all", ["yo", "so"]), ("last", ["so"]), ("marked", ["yo"])])
+def test_a_recipe_says_which_answers_are_learned(tmp_path: Path, learn: str, expected: list[str]) -> None:
+    messages = [EXCHANGES[0], {**EXCHANGES[1], "train": True}, *EXCHANGES[2:]]
+    (value,) = read_rows(texts.write(tmp_path / "chat.jsonl", [{"messages": messages}])).values
+    encoder = ChatEncoder(tokenizer(), template(), max_length=200, learn=learn)
+    (sample,) = encoder.encode(value[0]).samples
+    learned = tokenizer().convert_ids_to_tokens([i for i, m in zip(sample.ids, sample.loss_mask, strict=True) if m])
+    assert "".join(learned) == "".join(f"{text}</s>" for text in expected)
+    unmarked = read_rows(texts.write(tmp_path / "chat.jsonl", [{"messages": EXCHANGES}])).values[0][0]
+    with pytest.raises(RowError, match="learn: marked leaves no answer"):
+        ChatEncoder(tokenizer(), template(), max_length=200, learn="marked").encode(unmarked)
+
+
+def test_what_is_learned_is_counted_by_role(tmp_path: Path) -> None:
+    (value,) = read_rows(texts.write(tmp_path / "chat.jsonl", [{"messages": WITH_TOOL}])).values
+    sample_format = SampleFormat(max_length=200, template=template(CALLING))
+    shares = count_learned_by_role(value[0], tokenizer(), sample_format)
+    # [user]hi, [assistant](add 7) and [assistant]yo, [tool]42, each with its end; line breaks, and the BOS of the user.
+    assert shares == {"user": (0, 11), "assistant": (8 + 3, 20 + 14), "tool": (0, 10)}
+
+
+def test_a_thought_that_the_prompt_opens_is_closed_by_the_answer(tmp_path: Path) -> None:
+    opened = TURNS.replace("%}[assistant]{%", "%}[assistant]<think>\n{%")
+    made = chats.conversation(("user", "hi"), ("assistant", "yo"))
+    answer = locate_answer(template(opened), tokenizer(), made, 1)
+    assert (answer.prompt[-8:], answer.text) == ("<think>\n", "\n</think>\n\nyo</s>")
+    other = TURNS.replace("%}[assistant]{%", "%}[assistant]well: {%")
+    with pytest.raises(DataError, match=r"begins an answer with 'well: ' in generation, and with 'yo</s>"):
+        locate_answer(template(other), tokenizer(), made, 1)
+
+
+def test_an_answer_that_holds_its_own_end_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="an answer contains </s>, at which generation would stop"):
+        preview_of(tmp_path, [EXCHANGES[0], said("assistant", "y</s>o")])

@@ -14,9 +14,10 @@ import lora_kit as lk
 from lora_kit.data.batches import join_samples
 from lora_kit.data.encode import encode
 from lora_kit.data.preparation.examine import bin_lengths, find_leaks, normalize_input
-from lora_kit.data.preparation.labels import find_lookalikes
+from lora_kit.data.preparation.labels import choose_spellings, find_lookalikes
 from lora_kit.data.preparation.prepare import Preparation, prepare
-from lora_kit.data.preparation.split import split
+from lora_kit.data.preparation.split import choose_share, split
+from lora_kit.data.preparation.training_defaults import choose_epochs, choose_learning_rate, choose_train_section
 from lora_kit.data.preview import preview_sample
 from lora_kit.data.rows import Rows, read_rows
 from lora_kit.errors import DataError, LoraKitError, StorageError
@@ -394,3 +395,68 @@ def test_labels_of_one_row_each_are_the_reason_why_nothing_is_set_aside(here: Pa
     file = texts.write(here / "rows.jsonl", [{"text": f"t{number}", "label": f"n{number}"} for number in range(30)])
     with pytest.raises(DataError, match="each of the 30 labels has one input only, and no label is set aside whole"):
         prepare(file, base=base)
+
+
+@pytest.mark.parametrize(
+    ("counts", "known", "expected"),
+    [
+        ({"refund": 40, "refnud": 1, "Refund ": 2}, (), {"refnud": "refund", "Refund ": "refund"}),
+        ({"refund": 40, "refun": 2}, (), {"refun": "refund"}),
+        ({"refund": 40, "Refnud": 1}, (), {"Refnud": "refund"}),
+        ({"refund": 40, "refunded": 1}, (), {}),
+        ({"refund": 19, "refnud": 1}, (), {}),
+        ({"car": 40, "cat": 1}, (), {}),
+        ({"1000": 40, "1001": 1}, (), {}),
+        ({"refnud": 3, "lost": 1}, ("refund", "loss"), {"refnud": "refund"}),
+        ({"cards": 1}, ("carda", "cardb"), {}),
+    ],
+)  # fmt: skip
+def test_auto_renames_what_differs_in_case_blanks_or_one_slip(
+    counts: dict[str, int], known: tuple[str, ...], expected: dict[str, str]
+) -> None:
+    assert choose_spellings(counts, known=known) == expected
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"), [(3, 0), (24, 0), (25, 5), (60, 12), (100, 20), (200, 20), (400, 20), (2000, 100)]
+)
+def test_a_validation_has_rows_enough_or_none(count: int, expected: int) -> None:
+    share = choose_share(count)
+    rows = Rows(Path("x"), "text", tuple((f"text {n}",) for n in range(count)), tuple(range(count)))
+    assert (len(split(rows, share=share)[1]) if share else 0) == expected
+
+
+def test_rows_are_set_aside_for_a_test_that_no_other_side_has(here: Path, base: str) -> None:
+    rows = [{"text": f"text {n} of {n % 40}", "label": "ab"[n % 2]} for n in range(100)]
+    source = texts.write(here / "rows.jsonl", rows + rows[:10])
+    sides = ("train", "validation", "test")
+
+    def inputs(out: str, **settings: Any) -> list[set[str]]:
+        found = prepare(source, here / out, base=base, **settings)
+        assert found.to_json()["rows"] == {side: len(getattr(found, side) or ()) for side in sides}
+        return [
+            {json.loads(line)["text"] for line in (here / out / f"{side}.jsonl").read_text().splitlines()}
+            for side in sides
+        ]
+
+    train, validated, tested = inputs("one", test=0.2)
+    assert (len(train | validated | tested), len(train) + len(validated) + len(tested)) == (100, 100)
+    assert 15 <= len(tested) <= 22
+    assert inputs("two", test=0.2, share=0.4)[2] == tested
+    with pytest.raises(DataError, match=r"0\.6 and 0\.4, which leaves no row to train on"):
+        prepare(source, here / "three", base=base, share=0.6, test=0.4)
+
+
+def test_a_recipe_learns_by_the_width_of_its_base_and_the_number_of_rows() -> None:
+    assert [choose_learning_rate(width) for width in (16, 128, 256, 768, 4096, None)] == [
+        4e-3,
+        4e-3,
+        2e-3,
+        1e-3,
+        3e-4,
+        5e-4,
+    ]
+    assert [choose_epochs(rows) for rows in (1, 160, 200, 400, 800, 100_000)] == [10, 10, 8, 4, 3, 3]
+    section = choose_train_section(rows=200, task="classify", hidden_size=256)
+    assert section["head_learning_rate"] == 10 * section["learning_rate"] == 2e-2
+    assert "head_learning_rate" not in choose_train_section(rows=200, task="causal-lm", hidden_size=256)

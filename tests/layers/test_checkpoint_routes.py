@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed._composable import checkpoint as composable_checkpoint
 from torch.utils import checkpoint
 
 import lora_kit as lk
@@ -176,3 +177,19 @@ def test_a_recomputation_leaves_the_thread_as_it_was() -> None:
     thread.start()
     thread.join()
     assert seen == ["t1", "t2"]
+
+
+def test_a_checkpoint_that_torch_applies_to_a_module_keeps_its_routes() -> None:
+    found = []
+    for wrap in (False, True):
+        model, bank = bench("plain")
+        if wrap:
+            for layer in model.model.layers:
+                composable_checkpoint(layer)
+        bank.use("t1")
+        loss = loss_of(model)
+        bank.use("t2")
+        loss.backward()
+        found.append([parameter.grad for parameter in bank.parameters("t1")])
+    for plain, checkpointed in zip(*found, strict=True):
+        torch.testing.assert_close(checkpointed, plain, rtol=0, atol=1e-6)

@@ -29,7 +29,7 @@ _BART = {
     "decoder_start_token_id": 2,
     **_TOKENS,
 }
-_SHARED_POSITIONS = ("its positions go through the layers once for all rows", "a batch of 1")
+_SHARED_POSITIONS = ("its positions go through the layers once for all rows", "one input for all")
 _LONE_EXPERTS = ("its experts are modules of their own, which see no rows", "an expert does not see")
 _FUSED = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 _IMAGES = {"image_size": 16, "patch_size": 8}

@@ -56,4 +56,5 @@ def pair_tokenizer(*, types: bool = True) -> Any:
         single="<s> $A </s>", pair=f"<s> $A </s> {second}", special_tokens=[("<s>", BOS), ("</s>", EOS)]
     )
     made.model_input_names = ["input_ids", *(["token_type_ids"] if types else []), "attention_mask"]
+    made.init_kwargs["model_input_names"] = made.model_input_names  # what is saved
     return made

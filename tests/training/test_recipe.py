@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 
 from lora_kit.config.lora_config import LoraConfig
@@ -267,6 +268,71 @@ def test_values_that_no_optimizer_takes_are_found_with_the_recipe(section: dict[
         load_recipe({"base": "kit-base", "data": "rows.jsonl", "out": "adapters/x", "train": section})
 
 
-def test_arguments_of_the_default_optimizer_need_no_name() -> None:
-    recipe = {"base": "kit-base", "data": "rows.jsonl", "out": "adapters/x"}
-    assert load_recipe({**recipe, "train": {"optim_args": "beta1=0.9,beta2=0.95"}}).train["optim_args"]
+UNREAD: list[tuple[dict[str, Any], str]] = [
+    ({"optim_args": "beta1=0.9"}, r"adamw_torch does not read beta1 \(train\.adam_beta1\)"),
+    ({"optim": "sgd", "optim_args": "momentum=0.9, beta=1"}, "sgd does not read beta"),
+    ({"optim": "adafactor", "optim_args": "scale=1"}, "adafactor does not read scale"),
+    ({"optim": "sgd", "adam_beta1": 0.8}, r"train\.adam_beta1: sgd does not read it"),
+]
+
+
+@pytest.mark.parametrize(("section", "message"), UNREAD)
+def test_arguments_that_the_optimizer_does_not_read_are_refused(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe({**LEAST, "train": section})
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"optim": "sgd", "optim_args": "momentum=0.0,nesterov=false"},
+        {"optim": "rmsprop", "optim_args": "alpha=0.99, centered=true"},
+        {"adam_beta1": 0.9},
+        {"optim": "adamw_8bit", "adam_beta2": 0.95},
+        {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1e-5}},
+        {"include_num_input_tokens_seen": "non_padding"},
+        {"include_num_input_tokens_seen": True},
+    ],
+)
+def test_arguments_that_are_read_are_accepted_also_where_they_are_the_default(section: dict[str, Any]) -> None:
+    assert section.items() <= load_recipe({**LEAST, "train": section}).train.items()
+
+
+CONFLICTS: list[tuple[dict[str, Any], str]] = [
+    ({"bf16": True, "fp16": True}, "At most one of fp16 and bf16"),
+    ({"include_num_input_tokens_seen": "bogus"}, "must be one of all, non_padding, no; 'bogus' was given"),
+    ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 0.5}}, r"lr_end \(0\.5\) must be smaller"),
+    ({"lr_scheduler_type": "polynomial", "learning_rate": 1e-8}, "must be smaller than initial lr"),
+    ({"lr_scheduler_type": "greedy"}, "greedy requires an eval strategy"),
+    ({"dataloader_prefetch_factor": 2}, "prefetch_factor can only be set when"),
+    ({"dataloader_persistent_workers": True}, "needs train.dataloader_num_workers"),
+    ({"dataloader_multiprocessing_context": "fork"}, "needs train.dataloader_num_workers"),
+    ({"label_smoothing_factor": 2.0}, "must be from 0 to below 1"),
+    ({"max_steps": -5}, "must be 1 or more, or -1"),
+    ({"debug": "bogus"}, "bogus is not a valid DebugOption"),
+    ({"log_level": "bogus"}, "train.log_level must be one of"),
+    ({"train_sampling_strategy": "bogus"}, "train.train_sampling_strategy must be one of"),
+    ({"save_strategy": "best"}, "load_best_model_at_end is not true"),
+    (
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"bogus": 1}},
+        "train.gradient_checkpointing_kwargs: .*unexpected keyword argument 'bogus'",
+    ),
+    ({"save_steps": 1.5}, "must be an integer if bigger than 1: 1.5"),
+    ({"torch_empty_cache_steps": 0}, "must be an integer bigger than 0"),
+    ({"accelerator_config": {"bogus": 1}}, "unexpected keyword argument 'bogus'"),
+]
+
+
+@pytest.mark.parametrize(("section", "message"), CONFLICTS)
+def test_what_transformers_would_reject_in_the_run_is_found_with_the_recipe(
+    section: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe({**LEAST, "train": section})
+
+
+def test_checking_a_recipe_chooses_no_device_for_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    state: dict[str, Any] = {}
+    monkeypatch.setattr(accelerate.PartialState, "_shared_state", state)
+    load_recipe({**LEAST, "train": {"bf16": True}})
+    assert state == {}

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Final
 
 from lora_kit.data.encode import EncodingResult, encode_with_faults
+from lora_kit.data.encodings import UTF8
 from lora_kit.data.label_problem import list_label_names, resolve_problem
 from lora_kit.data.layouts import RowValue
 from lora_kit.data.preferences import get_answer_format, get_first_answer
-from lora_kit.data.preparation.labels import find_lookalikes, find_variants, relabel_rows
+from lora_kit.data.preparation.labels import choose_spellings, find_lookalikes, find_variants, relabel_rows
 from lora_kit.data.records import Fault
 from lora_kit.data.rows import Rows, scan_rows
 from lora_kit.data.sample_format import SampleFormat
@@ -33,16 +34,18 @@ class ReadOptions:
     Attributes:
         base: name of the base.
         tokenizer: tokenizer of the base.
+        hidden_size: width of the base; None where its config does not say it.
         chat_template: the template of conversations, as a recipe names it; None for the tokenizer's own.
         sample_format: the format of samples; labels are added from the file.
         rename: new names of columns, by old name.
         relabel: new names of labels, by old name; or `AUTO`.
-        encoding: encoding of the files.
+        encoding: encoding of the files; `auto` to find it out.
         problem: what is predicted of texts with labels; None to infer it from the labels.
     """
 
     base: str
     tokenizer: Tokenizer
+    hidden_size: int | None
     chat_template: str | None
     sample_format: SampleFormat
     rename: Mapping[str, str]
@@ -64,6 +67,7 @@ class ExaminedFile:
         relabeled: new names that labels got, by old name.
         measured: the rows as samples.
         sha256: hash of the file, or of the rows of a data set.
+        encoding: encoding that the file was read in.
         problem: what the labels of texts are; None in other formats.
     """
 
@@ -75,6 +79,7 @@ class ExaminedFile:
     relabeled: Mapping[str, str]
     measured: EncodingResult
     sha256: str
+    encoding: str = UTF8
     problem: str | None = None
 
     def lines_of(self, kind: str) -> list[int]:
@@ -140,6 +145,7 @@ def examine(
         relabeled=relabel,
         measured=measured,
         sha256=scan.sha256,
+        encoding=scan.encoding,
         problem=problem,
     )
 
@@ -148,7 +154,7 @@ def _choose_names(rows: Rows, relabel: Mapping[str, str] | str, label2id: Mappin
     """Return the new names of the labels in a file, by old name."""
     counts = _count_labels(rows)
     if isinstance(relabel, str):
-        return find_variants(counts, known=label2id or ())
+        return choose_spellings(counts, known=label2id or ())
     # A label that is misspelled in the training rows only need not be in the validation rows.
     return {old: new for old, new in relabel.items() if label2id is None or old in counts}
 

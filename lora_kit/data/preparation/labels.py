@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
@@ -18,7 +19,9 @@ _MIN_FREQUENCY_RATIO: Final = 20
 
 
 AUTO: Final = "auto"
-"""For new names of labels: those that differ only in case or blanks get the most frequent spelling."""
+"""For new names of labels: those that differ only in case, blanks or one slip get the most frequent spelling."""
+_MIN_LETTERS: Final = 4
+"""Letters of a label of which one slip is a misspelling: `cat` and `car` are two words."""
 
 
 def find_variants(counts: Mapping[str, int], *, known: Collection[str] = ()) -> dict[str, str]:
@@ -33,6 +36,52 @@ def find_variants(counts: Mapping[str, int], *, known: Collection[str] = ()) -> 
         spellings.setdefault(_normalize_label(label), label)
     chosen = {label: spellings[_normalize_label(label)] for label in counts}
     return {label: other for label, other in chosen.items() if label not in (other, *known)}
+
+
+def choose_spellings(counts: Mapping[str, int], *, known: Collection[str] = ()) -> dict[str, str]:
+    """Return each label that differs from a more frequent one in case, blanks or one slip → that one.
+
+    Args:
+        counts: how many rows have each label, the most frequent label first.
+        known: labels that are right, however frequent they are; where there are any, a slip is one of these.
+    """
+    variants = find_variants(counts, known=known)
+    merged: Counter[str] = Counter()
+    for label, count in counts.items():
+        merged[variants.get(label, label)] += count
+    slips = _find_slips_of(known, merged) if known else _find_slips(dict(merged.most_common()))
+    names = {label: slips.get(variants.get(label, label), variants.get(label, label)) for label in counts}
+    return {label: name for label, name in names.items() if name != label}
+
+
+def _find_slips(counts: Mapping[str, int]) -> dict[str, str]:
+    """Return each rare label → the frequent label that it is one slip away from."""
+    return {label: other for label, other in find_lookalikes(counts).items() if _is_slip(label, other)}
+
+
+def _find_slips_of(known: Collection[str], labels: Collection[str]) -> dict[str, str]:
+    """Return each label that is not known → the only known one that it is one slip away from."""
+    near = {label: [other for other in known if _is_slip(label, other)] for label in labels if label not in known}
+    return {label: others[0] for label, others in near.items() if len(others) == 1}
+
+
+def _is_slip(one: str, other: str) -> bool:
+    """Return whether two words differ in one letter that is wrong, missing or too many, or in two that were swapped."""
+    one, other = _normalize_label(one), _normalize_label(other)
+    if _is_number(one) or _is_number(other) or min(len(one), len(other)) < _MIN_LETTERS or one == other:
+        return False
+    start = _count_common(one, other)
+    end = _count_common(one[start:][::-1], other[start:][::-1])
+    is_one_letter = max(len(one), len(other)) - start - end <= 1
+    is_similar = difflib.SequenceMatcher(None, one, other).ratio() >= _MIN_SIMILARITY  # `lost` and `loss` are not
+    return (is_one_letter and is_similar) or _is_swapped(one, other)
+
+
+def _count_common(one: str, other: str) -> int:
+    """Return with how many letters both texts begin."""
+    return next(
+        (index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
 
 
 def find_lookalikes(counts: Mapping[str, int]) -> dict[str, str]:

@@ -10,12 +10,13 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from lora_kit.data.encodings import AUTO_ENCODING
 from lora_kit.data.layouts import FORMATS
 from lora_kit.data.preferences import get_answer_format, is_preference
 from lora_kit.data.preparation.examine import ExaminedFile, ReadOptions, examine, find_leaks
 from lora_kit.data.preparation.labels import AUTO
 from lora_kit.data.preparation.prepared_folder import Preparation, PreparedFile, is_prepared, write_preparation
-from lora_kit.data.preparation.split import split
+from lora_kit.data.preparation.split import choose_share, split
 from lora_kit.data.records import BAD, EMPTY, LONG, NOT_UTF8
 from lora_kit.data.rows import Rows, build_fault_error
 from lora_kit.data.sample_format import DEFAULT_MAX_LENGTH, SampleFormat
@@ -29,7 +30,6 @@ from lora_kit.names import KIT_BASE
 DUPLICATES, CONFLICTS, LEAKS = "duplicates", "conflicts", "leaks"
 DROPPABLE: Final = (BAD, EMPTY, LONG, DUPLICATES, CONFLICTS, LEAKS)
 """Rows that can be left out: invalid, without text, too long; repeats; training rows that are validated on."""
-DEFAULT_VALIDATION_SHARE: Final = 0.05
 
 
 def prepare(
@@ -37,14 +37,15 @@ def prepare(
     out: str | Path | None = None,
     *,
     validation: str | Path | None = None,
-    share: float = DEFAULT_VALIDATION_SHARE,
+    share: float | None = None,
+    test: float = 0.0,
     base: str = KIT_BASE,
     max_length: int | None = None,
     template: str | None = None,
     rename: Mapping[str, str] | None = None,
     relabel: Mapping[str, str] | str | None = None,
     problem: str | None = None,
-    encoding: str = "utf-8",
+    encoding: str = AUTO_ENCODING,
     drop: Collection[str] = (),
     seed: int = 0,
     replace: bool = False,
@@ -52,21 +53,20 @@ def prepare(
     """Examine a file of rows, clean it as requested, and write it split for training, all or nothing.
 
     Args:
-        source: the file or data set; `lora_kit.data.readers` lists the kinds of files, `lora_kit.data.hub_datasets` the
-            names of data sets, `lora_kit.data.layouts` the layouts.
+        source: the file or data set; see `lora_kit.data.readers`, `lora_kit.data.hub_datasets` for names of data sets,
+            and `lora_kit.data.layouts`.
         out: the folder to write; None to examine only.
-        validation: a separate file for validation; None to set a share of the rows aside, see
-            `lora_kit.data.preparation.split`.
-        share: of the rows to set aside, unless there is a file for validation; 0 for none.
+        validation: a separate file for validation; None to set a share of the rows aside.
+        share: of the rows to set aside for validation; None for what `choose_share` says, 0 for none.
+        test: share of the rows to set aside for a test; 0 for none.
         base: the base whose tokens are counted, and which the recipe trains on.
         max_length: most tokens of a sample; None for the context of the base, but at most 2,048.
         template: of conversations: `plain`, a Jinja file or its text; None for the tokenizer's own, else `plain`.
         rename: new names of columns, by old name.
-        relabel: new names of labels, by old name; `auto`: the most frequent of those that differ in case or blanks.
+        relabel: new names of labels, by old name; `auto` for those that differ in case, blanks or one slip.
         problem: what is predicted of texts with labels, one of `PROBLEMS`; None to infer it from them.
-        encoding: encoding of the files.
-        drop: which rows to leave out, of `DROPPABLE`. The first of several duplicates stays; leaks are removed from the
-            training rows.
+        encoding: encoding of the files; `auto` to find it out, see `lora_kit.data.encodings`.
+        drop: which rows to leave out, of `DROPPABLE`; the first of several duplicates stays.
         seed: seed of the split; `replace`: whether `out` may be replaced.
 
     Raises:
@@ -74,9 +74,8 @@ def prepare(
         BaseModelError: the base's tokenizer cannot be read.
         StorageError: `out` exists, or cannot be written.
     """
-    _check_arguments(drop, share, problem)
-    if isinstance(relabel, str) and relabel != AUTO:
-        raise DataError(f"relabel {relabel!r} is not known", hint=f"{AUTO}, or old=new")
+    _check_arguments(drop, relabel, problem)
+    _check_shares(share or 0.0, test)
     folder = None if out is None else Path(out)
     if folder is not None:
         check_output(folder, replace=replace, owned=is_prepared)
@@ -88,13 +87,16 @@ def prepare(
         raise DataError(f"a chat template was given, and {source} has rows of the format {kind}")
     if folder is not None:
         _refuse_remaining_faults(parts)
-    train, held_out = _split_rows(parts, share=share, seed=seed)
-    choices = {"drop": sorted(drop), "share": 0.0 if validation is not None else share, "seed": seed}
-    preparation = _build_preparation(parts, train, held_out, options, choices)
+    share = _resolve_share(share, parts)
+    splits = _split_rows(parts, share=share, test=test, seed=seed)
+    choices = {"drop": sorted(drop), "share": share, "test": test, "seed": seed}
+    preparation = _build_preparation(parts, splits, options, choices)
     return preparation if folder is None else write_preparation(preparation, folder, replace=replace)
 
 
-def _check_arguments(drop: Collection[str], share: float, problem: str | None) -> None:
+def _check_arguments(drop: Collection[str], relabel: Mapping[str, str] | str | None, problem: str | None) -> None:
+    if isinstance(relabel, str) and relabel != AUTO:
+        raise DataError(f"relabel {relabel!r} is not known", hint=f"{AUTO}, or old=new")
     unknown = sorted(set(drop) - set(DROPPABLE))
     if unknown:
         hint = suggest_nearest(unknown[0], DROPPABLE) or f"known: {format_list(DROPPABLE)}"
@@ -102,8 +104,14 @@ def _check_arguments(drop: Collection[str], share: float, problem: str | None) -
     if problem is not None and problem not in PROBLEMS:
         hint = suggest_nearest(problem, PROBLEMS) or f"known: {format_list(PROBLEMS)}"
         raise DataError(f"problem {problem!r} is not known", hint=hint)
-    if not 0 <= share < 1:
-        raise DataError(f"the share for validation must be at least 0 and below 1; {share} was given")
+
+
+def _check_shares(share: float, test: float) -> None:
+    for purpose, value in (("validation", share), ("test", test)):
+        if not 0 <= value < 1:
+            raise DataError(f"the share for {purpose} must be at least 0 and below 1; {value} was given")
+    if share + test >= 1:
+        raise DataError(f"the shares for validation and test are {share} and {test}, which leaves no row to train on")
 
 
 def _build_options(
@@ -121,6 +129,7 @@ def _build_options(
     return ReadOptions(
         base=base,
         tokenizer=spec.tokenizer,
+        hidden_size=spec.hidden_size,
         chat_template=name,
         sample_format=SampleFormat(
             max_length=_resolve_max_length(max_length, spec, base),
@@ -197,28 +206,40 @@ def _refuse_remaining_faults(parts: Sequence[PreparedFile]) -> None:
             raise build_fault_error(part.path, faults, hint=hint)
 
 
-def _split_rows(parts: Sequence[PreparedFile], *, share: float, seed: int) -> tuple[Rows, Rows | None]:
-    """Return the rows to train on, and those to validate on."""
+def _resolve_share(share: float | None, parts: Sequence[PreparedFile]) -> float:
+    """Return the share of rows to set aside for validation: none where there is a file for it."""
+    if len(parts) > 1:
+        return 0.0
+    return choose_share(len(parts[0].kept)) if share is None else share
+
+
+def _split_rows(parts: Sequence[PreparedFile], *, share: float, test: float, seed: int) -> dict[str, Rows | None]:
+    """Return the rows of each side; those of the test first, so that they do not depend on the others' share."""
     kept = [part.examined.rows.only(part.kept) for part in parts]
     for part, rows in zip(parts, kept, strict=True):
         if not len(rows):
             raise DataError(f"{part.path}: no row is left")
-    if len(kept) > 1:
-        return kept[0], kept[1]
+    rest, tested = _set_aside(kept[0], test, seed, parts[0].examined.problem)
+    train, validated = _set_aside(rest, share * len(kept[0]) / len(rest), seed, parts[0].examined.problem)
+    return {"train": train, "validation": kept[1] if len(kept) > 1 else validated, "test": tested}
+
+
+def _set_aside(rows: Rows, share: float, seed: int, problem: str | None) -> tuple[Rows, Rows | None]:
+    """Return the rows that remain, and those that are set aside."""
     if not share:
-        return kept[0], None
-    train, held_out = split(kept[0], share=share, seed=seed, problem=parts[0].examined.problem)
-    return kept[0].only(train), kept[0].only(held_out)
+        return rows, None
+    remaining, aside = split(rows, share=share, seed=seed, problem=problem)
+    return rows.only(remaining), rows.only(aside)
 
 
 def _build_preparation(
     parts: tuple[PreparedFile, ...],
-    train: Rows,
-    held_out: Rows | None,
+    splits: Mapping[str, Rows | None],
     options: ReadOptions,
     choices: Mapping[str, object],
 ) -> Preparation:
-    rows, sample_format = parts[0].examined.rows, options.sample_format
+    rows, sample_format, train = parts[0].examined.rows, options.sample_format, splits["train"]
+    assert train is not None
     settings = {
         "base": options.base,
         "max_length": sample_format.max_length,
@@ -226,7 +247,7 @@ def _build_preparation(
         "rename": options.rename,
         "relabel": options.relabel,
         "problem": parts[0].examined.problem,
-        "encoding": options.encoding,
+        "encoding": parts[0].examined.encoding,
         **choices,
     }
     return Preparation(
@@ -235,7 +256,9 @@ def _build_preparation(
         layout=rows.layout,
         task=_find_task(rows, sample_format.task),
         train=train,
-        validation=held_out,
+        validation=splits["validation"],
+        test=splits["test"],
+        hidden_size=options.hidden_size,
         settings=settings,
         files={},
     )

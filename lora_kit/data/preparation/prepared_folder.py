@@ -1,7 +1,7 @@
 """What `prepare` found, and the folder it writes.
 
-The folder holds `train.jsonl`, `validation.jsonl`, a `recipe.yaml` to train with, and `manifest.json`: the source files
-with digests, the faults and what was left out, line by line, and the settings.
+The folder holds `train.jsonl`, perhaps `validation.jsonl` and `test.jsonl`, a `recipe.yaml` to train with, and
+`manifest.json`: the source files with digests, the faults and what was left out, line by line, and the settings.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from lora_kit.data.label_columns import convert_labeled_text
 from lora_kit.data.layouts import RowValue
 from lora_kit.data.preferences import is_preference, preference_to_json, suggest_objective
 from lora_kit.data.preparation.examine import ExaminedFile, bin_lengths
+from lora_kit.data.preparation.training_defaults import choose_train_section
 from lora_kit.data.rows import Rows
 from lora_kit.io.atomic_write import write_folder
 from lora_kit.names import RECIPE_FILE
@@ -27,6 +28,7 @@ from lora_kit.names import RECIPE_FILE
 MANIFEST: Final = "manifest.json"
 TRAIN: Final = "train.jsonl"
 VALIDATION: Final = "validation.jsonl"
+TEST: Final = "test.jsonl"
 _MANIFEST_VERSION: Final = 1
 _COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
     "completion": ("prompt", "completion"),
@@ -72,6 +74,7 @@ class PreparedFile:
         return {
             "path": str(self.path),
             "sha256": examined.sha256,
+            "encoding": examined.encoding,
             "rows": examined.total,
             "kept": len(self.kept),
             "faults": [{"line": fault.line, "kind": fault.kind, "what": fault.what} for fault in examined.faults],
@@ -104,6 +107,8 @@ class Preparation:
         task: the task that the rows are for.
         train: the rows to train on.
         validation: the rows to validate on, if any.
+        test: the rows to test on, if any.
+        hidden_size: width of the base; None where its config does not say it.
         settings: everything but the source files that decides the result.
         out: the folder that was written; None if no folder was requested.
         files: the files that were written, with rows and digests.
@@ -115,6 +120,8 @@ class Preparation:
     task: str
     train: Rows
     validation: Rows | None
+    test: Rows | None
+    hidden_size: int | None
     settings: Mapping[str, Any]
     out: Path | None = None
     files: Mapping[str, object]
@@ -132,7 +139,7 @@ class Preparation:
             "format": self.format,
             "settings": dict(self.settings),
             "sources": [part.to_json() for part in self.parts],
-            "rows": {"train": len(self.train), "validation": len(self.validation or ())},
+            "rows": {"train": len(self.train), "validation": len(self.validation or ()), "test": len(self.test or ())},
             "files": dict(self.files),
         }
 
@@ -148,9 +155,8 @@ def write_preparation(preparation: Preparation, folder: Path, *, replace: bool) 
     Raises:
         StorageError: the folder exists, or cannot be written.
     """
-    sides = {TRAIN: preparation.train}
-    if preparation.validation is not None:
-        sides[VALIDATION] = preparation.validation
+    optional = {VALIDATION: preparation.validation, TEST: preparation.test}
+    sides = {TRAIN: preparation.train} | {name: rows for name, rows in optional.items() if rows is not None}
     files = {name: "".join(_format_row(rows, value) for value in rows.values).encode() for name, rows in sides.items()}
     listing = {name: {"rows": len(sides[name]), **_describe_file(data)} for name, data in files.items()}
     files[RECIPE_FILE] = _render_recipe(preparation, folder).encode()
@@ -188,7 +194,11 @@ def _render_recipe(preparation: Preparation, folder: Path) -> str:
     if settings["chat_template"]:
         data["chat_template"] = settings["chat_template"]
     objective = suggest_objective(preparation.format)
-    rate = {} if objective else {"learning_rate": 5e-4}  # an objective has a lower default of its own
+    train = choose_train_section(
+        rows=len(preparation.train), task=preparation.task, hidden_size=preparation.hidden_size
+    )
+    if objective:
+        del train["learning_rate"]  # an objective has a lower default of its own
     recipe = {
         "base": settings["base"],
         "data": data,
@@ -196,7 +206,7 @@ def _render_recipe(preparation: Preparation, folder: Path) -> str:
         **({"objective": objective} if objective else {}),
         **({"problem": settings["problem"]} if settings.get("problem") else {}),
         "lora": {"r": 16, "lora_alpha": 32},
-        "train": {"num_train_epochs": 3, "per_device_train_batch_size": 8, **rate, "seed": 0},
+        "train": train,
         "out": f"adapters/{folder.absolute().name}",
     }
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120)

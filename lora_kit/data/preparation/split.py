@@ -1,4 +1,4 @@
-"""Set some rows aside for validation: the same ones, whatever the order of the rows.
+"""Set some rows aside for validation or for a test: the same ones, whatever the order of the rows.
 
 Rows with the same input stay together, so that no input is both trained and validated on. A hash of the input and the
 seed decides which inputs are set aside. If rows have labels, each label contributes its share, and no label is set
@@ -10,18 +10,36 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from lora_kit.data.preparation.examine import normalize_input
 from lora_kit.data.rows import Rows
 from lora_kit.errors import DataError
 from lora_kit.models.tasks import SINGLE_LABEL
 
+DEFAULT_SHARE: Final = 0.05
+_MIN_ROWS: Final = 20
+"""Fewest rows to validate on, where the file has enough: with three rows, one more that is right is 33 points."""
+_MAX_DEFAULT_SHARE: Final = 0.2
+_TOO_FEW: Final = 25
+"""Of a file with fewer rows, nothing is set aside: a fifth of it would say nothing, and is missed in the training."""
+
 _Groups = Mapping[str, Sequence[int]]
 """Indices of the rows with each input."""
 
 
+def choose_share(count: int) -> float:
+    """Return the share of so many rows to set aside: a twentieth, but at least 20 rows, and at most a fifth.
+
+    It is 0 for a file of fewer than 25 rows.
+    """
+    if count < _TOO_FEW:
+        return 0.0
+    return min(max(DEFAULT_SHARE, _MIN_ROWS / count), _MAX_DEFAULT_SHARE)
+
+
 def split(rows: Rows, *, share: float, seed: int = 0, problem: str | None = None) -> tuple[list[int], list[int]]:
-    """Return the indices of the rows to train on, and of those to validate on, each in the order of the file.
+    """Return the indices of the rows to train on, and of those that are set aside, each in the order of the file.
 
     Args:
         share: share of the rows to set aside, above 0 and below 1; at least one row is set aside.
@@ -40,7 +58,7 @@ def split(rows: Rows, *, share: float, seed: int = 0, problem: str | None = None
         taken = _find_smallest_group(strata, seed)
     if not taken:
         reason = _reason_not_splittable(strata)
-        what = f"{rows.path}: no row can be set aside for validation, since {reason}"
+        what = f"{rows.path}: no row can be set aside, since {reason}"
         raise DataError(what, hint="give a file for validation, or a share of 0")
     held_out = set(taken)
     return [index for index in range(len(rows)) if index not in held_out], sorted(held_out)

@@ -20,7 +20,15 @@ from lora_kit.merging.checkpoint.fused_weights import FusedPiece, FusedWeights
 from lora_kit.merging.checkpoint.shards import Shard
 from lora_kit.models.locate import translate_load_errors
 from lora_kit.models.silence import silence_libraries
-from lora_kit.models.tasks import CAUSAL_LM, TASK_SPECS, TaskSpec, find_task_by_peft_type
+from lora_kit.models.tasks import (
+    CAUSAL_LM,
+    CLASSIFY,
+    PROBLEMS,
+    SINGLE_LABEL,
+    TASK_SPECS,
+    TaskSpec,
+    find_task_by_peft_type,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -34,11 +42,13 @@ class TaskHead:
         task: PEFT's `task_type`.
         num_labels: size of a classification head; None for the base's own.
         labels: names of its classes; empty where they are not known.
+        problem: what a head over whole texts predicts; None for other heads.
     """
 
     task: str | None
     num_labels: int | None = None
     labels: tuple[str, ...] = ()
+    problem: str | None = None
 
     @classmethod
     def of(cls, adapter: Adapter) -> TaskHead:
@@ -55,7 +65,11 @@ class TaskHead:
             return cls(task)
         labels = tuple(map(str, adapter.record.get("labels") or ()))
         sizes = [t.shape[0] for key, t in adapter.saved().items() if key.endswith(".weight") and t.ndim == 2]
-        return cls(task, len(labels) or (sizes[-1] if sizes else None), labels)
+        problem = str(adapter.record.get("problem", SINGLE_LABEL)) if spec.name == CLASSIFY else None
+        if problem is not None and problem not in PROBLEMS:
+            what = f"the adapter's record has the problem {escape_text(problem)}"
+            raise MergeError(what, hint=f"known: {format_list(PROBLEMS)}")
+        return cls(task, len(labels) or (sizes[-1] if sizes else None), labels, problem)
 
     @property
     def spec(self) -> TaskSpec:
@@ -69,6 +83,12 @@ class TaskHead:
             numbers = dict(enumerate(self.labels))
             return {"id2label": numbers, "label2id": {label: number for number, label in numbers.items()}}
         return {"num_labels": self.num_labels} if self.num_labels else {}
+
+    @property
+    def record_fields(self) -> dict[str, object]:
+        """What an adapter's record says of it: the labels and the problem, where there are any."""
+        labels = {"labels": list(self.labels)} if self.labels else {}
+        return {**labels, **({"problem": self.problem} if self.problem else {})}
 
 
 @dataclass(frozen=True)

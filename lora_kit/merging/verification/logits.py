@@ -74,6 +74,7 @@ def check_logits(
     if given["task"] == CLASSIFY:
         numbers = {label: number for number, label in enumerate(head.labels)}
         given |= {"label2id": numbers} if numbers else {"num_labels": head.num_labels}
+        given["problem"] = head.problem
     model = load_base(base, **given).model
     bank = attach(model, dtype=torch.float32)
     # A DoRA's norm has unrounded factors where the weights do, as in the merge.

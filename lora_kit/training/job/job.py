@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_kit.adapter.adapter import Adapter
 from lora_kit.data.batches import Collator, EncodedDataset
 from lora_kit.data.encode import encode_rows
 from lora_kit.data.label_problem import count_labels, list_label_names, resolve_problem
@@ -28,12 +29,14 @@ from lora_kit.data.templates import ChatTemplate, chat_template
 from lora_kit.errors import BaseModelError, DataError, RecipeError, format_list
 from lora_kit.evaluation.generation_metrics import GenerationTask, build_generation_task, collect_eval_prompts
 from lora_kit.evaluation.metrics import select_generation_metrics
+from lora_kit.models.checkpoint_head import find_label_order
 from lora_kit.models.heads import describe_head, list_head_labels, order_labels
-from lora_kit.models.loading import Base, find_label_order
+from lora_kit.models.loading import Base
 from lora_kit.models.tasks import CLASSIFY, LABEL_TASKS, REGRESSION, SINGLE_LABEL
 from lora_kit.targets.fingerprint import fingerprint
 from lora_kit.training.job.base_model import prepare_base
 from lora_kit.training.job.resolve import resolve_recipe
+from lora_kit.training.job.starting_adapter import check_starting_labels, load_starting_adapter
 from lora_kit.training.loop.checkpoints import Identity, hash_json
 from lora_kit.training.recipe.class_weights import compute_class_weights
 from lora_kit.training.recipe.objectives import KTO, REWARD, REWARD_LABEL, SFT, find_formats
@@ -57,6 +60,7 @@ class Job:
         generation_task: the prompts of the validation rows, where the best model is chosen by what it generates.
         class_weights: weight of each class in the loss; empty where each has the weight 1.
         head: what becomes of the base's head, in words; None where the task has no labels.
+        start: the adapter that the training starts from; None for a new one.
         identity: everything that decides the result, see `lora_kit.training.loop.checkpoints`.
     """
 
@@ -69,6 +73,7 @@ class Job:
     generation_task: GenerationTask | None
     class_weights: tuple[float, ...]
     head: str | None
+    start: Adapter | None
     identity: Identity
 
     @classmethod
@@ -82,10 +87,14 @@ class Job:
             RecipeError, DataError, BaseModelError: what is wrong, or does not go together.
         """
         check_reporting(recipe.train)
+        start = load_starting_adapter(recipe)
+        if start is not None:
+            recipe = recipe.replace(lora=dataclasses.replace(start.config, lora_dropout=recipe.lora.lora_dropout))
         rows, validation_rows = read_recipe_rows(recipe)
         problem = _find_problem(recipe, rows)
         recipe = recipe.replace(problem=problem)
         head_labels, labels = _find_labels(recipe, rows, base)
+        check_starting_labels(start, labels)
         label2id = {name: number for number, name in enumerate(labels)}
         class_weights = _weigh_classes(recipe, rows, labels)
         base = prepare_base(recipe, base, label2id, problem)
@@ -119,7 +128,8 @@ class Job:
             generation_task=_build_generation_task(recipe, validation_rows, base, sample_format),
             class_weights=class_weights,
             head=describe_head(head_labels, labels) if labels else None,
-            identity=_build_identity(recipe, base, train, validation),
+            start=start,
+            identity=_build_identity(recipe, base, train, validation, start),
         )
 
     @property
@@ -293,10 +303,13 @@ def _build_identity(
     base: Base,
     train: EncodedDataset | PackedDataset | PreferenceDataset,
     validation: EncodedDataset | PackedDataset | PreferenceDataset | None,
+    start: Adapter | None,
 ) -> Identity:
     """Return everything that decides the result. Rows count by their content, not by their path."""
     fields = recipe.to_dict()
     del fields["out"], fields["data"]["train"], fields["data"]["validation"]
+    if start is not None:
+        fields["from"] = start.digest  # by its content, as the rows
     rows = {"train": hash_samples(train), "validation": validation and hash_samples(validation)}
     base_facts = fingerprint(base.model)
     sums = {"rows": rows, "base": hash_json({key: base_facts[key] for key in ("structure", "weights")})}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,9 @@ from lora_kit.io.strict_json import parse_object
 from lora_kit.models.rope_fields import add_older_rope_fields
 from lora_kit.training.job.job import Job
 from lora_kit.training.job.output import is_trained_model_folder
+from lora_kit.training.job.starting_adapter import fill_from_start, name_start
 from lora_kit.training.loop.checkpoints import hash_json
+from lora_kit.training.recipe.objectives import TRL_OBJECTIVES
 from lora_kit.training.recipe.portable_recipe import make_recipe_portable
 from lora_kit.training.results import TrainedModules, TrainReport, collect_record_metrics
 
@@ -104,6 +107,13 @@ def _attach_adapter(job: Job) -> Iterator[TrainableJob]:
     recipe = job.recipe
     bank = attach(job.base.model, recipe.lora, name=recipe.name)
     logger.info("%s", bank.coverage(recipe.name))
+    is_compared = recipe.objective in TRL_OBJECTIVES and TRL_OBJECTIVES[recipe.objective].needs_reference
+    if job.start is not None:
+        try:
+            fill_from_start(bank, recipe.name, job.start, keep=is_compared)
+        except BaseException:
+            bank.detach()
+            raise
 
     def save(report: TrainReport, files: Mapping[str, bytes], *, replace: bool) -> TrainReport:
         record = build_training_record(job, report)
@@ -117,7 +127,9 @@ def _attach_adapter(job: Job) -> Iterator[TrainableJob]:
             count=bank.coverage(recipe.name).parameters,
             parameters=job.base.model.num_parameters(),
             save=save,
-            build_reference=bank.reference,
+            build_reference=functools.partial(
+                bank.reference, name_start(recipe.name) if job.start is not None else None
+            ),
         )
     finally:
         bank.detach()

@@ -85,7 +85,8 @@ def _resolve_saved_modules(recipe: Recipe, base: Base, names: Sequence[str]) -> 
     """
     saved = [name for name in names if name != HEAD]
     if recipe.task in LABEL_TASKS or HEAD in names:
-        head = [name for name in find_head_modules(base.model, recipe.task) if name not in saved]
+        own = (*find_head_modules(base.model, recipe.task), *base.new_modules)
+        head = [name for name in own if name not in saved]
         if head and recipe.method != "features":
             logger.info("the head is in modules_to_save: %s", format_list(head))
         saved += head

@@ -12,6 +12,7 @@ from typing import Any, Final, TypeAlias
 
 import yaml
 
+from lora_kit.adapter.adapter import Adapter
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import AdapterError, ConfigError, RecipeError, format_list, suggest_nearest
 from lora_kit.io.read import exists, read_text
@@ -32,8 +33,23 @@ from lora_kit.training.recipe.strict_yaml import load_yaml
 _SIZE_LIMIT: Final = 2**20
 """Bytes of a recipe's file, at most."""
 _MAX_SHOWN_PATH: Final = 160
-_PLAIN_FIELDS: Final = ("base", "out", "task", "problem", "objective", "method", "dtype", "quantize", "compile")
+_PLAIN_FIELDS: Final = (
+    "base",
+    "out",
+    "task",
+    "problem",
+    "objective",
+    "method",
+    "dtype",
+    "quantize",
+    "compile",
+    "start_from",
+)
 """Fields of a recipe that hold one value, not a section."""
+
+_KEYS: Final[Mapping[str, str]] = {"start_from": "from"}
+"""Keys of a recipe that Python does not allow as names of attributes, by attribute."""
+_ATTRIBUTES: Final[Mapping[str, str]] = {key: name for name, key in _KEYS.items()}
 
 RecipeSource: TypeAlias = str | Path | Section | Recipe
 """A YAML or TOML file, what stands in one, or a recipe."""
@@ -130,7 +146,9 @@ def _override(fields: dict[str, Any], key: str, value: object) -> None:
 
 
 def _build_recipe(fields: Section) -> Recipe:
-    check_known_keys(fields, [field.name for field in dataclasses.fields(Recipe)], where="")
+    names = [_KEYS.get(field.name, field.name) for field in dataclasses.fields(Recipe)]
+    check_known_keys(fields, names, where="")
+    fields = {_ATTRIBUTES.get(key, key): value for key, value in fields.items()}
     missing = [name for name in ("base", "data", "out") if fields.get(name) is None]
     if missing:
         raise RecipeError(f"{format_list(missing)} missing", hint="a recipe has base, data and out at least")
@@ -145,7 +163,7 @@ def _build_recipe(fields: Section) -> Recipe:
     if method == "peft" and lora:
         raise RecipeError("method peft has no lora section", hint="take it out, or use method lora")
     if not isinstance(lora, LoraConfig):
-        lora = _parse_lora_section(check_mapping("lora", lora), method)
+        lora = _parse_lora_section(check_mapping("lora", lora), method, start=values.get("start_from"))
     sections = {"lora": lora, "peft": check_mapping("peft", peft), "train": check_mapping("train", train)}
     return Recipe(**{**values, **sections})
 
@@ -161,8 +179,10 @@ def _parse_data_section(section: object) -> DataSpec:
     return DataSpec(**{**files, **values})
 
 
-def _parse_lora_section(section: Section, method: str) -> LoraConfig:
+def _parse_lora_section(section: Section, method: str, *, start: str | None = None) -> LoraConfig:
     values = coerce_fields(LoraConfig, _drop_none(section), where="lora.", without=("extra",))
+    if start is not None:
+        return _parse_lora_changes(values, start)
     if method == "features":
         # A config must not be empty; the name of the head is known once the model is loaded.
         values = {"target_modules": (), "modules_to_save": (HEAD,), **values}
@@ -172,6 +192,16 @@ def _parse_lora_section(section: Section, method: str) -> LoraConfig:
         names = [field.name for field in dataclasses.fields(LoraConfig)]
         separator = "." if error.message.partition(" ")[0] in names else ": "
         raise RecipeError(f"lora{separator}{error.message}", hint=error.hint) from None
+
+
+def _parse_lora_changes(values: Section, start: str) -> LoraConfig:
+    """Return the config of an adapter, with what a recipe changes in it; the job checks that it may."""
+    try:
+        return dataclasses.replace(Adapter.load(start).config, **values)
+    except ConfigError as error:
+        raise RecipeError(f"lora: {error.message}", hint=error.hint) from None
+    except AdapterError as error:
+        raise RecipeError(f"from: {error.message}", hint=error.hint) from None
 
 
 def _drop_none(section: Section) -> Section:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import types
 from collections.abc import Iterator, Mapping
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import torch
 
@@ -18,6 +18,10 @@ from lora_kit.training.recipe.coerce import Section
 
 _WITHOUT_ARGUMENTS: Final = ("constant", "constant_with_warmup")
 """Schedules that take no arguments; transformers would ignore them."""
+_DEFAULT_OPTIMIZER: Final = "adamw_torch"
+_ADAM_FIELDS: Final = ("adam_beta1", "adam_beta2", "adam_epsilon")
+_PROBES: Final = ("0.123", "7", "true")
+"""Values, one of which changes what transformers makes of an argument, or is an error, if it is read at all."""
 _STEPS: Final = 10
 """Steps of the schedule that is tried out."""
 
@@ -36,7 +40,7 @@ def check_schedule(train: Section) -> None:
     with _translate_errors("train.lr_scheduler_kwargs"):
         from transformers import get_scheduler
 
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=float(train["learning_rate"]))
         get_scheduler(name, optimizer, num_warmup_steps=0, num_training_steps=_STEPS, scheduler_specific_kwargs=values)
 
 
@@ -49,18 +53,56 @@ def check_optimizer(train: Section) -> None:
         if item.count("=") != 1 or not all(part.strip() for part in item.split("=")):
             expected = "train.optim_args must be name=value with commas between"
             raise RecipeError(f"{expected}; {format_value(arguments)} was given", hint="beta1=0.9,beta2=0.95")
-    with _translate_errors("train.optim" if arguments is None else "train.optim_args"):
+    key = "train.optim" if arguments is None else "train.optim_args"
+    optimizer, options = _choose_optimizer(train, key)
+    with _translate_errors(key):
+        if optimizer.__module__.startswith("torch."):
+            optimizer([torch.nn.Parameter(torch.zeros(()))], **options)
+    _refuse_unread_arguments(train, (optimizer, options))
+
+
+def _choose_optimizer(train: Section, key: str) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """Return the class of optimizer that transformers chooses, and its arguments.
+
+    Raises:
+        RecipeError: it chooses none; the message begins with `key`.
+    """
+    with _translate_errors(key):
         from transformers import Trainer, TrainingArguments
         from transformers.training_args import OptimizerNames
 
         defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments) if field.init}
-        values = {**defaults, "optim": "adamw_torch", **train}
+        values = {**defaults, "optim": _DEFAULT_OPTIMIZER, **train}
         values["optim"] = OptimizerNames(values["optim"])
         # A stand-in: real TrainingArguments would choose the device of the whole process.
-        args = cast("TrainingArguments", types.SimpleNamespace(**values))
-        optimizer, options = Trainer.get_optimizer_cls_and_kwargs(args)
-        if optimizer.__module__.startswith("torch."):
-            optimizer([torch.nn.Parameter(torch.zeros(()))], **options)
+        optimizer, options = Trainer.get_optimizer_cls_and_kwargs(
+            cast("TrainingArguments", types.SimpleNamespace(**values))
+        )
+        return optimizer, dict(options)
+
+
+def _refuse_unread_arguments(train: Section, chosen: tuple[type[torch.optim.Optimizer], dict[str, Any]]) -> None:
+    """Raise RecipeError for arguments that change nothing whatever their value: the optimizer does not read them."""
+    name, arguments = train.get("optim", _DEFAULT_OPTIMIZER), str(train.get("optim_args") or "")
+    items = dict(item.replace(" ", "").split("=") for item in arguments.split(",") if item)
+    for key in items:
+        others = [",".join(f"{k}={other if k == key else v}" for k, v in items.items()) for other in _PROBES]
+        if all(_is_chosen({**train, "optim_args": other}, chosen) for other in others):
+            adam = f"adam_{key}" if f"adam_{key}" in _ADAM_FIELDS else ""
+            raise RecipeError(
+                f"train.optim_args: {name} does not read {key}", hint=f"train.{adam}" if adam else "leave it out"
+            )
+    for key in (key for key in _ADAM_FIELDS if key in train):
+        if _is_chosen({**train, key: float(train[key]) / 2 + 0.1}, chosen):
+            raise RecipeError(f"train.{key}: {name} does not read it", hint="leave it out, or choose an Adam")
+
+
+def _is_chosen(train: Section, chosen: tuple[type[torch.optim.Optimizer], dict[str, Any]]) -> bool:
+    """Return whether transformers makes the same choice for a section; it does not where that raises an error."""
+    try:
+        return _choose_optimizer(train, "") == chosen
+    except RecipeError:
+        return False
 
 
 def _parse_schedule_arguments(arguments: object) -> dict[str, object]:

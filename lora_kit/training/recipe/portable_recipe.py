@@ -20,6 +20,7 @@ def make_recipe_portable(recipe: Recipe) -> Recipe:
     return recipe.replace(
         base=make_folder_portable(recipe.base),
         out=make_path_portable(recipe.out),
+        start_from=make_path_portable(recipe.start_from) if recipe.start_from else None,
         data=dataclasses.replace(
             data,
             train=rename_files(data.train, make_path_portable),

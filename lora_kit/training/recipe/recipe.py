@@ -19,6 +19,7 @@ from lora_kit.io.text import format_value
 from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR
 from lora_kit.models.quantization import QUANTIZATIONS
 from lora_kit.models.tasks import CAUSAL_LM, CLASSIFY, LABEL_TASKS, MULTI_LABEL, PROBLEMS, REGRESSION, TASKS
+from lora_kit.training.recipe.argument_checks import check_arguments
 from lora_kit.training.recipe.class_weights import ClassWeights, parse_class_weights
 from lora_kit.training.recipe.coerce import Section, as_json, check_one_of
 from lora_kit.training.recipe.data_files import check_data_files, describe_data_files
@@ -101,6 +102,8 @@ class Recipe:
             inverse of how frequent they are; None for equal weights.
         objective: `sft` to learn the answers; `dpo`, `kto`, `orpo` to prefer some answers to others, `reward` to score
             them, by TRL's trainers; see `lora_kit.training.recipe.objectives`. A reward model's task is `classify`.
+        start_from: the adapter that the training starts from (key `from`): a folder, a name in the store or a hub id;
+            None for a new one. Its config is then the default of `lora`.
         method: `lora`; `features` to train only the head; `full` to train every weight; `peft` for one of PEFT's own
             adapter types.
         lora: the adapter's config.
@@ -126,6 +129,7 @@ class Recipe:
     problem: str | None = None
     class_weights: ClassWeights = None
     objective: str = SFT
+    start_from: str | None = None
     method: str = "lora"
     lora: LoraConfig = field(default_factory=LoraConfig)
     peft: Section = field(default_factory=dict)
@@ -146,6 +150,7 @@ class Recipe:
         check_learning_rates(self.train, self.method)
         check_schedule(self.train)
         check_optimizer(self.train)
+        check_arguments(self.train)
         check_objective_values(self.objective, self.train, lora_dropout=self.lora.lora_dropout)
         check_largest(self.train)
         if self.compile:
@@ -157,6 +162,9 @@ class Recipe:
             check_one_of("problem", self.problem, PROBLEMS)
         check_one_of("method", self.method, METHODS)
         self._resolve_objective()
+        if self.start_from is not None and self.method not in ("lora", "features"):
+            what = f"from is for the methods lora and features; the method is {self.method}"
+            raise RecipeError(what, hint="leave it out")
         self._check_labels()
         check_one_of("dtype", self.dtype, DTYPES)
         if self.quantize is not None:
@@ -244,6 +252,9 @@ class Recipe:
         fields["train"] = {key: as_json(value) for key, value in sorted(self.train.items())}
         fields["lora"] = _collect_lora_fields(self.lora)
         fields["peft"] = as_json(dict(self.peft))
+        start = fields.pop("start_from")
+        if start is not None:
+            fields["from"] = start
         if self.objective == SFT:
             del fields["objective"]  # as it was before there were others
         fields["class_weights"] = as_json(self.class_weights)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import typing
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -130,7 +131,8 @@ def _check_numbers(values: Section) -> None:
         (_LENGTHS, lambda number: number > 0, "above 0"),
         (_AMOUNTS, lambda number: number >= 0, "0 or more"),
         (_SEEDS, lambda number: 0 <= number < 2**32, "from 0 to below 2^32"),
-        (("max_steps",), lambda number: number != 0, "1 or more, or -1 to count in epochs"),
+        (("max_steps",), lambda number: number >= 1 or number == -1, "1 or more, or -1 to count in epochs"),
+        (("label_smoothing_factor",), lambda number: 0 <= number < 1, "from 0 to below 1"),
     )
     for names, is_valid, expected in ranges:
         for name in names:
@@ -193,6 +195,9 @@ def check_best_model_settings(train: Section, task: str, problem: str | None = N
     else:
         check_one_of("train.metric_for_best_model", metric, ("loss", *TRL_OBJECTIVES[objective].metrics))
     _check_direction(train)
+    if train.get("save_strategy") == "best" and not best:
+        what = "train.save_strategy is best, but load_best_model_at_end is not true"
+        raise RecipeError(what, hint="train.load_best_model_at_end: true")
     if not best:
         return
     for key, purpose in (("eval_strategy", "finding"), ("save_strategy", "keeping")):
@@ -282,18 +287,12 @@ def build_training_arguments(
     """
     from transformers import TrainingArguments
 
-    # By default transformers hides the progress bar, because its own log is silenced here.
-    values = {"disable_tqdm": False, "run_name": name, **train}
-    for key in OWN_FIELDS:
-        values.pop(key, None)
-    # Set below: transformers would require checkpoints at evaluations only; here each new best one is saved.
-    keeps_best = values.pop("load_best_model_at_end", False)
-    for older, newer in _NEWER_NAMES.items():
-        if older in values and newer in get_training_argument_types():
-            values[newer] = values.pop(older)
+    values, keeps_best = translate_section(train), train.get("load_best_model_at_end", False)
     if "paged" in str(values.get("optim")) and device.type != "cuda":
         # bitsandbytes would silently use states that are not paged.
         raise RecipeError(f"train.optim {values['optim']} needs a CUDA device", hint="adamw_8bit runs on a CPU too")
+    # By default transformers hides the progress bar, because its own log is silenced here.
+    values = {"disable_tqdm": False, "run_name": name, **values}
     config = TrainingArguments
     if objective != SFT:
         config = load_config_class(objective)
@@ -301,7 +300,7 @@ def build_training_arguments(
         defaults = {"max_length": _UNLIMITED, "bf16": False, "gradient_checkpointing": False}
         names = {field.name for field in dataclasses.fields(config)}
         values = {**{key: value for key, value in defaults.items() if key in names}, **values}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), translate_argument_errors():
         warnings.simplefilter("ignore", FutureWarning)  # about names that TRL's configs still use
         args = config(
             output_dir=folder,
@@ -315,3 +314,23 @@ def build_training_arguments(
     args._n_gpu = min(args.n_gpu, 1)
     args.load_best_model_at_end = keeps_best
     return args
+
+
+def translate_section(train: Section) -> dict[str, Any]:
+    """Return arguments of transformers.TrainingArguments for a `train` section, except those that are set here."""
+    values = {key: value for key, value in train.items() if key not in OWN_FIELDS}
+    # Set afterwards: transformers would require checkpoints at evaluations only; here each new best one is saved.
+    values.pop("load_best_model_at_end", None)
+    for older, newer in _NEWER_NAMES.items():
+        if older in values and newer in get_training_argument_types():
+            values[newer] = values.pop(older)
+    return values
+
+
+@contextlib.contextmanager
+def translate_argument_errors() -> Iterator[None]:
+    """Raise RecipeError for what transformers makes of arguments that it does not accept."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, NotImplementedError, OSError, ImportError) as error:
+        raise RecipeError(f"train: {' '.join(str(error).split())}") from error

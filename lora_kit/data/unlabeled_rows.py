@@ -1,0 +1,88 @@
+"""Rows to predict on: texts, pairs of texts or words, with labels or without."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_kit.data.cells import RowError
+from lora_kit.data.hub_datasets import is_dataset, read_dataset
+from lora_kit.data.label_columns import PAIR, read_text_input, read_words
+from lora_kit.data.readers import read_file
+from lora_kit.data.records import Fault, Row
+from lora_kit.data.rows import build_fault_error
+from lora_kit.errors import DataError, format_list
+from lora_kit.models.tasks import TOKENS
+
+_WORD_COLUMNS = ("words", "tokens")
+
+
+@dataclass(frozen=True)
+class UnlabeledRows:
+    """The inputs of a file.
+
+    Attributes:
+        lines: the line each row begins on, from 1; in a JSON array and in a Parquet file the number of the row.
+        inputs: the texts, pairs of texts, or words.
+    """
+
+    lines: tuple[int, ...]
+    inputs: tuple[str | tuple[str, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+
+def read_unlabeled_rows(path: str | Path, task: str) -> UnlabeledRows:
+    """Read the inputs of a file or of a data set of the hub; other columns do not count.
+
+    Args:
+        task: `classify` takes `text` and perhaps `text_pair`; `tokens` takes `words`, `tokens` or `text`.
+
+    Raises:
+        DataError: the file cannot be read, has no row, or has rows without an input; the message lists their lines.
+    """
+    path = Path(path)
+    contents = read_dataset(path, split="train") if is_dataset(path) else read_file(path)
+    faults = list(contents.faults)
+    lines: list[int] = []
+    inputs: list[str | tuple[str, ...]] = []
+    for line, row in contents.records:
+        try:
+            inputs.append(_read_input(row, task))
+        except RowError as error:
+            faults.append(Fault(line, str(error)))
+        else:
+            lines.append(line)
+    if faults:
+        raise build_fault_error(path, sorted(faults))
+    if not inputs:
+        raise DataError(f"{path} has no rows", hint="the ending of its name decides how a file is read")
+    _check_one_form(path, lines, inputs)
+    return UnlabeledRows(tuple(lines), tuple(inputs))
+
+
+def _read_input(row: Row, task: str) -> str | tuple[str, ...]:
+    if task == TOKENS:
+        column = next((name for name in _WORD_COLUMNS if row.get(name) is not None), None)
+        if column is not None:
+            return read_words(row, column)
+        if row.get(PAIR) is not None:
+            raise RowError(f"{PAIR} is for task classify; words are found in one text")
+    if "text" not in row:
+        expected = "words, tokens or text" if task == TOKENS else "text"
+        raise RowError(f"{expected} is expected; the row has {format_list(sorted(map(str, row)))}")
+    return read_text_input(row)
+
+
+def _check_one_form(path: Path, lines: Sequence[int], inputs: Sequence[str | tuple[str, ...]]) -> None:
+    """Raise DataError where some rows have a text and others have two, or words."""
+    form = isinstance(inputs[0], str)
+    faults = [
+        Fault(line, "its columns are not those of the first row")
+        for line, each in zip(lines, inputs, strict=True)
+        if isinstance(each, str) != form
+    ]
+    if faults:
+        raise build_fault_error(path, faults)

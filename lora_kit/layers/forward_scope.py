@@ -1,0 +1,113 @@
+"""A forward of a model that is running: its route, and what is known of how its batch lies in the inputs of layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
+from typing import Final
+from weakref import WeakSet
+
+from torch import Tensor, nn
+
+from lora_kit.layers.route import Route
+from lora_kit.layers.route_stack import is_running
+
+Sizes = tuple[int, ...]
+_BATCH_FIRST: Final[WeakSet[nn.Module]] = WeakSet()
+"""Layers of which a forward has shown that the first axis of their inputs is the batch's."""
+
+
+class ForwardScope:
+    """A call of the model, from its first hook to its last.
+
+    Layers are given the batch in several shapes: (B, T, in), (B·windows, n, in), tokens (B·T, in). A row's entries must
+    be consecutive there. What shows that they are not is an error, and so is what shows nothing.
+
+    Attributes:
+        route: that the forward uses, whatever is chosen meanwhile.
+        batch: B, how many rows the model was given; None where its inputs do not say.
+        frame: of the call; None in a recomputation.
+        measure_one_row: return the leading sizes of each layer's inputs in a forward of the first row alone; empty
+            where that cannot be computed.
+        outer: the forward inside which this one was called.
+    """
+
+    def __init__(
+        self,
+        route: Route,
+        inputs: Sequence[Tensor],
+        *,
+        frame: FrameType | None = None,
+        measure_one_row: Callable[[], Mapping[nn.Module, set[Sizes]]] = dict,
+        outer: ForwardScope | None = None,
+    ) -> None:
+        self.route = route
+        self.batch = inputs[0].shape[0] if inputs else None
+        self.frame = frame
+        self.measure_one_row = measure_one_row
+        self.outer = outer
+        self._one_row: Mapping[nn.Module, set[Sizes]] | None = None
+        self._others = {x.shape[0] for x in inputs if x.shape[0] != self.batch}
+        self._lengths: set[int] = set()
+        for x in inputs:
+            self._remember(1, leading_sizes(x)[1:])
+
+    def finish(self) -> None:
+        """End the forward, also for contexts that were made meanwhile; let go what it was called with."""
+        self.frame, self.measure_one_row = None, dict
+
+    @property
+    def is_running(self) -> bool:
+        """Whether this forward called the caller; not so after it was interrupted, or in another thread."""
+        return self.frame is not None and is_running(self.frame)
+
+    def reason_not_by_row(self, x: Tensor, layer: nn.Module) -> str | None:
+        """Return why an input of a layer cannot be split into the rows of the batch; None where it can.
+
+        Args:
+            x: (n, ..., in), or integers (n, ...) that are looked up.
+        """
+        batch, sizes = self.batch, leading_sizes(x)
+        assert batch is not None
+        if not sizes:
+            return "is given no batch"
+        first, rest = sizes[0], sizes[1:]
+        if first == 1 != batch:
+            return f"is given one input for all {batch} rows, as relative positions are"
+        if rest and rest[0] == batch and not self._is_batch_first(sizes, layer):
+            return f"is given the sequence before the batch, or nothing of the batch: {tuple(sizes)} for {batch} rows"
+        if first != batch:
+            if first % batch or first in self._others:
+                return f"was given a batch of {first} in a forward of {batch} rows"
+            # Of windows and the like nothing else is known than that they are more than the batch.
+            if (not rest or not x.is_floating_point()) and first // batch not in self._lengths:
+                return f"is given {first} entries, and nothing shows which of the {batch} rows they belong to"
+        self._remember(first // batch, rest)
+        return None
+
+    def _is_batch_first(self, sizes: Sequence[int], layer: nn.Module) -> bool:
+        """Return whether the first axis is the batch's, where the second is as large as the batch.
+
+        Only a forward with fewer rows shows it. What it showed of a layer once is remembered.
+        """
+        if layer in _BATCH_FIRST:
+            return True
+        if self._one_row is None:
+            self._one_row = self.measure_one_row()
+        shares = self._one_row.get(layer, set())
+        is_first = any((self.batch, *share[1:]) == (sizes[0] // share[0], *sizes[1:]) for share in shares)
+        if not is_first or any(share[0] == sizes[0] for share in shares):
+            return False
+        _BATCH_FIRST.add(layer)
+        return True
+
+    def _remember(self, count: int, rest: Sequence[int]) -> None:
+        """Remember how many entries a row has in an input: later layers may be given them one by one."""
+        if rest:
+            self._lengths |= {count * rest[0], count * math.prod(rest)}
+
+
+def leading_sizes(x: Tensor) -> Sequence[int]:
+    """Return the sizes of x without its features: all of them, of integers that are looked up."""
+    return x.shape[:-1] if x.is_floating_point() else x.shape
