@@ -52,6 +52,10 @@ class RouteChoices:
         """Begin a block in which row i of the caller's batches goes to slots[i]."""
         return self._open(self._routing.make_route(slots, row_count=row_count), RouteBlock())
 
+    def enter_runs(self, runs: Sequence[tuple[int, int]]) -> ChosenBlock:
+        """Begin a block in which consecutive tokens of the caller's packed forwards use one slot: (slot, how many)."""
+        return self._open(self._routing.make_run_route(runs), RouteBlock())
+
     def enter_generation(self, frame: FrameType) -> ChosenBlock:
         """Begin a generation, which keeps the caller's route.
 
@@ -118,14 +122,26 @@ class Lease:
         digest: of the adapter.
     """
 
-    def __init__(self, slot: int, digest: str, route: Route) -> None:
+    def __init__(self, slot: int, digest: str, route: Route, routing: Routing) -> None:
         self.slot = slot
         self.digest = digest
         self._route: Route | None = route
+        self._routing = routing
 
     def release(self) -> None:
         """Let the slot go. A second call does nothing."""
         self._route = None
+
+    def get_slot(self, routing: Routing) -> int:
+        """Return the slot, for the bank that this routing belongs to.
+
+        Raises:
+            BankError: the lease was released, or is another bank's.
+        """
+        if self._route is None or self._routing is not routing:
+            problem = "was released" if self._route is None else "is of another bank"
+            raise BankError(f"this lease {problem}", hint="take one: bank.lease(name)")
+        return self.slot
 
     def __enter__(self) -> Lease:
         return self

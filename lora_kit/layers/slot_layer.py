@@ -137,6 +137,10 @@ class SlotLayer(nn.Module):
             return tensor.detach().to(self.device, torch.float32, copy=True)
         return _narrow_to(stacked[name][slot], tensor.shape)
 
+    def reason_no_runs(self) -> str | None:
+        """Return why a packed forward cannot give runs of tokens to different adapters here; None where it can."""
+        return None
+
     def reserve(self, slots: int, rank: int, dtype: torch.dtype) -> None:
         """Allocate capacity for so many slots of this rank. Values stay, and leaf parameters stay the same objects."""
         has_slots = len(self.entries)
