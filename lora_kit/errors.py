@@ -13,7 +13,8 @@ LoraKitError
 ├── DataError (ValueError)              training data is wrong
 ├── MergeError (ValueError)             a merge cannot be done as asked
 ├── ExportError (ValueError)            an adapter cannot be exported to this program
-├── StorageError (OSError)              the machine: disk, permission, an output that exists
+├── StorageError (OSError)              the machine: disk, memory, permission, an output that exists
+│   └── OutOfMemoryError (MemoryError)  memory ran out, or would
 └── VerificationError (RuntimeError)    something written or computed is not what it should be
 """
 
@@ -115,6 +116,10 @@ class StorageError(LoraKitError, OSError):
     exit_code = 3
 
 
+class OutOfMemoryError(StorageError, MemoryError):
+    """Memory ran out, of the machine or of a device; or it would, and nothing was allocated."""
+
+
 class VerificationError(LoraKitError, RuntimeError):
     """Something written or computed is not what it should be."""
 
@@ -126,7 +131,7 @@ _MAX_WORD: Final = 200
 
 def suggest_nearest(word: str, known: Iterable[str]) -> str:
     """Return `did you mean 'x'?`, or an empty string where no known word is close."""
-    if len(word) > _MAX_WORD:  # comparing takes time that grows with the square
+    if not isinstance(word, str) or len(word) > _MAX_WORD:  # comparing takes time that grows with the square
         return ""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else ""

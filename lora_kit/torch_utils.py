@@ -11,7 +11,8 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from lora_kit.errors import ConfigError, format_list, suggest_nearest
+from lora_kit.errors import ConfigError, LoraKitError, OutOfMemoryError, format_list, suggest_nearest
+from lora_kit.io.read import available_memory
 
 
 def use_autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
@@ -58,6 +59,48 @@ def parse_float_dtype(dtype: str | torch.dtype) -> torch.dtype:
         hint = suggest_nearest(str(dtype), FLOAT_DTYPES) or format_list(list(FLOAT_DTYPES))
         raise ConfigError(f"dtype {dtype!r} is not known", hint=hint)
     return FLOAT_DTYPES[dtype]
+
+
+_ALLOCATOR_MESSAGES: Final = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+"""Messages of the CPU's allocator, which raises a plain RuntimeError."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that torch could not allocate memory, on a device or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(message in str(error) for message in _ALLOCATOR_MESSAGES)
+    )
+
+
+@contextlib.contextmanager
+def translate_out_of_memory(message: str, *, hint: str) -> Iterator[None]:
+    """Raise an OutOfMemoryError of this message where memory runs out in the block.
+
+    Raises:
+        OutOfMemoryError: memory ran out.
+    """
+    try:
+        yield
+    except LoraKitError:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(message, hint=hint) from error
+
+
+def check_memory(needed: int, device: torch.device, *, purpose: str, hint: str) -> None:
+    """Raise OutOfMemoryError where a device has less memory to give than is needed; nothing is allocated.
+
+    Args:
+        needed: bytes.
+        device: a CPU or a CUDA device; of others nothing is known.
+        purpose: what needs them, for the message.
+    """
+    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    if device.type in ("cpu", "cuda") and available is not None and needed > available:
+        what = f"{purpose} needs {needed:,} bytes of memory on {device.type}; {available:,} are available"
+        raise OutOfMemoryError(what, hint=hint)
 
 
 class Clock:

@@ -16,11 +16,12 @@ import lora_kit as lk
 from lora_kit.adapter.adapter_record import RECORD, seal_record
 from lora_kit.adapter.folder import CONFIG, WEIGHTS
 from lora_kit.adapter.peft_keys import PREFIX
-from lora_kit.errors import BaseMismatchError, LoraKitError, StorageError
+from lora_kit.errors import BaseMismatchError, LoraKitError, OutOfMemoryError, StorageError
 from lora_kit.layers.linear import LoraLinear
 from lora_kit.targets.fingerprint import fingerprint, list_base_mismatches
 from tests.support import folders, tiny
 from tests.support.folders import A0, B0, PATHS
+from tests.support.merging import base_folder
 
 Fault = Callable[[Path], Any]
 
@@ -250,3 +251,46 @@ def test_a_fingerprint_that_is_none_is_a_difference_and_no_crash(tmp_path: Path,
         bank.load("x", folder)
     assert caught.value.exit_code == 2
     assert bank.names == ()
+
+
+def test_a_load_that_would_not_fit_is_refused_before_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.llama()
+    bank = lk.attach(model, slots=3, max_rank=4)
+    before = state(model)
+    with monkeypatch.context() as patch:
+        patch.setattr("lora_kit.torch_utils.available_memory", lambda: 1_000)
+        with pytest.raises(
+            OutOfMemoryError, match=r"4 slots in 2 layers needs 8,192 bytes of memory on cpu; 1,000 are"
+        ):
+            bank.load("next", folders.adapter())
+        with pytest.raises(OutOfMemoryError, match="slots"):
+            lk.attach(tiny.llama(), folders.config(), name="mine")
+    assert is_same(state(model), before)
+    assert bank.names == ()
+    bank.load("next", folders.adapter())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("no room"), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")],
+)
+def test_memory_that_runs_out_anywhere_is_of_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*given: Any, **named: Any) -> None:
+        raise error
+
+    folder = folders.adapter().save(tmp_path / "x")
+    base = tmp_path / "base"
+    base_folder(base, tiny.llama())
+    for where, run in (
+        ("lora_kit.adapter.adapter.classify_tensors", lambda: lk.Adapter.load(folder)),
+        ("transformers.AutoModelForCausalLM.from_pretrained", lambda: lk.load_base(base)),
+        ("lora_kit.merging.merge.writer.write_shards", lambda: lk.merge(base, folder, tmp_path / "merged")),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, fail)
+            with pytest.raises(OutOfMemoryError) as caught:
+                run()
+        assert caught.value.exit_code == 3
+    assert sorted(os.listdir(tmp_path)) == ["base", "x"]

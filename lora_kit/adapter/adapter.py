@@ -29,18 +29,22 @@ from lora_kit.adapter.folder import (
     encode_config,
     is_adapter_folder,
 )
+from lora_kit.adapter.folder_identity import identify_files, wait_until_settled
 from lora_kit.adapter.model_card import render_adapter_card
 from lora_kit.adapter.peft_keys import LoraWeights, TokenEmbeddings, classify_tensors, name_saved_heads
 from lora_kit.config.lora_config import LoraConfig
-from lora_kit.errors import AdapterError, LoraKitError, format_list
+from lora_kit.errors import AdapterError, ConfigError, LoraKitError, format_list
 from lora_kit.io.atomic_write import write_folder
+from lora_kit.io.given_values import parse_path
 from lora_kit.io.portable_paths import make_folder_portable
 from lora_kit.io.safetensors import encode_safetensors, hash_tensors
+from lora_kit.io.text import escape_text
+from lora_kit.torch_utils import translate_out_of_memory
 
 logger = logging.getLogger(__name__)
 
-_READ_ATTEMPTS: Final = 3
-"""How often a folder is read again because another one replaced it meanwhile."""
+_READ_ATTEMPTS: Final = 5
+"""How often a folder is read at most, because it changed meanwhile."""
 _IDENTITY_FIELDS: Final = (
     "lora_alpha",
     "alpha_pattern",
@@ -81,6 +85,7 @@ class Adapter:
         allow: Collection[str] = (),
     ) -> None:
         check_allowances(allow)
+        _check_parts(config, tensors)
         if config.starts_from_weight:
             raise AdapterError(
                 f"init_lora_weights={config.init_lora_weights} is for an adapter that is yet to be trained",
@@ -197,15 +202,21 @@ class Adapter:
         check_allowances(allow)
         folder = resolve_folder(folder)
         for _ in range(_READ_ATTEMPTS):
-            identity = _stat_folder(folder)
+            identity = wait_until_settled(folder)
             try:
-                return cls._read(folder, allow)
+                adapter = cls._read(folder, allow)
             except LoraKitError:
-                if _stat_folder(folder) == identity:
+                if identify_files(folder) == identity:
                     raise
-        return cls._read(folder, allow)
+                continue
+            # The digests of a record prove that its files belong together; without them, only time does.
+            is_proved = "files" in adapter.record and "changed-files" not in allow
+            if is_proved or identify_files(folder) == identity:
+                return adapter
+        raise AdapterError(f"{escape_text(folder)} was changed while it was read", hint="load it again")
 
     @classmethod
+    @translate_out_of_memory("there is not enough memory for the adapter", hint="free some, and load it again")
     def _read(cls, folder: Path, allow: Collection[str]) -> Adapter:
         source = AdapterFolder.open(folder, allow=allow)
         source.log_caveats()
@@ -259,7 +270,7 @@ class Adapter:
             StorageError: the folder exists, or writing fails; what was there is unchanged.
             ConfigError: `record` is not JSON, or a name in `files` is not allowed for a further file.
         """
-        folder = Path(folder)
+        folder = parse_path(folder, name="folder")
         facts = _make_facts_portable({**self.record, **(record or {})})
         config = _make_config_portable(self.config)
         contents = dict(files or {})
@@ -279,6 +290,13 @@ class Adapter:
         contents[RECORD] = encode_record(facts, contents, digest=self.digest)
         write_folder(folder, contents, replace=replace, owned=is_adapter_folder)
         return folder
+
+
+def _check_parts(config: object, tensors: object) -> None:
+    """Raise ConfigError for what is no config, or no mapping."""
+    if not isinstance(config, LoraConfig) or not isinstance(tensors, Mapping):
+        given = f"{type(config).__name__} and {type(tensors).__name__}"
+        raise ConfigError(f"a LoraConfig and a mapping of tensors were expected; {given} were given")
 
 
 def _rebuild_adapter(config: LoraConfig, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Adapter:
@@ -313,12 +331,3 @@ def _normalize_numbers(value: object) -> object:
     if isinstance(value, Mapping):
         return {key: _normalize_numbers(item) for key, item in value.items()}
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _stat_folder(folder: Path) -> tuple[int, int] | None:
-    """Return device and inode of the folder that is at a path now; None without one."""
-    try:
-        status = os.stat(folder)
-    except (OSError, ValueError):
-        return None
-    return status.st_dev, status.st_ino

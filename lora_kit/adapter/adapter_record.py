@@ -17,6 +17,7 @@ from typing import Final
 
 from lora_kit.errors import AdapterError, ConfigError, VerificationError, format_list
 from lora_kit.io.read import exists, open_regular_file, read_text
+from lora_kit.io.sealed_json import NO_DIGEST, SELF_DIGEST, is_intact, seal_json
 from lora_kit.io.strict_json import JsonObject, parse_object
 from lora_kit.io.text import escape_text, format_value
 
@@ -25,7 +26,6 @@ logger = logging.getLogger(__name__)
 RECORD: Final = "lora_kit.json"
 RECORD_FORMAT: Final = 3
 """Version of `lora_kit.json`."""
-SELF_DIGEST: Final = "record_sha256"
 
 _UNPROTECTED_FORMAT: Final = 2
 _SIZE_LIMIT: Final = 16 * 2**20
@@ -52,7 +52,6 @@ _KNOWN_FIELDS: Final = (
     "seed",
     "start",
 )
-_NO_DIGEST: Final = "0" * 64
 
 
 # Reading
@@ -96,17 +95,10 @@ def _check_format(record: JsonObject, shown: str) -> None:
 
 def _check_own_digest(record: JsonObject, text: str, shown: str) -> None:
     """Raise AdapterError unless a record has the digest that it says; one of format 2 says none."""
-    claimed = record.get(SELF_DIGEST)
-    if claimed is None and record["format"] == _UNPROTECTED_FORMAT:
+    if SELF_DIGEST not in record and record["format"] == _UNPROTECTED_FORMAT:
         return
-    is_whole = isinstance(claimed, str) and len(claimed) == len(_NO_DIGEST) and text.count(claimed) == 1
-    if not is_whole or _hash_record(text.replace(str(claimed), _NO_DIGEST)) != claimed:
+    if not is_intact(record, text):
         raise AdapterError(f"{shown} was changed since it was saved", hint="allow 'changed-files' to go on")
-
-
-def _hash_record(text: str) -> str:
-    """Return the sha256 of a record whose own digest is written as zeros."""
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def log_record_caveats(record: JsonObject, shown: str) -> None:
@@ -184,11 +176,7 @@ def encode_record(facts: Mapping[str, object], files: Mapping[str, bytes], *, di
 
 def seal_record(record: Mapping[str, object]) -> bytes:
     """Encode a record with the digest of itself; raise ConfigError where it is not JSON, or too long."""
-    text = encode_json({**record, SELF_DIGEST: _NO_DIGEST}, RECORD, limit=_SIZE_LIMIT).decode()
-    # Of the record itself: a field of the same name in a nested mapping is indented further.
-    field = f'\n  "{SELF_DIGEST}": "'
-    start, _, end = text.partition(f'{field}{_NO_DIGEST}"')
-    return f'{start}{field}{_hash_record(text)}"{end}'.encode()
+    return seal_json(encode_json({**record, SELF_DIGEST: NO_DIGEST}, RECORD, limit=_SIZE_LIMIT).decode()).encode()
 
 
 def encode_json(value: object, name: str, *, limit: int) -> bytes:

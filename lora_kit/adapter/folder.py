@@ -17,6 +17,7 @@ from typing import Final
 from lora_kit.adapter.adapter_record import RECORD, encode_json, find_changed_files, log_record_caveats, read_record
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import AdapterError, ConfigError, format_list
+from lora_kit.io.given_values import is_name_collection
 from lora_kit.io.read import exists, folder_exists, read_text
 from lora_kit.io.safetensors import ChunkCallback, WeightFileContents, read_pickle, read_safetensors
 from lora_kit.io.strict_json import JsonObject
@@ -58,9 +59,8 @@ def list_adapter_subfolders(folder: Path) -> list[Path]:
 
 def check_allowances(allow: Collection[str]) -> None:
     """Raise ConfigError for a name that is not one of `ALLOWANCES`."""
-    unknown = [name for name in allow if name not in ALLOWANCES]
-    if isinstance(allow, str) or unknown:
-        raise ConfigError(f"allow={allow!r} was given; expected any of {format_list(ALLOWANCES)}")
+    if not is_name_collection(allow) or any(name not in ALLOWANCES for name in allow):
+        raise ConfigError(f"allow={format_value(allow)} was given; expected any of {format_list(ALLOWANCES)}")
 
 
 def _find_nested_adapters(folder: Path, depth: int) -> Iterator[Path]:

@@ -77,14 +77,16 @@ def escape_markdown(value: object) -> str:
 # Code that loads it
 
 
-def write_base_loading_code(base: str, *, task: str, labels: int = 0) -> str:
+def write_base_loading_code(base: str, *, task: str, labels: int = 0, problem: str | None = None) -> str:
     """Return the line of Python that loads a base.
 
     Args:
         labels: how many there are, where the task has labels.
+        problem: what task `classify` predicts; None for other tasks.
     """
     options = "" if task == "causal-lm" else f", task={task!r}"
     options += f", num_labels={labels}" if labels else ""
+    options += f", problem={problem!r}" if problem not in (None, "single-label") else ""
     return f"base = lk.load_base({base!r}{options})"
 
 
@@ -93,11 +95,11 @@ def write_bank_loading_code(name: str, folder: str, *, model: str = "model") -> 
     return f"bank = lk.attach({model}, slots=1)\nbank.load({name!r}, {folder!r})\nbank.use({name!r})"
 
 
-def write_peft_loading_code(base: str, folder: str, *, task: str, labels: int = 0) -> str:
+def write_peft_loading_code(base: str, folder: str, *, task: str, labels: int = 0, problem: str | None = None) -> str:
     """Return Python that loads a base, and with PEFT an adapter on it; arguments as in `write_base_loading_code`."""
     return (
         "import lora_kit as lk\nfrom peft import PeftModel\n\n"
-        f"{write_base_loading_code(base, task=task, labels=labels)}\n"
+        f"{write_base_loading_code(base, task=task, labels=labels, problem=problem)}\n"
         f"model = PeftModel.from_pretrained(base.model, {folder!r})"
     )
 

@@ -161,5 +161,6 @@ def _extract_prompt_fields(record: Mapping[str, Any]) -> dict[str, object] | Non
     data = recipe.get("data") if isinstance(recipe, Mapping) else None
     if not isinstance(data, Mapping):
         return None
-    fields = {name: data[name] for name in ("separator", "chat_template") if data.get(name) is not None}
+    names = ("separator", "chat_template", "chat_template_kwargs")
+    fields = {name: data[name] for name in names if data.get(name) not in (None, {})}
     return {"data": fields} if fields else None

@@ -45,7 +45,7 @@ class LazyAdapters:
         self._by_name: dict[str, LazyAdapter] = {}
 
     def __contains__(self, name: object) -> bool:
-        return name in self._by_name
+        return isinstance(name, str) and name in self._by_name
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._by_name)

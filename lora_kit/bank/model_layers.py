@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 
 import torch
@@ -16,11 +18,12 @@ from lora_kit.layers.linear import LoraExpert, LoraLinear
 from lora_kit.layers.parameter import LoraParameter
 from lora_kit.layers.routing import Routing
 from lora_kit.layers.saved_module import SavedModule
-from lora_kit.layers.slot_layer import SlotEntry, SlotLayer
+from lora_kit.layers.slot_layer import SlotEntry, SlotLayer, compute_device_of
 from lora_kit.layers.token_embedding import TiedTokenLayer, TokenTable
 from lora_kit.targets.coverage import Coverage
 from lora_kit.targets.match import is_in_expert
 from lora_kit.targets.token_rows import TokenTarget, key_of, path_of
+from lora_kit.torch_utils import check_memory
 
 
 class WrappedLayers:
@@ -71,6 +74,20 @@ class WrappedLayers:
             self._wrap_token_tables(target, capacity)
         for path, layer in self._layers.items():
             layer.reserve(capacity, ranks.get(path, 0), self._dtype)
+
+    def check_memory(self, coverage: Coverage, capacity: int) -> None:
+        """Raise OutOfMemoryError where the stacked weights that `reserve` would allocate are too large for memory."""
+        needed: Counter[torch.device] = Counter()
+        for target in coverage.targets:
+            layer = self._layers.get(target.path)
+            rank = self._max_rank or target.slot_rank
+            if target.kind != "parameter" and (layer is None or len(layer.entries) < capacity or layer.rank < rank):
+                device = compute_device_of(self._model.get_submodule(target.path))
+                per_rank = sum(map(math.prod, target.shapes)) // target.slot_rank
+                needed[device] += capacity * rank * per_rank * self._dtype.itemsize
+        for device, count in needed.items():
+            purpose = f"a capacity of {capacity} slots in {len(coverage.targets)} layers"
+            check_memory(count, device, purpose=purpose, hint="attach with fewer slots or a smaller max_rank")
 
     def _wrap_modules(self, coverage: Coverage, ranks: Mapping[str, int], capacity: int) -> None:
         """Put wrappers around covered layers and saved modules that have none, in one pass over the model."""
@@ -182,12 +199,15 @@ class WrappedLayers:
 
 
 def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
-    """Replace modules by others, under every name that the model has for them."""
+    """Replace modules by others, under every name that the model has for them, and in lists that it calls them from."""
     for parent in list(model.modules()):
         if not isinstance(parent, SlotLayer):
             for key, child in parent._modules.items():
                 if child is not None and child in new:
                     parent._modules[key] = new[child]
+            for values in parent.__dict__.values():  # Mask2Former has the layers of its heads in plain lists, too
+                if type(values) is list and any(isinstance(each, nn.Module) for each in values):
+                    values[:] = [new.get(each, each) if isinstance(each, nn.Module) else each for each in values]
 
 
 def _refuse_wrapped_parts(path: str, module: nn.Module) -> None:

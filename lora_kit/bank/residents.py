@@ -23,6 +23,7 @@ from lora_kit.layers.routing import Routing
 from lora_kit.layers.token_embedding import TOKEN_EMBEDDINGS, TOKEN_INDICES
 from lora_kit.targets.compatibility import select_module_tensors
 from lora_kit.targets.coverage import Coverage
+from lora_kit.torch_utils import translate_out_of_memory
 
 
 class SlotAllocator:
@@ -200,11 +201,20 @@ class LoadedAdapters:
         Raises:
             BankError: not enough slots, or too low a `max_rank`.
             TargetError: they cannot be in one bank with the others.
+            OutOfMemoryError: there is not enough memory.
         """
         for name, loaded in arriving.items():
             self.check_rank(name, loaded.coverage)
         new = [name for name, loaded in arriving.items() if self._find_draining(loaded) is None]
         evicted = {name: self._by_name[name] for name in self.select_evictions(new, keep=keep)}
+        with translate_out_of_memory("memory ran out in loading", hint="fewer slots, or a smaller max_rank"):
+            for loaded in arriving.values():
+                self._layers.check_memory(loaded.coverage, self._slots.capacity)
+            with self._admit(arriving, evicted):
+                yield
+
+    @contextlib.contextmanager
+    def _admit(self, arriving: Mapping[str, LoadedAdapter], evicted: dict[str, LoadedAdapter]) -> Iterator[None]:
         # Tensors made in inference mode could not be written to outside it, by the next swap or load.
         with torch.inference_mode(False):
             for loaded in arriving.values():  # before an eviction, since memory may run out

@@ -45,7 +45,7 @@ def convert(
         out: The adapter folder to write.
         alpha: Numerator of the scaling, where the files do not contain it (loralib, PEFT's weights alone).
         enable_lora: Which of the equal parts of a fused projection have LoRA weights, once for each part.
-        base: Name of the base. Where it is a folder, the result is checked against it.
+        base: Name of the base. Where it is a folder, or in the local cache, the result is checked against it.
     """
     from lora_kit.adapter.conversion.convert import convert as run
     from lora_kit.adapter.store import find_adapter
@@ -80,7 +80,7 @@ def convert(
 def _check_base(adapter: Adapter, base: str, *, name: str) -> None:
     """Raise AdapterError where the base is at hand and the adapter does not load into it by its names."""
     from lora_kit.exporters.plain_lora import ExportCase
-    from lora_kit.models.locate import find_local_folder
+    from lora_kit.models.locate import reason_not_here
 
-    if find_local_folder(base) is not None:
+    if reason_not_here(base) is None:
         ExportCase(name, adapter, base, known=True).check_base(())

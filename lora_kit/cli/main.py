@@ -44,7 +44,8 @@ def _explain_error(error: Exception, *, debug: bool) -> tuple[str, int]:
     """Return the line and the exit code of an error."""
     if isinstance(error, LoraKitError):
         return str(error), error.exit_code
-    code = MACHINE if isinstance(error, (MemoryError, OSError)) or "OutOfMemory" in type(error).__name__ else UNEXPECTED
+    is_memory = "OutOfMemory" in type(error).__name__ or "DefaultCPUAllocator" in str(error)
+    code = MACHINE if isinstance(error, (MemoryError, OSError)) or is_memory else UNEXPECTED
     again = "" if debug else f" (run again with {DEBUG})"
     return f"{type(error).__name__}: {join_words(str(error))}{again}", code
 

@@ -150,10 +150,12 @@ class Collator:
     Attributes:
         pad_token_id: the token of padding.
         decoder_inputs: for samples of the kind `target`: returns what the decoder reads, given the labels.
+        takes_types: whether the model reads types of tokens; where it does not, a batch has none.
     """
 
     pad_token_id: int
     decoder_inputs: Callable[[Tensor], Tensor] | None = None
+    takes_types: bool = True
 
     def __call__(self, samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Return a batch, all int64 (rows, longest).
@@ -176,7 +178,7 @@ class Collator:
             batch["decoder_input_ids"] = self.decoder_inputs(batch["labels"])
         if SAMPLE_WEIGHTS in samples[0]:
             batch[SAMPLE_WEIGHTS] = torch.stack([sample[SAMPLE_WEIGHTS] for sample in samples])
-        if "token_type_ids" in samples[0]:
+        if "token_type_ids" in samples[0] and self.takes_types:
             types = [sample["token_type_ids"] for sample in samples]
             batch["token_type_ids"] = pad_sequence(types, batch_first=True)
         if "position_ids" in samples[0]:

@@ -18,6 +18,7 @@ from lora_kit.data.preferences import PREFERENCE_LAYOUTS, find_preference_layout
 from lora_kit.data.readers import read_file
 from lora_kit.data.records import NOT_UTF8, OTHER_ENCODING_HINT, Fault, Record, Row
 from lora_kit.errors import DataError, format_list
+from lora_kit.io.given_values import parse_path
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ def scan_rows(
     Raises:
         DataError: the file is missing, cannot be parsed at all, has no row, or is of an unknown layout.
     """
-    path = Path(path)
+    path = parse_path(path, name="the file of rows")
     contents = read_dataset(path, split=split) if is_dataset(path) else read_file(path, encoding=encoding)
     if not contents.records and not contents.faults:
         raise DataError(f"{path} has no rows", hint="the ending of its name decides how a file is read")

@@ -36,7 +36,7 @@ def check_file_size(path: Path, size: int) -> None:
     """Raise DataError for a file that is too large to be read whole."""
     if size > MAX_FILE_BYTES:
         what = f"{path} has {size:,} bytes; a file that is read whole has at most {MAX_FILE_BYTES:,}"
-        raise DataError(what, hint="split it, or train with data.streaming: true")
+        raise DataError(what, hint="split it into several files: data.train takes a list")
 
 
 def check_unpacked_size(path: Path, size: int, packed: int, *, what: str = "bytes") -> None:

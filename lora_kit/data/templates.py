@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lora_kit.data.messages import Conversation, Message, ToolCall
+from lora_kit.data.template_sandbox import compile_template, render_marks, render_template
 from lora_kit.errors import DataError, format_list, suggest_nearest
 from lora_kit.models.prompt_tokens import find_special_tokens
 from lora_kit.models.protocols import Tokenizer
@@ -80,7 +81,7 @@ class MessageShape:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A Jinja template, rendered in the sandbox of transformers.
+    """A Jinja template, rendered in the sandbox of transformers and within limits.
 
     Attributes:
         text: the template itself.
@@ -112,19 +113,9 @@ class ChatTemplate:
 
     def find_marks(self, tokenizer: Tokenizer, conversation: Conversation) -> list[tuple[int, int]]:
         """Return where the rendered conversation is marked as generated: (start, end) in characters."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         shape = find_shape(self, tokenizer)
-        options: dict[str, Any] = {"tools": conversation.tool_schemas, **tokenizer.special_tokens_map}
-        rendered: Any = render_jinja_template(
-            conversations=[[shape.describe_message(message) for message in conversation.messages]],
-            chat_template=self.text,
-            return_assistant_tokens_mask=True,
-            **options,
-            **self._merge_variables(conversation),
-        )
-        marks: list[tuple[int, int]] = rendered[1][0]
-        return marks
+        variables = self._collect_variables(tokenizer, conversation, shape, add_generation_prompt=False)
+        return render_marks(compile_template(self.text), variables)
 
     def render_as(self, tokenizer: Tokenizer, conversation: Conversation, shape: MessageShape) -> str | None:
         """Render a conversation whose messages have a shape; None if the template rejects it."""
@@ -136,25 +127,27 @@ class ChatTemplate:
     def _render(
         self, tokenizer: Tokenizer, conversation: Conversation, shape: MessageShape, *, add_generation_prompt: bool
     ) -> str:
-        messages = [shape.describe_message(message) for message in conversation.messages]
-        variables = self._merge_variables(conversation)
+        variables = self._collect_variables(tokenizer, conversation, shape, add_generation_prompt=add_generation_prompt)
         try:
-            text = tokenizer.apply_chat_template(
-                messages,
-                tools=conversation.tool_schemas,
-                chat_template=self.text,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **variables,
-            )
+            return render_template(compile_template(self.text), variables)
         except Exception as error:  # a template may raise anything
             raise DataError(f"{self.name}: {' '.join(str(error).split())}") from None
-        return str(text)
 
-    def _merge_variables(self, conversation: Conversation) -> dict[str, Any]:
+    def _collect_variables(
+        self, tokenizer: Tokenizer, conversation: Conversation, shape: MessageShape, *, add_generation_prompt: bool
+    ) -> dict[str, Any]:
+        """Return all that the template is given; the same as transformers' `apply_chat_template` gives it."""
         own = conversation.variables
         self.check_variables(own)
-        return {**self.variables, **own}
+        return {
+            **tokenizer.special_tokens_map,
+            **self.variables,
+            **own,
+            "messages": [shape.describe_message(message) for message in conversation.messages],
+            "tools": conversation.tool_schemas,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
 
     def check_variables(self, variables: Mapping[str, Any]) -> None:
         """Raise DataError for a variable that the template does not read, or that is not the caller's to set."""
@@ -181,10 +174,9 @@ class ChatTemplate:
 def _list_variables(text: str) -> frozenset[str]:
     """Return the variables that a template reads and does not define itself."""
     from jinja2 import TemplateError, meta
-    from transformers.utils.chat_template_utils import _compile_jinja_template
 
     try:
-        environment = _compile_jinja_template(text).environment
+        environment = compile_template(text).environment
         return frozenset(meta.find_undeclared_variables(environment.parse(text))) - {*environment.globals}
     except TemplateError:  # rendering says what is wrong with it
         return frozenset()

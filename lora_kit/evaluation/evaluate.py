@@ -271,7 +271,7 @@ class _EvalRun:
     ) -> None:
         self._plan, self._bank, self._batch_size, self._on_progress = plan, bank, batch_size, on_progress
         self._done: Counter[str] = Counter()
-        self._collator = Collator(plan.base.pad_token_id, plan.base.decoder_inputs)
+        self._collator = Collator(plan.base.pad_token_id, plan.base.decoder_inputs, plan.base.takes_token_types)
 
     def run(self) -> dict[str, Result]:
         """Return the result of each adapter, by its label."""

@@ -140,7 +140,7 @@ class Predictor:
 
     def __init__(self, base: Base, sample_format: SampleFormat, thresholds: Sequence[float], batch_size: int) -> None:
         self._base, self._format, self._thresholds, self._batch_size = base, sample_format, thresholds, batch_size
-        self._collator = Collator(base.pad_token_id)
+        self._collator = Collator(base.pad_token_id, takes_types=base.takes_token_types)
         self.task, self.labels = base.task, sample_format.labels
         self.kind = WORD if base.task == TOKENS else PROBLEM_KINDS[sample_format.problem]
 

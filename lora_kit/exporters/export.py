@@ -21,6 +21,7 @@ from lora_kit.errors import ConfigError, ExportError, format_list, suggest_neare
 from lora_kit.exporters import llama_cpp, mlx, ollama, servers
 from lora_kit.exporters.plain_lora import ExportCase
 from lora_kit.io.atomic_write import check_output, stage_folder
+from lora_kit.io.given_values import parse_path
 from lora_kit.io.portable_paths import make_folder_portable
 from lora_kit.io.text import escape_text
 from lora_kit.merging.merge import merge
@@ -194,7 +195,7 @@ def export(
         lk.export("adapters/sql", "vllm", "out/sql", max_lora_rank=16)
     """
     _check_target(target)
-    out = Path(out)
+    out = parse_path(out, name="out")
     if not isinstance(adapter, Adapter):
         adapter = resolve_adapter(adapter).folder
         _check_not_in_adapter(out, adapter)

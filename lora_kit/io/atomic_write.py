@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
@@ -13,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from lora_kit.errors import StorageError
-from lora_kit.io.locks import FileLock
+from lora_kit.errors import LoraKitError, StorageError
+from lora_kit.io.output_lock import is_empty_folder, lock_target, note_own_folders, recover_target, sibling_path
 from lora_kit.io.read import mode_of
 from lora_kit.io.text import escape_text, format_value
 
@@ -30,6 +31,8 @@ _MAX_NAME_BYTES: Final = 220
 """Bytes of an output's name: `.<name>.run.lock` and the like have to be names as well."""
 _MAX_PATH_BYTES: Final = 4_000
 _DISK_FULL_ERRNOS: Final = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+_FAILED_WRITE_ERRNOS: Final = (*_DISK_FULL_ERRNOS, errno.EIO, errno.EROFS)
+_QUOTED_ERRNO: Final = re.compile(r"\(os error (\d+)\)")
 
 
 def write_folder(
@@ -63,15 +66,16 @@ def stage_folder(
     """
     target = Path(os.path.abspath(target))
     check_output(target, replace=replace, owned=owned)
-    with _translate_os_errors(target, needed), _create_parents(target), _lock(target):
-        _recover(target)
+    with _translate_os_errors(target, needed), _create_parents(target), lock_target(target) as lock:
+        recover_target(target, lock)
         check_output(target, replace=replace, owned=owned)  # another process may have written it meanwhile
         free = shutil.disk_usage(target.parent).free
         if free < needed:
             raise StorageError(f"{escape_text(target)} needs {needed:,} bytes; {free:,} are free")
-        staging = _sibling_path(target, "staging")
+        staging = sibling_path(target, "staging")
+        staging.mkdir()
         try:
-            staging.mkdir()
+            note_own_folders(lock, staging, target)
             yield staging
             _sync_tree(staging)
             _move_into_place(staging, target, replace=replace)
@@ -95,7 +99,7 @@ def stage_file(target: Path) -> Iterator[Path]:
     """
     target = Path(os.path.abspath(target))
     check_path(target)
-    staging = _sibling_path(target, str(os.getpid()))
+    staging = sibling_path(target, str(os.getpid()))
     with _translate_os_errors(target, 0):
         try:
             yield staging
@@ -117,7 +121,7 @@ def lock_output(target: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with _translate_os_errors(target, 0):
             stack.enter_context(_create_parents(target))
-            stack.enter_context(_lock(target))
+            stack.enter_context(lock_target(target))
         yield
 
 
@@ -135,7 +139,7 @@ def check_output(target: Path, *, replace: bool = False, owned: FolderPredicate 
         kind = "a link" if stat.S_ISLNK(mode) else "not a folder"
         raise StorageError(f"{escape_text(target)} exists and is {kind}", hint="choose another output")
     with _translate_os_errors(target, 0):
-        if _is_empty(target):
+        if is_empty_folder(target):
             return
         if not replace:
             raise _already_exists_error(target)
@@ -172,20 +176,36 @@ def _already_exists_error(target: Path) -> StorageError:
     return StorageError(f"{escape_text(target)} exists already", hint="choose another output, or ask to replace it")
 
 
-def _is_empty(folder: Path) -> bool:
-    return next(folder.iterdir(), None) is None
-
-
 @contextmanager
 def _translate_os_errors(target: Path, needed: int) -> Iterator[None]:
-    """Raise an OSError of the block as a StorageError that names the target and, on a full disk, the bytes needed."""
+    """Raise an OSError of the block as a StorageError that names the target and, on a full disk, the bytes needed.
+
+    Of other libraries' errors, those that a failed write is behind.
+    """
     try:
         yield
-    except StorageError:
+    except LoraKitError:
         raise
-    except OSError as error:
-        size = f"; {needed:,} bytes are needed" if error.errno in _DISK_FULL_ERRNOS and needed else ""
-        raise StorageError(f"{escape_text(target)} cannot be written: {error.strerror or error}{size}") from error
+    except Exception as error:
+        cause = error if isinstance(error, OSError) else _find_write_error(error)
+        if cause is None:
+            raise
+        size = f"; {needed:,} bytes are needed" if cause.errno in _DISK_FULL_ERRNOS and needed else ""
+        raise StorageError(f"{escape_text(target)} cannot be written: {cause.strerror or cause}{size}") from error
+
+
+def _find_write_error(error: BaseException) -> OSError | None:
+    """Return the failed write behind another library's error; None where there is none.
+
+    torch raises a RuntimeError while it handles the OSError, and safetensors only quotes its number.
+    """
+    quoted = _QUOTED_ERRNO.search(str(error))
+    if quoted and int(quoted[1]) in _FAILED_WRITE_ERRNOS:
+        return OSError(int(quoted[1]), os.strerror(int(quoted[1])))
+    inner = error.__cause__ or error.__context__
+    if isinstance(inner, OSError) and inner.errno in _FAILED_WRITE_ERRNOS:
+        return inner
+    return _find_write_error(inner) if inner is not None else None
 
 
 @contextmanager
@@ -202,32 +222,14 @@ def _create_parents(target: Path) -> Iterator[None]:
         raise
 
 
-def _sibling_path(target: Path, suffix: str) -> Path:
-    return target.with_name(f".{target.name}.{suffix}")
+def remove_leftovers(target: Path) -> None:
+    """Restore or remove what a process that died has left beside a target.
 
-
-@contextmanager
-def _lock(target: Path) -> Iterator[None]:
-    """Be the only writer of a target until the block ends or the process dies."""
-    lock = FileLock(_sibling_path(target, "lock"))
-    if not lock.acquire_now():
-        raise StorageError(f"another process is writing {escape_text(target)}", hint="wait for it")
-    try:
-        yield
-    finally:
-        lock.release_and_remove()
-
-
-def _recover(target: Path) -> None:
-    """Restore or remove what a process that died has left behind."""
-    aside, staging = _sibling_path(target, "replaced"), _sibling_path(target, "staging")
-    if os.path.lexists(aside) and not os.path.lexists(target):
-        os.rename(aside, target)
-    for path in (aside, staging):
-        if path.is_symlink() or path.is_file():
-            path.unlink()
-        elif path.exists():
-            shutil.rmtree(path)
+    Raises:
+        StorageError: another process is writing the target, or something of somebody else is in the way.
+    """
+    with _translate_os_errors(target, 0), lock_target(target) as lock:
+        recover_target(target, lock)
 
 
 def _sync_tree(folder: Path) -> None:
@@ -267,7 +269,7 @@ def _move_into_place(staging: Path, target: Path, *, replace: bool) -> None:
 
     A failure undoes the step.
     """
-    swap = replace and target.exists() and not _is_empty(target)
+    swap = replace and target.exists() and not is_empty_folder(target)
     if swap:
         _exchange(staging, target)
     else:
@@ -306,7 +308,7 @@ def _exchange(staging: Path, target: Path) -> None:
 
 
 def _exchange_in_two(staging: Path, target: Path) -> None:
-    aside = _sibling_path(target, "replaced")
+    aside = sibling_path(target, "replaced")
     try:
         os.rename(target, aside)
         os.rename(staging, target)

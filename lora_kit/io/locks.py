@@ -7,6 +7,9 @@ import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
+
+_MAX_NOTE_BYTES: Final = 4096
 
 
 class FileLock:
@@ -55,6 +58,16 @@ class FileLock:
         with contextlib.suppress(OSError):
             self._path.unlink()
         self.release()
+
+    def read_note(self) -> bytes:
+        """Return what the last holder wrote down; empty where it removed its file, or wrote nothing."""
+        return os.pread(self._descriptor, _MAX_NOTE_BYTES, 0)
+
+    def write_note(self, note: bytes) -> None:
+        """Write down, synced to disk, what the next holder should know if this process dies."""
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, note, 0)
+        os.fsync(self._descriptor)
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Final
 
-from lora_kit.errors import AdapterError, StorageError
+from lora_kit.errors import AdapterError, OutOfMemoryError, StorageError
 from lora_kit.io.strict_json import JsonObject, parse_object
 from lora_kit.io.text import escape_text
 
@@ -81,7 +81,7 @@ def open_regular_file(path: Path) -> Iterator[tuple[BufferedReader, int]]:
             raise AdapterError(f"{shown} leads nowhere: {error.strerror}") from None
         raise StorageError(f"{shown} cannot be read: {error.strerror}") from error
     except MemoryError:
-        raise StorageError(f"{shown} does not fit in memory") from None
+        raise OutOfMemoryError(f"{shown} does not fit in memory") from None
 
 
 def read_regular_file(path: Path, *, check_size: Callable[[int], None]) -> memoryview:
@@ -132,9 +132,9 @@ def allocate_buffer(size: int, source: str) -> memoryview:
     """
     if size < _HUGE_PAGES_FROM:
         return memoryview(bytearray(size))
-    available = _available_memory()
+    available = available_memory()
     if available is not None and size > available:
-        raise StorageError(f"{source} needs {size:,} bytes of memory; {available:,} are available")
+        raise OutOfMemoryError(f"{source} needs {size:,} bytes of memory; {available:,} are available")
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return memoryview(bytearray(size))
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -161,7 +161,7 @@ def read_into(file: BufferedReader, memory: memoryview, seen: Callable[[memoryvi
     return filled
 
 
-def _available_memory() -> int | None:
+def available_memory() -> int | None:
     """Return the bytes that the machine can give without swapping; None where it does not say."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:

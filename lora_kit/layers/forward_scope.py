@@ -8,6 +8,7 @@ from types import FrameType
 from typing import Final
 from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 
 from lora_kit.layers.route import Route
@@ -48,6 +49,7 @@ class ForwardScope:
         self.measure_one_row = measure_one_row
         self.outer = outer
         self._one_row: Mapping[nn.Module, set[Sizes]] | None = None
+        self._accepted: set[tuple[torch.Size, bool]] = set()
         self._others = {x.shape[0] for x in inputs if x.shape[0] != self.batch}
         self._lengths: set[int] = set()
         for x in inputs:
@@ -68,6 +70,9 @@ class ForwardScope:
         Args:
             x: (n, ..., in), or integers (n, ...) that are looked up.
         """
+        key = x.shape, x.is_floating_point()
+        if key in self._accepted:
+            return None
         batch, sizes = self.batch, leading_sizes(x)
         assert batch is not None
         if not sizes:
@@ -84,6 +89,8 @@ class ForwardScope:
             if (not rest or not x.is_floating_point()) and first // batch not in self._lengths:
                 return f"is given {first} entries, and nothing shows which of the {batch} rows they belong to"
         self._remember(first // batch, rest)
+        if not rest or rest[0] != batch:
+            self._accepted.add(key)  # most layers of a model are given the same shapes
         return None
 
     def _is_batch_first(self, sizes: Sequence[int], layer: nn.Module) -> bool:

@@ -41,6 +41,7 @@ class LoraGroupedLinear(LoraLinear):
             check_runs(self, route)
             return y
         if self._is_routed_by_index(route, x):
+            self.routing.check_rows(route, x, self)
             index, dropped = self.routing.get_index(route, x), self._drop_rows(route, x)
             a, b = self._get_stacks(A, B)
             return _add_to_groups(y, dropped, a[index], b[index], self.scaling[index])

@@ -128,16 +128,20 @@ class LoraLinear(_LoraLayer):
 
     def _forward_rows(self, route: Route, y: Tensor, x: Tensor) -> Tensor:
         """Return y = base(x) with each row's update."""
-        if not self.is_recorded() and not any(self.entries[slot] for slot in route.slots):
-            return y
-        self.routing.check_rows(route, x, self)
         if not self._can_gather(route, y, x):
+            if not self.is_recorded() and not any(self.entries[slot] for slot in route.slots):
+                return y
+            self.routing.check_rows(route, x, self)
             y = self._add_stacked(route, y, x)
             return self._scale_rows(route, y, x)
+        groups = self._get_row_groups(route, y.dtype)
+        if not groups:
+            return y
+        self.routing.check_rows(route, x, self)
         rows = len(route.rows)
         flat = x if x.dtype == y.dtype else x.to(y.dtype)
         flat, into = flat.reshape(rows, -1, x.shape[-1]), y.view(rows, -1, y.shape[-1])
-        for group in self._get_row_groups(route, y.dtype):
+        for group in groups:
             group.add_(into, flat)
         return self._scale_rows(route, y, x)
 

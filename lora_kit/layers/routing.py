@@ -241,11 +241,12 @@ class Routing:
         """
         if not route.mixed:
             return
-        # Not `route.rows`: compiled code would have a guard on them, which fails for every other route.
-        rows = route.add_index(x.device).shape[0]
         if torch.compiler.is_compiling():  # which knows nothing of the forward that it belongs to
+            # Not `route.rows`, a guard on which would fail for every other route.
+            rows = route.add_index(x.device).shape[0]
             reason = f"was given a batch of {x.shape[0]}" if x.shape[0] % rows else None
         else:
+            rows = len(route.rows)
             forward = self._forward.get()
             if forward is not None and forward.batch is not None:
                 reason = forward.reason_not_by_row(x, layer)

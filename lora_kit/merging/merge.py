@@ -18,7 +18,10 @@ from lora_kit.adapter.adapter_like import AdapterLike
 from lora_kit.adapter.folder import ALLOWANCES
 from lora_kit.errors import ConfigError, MergeError, format_list
 from lora_kit.io.atomic_write import check_output, check_path, stage_folder
+from lora_kit.io.given_values import is_name_collection, parse_path
 from lora_kit.io.portable_paths import make_folder_portable
+from lora_kit.io.sealed_json import NO_DIGEST, SELF_DIGEST, seal_json
+from lora_kit.io.text import escape_text, format_value
 from lora_kit.merging import model_files, preflight, quantized_base
 from lora_kit.merging.checkpoint.bnb_weights import QuantizedWeight
 from lora_kit.merging.checkpoint.meta_model import MetaModel, TaskHead, build_meta_model
@@ -33,16 +36,17 @@ from lora_kit.merging.writing import journal, writer
 from lora_kit.models.locate import find_base, find_local_folder
 from lora_kit.targets.fingerprint import fingerprint
 from lora_kit.targets.legacy_names import convert_to_model_names
-from lora_kit.torch_utils import parse_float_dtype
+from lora_kit.torch_utils import parse_float_dtype, translate_out_of_memory
 from lora_kit.version import __version__
 
-RECORD_FORMAT: Final = 2
+RECORD_FORMAT: Final = 3
 """Version of `lora_kit_merge.json`."""
 MERGE_ALLOWANCES: Final = ("untie", "lost-delta")
 """Allowances of a merge besides those of loading: write tied parameters apart, lose most of a delta in rounding."""
 VERIFICATIONS: Final = ("weights", "logits")
 
 
+@translate_out_of_memory("memory ran out in the merge", hint="free some; the same merge goes on where it was")
 def merge(
     base: str | Path,
     adapter: AdapterLike | Sequence[tuple[AdapterLike, float]],
@@ -91,7 +95,7 @@ def merge(
     Example:
         lk.merge("kit-base", "adapters/sql", "merged/sql", dtype="bfloat16").retention
     """
-    started, out = time.perf_counter(), Path(out)
+    started, out, _ = time.perf_counter(), parse_path(out, name="out"), parse_path(base, name="base")
     check_path(out)
     _check_arguments(allow, verify)
     quantized_base.check_quantized_choice(quantized, original=original, dtype=dtype, verify=verify)
@@ -225,8 +229,11 @@ class _MergeJob:
             base, self.shards, adapters, head=self.head, dtype=self.dtype, allow=self.allow, quantized=self.quantized
         )
         self._write_sidecars(staging, base, untied=bool(plan.untied))
+        before = self._identify_base_files()
         with journal.keep_finished_files(out, self._compute_key(plan)) as finished:
             written = writer.write_shards(plan, staging, finished=finished, progress=progress)
+            if self._identify_base_files() != before:
+                raise MergeError(f"{escape_text(self.base)} was changed while it was read", hint="merge again")
         dtype, retention = _coarsest_dtype_of(plan), tuple(written.retention)
         proof.check_retention(retention, dtype=dtype, allow=self.allow)
         return MergeReport(
@@ -256,10 +263,9 @@ class _MergeJob:
 
     def _compute_key(self, plan: MergePlan) -> str:
         """Return a digest of what the bytes of the weight files depend on."""
-        files = [file.stat() for file in sorted(self.folder.iterdir()) if file.is_file()]
         facts = [
             __version__,
-            [(file.st_size, file.st_mtime_ns) for file in files],
+            self._identify_base_files(),
             [(weighted.adapter.digest, weighted.weight) for weighted in self.adapters],
             [
                 (shard.name, entry.name, str(entry.dtype), list(entry.source.shape), entry.how)
@@ -268,6 +274,11 @@ class _MergeJob:
             ],
         ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def _identify_base_files(self) -> list[tuple[str, int, int, int, int]]:
+        """Return what changes with a file of the base, also where a copy keeps size and time: name, inode, ctime."""
+        files = [(file.name, file.stat()) for file in sorted(self.folder.iterdir()) if file.is_file()]
+        return [(name, one.st_size, one.st_mtime_ns, one.st_ino, one.st_ctime_ns) for name, one in files]
 
     def _compare_logits(self, staging: Path, report: MergeReport, weighted: WeightedAdapter) -> LogitCheck:
         """Compare the logits of the written model with those of base + adapter."""
@@ -290,16 +301,21 @@ def _write_record(folder: Path, report: MergeReport, *, base: Mapping[str, Any],
     (folder / model_files.CARD).write_bytes(report.page().encode())
     fields = {key: value for key, value in report.to_json().items() if key not in ("out", "bytes", "seconds")}
     base = {**base, "name": make_folder_portable(str(base["name"]))}
-    record = {**fields, "format": RECORD_FORMAT, "base": base, "merged": [*earlier, *report.adapters]}
+    record = {
+        **fields,
+        SELF_DIGEST: NO_DIGEST,
+        "format": RECORD_FORMAT,
+        "base": base,
+        "merged": [*earlier, *report.adapters],
+    }
     text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False)
-    (folder / preflight.MERGE_RECORD).write_bytes(f"{text}\n".encode())
+    (folder / preflight.MERGE_RECORD).write_bytes(seal_json(f"{text}\n").encode())
 
 
 def _check_arguments(allow: Collection[str], verify: str) -> None:
     known = (*ALLOWANCES, *MERGE_ALLOWANCES)
-    unknown = [name for name in allow if name not in known]
-    if isinstance(allow, str) or unknown:
-        raise ConfigError(f"allow={allow!r} was given; expected any of {format_list(known)}")
+    if not is_name_collection(allow) or any(name not in known for name in allow):
+        raise ConfigError(f"allow={format_value(allow)} was given; expected any of {format_list(known)}")
     if verify not in VERIFICATIONS:
         raise ConfigError(f"verify={verify!r} was given; expected one of {format_list(VERIFICATIONS)}")
 

@@ -10,12 +10,16 @@ from typing import Final
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.errors import AdapterError, MergeError
 from lora_kit.io.atomic_write import check_path
-from lora_kit.io.read import read_json
+from lora_kit.io.read import read_text
+from lora_kit.io.sealed_json import SELF_DIGEST, is_intact
+from lora_kit.io.strict_json import parse_object
 from lora_kit.io.text import escape_text
 
 MERGE_RECORD: Final = "lora_kit_merge.json"
 """The file of a merged folder that records what was merged into which base, and the results of the checks."""
 _RECORD_LIMIT: Final = 16 * 2**20
+_UNPROTECTED_FORMAT: Final = 2
+"""Of records without a digest of themselves, which are read too."""
 
 
 def refuse_overlap(out: Path, inputs: Sequence[Path]) -> None:
@@ -69,9 +73,14 @@ def read_merged_digests(base: Path) -> tuple[str, ...]:
     if not file.exists():
         return ()
     try:
-        merged = read_json(file, limit=_RECORD_LIMIT).get("merged")
-    except AdapterError as error:
-        raise MergeError(error.message, hint="the base's record of its merges is damaged") from None
+        text = read_text(file, limit=_RECORD_LIMIT)
+        record = parse_object(text)
+    except (AdapterError, ValueError) as error:
+        message = error.message if isinstance(error, AdapterError) else f"{escape_text(file)}: {error}"
+        raise MergeError(message, hint="the base's record of its merges is damaged") from None
+    if (SELF_DIGEST in record or record.get("format") != _UNPROTECTED_FORMAT) and not is_intact(record, text):
+        raise MergeError(f"{escape_text(file)} was changed since it was written", hint="the record is damaged")
+    merged = record.get("merged")
     if not isinstance(merged, list) or not all(isinstance(digest, str) for digest in merged):
         raise MergeError(f"{escape_text(file)}: 'merged' is not a list of digests", hint="the record is damaged")
     return tuple(merged)

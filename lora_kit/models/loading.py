@@ -6,6 +6,7 @@ Code that comes with a model is never run, a missing weight is an error, and the
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,6 +101,13 @@ class Base:
     def decoder_inputs(self) -> Callable[[Tensor], Tensor] | None:
         """Function from labels to the inputs of the decoder, see `prepare_decoder_inputs`; None without an encoder."""
         return functools.partial(prepare_decoder_inputs, self.model) if self.task == SEQ2SEQ else None
+
+    @property
+    def takes_token_types(self) -> bool:
+        """Whether the model reads which of two texts a token belongs to; RoBERTa and DistilBERT do not."""
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        takes = "token_type_ids" in inspect.signature(model.forward).parameters
+        return takes and getattr(model.config, "type_vocab_size", None) != 1
 
     @property
     def max_length(self) -> int:

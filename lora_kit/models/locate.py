@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from lora_kit.errors import AdapterError, BaseModelError, LoraKitError, format_list, suggest_nearest
+from lora_kit.errors import AdapterError, BaseModelError, LoraKitError, OutOfMemoryError, format_list, suggest_nearest
 from lora_kit.io.hub import (
     HubError,
     HubId,
@@ -25,6 +25,7 @@ from lora_kit.io.read import read_text
 from lora_kit.io.text import escape_text, format_value
 from lora_kit.models.silence import silence_libraries
 from lora_kit.names import KIT_BASE
+from lora_kit.torch_utils import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -227,9 +228,12 @@ def translate_load_errors(name: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except (LoraKitError, MemoryError):
+    except LoraKitError:
         raise
     except Exception as error:
+        if isinstance(error, MemoryError) or is_out_of_memory(error):
+            hint = "quantize: nf4, or a dtype of two bytes"
+            raise OutOfMemoryError(f"{escape_text(name)} does not fit in memory", hint=hint) from error
         if "trust_remote_code" in str(error):
             message = "this model asks to run code of its own, which is never done"
             raise BaseModelError(f"{escape_text(name)}: {message}") from None

@@ -51,6 +51,11 @@ def parse_space(over: Mapping[str, object] | Iterable[str]) -> Space:
     Raises:
         RecipeError: a text is invalid; a key is given twice, or is no key of a recipe (the nearest is named).
     """
+    given: object = over
+    if isinstance(given, bytes) or not isinstance(given, Iterable):
+        raise RecipeError(
+            f"keys with their values were expected; {over!r} was given", hint="for example {'lora.r': [4, 8]}"
+        )
     space: dict[str, Distribution] = {}
     for key, values in over.items() if isinstance(over, Mapping) else map(_split_pair, over):
         _check_key(key)

@@ -26,7 +26,7 @@ from lora_kit.training.job.methods import TrainableJob, make_job_trainable
 from lora_kit.training.job.output import check_output_available, check_output_writable
 from lora_kit.training.loop.checkpoints import Checkpoint, RunFolder
 from lora_kit.training.loop.contexts import set_up_training
-from lora_kit.training.loop.oom_retry import translate_out_of_memory
+from lora_kit.training.loop.oom_retry import translate_training_memory
 from lora_kit.training.loop.signals import StopRequest
 from lora_kit.training.recipe.coerce import Section
 from lora_kit.training.recipe.load import RecipeSource, load_recipe
@@ -81,7 +81,7 @@ def train(
         job = Job.open(loaded, base)
         checkpoint = folder.find_resumable(job.identity, job.environment, replace=replace)
         try:
-            with translate_out_of_memory(), make_job_trainable(job) as trainable:
+            with translate_training_memory(), make_job_trainable(job) as trainable:
                 report = _train_and_save(trainable, folder, checkpoint, callbacks, replace=replace)
         except BaseException:
             folder.log_resume_point()

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 import lora_kit as lk
 from lora_kit.adapter.adapter_record import RECORD, RECORD_FORMAT, check_files, find_changed_files, seal_record
-from lora_kit.adapter.folder import CARD, CONFIG, OLD_WEIGHTS, WEIGHTS
+from lora_kit.adapter.folder import CARD, CONFIG, OLD_WEIGHTS, WEIGHTS, AdapterFolder
 from lora_kit.adapter.peft_keys import PREFIX
 from lora_kit.errors import AdapterError, ConfigError, LoraKitError, StorageError, VerificationError
 from lora_kit.io import read
@@ -255,7 +255,7 @@ def test_a_huge_sparse_file_is_refused_in_little_memory(tmp_path: Path, claims: 
 def test_a_file_that_memory_does_not_hold_is_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = folders.tensors() | {"large": torch.ones(2**20)}
     folder = folders.foreign(tmp_path / "big", values)
-    monkeypatch.setattr(read, "_available_memory", lambda: 1_000)
+    monkeypatch.setattr(read, "available_memory", lambda: 1_000)
     told = refused(folder, StorageError)
     assert f"needs {sum(t.nbytes for t in values.values()):,} bytes of memory; 1,000 are available" in told
 
@@ -783,3 +783,38 @@ def test_any_name_a_folder_can_have_is_saved_and_read(tmp_path: Path, name: str)
     card = (folder / CARD).read_text(encoding="utf-8")
     assert all(line.isprintable() for line in card.splitlines())
     assert os.listdir(tmp_path) == [name]
+
+
+# Read while it changes
+
+
+def rewritten_while_read(monkeypatch: pytest.MonkeyPatch, folder: Path, times: int) -> None:
+    """Let every reading of the weights begin with a foreign writer that replaces config and weights in place."""
+    real, left = AdapterFolder.read, iter(range(times))
+
+    def read(self: AdapterFolder, **options: Any) -> Any:
+        number = next(left, None)
+        if number is not None:
+            other = folders.foreign(
+                folder.with_name(f"other-{number}"), folders.tensors(seed=number), lora_alpha=number + 1
+            )
+            for name in (CONFIG, WEIGHTS):
+                (folder / name).write_bytes((other / name).read_bytes())
+        return real(self, **options)
+
+    monkeypatch.setattr(AdapterFolder, "read", read)
+
+
+def test_a_foreign_folder_that_is_rewritten_while_it_is_read_gives_no_mixture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folders.foreign(tmp_path / "x")
+    rewritten_while_read(monkeypatch, folder, 2)
+    adapter = lk.Adapter.load(folder)
+    assert adapter == lk.Adapter(folders.config(lora_alpha=2), folders.tensors(seed=1))
+
+
+def test_a_folder_that_does_not_come_to_rest_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folders.foreign(tmp_path / "x")
+    rewritten_while_read(monkeypatch, folder, 50)
+    assert "was changed while it was read" in refused(folder)

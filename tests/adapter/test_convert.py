@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
@@ -23,7 +24,7 @@ from lora_kit.adapter.inspect import inspect
 from lora_kit.adapter.peft_keys import PREFIX
 from lora_kit.cli.main import main
 from lora_kit.errors import AdapterError, ConfigError
-from tests.support import classifiers, folders, tiny
+from tests.support import classifiers, folders, hub_cache, tiny
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
 REAL = os.environ.get("LORA_KIT_FOREIGN_ADAPTERS")
@@ -348,6 +349,21 @@ def test_what_would_not_load_is_not_converted(tmp_path: Path, capsys: pytest.Cap
     assert main(["convert", str(source), *flags]) == 2
     assert "the model has no module encoder.layers.0.self_attn.q_proj" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    assert main(["convert", str(source), *flags, "--rename", "encoder=model"]) == 0
+
+
+def test_what_would_not_load_into_a_cached_base_is_not_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    tiny.llama().save_pretrained(tmp_path / "base")
+    hub_cache.add_repository(tmp_path / "cache", "org/base", tmp_path / "base")
+    moved = {key.replace("model.layers", "encoder.layers"): tensor for key, tensor in folders.tensors().items()}
+    source = folders.foreign(tmp_path / "y", moved)
+    flags = ["--out", str(tmp_path / "out"), "--base", "org/base"]
+    assert main(["convert", str(source), *flags]) == 2
+    assert "the model has no module encoder.layers.0.self_attn.q_proj" in capsys.readouterr().err
     assert main(["convert", str(source), *flags, "--rename", "encoder=model"]) == 0
 
 

@@ -246,14 +246,15 @@ def test_adapters_of_different_bases_do_not_combine(tmp_path: Path, caplog: pyte
 
 
 def test_the_record_says_how_an_adapter_was_made_and_keeps_what_is_still_true(tmp_path: Path) -> None:
-    prompts = {"separator": "\n", "train": "x.jsonl"}
+    prompts = {"separator": "\n", "train": "x.jsonl", "chat_template_kwargs": {"enable_thinking": False}}
     one, two = adapter(seed=1), adapter(seed=2)
     facts = {"recipe": {"data": prompts}, "metrics": {"loss": 1.0}, "seed": 3}
     folders = [a.save(tmp_path / name, record=facts) for a, name in ((one, "one"), (two, "two"))]
     found = lk.combine([(folders[0], 0.7), (folders[1], 0.3)])
     saved = lk.Adapter.load(found.save(tmp_path / "sum"))
     assert saved == found
-    assert saved.record["recipe"] == {"data": {"separator": "\n"}}
+    kept = {"separator": "\n", "chat_template_kwargs": {"enable_thinking": False}}
+    assert saved.record["recipe"] == {"data": kept}
     assert not {"metrics", "seed"} & saved.record.keys()
     told = saved.record["made"]
     assert (told["by"], told["method"]) == ("combine", "cat")

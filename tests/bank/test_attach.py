@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lora_kit as lk
 from lora_kit import errors
@@ -196,3 +196,28 @@ def test_data_parallel_is_refused_with_what_to_use_instead() -> None:
 def test_what_is_no_model_is_a_config_error(given: Any) -> None:
     with pytest.raises(ConfigError, match="a model"):
         lk.attach(given)
+
+
+class Listed(nn.Module):
+    """Layers with names that are called from a plain list, as in the heads of Mask2Former."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [nn.Linear(4, 4), nn.ReLU()]
+        for index, layer in enumerate(self.layers):
+            self.add_module(str(index), layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_layers_that_are_called_from_a_plain_list_are_adapted() -> None:
+    model = Listed()
+    before = list(model.layers)
+    bank = lk.attach(model, lk.LoraConfig(r=2, target_modules="all-linear"), name="a")
+    model(torch.ones(2, 4)).sum().backward()
+    assert all(leaf.grad is not None for leaf in bank.parameters("a"))
+    bank.detach()
+    assert all(one is other for one, other in zip(model.layers, before, strict=True))

@@ -73,6 +73,8 @@ class Storm:
         self.alone = logits_alone(self.values, self.ids)
         self.model, self.bank = filled(self.values)
         self.compared = 0
+        self.inside = threading.local()  # what a hook does in the forwards of a thread
+        self.model.model.layers[1].register_forward_pre_hook(lambda *_: self.work_inside())
 
     def run(self, seed: int, steps: int) -> None:
         """Do so many random steps in one thread."""
@@ -81,7 +83,7 @@ class Storm:
         own = f"own{seed}"
         for _ in range(steps):
             name = chance.choice([*NAMES, None])
-            kind = chance.choice(["use", "using", "rows", "rows", "nested", "generate", "load"])
+            kind = chance.choice(["use", "using", "rows", "rows", "nested", "generate", "load", "hook", "blocks"])
             if kind == "use":
                 self.bank.use(name)
                 self.check([name])
@@ -96,12 +98,36 @@ class Storm:
                     self.check([name])
             elif kind == "generate":
                 self.check_generation(name)
+            elif kind == "hook":
+                self.check_hook(name, chance.choice([*NAMES, None]))
+            elif kind == "blocks":
+                self.check_blocks(name, chance.choice([*NAMES, None]))
             else:
                 content = chance.choice(NAMES)
                 self.bank.load(own, self.values[content])
                 with self.bank.rows([own, name]):
                     self.check([content, name])
                 self.bank.unload(own)
+
+    def work_inside(self) -> None:
+        getattr(self.inside, "work", int)()
+
+    def check_hook(self, name: str | None, other: str | None) -> None:
+        """A forward in which something uses another adapter, which the next one then uses."""
+        self.bank.use(name)
+        self.inside.work = lambda: self.bank.use(other)
+        self.check([name])
+        self.check([other])
+        self.inside.work = int
+
+    def check_blocks(self, name: str | None, other: str | None) -> None:
+        """Two blocks, of which the first ends first."""
+        blocks = [self.bank.using(name), self.bank.using(other)]
+        for block in blocks:
+            block.__enter__()
+        blocks[0].__exit__(None, None, None)
+        self.check([other])
+        blocks[1].__exit__(None, None, None)
 
     def check_rows(self, names: list[str | None]) -> None:
         with self.bank.rows(names):

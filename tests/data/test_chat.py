@@ -25,7 +25,7 @@ from lora_kit.evaluation.generation_metrics import collect_eval_prompts
 from lora_kit.generation.decoding import Sampling
 from lora_kit.generation.generate import generate
 from lora_kit.generation.prompts import find_template
-from lora_kit.models.loading import Base
+from lora_kit.models.loading import Base, load_input_spec
 from lora_kit.training.train import train
 from tests.support import chats, texts, tiny
 
@@ -496,3 +496,29 @@ def test_a_thought_that_the_prompt_opens_is_closed_by_the_answer(tmp_path: Path)
 def test_an_answer_that_holds_its_own_end_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="an answer contains </s>, at which generation would stop"):
         preview_of(tmp_path, [EXCHANGES[0], said("assistant", "y</s>o")])
+
+
+def test_kit_base_is_trained_on_the_tokens_that_generation_has() -> None:
+    kit = load_input_spec("kit-base").tokenizer
+    plain = chat_template("plain", kit, base="kit-base")
+    talk = chats.conversation(
+        ("user", "name : Aromi | food : French"), ("assistant", "Aromi serves French food."),
+        ("user", "And where is it?"), ("assistant", "In the city centre."),
+    )  # fmt: skip
+    (sample,) = ChatEncoder(kit, plain, max_length=500).encode(talk).samples
+    assert sample.learned == (1, 3)
+    for index in sample.learned:
+        prompt = kit(plain.render_prompt(kit, talk.until(index)), add_special_tokens=False)["input_ids"]
+        assert sample.ids[: len(prompt)] == prompt
+        assert not sample.loss_mask[len(prompt) - 1]
+        assert sample.loss_mask[len(prompt)]
+
+
+def test_variables_of_the_training_are_those_of_generation(tmp_path: Path) -> None:
+    base = Base(model=tiny.llama(), tokenizer=tokenizer(), name="tiny")
+    loud = TURNS.replace("{{ bos_token }}", "{{ bos_token }}{{ mood }}")
+    data = {"train": str(rows_of(tmp_path, CHAT[1:3])), "chat_template": loud, "chat_template_kwargs": {"mood": "glad"}}
+    recipe = {"base": "tiny", "data": data, "out": str(tmp_path / "a"), "train": {"max_steps": 1, "report_to": "none"}}
+    train(recipe, base=base)
+    rows = generate(base, [lk.Adapter.load(tmp_path / "a")], "hi", sampling=Sampling(max_new_tokens=1))
+    assert rows[0].prompt == "<s>glad[user]hi</s>\n[assistant]"

@@ -233,6 +233,16 @@ def test_a_shipped_adapter_loads_strictly_and_does_its_task(name: str, kit_base:
 
 
 @pytest.mark.parametrize("name", TASKS)
+def test_a_shipped_adapter_is_what_is_written_today(name: str, tmp_path: Path) -> None:
+    shipped = lk.Adapter.load(ADAPTERS / name)
+    written = shipped.save(tmp_path / name)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (written / file).read_bytes() == (ADAPTERS / name / file).read_bytes()
+    formats = [json.loads((folder / "lora_kit.json").read_text())["format"] for folder in (written, ADAPTERS / name)]
+    assert formats[0] == formats[1]
+
+
+@pytest.mark.parametrize("name", TASKS)
 def test_a_shipped_adapter_is_small_and_says_where_it_comes_from(name: str) -> None:
     folder = ADAPTERS / name
     adapter = lk.Adapter.load(folder)

@@ -420,3 +420,21 @@ def test_a_locale_without_unicode_saves_and_reads_any_name(tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr.decode()
     assert b"is not a folder" in done.stdout
     assert os.path.isdir(name)
+
+
+@pytest.mark.parametrize("suffix", ["staging", "replaced", "lock"])
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_is_not_ours_beside_an_output_is_an_error_that_names_it(target: Path, suffix: str, kind: str) -> None:
+    theirs = target.with_name(f".x.{suffix}")
+    if kind == "folder":
+        theirs.mkdir()
+        (theirs / "thesis.txt").write_text("mine")
+    else:
+        theirs.write_text("mine")
+    before = folders.contents(target.parent)
+    with pytest.raises(StorageError, match=rf"\.x\.{suffix}|cannot be written"):
+        NEW.save(target, replace=True)
+    assert folders.contents(target.parent) == before
+    shutil.rmtree(theirs) if kind == "folder" else theirs.unlink()
+    NEW.save(target, replace=True)
+    assert alone(target)

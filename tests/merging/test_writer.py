@@ -663,7 +663,9 @@ def killed(base: Path, adapter: Path, out: Path, *, after: int) -> None:
     assert not out.exists()
 
 
-@pytest.mark.parametrize("since", ["nothing", "a byte of a file", "the journal", "the base", "a link"])
+@pytest.mark.parametrize(
+    "since", ["nothing", "a byte of a file", "the journal", "the base", "a copy of the base", "a link"]
+)
 def test_a_merge_that_was_killed_is_taken_up_where_it_was_whole(
     sharded: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, since: str
 ) -> None:
@@ -677,6 +679,10 @@ def test_a_merge_that_was_killed_is_taken_up_where_it_was_whole(
         (place / "journal.json").write_text("{")
     elif since == "the base":
         os.utime(sharded / "config.json")
+    elif since == "a copy of the base":  # of the same size and time, as `cp -p` leaves it
+        shard = next(sharded.glob("*.safetensors"))
+        shutil.copy2(shard, tmp_path / "copy")
+        os.replace(tmp_path / "copy", shard)
     elif since == "a link":
         place.rename(tmp_path / "elsewhere")
         place.symlink_to(tmp_path / "elsewhere")

@@ -14,7 +14,7 @@ import torch
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.cli.main import main
 from lora_kit.errors import StorageError
-from lora_kit.training.loop.oom_retry import is_out_of_memory
+from lora_kit.torch_utils import is_out_of_memory
 from lora_kit.training.results import TrainReport
 from lora_kit.training.train import train
 from tests.support.interrupted import SignalAt, die_at, killed, results

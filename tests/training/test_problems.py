@@ -192,3 +192,25 @@ def test_a_set_of_labels_is_not_trimmed_with_the_padding(tmp_path: Path) -> None
         base=Base(model=tiny.bert(labels=8), tokenizer=texts.bert_tokenizer(), name="tiny", task="classify"),
     )
     assert report.after.labels == 2 * 8
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "bert-of-one-type"])
+def test_types_of_tokens_are_given_to_models_that_read_them(tmp_path: Path, kind: str) -> None:
+    rows = [{"text": "ab", "text_pair": "cd", "label": "x"}, {"text": "ab", "text_pair": "c", "label": "y"}]
+    if kind == "distilbert":
+        config = transformers.DistilBertConfig(
+            vocab_size=96, dim=32, n_layers=1, n_heads=4, hidden_dim=48, num_labels=2
+        )
+        model: Any = transformers.DistilBertForSequenceClassification(config)
+    else:
+        config = tiny.bert(labels=2).config
+        config.type_vocab_size = 2 if kind == "bert" else 1
+        model = transformers.BertForSequenceClassification(config)
+    seen: list[bool] = []
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs.get("token_type_ids") is not None), with_kwargs=True
+    )
+    base = Base(model=model.eval(), tokenizer=texts.pair_tokenizer(), name="tiny", task="classify")
+    report = train(recipe_of(tmp_path, rows=rows, steps=1, task="classify"), base=base)
+    evaluate(base, [report.out], tmp_path / "rows.jsonl")
+    assert set(seen) == {kind == "bert"}

@@ -336,3 +336,40 @@ def test_checking_a_recipe_chooses_no_device_for_the_process(monkeypatch: pytest
     monkeypatch.setattr(accelerate.PartialState, "_shared_state", state)
     load_recipe({**LEAST, "train": {"bf16": True}})
     assert state == {}
+
+
+PREPARED: dict[str, Any] = {
+    "base": "kit-base",
+    "data": {"train": "train.jsonl"},
+    "task": "classify",
+    "lora": {"r": 16, "lora_alpha": 32},
+    "train": {"num_train_epochs": 9, "learning_rate": 2e-3, "head_learning_rate": 2e-2, "loraplus_lr_ratio": 4},
+    "out": "adapters/x",
+}
+
+
+@pytest.mark.parametrize(("method", "rate"), [("features", 2e-2), ("full", 5e-5)])
+def test_another_method_by_a_flag_drops_the_keys_of_the_first_and_says_so(
+    method: str, rate: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = load_recipe(PREPARED, overrides={"method": method})
+    assert (recipe.method, recipe.train["learning_rate"], recipe.train["num_train_epochs"]) == (method, rate, 9)
+    assert "head_learning_rate" not in recipe.train
+    [message] = [record.getMessage() for record in caplog.records]
+    rates = "train.learning_rate, train.head_learning_rate, train.loraplus_lr_ratio are dropped"
+    assert f"method {method} instead of lora: the recipe's lora.r, lora.lora_alpha, {rates}" in message
+    assert PREPARED["lora"] == {"r": 16, "lora_alpha": 32}
+
+
+def test_flags_beside_another_method_are_kept_and_the_same_method_drops_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    recipe = load_recipe(PREPARED, overrides={"method": "full", "train.learning_rate": "1e-4"})
+    assert recipe.train["learning_rate"] == 1e-4
+    caplog.clear()
+    assert load_recipe(PREPARED, overrides={"method": "lora"}) == load_recipe(PREPARED)
+    assert not caplog.records
+    with pytest.raises(RecipeError, match="no lora section"):
+        load_recipe({**PREPARED, "method": "full"})
+    peft = load_recipe(PREPARED, overrides={"method": "peft", "peft.peft_type": "IA3"})
+    assert peft.train["learning_rate"] == 1e-3

@@ -17,7 +17,7 @@ from lora_kit.bank.peft_bridge.guard import guard_peft_model, release_peft_model
 from lora_kit.bank.peft_bridge.read_peft import PeftContents, PeftLayer, get_lora_tuner, read_peft_model
 from lora_kit.bank.residents import LoadedAdapter
 from lora_kit.bank.snapshot import check_savable
-from lora_kit.errors import AdapterError, BankError, TargetError, format_list
+from lora_kit.errors import AdapterError, BankError, ConfigError, TargetError, format_list
 from lora_kit.layers.external_params import (
     AdoptedConvolution,
     AdoptedEmbedding,
@@ -53,6 +53,8 @@ def adopt(peft_model: peft.PeftModel) -> AdoptedBank:
         ConfigError, BankError, TargetError: it holds something that would not mean the same here; the message names it,
             and the PeftModel is as it was.
     """
+    if not isinstance(peft_model, nn.Module):
+        raise ConfigError(f"a PeftModel was expected; {type(peft_model).__name__} was given")
     if "_lora_kit" in getattr(peft_model, "__dict__", {}):
         raise BankError("this PeftModel is adopted already", hint="its bank is the one that adopt returned")
     if any(parameter.is_meta for parameter in peft_model.parameters()):

@@ -17,9 +17,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from lora_kit.errors import AdapterError, VerificationError
+from lora_kit.errors import AdapterError, StorageError, VerificationError
 from lora_kit.io.atomic_write import write_file
-from lora_kit.io.read import read_json
+from lora_kit.io.read import exists, read_json
 from lora_kit.io.text import escape_text
 from lora_kit.layers.fold import Retention
 from lora_kit.merging.writing.hashing_file import FileDigest, hash_on_disk
@@ -45,8 +45,9 @@ def keep_finished_files(target: Path, key: str) -> Iterator[FinishedFiles]:
         key: a digest of what the files depend on; files of another key are removed.
     """
     folder = journal_folder_of(target)
+    finished = FinishedFiles(folder, key)
     try:
-        yield FinishedFiles(folder, key)
+        yield finished
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -62,8 +63,9 @@ class FinishedFiles:
         self.folder, self._key = folder, key
         self._files: dict[str, Any] = _read_journal(folder, key)
         if not self._files:
-            _remove_path(folder)
+            _remove_folder(folder)
             folder.mkdir()
+            self._write_journal()  # from now on the folder is seen to be of a merge
 
     def find(self, name: str) -> tuple[FileDigest, list[Retention]] | None:
         """Return the digest of a finished file and what survived in it; None where it must be written."""
@@ -97,6 +99,9 @@ class FinishedFiles:
         if after is not None:
             after.result()
         self._files[name] = {"facts": digest, "retention": [asdict(one) for one in retention]}
+        self._write_journal()
+
+    def _write_journal(self) -> None:
         write_file(self.folder / _JOURNAL, json.dumps({"key": self._key, "files": self._files}).encode())
 
 
@@ -122,8 +127,19 @@ def _read_journal(folder: Path, key: str) -> dict[str, Any]:
     return files if fields.get("key") == key and isinstance(files, dict) else {}
 
 
-def _remove_path(path: Path) -> None:
-    if path.is_symlink() or path.is_file():
+def _remove_folder(path: Path) -> None:
+    """Remove the folder that another merge left.
+
+    Raises:
+        StorageError: it is not of a merge.
+    """
+    if path.is_symlink():
         path.unlink()
-    elif path.exists():
-        shutil.rmtree(path)
+    if not os.path.lexists(path):
+        return
+    is_folder = path.is_dir()
+    strangers = [entry for entry in path.iterdir() if not entry.name.startswith(f".{_JOURNAL}.")] if is_folder else []
+    if not is_folder or (strangers and not exists(path / _JOURNAL)):
+        what = f"{escape_text(path)} is in the way, and is not of lora_kit"
+        raise StorageError(what, hint="move it, or choose another output")
+    shutil.rmtree(path)

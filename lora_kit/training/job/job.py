@@ -140,7 +140,7 @@ class Job:
     @property
     def collator(self) -> Collator:
         """What joins samples into batches."""
-        return Collator(self.base.pad_token_id, self.base.decoder_inputs)
+        return Collator(self.base.pad_token_id, self.base.decoder_inputs, self.base.takes_token_types)
 
     @property
     def measure_options(self) -> dict[str, Any]:

@@ -155,7 +155,8 @@ def _unfreeze_model(job: Job) -> Iterator[TrainableJob]:
     count = model.num_parameters()
 
     def save(report: TrainReport, files: Mapping[str, bytes], *, replace: bool) -> TrainReport:
-        with stage_folder(report.out, replace=replace, owned=is_trained_model_folder) as folder:
+        needed = sum(parameter.nbytes for parameter in model.parameters())
+        with stage_folder(report.out, replace=replace, owned=is_trained_model_folder, needed=needed) as folder:
             model.save_pretrained(folder)
             _complete_config(folder / "config.json")
             job.base.tokenizer.save_pretrained(folder)

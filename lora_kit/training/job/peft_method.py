@@ -36,10 +36,9 @@ from lora_kit.io.atomic_write import write_folder
 from lora_kit.io.portable_paths import make_folder_portable
 from lora_kit.models.silence import silence_libraries
 from lora_kit.models.tasks import CAUSAL_LM, GENERATIVE_TASKS
-from lora_kit.torch_utils import use_eval_mode
+from lora_kit.torch_utils import is_out_of_memory, use_eval_mode
 from lora_kit.training.job.job import Job
 from lora_kit.training.loop.length_buckets import split_by_length
-from lora_kit.training.loop.oom_retry import is_out_of_memory
 from lora_kit.training.recipe.coerce import Section
 from lora_kit.training.recipe.peft_config import build_peft_config
 from lora_kit.training.results import TrainedModules
@@ -261,8 +260,9 @@ def _render_card(name: str, fields: Section, record: Section, *, elements: int, 
         ("elements", f"{elements:,}"),
         ("digest", digest),
     ]
+    labels = len(record.get("labels", ()))
     loading = write_peft_loading_code(
-        base, f"path/to/{name}", task=recipe["task"], labels=len(record.get("labels", ()))
+        base, f"path/to/{name}", task=recipe["task"], labels=labels, problem=record.get("problem")
     )
     bank = (
         "A bank of lora_kit loads it as well."

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -25,15 +26,28 @@ from typing import Any, Final, TypeAlias
 
 from lora_kit.adapter.adapter_record import RECORD
 from lora_kit.errors import AdapterError, RecipeError, StorageError, format_list
-from lora_kit.io.atomic_write import stage_folder
-from lora_kit.io.read import exists, folder_exists, read_json
-from lora_kit.io.text import escape_text
+from lora_kit.io.atomic_write import remove_leftovers, stage_folder
+from lora_kit.io.read import exists, folder_exists, open_regular_file, read_json, read_text
+from lora_kit.io.sealed_json import NO_DIGEST, SELF_DIGEST, is_intact, seal_json
+from lora_kit.io.strict_json import JsonObject, parse_object
+from lora_kit.io.text import escape_text, format_value
 
 logger = logging.getLogger(__name__)
 
 MARKER: Final = "checkpoint.json"
-FORMAT: Final = 1
-_NAME: Final = re.compile(r"checkpoint-(\d+)")
+LOOP: Final = "loop.pt"
+_OWN_FILES: Final = (MARKER, LOOP)
+FORMAT: Final = 2
+_NAME: Final = re.compile(r"checkpoint-(0|[1-9]\d{0,17})")
+_LOCK_NAME: Final = re.compile(r"\.checkpoint-(0|[1-9]\d{0,17})\.lock")
+_TYPES: Final[Mapping[str, tuple[type, ...]]] = {
+    "files": (dict,),
+    "step": (int,),
+    "best": (int, type(None)),
+    "finished": (bool,),
+    "identity": (dict,),
+    "setting": (dict,),
+}
 _MARKER_LIMIT: Final = 2**23
 
 Identity: TypeAlias = Mapping[str, object]
@@ -99,14 +113,11 @@ class RunFolder:
             AdapterError: it is missing or incomplete.
         """
         folder = self.path(step)
-        record = read_json(folder / MARKER, limit=_MARKER_LIMIT)
-        if record.get("format") != FORMAT:
-            raise AdapterError(f"{MARKER} has format {record.get('format')!r}; format {FORMAT} is read")
-        try:
-            changed = [name for name, facts in record["files"].items() if _hash_file(folder / name) != facts]
-            checkpoint = Checkpoint(folder=folder, **{key: record[key] for key in _FIELDS})
-        except (KeyError, TypeError, AttributeError):
-            raise AdapterError(f"{MARKER} is damaged") from None
+        record = _read_marker(folder)
+        if not all(isinstance(record.get(name), kinds) for name, kinds in _TYPES.items()) or record["step"] != step:
+            raise AdapterError(f"{MARKER} is damaged")
+        changed = [name for name, facts in record["files"].items() if _hash_file(folder / name) != facts]
+        checkpoint = Checkpoint(folder=folder, **{key: record[key] for key in _FIELDS})
         if changed:
             raise AdapterError(f"{format_list(changed)} changed since the checkpoint was written")
         return checkpoint
@@ -116,10 +127,28 @@ class RunFolder:
         return self.folder / f"checkpoint-{step}"
 
     def _list_steps(self) -> list[int]:
+        """Return the steps of the checkpoints that were written here, complete or not; what else is there is not."""
+        return [step for step, path in self._list_named() if _is_own(path)]
+
+    def _list_named(self) -> list[tuple[int, Path]]:
+        """Return what has the name of a checkpoint, with its step."""
         if not folder_exists(self.folder):
             return []
-        matches = [_NAME.fullmatch(entry.name) for entry in self.folder.iterdir()]
-        return [int(match[1]) for match in matches if match]
+        matches = [(_NAME.fullmatch(entry.name), entry) for entry in self.folder.iterdir()]
+        return [(int(match[1]), entry) for match, entry in matches if match]
+
+    def _check_foreign(self) -> None:
+        """Log what has the name of a checkpoint and was not written as one.
+
+        Raises:
+            StorageError: a folder, whose files nobody may replace.
+        """
+        for _, path in self._list_named():
+            if not _is_own(path):
+                if path.is_dir() and not path.is_symlink():
+                    what = f"{escape_text(path)} is not a checkpoint of lora_kit"
+                    raise StorageError(f"{what}, and has the name of one", hint="move it, or choose another output")
+                logger.warning("%s is passed over: it is not a folder", escape_text(path))
 
     def log_resume_point(self) -> None:
         """Log the step from which a stopped run will resume."""
@@ -130,23 +159,26 @@ class RunFolder:
 
     # Writing
 
-    def write(self, fill: Callable[[Path], None], *, keep: int | None, **fields: Any) -> None:
+    def write(self, fill: Callable[[Path], None], *, keep: int | None, needed: int = 0, **fields: Any) -> None:
         """Write a checkpoint, all or nothing, and remove old ones.
 
         Args:
             fill: writes the files into the folder it is called with.
             keep: number of checkpoints to keep, at most, besides the best ones they name; None for all.
+            needed: bytes of the files, about, for the check of free space.
             fields: the fields of a `Checkpoint`, without `folder`.
 
         Raises:
             StorageError: the checkpoint cannot be written; earlier ones are unchanged.
         """
         target = self.path(fields["step"])
-        with stage_folder(target, replace=True, owned=lambda folder: exists(folder / MARKER)) as folder:
+        _set_aside(target)
+        with stage_folder(target, replace=True, owned=_is_own, needed=needed) as folder:
             fill(folder)
             files = {path.name: _hash_file(path) for path in sorted(folder.iterdir())}
-            record = {"format": FORMAT, **fields, "files": files}
-            (folder / MARKER).write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
+            record = {"format": FORMAT, **fields, "files": files, SELF_DIGEST: NO_DIGEST}
+            text = json.dumps(record, indent=2, sort_keys=True, default=str)
+            (folder / MARKER).write_text(seal_json(text), encoding="utf-8")
         logger.debug("checkpoint of step %d in %s", fields["step"], escape_text(self.folder))
         if keep is not None:
             self._rotate(keep)
@@ -166,17 +198,22 @@ class RunFolder:
             return None
 
     def remove(self) -> None:
-        """Remove every checkpoint, and the folder where it is then empty; a failure is logged."""
+        """Remove every checkpoint, and the folder where it is then empty; a failure is logged.
+
+        What has no marker of a checkpoint stays.
+        """
         if not folder_exists(self.folder):
             return
         try:
-            for entry in self.folder.iterdir():
-                if _NAME.search(entry.name):  # their locks and staging folders match too
-                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            for match in [_LOCK_NAME.fullmatch(entry.name) for entry in self.folder.iterdir()]:
+                if match:  # a process died while it wrote
+                    remove_leftovers(self.path(int(match[1])))
+            for step in self._list_steps():
+                shutil.rmtree(self.path(step))
             if next(self.folder.iterdir(), None) is None:
                 self.folder.rmdir()
         except OSError as error:
-            logger.warning("%s cannot be removed: %s", escape_text(self.folder), error.strerror)
+            logger.warning("%s cannot be removed: %s", escape_text(self.folder), error.strerror or error)
 
     def remove_if_done(self) -> None:
         """Remove the checkpoints of an adapter that was saved by a process that died before it removed them."""
@@ -196,7 +233,9 @@ class RunFolder:
 
         Raises:
             RecipeError: there are checkpoints of another run and `replace` is false; lists what differs.
+            StorageError: a folder that is no checkpoint has the name of one.
         """
+        self._check_foreign()
         newest = self.find_newest()
         checkpoint = self._match_run(newest, identity, replace=replace)
         if checkpoint is not None:
@@ -213,6 +252,7 @@ class RunFolder:
         Raises:
             RecipeError: as `find_resumable`.
         """
+        self._check_foreign()
         complete = []
         for step in sorted(self._list_steps(), reverse=True):
             with contextlib.suppress(AdapterError):
@@ -262,10 +302,35 @@ def _read_saved_run(out: Path) -> object:
         return None
 
 
+def _read_marker(folder: Path) -> JsonObject:
+    text = read_text(folder / MARKER, limit=_MARKER_LIMIT)
+    try:
+        record = parse_object(text)
+    except ValueError as error:
+        raise AdapterError(f"{MARKER}: {error}") from None
+    if record.get("format") != FORMAT:
+        raise AdapterError(f"{MARKER} has format {format_value(record.get('format'))}; format {FORMAT} is read")
+    if not is_intact(record, text):
+        raise AdapterError(f"{MARKER} changed since the checkpoint was written")
+    return record
+
+
+def _is_own(path: Path) -> bool:
+    """Return whether a folder was written here, whole or not: it has a file that no other program writes."""
+    return path.is_dir() and not path.is_symlink() and any(exists(path / name) for name in _OWN_FILES)
+
+
+def _set_aside(path: Path) -> None:
+    """Rename a file, FIFO or link that has the name of a checkpoint to be written."""
+    if not os.path.lexists(path) or (path.is_dir() and not path.is_symlink()):
+        return
+    names = (path.with_name(f"{path.name}.set-aside-{number}") for number in itertools.count(1))
+    free = next(name for name in names if not os.path.lexists(name))
+    logger.warning("%s is in the place of a checkpoint, and is %s now", escape_text(path), escape_text(free.name))
+    os.rename(path, free)
+
+
 def _hash_file(path: Path) -> dict[str, object]:
     """Return the sha256 in hex and the size in bytes of a file."""
-    try:
-        with open(path, "rb") as file:
-            return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": os.fstat(file.fileno()).st_size}
-    except FileNotFoundError:
-        raise AdapterError(f"{path.name} is missing") from None
+    with open_regular_file(path) as (file, size):
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": size}

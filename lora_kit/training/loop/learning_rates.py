@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor, nn
 
+from lora_kit.config.module_patterns import matches
 from lora_kit.errors import RecipeError
 from lora_kit.layers.initialization import B
 from lora_kit.layers.linear import LoraLinear
@@ -30,17 +32,25 @@ class LearningRates:
     Attributes:
         b_ratio: the rate of B divided by that of A; None for 1.
         head: the rate of the head; None for `learning_rate`.
+        by_pattern: the rates of modules by a pattern of their path, as in PEFT's `rank_pattern`: a regular expression
+            for the end of the path. The first that matches counts.
         task: of the model; it tells which modules are the head.
     """
 
     b_ratio: float | None = None
     head: float | None = None
+    by_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
     task: str = CAUSAL_LM
 
     @classmethod
     def of(cls, train: Section, task: str) -> LearningRates:
         """Return the rates that a recipe's `train` section sets."""
-        return cls(b_ratio=train.get("loraplus_lr_ratio"), head=train.get("head_learning_rate"), task=task)
+        return cls(
+            b_ratio=train.get("loraplus_lr_ratio"),
+            head=train.get("head_learning_rate"),
+            by_pattern=train.get("learning_rates") or {},
+            task=task,
+        )
 
     def apply_to(self, optimizer: torch.optim.Optimizer, model: PreTrainedModel) -> None:
         """Move tensors with a separate rate into separate parameter groups.
@@ -50,9 +60,12 @@ class LearningRates:
             model: the one whose parameters the optimizer updates.
 
         Raises:
-            RecipeError: the head has a separate rate, but is not trained or shares its weight with the embeddings.
+            RecipeError: the head has a separate rate, but is not trained or shares its weight with the embeddings; or a
+                pattern matches nothing that is trained.
         """
         ratio, head = self.b_ratio, self.head
+        for pattern, tensors in find_tensors_by_pattern(model, self.by_pattern).items():
+            _regroup(optimizer, tensors, functools.partial(_return_second, self.by_pattern[pattern]))
         if ratio is not None:
             _regroup(optimizer, find_lora_b_tensors(model), lambda rate: rate * ratio)
         if head is not None:
@@ -61,6 +74,32 @@ class LearningRates:
 
 ONE_RATE: Final = LearningRates()
 """The recipe's `learning_rate` for every tensor."""
+
+
+def find_tensors_by_pattern(model: nn.Module, patterns: Collection[str]) -> dict[str, list[Tensor]]:
+    """Return the trained tensors of the modules that each pattern matches first.
+
+    Raises:
+        RecipeError: a pattern matches nothing that is trained, or only what an earlier one matches.
+    """
+    found: dict[str, dict[int, Tensor]] = {pattern: {} for pattern in patterns}
+    taken: set[int] = set()
+    for pattern, tensors in found.items():
+        for path, module in model.named_modules():
+            if matches(rf"(?:.*\.)?(?:{pattern})", path):
+                tensors |= {
+                    id(leaf): leaf for leaf in module.parameters() if leaf.requires_grad and id(leaf) not in taken
+                }
+        if not tensors:
+            hint = "a pattern is for the end of a module's path, such as 'layers\\.0\\..*'"
+            raise RecipeError(f"train.learning_rates: {pattern!r} matches nothing that is trained", hint=hint)
+        taken |= tensors.keys()
+    return {pattern: list(tensors.values()) for pattern, tensors in found.items()}
+
+
+def _return_second(rate: float, _: float) -> float:
+    """Return a rate, whatever it was before."""
+    return rate
 
 
 def find_lora_b_tensors(model: nn.Module) -> list[Tensor]:

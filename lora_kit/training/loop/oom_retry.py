@@ -15,42 +15,29 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import Tensor
 
-from lora_kit.errors import StorageError
-from lora_kit.torch_utils import capture_random_states, restore_random_states
+from lora_kit.errors import OutOfMemoryError
+from lora_kit.torch_utils import (
+    capture_random_states,
+    is_out_of_memory,
+    restore_random_states,
+    translate_out_of_memory,
+)
 
 OUT_OF_MEMORY_HINT: Final = (
     "train.gradient_checkpointing: true, a smaller data.max_length, quantize: nf4, or a smaller lora.r"
 )
-_ALLOCATOR_MESSAGES: Final = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
-"""Messages of the CPU's allocator, which raises a plain RuntimeError."""
-
 Batch: TypeAlias = Mapping[str, Tensor]
 """Tensors (rows, …) by name, as the collator joins them."""
 LabelCount: TypeAlias = "Tensor | int | None"
 """The number of labels of a step."""
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that torch could not allocate memory, on a device or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(message in str(error) for message in _ALLOCATOR_MESSAGES)
+def translate_training_memory() -> contextlib.AbstractContextManager[None]:
+    """Raise an OutOfMemoryError where memory runs out in the block and a smaller micro-batch would not help."""
+    return translate_out_of_memory(
+        "memory ran out outside of the forward and backward passes",
+        hint="a smaller train.per_device_eval_batch_size, train.optim: adamw_8bit, or quantize: nf4",
     )
-
-
-@contextlib.contextmanager
-def translate_out_of_memory() -> Iterator[None]:
-    """Raise a StorageError where memory runs out and a smaller micro-batch would not help.
-
-    Raises:
-        StorageError: memory ran out.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        hint = "a smaller train.per_device_eval_batch_size, train.optim: adamw_8bit, or quantize: nf4"
-        raise StorageError("memory ran out outside of the forward and backward passes", hint=hint) from error
 
 
 class MicroBatches:
@@ -133,7 +120,7 @@ class MicroBatches:
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
         if rows == 1:
-            raise StorageError("memory ran out with one row at once", hint=OUT_OF_MEMORY_HINT)
+            raise OutOfMemoryError("memory ran out with one row at once", hint=OUT_OF_MEMORY_HINT)
         self.rows = (rows + 1) // 2
         restore_random_states(self._random_states)
         self._on_halved(self.rows)

@@ -22,8 +22,8 @@ from torch.utils.data import Dataset
 from lora_kit.data.preference_samples import PreferenceDataset
 from lora_kit.errors import StorageError
 from lora_kit.evaluation.measure import Evaluation
-from lora_kit.torch_utils import use_eval_mode
-from lora_kit.training.loop.oom_retry import LabelCount, is_out_of_memory
+from lora_kit.torch_utils import is_out_of_memory, use_eval_mode
+from lora_kit.training.loop.oom_retry import LabelCount
 from lora_kit.training.loop.resumable import ResumableLoop
 from lora_kit.training.recipe.objectives import DPO, KTO, ORPO, REWARD, TRL_OBJECTIVES, load_trl_class
 

@@ -19,14 +19,14 @@ from transformers.trainer_callback import ExportableState
 from lora_kit.errors import AdapterError, VerificationError
 from lora_kit.io.text import escape_text
 from lora_kit.torch_utils import capture_random_states, restore_random_states
-from lora_kit.training.loop.checkpoints import Checkpoint, Environment, Identity, RunFolder
+from lora_kit.training.loop.checkpoints import LOOP, Checkpoint, Environment, Identity, RunFolder
 from lora_kit.training.loop.signals import StopRequest
 from lora_kit.training.loop.trainer import Trainer
 from lora_kit.training.loop.training_loop import TrainingLoop
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS, LOOP = "weights.safetensors", "loop.pt"
+WEIGHTS = "weights.safetensors"
 STATE, OPTIMIZER, SCHEDULER, SCALER = "trainer_state.json", "optimizer.pt", "scheduler.pt", "scaler.pt"
 """Names under which transformers.Trainer reads these files."""
 _OVERRIDDEN_PRIVATE_METHODS: Final = ("_save_checkpoint", "_load_from_checkpoint", "_load_rng_state")
@@ -141,6 +141,7 @@ class ResumableLoop(TrainingLoop):
         self._run.folder.write(
             self._write_checkpoint_files,
             keep=self.args.save_total_limit,
+            needed=self._estimate_checkpoint_bytes(),
             step=self.state.global_step,
             best=self._best_step,
             finished=self.control.should_training_stop,
@@ -167,15 +168,22 @@ class ResumableLoop(TrainingLoop):
         save_file(weights, folder / WEIGHTS)
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
-        torch.save(self.optimizer.state_dict(), folder / OPTIMIZER)
-        torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER)
+        _save_state(self.optimizer.state_dict(), folder / OPTIMIZER)
+        _save_state(self.lr_scheduler.state_dict(), folder / SCHEDULER)
         if self.accelerator.scaler is not None:
-            torch.save(self.accelerator.scaler.state_dict(), folder / SCALER)
+            _save_state(self.accelerator.scaler.state_dict(), folder / SCALER)
         candidates: list[object] = [*self.callback_handler.callbacks, self.control]
         stateful: list[Any] = [each for each in candidates if isinstance(each, ExportableState)]
         self.state.stateful_callbacks = TrainerState(stateful_callbacks=stateful).stateful_callbacks
         self.state.save_to_json(str(folder / STATE))
-        torch.save(self._collect_loop_state(), folder / LOOP)
+        _save_state(self._collect_loop_state(), folder / LOOP)
+
+    def _estimate_checkpoint_bytes(self) -> int:
+        """Return the bytes of the tensors in a checkpoint: the trained ones, and those of the optimizer."""
+        assert self.optimizer is not None
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        tensors = [*self._get_trained_tensors().values(), *(value for value in states if isinstance(value, Tensor))]
+        return sum(tensor.nbytes for tensor in tensors)
 
     def _collect_loop_state(self) -> _LoopState:
         now = capture_random_states()
@@ -294,6 +302,12 @@ class _LoopCallback(transformers.TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         self._trainer._end_epoch(control)
+
+
+def _save_state(state: object, path: Path) -> None:
+    """Write a state as torch does, into a file of Python's: then a full disk is an OSError within torch's error."""
+    with open(path, "wb") as file:
+        torch.save(state, file)
 
 
 def _build_version_error(what: str) -> VerificationError:

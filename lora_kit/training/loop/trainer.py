@@ -133,7 +133,8 @@ class Trainer(TrainingLoop):
         inputs = dict(inputs)
         self._sample_weights = inputs.pop(SAMPLE_WEIGHTS, None)
         for module in self._frozen_modules:  # transformers has put the whole model into training mode
-            module.training = False
+            # NEFTune adds its noise behind the embedding, in training mode only.
+            module.training = hasattr(module, "neftune_noise_alpha")
         with self._head.skip():
             return super().compute_loss(model, inputs, *args, **kwargs)
 

@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from transformers.integrations.neftune import deactivate_neftune
 
 from lora_kit.errors import VerificationError
 from lora_kit.evaluation.measure import Evaluation
@@ -74,8 +75,11 @@ class TrainingLoop(transformers.Trainer):
         return self.args.train_batch_size
 
     def close(self) -> None:
-        """Remove the progress bar from the terminal."""
+        """Remove the progress bar from the terminal, and the noise of NEFTune, which a training that failed leaves."""
         self._progress.close()
+        handle = getattr(self, "neftune_hook_handle", None)
+        if handle is not None:
+            deactivate_neftune(self.model, handle)
 
     def capture_counts(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of this loop's own counts, as values that torch.save and a safe load know."""

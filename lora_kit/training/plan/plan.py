@@ -17,7 +17,7 @@ from lora_kit.training.job.methods import TrainableJob, make_job_trainable
 from lora_kit.training.job.output import check_output_available, check_output_writable
 from lora_kit.training.loop.checkpoints import RunFolder
 from lora_kit.training.loop.contexts import set_up_training
-from lora_kit.training.loop.oom_retry import translate_out_of_memory
+from lora_kit.training.loop.oom_retry import translate_training_memory
 from lora_kit.training.recipe.coerce import Section
 from lora_kit.training.recipe.load import RecipeSource, load_recipe
 from lora_kit.training.results import DataSummary, StepCounts, TrainPlan
@@ -40,7 +40,7 @@ def plan(
         job = Job.open(loaded, base)
         checkpoint = RunFolder(loaded.out).preview_resumable(job.identity, replace=replace)
         with (
-            translate_out_of_memory(),
+            translate_training_memory(),
             preserve_random_states(job.base.device),
             make_job_trainable(job) as trainable,
         ):

@@ -27,6 +27,7 @@ from lora_kit.training.recipe.coerce import (
 )
 from lora_kit.training.recipe.data_files import parse_data_files
 from lora_kit.training.recipe.limits import check_values
+from lora_kit.training.recipe.method_switch import switch_method
 from lora_kit.training.recipe.recipe import HEAD, DataSpec, Recipe
 from lora_kit.training.recipe.strict_yaml import load_yaml
 
@@ -83,7 +84,8 @@ def read_recipe_fields(source: RecipeSource, *, overrides: Section | None = None
         _check_is_path(source)
         fields, where = _read_recipe_file(Path(source)), _name_file(source)
         check_values(fields, where=where)
-    check_values(overrides or {}, where="the overrides")
+    check_values(check_mapping("the overrides", overrides or {}), where="the overrides")
+    fields = switch_method(fields, overrides or {})
     for key, value in (overrides or {}).items():
         if not isinstance(key, str):
             raise RecipeError(f"the override {format_value(key)} is not a key", hint="for example 'lora.r'")

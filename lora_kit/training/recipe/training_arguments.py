@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from lora_kit.config.module_patterns import matches
 from lora_kit.errors import ConfigError, RecipeError
 from lora_kit.evaluation.metrics import METRICS, validate_metrics
 from lora_kit.models.silence import silence_libraries
@@ -37,6 +38,7 @@ OWN_FIELDS: Final[Mapping[str, type]] = {
     "early_stopping_patience": int,
     "loraplus_lr_ratio": float,
     "head_learning_rate": float,
+    "learning_rates": dict[str, float],
 }
 """Keys of `train` that are no fields of transformers.TrainingArguments, with their types."""
 
@@ -82,7 +84,6 @@ _UNSUPPORTED_KEYS: Final[Mapping[str, str]] = {
     "torch_compile_mode": _COMPILE,
     "use_liger_kernel": "it would replace parts of the base, which must not change",
     "liger_kernel_config": "it would replace parts of the base, which must not change",
-    "neftune_noise_alpha": "it is not implemented",
     "push_to_hub": "nothing is uploaded",
     "deepspeed": _ONE_DEVICE,
     "fsdp": _ONE_DEVICE,
@@ -131,6 +132,7 @@ def _check_numbers(values: Section) -> None:
         (_LENGTHS, lambda number: number > 0, "above 0"),
         (_AMOUNTS, lambda number: number >= 0, "0 or more"),
         (_SEEDS, lambda number: 0 <= number < 2**32, "from 0 to below 2^32"),
+        (("neftune_noise_alpha",), lambda number: number > 0, "above 0"),
         (("max_steps",), lambda number: number >= 1 or number == -1, "1 or more, or -1 to count in epochs"),
         (("label_smoothing_factor",), lambda number: 0 <= number < 1, "from 0 to below 1"),
     )
@@ -225,6 +227,13 @@ def _check_direction(train: Section) -> None:
 def check_learning_rates(train: Section, method: str) -> None:
     """Raise RecipeError for a learning rate of tensors that the method does not train, or that is not above 0."""
     ratio, head = train.get("loraplus_lr_ratio"), train.get("head_learning_rate")
+    for pattern, rate in (train.get("learning_rates") or {}).items():
+        try:
+            matches(pattern, "")
+        except ConfigError as error:
+            raise RecipeError(f"train.learning_rates: {error.message}", hint=error.hint) from None
+        if rate < 0:
+            raise RecipeError(f"train.learning_rates {pattern!r} must be 0 or more; {rate} was given")
     if ratio is not None:
         if method != "lora":
             raise RecipeError(f"train.loraplus_lr_ratio is for lora_A and lora_B; method {method} has none")

@@ -188,18 +188,22 @@ def _render_loading(report: TrainReport, num_labels: int) -> str:
 
 def _write_adapter_loading(report: TrainReport, num_labels: int) -> tuple[str, ...]:
     recipe, out = report.recipe, str(report.out)
+    loading = write_base_loading_code(recipe.base, task=recipe.task, labels=num_labels, problem=recipe.problem)
     python = (
-        f"import lora_kit as lk\n\n{write_base_loading_code(recipe.base, task=recipe.task, labels=num_labels)}\n"
+        f"import lora_kit as lk\n\n{loading}\n"
         f"{write_bank_loading_code(recipe.name, out, model='base.model')}    # bank.use(None): the base again"
     )
     if num_labels:
-        return python, f"lora-kit eval --adapter {shlex.quote(out)} --data rows.jsonl"
+        return python, f"lora-kit predict --adapter {shlex.quote(out)} --text '…'"
     return python, f"lora-kit generate --base {shlex.quote(recipe.base)} --adapter {shlex.quote(out)} --prompt '…'"
 
 
 def _write_peft_loading(report: TrainReport, num_labels: int) -> tuple[str, ...]:
     recipe = report.recipe
-    return (write_peft_loading_code(recipe.base, str(report.out), task=recipe.task, labels=num_labels),)
+    code = write_peft_loading_code(
+        recipe.base, str(report.out), task=recipe.task, labels=num_labels, problem=recipe.problem
+    )
+    return (code,)
 
 
 def _write_model_loading(report: TrainReport, num_labels: int) -> tuple[str, ...]:

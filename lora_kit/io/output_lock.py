@@ -1,0 +1,88 @@
+"""Who may write an output, and what a writer that died has left beside it.
+
+The names beside an output `m` are `.m.lock`, `.m.staging` and `.m.replaced`. The lock's file says by device and inode
+which folders are under the other two; what it does not name is somebody else's, and is not touched.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from lora_kit.errors import StorageError
+from lora_kit.io.locks import FileLock
+from lora_kit.io.text import escape_text
+
+_NOTE_TITLE: Final = b"folders of lora_kit:"
+"""Begins the note in a lock's file, which names the folders that a dead process has left, by device and inode."""
+
+
+@contextmanager
+def lock_target(target: Path) -> Iterator[FileLock]:
+    """Be the only writer of a target until the block ends or the process dies.
+
+    Raises:
+        StorageError: another process is, or the lock's file is somebody's own.
+    """
+    path = sibling_path(target, "lock")
+    lock = FileLock(path)
+    if not lock.acquire_now():
+        raise StorageError(f"another process is writing {escape_text(target)}", hint="wait for it")
+    note = lock.read_note()
+    if note and not note.startswith(_NOTE_TITLE):
+        lock.release()
+        raise _in_the_way_error(path)
+    try:
+        yield lock
+    finally:
+        # A note is needed as long as a folder that could not be removed is there.
+        has_leftovers = any(os.path.lexists(sibling_path(target, suffix)) for suffix in ("staging", "replaced"))
+        lock.release() if has_leftovers and lock.read_note() else lock.release_and_remove()
+
+
+def recover_target(target: Path, lock: FileLock) -> None:
+    """Restore or remove what a process that died has left behind; nothing else is touched.
+
+    Raises:
+        StorageError: there is something of somebody else under a name that is needed.
+    """
+    own = lock.read_note().split()
+    aside, staging = sibling_path(target, "replaced"), sibling_path(target, "staging")
+    for path in (aside, staging):
+        if path.is_symlink():
+            path.unlink()
+        elif os.path.lexists(path) and not (path.is_dir() and (_identify(path) in own or is_empty_folder(path))):
+            raise _in_the_way_error(path)
+    if os.path.lexists(aside) and not os.path.lexists(target):
+        os.rename(aside, target)
+    for path in (aside, staging):
+        if path.exists():
+            shutil.rmtree(path)
+
+
+def note_own_folders(lock: FileLock, *folders: Path) -> None:
+    """Write down which folders may be under the name of the staging folder: the new one, and the one it replaces."""
+    lock.write_note(b" ".join([_NOTE_TITLE, *(_identify(folder) for folder in folders if folder.is_dir())]))
+
+
+def _identify(folder: Path) -> bytes:
+    status = os.lstat(folder)
+    return f"{status.st_dev}:{status.st_ino}".encode()
+
+
+def _in_the_way_error(path: Path) -> StorageError:
+    return StorageError(
+        f"{escape_text(path)} is in the way, and is not of lora_kit", hint="move it, or choose another output"
+    )
+
+
+def sibling_path(target: Path, suffix: str) -> Path:
+    return target.with_name(f".{target.name}.{suffix}")
+
+
+def is_empty_folder(folder: Path) -> bool:
+    return next(folder.iterdir(), None) is None

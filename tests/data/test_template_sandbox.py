@@ -1,0 +1,67 @@
+"""Chat templates end: those that would not are refused, all others render what transformers renders."""
+
+from __future__ import annotations
+
+import pytest
+
+from lora_kit.data import template_sandbox
+from lora_kit.data.template_sandbox import TemplateLimitError, compile_template, render_template
+from lora_kit.data.templates import MessageShape
+from tools import chat_templates
+
+SET = "{% set ns = namespace(x='aaaa') %}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
+        "{% macro again(n) %}{% for a in range(99) %}{{ n }}{% endfor %}{% endmacro %}"
+        "{% for a in range(9999) %}{{ again(a) }}{% endfor %}",
+        "{{ 'a' * 10**9 }}",
+        "{{ 9**(9**9) }}",
+        "{{ 'a'.ljust(10**10) }}",
+        "{{ 'a'|center(10**10) }}",
+        "{{ 'a'|indent(10**9) }}",
+        "{{ '%9999999999d' % 1 }}",
+        "{{ '{:>9999999999}'.format(1) }}",
+        SET + "{% set ns.x = ns.x ~ ns.x %}" * 60,
+        SET + "{% set ns.x = ns.x + ns.x %}" * 60,
+        SET + "{% set ns.x = ns.x|replace('a', ns.x) %}" * 60,
+        SET + "{% set ns.x = ns.x.replace('a', ns.x) %}" * 60,
+        SET + "{% set ns.x = [ns.x, ns.x] %}" * 60 + "{{ ns.x }}",
+        SET + "{% set ns.x = [ns.x, ns.x] %}" * 60 + "{{ ns.x|string }}",
+        SET + "{% set ns.x = ([ns.x] * 999)|join %}" * 9,
+        "{% for a in range(9999) %}{{ 'a' * 9999 }}{% endfor %}",
+    ],
+)
+def test_a_template_that_would_not_end_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_sandbox, "MAX_STEPS", 20_000)
+    with pytest.raises(TemplateLimitError):
+        render_template(compile_template(text), {})
+
+
+def test_a_long_conversation_is_no_attack() -> None:
+    text = "{% for m in messages %}{% for other in messages %}{% endfor %}{{ m.content }}{% endfor %}"
+    rendered = render_template(compile_template(text), {"messages": [{"content": "x" * 1000}] * 400})
+    assert len(rendered) == 400_000
+
+
+@pytest.mark.skipif(not chat_templates.load_trl_templates(), reason="TRL is not installed")
+def test_templates_render_what_transformers_renders() -> None:
+    cases = chat_templates.build_cases()
+    for name, text in list(chat_templates.load_trl_templates().items())[::3]:
+        tokenizer = chat_templates.build_byte_level_tokenizer(chat_templates.list_specials(text))
+        for case in ("five", "tools", "reasoning"):
+            conversation = cases[case]
+            messages = [MessageShape().describe_message(message) for message in conversation.messages]
+            given = {"messages": messages, "tools": conversation.tool_schemas, "add_generation_prompt": True}
+            try:
+                judge = tokenizer.apply_chat_template(
+                    messages, tools=given["tools"], chat_template=text, tokenize=False, add_generation_prompt=True
+                )
+            except Exception as error:
+                with pytest.raises(type(error)):
+                    render_template(compile_template(text), {**tokenizer.special_tokens_map, **given})
+                continue
+            assert render_template(compile_template(text), {**tokenizer.special_tokens_map, **given}) == judge, name
