@@ -21,7 +21,7 @@ from lora_kit.bank.merge_in_memory import fold_into_model
 from lora_kit.bank.model_layers import WrappedLayers
 from lora_kit.bank.reference_model import ReferenceModel
 from lora_kit.bank.residents import LoadedAdapter, LoadedAdapters, check_capacity
-from lora_kit.bank.routes import ChosenBlock, Lease, RouteChoices
+from lora_kit.bank.routes import ChosenBlock, Lease, RouteChoices, parse_runs
 from lora_kit.bank.snapshot import (
     collect_tensors,
     fingerprint_model,
@@ -244,7 +244,7 @@ class AdapterBank:
                     f"{name!r} is trainable, so its content changes", hint="lease a snapshot that is loaded"
                 )
             slot = self._loaded_adapters.use_slot_of(name)
-            return Lease(slot, adapter.digest, self._routing.make_route((slot,)))
+            return Lease(slot, adapter.digest, self._routing.make_route((slot,)), self._routing)
 
     def restore(self, name: str, adapter: Adapter) -> None:
         """Copy an adapter's values into the trainable adapter of that name, leaf by leaf.
@@ -321,6 +321,41 @@ class AdapterBank:
             raise ConfigError("a list with one name (or None) per row was expected")
         with self._route_rows(names, row_count=len(names)):
             yield
+
+    @contextlib.contextmanager
+    def runs(self, runs: Sequence[tuple[str | Lease | None, int]]) -> Iterator[None]:
+        """Route consecutive tokens of a packed forward, (1, T), within a block: a name, a lease or None, and how many.
+
+        A layer may be given the last token of each run alone, as a head is with `logits_to_keep`.
+
+        Raises:
+            UnknownAdapterError: as `use`.
+            BankError: a lease was released, or is another bank's.
+            ConfigError: runs is not a list of names with numbers of tokens.
+            RoutingError: in the forward: it has another number of tokens, or a layer cannot tell tokens apart; see
+                `reason_no_runs`.
+
+        Example:
+            with bank.runs([("sql", 2), (None, 1)]):
+                model(input_ids=torch.tensor([[5, 6, 7]]), position_ids=torch.tensor([[0, 1, 0]]))
+        """
+        owners, counts = parse_runs(runs)
+        with self._change_lock:
+            slots = iter(self._get_slots([owner for owner in owners if not isinstance(owner, Lease)]))
+            each = [owner.get_slot(self._routing) if isinstance(owner, Lease) else next(slots) for owner in owners]
+            block = self._choices.enter_runs(list(zip(each, counts, strict=True)))
+        with block:
+            yield
+
+    def reason_no_runs(self, name: str) -> str | None:
+        """Return why an adapter cannot be in a packed forward beside others; None where it can.
+
+        Raises:
+            UnknownAdapterError: no adapter of that name.
+        """
+        layers = self._get_loaded(name).layers
+        reasons = ((path, self._layers[path].reason_no_runs()) for path in layers)
+        return next((f"{path}: {reason}" for path, reason in reasons if reason is not None), None)
 
     def reference(self, name: str | None = None) -> ReferenceModel:
         """Return the base as a model of its own, for trainers that compare the trained model with a reference model.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import FrameType
 from typing import NoReturn
 
-from lora_kit.errors import BankError
+from lora_kit.errors import BankError, ConfigError
 from lora_kit.layers.compiled_routes import install_compiled_routes
 from lora_kit.layers.route import BASE_SLOT, Route
 from lora_kit.layers.route_stack import RouteBlock
@@ -109,6 +109,28 @@ class ChosenBlock:
 
     def __exit__(self, *exception: object) -> None:
         self._choices.leave(self._block)
+
+
+def parse_runs(runs: object) -> tuple[tuple[str | Lease | None, ...], tuple[int, ...]]:
+    """Return who computes each run of a packed forward, and how many tokens it has.
+
+    Raises:
+        ConfigError: this is not a list of names, leases or None with numbers of tokens.
+    """
+    listed = list(runs) if isinstance(runs, Iterable) and not isinstance(runs, (str, bytes, Mapping)) else []
+    valid = all(
+        isinstance(run, (tuple, list))
+        and len(run) == 2
+        and (run[0] is None or isinstance(run[0], (str, Lease)))
+        and isinstance(run[1], int)
+        and not isinstance(run[1], bool)
+        and run[1] > 0
+        for run in listed
+    )
+    if not listed or not valid:
+        raise ConfigError("a list of (name, lease or None; tokens) was expected", hint='[("sql", 17), (None, 1)]')
+    owners, counts = zip(*listed, strict=True)
+    return owners, counts
 
 
 class Lease:

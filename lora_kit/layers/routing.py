@@ -135,7 +135,7 @@ class Routing:
         route = self.stack.get_route()
         self._assign(route)
         for device in self._devices:
-            if device.type == "cuda":
+            if device.type == "cuda" and not (route and route.runs):  # runs are not captured
                 self._write_captured(device, route or self.default)
 
     def forget(self) -> None:

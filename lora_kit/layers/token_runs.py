@@ -40,7 +40,8 @@ class RunRoute(Route):
         super().__init__(tuple(slot for slot, _ in runs), {})
         # Not one slot per entry of an axis: every layer asks for its tokens' slots by `get_rows`.
         self.mixed, self.rows = False, ()
-        self.runs = self.cache_key = tuple(runs)
+        self.runs = tuple(runs)
+        self.cache_key = self.runs
         self.tokens = sum(count for _, count in runs)
         self._make_route = make_route
         self._rows: dict[int, Route] = {}
@@ -142,6 +143,14 @@ def plan_runs(spans: Sequence[tuple[RowSlot | None, int, int]], a: Tensor, b: Te
             long.append(LongRun(start, end, *factors, scaling))
     selections = select_row_groups(short, a.device)
     return RunPlan(dtype, tuple(long), tuple(gather_row_groups(a, b, selections, dtype, GatherBuffer())))
+
+
+def check_token_count(route: RunRoute, inputs: Sequence[Tensor]) -> None:
+    """Raise RoutingError if a model was given another number of tokens than a route has."""
+    count = count_tokens(inputs[0]) if inputs else route.tokens
+    if count != route.tokens:
+        hint = "name every token of the forward, those of padding too"
+        raise RoutingError(f"runs of {route.tokens} tokens were routed, but the model was given {count}", hint=hint)
 
 
 def count_tokens(x: Tensor) -> int:

@@ -12,7 +12,6 @@ from typing import Any, Final
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.bank.attach import attach
-from lora_kit.config.lora_config import LoraConfig
 from lora_kit.data.cells import RowError
 from lora_kit.data.messages import Conversation
 from lora_kit.data.read_messages import read_open_conversation
@@ -305,10 +304,11 @@ def scale_adapter(adapter: Adapter, scale: float) -> Adapter:
     config = adapter.config
     if config.use_dora or config.modules_to_save or adapter.tokens():
         raise ConfigError("lora_scale is for adapters that have LoRA weights alone")
-    fields = config.to_dict()
-    fields["lora_alpha"] = config.lora_alpha * scale
-    fields["alpha_pattern"] = {key: alpha * scale for key, alpha in config.alpha_pattern.items()}
-    return Adapter(LoraConfig.from_dict(fields), adapter.tensors, record=adapter.record)
+    tensors = {
+        key: tensor * scale if ".lora_B" in key or ".lora_embedding_B" in key else tensor
+        for key, tensor in adapter.tensors.items()
+    }
+    return Adapter(config, tensors, record=adapter.record)
 
 
 def _check_text(text: str) -> str:
