@@ -36,6 +36,7 @@ TOP_LEVEL = {
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "LICENSE",
+    "SECURITY.md",
     "Makefile",
     "lora_kit",
     "adapters",

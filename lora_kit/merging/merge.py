@@ -41,7 +41,7 @@ from lora_kit.version import __version__
 
 RECORD_FORMAT: Final = 3
 """Version of `lora_kit_merge.json`."""
-MERGE_ALLOWANCES: Final = ("untie", "lost-delta")
+MERGE_ALLOWANCES: Final = ("untie", "lost-delta", "huge-delta")
 """Allowances of a merge besides those of loading: write tied parameters apart, lose most of a delta in rounding."""
 VERIFICATIONS: Final = ("weights", "logits")
 
@@ -73,8 +73,8 @@ def merge(
         dtype: of the floating weights of the result; None: each keeps its own.
         replace: whether an earlier merge in `out` may be replaced; anything else there never is.
         allow: `other-base` merges into another base than the adapter's own; `untie` writes tied parameters apart where
-            the adapter does not change both alike; `lost-delta` continues where rounding loses most of a delta. Also
-            what `AdapterBank.load` allows.
+            the adapter does not change both alike; `lost-delta` continues where rounding loses most of a delta, and
+            `huge-delta` where one is above 10,000 times its weight. Also what `AdapterBank.load` allows.
         verify: `weights` checks the digests of the files read back from the disk, and values against a second
             computation; `logits` also loads both models and compares their logits.
         quantized: for a base that bitsandbytes quantized. `original` merges into the model it was quantized from;
