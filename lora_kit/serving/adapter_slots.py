@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.bank.bank import AdapterBank
 from lora_kit.bank.routes import Lease
-from lora_kit.errors import BankError
+from lora_kit.errors import AdapterError, BankError
 
 
 class NoFreeSlotError(Exception):
@@ -113,6 +113,12 @@ class AdapterSlots:
                     raise NoFreeSlotError
                 self._evict(idle[0])
             self._bank.load(adapter.digest, adapter)
+            reason = self._bank.reason_no_runs(adapter.digest)
+            if reason is not None:
+                self._bank.unload(adapter.digest)
+                raise AdapterError(
+                    f"it cannot be served beside others: {reason}", hint="merge it, and serve the result"
+                )
             self._uses[adapter.digest] = SlotUse()
         return self._uses[adapter.digest]
 

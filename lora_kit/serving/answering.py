@@ -14,7 +14,7 @@ from lora_kit.serving.sampler import ChosenToken, SamplingSettings
 
 
 @dataclasses.dataclass
-class Answer:
+class ServedAnswer:
     """One answer as it grows.
 
     Attributes:
@@ -56,7 +56,7 @@ class Answers:
         end_tokens: frozenset[int],
     ) -> None:
         self.request_id = uuid.uuid4().hex
-        self.all = [Answer(index) for index in range(len(prompts) * count)]
+        self.all = [ServedAnswer(index) for index in range(len(prompts) * count)]
         self._worker = worker
         self._prompt_tokens = sum(map(len, prompts))
         self._events = asyncio.Queue[tuple[int, Event]]()
@@ -93,7 +93,7 @@ class Answers:
             if answer.finish is None:
                 self._worker.cancel(ticket.request_id)
 
-    async def events(self) -> AsyncIterator[tuple[Answer, Event]]:
+    async def events(self) -> AsyncIterator[tuple[ServedAnswer, Event]]:
         """Yield every event with the answer that has grown by it, until all have ended."""
         while any(answer.finish is None for answer in self.all):
             index, event = await self._events.get()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_kit.models.protocols import Tokenizer
-from lora_kit.serving.answering import Answer, Answers
+from lora_kit.serving.answering import Answers, ServedAnswer
 from lora_kit.serving.engine import Event
 from lora_kit.serving.sampler import ChosenToken
 
@@ -40,12 +40,12 @@ class CompletionForm:
         choices = [self._write_choice(answer) for answer in answers.all]
         return {**self._write_head(answers, kind), "choices": choices, "usage": answers.usage}
 
-    def write_first_chunk(self, answers: Answers, answer: Answer) -> dict[str, Any]:
+    def write_first_chunk(self, answers: Answers, answer: ServedAnswer) -> dict[str, Any]:
         """Return the chunk that begins a message."""
         choice = {"index": answer.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
         return {**self._write_head(answers, "chat.completion.chunk"), "choices": [choice]}
 
-    def write_chunk(self, answers: Answers, answer: Answer, event: Event) -> dict[str, Any]:
+    def write_chunk(self, answers: Answers, answer: ServedAnswer, event: Event) -> dict[str, Any]:
         """Return the chunk of one event."""
         kind = "chat.completion.chunk" if self.is_chat else "text_completion"
         tokens = [event.chosen] if event.chosen is not None else []
@@ -70,7 +70,7 @@ class CompletionForm:
             "system_fingerprint": self.fingerprint,
         }
 
-    def _write_choice(self, answer: Answer) -> dict[str, Any]:
+    def _write_choice(self, answer: ServedAnswer) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": answer.index}
         if self.is_chat:
             choice["message"] = {"role": "assistant", "content": answer.text}
