@@ -15,7 +15,10 @@ from lora_kit.serving.sampler import SamplingSettings
 from lora_kit.serving.served_model import ServedModel, ServerSettings
 from tests.support import random_adapters
 
-PLAIN = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+PLAIN = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
