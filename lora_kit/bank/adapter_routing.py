@@ -139,6 +139,13 @@ class AdapterRouting:
 
     # Slots of names
 
+    def _check_name(self, name: object) -> None:
+        if not isinstance(name, str) or not name:
+            raise ConfigError(f"an adapter's name is a string; {name!r} was given")
+        if name in self._loaded_adapters or name in self._lazy_adapters:
+            state = "loaded" if name in self._loaded_adapters else "offered"
+            raise BankError(f"{name!r} is {state} already", hint="unload it first")
+
     def _get_loaded(self, name: str) -> LoadedAdapter:
         """Return the loaded adapter of that name, loading it first if it was only offered."""
         if name not in self._loaded_adapters:

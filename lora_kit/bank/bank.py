@@ -30,7 +30,7 @@ from lora_kit.bank.snapshot import (
     snapshot_adapter,
 )
 from lora_kit.config.lora_config import LoraConfig
-from lora_kit.errors import BankError, ConfigError
+from lora_kit.errors import BankError
 from lora_kit.layers.checkpoint_routes import install_checkpoint_routes
 from lora_kit.layers.compiled_routes import install_compiled_routes
 from lora_kit.layers.fold import Retention
@@ -341,12 +341,3 @@ class AdapterBank(AdapterRouting):
             self._lazy_adapters.remove(name)
             self._layers.refresh_from_base(changed)
             return retained
-
-    # Internal
-
-    def _check_name(self, name: object) -> None:
-        if not isinstance(name, str) or not name:
-            raise ConfigError(f"an adapter's name is a string; {name!r} was given")
-        if name in self._loaded_adapters or name in self._lazy_adapters:
-            state = "loaded" if name in self._loaded_adapters else "offered"
-            raise BankError(f"{name!r} is {state} already", hint="unload it first")
