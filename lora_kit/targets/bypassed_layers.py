@@ -85,9 +85,15 @@ def find_read_names(
         entries: methods by which the module is used.
         training: the mode.
     """
+    trees = _parse_readers(type(module), entries)  # type: ignore[arg-type]  # a class is hashable
+    pruned = [prune_branches(tree, module, training=training) for tree in trees]
+    return _find_only_read(trees) | _find_only_read(pruned)
+
+
+def _find_only_read(trees: Iterable[ast.Module]) -> set[str]:
     read, used = set[str](), set[str]()
-    for tree in _parse_readers(type(module), entries):  # type: ignore[arg-type]  # a class is hashable
-        for name, is_weight in _iterate_uses(prune_branches(tree, module, training=training)):
+    for tree in trees:
+        for name, is_weight in _iterate_uses(tree):
             (read if is_weight else used).add(name)
     return {name for name in read if not any(is_within(name, top) for top in used)}
 
