@@ -17,7 +17,7 @@ from typing import Final
 
 from lora_kit.data.answer_ends import AnswerEnds, compile_specials, count_shared, find_answer_ends, find_tail
 from lora_kit.data.messages import Conversation, Message
-from lora_kit.data.rendered_checks import check_answer, split_inline_thought
+from lora_kit.data.rendered_checks import check_answer, contains_reasoning, split_inline_thought
 from lora_kit.data.templates import ChatTemplate
 from lora_kit.errors import DataError
 from lora_kit.models.protocols import Tokenizer
@@ -122,7 +122,7 @@ def _bridge(template: ChatTemplate, prompt: str, full: str, history: str, messag
     if not opened.strip():
         return rest
     reasoning = message.reasoning or split_inline_thought(message.content)[0]
-    if thought is None or (reasoning and reasoning.strip() in rest):
+    if thought is None or (reasoning and contains_reasoning(message, rest)):
         begun, rendered = f"{opened!r} in generation", f"{rest[:40]!r} in message {index + 1}"
         raise DataError(f"{template.name} begins an answer with {begun}, and with {rendered}")
     line_break = "" if thought[2] else "\n"

@@ -33,7 +33,7 @@ from lora_kit.merging.planned_tensors import MergePlan, WeightedAdapter
 from lora_kit.merging.verification import logits
 from lora_kit.merging.verification import verify as proof
 from lora_kit.merging.writing import journal, writer
-from lora_kit.models.locate import find_base, find_local_folder
+from lora_kit.models.locate import find_base, find_local_folder, warn_of_floating_revision
 from lora_kit.targets.fingerprint import fingerprint
 from lora_kit.targets.legacy_names import convert_to_model_names
 from lora_kit.torch_utils import parse_float_dtype, translate_out_of_memory
@@ -144,6 +144,7 @@ def _open_job(
     if original is not None:
         quantized_base.check_original(folder, find_base(original), TaskHead.of(adapters[0].adapter))
         base, folder = original, find_base(original)
+    warn_of_floating_revision(base)
     preflight.refuse_merged(folder, [weighted.adapter for weighted in adapters])
     shards = read_shards(folder)
     if quantized in (quantized_base.DEQUANTIZED, quantized_base.REQUANTIZED):
