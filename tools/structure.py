@@ -54,7 +54,7 @@ ROOMS: Final = (
     "exporters",
     "doctor",
     "demo",
-    "serve",
+    "serving",
     "cli",
     "__main__",
 )
