@@ -171,7 +171,13 @@ def _build_trainer(
             trainable,
             build_job_arguments(job, scratch),
             callbacks=[UnusedParameterCallback(), *early_stopping, *callbacks],
-            run=RunContext(folder=folder, identity=job.identity, setting=job.environment, stop=stop),
+            run=RunContext(
+                folder=folder,
+                identity=job.identity,
+                setting=job.environment,
+                stop=stop,
+                encode_adapter=trainable.encode_adapter,
+            ),
         )
     _set_tensorboard_folder(trainer, f"{folder.out}{TENSORBOARD_SUFFIX}")
     return trainer

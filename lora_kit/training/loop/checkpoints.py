@@ -1,7 +1,8 @@
 """Checkpoints of an unfinished training, in a folder beside its output: written whole, verified, rotated.
 
     adapters/sql.run/checkpoint-500/
-        weights.safetensors     the trained tensors, never the base's
+        adapter_config.json  adapter_model.safetensors  lora_kit.json  README.md       the adapter at that step
+        weights.safetensors     the trained tensors that the adapter's file does not hold, never the base's
         optimizer.pt  scheduler.pt  scaler.pt  trainer_state.json      as transformers.Trainer writes them
         loop.pt                 random states, and what the training loop has counted
         checkpoint.json         the run it belongs to, and sha256 and size of the other files
@@ -25,19 +26,23 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from lora_kit.adapter.adapter_record import RECORD
+from lora_kit.adapter.folder import CONFIG
 from lora_kit.errors import AdapterError, RecipeError, StorageError, format_list
 from lora_kit.io.atomic_write import remove_leftovers, stage_folder
 from lora_kit.io.read import exists, folder_exists, open_regular_file, read_json, read_text
 from lora_kit.io.sealed_json import NO_DIGEST, SELF_DIGEST, is_intact, seal_json
 from lora_kit.io.strict_json import JsonObject, parse_object
 from lora_kit.io.text import escape_text, format_value
+from lora_kit.names import CHECKPOINT_FILE
 
 logger = logging.getLogger(__name__)
 
-MARKER: Final = "checkpoint.json"
+MARKER: Final = CHECKPOINT_FILE
 LOOP: Final = "loop.pt"
 _OWN_FILES: Final = (MARKER, LOOP)
-FORMAT: Final = 2
+FORMAT: Final = 3
+_READ_FORMATS: Final = (2, FORMAT)
+"""A checkpoint of format 2 holds no adapter; its `weights.safetensors` has every trained tensor."""
 _NAME: Final = re.compile(r"checkpoint-(0|[1-9]\d{0,17})")
 _LOCK_NAME: Final = re.compile(r"\.checkpoint-(0|[1-9]\d{0,17})\.lock")
 _TYPES: Final[Mapping[str, tuple[type, ...]]] = {
@@ -103,7 +108,7 @@ class RunFolder:
                 return checkpoint
             except AdapterError as error:
                 logger.warning("%s is incomplete and is removed: %s", escape_text(self.path(step)), error)
-                shutil.rmtree(self.path(step))
+                self._remove_step(step)
         return None
 
     def read(self, step: int) -> Checkpoint:
@@ -189,7 +194,12 @@ class RunFolder:
         newest = sorted(steps, reverse=True)[:keep]
         best = {self._read_best_step(step) for step in newest}
         for step in set(steps) - set(newest) - best:
-            shutil.rmtree(self.path(step))
+            self._remove_step(step)
+
+    def _remove_step(self, step: int) -> None:
+        """Remove the checkpoint of a step; a process that dies meanwhile leaves nothing that looks like an adapter."""
+        (self.path(step) / CONFIG).unlink(missing_ok=True)
+        shutil.rmtree(self.path(step))
 
     def _read_best_step(self, step: int) -> int | None:
         try:
@@ -209,7 +219,7 @@ class RunFolder:
                 if match:  # a process died while it wrote
                     remove_leftovers(self.path(int(match[1])))
             for step in self._list_steps():
-                shutil.rmtree(self.path(step))
+                self._remove_step(step)
             if next(self.folder.iterdir(), None) is None:
                 self.folder.rmdir()
         except OSError as error:
@@ -308,8 +318,11 @@ def _read_marker(folder: Path) -> JsonObject:
         record = parse_object(text)
     except ValueError as error:
         raise AdapterError(f"{MARKER}: {error}") from None
-    if record.get("format") != FORMAT:
-        raise AdapterError(f"{MARKER} has format {format_value(record.get('format'))}; format {FORMAT} is read")
+    if record.get("format") not in _READ_FORMATS:
+        given = format_value(record.get("format"))
+        raise AdapterError(
+            f"{MARKER} has format {given}; formats {format_list([str(known) for known in _READ_FORMATS])} are read"
+        )
     if not is_intact(record, text):
         raise AdapterError(f"{MARKER} changed since the checkpoint was written")
     return record

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NotRequired, TypedDict, cast
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from lora_kit.errors import AdapterError, VerificationError
 from lora_kit.io.text import escape_text
-from lora_kit.torch_utils import capture_random_states, restore_random_states
+from lora_kit.torch_utils import capture_random_states, preserve_random_states, restore_random_states, use_eval_mode
 from lora_kit.training.loop.checkpoints import LOOP, Checkpoint, Environment, Identity, RunFolder
 from lora_kit.training.loop.signals import StopRequest
 from lora_kit.training.loop.trainer import Trainer
 from lora_kit.training.loop.training_loop import TrainingLoop
+from lora_kit.training.loop.weight_files import load_tensors, save_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +42,15 @@ class RunContext:
         identity: everything that decides the result.
         setting: the environment.
         stop: whether a signal has asked to stop.
+        encode_adapter: returns the files of the adapter as it is now, with facts of the training in its record; None
+            where whole weights are trained.
     """
 
     folder: RunFolder
     identity: Identity
     setting: Environment
     stop: StopRequest
+    encode_adapter: Callable[[Mapping[str, object]], Mapping[str, bytes]] | None = None
 
 
 class _LoopState(TypedDict):
@@ -163,9 +166,8 @@ class ResumableLoop(TrainingLoop):
             )
 
     def _write_checkpoint_files(self, folder: Path) -> None:
-        weights = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-                   for name, tensor in self._get_trained_tensors().items()}  # fmt: skip
-        save_file(weights, folder / WEIGHTS)
+        self._write_adapter(folder)
+        save_tensors(folder / WEIGHTS, self._get_trained_tensors())
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
         _save_state(self.optimizer.state_dict(), folder / OPTIMIZER)
@@ -177,6 +179,23 @@ class ResumableLoop(TrainingLoop):
         self.state.stateful_callbacks = TrainerState(stateful_callbacks=stateful).stateful_callbacks
         self.state.save_to_json(str(folder / STATE))
         _save_state(self._collect_loop_state(), folder / LOOP)
+
+    def _write_adapter(self, folder: Path) -> None:
+        """Write the adapter as it is now, so that the folder of a checkpoint is an adapter's, too."""
+        if self._run.encode_adapter is None:
+            return
+        step = self.state.global_step
+        facts = {
+            "metrics": {"steps": step, "tokens": self.tokens},
+            "checkpoint": {"step": step, "steps": self.state.max_steps},
+        }
+        with (
+            use_eval_mode(self.model),
+            preserve_random_states(self.args.device),
+        ):  # some types of PEFT compute what they save
+            files = self._run.encode_adapter(facts)
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
 
     def _estimate_checkpoint_bytes(self) -> int:
         """Return the bytes of the tensors in a checkpoint: the trained ones, and those of the optimizer."""
@@ -212,7 +231,7 @@ class ResumableLoop(TrainingLoop):
             self._restored.add("random")
 
     def _load_weights(self, folder: Path) -> None:
-        trained, saved = self._get_trained_tensors(), load_file(folder / WEIGHTS)
+        trained, saved = self._get_trained_tensors(), load_tensors(folder / WEIGHTS)
         if {name: tensor.shape for name, tensor in trained.items()} != {name: saved[name].shape for name in saved}:
             raise AdapterError(f"{escape_text(folder)} does not hold the tensors that are trained")
         with torch.no_grad():
