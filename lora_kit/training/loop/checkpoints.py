@@ -3,6 +3,7 @@
     adapters/sql.run/checkpoint-500/
         adapter_config.json  adapter_model.safetensors  lora_kit.json  README.md       the adapter at that step
         weights.safetensors     the trained tensors that the adapter's file does not hold, never the base's
+        average.safetensors     their moving average, where the recipe asks for one; the adapter is that average
         optimizer.pt  scheduler.pt  scaler.pt  trainer_state.json      as transformers.Trainer writes them
         loop.pt                 random states, and what the training loop has counted
         checkpoint.json         the run it belongs to, and sha256 and size of the other files
@@ -40,6 +41,8 @@ logger = logging.getLogger(__name__)
 MARKER: Final = CHECKPOINT_FILE
 LOOP: Final = "loop.pt"
 _OWN_FILES: Final = (MARKER, LOOP)
+RUN_SUFFIX: Final = ".run"
+"""The checkpoints of the output `sql` are in the folder `sql.run` beside it."""
 FORMAT: Final = 3
 _READ_FORMATS: Final = (2, FORMAT)
 """A checkpoint of format 2 holds no adapter; its `weights.safetensors` has every trained tensor."""
@@ -94,7 +97,7 @@ class RunFolder:
 
     def __init__(self, out: str | Path) -> None:
         self.out = Path(out)
-        self.folder = self.out.with_name(f"{self.out.name}.run")
+        self.folder = self.out.with_name(f"{self.out.name}{RUN_SUFFIX}")
 
     # Reading
 
@@ -110,6 +113,14 @@ class RunFolder:
                 logger.warning("%s is incomplete and is removed: %s", escape_text(self.path(step)), error)
                 self._remove_step(step)
         return None
+
+    def list_complete(self) -> list[Checkpoint]:
+        """Return the complete checkpoints, newest first; nothing is changed or logged."""
+        complete = []
+        for step in sorted(self._list_steps(), reverse=True):
+            with contextlib.suppress(AdapterError):
+                complete.append(self.read(step))
+        return complete
 
     def read(self, step: int) -> Checkpoint:
         """Return the checkpoint of a step, verified by its checksums.
@@ -263,11 +274,7 @@ class RunFolder:
             RecipeError: as `find_resumable`.
         """
         self._check_foreign()
-        complete = []
-        for step in sorted(self._list_steps(), reverse=True):
-            with contextlib.suppress(AdapterError):
-                complete.append(self.read(step))
-        return self._match_run(complete[0] if complete else None, identity, replace=replace)
+        return self._match_run(next(iter(self.list_complete()), None), identity, replace=replace)
 
     def _match_run(self, checkpoint: Checkpoint | None, identity: Identity, *, replace: bool) -> Checkpoint | None:
         """Return the checkpoint if it is of this run; None without one, or where it is to be replaced."""
