@@ -83,9 +83,10 @@ def cli_page() -> str:
     lines += [f"| [`{verb}`](#{verb}) | {_first(one.help)} |" for verb, one in verbs().items()]
     lines += [
         "",
-        "`--help` with any verb says the same as here; `--debug` shows the traceback of an error. What exit codes",
+        "`--help` with any verb says the same as here; `--debug` shows the traceback of an error,",
+        "`--strict` makes warnings errors. What exit codes",
     ]
-    lines += ["and errors mean: [when something is refused](errors.md)."]
+    lines += ["and errors mean: [errors](errors.md)."]
     lines += ["", "`train` and `sweep` take every [recipe key](recipes.md) as a flag as well: `--lora.r 8`."]
     for verb in verbs():
         lines += _verb(verb)

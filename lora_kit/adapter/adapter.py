@@ -14,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from lora_kit.adapter.adapter_location import resolve_folder
@@ -245,6 +246,9 @@ class Adapter:
         except AdapterError as error:
             raise AdapterError(f"{source.shown}: {error.message}", hint=error.hint) from None
         adapter.folder = source.weights.parent
+        if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
+            message = "%s: its float64 tensors are rounded to float32 where they are used, but for a bank of float64"
+            logger.warning(message, source.shown)
         return adapter
 
     def save(

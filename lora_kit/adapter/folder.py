@@ -178,8 +178,12 @@ class AdapterFolder:
         """Log what cannot be checked, and fields that are carried without a meaning here."""
         if self.weights.name == OLD_WEIGHTS:
             logger.warning("%s: reading plain tensors from %s, an older format", self.shown, OLD_WEIGHTS)
+        if self.weights.name == WEIGHTS and exists(self.weights.with_name(OLD_WEIGHTS)):
+            logger.warning(
+                "%s has %s too, which is not read: remove the one that is not meant", self.shown, OLD_WEIGHTS
+            )
         if self.record is None:
-            logger.info(
+            logger.warning(
                 "%s has no %s: neither its files nor the base it was made for can be checked", self.shown, RECORD
             )
         else:

@@ -13,6 +13,7 @@ BAD_INPUT: Final = 2
 MACHINE: Final = 3
 UNEXPECTED: Final = 1
 DEBUG: Final = "--debug"
+STRICT: Final = "--strict"
 
 
 def _read_version() -> str:
@@ -24,7 +25,7 @@ def _read_version() -> str:
 app = App(
     name="lora-kit",
     help="Train one small adapter per task on a frozen base, swap adapters, merge one.",
-    help_epilogue=f"{DEBUG} with any command shows the traceback of an error.",
+    help_epilogue=f"{DEBUG} with any command shows the traceback of an error; {STRICT} makes warnings errors.",
     help_format="plaintext",
     help_formatter=FilledHelp(),
     version=_read_version,
@@ -50,7 +51,7 @@ MergeAllow = Annotated[
     Parameter(
         negative="",
         help=f"{_ALLOW_HELP} untie: write tied weights separately. lost-delta: continue where rounding removes most of "
-        "a delta.",
+        "a delta. huge-delta: where one is above 10,000 times its weight.",
     ),
 ]
 Store = Annotated[Path, Parameter(help="Folder in which adapters are looked up by name.")]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from cyclopts import CycloptsError
 
-from lora_kit.cli.app import BAD_INPUT, DEBUG, MACHINE, UNEXPECTED, app
+from lora_kit.cli.app import BAD_INPUT, DEBUG, MACHINE, STRICT, UNEXPECTED, app
 from lora_kit.cli.output import flatten_list_message, join_words
 from lora_kit.cli.process import handle_sigterm, log_to_stderr, protect_streams
 from lora_kit.errors import LoraKitError
@@ -22,8 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; those of the process by default.
     """
     tokens = list(sys.argv[1:] if argv is None else argv)
-    debug = _take_flag(tokens, DEBUG)
-    with protect_streams(), handle_sigterm(), log_to_stderr(debug=debug):
+    debug, strict = _take_flag(tokens, DEBUG), _take_flag(tokens, STRICT)
+    with protect_streams(), handle_sigterm(), log_to_stderr(debug=debug, strict=strict):
         try:
             app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
             sys.stdout.flush()

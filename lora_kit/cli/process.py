@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+from lora_kit.errors import VerificationError
 from lora_kit.io.text import escape_for_terminal
 from lora_kit.models.silence import use_log_level
 
@@ -84,12 +85,27 @@ def handle_sigterm() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def log_to_stderr(*, debug: bool) -> Iterator[None]:
-    """Print warnings of the library on stderr; with `--debug` everything it logs."""
+def log_to_stderr(*, debug: bool, strict: bool = False) -> Iterator[None]:
+    """Print warnings of the library on stderr, each once; with `--debug` everything it logs.
+
+    Args:
+        strict: a warning is raised as an error, where it is noticed.
+
+    Raises:
+        VerificationError: in the block, with `strict`.
+    """
     import logging
+
+    shown = set[str]()
 
     class Lines(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
+            if record.levelno >= logging.WARNING:
+                if strict:
+                    raise VerificationError(record.getMessage(), hint="without --strict this is a warning")
+                if record.getMessage() in shown:
+                    return
+                shown.add(record.getMessage())
             grade = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
             print(grade + escape_for_terminal(record.getMessage()), file=sys.stderr)
 

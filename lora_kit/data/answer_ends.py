@@ -85,8 +85,8 @@ def find_answer_ends(template: ChatTemplate, tokenizer: Tokenizer) -> AnswerEnds
     calling = Conversation((PROBE_QUESTION,), tools=PROBE_TOOLS)
     for calls in ((PROBE_CALL, PROBE_CALL), (PROBE_CALL,)):  # some templates reject more than one call
         answer = Message("assistant", "", tool_calls=calls)
-        asked = _try_render(template, tokenizer, calling)
-        full = _try_render(template, tokenizer, calling.with_messages((PROBE_QUESTION, answer)))
+        asked = try_render(template, tokenizer, calling)
+        full = try_render(template, tokenizer, calling.with_messages((PROBE_QUESTION, answer)))
         if full.count(PROBE_CALL.name) - asked.count(PROBE_CALL.name) >= len(calls):
             call_end, after_call = _find_end(template, tokenizer, specials, calling, answer, _RESULT)
             return AnswerEnds(frozenset({end, call_end or end}), after_text, after_call)
@@ -106,9 +106,9 @@ def _find_end(
     Of several, the last one counts that stands there also once the conversation goes on, and that the answer holds
     once: `<|end|>`, and not the `<|endoftext|>` that some templates put after the whole conversation.
     """
-    asked = _try_render(template, tokenizer, before)
-    full = _try_render(template, tokenizer, before.with_messages((*before.messages, answer)))
-    replied = _try_render(template, tokenizer, before.with_messages((*before.messages, answer, reply)))
+    asked = try_render(template, tokenizer, before)
+    full = try_render(template, tokenizer, before.with_messages((*before.messages, answer)))
+    replied = try_render(template, tokenizer, before.with_messages((*before.messages, answer, reply)))
     tail = find_tail(specials, full)
     if tail:
         shared = count_shared(full, replied)
@@ -123,7 +123,7 @@ def _find_end(
     return match[0], following[: len(following) - len(following.lstrip())] + match[0]
 
 
-def _try_render(template: ChatTemplate, tokenizer: Tokenizer, conversation: Conversation) -> str:
+def try_render(template: ChatTemplate, tokenizer: Tokenizer, conversation: Conversation) -> str:
     """Return a rendered conversation, or an empty text if the template rejects it."""
     try:
         return template.render(tokenizer, conversation)

@@ -115,7 +115,8 @@ def _find_pair_frame(tokenizer: Tokenizer) -> _PairFrame:
     first, second, size = starts[0], starts[-1], len(text)
     prefix, middle, suffix = full[:first], full[first + size : second], full[second + size :]
     if not middle:
-        # Nothing would tell where the first text ends.
+        # Nothing would tell where the first text ends, and some have no special tokens for two texts.
+        prefix, suffix = find_special_tokens(tokenizer)
         return _PairFrame(prefix, tokenize_text(tokenizer, DEFAULT_SEPARATOR), suffix, None)
     if not any(types):
         return _PairFrame(prefix, middle, suffix, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.adapter_like import AdapterLike
+from lora_kit.config.validation import is_whole_number, require
 from lora_kit.data.batches import IGNORE_INDEX, Collator, join_samples
 from lora_kit.data.label_columns import TextInput
 from lora_kit.data.sample_format import SampleFormat
@@ -29,6 +31,7 @@ from lora_kit.evaluation.prediction import Entity, Prediction
 from lora_kit.evaluation.scores import find_entities, is_bio_scheme
 from lora_kit.generation.adapter_args import find_common_task, read_adapter
 from lora_kit.generation.generate import attach_adapters
+from lora_kit.io.text import format_value
 from lora_kit.models.checkpoint_head import find_checkpoint_problem, find_checkpoint_task
 from lora_kit.models.loading import Base
 from lora_kit.models.tasks import CLASSIFY, LABEL, LABEL_TASKS, PROBLEM_KINDS, SINGLE_LABEL, TOKENS, VALUE, WORD
@@ -39,8 +42,10 @@ PredictionInput: TypeAlias = TextInput | Sequence[str]
 """A text; for `classify` also two texts as a tuple; for `tokens` also a list of words."""
 
 _LABEL: Final = "adapter"
-_WORDS: Final = re.compile(r"\w+|[^\w\s]")
-"""A word of running text, or a mark."""
+_PARTS: Final = re.compile(r"\w+|[^\w\s]")
+"""A word of running text, a mark, or an accent or vowel sign that belongs to the letter before it."""
+_JOINERS: Final = ("\u200c", "\u200d")
+"""Invisible characters inside words of Persian and of the languages of India."""
 
 
 def predict(
@@ -96,10 +101,9 @@ def open_predictor(
     allow: Collection[str] = (),
 ) -> Iterator[Predictor]:
     """Load a base with an adapter for the length of a block; arguments and errors as in `predict`."""
-    if batch_size < 1:
-        raise ConfigError(f"batch_size must be a whole number from 1; {batch_size!r} was given")
-    if max_length is not None and max_length < 2:
-        raise ConfigError(f"max_length must be a whole number from 2; {max_length!r} was given")
+    require(is_whole_number(batch_size) and batch_size >= 1, "batch_size", batch_size, "a whole number from 1")
+    fits = max_length is None or (is_whole_number(max_length) and max_length >= 2)
+    require(fits, "max_length", max_length, "a whole number from 2")
     loaded_adapter = read_adapter(adapter, store=store, allow=allow)
     task, problem = _resolve_task(base, loaded_adapter)
     adapters = {_LABEL: loaded_adapter}
@@ -150,6 +154,8 @@ class Predictor:
         Raises:
             DataError: a text is empty, or of a form that the task does not take.
         """
+        if isinstance(inputs, (str, bytes)) or not isinstance(inputs, Sequence):
+            raise DataError(f"inputs must be a list; {format_value(inputs)} was given", hint='["a text"]')
         if self.task == TOKENS:
             return self._predict_words([_find_words(number, each) for number, each in enumerate(inputs, start=1)])
         texts = [_check_text(number, each) for number, each in enumerate(inputs, start=1)]
@@ -222,13 +228,28 @@ class _Words:
 
 def _find_words(number: int, value: PredictionInput) -> _Words:
     if isinstance(value, str):
-        found = list(_WORDS.finditer(_require_text(number, value)))
-        return _Words(value, [match[0] for match in found], [match.start() for match in found])
+        spans = _split_words(_require_text(number, value))
+        return _Words(value, [value[start:end] for start, end in spans], [start for start, _ in spans])
     words = [_require_text(number, word) for word in value]
     if not words:
         raise DataError(f"input {number} has no word")
     starts = [sum(len(word) + 1 for word in words[:index]) for index in range(len(words))]
     return _Words(" ".join(words), words, starts)
+
+
+def _split_words(text: str) -> list[tuple[int, int]]:
+    """Return where the words and marks of a running text begin and end."""
+    spans: list[tuple[int, int]] = []
+    is_open = False  # whether the last word ended with a sign, after which it may go on
+    for match in _PARTS.finditer(text):
+        is_sign = match[0] in _JOINERS or unicodedata.category(match[0][0]).startswith("M")
+        is_next = bool(spans) and spans[-1][1] == match.start()
+        if is_next and (is_sign or (is_open and match[0][0].isalnum())):
+            spans[-1] = (spans[-1][0], match.end())
+        else:
+            spans.append(match.span())
+        is_open = is_sign
+    return spans
 
 
 def _check_text(number: int, value: PredictionInput) -> TextInput:

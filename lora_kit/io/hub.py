@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +15,7 @@ _PART: Final = r"[A-Za-z0-9][\w.-]*"
 _HUB_ID: Final = re.compile(
     rf"(?P<repository>{_PART}(/{_PART})?)(?P<subfolder>(/{_PART})*)(@(?P<revision>[A-Za-z0-9][\w./-]*))?", re.ASCII
 )
+_COMMIT: Final = re.compile("[0-9a-f]{40}")
 _HUB_TIMEOUT: Final = 10
 """Seconds to wait for the hub's answer."""
 
@@ -48,6 +49,10 @@ class HubId:
         if match is None or ".." in text:
             return None
         return cls(match["repository"], match["subfolder"].strip("/"), match["revision"])
+
+    def __str__(self) -> str:
+        revision = "" if self.revision is None else f"@{self.revision}"
+        return "/".join(filter(None, (self.repository, self.subfolder))) + revision
 
     def path_of(self, name: str) -> str:
         """Return the path of a file in the repository, by its name in the subfolder."""
@@ -100,6 +105,22 @@ def is_cached(hub_id: HubId, name: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     return isinstance(try_to_load_from_cache(hub_id.repository, hub_id.path_of(name), None, hub_id.revision), str)
+
+
+def pin_revision(hub_id: HubId, name: str) -> HubId | None:
+    """Return the id with the commit that the local cache has for its branch; None where it names a commit already.
+
+    Args:
+        hub_id: without a revision, or with any.
+        name: of a file that was read.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(hub_id.repository, hub_id.path_of(name), None, hub_id.revision)
+    if _COMMIT.fullmatch(hub_id.revision or "") or not isinstance(cached, str):
+        return None
+    parts = Path(cached).parts
+    return replace(hub_id, revision=parts[parts.index("snapshots") + 1])
 
 
 def list_cached_files(hub_id: HubId) -> tuple[str, ...]:

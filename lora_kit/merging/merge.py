@@ -33,7 +33,7 @@ from lora_kit.merging.planned_tensors import MergePlan, WeightedAdapter
 from lora_kit.merging.verification import logits
 from lora_kit.merging.verification import verify as proof
 from lora_kit.merging.writing import journal, writer
-from lora_kit.models.locate import find_base, find_local_folder
+from lora_kit.models.locate import find_base, find_local_folder, warn_of_floating_revision
 from lora_kit.targets.fingerprint import fingerprint
 from lora_kit.targets.legacy_names import convert_to_model_names
 from lora_kit.torch_utils import parse_float_dtype, translate_out_of_memory
@@ -41,7 +41,7 @@ from lora_kit.version import __version__
 
 RECORD_FORMAT: Final = 3
 """Version of `lora_kit_merge.json`."""
-MERGE_ALLOWANCES: Final = ("untie", "lost-delta")
+MERGE_ALLOWANCES: Final = ("untie", "lost-delta", "huge-delta")
 """Allowances of a merge besides those of loading: write tied parameters apart, lose most of a delta in rounding."""
 VERIFICATIONS: Final = ("weights", "logits")
 
@@ -73,8 +73,8 @@ def merge(
         dtype: of the floating weights of the result; None: each keeps its own.
         replace: whether an earlier merge in `out` may be replaced; anything else there never is.
         allow: `other-base` merges into another base than the adapter's own; `untie` writes tied parameters apart where
-            the adapter does not change both alike; `lost-delta` continues where rounding loses most of a delta. Also
-            what `AdapterBank.load` allows.
+            the adapter does not change both alike; `lost-delta` continues where rounding loses most of a delta, and
+            `huge-delta` where one is above 10,000 times its weight. Also what `AdapterBank.load` allows.
         verify: `weights` checks the digests of the files read back from the disk, and values against a second
             computation; `logits` also loads both models and compares their logits.
         quantized: for a base that bitsandbytes quantized. `original` merges into the model it was quantized from;
@@ -144,6 +144,7 @@ def _open_job(
     if original is not None:
         quantized_base.check_original(folder, find_base(original), TaskHead.of(adapters[0].adapter))
         base, folder = original, find_base(original)
+    warn_of_floating_revision(base)
     preflight.refuse_merged(folder, [weighted.adapter for weighted in adapters])
     shards = read_shards(folder)
     if quantized in (quantized_base.DEQUANTIZED, quantized_base.REQUANTIZED):

@@ -20,6 +20,7 @@ from lora_kit.io.hub import (
     is_cached,
     list_hub_files,
     may_be_hub_id,
+    pin_revision,
 )
 from lora_kit.io.read import read_text
 from lora_kit.io.text import escape_text, format_value
@@ -131,6 +132,14 @@ def reason_not_here(base: str) -> str | None:
     if hub_id is None:
         return "there is no such folder"
     return None if is_cached(hub_id, _CONFIG) else "it is neither a folder here nor in the local cache"
+
+
+def warn_of_floating_revision(base: str | Path) -> None:
+    """Log a warning with the commit where a base is a branch of the hub, which may be another model tomorrow."""
+    hub_id = HubId.parse(str(base)) if find_local_folder(base) is None and may_be_hub_id(base) else None
+    pinned = None if hub_id is None else pin_revision(hub_id, _CONFIG)
+    if pinned is not None:
+        logger.warning("%s may be another model tomorrow; what was read now is %s", hub_id, pinned)
 
 
 def find_local_folder(base: str | Path) -> Path | None:

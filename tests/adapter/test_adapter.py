@@ -818,3 +818,12 @@ def test_a_folder_that_does_not_come_to_rest_is_refused(tmp_path: Path, monkeypa
     folder = folders.foreign(tmp_path / "x")
     rewritten_while_read(monkeypatch, folder, 50)
     assert "was changed while it was read" in refused(folder)
+
+
+def test_float64_tensors_are_said_to_be_rounded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    values = folders.tensors()
+    lk.Adapter.load(folders.foreign(tmp_path / "single", values))
+    assert "its float64 tensors" not in caplog.text
+    folder = folders.foreign(tmp_path / "double", {key: tensor.double() for key, tensor in values.items()})
+    lk.Adapter.load(folder)
+    assert "double: its float64 tensors are rounded to float32 where they are used" in caplog.text

@@ -20,7 +20,7 @@ from lora_kit.cli.main import main
 from lora_kit.doctor import CHECKS, NotHereError, examine
 from lora_kit.errors import AdapterError, ConfigError, MergeError, StorageError, VerificationError
 from lora_kit.io.text import escape_for_terminal
-from tests.support import texts, tiny
+from tests.support import folders, texts, tiny
 
 VERBS = [
     "check",
@@ -37,6 +37,7 @@ VERBS = [
     "keep",
     "list",
     "merge",
+    "predict",
     "prepare",
     "preview",
     "resize",
@@ -441,3 +442,19 @@ def test_doctor_reports_failures_and_exits_4(monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setattr("lora_kit.doctor.CHECKS", {"fine": lambda: "quite"})
     assert main(["doctor"]) == 0
     assert "quite" in capsys.readouterr().out
+
+
+def test_a_warning_is_shown_once_and_is_an_error_with_strict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders.foreign(tmp_path / "theirs")
+    assert main(["inspect", "./theirs"]) == 0
+    assert capsys.readouterr().err.count("neither its files nor the base") == 1
+    assert main(["inspect", "./theirs", "--strict"]) == 4
+    shown = capsys.readouterr()
+    assert "without --strict this is a warning" in shown.err
+    assert shown.out == ""
+    (tmp_path / "theirs" / "adapter_model.bin").write_bytes(b"other")
+    assert main(["inspect", "./theirs"]) == 0
+    assert "adapter_model.bin too, which is not read" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from lora_kit.data.batches import IGNORE_INDEX, EncodedDataset
 from lora_kit.data.cells import RowError
 from lora_kit.data.chat import ChatEncoder
 from lora_kit.data.encode import encode
+from lora_kit.data.messages import Message
 from lora_kit.data.preparation.prepare import prepare
 from lora_kit.data.preview import count_learned_by_role, preview_sample
 from lora_kit.data.rows import read_rows
@@ -311,6 +312,42 @@ def test_reasoning_is_rendered_and_learned_or_refused(tmp_path: Path, key: str) 
         convert_rows(rows, "\n")
 
 
+SILENT = "{% for m in messages %}[{{ m.role }}]{{ m.content if m.role != 'system' and not m.tool_calls }}\
+{% for c in m.tool_calls %}({{ c.function.arguments.n }} add){% endfor %}{{ eos_token }}{% endfor %}\
+{% if add_generation_prompt %}[assistant]{% endif %}"
+"""Renders no system message, no thought, no name, and no text beside a call."""
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([said("user", "hi"), said("assistant", "yo", thinking="yo")], "the reasoning of message 2"),
+        ([said("user", "hi"), said("assistant", "<think>hm</think>yo", thinking="yo")], "the reasoning of message 2"),
+        ([said("system", "hi"), said("user", "hi"), said("assistant", "yo")], r"message 1 \(system\)"),
+        ([said("user", "i am bo", name="bo"), said("assistant", "yo")], "the name of message 1"),
+        ([said("user", "hi"), said("assistant", "7", function_call={"name": "add", "arguments": '{"n": 7}'})],
+         "the content of message 2"),
+    ],
+    ids=["thought", "inline", "system", "name", "call"],
+)  # fmt: skip
+def test_what_is_lost_is_missed_where_something_else_says_the_same(
+    tmp_path: Path, messages: list[dict[str, Any]], expected: str
+) -> None:
+    with pytest.raises(DataError, match=f":1: the template does not render {expected}"):
+        preview_of(tmp_path, messages, text=SILENT)
+
+
+def test_what_is_said_twice_and_rendered_twice_passes(tmp_path: Path) -> None:
+    messages = [said("system", "hi"), said("user", "hi"), said("assistant", "hi", thinking="hi"), said("user", "hi"),
+                said("assistant", "hi")]  # fmt: skip
+    assert preview_of(tmp_path, messages, text=THINKING) == [
+        "<s>[system]hi</s>\n[user]hi</s>\n[assistant]‹(hi)hi</s>›\n[user]hi</s>\n[assistant]‹hi</s>›"
+    ]
+    inline = [said("user", "hi"), said("assistant", "<think>yo</think>yo", thinking="yo")]
+    (shown_once,) = preview_of(tmp_path, inline)
+    assert shown_once.replace("<unk>", "") == "<s>[user]hi</s>\n[assistant]‹thinkyo/thinkyo</s>›"
+
+
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
@@ -416,6 +453,20 @@ def test_calls_are_learned_and_results_are_not(tmp_path: Path, keys: dict[str, A
         preview_of(tmp_path, messages, text=fixed)
 
 
+def test_thoughts_between_calls_are_context_as_generation_is_given_them(tmp_path: Path) -> None:
+    # Like gpt-oss: an answer without a call takes the thoughts before earlier calls out again.
+    answered = "messages[-1].role == 'assistant' and not messages[-1].tool_calls and not loop.last"
+    kept = f"{{% set kept = not ({answered}) %}}"
+    shortened = kept + "{{ '(' ~ m.thinking ~ ')' if m.thinking and kept }}{{ m.content if kept or not m.tool_calls }}"
+    text = CALLING.replace("{{ m.content }}", shortened)
+    thinking = said("assistant", "so", tool_calls=[ADD], thinking="hm")
+    assert preview_of(tmp_path, [WITH_TOOL[0], thinking, *WITH_TOOL[2:]], text=text) == [
+        "<s>[user]hi</s>\n[assistant]‹(hm)so(add7)</s>›\n[tool]42</s>\n[assistant]‹yo</s>›"
+    ]
+    with pytest.raises(DataError, match="renders what precedes message 2 differently once that message is there"):
+        preview_of(tmp_path, [WITH_TOOL[0], thinking, *WITH_TOOL[2:]], text="{{ messages | length }}" + text)
+
+
 @pytest.mark.parametrize(
     ("call", "expected"),
     [
@@ -445,8 +496,9 @@ def test_tools_reach_the_template_or_are_refused(tmp_path: Path) -> None:
         samples = encode(rows, tokenizer(), max_length=200, template=template(listing))
         assert shown(samples[0]).startswith("add<s>[user]hi")
     plain = read_rows(texts.write(tmp_path / "chat.jsonl", [{"messages": EXCHANGES, "tools": [schema]}]))
-    with pytest.raises(DataError, match="does not render the tools, which would be lost"):
-        encode(plain, tokenizer(), max_length=200, template=template())
+    for silent, text in ((plain, TURNS), (rows, CALLING)):  # a call of a tool is not the tool
+        with pytest.raises(DataError, match="does not render the tools, which would be lost"):
+            encode(silent, tokenizer(), max_length=200, template=template(text))
 
 
 def test_variables_of_the_template_come_from_the_recipe_and_the_row(tmp_path: Path) -> None:
@@ -488,6 +540,8 @@ def test_a_thought_that_the_prompt_opens_is_closed_by_the_answer(tmp_path: Path)
     made = chats.conversation(("user", "hi"), ("assistant", "yo"))
     answer = locate_answer(template(opened), tokenizer(), made, 1)
     assert (answer.prompt[-8:], answer.text) == ("<think>\n", "\n</think>\n\nyo</s>")
+    said_twice = made.with_messages((made.messages[0], Message("assistant", "yo", reasoning="yo")))
+    assert locate_answer(template(opened), tokenizer(), said_twice, 1).text == "yo\n</think>\n\nyo</s>"
     other = TURNS.replace("%}[assistant]{%", "%}[assistant]well: {%")
     with pytest.raises(DataError, match=r"begins an answer with 'well: ' in generation, and with 'yo</s>"):
         locate_answer(template(other), tokenizer(), made, 1)

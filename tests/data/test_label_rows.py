@@ -142,6 +142,9 @@ def test_a_tokenizer_that_knows_no_pairs_gets_a_line_break_between_them() -> Non
     (ours,) = tokenize_texts([("ab", "c")], tokenizer, max_length=64)
     assert tokenizer.decode(ours.ids) == tokenizer.decode(tokenizer("ab\nc")["input_ids"])
     assert ours.types is None
+    tokenizer = texts.bert_tokenizer()  # puts special tokens around one text, and none around two
+    (ours,) = tokenize_texts([("ab", "c")], tokenizer, max_length=64)
+    assert ours.ids == tokenizer("ab\nc")["input_ids"]
 
 
 def test_pairs_are_padded_with_their_types(tmp_path: Path) -> None:

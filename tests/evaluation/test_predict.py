@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import transformers
 import lora_kit as lk
 from lora_kit.cli.main import main
 from lora_kit.errors import ConfigError, DataError, LoraKitError
+from lora_kit.evaluation.predict import Predictor, _split_words, _Words
 from lora_kit.evaluation.prediction import Entity, Prediction
 from tests.support import texts, tiny
 
@@ -120,9 +122,16 @@ def test_words_and_marks_are_found_in_a_text_and_entities_stand_where_they_say()
     assert found.labels[1] == LABELS["words"][int(probabilities[5].argmax())]
 
 
-def test_entities_are_whole_and_as_sure_as_their_least_sure_word() -> None:
-    from lora_kit.evaluation.predict import Predictor, _Words
+def test_signs_that_belong_to_a_letter_do_not_divide_words() -> None:
+    decomposed = unicodedata.normalize("NFD", "prüfen")
+    text = f"हिन्दी में {decomposed}, don't! สวัสดี می\u200cخواهم."
+    found = [text[start:end] for start, end in _split_words(text)]
+    assert found == ["हिन्दी", "में", decomposed, ",", "don", "'", "t", "!", "สวัสดี", "می\u200cخواهم", "."]
+    (one,) = lk.predict("base", "words", [decomposed])
+    assert len(one.labels) == 1
 
+
+def test_entities_are_whole_and_as_sure_as_their_least_sure_word() -> None:
     predictor = object.__new__(Predictor)
     predictor.labels = ("O", "B-P", "I-P")
     text = _Words("Ann B. met Eve", ["Ann", "B.", "met", "Eve"], [0, 4, 7, 11])
@@ -154,6 +163,8 @@ def test_a_loaded_base_is_left_as_it_was() -> None:
         ("single", ["a", " "], DataError, "input 2 must be a text that is not empty"),
         ("single", ["a", ("b", "c")], DataError, "some inputs are pairs of texts"),
         ("single", [["a", "b"]], DataError, "input 1 must be a text, or two texts as a tuple; list was given"),
+        ("single", "a text", DataError, "inputs must be a list; 'a text' was given"),
+        ("single", None, DataError, "inputs must be a list; None was given"),
         ("words", [[]], DataError, "input 1 has no word"),
         ("absent", ["a"], LookupError, "absent"),
         (None, ["a"], ConfigError, "generates texts; predict is for labels"),
@@ -162,6 +173,12 @@ def test_a_loaded_base_is_left_as_it_was() -> None:
 def test_what_cannot_be_predicted_is_refused(adapter: Any, inputs: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         lk.predict("base", adapter, inputs)
+
+
+@pytest.mark.parametrize("settings", [{"batch_size": "3"}, {"batch_size": 1.5}, {"max_length": True}])
+def test_sizes_are_whole_numbers(settings: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(settings))} .*a whole number"):
+        lk.predict("base", "single", ["a"], **settings)
 
 
 def test_a_text_that_is_too_long_says_so() -> None:

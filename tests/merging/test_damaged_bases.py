@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 import lora_kit as lk
-from lora_kit.errors import BaseModelError, ConfigError, StorageError
+from lora_kit.cli.main import main
+from lora_kit.errors import BaseModelError, ConfigError, MergeError, StorageError
 from lora_kit.merging.checkpoint.shards import read_shards
 from lora_kit.models.locate import find_base
-from tests.support import texts, tiny
+from tests.support import merging, texts, tiny
 
 
 @pytest.fixture
@@ -104,3 +105,75 @@ def test_what_is_no_adapter_with_a_weight_is_said_before_any_work(tmp_path: Path
 def test_an_output_that_is_no_path_is_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"is not a path"):
         lk.merge(base, "sql", f"{tmp_path}/a\0b")
+
+
+# What is seen and is no error
+
+
+def nan_base(tmp_path: Path, value: float, *, dtype: torch.dtype = torch.float32) -> tuple[Path, Path]:
+    """A base with one such value in a layer that its adapter does not change."""
+    model = tiny.llama(dtype=dtype)
+    base = merging.base_folder(tmp_path / "base", model)
+    adapter = merging.adapter_folder(base, tmp_path / "sql", target_modules=["q_proj"])
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = value
+    model.save_pretrained(base)
+    return base, adapter
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_base_tensor_that_nobody_changes_and_is_not_finite_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, value: float, dtype: torch.dtype
+) -> None:
+    base, adapter = nan_base(tmp_path, value, dtype=dtype)
+    allow = {"other-base", "lost-delta"}
+    for number, to in enumerate((None, "bfloat16")):
+        caplog.clear()
+        lk.merge(base, adapter, tmp_path / f"merged-{number}", allow=allow, dtype=to)
+        assert [record.getMessage() for record in caplog.records if "NaN or infinity" in record.getMessage()] == [
+            "the base has NaN or infinity, which the result has too, in model.layers.1.mlp.up_proj.weight: "
+            "is its file damaged?"
+        ]
+
+
+def test_a_finite_base_is_merged_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base, adapter = nan_base(tmp_path, 1.0)
+    lk.merge(base, adapter, tmp_path / "merged", allow={"other-base"})
+    assert "infinity" not in caplog.text
+
+
+def test_a_value_that_the_dtype_of_the_result_cannot_hold_is_refused(tmp_path: Path) -> None:
+    base, adapter = nan_base(tmp_path, 1e6)
+    with pytest.raises(MergeError, match=r"up_proj\.weight has values that are not finite in torch\.float16.*bfloat16"):
+        lk.merge(base, adapter, tmp_path / "merged", allow={"other-base"}, dtype="float16")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_file_that_an_earlier_merge_finished_is_looked_at_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = nan_base(tmp_path, float("nan"))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise StorageError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lora_kit.merging.merge.proof.check_retention", fail)
+        with pytest.raises(StorageError, match="stopped"):
+            lk.merge(base, adapter, tmp_path / "merged", allow={"other-base"})
+    caplog.clear()
+    lk.merge(base, adapter, tmp_path / "merged", allow={"other-base"})
+    assert "model.layers.1.mlp.up_proj.weight: is its file damaged" in caplog.text
+
+
+def test_the_command_line_says_it_once_and_strict_makes_it_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = nan_base(tmp_path, float("nan"))
+    merge = ["merge", "--base", str(base), "--adapter", str(adapter), "--allow", "other-base"]
+    assert main([*merge, "--out", str(tmp_path / "strict"), "--strict"]) == 4
+    assert not (tmp_path / "strict").exists()
+    capsys.readouterr()
+    assert main([*merge, "--out", str(tmp_path / "merged")]) == 0
+    assert capsys.readouterr().err.count("warning: the base has NaN or infinity") == 1

@@ -10,7 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lora_kit as lk
+from lora_kit.errors import MergeError
 from lora_kit.layers.fold import Retention, round_to_dtype
+from lora_kit.merging.verification.verify import check_retention
 from tests.support import tiny
 
 LAYER = "model.layers.{}.self_attn.q_proj"
@@ -68,3 +70,11 @@ def test_rows_that_stay_zero_lose_nothing() -> None:
     merged, retention = round_to_dtype("table", zero, zero.clone(), torch.bfloat16)
     assert torch.equal(merged, zero.bfloat16())
     assert retention == Retention("table", relative=0.0, retained=1.0)
+
+
+def test_a_delta_that_buries_its_weight_is_refused_unless_allowed() -> None:
+    huge, fine = Retention("q_proj", 1e12, 1.0), Retention("k_proj", 0.5, 1.0)
+    with pytest.raises(MergeError, match=r"q_proj: the delta is 1e\+12 times its weight"):
+        check_retention([fine, huge], dtype="float32", allow=())
+    check_retention([fine, huge], dtype="float32", allow=("huge-delta",))
+    check_retention([fine, Retention("zeros", math.inf, 1.0)], dtype="float32", allow=())

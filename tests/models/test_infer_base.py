@@ -18,8 +18,9 @@ from lora_kit.cli.main import main
 from lora_kit.errors import BaseModelError, ConfigError, ExportError
 from lora_kit.exporters.export import export
 from lora_kit.models.infer_base import infer_base
-from lora_kit.models.locate import find_base, locate_base
+from lora_kit.models.locate import find_base, locate_base, warn_of_floating_revision
 from tests.support import folders, hub_cache, texts, tiny
+from tests.support.training import PAIRS
 
 Capture = pytest.CaptureFixture[str]
 
@@ -199,3 +200,34 @@ def test_one_set_of_allowances_on_every_verb(here: Path, capsys: Capture) -> Non
         assert (code, "was changed since it was saved" in err) == (2, True), err
         code, _, err = run(capsys, *arguments, "--allow", "changed-files")
         assert "was changed since it was saved" not in err
+
+
+def test_a_branch_of_the_hub_is_said_with_its_commit_and_a_commit_is_not(
+    here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    commit = hub_cache.add_repository(here / "cache", "org/model", here / "base")
+    hub_cache.add_repository(here / "cache", "org/many", here / "base", subfolder="small")
+    for name in (f"org/model@{commit}", "kit-base", here / "base", "nobody/nothing"):
+        warn_of_floating_revision(name)
+    assert not caplog.records
+    warn_of_floating_revision("org/model")
+    assert caplog.messages == [f"org/model may be another model tomorrow; what was read now is org/model@{commit}"]
+    warn_of_floating_revision("org/many/small@main")
+    assert caplog.messages[1].startswith("org/many/small@main may be another")
+    find_base(caplog.messages[0].rpartition(" ")[2])
+
+
+@pytest.mark.parametrize("verb", ["merge", "train"])
+def test_what_is_made_from_a_branch_says_so_on_the_command_line(
+    here: Path, verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub_cache.add_repository(here / "cache", "org/model", here / "base")
+    texts.write(here / "rows.jsonl", PAIRS)
+    recipe = {"base": "org/model", "data": "rows.jsonl", "out": "adapters/new", "train": {"max_steps": 1}}
+    (here / "recipe.yaml").write_text(json.dumps(recipe))
+    command = {
+        "merge": ["merge", "--base", "org/model", "--adapter", "sql", "--out", "merged", "--allow", "other-base"],
+        "train": ["train", "recipe.yaml"],
+    }[verb]
+    assert main(command) == 0
+    assert capsys.readouterr().err.count("warning: org/model may be another model tomorrow") == 1

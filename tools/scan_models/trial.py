@@ -108,7 +108,9 @@ def _train_alone(model: Any, inputs: Mapping[str, Any]) -> set[str]:
     _start_training(model.requires_grad_(True))
     _seed()
     _loss(model(**inputs)).backward()
-    reached = {name for name, each in model.named_parameters() if each.grad is not None and each.grad.any()}
+    # Products of smaller gradients would be zero in fp32.
+    gradients = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    reached = {name for name, gradient in gradients.items() if gradient.abs().max() > 1e-18}
     model.zero_grad(set_to_none=True)
     return reached
 
@@ -225,7 +227,8 @@ def _record_calls(model: nn.Module, inputs: Mapping[str, Any]) -> _Calls:
     calls: _Calls = {}
 
     def record(path: str, _: nn.Module, x: tuple[Any, ...], y: Tensor) -> None:
-        calls.setdefault(path, (x, y))
+        # Copies: a model may change what it gave, or was given, in place.
+        calls.setdefault(path, (tuple(each.clone() if isinstance(each, Tensor) else each for each in x), y.clone()))
 
     adapted = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, SlotLayer)]
     hooks = [layer.register_forward_hook(partial(record, path)) for path, layer in adapted]

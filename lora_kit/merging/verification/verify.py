@@ -6,6 +6,7 @@ by state dict key; nothing of the plan, the fold or the writing is used.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Final
@@ -29,11 +30,14 @@ from lora_kit.merging.verification.recompute import (
 
 LEAST_RETAINED: Final = 0.5
 """Share of a tensor's delta that must survive rounding, unless its loss is allowed."""
+LARGEST_RELATIVE: Final = 1e4
+"""The largest delta, beside its weight, that is merged without being allowed; trained ones are below 1."""
 _DELTAS_SHOWN: Final = 5
 
 
 def check_retention(tensors: Sequence[Retention], *, dtype: str, allow: Collection[str]) -> None:
-    """Raise MergeError, with a table of the worst, where rounding lost most of a delta."""
+    """Raise MergeError, with a table of the worst, where rounding lost most of a delta or one buries its weight."""
+    _check_sizes(tensors, allow)
     lost = sorted((one for one in tensors if one.retained < LEAST_RETAINED), key=lambda one: one.retained)
     if not lost or "lost-delta" in allow:
         return
@@ -44,6 +48,16 @@ def check_retention(tensors: Sequence[Retention], *, dtype: str, allow: Collecti
     message = f"less than {LEAST_RETAINED:.0%} of {len(lost)} of {len(tensors)} deltas survives rounding to {dtype}"
     hint = f"{finer}, keep the adapter beside its base, or allow 'lost-delta'"
     raise MergeError("\n  ".join([message, *table]), hint=hint)
+
+
+def _check_sizes(tensors: Sequence[Retention], allow: Collection[str]) -> None:
+    """Raise MergeError for a delta beside which nothing of a weight is left. A weight of zeros has nothing to bury."""
+    huge = [one for one in tensors if LARGEST_RELATIVE < one.relative < math.inf]
+    if not huge or "huge-delta" in allow:
+        return
+    worst = max(huge, key=lambda one: one.relative)
+    message = f"{worst.path}: the delta is {worst.relative:.2g} times its weight, of which nothing would be left"
+    raise MergeError(message, hint="is it the right adapter, and its lora_alpha? allow 'huge-delta' to go on")
 
 
 def check_result(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from lora_kit.errors import RecipeError
 from lora_kit.models.loading import Base, load_base
+from lora_kit.models.locate import warn_of_floating_revision
 from lora_kit.models.tasks import PROBLEM_TYPES
 from lora_kit.training.recipe.recipe import METHODS_CHANGING_BASE, Recipe
 
@@ -35,7 +36,7 @@ def prepare_base(recipe: Recipe, base: Base | None, label2id: Mapping[str, int],
 def _load_recipe_base(recipe: Recipe, label2id: Mapping[str, int], problem: str | None) -> Base:
     # Small updates are lost in 16 bits, so every weight is trained in fp32 unless the recipe sets a dtype.
     dtype = "fp32" if recipe.method == "full" and recipe.dtype == "auto" else recipe.dtype
-    return load_base(
+    base = load_base(
         recipe.base,
         task=recipe.task,
         label2id=label2id or None,
@@ -43,6 +44,8 @@ def _load_recipe_base(recipe: Recipe, label2id: Mapping[str, int], problem: str 
         dtype=dtype,
         quantize=recipe.quantize,
     )
+    warn_of_floating_revision(recipe.base)
+    return base
 
 
 def _reuse_loaded_base(recipe: Recipe, base: Base, label2id: Mapping[str, int], problem: str | None) -> Base:
