@@ -287,10 +287,7 @@ def encode_adapter(
 
     Args:
         name: of the adapter, for its card.
-        record, files: as in `Adapter.save`.
-
-    Raises:
-        ConfigError: as in `Adapter.save`.
+        record, files: as in `Adapter.save`, and its ConfigError.
     """
     facts = _make_facts_portable({**adapter.record, **(record or {})})
     config = _make_config_portable(adapter.config)

@@ -21,7 +21,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -35,6 +35,7 @@ from lora_kit.io.sealed_json import NO_DIGEST, SELF_DIGEST, is_intact, seal_json
 from lora_kit.io.strict_json import JsonObject, parse_object
 from lora_kit.io.text import escape_text, format_value
 from lora_kit.names import CHECKPOINT_FILE
+from lora_kit.training.loop.run_differences import describe_differences
 
 logger = logging.getLogger(__name__)
 
@@ -295,20 +296,6 @@ class RunFolder:
 def hash_json(identity: Identity) -> str:
     """Return the sha256 of a run's identity, in hex."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def describe_differences(was: Mapping[str, object], now: Mapping[str, object], *, within: str = "") -> Iterator[str]:
-    """Yield a line for each leaf that differs between two nested mappings."""
-    for key in sorted({*was, *now}):
-        name, old, new = f"{within}{key}", was.get(key), now.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            yield from describe_differences(old, new, within=f"{name}.")
-        elif old != new:
-            yield f"{name} was {_format_value(old)}, is {_format_value(new)}"
-
-
-def _format_value(value: object) -> str:
-    return "not set" if value is None else escape_text(json.dumps(value, default=str))
 
 
 def _read_saved_run(out: Path) -> object:
