@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from tests.support.processes import in_child
 
 
 def run_on_full_disk(work: Callable[[], Any], *, largest: int) -> tuple[int, str]:
-    """Run work in a process in which no file grows beyond some bytes; return its exit code and what a StorageError said."""
+    """Run work in a process in which no file grows beyond some bytes; return its exit code and its StorageError."""
     said, write = os.pipe()
 
     def limited() -> None:
@@ -22,6 +23,9 @@ def run_on_full_disk(work: Callable[[], Any], *, largest: int) -> tuple[int, str
         except StorageError as error:
             os.write(write, str(error).encode())
             os._exit(error.exit_code)
+        except BaseException:
+            traceback.print_exc()
+            raise
 
     code = in_child(limited)
     os.close(write)
