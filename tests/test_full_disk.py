@@ -1,4 +1,4 @@
-"""A full disk: what was to be written is said with path and bytes, the old result is whole, and the same work ends later."""
+"""A full disk: it is said with path and bytes, the old result is whole, and the same work ends once there is space."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.training import base_of, recipe_of
 pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 
 Work = Callable[[Path, int], Callable[[], Any]]
-"""Makes the input of a number in a folder; what it returns writes the result to `out` there, in the place of another."""
+"""Makes the input of a number in a folder; what it returns writes the result to `out` there, over an earlier one."""
 
 
 def start_prepare(folder: Path, number: int) -> Callable[[], Any]:

@@ -53,7 +53,7 @@ ROOMS: Final = (
     "exporters",
     "doctor",
     "demo",
-    "serve",
+    "serving",
     "cli",
     "__main__",
 )

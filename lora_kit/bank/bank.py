@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.folder import check_allowances
 from lora_kit.bank.adapter_cache import AdapterCache
+from lora_kit.bank.adapter_routing import AdapterRouting
 from lora_kit.bank.frozen_model import FrozenModel
 from lora_kit.bank.initialize import check_trainable, initialize_adapter, make_plain_config
 from lora_kit.bank.lazy import LazyAdapters
@@ -21,7 +21,7 @@ from lora_kit.bank.merge_in_memory import fold_into_model
 from lora_kit.bank.model_layers import WrappedLayers
 from lora_kit.bank.reference_model import ReferenceModel
 from lora_kit.bank.residents import LoadedAdapter, LoadedAdapters, check_capacity
-from lora_kit.bank.routes import ChosenBlock, Lease, RouteChoices
+from lora_kit.bank.routes import RouteChoices
 from lora_kit.bank.snapshot import (
     collect_tensors,
     fingerprint_model,
@@ -30,11 +30,10 @@ from lora_kit.bank.snapshot import (
     snapshot_adapter,
 )
 from lora_kit.config.lora_config import LoraConfig
-from lora_kit.errors import BankError, ConfigError
+from lora_kit.errors import BankError
 from lora_kit.layers.checkpoint_routes import install_checkpoint_routes
 from lora_kit.layers.compiled_routes import install_compiled_routes
 from lora_kit.layers.fold import Retention
-from lora_kit.layers.route import BASE_SLOT
 from lora_kit.layers.routing import Routing
 from lora_kit.targets.compatibility import match_adapter
 from lora_kit.targets.coverage import Coverage, find_coverage
@@ -48,7 +47,7 @@ _ATTACHED_STATE: Final = ("_routing", "_choices", "_layers", "_loaded_adapters",
 """Attributes that a bank has until it is detached. Every method needs one of them."""
 
 
-class AdapterBank:
+class AdapterBank(AdapterRouting):
     """Named adapters in the slots of a model's layers. Made by `attach`.
 
     Attributes:
@@ -102,12 +101,6 @@ class AdapterBank:
         """Adapters that are loaded when they are first needed, those that have a slot now among them."""
         return tuple(self._lazy_adapters)
 
-    @property
-    def active(self) -> str | tuple[str | None, ...] | None:
-        """The adapter that the caller uses: a name, one name per row inside `rows`, or None for the base."""
-        names, route = self._loaded_adapters.names_by_slot(), self._routing.get_upcoming()
-        return tuple(names.get(slot) for slot in route.rows) if route.mixed else names.get(route.slot)
-
     def parameters(self, name: str) -> list[nn.Parameter]:
         """Return the leaf parameters of a trainable adapter, fp32: the only tensors of the model that require grad.
 
@@ -132,14 +125,6 @@ class AdapterBank:
         """Return what tells this base from others; see `lora_kit.targets.fingerprint`."""
         with self._routing.module_lock:
             return fingerprint_model(self.model)
-
-    def _get_loaded(self, name: str) -> LoadedAdapter:
-        """Return the loaded adapter of that name, loading it first if it was only offered."""
-        if name not in self._loaded_adapters:
-            with self._change_lock:
-                self._load_offered([name], keep=())
-                return self._loaded_adapters[name]
-        return self._loaded_adapters[name]
 
     # Adding and removing
 
@@ -226,26 +211,6 @@ class AdapterBank:
                 raise self._lazy_adapters.make_unknown_error(name)
             self._lazy_adapters.remove(name)
 
-    def lease(self, name: str) -> Lease:
-        """Keep an adapter in its slot until the lease is released: `unload` then frees the name only.
-
-        Raises:
-            UnknownAdapterError: no adapter of that name.
-            BankError: it is trainable, so it has no digest that stays. For an offered one also what `load` raises.
-
-        Example:
-            with bank.lease("sql") as lease:
-                print(lease.slot, lease.digest)
-        """
-        with self._change_lock:
-            adapter = self._get_loaded(name).adapter
-            if adapter is None:
-                raise BankError(
-                    f"{name!r} is trainable, so its content changes", hint="lease a snapshot that is loaded"
-                )
-            slot = self._loaded_adapters.use_slot_of(name)
-            return Lease(slot, adapter.digest, self._routing.make_route((slot,)))
-
     def restore(self, name: str, adapter: Adapter) -> None:
         """Copy an adapter's values into the trainable adapter of that name, leaf by leaf.
 
@@ -275,53 +240,6 @@ class AdapterBank:
             for name in _ATTACHED_STATE:
                 delattr(self, name)
 
-    # Using
-
-    def use(self, name: str | None) -> None:
-        """Route every row to one adapter, or to the base with None: one assignment, however many are loaded.
-
-        An offered adapter without a slot is loaded first, here as in `using` and `rows`; if that fails, everything is
-        as it was.
-
-        Raises:
-            UnknownAdapterError: no adapter of that name. For an offered one also what `load` raises.
-        """
-        with self._change_lock:
-            if name is not None and name not in self._loaded_adapters:
-                self._load_offered([name], keep=())
-            self._choices.use(BASE_SLOT if name is None else self._loaded_adapters.use_slot_of(name))
-
-    @contextlib.contextmanager
-    def using(self, name: str | None) -> Iterator[None]:
-        """Do as `use` within a block.
-
-        Raises:
-            UnknownAdapterError: as `use`.
-        """
-        with self._route_rows([name], row_count=None):
-            yield
-
-    @contextlib.contextmanager
-    def rows(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Route row i of the batch to the adapter names[i], or to the base with None, within a block.
-
-        Beams and several returned sequences belong to the row they come from.
-
-        Raises:
-            UnknownAdapterError: as `use`.
-            ConfigError: names is not a list with at least one name.
-            RoutingError: in the forward: the batch cannot be split evenly between the rows.
-
-        Example:
-            with bank.rows(["sql", None]):
-                model.generate(**tokenizer(["all names:"] * 2, return_tensors="pt"), max_new_tokens=2)
-        """
-        names = list(names) if isinstance(names, Iterable) and not isinstance(names, str) else []
-        if not names:
-            raise ConfigError("a list with one name (or None) per row was expected")
-        with self._route_rows(names, row_count=len(names)):
-            yield
-
     def reference(self, name: str | None = None) -> ReferenceModel:
         """Return the base as a model of its own, for trainers that compare the trained model with a reference model.
 
@@ -336,10 +254,6 @@ class AdapterBank:
         if name is not None:
             self._get_loaded(name)
         return ReferenceModel(self, name)
-
-    def _route_rows(self, names: Sequence[str | None], *, row_count: int | None) -> ChosenBlock:
-        with self._change_lock:
-            return self._choices.enter_block(self._get_slots(names), row_count=row_count)
 
     # Values
 
@@ -427,25 +341,3 @@ class AdapterBank:
             self._lazy_adapters.remove(name)
             self._layers.refresh_from_base(changed)
             return retained
-
-    # Internal
-
-    def _check_name(self, name: object) -> None:
-        if not isinstance(name, str) or not name:
-            raise ConfigError(f"an adapter's name is a string; {name!r} was given")
-        if name in self._loaded_adapters or name in self._lazy_adapters:
-            state = "loaded" if name in self._loaded_adapters else "offered"
-            raise BankError(f"{name!r} is {state} already", hint="unload it first")
-
-    def _get_slots(self, names: Sequence[str | None]) -> list[int]:
-        """Return the slot of each name, and mark it as just used; load offered ones first, all of them or none."""
-        absent = [name for name in names if name is not None and name not in self._loaded_adapters]
-        if absent:
-            self._load_offered(absent, keep=names)
-        return [BASE_SLOT if name is None else self._loaded_adapters.use_slot_of(name) for name in names]
-
-    def _load_offered(self, names: Collection[str], *, keep: Collection[str | None]) -> None:
-        for name in names:
-            if not isinstance(name, str):
-                raise ConfigError(f"an adapter's name is a string; {name!r} was given")
-        self._lazy_adapters.load(dict.fromkeys(names), keep=keep, slots_in_use=self._routing.find_live_slots())

@@ -27,6 +27,7 @@ from lora_kit.layers.route import BASE_SLOT, Route
 from lora_kit.layers.route_stack import iterate_frames
 from lora_kit.layers.routing import Routing
 from lora_kit.layers.slot_layer import SlotLayer
+from lora_kit.layers.token_runs import RunRoute, check_token_count
 from lora_kit.torch_utils import preserve_random_states, use_eval_mode
 
 _INPUT_NAMES: Final = (
@@ -78,6 +79,8 @@ class ForwardHooks:
             return
         route = self._routing.get_upcoming()
         inputs = list_inputs(args, kwargs) if route.row_count is not None or route.mixed else []
+        if isinstance(route, RunRoute):
+            check_token_count(route, list_inputs(args, kwargs))
         if route.row_count is not None and inputs:
             _check_row_count(route, inputs[0])
         forward = ForwardScope(route, inputs, frame=_find_call(), outer=outer)

@@ -19,8 +19,9 @@ from lora_kit.bank.reference_model import ReferenceModel
 from lora_kit.bank.routes import RouteChoices
 from lora_kit.errors import BankError, format_list
 from lora_kit.layers.introspect import pause_packing, resume_packing
+from lora_kit.layers.offloaded_weights import offload_device_of
 from lora_kit.layers.routing import Routing
-from lora_kit.layers.slot_layer import SlotLayer, offload_device_of
+from lora_kit.layers.slot_layer import SlotLayer
 
 _MODELS: Final[WeakSet[nn.Module]] = WeakSet()
 """Models that have a bank, even one that has wrapped no layer yet."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import FrameType
 from typing import NoReturn
 
-from lora_kit.errors import BankError
+from lora_kit.errors import BankError, ConfigError
 from lora_kit.layers.compiled_routes import install_compiled_routes
 from lora_kit.layers.route import BASE_SLOT, Route
 from lora_kit.layers.route_stack import RouteBlock
@@ -51,6 +51,10 @@ class RouteChoices:
     def enter_block(self, slots: Sequence[int], *, row_count: int | None) -> ChosenBlock:
         """Begin a block in which row i of the caller's batches goes to slots[i]."""
         return self._open(self._routing.make_route(slots, row_count=row_count), RouteBlock())
+
+    def enter_runs(self, runs: Sequence[tuple[int, int]]) -> ChosenBlock:
+        """Begin a block in which consecutive tokens of the caller's packed forwards use one slot: (slot, how many)."""
+        return self._open(self._routing.make_run_route(runs), RouteBlock())
 
     def enter_generation(self, frame: FrameType) -> ChosenBlock:
         """Begin a generation, which keeps the caller's route.
@@ -107,6 +111,28 @@ class ChosenBlock:
         self._choices.leave(self._block)
 
 
+def parse_runs(runs: object) -> tuple[tuple[str | Lease | None, ...], tuple[int, ...]]:
+    """Return who computes each run of a packed forward, and how many tokens it has.
+
+    Raises:
+        ConfigError: this is not a list of names, leases or None with numbers of tokens.
+    """
+    listed = list(runs) if isinstance(runs, Iterable) and not isinstance(runs, (str, bytes, Mapping)) else []
+    valid = all(
+        isinstance(run, (tuple, list))
+        and len(run) == 2
+        and (run[0] is None or isinstance(run[0], (str, Lease)))
+        and isinstance(run[1], int)
+        and not isinstance(run[1], bool)
+        and run[1] > 0
+        for run in listed
+    )
+    if not listed or not valid:
+        raise ConfigError("a list of (name, lease or None; tokens) was expected", hint='[("sql", 17), (None, 1)]')
+    owners, counts = zip(*listed, strict=True)
+    return owners, counts
+
+
 class Lease:
     """A slot that keeps its adapter until `release`, whatever happens to the name. Made by `bank.lease`.
 
@@ -118,14 +144,26 @@ class Lease:
         digest: of the adapter.
     """
 
-    def __init__(self, slot: int, digest: str, route: Route) -> None:
+    def __init__(self, slot: int, digest: str, route: Route, routing: Routing) -> None:
         self.slot = slot
         self.digest = digest
         self._route: Route | None = route
+        self._routing = routing
 
     def release(self) -> None:
         """Let the slot go. A second call does nothing."""
         self._route = None
+
+    def get_slot(self, routing: Routing) -> int:
+        """Return the slot, for the bank that this routing belongs to.
+
+        Raises:
+            BankError: the lease was released, or is another bank's.
+        """
+        if self._route is None or self._routing is not routing:
+            problem = "was released" if self._route is None else "is of another bank"
+            raise BankError(f"this lease {problem}", hint="take one: bank.lease(name)")
+        return self.slot
 
     def __enter__(self) -> Lease:
         return self

@@ -4,6 +4,7 @@ Exit codes: 0 good, 2 what was given is wrong, 3 the machine, 4 a verification f
 """
 
 from lora_kit.cli import (  # noqa: F401 - each adds its verb
+    chat,
     check,
     combine,
     compare,
@@ -17,10 +18,12 @@ from lora_kit.cli import (  # noqa: F401 - each adds its verb
     inspect,
     list,
     merge,
+    parity,
     predict,
     prepare,
     preview,
     resize,
+    serve,
     sign,
     sweep,
     train,

@@ -47,6 +47,18 @@ def read_sharegpt(row: Row) -> tuple[Conversation]:
     return (_build_conversation(row, [Message("system", system), *messages] if system else messages),)
 
 
+def read_open_conversation(row: Row) -> Conversation:
+    """Read the messages, tools and variables of a conversation that an answer shall follow.
+
+    Raises:
+        RowError: there are none, or the last one is an answer already.
+    """
+    messages = _read_message_list(row, "messages", "role", "content")
+    if not messages or messages[-1].role == "assistant":
+        raise RowError("the last message must be one that can be answered", kind=BAD if messages else EMPTY)
+    return Conversation(tuple(messages), _read_tools(row.get("tools")), _read_variables(row))
+
+
 def read_prompt_messages(row: Row) -> tuple[Conversation]:
     """Read a row of `prompt` and `completion` as lists of messages: the answers of the completion are learned."""
     context = _read_message_list(row, "prompt", "role", "content")

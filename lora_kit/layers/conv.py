@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_kit.layers.initialization import A, B
+from lora_kit.layers.route import BASE_SLOT
 from lora_kit.layers.row_split import forward_each_slot
 from lora_kit.layers.slot_layer import SlotEntry
+from lora_kit.layers.token_runs import RunRoute, check_runs
 from lora_kit.layers.unstacked_layer import UpdatedWeightLayer
 
 _CONVOLUTIONS: Final[dict[int, Callable[..., Tensor]]] = {3: functional.conv1d, 4: functional.conv2d}
@@ -36,8 +38,14 @@ class LoraConvolution(UpdatedWeightLayer):
         product = entry.tensors[B].to(weight.dtype).flatten(1) @ entry.tensors[A].to(weight.dtype).flatten(1)
         return torch.add(weight, product.view(weight.shape), alpha=entry.scaling)
 
+    def reason_no_runs(self) -> str | None:
+        return "a convolution mixes the tokens of its kernel"
+
     def forward(self, x: Tensor) -> Tensor:
         route = self.routing.get_route()
+        if isinstance(route, RunRoute):
+            check_runs(self, route)
+            return self._forward_slot(BASE_SLOT, (x,))
         if not route.mixed:
             return self._forward_slot(route.slot, (x,))
         y = forward_each_slot(self, route.rows, (x,), {}, self._forward_slot)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lora_kit.layers.initialization import A, B
 from lora_kit.layers.linear import _LoraLayer
+from lora_kit.layers.token_runs import RunRoute, forward_tokens
 from lora_kit.ops.lora import lora_add_embedding, lora_add_embedding_rows
 
 
@@ -14,6 +15,8 @@ class LoraEmbedding(_LoraLayer):
 
     def forward(self, ids: Tensor) -> Tensor:
         route = self.routing.get_route()
+        if isinstance(route, RunRoute):
+            return forward_tokens(self, route, ids)
         y: Tensor = self.base_layer(ids)
         # Gemma and BART multiply what they look up. The update is of the table, so it is multiplied too.
         scale = float(getattr(self.base_layer, "embed_scale", 1.0))

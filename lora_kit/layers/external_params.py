@@ -22,6 +22,7 @@ from lora_kit.layers.parameter import LoraParameter
 from lora_kit.layers.route import Route
 from lora_kit.layers.saved_module import SavedModule
 from lora_kit.layers.slot_layer import SlotEntry, leaf_name
+from lora_kit.layers.token_runs import RunRoute
 from lora_kit.layers.unstacked_layer import UnstackedLayer
 
 
@@ -64,6 +65,8 @@ class AdoptedLinear(AdoptedLayer, LoraLinear):
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         route = self.routing.get_route()
+        if isinstance(route, RunRoute):
+            return super().forward(x, *args, **kwargs)
         entry = None if route.mixed or not self.training else self._get_entry(route)
         if entry is None or not _has_dora_dropout(entry):
             return super().forward(x, *args, **kwargs)

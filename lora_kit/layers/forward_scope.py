@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from types import FrameType
 from typing import Final
 from weakref import WeakSet
@@ -52,8 +54,11 @@ class ForwardScope:
         self._accepted: set[tuple[torch.Size, bool]] = set()
         self._others = {x.shape[0] for x in inputs if x.shape[0] != self.batch}
         self._lengths: set[int] = set()
+        self._shares = {1}
         for x in inputs:
-            self._remember(1, leading_sizes(x)[1:])
+            rest = leading_sizes(x)[1:]
+            self._remember(1, rest)
+            self._shares |= set(accumulate(rest, operator.mul))
 
     def finish(self) -> None:
         """End the forward, also for contexts that were made meanwhile; let go what it was called with."""
@@ -80,21 +85,28 @@ class ForwardScope:
         first, rest = sizes[0], sizes[1:]
         if first == 1 != batch:
             return f"is given one input for all {batch} rows, as relative positions are"
-        if rest and rest[0] == batch and not self._is_batch_first(sizes, layer):
+        is_ambiguous = self._may_be_batch(rest)
+        if is_ambiguous and not self._is_batch_first(sizes, layer):
             return f"is given the sequence before the batch, or nothing of the batch: {tuple(sizes)} for {batch} rows"
         if first != batch:
             if first % batch or first in self._others:
                 return f"was given a batch of {first} in a forward of {batch} rows"
-            # Of windows and the like nothing else is known than that they are more than the batch.
-            if (not rest or not x.is_floating_point()) and first // batch not in self._lengths:
+            is_known = first // batch in (self._shares if rest else self._lengths)
+            if not is_known and not (rest and self._is_batch_first(sizes, layer)):
                 return f"is given {first} entries, and nothing shows which of the {batch} rows they belong to"
         self._remember(first // batch, rest)
-        if not rest or rest[0] != batch:
+        if not is_ambiguous:
             self._accepted.add(key)  # most layers of a model are given the same shapes
         return None
 
+    def _may_be_batch(self, rest: Sequence[int]) -> bool:
+        """Return whether an axis after the first may be the batch's, by itself or with choices, frames or tokens."""
+        batch = self.batch
+        assert batch is not None
+        return bool(rest) and rest[0] % batch == 0 and rest[0] // batch in self._shares
+
     def _is_batch_first(self, sizes: Sequence[int], layer: nn.Module) -> bool:
-        """Return whether the first axis is the batch's, where the second is as large as the batch.
+        """Return whether the first axis is the batch's, where sizes alone do not show it.
 
         Only a forward with fewer rows shows it. What it showed of a layer once is remembered.
         """

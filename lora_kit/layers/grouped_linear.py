@@ -9,6 +9,7 @@ from torch.nn import functional
 from lora_kit.layers.initialization import A, B
 from lora_kit.layers.introspect import unwrap_module
 from lora_kit.layers.linear import LoraLinear
+from lora_kit.layers.token_runs import RunRoute, check_runs
 
 
 def is_grouped_linear(module: nn.Module) -> bool:
@@ -30,9 +31,15 @@ class LoraGroupedLinear(LoraLinear):
     So the update is that of the weight W + scaling · B A, and a merge is that of any linear layer.
     """
 
+    def reason_no_runs(self) -> str | None:
+        return "a block-diagonal layer is given its tokens by group"
+
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         route = self.routing.get_route()
         y: Tensor = self.base_layer(x, *args, **kwargs)
+        if isinstance(route, RunRoute):
+            check_runs(self, route)
+            return y
         if self._is_routed_by_index(route, x):
             self.routing.check_rows(route, x, self)
             index, dropped = self.routing.get_index(route, x), self._drop_rows(route, x)

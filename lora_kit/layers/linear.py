@@ -24,6 +24,7 @@ from lora_kit.layers.route import BASE_SLOT, Route
 from lora_kit.layers.routing import Routing
 from lora_kit.layers.row_gather import RowCache, RowGroup, RowSlot, gather_row_groups, select_row_groups
 from lora_kit.layers.slot_layer import SlotEntry, SlotLayer
+from lora_kit.layers.token_runs import RunPlan, RunRoute, check_runs, count_tokens, plan_runs
 from lora_kit.ops import dispatch, torch_kernels
 from lora_kit.ops.dora import dora_scale, scale_columns
 from lora_kit.ops.lora import lora_add, lora_add_rows, lora_linear
@@ -93,6 +94,8 @@ class LoraLinear(_LoraLayer):
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         route = self.routing.get_route()
+        if isinstance(route, RunRoute):
+            return self._forward_runs(route, self.base_layer(x, *args, **kwargs), x)
         if self._is_routed_by_index(route, x):
             return self._forward_rows(route, self.base_layer(x, *args, **kwargs), x)
         entry = self._get_entry(route)
@@ -141,6 +144,28 @@ class LoraLinear(_LoraLayer):
         for group in groups:
             group.add_(into, flat)
         return self._scale_rows(route, y, x)
+
+    def _forward_runs(self, route: RunRoute, y: Tensor, x: Tensor) -> Tensor:
+        """Return y = base(x) with the update of each run of tokens."""
+        check_runs(self, route)
+        if not any(self.entries[slot] for slot in route.slots):
+            return y
+        count = count_tokens(x)
+        rows, flat, into = route.get_rows(count), x.reshape(count, -1), y.reshape(count, -1)
+        if not self._can_gather(rows, y, x):
+            return self._forward_rows(rows, into.unsqueeze(1), flat.unsqueeze(1)).reshape(y.shape)
+        into = y.view(count, -1)
+        self._get_run_plan(route, count, y.dtype).add_(into, flat if flat.dtype == y.dtype else flat.to(y.dtype))
+        return self._scale_rows(rows, into.unsqueeze(1), flat.unsqueeze(1)).view(y.shape)
+
+    def _get_run_plan(self, route: RunRoute, count: int, dtype: torch.dtype) -> RunPlan:
+        plans = self.routing.get_row_cache(route).run_plans
+        plan = plans.get((self, count))
+        if plan is None or plan.dtype != dtype:
+            spans = [(self._get_row_slot(slot), start, end) for slot, start, end in route.iterate_spans(count)]
+            stacked = self.stacked_weights  # read once, as above
+            plan = plans[self, count] = plan_runs(spans, stacked[A], stacked[B], dtype)
+        return plan
 
     def _add_stacked(self, route: Route, y: Tensor, x: Tensor) -> Tensor:
         """Return y with what the stacked weights hold for each row."""
@@ -270,6 +295,9 @@ class LoraLinear(_LoraLayer):
 
 class LoraExpert(LoraLinear):
     """A linear layer of one expert of a mixture, which is given the tokens routed to that expert, of whatever rows."""
+
+    def reason_no_runs(self) -> str | None:
+        return "an expert does not see which run a token belongs to"
 
     def _forward_rows(self, route: Route, y: Tensor, x: Tensor) -> Tensor:
         if not route.mixed:

@@ -16,6 +16,7 @@ from lora_kit.layers.route import Route
 from lora_kit.layers.routing import Routing
 from lora_kit.layers.row_split import forward_each_slot
 from lora_kit.layers.slot_layer import SlotEntry, SlotLayer
+from lora_kit.layers.token_runs import RunRoute, check_runs, count_tokens
 from lora_kit.layers.unstacked_layer import UpdatedWeightLayer
 from lora_kit.ops.grouped_mm import round_up_rank
 
@@ -71,8 +72,16 @@ class LoraParameter(UpdatedWeightLayer):
     def _is_transposed(self, weight: Tensor) -> bool:
         return weight.ndim == 3 and is_transposed(self.base_layer)
 
+    def reason_no_runs(self) -> str | None:
+        *_, module = self._list_chain()
+        if is_unmodified(module) and is_fused_experts(module) and self.parameter in EXPERT_MATRICES:
+            return None
+        return f"a {type(module).__name__} is computed with one changed weight at a time"
+
     def forward(self, *args: object, **kwargs: object) -> object:
         route = self.routing.get_route()
+        if isinstance(route, RunRoute):
+            return self._forward_runs(route, *args, **kwargs)
         if not kwargs and self._can_use_rank_space(args):
             return self._forward_in_rank_space(route, *args)  # type: ignore[arg-type]  # three tensors, as experts take them
         if route.mixed:
@@ -85,6 +94,19 @@ class LoraParameter(UpdatedWeightLayer):
             inner = "base_layer." * (len(self._list_chain()) - 2) + self.parameter
             updated = {inner: self.compute_updated_weight(entry, self.base_weight)}
             return torch.func.functional_call(self.base_layer, updated, args, kwargs)
+
+    def _forward_runs(self, route: RunRoute, *args: object, **kwargs: object) -> object:
+        """Compute tokens (T, hidden) of runs, each as a row."""
+        wrappers = [layer for layer in self._list_chain() if isinstance(layer, SlotLayer)]
+        for layer in wrappers:
+            check_runs(layer, route)
+        if not any(layer.entries[slot] for layer in wrappers for slot in route.slots):
+            *_, module = self._list_chain()
+            return module(*args, **kwargs)
+        states = args[0]
+        assert isinstance(states, Tensor)
+        with self.routing.use_route(route.get_rows(count_tokens(states))):
+            return self(*args, **kwargs)
 
     def _forward_slot(self, slot: int, args: tuple[Tensor, ...]) -> object:
         with self.routing.use_route(self.routing.make_slot_route(slot)):  # of the wrappers inside this one too

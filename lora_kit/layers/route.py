@@ -27,13 +27,18 @@ class Route:
         rows: the slot of each row where they differ, else empty.
         row_count: how many rows a batch must have; None: any number.
         index: the slots as tensors.
+        runs: of tokens, in a packed forward; else empty. See `token_runs`.
+        cache_key: what layers prepare for it is kept for the next route with the same; empty where rows do not differ.
     """
+
+    runs: tuple[tuple[int, int], ...] = ()
 
     def __init__(self, slots: tuple[int, ...], index: Index, *, row_count: int | None = None) -> None:
         self.slots = slots
         self.mixed = len(slots) > 1
         self.slot = BASE_SLOT if self.mixed else slots[0]
         self.rows = slots if self.mixed else ()
+        self.cache_key: tuple[object, ...] = self.rows
         self.row_count = row_count
         self.index = index
 

@@ -17,6 +17,7 @@ from lora_kit.layers.forward_scope import ForwardScope
 from lora_kit.layers.route import BASE_SLOT, Index, Route, add_index
 from lora_kit.layers.route_stack import RouteStack
 from lora_kit.layers.row_gather import GatherBuffer, RowCache
+from lora_kit.layers.token_runs import RunRoute
 
 
 class _Workspace:
@@ -25,7 +26,7 @@ class _Workspace:
     Threads that compute at once may share a route, so this belongs to the thread and not to the route.
 
     Attributes:
-        rows: of the last route in which they differ.
+        rows: `cache_key` of the last route that has one.
         version: of the weights that the cache was made from.
         cache: what layers prepared.
         buffer: memory for LoRA weights that one layer gathers for one forward.
@@ -33,7 +34,7 @@ class _Workspace:
     """
 
     def __init__(self) -> None:
-        self.rows: tuple[int, ...] = ()
+        self.rows: tuple[object, ...] = ()
         self.version = 0
         self.cache = RowCache()
         self.buffer = GatherBuffer()
@@ -134,7 +135,7 @@ class Routing:
         route = self.stack.get_route()
         self._assign(route)
         for device in self._devices:
-            if device.type == "cuda":
+            if device.type == "cuda" and not (route and route.runs):  # runs are not captured
                 self._write_captured(device, route or self.default)
 
     def forget(self) -> None:
@@ -219,6 +220,14 @@ class Routing:
         self._live_routes.add(ref(route, self._live_routes.discard))
         return route
 
+    def make_run_route(self, runs: Sequence[tuple[int, int]]) -> Route:
+        """Return a route in which consecutive tokens use one slot: (slot, how many) of each run, in their order."""
+        if len({slot for slot, _ in runs}) == 1:
+            return self.make_route([runs[0][0]])
+        route = RunRoute(runs, self.make_route)
+        self._live_routes.add(ref(route, self._live_routes.discard))
+        return route
+
     def find_live_slots(self) -> set[int]:
         """Return the slots of every route that a context, a forward or a recomputation still uses."""
         routes = [reference() for reference in self._live_routes.copy()]  # a copy, since other threads make routes
@@ -291,9 +300,9 @@ class Routing:
         work = self._thread.workspace
         if work.version != self._version:
             work.version, work.cache, work.rows = self._version, RowCache(), ()
-        if route.mixed and route.rows != work.rows:
+        if route.cache_key and route.cache_key != work.rows:
             work.cache.clear_rows()
-            work.rows = route.rows
+            work.rows = route.cache_key
         return work.cache
 
     def get_buffer(self, layer: nn.Module | None = None) -> GatherBuffer:

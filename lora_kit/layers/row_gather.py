@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from lora_kit.layers.experts import ExpertFactors
+    from lora_kit.layers.token_runs import RunPlan
 
 
 class RowSlot(NamedTuple):
@@ -93,12 +94,14 @@ class RowCache:
         groups: of a linear layer: the dtype of the activations, and the groups.
         token_changes: of a token table: row - base's row (R, k, d), and the token of each (R, k).
         expert_factors: of a parameter: slots and dtype, and the factors.
+        run_plans: of a linear layer that is given so many tokens.
     """
 
     def __init__(self) -> None:
         self.selections: dict[tuple[torch.device, tuple[RowSlot | None, ...]], list[RowSelection]] = {}
         self.groups: dict[nn.Module, tuple[torch.dtype, list[RowGroup]]] = {}
         self.token_changes: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self.run_plans: dict[tuple[nn.Module, int], RunPlan] = {}
         self.expert_factors: dict[nn.Module, tuple[tuple[tuple[int, ...], torch.dtype], ExpertFactors]] = {}
 
     def clear_rows(self) -> None:
@@ -106,6 +109,7 @@ class RowCache:
         self.selections.clear()
         self.groups.clear()
         self.token_changes.clear()
+        self.run_plans.clear()
 
 
 class GatherBuffer:

@@ -10,6 +10,7 @@ from torch import Tensor
 from lora_kit.layers.route import BASE_SLOT
 from lora_kit.layers.row_split import forward_each_slot
 from lora_kit.layers.slot_layer import SlotLayer
+from lora_kit.layers.token_runs import RunRoute, forward_tokens, reason_not_tokenwise
 
 
 class SavedModule(SlotLayer):
@@ -26,8 +27,17 @@ class SavedModule(SlotLayer):
 
         return {name: repeat(tensor) for name, tensor in self.base_layer.state_dict().items()}
 
+    def reason_no_runs(self) -> str | None:
+        return reason_not_tokenwise(self.base_layer)
+
     def forward(self, *args: object, **kwargs: object) -> object:
         route = self.routing.get_route()
+        if isinstance(route, RunRoute):
+            if not any(self.entries[slot] for slot in route.slots):
+                return self.base_layer(*args, **kwargs)
+            (x,) = args  # a single layer is given one tensor
+            assert isinstance(x, Tensor)
+            return forward_tokens(self, route, x)
         if route.mixed:
             slots = [slot if self.entries[slot] else BASE_SLOT for slot in route.rows]
             if len(set(slots)) > 1:

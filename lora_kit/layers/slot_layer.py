@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from lora_kit.errors import BankError
+from lora_kit.layers.offloaded_weights import offload_device_of
 from lora_kit.layers.routing import Routing, is_captured
 from lora_kit.ops.lora_functions import read_saved
 
@@ -136,6 +137,10 @@ class SlotLayer(nn.Module):
         if name not in stacked:
             return tensor.detach().to(self.device, torch.float32, copy=True)
         return _narrow_to(stacked[name][slot], tensor.shape)
+
+    def reason_no_runs(self) -> str | None:
+        """Return why a packed forward cannot give runs of tokens to different adapters here; None where it can."""
+        return None
 
     def reserve(self, slots: int, rank: int, dtype: torch.dtype) -> None:
         """Allocate capacity for so many slots of this rank. Values stay, and leaf parameters stay the same objects."""
@@ -337,28 +342,6 @@ def compute_device_of(module: nn.Module) -> torch.device:
         return module.device
     tensors = chain(module.parameters(), module.buffers())
     return offload_device_of(module) or next((tensor.device for tensor in tensors), torch.device("cpu"))
-
-
-def offload_device_of(module: nn.Module) -> torch.device | None:
-    """Return the device to which accelerate loads a module's own weights in each forward; None where it does not.
-
-    Between forwards such weights are on meta: on the CPU or on disk there are copies, under the module's own names.
-    """
-    hook: Any = module.__dict__.get("_hf_hook")
-    hooks = getattr(hook, "hooks", (hook,))  # of a SequentialHook, those inside
-    devices = (each.execution_device for each in hooks if getattr(each, "offload", False))
-    return next((torch.device(device) for device in devices), None)
-
-
-def read_offloaded(module: nn.Module, name: str) -> Tensor | None:
-    """Return the copy, on the CPU or on disk, of a weight that accelerate keeps on meta; None where there is none."""
-    hook: Any = module.__dict__.get("_hf_hook")
-    for each in getattr(hook, "hooks", (hook,)):
-        with contextlib.suppress(KeyError):
-            if (weights := getattr(each, "weights_map", None)) is not None:
-                copied: Tensor = weights[name]
-                return copied
-    return None
 
 
 def leaf_name(name: str, slot: int) -> str:

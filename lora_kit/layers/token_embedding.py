@@ -18,6 +18,7 @@ from lora_kit.layers.introspect import features_of, is_stored_transposed, is_unq
 from lora_kit.layers.route import BASE_SLOT, Route
 from lora_kit.layers.routing import Routing
 from lora_kit.layers.slot_layer import SlotLayer
+from lora_kit.layers.token_runs import RunRoute, forward_tokens
 from lora_kit.ops.lora_functions import can_overwrite
 
 TOKEN_EMBEDDINGS: Final = "token_rows"
@@ -58,6 +59,8 @@ class _TokenLayer(SlotLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         route, table = self.routing.get_route(), self.table
+        if isinstance(route, RunRoute):
+            return forward_tokens(self, route, x)
         y: Tensor = self.base_layer(x)
         by_index = table.is_routed_by_index(route)
         if not by_index and (route.slot == BASE_SLOT or table.entries[route.slot] is None):
@@ -114,7 +117,7 @@ class _TokenLayer(SlotLayer):
             return self._compute_changes(route, x)
         cache = self.routing.get_row_cache(route).token_changes
         cached = cache.get(table)
-        if cached is None or cached[0].dtype != x.dtype:
+        if cached is None or cached[0].dtype != x.dtype or len(cached[0]) != len(route.rows):
             cached = cache[table] = self._compute_changes(route, x)
         return cached
 

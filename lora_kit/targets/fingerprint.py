@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kit.layers.introspect import features_of, is_unquantized, kind_of
-from lora_kit.layers.slot_layer import read_offloaded
+from lora_kit.layers.offloaded_weights import read_offloaded
 from lora_kit.targets.match import Modules, named_layers
 
 SAMPLED_TENSORS: Final = 32

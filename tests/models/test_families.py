@@ -51,8 +51,9 @@ What the table leaves open:
   the layers: a pair there would be ignored, always or in training, so these are left alone, and refused by name. PEFT
   refuses `out_proj` and `conv1d` for the same reason.
 - **Weights that are only read**: where the source of a module's class shows that it reads the weight of a layer and
-  never calls it (WavLM's attention, the relative positions of LayoutLM, DETR's maps of attention, `TDNNLayer`), the
-  layer is left alone, and refused by name: an adapter there would do nothing.
+  never calls it (WavLM's attention, the relative positions of LayoutLM, DETR's maps of attention, `TDNNLayer`), or not
+  in training (Gemma 3n's `correction_coefs`), or not with its settings (BLOOM's `slow_but_exact`), the layer is left
+  alone, and refused by name: an adapter there would do nothing.
 - **experts**: where fused experts say how they compute, as nearly all of transformers' classes do, their pairs are
   added token by token: no changed weight is made, and rows may differ. Others (Llama 4, JetMoe) are given a changed
   weight for the length of a forward, as PEFT does it everywhere, and refuse rows.

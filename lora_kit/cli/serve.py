@@ -1,0 +1,76 @@
+"""`serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from lora_kit.cli.app import Store, app
+from lora_kit.errors import ConfigError
+from lora_kit.names import DEFAULT_STORE
+
+
+@app.command
+def serve(
+    *,
+    base: str,
+    store: Store = DEFAULT_STORE,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    dtype: str = "auto",
+    quantize: str | None = None,
+    slots: int = 16,
+    max_rank: int = 64,
+    rows: int = 32,
+    context: int | None = None,
+    alias: Annotated[list[str] | None, Parameter(negative="")] = None,
+    keys: Path | None = None,
+    rate: str | None = None,
+    state: Path | None = None,
+) -> None:
+    """Serve the base and every adapter of a store over HTTP, in OpenAI's API.
+
+    Args:
+        base: Base model: hub id, local folder or kit-base.
+        host: Address to listen at; other than 127.0.0.1 needs --keys.
+        port: Port to listen at.
+        dtype: Of the base: auto, bf16, fp16 or fp32.
+        quantize: Load the base in nf4, nf4-double, fp4, fp4-double or int8.
+        slots: Adapters that are ready at once; others of the store come in when they are asked for.
+        max_rank: The largest rank of an adapter.
+        rows: Requests that run at once.
+        context: Tokens of prompt and answer, at most; by default what the base reads.
+        alias: Another name of an adapter, NAME=ADAPTER; may be repeated.
+        keys: File with the sha256 of bearer keys, and what each may do.
+        rate: Requests of one key, such as 60/minute.
+        state: File that keeps what was loaded, aliased and pinned at run time.
+    """
+    from lora_kit.serving.serve import serve as run
+    from lora_kit.serving.served_model import ServerSettings
+
+    settings = ServerSettings(
+        base=base,
+        store=store,
+        host=host,
+        port=port,
+        dtype=dtype,
+        quantize=quantize,
+        slots=slots,
+        max_rank=max_rank,
+        rows=rows,
+        context=context,
+        aliases=dict(_parse_alias(text) for text in alias or ()),
+        keys=keys,
+        rate=rate,
+        state=state,
+    )
+    run(settings, on_ready=lambda address: print(f"serving {base} at {address}; stop with Ctrl-C", flush=True))
+
+
+def _parse_alias(text: str) -> tuple[str, str]:
+    name, equals, adapter = text.partition("=")
+    if not (name and equals and adapter):
+        raise ConfigError(f"--alias {text!r}: NAME=ADAPTER was expected", hint="--alias chat=pirate")
+    return name, adapter

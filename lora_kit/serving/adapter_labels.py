@@ -1,0 +1,297 @@
+"""What clients call adapters: names of the store, names given at run time, aliases; each stands for one content.
+
+An adapter's digest says what it is. A label is only a pointer, which flips in one step; requests that have begun keep
+the content that they began with.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from lora_kit.adapter.adapter import Adapter
+from lora_kit.adapter.folder import has_adapter_files
+from lora_kit.errors import AdapterError, ConfigError, LoraKitError, StorageError, UnknownAdapterError, format_list
+from lora_kit.io.atomic_write import write_file
+from lora_kit.io.read import read_json
+from lora_kit.io.text import escape_text
+
+NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""Names that clients may give."""
+DIGEST_LENGTH: Final = 12
+"""Characters of a digest that are enough in `label@digest`."""
+_STATE_FORMAT: Final = 1
+_STATE_BYTES: Final = 2**22
+
+Signature = tuple[tuple[str, int, int, int, int], ...]
+"""Name, size, times and inode of the files of a folder: if it is the same, so are they."""
+
+
+@dataclass(frozen=True)
+class LabelState:
+    """What a server knows of labels, and keeps in its state file.
+
+    Attributes:
+        loaded: names in the store by the labels that were given to them at run time.
+        aliases: labels by alias.
+        pinned: labels that stay in their slots.
+    """
+
+    loaded: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    pinned: frozenset[str] = frozenset()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": _STATE_FORMAT,
+            "loaded": dict(self.loaded),
+            "aliases": dict(self.aliases),
+            "pinned": sorted(self.pinned),
+        }
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any], *, source: str) -> LabelState:
+        """Return the state of a file.
+
+        Raises:
+            ConfigError: it is not one of ours.
+        """
+        loaded, aliases, pinned = (fields.get(key) for key in ("loaded", "aliases", "pinned"))
+        maps_are_text = all(
+            isinstance(each, dict) and all(isinstance(value, str) for value in each.values())
+            for each in (loaded, aliases)
+        )
+        is_list = isinstance(pinned, list) and all(isinstance(each, str) for each in pinned)
+        if fields.get("format") != _STATE_FORMAT or not maps_are_text or not is_list:
+            raise ConfigError(f"{source}: this is not the state of a server", hint="move the file away")
+        assert isinstance(loaded, dict)
+        assert isinstance(aliases, dict)
+        assert isinstance(pinned, list)
+        return cls(loaded, aliases, frozenset(pinned))
+
+
+class AdapterLabels:
+    """Finds the content that a label stands for. Any thread may use it.
+
+    Args:
+        store: folder with a folder for each adapter; every one is offered under its name.
+        base_name: what the base is called; no label may be.
+        state_file: keeps what was loaded, aliased and pinned at run time; None to forget it at the end.
+        host_bytes: of adapters that are kept in host memory, at most.
+
+    Raises:
+        ConfigError: the state file is not one of ours.
+    """
+
+    def __init__(self, store: Path, *, base_name: str, state_file: Path | None = None, host_bytes: int = 2**30) -> None:
+        self.store = store
+        self.base_name = base_name
+        self._state_file = state_file
+        self._host_bytes = host_bytes
+        self._lock = threading.RLock()
+        self._read = OrderedDict[Path, tuple[Signature, Adapter]]()  # the least recently used first
+        self._state = self._read_state()
+
+    # Looking up
+
+    def names(self) -> tuple[str, ...]:
+        """Return every label: those of the store, those given at run time, and aliases."""
+        with self._lock:
+            return tuple(dict.fromkeys([*self.list_store(), *self._state.loaded, *self._state.aliases]))
+
+    @property
+    def state(self) -> LabelState:
+        """What was loaded, aliased and pinned."""
+        with self._lock:
+            return self._state
+
+    def resolve(self, name: str) -> Adapter:
+        """Return the content of a label, an alias, or `label@digest`; read it if that is new.
+
+        Raises:
+            UnknownAdapterError: there is none, or it has another digest now.
+            AdapterError, ConfigError, StorageError: its folder cannot be read.
+        """
+        label, _, digest = name.partition("@")
+        adapter = self._load(self._find_folder(label))
+        if digest and not (len(digest) >= DIGEST_LENGTH and adapter.digest.startswith(digest)):
+            raise UnknownAdapterError(name, [f"{label}@{adapter.digest[:DIGEST_LENGTH]}"])
+        return adapter
+
+    def peek(self, label: str) -> Adapter | None:
+        """Return the content of a label if it was read before and has not changed since."""
+        try:
+            folder = self._find_folder(label)
+        except UnknownAdapterError:
+            return None
+        with self._lock:
+            signature, adapter = self._read.get(folder, (None, None))
+        return adapter if adapter is not None and signature == _sign_folder(folder) else None
+
+    def target_of(self, label: str) -> str:
+        """Return the name in the store that a label stands for.
+
+        Raises:
+            UnknownAdapterError: no such label.
+        """
+        return self._find_folder(label).name
+
+    def _find_folder(self, label: str) -> Path:
+        with self._lock:
+            label = self._state.aliases.get(label, label)
+            name = self._state.loaded.get(label, label)
+        folder = self.store / name
+        if not NAME.fullmatch(name) or not _is_offered(folder):
+            raise UnknownAdapterError(label, self.names())
+        return folder
+
+    def _load(self, folder: Path) -> Adapter:
+        """Return the adapter of a folder: as it was read before, if no file of it has changed."""
+        signature = _sign_folder(folder)
+        with self._lock:
+            kept = self._read.get(folder)
+            if kept is not None and kept[0] == signature:
+                self._read.move_to_end(folder)
+                return kept[1]
+        adapter = Adapter.load(folder)
+        if _sign_folder(folder) != signature:
+            raise AdapterError(f"{escape_text(folder)} changed while it was read", hint="ask again")
+        with self._lock:
+            self._read[folder] = signature, adapter
+            self._read.move_to_end(folder)
+            self._trim()
+        return adapter
+
+    def _trim(self) -> None:
+        size = sum(adapter.nbytes for _, adapter in self._read.values())
+        while size > self._host_bytes and len(self._read) > 1:
+            _, (_, adapter) = self._read.popitem(last=False)
+            size -= adapter.nbytes
+
+    def list_store(self) -> list[str]:
+        """Return the names of the adapters in the store, as it is now."""
+        if not self.store.is_dir():
+            return []
+        names = sorted(entry.name for entry in self.store.iterdir())
+        return [name for name in names if NAME.fullmatch(name) and _is_offered(self.store / name)]
+
+    # Changing
+
+    def load(self, label: str, name: str) -> None:
+        """Let a label stand for an adapter of the store from now on.
+
+        Raises:
+            ConfigError: the label is not one, or is the base's or an alias.
+            UnknownAdapterError: the store has none of that name.
+            StorageError: the state file cannot be written; nothing has changed.
+        """
+        self._check_label(label)
+        if not NAME.fullmatch(name) or not _is_offered(self.store / name):
+            raise UnknownAdapterError(name, self.list_store())
+        with self._lock:
+            if label in self._state.aliases:
+                raise ConfigError(f"{label!r} is an alias", hint="take the alias away first")
+            self._keep(LabelState({**self._state.loaded, label: name}, self._state.aliases, self._state.pinned))
+
+    def unload(self, label: str) -> None:
+        """Take a label away that was given at run time, or an alias.
+
+        Raises:
+            UnknownAdapterError: there is none; adapters of the store stay as long as their folders are there.
+        """
+        with self._lock:
+            if label not in self._state.loaded and label not in self._state.aliases:
+                raise UnknownAdapterError(label, [*self._state.loaded, *self._state.aliases])
+            loaded = {key: name for key, name in self._state.loaded.items() if key != label}
+            aliases = {key: to for key, to in self._state.aliases.items() if label not in (key, to)}
+            self._keep(LabelState(loaded, aliases, self._state.pinned - {label}))
+
+    def alias(self, alias: str, label: str) -> None:
+        """Let an alias stand for a label from now on.
+
+        Raises:
+            ConfigError: it is not a name, or it is the base's or that of an adapter.
+            UnknownAdapterError: there is no such label.
+        """
+        self._check_label(alias)
+        with self._lock:
+            if alias in self._state.loaded or alias in self.list_store():
+                raise ConfigError(f"{alias!r} is an adapter", hint="choose another alias")
+            if label in self._state.aliases or label not in self.names():
+                raise UnknownAdapterError(label, [name for name in self.names() if name not in self._state.aliases])
+            self._keep(LabelState(self._state.loaded, {**self._state.aliases, alias: label}, self._state.pinned))
+
+    def remove_alias(self, alias: str) -> None:
+        """Take an alias away.
+
+        Raises:
+            UnknownAdapterError: there is none.
+        """
+        with self._lock:
+            if alias not in self._state.aliases:
+                raise UnknownAdapterError(alias, list(self._state.aliases))
+            self.unload(alias)
+
+    def pin(self, label: str, *, pinned: bool) -> None:
+        """Note that a label stays in its slot, or may leave it."""
+        with self._lock:
+            change = self._state.pinned | {label} if pinned else self._state.pinned - {label}
+            self._keep(LabelState(self._state.loaded, self._state.aliases, frozenset(change)))
+
+    def _check_label(self, label: str) -> None:
+        if not NAME.fullmatch(label) or label == self.base_name:
+            reason = "is the base" if label == self.base_name else "is not a name"
+            hint = "letters, digits, dots, dashes and underscores, 64 at most"
+            raise ConfigError(f"{escape_text(label)[:80]!r} {reason}", hint=hint)
+
+    # The state file
+
+    def _keep(self, state: LabelState) -> None:
+        """Write the state, then take it on: a failed write changes nothing."""
+        if self._state_file is not None:
+            text = json.dumps(state.to_json(), indent=1, sort_keys=True)
+            write_file(self._state_file, f"{text}\n".encode())
+        self._state = state
+
+    def _read_state(self) -> LabelState:
+        if self._state_file is None or not self._state_file.exists():
+            return LabelState()
+        source = escape_text(self._state_file)
+        try:
+            fields = read_json(self._state_file, limit=_STATE_BYTES)
+        except StorageError:
+            raise
+        except LoraKitError as error:
+            raise ConfigError(f"{source}: this is not the state of a server: {error.message}") from error
+        return LabelState.from_json(fields, source=source)
+
+
+def set_aliases(aliases: Mapping[str, str], labels: AdapterLabels) -> None:
+    """Set the aliases that a server was started with; those of its state file stay.
+
+    Raises:
+        ConfigError, UnknownAdapterError: as `AdapterLabels.alias`; none was set.
+    """
+    known = labels.names()
+    unknown = [target for target in aliases.values() if target not in known]
+    if unknown:
+        raise UnknownAdapterError(format_list(unknown), known)
+    for alias, label in aliases.items():
+        labels.alias(alias, label)
+
+
+def _is_offered(folder: Path) -> bool:
+    """Whether a folder of the store is an adapter; a link to somewhere else is not."""
+    return folder.is_dir() and not folder.is_symlink() and has_adapter_files(folder)
+
+
+def _sign_folder(folder: Path) -> Signature:
+    """Return what tells whether the files of a folder are those of before."""
+    stats = [(entry.name, entry.lstat()) for entry in sorted(folder.iterdir())]
+    return tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for name, stat in stats)
