@@ -36,6 +36,7 @@ VERBS = [
     "inspect",
     "list",
     "merge",
+    "predict",
     "prepare",
     "preview",
     "resize",
