@@ -17,6 +17,8 @@ from lora_kit.layers.route import Route
 from lora_kit.layers.route_stack import is_running
 
 Sizes = tuple[int, ...]
+_IMAGES_NDIM: Final = 5
+"""Axes of several images for each row: (B, images, channels, H, W)."""
 _BATCH_FIRST: Final[WeakSet[nn.Module]] = WeakSet()
 """Layers of which a forward has shown that the first axis of their inputs is the batch's."""
 
@@ -31,8 +33,9 @@ class ForwardScope:
         route: that the forward uses, whatever is chosen meanwhile.
         batch: B, how many rows the model was given; None where its inputs do not say.
         frame: of the call; None in a recomputation.
-        measure_one_row: return the leading sizes of each layer's inputs in a forward of the first row alone; empty
-            where that cannot be computed.
+        fullest_row: the row with most images, where rows have different numbers of them; None where they do not.
+        measure_one_row: return the leading sizes of each layer's inputs in a forward of one row alone; empty where that
+            cannot be computed.
         outer: the forward inside which this one was called.
     """
 
@@ -50,6 +53,7 @@ class ForwardScope:
         self.frame = frame
         self.measure_one_row = measure_one_row
         self.outer = outer
+        self.fullest_row = _find_fullest_row(inputs)
         self._one_row: Mapping[nn.Module, set[Sizes]] | None = None
         self._accepted: set[tuple[torch.Size, bool]] = set()
         self._others = {x.shape[0] for x in inputs if x.shape[0] != self.batch}
@@ -85,6 +89,8 @@ class ForwardScope:
         first, rest = sizes[0], sizes[1:]
         if first == 1 != batch:
             return f"is given one input for all {batch} rows, as relative positions are"
+        if self.fullest_row is not None and not self._is_batch_first(sizes, layer):
+            return f"is given {first} entries, and the {batch} rows have different numbers of images"
         is_ambiguous = self._may_be_batch(rest)
         if is_ambiguous and not self._is_batch_first(sizes, layer):
             return f"is given the sequence before the batch, or nothing of the batch: {tuple(sizes)} for {batch} rows"
@@ -108,17 +114,21 @@ class ForwardScope:
     def _is_batch_first(self, sizes: Sequence[int], layer: nn.Module) -> bool:
         """Return whether the first axis is the batch's, where sizes alone do not show it.
 
-        Only a forward with fewer rows shows it. What it showed of a layer once is remembered.
+        Only a forward with fewer rows shows it. What it showed of a layer once is remembered, unless images that only
+        fill up a row may be left out.
         """
-        if layer in _BATCH_FIRST:
+        is_alike = self.fullest_row is None
+        if is_alike and layer in _BATCH_FIRST:
             return True
+        assert self.batch is not None
         if self._one_row is None:
             self._one_row = self.measure_one_row()
         shares = self._one_row.get(layer, set())
-        is_first = any((self.batch, *share[1:]) == (sizes[0] // share[0], *sizes[1:]) for share in shares)
-        if not is_first or any(share[0] == sizes[0] for share in shares):
+        is_first = any((self.batch * share[0], *share[1:]) == tuple(sizes) for share in shares if share)
+        if not is_first or any(share[:1] == tuple(sizes[:1]) for share in shares):
             return False
-        _BATCH_FIRST.add(layer)
+        if is_alike:
+            _BATCH_FIRST.add(layer)
         return True
 
     def _remember(self, count: int, rest: Sequence[int]) -> None:
@@ -130,3 +140,16 @@ class ForwardScope:
 def leading_sizes(x: Tensor) -> Sequence[int]:
     """Return the sizes of x without its features: all of them, of integers that are looked up."""
     return x.shape[:-1] if x.is_floating_point() else x.shape
+
+
+def _find_fullest_row(inputs: Sequence[Tensor]) -> int | None:
+    """Return the row with most images in (B, images, ..., H, W), those left out that are zeros and only fill up a row.
+
+    None where all rows have as many: then models that drop the others split the batch evenly, too.
+    """
+    for x in inputs:
+        if x.ndim >= _IMAGES_NDIM and x.is_floating_point() and x.numel():
+            counts = x.flatten(2).any(-1).sum(1)
+            if int(counts.min()) != int(counts.max()):
+                return int(counts.argmax())
+    return None

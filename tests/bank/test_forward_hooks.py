@@ -273,6 +273,49 @@ def test_rows_are_right_or_refused_whatever_lies_first_in_a_layers_input(name: s
         torch.testing.assert_close(tiny.logits(model, inputs), torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
+class SeesImages(nn.Module):
+    """Computes the images of all rows together, without those that only fill up a row, as vision-language models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.text = nn.Linear(16, 8), nn.Linear(8, 8)
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+        images = pixel_values.flatten(0, 1)
+        seen = self.patch(images[images.flatten(1).any(-1)].flatten(2)).mean()
+        logits: Tensor = self.text(input_ids[..., None].float().expand(-1, -1, 8)) + seen
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("counts", "target", "refusal"),
+    [
+        ((2, 2), "patch", ""),
+        ((1, 1), "patch", ""),
+        ((1, 3), "patch", "different numbers of images"),
+        ((2, 0), "patch", "different numbers of images"),
+        ((2, 1, 3, 2), "patch", "different numbers of images"),
+        ((1, 3), "text", ""),
+    ],
+)
+def test_images_are_of_the_rows_that_have_them(counts: tuple[int, ...], target: str, refusal: str) -> None:
+    model, bank = bench(SeesImages(), target_modules=[target])
+    ids, pixels = tiny.batch(rows=len(counts), length=5)["input_ids"], torch.ones(len(counts), 3, 3, 4, 4)
+    for row, count in enumerate(counts):
+        pixels[row, count:] = 0
+    names = ["a", "b", "b", "a"][: len(counts)]
+    with bank.rows(names):
+        if refusal:
+            with pytest.raises(RoutingError, match=refusal):
+                model(ids, pixels)
+            return
+        found = model(ids, pixels)
+    for row, name in enumerate(names):
+        with bank.using(name):
+            if target == "text":
+                torch.testing.assert_close(found[row], model(ids, pixels)[row])
+
+
 def test_a_forward_with_as_many_tokens_as_rows_changes_no_random_state_and_no_cache() -> None:
     model, bank = bench()
     cache = transformers.DynamicCache(config=model.config)

@@ -34,6 +34,7 @@ VERBS = [
     "extract",
     "generate",
     "inspect",
+    "keep",
     "list",
     "merge",
     "predict",
