@@ -221,3 +221,11 @@ def test_layers_that_are_called_from_a_plain_list_are_adapted() -> None:
     assert all(leaf.grad is not None for leaf in bank.parameters("a"))
     bank.detach()
     assert all(one is other for one, other in zip(model.layers, before, strict=True))
+
+
+def test_models_may_share_activations_without_weights() -> None:
+    first, second = tiny.llama(), tiny.llama(seed=1)
+    for layer, other in zip(first.model.layers, second.model.layers, strict=True):
+        other.mlp.act_fn = layer.mlp.act_fn
+    lk.attach(first, lk.LoraConfig(r=2))
+    lk.attach(second, lk.LoraConfig(r=2)).detach()
