@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import chain
 from typing import Any, Final
 from weakref import WeakSet
 
@@ -172,7 +173,8 @@ def check_no_bank(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if module in _MODELS:
             raise BankError(f"{path} in this model has a bank already", hint="detach that one first")
-    own = {module: path for path, module in model.named_modules()}
+    # Activations without weights, which XLM's models have from one table, are nobody's.
+    own = {module for module in model.modules() if _holds_tensors(module)}
     for whole in tuple(_MODELS):
         shared = {module: path for path, module in whole.named_modules() if module in own}
         if model in shared:
@@ -185,7 +187,7 @@ def check_no_bank(model: nn.Module) -> None:
                 f"this model shares {_name_shared(shared)} with a {type(whole).__name__} that has a bank already",
                 hint="attach to a model of its own (copy.deepcopy before the first attach), or detach that bank",
             )
-    if any(isinstance(module, ReferenceModel) for module in own):
+    if any(isinstance(module, ReferenceModel) for module in model.modules()):
         raise BankError(
             "this model is the reference of one that has a bank already", hint="add adapters to the bank that made it"
         )
@@ -195,6 +197,10 @@ def check_no_bank(model: nn.Module) -> None:
             hint="copy the model before attach, or after detach",
         )
     remove_copied_hooks(model)
+
+
+def _holds_tensors(module: nn.Module) -> bool:
+    return any(True for _ in chain(module.parameters(), module.buffers()))
 
 
 def _name_shared(shared: Mapping[nn.Module, str]) -> str:
