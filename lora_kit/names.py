@@ -9,5 +9,7 @@ DEFAULT_STORE: Final = Path("adapters")
 """The adapter store: the folder, in the working directory, in which adapters are looked up by name."""
 KIT_BASE: Final = "kit-base"
 """The base model that is part of the package, see `lora_kit.models.kit_base`."""
+CHECKPOINT_FILE: Final = "checkpoint.json"
+"""The file of a checkpoint that is written last; see `lora_kit.training.loop.checkpoints`."""
 RECIPE_FILE: Final = "recipe.yaml"
 """The recipe in a folder that a training or a preparation of data wrote."""

@@ -37,7 +37,7 @@ PUBLIC: dict[str, Any] = {
     "LoraConfig": lk.LoraConfig,
     "Adapter": Adapter,
     **{f"Adapter.{name}": getattr(Adapter, name) for name in ("load", "save")},
-    **{f"bank.{name}": value for name, value in vars(lk.AdapterBank).items()
+    **{f"bank.{name}": value for name, value in inspect.getmembers(lk.AdapterBank)
        if not name.startswith("_") and inspect.isroutine(value)},
 }  # fmt: skip
 ELSEWHERE = {

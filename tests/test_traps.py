@@ -474,14 +474,14 @@ TRAPS = (
         threads_route_for_themselves,
         (
             Mistake("layers.routing:Routing.get_route", "self._current.get() or self._begin()", "self.default"),
-            Mistake("bank.routes:RouteChoices._choose", "self._routing.set_route(route)", "pass"),
+            Mistake("layers.routing:Routing.get_upcoming", "route = self.stack.get_route()", "route = self.default"),
         ),
     ),
     Trap(
         recomputation,
         (
-            Mistake("layers.checkpoint_routes:keep_routes", "use_route(route)", "use_route(routing.peek_route())"),
-            Mistake("layers.checkpoint_routes:keep_routes", "if not routes:", "if routes:"),
+            Mistake("layers.routing:Routing.repeat_forward", "self._assign(route)", "self._assign(current)"),
+            Mistake("layers.checkpoint_routes:keep_routes", "if not saved:", "if saved:"),
         ),
         (AssertionError, RuntimeError),
     ),

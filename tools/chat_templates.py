@@ -41,10 +41,10 @@ _HEAD: Final = """# Chat templates
 What becomes of conversations in the chat templates that TRL {version} ships, each tried with a byte-level tokenizer by
 `python -m tools.chat_templates`. `yes`: every answer is learned as `generate` would have to write it, after the tokens
 that it is given, in one sample; `yes (2)`: the same in two samples, because an earlier answer is rendered, or
-tokenized, differently once the conversation goes on. Anything else is refused before training, with the reason. Nothing
-is learned in any other way.
+tokenized, differently once the conversation goes on. Anything else is rejected before training, with the reason.
+Nothing is learned in any other way.
 
-What to do about a refusal: what a template does not render (thoughts, calls, a system message) cannot be learned with
+What to do about a rejection: what a template does not render (thoughts, calls, a system message) cannot be learned with
 it. Take it out of the rows, write it into the content as the model shall write it, set a variable of the template
 (`data.chat_template_kwargs`), or name another template (`data.chat_template`).
 

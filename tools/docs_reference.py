@@ -86,7 +86,7 @@ def cli_page() -> str:
         "`--help` with any verb says the same as here; `--debug` shows the traceback of an error,",
         "`--strict` makes warnings errors. What exit codes",
     ]
-    lines += ["and errors mean: [when something is refused](errors.md)."]
+    lines += ["and errors mean: [errors](errors.md)."]
     lines += ["", "`train` and `sweep` take every [recipe key](recipes.md) as a flag as well: `--lora.r 8`."]
     for verb in verbs():
         lines += _verb(verb)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final, NamedTuple, TypeAlias
 
 from tools.words import (
+    GENERATED_PAGES,
     GLOSSARY,
     NOT_PARTICIPLES,
     ORDINARY_PHRASES,
@@ -66,6 +67,13 @@ REPEATED_FILES: Final = {
 MAX_FUNCTION_LINES: Final = 60
 MAX_FILE_LINES: Final = 350
 _LOG_METHODS: Final = {"debug", "info", "warning", "error", "exception", "critical", "warn"}
+_NOT_PROSE: Final = (
+    re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL),
+    re.compile(r"^<!-- ([\w ]+): (?:begin|made by).*?^<!-- (?:\1: end|end of \1) -->$", re.MULTILINE | re.DOTALL),
+    re.compile(r"\]\([^)\s]+\)"),
+)
+"""Fenced code, regions between marks that a program writes, and where links lead."""
+_TABLE_ROW: Final = re.compile(r"^\|.*$", re.MULTILINE)
 _MESSAGE_KEYWORDS: Final = {"hint", "help"}
 
 Function: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef
@@ -256,6 +264,30 @@ def glossary_words() -> list[Finding]:
     return sorted(found)
 
 
+def glossary_words_in_documents() -> list[Finding]:
+    """Find words that the glossary replaces in the documents; code and generated tables do not count."""
+    found = {
+        Finding(place_of(page, 1 + offset), f"{word!r}: say {better}")
+        for page in documents()
+        for offset, word, better in _replaced_words(page_prose(page), ordinary=_ordinary_text(place_of(page)))
+    }
+    return sorted(found)
+
+
+def documents() -> list[Path]:
+    """Return the documents in Markdown: those at the top, of the adapters, and the pages of docs/."""
+    return [*sorted(ROOT.glob("*.md")), ROOT / "adapters" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def page_prose(page: Path) -> str:
+    """Return the text of a page with blanks, line by line, in place of code and of what a program writes."""
+    text = page.read_text(encoding="utf-8")
+    patterns = [*_NOT_PROSE, *([_TABLE_ROW] if place_of(page) in GENERATED_PAGES else [])]
+    for pattern in patterns:
+        text = pattern.sub(lambda match: re.sub(r"[^\n]", " ", match.group()), text)
+    return text
+
+
 def _replaced_words(text: str, *, ordinary: re.Pattern[str]) -> Iterator[tuple[int, str, str]]:
     plain = ordinary.sub(lambda match: re.sub(r"[^\n]", " ", match.group()), text)
     for pattern, better in GLOSSARY.items():
@@ -316,6 +348,7 @@ CHECKS: Final = (
     Check("imports that go upwards", upward_imports),
     Check("imports from test file to test file", imports_between_tests),
     Check("words that the glossary replaces", glossary_words),
+    Check("words that the glossary replaces, in documents", glossary_words_in_documents),
     Check(f"functions over {MAX_FUNCTION_LINES} lines", long_functions),
     Check(f"files over {MAX_FILE_LINES} lines", long_files),
     Check("uses of Any by room", uses_of_any, fails=False),

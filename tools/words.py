@@ -53,9 +53,21 @@ ORDINARY_PHRASES: Final = {
 ORDINARY_PLACES: Final = {
     ("lora_kit/sweeps/", r"trials?"): "optuna's word",
     ("lora_kit/cli/sweep.py", r"trials?"): "optuna's word",
+    ("docs/", r"refus(e|es|ed|ing|al)"): "plain English for what a command does",
+    ("docs/sweeps.md", r"trials?"): "optuna's word",
+    ("docs/cli.md", r"trials?"): "optuna's word",
     ("lora_kit/sweeps/", r"parents?"): "the process that started this one",
 }
 """Words that are right in some files: beginning of the path and pattern."""
+
+GENERATED_PAGES: Final = {
+    "docs/api.md": "the first lines of docstrings, which are looked at in the code",
+    "docs/cli.md": "docstrings of verbs and help of flags, likewise",
+    "docs/models.md": "what each family did in its test",
+    "docs/models-scan.md": "what each class did in the scan, with the errors of other libraries",
+    "docs/chat-templates.md": "what each template did, with its own errors",
+}
+"""Pages whose tables a program writes, and what is in them; no word is looked for there."""
 
 PARTICIPLES: Final = frozenset(
     {"begun", "borne", "bound", "built", "chosen", "done", "drawn", "fed", "found", "given", "gone", "held", "kept"}

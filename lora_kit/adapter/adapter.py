@@ -275,25 +275,38 @@ class Adapter:
             ConfigError: `record` is not JSON, or a name in `files` is not allowed for a further file.
         """
         folder = parse_path(folder, name="folder")
-        facts = _make_facts_portable({**self.record, **(record or {})})
-        config = _make_config_portable(self.config)
-        contents = dict(files or {})
-        check_file_names(contents)
-        name = Path(os.path.abspath(folder)).name
-        contents[CARD] = render_adapter_card(
-            name,
-            config,
-            facts.get("metrics"),
-            labels=facts.get("labels"),
-            parameters=self.num_parameters,
-            digest=self.digest,
-        )
-        contents[CONFIG] = encode_config(config)
-        contents[WEIGHTS] = b"".join(encode_safetensors(self.tensors))
-        # Last, because it has the digests of the others.
-        contents[RECORD] = encode_record(facts, contents, digest=self.digest)
+        contents = encode_adapter(self, Path(os.path.abspath(folder)).name, record=record, files=files)
         write_folder(folder, contents, replace=replace, owned=is_adapter_folder)
         return folder
+
+
+def encode_adapter(
+    adapter: Adapter, name: str, *, record: Mapping[str, Any] | None = None, files: Mapping[str, bytes] | None = None
+) -> dict[str, bytes]:
+    """Return the files of an adapter's folder by name, in the order in which they are written.
+
+    Args:
+        name: of the adapter, for its card.
+        record, files: as in `Adapter.save`, and its ConfigError.
+    """
+    facts = _make_facts_portable({**adapter.record, **(record or {})})
+    config = _make_config_portable(adapter.config)
+    contents = dict(files or {})
+    check_file_names(contents)
+    contents[CARD] = render_adapter_card(
+        name,
+        config,
+        facts.get("metrics"),
+        labels=facts.get("labels"),
+        parameters=adapter.num_parameters,
+        digest=adapter.digest,
+        checkpoint=facts.get("checkpoint"),
+    )
+    contents[CONFIG] = encode_config(config)
+    contents[WEIGHTS] = b"".join(encode_safetensors(adapter.tensors))
+    # Last, because it has the digests of the others.
+    contents[RECORD] = encode_record(facts, contents, digest=adapter.digest)
+    return contents
 
 
 def _check_parts(config: object, tensors: object) -> None:

@@ -31,6 +31,7 @@ _UNPROTECTED_FORMAT: Final = 2
 _SIZE_LIMIT: Final = 16 * 2**20
 _TYPES: Final[Mapping[str, type]] = {
     "base": dict,
+    "checkpoint": dict,
     "files": dict,
     "labels": list,
     "metrics": dict,

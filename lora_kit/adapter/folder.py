@@ -22,6 +22,7 @@ from lora_kit.io.read import exists, folder_exists, read_text
 from lora_kit.io.safetensors import ChunkCallback, WeightFileContents, read_pickle, read_safetensors
 from lora_kit.io.strict_json import JsonObject
 from lora_kit.io.text import escape_text, format_value
+from lora_kit.names import CHECKPOINT_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,16 @@ def check_allowances(allow: Collection[str]) -> None:
     """Raise ConfigError for a name that is not one of `ALLOWANCES`."""
     if not is_name_collection(allow) or any(name not in ALLOWANCES for name in allow):
         raise ConfigError(f"allow={format_value(allow)} was given; expected any of {format_list(ALLOWANCES)}")
+
+
+def _hint_at_adapters(folder: Path) -> str:
+    """Return what to give instead of a folder that holds no adapter."""
+    below = [escape_text(entry) for entry in islice(_find_nested_adapters(folder, _MAX_DEPTH), _MAX_NAMED)]
+    if below:
+        return f"these hold an adapter: {format_list(below)}"
+    if exists(folder / CHECKPOINT_FILE):
+        return "a checkpoint of `method: full`, or an old one; the same recipe goes on from it"
+    return "is it an adapter folder?"
 
 
 def _find_nested_adapters(folder: Path, depth: int) -> Iterator[Path]:
@@ -115,9 +126,7 @@ class AdapterFolder:
         if not folder_exists(folder):
             raise AdapterError(f"{shown} is not a folder", hint="an adapter is a folder with an adapter_config.json")
         if not exists(folder / CONFIG):
-            below = [escape_text(entry) for entry in islice(_find_nested_adapters(folder, _MAX_DEPTH), _MAX_NAMED)]
-            hint = f"these hold an adapter: {format_list(below)}" if below else "is it an adapter folder?"
-            raise ConfigError(f"{shown} has no {CONFIG}", hint=hint)
+            raise ConfigError(f"{shown} has no {CONFIG}", hint=_hint_at_adapters(folder))
         text = read_text(folder / CONFIG, limit=_CONFIG_LIMIT)
         record = read_record(folder, allow=allow)
         facts: JsonObject | None = None if record is None or "changed-files" in allow else record.get("files") or {}

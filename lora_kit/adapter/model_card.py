@@ -57,6 +57,13 @@ def format_labels(labels: object) -> list[tuple[str, str]]:
     return [("labels", format_list(names, most=_MAX_LABELS))] if names else []
 
 
+def format_checkpoint(checkpoint: object) -> list[tuple[str, str]]:
+    """Return the row of a table for an adapter whose training had not ended; none for any other."""
+    if not isinstance(checkpoint, Mapping) or not {"step", "steps"} <= checkpoint.keys():
+        return []
+    return [("taken from a training", f"at step {checkpoint['step']} of {checkpoint['steps']}")]
+
+
 def format_code(code: str) -> str:
     """Return Python code as a Markdown block."""
     return f"```python\n{code}\n```"
@@ -108,7 +115,14 @@ def write_peft_loading_code(base: str, folder: str, *, task: str, labels: int = 
 
 
 def render_adapter_card(
-    name: str, config: LoraConfig, metrics: object, *, labels: object, parameters: int, digest: str
+    name: str,
+    config: LoraConfig,
+    metrics: object,
+    *,
+    labels: object,
+    parameters: int,
+    digest: str,
+    checkpoint: object = None,
 ) -> bytes:
     """Return the card of an adapter: what it is, what was measured, how to load it.
 
@@ -116,6 +130,7 @@ def render_adapter_card(
         metrics: measured values by name, as the adapter's record has them.
         labels: those of its head in the order of the classes, as the adapter's record has them; None without any.
         parameters: how many values it holds.
+        checkpoint: which checkpoint of a training it is, as the adapter's record has it; None of a finished one.
     """
     targets = config.target_modules if isinstance(config.target_modules, str) else ", ".join(config.target_modules)
     rows = [
@@ -127,6 +142,7 @@ def render_adapter_card(
         *format_labels(labels),
         ("parameters", f"{parameters:,}"),
         ("digest", digest),
+        *format_checkpoint(checkpoint),
         *format_metrics(metrics),
     ]
     path = f"path/to/{name}"

@@ -85,13 +85,15 @@ class ForwardHooks:
             _check_row_count(route, inputs[0])
         forward = ForwardScope(route, inputs, frame=_find_call(), outer=outer)
         if forward.batch is not None:
-            forward.measure_one_row = partial(self._measure_one_row, module, args, kwargs, forward.batch)
+            forward.measure_one_row = partial(
+                self._measure_one_row, module, args, kwargs, forward.batch, forward.fullest_row or 0
+            )
         self._routing.begin_forward(forward)
 
     def _measure_one_row(
-        self, module: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], batch: int
+        self, module: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], batch: int, row: int
     ) -> Mapping[nn.Module, set[Sizes]]:
-        """Return the leading sizes of each layer's inputs in a forward of the first row alone, with the base.
+        """Return the leading sizes of each layer's inputs in a forward of a row alone, with the base.
 
         Empty where the module cannot compute one row, as with a cache of all rows: then nothing is known.
         """
@@ -101,7 +103,7 @@ class ForwardHooks:
         random = preserve_random_states(layers[0].device)
         try:
             with torch.no_grad(), use_eval_mode(module), random, self._routing.repeat_forward(base, None):
-                module(*_select_first_row(tuple(args), batch), **_select_first_row(dict(kwargs), batch))
+                module(*_select_row(tuple(args), batch, row), **_select_row(dict(kwargs), batch, row))
         except Exception:
             return {}
         finally:
@@ -197,12 +199,12 @@ def _list_parameters(kind: type[nn.Module]) -> Iterable[str]:
         return ()
 
 
-def _select_first_row(values: Any, batch: int) -> Any:
-    """Return a call's arguments for its first row alone; objects that a forward changes are copied."""
+def _select_row(values: Any, batch: int, row: int) -> Any:
+    """Return a call's arguments for a row alone; objects that a forward changes are copied."""
 
     def select(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value[:1] if value.ndim and value.shape[0] == batch else value
+            return value[row : row + 1] if value.ndim and value.shape[0] == batch else value
         return copy.deepcopy(value)
 
     return tree_map(select, values)

@@ -4,12 +4,14 @@ For the answer at index i, `prompt = render(messages[:i], add_generation_prompt)
 
     full = prompt + answer + whatever a template puts after the token that ends the answer, which is never generated
 
-A prompt may open a thought that `full` does not show (`<think>`); the answer then closes it. Any other difference is an
-error, for training would see what generation does not.
+A prompt may open a thought that `full` does not show (`<think>`); the answer then closes it. With an answer a template
+may take earlier thoughts out again; generation is still given them. Any other difference is an error, for training
+would see what generation does not.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,9 +71,8 @@ def _locate(template: ChatTemplate, tokenizer: Tokenizer, conversation: Conversa
     prompt = template.render_prompt(tokenizer, conversation.until(index))
     full = template.render(tokenizer, conversation.until(index + 1))
     continues = full.startswith(prompt)
-    if continues:
-        rest = full[len(prompt) :]
-    else:
+    rest = full[len(prompt) :] if continues else _find_after_shortened(template, tokenizer, conversation, index, full)
+    if rest is None:
         history = template.render(tokenizer, conversation.until(index))
         rest = _bridge(template, prompt, full, history, message, index)
     text, end = _cut_at_end(template, tokenizer, rest, message, ends)
@@ -103,6 +104,36 @@ def _cut_at_end(
     if inside:
         raise DataError(f"an answer contains {inside}, at which generation would stop")
     return text, start
+
+
+def _find_after_shortened(
+    template: ChatTemplate, tokenizer: Tokenizer, conversation: Conversation, index: int, full: str
+) -> str | None:
+    """Return what is rendered of an answer with which the template shortens earlier ones; None if it shortens none.
+
+    Some keep the thoughts between calls of tools until there is an answer without a call (gpt-oss). What generation is
+    given then still has them. They are what is shortened if nothing changes without them, and the answer is what
+    follows the prompt of the conversation without them.
+
+    Args:
+        full: the conversation through the answer.
+    """
+    for strip in (_drop_thought, _drop_all_but_calls):
+        bare = conversation.with_messages((*map(strip, conversation.messages[:index]), conversation.messages[index]))
+        if bare.messages != conversation.messages[: index + 1] and template.render(tokenizer, bare) == full:
+            prompt = template.render_prompt(tokenizer, bare.until(index))
+            if full.startswith(prompt):
+                return full[len(prompt) :]
+    return None
+
+
+def _drop_thought(message: Message) -> Message:
+    return dataclasses.replace(message, reasoning="")
+
+
+def _drop_all_but_calls(message: Message) -> Message:
+    content = "" if message.tool_calls else message.content
+    return dataclasses.replace(message, reasoning="", content=content)
 
 
 def _bridge(template: ChatTemplate, prompt: str, full: str, history: str, message: Message, index: int) -> str:

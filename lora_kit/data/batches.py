@@ -121,10 +121,13 @@ def join_samples(
 
 
 def concatenate_samples(parts: Sequence[EncodedDataset]) -> EncodedDataset:
-    """Return the samples of several data sets of one kind as one; where some have weights, the others have 1."""
+    """Return the samples of several data sets of one kind as one.
+
+    Where some have weights, the others have 1; where some have types of tokens, those of the others are 0.
+    """
     lengths = torch.cat([part.offsets.diff() for part in parts])
     label_counts = torch.cat([part.label_offsets.diff() for part in parts])
-    types = [part.types for part in parts if part.types is not None]
+    types = [torch.zeros(len(part.ids), dtype=torch.int8) if part.types is None else part.types for part in parts]
     weights = [torch.ones(len(part)) if part.weights is None else part.weights for part in parts]
     return EncodedDataset(
         ids=torch.cat([part.ids for part in parts]),
@@ -132,7 +135,7 @@ def concatenate_samples(parts: Sequence[EncodedDataset]) -> EncodedDataset:
         labels=torch.cat([part.labels for part in parts]),
         kind=parts[0].kind,
         label_offsets=_compute_offsets(label_counts.tolist()),
-        types=torch.cat(types) if types else None,
+        types=torch.cat(types) if any(part.types is not None for part in parts) else None,
         weights=torch.cat(weights) if any(part.weights is not None for part in parts) else None,
     )
 

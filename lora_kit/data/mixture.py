@@ -110,10 +110,18 @@ def _check_alike(parts: Sequence[Rows]) -> None:
             what = f"{first.path} has rows of the format {first.format}, and {rows.path} of the format {rows.format}"
             raise DataError(what, hint="files that are trained on together have one format")
         kinds = [_find_label_type(each) for each in (first, rows)]
-        if kinds[0] is not kinds[1]:
+        if kinds[0] is not kinds[1] and {*kinds} != {int, float}:  # both are numbers, as in the rows of one file
             names = [kind.__name__ for kind in kinds]
             what = f"the labels of {first.path} are {names[0]}, and those of {rows.path} are {names[1]}"
             raise DataError(what, hint="write all of them as words, or all as whole numbers")
+        if _has_pairs(first) != _has_pairs(rows):
+            which, other = (first, rows) if _has_pairs(first) else (rows, first)
+            what = f"{which.path} has pairs of texts, and {other.path} has single texts"
+            raise DataError(what, hint="files that are trained on together have text_pair in all of them or in none")
+
+
+def _has_pairs(rows: Rows) -> bool:
+    return rows.format == "label" and any(isinstance(value[0], tuple) for value in rows.values)
 
 
 def _find_label_type(rows: Rows) -> type:

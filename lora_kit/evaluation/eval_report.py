@@ -12,7 +12,7 @@ from lora_kit.adapter.store import to_json_value
 from lora_kit.data.messages import Conversation
 from lora_kit.errors import StorageError
 from lora_kit.evaluation.generation_metrics import Prompt
-from lora_kit.io.atomic_write import stage_file
+from lora_kit.io.atomic_write import write_file
 from lora_kit.io.text import escape_text
 
 Answer = str | tuple[str, ...]
@@ -109,8 +109,7 @@ class EvalReport:
         """
         path = Path(path)
         check_predictions_file(path, replace=replace)
-        with stage_file(path) as staging, staging.open("x", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines())
+        write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines()).encode())
 
 
 def check_predictions_file(path: Path, *, replace: bool) -> None:

@@ -86,13 +86,17 @@ def stage_folder(
 
 def write_file(target: Path, data: bytes) -> None:
     """Write a file all or nothing, replacing one that is there; see `stage_file`."""
-    with stage_file(target) as staging:
+    with stage_file(target, needed=len(data)) as staging:
         staging.write_bytes(data)
 
 
 @contextmanager
-def stage_file(target: Path) -> Iterator[Path]:
+def stage_file(target: Path, *, needed: int = 0) -> Iterator[Path]:
     """Yield a sibling path to write a file to; after the block it is synced and becomes the target in one step.
+
+    Args:
+        target: the file to write.
+        needed: bytes that will be written, for the message where the disk is full.
 
     Raises:
         StorageError: the file system fails; the target is what it was.
@@ -100,7 +104,7 @@ def stage_file(target: Path) -> Iterator[Path]:
     target = Path(os.path.abspath(target))
     check_path(target)
     staging = sibling_path(target, str(os.getpid()))
-    with _translate_os_errors(target, 0):
+    with _translate_os_errors(target, needed):
         try:
             yield staging
             _sync_file(staging)

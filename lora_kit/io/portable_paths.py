@@ -38,7 +38,9 @@ def make_folder_portable(base: str) -> str:
         return inside
     if full.is_relative_to(home) and home != Path("/"):
         return str(Path("~", full.relative_to(home)))
-    return full.name if any(full.is_relative_to(homes) for homes in _HOMES) else str(full)
+    if any(full.is_relative_to(homes) for homes in _HOMES):
+        return full.name
+    return str(full) if base.startswith(("/", "~")) else base  # the label of somebody else, perhaps
 
 
 def _leads_outside(path: str) -> bool:

@@ -19,6 +19,8 @@ from lora_kit.io.text import escape_text
 
 _ABSENT_ERRNOS: Final = (errno.ENOENT, errno.ENOTDIR)
 _INVALID_PATH_ERRNOS: Final = (errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
+_DISK_FULL_ERRNOS: Final = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+"""Of a write alone: no read fails for them."""
 _HUGE_PAGES_FROM: Final = 4 * 2**20
 _CHUNK_BYTES: Final = 8 * 2**20
 _LFS_POINTER: Final = b"version https://git-lfs"
@@ -67,6 +69,7 @@ def open_regular_file(path: Path) -> Iterator[tuple[BufferedReader, int]]:
     Raises:
         AdapterError: the file is missing, not a regular file, or a link that leads out of its folder.
         StorageError: opening it or the block fails to read it, or there is not enough memory for it.
+        OSError: the block, which writes a copy, fails for a full disk.
     """
     shown = escape_text(path)
     try:
@@ -75,6 +78,8 @@ def open_regular_file(path: Path) -> Iterator[tuple[BufferedReader, int]]:
     except StorageError:
         raise
     except OSError as error:
+        if error.errno in _DISK_FULL_ERRNOS:
+            raise
         if error.errno in _ABSENT_ERRNOS:
             raise AdapterError(f"{shown} does not exist") from None
         if error.errno in _INVALID_PATH_ERRNOS:

@@ -19,6 +19,7 @@ from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import RecipeError, format_list, suggest_nearest
 from lora_kit.training.recipe.coerce import coerce_value, parse_yaml
 from lora_kit.training.recipe.load import load_recipe
+from lora_kit.training.recipe.objectives import TRL_OBJECTIVES, get_objective_types
 from lora_kit.training.recipe.recipe import DataSpec, Recipe
 from lora_kit.training.recipe.training_arguments import OWN_FIELDS, get_training_argument_types
 
@@ -37,6 +38,7 @@ _RANGE: Final = re.compile(rf"\s*({_NUMBER})\.\.({_NUMBER})(:log)?\s*")
 _FIXED: Final = {
     "out": "every trial has a folder of its own",
     "task": "trials are compared by one metric",
+    "objective": "trials are compared by one metric",
     "data.validation": "trials are compared on the same rows",
 }
 _MAX_COMBINATIONS: Final = 10_000
@@ -115,13 +117,25 @@ def _check_key(key: str) -> None:
     if key in _FIXED:
         raise RecipeError(f"{key} cannot be swept", hint=_FIXED[key])
     keys = recipe_keys()
-    if key in keys or key.startswith("peft."):  # the fields of `peft` depend on its type: `check_values` sees them
+    # The fields of `peft` depend on its type, those of TRL on the objective: `check_values` sees which recipe it is.
+    if key in keys or key.startswith("peft.") or is_objective_key(key):
         return
     last = key.rpartition(".")[2]
     # People leave the section out, or name another one.
     same_name = [known for known in keys if known.rpartition(".")[2] == last]
     close = f"did you mean {same_name[0]!r}?" if same_name else suggest_nearest(key, keys)
     raise RecipeError(f"a recipe has no key {key!r}", hint=close or "docs/recipes.md lists them")
+
+
+def is_objective_key(key: str) -> bool:
+    """Return whether an objective of TRL has this key of `train`; False where TRL is not installed."""
+    section, _, name = key.partition(".")
+    if section != "train":
+        return False
+    try:
+        return any(name in get_objective_types(objective) for objective in TRL_OBJECTIVES)
+    except RecipeError:
+        return False
 
 
 def recipe_keys() -> list[str]:

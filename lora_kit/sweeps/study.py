@@ -31,7 +31,7 @@ from lora_kit.io.locks import FileLock
 from lora_kit.io.read import exists, folder_exists
 from lora_kit.io.text import escape_text
 from lora_kit.sweeps.sweep_plan import PLAN, SweepPlan, propose_params, read_plan
-from lora_kit.training.loop.checkpoints import describe_differences
+from lora_kit.training.loop.run_differences import describe_differences
 
 logger = logging.getLogger(__name__)
 optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -20,6 +20,7 @@ from lora_kit.training.job.output import check_output_writable
 from lora_kit.training.loop.checkpoints import hash_json
 from lora_kit.training.recipe.coerce import as_json, check_one_of
 from lora_kit.training.recipe.load import load_recipe, read_recipe_fields
+from lora_kit.training.recipe.objectives import SFT, TRL_OBJECTIVES
 from lora_kit.training.recipe.recipe import Recipe
 from lora_kit.training.recipe.training_arguments import best_metric_of, check_best_metric
 
@@ -62,7 +63,8 @@ def sweep(
         over: for each recipe key a list of values, or a text: `4,8,16`, or a range `1e-4..1e-2:log`.
         method: `grid` for every combination, `random`, or `tpe` (Bayesian, Optuna's). None: `grid` where every key has
             a list, else `tpe`.
-        metric: of the validation rows, one of `lora_kit.evaluation.metrics.METRICS`; which way is better is known.
+        metric: of the validation rows, one of `lora_kit.evaluation.metrics.METRICS`, or of the recipe's objective;
+            which way is better is known.
             None: the recipe's `metric_for_best_model`, or the loss.
         trials: how many; None for all of a grid, else 20.
         seed: decides what is tried; None for the recipe's.
@@ -185,8 +187,7 @@ def _read_recipe(
     loaded = load_recipe(fields)
     own = loaded.train.get("metric_for_best_model")
     metric = metric or best_metric_of(loaded.train)
-    check_best_metric(metric, loaded.task, loaded.problem)
-    if metric in basic_metrics(loaded.task, loaded.problem) or (own and best_metric_of(loaded.train) == metric):
+    if metric in _check_metric(metric, loaded) or (own and best_metric_of(loaded.train) == metric):
         return fields, loaded, metric
     if own:
         raise RecipeError(
@@ -198,6 +199,16 @@ def _read_recipe(
         added["train.load_best_model_at_end"] = False  # there is one evaluation, at the end
     fields, _ = read_recipe_fields(fields, overrides=added)
     return fields, load_recipe(fields), metric
+
+
+def _check_metric(metric: str, recipe: Recipe) -> tuple[str, ...]:
+    """Return the metrics that every evaluation of this recipe measures, after a check that trials have this one."""
+    if recipe.objective != SFT:
+        measured = ("loss", *TRL_OBJECTIVES[recipe.objective].metrics)
+        check_one_of("metric", metric, measured)
+        return measured
+    check_best_metric(metric, recipe.task, recipe.problem)
+    return basic_metrics(recipe.task, recipe.problem)
 
 
 def _evaluates(recipe: Recipe) -> bool:

@@ -15,13 +15,13 @@ from optuna.samplers import RandomSampler, TPESampler
 from optuna.trial import FrozenTrial
 
 from lora_kit.errors import AdapterError
-from lora_kit.evaluation.metrics import METRICS
 from lora_kit.io.read import read_json
 from lora_kit.io.text import escape_text
 from lora_kit.sweeps.space import Params, Value, list_combinations, parse_space
 from lora_kit.training.loop.checkpoints import hash_json
 from lora_kit.training.recipe.load import load_recipe
 from lora_kit.training.recipe.recipe import Recipe
+from lora_kit.training.recipe.training_arguments import is_greater_better
 
 if TYPE_CHECKING:
     from lora_kit.sweeps.space import Space
@@ -75,7 +75,7 @@ class SweepPlan:
 
     @property
     def direction(self) -> Literal["minimize", "maximize"]:
-        return "maximize" if METRICS[self.metric].greater_is_better else "minimize"
+        return "maximize" if is_greater_better(self.metric) else "minimize"
 
     def trial_folder(self, number: int) -> Path:
         return self.folder / "trials" / str(number)

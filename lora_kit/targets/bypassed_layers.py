@@ -17,6 +17,7 @@ from typing import Final
 import torch
 from torch import nn
 
+from lora_kit.targets.dead_branches import prune_branches
 from lora_kit.targets.match import Modules, find_paths_inside, is_within
 
 _READ_BY_KERNELS: Final = ("x_proj", "dt_proj", "out_proj")
@@ -30,12 +31,16 @@ _IGNORED: Final = " and would ignore a wrapper"
 _QUESTIONS: Final = ("isinstance", "hasattr")
 
 
-def find_bypassed_layers(modules: Modules) -> dict[str, str]:
-    """Return, by path, why some layers cannot be wrapped: another module reads their weight and does not call them."""
-    bypassed = dict[str, str]()
+def find_bypassed_layers(modules: Modules, *, training: bool) -> dict[str, str]:
+    """Return, by path, why some layers cannot be wrapped: another module reads their weight and does not call them.
+
+    Args:
+        training: whether an adapter there is to be trained; else it is only used.
+    """
+    bypassed, entries = dict[str, str](), _find_entries(frozenset(type(module) for _, module in modules))
     for path, module in modules:
         prefix, reason = f"{path}." if path else "", f"{_describe(module)} reads its weight directly{_IGNORED}"
-        bypassed |= {prefix + name: reason for name in _list_bypassed_names(module)}
+        bypassed |= {prefix + name: reason for name in _list_bypassed_names(module, entries, training)}
     tops = [path for path, module in modules if isinstance(module, nn.MultiheadAttention)]
     reason = f"nn.MultiheadAttention reads its weight directly{_IGNORED}"
     return bypassed | dict.fromkeys(find_paths_inside(modules, tops), reason)
@@ -47,14 +52,14 @@ def _describe(module: nn.Module) -> str:
     return "a state-space mixer" if _is_mixer(module) else type(module).__name__
 
 
-def _list_bypassed_names(module: nn.Module) -> Iterable[str]:
+def _list_bypassed_names(module: nn.Module, entries: frozenset[str], training: bool) -> Iterable[str]:
     if not module._modules:
         return ()
     if _is_mixer(module):
         return _READ_BY_KERNELS
     if isinstance(module, nn.TransformerEncoderLayer):
         return _READ_BY_FAST_PATH if _has_fast_path(module) else ()
-    return find_read_names(type(module))  # type: ignore[arg-type]  # a class is hashable
+    return find_read_names(module, entries, training=training)
 
 
 def _is_mixer(module: nn.Module) -> bool:
@@ -67,23 +72,66 @@ def _has_fast_path(layer: nn.TransformerEncoderLayer) -> bool:
     return bool(is_enabled and layer.self_attn.batch_first and layer.activation_relu_or_gelu)
 
 
-@functools.lru_cache(maxsize=4096)
-def find_read_names(kind: type[nn.Module]) -> frozenset[str]:
-    """Return names of layers of a class (`q_proj`, `attention.q_proj`) of which its forward only reads the weight.
+def find_read_names(
+    module: nn.Module, entries: frozenset[str] = frozenset({"forward"}), *, training: bool = True
+) -> set[str]:
+    """Return names of a module's layers (`q_proj`, `attention.q_proj`) of which it only reads the weight.
 
-    A layer that the class calls as well, or hands on to others, does not count: which of the two happens may depend on
-    values. Nor is one of which only the dtype, the shape or the like is read.
+    A layer that the module calls as well, or hands on to others, does not count: which of the two happens may depend on
+    values. What depends on the module's own attributes and on its mode does not happen at all, or always. Nor does a
+    layer count of which only the dtype, the shape or the like is read.
+
+    Args:
+        entries: methods by which the module is used.
+        training: the mode.
     """
-    methods = _collect_methods(kind)
-    if not any(_reads_a_weight(each.__code__) for versions in methods.values() for each in versions):
-        return frozenset()
+    trees = _parse_readers(type(module), entries)  # type: ignore[arg-type]  # a class is hashable
+    pruned = [prune_branches(tree, module, training=training) for tree in trees]
+    return _find_only_read(trees) | _find_only_read(pruned)
+
+
+def _find_only_read(trees: Iterable[ast.Module]) -> set[str]:
     read, used = set[str](), set[str]()
-    for tree in _parse_reachable(methods):
+    for tree in trees:
         for name, is_weight in _iterate_uses(tree):
             (read if is_weight else used).add(name)
-    return frozenset(name for name in read if not any(is_within(name, top) for top in used))
+    return {name for name in read if not any(is_within(name, top) for top in used)}
 
 
+@functools.lru_cache(maxsize=4096)
+def _parse_readers(kind: type[nn.Module], entries: frozenset[str]) -> tuple[ast.Module, ...]:
+    """Return the syntax trees of what a class computes with; none where no weight of a layer is read."""
+    methods = _collect_methods(kind)  # type: ignore[arg-type]
+    if not any(_reads_a_weight(each.__code__) for versions in methods.values() for each in versions):
+        return ()
+    trees = tuple(_parse_reachable(methods, entries))
+    return trees if any(is_weight for tree in trees for _, is_weight in _iterate_uses(tree)) else ()
+
+
+@functools.lru_cache(maxsize=256)
+def _find_entries(kinds: frozenset[type[nn.Module]]) -> frozenset[str]:
+    """Return names of the methods that forwards of modules of these classes refer to, directly or not.
+
+    Not every module is used by its `forward`: that of another may call its other methods.
+    """
+    methods = [_collect_methods(kind) for kind in kinds]  # type: ignore[arg-type]
+    pending, seen = {"forward"}, set[str]()
+    while pending:
+        name = pending.pop()
+        seen.add(name)
+        codes = [each.__code__ for own in methods for each in own.get(name, ())]
+        pending |= {each for code in codes for each in _list_names(code) if any(each in own for own in methods)} - seen
+    return frozenset(seen)
+
+
+def _list_names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _list_names(inner)
+
+
+@functools.lru_cache(maxsize=4096)
 def _collect_methods(kind: type[nn.Module]) -> dict[str, list[FunctionType]]:
     """Return the methods of a class by name, without torch's own; with each, those of its bases that it calls."""
     methods = dict[str, list[FunctionType]]()
@@ -101,9 +149,9 @@ def _reads_a_weight(code: CodeType) -> bool:
     return "weight" in code.co_names or any(_reads_a_weight(c) for c in code.co_consts if isinstance(c, CodeType))
 
 
-def _parse_reachable(methods: Mapping[str, Sequence[FunctionType]]) -> Iterator[ast.AST]:
-    """Yield the syntax trees of `forward` and of the methods that it refers to, directly or not."""
-    pending, seen = ["forward"], set[str]()
+def _parse_reachable(methods: Mapping[str, Sequence[FunctionType]], entries: Iterable[str]) -> Iterator[ast.Module]:
+    """Yield the syntax trees of some methods and of those that they refer to, directly or not."""
+    pending, seen = list(entries), set[str]()
     while pending:
         name = pending.pop()
         if name in methods and name not in seen:
@@ -113,7 +161,7 @@ def _parse_reachable(methods: Mapping[str, Sequence[FunctionType]]) -> Iterator[
                 yield tree
 
 
-def _parse(method: FunctionType) -> ast.AST:
+def _parse(method: FunctionType) -> ast.Module:
     """Return the syntax tree of a method; an empty one where there is no source."""
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(method)))

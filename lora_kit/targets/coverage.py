@@ -159,19 +159,27 @@ def survey_adapter(model: nn.Module, adapter: Adapter) -> Coverage:
     saved = find_saved_paths_of_file(modules, config.modules_to_save, adapter.saved())
     tied = find_tied_paths(model, modules) if config.ties_weights else []
     saved += [path for path in tied if path not in saved and any(is_within(key, path) for key in adapter.saved())]
-    return _survey(model, modules, config, saved, tied=[path for path in tied if path in adapter.all_pairs()])
+    with_lora = [path for path in tied if path in adapter.all_pairs()]
+    return _survey(model, modules, config, saved, tied=with_lora, training=False)
 
 
 def _survey(
-    model: nn.Module, modules: Modules, config: LoraConfig, saved: Sequence[str], *, tied: Sequence[str] = ()
+    model: nn.Module,
+    modules: Modules,
+    config: LoraConfig,
+    saved: Sequence[str],
+    *,
+    tied: Sequence[str] = (),
+    training: bool = True,
 ) -> Coverage:
     """Return what a config covers.
 
     Args:
         saved: paths of the modules in `modules_to_save`.
         tied: paths of layers that share the input embedding's weight, and so have LoRA weights where it has.
+        training: whether the adapter is to be trained; else it is only used.
     """
-    bypassed = find_bypassed_layers(modules)
+    bypassed = find_bypassed_layers(modules, training=training)
     layers, skipped = _find_layers(model, modules, config, saved, tied, bypassed)
     parameters, skipped_parameters = _find_parameters(modules, config, {target.path for target in layers})
     tokens = find_token_coverage(model, modules, config)

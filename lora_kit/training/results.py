@@ -40,6 +40,7 @@ class TrainReport:
         thresholds: where any number of labels apply: the least probability of each that is predicted, chosen on the
             validation file for the best F1; `after` is measured with them. Empty for 0.5.
         history: the entries of the log, as in metrics.jsonl.
+        planned: optimizer steps that were to be done, where a checkpoint was kept as the result; else None.
         digest: identity of the adapter; None for `full`.
         recipe: with every value that was left open filled in.
     """
@@ -61,6 +62,7 @@ class TrainReport:
     after: Evaluation | None
     thresholds: tuple[float, ...] = ()
     history: tuple[LogEntry, ...]
+    planned: int | None = None
     digest: str | None
     recipe: Recipe
 

@@ -132,7 +132,7 @@ def _run_training(
     stop, job = StopRequest(), trainable.job
     with set_up_training(job.base, compiled=job.recipe.compile) as scratch:
         trainer = _build_trainer(trainable, scratch, callbacks, folder=folder, stop=stop)
-        before = trainer.measure_validation()
+        trainer.before = trainer.measure_validation()
         clock = Clock(job.base.device)
         try:
             with stop:
@@ -147,7 +147,7 @@ def _run_training(
         trainer=trainer,
         seconds=seconds,
         peak_bytes=clock.peak_bytes,
-        before=before,
+        before=trainer.before,
         after=after,
         thresholds=thresholds,
     )
@@ -159,7 +159,7 @@ def _build_trainer(
     from transformers import EarlyStoppingCallback
 
     from lora_kit.training.job.loops import build_job_arguments, build_loop
-    from lora_kit.training.loop.resumable import RunContext
+    from lora_kit.training.loop.run_state import RunContext
     from lora_kit.training.loop.unused_parameters import UnusedParameterCallback
 
     job = trainable.job
@@ -171,7 +171,15 @@ def _build_trainer(
             trainable,
             build_job_arguments(job, scratch),
             callbacks=[UnusedParameterCallback(), *early_stopping, *callbacks],
-            run=RunContext(folder=folder, identity=job.identity, setting=job.environment, stop=stop),
+            run=RunContext(
+                folder=folder,
+                identity=job.identity,
+                setting=job.environment,
+                stop=stop,
+                encode_adapter=trainable.encode_adapter,
+                trainable=trainable.count,
+                parameters=trainable.parameters,
+            ),
         )
     _set_tensorboard_folder(trainer, f"{folder.out}{TENSORBOARD_SUFFIX}")
     return trainer

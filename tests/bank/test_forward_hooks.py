@@ -226,12 +226,13 @@ _T5 = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, 
 _FSMT = {"langs": ["en", "de"], "src_vocab_size": 96, "tgt_vocab_size": 96, "d_model": 32, "encoder_layers": 1}
 _FSMT |= {"decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48}
 _FSMT |= {"decoder_ffn_dim": 48, "max_position_embeddings": 64, "tie_word_embeddings": False}
+_XLNET = {"vocab_size": 96, "d_model": 32, "n_layer": 1, "n_head": 4, "d_inner": 48}
 _SWIN = {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [1], "num_heads": [2], "window_size": 2}
 
 Case = tuple[str, dict[str, Any], list[str], str]
 ORDERS: dict[str, Case] = {
     "Longformer": ("LongformerForMaskedLM", {**_TEXT, "attention_window": 4}, ["query"], "before the batch"),
-    "XLNet": ("XLNetLMHeadModel", {"d_model": 32, "n_layer": 1, "n_head": 4, "d_inner": 48}, ["layer_1"], "before"),
+    "XLNet": ("XLNetLMHeadModel", _XLNET, ["layer_1"], "before"),
     "FSMT": ("FSMTForConditionalGeneration", _FSMT, ["fc1"], "before the batch"),
     "DeBERTa's positions": ("DebertaForSequenceClassification", _DEBERTA, ["pos_proj"], "one input for all"),
     "DeBERTa's tokens": ("DebertaForSequenceClassification", _DEBERTA, ["in_proj"], ""),
@@ -239,6 +240,7 @@ ORDERS: dict[str, Case] = {
     "T5's tokens": ("T5ForConditionalGeneration", _T5, ["q", "wo", "shared"], ""),
     "Swin": ("SwinForImageClassification", _SWIN, ["q_proj", "v_proj"], ""),
     "choices": ("RobertaForMultipleChoice", _TEXT, ["query", "word_embeddings"], ""),
+    "choices after the sequence": ("XLNetForMultipleChoice", _XLNET, ["layer_1", "word_embedding"], "before the batch"),
 }
 
 
@@ -246,12 +248,12 @@ def inputs_of(name: str, rows: int, length: int) -> dict[str, Tensor]:
     ids = tiny.batch(rows=rows, length=length, seed=rows * length)["input_ids"]
     if name == "Swin":
         return {"pixel_values": torch.randn(rows, 3, 16, 16)}
-    if name == "choices":
+    if name.startswith("choices"):
         return {"input_ids": torch.stack([ids, ids.flip(1)], 1)}
     return {"input_ids": ids} | ({"decoder_input_ids": ids} if name.startswith(("T5", "FSMT")) else {})
 
 
-@pytest.mark.parametrize(("rows", "length"), [(2, 7), (2, 8), (4, 4), (2, 2)])
+@pytest.mark.parametrize(("rows", "length"), [(2, 7), (2, 8), (4, 4), (2, 2), (4, 2)])
 @pytest.mark.parametrize("name", ORDERS)
 def test_rows_are_right_or_refused_whatever_lies_first_in_a_layers_input(name: str, rows: int, length: int) -> None:
     kind, fields, targets, refusal = ORDERS[name]
@@ -269,6 +271,49 @@ def test_rows_are_right_or_refused_whatever_lies_first_in_a_layers_input(name: s
                 model(**inputs)
             return
         torch.testing.assert_close(tiny.logits(model, inputs), torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+class SeesImages(nn.Module):
+    """Computes the images of all rows together, without those that only fill up a row, as vision-language models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.text = nn.Linear(16, 8), nn.Linear(8, 8)
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+        images = pixel_values.flatten(0, 1)
+        seen = self.patch(images[images.flatten(1).any(-1)].flatten(2)).mean()
+        logits: Tensor = self.text(input_ids[..., None].float().expand(-1, -1, 8)) + seen
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("counts", "target", "refusal"),
+    [
+        ((2, 2), "patch", ""),
+        ((1, 1), "patch", ""),
+        ((1, 3), "patch", "different numbers of images"),
+        ((2, 0), "patch", "different numbers of images"),
+        ((2, 1, 3, 2), "patch", "different numbers of images"),
+        ((1, 3), "text", ""),
+    ],
+)
+def test_images_are_of_the_rows_that_have_them(counts: tuple[int, ...], target: str, refusal: str) -> None:
+    model, bank = bench(SeesImages(), target_modules=[target])
+    ids, pixels = tiny.batch(rows=len(counts), length=5)["input_ids"], torch.ones(len(counts), 3, 3, 4, 4)
+    for row, count in enumerate(counts):
+        pixels[row, count:] = 0
+    names = ["a", "b", "b", "a"][: len(counts)]
+    with bank.rows(names):
+        if refusal:
+            with pytest.raises(RoutingError, match=refusal):
+                model(ids, pixels)
+            return
+        found = model(ids, pixels)
+    for row, name in enumerate(names):
+        with bank.using(name):
+            if target == "text":
+                torch.testing.assert_close(found[row], model(ids, pixels)[row])
 
 
 def test_a_forward_with_as_many_tokens_as_rows_changes_no_random_state_and_no_cache() -> None:

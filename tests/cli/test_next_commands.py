@@ -21,14 +21,14 @@ Capture = pytest.CaptureFixture[str]
 pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 
 ROWS: dict[str, list[dict[str, Any]]] = {
-    "completion": [{"prompt": f"ask {n}", "completion": f"say {n};"} for n in range(20)],
-    "label": [{"text": f"where is card {n}", "label": "card"} for n in range(10)]
-    + [{"text": f"send {n} pounds", "label": "money"} for n in range(10)],
+    "completion": [{"prompt": f"ask {n}", "completion": f"say {n};"} for n in range(40)],
+    "label": [{"text": f"where is card {n}", "label": "card"} for n in range(20)]
+    + [{"text": f"send {n} pounds", "label": "money"} for n in range(20)],
     "chat": [
         {"messages": [{"role": "user", "content": f"ask {n}"}, {"role": "assistant", "content": f"say {n}"}]}
-        for n in range(20)
+        for n in range(40)
     ],
-    "text": [{"text": f"text number {n} of some length"} for n in range(20)],
+    "text": [{"text": f"text number {n} of some length"} for n in range(40)],
 }
 FAST = ["--train.max_steps", "2", "--train.per_device_train_batch_size", "4"]
 

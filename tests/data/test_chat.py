@@ -453,6 +453,20 @@ def test_calls_are_learned_and_results_are_not(tmp_path: Path, keys: dict[str, A
         preview_of(tmp_path, messages, text=fixed)
 
 
+def test_thoughts_between_calls_are_context_as_generation_is_given_them(tmp_path: Path) -> None:
+    # Like gpt-oss: an answer without a call takes the thoughts before earlier calls out again.
+    answered = "messages[-1].role == 'assistant' and not messages[-1].tool_calls and not loop.last"
+    kept = f"{{% set kept = not ({answered}) %}}"
+    shortened = kept + "{{ '(' ~ m.thinking ~ ')' if m.thinking and kept }}{{ m.content if kept or not m.tool_calls }}"
+    text = CALLING.replace("{{ m.content }}", shortened)
+    thinking = said("assistant", "so", tool_calls=[ADD], thinking="hm")
+    assert preview_of(tmp_path, [WITH_TOOL[0], thinking, *WITH_TOOL[2:]], text=text) == [
+        "<s>[user]hi</s>\n[assistant]‹(hm)so(add7)</s>›\n[tool]42</s>\n[assistant]‹yo</s>›"
+    ]
+    with pytest.raises(DataError, match="renders what precedes message 2 differently once that message is there"):
+        preview_of(tmp_path, [WITH_TOOL[0], thinking, *WITH_TOOL[2:]], text="{{ messages | length }}" + text)
+
+
 @pytest.mark.parametrize(
     ("call", "expected"),
     [

@@ -13,6 +13,7 @@ import torch
 import lora_kit as lk
 from lora_kit.data.batches import concatenate_samples, join_samples
 from lora_kit.data.encode import encode
+from lora_kit.data.label_problem import resolve_problem
 from lora_kit.data.mixture import DataFile, choose_rows, describe_source, read_source
 from lora_kit.data.rows import Rows
 from lora_kit.errors import DataError, RecipeError
@@ -86,6 +87,28 @@ def test_rows_without_a_weight_count_once_beside_rows_with_one() -> None:
     joined = concatenate_samples([plain, weighted]).weights
     assert joined is not None
     assert joined.tolist() == [1.0, 0.5]
+
+
+def test_texts_without_types_of_tokens_are_of_type_0_beside_pairs() -> None:
+    single = join_samples([([1, 5, 2], [0]), ([1, 6, 6, 2], [1])], kind="label")
+    pairs = join_samples([([1, 5, 2, 7, 2], [0])], kind="label", types=[[0, 0, 0, 1, 1]])
+    for parts in ([single, pairs], [pairs, single]):
+        for sample in concatenate_samples(parts):
+            length = len(sample["input_ids"])
+            assert sample["token_type_ids"].tolist() == ([0, 0, 0, 1, 1] if length == 5 else [0] * length)
+    assert concatenate_samples([single, single]).types is None
+
+
+def test_whole_numbers_and_fractions_are_numbers_and_pairs_are_no_texts(tmp_path: Path) -> None:
+    whole = texts.write(tmp_path / "whole.jsonl", [{"text": "a", "label": 2}])
+    fractions = texts.write(tmp_path / "fractions.jsonl", [{"text": "b", "label": 0.5}])
+    for order in ((whole, fractions), (fractions, whole)):
+        rows = read_source(tuple(DataFile(str(path)) for path in order), split="train", seed=0)
+        assert resolve_problem(rows, None) == "regression"
+    pairs = texts.write(tmp_path / "pairs.jsonl", [{"text": "a", "text_pair": "b", "label": 2}])
+    for order in ((whole, pairs), (pairs, whole)):
+        with pytest.raises(DataError, match=r"pairs.jsonl has pairs of texts, and .*whole.jsonl has single texts"):
+            read_source(tuple(DataFile(str(path)) for path in order), split="train", seed=0)
 
 
 def test_files_of_two_formats_or_two_kinds_of_labels_are_refused(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ a tiny model of the family with random weights, in transformers {transformers} a
 - **default targets**: what `target_modules="all-linear"` covers, and how many layers of the tiny model that are. Heads,
   embeddings and the routers of mixtures are left alone; name them to have them. Experts that are fused into one tensor
   are covered where `target_parameters` names them, convolutions (in one or two dimensions) where `target_modules` does.
-- **trains**: four steps lower the loss; every pair gets a gradient; nothing else changes.
+- **trains**: four steps lower the loss; A and B of every layer get a gradient; nothing else changes.
 - **loads, swaps**: saved, loaded into a fresh model, the same outputs; to another adapter and back, to the base and
   back, bit for bit.
 - **rows**: a batch whose rows use two adapters and the base gives what each gives alone.
@@ -48,15 +48,16 @@ of [every class](models-scan.md), which `make scan-models` writes.
 What the table leaves open:
 
 - **Mamba**: its mixer reads the weights of `dt_proj`, and on a GPU those of `x_proj` and `out_proj`, without calling
-  the layers: a pair there would be ignored, always or in training, so these are left alone, and refused by name. PEFT
-  refuses `out_proj` and `conv1d` for the same reason.
+  the layers: LoRA weights there would be ignored, always or in training, so these are left alone, and rejected by
+  name. PEFT rejects `out_proj` and `conv1d` for the same reason.
 - **Weights that are only read**: where the source of a module's class shows that it reads the weight of a layer and
-  never calls it (WavLM's attention, the relative positions of LayoutLM, DETR's maps of attention, `TDNNLayer`), the
-  layer is left alone, and refused by name: an adapter there would do nothing.
-- **experts**: where fused experts say how they compute, as nearly all of transformers' classes do, their pairs are
+  never calls it (WavLM's attention, the relative positions of LayoutLM, DETR's maps of attention, `TDNNLayer`), or not
+  in training (Gemma 3n's `correction_coefs`), or not with its settings (BLOOM's `slow_but_exact`), the layer is left
+  alone, and rejected by name: an adapter there would do nothing.
+- **experts**: where fused experts say how they compute, as nearly all of transformers' classes do, their updates are
   added token by token: no changed weight is made, and rows may differ. Others (Llama 4, JetMoe) are given a changed
-  weight for the length of a forward, as PEFT does it everywhere, and refuse rows.
-- **routers** of mixtures have pairs where `target_parameters` names their weight (`mlp.gate.weight`).
+  weight for the length of a forward, as PEFT does it everywhere, and reject rows.
+- **routers** of mixtures have LoRA weights where `target_parameters` names their weight (`mlp.gate.weight`).
 
 | family | class | default targets | trains | loads, swaps | rows | merges | PEFT |
 |---|---|---|---|---|---|---|---|

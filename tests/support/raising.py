@@ -73,6 +73,17 @@ def routed(names: Any) -> None:
     within(bank.rows(names), forward_of(bank))
 
 
+def released_lease() -> Any:
+    lease = loaded().lease("a")
+    lease.release()
+    return lease
+
+
+def run_with_other_tokens() -> None:
+    bank = loaded()
+    within(bank.runs([("a", 2), (None, 1)]), forward_of(bank))
+
+
 def recipe(**fields: Any) -> dict[str, Any]:
     return {"base": "kit-base", "data": "train.jsonl", "out": "adapters/new", **fields}
 
@@ -183,6 +194,12 @@ CASES: dict[str, Callable[[], Any]] = {
     "bank.rows ConfigError": lambda: routed("a"),
     "bank.rows RoutingError": lambda: routed(["a", None]),
     "bank.rows UnknownAdapterError": lambda: routed(["a", "b", None]),
+    "bank.runs ConfigError": lambda: within(loaded().runs([])),
+    "bank.runs UnknownAdapterError": lambda: within(loaded().runs([("b", 1)])),
+    "bank.runs BankError": lambda: within(loaded().runs([(released_lease(), 1)])),
+    "bank.runs RoutingError": lambda: run_with_other_tokens(),
+    "bank.reason_no_runs UnknownAdapterError": lambda: loaded().reason_no_runs("b"),
+    "bank.reference UnknownAdapterError": lambda: loaded().reference("b"),
     "bank.reference BankError": lambda: trained(target_modules=("lm_head",)).reference(),
     "bank.snapshot UnknownAdapterError": lambda: loaded().snapshot("b"),
     "bank.save UnknownAdapterError": lambda: loaded().save("b", "adapters/new"),

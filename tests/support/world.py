@@ -16,6 +16,8 @@ from tests.support import texts
 from tests.support.pages import ROOT
 
 PAIRS = [{"prompt": f"all names of table {n}", "completion": f"select name from t{n};"} for n in range(8)]
+TABLES = [{"prompt": f"all names of table {n}", "completion": f"select name from t{n};"} for n in range(40)]
+"""Rows enough for `prepare` to set some aside."""
 LABELED = [{"text": f"where is card {n}", "label": "card"} for n in range(4)]
 LABELED += [{"text": f"send {n} pounds", "label": "money"} for n in range(4)]
 KIT = ROOT / "lora_kit" / "models" / "kit_base"
@@ -33,7 +35,7 @@ def build(folder: Path) -> Path:
         texts.write(folder / f"{name}.jsonl", PAIRS)
     preferences = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "no"} for row in PAIRS]
     texts.write(folder / "preferences.jsonl", preferences)
-    _spreadsheet(folder / "rows.csv", ("prompt", "completion"), PAIRS)
+    _spreadsheet(folder / "rows.csv", ("prompt", "completion"), TABLES)
     _spreadsheet(folder / "answers.csv", ("Question", "Answer"), PAIRS)
     _spreadsheet(folder / "test.csv", ("text", "label"), LABELED)
     _loralib(folder / "lora.bin")

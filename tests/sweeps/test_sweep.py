@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.cli.main import main
 from lora_kit.errors import AdapterError, ConfigError, DataError, RecipeError, StorageError, VerificationError
+from lora_kit.io.portable_paths import make_path_portable
 from lora_kit.models.loading import Base
 from lora_kit.training.train import train
 from tests.support import texts
@@ -264,7 +265,7 @@ def test_a_grid_keeps_the_best_adapter_as_if_it_had_been_trained_alone(
     assert not adapters(report)
     adapter = Adapter.load(report.out)
     assert adapter.config.r == report.best.params["lora.r"]
-    assert adapter.record["recipe"]["out"] == str(report.out)
+    assert adapter.record["recipe"]["out"] == make_path_portable(str(report.out))
     assert "# out" in (report.out / "README.md").read_text()
     alone = train(report.out / "recipe.yaml", base=base_of(), overrides={"out": str(tmp_path / "alone")})
     assert alone.digest == adapter.digest

@@ -50,15 +50,79 @@ class CallsItAndItsBase(ReadsAll):
 
 
 def test_a_layer_whose_weight_alone_is_read_is_found_in_the_source_of_its_class() -> None:
-    assert find_read_names(ReadsAll) == {"read"}
-    assert find_read_names(CallsIt) == set()
-    assert find_read_names(CallsItAndItsBase) == {"read"}
+    assert find_read_names(ReadsAll()) == {"read"}
+    assert find_read_names(CallsIt()) == set()
+    assert find_read_names(CallsItAndItsBase()) == {"read"}
 
 
 def test_a_class_without_source_has_nothing_to_read() -> None:
     names: dict[str, Any] = {}
     exec("def forward(self, x):\n    return x @ self.read.weight", names)
-    assert find_read_names(type("Made", (nn.Module,), {"forward": names["forward"]})) == set()
+    assert find_read_names(type("Made", (nn.Module,), {"forward": names["forward"]})()) == set()
+
+
+class Decides(nn.Module):
+    """Layers that are called or only read, as the module's mode, its attributes or its inputs say."""
+
+    def __init__(self, limit: float | None = 1.0) -> None:
+        super().__init__()
+        self.by_mode, self.by_attribute, self.by_input, self.by_return = (nn.Linear(4, 4) for _ in range(4))
+        self.limit = limit
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.limit is not None:
+            x = x @ self.by_mode.weight.clamp(-self.limit, self.limit).T
+        else:
+            x = self.by_mode(x)
+        x = self.by_attribute(x) if not self.limit else x @ self.by_attribute.weight.T
+        x = x @ self.by_input.weight.T if x.ndim > 2 and self.limit else self.by_input(x)
+        if self.limit == 1.0:
+            return x @ self.by_return.weight.T
+        return self.by_return(x)
+
+
+def test_what_a_module_decides_by_its_mode_and_its_attributes_is_known_beforehand() -> None:
+    assert find_read_names(Decides()) == {"by_mode", "by_attribute", "by_return"}
+    assert find_read_names(Decides(), training=False) == {"by_attribute", "by_return"}
+    assert find_read_names(Decides(None)) == set()
+    assert find_read_names(Decides(0.5)) == {"by_mode", "by_attribute"}
+
+
+def gemma3n() -> nn.Module:
+    config = transformers.Gemma3nTextConfig(
+        **SIZES, vocab_size=32, vocab_size_per_layer_input=32, hidden_size_per_layer_input=8, num_key_value_heads=1,
+        head_dim=8, layer_types=["full_attention"], num_kv_shared_layers=0, laurel_rank=4,
+        activation_sparsity_pattern=[0.0],
+    )  # fmt: skip
+    return transformers.Gemma3nForCausalLM(config)
+
+
+def test_a_layer_that_only_training_reads_is_not_trained_but_an_adapter_for_it_serves() -> None:
+    model, name = gemma3n(), "correction_coefs"
+    coverage = survey_coverage(model, lk.LoraConfig(target_modules="all-linear"))
+    assert {path.rpartition(".")[2] for path, reason in coverage.skipped if "reads its weight" in reason} == {name}
+    with pytest.raises(TargetError, match="AltUp reads its weight directly"):
+        lk.attach(model, lk.LoraConfig(target_modules=[name]))
+    path = f"base_model.model.model.layers.0.altup.{name}"
+    tensors = {f"{path}.lora_A.weight": torch.ones(2, 4), f"{path}.lora_B.weight": torch.ones(4, 2)}
+    model.eval()
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        base = model(ids).logits
+        bank = lk.attach(model)
+        bank.load("a", lk.Adapter(lk.LoraConfig(r=2, target_modules=[name]), tensors))
+        bank.use("a")
+        assert not torch.allclose(model(ids).logits, base)
+
+
+def bloom(**more: Any) -> nn.Module:
+    return transformers.BloomModel(transformers.BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2, **more))
+
+
+def test_layers_that_a_setting_of_the_model_has_computed_in_slices_are_left_alone() -> None:
+    for more, names in (({}, set()), ({"pretraining_tp": 2, "slow_but_exact": True}, {"dense", "dense_4h_to_h"})):
+        coverage = survey_coverage(bloom(**more), lk.LoraConfig(target_modules="all-linear"))
+        assert {path.rpartition(".")[2] for path, reason in coverage.skipped} == names
 
 
 def wavlm() -> nn.Module:

@@ -14,6 +14,8 @@ from lora_kit.adapter.adapter import Adapter
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import BankError, DataError, RecipeError
 from lora_kit.models.loading import Base
+from lora_kit.sweeps.space import check_values, parse_space
+from lora_kit.sweeps.sweep import sweep
 from lora_kit.training.plan.plan import plan
 from lora_kit.training.recipe import objectives
 from lora_kit.training.recipe.load import load_recipe
@@ -274,6 +276,25 @@ def test_the_losses_that_a_recipe_may_name_are_those_of_trl() -> None:
     for name, known in (("DPOTrainer", "dpo"), ("KTOTrainer", "kto")):
         source = inspect.getsource(getattr(trl, name)._compute_loss)
         assert set(re.findall(r'loss_type == "(\w+)"', source)) == set(TRL_OBJECTIVES[known].loss_types)
+
+
+def test_a_sweep_goes_over_the_keys_of_the_objective() -> None:
+    fields = {"base": "kit-base", "data": "rows.jsonl", "out": "adapters/a", "objective": "dpo"}
+    check_values(parse_space({"train.beta": "0.05..0.5", "train.loss_type": ["sigmoid", "ipo"]}), fields)
+    with pytest.raises(RecipeError, match=r"train\.desirable_weight"):
+        check_values(parse_space({"train.desirable_weight": [1]}), fields)
+    with pytest.raises(RecipeError, match=r"no key 'train\.betta'"):
+        parse_space({"train.betta": [0.1]})
+
+
+def test_a_sweep_compares_trials_by_a_metric_of_the_objective(tmp_path: Path) -> None:
+    recipe = preference_recipe(tmp_path, "dpo", steps=2)
+    report = sweep(recipe, {"train.beta": [0.1, 0.5]}, base=base_for("dpo"), metric="rewards/margins")
+    values = [trial.value for trial in report.trials]
+    assert None not in values
+    assert report.best.value == max(values)
+    with pytest.raises(RecipeError, match="kl"):
+        sweep(recipe, {"train.beta": [0.1]}, metric="kl", replace=True)
 
 
 def test_without_trl_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ from lora_kit.training.job.methods import make_job_trainable
 from lora_kit.training.plan.plan import plan
 from lora_kit.training.recipe.load import load_recipe
 from lora_kit.training.recipe.peft_config import UNSUPPORTED_TYPES
+from lora_kit.training.recipe.portable_recipe import make_recipe_portable
 from lora_kit.training.results import TrainReport
 from lora_kit.training.train import train
 from tests.support import texts
@@ -298,7 +299,7 @@ def test_the_result_says_how_it_came_to_be_and_how_it_is_loaded(tmp_path: Path) 
     assert record["recipe"]["peft"] == section_of("LOHA")
     assert report.after is not None
     assert record["metrics"]["loss"] == report.after.loss
-    assert load_recipe(report.out / "recipe.yaml") == report.recipe
+    assert load_recipe(report.out / "recipe.yaml") == make_recipe_portable(report.recipe)
     card, page = (report.out / "README.md").read_text(), (report.out / "report.html").read_text()
     assert "PeftModel.from_pretrained(base.model, 'path/to/out')" in card
     assert "bank does not load it" in card

@@ -21,6 +21,7 @@ from lora_kit.errors import RecipeError, StorageError, VerificationError
 from lora_kit.models.loading import Base
 from lora_kit.training.loop import checkpoints
 from lora_kit.training.loop.checkpoints import RunFolder
+from lora_kit.training.loop.weight_files import load_tensors
 from lora_kit.training.train import train
 from tests.support import texts
 from tests.support.interrupted import DROPOUT, SignalAt, die_at, killed, long_recipe, results, run_of, unbroken
@@ -235,7 +236,7 @@ def test_a_checkpoint_is_of_the_size_of_the_adapter(tmp_path: Path) -> None:
     killed(recipe, die_at(5))
     for step in (2, 4):
         folder = run_of(Path(recipe["out"])) / f"checkpoint-{step}"
-        kept = load_file(folder / "weights.safetensors")
+        kept = load_tensors(folder / "weights.safetensors")
         assert {name.rpartition(".")[2] for name in kept} == {"0"} or all("lora" in name for name in kept)
         assert not set(kept) & set(base.model.state_dict())
         assert (

@@ -25,9 +25,9 @@ where it has no linear layer), in fp32 on a CPU:
 - a step of training changes B, and then A and B of a second adapter, in every layer whose own weight receives a
   gradient when the model is trained alone: no layer is bypassed;
 - from one adapter to the other, to the base and back is bit for bit;
-- a batch whose rows use two adapters gives what each gives alone, or is refused with a reason;
+- a batch whose rows use two adapters gives what each gives alone, or is rejected with a reason;
 - detached, outputs and keys are the base's; attached again, the second adapter gives the same outputs, bit for bit;
-- merged in memory, the outputs are those of the adapter, or the merge is refused with a reason.
+- merged in memory, the outputs are those of the adapter, or the merge is rejected with a reason.
 
 A class has *no tiny model* where that model does not run or train by itself: its sizes depend on each other in ways
 that shrinking does not know, it needs inputs that cannot be guessed, or a library that is not installed. It is *cut*

@@ -18,7 +18,8 @@ from lora_kit.training.recipe.training_arguments import build_training_arguments
 if TYPE_CHECKING:
     from transformers import TrainerCallback, TrainingArguments
 
-    from lora_kit.training.loop.resumable import ResumableLoop, RunContext
+    from lora_kit.training.loop.resumable import ResumableLoop
+    from lora_kit.training.loop.run_state import RunContext
 
 
 def build_job_arguments(job: Job, folder: str) -> TrainingArguments:
@@ -46,6 +47,7 @@ def build_loop(
         "callbacks": callbacks,
         "rates": LearningRates.of(job.recipe.train, job.recipe.task),
         "run": run,
+        "ema_decay": job.recipe.train.get("ema_decay"),
     }
     if job.recipe.objective != SFT:
         return build_preference_loop(trainable, args, train=job.train, validation=job.validation, **options)

@@ -14,6 +14,7 @@ from typing import Final, Protocol
 
 from torch import nn
 
+from lora_kit.adapter.adapter import encode_adapter
 from lora_kit.bank.attach import attach
 from lora_kit.bank.bank import AdapterBank
 from lora_kit.io.atomic_write import stage_folder
@@ -28,6 +29,17 @@ from lora_kit.training.recipe.portable_recipe import make_recipe_portable
 from lora_kit.training.results import TrainedModules, TrainReport, collect_record_metrics
 
 logger = logging.getLogger(__name__)
+
+
+class AdapterEncoder(Protocol):
+    """Returns what is trained, as it is now, as the files of an adapter's folder."""
+
+    def __call__(self, facts: Mapping[str, object]) -> Mapping[str, bytes]:
+        """Return the contents of the files by name, in the order in which they are written.
+
+        Args:
+            facts: of the training so far, to be recorded beside what describes it.
+        """
 
 
 class ResultSaver(Protocol):
@@ -58,6 +70,7 @@ class TrainableJob:
         count: number of trained parameters.
         parameters: number of parameters of the whole model.
         save: writes what was trained.
+        encode_adapter: returns the adapter as it is now, for a checkpoint; None where whole weights are trained.
         build_reference: returns the model as it was before the training, computed by the same model, for objectives
             that compare the two; raises BankError where it cannot. None where the method has none.
     """
@@ -67,6 +80,7 @@ class TrainableJob:
     count: int
     parameters: int
     save: ResultSaver
+    encode_adapter: AdapterEncoder | None = None
     build_reference: Callable[[], nn.Module] | None = None
 
 
@@ -84,21 +98,20 @@ def make_job_trainable(job: Job) -> Iterator[TrainableJob]:
         yield ready
 
 
-def build_training_record(job: Job, report: TrainReport) -> dict[str, object]:
-    """Return what an adapter's record says about its training, as JSON values."""
-    record: dict[str, object] = {
-        "recipe": make_recipe_portable(job.recipe).to_dict(),
-        "seed": job.recipe.seed,
-        "metrics": collect_record_metrics(report),
-        "run": hash_json(job.identity),
-    }
+def describe_training(job: Job) -> dict[str, object]:
+    """Return what an adapter's record says about its training from the first step on, as JSON values."""
+    record: dict[str, object] = {"recipe": make_recipe_portable(job.recipe).to_dict(), "seed": job.recipe.seed}
     if job.labels:
         record["labels"] = list(job.labels)
     if job.recipe.problem is not None:
         record["problem"] = job.recipe.problem
-    if report.thresholds:
-        record["thresholds"] = list(report.thresholds)
     return record
+
+
+def build_training_record(job: Job, report: TrainReport) -> dict[str, object]:
+    """Return what an adapter's record says about a finished training, as JSON values."""
+    record = describe_training(job) | {"metrics": collect_record_metrics(report), "run": hash_json(job.identity)}
+    return record | ({"thresholds": list(report.thresholds)} if report.thresholds else {})
 
 
 @contextlib.contextmanager
@@ -120,6 +133,9 @@ def _attach_adapter(job: Job) -> Iterator[TrainableJob]:
         saved = bank.save(recipe.name, report.out, record=record, files=files, replace=replace)
         return dataclasses.replace(report, digest=saved.digest)
 
+    def encode(facts: Mapping[str, object]) -> Mapping[str, bytes]:
+        return encode_adapter(bank.snapshot(recipe.name), recipe.name, record=describe_training(job) | dict(facts))
+
     try:
         yield TrainableJob(
             job=job,
@@ -127,6 +143,7 @@ def _attach_adapter(job: Job) -> Iterator[TrainableJob]:
             count=bank.coverage(recipe.name).parameters,
             parameters=job.base.model.num_parameters(),
             save=save,
+            encode_adapter=encode,
             build_reference=functools.partial(
                 bank.reference, name_start(recipe.name) if job.start is not None else None
             ),
@@ -186,12 +203,17 @@ def _wrap_with_peft(job: Job) -> Iterator[TrainableJob]:
         digest = adapter.save(report.out, record=build_training_record(job, report), files=files, replace=replace)
         return dataclasses.replace(report, digest=digest)
 
+    def encode(facts: Mapping[str, object]) -> Mapping[str, bytes]:
+        contents, _ = adapter.encode(job.recipe.name, record=describe_training(job) | dict(facts), files={})
+        return contents
+
     yield TrainableJob(
         job=job.with_model(adapter.model),
         kinds=adapter.kinds,
         count=adapter.count,
         parameters=adapter.parameters,
         save=save,
+        encode_adapter=encode,
     )
 
 

@@ -21,6 +21,7 @@ from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.adapter_record import RECORD, encode_record
 from lora_kit.adapter.folder import CARD, CONFIG, WEIGHTS, check_file_names, is_adapter_folder
 from lora_kit.adapter.model_card import (
+    format_checkpoint,
     format_code,
     format_front_matter,
     format_labels,
@@ -91,12 +92,33 @@ class PeftAdapter:
             _drop_virtual_token_logits(self.model, job)
         self._warn_of_low_precision()
 
+    def encode(
+        self, name: str, *, record: Mapping[str, object], files: Mapping[str, bytes]
+    ) -> tuple[dict[str, bytes], str]:
+        """Return the files that PEFT writes, with our record beside them, and the adapter's digest: sha256 in hex.
+
+        Args:
+            name: of the adapter, for its card.
+            record: of the training, as JSON values.
+            files: contents of the further files, by name.
+        """
+        from safetensors.torch import save
+
+        weights = save(self._collect_tensors(), metadata={"format": "pt"})
+        facts = {
+            "base": {**self._fingerprint, "name": make_folder_portable(self._name)},
+            "method": "peft",
+            "peft_type": self._kind,
+        }
+        return encode_peft_adapter(
+            name, self._collect_config_fields(), weights, record={**record, **facts}, files=files
+        )
+
     def save(self, folder: Path, *, record: Mapping[str, object], files: Mapping[str, bytes], replace: bool) -> str:
         """Write the adapter as PEFT does, with our record beside it, all or nothing, synced to disk.
 
         Args:
-            record: of the training, as JSON values.
-            files: contents of the further files, by name.
+            record, files: as in `encode`.
             replace: whether an existing adapter may be replaced.
 
         Returns:
@@ -105,26 +127,7 @@ class PeftAdapter:
         Raises:
             StorageError: the folder exists or cannot be written; an earlier adapter is unchanged.
         """
-        from safetensors.torch import save
-
-        tensors, fields = self._collect_tensors(), self._collect_config_fields()
-        weights = save(tensors, metadata={"format": "pt"})
-        lora = _convert_to_lora(fields, tensors)
-        digest = lora.digest if lora else _hash_adapter(fields, weights)
-        contents = dict(files)
-        check_file_names(contents)
-        name = Path(os.path.abspath(folder)).name
-        elements = sum(tensor.numel() for tensor in tensors.values())
-        contents[CARD] = _render_card(name, fields, record, elements=elements, digest=digest, is_lora=lora is not None)
-        contents[CONFIG] = f"{json.dumps(fields, indent=2, sort_keys=True)}\n".encode()
-        contents[WEIGHTS] = weights
-        facts = {
-            "base": {**self._fingerprint, "name": make_folder_portable(self._name)},
-            "method": "peft",
-            "peft_type": self._kind,
-        }
-        # Last, because it holds the checksums of the others.
-        contents[RECORD] = encode_record({**record, **facts}, contents, digest=digest)
+        contents, digest = self.encode(Path(os.path.abspath(folder)).name, record=record, files=files)
         write_folder(folder, contents, replace=replace, owned=is_adapter_folder)
         return digest
 
@@ -167,6 +170,34 @@ class PeftAdapter:
         for dtype in dtypes:
             name = str(dtype).removeprefix("torch.")
             logger.warning("%s is trained in %s, where small updates are lost; use dtype: fp32", self._kind, name)
+
+
+def encode_peft_adapter(
+    name: str, fields: Section, weights: bytes, *, record: Section, files: Mapping[str, bytes]
+) -> tuple[dict[str, bytes], str]:
+    """Return the files of an adapter in PEFT's format, in the order in which they are written, and its digest.
+
+    Args:
+        name: of the adapter, for its card.
+        fields: of its config, as JSON values.
+        weights: the content of its weight file.
+        record: facts of `lora_kit.json`.
+        files: contents of the further files, by name.
+    """
+    from safetensors.torch import load
+
+    tensors = load(weights)
+    lora = _convert_to_lora(fields, tensors)
+    digest = lora.digest if lora else _hash_adapter(fields, weights)
+    contents = dict(files)
+    check_file_names(contents)
+    elements = sum(tensor.numel() for tensor in tensors.values())
+    contents[CARD] = _render_card(name, fields, record, elements=elements, digest=digest, is_lora=lora is not None)
+    contents[CONFIG] = f"{json.dumps(fields, indent=2, sort_keys=True)}\n".encode()
+    contents[WEIGHTS] = weights
+    # Last, because it holds the checksums of the others.
+    contents[RECORD] = encode_record(record, contents, digest=digest)
+    return contents, digest
 
 
 def _count_trained_modules(model: nn.Module, base_paths: set[str]) -> tuple[TrainedModules, ...]:
@@ -257,6 +288,7 @@ def _render_card(name: str, fields: Section, record: Section, *, elements: int, 
         ("peft_type", kind),
         *options,
         *format_labels(record.get("labels")),
+        *format_checkpoint(record.get("checkpoint")),
         ("elements", f"{elements:,}"),
         ("digest", digest),
     ]

@@ -1,7 +1,9 @@
 """Checkpoints of an unfinished training, in a folder beside its output: written whole, verified, rotated.
 
     adapters/sql.run/checkpoint-500/
-        weights.safetensors     the trained tensors, never the base's
+        adapter_config.json  adapter_model.safetensors  lora_kit.json  README.md       the adapter at that step
+        weights.safetensors     the trained tensors that the adapter's file does not hold, never the base's
+        average.safetensors     their moving average, where the recipe asks for one; the adapter is that average
         optimizer.pt  scheduler.pt  scaler.pt  trainer_state.json      as transformers.Trainer writes them
         loop.pt                 random states, and what the training loop has counted
         checkpoint.json         the run it belongs to, and sha256 and size of the other files
@@ -19,25 +21,32 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from lora_kit.adapter.adapter_record import RECORD
+from lora_kit.adapter.folder import CONFIG
 from lora_kit.errors import AdapterError, RecipeError, StorageError, format_list
 from lora_kit.io.atomic_write import remove_leftovers, stage_folder
 from lora_kit.io.read import exists, folder_exists, open_regular_file, read_json, read_text
 from lora_kit.io.sealed_json import NO_DIGEST, SELF_DIGEST, is_intact, seal_json
 from lora_kit.io.strict_json import JsonObject, parse_object
 from lora_kit.io.text import escape_text, format_value
+from lora_kit.names import CHECKPOINT_FILE
+from lora_kit.training.loop.run_differences import describe_differences
 
 logger = logging.getLogger(__name__)
 
-MARKER: Final = "checkpoint.json"
+MARKER: Final = CHECKPOINT_FILE
 LOOP: Final = "loop.pt"
 _OWN_FILES: Final = (MARKER, LOOP)
-FORMAT: Final = 2
+RUN_SUFFIX: Final = ".run"
+"""The checkpoints of the output `sql` are in the folder `sql.run` beside it."""
+FORMAT: Final = 3
+_READ_FORMATS: Final = (2, FORMAT)
+"""A checkpoint of format 2 holds no adapter; its `weights.safetensors` has every trained tensor."""
 _NAME: Final = re.compile(r"checkpoint-(0|[1-9]\d{0,17})")
 _LOCK_NAME: Final = re.compile(r"\.checkpoint-(0|[1-9]\d{0,17})\.lock")
 _TYPES: Final[Mapping[str, tuple[type, ...]]] = {
@@ -89,7 +98,7 @@ class RunFolder:
 
     def __init__(self, out: str | Path) -> None:
         self.out = Path(out)
-        self.folder = self.out.with_name(f"{self.out.name}.run")
+        self.folder = self.out.with_name(f"{self.out.name}{RUN_SUFFIX}")
 
     # Reading
 
@@ -103,8 +112,16 @@ class RunFolder:
                 return checkpoint
             except AdapterError as error:
                 logger.warning("%s is incomplete and is removed: %s", escape_text(self.path(step)), error)
-                shutil.rmtree(self.path(step))
+                self._remove_step(step)
         return None
+
+    def list_complete(self) -> list[Checkpoint]:
+        """Return the complete checkpoints, newest first; nothing is changed or logged."""
+        complete = []
+        for step in sorted(self._list_steps(), reverse=True):
+            with contextlib.suppress(AdapterError):
+                complete.append(self.read(step))
+        return complete
 
     def read(self, step: int) -> Checkpoint:
         """Return the checkpoint of a step, verified by its checksums.
@@ -189,7 +206,12 @@ class RunFolder:
         newest = sorted(steps, reverse=True)[:keep]
         best = {self._read_best_step(step) for step in newest}
         for step in set(steps) - set(newest) - best:
-            shutil.rmtree(self.path(step))
+            self._remove_step(step)
+
+    def _remove_step(self, step: int) -> None:
+        """Remove the checkpoint of a step; a process that dies meanwhile leaves nothing that looks like an adapter."""
+        (self.path(step) / CONFIG).unlink(missing_ok=True)
+        shutil.rmtree(self.path(step))
 
     def _read_best_step(self, step: int) -> int | None:
         try:
@@ -209,7 +231,7 @@ class RunFolder:
                 if match:  # a process died while it wrote
                     remove_leftovers(self.path(int(match[1])))
             for step in self._list_steps():
-                shutil.rmtree(self.path(step))
+                self._remove_step(step)
             if next(self.folder.iterdir(), None) is None:
                 self.folder.rmdir()
         except OSError as error:
@@ -253,11 +275,7 @@ class RunFolder:
             RecipeError: as `find_resumable`.
         """
         self._check_foreign()
-        complete = []
-        for step in sorted(self._list_steps(), reverse=True):
-            with contextlib.suppress(AdapterError):
-                complete.append(self.read(step))
-        return self._match_run(complete[0] if complete else None, identity, replace=replace)
+        return self._match_run(next(iter(self.list_complete()), None), identity, replace=replace)
 
     def _match_run(self, checkpoint: Checkpoint | None, identity: Identity, *, replace: bool) -> Checkpoint | None:
         """Return the checkpoint if it is of this run; None without one, or where it is to be replaced."""
@@ -280,20 +298,6 @@ def hash_json(identity: Identity) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def describe_differences(was: Mapping[str, object], now: Mapping[str, object], *, within: str = "") -> Iterator[str]:
-    """Yield a line for each leaf that differs between two nested mappings."""
-    for key in sorted({*was, *now}):
-        name, old, new = f"{within}{key}", was.get(key), now.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            yield from describe_differences(old, new, within=f"{name}.")
-        elif old != new:
-            yield f"{name} was {_format_value(old)}, is {_format_value(new)}"
-
-
-def _format_value(value: object) -> str:
-    return "not set" if value is None else escape_text(json.dumps(value, default=str))
-
-
 def _read_saved_run(out: Path) -> object:
     """Return the hash of the run that saved an adapter folder; None where its record does not say."""
     try:
@@ -308,8 +312,11 @@ def _read_marker(folder: Path) -> JsonObject:
         record = parse_object(text)
     except ValueError as error:
         raise AdapterError(f"{MARKER}: {error}") from None
-    if record.get("format") != FORMAT:
-        raise AdapterError(f"{MARKER} has format {format_value(record.get('format'))}; format {FORMAT} is read")
+    if record.get("format") not in _READ_FORMATS:
+        given = format_value(record.get("format"))
+        raise AdapterError(
+            f"{MARKER} has format {given}; formats {format_list([str(known) for known in _READ_FORMATS])} are read"
+        )
     if not is_intact(record, text):
         raise AdapterError(f"{MARKER} changed since the checkpoint was written")
     return record

@@ -2,101 +2,69 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NotRequired, TypedDict, cast
+from typing import Any, Final, cast
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from lora_kit.errors import AdapterError, VerificationError
+from lora_kit.evaluation.measure import Evaluation
 from lora_kit.io.text import escape_text
-from lora_kit.torch_utils import capture_random_states, restore_random_states
-from lora_kit.training.loop.checkpoints import LOOP, Checkpoint, Environment, Identity, RunFolder
-from lora_kit.training.loop.signals import StopRequest
+from lora_kit.torch_utils import capture_random_states, preserve_random_states, restore_random_states, use_eval_mode
+from lora_kit.training.loop.checkpoints import LOOP, Checkpoint
+from lora_kit.training.loop.run_state import LoopState, RunContext
 from lora_kit.training.loop.trainer import Trainer
 from lora_kit.training.loop.training_loop import TrainingLoop
+from lora_kit.training.loop.weight_average import WeightAverage
+from lora_kit.training.loop.weight_files import load_tensors, save_tensors
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = "weights.safetensors"
+WEIGHTS, AVERAGE = "weights.safetensors", "average.safetensors"
+"""The trained tensors, and their moving average where the recipe asks for one."""
 STATE, OPTIMIZER, SCHEDULER, SCALER = "trainer_state.json", "optimizer.pt", "scheduler.pt", "scaler.pt"
 """Names under which transformers.Trainer reads these files."""
 _OVERRIDDEN_PRIVATE_METHODS: Final = ("_save_checkpoint", "_load_from_checkpoint", "_load_rng_state")
 """Methods that transformers' loop calls and that are replaced here; there are no public ones for these moments."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunContext:
-    """What a run's checkpoints are written with.
-
-    Attributes:
-        folder: where the checkpoints are.
-        identity: everything that decides the result.
-        setting: the environment.
-        stop: whether a signal has asked to stop.
-    """
-
-    folder: RunFolder
-    identity: Identity
-    setting: Environment
-    stop: StopRequest
-
-
-class _LoopState(TypedDict):
-    """The content of loop.pt: what transformers does not save.
-
-    Attributes:
-        random: random states when the checkpoint was written.
-        epoch_random: random states at the beginning of the epoch, which decide the order of its samples.
-        loss: sum of the losses since the last line of the log: ().
-        logged: step of that line.
-        seconds: wall time of the training so far.
-        micro_batch: rows of a forward pass, at most.
-        tokens: number of tokens trained on so far.
-        trl: what a loop of TRL has counted since the last line of the log; missing in others.
-    """
-
-    random: dict[str, Any]
-    epoch_random: dict[str, Any]
-    loss: Tensor
-    logged: int
-    seconds: float
-    micro_batch: int
-    tokens: int
-    trl: NotRequired[dict[str, Any]]
-
-
 class ResumableLoop(TrainingLoop):
     """A training loop whose checkpoints hold everything that decides the rest of the training.
 
-    They hold more than transformers' own (see `_LoopState`), and one that is due at the end of an epoch is written only
+    They hold more than transformers' own (see `LoopState`), and one that is due at the end of an epoch is written only
     after the evaluation and the log line of that epoch.
 
     Args:
         run: what checkpoints are written with; after every step `run.stop` is asked whether to save and stop.
+        ema_decay: of a moving average of the trained tensors, see `WeightAverage`, which is evaluated and is the
+            result; None for the tensors themselves.
 
     Attributes:
         seconds_before: wall time of the training up to the checkpoint that it resumed from.
         resumed: step of that checkpoint; 0 for a run that was not resumed.
+        before: the metrics on the validation rows before training; None without any, or until they are measured.
     """
 
-    def __init__(self, *args: Any, run: RunContext, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, run: RunContext, ema_decay: float | None = None, **kwargs: Any) -> None:
         missing = [name for name in _OVERRIDDEN_PRIVATE_METHODS if not hasattr(transformers.Trainer, name)]
         if missing:
             raise _build_version_error(f"has no Trainer.{missing[0]}")
         super().__init__(*args, **kwargs)
-        self._run = run
+        self._run, self._ema_decay = run, ema_decay
+        self._average: WeightAverage | None = None
         self.args.restore_callback_states_from_checkpoint = True
         self.seconds_before, self.resumed = 0.0, 0
-        self._resumed_loop: _LoopState | None = None
+        self.before: Evaluation | None = None
+        self._resumed_loop: LoopState | None = None
         self._epoch_random: dict[str, Any] = {}
         self._in_epoch = self._is_save_pending = False
         self._restored: set[str] = set()
@@ -108,10 +76,10 @@ class ResumableLoop(TrainingLoop):
         self._started = time.perf_counter()
         if checkpoint is None:
             self.train()
-            self._load_best()
+            self._load_result()
             return
         logger.info("resuming from step %d in %s", checkpoint.step, escape_text(checkpoint.folder))
-        loop: _LoopState = torch.load(checkpoint.folder / LOOP, map_location="cpu", weights_only=True)
+        loop: LoopState = torch.load(checkpoint.folder / LOOP, map_location="cpu", weights_only=True)
         self.resumed, self.seconds_before = checkpoint.step, loop["seconds"]
         self.restore_counts(loop)
         if checkpoint.finished:
@@ -123,7 +91,7 @@ class ResumableLoop(TrainingLoop):
             self.train(resume_from_checkpoint=str(checkpoint.folder))
             if self._restored != {"weights", "random"}:
                 raise _build_version_error("did not resume from a checkpoint as expected")
-        self._load_best()
+        self._load_result()
 
     # Writing: called by transformers.Trainer
 
@@ -163,9 +131,11 @@ class ResumableLoop(TrainingLoop):
             )
 
     def _write_checkpoint_files(self, folder: Path) -> None:
-        weights = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-                   for name, tensor in self._get_trained_tensors().items()}  # fmt: skip
-        save_file(weights, folder / WEIGHTS)
+        with self._use_average():
+            self._write_adapter(folder)
+        save_tensors(folder / WEIGHTS, self._get_trained_tensors())
+        if self._average is not None:
+            save_tensors(folder / AVERAGE, self._average.tensors)
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
         _save_state(self.optimizer.state_dict(), folder / OPTIMIZER)
@@ -178,14 +148,32 @@ class ResumableLoop(TrainingLoop):
         self.state.save_to_json(str(folder / STATE))
         _save_state(self._collect_loop_state(), folder / LOOP)
 
+    def _write_adapter(self, folder: Path) -> None:
+        """Write the adapter as it is now, so that the folder of a checkpoint is an adapter's, too."""
+        if self._run.encode_adapter is None:
+            return
+        step = self.state.global_step
+        facts = {
+            "metrics": {"steps": step, "tokens": self.tokens},
+            "checkpoint": {"step": step, "steps": self.state.max_steps},
+        }
+        with (
+            use_eval_mode(self.model),
+            preserve_random_states(self.args.device),
+        ):  # some types of PEFT compute what they save
+            files = self._run.encode_adapter(facts)
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+
     def _estimate_checkpoint_bytes(self) -> int:
         """Return the bytes of the tensors in a checkpoint: the trained ones, and those of the optimizer."""
         assert self.optimizer is not None
         states = [value for state in self.optimizer.state.values() for value in state.values()]
         tensors = [*self._get_trained_tensors().values(), *(value for value in states if isinstance(value, Tensor))]
+        tensors += [] if self._average is None else self._average.tensors.values()
         return sum(tensor.nbytes for tensor in tensors)
 
-    def _collect_loop_state(self) -> _LoopState:
+    def _collect_loop_state(self) -> LoopState:
         now = capture_random_states()
         state = {
             "random": now,
@@ -193,9 +181,12 @@ class ResumableLoop(TrainingLoop):
             "loss": self._loss_sum.cpu(),
             "logged": self._last_logged_step,
             "seconds": self.seconds_before + time.perf_counter() - self._started - self.evaluating_seconds,
+            "before": None if self.before is None else dataclasses.asdict(self.before),
+            "trainable": self._run.trainable,
+            "parameters": self._run.parameters,
             **self.capture_counts(),
         }
-        return cast("_LoopState", state)
+        return cast("LoopState", state)
 
     def _get_trained_tensors(self) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in self.model.named_parameters() if tensor.requires_grad}
@@ -212,18 +203,28 @@ class ResumableLoop(TrainingLoop):
             self._restored.add("random")
 
     def _load_weights(self, folder: Path) -> None:
-        trained, saved = self._get_trained_tensors(), load_file(folder / WEIGHTS)
+        trained, saved = self._get_trained_tensors(), load_tensors(folder / WEIGHTS)
         if {name: tensor.shape for name, tensor in trained.items()} != {name: saved[name].shape for name in saved}:
             raise AdapterError(f"{escape_text(folder)} does not hold the tensors that are trained")
         with torch.no_grad():
             for name, tensor in trained.items():
                 tensor.copy_(saved[name])
+        if self._ema_decay is not None:
+            self._average = WeightAverage(self._ema_decay, trained)
+            self._average.load(load_tensors(folder / AVERAGE))
 
-    # The best weights
+    # The average, and the best weights
+
+    def _use_average(self) -> contextlib.AbstractContextManager[None]:
+        """Have the trained tensors be their average until the block ends, where there is one."""
+        if self._average is None:
+            return contextlib.nullcontext()
+        return self._average.swap_into(self._get_trained_tensors())
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate; where the result is the best so far, save a checkpoint even if none is due."""
-        metrics = super().evaluate(*args, **kwargs)
+        with self._use_average():
+            metrics = super().evaluate(*args, **kwargs)
         is_best = self.args.load_best_model_at_end and self._is_best(metrics)
         if is_best or self._is_asked_to_stop:
             self.control.should_save = True
@@ -244,9 +245,12 @@ class ResumableLoop(TrainingLoop):
         """The step of the best weights so far, where these are kept at the end; else None."""
         return self.state.best_global_step if self.args.load_best_model_at_end else None
 
-    def _load_best(self) -> None:
+    def _load_result(self) -> None:
+        """Give the trained tensors the values that are the result: the best ones, and of these the average."""
         if self._best_step is not None:
             self._load_weights(self._run.folder.path(self._best_step))
+        if self._average is not None:
+            self._average.copy_to(self._get_trained_tensors())
 
     # Moments of the loop
 
@@ -255,6 +259,8 @@ class ResumableLoop(TrainingLoop):
         return self._run.stop.signal_number is not None
 
     def _begin_training(self) -> None:
+        if self._ema_decay is not None and self._average is None:
+            self._average = WeightAverage(self._ema_decay, self._get_trained_tensors())
         if self._resumed_loop is None:
             self._restart_averages(0)
         else:
@@ -266,6 +272,8 @@ class ResumableLoop(TrainingLoop):
         self._epoch_random, self._in_epoch = capture_random_states(), True
 
     def _end_step(self, control: TrainerControl) -> None:
+        if self._average is not None:
+            self._average.update(self._get_trained_tensors())
         control.should_save = control.should_save or self._is_asked_to_stop
 
     def _end_epoch(self, control: TrainerControl) -> None:

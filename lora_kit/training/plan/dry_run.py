@@ -17,7 +17,7 @@ from lora_kit.training.job.loops import build_preference_loop
 from lora_kit.training.job.methods import TrainableJob
 from lora_kit.training.loop.checkpoints import RunFolder
 from lora_kit.training.loop.learning_rates import LearningRates
-from lora_kit.training.loop.resumable import RunContext
+from lora_kit.training.loop.run_state import RunContext
 from lora_kit.training.loop.signals import StopRequest
 from lora_kit.training.loop.trainer import Samples, Trainer
 from lora_kit.training.loop.training_loop import TrainingLoop

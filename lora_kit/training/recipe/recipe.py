@@ -113,7 +113,8 @@ class Recipe:
             `training_arguments` and the learning rate of an `Objective`. Further keys:
             `early_stopping_patience`, the number of evaluations without improvement before training stops;
             `loraplus_lr_ratio`, the learning rate of B divided by that of A (Hayou et al. 2024, arXiv:2402.12354);
-            `head_learning_rate`, the learning rate of the head.
+            `head_learning_rate`, the learning rate of the head;
+            `ema_decay`, the decay of a moving average of the trained tensors, which is the result.
         dtype: of the base: `auto` for the checkpoint's own (`full` then trains in fp32), `bf16`, `fp16`, `fp32`.
         quantize: one of `lora_kit.models.quantization.QUANTIZATIONS`, to train an adapter on a quantized base.
         compile: whether the base's repeated layers are compiled (torch.compile) for the training.

@@ -39,6 +39,7 @@ OWN_FIELDS: Final[Mapping[str, type]] = {
     "loraplus_lr_ratio": float,
     "head_learning_rate": float,
     "learning_rates": dict[str, float],
+    "ema_decay": float,
 }
 """Keys of `train` that are no fields of transformers.TrainingArguments, with their types."""
 
@@ -133,6 +134,7 @@ def _check_numbers(values: Section) -> None:
         (_AMOUNTS, lambda number: number >= 0, "0 or more"),
         (_SEEDS, lambda number: 0 <= number < 2**32, "from 0 to below 2^32"),
         (("neftune_noise_alpha",), lambda number: number > 0, "above 0"),
+        (("ema_decay",), lambda number: 0 < number < 1, "above 0 and below 1"),
         (("max_steps",), lambda number: number >= 1 or number == -1, "1 or more, or -1 to count in epochs"),
         (("label_smoothing_factor",), lambda number: 0 <= number < 1, "from 0 to below 1"),
     )

@@ -89,6 +89,8 @@ def _render_events(report: TrainReport) -> str:
             f"Memory ran out in step {entry['step']:,}: since then {entry['micro_batch']} rows at once and "
             f"accumulation {entry['accumulation']}; a step has as many rows as before."
         )
+    if report.planned is not None:
+        events.append(f"Kept from a checkpoint, at step {report.steps:,} of {report.planned:,}.")
     if report.kept != report.steps:
         events.append(f"The weights of step {report.kept:,} were kept: the best evaluation.")
     return f'<ul class="events">{"".join(f"<li>{escape_html(event)}</li>" for event in events)}</ul>' if events else ""
