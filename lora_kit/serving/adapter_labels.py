@@ -26,6 +26,8 @@ NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """Names that clients may give."""
 DIGEST_LENGTH: Final = 12
 """Characters of a digest that are enough in `label@digest`."""
+_READS: Final = 4
+"""How often a folder is read that changes while it is read."""
 _STATE_FORMAT: Final = 1
 _STATE_BYTES: Final = 2**22
 
@@ -152,15 +154,27 @@ class AdapterLabels:
         return folder
 
     def _load(self, folder: Path) -> Adapter:
-        """Return the adapter of a folder: as it was read before, if no file of it has changed."""
-        signature = _sign_folder(folder)
+        """Return the adapter of a folder: as it was read before, if no file of it has changed.
+
+        A folder that is replaced meanwhile is read again.
+        """
+        for _ in range(_READS - 1):
+            signature = _sign_folder(folder)
+            try:
+                return self._read_whole(folder, signature)
+            except LoraKitError:
+                if signature == _sign_folder(folder):
+                    raise
+        return self._read_whole(folder, _sign_folder(folder))
+
+    def _read_whole(self, folder: Path, signature: Signature) -> Adapter:
         with self._lock:
             kept = self._read.get(folder)
             if kept is not None and kept[0] == signature:
                 self._read.move_to_end(folder)
                 return kept[1]
         adapter = Adapter.load(folder)
-        if _sign_folder(folder) != signature:
+        if not signature or _sign_folder(folder) != signature:
             raise AdapterError(f"{escape_text(folder)} changed while it was read", hint="ask again")
         with self._lock:
             self._read[folder] = signature, adapter
@@ -176,9 +190,10 @@ class AdapterLabels:
 
     def list_store(self) -> list[str]:
         """Return the names of the adapters in the store, as it is now."""
-        if not self.store.is_dir():
+        try:
+            names = sorted(entry.name for entry in self.store.iterdir())
+        except OSError:  # there is none, or it is being replaced
             return []
-        names = sorted(entry.name for entry in self.store.iterdir())
         return [name for name in names if NAME.fullmatch(name) and _is_offered(self.store / name)]
 
     # Changing
@@ -292,6 +307,9 @@ def _is_offered(folder: Path) -> bool:
 
 
 def _sign_folder(folder: Path) -> Signature:
-    """Return what tells whether the files of a folder are those of before."""
-    stats = [(entry.name, entry.lstat()) for entry in sorted(folder.iterdir())]
+    """Return what tells whether the files of a folder are those of before; nothing where it is gone or changing."""
+    try:
+        stats = [(entry.name, entry.lstat()) for entry in sorted(folder.iterdir())]
+    except OSError:
+        return ()
     return tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for name, stat in stats)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.bank.bank import AdapterBank
 from lora_kit.bank.routes import Lease
-from lora_kit.errors import AdapterError, BankError
+from lora_kit.errors import AdapterError, BankError, LoraKitError
 
 
-class NoFreeSlotError(Exception):
+class NoFreeSlotError(LoraKitError, RuntimeError):
     """All slots are leased or pinned; a request for another adapter has to wait."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "every slot is in use or pinned", hint="try again later, unpin an adapter, or serve more slots"
+        )
 
 
 @dataclass
@@ -79,10 +84,10 @@ class AdapterSlots:
         """
         self._give_slot(adapter).pinned = True
 
-    def unpin(self, digest: str) -> None:
-        """Let an adapter leave its slot when another one needs it."""
-        if digest in self._uses:
-            self._uses[digest].pinned = False
+    def unpin_others(self, digests: Collection[str]) -> None:
+        """Let adapters leave their slots when others need them, but for these."""
+        for digest, use in self._uses.items():
+            use.pinned = use.pinned and digest in digests
 
     def probe(self, adapter: Adapter, run: Callable[[Lease], float]) -> float:
         """Run a forward with an adapter before it answers anybody; return its largest change of a logit.

@@ -37,14 +37,14 @@ async def load(body: LoadBody, served: Served) -> dict[str, Any]:
 @administration.post("/v1/unload_lora_adapter", responses=RESPONSES)
 async def unload(body: UnloadBody, served: Served) -> dict[str, Any]:
     """Take a label away; requests that have begun finish on its content."""
-    await asyncio.to_thread(served.labels.unload, body.lora_name)
+    await asyncio.to_thread(served.unload, body.lora_name)
     return {"status": "unloaded", "label": body.lora_name}
 
 
 @administration.put("/v1/aliases/{alias}", responses=RESPONSES)
 async def set_alias(alias: str, body: AliasBody, served: Served) -> dict[str, Any]:
     """Let an alias stand for a label, from one request to the next."""
-    await asyncio.to_thread(served.labels.alias, alias, body.label)
+    await asyncio.to_thread(served.set_alias, alias, body.label)
     return {"alias": alias, "label": body.label}
 
 

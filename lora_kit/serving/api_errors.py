@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from lora_kit.errors import LoraKitError, StorageError, UnknownAdapterError
+from lora_kit.serving.adapter_slots import NoFreeSlotError
 from lora_kit.serving.engine import RequestError
 from lora_kit.serving.model_worker import OverloadedError
 
@@ -51,15 +52,17 @@ class ApiError(Exception):
         self.headers = headers
 
 
-def translate_error(error: LoraKitError) -> ApiError:
-    """Return the answer for an error of the library."""
+def translate_error(error: BaseException) -> ApiError:
+    """Return the answer for an error: what the library says; of any other, its kind alone."""
+    if not isinstance(error, LoraKitError):
+        return ApiError(500, f"the server failed: {type(error).__name__}", code="internal_error")
     message = str(error)
     if isinstance(error, UnknownAdapterError):
         # Without the hint, which lists names that this client may not know.
         return ApiError(404, error.message, param="model", code="model_not_found")
     if isinstance(error, RequestError):
         return ApiError(400, message, param=error.field, code=error.code)
-    if isinstance(error, OverloadedError):
+    if isinstance(error, OverloadedError | NoFreeSlotError):
         return ApiError(429, message, code="overloaded", headers={"Retry-After": _RETRY_SECONDS})
     if isinstance(error, StorageError):
         return ApiError(507, message, code="storage")
@@ -85,6 +88,10 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(LoraKitError)
     async def _answer_own_error(request: Request, error: LoraKitError) -> JSONResponse:
+        return _respond(translate_error(error))
+
+    @app.exception_handler(Exception)
+    async def _answer_unexpected_error(request: Request, error: Exception) -> JSONResponse:
         return _respond(translate_error(error))
 
     @app.exception_handler(RequestValidationError)

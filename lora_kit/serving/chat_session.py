@@ -18,7 +18,8 @@ from lora_kit.io.atomic_write import write_file
 from lora_kit.serving.engine import Event
 from lora_kit.serving.model_worker import Ticket
 from lora_kit.serving.sampler import SamplingSettings
-from lora_kit.serving.served_model import ServedModel, scale_adapter
+from lora_kit.serving.scaled_adapter import scale_adapter
+from lora_kit.serving.served_model import ServedModel
 
 COMMANDS: Final = {
     "/use NAME": "let another adapter answer from now on; the history stays",

@@ -15,8 +15,9 @@ from sse_starlette.sse import EventSourceResponse
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.serving.answering import Answers
 from lora_kit.serving.api_access import RESPONSES, Key, Served, find_adapter
-from lora_kit.serving.api_errors import ApiError, format_error
+from lora_kit.serving.api_errors import ApiError, format_error, translate_error
 from lora_kit.serving.completion_bodies import CompletionForm
+from lora_kit.serving.engine import Finish
 from lora_kit.serving.schemas import ChatCompletionBody, CompletionBody, DetokenizeBody, TokenizeBody
 from lora_kit.serving.served_model import ServedModel
 
@@ -32,9 +33,10 @@ async def complete(request: Request, body: CompletionBody, served: Served, key: 
     """Continue prompts, which are given to the model as they are."""
     body.check_extra()
     adapter = await find_adapter(served, key, body.model, body.lora_scale)
-    prompts = [served.encode_text(prompt) for prompt in body.prompts]
-    if not prompts:
-        raise ApiError(400, "there is no prompt", param="prompt")
+    most = served.settings.limits.requests
+    if not 0 < len(body.prompts) * (body.n or 1) <= most:
+        raise ApiError(400, f"1 to {most:,} answers can be asked for at once", param="prompt")
+    prompts = await asyncio.to_thread(lambda: [served.encode_text(prompt) for prompt in body.prompts])
     answers = _make_answers(served, body, prompts, adapter, most=body.max_tokens, ends=served.end_tokens)
     return await _respond(request, served, body, answers)
 
@@ -45,7 +47,7 @@ async def chat(request: Request, body: ChatCompletionBody, served: Served, key: 
     body.check_extra()
     adapter = await find_adapter(served, key, body.model, body.lora_scale)
     messages = [message.model_dump(exclude_none=True) for message in body.messages]
-    prompt = served.encode_messages(messages, adapter, body.chat_template_kwargs)
+    prompt = await asyncio.to_thread(served.encode_messages, messages, adapter, body.chat_template_kwargs)
     most = body.max_completion_tokens or body.max_tokens
     answers = _make_answers(served, body, [prompt.ids], adapter, most=most, ends=prompt.ends)
     return await _respond(request, served, body, answers)
@@ -54,7 +56,7 @@ async def chat(request: Request, body: ChatCompletionBody, served: Served, key: 
 @router.post("/tokenize", responses=RESPONSES)
 async def tokenize(body: TokenizeBody, served: Served, key: Key) -> dict[str, Any]:
     """Return the tokens of a text."""
-    ids = served.tokenize(body.prompt, add_special_tokens=body.add_special_tokens)
+    ids = await asyncio.to_thread(served.tokenize, body.prompt, add_special_tokens=body.add_special_tokens)
     return {"tokens": ids, "count": len(ids), "max_model_len": served.context}
 
 
@@ -113,11 +115,14 @@ async def _wait(request: Request, answers: Answers) -> None:
         watcher.cancel()
     for answer in answers.all:
         if answer.finish is not None and answer.finish.reason == "error":
-            raise _make_failure(answer.finish.message)
+            raise _make_failure(answer.finish)
 
 
-def _make_failure(message: str) -> ApiError:
-    return ApiError(500, message or "the answer failed", code="engine_error")
+def _make_failure(finish: Finish) -> ApiError:
+    """Return the answer for a request that failed: what it would have been, had it not had to wait before."""
+    if finish.error is not None:
+        return translate_error(finish.error)
+    return ApiError(500, finish.message or "the answer failed", code="engine_error")
 
 
 async def _watch(request: Request, answers: Answers) -> None:
@@ -134,7 +139,7 @@ async def _stream(form: CompletionForm, answers: Answers, *, has_usage: bool) ->
                 yield _as_event(form.write_first_chunk(answers, answer))
         async for answer, event in answers.events():
             if event.finish is not None and event.finish.reason == "error":
-                yield _as_event(format_error(_make_failure(event.finish.message)))
+                yield _as_event(format_error(_make_failure(event.finish)))
             elif event.text or event.finish is not None or form.has_logprobs or form.has_token_ids:
                 yield _as_event(form.write_chunk(answers, answer, event))
         if has_usage:
@@ -145,4 +150,4 @@ async def _stream(form: CompletionForm, answers: Answers, *, has_usage: bool) ->
 
 
 def _as_event(body: dict[str, Any]) -> dict[str, str]:
-    return {"data": json.dumps(body, ensure_ascii=False)}
+    return {"data": json.dumps(body)}  # ASCII: some clients end a line at U+2028 and its like

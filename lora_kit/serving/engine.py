@@ -62,6 +62,7 @@ class Finish:
         reused_tokens: of the prompt, whose keys and values were there already.
         new_tokens: of the answer, an end token among them.
         message: what failed.
+        error: where a request was turned away while it waited, why; None where its forward failed.
     """
 
     reason: FinishReason
@@ -69,6 +70,7 @@ class Finish:
     reused_tokens: int
     new_tokens: int
     message: str = ""
+    error: LoraKitError | None = None
 
 
 @dataclass(frozen=True)

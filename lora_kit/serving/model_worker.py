@@ -26,7 +26,7 @@ Sink = Callable[[Event], None]
 """Receives the events of a request, in the worker's thread; it must not block."""
 
 _IDLE_SECONDS: Final = 0.5
-"""How long an idle worker waits for a command before it reports that it is alive."""
+"""How long an idle worker waits for a command before it looks whether anything is overdue."""
 _PATIENCE_SECONDS: Final = 1.0
 """How long a request waits for a slot while later ones, whose adapters are in slots, go first."""
 
@@ -118,24 +118,30 @@ class ModelWorker(threading.Thread):
         self._tickets = dict[str, Ticket]()
         self._leases = dict[str, Lease]()
         self._begun = set[str]()
-        self._stopping = False
+        self._stopping, self._has_ended = False, False
         self._busy_since: float | None = None
-        self._last_alive = time.monotonic()
 
     # From any thread
 
     def call(self, function: Callable[[], Result]) -> Future[Result]:
-        """Run a function between two steps, in the worker's thread."""
+        """Run a function between two steps, in the worker's thread.
+
+        The future raises OverloadedError if that has ended.
+        """
         future = Future[Result]()
 
         def run() -> None:
-            if future.set_running_or_notify_cancel():
+            if self._has_ended:
+                future.set_exception(OverloadedError("the server ends"))
+            elif future.set_running_or_notify_cancel():
                 try:
                     future.set_result(function())
                 except BaseException as error:  # the caller gets it, whatever it is
                     future.set_exception(error)
 
         self._commands.put(run)
+        if self._has_ended:
+            self._run_commands(wait=False)
         return future
 
     def submit(self, ticket: Ticket) -> Future[None]:
@@ -177,20 +183,29 @@ class ModelWorker(threading.Thread):
 
     def run(self) -> None:
         """Run commands and steps until `stop`."""
-        while not self._stopping:
-            self._run_commands(wait=not self._tickets)
-            self._busy_since = time.monotonic()
-            try:
-                self._admit_waiting()
-                self._end_overdue()
-                for event in self._engine.step():
-                    self._dispatch(event)
-                self.counts.steps += 1
-            finally:
-                self._busy_since = None
-                self._last_alive = time.monotonic()
-        self._end_all()
-        self._engine.close()
+        try:
+            while not self._stopping:
+                self._run_once()
+            self._end_all()
+            self._engine.close()
+        finally:
+            self._has_ended = True
+            self._run_commands(wait=False)  # those that came too late
+
+    def _run_once(self) -> None:
+        self._run_commands(wait=not self._tickets)
+        self._busy_since = time.monotonic()
+        try:
+            self._end_overdue()
+            self._admit_waiting()
+            for event in self._engine.step():
+                self._dispatch(event)
+            self.counts.steps += 1
+        except Exception as error:  # outside of a forward: nobody knows whose fault it is, so all in the engine end
+            logger.exception("a step failed")
+            self._fail_running(error)
+        finally:
+            self._busy_since = None
 
     def _run_commands(self, *, wait: bool) -> None:
         try:
@@ -200,7 +215,7 @@ class ModelWorker(threading.Thread):
                 command()
                 command = self._commands.get_nowait()
         except queue.Empty:
-            self._last_alive = time.monotonic()
+            return
 
     def _take(self, ticket: Ticket) -> None:
         if ticket.request_id in self._tickets:
@@ -238,7 +253,7 @@ class ModelWorker(threading.Thread):
             return False
         try:
             self._engine.submit(_make_request(ticket, lease))
-        except RequestError:
+        except BaseException:
             self.slots.release(lease)
             raise
         self._leases[ticket.request_id] = lease
@@ -255,7 +270,9 @@ class ModelWorker(threading.Thread):
             try:
                 if not self._begin(ticket):
                     self._waiting_for_slot.append(ticket)
-            except LoraKitError as error:
+            except Exception as error:
+                if not isinstance(error, LoraKitError):
+                    logger.exception("a request could not begin")
                 self._fail(ticket, error)
 
     def _end_overdue(self) -> None:
@@ -265,20 +282,37 @@ class ModelWorker(threading.Thread):
             ticket = self._tickets[request_id]
             if now - ticket.arrived > self.limits.seconds:
                 error = OverloadedError(f"the request waited {self.limits.seconds:g} s", hint="try again later")
-                self._engine.cancel(request_id)
+                self._drop(ticket)
                 self._fail(ticket, error)
 
-    def _fail(self, ticket: Ticket, error: LoraKitError) -> None:
-        finish = Finish("error", len(ticket.prompt), 0, 0, str(error))
+    def _drop(self, ticket: Ticket) -> None:
+        """Let a request not begin any more, or end with the next step."""
+        if ticket in self._waiting_for_slot:
+            self._waiting_for_slot.remove(ticket)
+        else:
+            self._engine.cancel(ticket.request_id)
+
+    def _fail_running(self, error: Exception) -> None:
+        waiting = {ticket.request_id for ticket in self._waiting_for_slot}
+        for request_id in [each for each in self._tickets if each not in waiting]:
+            ticket = self._tickets[request_id]
+            self._drop(ticket)
+            self._fail(ticket, error)
+
+    def _fail(self, ticket: Ticket, error: Exception) -> None:
+        own = error if isinstance(error, LoraKitError) else None
+        message = str(error) if own else f"{type(error).__name__}: {error}"
+        finish = Finish("error", len(ticket.prompt), 0, 0, message, own)
         self._dispatch(Event(ticket.request_id, finish=finish))
 
     def _cancel(self, request_id: str) -> None:
         ticket = self._tickets.get(request_id)
-        if ticket is not None and ticket in self._waiting_for_slot:
-            self._waiting_for_slot.remove(ticket)
+        if ticket is None:
+            return
+        is_waiting = ticket in self._waiting_for_slot
+        self._drop(ticket)
+        if is_waiting:
             self._dispatch(Event(request_id, finish=Finish("cancelled", len(ticket.prompt), 0, 0)))
-        elif ticket is not None:
-            self._engine.cancel(request_id)
 
     def _dispatch(self, event: Event) -> None:
         """Hand an event to its sink; of one that ends a request, give its lease back first."""

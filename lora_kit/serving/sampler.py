@@ -14,7 +14,10 @@ from lora_kit.errors import ConfigError
 
 MAX_LOGPROBS: Final = 20
 MAX_STOPS: Final = 16
+MAX_TOKENS: Final = 2**31 - 1
 _MAX_STOP_LENGTH: Final = 200
+_LOWEST_TEMPERATURE: Final = 1e-30
+_LOWEST_REPETITION_PENALTY: Final = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,14 +60,14 @@ class SamplingSettings:
     min_tokens: int = 0
 
     def __post_init__(self) -> None:
-        _check_range("max_tokens", self.max_tokens, 1, math.inf)
+        _check_range("max_tokens", self.max_tokens, 1, MAX_TOKENS)
         _check_range("temperature", self.temperature, 0, 100)
         _check_range("top_p", self.top_p, 0, 1, excludes_low=True)
         _check_range("top_k", self.top_k, 0, 2**31)
         _check_range("min_p", self.min_p, 0, 1)
         _check_range("presence_penalty", self.presence_penalty, -2, 2)
         _check_range("frequency_penalty", self.frequency_penalty, -2, 2)
-        _check_range("repetition_penalty", self.repetition_penalty, 0, 10, excludes_low=True)
+        _check_range("repetition_penalty", self.repetition_penalty, _LOWEST_REPETITION_PENALTY, 10)
         _check_range("min_tokens", self.min_tokens, 0, self.max_tokens)
         if self.seed is not None:
             _check_range("seed", self.seed, 0, 2**63 - 1)
@@ -159,12 +162,15 @@ class Sampler:
     def _sample(self, logits: Tensor) -> int:
         """Draw a token of those that `min_p`, `top_k` and `top_p` leave, in this order."""
         settings = self.settings
-        probabilities, order = torch.softmax(logits / settings.temperature, dim=-1).sort(descending=True)
+        # The largest logit is 0, and the divisor a normal number: no temperature makes them infinite.
+        scaled = (logits - logits.max()) / max(settings.temperature, _LOWEST_TEMPERATURE)
+        probabilities, order = torch.softmax(scaled, dim=-1).sort(descending=True)
         keep = probabilities >= settings.min_p * probabilities[0]
         if settings.top_k:
             keep[settings.top_k :] = False
         before = (probabilities * keep).cumsum(0) - probabilities * keep
         keep &= before < settings.top_p * (probabilities * keep).sum()
+        keep[0] = True  # also where top_p is 0 in fp32
         drawn = torch.multinomial(probabilities * keep, 1, generator=self._generator)
         return int(order[drawn])
 
@@ -179,7 +185,6 @@ class Sampler:
 
 def _check_range(name: str, value: float, low: float, high: float, *, excludes_low: bool = False) -> None:
     is_low = value <= low if excludes_low else value < low
-    if math.isnan(value) or is_low or value > high:
+    if value != value or is_low or value > high:  # the first is NaN; an int may be too large for math.isnan
         above = f"above {low:g}" if excludes_low else f"from {low:g}"
-        upto = "" if math.isinf(high) else f" to {high:g}"
-        raise ConfigError(f"{name} must be {above}{upto}; {value!r} was given")
+        raise ConfigError(f"{name} must be {above} to {high:g}; {value!r} was given")

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lora_kit.errors import suggest_nearest
 from lora_kit.serving.api_errors import ApiError
-from lora_kit.serving.sampler import MAX_LOGPROBS, SamplingSettings
+from lora_kit.serving.sampler import MAX_LOGPROBS, MAX_TOKENS, SamplingSettings
 
 MAX_ANSWERS: Final = 16
 _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
@@ -53,7 +53,7 @@ class _SamplingBody(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     model: str = Field(min_length=1, max_length=200)
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=2**31 - 1)
@@ -65,7 +65,7 @@ class _SamplingBody(BaseModel):
     stream_options: dict[str, bool] | None = None
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     logit_bias: dict[str, float] | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0)
@@ -156,7 +156,7 @@ class ChatCompletionBody(_SamplingBody):
     """`POST /v1/chat/completions`."""
 
     messages: list[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     chat_template_kwargs: dict[str, Any] | None = None

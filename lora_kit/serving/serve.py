@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
+from typing import Final
 
 from lora_kit.errors import ConfigError, StorageError
 from lora_kit.serving.served_model import ServedModel, ServerSettings
+
+_GRACE_SECONDS: Final = 30
+"""How long answers that have begun may take when the server is to stop."""
 
 
 def serve(settings: ServerSettings, *, on_ready: Callable[[str], None] | None = None) -> None:
     """Serve the base and every adapter of a store, each under its name, until SIGINT or SIGTERM.
 
     Args:
-        on_ready: called with the address before the first request is taken.
+        on_ready: called with the address once the base is loaded.
 
     Raises:
         ConfigError: the packages of the extra `serve` are missing, or a setting is wrong.
@@ -25,17 +30,30 @@ def serve(settings: ServerSettings, *, on_ready: Callable[[str], None] | None = 
         from lora_kit.serving.http_app import build_app
     except ImportError as error:
         raise ConfigError(f"{error.name} is not installed", hint="pip install 'lora-kit[serve]'") from error
-    served = ServedModel(settings)
+    with _listen(settings.host, settings.port) as listener:  # before the base is loaded, which takes long
+        served = ServedModel(settings)
+        try:
+            config = uvicorn.Config(
+                build_app(served), log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE_SECONDS
+            )
+            if on_ready is not None:
+                host = f"[{settings.host}]" if ":" in settings.host else settings.host
+                on_ready(f"http://{host}:{listener.getsockname()[1]}")
+            uvicorn.Server(config).run(sockets=[listener])
+        finally:
+            served.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens; clients that come early wait.
+
+    Raises:
+        ConfigError: there is no such port.
+        StorageError: it is in use, or not allowed, or the address is not of this machine.
+    """
+    if not 0 <= port < 2**16:
+        raise ConfigError(f"port {port} is not one", hint="0 to 65535; 0 for any that is free")
     try:
-        config = uvicorn.Config(
-            build_app(served), host=settings.host, port=settings.port, log_level="warning", access_log=False
-        )
-        if on_ready is not None:
-            on_ready(f"http://{settings.host}:{settings.port}")
-        uvicorn.Server(config).run()
-    except SystemExit as error:  # uvicorn ends the process where it cannot listen
-        raise StorageError(
-            f"port {settings.port} of {settings.host} cannot be used", hint="give another --port"
-        ) from error
-    finally:
-        served.close()
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise StorageError(f"port {port} of {host} cannot be used: {error}", hint="give another --port") from error

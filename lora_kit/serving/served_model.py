@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from lora_kit.data.messages import Conversation
 from lora_kit.data.read_messages import read_open_conversation
 from lora_kit.data.sample_format import PromptStyle
 from lora_kit.data.templates import ChatTemplate, find_chat_template
-from lora_kit.errors import ConfigError, DataError, UnknownAdapterError
+from lora_kit.errors import ConfigError, DataError, LoraKitError, UnknownAdapterError
 from lora_kit.generation.prompts import EncodedPrompt, encode_prompt, find_adapter_style, find_end_tokens
 from lora_kit.models.loading import Base, load_base
 from lora_kit.models.prompt_tokens import tokenize_prompt
@@ -29,7 +30,10 @@ from lora_kit.serving.engine import RequestError
 from lora_kit.serving.model_worker import ModelWorker, QueueLimits
 from lora_kit.serving.rate_limit import RateLimit
 from lora_kit.serving.rows_engine import RowsEngine
+from lora_kit.serving.scaled_adapter import scale_adapter
 from lora_kit.serving.server_metrics import ServerMetrics
+
+logger = logging.getLogger(__name__)
 
 _DEFAULT_COMPLETION_TOKENS: Final = 16
 """What OpenAI's API takes for a completion whose request does not say."""
@@ -243,6 +247,7 @@ class ServedModel:
         probing = self.worker.call(lambda: slots.probe(adapter, self._engine.forward.measure_effect))
         effect = probing.result(timeout=_CALL_SECONDS)
         self.labels.load(label, name)
+        self._follow_pins()
         return {"status": "loaded", "label": label, "digest": adapter.digest, "largest_change_of_a_logit": effect}
 
     def pin(self, label: str, *, pinned: bool) -> None:
@@ -251,10 +256,46 @@ class ServedModel:
         Raises:
             UnknownAdapterError: no such label.
         """
-        adapter, slots = self.labels.resolve(label), self.worker.slots
-        command = (lambda: slots.pin(adapter)) if pinned else (lambda: slots.unpin(adapter.digest))
-        self.worker.call(command).result(timeout=_CALL_SECONDS)
+        if pinned:
+            self._pin_slot(label)
+        else:
+            self.labels.target_of(label)  # raises for a label that is none
         self.labels.pin(label, pinned=pinned)
+        self._follow_pins()
+
+    def unload(self, label: str) -> None:
+        """Take a label away that was given at run time, or an alias; requests that have begun finish on its content.
+
+        Raises:
+            UnknownAdapterError, StorageError: as `AdapterLabels.unload`; nothing has changed.
+        """
+        self.labels.unload(label)
+        self._follow_pins()
+
+    def set_alias(self, alias: str, label: str) -> None:
+        """Let an alias stand for a label from now on.
+
+        Raises:
+            ConfigError, UnknownAdapterError, StorageError: as `AdapterLabels.alias`; nothing has changed.
+        """
+        self.labels.alias(alias, label)
+        self._follow_pins()
+
+    def _pin_slot(self, label: str) -> str:
+        """Pin what a label stands for, and return its digest."""
+        adapter, slots = self.labels.resolve(label), self.worker.slots
+        self.worker.call(lambda: slots.pin(adapter)).result(timeout=_CALL_SECONDS)
+        return adapter.digest
+
+    def _follow_pins(self) -> None:
+        """Pin what pinned labels stand for now, and nothing else: a pin is of a label, a slot of a content."""
+        digests, slots = set[str](), self.worker.slots
+        for label in sorted(self.labels.state.pinned):
+            try:
+                digests.add(self._pin_slot(label))
+            except LoraKitError as error:  # the change itself is done; it answers all the same, from any slot
+                logger.warning("%s is pinned, and cannot be kept in a slot: %s", label, error)
+        self.worker.call(lambda: slots.unpin_others(digests)).result(timeout=_CALL_SECONDS)
 
     def list_models(self) -> list[dict[str, Any]]:
         """Return what may be asked, as `/v1/models` lists it: `root` is the digest, once it is known."""
@@ -288,27 +329,9 @@ class ServedModel:
 
     def _pin_again(self) -> None:
         """Pin what was pinned when the server ran before; what is gone by now is left out."""
-        for label in sorted(self.labels.state.pinned):
-            try:
-                self.pin(label, pinned=True)
-            except UnknownAdapterError:
-                self.labels.pin(label, pinned=False)
-
-
-def scale_adapter(adapter: Adapter, scale: float) -> Adapter:
-    """Return an adapter whose update is `scale` times as large.
-
-    Raises:
-        ConfigError: it has more than LoRA weights, which cannot be scaled.
-    """
-    config = adapter.config
-    if config.use_dora or config.modules_to_save or adapter.tokens():
-        raise ConfigError("lora_scale is for adapters that have LoRA weights alone")
-    tensors = {
-        key: tensor * scale if ".lora_B" in key or ".lora_embedding_B" in key else tensor
-        for key, tensor in adapter.tensors.items()
-    }
-    return Adapter(config, tensors, record=adapter.record)
+        for label in sorted(self.labels.state.pinned - set(self.labels.names())):
+            self.labels.pin(label, pinned=False)
+        self._follow_pins()
 
 
 def _check_text(text: str) -> str:

@@ -141,3 +141,36 @@ def test_aliases_of_the_start_are_all_there_or_none(store: Path) -> None:
     assert labels.state.aliases == {}
     set_aliases({"chat": "sql"}, labels)
     assert labels.state.aliases == {"chat": "sql"}
+
+
+def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(
+    store: Path, made: list[lk.Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels, load, reads = open_labels(store), lk.Adapter.load, list[Path]()
+
+    def replace_while_reading(folder: Path) -> lk.Adapter:
+        reads.append(folder)
+        if len(reads) == 1:
+            made[1].save(store / "sql", replace=True)
+            raise AdapterError("torn")
+        return load(folder)
+
+    monkeypatch.setattr(lk.Adapter, "load", replace_while_reading)
+    assert labels.resolve("sql").digest == made[1].digest
+    assert len(reads) == 2
+
+
+def test_a_folder_that_vanishes_or_is_torn_is_an_error_of_its_own_label(store: Path, made: list[lk.Adapter]) -> None:
+    labels = open_labels(store)
+    labels.resolve("sql")
+    weights = store / "sql" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(AdapterError):
+        labels.resolve("sql")
+    assert labels.peek("sql") is None
+    shutil.rmtree(store / "sql")
+    with pytest.raises(UnknownAdapterError):
+        labels.resolve("sql")
+    assert labels.resolve("sum").digest == made[1].digest
+    shutil.rmtree(store)
+    assert labels.names() == ()

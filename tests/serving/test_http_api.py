@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -186,6 +187,9 @@ def test_a_scale_of_zero_is_the_base_and_of_one_the_adapter(client: TestClient, 
         ({"tools": [{"type": "function"}]}, 400, "tools"),
         ({"temprature": 1}, 400, "temprature"),
         ({"best_of": 5}, 400, "best_of"),
+        ({"max_tokens": 10**400}, 400, "max_tokens"),
+        ({"prompt": ["a"] * 1000}, 400, "prompt"),
+        ({"prompt": ["a"] * 100, "n": 16}, 400, "prompt"),
     ],
 )
 def test_what_is_wrong_is_said_in_the_envelope(
@@ -305,3 +309,87 @@ def test_a_failing_forward_ends_its_own_requests_only(client: TestClient, served
         assert complete(client, "plain").status_code == 200
     finally:
         hook.remove()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"model": "plain", "prompt": "\xff\xfe"}',
+        b'{"model": "plain", "prompt": "\\ud800"}',
+        b'{"model": "plain", "prompt": "a", "lora_scale": NaN}',
+        b'{"model": "plain", "prompt": "a", "temperature": -Infinity}',
+        b'{"model": "plain", "prompt": "a", "logit_bias": {"5": NaN}}',
+        b'{"model": "plain", "prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"model": "plain", "prompt": "a", "repetition_penalty": 1e-300}',
+        b"null",
+    ],
+)
+def test_a_body_that_no_client_should_send_is_the_clients_fault(client: TestClient, content: bytes) -> None:
+    answer = client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"]
+
+
+def test_the_smallest_temperature_and_top_p_take_the_most_probable_token(
+    client: TestClient, offline: dict[str, list[int]]
+) -> None:
+    for fields in ({"temperature": 1e-300}, {"temperature": 5, "top_p": 1e-300}):
+        assert complete(client, "plain", **fields).json()["choices"][0]["token_ids"] == offline["plain"]
+
+
+def test_an_unexpected_error_is_in_the_envelope_and_tells_nothing(
+    served: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise OSError("/a/path/of/the/server")
+
+    monkeypatch.setattr(served.labels, "names", fail)
+    with TestClient(build_app(served), base_url="http://127.0.0.1", raise_server_exceptions=False) as client:
+        answer = client.get("/v1/models")
+    assert answer.status_code == 500
+    assert "path" not in answer.json()["error"]["message"]
+
+
+def list_pinned(served: ServedModel) -> set[str]:
+    uses = served.worker.call(served.worker.slots.describe).result(timeout=20)
+    return {digest for digest, use in uses.items() if use.pinned}
+
+
+def test_a_pin_follows_its_label_and_leaves_with_it(client: TestClient, served: ServedModel) -> None:
+    digests = [
+        client.post("/v1/load_lora_adapter", json={"lora_name": "kept", "lora_path": path}).json()["digest"]
+        for path in ("plain", "head", "plain")
+    ]
+    assert client.put("/v1/adapters/kept/pin").status_code == 200
+    assert list_pinned(served) == {digests[0]}
+    client.post("/v1/load_lora_adapter", json={"lora_name": "kept", "lora_path": "head"})
+    assert list_pinned(served) == {digests[1]}
+    client.post("/v1/unload_lora_adapter", json={"lora_name": "kept"})
+    assert not list_pinned(served)
+
+
+def test_no_slot_for_a_load_is_said_and_heals(client: TestClient, offline: dict[str, list[int]]) -> None:
+    pinned = ("plain", "dora", "head", "embedding")  # as many as there are slots
+    assert all(client.put(f"/v1/adapters/{name}/pin").status_code == 200 for name in pinned)
+    for answer in (
+        client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "whole"}),
+        client.put("/v1/adapters/whole/pin"),
+    ):
+        assert answer.status_code == 429
+        assert "slot" in answer.json()["error"]["message"]
+    assert all(client.delete(f"/v1/adapters/{name}/pin").status_code == 200 for name in pinned)
+    assert complete(client, "whole").json()["choices"][0]["token_ids"] == offline["whole"]
+
+
+def test_a_stuck_forward_shows_in_health(client: TestClient, served: ServedModel) -> None:
+    go_on = threading.Event()
+    object.__setattr__(served.settings, "stuck_seconds", 0.05)
+    try:
+        stuck = served.worker.call(lambda: go_on.wait(20))
+        time.sleep(0.2)
+        assert client.get("/health").status_code == 503
+    finally:
+        go_on.set()
+        object.__setattr__(served.settings, "stuck_seconds", 30.0)
+    stuck.result(timeout=20)
+    assert client.get("/health").status_code == 200

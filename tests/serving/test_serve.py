@@ -1,0 +1,44 @@
+"""The process of a server: it listens before it loads, and a signal ends it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from lora_kit.errors import ConfigError, StorageError
+from lora_kit.serving.serve import serve
+from lora_kit.serving.served_model import ServerSettings
+
+
+def test_a_port_in_use_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(StorageError, match=f"port {port} .*in use"):
+            serve(ServerSettings(base="no-such-base", store=tmp_path, port=port))
+
+
+def test_a_port_that_is_none_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="port 70000"):
+        serve(ServerSettings(base="no-such-base", store=tmp_path, port=70_000))
+
+
+def test_sigterm_ends_a_server_with_its_own_exit_code_and_no_traceback(tmp_path: Path) -> None:
+    command = ["serve", "--base", "kit-base", "--store", str(tmp_path), "--dtype", "fp32", "--port", "0"]
+    start = [sys.executable, "-c", "import sys; from lora_kit.cli import main; sys.exit(main())", *command]
+    with subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().split()[3].rstrip(";")
+        with urllib.request.urlopen(f"{address}/health", timeout=20) as answer:
+            assert json.load(answer)["status"] == "ok"
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "Traceback" not in errors
+    assert "cannot be used" not in errors
