@@ -79,8 +79,19 @@ def _write(records: Sequence[dict[str, Any]]) -> None:
     ran = {(record["program"], record["form"]) for record in records}
     kept = [record for record in earlier if (record["program"], record["form"]) not in ran]
     result = {"checks": sorted([*kept, *records], key=lambda record: (record["program"], record["form"]))}
-    harness.write(RESULT.stem, result)
+    RESULT.write_text(_format_json(result), encoding="utf-8")
     harness.fill(PAGE, format_table(result), mark=MARK)
+
+
+def _format_json(result: dict[str, Any]) -> str:
+    """Return a result as JSON with a line for each case."""
+    checks = []
+    for check in result["checks"]:
+        cases = ",\n   ".join(json.dumps({k: v for k, v in case.items() if v is not None}) for case in check["cases"])
+        head = json.dumps({key: value for key, value in check.items() if key != "cases"})
+        checks.append(f'{head[:-1]}, "cases": [\n   {cases}]}}')
+    head = json.dumps(harness.environment())
+    return f'{head[:-1]}, "checks": [\n ' + ",\n ".join(checks) + "]}\n"
 
 
 def _say(text: str) -> None:

@@ -206,9 +206,7 @@ CHECKS: Final = {
         Check("mlx", "read_with_mlx", "mlx", write_export("mlx"), wide_bounds=_GEMMAS),
         Check("mlx", "read_with_mlx", "merged", write_merged, bases=_PLAIN_BASES),
     ),
-    "ctranslate2": (
-        Check("ctranslate2", "read_with_ctranslate2", "merged", write_merged, bases=("llama", "mistral", "qwen2")),
-    ),
+    "ctranslate2": (Check("ctranslate2", "read_with_ctranslate2", "merged", write_merged, bases=("llama", "qwen2")),),
     "onnx": (
         Check("onnx", "read_with_onnx", "merged", write_merged, bases=("llama",), features=("plain", "dora", "head")),
     ),

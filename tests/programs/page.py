@@ -24,7 +24,7 @@ def format_table(result: Mapping[str, Any]) -> str:
 def _format_line(check: Mapping[str, Any]) -> list[str]:
     if check.get("skipped"):
         return [check["program"], check["form"], "not run here", "–", "–", "–", "–"]
-    equal = [case for case in check["cases"] if case["verdict"] == "equal" and case["effect"]]
+    equal = [case for case in check["cases"] if case["verdict"] == "equal" and case.get("effect")]
     unsupported = sorted({case["key"].partition("/")[2] for case in check["cases"] if case["verdict"] == "rejected"})
     bases = {case["key"].partition("/")[0] for case in equal}
     return [
