@@ -23,6 +23,7 @@ from lora_kit.io.text import escape_for_terminal
 from tests.support import folders, texts, tiny
 
 VERBS = [
+    "chat",
     "check",
     "combine",
     "compare",
@@ -37,10 +38,12 @@ VERBS = [
     "keep",
     "list",
     "merge",
+    "parity",
     "predict",
     "prepare",
     "preview",
     "resize",
+    "serve",
     "sign",
     "sweep",
     "train",

@@ -205,13 +205,13 @@ def test_a_command_stopped_by_a_signal_exits_with_its_code_and_the_same_command_
 
 
 @pytest.mark.slow
-def test_killed_at_ten_random_moments(tmp_path: Path) -> None:
+def test_killed_at_random_moments(tmp_path: Path) -> None:
     recipe = long_recipe(tmp_path, steps=40, train={"save_steps": 3, "eval_strategy": "steps", "eval_steps": 5})
     started = time.perf_counter()
     expected = unbroken(recipe)
     length = time.perf_counter() - started
     moments, resumed = random.Random(0), []
-    for number in range(10):
+    for number in range(10 if os.environ.get("LORA_KIT_LONG") == "1" else 4):
         again = {**recipe, "out": str(tmp_path / f"out{number}")}
         child = os.fork()
         if child == 0:

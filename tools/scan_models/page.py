@@ -35,7 +35,7 @@ where it takes more than {seconds} s. Models of several kinds of input are given
 many of the covered layers take part is in `benchmarks/results/models_scan.json`. What [models](models.md) says of the
 families there is tested in more depth.
 """
-_TITLES: Final = {WORKS: "works", REFUSED: "refused", FAILS: "fails", CUT: "cut", NOT_TRIED: "no tiny model"}
+_TITLES: Final = {WORKS: "works", REFUSED: "rejected", FAILS: "fails", CUT: "cut", NOT_TRIED: "no tiny model"}
 
 Rows = Mapping[str, Mapping[str, str]]
 """Of each class its family and what was seen of it."""
