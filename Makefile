@@ -26,8 +26,12 @@ demo: $(READY) ## three tasks on the built-in base: train, compare, swap, merge
 	@$(OFFLINE) $(BIN)/lora-kit demo
 
 .PHONY: test
-test: $(READY) ## the tests, offline, a process for each core
-	@$(OFFLINE) $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal
+test: $(READY) ## the tests, offline, a process for each core, but for those marked slow
+	@$(OFFLINE) $(BIN)/pytest -m 'not slow' --numprocesses logical --maxprocesses 8 --dist worksteal
+
+.PHONY: test-long
+test-long: $(READY) ## all tests: the slow ones, long storms and more kills too
+	@$(OFFLINE) LORA_KIT_LONG=1 $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 .PHONY: format-check
 format-check: $(READY)
