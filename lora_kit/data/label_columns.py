@@ -14,6 +14,7 @@ from typing import Any
 
 from lora_kit.data.cells import RowError, read_list, read_string
 from lora_kit.data.records import EMPTY, Row
+from lora_kit.io.text import parse_number
 
 TextInput = str | tuple[str, str]
 """A text, or a pair of texts."""
@@ -57,17 +58,6 @@ def _read_weight(value: object) -> float:
     if number is None or number <= 0:
         raise RowError(f"{WEIGHT} must be a number above 0; {value!r} was given")
     return number
-
-
-def parse_number(value: object) -> float | None:
-    """Return a number, or text that is one, as a float; None for anything else, infinity and NaN included."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
 
 
 def _read_label_or_number(name: str, value: object) -> str | int | float:

@@ -12,13 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from lora_kit.data.batches import IGNORE_INDEX
 from lora_kit.data.cells import RowError
-from lora_kit.data.label_columns import parse_number
 from lora_kit.data.layouts import RowValue
 from lora_kit.data.row_encoders import EncodedRow
 from lora_kit.data.rows import Rows
 from lora_kit.data.sample_format import SampleFormat
 from lora_kit.data.text_tokens import tokenize_texts, tokenize_words
 from lora_kit.errors import format_list
+from lora_kit.io.text import parse_number
 from lora_kit.models.protocols import Tokenizer
 from lora_kit.models.tasks import MULTI_LABEL, REGRESSION
 

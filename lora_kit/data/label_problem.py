@@ -6,10 +6,10 @@ import logging
 from collections.abc import Sequence
 from typing import Final
 
-from lora_kit.data.label_columns import parse_number
 from lora_kit.data.records import Fault
 from lora_kit.data.rows import Rows, build_fault_error, collect_label_names, sort_labels
 from lora_kit.errors import DataError
+from lora_kit.io.text import parse_number
 from lora_kit.models.tasks import MULTI_LABEL, REGRESSION, REGRESSION_LABEL, SINGLE_LABEL
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,8 @@
-"""Values and names that others wrote, as text that is short and cannot steer a terminal."""
+"""Values and names that others wrote: as text that is short and cannot steer a terminal, and numbers in text."""
 
 from __future__ import annotations
 
+import math
 import reprlib
 import unicodedata
 from typing import Final
@@ -51,3 +52,14 @@ def _can_steer_terminal(character: str) -> bool:
     # Control characters, surrogates, unassigned ones, and marks that reorder text; joiners inside emoji are harmless.
     category = unicodedata.category(character)
     return category in ("Cc", "Cs", "Co", "Cn") or (category == "Cf" and character not in "\u200c\u200d")
+
+
+def parse_number(value: object) -> float | None:
+    """Return a number, or text that is one, as a float; None for anything else, infinity and NaN included."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None

@@ -12,8 +12,8 @@ from typing import Any, Final
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.adapter_like import AdapterLike, short_label_of
-from lora_kit.adapter.adapter_location import resolve_adapter
 from lora_kit.errors import ConfigError, DataError, suggest_nearest
+from lora_kit.generation.adapter_args import read_adapter
 from lora_kit.io.atomic_write import write_file
 from lora_kit.serving.engine import Event
 from lora_kit.serving.model_worker import Ticket
@@ -66,12 +66,10 @@ class ChatSession:
         Raises:
             UnknownAdapterError, AdapterError, ConfigError: it is not there, or cannot be read; nothing has changed.
         """
-        if adapter is None:
+        read = read_adapter(adapter, store=self.store)
+        if adapter is None or read is None:
             self.adapter, self.label, self.scale = None, self.served.base_name, 1.0
             return
-        read = (
-            adapter if isinstance(adapter, Adapter) else Adapter.load(resolve_adapter(adapter, store=self.store).folder)
-        )
         self.adapter, self.label, self.scale = read, short_label_of(adapter, read), 1.0
 
     def set_scale(self, scale: float) -> None:

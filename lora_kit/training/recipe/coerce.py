@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
-import math
 import re
 import types
 import typing
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 from lora_kit.errors import RecipeError, format_list, suggest_nearest
-from lora_kit.io.text import format_value, shorten
+from lora_kit.io.text import format_value, parse_number, shorten
 from lora_kit.training.recipe.strict_yaml import parse_yaml
 
 Section: TypeAlias = Mapping[str, Any]
@@ -180,17 +179,11 @@ def _parse_int(name: str, value: object) -> int | None:
 
 
 def _parse_float(name: str, value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    if not math.isfinite(number):
-        return None
+    number = parse_number(value)
     # A number that was written as a whole number stays one, in the saved recipe too.
-    is_whole = isinstance(value, int) or (isinstance(value, str) and value.strip("+-").isdecimal())
-    return int(value) if is_whole else number
+    if number is not None and (isinstance(value, int) or (isinstance(value, str) and value.strip("+-").isdecimal())):
+        return int(value)
+    return number
 
 
 def _parse_list(name: str, value: object) -> list[object] | None:
