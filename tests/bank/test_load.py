@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -36,18 +37,24 @@ def operations(run: Callable[[], Any]) -> list[str]:
 
 
 def calls(run: Callable[[], Any]) -> int:
-    """Functions that a call calls, written in Python or not."""
+    """Functions that a call calls, written in Python or not.
+
+    The garbage collector is off meanwhile: what it frees of other tests runs finalizers, which would be counted.
+    """
     count = 0
 
     def step(_frame: Any, event: str, _given: Any) -> None:
         nonlocal count
         count += event in ("call", "c_call")
 
+    gc.collect()
+    gc.disable()
     sys.setprofile(step)
     try:
         run()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return count
 
 
