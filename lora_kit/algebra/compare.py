@@ -1,4 +1,4 @@
-"""The singular values of an adapter, and how alike two adapters are, without forming a dense delta."""
+"""How alike two adapters are, without forming a dense delta."""
 
 from __future__ import annotations
 
@@ -60,14 +60,6 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         fields: dict[str, Any] = to_json_value(self)
         return fields
-
-
-def spectrum(adapter: Adapter) -> dict[str, Tensor]:
-    """Return the singular values of `scaling · B A` at every layer: float64, falling, one for each rank.
-
-    Of a DoRA they are those of the update before its rows are rescaled.
-    """
-    return {path: update.values() for path, (_, update) in SourceAdapter.of(adapter).updates().items()}
 
 
 def compare(one: AdapterLike, other: AdapterLike, *, allow: Collection[str] = ()) -> Comparison:

@@ -33,6 +33,13 @@ def require(condition: bool, name: str, value: object, expected: str) -> None:
         raise _invalid_value_error(name, value, expected)
 
 
+def check_range(name: str, value: float, low: float, high: float, *, excludes_low: bool = False) -> None:
+    """Raise ConfigError unless a number is from `low` to `high`; NaN never is."""
+    is_above = value > low if excludes_low else value >= low
+    start = f"above {low:g}" if excludes_low else f"from {low:g}"
+    require(is_above and value <= high, name, value, f"{start} to {high:g}")
+
+
 def _invalid_value_error(name: str, value: object, expected: str) -> ConfigError:
     return ConfigError(f"{name} must be {expected}; {format_value(value)} was given")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from lora_kit.errors import ConfigError
+from lora_kit.config.validation import check_range, require
 from lora_kit.generation.prompts import EncodedPrompt, find_end_tokens
 from lora_kit.models.loading import Base
 from lora_kit.models.protocols import Tokenizer
@@ -41,11 +41,11 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+        require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
         finite = math.isfinite(self.temperature) and self.temperature >= 0
-        _require(finite, "temperature", self.temperature, "0 or a finite number above it")
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
-        _require(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to below 2^63")
+        require(finite, "temperature", self.temperature, "0 or a finite number above it")
+        check_range("top_p", self.top_p, 0, 1, excludes_low=True)
+        check_range("seed", self.seed, 0, 2**63 - 1)
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,3 @@ def _build_generation_config(base: Base, sampling: Sampling, length: int, *, end
 def _find_pad_token(base: Base) -> int:
     pad = base.tokenizer.pad_token_id
     return int(pad) if pad is not None else min(find_end_tokens(base), default=0)
-
-
-def _require(holds: bool, name: str, value: float, expected: str) -> None:
-    if not holds:
-        raise ConfigError(f"{name} must be {expected}; {value!r} was given")

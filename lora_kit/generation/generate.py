@@ -21,8 +21,9 @@ from lora_kit.generation.adapter_args import (
     find_common_task,
     read_adapter,
 )
-from lora_kit.generation.decoding import Sampling, decode_ids, generate_batch
+from lora_kit.generation.decoding import Sampling, generate_batch
 from lora_kit.generation.prompts import encode_prompt, resolve_styles
+from lora_kit.generation.text_stream import TextStream
 from lora_kit.models.loading import Base, load_base, load_input_spec
 from lora_kit.models.tasks import SEQ2SEQ, find_task_by_peft_type
 from lora_kit.names import DEFAULT_STORE
@@ -173,14 +174,12 @@ def _limit_new_tokens(base: Base, longest: int, requested: int) -> tuple[int, Li
 
 
 class _RowStreamer:
-    """A streamer of transformers for a batch: decodes each row as it grows and reports its text."""
+    """A streamer of transformers for a batch: decodes each row as it grows and reports its text so far."""
 
     def __init__(self, base: Base, ends: Sequence[Collection[int]], *, on_text: Callable[[int, str], None]) -> None:
-        self._tokenizer = base.tokenizer
         self._ends = ends
-        self._ids: list[list[int]] = [[] for _ in ends]
-        self._shown = [""] * len(ends)
-        self._open = [True] * len(ends)
+        self._texts = [TextStream(base.tokenizer) for _ in ends]
+        self._open = set(range(len(ends)))
         self._on_text = on_text
         self._prompt_seen = False
 
@@ -190,15 +189,20 @@ class _RowStreamer:
             self._prompt_seen = True
             return
         for row, token in enumerate(value.tolist()):
-            if not self._open[row]:
-                continue
-            self._ids[row].append(token)
-            self._open[row] = token not in self._ends[row]
-            # A character of several tokens decodes to a replacement mark until its last token is there.
-            text = decode_ids(self._tokenizer, self._ids[row])
-            if text != self._shown[row] and not text.endswith("\N{REPLACEMENT CHARACTER}"):
-                self._shown[row] = text
-                self._on_text(row, text)
+            if row in self._open:
+                self._report(row, self._texts[row].push(token))
+                if token in self._ends[row]:
+                    self._close(row)
 
     def end(self) -> None:
-        """Do nothing: every text was reported when it grew."""
+        """Report what was held back of rows that were cut off: a character that no token will complete."""
+        for row in sorted(self._open):
+            self._close(row)
+
+    def _close(self, row: int) -> None:
+        self._open.remove(row)
+        self._report(row, self._texts[row].finish())
+
+    def _report(self, row: int, added: str) -> None:
+        if added:
+            self._on_text(row, self._texts[row].text)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,11 +69,6 @@ class AccessKeys:
 def hash_key(key: str) -> str:
     """Return the sha256 of a key. Keys are random and long, so that nothing slower is needed."""
     return hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()
-
-
-def make_key() -> str:
-    """Return a new random key."""
-    return f"lk-{secrets.token_urlsafe(32)}"
 
 
 def read_keys(path: Path | None) -> AccessKeys:

@@ -19,10 +19,10 @@ from typing import Any, Final
 import torch
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.adapter.adapter_location import resolve_adapter
-from lora_kit.bank.attach import attach
 from lora_kit.bank.bank import AdapterBank
 from lora_kit.errors import BaseModelError, ConfigError
+from lora_kit.generation.adapter_args import read_adapter
+from lora_kit.generation.generate import attach_adapters, route_rows
 from lora_kit.models.loading import Base
 from lora_kit.models.tasks import CAUSAL_LM
 
@@ -102,28 +102,17 @@ def write_questions(
         tuple(generator.randrange(vocabulary) for _ in range(generator.randint(*_PROMPT_LENGTHS)))
         for _ in range(prompts)
     ]
-    present = {name: adapter for name, adapter in adapters.items() if adapter is not None}
-    largest = max((adapter.config.largest_rank for adapter in present.values()), default=1)
-    bank = attach(base.model, slots=max(len(present), 1), max_rank=largest)
-    try:
-        for name, adapter in present.items():
-            bank.load(name, adapter)
-        return [
-            _answer(base, bank, name, prompt, in_bank=name in present, new_tokens=new_tokens)
-            for name in adapters
-            for prompt in texts
-        ]
-    finally:
-        bank.detach()
+    with attach_adapters(base.model, adapters) as bank:
+        return [_answer(base, bank, name, prompt, new_tokens=new_tokens) for name in adapters for prompt in texts]
 
 
 @torch.no_grad()
 def _answer(
-    base: Base, bank: AdapterBank, name: str, prompt: tuple[int, ...], *, in_bank: bool, new_tokens: int
+    base: Base, bank: AdapterBank | None, name: str, prompt: tuple[int, ...], *, new_tokens: int
 ) -> ParityQuestion:
     ids = torch.tensor([prompt], device=base.device)
     options = {"do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
-    with bank.using(name if in_bank else None):
+    with route_rows(bank, [name]):
         written = base.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
     answer = tuple(written[0, len(prompt) :].tolist())
     return ParityQuestion(name, prompt, answer, base.tokenizer.decode(list(answer), skip_special_tokens=True))
@@ -206,14 +195,11 @@ def _count_shared(question: ParityQuestion, ids: Sequence[int] | None) -> int | 
     return next(equal, min(len(ids), len(question.answer)))
 
 
-def read_named_adapters(names: Sequence[str], *, store: Path) -> dict[str, Adapter]:
+def read_named_adapters(names: Sequence[str], *, store: Path) -> dict[str, Adapter | None]:
     """Return adapters by what the server calls them: `NAME=ADAPTER`, or an adapter under its own name.
 
     Raises:
         UnknownAdapterError, AdapterError: one is not there, or cannot be read.
     """
     named = [text.rpartition("=") for text in names]
-    return {
-        name or Path(adapter).name: Adapter.load(resolve_adapter(adapter, store=store).folder)
-        for name, _, adapter in named
-    }
+    return {name or Path(adapter).name: read_adapter(adapter, store=store) for name, _, adapter in named}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_kit.bank.bank import AdapterBank
+from lora_kit.generation.text_stream import TextStream
 from lora_kit.models.loading import Base
 from lora_kit.serving.engine import EngineRequest, Event, Finish, FinishReason, RequestError
 from lora_kit.serving.fair_turns import FairTurns
@@ -22,7 +23,6 @@ from lora_kit.serving.kv_rows import KeyValueRows, PackedStep, PromptChunk
 from lora_kit.serving.packed_forward import PackedForward
 from lora_kit.serving.running_request import RowContent, RunningRequest
 from lora_kit.serving.sampler import Sampler
-from lora_kit.serving.text_stream import TextStream
 
 logger = logging.getLogger(__name__)
 
@@ -78,10 +78,6 @@ class RowsEngine:
     @property
     def running(self) -> int:
         return len(self._running)
-
-    @property
-    def free_rows(self) -> int:
-        return len(self._free)
 
     def close(self) -> None:
         """Give the model its own attention back."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from lora_kit.generation.text_stream import TextStream
 from lora_kit.serving.engine import EngineRequest, Finish, FinishReason
 from lora_kit.serving.sampler import Sampler
-from lora_kit.serving.text_stream import TextStream
 
 
 @dataclass

@@ -10,6 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from lora_kit.config.validation import check_range
 from lora_kit.errors import ConfigError
 
 MAX_LOGPROBS: Final = 20
@@ -60,21 +61,21 @@ class SamplingSettings:
     min_tokens: int = 0
 
     def __post_init__(self) -> None:
-        _check_range("max_tokens", self.max_tokens, 1, MAX_TOKENS)
-        _check_range("temperature", self.temperature, 0, 100)
-        _check_range("top_p", self.top_p, 0, 1, excludes_low=True)
-        _check_range("top_k", self.top_k, 0, 2**31)
-        _check_range("min_p", self.min_p, 0, 1)
-        _check_range("presence_penalty", self.presence_penalty, -2, 2)
-        _check_range("frequency_penalty", self.frequency_penalty, -2, 2)
-        _check_range("repetition_penalty", self.repetition_penalty, _LOWEST_REPETITION_PENALTY, 10)
-        _check_range("min_tokens", self.min_tokens, 0, self.max_tokens)
+        check_range("max_tokens", self.max_tokens, 1, MAX_TOKENS)
+        check_range("temperature", self.temperature, 0, 100)
+        check_range("top_p", self.top_p, 0, 1, excludes_low=True)
+        check_range("top_k", self.top_k, 0, 2**31)
+        check_range("min_p", self.min_p, 0, 1)
+        check_range("presence_penalty", self.presence_penalty, -2, 2)
+        check_range("frequency_penalty", self.frequency_penalty, -2, 2)
+        check_range("repetition_penalty", self.repetition_penalty, _LOWEST_REPETITION_PENALTY, 10)
+        check_range("min_tokens", self.min_tokens, 0, self.max_tokens)
         if self.seed is not None:
-            _check_range("seed", self.seed, 0, 2**63 - 1)
+            check_range("seed", self.seed, 0, 2**63 - 1)
         if self.logprobs is not None:
-            _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+            check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         for token, bias in self.logit_bias.items():
-            _check_range(f"logit_bias of {token}", bias, -100, 100)
+            check_range(f"logit_bias of {token}", bias, -100, 100)
         if len(self.stop) > MAX_STOPS or any(not 0 < len(text) <= _MAX_STOP_LENGTH for text in self.stop):
             raise ConfigError(f"stop has at most {MAX_STOPS} texts of 1 to {_MAX_STOP_LENGTH} characters")
 
@@ -181,10 +182,3 @@ class Sampler:
         logprobs = torch.log_softmax(logits, dim=-1)
         values, tokens = logprobs.topk(count)
         return ChosenToken(token, float(logprobs[token]), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))
-
-
-def _check_range(name: str, value: float, low: float, high: float, *, excludes_low: bool = False) -> None:
-    is_low = value <= low if excludes_low else value < low
-    if value != value or is_low or value > high:  # the first is NaN; an int may be too large for math.isnan
-        above = f"above {low:g}" if excludes_low else f"from {low:g}"
-        raise ConfigError(f"{name} must be {above} to {high:g}; {value!r} was given")

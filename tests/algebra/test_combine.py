@@ -18,9 +18,10 @@ import lora_kit as lk
 from lora_kit.adapter.peft_keys import PREFIX, lora_weight_keys
 from lora_kit.algebra.assemble import apply_ranks
 from lora_kit.algebra.combine import METHODS
-from lora_kit.algebra.compare import compare, spectrum
+from lora_kit.algebra.compare import compare
 from lora_kit.algebra.dense_svd import approximate_low_rank
 from lora_kit.algebra.low_rank import LowRankUpdate, compute_distance, sum_updates
+from lora_kit.algebra.sources import SourceAdapter
 from lora_kit.errors import BaseMismatchError, ConfigError, MergeError, UnknownAdapterError
 from tests.support import tiny
 from tests.support.folders import adapter, contents, foreign
@@ -580,10 +581,10 @@ def test_models_that_are_not_alike_are_refused(tmp_path: Path) -> None:
 # Looking
 
 
-def test_spectrum_and_comparison_are_those_of_the_dense_deltas() -> None:
+def test_singular_values_and_comparison_are_those_of_the_dense_deltas() -> None:
     one, two = made({Q: (24, 16, 3)}, seed=1), made({Q: (24, 16, 5), V: (8, 16, 5)}, seed=2, lora_alpha=3)
     a, b = deltas(one)[Q], deltas(two)[Q]
-    assert torch.allclose(spectrum(one)[Q], torch.linalg.svdvals(a)[:3])
+    assert torch.allclose(SourceAdapter.of(one).updates()[Q][1].values(), torch.linalg.svdvals(a)[:3])
     found = compare(one, two)
     assert found.alone == ((), (V,))
     layer = found.layers[Q]

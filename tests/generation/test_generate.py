@@ -10,7 +10,7 @@ import torch
 import lora_kit as lk
 from lora_kit.errors import AdapterError, ConfigError, DataError, UnknownAdapterError
 from lora_kit.generation.decoding import Sampling
-from lora_kit.generation.generate import generate
+from lora_kit.generation.generate import _RowStreamer, generate
 from lora_kit.generation.prompts import find_separator
 from lora_kit.models.loading import Base
 from tests.support import texts, tiny
@@ -79,6 +79,36 @@ def test_text_grows_to_the_result(base: Base) -> None:
         assert seen[row][-1] == result.text
         assert all(later.startswith(earlier) for earlier, later in zip(seen[row], seen[row][1:], strict=False))
         assert len(seen[row]) > 1
+
+
+def test_a_token_costs_the_same_however_long_the_answer_is(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[int] = []
+    decode = type(base.tokenizer).decode
+
+    def count(self: object, token_ids: list[int], **options: object) -> str:
+        decoded.append(len(token_ids))
+        return decode(self, token_ids, **options)
+
+    monkeypatch.setattr(type(base.tokenizer), "decode", count)
+    found = generate(base, [None], "one", sampling=Sampling(max_new_tokens=40), on_text=lambda *_: None)
+    assert found[0].tokens == 40
+    assert decoded.pop() == 40  # of the result
+    assert max(decoded) < 20
+
+
+@pytest.mark.parametrize("cut", [0, 1])
+def test_a_character_of_several_tokens_is_reported_whole(cut: int) -> None:
+    base = lk.load_base("kit-base")
+    seen: list[str] = []
+    streamer = _RowStreamer(base, [frozenset()], on_text=lambda _, text: seen.append(text))
+    ids = base.tokenizer("a 🦊", add_special_tokens=False)["input_ids"]
+    shown = ids[: len(ids) - cut]
+    for value in (torch.tensor([ids]), *(torch.tensor([token]) for token in shown)):
+        streamer.put(value)
+    before = list(seen)
+    streamer.end()
+    assert not any("\N{REPLACEMENT CHARACTER}" in text for text in before)
+    assert seen[-1] == base.tokenizer.decode(shown)
 
 
 def test_sampling_repeats_with_its_seed_and_leaves_the_generator_alone(base: Base) -> None:

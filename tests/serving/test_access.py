@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_kit.errors import ConfigError
-from lora_kit.serving.access import AccessKeys, check_host, hash_key, make_key, read_keys
+from lora_kit.serving.access import AccessKeys, check_host, hash_key, read_keys
 
 
 def write_keys(folder: Path, *keys: dict[str, object]) -> Path:
@@ -18,7 +18,7 @@ def write_keys(folder: Path, *keys: dict[str, object]) -> Path:
 
 
 def test_a_key_opens_what_it_is_for(tmp_path: Path) -> None:
-    mine, boss = make_key(), make_key()
+    mine, boss = "lk-mine", "lk-boss"
     keys = read_keys(
         write_keys(
             tmp_path,

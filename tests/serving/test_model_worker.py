@@ -201,4 +201,4 @@ def test_a_storm_over_fewer_slots_gives_everybody_their_own_answer(
         assert all(pool.map(ask, range(60)))
     wait_idle(worker)
     assert count_leases(worker) == 0
-    assert worker._engine.free_rows == 4  # type: ignore[attr-defined]
+    assert len(worker._engine._free) == 4  # type: ignore[attr-defined]

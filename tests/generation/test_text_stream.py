@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_kit as lk
+from lora_kit.generation.text_stream import TextStream
 from lora_kit.models.protocols import Tokenizer
-from lora_kit.serving.text_stream import TextStream
 
 
 @pytest.fixture(scope="module")
