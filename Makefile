@@ -65,6 +65,10 @@ bench-full: $(READY) ## all of it, written to benchmarks/results and the pages; 
 scan-models: $(READY) ## an adapter on a tiny model of every class of transformers; an hour, writes docs/models-scan.md
 	@$(OFFLINE) $(BIN)/python -m tools.scan_models
 
+.PHONY: fuzz
+fuzz: $(READY) ## bytes without end for everything that reads files of others; 20 minutes, guided where atheris is installed
+	@$(OFFLINE) $(BIN)/python -m tools.fuzz
+
 .PHONY: test-programs
 test-programs: $(READY) ## the programs that read our files, installed from PyPI and npm into .programs and run; an hour the first time
 	@$(BIN)/python -m tests.programs --write

@@ -127,6 +127,8 @@ class VerificationError(LoraKitError, RuntimeError):
 
 
 _MAX_WORD: Final = 200
+_MAX_ITEM: Final = 160
+"""Characters of an item of a list that are shown: it may be a name in a file of others."""
 
 
 def suggest_nearest(word: str, known: Iterable[str]) -> str:
@@ -138,6 +140,6 @@ def suggest_nearest(word: str, known: Iterable[str]) -> str:
 
 
 def format_list(items: Sequence[str], *, most: int = 8) -> str:
-    """Return `a, b, c and 4 more`, at most `most` items by name; `none` for no items."""
-    shown = ", ".join(items[:most])
+    """Return `a, b, c and 4 more`, at most `most` items by name, each cut where it is long; `none` for no items."""
+    shown = ", ".join(item if len(item) <= _MAX_ITEM else f"{item[:_MAX_ITEM]}…" for item in items[:most])
     return f"{shown} and {len(items) - most} more" if len(items) > most else shown or "none"

@@ -196,7 +196,7 @@ def _rename_columns(path: Path, records: Sequence[Record], names: Mapping[str, s
 def _require_layout(path: Path, row: Row) -> Layout:
     layout = find_preference_layout(row) or find_layout(row)
     if layout is None:
-        formats = "; ".join(" and ".join(layout.keys) for layout in (*LAYOUTS, *PREFERENCE_LAYOUTS))
+        formats = "; ".join(dict.fromkeys(" and ".join(layout.keys) for layout in (*LAYOUTS, *PREFERENCE_LAYOUTS)))
         hint = f"formats: {formats}. lora-kit prepare --rename mine=prompt gives columns other names"
         raise DataError(f"{path}: the first row has the keys {format_list(sorted(row))}", hint=hint)
     return layout

@@ -18,7 +18,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.visitor import NodeTransformer
 
-MAX_STEPS: Final = 1_000_000
+MAX_STEPS: Final = 400_000
 """Rounds of loops and calls of macros while one conversation is rendered."""
 MAX_LENGTH: Final = 2**24
 """Characters of a text, items of a list, and bits of a number that a template builds."""

@@ -7,18 +7,20 @@ an object and some as JSON text. Which of them a template reads is tried out onc
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
 from lora_kit.data.messages import Conversation, Message, ToolCall
-from lora_kit.data.template_sandbox import compile_template, render_marks, render_template
+from lora_kit.data.template_sandbox import TemplateLimitError, compile_template, render_marks, render_template
 from lora_kit.errors import DataError, format_list, suggest_nearest
+from lora_kit.io.text import shorten
 from lora_kit.models.prompt_tokens import find_special_tokens
 from lora_kit.models.protocols import Tokenizer
 
@@ -33,6 +35,8 @@ _PLAIN_TEMPLATE: Final = (
     "{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
 _MAX_TEMPLATE_BYTES: Final = 2**20
+_MAX_RAISED: Final = 300
+"""Characters of what a template raises that are shown."""
 _GENERATION_TAG: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _RESERVED: Final = (
     "messages",
@@ -112,26 +116,44 @@ class ChatTemplate:
         return self._render(tokenizer, conversation, find_shape(self, tokenizer), add_generation_prompt=False)
 
     def find_marks(self, tokenizer: Tokenizer, conversation: Conversation) -> list[tuple[int, int]]:
-        """Return where the rendered conversation is marked as generated: (start, end) in characters."""
+        """Return where the rendered conversation is marked as generated: (start, end) in characters.
+
+        Raises:
+            DataError: the template rejects this conversation.
+        """
         shape = find_shape(self, tokenizer)
         variables = self._collect_variables(tokenizer, conversation, shape, add_generation_prompt=False)
-        return render_marks(compile_template(self.text), variables)
+        with self._translate_errors():
+            return render_marks(compile_template(self.text), variables)
 
     def render_as(self, tokenizer: Tokenizer, conversation: Conversation, shape: MessageShape) -> str | None:
-        """Render a conversation whose messages have a shape; None if the template rejects it."""
+        """Render a conversation whose messages have a shape; None if the template rejects it.
+
+        Raises:
+            DataError: the template goes on for too long, which it would in every shape.
+        """
         try:
             return self._render(tokenizer, conversation, shape, add_generation_prompt=False)
-        except DataError:
+        except DataError as error:
+            if isinstance(error.__cause__, TemplateLimitError):
+                raise
             return None
 
     def _render(
         self, tokenizer: Tokenizer, conversation: Conversation, shape: MessageShape, *, add_generation_prompt: bool
     ) -> str:
         variables = self._collect_variables(tokenizer, conversation, shape, add_generation_prompt=add_generation_prompt)
-        try:
+        with self._translate_errors():
             return render_template(compile_template(self.text), variables)
-        except Exception as error:  # a template may raise anything
-            raise DataError(f"{self.name}: {' '.join(str(error).split())}") from None
+
+    @contextlib.contextmanager
+    def _translate_errors(self) -> Iterator[None]:
+        """Raise what a template raises, which may be anything, as DataError; one of a limit has its cause."""
+        try:
+            yield
+        except Exception as error:
+            cause = error if isinstance(error, TemplateLimitError) else None
+            raise DataError(f"{self.name}: {shorten(error, most=_MAX_RAISED)}") from cause
 
     def _collect_variables(
         self, tokenizer: Tokenizer, conversation: Conversation, shape: MessageShape, *, add_generation_prompt: bool
@@ -173,12 +195,12 @@ class ChatTemplate:
 @lru_cache(maxsize=64)
 def _list_variables(text: str) -> frozenset[str]:
     """Return the variables that a template reads and does not define itself."""
-    from jinja2 import TemplateError, meta
+    from jinja2 import meta
 
     try:
         environment = compile_template(text).environment
         return frozenset(meta.find_undeclared_variables(environment.parse(text))) - {*environment.globals}
-    except TemplateError:  # rendering says what is wrong with it
+    except Exception:  # of Jinja, or of Python, which compiles it; rendering says what is wrong with it
         return frozenset()
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 
 from lora_kit.data import template_sandbox
+from lora_kit.data.messages import Conversation, Message
 from lora_kit.data.template_sandbox import TemplateLimitError, compile_template, render_template
-from lora_kit.data.templates import MessageShape
+from lora_kit.data.templates import ChatTemplate, MessageShape
+from lora_kit.errors import DataError
+from tests.support import texts
 from tools import chat_templates
 
 SET = "{% set ns = namespace(x='aaaa') %}"
@@ -39,6 +42,33 @@ def test_a_template_that_would_not_end_is_refused(text: str, monkeypatch: pytest
     monkeypatch.setattr(template_sandbox, "MAX_STEPS", 20_000)
     with pytest.raises(TemplateLimitError):
         render_template(compile_template(text), {})
+
+
+TALK = Conversation((Message("user", "hi"), Message("assistant", "yo")))
+
+
+def test_a_template_that_does_not_end_is_rendered_once_and_not_in_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_sandbox, "MAX_STEPS", 2_000)
+    renderings: list[None] = []
+    render = template_sandbox.render_template
+    counted = "lora_kit.data.templates.render_template"
+    monkeypatch.setattr(counted, lambda *given: (renderings.append(None), render(*given))[1])
+    template = ChatTemplate("{% for a in range(9999) %}{{ a }}{% endfor %}", "the template")
+    with pytest.raises(DataError, match="the template takes more than 2,000 steps"):
+        template.render(texts.tokenizer(), TALK)
+    assert len(renderings) == 1
+
+
+@pytest.mark.parametrize("ask", ["render", "find_marks"])
+@pytest.mark.parametrize(
+    "text",
+    ["{{ raise_exception('no ' * 9999) }}", "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "{{ 1 / 0 }}", "{% x"],
+)
+def test_what_a_template_raises_is_one_short_error_of_ours(text: str, ask: str) -> None:
+    template = ChatTemplate("{% generation %}{% endgeneration %}" + text, "the template")
+    assert template.list_variables() == []
+    with pytest.raises(DataError, match=r"^the template: .{3,310}$"):
+        getattr(template, ask)(texts.tokenizer(), TALK)
 
 
 def test_a_long_conversation_is_no_attack() -> None:

@@ -213,6 +213,7 @@ def test_an_unknown_flag_names_the_nearest(flag: str, message: str) -> None:
         ("a.yaml", "base: a\nbase: b", "'base' occurs twice, again in line 2"),
         ("a.yaml", "base: !!python/object/apply:os.system [ls]", "cannot be parsed"),
         ("a.yaml", "1: 2", "not a string"),
+        ("a.yaml", "base: &a {b: c}\nout: {<<: *a}", "<< in line 2 is not read"),
         ("a.toml", "base = ", "cannot be parsed"),
         ("a.json", "{}", "is a .yaml, .yml or .toml file"),
     ],

@@ -49,6 +49,8 @@ class _StrictLoader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             line = key_node.start_mark.line + 1
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                raise yaml.YAMLError(f"<< in line {line} is not read: write the values themselves")
             key = self.construct_object(key_node, deep=True) if isinstance(key_node, yaml.ScalarNode) else None
             if not isinstance(key, str):
                 raise yaml.YAMLError(f"the key {format_value(key)} in line {line} is not a string")

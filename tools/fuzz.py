@@ -1,0 +1,235 @@
+"""`python -m tools.fuzz --minutes 20`: bytes without end for everything that reads files of others.
+
+Guided by coverage where atheris is installed (`pip install atheris`), else by chance: cases are made from the kept ones
+in `tests/faults/corpus` and from valid files. A case is a fault where a reader raises what is no error of ours, takes
+more than five seconds, takes more than a gigabyte, or writes a message that nobody would read. Faults are written below
+`--out` and printed; the exit status is 1 if there are any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib
+import json
+import multiprocessing
+import random
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import takewhile
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+from benchmarks import harness
+
+CORPUS: Final = Path(__file__).resolve().parents[1] / "tests" / "faults" / "corpus"
+RESULT: Final = harness.RESULTS / "fuzzing.json"
+MAX_SECONDS: Final = 5
+MAX_BYTES: Final = 2**30
+"""Of memory beyond what the process has when it begins."""
+MAX_LENGTH: Final = 4096
+"""Bytes of a case that is made; kept ones may be longer."""
+
+
+class _TooSlowError(BaseException):
+    """A reader took too long; no `except Exception` of a reader catches it."""
+
+
+def main() -> int:
+    """Fuzz the readers that are named, or all of them, each in a process of its own."""
+    parser = argparse.ArgumentParser(prog="python -m tools.fuzz", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=20, help="for all readers together")
+    parser.add_argument("--only", nargs="+", default=[], help="readers, by name")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("fuzz-faults"), help="folder of the cases that are faults")
+    parser.add_argument("--write", action="store_true", help=f"write the counts to {RESULT.name}")
+    arguments = parser.parse_args()
+    names = arguments.only or _list_readers()
+    seconds = arguments.minutes * 60 / len(names)
+    records = [_fuzz_in_child(name, seconds, arguments.seed, arguments.out) for name in names]
+    if arguments.write:
+        RESULT.write_text(json.dumps({**harness.environment(), "readers": records}, indent=1) + "\n", encoding="utf-8")
+    return 1 if any(record["faults"] for record in records) else 0
+
+
+def _list_readers() -> list[str]:
+    from tools.fuzz_readers import READERS
+
+    return list(READERS)
+
+
+def _fuzz_in_child(name: str, seconds: float, seed: int, out: Path) -> dict[str, object]:
+    """Fuzz one reader in a process, again while it dies and time is left; print and return what came of it."""
+    context = multiprocessing.get_context("spawn")
+    until, cases, outcomes = time.time() + seconds, 0, Counter[str]()
+    guided = False
+    while time.time() < until - 1:
+        with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+            report = Path(folder) / "report.json"
+            child = context.Process(target=_fuzz, args=(name, until, seed, out, Path(folder)))
+            child.start()
+            child.join()
+            if not report.exists():
+                print(f"{name}: the process died with {child.exitcode}", flush=True)
+                outcomes["died"] += 1
+                continue
+            found = json.loads(report.read_text(encoding="utf-8"))
+        cases, guided, seed = cases + found["cases"], found["guided"], seed + 1
+        outcomes.update(found["outcomes"])
+    faults = sum(count for outcome, count in outcomes.items() if outcome.startswith("fault") or outcome == "died")
+    record: dict[str, object] = {"reader": name, "cases": cases, "guided": guided, "faults": faults}
+    record |= {"outcomes": dict(outcomes.most_common())}
+    print(f"{name}: {cases:,} cases, {faults} faults, {dict(outcomes.most_common(8))}", flush=True)
+    return record
+
+
+class _Run:
+    """The cases of one process.
+
+    Attributes:
+        outcomes: how often each came about.
+    """
+
+    def __init__(self, name: str, read: Callable[[bytes], str], out: Path) -> None:
+        self.outcomes = Counter[str]()
+        self._name, self._read, self._out = name, read, out
+        self._peak = _peak_memory()
+
+    def try_case(self, data: bytes) -> str:
+        """Read a case, write it down where it is a fault, and return the outcome."""
+        # Of computing: the machine may be busy with something else.
+        signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)
+        signal.alarm(12 * MAX_SECONDS)
+        try:
+            outcome = self._read(data)
+        except _TooSlowError:
+            outcome = self._keep(data, "slow")
+        except Exception as error:
+            outcome = self._keep(data, type(error).__name__)
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.alarm(0)
+        if _peak_memory() - self._peak > MAX_BYTES:
+            self._peak = _peak_memory()
+            outcome = self._keep(data, "memory")
+        self.outcomes[outcome] += 1
+        return outcome
+
+    def _keep(self, data: bytes, kind: str) -> str:
+        """Write down a case that is a fault, the first few of each place in the code, and return its outcome."""
+        frames = traceback.extract_tb(sys.exc_info()[2])
+        where = f"{Path(frames[-1].filename).name}-{frames[-1].lineno}" if frames else "none"
+        outcome = f"fault {kind} {where}"
+        if self.outcomes[outcome] < 3:
+            folder = self._out / self._name.replace(" ", "-")
+            folder.mkdir(parents=True, exist_ok=True)
+            case = folder / f"{kind}-{where}-{hashlib.sha256(data).hexdigest()[:8]}"
+            case.write_bytes(data)
+            print(f"{self._name}: {outcome}: {case}\n{traceback.format_exc(limit=-4)}", flush=True)
+        return outcome
+
+
+def _fuzz(name: str, until: float, seed: int, out: Path, folder: Path) -> None:
+    """Fuzz one reader until a time, and write a report. Runs in a process of its own."""
+    guide = _import_guide()
+    with guide.instrument_imports(include=["lora_kit", "yaml"]) if guide else contextlib.nullcontext():
+        from tools.fuzz_readers import open_reader
+    signal.signal(signal.SIGALRM, _raise_too_slow)
+    signal.signal(signal.SIGPROF, _raise_too_slow)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    seeds = [path.read_bytes() for path in sorted((CORPUS / name.replace(" ", "-")).iterdir())]
+    with open_reader(name, folder) as read:
+        read(seeds[0])  # what is imported on the way counts for no case
+        run = _Run(name, read, out)
+
+        def try_case(data: bytes) -> None:
+            outcome = run.try_case(data)
+            if run.outcomes.total() % 100 == 1 or outcome.startswith("fault"):
+                values = {"cases": run.outcomes.total(), "outcomes": run.outcomes, "guided": guide is not None}
+                (folder / "report.json").write_text(json.dumps(values), encoding="utf-8")
+
+        for data in seeds:
+            try_case(data)
+        if guide is None:
+            for data in takewhile(lambda _: time.time() < until, mutate_forever(seeds, random.Random(seed))):
+                try_case(data)
+        else:
+            _follow_guide(
+                guide, try_case, seeds, folder / "corpus", seconds=max(int(until - time.time()), 1), seed=seed
+            )
+
+
+def _follow_guide(  # type: ignore[no-untyped-def]
+    guide, try_case: Callable[[bytes], None], seeds: list[bytes], corpus: Path, *, seconds: int, seed: int
+) -> None:
+    """Let atheris choose the cases. It ends the process."""
+    corpus.mkdir()
+    for number, data in enumerate(seeds):
+        (corpus / str(number)).write_bytes(data)
+    limits = [f"-max_total_time={seconds}", f"-max_len={MAX_LENGTH}", "-timeout=0", "-handle_alrm=0", "-rss_limit_mb=0"]
+    guide.Setup(["fuzz", *limits, f"-seed={seed + 1}", "-verbosity=0", str(corpus)], try_case)
+    guide.Fuzz()
+
+
+def _import_guide():  # type: ignore[no-untyped-def]
+    """Return atheris, or None where it is not installed."""
+    try:
+        return importlib.import_module("atheris")
+    except ImportError:
+        return None
+
+
+def _raise_too_slow(number: int, frame: FrameType | None) -> None:
+    raise _TooSlowError
+
+
+def _peak_memory() -> int:
+    """Return the peak resident memory of this process in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def mutate_forever(seeds: list[bytes], chance: random.Random) -> Iterator[bytes]:
+    """Yield cases: seeds that are cut, repeated, swapped, with other bytes or a piece of another seed in them."""
+    while True:
+        data = bytearray(chance.choice(seeds))
+        for _ in range(chance.choice((1, 1, 2, 4, 8))):
+            _mutate(data, seeds, chance)
+        yield bytes(data[: 4 * MAX_LENGTH])
+
+
+_WORDS: Final = (b'"', b"{", b"}", b"[", b"]", b":", b",", b"\n", b"\0", b"\xff", b"null", b"true", b"-1",
+                 b"1e999", b"0.5", b"NaN", b"9" * 30, b"\\ud800", b"&a ",
+                 b"*a ", b"!!int ", b"<<: ", b"- ", b"  ", b"\t", b"#", b"\xef\xbb\xbf")  # fmt: skip
+
+
+def _mutate(data: bytearray, seeds: list[bytes], chance: random.Random) -> None:
+    """Change one thing in place."""
+    start = chance.randrange(len(data) + 1)
+    end = min(len(data), start + chance.choice((1, 1, 2, 4, 16, 64)))
+    kind = chance.randrange(6)
+    if kind == 0 and start < len(data):
+        data[start] ^= 1 << chance.randrange(8)
+    elif kind == 1:
+        del data[start:end]
+    elif kind == 2:
+        data[start:start] = chance.choice(_WORDS)
+    elif kind == 3:
+        data[start:end] = data[start:end] * chance.choice((2, 3, 50))
+    elif kind == 4:
+        other = chance.choice(seeds)
+        place = chance.randrange(len(other) + 1)
+        data[start:end] = other[place : place + chance.choice((4, 16, 64))]
+    else:
+        data[start:end] = chance.randbytes(end - start)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
