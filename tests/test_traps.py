@@ -635,7 +635,7 @@ TRAPS = (
     Trap(
         autocast,
         (
-            Mistake("ops.lora:lora_linear", "dtype = _autocast_dtype(x)", "dtype = None"),
+            Mistake("ops.lora:lora_linear", "dtype = autocast_dtype_of(x)", "dtype = None"),
             Mistake("ops.lora_functions:LoraAddFunction.forward", "cast_once(x, y.dtype)", "x"),
         ),
         (AssertionError, RuntimeError),

@@ -23,12 +23,14 @@ from lora_kit.layers.introspect import features_of, is_stored_transposed, reason
 from lora_kit.layers.route import BASE_SLOT, Route
 from lora_kit.layers.routing import Routing
 from lora_kit.layers.row_gather import RowCache, RowGroup, RowSlot, gather_row_groups, select_row_groups
+from lora_kit.layers.row_spans import can_span, list_row_spans
 from lora_kit.layers.slot_layer import SlotEntry, SlotLayer
 from lora_kit.layers.token_runs import RunPlan, RunRoute, check_runs, count_tokens, plan_runs
 from lora_kit.ops import dispatch, torch_kernels
 from lora_kit.ops.dora import dora_scale, scale_columns
 from lora_kit.ops.lora import lora_add, lora_add_rows, lora_linear
 from lora_kit.ops.lora_functions import can_overwrite
+from lora_kit.ops.lora_spans import LoraSpan, lora_add_spans, lora_linear_spans
 
 _CACHED_ROWS_PER_SLOT: Final = 4
 """Rows with an adapter, for each slot, whose LoRA weights are cached from one forward to the next."""
@@ -97,6 +99,9 @@ class LoraLinear(_LoraLayer):
         if isinstance(route, RunRoute):
             return self._forward_runs(route, self.base_layer(x, *args, **kwargs), x)
         if self._is_routed_by_index(route, x):
+            spans = self._list_spans(route, x)
+            if spans:
+                return self.add_spans(x, args, kwargs, spans)
             return self._forward_rows(route, self.base_layer(x, *args, **kwargs), x)
         entry = self._get_entry(route)
         if entry is None:
@@ -125,6 +130,25 @@ class LoraLinear(_LoraLayer):
         if plain is None:
             return lora_add(self.base_layer(x, *args, **kwargs), x, a, b, scaling, dropout=dropout)
         return lora_linear(x, *plain, a, b, scaling, dropout=dropout)
+
+    def add_spans(
+        self, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object], spans: Sequence[LoraSpan]
+    ) -> Tensor:
+        """Return base(x) with the update of each span of tokens."""
+        plain = None if args or kwargs else self._get_plain_weights()
+        if plain is None:
+            return lora_add_spans(self.base_layer(x, *args, **kwargs), x, spans)
+        return lora_linear_spans(x, *plain, spans)
+
+    def _list_spans(self, route: Route, x: Tensor) -> list[LoraSpan]:
+        """Return the tokens of each adapter in a batch that is trained, where they can be computed so; else nothing."""
+        if not (self.trains and torch.is_grad_enabled()) or self.is_recorded():
+            return []
+        entries = [self.entries[slot] for slot in route.rows]
+        if not can_span(entries):
+            return []
+        self.routing.check_rows(route, x, self)
+        return list_row_spans(entries, count_tokens(x), training=self.training)
 
     def _forward_rows(self, route: Route, y: Tensor, x: Tensor) -> Tensor:
         """Return y = base(x) with each row's update."""
@@ -298,6 +322,9 @@ class LoraExpert(LoraLinear):
 
     def reason_no_runs(self) -> str | None:
         return "an expert does not see which run a token belongs to"
+
+    def _list_spans(self, route: Route, x: Tensor) -> list[LoraSpan]:
+        return []
 
     def _forward_rows(self, route: Route, y: Tensor, x: Tensor) -> Tensor:
         if not route.mixed:

@@ -50,12 +50,12 @@ def lora_linear(
     """
     if torch.compiler.is_compiling():
         return _add_by_equation(functional.linear(x, weight, bias), x, a, b, scaling, dropout)
-    dtype = _autocast_dtype(x)
+    dtype = autocast_dtype_of(x)
     if dtype is not None:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     elif x.dtype != weight.dtype:
         return functional.linear(x, weight, bias)  # raises, as the base alone would
-    with _NULL_CONTEXT if dtype is None else _disable_autocast(x.device.type):
+    with _NULL_CONTEXT if dtype is None else disable_autocast(x.device.type):
         if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad):
             y: Tensor = LoraLinearFunction.apply(x, weight, bias, a, b, scaling, dropout)
             return y
@@ -76,7 +76,7 @@ def lora_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, *, drop
     """
     if torch.compiler.is_compiling():
         return _add_by_equation(y, x, a, b, scaling, dropout)
-    with _disable_autocast(y.device.type):
+    with disable_autocast(y.device.type):
         if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or a.requires_grad or b.requires_grad):
             updated: Tensor = LoraAddFunction.apply(y, x, a, b, scaling, dropout)
             return updated
@@ -105,7 +105,7 @@ def lora_add_rows(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor, s
         h = torch.bmm(x.to(y.dtype).reshape(rows, -1, x.shape[-1]), a[slots].to(y.dtype).mT)
         h = (h * scaling[slots].view(-1, 1, 1)).to(y.dtype)
         return y + torch.bmm(h, b[slots].to(y.dtype).mT).view(y.shape)
-    with _disable_autocast(y.device.type):
+    with disable_autocast(y.device.type):
         if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or a.requires_grad or b.requires_grad):
             updated: Tensor = LoraAddRowsFunction.apply(y, x, a, b, scaling, slots)
             return updated
@@ -170,7 +170,7 @@ def _add_update(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, drop
     return y
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype_of(x: Tensor) -> torch.dtype | None:
     """Return the dtype to which autocast casts a linear layer's input; None where it casts nothing."""
     kind = x.device.type
     if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
@@ -181,6 +181,6 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 _NULL_CONTEXT = contextlib.nullcontext()
 
 
-def _disable_autocast(kind: str) -> contextlib.AbstractContextManager[object]:
+def disable_autocast(kind: str) -> contextlib.AbstractContextManager[object]:
     """Switch autocast off where it is on: the dtype is chosen already."""
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NULL_CONTEXT

@@ -70,8 +70,12 @@ class SavedTensors(Protocol):
 
 
 class _UpdateContext(FunctionCtx):
-    scaling: float
-    dropout: _Dropout | None
+    update: LoraUpdate
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+
+class _RowsContext(FunctionCtx):
     x_dtype: torch.dtype
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
@@ -94,54 +98,58 @@ def read_saved(ctx: SavedTensors) -> tuple[Tensor, ...]:
         ) from error
 
 
-class _LowRankUpdate:
-    """What the two functions of one A and B share: s · (drop(x) Aᵀ) Bᵀ added to y, and its gradients.
+class LoraUpdate:
+    """s · (drop(x) Aᵀ) Bᵀ added to y, and its gradients.
 
     With g = dY B (tokens, r):  dX += s · g A,  dA = s · gᵀ x,  dB = s · dYᵀ (x Aᵀ).
+
+    Args:
+        scaling: s.
+        dropout: probability of dropping an element of x.
+        x_dtype: of the layer's input, before it was cast.
     """
 
-    @staticmethod
-    def add_(
-        ctx: _UpdateContext, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: float, *more: Tensor
-    ) -> None:
-        """Add to y in place, and save what the backward needs, and `more`."""
-        flat = x.reshape(-1, x.shape[-1])
-        ctx.scaling = scaling
-        ctx.dropout = _Dropout(dropout, x.device) if dropout else None
-        if ctx.dropout is not None:
-            flat = flat * ctx.dropout.mask(x).reshape(flat.shape)  # in the memory order of x, like F.dropout's
-        h = dispatch.get_kernels(y).add_(y.view(-1, y.shape[-1]), flat, a, b, scaling)
-        ctx.save_for_backward(x, a, b, h, *more)
+    def __init__(self, scaling: float, dropout: float, x_dtype: torch.dtype) -> None:
+        self.scaling, self.x_dtype = scaling, x_dtype
+        self._probability = dropout
+        self._dropout: _Dropout | None = None
 
-    @staticmethod
+    def add_(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """Add to y in place, and return x Aᵀ, which the backward needs beside x, A and B."""
+        flat = x.reshape(-1, x.shape[-1])
+        if self._probability:
+            self._dropout = _Dropout(self._probability, x.device)
+            flat = flat * self._dropout.mask(x).reshape(flat.shape)  # in the memory order of x, like F.dropout's
+        return dispatch.get_kernels(y).add_(y.view(-1, y.shape[-1]), flat, a, b, self.scaling)
+
     def gradients(
-        ctx: _UpdateContext, dy: Tensor, base: Tensor | None, saved: tuple[Tensor, ...], needs: tuple[bool, bool, bool]
+        self, dy: Tensor, base: Tensor | None, saved: tuple[Tensor, ...], needs: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return (dX, dA, dB), None for those that are not needed.
 
         Args:
             dy: (n, out).
             base: (n, in), the base's part of dX, which is overwritten; None where the base was computed elsewhere.
-            saved: what `add_` saved; under checkpointing it can be read only once.
+            saved: x, A, B and x Aᵀ; under checkpointing they can be read only once.
             needs: whether dX, dA and dB are needed.
         """
         x, a, b, h = saved
         needs_x, needs_a, needs_b = needs
         flat = x.reshape(-1, x.shape[-1])
-        mask = ctx.dropout.redraw_mask(x).reshape(flat.shape) if ctx.dropout is not None else None
+        mask = self._dropout.redraw_mask(x).reshape(flat.shape) if self._dropout is not None else None
         if base is not None and mask is None:
-            g = dispatch.get_kernels(dy).add_(base, dy, b.mT, a.mT, ctx.scaling)
+            g = dispatch.get_kernels(dy).add_(base, dy, b.mT, a.mT, self.scaling)
         else:
             g = dy @ b.to(dy.dtype)
             if needs_x:
-                dx = (g @ a.to(dy.dtype)).mul_(ctx.scaling)
+                dx = (g @ a.to(dy.dtype)).mul_(self.scaling)
                 dx = dx if mask is None else dx.mul_(mask)
                 base = dx if base is None else base.add_(dx)
         flat = flat if mask is None else flat * mask
-        da = (g.mT @ flat).mul_(ctx.scaling).to(a.dtype) if needs_a else None
+        da = (g.mT @ flat).mul_(self.scaling).to(a.dtype) if needs_a else None
         # hᵀ dY is faster than dYᵀ h on a CPU, and has the memory order of a stacked B.
-        db = (h.mT @ dy).mul_(ctx.scaling).mT.to(b.dtype) if needs_b else None
-        return None if base is None else base.view(x.shape).to(ctx.x_dtype), da, db
+        db = (h.mT @ dy).mul_(self.scaling).mT.to(b.dtype) if needs_b else None
+        return None if base is None else base.view(x.shape).to(self.x_dtype), da, db
 
 
 class LoraLinearFunction(torch.autograd.Function):
@@ -158,10 +166,10 @@ class LoraLinearFunction(torch.autograd.Function):
         scaling: float,
         dropout: float,
     ) -> Tensor:
-        ctx.x_dtype = x.dtype
+        ctx.update = LoraUpdate(scaling, dropout, x.dtype)
         x = cast_once(x, weight.dtype)
-        y = _without_base(functional.linear(x, weight, bias))
-        _LowRankUpdate.add_(ctx, y, x, a, b, scaling, dropout, weight)
+        y = without_base(functional.linear(x, weight, bias))
+        ctx.save_for_backward(x, a, b, ctx.update.add_(y, x, a, b), weight)
         return y
 
     @staticmethod
@@ -171,7 +179,7 @@ class LoraLinearFunction(torch.autograd.Function):
         d = dy.reshape(-1, dy.shape[-1])
         *saved, weight = read_saved(ctx)
         base = d @ weight if needs_x else None
-        dx, da, db = _LowRankUpdate.gradients(ctx, d, base, tuple(saved), (needs_x, needs_a, needs_b))
+        dx, da, db = ctx.update.gradients(d, base, tuple(saved), (needs_x, needs_a, needs_b))
         return dx, None, None, da, db, None, None
 
 
@@ -182,9 +190,9 @@ class LoraAddFunction(torch.autograd.Function):
     def forward(
         ctx: _UpdateContext, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: float
     ) -> Tensor:
-        ctx.x_dtype = x.dtype
-        y = _ensure_writable(ctx, y)
-        _LowRankUpdate.add_(ctx, y, cast_once(x, y.dtype), a, b, scaling, dropout)
+        ctx.update = LoraUpdate(scaling, dropout, x.dtype)
+        x, y = cast_once(x, y.dtype), ensure_writable(ctx, y)
+        ctx.save_for_backward(x, a, b, ctx.update.add_(y, x, a, b))
         return y
 
     @staticmethod
@@ -192,19 +200,19 @@ class LoraAddFunction(torch.autograd.Function):
     def backward(ctx: _UpdateContext, dy: Tensor) -> tuple[Tensor | None, ...]:
         _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
         d, needs = dy.reshape(-1, dy.shape[-1]), (needs_x, needs_a, needs_b)
-        dx, da, db = _LowRankUpdate.gradients(ctx, d, None, read_saved(ctx), needs)
+        dx, da, db = ctx.update.gradients(d, None, read_saved(ctx), needs)
         return dy, dx, da, db, None, None
 
 
 class LoraAddRowsFunction(torch.autograd.Function):
-    """yᵢ + s[kᵢ] (xᵢ A[kᵢ]ᵀ) B[kᵢ]ᵀ; the gradients of `_LowRankUpdate` row by row, those of A and B summed by slot."""
+    """yᵢ + s[kᵢ] (xᵢ A[kᵢ]ᵀ) B[kᵢ]ᵀ; the gradients of `LoraUpdate` row by row, those of A and B summed by slot."""
 
     @staticmethod
     def forward(
-        ctx: _UpdateContext, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor, slots: Tensor
+        ctx: _RowsContext, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor, slots: Tensor
     ) -> Tensor:
         ctx.x_dtype = x.dtype
-        x, y, rows = cast_once(x, y.dtype), _ensure_writable(ctx, y), slots.shape[0]
+        x, y, rows = cast_once(x, y.dtype), ensure_writable(ctx, y), slots.shape[0]
         into, flat = y.view(rows, -1, y.shape[-1]), x.reshape(rows, -1, x.shape[-1])
         h = dispatch.get_kernels(y).add_rows_(into, flat, a, b, scaling, slots)  # (R, tokens, r)
         ctx.save_for_backward(x, a, b, scaling, slots, h)
@@ -212,7 +220,7 @@ class LoraAddRowsFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: _UpdateContext, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _RowsContext, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b, scaling, slots, h = read_saved(ctx)
         rows, kernels = slots.shape[0], dispatch.get_kernels(dy)
         _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
@@ -229,7 +237,7 @@ class LoraAddRowsFunction(torch.autograd.Function):
         return dy, dx, da, db, None, None
 
 
-def _without_base(y: Tensor) -> Tensor:
+def without_base(y: Tensor) -> Tensor:
     """Return y in the same memory as a tensor that is no view.
 
     With a bias, torch's linear returns a view of its two-dimensional product. Autograd forbids a model to change a view
@@ -243,7 +251,7 @@ def copy_contiguous(y: Tensor) -> Tensor:
     return y.clone(memory_format=torch.contiguous_format)
 
 
-def _ensure_writable(ctx: _UpdateContext, y: Tensor) -> Tensor:
+def ensure_writable(ctx: FunctionCtx, y: Tensor) -> Tensor:
     """Return y itself, marked as overwritten, or a copy where it may not be overwritten."""
     if not can_overwrite(y):
         return copy_contiguous(y)

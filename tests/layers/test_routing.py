@@ -98,6 +98,24 @@ def test_training_rows_of_different_adapters_gives_each_its_own_gradient() -> No
             torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_neighboring_rows_of_an_adapter_give_the_bits_of_its_own_batch() -> None:
+    model = tiny.llama()
+    bank = lk.attach(model, lk.LoraConfig(r=2, init_lora_weights=False), name="narrow")
+    bank.add("wide", lk.LoraConfig(r=7, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    names, inputs = list(bank.names), tiny.batch(4)
+    with bank.rows([name for name in names for _ in range(2)]):
+        model(**inputs).logits.square().sum().backward()
+    joint = {name: [p.grad.clone() for p in bank.parameters(name)] for name in names}
+    for number, name in enumerate(names):
+        for parameter in bank.parameters(name):
+            parameter.grad = None
+        bank.use(name)
+        own = {key: value[2 * number : 2 * number + 2] for key, value in inputs.items()}
+        model(**own).logits.square().sum().backward()
+        for parameter, expected in zip(bank.parameters(name), joint[name], strict=True):
+            assert torch.equal(parameter.grad, expected)
+
+
 def test_a_swap_recompiles_nothing() -> None:
     model, bank = resident()
     inputs, plain = tiny.batch(), {}
