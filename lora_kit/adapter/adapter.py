@@ -82,7 +82,7 @@ class Adapter:
         config: LoraConfig,
         tensors: Mapping[str, Tensor],
         *,
-        record: Mapping[str, Any] | None = None,
+        record: Mapping[str, object] | None = None,
         allow: Collection[str] = (),
     ) -> None:
         check_allowances(allow)
@@ -106,9 +106,9 @@ class Adapter:
             logger.warning("every lora_B is zero: this adapter does nothing")
 
     @property
-    def base(self) -> Mapping[str, Any] | None:
+    def base(self) -> Mapping[str, object] | None:
         """Fingerprint of the base it was made for; None where it is not known."""
-        base: Mapping[str, Any] | None = self.record.get("base")
+        base: Mapping[str, object] | None = self.record.get("base")
         return base
 
     def pairs(self) -> Mapping[str, LoraWeights]:
@@ -174,7 +174,7 @@ class Adapter:
     def __hash__(self) -> int:
         return hash(self.digest)
 
-    def __reduce__(self) -> tuple[Callable[..., Adapter], tuple[LoraConfig, dict[str, Tensor], dict[str, Any]]]:
+    def __reduce__(self) -> tuple[Callable[..., Adapter], tuple[LoraConfig, dict[str, Tensor], dict[str, object]]]:
         # Mapping proxies do not pickle. What was allowed once is not checked again.
         return _rebuild_adapter, (self.config, dict(self.tensors), dict(self.record))
 
@@ -255,7 +255,7 @@ class Adapter:
         self,
         folder: str | Path,
         *,
-        record: Mapping[str, Any] | None = None,
+        record: Mapping[str, object] | None = None,
         files: Mapping[str, bytes] | None = None,
         replace: bool = False,
     ) -> Path:
@@ -281,7 +281,7 @@ class Adapter:
 
 
 def encode_adapter(
-    adapter: Adapter, name: str, *, record: Mapping[str, Any] | None = None, files: Mapping[str, bytes] | None = None
+    adapter: Adapter, name: str, *, record: Mapping[str, object] | None = None, files: Mapping[str, bytes] | None = None
 ) -> dict[str, bytes]:
     """Return the files of an adapter's folder by name, in the order in which they are written.
 
@@ -316,7 +316,7 @@ def _check_parts(config: object, tensors: object) -> None:
         raise ConfigError(f"a LoraConfig and a mapping of tensors were expected; {given} were given")
 
 
-def _rebuild_adapter(config: LoraConfig, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Adapter:
+def _rebuild_adapter(config: LoraConfig, tensors: Mapping[str, Tensor], record: Mapping[str, object]) -> Adapter:
     return Adapter(config, tensors, record=record, allow=ALLOWANCES)
 
 
@@ -325,7 +325,7 @@ def _make_config_portable(config: LoraConfig) -> LoraConfig:
     return dataclasses.replace(config, base_model_name_or_path=make_folder_portable(base)) if base else config
 
 
-def _make_facts_portable(facts: Mapping[str, Any]) -> dict[str, Any]:
+def _make_facts_portable(facts: Mapping[str, object]) -> dict[str, object]:
     """Return the facts of a record with the name of the base as others read it."""
     base = facts.get("base")
     if not isinstance(base, Mapping) or not isinstance(base.get("name"), str):

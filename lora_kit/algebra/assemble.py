@@ -155,7 +155,7 @@ _RECORD_WORDS: Final = {
 }
 
 
-def _extract_prompt_fields(record: Mapping[str, Any]) -> dict[str, object] | None:
+def _extract_prompt_fields(record: Mapping[str, object]) -> dict[str, object] | None:
     """Return the part of a recipe that formats prompts; None without one."""
     recipe = record.get("recipe")
     data = recipe.get("data") if isinstance(recipe, Mapping) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -54,11 +54,11 @@ class Comparison:
     cosine: float
     layers: Mapping[str, Likeness]
     alone: tuple[tuple[str, ...], tuple[str, ...]]
-    configs: Mapping[str, tuple[Any, Any]]
+    configs: Mapping[str, tuple[object, object]]
     saved: Mapping[str, str]
 
-    def to_json(self) -> dict[str, Any]:
-        fields: dict[str, Any] = to_json_value(self)
+    def to_json(self) -> dict[str, object]:
+        fields: dict[str, object] = to_json_value(self)
         return fields
 
 
@@ -123,7 +123,7 @@ def _divide_or_zero(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-def _compare_configs(one: Adapter, other: Adapter) -> dict[str, tuple[Any, Any]]:
+def _compare_configs(one: Adapter, other: Adapter) -> dict[str, tuple[object, object]]:
     first, second = one.config.to_dict(), other.config.to_dict()
     names = sorted(first.keys() | second.keys())
     return {name: (first.get(name), second.get(name)) for name in names if first.get(name) != second.get(name)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.adapter_like import AdapterLike, short_label_of
@@ -18,7 +17,7 @@ from lora_kit.targets.fingerprint import list_fingerprint_mismatches
 
 logger = logging.getLogger(__name__)
 
-Fingerprint = Mapping[str, Any]
+Fingerprint = Mapping[str, object]
 """The `base` of `lora_kit.json`."""
 
 

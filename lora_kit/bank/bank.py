@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -121,14 +121,14 @@ class AdapterBank(AdapterRouting):
         """
         return self._get_loaded(name).coverage
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, object]:
         """Return what tells this base from others; see `lora_kit.targets.fingerprint`."""
         with self._routing.module_lock:
             return fingerprint_model(self.model)
 
     # Adding and removing
 
-    def add(self, name: str, config: LoraConfig | peft.LoraConfig | Mapping[str, Any]) -> Coverage:
+    def add(self, name: str, config: LoraConfig | peft.LoraConfig | Mapping[str, object]) -> Coverage:
         """Add a trainable adapter: new leaf parameters, `B A` zero. It has no effect until `use` names it.
 
         Raises:
@@ -294,7 +294,7 @@ class AdapterBank(AdapterRouting):
         name: str,
         folder: str | Path,
         *,
-        record: Mapping[str, Any] | None = None,
+        record: Mapping[str, object] | None = None,
         files: Mapping[str, bytes] | None = None,
         replace: bool = False,
     ) -> Adapter:

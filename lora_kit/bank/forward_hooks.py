@@ -175,7 +175,7 @@ class RoutedGenerate:
         method: Callable[..., object] = getattr(type(self._model), _GENERATE).__get__(self._model)
         return method
 
-    def __call__(self, *args: Any, **kwargs: Any) -> object:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         with self._choices.enter_generation(sys._getframe()) as route:
             prompts = list_inputs(args, kwargs) if route.row_count is not None else []
             if route.row_count is not None and prompts and prompts[0].shape[0] != route.row_count:
@@ -199,10 +199,10 @@ def _list_parameters(kind: type[nn.Module]) -> Iterable[str]:
         return ()
 
 
-def _select_row(values: Any, batch: int, row: int) -> Any:
+def _select_row(values: object, batch: int, row: int) -> Any:
     """Return a call's arguments for a row alone; objects that a forward changes are copied."""
 
-    def select(value: Any) -> Any:
+    def select(value: object) -> object:
         if isinstance(value, Tensor):
             return value[row : row + 1] if value.ndim and value.shape[0] == batch else value
         return copy.deepcopy(value)

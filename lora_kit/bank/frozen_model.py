@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import chain
-from typing import Any, Final
+from typing import Final
 from weakref import WeakSet
 
 from torch import nn
@@ -119,8 +119,8 @@ def _resize_embeddings(
     model: nn.Module,
     new_num_tokens: int | None = None,
     pad_to_multiple_of: int | None = None,
-    *args: Any,
-    **kwargs: Any,
+    *args: object,
+    **kwargs: object,
 ) -> nn.Module:
     """Call the model's own method, unless adapters cover the embedding or the head, or nothing would change."""
     embedding = _get_module(model, "get_input_embeddings")

@@ -62,6 +62,6 @@ class ReferenceModel(nn.Module):
     def get_output_embeddings(self) -> object:
         return self._bank.model.get_output_embeddings()  # type: ignore[operator]
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+    def state_dict(self, *args: object, **kwargs: Any) -> Any:
         """Return the model's: TRL compares it to see whether reference log-probabilities are still valid."""
         return self._bank.model.state_dict(*args, **kwargs)

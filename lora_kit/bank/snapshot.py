@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +113,7 @@ def _find_mismatches(leaves: Mapping[str, Tensor], values: Mapping[str, Tensor])
     return mismatches
 
 
-def fingerprint_model(model: nn.Module) -> dict[str, Any]:
+def fingerprint_model(model: nn.Module) -> dict[str, object]:
     """Return the fingerprint of a bank's model."""
     return fingerprint(model, name=_name_of(model))
 

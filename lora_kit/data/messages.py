@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 """Whom a message may be from."""
@@ -103,12 +103,12 @@ class Conversation:
     template_kwargs: str = ""
 
     @property
-    def tool_schemas(self) -> list[dict[str, Any]] | None:
+    def tool_schemas(self) -> list[dict[str, object]] | None:
         """The tools as templates take them; None without any."""
         return json.loads(self.tools) if self.tools else None
 
     @property
-    def variables(self) -> dict[str, Any]:
+    def variables(self) -> dict[str, object]:
         """The variables of the chat template."""
         return json.loads(self.template_kwargs) if self.template_kwargs else {}
 

@@ -44,7 +44,7 @@ def parse_parquet(path: Path, stream: BinaryIO) -> Parsed:
                 yield Fault(number, row) if isinstance(row, str) else (number, replace_class_numbers(row, names))
 
 
-def _expand_texts(table: Any) -> Any:
+def _expand_texts(table: Any) -> object:
     """Return a table with the texts of its dictionary columns as plain columns, which Python reads twice as fast."""
     import pyarrow
 
@@ -168,7 +168,7 @@ def replace_class_numbers(row: Row, names: Mapping[str, Mapping[int, str]]) -> R
     if not names:
         return row
 
-    def to_name(column: str, value: Any) -> object:
+    def to_name(column: str, value: object) -> object:
         if isinstance(value, list):
             return [to_name(column, item) for item in value]
         return names[column].get(value, value) if isinstance(value, int) else value

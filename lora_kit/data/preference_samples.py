@@ -76,7 +76,7 @@ def _join_sample(prompt: list[int], answer: list[int]) -> tuple[list[int], list[
 
 
 @dataclass(frozen=True)
-class PreferenceDataset(torch.utils.data.Dataset[dict[str, Any]]):
+class PreferenceDataset(torch.utils.data.Dataset[dict[str, object]]):
     """Answers with a verdict; an item has the columns that TRL's trainers read.
 
     A preference pair is `prompt_ids`, `chosen_ids`, `rejected_ids`; a single answer is `prompt_ids`, `completion_ids`,
@@ -97,7 +97,7 @@ class PreferenceDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.samples) // 2 if self.verdicts is None else len(self.samples)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, object]:
         if self.verdicts is None:
             (prompt, chosen), (_, rejected) = self._split(2 * index), self._split(2 * index + 1)
             return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}

@@ -19,7 +19,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import BinaryIO, Final
 
 from lora_kit.data.encodings import AUTO_ENCODING, BYTE_ORDER_MARK, UTF8, detect_encoding
 from lora_kit.data.parquet import parse_parquet
@@ -210,7 +210,7 @@ class _RepeatedKeyError(ValueError):
     pass
 
 
-def _build_unique_dict(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def _build_unique_dict(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
     values = dict(pairs)
     if len(values) != len(pairs):
         counts = Counter(key for key, _ in pairs)

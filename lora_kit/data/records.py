@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from lora_kit.data.encodings import UTF8, UTF16_MARKS
 from lora_kit.errors import DataError
@@ -40,7 +40,7 @@ class Fault:
     kind: str = BAD
 
 
-Row = dict[str, Any]
+Row = dict[str, object]
 """A row of a file, by column: the values are whatever JSON, CSV or Parquet hold, and are checked by the layout."""
 Record = tuple[int, Row]
 """The line of a row (its number, where files of its kind have no lines), and the row."""

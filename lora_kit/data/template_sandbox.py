@@ -52,7 +52,7 @@ def compile_template(text: str) -> jinja2.Template:
     return jinja2.Template.from_code(environment, code, environment.make_globals(None))
 
 
-def render_template(template: jinja2.Template, variables: dict[str, Any]) -> str:
+def render_template(template: jinja2.Template, variables: dict[str, object]) -> str:
     """Return what a compiled template renders.
 
     Raises:
@@ -69,7 +69,7 @@ def render_template(template: jinja2.Template, variables: dict[str, Any]) -> str
         _steps.reset(token)
 
 
-def render_marks(template: jinja2.Template, variables: dict[str, Any]) -> list[tuple[int, int]]:
+def render_marks(template: jinja2.Template, variables: dict[str, object]) -> list[tuple[int, int]]:
     """Return where the rendered text is marked as generated: (start, end) in characters."""
     from transformers.utils.chat_template_utils import _render_with_assistant_indices
 
@@ -135,13 +135,13 @@ def _join_texts(*parts: object) -> str:
     return "".join(texts)
 
 
-def _add(left: Any, right: Any) -> Any:
+def _add(left: Any, right: Any) -> object:
     if isinstance(left, (str, list, tuple)) and isinstance(right, (str, list, tuple)):
         check_size(len(left) + len(right))
     return left + right
 
 
-def _multiply(left: Any, right: Any) -> Any:
+def _multiply(left: Any, right: Any) -> object:
     for items, times in ((left, right), (right, left)):
         if isinstance(items, (str, list, tuple)) and isinstance(times, int):
             check_size(len(items) * max(0, times))
@@ -149,7 +149,7 @@ def _multiply(left: Any, right: Any) -> Any:
     return left * right
 
 
-def _power(left: Any, right: Any) -> Any:
+def _power(left: Any, right: Any) -> object:
     _check_bits(left, right, lambda bits, _: bits * abs(right))
     return left**right
 
@@ -159,13 +159,18 @@ def _check_bits(left: object, right: object, combine: Callable[[int, int], int])
         check_size(combine(left.bit_length(), right.bit_length()))
 
 
-def _remainder(left: Any, right: Any) -> Any:
+def _remainder(left: Any, right: Any) -> object:
     if isinstance(left, str):
         _check_format(left)
     return left % right
 
 
-_BINARY: Final[dict[str, Callable[[Any, Any], Any]]] = {"+": _add, "*": _multiply, "**": _power, "%": _remainder}
+_BINARY: Final[dict[str, Callable[[Any, Any], object]]] = {
+    "+": _add,
+    "*": _multiply,
+    "**": _power,
+    "%": _remainder,
+}
 
 
 def _check_format(text: str) -> None:
@@ -173,11 +178,11 @@ def _check_format(text: str) -> None:
         raise TemplateLimitError(f"the template formats with a width of more than {10**6:,} characters")
 
 
-def _limit_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _limit_filter(name: str, function: Callable[..., object]) -> Callable[..., object]:
     """Return a filter that checks what it is given before it works, and its result."""
 
     @functools.wraps(function)
-    def call_within_limits(*args: Any, **options: Any) -> Any:
+    def call_within_limits(*args: object, **options: object) -> object:
         values = [_check_output(value) for value in args if isinstance(value, (str, int, list, tuple, dict))]
         _check_arguments(name, values, [*values[1:], *options.values()])
         return _check_result(function(*args, **options))
@@ -185,10 +190,10 @@ def _limit_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]
     return call_within_limits
 
 
-def _limit_calls(call: Callable[..., Any]) -> Callable[..., Any]:
+def _limit_calls(call: Callable[..., object]) -> Callable[..., object]:
     """Return the sandbox's way to call a method or a function, with the same checks."""
 
-    def call_within_limits(context: Any, called: Any, *args: Any, **options: Any) -> Any:
+    def call_within_limits(context: object, called: object, *args: object, **options: object) -> object:
         own = getattr(getattr(called, "__wrapped__", called), "__self__", None)  # the sandbox wraps `format`
         if isinstance(own, (str, list, tuple)):
             _check_arguments(getattr(called, "__name__", ""), [own, *args], [*args, *options.values()])
@@ -197,7 +202,7 @@ def _limit_calls(call: Callable[..., Any]) -> Callable[..., Any]:
     return call_within_limits
 
 
-def _check_arguments(name: str, values: Sequence[Any], rest: Sequence[Any]) -> None:
+def _check_arguments(name: str, values: Sequence[Any], rest: Sequence[object]) -> None:
     """Raise TemplateLimitError if a filter or a method would build something too large.
 
     Args:
@@ -222,7 +227,7 @@ def _check_arguments(name: str, values: Sequence[Any], rest: Sequence[Any]) -> N
         check_size(len(values[0]) + max(widths, default=4) * (values[0].count("\n") + 1))
 
 
-def _check_output(value: Any) -> Any:
+def _check_output(value: object) -> object:
     """Return a value that becomes text; raise TemplateLimitError if it holds too many items, however deep."""
     waiting, length, items = [value], 0, 0
     while waiting:
@@ -236,7 +241,7 @@ def _check_output(value: Any) -> Any:
     return value
 
 
-def _check_result(result: Any) -> Any:
+def _check_result(result: object) -> object:
     if isinstance(result, (str, list, tuple, dict)):
         check_size(len(result))
     return result

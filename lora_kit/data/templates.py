@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from lora_kit.data.messages import Conversation, Message, ToolCall
 from lora_kit.data.template_sandbox import TemplateLimitError, compile_template, render_marks, render_template
@@ -96,7 +96,7 @@ class ChatTemplate:
 
     text: str
     name: str
-    variables: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    variables: Mapping[str, object] = field(default_factory=dict, hash=False)
 
     @property
     def has_marks(self) -> bool:
@@ -157,7 +157,7 @@ class ChatTemplate:
 
     def _collect_variables(
         self, tokenizer: Tokenizer, conversation: Conversation, shape: MessageShape, *, add_generation_prompt: bool
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """Return all that the template is given; the same as transformers' `apply_chat_template` gives it."""
         own = conversation.variables
         self.check_variables(own)
@@ -171,7 +171,7 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
 
-    def check_variables(self, variables: Mapping[str, Any]) -> None:
+    def check_variables(self, variables: Mapping[str, object]) -> None:
         """Raise DataError for a variable that the template does not read, or that is not the caller's to set."""
         if not variables:
             return
@@ -187,7 +187,7 @@ class ChatTemplate:
         """Return the variables that the template reads and that may be set, sorted."""
         return sorted(_list_variables(self.text) - {*_RESERVED})
 
-    def with_variables(self, variables: Mapping[str, Any]) -> ChatTemplate:
+    def with_variables(self, variables: Mapping[str, object]) -> ChatTemplate:
         """Return the template with other variables."""
         return dataclasses.replace(self, variables=variables)
 
@@ -226,7 +226,7 @@ def find_chat_template(tokenizer: Tokenizer) -> str | None:
 
 
 def chat_template(
-    given: str | None, tokenizer: Tokenizer, *, base: str, variables: Mapping[str, Any] | None = None
+    given: str | None, tokenizer: Tokenizer, *, base: str, variables: Mapping[str, object] | None = None
 ) -> ChatTemplate:
     """Return the requested template.
 

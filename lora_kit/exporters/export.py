@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.adapter_like import AdapterLike
@@ -101,8 +101,8 @@ class Verdict:
     changed: tuple[str, ...]
     needed: tuple[str, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        fields: dict[str, Any] = to_json_value(self)
+    def to_json(self) -> dict[str, object]:
+        fields: dict[str, object] = to_json_value(self)
         return fields
 
     def demand(self) -> None:
@@ -128,8 +128,8 @@ class Export:
     changed: tuple[str, ...]
     bytes: int
 
-    def to_json(self) -> dict[str, Any]:
-        fields: dict[str, Any] = to_json_value(self)
+    def to_json(self) -> dict[str, object]:
+        fields: dict[str, object] = to_json_value(self)
         return fields
 
 

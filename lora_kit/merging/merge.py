@@ -9,7 +9,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 
@@ -297,7 +297,7 @@ class _MergeJob:
         )
 
 
-def _write_record(folder: Path, report: MergeReport, *, base: Mapping[str, Any], earlier: Sequence[str]) -> None:
+def _write_record(folder: Path, report: MergeReport, *, base: Mapping[str, object], earlier: Sequence[str]) -> None:
     """Write the model card and, last, the record that marks a folder as a finished merge."""
     (folder / model_files.CARD).write_bytes(report.page().encode())
     fields = {key: value for key, value in report.to_json().items() if key not in ("out", "bytes", "seconds")}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from lora_kit.adapter.model_card import format_table, render_card
 from lora_kit.io.portable_paths import make_folder_portable
@@ -77,7 +77,7 @@ class MergeReport:
         """The share that survived, as the mean over the tensors; 1 where no adapter has LoRA weights."""
         return sum(tensor.retained for tensor in self.tensors) / len(self.tensors) if self.tensors else 1.0
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return every field and `retention` as JSON values."""
         fields = {**asdict(self), "out": str(self.out), "retention": self.retention}
         fields["tensors"] = [

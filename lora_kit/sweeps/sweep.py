@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypedDict
+from typing import TYPE_CHECKING, Final, TypedDict
 
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import ConfigError, RecipeError
@@ -38,11 +38,11 @@ _DEFAULT_TRIALS: Final = 20
 
 
 def sweep(
-    recipe: str | Path | Mapping[str, Any] | Recipe,
+    recipe: str | Path | Mapping[str, object] | Recipe,
     over: Mapping[str, object] | Iterable[str],
     *,
     base: Base | None = None,
-    overrides: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, object] | None = None,
     method: str | None = None,
     metric: str | None = None,
     trials: int | None = None,
@@ -124,7 +124,7 @@ class SweepSettings(TypedDict):
 
 def _build_plan(
     recipe: Recipe,
-    fields: dict[str, Any],
+    fields: dict[str, object],
     space: Space,
     base: Base | None,
     *,
@@ -180,8 +180,8 @@ def _check_arguments(
 
 
 def _read_recipe(
-    recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Mapping[str, Any] | None, metric: str | None
-) -> tuple[dict[str, Any], Recipe, str]:
+    recipe: str | Path | Mapping[str, object] | Recipe, overrides: Mapping[str, object] | None, metric: str | None
+) -> tuple[dict[str, object], Recipe, str]:
     """Return the fields of a recipe whose evaluations compute the metric, the recipe itself, and the metric."""
     fields, _ = read_recipe_fields(recipe, overrides=overrides)
     loaded = load_recipe(fields)
@@ -231,7 +231,7 @@ def _check_recipe(recipe: Recipe, space: Space, base: Base | None, *, settings: 
         raise RecipeError(f"{reloading[0]} is swept, and a loaded base was given too", hint="leave base out")
 
 
-def _as_plain(fields: Mapping[str, Any], recipe: Recipe) -> dict[str, object]:
+def _as_plain(fields: Mapping[str, object], recipe: Recipe) -> dict[str, object]:
     """Return the fields of a recipe as JSON values; a `LoraConfig` among them by its fields."""
     return {
         key: recipe.to_dict()["lora"] if isinstance(value, LoraConfig) else as_json(value)
@@ -239,7 +239,7 @@ def _as_plain(fields: Mapping[str, Any], recipe: Recipe) -> dict[str, object]:
     }
 
 
-def _hash_train_rows(space: Space, fields: Mapping[str, Any]) -> dict[str, str]:
+def _hash_train_rows(space: Space, fields: Mapping[str, object]) -> dict[str, str]:
     """Return the sha256 of the rows of each swept value of `data.train`: other rows are another sweep."""
     sources = map(str, getattr(space.get("data.train"), "choices", ()))
     recipes = {source: load_recipe(fields, overrides={"data.train": source}) for source in sources}

@@ -73,7 +73,7 @@ class _Pruner(ast.NodeTransformer):
         except _UnknownError:
             return None
 
-    def _evaluate(self, node: ast.expr) -> Any:
+    def _evaluate(self, node: ast.expr) -> object:
         """Return the value of an expression.
 
         Raises:

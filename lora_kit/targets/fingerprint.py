@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Collection, Mapping
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ _SMALLEST: Final = 2**-24
 """Absolute distance of neighboring float16 values near zero."""
 
 
-def fingerprint(model: nn.Module, *, name: str | None = None) -> dict[str, Any]:
+def fingerprint(model: nn.Module, *, name: str | None = None) -> dict[str, object]:
     """Return the structure and sampled weights of a base model, with or without a bank attached.
 
     Quantized weights, and those on meta, are not sampled. Offloaded ones are: of them there is a copy elsewhere.
@@ -47,7 +47,9 @@ def fingerprint(model: nn.Module, *, name: str | None = None) -> dict[str, Any]:
     }
 
 
-def list_base_mismatches(expected: Mapping[str, Any], model: nn.Module, *, ignore: Collection[str] = ()) -> list[str]:
+def list_base_mismatches(
+    expected: Mapping[str, object], model: nn.Module, *, ignore: Collection[str] = ()
+) -> list[str]:
     """List how a model differs from the base that a fingerprint was taken of; one message each.
 
     The same base in fp32, fp16 and bf16 has no mismatches.
@@ -72,7 +74,7 @@ def list_base_mismatches(expected: Mapping[str, Any], model: nn.Module, *, ignor
 
 
 def list_fingerprint_mismatches(
-    one: Mapping[str, Any], other: Mapping[str, Any], *, ignore: Collection[str] = ()
+    one: Mapping[str, object], other: Mapping[str, object], *, ignore: Collection[str] = ()
 ) -> list[str]:
     """List how two fingerprints differ; nothing where they may be of one base.
 

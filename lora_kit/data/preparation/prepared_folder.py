@@ -122,7 +122,7 @@ class Preparation:
     validation: Rows | None
     test: Rows | None
     hidden_size: int | None
-    settings: Mapping[str, Any]
+    settings: Mapping[str, object]
     out: Path | None = None
     files: Mapping[str, object]
 

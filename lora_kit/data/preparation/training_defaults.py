@@ -8,7 +8,7 @@ through more often, so that there are some hundred steps at least. `benchmarks/p
 from __future__ import annotations
 
 import math
-from typing import Any, Final
+from typing import Final
 
 from lora_kit.models.tasks import LABEL_TASKS
 
@@ -25,7 +25,7 @@ _EPOCHS: Final = (3, 10)
 """Fewest and most epochs."""
 
 
-def choose_train_section(*, rows: int, task: str, hidden_size: int | None) -> dict[str, Any]:
+def choose_train_section(*, rows: int, task: str, hidden_size: int | None) -> dict[str, object]:
     """Return the `train` section for so many training rows.
 
     Args:

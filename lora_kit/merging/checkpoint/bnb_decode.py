@@ -119,5 +119,5 @@ def _read_code_map(packed: QuantizedWeight) -> Tensor:
 
 def _read_quant_state(packed: QuantizedWeight) -> dict[str, Any]:
     name = f"{packed.name}.quant_state.bitsandbytes__{packed.kind}"
-    state: dict[str, Any] = json.loads(bytes(packed.parts[name].numpy()).decode()) if name in packed.parts else {}
+    state: dict[str, object] = json.loads(bytes(packed.parts[name].numpy()).decode()) if name in packed.parts else {}
     return state

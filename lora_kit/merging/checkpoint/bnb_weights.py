@@ -107,7 +107,7 @@ class FourBitWeight(QuantizedWeight):
     @cached_property
     def _state(self) -> dict[str, Any]:
         """The quantization state, from its JSON."""
-        state: dict[str, Any] = json.loads(bytes(self.parts[self._state_name].numpy()).decode())
+        state: dict[str, object] = json.loads(bytes(self.parts[self._state_name].numpy()).decode())
         return state
 
     @cached_property

@@ -77,7 +77,7 @@ class TaskHead:
         return find_task_by_peft_type(self.task) or TASK_SPECS[CAUSAL_LM]
 
     @property
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, object]:
         """The fields of the model's config that it sets."""
         if self.labels:
             numbers = dict(enumerate(self.labels))

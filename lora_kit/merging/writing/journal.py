@@ -115,7 +115,7 @@ def check_read_back(path: Path, expected: FileDigest) -> None:
         raise VerificationError(f"{name} was read back with other bytes than were written", hint="check the disk")
 
 
-def _read_journal(folder: Path, key: str) -> dict[str, Any]:
+def _read_journal(folder: Path, key: str) -> dict[str, object]:
     """Return the files that a journal with this key lists; none without such a journal."""
     if folder.is_symlink() or not folder.is_dir():
         return {}

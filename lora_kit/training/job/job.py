@@ -143,7 +143,7 @@ class Job:
         return Collator(self.base.pad_token_id, self.base.decoder_inputs, self.base.takes_token_types)
 
     @property
-    def measure_options(self) -> dict[str, Any]:
+    def measure_options(self) -> dict[str, object]:
         """The arguments of `lora_kit.evaluation.measure.measure` for what is measured besides the loss."""
         metrics = (best_metric_of(self.recipe.train),)
         return {"metrics": metrics, "labels": self.labels, "task": self.generation_task}

@@ -69,9 +69,9 @@ def build_preference_loop(
     trainable: TrainableJob,
     args: TrainingArguments,
     *,
-    train: Dataset[dict[str, Any]],
+    train: Dataset[dict[str, object]],
     validation: PreferenceDataset | None,
-    **options: Any,
+    **options: object,
 ) -> ResumableLoop:
     """Return TRL's loop of a job's objective on some samples.
 

@@ -141,7 +141,7 @@ class PeftAdapter:
             raise VerificationError(f"PEFT has no tensors to save for this {self._kind}")
         return tensors
 
-    def _collect_config_fields(self) -> dict[str, Any]:
+    def _collect_config_fields(self) -> dict[str, object]:
         """Return the config as PEFT filled it in, as JSON values; sets are sorted."""
         fields = self.model.peft_config["default"].to_dict()
         changes = {"inference_mode": True, "base_model_name_or_path": make_folder_portable(self._name)}
@@ -231,7 +231,7 @@ def _drop_virtual_token_logits(model: PeftModel, job: Job) -> None:
         kind = job.recipe.peft["peft_type"]
         raise RecipeError(f"peft: {kind} returns logits {tuple(shape)} for labels {tuple(labels.shape)}")
 
-    def drop(module: nn.Module, inputs: object, output: Any) -> Any:
+    def drop(module: nn.Module, inputs: object, output: Any) -> object:
         output.logits = output.logits[:, before:]
         return output
 

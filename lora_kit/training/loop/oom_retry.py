@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ class MicroBatches:
         """Forget the batches of the step before."""
         self._batches: list[Batch] = []
         self._losses: list[Tensor] = []
-        self._random_states: dict[str, Any] = {}
+        self._random_states: dict[str, object] = {}
 
     def run_batch(self, batch: Batch, label_count: LabelCount) -> Tensor:
         """Run one more batch of the step.

@@ -54,7 +54,7 @@ class PreferenceLoop(ResumableLoop):
         model: PreTrainedModel,
         args: TrainingArguments,
         *,
-        train: Dataset[dict[str, Any]],
+        train: Dataset[dict[str, object]],
         validation: PreferenceDataset | None,
         tokenizer: Tokenizer,
         **options: Any,
@@ -87,7 +87,7 @@ class PreferenceLoop(ResumableLoop):
         metrics: dict[str, list[float]] = self._metrics[mode]
         return metrics
 
-    def capture_counts(self) -> dict[str, Any]:
+    def capture_counts(self) -> dict[str, object]:
         """Return the counts of a checkpoint, with the metrics that the next line of the log is a mean of."""
         metrics = {name: list(values) for name, values in self._get_metrics("train").items()}
         seen = getattr(self, "_total_train_tokens", 0)
@@ -102,7 +102,9 @@ class PreferenceLoop(ResumableLoop):
 
     # Steps
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: LabelCount = None) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, object], num_items_in_batch: LabelCount = None
+    ) -> Tensor:
         """Run forward and backward of a batch.
 
         Raises:
@@ -150,12 +152,12 @@ class PreferenceLoop(ResumableLoop):
             seconds=time.perf_counter() - started,
         )
 
-    def _iterate_validation(self) -> Iterator[list[dict[str, Any]]]:
+    def _iterate_validation(self) -> Iterator[list[dict[str, object]]]:
         size = self.args.per_device_eval_batch_size
         for start in range(0, len(self.eval_dataset), size):
             yield [self.eval_dataset[index] for index in range(start, min(start + size, len(self.eval_dataset)))]
 
-    def _measure_batch(self, rows: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
+    def _measure_batch(self, rows: list[dict[str, object]]) -> dict[str, tuple[float, float]]:
         """Return the loss and the metrics of some rows, each with its weight in the mean over all rows."""
         metrics = self._get_metrics("eval")
         metrics.clear()
@@ -167,7 +169,7 @@ class PreferenceLoop(ResumableLoop):
         measured = {name: (value, self._weigh(name, rows)) for name, value in values.items() if name in known}
         return {"loss": (float(loss), float(len(rows))), **measured}
 
-    def _weigh(self, name: str, rows: Sequence[Mapping[str, Any]]) -> float:
+    def _weigh(self, name: str, rows: Sequence[Mapping[str, object]]) -> float:
         """Return how much the metric of a batch counts in the mean over all."""
         return float(len(rows))
 
@@ -240,10 +242,10 @@ class OrpoLoop(PreferenceLoop, load_trl_class(ORPO, "ORPOTrainer")):  # type: ig
         metrics: dict[str, list[float]] = self._stored_metrics[mode]
         return metrics
 
-    def tokenize_row(self, feature: Mapping[str, Any], *args: object, **kwargs: object) -> dict[str, Any]:
+    def tokenize_row(self, feature: Mapping[str, Any], *args: object, **kwargs: object) -> dict[str, object]:
         """Return a row, whose columns are tokens already, in the columns of TRL's collator."""
         prompt = feature["prompt_ids"]
-        row: dict[str, Any] = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
+        row: dict[str, object] = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
         for side in ("chosen", "rejected"):
             answer = feature[f"{side}_ids"]
             row[f"{side}_input_ids"] = [*prompt, *answer]
@@ -270,7 +272,7 @@ def _count_tokens(inputs: Mapping[str, Any]) -> int:
 
 
 @contextlib.contextmanager
-def _hide_quantization(model: Any) -> Iterator[None]:
+def _hide_quantization(model: object) -> Iterator[None]:
     """Have TRL not see that a base is quantized: it would turn the adapter's fp32 parameters into bf16."""
     flags = [name for name in ("is_loaded_in_4bit", "is_loaded_in_8bit") if getattr(model, name, False)]
     for name in flags:

@@ -65,7 +65,7 @@ class ResumableLoop(TrainingLoop):
         self.seconds_before, self.resumed = 0.0, 0
         self.before: Evaluation | None = None
         self._resumed_loop: LoopState | None = None
-        self._epoch_random: dict[str, Any] = {}
+        self._epoch_random: dict[str, object] = {}
         self._in_epoch = self._is_save_pending = False
         self._restored: set[str] = set()
         self._started = 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 from torch import Tensor
 
@@ -53,14 +53,14 @@ class LoopState(TypedDict):
         trl: what a loop of TRL has counted since the last line of the log; missing in others.
     """
 
-    random: dict[str, Any]
-    epoch_random: dict[str, Any]
+    random: dict[str, object]
+    epoch_random: dict[str, object]
     loss: Tensor
     logged: int
     seconds: float
     micro_batch: int
     tokens: int
-    before: dict[str, Any] | None
+    before: dict[str, object] | None
     trainable: int
     parameters: int
-    trl: NotRequired[dict[str, Any]]
+    trl: NotRequired[dict[str, object]]

@@ -188,5 +188,5 @@ class Trainer(TrainingLoop):
 
     def autocast_smart_context_manager(
         self, cache_enabled: bool | None = True
-    ) -> contextlib.AbstractContextManager[Any]:
+    ) -> contextlib.AbstractContextManager[object]:
         return use_autocast(self.args.device, self.autocast_dtype)

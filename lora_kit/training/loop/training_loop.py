@@ -81,7 +81,7 @@ class TrainingLoop(transformers.Trainer):
         if handle is not None:
             deactivate_neftune(self.model, handle)
 
-    def capture_counts(self) -> dict[str, Any]:
+    def capture_counts(self) -> dict[str, object]:
         """Return what a checkpoint keeps of this loop's own counts, as values that torch.save and a safe load know."""
         return {"micro_batch": self.micro_batch, "tokens": self.tokens}
 
@@ -118,7 +118,7 @@ class TrainingLoop(transformers.Trainer):
 
     def evaluate(
         self,
-        eval_dataset: Dataset[Any] | dict[str, Dataset[Any]] | None = None,
+        eval_dataset: Dataset[object] | dict[str, Dataset[object]] | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:

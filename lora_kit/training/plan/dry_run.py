@@ -48,7 +48,7 @@ _DRY_RUN_ARGUMENTS: Final[Mapping[str, object]] = {
 }
 
 
-class _SampleSelection(torch.utils.data.Dataset[dict[str, Any]]):
+class _SampleSelection(torch.utils.data.Dataset[dict[str, object]]):
     """Samples of a data set at some positions, in that order."""
 
     num_labels = 0

@@ -251,7 +251,7 @@ def check_one_of(name: str, value: str, known: Sequence[str]) -> None:
 # Copies
 
 
-def copy_nested(values: Section) -> dict[str, Any]:
+def copy_nested(values: Section) -> dict[str, object]:
     """Return a copy of nested mappings; what is in them is shared."""
     return {key: copy_nested(value) if isinstance(value, Mapping) else value for key, value in values.items()}
 

@@ -30,7 +30,7 @@ _LARGEST_NUMBER: Final = 2**63 - 1
 """Of any other whole number: torch has none that is larger."""
 
 
-def check_values(values: Mapping[Any, Any], *, where: str) -> None:
+def check_values(values: Mapping[Any, object], *, where: str) -> None:
     """Raise RecipeError unless values are few, not deep, and of text that a file takes.
 
     An alias of YAML counts as often as it is used.
@@ -50,7 +50,7 @@ def check_values(values: Mapping[Any, Any], *, where: str) -> None:
             raise RecipeError(f"{where}: {key or 'a key'} {problem}")
 
 
-def _walk(value: Any, key: str, level: int) -> Iterator[tuple[str, Any, int]]:
+def _walk(value: object, key: str, level: int) -> Iterator[tuple[str, object, int]]:
     """Yield every value with its key and level, depth first; levels below the limit are not entered."""
     yield key, value, level
     if level > MAX_LEVELS:

@@ -8,7 +8,7 @@ import tomllib
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 import yaml
 
@@ -73,7 +73,7 @@ def load_recipe(source: RecipeSource, *, overrides: Section | None = None) -> Re
         raise RecipeError(f"{where}: {shorten(error.message)}", hint=shorten(error.hint)) from None
 
 
-def read_recipe_fields(source: RecipeSource, *, overrides: Section | None = None) -> tuple[dict[str, Any], str]:
+def read_recipe_fields(source: RecipeSource, *, overrides: Section | None = None) -> tuple[dict[str, object], str]:
     """Return the fields of a recipe, with overrides but without defaults, and the name of its source for messages."""
     if isinstance(source, Recipe):
         fields, where = source.to_dict(), "the recipe"
@@ -106,7 +106,7 @@ def _check_is_path(source: object) -> None:
         raise RecipeError(f"{format_value(source)} was given as a recipe", hint=hint)
 
 
-def _read_recipe_file(path: Path) -> dict[str, Any]:
+def _read_recipe_file(path: Path) -> dict[str, object]:
     """Return the mapping in a recipe's file."""
     suffix = path.suffix.lower()
     if suffix not in (".yaml", ".yml", ".toml"):
@@ -127,7 +127,7 @@ def _read_recipe_file(path: Path) -> dict[str, Any]:
     return fields
 
 
-def _override(fields: dict[str, Any], key: str, value: object) -> None:
+def _override(fields: dict[str, object], key: str, value: object) -> None:
     """Set a dotted key in the fields of a recipe."""
     section, dot, name = key.partition(".")
     if section == "data" and isinstance(fields.get("data"), (str, list)) and dot:

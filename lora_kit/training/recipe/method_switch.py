@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 from lora_kit.errors import format_list
 from lora_kit.training.recipe.coerce import Section
@@ -23,7 +23,7 @@ _RATES: Final = (_RATE, _HEAD_RATE, "loraplus_lr_ratio")
 _KEPT_BY_FEATURES: Final = ("modules_to_save", "base_model_name_or_path", "revision", "task_type", "inference_mode")
 
 
-def switch_method(fields: Section, overrides: Section) -> dict[str, Any]:
+def switch_method(fields: Section, overrides: Section) -> dict[str, object]:
     """Return the fields of a recipe without the keys of its own method, where a flag gives it another one.
 
     `features` trains the head alone, so a learning rate of the head becomes the learning rate.
@@ -48,7 +48,7 @@ def switch_method(fields: Section, overrides: Section) -> dict[str, Any]:
     return result
 
 
-def _keep_section(name: str, values: Section, method: str) -> dict[str, Any]:
+def _keep_section(name: str, values: Section, method: str) -> dict[str, object]:
     """Return the keys of a section that mean the same in another method."""
     if name == "train":
         return {key: value for key, value in values.items() if key not in _RATES}

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from lora_kit.data.layouts import FORMATS
 from lora_kit.data.preferences import FEEDBACK_FORMATS, PAIR_FORMATS
@@ -206,7 +206,7 @@ def check_objective_values(objective: str, train: Section, *, lora_dropout: floa
 
 def _check_loss_weights(train: Section) -> None:
     """Raise RecipeError unless each loss has a weight, where weights are given."""
-    weights: Sequence[Any] | None = train.get("loss_weights")
+    weights: Sequence[object] | None = train.get("loss_weights")
     losses = train.get("loss_type", ["sigmoid"])
     if weights is not None and len(weights) != len(losses):
         raise RecipeError(f"train.loss_weights has {len(weights)} values, train.loss_type {len(losses)}")

@@ -81,7 +81,7 @@ def _choose_optimizer(train: Section, key: str) -> tuple[type[torch.optim.Optimi
         return optimizer, dict(options)
 
 
-def _refuse_unread_arguments(train: Section, chosen: tuple[type[torch.optim.Optimizer], dict[str, Any]]) -> None:
+def _refuse_unread_arguments(train: Section, chosen: tuple[type[torch.optim.Optimizer], dict[str, object]]) -> None:
     """Raise RecipeError for arguments that change nothing whatever their value: the optimizer does not read them."""
     name, arguments = train.get("optim", _DEFAULT_OPTIMIZER), str(train.get("optim_args") or "")
     items = dict(item.replace(" ", "").split("=") for item in arguments.split(",") if item)
@@ -97,7 +97,7 @@ def _refuse_unread_arguments(train: Section, chosen: tuple[type[torch.optim.Opti
             raise RecipeError(f"train.{key}: {name} does not read it", hint="leave it out, or choose an Adam")
 
 
-def _is_chosen(train: Section, chosen: tuple[type[torch.optim.Optimizer], dict[str, Any]]) -> bool:
+def _is_chosen(train: Section, chosen: tuple[type[torch.optim.Optimizer], dict[str, object]]) -> bool:
     """Return whether transformers makes the same choice for a section; it does not where that raises an error."""
     try:
         return _choose_optimizer(train, "") == chosen

@@ -69,7 +69,7 @@ _FIXED_FIELDS: Final[Mapping[str, str]] = {
 """Fields that a recipe cannot set, and why."""
 
 
-def parse_peft_section(section: Section, *, packing: bool, checkpointing: bool) -> dict[str, Any]:
+def parse_peft_section(section: Section, *, packing: bool, checkpointing: bool) -> dict[str, object]:
     """Return the section with its type in capitals and every value converted to its field's type, as JSON values.
 
     Args:
@@ -141,7 +141,7 @@ def _parse_peft_type(value: object) -> str:
     return kind
 
 
-def _build_nested_config(hint: object, value: Any) -> Any:
+def _build_nested_config(hint: object, value: object) -> Any:
     """Return a mapping as the dataclass that its field's type names; any other value as it is."""
     classes = [kind for kind in union_members_of(hint) if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
     return classes[0](**value) if classes and isinstance(value, Mapping) else value

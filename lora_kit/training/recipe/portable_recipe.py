@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from lora_kit.data.mixture import rename_files
 from lora_kit.io.portable_paths import make_folder_portable, make_path_portable
@@ -34,7 +33,7 @@ def make_recipe_portable(recipe: Recipe) -> Recipe:
     )
 
 
-def _shorten_paths(value: Any) -> Any:
+def _shorten_paths(value: object) -> object:
     """Return a value with every absolute path in it made portable."""
     if isinstance(value, Mapping):
         return {key: _shorten_paths(item) for key, item in value.items()}

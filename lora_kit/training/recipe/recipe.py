@@ -81,7 +81,7 @@ class DataSpec:
     validation: DataSource | None = None
     separator: str = DEFAULT_SEPARATOR
     chat_template: str | None = None
-    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    chat_template_kwargs: Mapping[str, object] = field(default_factory=dict, hash=False)
     learn: str = ALL
     max_length: int | None = None
     packing: bool = False
@@ -291,7 +291,7 @@ def _choose_lora_config(method: str, config: LoraConfig) -> LoraConfig:
     return config
 
 
-def _collect_lora_fields(config: LoraConfig) -> dict[str, Any]:
+def _collect_lora_fields(config: LoraConfig) -> dict[str, object]:
     """Return the fields of a config that differ from the default; r, lora_alpha and target_modules always."""
     plain, default = config.to_dict(), LoraConfig().to_dict()
     always = ("r", "lora_alpha", "target_modules")

@@ -102,7 +102,7 @@ _NEWER_NAMES: Final = {
 """Older names of TrainingArguments that recipes may use, and their names in newer versions of transformers."""
 
 
-def parse_train_section(section: Section, method: str, objective: str = SFT) -> dict[str, Any]:
+def parse_train_section(section: Section, method: str, objective: str = SFT) -> dict[str, object]:
     """Return the `train` section with its defaults, every value converted to its type.
 
     With an objective of TRL it may also have the keys of that objective's config.
