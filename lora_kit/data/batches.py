@@ -16,6 +16,8 @@ IGNORE_INDEX: Final = -100
 """The label of a position without a loss."""
 SAMPLE_WEIGHTS: Final = "sample_weights"
 """The key of a batch under which the weights of its samples are; a model does not take it."""
+_COUNTED_AT_ONCE: Final = 2**22
+"""Labels that are compared at once: those of samples on the disk may be more than fits in memory."""
 _FLOAT_KINDS: Final = (LABEL_SET, VALUE)
 """The kinds whose labels are numbers to be predicted, not classes."""
 
@@ -80,7 +82,9 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     @property
     def num_labels(self) -> int:
         """Positions with a loss: tokens to be written, words, texts, or the classes of all texts."""
-        return len(self.labels) if self.kind in _FLOAT_KINDS else int((self.labels != IGNORE_INDEX).sum())
+        if self.kind in _FLOAT_KINDS:
+            return len(self.labels)
+        return sum(int((part != IGNORE_INDEX).sum()) for part in self.labels.split(_COUNTED_AT_ONCE))
 
     def select(self, indices: Sequence[int]) -> EncodedDataset:
         """Return the samples at these indices, in this order."""

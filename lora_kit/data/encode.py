@@ -72,6 +72,24 @@ class EncodingResult:
     faults: tuple[Fault, ...]
 
 
+@dataclass(frozen=True)
+class RowCounts:
+    """Rows, and how many of them had to be changed.
+
+    Attributes:
+        rows: how many there are.
+        cut: how many were cut or became several samples to fit.
+        divided: conversations in which answers have samples of their own.
+    """
+
+    rows: int = 0
+    cut: int = 0
+    divided: int = 0
+
+    def __add__(self, other: RowCounts) -> RowCounts:
+        return RowCounts(self.rows + other.rows, self.cut + other.cut, self.divided + other.divided)
+
+
 def encode(
     rows: Rows,
     tokenizer: Tokenizer,
@@ -114,20 +132,46 @@ def encode(
 
 def encode_rows(rows: Rows, tokenizer: Tokenizer, sample_format: SampleFormat) -> EncodedDataset:
     """Return the samples of rows in a format; see `encode`, which documents the limits and raises the same errors."""
+    return encode_and_count(rows, tokenizer, sample_format)[0]
+
+
+def encode_and_count(rows: Rows, tokenizer: Tokenizer, sample_format: SampleFormat) -> tuple[EncodedDataset, RowCounts]:
+    """Return what `encode_rows` returns, and the counts of the rows, which are logged."""
     if rows.parts:
-        return concatenate_samples([encode_rows(part, tokenizer, sample_format) for part in rows.parts])
+        parts = [encode_and_count(part, tokenizer, sample_format) for part in rows.parts]
+        return concatenate_samples([samples for samples, _ in parts]), sum((each for _, each in parts), RowCounts())
+    samples, counts = encode_chunk(rows, tokenizer, sample_format)
+    log_counts(rows, counts, samples.kind, sample_format)
+    return samples, counts
+
+
+def encode_chunk(rows: Rows, tokenizer: Tokenizer, sample_format: SampleFormat) -> tuple[EncodedDataset, RowCounts]:
+    """Return the samples of some rows of a file and the counts of the rows, without logging them.
+
+    Raises:
+        DataError: as `encode`.
+    """
     result = encode_with_faults(rows, tokenizer, sample_format)
     if result.faults:
         faults = list(dict.fromkeys(result.faults))  # a row of a mixture may be there several times
         raise build_fault_error(rows.path, faults, hint=_suggest_fix(faults))
-    if result.cut:
+    return result.encoded, RowCounts(len(rows), len(result.cut), len(result.divided))
+
+
+def log_counts(rows: Rows, counts: RowCounts, kind: str, sample_format: SampleFormat) -> None:
+    """Log how many rows of a file were cut or divided.
+
+    Args:
+        rows: of the file; some of them are enough.
+        kind: of the samples.
+    """
+    if counts.cut:
         level = logging.INFO if rows.format == "text" else logging.WARNING
-        action = _CUT_SOURCE_MESSAGE if result.encoded.kind == TARGET else _CUT_MESSAGES[get_answer_format(rows.format)]
+        action = _CUT_SOURCE_MESSAGE if kind == TARGET else _CUT_MESSAGES[get_answer_format(rows.format)]
         limit = sample_format.max_length
-        logger.log(level, "%s: %d of %d %s to fit %d tokens", rows.path, len(result.cut), len(rows), action, limit)
-    if result.divided:
-        logger.info("%s: %d of %d %s", rows.path, len(result.divided), len(rows), DIVIDED_MESSAGE)
-    return result.encoded
+        logger.log(level, "%s: %d of %d %s to fit %d tokens", rows.path, counts.cut, counts.rows, action, limit)
+    if counts.divided:
+        logger.info("%s: %d of %d %s", rows.path, counts.divided, counts.rows, DIVIDED_MESSAGE)
 
 
 def encode_with_faults(rows: Rows, tokenizer: Tokenizer, sample_format: SampleFormat) -> EncodingResult:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from lora_kit.data.parquet import resolve_class_names
 from lora_kit.data.readers import READABLE_SUFFIXES
-from lora_kit.data.records import Contents
+from lora_kit.data.records import Contents, Record
 from lora_kit.errors import DataError
 from lora_kit.models.silence import silence_datasets
 
@@ -43,23 +44,38 @@ def read_dataset(path: Path, *, split: str) -> Contents:
     Raises:
         DataError: the data set cannot be read; the message says what was tried.
     """
+    dataset = _load_dataset(path, split)
+    rows = list(resolve_class_names(dataset.to_list(), dataset.features))
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
+    return Contents(list(enumerate(rows, start=1)), [], digest.hexdigest())
+
+
+def iterate_dataset(path: Path, *, split: str) -> Iterator[Record]:
+    """Yield the rows of a data set one by one, as `datasets` maps them from the disk, numbered from 1.
+
+    Raises:
+        DataError: as `read_dataset`.
+    """
+    dataset = _load_dataset(path, split)
+    yield from enumerate(resolve_class_names(dataset, dataset.features), start=1)
+
+
+def _load_dataset(path: Path, split: str) -> Dataset:
+    """Return the split that a name names, or else this one."""
     name = _DATASET_NAME.fullmatch(str(path))
     assert name is not None
     repository, config, split = name[1], name[2], name[3] or split
     try:
         with silence_datasets():
-            dataset = _load_split(repository, config, split)
+            return _load_split(repository, config, split)
     except Exception as error:  # whatever datasets and the network raise
         reason = " ".join(str(error).split()) or type(error).__name__
         tried = f"{repository}, {f'config {config}, ' if config else ''}split {split}"
         hint = "owner/name:split or owner/name/config:split; what was read once needs no network (HF_HUB_OFFLINE=1)"
         message = f"{path}: no such file here, and no data set of the hub that can be read ({tried}): {reason}"
         raise DataError(message, hint=hint) from None
-    rows = list(resolve_class_names(dataset.to_list(), dataset.features))
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
-    return Contents(list(enumerate(rows, start=1)), [], digest.hexdigest())
 
 
 def _load_split(repository: str, config: str | None, split: str) -> Dataset:

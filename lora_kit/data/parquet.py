@@ -23,8 +23,11 @@ _BATCH_ROWS: Final = 1024
 """Rows that become Python values at once."""
 
 
-def parse_parquet(path: Path, stream: BinaryIO) -> Parsed:
+def parse_parquet(path: Path, stream: BinaryIO, *, is_streamed: bool = False) -> Parsed:
     """Parse a Parquet file; the numbers of a ClassLabel of `datasets` become its names.
+
+    Args:
+        is_streamed: whether no more than a row group is kept in memory, so that the file may be of any size.
 
     Raises:
         DataError: it is damaged, or unpacks to more than a file of its size may.
@@ -32,12 +35,12 @@ def parse_parquet(path: Path, stream: BinaryIO) -> Parsed:
     packed = stream.seek(0, 2)
     stream.seek(0)
     file = _open(path, stream)
-    _check_metadata(path, file.metadata, packed)
+    _check_metadata(path, file.metadata, packed, is_streamed=is_streamed)
     names, size, number = _read_class_names(path, file.schema_arrow), 0, 0
     for index in range(file.metadata.num_row_groups):
         table = _read_row_group(path, file, index)
         size += sum(_measure_values(chunk) for column in table.columns for chunk in column.chunks)
-        check_unpacked_size(path, size, packed)
+        check_unpacked_size(path, size, packed, is_streamed=is_streamed)
         for start in range(0, table.num_rows, _BATCH_ROWS):
             for row in _convert_rows(_expand_texts(table.slice(start, _BATCH_ROWS))):
                 number += 1
@@ -90,13 +93,17 @@ def _not_parquet_error(path: Path, error: Exception) -> DataError:
     return DataError(f"{path}: not Parquet: {' '.join(str(error).split())}")
 
 
-def _check_metadata(path: Path, metadata: pyarrow.parquet.FileMetaData, packed: int) -> None:
+def _check_metadata(path: Path, metadata: pyarrow.parquet.FileMetaData, packed: int, *, is_streamed: bool) -> None:
     """Raise DataError if the columns, as the file describes them, are too large to be unpacked."""
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     columns = [group.column(index) for group in groups for index in range(group.num_columns)]
-    check_unpacked_size(path, sum(column.total_uncompressed_size for column in columns), packed)
-    check_unpacked_size(path, _VALUE_BYTES * sum(column.num_values for column in columns), packed)
-    check_unpacked_size(path, _VALUE_BYTES * metadata.num_rows, packed)
+    sizes = (
+        sum(column.total_uncompressed_size for column in columns),
+        _VALUE_BYTES * sum(column.num_values for column in columns),
+        _VALUE_BYTES * metadata.num_rows,
+    )
+    for size in sizes:
+        check_unpacked_size(path, size, packed, is_streamed=is_streamed)
 
 
 def _read_row_group(path: Path, file: pyarrow.parquet.ParquetFile, index: int) -> Any:

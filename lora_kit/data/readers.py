@@ -38,6 +38,7 @@ from lora_kit.data.tables import parse_csv, parse_tsv
 from lora_kit.errors import DataError, suggest_nearest
 
 GZIP: Final = ".gz"
+JSON: Final = ".json"
 PARQUET: Final = ".parquet"
 _WHITE_SPACE: Final = re.compile(r"[ \t\r\n]*")
 """What JSON takes for white space."""
@@ -84,16 +85,28 @@ def find_parser(path: Path) -> Callable[[Path, BinaryIO], Parsed]:
     return _PARSERS[suffix]
 
 
-def _read_bytes(path: Path) -> bytes:
+def check_is_file(path: Path) -> int:
+    """Return the size of a file in bytes.
+
+    Raises:
+        DataError: there is none, or what is there is no regular file.
+    """
     try:
         if path.is_dir():
             raise DataError(f"{path} is a folder", hint="give one file")
         if path.exists() and not path.is_file():
             raise DataError(f"{path} is not a regular file")
-        check_file_size(path, path.stat().st_size)
-        return path.read_bytes()
+        return path.stat().st_size
     except FileNotFoundError:
         raise DataError(f"{path}: no such file", hint=_suggest_file(path)) from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _read_bytes(path: Path) -> bytes:
+    check_file_size(path, check_is_file(path))
+    try:
+        return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
 
@@ -246,7 +259,7 @@ def _parse_txt(path: Path, stream: BinaryIO) -> Parsed:
 _PARSERS: Final[Mapping[str, Callable[[Path, BinaryIO], Parsed]]] = {
     ".jsonl": _parse_jsonl,
     ".ndjson": _parse_jsonl,
-    ".json": _parse_json,
+    JSON: _parse_json,
     ".csv": parse_csv,
     ".tsv": parse_tsv,
     PARQUET: parse_parquet,

@@ -101,9 +101,14 @@ def read_rows(path: str | Path, *, split: str = "train") -> Rows:
     scan = scan_rows(path, split=split)
     if scan.faults:
         raise build_fault_error(scan.rows.path, scan.faults)
-    if scan.unused:
-        logger.warning("%s: keys that are not used: %s", scan.rows.path, format_list(scan.unused))
+    warn_of_unused(scan.rows.path, scan.unused)
     return scan.rows
+
+
+def warn_of_unused(path: Path, keys: Collection[str]) -> None:
+    """Log the columns of a file that its layout does not read."""
+    if keys:
+        logger.warning("%s: keys that are not used: %s", path, format_list(sorted(keys)))
 
 
 def scan_rows(
@@ -122,19 +127,19 @@ def scan_rows(
     path = parse_path(path, name="the file of rows")
     contents = read_dataset(path, split=split) if is_dataset(path) else read_file(path, encoding=encoding)
     if not contents.records and not contents.faults:
-        raise DataError(f"{path} has no rows", hint="the ending of its name decides how a file is read")
+        raise build_empty_error(path)
     if not contents.records:
         return Scan(Rows(path, "", (), ()), tuple(contents.faults), (), contents.sha256, contents.encoding)
     records = _rename_columns(path, contents.records, rename or {})
-    layout = _require_layout(path, records[0][1])
+    layout = require_layout(path, records[0][1])
     unused = {key for _, row in records for key in row} - {*layout.keys, *layout.optional}
-    _refuse_ignored_columns(path, layout, records)
-    rows, faults = _convert_records(path, layout, records)
+    refuse_ignored_columns(path, layout, records)
+    rows, faults = convert_records(path, layout, records)
     all_faults = tuple(sorted([*contents.faults, *faults]))
     return Scan(rows, all_faults, tuple(sorted(unused)), contents.sha256, contents.encoding)
 
 
-def _convert_records(path: Path, layout: Layout, records: Sequence[Record]) -> tuple[Rows, list[Fault]]:
+def convert_records(path: Path, layout: Layout, records: Sequence[Record]) -> tuple[Rows, list[Fault]]:
     """Return the rows that match the layout, and a fault for each that does not."""
     values: list[RowValue] = []
     lines: list[int] = []
@@ -150,6 +155,11 @@ def _convert_records(path: Path, layout: Layout, records: Sequence[Record]) -> t
     mixed = [*_find_mixed_labels(rows), *_find_mixed_pairs(rows)]
     invalid = {fault.line for fault in mixed}
     return rows.only([index for index, line in enumerate(lines) if line not in invalid]), [*faults, *mixed]
+
+
+def build_empty_error(path: Path) -> DataError:
+    """Return the error for a file without rows."""
+    return DataError(f"{path} has no rows", hint="the ending of its name decides how a file is read")
 
 
 def build_fault_error(path: Path, faults: Sequence[Fault], *, hint: str = "") -> DataError:
@@ -193,7 +203,12 @@ def _rename_columns(path: Path, records: Sequence[Record], names: Mapping[str, s
     return [(line, {names.get(key, key): value for key, value in row.items()}) for line, row in records]
 
 
-def _require_layout(path: Path, row: Row) -> Layout:
+def require_layout(path: Path, row: Row) -> Layout:
+    """Return the layout of the first row of a file.
+
+    Raises:
+        DataError: there is none with its columns.
+    """
     layout = find_preference_layout(row) or find_layout(row)
     if layout is None:
         formats = "; ".join(dict.fromkeys(" and ".join(layout.keys) for layout in (*LAYOUTS, *PREFERENCE_LAYOUTS)))
@@ -202,7 +217,7 @@ def _require_layout(path: Path, row: Row) -> Layout:
     return layout
 
 
-def _refuse_ignored_columns(path: Path, layout: Layout, records: Sequence[Record]) -> None:
+def refuse_ignored_columns(path: Path, layout: Layout, records: Sequence[Record]) -> None:
     """Raise DataError for columns with values that the layout does not read, though they say what is learned."""
     filled = {key for _, row in records for key, value in row.items() if value is not None}
     reason = reason_not_ignorable(layout, filled)

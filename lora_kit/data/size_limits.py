@@ -27,21 +27,22 @@ _GZIP_WINDOW: Final = 16 + zlib.MAX_WBITS
 _READ_BYTES: Final = 2**20
 
 
-def compute_unpack_limit(packed: int) -> int:
-    """Return how many bytes a file of `packed` bytes may unpack to."""
-    return min(MAX_FILE_BYTES, max(_FREE_BYTES, _MAX_RATIO * packed))
+def compute_unpack_limit(packed: int, *, is_streamed: bool = False) -> int:
+    """Return how many bytes a file of `packed` bytes may unpack to; `is_streamed` means that it is not read whole."""
+    limit = max(_FREE_BYTES, _MAX_RATIO * packed)
+    return limit if is_streamed else min(MAX_FILE_BYTES, limit)
 
 
 def check_file_size(path: Path, size: int) -> None:
     """Raise DataError for a file that is too large to be read whole."""
     if size > MAX_FILE_BYTES:
         what = f"{path} has {size:,} bytes; a file that is read whole has at most {MAX_FILE_BYTES:,}"
-        raise DataError(what, hint="split it into several files: data.train takes a list")
+        raise DataError(what, hint="data.streaming: true does not read it whole; or split it: data.train takes a list")
 
 
-def check_unpacked_size(path: Path, size: int, packed: int, *, what: str = "bytes") -> None:
+def check_unpacked_size(path: Path, size: int, packed: int, *, what: str = "bytes", is_streamed: bool = False) -> None:
     """Raise DataError for a packed file that would take more memory than one of its size may."""
-    limit = compute_unpack_limit(packed)
+    limit = compute_unpack_limit(packed, is_streamed=is_streamed)
     if size > limit:
         message = f"{path} has {packed:,} bytes and unpacks to {size:,} {what} or more; at most {limit:,} are read"
         raise DataError(message, hint="unpack it into JSONL or CSV, or split it")

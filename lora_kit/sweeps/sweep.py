@@ -15,9 +15,9 @@ from lora_kit.io.text import escape_text
 from lora_kit.models.loading import Base
 from lora_kit.models.silence import silence_libraries
 from lora_kit.sweeps.space import check_values, format_space, list_combinations, parse_space
-from lora_kit.training.job.job import Job, read_recipe_rows
+from lora_kit.training.job.job import Job
 from lora_kit.training.job.output import check_output_writable
-from lora_kit.training.loop.checkpoints import hash_json
+from lora_kit.training.job.recipe_rows import read_recipe_rows
 from lora_kit.training.recipe.coerce import as_json, check_one_of
 from lora_kit.training.recipe.load import load_recipe, read_recipe_fields
 from lora_kit.training.recipe.objectives import SFT, TRL_OBJECTIVES
@@ -243,4 +243,4 @@ def _hash_train_rows(space: Space, fields: Mapping[str, object]) -> dict[str, st
     """Return the sha256 of the rows of each swept value of `data.train`: other rows are another sweep."""
     sources = map(str, getattr(space.get("data.train"), "choices", ()))
     recipes = {source: load_recipe(fields, overrides={"data.train": source}) for source in sources}
-    return {source: hash_json({"rows": read_recipe_rows(recipe)[0].values}) for source, recipe in recipes.items()}
+    return {source: read_recipe_rows(recipe).hash_train() for source, recipe in recipes.items()}

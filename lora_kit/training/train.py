@@ -78,7 +78,7 @@ def train(
     with lock_output(folder.folder), silence_libraries():
         folder.remove_if_done()
         check_output_available(loaded, replace=replace)
-        job = Job.open(loaded, base)
+        job = Job.open(loaded, base, store=folder.samples)
         checkpoint = folder.find_resumable(job.identity, job.environment, replace=replace)
         try:
             with translate_training_memory(), make_job_trainable(job) as trainable:

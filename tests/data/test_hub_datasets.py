@@ -13,6 +13,7 @@ import pytest
 from lora_kit.cli.main import main
 from lora_kit.data.hub_datasets import is_dataset
 from lora_kit.data.preparation.prepare import prepare
+from lora_kit.data.row_stream import RowStream
 from lora_kit.data.rows import collect_label_names, read_rows
 from lora_kit.errors import DataError
 from lora_kit.training.train import train
@@ -166,3 +167,10 @@ def test_prepare_makes_files_of_a_data_set(hub: Asked, tmp_path: Path, capsys: p
     assert "prompt and completion" in capsys.readouterr().out
     assert json.loads(Path("b/manifest.json").read_text())["sources"][0]["sha256"] == sums[0]
     assert found.parts[0].to_json()["path"] == "owner/name"
+
+
+def test_a_data_set_is_streamed_from_the_cache(hub: list[tuple[str, str | None, str]]) -> None:
+    stream, whole = RowStream.open("owner/name/labels", split="train"), read_rows("owner/name/labels", split="train")
+    rows = [value for chunk in stream.chunks() for value in chunk.values]
+    assert (rows, stream.count) == (list(whole.values), 2)
+    assert rows[0][1] == "yes"

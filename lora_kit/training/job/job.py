@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,18 +16,16 @@ from torch import nn
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.data.batches import Collator, EncodedDataset
-from lora_kit.data.encode import encode_rows
+from lora_kit.data.encode import RowCounts, encode_rows
 from lora_kit.data.label_problem import count_labels, list_label_names, resolve_problem
-from lora_kit.data.layouts import FORMATS
 from lora_kit.data.messages import ALL
-from lora_kit.data.mixture import DataSource, read_source
 from lora_kit.data.packing import PackedDataset, pack, reason_not_packable
 from lora_kit.data.preference_samples import PreferenceDataset, build_preference_dataset
-from lora_kit.data.preferences import describe_use, get_answer_format
+from lora_kit.data.preferences import get_answer_format
 from lora_kit.data.rows import Rows
 from lora_kit.data.sample_format import SampleFormat
 from lora_kit.data.templates import ChatTemplate, chat_template
-from lora_kit.errors import BaseModelError, DataError, RecipeError, format_list
+from lora_kit.errors import BaseModelError, RecipeError, format_list
 from lora_kit.evaluation.generation_metrics import GenerationTask, build_generation_task, collect_eval_prompts
 from lora_kit.evaluation.metrics import select_generation_metrics
 from lora_kit.models.checkpoint_head import find_label_order
@@ -35,11 +34,12 @@ from lora_kit.models.loading import Base
 from lora_kit.models.tasks import CLASSIFY, LABEL_TASKS, REGRESSION, SINGLE_LABEL
 from lora_kit.targets.fingerprint import fingerprint
 from lora_kit.training.job.base_model import prepare_base
+from lora_kit.training.job.recipe_rows import encode_training_rows, read_recipe_rows
 from lora_kit.training.job.resolve import resolve_recipe
 from lora_kit.training.job.starting_adapter import check_starting_labels, load_starting_adapter
 from lora_kit.training.loop.checkpoints import Identity, hash_json
 from lora_kit.training.recipe.class_weights import compute_class_weights
-from lora_kit.training.recipe.objectives import KTO, REWARD, REWARD_LABEL, SFT, find_formats
+from lora_kit.training.recipe.objectives import KTO, REWARD, REWARD_LABEL, SFT
 from lora_kit.training.recipe.recipe import Recipe
 from lora_kit.training.recipe.training_arguments import best_metric_of, check_reporting
 
@@ -53,7 +53,8 @@ class Job:
     Attributes:
         recipe: with every value that was left open filled in.
         base: the model to train on, with its tokenizer.
-        rows: of the training file.
+        rows: of the training file; the first ones, where they are streamed.
+        counts: of all training rows, and of those that were cut or divided.
         sample_format: how the rows become samples.
         train: the training samples.
         validation: the validation samples; None without `data.validation`.
@@ -67,6 +68,7 @@ class Job:
     recipe: Recipe
     base: Base
     rows: Rows
+    counts: RowCounts
     sample_format: SampleFormat
     train: Any  # EncodedDataset or PackedDataset; PreferenceDataset where the objective is not `sft`
     validation: Any
@@ -77,11 +79,12 @@ class Job:
     identity: Identity
 
     @classmethod
-    def open(cls, recipe: Recipe, base: Base | None = None) -> Job:
+    def open(cls, recipe: Recipe, base: Base | None = None, *, store: Path | None = None) -> Job:
         """Read, check and encode what a recipe names.
 
         Args:
             base: a base that is already loaded; None to load the recipe's.
+            store: the folder that keeps the samples of streamed rows for the next run; None to keep none.
 
         Raises:
             RecipeError, DataError, BaseModelError: what is wrong, or does not go together.
@@ -90,7 +93,8 @@ class Job:
         start = load_starting_adapter(recipe)
         if start is not None:
             recipe = recipe.replace(lora=dataclasses.replace(start.config, lora_dropout=recipe.lora.lora_dropout))
-        rows, validation_rows = read_recipe_rows(recipe)
+        found = read_recipe_rows(recipe)
+        rows, validation_rows = found.train, found.validation
         problem = _find_problem(recipe, rows)
         recipe = recipe.replace(problem=problem)
         head_labels, labels = _find_labels(recipe, rows, base)
@@ -110,7 +114,7 @@ class Job:
             task=recipe.task,
             problem=problem or SINGLE_LABEL,
         )
-        samples = encode_rows(rows, base.tokenizer, sample_format)
+        samples, counts = encode_training_rows(found, base.tokenizer, sample_format, folder=store)
         _check_token_ids(base, samples)
         logger.info("%s: %d samples, %d labels", rows.path, len(samples), samples.num_labels)
         train = _arrange_samples(recipe, base, rows, samples)
@@ -122,6 +126,7 @@ class Job:
             recipe=recipe,
             base=base,
             rows=rows,
+            counts=counts,
             sample_format=sample_format,
             train=train,
             validation=validation,
@@ -161,41 +166,6 @@ class Job:
         base = dataclasses.replace(self.base, model=model)
         task = self.generation_task and dataclasses.replace(self.generation_task, base=base)
         return dataclasses.replace(self, base=base, generation_task=task)
-
-
-def read_recipe_rows(recipe: Recipe) -> tuple[Rows, Rows | None]:
-    """Return the rows of the training and of the validation file.
-
-    Raises:
-        DataError: the task does not take their format, or they have different formats.
-    """
-    train = _read_files(recipe.data.train, recipe, split="train")
-    if recipe.data.validation is None:
-        logger.info("no evaluation: the recipe has no data.validation")
-        return train, None
-    validation = _read_files(recipe.data.validation, recipe, split="validation")
-    if validation.format != train.format:
-        formats = " and ".join(f"{rows.path} has rows of the format {rows.format}" for rows in (train, validation))
-        raise DataError(formats, hint="both files of a recipe have one format")
-    return train, validation
-
-
-def _read_files(source: DataSource, recipe: Recipe, *, split: str) -> Rows:
-    rows = read_source(source, split=split, seed=recipe.seed)
-    formats = find_formats(recipe.objective, recipe.task)
-    if rows.format not in formats:
-        what = f"task {recipe.task}" if recipe.objective == SFT else f"objective {recipe.objective}"
-        raise DataError(
-            f"{rows.path} has rows of the format {rows.format}; {what} takes {format_list(formats)}",
-            hint=describe_use(rows.format) or _describe_task(rows.format, recipe.objective),
-        )
-    return rows
-
-
-def _describe_task(row_format: str, objective: str) -> str:
-    """Return what learns from rows of a format that holds no preferences."""
-    task = next(task for task, formats in FORMATS.items() if row_format in formats)
-    return f"task: {task} takes these rows" + ("" if objective == SFT else f", with objective: {SFT}")
 
 
 def _find_problem(recipe: Recipe, rows: Rows) -> str | None:
@@ -307,7 +277,9 @@ def _build_identity(
 ) -> Identity:
     """Return everything that decides the result. Rows count by their content, not by their path."""
     fields = recipe.to_dict()
-    del fields["out"], fields["data"]["train"], fields["data"]["validation"]
+    for key in ("train", "validation", "streaming"):
+        del fields["data"][key]
+    del fields["out"]
     if start is not None:
         fields["from"] = start.digest  # by its content, as the rows
     rows = {"train": hash_samples(train), "validation": validation and hash_samples(validation)}

@@ -1,5 +1,6 @@
 """Checkpoints of an unfinished training, in a folder beside its output: written whole, verified, rotated.
 
+    adapters/sql.run/samples/       the samples, where the recipe streams its rows; see `lora_kit.data.sample_store`
     adapters/sql.run/checkpoint-500/
         adapter_config.json  adapter_model.safetensors  lora_kit.json  README.md       the adapter at that step
         weights.safetensors     the trained tensors that the adapter's file does not hold, never the base's
@@ -28,6 +29,7 @@ from typing import Any, Final, TypeAlias
 
 from lora_kit.adapter.adapter_record import RECORD
 from lora_kit.adapter.folder import CONFIG
+from lora_kit.data.sample_store import remove_samples
 from lora_kit.errors import AdapterError, RecipeError, StorageError, format_list
 from lora_kit.io.atomic_write import remove_leftovers, stage_folder
 from lora_kit.io.read import exists, folder_exists, open_regular_file, read_json, read_text
@@ -99,6 +101,7 @@ class RunFolder:
     def __init__(self, out: str | Path) -> None:
         self.out = Path(out)
         self.folder = self.out.with_name(f"{self.out.name}{RUN_SUFFIX}")
+        self.samples = self.folder / "samples"
 
     # Reading
 
@@ -232,6 +235,7 @@ class RunFolder:
                     remove_leftovers(self.path(int(match[1])))
             for step in self._list_steps():
                 self._remove_step(step)
+            remove_samples(self.samples)
             if next(self.folder.iterdir(), None) is None:
                 self.folder.rmdir()
         except OSError as error:

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 
 from lora_kit.data.batches import EncodedDataset
-from lora_kit.data.encode import encode_with_faults
 from lora_kit.data.packing import PackedDataset
 from lora_kit.models.loading import Base
 from lora_kit.models.silence import silence_libraries
@@ -74,14 +73,13 @@ def _build_plan(trainable: TrainableJob, *, first_step: int) -> TrainPlan:
 
 def _summarize_data(job: Job) -> DataSummary:
     samples = job.train if isinstance(job.train, EncodedDataset) else job.train.samples
-    result = encode_with_faults(job.rows, job.base.tokenizer, job.sample_format)
     return DataSummary(
-        rows=len(job.rows),
+        rows=job.counts.rows,
         samples=len(samples) if isinstance(job.train, PackedDataset) else len(job.train),
         tokens=samples.num_tokens,
         labels=samples.num_labels,
-        cut=len(result.cut),
-        divided=len(result.divided),
+        cut=job.counts.cut,
+        divided=job.counts.divided,
         longest=job.sample_format.max_length,
     )
 

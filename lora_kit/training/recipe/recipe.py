@@ -18,7 +18,7 @@ from lora_kit.errors import RecipeError
 from lora_kit.io.text import format_value
 from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR
 from lora_kit.models.quantization import QUANTIZATIONS
-from lora_kit.models.tasks import CAUSAL_LM, CLASSIFY, LABEL_TASKS, MULTI_LABEL, PROBLEMS, REGRESSION, TASKS
+from lora_kit.models.tasks import CAUSAL_LM, CLASSIFY, LABEL_TASKS, MULTI_LABEL, PROBLEMS, REGRESSION, SEQ2SEQ, TASKS
 from lora_kit.training.recipe.argument_checks import check_arguments
 from lora_kit.training.recipe.class_weights import ClassWeights, parse_class_weights
 from lora_kit.training.recipe.coerce import Section, as_json, check_one_of
@@ -75,6 +75,8 @@ class DataSpec:
             those `marked` with `train: true`.
         max_length: tokens of a sample, at most; None for the base's context length, capped at 2,048.
         packing: whether several training samples share one row of `max_length` tokens, each computed as if alone.
+        streaming: whether the training rows are read in chunks and their samples kept on the disk, for what does not
+            fit in memory; the result is the same.
     """
 
     train: DataSource
@@ -85,6 +87,7 @@ class DataSpec:
     learn: str = ALL
     max_length: int | None = None
     packing: bool = False
+    streaming: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +193,7 @@ class Recipe:
             (f"problem {self.problem}", self.problem not in (None, REGRESSION), "leave the problem out"),
             ("class_weights", self.class_weights is not None, "leave them out"),
             ("data.packing", self.data.packing, "packing: false"),
+            ("data.streaming", self.data.streaming, "streaming: false"),
             ("compile", self.compile, "compile: false"),
         ):
             if is_wrong:
@@ -215,6 +219,9 @@ class Recipe:
         check_data_files(self.data.train, self.data.validation)
         if self.data.packing and self.task != CAUSAL_LM:
             raise RecipeError(f"data.packing is for task causal-lm; the task is {self.task}")
+        if self.data.streaming and self.task not in (CAUSAL_LM, SEQ2SEQ):
+            what = f"data.streaming is for the tasks {CAUSAL_LM} and {SEQ2SEQ}; the task is {self.task}"
+            raise RecipeError(what, hint="leave it out: its labels are found in all rows at once")
         check_one_of("data.learn", self.data.learn, LEARN)
         if self.data.max_length is not None and not 2 <= self.data.max_length < 2**31:
             shown = format_value(self.data.max_length)
