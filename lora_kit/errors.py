@@ -24,6 +24,9 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
+REPORTED_ELSEWHERE: Final = "reported_elsewhere"
+"""The attribute of an error that another process reports."""
+
 
 class LoraKitError(Exception):
     """What was given, what was expected and what to do about it.

@@ -11,7 +11,7 @@ from cyclopts import CycloptsError
 from lora_kit.cli.app import BAD_INPUT, DEBUG, MACHINE, STRICT, UNEXPECTED, app
 from lora_kit.cli.output import flatten_list_message, join_words
 from lora_kit.cli.process import handle_sigterm, log_to_stderr, protect_streams
-from lora_kit.errors import LoraKitError
+from lora_kit.errors import REPORTED_ELSEWHERE, LoraKitError
 from lora_kit.io.text import escape_for_terminal
 
 
@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
             sys.stdout.flush()
-        except KeyboardInterrupt:
-            return _fail("interrupted", 128 + signal.SIGINT)
+        except KeyboardInterrupt as error:
+            return _fail("interrupted", 128 + signal.SIGINT, error=error)
         except SystemExit as error:
             return error.code if isinstance(error.code, int) else UNEXPECTED if error.code else 0
         except CycloptsError as error:
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Exception as error:
             if debug:
                 _print_traceback()
-            return _fail(*_explain_error(error, debug=debug))
+            return _fail(*_explain_error(error, debug=debug), error=error)
     return 0
 
 
@@ -50,7 +50,10 @@ def _explain_error(error: Exception, *, debug: bool) -> tuple[str, int]:
     return f"{type(error).__name__}: {join_words(str(error))}{again}", code
 
 
-def _fail(message: str, code: int, *, hint: str = "") -> int:
+def _fail(message: str, code: int, *, hint: str = "", error: BaseException | None = None) -> int:
+    """Print an error on stderr, unless another process prints it, and return its exit code."""
+    if getattr(error, REPORTED_ELSEWHERE, False):
+        return code
     line = f"error: {escape_for_terminal(flatten_list_message(message))}" + (f" ({hint})" if hint else "")
     print(line, file=sys.stderr)
     return code

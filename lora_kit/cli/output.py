@@ -59,6 +59,16 @@ def print_json(value: object) -> None:
     print(json.dumps(value, indent=2))
 
 
+@contextlib.contextmanager
+def print_if(shown: bool) -> Iterator[None]:
+    """Print what the block prints on standard output, or nothing of it: another process prints the same."""
+    if shown:
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
 def join_words(text: str) -> str:
     """Return the text on one line."""
     return " ".join(text.split())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from lora_kit.cli.app import app
-from lora_kit.cli.output import format_size, print_json, print_table, print_text
+from lora_kit.cli.output import format_size, print_if, print_json, print_table, print_text
 from lora_kit.cli.process import show_progress_lines
 from lora_kit.errors import ConfigError
 from lora_kit.io.text import escape_for_terminal
@@ -32,28 +32,41 @@ def train(
     The recipe is YAML or TOML. Any key of it is a flag: --base, --out, --lora.r 8, --train.learning_rate 1e-3,
     --data.train rows.jsonl. --replace, or --force, replaces an existing adapter. The same command continues a
     training that was stopped, from its last checkpoint. --dry-run prints what would be done and how long it would
-    take, and neither trains nor writes anything; --json prints that as JSON.
+    take, and neither trains nor writes anything; --json prints that as JSON. Started by torchrun with `-m lora_kit
+    train`, several processes share the rows of each batch.
 
     Args:
         recipe: The file of the recipe.
     """
-    from lora_kit.data.mixture import list_files
-    from lora_kit.training.plan.plan import plan
-    from lora_kit.training.recipe.load import load_recipe
-    from lora_kit.training.train import train as run
+    from lora_kit.training.loop.world import join_world
 
     values = parse_recipe_flags(flags)
     replace, force, dry, as_json = (_take_switch(values, name) for name in ("replace", "force", "dry_run", "json"))
     if as_json and not dry:
         raise ConfigError("--json goes with --dry-run", hint="a training writes metrics.jsonl")
-    resolved = load_recipe(recipe, overrides=values)
-    if dry:
-        train_plan = plan(resolved, replace=replace or force)
-        print_json(train_plan.to_json()) if as_json else print_table(("", ""), _build_plan_facts(train_plan))
-        return
+    with join_world() as world, print_if(world.is_first):
+        if dry:
+            _print_plan(recipe, values, replace=replace or force, as_json=as_json)
+        else:
+            _train(recipe, values, replace=replace or force)
+
+
+def _print_plan(recipe: Path, overrides: Mapping[str, str], *, replace: bool, as_json: bool) -> None:
+    from lora_kit.training.plan.plan import plan
+
+    train_plan = plan(recipe, overrides=overrides, replace=replace)
+    print_json(train_plan.to_json()) if as_json else print_table(("", ""), _build_plan_facts(train_plan))
+
+
+def _train(recipe: Path, overrides: Mapping[str, str], *, replace: bool) -> None:
+    from lora_kit.data.mixture import list_files
+    from lora_kit.training.recipe.load import load_recipe
+    from lora_kit.training.train import train
+
+    resolved = load_recipe(recipe, overrides=overrides)
     print(_format_headline(resolved), flush=True)
     with show_progress_lines():
-        report = run(resolved, replace=replace or force)
+        report = train(resolved, replace=replace)
     print_table(("", ""), _build_train_facts(report))
     if resolved.method in ("lora", "features") and resolved.data.validation:
         adapter = shlex.quote(str(report.out))

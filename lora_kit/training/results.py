@@ -32,6 +32,7 @@ class TrainReport:
         tokens: tokens trained on in all epochs, without padding.
         peak_bytes: peak memory of the CUDA device, or of the whole process without one.
         micro_batch: rows of a forward pass in the last step: the recipe's, or fewer where memory ran out.
+        processes: number of processes that shared the rows of each batch.
         trainable: number of trained parameters.
         parameters: number of parameters of the model with the adapter.
         train_loss: mean training loss over the last logging interval, in nats per label.
@@ -65,6 +66,7 @@ class TrainReport:
     planned: int | None = None
     digest: str | None
     recipe: Recipe
+    processes: int = 1
 
     @property
     def tokens_per_second(self) -> float:
@@ -98,6 +100,8 @@ def collect_record_metrics(report: TrainReport) -> dict[str, float]:
         metrics["best_step"] = report.kept
     if report.micro_batch < report.recipe.train.get("per_device_train_batch_size", report.micro_batch):
         metrics["micro_batch"] = report.micro_batch
+    if report.processes > 1:
+        metrics["processes"] = report.processes
     if report.before and report.after:
         metrics |= report.after.metrics()
         metrics |= {f"{key}_before": value for key, value in report.before.metrics().items()}

@@ -24,12 +24,14 @@ from lora_kit.torch_utils import Clock
 from lora_kit.training.job.job import Job
 from lora_kit.training.job.methods import TrainableJob, make_job_trainable
 from lora_kit.training.job.output import check_output_available, check_output_writable
-from lora_kit.training.loop.checkpoints import Checkpoint, RunFolder
+from lora_kit.training.loop.checkpoints import Checkpoint, RunFolder, hash_json
 from lora_kit.training.loop.contexts import set_up_training
 from lora_kit.training.loop.oom_retry import translate_training_memory
 from lora_kit.training.loop.signals import StopRequest
+from lora_kit.training.loop.world import World, join_world
 from lora_kit.training.recipe.coerce import Section
 from lora_kit.training.recipe.load import RecipeSource, load_recipe
+from lora_kit.training.recipe.recipe import Recipe
 from lora_kit.training.report.artifacts import build_result_files
 from lora_kit.training.report.samples import SampleAnswers
 from lora_kit.training.results import TrainReport, build_history
@@ -72,36 +74,68 @@ def train(
         StorageError: `out` exists, cannot be written, or another process trains it; or there is not enough memory.
         VerificationError: the loss became NaN or infinite; nothing is written.
     """
-    loaded = load_recipe(recipe, overrides=overrides)
-    check_output_writable(loaded)
-    folder = RunFolder(loaded.out)
-    with lock_output(folder.folder), silence_libraries():
-        folder.remove_if_done()
-        check_output_available(loaded, replace=replace)
-        job = Job.open(loaded, base, store=folder.samples)
-        checkpoint = folder.find_resumable(job.identity, job.environment, replace=replace)
-        try:
-            with translate_training_memory(), make_job_trainable(job) as trainable:
-                report = _train_and_save(trainable, folder, checkpoint, callbacks, replace=replace)
-        except BaseException:
-            folder.log_resume_point()
-            raise
-        folder.remove()
-    return report
+    with join_world() as world:
+        loaded = load_recipe(recipe, overrides=overrides)
+        check_output_writable(loaded)
+        folder = RunFolder(loaded.out)
+        world.describe_resume = folder.describe_resume
+        with world.on_first(lock_output(folder.folder)), silence_libraries():
+            world.ask_first(lambda: _check_output(folder, loaded, replace=replace))
+            job = Job.open(loaded, base, store=folder.samples if world.is_first else None, processes=world.size)
+            _check_same_run(job, world)
+            checkpoint = world.ask_first(lambda: folder.find_resumable(job.identity, job.environment, replace=replace))
+            run = _Run(folder, world, checkpoint, tuple(callbacks))
+            try:
+                with translate_training_memory(), make_job_trainable(job) as trainable:
+                    report = _train_and_save(trainable, run, replace=replace)
+            except BaseException:
+                folder.log_resume_point()
+                raise
+            world.ask_first(folder.remove)
+        return report
 
 
-def _train_and_save(
-    trainable: TrainableJob,
-    folder: RunFolder,
-    checkpoint: Checkpoint | None,
-    callbacks: Sequence[TrainerCallback],
-    *,
-    replace: bool,
-) -> TrainReport:
-    samples = SampleAnswers(trainable.job)
-    report = _build_report(trainable, _run_training(trainable, folder, checkpoint, callbacks))
-    files = build_result_files(report, samples=samples.after(), num_labels=len(trainable.job.labels))
-    return trainable.save(report, files, replace=replace)
+@dataclass(frozen=True)
+class _Run:
+    """A training as it is started.
+
+    Attributes:
+        folder: of its checkpoints.
+        world: its processes.
+        checkpoint: from which it resumes; None for the beginning.
+        callbacks: further callbacks of transformers.
+    """
+
+    folder: RunFolder
+    world: World
+    checkpoint: Checkpoint | None
+    callbacks: tuple[TrainerCallback, ...]
+
+
+def _check_output(folder: RunFolder, recipe: Recipe, *, replace: bool) -> None:
+    folder.remove_if_done()
+    check_output_available(recipe, replace=replace)
+
+
+def _check_same_run(job: Job, world: World) -> None:
+    """Raise RecipeError where a process has read another recipe, other rows or another base than the first."""
+    runs = world.gather(hash_json(job.identity))
+    others = [rank for rank, run in enumerate(runs) if run != runs[0]]
+    if others:
+        what = f"process {others[0]} has another recipe, other rows or another base than the first process"
+        raise RecipeError(what, hint="every machine needs the same files")
+
+
+def _train_and_save(trainable: TrainableJob, run: _Run, *, replace: bool) -> TrainReport:
+    samples = SampleAnswers(trainable.job) if run.world.is_first else None
+    report = _build_report(trainable, _run_training(trainable, run), run.world)
+
+    def save() -> str | None:
+        assert samples is not None
+        files = build_result_files(report, samples=samples.after(), num_labels=len(trainable.job.labels))
+        return trainable.save(report, files, replace=replace).digest
+
+    return dataclasses.replace(report, digest=run.world.ask_first(save))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,18 +159,16 @@ class _TrainingOutcome:
     thresholds: tuple[float, ...] = ()
 
 
-def _run_training(
-    trainable: TrainableJob, folder: RunFolder, checkpoint: Checkpoint | None, callbacks: Sequence[TrainerCallback]
-) -> _TrainingOutcome:
+def _run_training(trainable: TrainableJob, run: _Run) -> _TrainingOutcome:
     """Train the parameters that require a gradient. Other changes that the Trainer makes to the model are undone."""
-    stop, job = StopRequest(), trainable.job
+    stop, job = StopRequest(alone=run.world.size == 1), trainable.job
     with set_up_training(job.base, compiled=job.recipe.compile) as scratch:
-        trainer = _build_trainer(trainable, scratch, callbacks, folder=folder, stop=stop)
+        trainer = _build_trainer(trainable, scratch, run, stop=stop)
         trainer.before = trainer.measure_validation()
         clock = Clock(job.base.device)
         try:
             with stop:
-                trainer.train_from(checkpoint)
+                trainer.train_from(run.checkpoint)
         finally:
             trainer.close()
         seconds = trainer.seconds_before + clock.seconds - trainer.evaluating_seconds
@@ -153,9 +185,7 @@ def _run_training(
     )
 
 
-def _build_trainer(
-    trainable: TrainableJob, scratch: str, callbacks: Sequence[TrainerCallback], *, folder: RunFolder, stop: StopRequest
-) -> ResumableLoop:
+def _build_trainer(trainable: TrainableJob, scratch: str, run: _Run, *, stop: StopRequest) -> ResumableLoop:
     from transformers import EarlyStoppingCallback
 
     from lora_kit.training.job.loops import build_job_arguments, build_loop
@@ -169,10 +199,11 @@ def _build_trainer(
     with _translate_trainer_errors():
         trainer = build_loop(
             trainable,
-            build_job_arguments(job, scratch),
-            callbacks=[UnusedParameterCallback(), *early_stopping, *callbacks],
+            build_job_arguments(job, scratch, run.world),
+            callbacks=[UnusedParameterCallback(), *early_stopping, *run.callbacks],
             run=RunContext(
-                folder=folder,
+                folder=run.folder,
+                world=run.world,
                 identity=job.identity,
                 setting=job.environment,
                 stop=stop,
@@ -181,7 +212,7 @@ def _build_trainer(
                 parameters=trainable.parameters,
             ),
         )
-    _set_tensorboard_folder(trainer, f"{folder.out}{TENSORBOARD_SUFFIX}")
+    _set_tensorboard_folder(trainer, f"{run.folder.out}{TENSORBOARD_SUFFIX}")
     return trainer
 
 
@@ -218,7 +249,7 @@ def _choose_thresholds(job: Job, trainer: ResumableLoop) -> tuple[float, ...]:
     return thresholds
 
 
-def _build_report(trainable: TrainableJob, outcome: _TrainingOutcome) -> TrainReport:
+def _build_report(trainable: TrainableJob, outcome: _TrainingOutcome, world: World) -> TrainReport:
     job, trainer = trainable.job, outcome.trainer
     log = trainer.state.log_history
     report = TrainReport(
@@ -228,10 +259,11 @@ def _build_report(trainable: TrainableJob, outcome: _TrainingOutcome) -> TrainRe
         steps=trainer.state.global_step,
         kept=trainer.kept,
         resumed=trainer.resumed,
-        seconds=outcome.seconds,
+        seconds=max(world.gather(outcome.seconds)),
         tokens=trainer.tokens,
-        peak_bytes=outcome.peak_bytes,
-        micro_batch=trainer.micro_batch,
+        peak_bytes=max(world.gather(outcome.peak_bytes)),
+        micro_batch=min(world.gather(trainer.micro_batch)),
+        processes=world.size,
         trainable=trainable.count,
         parameters=trainable.parameters,
         train_loss=[entry["loss"] for entry in log if "loss" in entry][-1],

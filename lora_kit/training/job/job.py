@@ -38,8 +38,9 @@ from lora_kit.training.job.recipe_rows import encode_training_rows, read_recipe_
 from lora_kit.training.job.resolve import resolve_recipe
 from lora_kit.training.job.starting_adapter import check_starting_labels, load_starting_adapter
 from lora_kit.training.loop.checkpoints import Identity, hash_json
+from lora_kit.training.loop.run_differences import PROCESSES, identify_batch
 from lora_kit.training.recipe.class_weights import compute_class_weights
-from lora_kit.training.recipe.objectives import KTO, REWARD, REWARD_LABEL, SFT
+from lora_kit.training.recipe.objectives import KTO, REWARD, REWARD_LABEL, SFT, reason_not_shareable
 from lora_kit.training.recipe.recipe import Recipe
 from lora_kit.training.recipe.training_arguments import best_metric_of, check_reporting
 
@@ -63,6 +64,7 @@ class Job:
         head: what becomes of the base's head, in words; None where the task has no labels.
         start: the adapter that the training starts from; None for a new one.
         identity: everything that decides the result, see `lora_kit.training.loop.checkpoints`.
+        processes: number of processes that share the rows of each batch.
     """
 
     recipe: Recipe
@@ -77,19 +79,22 @@ class Job:
     head: str | None
     start: Adapter | None
     identity: Identity
+    processes: int = 1
 
     @classmethod
-    def open(cls, recipe: Recipe, base: Base | None = None, *, store: Path | None = None) -> Job:
+    def open(cls, recipe: Recipe, base: Base | None = None, *, store: Path | None = None, processes: int = 1) -> Job:
         """Read, check and encode what a recipe names.
 
         Args:
             base: a base that is already loaded; None to load the recipe's.
             store: the folder that keeps the samples of streamed rows for the next run; None to keep none.
+            processes: number of processes that share the rows of each batch.
 
         Raises:
             RecipeError, DataError, BaseModelError: what is wrong, or does not go together.
         """
         check_reporting(recipe.train)
+        _check_shareable(recipe, processes)
         start = load_starting_adapter(recipe)
         if start is not None:
             recipe = recipe.replace(lora=dataclasses.replace(start.config, lora_dropout=recipe.lora.lora_dropout))
@@ -134,7 +139,8 @@ class Job:
             class_weights=class_weights,
             head=describe_head(head_labels, labels) if labels else None,
             start=start,
-            identity=_build_identity(recipe, base, train, validation, start),
+            identity=_build_identity(recipe, base, train, validation, start, processes=processes),
+            processes=processes,
         )
 
     @property
@@ -155,11 +161,12 @@ class Job:
 
     @property
     def environment(self) -> dict[str, object]:
-        """What may change the last bits of the result: versions and the number of threads."""
+        """What may change the last bits of the result: versions, and the number of threads and of processes."""
         packages = ["lora-kit", "torch", "transformers", *(["peft"] if self.recipe.method == "peft" else [])]
         packages += [] if self.recipe.objective == SFT else ["trl"]
         versions = {name: metadata.version(name) for name in packages}
-        return {"versions": versions, "threads": torch.get_num_threads()}
+        several = {PROCESSES: self.processes} if self.processes > 1 else {}
+        return {"versions": versions, "threads": torch.get_num_threads(), **several}
 
     def with_model(self, model: nn.Module) -> Job:
         """Return the same job with another model in its base: one that wraps the model it had."""
@@ -268,12 +275,21 @@ def _build_generation_task(
     return build_generation_task(base, collect_eval_prompts(rows, learn=recipe.data.learn), sample_format.style)
 
 
+def _check_shareable(recipe: Recipe, processes: int) -> None:
+    """Raise RecipeError where several processes cannot share the rows of a batch."""
+    reason = reason_not_shareable(recipe.objective, recipe.train) if processes > 1 else None
+    if reason:
+        raise RecipeError(f"{reason}: {processes} processes cannot share them", hint="train in one process")
+
+
 def _build_identity(
     recipe: Recipe,
     base: Base,
     train: EncodedDataset | PackedDataset | PreferenceDataset,
     validation: EncodedDataset | PackedDataset | PreferenceDataset | None,
     start: Adapter | None,
+    *,
+    processes: int,
 ) -> Identity:
     """Return everything that decides the result. Rows count by their content, not by their path."""
     fields = recipe.to_dict()
@@ -285,7 +301,8 @@ def _build_identity(
     rows = {"train": hash_samples(train), "validation": validation and hash_samples(validation)}
     base_facts = fingerprint(base.model)
     sums = {"rows": rows, "base": hash_json({key: base_facts[key] for key in ("structure", "weights")})}
-    return fields | {"sha256": sums, "device": base.device.type}
+    batch = identify_batch(fields["train"], processes)
+    return {**fields, **batch, "sha256": sums, "device": base.device.type}
 
 
 def hash_samples(samples: EncodedDataset | PackedDataset | PreferenceDataset) -> str:

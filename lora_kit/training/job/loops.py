@@ -12,6 +12,7 @@ from lora_kit.errors import RecipeError
 from lora_kit.training.job.job import Job
 from lora_kit.training.job.methods import TrainableJob
 from lora_kit.training.loop.learning_rates import LearningRates
+from lora_kit.training.loop.world import ALONE, World
 from lora_kit.training.recipe.objectives import SFT, TRL_OBJECTIVES
 from lora_kit.training.recipe.training_arguments import build_training_arguments
 
@@ -22,16 +23,20 @@ if TYPE_CHECKING:
     from lora_kit.training.loop.run_state import RunContext
 
 
-def build_job_arguments(job: Job, folder: str) -> TrainingArguments:
-    """Return the arguments of a job's `train` section.
+def build_job_arguments(job: Job, folder: str, world: World = ALONE) -> TrainingArguments:
+    """Return the arguments of a job's `train` section, as of one process that has the rows of all.
 
     Args:
         folder: the output folder that transformers requires; nothing is written to it.
+        world: the processes; all but the first report to no tracker and show no progress.
     """
     recipe = job.recipe
-    return build_training_arguments(
-        recipe.train, device=job.base.device, folder=folder, name=recipe.name, objective=recipe.objective
+    section = recipe.train if world.is_first else {**recipe.train, "report_to": "none", "disable_tqdm": True}
+    args = build_training_arguments(
+        section, device=job.base.device, folder=folder, name=recipe.name, objective=recipe.objective
     )
+    args.per_device_train_batch_size *= world.size
+    return args
 
 
 def build_loop(

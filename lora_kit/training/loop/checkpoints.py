@@ -9,7 +9,8 @@
         loop.pt                 random states, and what the training loop has counted
         checkpoint.json         the run it belongs to, and sha256 and size of the other files
 
-A run is identified by its recipe, its data, its base and its device. If any of them differs, it is another run.
+A run is identified by its recipe, its data, its base and its device. If any of them differs, it is another run, but
+for the number of processes where a step has as many rows.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from lora_kit.io.sealed_json import NO_DIGEST, SELF_DIGEST, is_intact, seal_json
 from lora_kit.io.strict_json import JsonObject, parse_object
 from lora_kit.io.text import escape_text, format_value
 from lora_kit.names import CHECKPOINT_FILE
-from lora_kit.training.loop.run_differences import describe_differences
+from lora_kit.training.loop.run_differences import describe_differences, describe_run_differences
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ class RunFolder:
 
     def list_complete(self) -> list[Checkpoint]:
         """Return the complete checkpoints, newest first; nothing is changed or logged."""
-        complete = []
+        complete: list[Checkpoint] = []
         for step in sorted(self._list_steps(), reverse=True):
             with contextlib.suppress(AdapterError):
                 complete.append(self.read(step))
@@ -172,10 +173,15 @@ class RunFolder:
 
     def log_resume_point(self) -> None:
         """Log the step from which a stopped run will resume."""
+        if self._list_steps():
+            logger.warning("stopped; %s", self.describe_resume())
+
+    def describe_resume(self) -> str:
+        """Return from where a stopped run will resume, in words."""
         steps = self._list_steps()
-        if steps:
-            message = "stopped; the same command resumes from the checkpoint of step %d in %s"
-            logger.warning(message, max(steps), escape_text(self.folder))
+        if not steps:
+            return "the same command starts it again: there is no checkpoint yet"
+        return f"the same command resumes from the checkpoint of step {max(steps)} in {escape_text(self.folder)}"
 
     # Writing
 
@@ -263,7 +269,7 @@ class RunFolder:
         """
         self._check_foreign()
         newest = self.find_newest()
-        checkpoint = self._match_run(newest, identity, replace=replace)
+        checkpoint = self._match_run(newest, identity, setting, replace=replace)
         if checkpoint is not None:
             for line in describe_differences(checkpoint.setting, setting):
                 logger.warning("%s: the last bits of the result may differ", line)
@@ -272,24 +278,20 @@ class RunFolder:
             self.remove()
         return checkpoint
 
-    def preview_resumable(self, identity: Identity, *, replace: bool) -> Checkpoint | None:
-        """Return what `find_resumable` would return, without changing or logging anything.
-
-        Raises:
-            RecipeError: as `find_resumable`.
-        """
+    def preview_resumable(self, identity: Identity, setting: Environment, *, replace: bool) -> Checkpoint | None:
+        """Return what `find_resumable` would return or raise, without changing or logging anything."""
         self._check_foreign()
-        return self._match_run(next(iter(self.list_complete()), None), identity, replace=replace)
+        return self._match_run(next(iter(self.list_complete()), None), identity, setting, replace=replace)
 
-    def _match_run(self, checkpoint: Checkpoint | None, identity: Identity, *, replace: bool) -> Checkpoint | None:
+    def _match_run(
+        self, checkpoint: Checkpoint | None, identity: Identity, setting: Environment, *, replace: bool
+    ) -> Checkpoint | None:
         """Return the checkpoint if it is of this run; None without one, or where it is to be replaced."""
         if checkpoint is None:
             return None
-        differences = list(describe_differences(checkpoint.identity, identity))
-        if not differences:
-            return checkpoint
-        if replace:
-            return None
+        differences = list(describe_run_differences(checkpoint, identity, setting))
+        if not differences or replace:
+            return None if differences else checkpoint
         where = f"{escape_text(self.folder)} holds a run at step {checkpoint.step} of another recipe"
         raise RecipeError(
             "\n  ".join([f"{where}:", *differences]),

@@ -71,6 +71,8 @@ class PreferenceLoop(ResumableLoop):
             )
         # In the last batch of an epoch it would cut the rows of any batch, of an evaluation too, to that one's size.
         self.accelerator.gather_for_metrics = self.accelerator.gather
+        self._row_shares: list[float] = []
+        self._share = 1.0
         self._answer_tokens = 0 if validation is None else validation.num_labels
 
     def _send_telemetry(self) -> None:
@@ -110,17 +112,60 @@ class PreferenceLoop(ResumableLoop):
         Raises:
             StorageError: there is not enough memory for it.
         """
-        self._tokens_seen += _count_tokens(inputs)
+        share = self._row_shares.pop(0) if self._row_shares else 1.0
+        if not inputs:  # of a short last batch other processes have all rows
+            loss = torch.zeros_like(self._loss_sum)
+            self._end_batch(loss, 0)
+            return loss
+        tokens = _count_tokens(inputs)
         try:
-            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            with self._weigh_loss(share):
+                loss = super().training_step(model, inputs, num_items_in_batch)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             hint = "halve train.per_device_train_batch_size and double train.gradient_accumulation_steps"
             what = f"memory ran out with {self.micro_batch} rows at once, which objective {self.objective} cannot split"
             raise StorageError(what, hint=hint) from error
-        self._loss_sum += loss
+        self._end_batch(loss, tokens)
         return loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the batches of the next step; note how large this process's shares of their rows are."""
+        batches, labels = super().get_batch_samples(*args, **kwargs)
+        if self._world.size > 1:
+            own = torch.tensor([float(_count_rows(batch)) for batch in batches], device=self.args.device)
+            self._row_shares = (own / self._world.sum(own)).tolist()
+        return batches, labels
+
+    @contextlib.contextmanager
+    def _weigh_loss(self, share: float) -> Iterator[None]:
+        """Let the loss of a batch count by this process's share of its rows: it is a mean over them."""
+        self._share = share
+        try:
+            yield
+        finally:
+            self._share = 1.0
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss of a batch."""
+        loss = super().compute_loss(*args, **kwargs)
+        if self._share == 1.0:
+            return loss
+        return (loss[0] * self._share, *loss[1:]) if isinstance(loss, tuple) else loss * self._share
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log metrics; what TRL has counted is that of all processes."""
+        if self._world.size > 1 and "loss" in logs:
+            self._merge_metrics()
+        super().log(logs, start_time)
+
+    def _merge_metrics(self) -> None:
+        metrics = self._get_metrics("train")
+        each = self._world.gather({name: list(values) for name, values in metrics.items()})
+        for name in {name for values in each for name in values}:
+            values = [value for process in each for value in process.get(name, [])]
+            metrics[name] = [sum(values)] if name == "num_tokens" else values
 
     def compute_sample_loss(self, samples: list[dict[str, Tensor]]) -> Tensor:
         """Return the loss of some samples as one batch, with its graph: ()."""
@@ -263,6 +308,11 @@ LOOPS: Final[Mapping[str, type[PreferenceLoop]]] = {
 def _build_dataset(samples: Any) -> datasets.Dataset:
     rows = [samples[index] for index in range(len(samples))]
     return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in rows[0]})
+
+
+def _count_rows(batch: Mapping[str, Any]) -> int:
+    """Return the answers in a batch."""
+    return len(batch["input_ids"]) if batch else 0
 
 
 def _count_tokens(inputs: Mapping[str, Any]) -> int:

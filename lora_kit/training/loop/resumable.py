@@ -6,22 +6,24 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 
-from lora_kit.errors import AdapterError, VerificationError
+from lora_kit.errors import AdapterError, StorageError, VerificationError
 from lora_kit.evaluation.measure import Evaluation
 from lora_kit.io.text import escape_text
 from lora_kit.torch_utils import capture_random_states, preserve_random_states, restore_random_states, use_eval_mode
 from lora_kit.training.loop.checkpoints import LOOP, Checkpoint
-from lora_kit.training.loop.run_state import LoopState, RunContext
+from lora_kit.training.loop.moments import MomentsCallback
+from lora_kit.training.loop.run_state import LoopState, ProcessState, RunContext, choose_state
+from lora_kit.training.loop.signals import SIGNALS
 from lora_kit.training.loop.trainer import Trainer
 from lora_kit.training.loop.training_loop import TrainingLoop
 from lora_kit.training.loop.weight_average import WeightAverage
@@ -58,40 +60,59 @@ class ResumableLoop(TrainingLoop):
         missing = [name for name in _OVERRIDDEN_PRIVATE_METHODS if not hasattr(transformers.Trainer, name)]
         if missing:
             raise _build_version_error(f"has no Trainer.{missing[0]}")
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, world=run.world, **kwargs)
         self._run, self._ema_decay = run, ema_decay
         self._average: WeightAverage | None = None
         self.args.restore_callback_states_from_checkpoint = True
         self.seconds_before, self.resumed = 0.0, 0
         self.before: Evaluation | None = None
         self._resumed_loop: LoopState | None = None
+        self._own_state: ProcessState | None = None
+        self._states: list[ProcessState] = []
         self._epoch_random: dict[str, object] = {}
         self._in_epoch = self._is_save_pending = False
         self._restored: set[str] = set()
         self._started = 0.0
-        self.add_callback(_LoopCallback(self))
+        self.add_callback(MomentsCallback(self))
 
     def train_from(self, checkpoint: Checkpoint | None) -> None:
         """Train from a checkpoint, or from the beginning, and load the best weights where they are to be kept."""
         self._started = time.perf_counter()
         if checkpoint is None:
+            self._draw_apart(0)
             self.train()
-            self._load_result()
-            return
+        else:
+            self._resume(checkpoint)
+        self._run.stop.agree([max(counts) for counts in zip(*self._world.gather(self._count_signals()), strict=True)])
+        self._load_result()
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
         logger.info("resuming from step %d in %s", checkpoint.step, escape_text(checkpoint.folder))
+        if not (checkpoint.folder / LOOP).is_file():
+            what = f"process {self._world.rank} finds no checkpoint {escape_text(checkpoint.folder)}"
+            raise StorageError(what, hint="the output has to be in a folder that every machine has")
         loop: LoopState = torch.load(checkpoint.folder / LOOP, map_location="cpu", weights_only=True)
         self.resumed, self.seconds_before = checkpoint.step, loop["seconds"]
-        self.restore_counts(loop)
+        self._own_state = choose_state(loop, self._world.rank)
+        if self._own_state is None:  # there was no such process before
+            self.restore_counts({**loop, "micro_batch": self.micro_batch})
+            self._draw_apart(checkpoint.step)
+        else:
+            self.restore_counts(self._own_state)
         if checkpoint.finished:
             self._load_weights(checkpoint.folder)
             self.state = TrainerState.load_from_json(str(checkpoint.folder / STATE))
-        else:
-            self._resumed_loop = loop
-            self.args.eval_on_start = False
-            self.train(resume_from_checkpoint=str(checkpoint.folder))
-            if self._restored != {"weights", "random"}:
-                raise _build_version_error("did not resume from a checkpoint as expected")
-        self._load_result()
+            return
+        self._resumed_loop = loop
+        self.args.eval_on_start = False
+        self.train(resume_from_checkpoint=str(checkpoint.folder))
+        if self._restored != {"weights", "random"}:
+            raise _build_version_error("did not resume from a checkpoint as expected")
+
+    def _draw_apart(self, step: int) -> None:
+        """Have the processes after the first draw dropout of their own. The first draws as a process alone does."""
+        if not self._world.is_first:
+            transformers.set_seed(self.args.seed + self._world.rank + 2**16 * step)
 
     # Writing: called by transformers.Trainer
 
@@ -106,6 +127,11 @@ class ResumableLoop(TrainingLoop):
             return
         self._is_save_pending = False
         self._check_weights()
+        self._states = self._world.gather(self._collect_state())
+        self._world.ask_first(self._write_checkpoint)
+        self._run.stop.obey()
+
+    def _write_checkpoint(self) -> None:
         self._run.folder.write(
             self._write_checkpoint_files,
             keep=self.args.save_total_limit,
@@ -116,7 +142,6 @@ class ResumableLoop(TrainingLoop):
             identity=self._run.identity,
             setting=self._run.setting,
         )
-        self._run.stop.obey()
 
     @property
     def _is_epoch_over(self) -> bool:
@@ -173,20 +198,24 @@ class ResumableLoop(TrainingLoop):
         tensors += [] if self._average is None else self._average.tensors.values()
         return sum(tensor.nbytes for tensor in tensors)
 
-    def _collect_loop_state(self) -> LoopState:
+    def _collect_state(self) -> ProcessState:
+        """Return what this process has counted and drawn."""
         now = capture_random_states()
+        epoch_random = now if self._is_epoch_over else self._epoch_random
+        return cast("ProcessState", {"random": now, "epoch_random": epoch_random, **self.capture_counts()})
+
+    def _collect_loop_state(self) -> LoopState:
+        first, *others = self._states
         state = {
-            "random": now,
-            "epoch_random": now if self._is_epoch_over else self._epoch_random,
             "loss": self._loss_sum.cpu(),
             "logged": self._last_logged_step,
             "seconds": self.seconds_before + time.perf_counter() - self._started - self.evaluating_seconds,
             "before": None if self.before is None else dataclasses.asdict(self.before),
             "trainable": self._run.trainable,
             "parameters": self._run.parameters,
-            **self.capture_counts(),
+            **first,
         }
-        return cast("LoopState", state)
+        return cast("LoopState", state | ({"others": others} if others else {}))
 
     def _get_trained_tensors(self) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in self.model.named_parameters() if tensor.requires_grad}
@@ -199,7 +228,8 @@ class ResumableLoop(TrainingLoop):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self._resumed_loop is not None:
-            restore_random_states(self._resumed_loop["random"])
+            if self._own_state is not None:
+                restore_random_states(self._own_state["random"])
             self._restored.add("random")
 
     def _load_weights(self, folder: Path) -> None:
@@ -258,7 +288,8 @@ class ResumableLoop(TrainingLoop):
     def _is_asked_to_stop(self) -> bool:
         return self._run.stop.signal_number is not None
 
-    def _begin_training(self) -> None:
+    def begin_training(self) -> None:
+        """Start the average and the means of the log, or continue those of the checkpoint."""
         if self._ema_decay is not None and self._average is None:
             self._average = WeightAverage(self._ema_decay, self._get_trained_tensors())
         if self._resumed_loop is None:
@@ -266,50 +297,37 @@ class ResumableLoop(TrainingLoop):
         else:
             self._restart_averages(self._resumed_loop["logged"], self._resumed_loop["loss"])
 
-    def _begin_epoch(self) -> None:
-        if self._resumed_loop is not None and not self._epoch_random:
-            restore_random_states(self._resumed_loop["epoch_random"])
+    def begin_epoch(self) -> None:
+        """Note the random states that decide the order of the samples."""
+        if self._own_state is not None and not self._epoch_random:
+            restore_random_states(self._own_state["epoch_random"])
         self._epoch_random, self._in_epoch = capture_random_states(), True
 
-    def _end_step(self, control: TrainerControl) -> None:
+    def _count_signals(self) -> list[int]:
+        return [int(self._run.stop.received == number) for number in SIGNALS]
+
+    def _collect_notes(self) -> list[int]:
+        return [*super()._collect_notes(), *self._count_signals()]
+
+    def _take_notes(self, sums: Sequence[int]) -> None:
+        own = len(SIGNALS)
+        super()._take_notes(sums[:-own])
+        self._run.stop.agree(sums[-own:])
+
+    def end_step(self, control: TrainerControl) -> None:
+        """Update the average; ask for a checkpoint where the training is to stop."""
         if self._average is not None:
             self._average.update(self._get_trained_tensors())
         control.should_save = control.should_save or self._is_asked_to_stop
 
-    def _end_epoch(self, control: TrainerControl) -> None:
+    def end_epoch(self, control: TrainerControl) -> None:
+        """Ask for the checkpoint that was postponed to the end of the epoch."""
         self._in_epoch = False
         control.should_save = control.should_save or self._is_save_pending or self._is_asked_to_stop
 
 
 class ResumableTrainer(ResumableLoop, Trainer):
     """The Trainer whose checkpoints hold everything that decides the rest of the training."""
-
-
-class _LoopCallback(transformers.TrainerCallback):
-    """Calls the methods of a ResumableLoop at moments of the loop."""
-
-    def __init__(self, trainer: ResumableLoop) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        self._trainer._begin_training()
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        self._trainer._begin_epoch()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        self._trainer._end_step(control)
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        self._trainer._end_epoch(control)
 
 
 def _save_state(state: object, path: Path) -> None:

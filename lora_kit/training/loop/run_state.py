@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lora_kit.training.loop.checkpoints import Environment, Identity, RunFolder
 from lora_kit.training.loop.signals import StopRequest
+from lora_kit.training.loop.world import ALONE, World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,7 @@ class RunContext:
         identity: everything that decides the result.
         setting: the environment.
         stop: whether a signal has asked to stop.
+        world: the processes of the training.
         encode_adapter: returns the files of the adapter as it is now, with facts of the training in its record; None
             where whole weights are trained.
         trainable: number of trained parameters, for the report of a checkpoint that is kept.
@@ -31,36 +33,56 @@ class RunContext:
     identity: Identity
     setting: Environment
     stop: StopRequest
+    world: World = ALONE
     encode_adapter: Callable[[Mapping[str, object]], Mapping[str, bytes]] | None = None
     trainable: int = 0
     parameters: int = 0
 
 
-class LoopState(TypedDict):
-    """The content of loop.pt: what transformers does not save.
+class ProcessState(TypedDict):
+    """What a process has counted and drawn.
 
     Attributes:
         random: random states when the checkpoint was written.
-        epoch_random: random states at the beginning of the epoch, which decide the order of its samples.
-        loss: sum of the losses since the last line of the log: ().
-        logged: step of that line.
-        seconds: wall time of the training so far.
+        epoch_random: random states at the beginning of the epoch, which in the first process decide the order of its
+            samples.
         micro_batch: rows of a forward pass, at most.
-        tokens: number of tokens trained on so far.
-        before: the metrics on the validation rows before training; None without any.
-        trainable: number of trained parameters.
-        parameters: number of parameters of the whole model.
+        tokens: number of tokens that all processes have trained on so far.
         trl: what a loop of TRL has counted since the last line of the log; missing in others.
     """
 
     random: dict[str, object]
     epoch_random: dict[str, object]
+    micro_batch: int
+    tokens: int
+    trl: NotRequired[dict[str, object]]
+
+
+class LoopState(ProcessState):
+    """The content of loop.pt: what transformers does not save.
+
+    Attributes:
+        loss: sum of the losses since the last line of the log: ().
+        logged: step of that line.
+        seconds: wall time of the training so far.
+        before: the metrics on the validation rows before training; None without any.
+        trainable: number of trained parameters.
+        parameters: number of parameters of the whole model.
+        others: the states of the processes after the first, whose state is this one; missing where it was alone.
+    """
+
     loss: Tensor
     logged: int
     seconds: float
-    micro_batch: int
-    tokens: int
     before: dict[str, object] | None
     trainable: int
     parameters: int
-    trl: NotRequired[dict[str, object]]
+    others: NotRequired[list[ProcessState]]
+
+
+def choose_state(loop: LoopState, rank: int) -> ProcessState | None:
+    """Return the state of a process in a checkpoint; None where there were fewer processes."""
+    if rank == 0:
+        return loop
+    others = loop.get("others", [])
+    return others[rank - 1] if rank <= len(others) else None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Final, NoReturn, Self
 
 logger = logging.getLogger(__name__)
 
-_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+"""What stops a training."""
 
 
 class StopRequest:
@@ -21,16 +22,23 @@ class StopRequest:
     and the signal takes its usual effect. A second signal takes effect at once. A signal that the process ignores stays
     ignored: a shell has background processes ignore SIGINT.
 
+    Args:
+        alone: whether no other process trains with this one. With others a signal is only `received`, until they
+            `agree` on it.
+
     Attributes:
-        signal_number: of the signal received; None before one.
+        received: number of the signal that this process has received; None before one.
+        signal_number: of the signal that the training obeys; None before one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, alone: bool = True) -> None:
+        self._alone = alone
+        self.received: int | None = None
         self.signal_number: int | None = None
         self._before: dict[int, Callable[[int, FrameType | None], object] | int] = {}
 
     def __enter__(self) -> Self:
-        for number in _SIGNALS:
+        for number in SIGNALS:
             handler = signal.getsignal(number)
             if handler is None or handler == signal.SIG_IGN:
                 continue
@@ -56,17 +64,29 @@ class StopRequest:
         if self.signal_number is not None:
             self._run_previous_handler(self.signal_number)
 
+    def agree(self, counts: Sequence[int]) -> None:
+        """Take as received what any of the processes has received.
+
+        Args:
+            counts: of processes with each of `SIGNALS`.
+        """
+        for number, count in zip(SIGNALS, counts, strict=True):
+            if count:
+                self.signal_number = number
+
     def _handle_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_number is not None:
+        if self.received is not None:
             self._run_previous_handler(number)
-        self.signal_number = number
+        self.received = number
+        if self._alone:
+            self.signal_number = number
         # The signal may have interrupted another write to the same stream.
         with contextlib.suppress(RuntimeError):
             name = signal.Signals(number).name
             logger.warning("%s: stopping after this step is finished and saved; send it again to stop at once", name)
 
     def _run_previous_handler(self, number: int) -> NoReturn:
-        handler = self._before[number]
+        handler = self._before.get(number)
         self._restore_handlers()
         if callable(handler):
             handler(number, None)

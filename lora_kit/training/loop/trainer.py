@@ -66,6 +66,7 @@ class Trainer(TrainingLoop):
         self._class_weights = class_weights
         self._sample_weights: Tensor | None = None
         self._frozen_modules: list[nn.Module] = []
+        self._has_halved = False
         super().__init__(
             model,
             args,
@@ -77,7 +78,7 @@ class Trainer(TrainingLoop):
             **options,
         )
         self._micro = MicroBatches(
-            args.train_batch_size,
+            super().micro_batch,
             run=self._forward_and_backward,
             clear_gradients=model.zero_grad,
             on_halved=self._log_halved_batch,
@@ -146,11 +147,19 @@ class Trainer(TrainingLoop):
         return loss / num_items_in_batch
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> LabelCount:
-        """Return what the loss of an accumulation window is divided by: the number of its labels, or their weights."""
-        if self._head.label_loss is None:
-            count: LabelCount = super()._get_num_items_in_batch(batch_samples, device)
+        """Return what the loss of a step is divided by: the number of labels of all processes, or their weights."""
+        count = self._count_labels([batch for batch in batch_samples if batch], device)
+        if self._world.size == 1:
             return count
-        counts = [self._head.label_loss.count(batch["labels"], batch.get(SAMPLE_WEIGHTS)) for batch in batch_samples]
+        total = torch.as_tensor(0 if count is None else count, dtype=torch.float64, device=device)
+        return self._world.sum(total).float()
+
+    def _count_labels(self, batch_samples: list[Any], device: torch.device) -> LabelCount:
+        if self._head.label_loss is None:
+            number: LabelCount = super()._get_num_items_in_batch(batch_samples, device)
+            return number
+        count = self._head.label_loss.count
+        counts = [count(batch["labels"], batch.get(SAMPLE_WEIGHTS)) for batch in batch_samples]
         return torch.stack(counts).sum().to(device) if counts else None
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -162,9 +171,12 @@ class Trainer(TrainingLoop):
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: LabelCount = None
     ) -> Tensor:
         """Run forward and backward of a batch; where memory runs out, repeat the step with fewer rows at once."""
-        loss = self._micro.run_batch(inputs, num_items_in_batch)
-        self._tokens_seen += count_batch_tokens(inputs).to(self._tokens_seen.device)
-        self._loss_sum += loss
+        if not inputs:  # of a short last batch other processes have all rows
+            loss, tokens = torch.zeros_like(self._loss_sum), torch.zeros_like(self._tokens_seen)
+        else:
+            loss = self._micro.run_batch(inputs, num_items_in_batch)
+            tokens = count_batch_tokens(inputs).to(self._tokens_seen.device)
+        self._end_batch(loss, tokens)
         return loss
 
     def _forward_and_backward(self, batch: Batch, label_count: LabelCount) -> Tensor:
@@ -180,10 +192,26 @@ class Trainer(TrainingLoop):
             )
 
     def _log_halved_batch(self, rows: int) -> None:
-        step, times = self.state.global_step + 1, -(-self.args.train_batch_size // rows)
+        """Log it at once, or, where other processes do not know of it yet, when the step is done."""
+        self._has_halved = True
+        if self._world.size == 1:
+            self._log_halving(rows, "memory ran out; it is repeated with")
+
+    def _collect_notes(self) -> list[int]:
+        return [*super()._collect_notes(), int(self._has_halved)]
+
+    def _take_notes(self, sums: Sequence[int]) -> None:
+        *before, halved = sums
+        super()._take_notes(before)
+        self._has_halved = False
+        if halved:
+            rows = min(self._world.gather(self.micro_batch))
+            self._log_halving(rows, f"memory ran out in {halved} of {self._world.size} processes; one continues with")
+
+    def _log_halving(self, rows: int, what: str) -> None:
+        step, times = self.state.global_step + 1, -(-super().micro_batch // rows)
         accumulation = self.args.gradient_accumulation_steps * times
-        message = "step %d: memory ran out; it is repeated with %d rows at once (accumulation %d)"
-        logger.warning(message, step, rows, accumulation)
+        logger.warning("step %d: %s %d rows at once (accumulation %d)", step, what, rows, accumulation)
         self.state.log_history.append({"step": step, "micro_batch": rows, "accumulation": accumulation})
 
     def autocast_smart_context_manager(

@@ -5,32 +5,40 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers.integrations.neftune import deactivate_neftune
 
 from lora_kit.errors import VerificationError
 from lora_kit.evaluation.measure import Evaluation
 from lora_kit.torch_utils import read_peak_bytes, use_eval_mode
+from lora_kit.training.loop.dealt_batches import deal_batches
 from lora_kit.training.loop.learning_rates import ONE_RATE, LearningRates
 from lora_kit.training.loop.progress import TrainingProgress
+from lora_kit.training.loop.world import ALONE, World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_EXACT: Final = 4096
+"""Tokens are added up in fp32 as multiples of this number and the rest, each of which is exact."""
+
+
 class TrainingLoop(transformers.Trainer):
     """A transformers.Trainer with our optimizer groups, evaluations and log; a subclass computes the loss.
 
-    The logged loss is the mean over the steps since the last line of the log. A subclass adds what it trains on to
-    `_tokens_seen` and the loss of its steps to `_loss_sum`.
+    The logged loss is the mean over the steps since the last line of the log. A subclass passes the loss and the tokens
+    of each batch to `_end_batch`.
 
     Args:
+        args: of one process that has the rows of all.
         rates: learning rates that differ from `args.learning_rate`.
+        world: the processes that share the rows of each batch; their gradients are summed before they are clipped.
 
     Attributes:
         evaluations: (step, Evaluation) of each evaluation during training.
@@ -48,31 +56,33 @@ class TrainingLoop(transformers.Trainer):
         *,
         callbacks: Sequence[transformers.TrainerCallback],
         rates: LearningRates = ONE_RATE,
+        world: World = ALONE,
         **options: Any,
     ) -> None:
         if getattr(model, "is_quantized", False):
             # Tells transformers that a quantized base has adapters; `preserve_model_settings` removes the mark.
             model._hf_peft_config_loaded = True
-        self._progress, self._rates = TrainingProgress(), rates
+        self._progress, self._rates, self._world = TrainingProgress(), rates, world
         super().__init__(model=model, args=args, callbacks=[self._progress, *callbacks], **options)
         # Both callbacks print to standard output.
         self.remove_callback(transformers.ProgressCallback)
         self.remove_callback(transformers.PrinterCallback)
         self._tokens_seen = torch.zeros((), dtype=torch.int64, device=args.device)
         self._loss_sum, self._last_logged_step = torch.zeros((), device=args.device), 0
+        self._step_tokens, self._step_loss = torch.zeros_like(self._tokens_seen), torch.zeros_like(self._loss_sum)
         self._speed_baseline = 0, 0.0
         self.evaluations: list[tuple[int, Evaluation]] = []
         self.evaluating_seconds = 0.0
 
     @property
     def tokens(self) -> int:
-        """Number of tokens trained on so far, without padding."""
+        """Number of tokens that all processes have trained on so far, without padding."""
         return int(self._tokens_seen)
 
     @property
     def micro_batch(self) -> int:
         """Rows of a forward pass, at most."""
-        return self.args.train_batch_size
+        return -(-self.args.train_batch_size // self._world.size)
 
     def close(self) -> None:
         """Remove the progress bar from the terminal, and the noise of NEFTune, which a training that failed leaves."""
@@ -100,6 +110,45 @@ class TrainingLoop(transformers.Trainer):
     def compute_sample_loss(self, samples: list[dict[str, Tensor]]) -> Tensor:
         """Return the loss of some samples as one micro-batch, with its graph: ()."""
         raise NotImplementedError
+
+    # Several processes
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the batches of the training, of which each process takes its share."""
+        loader = super().get_train_dataloader()
+        return loader if self._world.size == 1 else deal_batches(loader, self._world)
+
+    def _end_batch(self, loss: Tensor, tokens: Tensor | int) -> None:
+        """Count a batch after its backward; after the last one of a step, add up what the processes have."""
+        if self._world.size == 1:
+            self._loss_sum += loss
+            self._tokens_seen += tokens
+            return
+        self._step_loss += loss
+        self._step_tokens += tokens
+        if self.accelerator.sync_gradients:
+            self._sum_over_processes()
+
+    def _sum_over_processes(self) -> None:
+        """Add up the gradients, the loss, the tokens and the notes of a step."""
+        loss, tokens = self._step_loss, self._step_tokens
+        notes = [torch.tensor(float(note)) for note in self._collect_notes()]
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        numbers = [loss, tokens // _EXACT, tokens % _EXACT, *notes]
+        total, high, low, *sums = self._world.sum_gradients(parameters, numbers)
+        self._loss_sum += total
+        self._tokens_seen += high.long() * _EXACT + low.long()
+        self._step_loss, self._step_tokens = torch.zeros_like(loss), torch.zeros_like(tokens)
+        self._take_notes([int(note) for note in torch.stack(sums).tolist()] if sums else [])
+
+    def _collect_notes(self) -> list[int]:
+        """Return numbers that all processes add up after each step, besides their gradients."""
+        return []
+
+    def _take_notes(self, sums: Sequence[int]) -> None:
+        """Act on the sums over several processes of what `_collect_notes` returned."""
+
+    # Optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Return the names of parameters with weight decay: matrices, not vectors (norms, biases).
@@ -158,7 +207,7 @@ class TrainingLoop(transformers.Trainer):
         since_tokens, since_seconds = self._speed_baseline
         return {
             "tokens_per_second": round((tokens - since_tokens) / (seconds - since_seconds), 1),
-            "peak_bytes": read_peak_bytes(self.args.device),
+            "peak_bytes": max(self._world.gather(read_peak_bytes(self.args.device))),
         }
 
     def _restart_averages(self, step: int, loss: Tensor | None = None) -> None:

@@ -37,7 +37,7 @@ def plan(
     with silence_libraries():
         check_output_available(loaded, replace=replace)
         job = Job.open(loaded, base)
-        checkpoint = RunFolder(loaded.out).preview_resumable(job.identity, replace=replace)
+        checkpoint = RunFolder(loaded.out).preview_resumable(job.identity, job.environment, replace=replace)
         with (
             translate_training_memory(),
             preserve_random_states(job.base.device),

@@ -29,6 +29,10 @@ REWARD_LABEL: Final = "reward"
 """The only label of a reward model's head."""
 
 
+_LOSSES_OF_BATCHES: Final = ("aot", "aot_unpaired", "sft")
+"""Losses of DPO that are no mean over rows: they sort the rows, or divide by the tokens of all."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """An objective that one of TRL's trainers computes.
@@ -202,6 +206,18 @@ def check_objective_values(objective: str, train: Section, *, lora_dropout: floa
     if lora_dropout and train.get("disable_dropout", True):
         what = f"lora.lora_dropout is {lora_dropout}, and objective {objective} trains without dropout"
         raise RecipeError(what, hint="train.disable_dropout: false, or leave lora_dropout out")
+
+
+def reason_not_shareable(objective: str, train: Section) -> str | None:
+    """Return why several processes cannot share the rows of a batch; None where they can.
+
+    The loss of a batch has to be a mean over its rows, as each process computes it for its own.
+    """
+    if objective in (KTO, ORPO):
+        return f"objective {objective} computes one loss for all rows of a batch"
+    given = train.get("loss_type", []) if objective == DPO else []
+    whole = [value for value in ([given] if isinstance(given, str) else given) if value in _LOSSES_OF_BATCHES]
+    return f"train.loss_type {whole[0]} computes one loss for all rows of a batch" if whole else None
 
 
 def _check_loss_weights(train: Section) -> None:

@@ -1,0 +1,140 @@
+"""What the processes of a training decide together, and what becomes of them where one fails."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_kit.errors import REPORTED_ELSEWHERE, RecipeError, StorageError
+from lora_kit.training.loop import world as module
+from lora_kit.training.loop.dealt_batches import DealtBatches, take_share
+from lora_kit.training.loop.world import ALONE, PeerError, World, join_world
+from tests.support.worlds import in_threads
+
+
+def test_every_process_gets_what_the_first_one_decides() -> None:
+    def decide(world: World) -> tuple[int, bytes]:
+        return world.ask_first(lambda: world.rank), world.ask_first(lambda: bytes([world.rank]) * 2**23)
+
+    assert in_threads(decide, size=3) == [(0, bytes(2**23))] * 3
+
+
+def test_values_are_gathered_in_the_order_of_the_processes_and_no_key_is_left() -> None:
+    def gather(world: World) -> tuple[list[list[int]], int]:
+        values = [world.gather(10 * turn + world.rank) for turn in range(5)]
+        world.meet()
+        return values, world._store.num_keys()  # type: ignore[union-attr]
+
+    for values, keys in in_threads(gather, size=3):
+        assert values == [[10 * turn + rank for rank in range(3)] for turn in range(5)]
+        assert keys < 20
+
+
+def test_a_process_alone_decides_for_itself() -> None:
+    assert ALONE.ask_first(lambda: 5) == 5
+    assert ALONE.gather("a") == ["a"]
+    ALONE.meet()
+    with join_world() as world:
+        assert world is ALONE
+
+
+def test_gradients_and_notes_are_summed_and_missing_ones_stay_missing() -> None:
+    def work(world: World) -> tuple[Any, ...]:
+        leaves = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape, dtype in SHAPES]
+        leaves[0].grad = torch.full((2, 3), 1.0 + world.rank).t().contiguous().t()
+        if world.rank == 1:
+            leaves[1].grad = torch.ones(4, dtype=torch.bfloat16)
+        notes = world.sum_gradients(leaves, [torch.tensor(5.0), torch.tensor(world.rank)])
+        return [leaf.grad for leaf in leaves], [float(note) for note in notes]
+
+    for gradients, notes in in_threads(work):
+        torch.testing.assert_close(gradients[0], torch.full((2, 3), 3.0))
+        torch.testing.assert_close(gradients[1], torch.ones(4, dtype=torch.bfloat16))
+        assert gradients[2] is None
+        assert notes == [10.0, 1.0]
+
+
+SHAPES = (((2, 3), torch.float32), ((4,), torch.bfloat16), ((2,), torch.float32))
+
+
+def test_notes_are_summed_exactly_where_every_gradient_is_of_16_bits() -> None:
+    def work(world: World) -> float:
+        leaf = nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+        return float(world.sum_gradients([leaf], [torch.tensor(1001.0)])[0])
+
+    assert in_threads(work) == [2002.0, 2002.0]
+
+
+def test_the_error_of_one_process_is_raised_in_all_and_reported_by_one() -> None:
+    def fail(world: World) -> None:
+        if world.rank == 2:
+            raise RecipeError("the recipe is wrong", hint="change it")
+        world.meet()
+
+    errors = in_threads(fail, size=3)
+    assert [str(error) for error in errors] == ["the recipe is wrong (change it)"] * 3
+    assert {type(error) for error in errors} == {RecipeError}
+    assert [getattr(error, REPORTED_ELSEWHERE, False) for error in errors] == [False, True, True]
+
+
+def test_an_error_that_cannot_be_pickled_is_passed_on_in_words() -> None:
+    class Local(Exception):
+        pass
+
+    def fail(world: World) -> None:
+        if world.rank == 0:
+            raise Local("it is broken")
+        world.meet()
+
+    first, second = in_threads(fail)
+    assert isinstance(first, Local)
+    assert str(second) == "Local: it is broken"
+
+
+def test_a_process_that_is_slow_to_notice_leaves_the_report_to_another(monkeypatch: Any) -> None:
+    monkeypatch.setattr(module, "_PATIENCE", 0.1)
+
+    def fail(world: World) -> None:
+        if world.rank == 0:
+            module.time.sleep(0.5)
+            raise PeerError("late")
+        raise RecipeError("early")
+
+    errors = in_threads(fail)
+    assert [str(error) for error in errors] == ["early", "early"]
+    assert [getattr(error, REPORTED_ELSEWHERE, False) for error in errors] == [True, False]
+
+
+def test_a_lost_process_is_an_error_of_the_machine_that_says_how_to_resume(monkeypatch: Any) -> None:
+    monkeypatch.setattr(module, "_PATIENCE", 0.1)
+
+    def lose(world: World) -> None:
+        world.describe_resume = lambda: "resume from step 4"
+        raise PeerError("Connection closed by peer")
+
+    for error in in_threads(lose):
+        assert isinstance(error, StorageError)
+        assert "one of the 2 processes was lost" in str(error)
+        assert "resume from step 4" in str(error)
+
+
+def test_rows_are_dealt_in_their_order_and_a_short_batch_as_evenly_as_it_goes() -> None:
+    batches = [[4, 1, 3, 0, 7, 9], [5, 2], [8]]
+
+    def deal(world: World) -> list[list[int]]:
+        return list(DealtBatches(batches if world.is_first else [], world))
+
+    dealt = in_threads(deal, size=3)
+    assert dealt == [[[4, 1], [5], [8]], [[3, 0], [2], []], [[7, 9], [], []]]
+    for batch, *shares in zip(batches, *dealt, strict=True):
+        assert [row for share in shares for row in share] == batch
+
+
+def test_shares_are_the_whole() -> None:
+    for count in range(12):
+        shares = [take_share(range(count), World(rank, 5)) for rank in range(5)]
+        assert [row for share in shares for row in share] == list(range(count))
+        assert max(map(len, shares)) == math.ceil(count / 5)
