@@ -12,9 +12,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
 import torch
 
+# The same examples every time and no clock, however loaded the machine is; `make test-long` draws others.
+hypothesis.settings.register_profile("long", deadline=None)
+hypothesis.settings.register_profile("short", deadline=None, derandomize=True, max_examples=40)
+hypothesis.settings.load_profile("long" if os.environ.get("LORA_KIT_LONG") == "1" else "short")
 torch.set_num_threads(1)
 # Parallel workers have a width of their own here, and what is written to no terminal is to have ours.
 os.environ.pop("COLUMNS", None)
@@ -33,9 +38,11 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def no_pictures_and_no_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take longer than the trainings of tests."""
+@pytest.fixture(autouse=True)
+def _without_pictures_and_samples(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training leaves out what takes much longer than itself here, but for tests that are marked `report`."""
+    if request.node.get_closest_marker("report"):
+        return
     monkeypatch.setattr("lora_kit.training.report.artifacts.plot_loss_curve", lambda *_, **__: None)
     monkeypatch.setattr("lora_kit.training.report.html.can_plot", lambda: False)
     monkeypatch.setattr("lora_kit.training.report.samples.SAMPLE_COUNT", 0)

@@ -40,10 +40,7 @@ MADE_THERE = {"README.md": ("adapters/mine",), "docs/tour.md": ("adapters/sql", 
 SWITCHES = ("dry_run", "json", "replace")
 """Flags of `train` that are no recipe keys."""
 
-pytestmark = [
-    pytest.mark.usefixtures("no_pictures_and_no_samples"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 def with_blocks(*languages: str) -> pytest.MarkDecorator:

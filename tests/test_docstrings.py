@@ -45,7 +45,6 @@ ELSEWHERE = {
     "Adapter.load StorageError",
 }
 """They take a damaged disk, too little memory, or a training that diverges; other tests see to that."""
-pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 
 
 def section(doc: str, title: str) -> str:

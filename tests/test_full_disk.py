@@ -18,8 +18,6 @@ from tests.support.full_disk import run_on_full_disk
 from tests.support.merging import contents
 from tests.support.training import base_of, recipe_of
 
-pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
-
 Work = Callable[[Path, int], Callable[[], Any]]
 """Makes the input of a number in a folder; what it returns writes the result to `out` there, over an earlier one."""
 

@@ -14,7 +14,6 @@ import pytest
 from lora_kit.cli.main import main
 
 Capture = pytest.CaptureFixture[str]
-pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 
 GOOD = ("Great service", "Loved the room", "Friendly staff", "Best café in town", "Wonderful view")
 BAD = ("Terrible smell", "Dirty room", "Rude staff", "Worst hôtel ever", "Cold food")

@@ -125,7 +125,6 @@ VERBS = {
 
 
 @pytest.mark.parametrize("verb", VERBS)
-@pytest.mark.usefixtures("no_pictures_and_no_samples")
 def test_a_command_on_local_files_asks_no_network(
     verb: str, here: Path, attempts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -43,8 +43,6 @@ from tests.support.labeled_bases import POSITIVE_ROWS, save_sentiment_base
 from tests.support.planting import Mistake, plant
 from tests.support.training import LABELED, At, base_of, recipe_of, same_state, state
 
-pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
-
 ROWS = [
     {"prompt": "one", "completion": "two"},
     {"prompt": "a longer prompt", "completion": "x"},

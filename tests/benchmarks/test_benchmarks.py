@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -45,15 +44,22 @@ def test_a_case_is_divided_by_the_first_one_of_its_round() -> None:
     assert found["ours"].median == 20
 
 
-def test_cases_take_turns_and_what_is_undone_is_not_timed() -> None:
+def test_cases_take_turns_and_what_is_undone_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def call(name: str, seconds: float) -> None:
+        calls.append(name)
+        clock.now += seconds
+
     cases = {
-        "a": Case(lambda: calls.append("a"), after=lambda: time.sleep(0.02)),
-        "b": lambda: calls.append("b"),
+        "a": Case(lambda: call("a", 1.0), after=lambda: call("undo", 50.0)),
+        "b": lambda: call("b", 2.0),
     }
     found = harness.alternate(cases, rounds=2, warmup=0)
-    assert calls == ["a", "b", "b", "a"]
-    assert found["a"].slowest < 0.02
+    assert calls == ["a", "undo", "b", "b", "a", "undo"]
+    assert (found["a"].slowest, found["b"].slowest) == (1.0, 2.0)
 
 
 def test_the_floor_is_measured_whatever_cases_are_asked_for() -> None:

@@ -18,7 +18,6 @@ from lora_kit.models.locate import KIT_FOLDER
 from tests.support import texts
 
 Capture = pytest.CaptureFixture[str]
-pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 
 ROWS: dict[str, list[dict[str, Any]]] = {
     "completion": [{"prompt": f"ask {n}", "completion": f"say {n};"} for n in range(40)],

@@ -182,7 +182,7 @@ def test_unknown_fields_are_warned_about_and_kept(tmp_path: Path, caplog: pytest
 )
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
 def test_a_pattern_that_backtracks_for_ever_is_bounded_in_time(tmp_path: Path, field: str, pattern: str) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     values = {"target_modules": ["q_proj"], field: {pattern: 4} if field.endswith("_pattern") else pattern}
     with contextlib.suppress(ConfigError):
         config = LoraConfig.from_dict(values)
@@ -192,14 +192,14 @@ def test_a_pattern_that_backtracks_for_ever_is_bounded_in_time(tmp_path: Path, f
             for expression in (config.target_modules, config.exclude_modules):
                 if isinstance(expression, str):
                     matches(expression, name)
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_a_pattern_that_is_a_little_slow_every_time_is_refused_in_the_end() -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(ConfigError, match="takes too long"):
         any(matches(r"(.|\w)*[^a-z\d]", "a" * 14 + str(number)) for number in range(1_000, 10_000))
-    assert time.perf_counter() - began < 20
+    assert time.process_time() - began < 20
 
 
 def test_a_bank_refuses_a_pattern_that_backtracks_and_is_as_it_was() -> None:
@@ -231,9 +231,9 @@ def test_one_pattern_for_every_module_is_looked_up_quickly() -> None:
         f"model.layers.{layer}.{name}" for layer in range(500) for name in ("q_proj", "k_proj", "v_proj", "o_proj")
     ]
     config = LoraConfig(rank_pattern={path: number % 7 + 1 for number, path in enumerate(paths)})
-    began = time.perf_counter()
+    began = time.process_time()
     assert [config.rank_of(path) for path in paths] == [number % 7 + 1 for number in range(len(paths))]
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,6 @@ def test_a_hub_that_does_not_answer_is_asked_once(hub: Asked, monkeypatch: pytes
     assert (asked, hub) == ([("owner/name", 10)], [])
 
 
-@pytest.mark.usefixtures("no_pictures_and_no_samples")
 def test_a_recipe_validates_on_the_split_of_that_name(hub: Asked, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path) | {"data": {"train": "owner/name", "validation": "owner/name"}}
     report = train(recipe, base=base_of())

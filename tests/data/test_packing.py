@@ -27,8 +27,6 @@ from tests.support import heads, texts, tiny
 from tests.support.interrupted import die_at, killed, long_recipe, results, unbroken
 from tests.support.training import base_of, recipe_of
 
-pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
-
 ROWS: list[dict[str, Any]] = [
     {"prompt": "one", "completion": "two"},
     {"prompt": "a longer prompt", "completion": "x"},

@@ -113,14 +113,14 @@ def test_a_row_of_parquet_that_python_has_no_text_for_spoils_no_other(tmp_path: 
 def test_columns_cost_what_they_are_and_too_many_are_refused(tmp_path: Path) -> None:
     wide = tmp_path / "wide.csv"
     wide.write_text(",".join(f"c{n}" for n in range(200_000)) + "\n" + "," * 199_999 + "\n", encoding="utf-8")
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(DataError, match=rf"wide\.csv:1: the header has 200,000 columns; at most {MAX_COLUMNS:,}"):
         read_file(wide)
     keys = ", ".join(f'"k{n}": 1' for n in range(200_000))
     (tmp_path / "wide.jsonl").write_text(f'{{{keys}, "k199999": 2}}\n', encoding="utf-8")
     with pytest.raises(DataError, match="the key 'k199999' appears twice"):
         read_rows(tmp_path / "wide.jsonl")
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize("name", ["cell.csv", "cell.tsv", "cell.jsonl", "cell.json", "cell.txt"])

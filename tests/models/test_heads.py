@@ -22,8 +22,6 @@ from tests.support.labeled_bases import POSITIVE_ROWS, save_sentiment_base
 from tests.support.sequences import TAGGED, tagger
 from tests.support.training import recipe_of
 
-pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
-
 
 def recipe(folder: Path, rows: list[dict[str, Any]] = POSITIVE_ROWS, **changes: Any) -> dict[str, Any]:
     base = save_sentiment_base(folder / "base")

@@ -17,8 +17,6 @@ from tests.support import texts, tiny
 from tests.support.sequences import both
 from tests.support.training import LABELED, base_of, recipe_of
 
-pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
-
 
 def unlimited(tokenizer: Any) -> Any:
     """The tokenizer, as one that says nothing about lengths."""

@@ -13,8 +13,6 @@ import lora_kit as lk
 from tests.support import texts, tiny
 from tests.support.training import LABELED, recipe_of
 
-pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
-
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:

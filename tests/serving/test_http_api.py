@@ -351,7 +351,7 @@ def test_an_unexpected_error_is_in_the_envelope_and_tells_nothing(
 
 
 def list_pinned(served: ServedModel) -> set[str]:
-    uses = served.worker.call(served.worker.slots.describe).result(timeout=20)
+    uses = served.worker.call(served.worker.slots.describe).result(timeout=60)
     return {digest for digest, use in uses.items() if use.pinned}
 
 
@@ -382,14 +382,15 @@ def test_no_slot_for_a_load_is_said_and_heals(client: TestClient, offline: dict[
 
 
 def test_a_stuck_forward_shows_in_health(client: TestClient, served: ServedModel) -> None:
-    go_on = threading.Event()
+    began, go_on = threading.Event(), threading.Event()
     object.__setattr__(served.settings, "stuck_seconds", 0.05)
     try:
-        stuck = served.worker.call(lambda: go_on.wait(20))
+        stuck = served.worker.call(lambda: (began.set(), go_on.wait(60)))
+        assert began.wait(60)
         time.sleep(0.2)
         assert client.get("/health").status_code == 503
     finally:
         go_on.set()
         object.__setattr__(served.settings, "stuck_seconds", 30.0)
-    stuck.result(timeout=20)
+    stuck.result(timeout=60)
     assert client.get("/health").status_code == 200

@@ -50,7 +50,7 @@ def start(base: Base) -> Iterator[Callable[..., ModelWorker]]:
     yield start
     for worker, bank in running:
         worker.stop()
-        worker.join(timeout=20)
+        worker.join(timeout=60)
         assert not worker.is_alive()
         bank.detach()
 
@@ -66,7 +66,7 @@ class Client:
 
     def finish(self) -> tuple[list[int], Finish]:
         tokens: list[int] = []
-        while (event := self.events.get(timeout=20)).finish is None or event.chosen is not None:
+        while (event := self.events.get(timeout=60)).finish is None or event.chosen is not None:
             tokens += [event.chosen.token] if event.chosen is not None else []
             if event.finish is not None:
                 break
@@ -75,11 +75,11 @@ class Client:
 
 
 def count_leases(worker: ModelWorker) -> int:
-    return sum(use.leases for use in worker.call(worker.slots.describe).result(timeout=20).values())
+    return sum(use.leases for use in worker.call(worker.slots.describe).result(timeout=60).values())
 
 
 def wait_idle(worker: ModelWorker) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while worker._engine.running or worker._engine.waiting or worker._tickets:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -118,7 +118,7 @@ def test_an_adapter_that_fails_to_load_after_a_wait_ends_its_own_request(
 ) -> None:
     worker = start()
     first, second = Client(worker, "a", adapters[0], count=40), Client(worker, "b", adapters[1])
-    second.submitted.result(timeout=20)
+    second.submitted.result(timeout=60)
 
     def fail(adapter: Adapter) -> None:
         raise MemoryError("planted")
@@ -155,7 +155,7 @@ def test_a_sink_that_raises_ends_its_own_request(start: Callable[..., ModelWorke
         raise RuntimeError("the client's loop is closed")
 
     settings = SamplingSettings(max_tokens=400, ignore_eos=True)
-    worker.submit(Ticket("a", PROMPT, settings, adapters[0], frozenset(), fail)).result(timeout=20)
+    worker.submit(Ticket("a", PROMPT, settings, adapters[0], frozenset(), fail)).result(timeout=60)
     assert len(Client(worker, "b", adapters[1]).finish()[0]) == 4
     wait_idle(worker)
     assert count_leases(worker) == 0
@@ -165,18 +165,19 @@ def test_a_sink_that_raises_ends_its_own_request(start: Callable[..., ModelWorke
 def test_who_comes_after_the_end_is_told(start: Callable[..., ModelWorker]) -> None:
     worker = start()
     worker.stop()
-    worker.join(timeout=20)
+    worker.join(timeout=60)
     with pytest.raises(OverloadedError, match="ends"):
-        worker.submit(Ticket("a", PROMPT, SamplingSettings(), None, frozenset(), print)).result(timeout=5)
+        worker.submit(Ticket("a", PROMPT, SamplingSettings(), None, frozenset(), print)).result(timeout=60)
 
 
 def test_a_stuck_command_is_seen(start: Callable[..., ModelWorker]) -> None:
-    worker, go_on = start(), threading.Event()
-    waiting = worker.call(lambda: go_on.wait(20))
+    worker, began, go_on = start(), threading.Event(), threading.Event()
+    waiting = worker.call(lambda: (began.set(), go_on.wait(60)))
+    assert began.wait(60)
     time.sleep(0.2)
     assert worker.stuck_seconds > 0.1
     go_on.set()
-    waiting.result(timeout=20)
+    waiting.result(timeout=60)
     wait_idle(worker)
     assert worker.stuck_seconds < 0.1
 

@@ -35,7 +35,7 @@ def test_sigterm_ends_a_server_with_its_own_exit_code_and_no_traceback(tmp_path:
     with subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         address = process.stdout.readline().split()[3].rstrip(";")
-        with urllib.request.urlopen(f"{address}/health", timeout=20) as answer:
+        with urllib.request.urlopen(f"{address}/health", timeout=60) as answer:
             assert json.load(answer)["status"] == "ok"
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)

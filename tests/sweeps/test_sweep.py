@@ -50,7 +50,7 @@ RANKS = "lora.r=2,4,8"
 
 
 @pytest.fixture(autouse=True)
-def _nothing_beside_the_trials(monkeypatch: pytest.MonkeyPatch, no_pictures_and_no_samples: None) -> Iterator[None]:
+def _nothing_beside_the_trials(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("lora_kit.sweeps.sweep_report.plot_trials", lambda *_: None)
     monkeypatch.setattr(working._ReportEvaluations, "on_step_end", TrainerCallback.on_step_end, raising=False)
     monkeypatch.setattr(working, "train", train)

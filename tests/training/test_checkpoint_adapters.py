@@ -25,7 +25,6 @@ from lora_kit.training.train import train
 from tests.support.interrupted import DROPOUT, die_at, killed, long_recipe, results, run_of, unbroken
 from tests.support.training import LABELED, base_of
 
-pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("llama", {}),
     "dora": ("llama", {"lora": {**DROPOUT, "use_dora": True}}),

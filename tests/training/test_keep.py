@@ -18,7 +18,6 @@ from tests.support.folders import contents
 from tests.support.interrupted import die_at, killed, long_recipe, results, run_of, unbroken
 from tests.support.training import LABELED, base_of
 
-pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 CONSTANT = {"lr_scheduler_type": "constant", "warmup_steps": 0, "eval_strategy": "steps", "eval_steps": 1}
 
 

@@ -22,7 +22,6 @@ from lora_kit.training.train import train
 from tests.support.interrupted import die_at, killed, long_recipe, results, unbroken
 from tests.support.training import LABELED, base_of, recipe_of
 
-pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 HEAD = {"classifier.weight", "classifier.bias"}
 
 

@@ -27,11 +27,11 @@ BOMB = f"a: &a [{', '.join('x' * 9)}]\n{LEVELS}"
 
 def rejected(load: Callable[[], object]) -> str:
     """What is said of a recipe: one line, within bounded time."""
-    begin = time.perf_counter()
+    begin = time.process_time()
     with pytest.raises(RecipeError) as caught:
         load()
     message = str(caught.value)
-    assert time.perf_counter() - begin < 20
+    assert time.process_time() - begin < 20
     assert len(message) <= 500
     assert message.isprintable()
     return message

@@ -35,10 +35,7 @@ from tests.support.preferences import (
 from tests.support.training import PAIRS, base_of, recipe_of, same_state, state
 
 trl = pytest.importorskip("trl", reason="TRL is not installed (pip install 'lora-kit[preferences]')")
-pytestmark = [
-    pytest.mark.usefixtures("no_pictures_and_no_samples"),
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning"),  # about names that TRL uses
-]
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # about names that TRL uses
 EACH = pytest.mark.parametrize("objective", list(TRL_OBJECTIVES))
 LEAST: dict[str, Any] = {"base": "kit-base", "data": "train.jsonl", "out": "adapters/x"}
 

@@ -24,9 +24,6 @@ from tests.support.training import LABELED, PAIRS, At, base_of, recipe_of, same_
 ROWS = [*PAIRS, {"prompt": "g", "completion": "hi"}, {"prompt": "jk", "completion": "l"}]
 
 
-pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
-
-
 def allocate_too_much(*_: Any) -> None:
     torch.empty(2**50)
 

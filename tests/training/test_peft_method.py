@@ -66,10 +66,7 @@ MISSING_PACKAGE = {"ADAMSS": "scikit-learn"}
 TRAINED = sorted(kind.value for kind in PeftType if kind.value not in {*UNSUPPORTED_TYPES, *MISSING_PACKAGE})
 
 
-pytestmark = [
-    pytest.mark.usefixtures("no_pictures_and_no_samples"),
-    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
 
 def section_of(kind: str) -> dict[str, Any]:

@@ -18,8 +18,6 @@ from tests.support.interrupted import die_at, killed, long_recipe, run_of
 from tests.support.memory import narrow
 from tests.support.training import LABELED, PAIRS, base_of, recipe_of, same_state, state
 
-pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
-
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -28,8 +28,6 @@ from tests.support import texts, tiny
 from tests.support.problems import ROWS, SINGLE, SIZES, learnable_rows, one_step, steady_base
 from tests.support.training import recipe_of, same_state, state
 
-pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
-
 
 def trained_weights(folder: Path, rows: list[dict[str, Any]], problem: str = "single-label", **changes: Any) -> Any:
     """The weights after one step of ours."""

@@ -14,7 +14,6 @@ from lora_kit.training.train import train
 from tests.support.interrupted import die_at, killed, long_recipe, results, unbroken
 from tests.support.training import At, base_of, recipe_of, weights_of
 
-pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 NOISE = {"neftune_noise_alpha": 5.0}
 WSD = {"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 2, "lr_scheduler_kwargs": {"num_decay_steps": 3}}
 BY_LAYER = {"learning_rates": {"layers\\.0\\..*": 0.0, "layers\\..*\\.v_proj": 3e-3}}

@@ -30,6 +30,8 @@ from lora_kit.training.train import train
 from tests.support.memory import narrow
 from tests.support.training import LABELED, PAIRS, At, base_of, recipe_of, weights_of
 
+pytestmark = pytest.mark.report
+
 NASTY = "<script>alert('x')</script> & \"quotes\" \x1b[31m \u202e"
 
 

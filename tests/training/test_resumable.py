@@ -28,8 +28,6 @@ from tests.support.interrupted import DROPOUT, SignalAt, die_at, killed, long_re
 from tests.support.processes import at_call, die, in_child
 from tests.support.training import LABELED, PAIRS, At, base_of, recipe_of
 
-pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
-
 
 def steps_kept(out: Path) -> list[int]:
     return sorted(int(path.name.partition("-")[2]) for path in run_of(out).glob("checkpoint-*"))

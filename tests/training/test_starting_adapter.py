@@ -19,7 +19,6 @@ from tests.support.interrupted import die_at, killed, results, unbroken
 from tests.support.preferences import losses_of, preference_recipe
 from tests.support.training import LABELED, base_of, recipe_of, weights_of
 
-pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 STILL = {"learning_rate": 0.0, "weight_decay": 0.0}
 """A training that changes nothing: what it saves is what it started from."""
 

@@ -31,8 +31,6 @@ from tests.support.interrupted import die_at, killed, long_recipe, results, unbr
 from tests.support.sequences import BOTH, TAGGED, both, ended, t5, tagger
 from tests.support.training import recipe_of
 
-pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
-
 PAIRS = [
     {"prompt": "one", "completion": "1"},
     {"prompt": "a longer prompt", "completion": "x y"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -56,6 +57,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_as_it_was(tmp_path: Path, 
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.model.modules())
 
 
+@pytest.mark.report
 def test_the_result_is_an_adapter_folder_that_says_how_it_came_to_be(tmp_path: Path) -> None:
     base = base_of()
     report = train(recipe_of(tmp_path, lora={"r": 4}), base=base)
@@ -233,9 +235,6 @@ def test_training_makes_no_logits_of_a_batch(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr("lora_kit.ops.cross_entropy.LOGITS_BYTES", {"cpu": 1})
     monkeypatch.setattr("lora_kit.ops.cross_entropy.MIN_CHUNK_ROWS", 2)
-    monkeypatch.setattr(
-        "lora_kit.training.report.samples.SAMPLE_COUNT", 0
-    )  # the report's samples are written, not trained on
     found = []
     for name, prepare in (("without", lambda _: None), ("from", keep_logits)):
         base = base_of()
@@ -323,14 +322,22 @@ def test_a_batch_in_parts_gives_the_same_losses(tmp_path: Path, monkeypatch: pyt
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
-@pytest.mark.slow
-def test_compiled_layers_give_the_same_losses_and_are_plain_again_afterwards(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_layers_give_the_same_losses_and_are_plain_again_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend=backend))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     found = []
     for compiled in (False, True):
         base = base_of()
-        recipe = recipe_of(tmp_path, train={"logging_steps": 1}, out=str(tmp_path / str(compiled)), compile=compiled)
-        found.append(losses_of(train(recipe, base=base)))
+        section, lora = {"logging_steps": 1}, {"target_modules": ["q_proj"]}
+        recipe = recipe_of(tmp_path, train=section, lora=lora, out=str(tmp_path / str(compiled)), compile=compiled)
+        recipe["data"].pop("validation")  # each way to call a layer is a graph of its own
+        found.append([entry["loss"] for entry in train(recipe, base=base).history if "loss" in entry])
         assert all(module._compiled_call_impl is None for module in base.model.modules())
+    assert len(found[0]) == 3
     assert found[0] == pytest.approx(found[1], rel=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
@@ -352,6 +359,7 @@ def test_features_trains_a_copy_of_the_head(tmp_path: Path, tie: bool) -> None:
     assert report.trainable == 96 * 32
 
 
+@pytest.mark.report
 def test_full_trains_every_weight_of_a_copy(tmp_path: Path) -> None:
     base = base_of(dtype=torch.bfloat16)
     before = state(base.model)
@@ -566,6 +574,7 @@ def test_limits_of_the_base_are_kept(tmp_path: Path) -> None:
         train(recipe_of(tmp_path, base="./nothing"))
 
 
+@pytest.mark.report
 def test_without_matplotlib_there_is_no_picture_and_that_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -576,6 +585,7 @@ def test_without_matplotlib_there_is_no_picture_and_that_is_said(
     assert "matplotlib is not installed" in caplog.text
 
 
+@pytest.mark.report
 def test_training_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     train(recipe_of(tmp_path), base=base_of())
     assert capfd.readouterr() == ("", "")

@@ -22,7 +22,6 @@ from lora_kit.training.train import train
 from tests.support.interrupted import die_at, killed, long_recipe, results, run_of, unbroken
 from tests.support.training import base_of, recipe_of
 
-pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 EMA = {"ema_decay": 0.7}
 
 
