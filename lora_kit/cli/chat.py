@@ -44,7 +44,8 @@ def chat(
     from lora_kit.models.infer_base import infer_base
     from lora_kit.serving.chat_session import ChatSession
     from lora_kit.serving.sampler import SamplingSettings
-    from lora_kit.serving.served_model import ServedModel, ServerSettings
+    from lora_kit.serving.served_model import ServedModel
+    from lora_kit.serving.server_settings import ServerSettings
 
     sampling = SamplingSettings(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     name = base or infer_base([adapter] if adapter else [], store=store)

@@ -19,6 +19,8 @@ def serve(
     store: Store = DEFAULT_STORE,
     host: str = "127.0.0.1",
     port: int = 8000,
+    task: str | None = None,
+    labels: int = 0,
     dtype: str = "auto",
     quantize: str | None = None,
     slots: int = 16,
@@ -36,6 +38,8 @@ def serve(
         base: Base model: hub id, local folder or kit-base.
         host: Address to listen at; other than 127.0.0.1 needs --keys.
         port: Port to listen at.
+        task: Of the base: causal-lm, seq2seq or classify; by default what its adapters are for.
+        labels: Labels of a classifier's adapter, at most; by default those of the widest in the store.
         dtype: Of the base: auto, bf16, fp16 or fp32.
         quantize: Load the base in nf4, nf4-double, fp4, fp4-double or int8.
         slots: Adapters that are ready at once; others of the store come in when they are asked for.
@@ -48,13 +52,15 @@ def serve(
         state: File that keeps what was loaded, aliased and pinned at run time.
     """
     from lora_kit.serving.serve import serve as run
-    from lora_kit.serving.served_model import ServerSettings
+    from lora_kit.serving.server_settings import ServerSettings
 
     settings = ServerSettings(
         base=base,
         store=store,
         host=host,
         port=port,
+        task=task,
+        labels=labels,
         dtype=dtype,
         quantize=quantize,
         slots=slots,

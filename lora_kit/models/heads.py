@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_kit.errors import BaseModelError, format_list
 from lora_kit.models.tasks import LABEL_TASKS, infer_task_from_architecture
@@ -95,19 +95,43 @@ def renew_label_layer(model: PreTrainedModel, task: str) -> None:
 
     Weights are normal with the `initializer_range` of the model's config, drawn from torch's random numbers.
     """
-    layers = [
-        module
-        for path in find_head_modules(model, task)
-        for module in model.get_submodule(path).modules()
-        if isinstance(module, nn.Linear) and module.out_features == model.config.num_labels
-    ]
-    if not layers or not layers[-1].weight.is_floating_point():
-        raise BaseModelError(f"{type(model).__name__}: the layer that predicts the labels cannot be replaced")
+    _, layer = find_label_layer(model, task)
     std = getattr(model.config.get_text_config(), "initializer_range", _INITIALIZER_RANGE)
     with torch.no_grad():
-        nn.init.normal_(layers[-1].weight, std=std)
-        if layers[-1].bias is not None:
-            nn.init.zeros_(layers[-1].bias)
+        nn.init.normal_(layer.weight, std=std)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+def find_label_layer(model: PreTrainedModel, task: str) -> tuple[str, nn.Linear]:
+    """Return the path of the layer that predicts the labels, and the layer.
+
+    Raises:
+        BaseModelError: there is no linear layer with as many outputs as the model has labels, or it is quantized.
+    """
+    layers = [
+        (f"{path}.{inner}".rstrip("."), module)
+        for path in find_head_modules(model, task)
+        for inner, module in model.get_submodule(path).named_modules()
+        if isinstance(module, nn.Linear) and module.out_features == model.config.num_labels
+    ]
+    if not layers or not layers[-1][1].weight.is_floating_point():
+        raise BaseModelError(f"{type(model).__name__}: the layer that predicts the labels cannot be replaced")
+    return layers[-1]
+
+
+def widen_label_layer(layer: nn.Linear, width: int) -> None:
+    """Give a layer that predicts labels more outputs, which are 0 for every text."""
+    with torch.no_grad():
+        layer.weight = nn.Parameter(pad_rows(layer.weight, width), requires_grad=layer.weight.requires_grad)
+        if layer.bias is not None:
+            layer.bias = nn.Parameter(pad_rows(layer.bias, width), requires_grad=layer.bias.requires_grad)
+    layer.out_features = width
+
+
+def pad_rows(tensor: Tensor, count: int) -> Tensor:
+    """Return a tensor whose first axis has `count` entries: its own, then zeros."""
+    return torch.cat([tensor.detach(), tensor.new_zeros(count - len(tensor), *tensor.shape[1:])])
 
 
 # Modules

@@ -202,7 +202,7 @@ class AdapterLabels:
         """Let a label stand for an adapter of the store from now on.
 
         Raises:
-            ConfigError: the label is not one, or is the base's or an alias.
+            ConfigError: the label is not one, or is the base's, an alias, or the name of another adapter of the store.
             UnknownAdapterError: the store has none of that name.
             StorageError: the state file cannot be written; nothing has changed.
         """
@@ -212,6 +212,8 @@ class AdapterLabels:
         with self._lock:
             if label in self._state.aliases:
                 raise ConfigError(f"{label!r} is an alias", hint="take the alias away first")
+            if label != name and label in self.list_store():
+                raise ConfigError(f"{label!r} is another adapter of the store", hint="choose another label")
             self._keep(LabelState({**self._state.loaded, label: name}, self._state.aliases, self._state.pinned))
 
     def unload(self, label: str) -> None:

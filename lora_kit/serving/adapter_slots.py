@@ -11,6 +11,7 @@ from lora_kit.adapter.adapter import Adapter
 from lora_kit.bank.bank import AdapterBank
 from lora_kit.bank.routes import Lease
 from lora_kit.errors import AdapterError, BankError, LoraKitError
+from lora_kit.serving.engine import Engine
 
 
 class NoFreeSlotError(LoraKitError, RuntimeError):
@@ -43,10 +44,11 @@ class AdapterSlots:
     Args:
         bank: of which every slot is for this.
         slots: how many it has.
+        engine: that computes with them.
     """
 
-    def __init__(self, bank: AdapterBank, *, slots: int) -> None:
-        self._bank = bank
+    def __init__(self, bank: AdapterBank, engine: Engine, *, slots: int) -> None:
+        self._bank, self._engine = bank, engine
         self._slots = slots
         self._uses = OrderedDict[str, SlotUse]()  # the least recently used first
 
@@ -113,12 +115,12 @@ class AdapterSlots:
         """Return the use of an adapter's slot; the least recently used idle adapter leaves where there is none."""
         if adapter.digest not in self._uses:
             if len(self._uses) >= self._slots:
-                idle = [digest for digest, use in self._uses.items() if not use.leases and not use.pinned]
+                idle = [digest for digest, use in self._uses.items() if self._is_idle(digest, use)]
                 if not idle:
                     raise NoFreeSlotError
                 self._evict(idle[0])
             self._bank.load(adapter.digest, adapter)
-            reason = self._bank.reason_no_runs(adapter.digest)
+            reason = self._bank.reason_no_runs(adapter.digest) if self._engine.needs_runs else None
             if reason is not None:
                 self._bank.unload(adapter.digest)
                 raise AdapterError(
@@ -126,6 +128,9 @@ class AdapterSlots:
                 )
             self._uses[adapter.digest] = SlotUse()
         return self._uses[adapter.digest]
+
+    def _is_idle(self, digest: str, use: SlotUse) -> bool:
+        return not use.leases and not use.pinned and digest not in self._engine.busy_contents
 
     def _evict(self, digest: str) -> None:
         if not self._uses[digest].leases:

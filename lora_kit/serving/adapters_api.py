@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Depends
 
-from lora_kit.serving.api_access import RESPONSES, Key, Served, require_admin
+from lora_kit.serving.api_access import RESPONSES, Key, Served, check_may_ask, require_admin
 from lora_kit.serving.schemas import AliasBody, LoadBody, UnloadBody
 
 router = APIRouter()
@@ -26,6 +26,13 @@ async def list_adapters(served: Served, key: Key) -> dict[str, Any]:
     """List adapters with digest, residency, leases and hits."""
     adapters = await asyncio.to_thread(served.list_adapters)
     return {"data": [adapter for adapter in adapters if key.may_ask(adapter["label"])]}
+
+
+@router.get("/v1/adapters/{label}", responses=RESPONSES)
+async def describe_adapter(label: str, served: Served, key: Key) -> dict[str, Any]:
+    """Return what is known of an adapter, its model card and what was measured of it."""
+    check_may_ask(key, label)
+    return await asyncio.to_thread(served.describe_adapter, label)
 
 
 @administration.post("/v1/load_lora_adapter", responses=RESPONSES)

@@ -9,8 +9,9 @@ from collections.abc import AsyncIterator, Sequence
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.serving.engine import Event, Finish
-from lora_kit.serving.model_worker import ModelWorker, Ticket
+from lora_kit.serving.model_worker import ModelWorker
 from lora_kit.serving.sampler import ChosenToken, SamplingSettings
+from lora_kit.serving.tickets import Ticket
 
 
 @dataclasses.dataclass

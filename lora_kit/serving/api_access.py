@@ -12,6 +12,8 @@ from lora_kit.serving.access import AccessKey
 from lora_kit.serving.api_errors import ApiError
 from lora_kit.serving.served_model import ServedModel
 
+DIGEST_HEADER: Final = "lora-kit-digest"
+"""Header of an answer: the digest of the adapter that gave it."""
 RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     400: {"description": "what was given is wrong"},
     401: {"description": "a key is needed"},
@@ -59,13 +61,29 @@ def require_admin(key: Key) -> AccessKey:
     return key
 
 
-async def find_adapter(served: ServedModel, key: AccessKey, model: str, scale: float | None) -> Adapter | None:
+def check_may_ask(key: AccessKey, model: str) -> None:
+    """Raise ApiError where a key does not allow a model, as if there were none."""
+    if not key.may_ask(model.partition("@")[0]):
+        raise ApiError(404, f"no model is called {model!r}", param="model", code="model_not_found")
+
+
+async def find_adapter(
+    served: ServedModel, key: AccessKey, model: str, scale: float | None, *, fitted: bool = True
+) -> Adapter | None:
     """Return the adapter that a client named; None for the base.
+
+    Args:
+        scale: factor of its update.
+        fitted: whether it is as it comes into a slot, or as it was stored.
 
     Raises:
         ApiError: there is none, or the key does not allow it: whether there is one that is not allowed is not revealed.
         LoraKitError: its folder cannot be read.
     """
-    if not key.may_ask(model.partition("@")[0]):
-        raise ApiError(404, f"no model is called {model!r}", param="model", code="model_not_found")
-    return await asyncio.to_thread(served.find_adapter, model, scale)
+    check_may_ask(key, model)
+    return await asyncio.to_thread(served.find_adapter, model, scale, fitted=fitted)
+
+
+def make_digest_headers(adapter: Adapter | None) -> dict[str, str]:
+    """Return headers that name the content which answers; none for the base."""
+    return {} if adapter is None else {DIGEST_HEADER: adapter.digest}

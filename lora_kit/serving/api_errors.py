@@ -11,8 +11,8 @@ from starlette.exceptions import HTTPException
 
 from lora_kit.errors import LoraKitError, StorageError, UnknownAdapterError
 from lora_kit.serving.adapter_slots import NoFreeSlotError
-from lora_kit.serving.engine import RequestError
-from lora_kit.serving.model_worker import OverloadedError
+from lora_kit.serving.engine import Finish, RequestError
+from lora_kit.serving.tickets import OverloadedError
 
 _TYPES: Final = {
     401: "authentication_error",
@@ -67,6 +67,13 @@ def translate_error(error: BaseException) -> ApiError:
     if isinstance(error, StorageError):
         return ApiError(507, message, code="storage")
     return ApiError(400, message)
+
+
+def make_failure(finish: Finish) -> ApiError:
+    """Return the answer for a request that failed: what it would have been, had it not had to wait before."""
+    if finish.error is not None:
+        return translate_error(finish.error)
+    return ApiError(500, finish.message or "the answer failed", code="engine_error")
 
 
 def format_error(error: ApiError) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from lora_kit.errors import ConfigError, DataError, suggest_nearest
 from lora_kit.generation.adapter_args import read_adapter
 from lora_kit.io.atomic_write import write_file
 from lora_kit.serving.engine import Event
-from lora_kit.serving.model_worker import Ticket
 from lora_kit.serving.sampler import SamplingSettings
 from lora_kit.serving.scaled_adapter import scale_adapter
 from lora_kit.serving.served_model import ServedModel
+from lora_kit.serving.tickets import Ticket
 
 COMMANDS: Final = {
     "/use NAME": "let another adapter answer from now on; the history stays",
@@ -121,7 +121,7 @@ class ChatSession:
         """
         asked: list[dict[str, str]] = [*self.messages, {"role": "user", "content": text}]
         adapter = self.adapter if self.adapter is None or self.scale == 1 else scale_adapter(self.adapter, self.scale)
-        prompt = self.served.encode_messages(asked, adapter, None)
+        prompt = self.served.prompts.encode_messages(asked, adapter, None)
         events = queue.SimpleQueue[Event]()
         ticket = Ticket(
             f"chat-{next(self._numbers)}",
@@ -148,8 +148,8 @@ class ChatSession:
         self.messages = [*asked, {"role": "assistant", "content": answer}]
 
     def _fit_settings(self, prompt_tokens: int) -> SamplingSettings:
-        left = self.served.context - prompt_tokens
-        fields: dict[str, Any] = {**vars(self.settings), "max_tokens": max(1, min(self.settings.max_tokens, left))}
+        left = self.served.choose_max_tokens(None, longest=prompt_tokens, is_chat=True)
+        fields: dict[str, Any] = {**vars(self.settings), "max_tokens": min(self.settings.max_tokens, left)}
         return SamplingSettings(**fields)
 
 

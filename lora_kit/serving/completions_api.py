@@ -14,10 +14,9 @@ from sse_starlette.sse import EventSourceResponse
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.serving.answering import Answers
-from lora_kit.serving.api_access import RESPONSES, Key, Served, find_adapter
-from lora_kit.serving.api_errors import ApiError, format_error, translate_error
+from lora_kit.serving.api_access import RESPONSES, Key, Served, find_adapter, make_digest_headers
+from lora_kit.serving.api_errors import ApiError, format_error, make_failure
 from lora_kit.serving.completion_bodies import CompletionForm
-from lora_kit.serving.engine import Finish
 from lora_kit.serving.schemas import ChatCompletionBody, CompletionBody, DetokenizeBody, TokenizeBody
 from lora_kit.serving.served_model import ServedModel
 
@@ -32,38 +31,46 @@ router = APIRouter()
 async def complete(request: Request, body: CompletionBody, served: Served, key: Key) -> Response:
     """Continue prompts, which are given to the model as they are."""
     body.check_extra()
+    _check_generates(served)
     adapter = await find_adapter(served, key, body.model, body.lora_scale)
     most = served.settings.limits.requests
     if not 0 < len(body.prompts) * (body.n or 1) <= most:
         raise ApiError(400, f"1 to {most:,} answers can be asked for at once", param="prompt")
-    prompts = await asyncio.to_thread(lambda: [served.encode_text(prompt) for prompt in body.prompts])
-    answers = _make_answers(served, body, prompts, adapter, most=body.max_tokens, ends=served.end_tokens)
-    return await _respond(request, served, body, answers)
+    prompts = await asyncio.to_thread(lambda: [served.prompts.encode_text(prompt) for prompt in body.prompts])
+    answers = _make_answers(served, body, prompts, adapter, most=body.max_tokens, ends=served.prompts.end_tokens)
+    return await _respond(request, served, body, answers, make_digest_headers(adapter))
 
 
 @router.post("/v1/chat/completions", responses=RESPONSES)
 async def chat(request: Request, body: ChatCompletionBody, served: Served, key: Key) -> Response:
     """Answer a conversation, rendered by the chat template that the adapter was trained with."""
     body.check_extra()
+    _check_generates(served)
     adapter = await find_adapter(served, key, body.model, body.lora_scale)
     messages = [message.model_dump(exclude_none=True) for message in body.messages]
-    prompt = await asyncio.to_thread(served.encode_messages, messages, adapter, body.chat_template_kwargs)
+    prompt = await asyncio.to_thread(served.prompts.encode_messages, messages, adapter, body.chat_template_kwargs)
     most = body.max_completion_tokens or body.max_tokens
     answers = _make_answers(served, body, [prompt.ids], adapter, most=most, ends=prompt.ends)
-    return await _respond(request, served, body, answers)
+    return await _respond(request, served, body, answers, make_digest_headers(adapter))
 
 
 @router.post("/tokenize", responses=RESPONSES)
 async def tokenize(body: TokenizeBody, served: Served, key: Key) -> dict[str, Any]:
     """Return the tokens of a text."""
-    ids = await asyncio.to_thread(served.tokenize, body.prompt, add_special_tokens=body.add_special_tokens)
+    ids = await asyncio.to_thread(served.prompts.tokenize, body.prompt, add_special_tokens=body.add_special_tokens)
     return {"tokens": ids, "count": len(ids), "max_model_len": served.context}
 
 
 @router.post("/detokenize", responses=RESPONSES)
 async def detokenize(body: DetokenizeBody, served: Served, key: Key) -> dict[str, Any]:
     """Return the text of tokens."""
-    return {"prompt": served.detokenize(body.tokens)}
+    return {"prompt": served.prompts.detokenize(body.tokens)}
+
+
+def _check_generates(served: ServedModel) -> None:
+    if served.heads is not None:
+        message = "this base predicts labels; it writes no text"
+        raise ApiError(400, message, param="model", code="unsupported")
 
 
 def _make_answers(
@@ -82,10 +89,14 @@ def _make_answers(
 
 
 async def _respond(
-    request: Request, served: ServedModel, body: CompletionBody | ChatCompletionBody, answers: Answers
+    request: Request,
+    served: ServedModel,
+    body: CompletionBody | ChatCompletionBody,
+    answers: Answers,
+    headers: dict[str, str],
 ) -> Response:
     form = CompletionForm(
-        served.tokenizer,
+        served.prompts.tokenizer,
         body.model,
         int(time.time()),
         fingerprint=served.fingerprint,
@@ -96,9 +107,10 @@ async def _respond(
     await answers.start()
     if body.stream:
         has_usage = (body.stream_options or {}).get("include_usage", False)
-        return EventSourceResponse(_stream(form, answers, has_usage=has_usage), ping=_PING_SECONDS, sep="\n")
+        events = _stream(form, answers, has_usage=has_usage)
+        return EventSourceResponse(events, headers=headers, ping=_PING_SECONDS, sep="\n")
     await _wait(request, answers)
-    return JSONResponse(form.write_whole(answers))
+    return JSONResponse(form.write_whole(answers), headers=headers)
 
 
 async def _wait(request: Request, answers: Answers) -> None:
@@ -115,14 +127,7 @@ async def _wait(request: Request, answers: Answers) -> None:
         watcher.cancel()
     for answer in answers.all:
         if answer.finish is not None and answer.finish.reason == "error":
-            raise _make_failure(answer.finish)
-
-
-def _make_failure(finish: Finish) -> ApiError:
-    """Return the answer for a request that failed: what it would have been, had it not had to wait before."""
-    if finish.error is not None:
-        return translate_error(finish.error)
-    return ApiError(500, finish.message or "the answer failed", code="engine_error")
+            raise make_failure(answer.finish)
 
 
 async def _watch(request: Request, answers: Answers) -> None:
@@ -139,7 +144,7 @@ async def _stream(form: CompletionForm, answers: Answers, *, has_usage: bool) ->
                 yield _as_event(form.write_first_chunk(answers, answer))
         async for answer, event in answers.events():
             if event.finish is not None and event.finish.reason == "error":
-                yield _as_event(format_error(_make_failure(event.finish)))
+                yield _as_event(format_error(make_failure(event.finish)))
             elif event.text or event.finish is not None or form.has_logprobs or form.has_token_ids:
                 yield _as_event(form.write_chunk(answers, answer, event))
         if has_usage:

@@ -12,6 +12,8 @@ from lora_kit.serving.sampler import ChosenToken, SamplingSettings
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 """An end token or a stop text; `max_tokens`; the client; a failure."""
+Wanted = Literal["tokens", "scores", "embedding"]
+"""Tokens that continue the prompt; the scores of the head's labels; the mean of the last layer's hidden states."""
 
 
 class RequestError(LoraKitError, ValueError):
@@ -38,6 +40,8 @@ class EngineRequest:
         settings: how its tokens are chosen.
         lease: keeps the adapter in its slot; None for the base.
         end_tokens: tokens that end the answer.
+        wanted: what is asked for.
+        token_types: of two texts, which one each token of the prompt belongs to; empty for one text.
     """
 
     request_id: str
@@ -45,6 +49,8 @@ class EngineRequest:
     settings: SamplingSettings
     lease: Lease | None = None
     end_tokens: frozenset[int] = frozenset()
+    wanted: Wanted = "tokens"
+    token_types: Sequence[int] = ()
 
     @property
     def content(self) -> str:
@@ -82,16 +88,36 @@ class Event:
         text: what the answer's text grew by.
         chosen: the new token; None where the event only ends the request.
         finish: how it ended; None while it goes on.
+        values: scores before any softmax, or an embedding; empty where tokens are asked for.
     """
 
     request_id: str
     text: str = ""
     chosen: ChosenToken | None = None
     finish: Finish | None = None
+    values: Sequence[float] = ()
 
 
 class Engine(Protocol):
     """Runs requests, step by step. One thread owns it, the bank and the model."""
+
+    @property
+    def needs_runs(self) -> bool:
+        """Whether every adapter must tell the tokens of a packed forward apart."""
+
+    @property
+    def positions(self) -> int:
+        """Tokens of a prompt, at most; an answer may count, too: see `count_left`."""
+
+    @property
+    def busy_contents(self) -> frozenset[str]:
+        """Adapters of rows that have ended, and are still computed until their batch ends."""
+
+    def count_left(self, prompt_tokens: int) -> int:
+        """Return how many tokens an answer to so long a prompt can have."""
+
+    def measure_effect(self, lease: Lease) -> float:
+        """Return the largest change of an output by an adapter, over a few tokens spread over the vocabulary."""
 
     @property
     def waiting(self) -> int:

@@ -9,93 +9,21 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
-from lora_kit.adapter.adapter import Adapter
 from lora_kit.bank.routes import Lease
 from lora_kit.errors import LoraKitError
 from lora_kit.serving.adapter_slots import AdapterSlots, NoFreeSlotError
-from lora_kit.serving.engine import Engine, EngineRequest, Event, Finish, RequestError
-from lora_kit.serving.sampler import SamplingSettings
+from lora_kit.serving.engine import Engine, Event, Finish, RequestError
+from lora_kit.serving.tickets import OverloadedError, QueueLimits, Ticket, WorkerCounts
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-Sink = Callable[[Event], None]
-"""Receives the events of a request, in the worker's thread; it must not block."""
-
 _IDLE_SECONDS: Final = 0.5
 """How long an idle worker waits for a command before it looks whether anything is overdue."""
 _PATIENCE_SECONDS: Final = 1.0
 """How long a request waits for a slot while later ones, whose adapters are in slots, go first."""
-
-
-class OverloadedError(LoraKitError, RuntimeError):
-    """The server takes no more requests at the moment."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class QueueLimits:
-    """What may wait.
-
-    Attributes:
-        requests: that have not begun, at most.
-        tokens: of their prompts and answers, at most.
-        seconds: that a request may wait before it begins.
-    """
-
-    requests: int = 256
-    tokens: int = 1_000_000
-    seconds: float = 60.0
-
-
-@dataclass(frozen=True)
-class Ticket:
-    """A request on its way into the engine.
-
-    Attributes:
-        request_id: no two at a time have one.
-        prompt: token ids.
-        settings: how tokens are chosen.
-        adapter: the content that answers; None for the base.
-        end_tokens: that end the answer.
-        sink: receives its events.
-        arrived: time, by the monotonic clock.
-    """
-
-    request_id: str
-    prompt: tuple[int, ...]
-    settings: SamplingSettings
-    adapter: Adapter | None
-    end_tokens: frozenset[int]
-    sink: Sink
-    arrived: float = field(default_factory=time.monotonic)
-
-    @property
-    def tokens(self) -> int:
-        return len(self.prompt) + self.settings.max_tokens
-
-
-@dataclass
-class WorkerCounts:
-    """What happened since the worker began.
-
-    Attributes:
-        requests: taken.
-        finished: by reason.
-        prompt_tokens: of finished requests.
-        reused_tokens: of these, whose keys and values were there.
-        new_tokens: chosen.
-        steps: of the engine.
-    """
-
-    requests: int = 0
-    finished: dict[str, int] = field(default_factory=dict)
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    new_tokens: int = 0
-    steps: int = 0
 
 
 class ModelWorker(threading.Thread):
@@ -221,7 +149,8 @@ class ModelWorker(threading.Thread):
         if ticket.request_id in self._tickets:
             raise RequestError(f"the id {ticket.request_id!r} is in use", code="duplicate_id")
         self._check_limits(ticket)
-        if self._must_wait() or not self._begin(ticket):
+        # The base needs no slot, so it waits for none.
+        if (ticket.adapter is not None and self._must_wait()) or not self._begin(ticket):
             self._waiting_for_slot.append(ticket)
         self._tickets[ticket.request_id] = ticket
         self.counts.requests += 1
@@ -245,14 +174,14 @@ class ModelWorker(threading.Thread):
     def _begin(self, ticket: Ticket) -> bool:
         """Submit a request to the engine; return whether there was a slot for its adapter."""
         if ticket.adapter is None:
-            self._engine.submit(_make_request(ticket, None))
+            self._engine.submit(ticket.make_request(None))
             return True
         try:
             lease = self.slots.lease(ticket.adapter)
         except NoFreeSlotError:
             return False
         try:
-            self._engine.submit(_make_request(ticket, lease))
+            self._engine.submit(ticket.make_request(lease))
         except BaseException:
             self.slots.release(lease)
             raise
@@ -344,7 +273,3 @@ class ModelWorker(threading.Thread):
         for request_id in list(self._tickets):
             ticket = self._tickets[request_id]
             self._dispatch(Event(request_id, finish=Finish("cancelled", len(ticket.prompt), 0, 0, "the server ends")))
-
-
-def _make_request(ticket: Ticket, lease: Lease | None) -> EngineRequest:
-    return EngineRequest(ticket.request_id, ticket.prompt, ticket.settings, lease, ticket.end_tokens)

@@ -15,14 +15,22 @@ import torch
 from torch import Tensor
 
 from lora_kit.bank.bank import AdapterBank
+from lora_kit.bank.routes import Lease
 from lora_kit.generation.text_stream import TextStream
 from lora_kit.models.loading import Base
-from lora_kit.serving.engine import EngineRequest, Event, Finish, FinishReason, RequestError
+from lora_kit.serving.engine import EngineRequest, Event, Finish, FinishReason
 from lora_kit.serving.fair_turns import FairTurns
 from lora_kit.serving.kv_rows import KeyValueRows, PackedStep, PromptChunk
 from lora_kit.serving.packed_forward import PackedForward
 from lora_kit.serving.running_request import RowContent, RunningRequest
 from lora_kit.serving.sampler import Sampler
+from lora_kit.serving.waiting_requests import (
+    WaitingRequests,
+    check_vocabulary,
+    check_wanted,
+    make_duplicate_error,
+    make_length_error,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +42,13 @@ class RowsEngine:
     """An `Engine` for decoders whose attention is plain, with a row of keys and values for each running request.
 
     Attributes:
+        needs_runs: its batches are packed, so that adapters must tell tokens apart.
         forward: computes the logits of a step.
         memory: the keys and values.
         failures: forwards that raised an exception so far.
     """
+
+    needs_runs: Final = True
 
     def __init__(
         self,
@@ -66,10 +77,10 @@ class RowsEngine:
         self._step_tokens = max(step_tokens, rows + 1)
         self._contents = [RowContent() for _ in range(rows)]
         self._free = deque(range(rows))  # the one freed longest ago first: its beginning is the least likely to help
-        self._waiting = dict[str, EngineRequest]()
+        self._waiting = WaitingRequests()
         self._running = dict[str, RunningRequest]()
         self._cancelled = set[str]()
-        self._prefill_turns, self._admission_turns = FairTurns(), FairTurns()
+        self._prefill_turns = FairTurns()
 
     @property
     def waiting(self) -> int:
@@ -78,6 +89,20 @@ class RowsEngine:
     @property
     def running(self) -> int:
         return len(self._running)
+
+    @property
+    def positions(self) -> int:
+        return self.memory.positions
+
+    @property
+    def busy_contents(self) -> frozenset[str]:
+        return frozenset()  # leases are enough: between two steps nothing is under way
+
+    def count_left(self, prompt_tokens: int) -> int:
+        return self.positions - prompt_tokens
+
+    def measure_effect(self, lease: Lease) -> float:
+        return self.forward.measure_effect(lease)
 
     def close(self) -> None:
         """Give the model its own attention back."""
@@ -90,19 +115,13 @@ class RowsEngine:
             RequestError: the id is in use, the prompt is empty or has a token that is not one, or prompt and answer are
                 longer than a row.
         """
-        if request.request_id in self._waiting or request.request_id in self._running:
-            raise RequestError(f"the id {request.request_id!r} is in use", code="duplicate_id")
-        check_prompt(request, vocabulary=self._base.model.config.get_text_config().vocab_size)
-        needed = len(request.prompt) + request.settings.max_tokens
-        if needed > self.memory.positions:
-            raise RequestError(
-                f"the prompt has {len(request.prompt):,} tokens and max_tokens is {request.settings.max_tokens:,}; "
-                f"together they can be {self.memory.positions:,}",
-                code="context_length_exceeded",
-                field="max_tokens",
-                hint="shorten the prompt or ask for fewer tokens",
-            )
-        self._waiting[request.request_id] = request
+        if request.request_id in self._running:
+            raise make_duplicate_error(request.request_id)
+        check_vocabulary(request, vocabulary=self._base.model.config.get_text_config().vocab_size)
+        if len(request.prompt) + request.settings.max_tokens > self.positions:
+            raise make_length_error(len(request.prompt), request.settings.max_tokens, self.positions)
+        check_wanted(request, "tokens")
+        self._waiting.add(request)
 
     def cancel(self, request_id: str) -> None:
         if request_id in self._waiting or request_id in self._running:
@@ -112,7 +131,8 @@ class RowsEngine:
     def step(self) -> list[Event]:
         """End what was cancelled, admit what waits, and compute one packed forward."""
         events = self._end_cancelled()
-        self._admit_waiting()
+        for request in self._waiting.take(len(self._free)):
+            self._begin(request)
         if not self._running:
             return events
         generating = [running for running in self._running.values() if running.is_generating]
@@ -134,29 +154,12 @@ class RowsEngine:
         for request_id in self._cancelled:
             if request_id in self._running:
                 events.append(self._end(self._running[request_id], "cancelled"))
-            elif request := self._waiting.pop(request_id, None):
-                events.append(Event(request_id, finish=Finish("cancelled", len(request.prompt), 0, 0)))
+            elif event := self._waiting.cancel(request_id):
+                events.append(event)
         self._cancelled.clear()
         return events
 
-    def _admit_waiting(self) -> None:
-        """Give free rows to waiting requests: adapters take turns, requests of one adapter come in their order."""
-        if not self._free or not self._waiting:
-            return
-        by_content = dict[Hashable, deque[EngineRequest]]()
-        for request in self._waiting.values():
-            by_content.setdefault(request.content, deque()).append(request)
-
-        def admit(content: Hashable, count: int) -> int:
-            admitted = [by_content[content].popleft() for _ in range(min(count, len(by_content[content])))]
-            for request in admitted:
-                self._begin(request)
-            return len(admitted)
-
-        self._admission_turns.divide(len(self._free), by_content, admit)
-
     def _begin(self, request: EngineRequest) -> None:
-        del self._waiting[request.request_id]
         source, length = self._find_prefix(request)
         # The row itself if it is free, so that nothing is copied; else the one that was freed longest ago.
         row = source if source is not None and source in self._free else self._free[0]
@@ -243,48 +246,22 @@ class RowsEngine:
         return [self._choose(running, row) for running, row in ready]
 
     def _choose(self, running: RunningRequest, logits: Tensor) -> Event:
-        try:
-            chosen = running.sampler.choose(logits)
-        except (ValueError, RuntimeError) as error:
-            return self._end(running, "error", str(error))
-        settings = running.request.settings
-        running.answer.append(chosen.token)
-        is_end = chosen.token in running.request.end_tokens and not settings.ignore_eos
-        text = "" if is_end else running.stream.push(chosen.token)
-        if is_end or running.stream.stopped or len(running.answer) == settings.max_tokens:
-            text += running.stream.finish()
-            reason: FinishReason = "stop" if is_end or running.stream.stopped else "length"
-            self._release(running)
-            return Event(running.request.request_id, text, chosen, running.finish(reason))
-        return Event(running.request.request_id, text, chosen)
+        event = running.choose(logits)
+        if event.finish is not None:
+            self._release(running, event.finish)
+        return event
 
     def _end(self, running: RunningRequest, reason: FinishReason, message: str = "") -> Event:
-        if reason == "error":  # what was written of its keys and values is not known
-            self._contents[running.row] = RowContent()
-        text = running.stream.finish()
-        self._release(running)
-        return Event(running.request.request_id, text, finish=running.finish(reason, message))
+        event = running.end(reason, message)
+        assert event.finish is not None
+        self._release(running, event.finish)
+        return event
 
-    def _release(self, running: RunningRequest) -> None:
+    def _release(self, running: RunningRequest, finish: Finish) -> None:
+        if finish.reason == "error":  # what was written of its keys and values is not known
+            self._contents[running.row] = RowContent()
         del self._running[running.request.request_id]
         self._free.append(running.row)
-
-
-def check_prompt(request: EngineRequest, *, vocabulary: int) -> None:
-    """Check the tokens of a request.
-
-    Raises:
-        RequestError: there are none, or one is not in the vocabulary.
-    """
-    if not request.prompt:
-        raise RequestError("the prompt has no token", code="empty_prompt", field="prompt")
-    wrong = next((token for token in request.prompt if not 0 <= token < vocabulary), None)
-    if wrong is not None:
-        message = f"{wrong} is not a token of this base; they are 0 to {vocabulary - 1:,}"
-        raise RequestError(message, code="invalid_token", field="prompt")
-    biased = next((token for token in request.settings.logit_bias if not 0 <= token < vocabulary), None)
-    if biased is not None:
-        raise RequestError(f"logit_bias: {biased} is not a token", code="invalid_token", field="logit_bias")
 
 
 def _count_equal(left: Sequence[int], right: Sequence[int], *, most: int) -> int:

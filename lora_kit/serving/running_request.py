@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from lora_kit.generation.text_stream import TextStream
-from lora_kit.serving.engine import EngineRequest, Finish, FinishReason
+from lora_kit.serving.engine import EngineRequest, Event, Finish, FinishReason
 from lora_kit.serving.sampler import Sampler
 
 
@@ -27,7 +29,7 @@ class RunningRequest:
     """A request with a row.
 
     Attributes:
-        row: of its keys and values.
+        row: of its keys and values, or of its batch.
         read: tokens of the prompt whose keys and values are there.
         reused: of these, how many were there when it began.
         answer: its tokens so far.
@@ -50,5 +52,28 @@ class RunningRequest:
         """Of its newest token."""
         return len(self.request.prompt) + len(self.answer) - 1
 
-    def finish(self, reason: FinishReason, message: str = "") -> Finish:
+    def choose(self, logits: Tensor) -> Event:
+        """Choose its next token from the logits, (vocabulary,), and return what came of it.
+
+        Logits that are not finite, or that cannot be sampled from, end it.
+        """
+        try:
+            chosen = self.sampler.choose(logits)
+        except (ValueError, RuntimeError) as error:
+            return self.end("error", str(error))
+        settings = self.request.settings
+        self.answer.append(chosen.token)
+        is_end = chosen.token in self.request.end_tokens and not settings.ignore_eos
+        text = "" if is_end else self.stream.push(chosen.token)
+        if is_end or self.stream.stopped or len(self.answer) == settings.max_tokens:
+            text += self.stream.finish()
+            reason: FinishReason = "stop" if is_end or self.stream.stopped else "length"
+            return Event(self.request.request_id, text, chosen, self._finish(reason))
+        return Event(self.request.request_id, text, chosen)
+
+    def end(self, reason: FinishReason, message: str = "") -> Event:
+        """Return the event that ends it before its time."""
+        return Event(self.request.request_id, self.stream.finish(), finish=self._finish(reason, message))
+
+    def _finish(self, reason: FinishReason, message: str = "") -> Finish:
         return Finish(reason, len(self.request.prompt), self.reused, len(self.answer), message)

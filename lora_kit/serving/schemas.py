@@ -166,6 +166,41 @@ class ChatCompletionBody(_SamplingBody):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
+class ClassifyBody(BaseModel):
+    """`POST /v1/classify`: texts, or lists of two texts."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(min_length=1, max_length=200)
+    input: str | list[str] | list[tuple[str, str]]
+    user: str | None = None
+
+    @property
+    def texts(self) -> list[str | tuple[str, str]]:
+        """The texts, each one or two."""
+        return [self.input] if isinstance(self.input, str) else list(self.input)
+
+
+class EmbeddingBody(BaseModel):
+    """`POST /v1/embeddings`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(min_length=1, max_length=200)
+    input: str | list[str] | list[int] | list[list[int]]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: None = None
+    user: str | None = None
+
+    @property
+    def texts(self) -> list[str | list[int]]:
+        """The texts, or their token ids."""
+        if isinstance(self.input, str):
+            return [self.input]
+        ids = [item for item in self.input if isinstance(item, int)]
+        return [ids] if ids else [item for item in self.input if not isinstance(item, int)]
+
+
 class TokenizeBody(BaseModel):
     """`POST /tokenize`."""
 

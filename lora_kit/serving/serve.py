@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Final
 
 from lora_kit.errors import ConfigError, StorageError
-from lora_kit.serving.served_model import ServedModel, ServerSettings
+from lora_kit.serving.served_model import ServedModel
+from lora_kit.serving.server_settings import ServerSettings
 
 _GRACE_SECONDS: Final = 30
 """How long answers that have begun may take when the server is to stop."""

@@ -106,6 +106,14 @@ def test_what_would_hide_something_is_refused(store: Path) -> None:
         assert labels.state == before
 
 
+def test_a_label_never_hides_another_adapter_of_the_store(store: Path, made: list[lk.Adapter]) -> None:
+    labels = open_labels(store)
+    with pytest.raises(ConfigError, match="another adapter of the store"):
+        labels.load("sql", "sum")
+    labels.load("sql", "sql")  # which is what it is called anyway
+    assert labels.resolve("sql").digest == made[0].digest
+
+
 def test_a_state_that_cannot_be_written_changes_nothing(store: Path) -> None:
     labels = AdapterLabels(store, base_name="kit-base", state_file=store.parent / "no" / "folder" / "state.json")
     (store.parent / "no").write_text("a file", encoding="utf-8")

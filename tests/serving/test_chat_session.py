@@ -12,7 +12,8 @@ import lora_kit as lk
 from lora_kit.errors import ConfigError, DataError, LoraKitError
 from lora_kit.serving.chat_session import COMMANDS, ChatSession, run_command
 from lora_kit.serving.sampler import SamplingSettings
-from lora_kit.serving.served_model import ServedModel, ServerSettings
+from lora_kit.serving.served_model import ServedModel
+from lora_kit.serving.server_settings import ServerSettings
 from tests.support import random_adapters
 
 PLAIN = (

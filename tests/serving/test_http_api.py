@@ -19,7 +19,8 @@ from lora_kit.models.loading import Base
 from lora_kit.models.prompt_tokens import tokenize_prompt
 from lora_kit.serving.access import hash_key
 from lora_kit.serving.http_app import build_app
-from lora_kit.serving.served_model import ServedModel, ServerSettings
+from lora_kit.serving.served_model import ServedModel
+from lora_kit.serving.server_settings import ServerSettings
 from tests.support import random_adapters
 
 PROMPT = "The fox and the crow"

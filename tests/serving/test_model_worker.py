@@ -16,9 +16,10 @@ from lora_kit.adapter.adapter import Adapter
 from lora_kit.models.loading import Base
 from lora_kit.serving.adapter_slots import AdapterSlots
 from lora_kit.serving.engine import Event, Finish
-from lora_kit.serving.model_worker import ModelWorker, OverloadedError, QueueLimits, Ticket
+from lora_kit.serving.model_worker import ModelWorker
 from lora_kit.serving.rows_engine import RowsEngine
 from lora_kit.serving.sampler import SamplingSettings
+from lora_kit.serving.tickets import OverloadedError, QueueLimits, Ticket
 from tests.support import random_adapters
 
 PROMPT = (40, 41, 42)
@@ -40,9 +41,8 @@ def start(base: Base) -> Iterator[Callable[..., ModelWorker]]:
 
     def start(*, slots: int = 1, **limits: Any) -> ModelWorker:
         bank = lk.attach(base.model, slots=slots, max_rank=4)
-        worker = ModelWorker(
-            RowsEngine(base, bank, rows=4), AdapterSlots(bank, slots=slots), limits=QueueLimits(**limits)
-        )
+        engine = RowsEngine(base, bank, rows=4)
+        worker = ModelWorker(engine, AdapterSlots(bank, engine, slots=slots), limits=QueueLimits(**limits))
         running.append((worker, bank))
         worker.start()
         return worker
@@ -111,6 +111,20 @@ def test_a_request_that_is_cancelled_while_it_waits_for_a_slot_ends_at_once(
     worker.cancel("a")
     first.finish()
     assert count_leases(worker) == 0
+
+
+def test_the_base_never_waits_behind_an_adapter_that_waits_for_a_slot(
+    start: Callable[..., ModelWorker], adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_kit.serving.model_worker._PATIENCE_SECONDS", 0.0)
+    worker = start()
+    first, second = Client(worker, "a", adapters[0], count=400), Client(worker, "b", adapters[1])
+    second.submitted.result(timeout=20)
+    assert len(Client(worker, "c", None).finish()[0]) == 4
+    assert second.events.empty()
+    for client in (first, second):
+        worker.cancel(client.ticket.request_id)
+        client.finish()
 
 
 def test_an_adapter_that_fails_to_load_after_a_wait_ends_its_own_request(

@@ -14,7 +14,7 @@ import pytest
 
 from lora_kit.errors import ConfigError, StorageError
 from lora_kit.serving.serve import serve
-from lora_kit.serving.served_model import ServerSettings
+from lora_kit.serving.server_settings import ServerSettings
 
 
 def test_a_port_in_use_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
