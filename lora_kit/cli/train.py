@@ -160,6 +160,7 @@ def _build_plan_facts(plan: TrainPlan) -> list[tuple[str, str]]:
         *facts,
         *([("head", plan.head)] if plan.head else []),
         ("data", f"{data.rows:,} rows, {data.samples:,} samples, {data.tokens:,} tokens{cut}"),
+        *([("frozen layers", plan.frozen)] if plan.frozen else []),
         ("labels", f"{data.labels:,} ({data.labels / data.tokens:.1%} of the tokens)"),
         (
             "steps",

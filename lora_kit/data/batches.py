@@ -16,6 +16,8 @@ IGNORE_INDEX: Final = -100
 """The label of a position without a loss."""
 SAMPLE_WEIGHTS: Final = "sample_weights"
 """The key of a batch under which the weights of its samples are; a model does not take it."""
+PREFIX_STATES: Final = "prefix_states"
+"""The key of a batch under which what frozen layers gave for its samples is; a model does not take it."""
 _COUNTED_AT_ONCE: Final = 2**22
 """Labels that are compared at once: those of samples on the disk may be more than fits in memory."""
 _FLOAT_KINDS: Final = (LABEL_SET, VALUE)
@@ -170,7 +172,8 @@ class Collator:
         `labels` are (rows,) if each text has one label, and (rows, longest target) for a decoder, with
         `decoder_input_ids` of that shape; float32 (rows, classes) for sets of labels, and float32 (rows,) for numbers.
         Packed rows keep their `position_ids`; give a model those in place of the mask. Weights of the samples are
-        `sample_weights`, float32 (rows,); a model does not take them.
+        `sample_weights`, float32 (rows,), and what frozen layers gave is `prefix_states`, (rows, longest, width); a
+        model does not take them.
         """
         ids = [sample["input_ids"] for sample in samples]
         labels = [sample["labels"] for sample in samples]
@@ -188,6 +191,8 @@ class Collator:
         if "token_type_ids" in samples[0] and self.takes_types:
             types = [sample["token_type_ids"] for sample in samples]
             batch["token_type_ids"] = pad_sequence(types, batch_first=True)
+        if PREFIX_STATES in samples[0]:
+            batch[PREFIX_STATES] = pad_sequence([sample[PREFIX_STATES] for sample in samples], batch_first=True)
         if "position_ids" in samples[0]:
             # Positions of 0: every token of padding begins a sample of its own.
             batch["position_ids"] = pad_sequence([sample["position_ids"] for sample in samples], batch_first=True)

@@ -55,6 +55,11 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         return (self[index] for index in range(len(self)))
 
     @property
+    def lengths(self) -> Tensor:
+        """Tokens of each row: int64 (rows,)."""
+        return torch.stack([self.samples.lengths[list(row)].sum() for row in self.rows])
+
+    @property
     def num_labels(self) -> int:
         """Tokens that are predicted."""
         return self.samples.num_labels

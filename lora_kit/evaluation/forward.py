@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lora_kit.data.batches import IGNORE_INDEX, SAMPLE_WEIGHTS, Collator, EncodedDataset
 from lora_kit.evaluation.loss import LossHead, probe_head
+from lora_kit.models.frozen_prefix import PrefixStates
 from lora_kit.models.tasks import GENERATIVE_KINDS, LABEL, LABEL_SET, TEXT_KINDS, VALUE
 from lora_kit.torch_utils import use_autocast, use_eval_mode
 
@@ -47,6 +49,7 @@ def run_forward(
     batch_size: int,
     autocast: torch.dtype | None = None,
     thresholds: Sequence[float] = (),
+    frozen: PrefixStates | None = None,
     on_rows: Callable[[int], None] | None = None,
 ) -> ForwardResult:
     """Run a model over samples, with whatever adapter is active.
@@ -58,6 +61,7 @@ def run_forward(
         batch_size: samples in one batch.
         autocast: dtype to compute in; None for the model's own.
         thresholds: of sets of labels: the least probability of each class that is predicted; empty for 0.5.
+        frozen: what the model's frozen layers give for the samples; None to compute it.
         on_rows: called with the number of samples of each finished batch.
     """
     device = next(model.parameters()).device
@@ -75,7 +79,8 @@ def run_forward(
             inputs.pop(SAMPLE_WEIGHTS, None)  # what is measured counts each row once
             with use_autocast(device, autocast):
                 head = head or probe_head(model, inputs, kind=samples.kind)
-                with head.skip():
+                handed_on = contextlib.nullcontext() if frozen is None else frozen.replace_layers(indices, device)
+                with head.skip(), handed_on:
                     outputs = model(**inputs, **options).logits
                 loss += head.loss(outputs, labels).double()
             if samples.kind in TEXT_KINDS:

@@ -15,6 +15,7 @@ from lora_kit.evaluation.forward import run_forward
 from lora_kit.evaluation.generation_metrics import GenerationTask, generate_completions
 from lora_kit.evaluation.sample_scores import score_samples
 from lora_kit.evaluation.scores import score_texts
+from lora_kit.models.frozen_prefix import PrefixStates
 from lora_kit.models.tasks import GENERATIVE_KINDS, VALUE
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def measure(
     labels: Sequence[str] = (),
     thresholds: Sequence[float] = (),
     task: GenerationTask | None = None,
+    frozen: PrefixStates | None = None,
 ) -> Evaluation:
     """Measure a model with whatever adapter is active; its modes are left as they were.
 
@@ -71,9 +73,12 @@ def measure(
         labels: the names of the labels, for `f1`.
         thresholds: of sets of labels: the least probability of each class that is predicted; empty for 0.5.
         task: prompts for the metrics of generated texts; its base is that of the model.
+        frozen: what the model's frozen layers give for the samples; None to compute it.
     """
     started = time.perf_counter()
-    forward = run_forward(model, samples, collator, batch_size=batch_size, autocast=autocast, thresholds=thresholds)
+    forward = run_forward(
+        model, samples, collator, batch_size=batch_size, autocast=autocast, thresholds=thresholds, frozen=frozen
+    )
     generative = samples.kind in GENERATIVE_KINDS
     further = [name for name in metrics if name not in ("loss", "perplexity", "accuracy", "mae")]
     scores: dict[str, float] = {}

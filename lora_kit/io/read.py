@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import mmap
 import os
 import stat
@@ -173,6 +174,16 @@ def available_memory() -> int | None:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, ValueError, IndexError, StopIteration):
         return None
+
+
+def hash_file(path: Path) -> dict[str, object]:
+    """Return the sha256 in hex and the size in bytes of a file, as records name them.
+
+    Raises:
+        AdapterError: it is no regular file, or cannot be read.
+    """
+    with open_regular_file(path) as (file, size):
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": size}
 
 
 def read_json(path: Path, *, limit: int) -> JsonObject:

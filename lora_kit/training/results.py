@@ -195,6 +195,7 @@ class TrainPlan:
         parameters: number of parameters of the model with the adapter.
         kinds: the trained modules by name.
         head: what becomes of the base's head, in words; None where the task has no labels.
+        frozen: what becomes of the frozen layers below the trained ones, in words; None for the loops of TRL.
         data: the training file, as samples.
         steps: how many there are, and of how many samples.
         memory: estimated, see `lora_kit.training.plan.memory_estimate`.
@@ -209,6 +210,7 @@ class TrainPlan:
     parameters: int
     kinds: tuple[TrainedModules, ...]
     head: str | None
+    frozen: str | None
     data: DataSummary
     steps: StepCounts
     memory: MemoryEstimate
@@ -224,6 +226,7 @@ class TrainPlan:
             "trainable": self.trainable,
             "parameters": self.parameters,
             "head": self.head,
+            "frozen": self.frozen,
             "data": asdict(self.data),
             "steps": asdict(self.steps),
             "memory": {**asdict(self.memory), "total": self.memory.total},

@@ -11,8 +11,10 @@ from lora_kit.data.preference_samples import PreferenceDataset
 from lora_kit.errors import RecipeError
 from lora_kit.training.job.job import Job
 from lora_kit.training.job.methods import TrainableJob
+from lora_kit.training.loop.checkpoints import hash_json
 from lora_kit.training.loop.learning_rates import LearningRates
 from lora_kit.training.loop.world import ALONE, World
+from lora_kit.training.prefix.prefix_choice import AUTO, PrefixCache
 from lora_kit.training.recipe.objectives import SFT, TRL_OBJECTIVES
 from lora_kit.training.recipe.training_arguments import build_training_arguments
 
@@ -66,7 +68,18 @@ def build_loop(
         collator=job.collator,
         measure_options=job.measure_options,
         class_weights=job.class_weights,
+        prefix_cache=build_prefix_cache(job, run),
         **options,
+    )
+
+
+def build_prefix_cache(job: Job, run: RunContext) -> PrefixCache:
+    """Return where what a job's frozen layers give is kept, if it is."""
+    return PrefixCache(
+        folder=run.folder.prefix,
+        setting=job.recipe.train.get("prefix_cache", AUTO),
+        facts={"run": hash_json(run.identity), "environment": run.setting},
+        on_batch=run.stop.obey,
     )
 
 

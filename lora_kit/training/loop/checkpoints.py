@@ -33,12 +33,14 @@ from lora_kit.adapter.folder import CONFIG
 from lora_kit.data.sample_store import remove_samples
 from lora_kit.errors import AdapterError, RecipeError, StorageError, format_list
 from lora_kit.io.atomic_write import remove_leftovers, stage_folder
-from lora_kit.io.read import exists, folder_exists, open_regular_file, read_json, read_text
+from lora_kit.io.read import exists, folder_exists, hash_file, read_json, read_text
 from lora_kit.io.sealed_json import NO_DIGEST, SELF_DIGEST, is_intact, seal_json
 from lora_kit.io.strict_json import JsonObject, parse_object
 from lora_kit.io.text import escape_text, format_value
 from lora_kit.names import CHECKPOINT_FILE
 from lora_kit.training.loop.run_differences import describe_differences, describe_run_differences
+from lora_kit.training.prefix.prefix_cache import FOLDER as PREFIX_FOLDER
+from lora_kit.training.prefix.prefix_cache import remove_prefix_states
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +105,7 @@ class RunFolder:
         self.out = Path(out)
         self.folder = self.out.with_name(f"{self.out.name}{RUN_SUFFIX}")
         self.samples = self.folder / "samples"
+        self.prefix = self.folder / PREFIX_FOLDER
 
     # Reading
 
@@ -137,7 +140,7 @@ class RunFolder:
         record = _read_marker(folder)
         if not all(isinstance(record.get(name), kinds) for name, kinds in _TYPES.items()) or record["step"] != step:
             raise AdapterError(f"{MARKER} is damaged")
-        changed = [name for name, facts in record["files"].items() if _hash_file(folder / name) != facts]
+        changed = [name for name, facts in record["files"].items() if hash_file(folder / name) != facts]
         checkpoint = Checkpoint(folder=folder, **{key: record[key] for key in _FIELDS})
         if changed:
             raise AdapterError(f"{format_list(changed)} changed since the checkpoint was written")
@@ -201,7 +204,7 @@ class RunFolder:
         _set_aside(target)
         with stage_folder(target, replace=True, owned=_is_own, needed=needed) as folder:
             fill(folder)
-            files = {path.name: _hash_file(path) for path in sorted(folder.iterdir())}
+            files = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
             record = {"format": FORMAT, **fields, "files": files, SELF_DIGEST: NO_DIGEST}
             text = json.dumps(record, indent=2, sort_keys=True, default=str)
             (folder / MARKER).write_text(seal_json(text), encoding="utf-8")
@@ -241,6 +244,7 @@ class RunFolder:
                     remove_leftovers(self.path(int(match[1])))
             for step in self._list_steps():
                 self._remove_step(step)
+            remove_prefix_states(self.prefix)
             remove_samples(self.samples)
             if next(self.folder.iterdir(), None) is None:
                 self.folder.rmdir()
@@ -341,9 +345,3 @@ def _set_aside(path: Path) -> None:
     free = next(name for name in names if not os.path.lexists(name))
     logger.warning("%s is in the place of a checkpoint, and is %s now", escape_text(path), escape_text(free.name))
     os.rename(path, free)
-
-
-def _hash_file(path: Path) -> dict[str, object]:
-    """Return the sha256 in hex and the size in bytes of a file."""
-    with open_regular_file(path) as (file, size):
-        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": size}

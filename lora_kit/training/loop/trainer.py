@@ -12,15 +12,18 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lora_kit.data.batches import SAMPLE_WEIGHTS, Collator, EncodedDataset
+from lora_kit.data.batches import PREFIX_STATES, SAMPLE_WEIGHTS, Collator, EncodedDataset
 from lora_kit.data.packing import PackedDataset
 from lora_kit.evaluation.loss import LossHead, probe_head
 from lora_kit.evaluation.measure import Evaluation, measure
+from lora_kit.models.frozen_prefix import PrefixStates, estimate_saved_share
 from lora_kit.torch_utils import use_autocast
 from lora_kit.training.loop.frozen_modules import find_modules_without_gradient
 from lora_kit.training.loop.length_buckets import count_batch_tokens, split_by_length
 from lora_kit.training.loop.oom_retry import Batch, LabelCount, MicroBatches, sum_losses
 from lora_kit.training.loop.training_loop import TrainingLoop
+from lora_kit.training.prefix.prefix_cache import SamplesWithStates
+from lora_kit.training.prefix.prefix_choice import TRAIN, VALIDATION, PrefixCache, PrefixChoice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,6 +45,7 @@ class Trainer(TrainingLoop):
     Args:
         measure_options: arguments of `lora_kit.evaluation.measure.measure` for metrics besides the loss.
         class_weights: of labels that are no tokens; empty where each class has the weight 1.
+        prefix_cache: where what frozen layers give is kept; None to compute them in every step.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class Trainer(TrainingLoop):
         callbacks: Sequence[transformers.TrainerCallback],
         measure_options: Mapping[str, Any] = MappingProxyType({}),
         class_weights: Sequence[float] = (),
+        prefix_cache: PrefixCache | None = None,
         **options: Any,
     ) -> None:
         self.autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
@@ -66,6 +71,9 @@ class Trainer(TrainingLoop):
         self._class_weights = class_weights
         self._sample_weights: Tensor | None = None
         self._frozen_modules: list[nn.Module] = []
+        self._prefix_cache = prefix_cache
+        self._prefix_states: dict[str, PrefixStates] = {}
+        self._computed_share = 1.0
         self._has_halved = False
         super().__init__(
             model,
@@ -105,6 +113,7 @@ class Trainer(TrainingLoop):
             batch_size=self.args.per_device_eval_batch_size,
             autocast=self.autocast_dtype,
             thresholds=thresholds,
+            frozen=self._prefix_states.get(VALIDATION),
             **self._measure_options,
         )
 
@@ -113,7 +122,35 @@ class Trainer(TrainingLoop):
         self._head = self._find_head()
         with self.compute_loss_context_manager():
             self._frozen_modules = find_modules_without_gradient(self.model, self._make_sample())
+        self._open_prefix_states()
         return super().train(*args, **kwargs)
+
+    def _open_prefix_states(self) -> None:
+        """Have what frozen layers give for each sample computed once, where that pays."""
+        if self._prefix_cache is None:
+            return
+        splits = {TRAIN: self._train, **({} if self._validation is None else {VALIDATION: self._validation})}
+        steps, batch = self.args.max_steps, self.args.train_batch_size * self.args.gradient_accumulation_steps
+        passes = steps * batch / len(self._train) if steps > 0 else self.args.num_train_epochs
+        choice = self.choose_prefix(self._prefix_cache, splits, passes=passes)
+        self._prefix_states = self._prefix_cache.open_states(choice, splits)
+        if TRAIN in self._prefix_states:
+            self.train_dataset = SamplesWithStates(self._train, self._prefix_states[TRAIN])
+            self._computed_share = 1 - estimate_saved_share(self.model, self._prefix_states[TRAIN].prefix)
+
+    def choose_prefix(self, cache: PrefixCache, splits: Mapping[str, Samples], *, passes: float) -> PrefixChoice:
+        """Decide whether frozen layers are computed once; `train` finds out which are frozen before its first step.
+
+        Args:
+            splits: the samples, by the name of their file.
+            passes: how often the training goes through its samples.
+        """
+        if self._world.size > 1:
+            return PrefixChoice(None, "several processes share the rows")
+        if self.args.neftune_noise_alpha:
+            return PrefixChoice(None, "the noise on the embeddings is another in every step")
+        model, autocast = self.model, self.compute_loss_context_manager
+        return cache.choose(model, self._frozen_modules, splits, self._collator, passes=passes, autocast=autocast)
 
     def _make_sample(self) -> dict[str, Tensor]:
         """Return the first row as inputs of the model, without labels."""
@@ -133,10 +170,13 @@ class Trainer(TrainingLoop):
     def compute_loss(self, model: nn.Module, inputs: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         inputs = dict(inputs)
         self._sample_weights = inputs.pop(SAMPLE_WEIGHTS, None)
+        states = inputs.pop(PREFIX_STATES, None)
         for module in self._frozen_modules:  # transformers has put the whole model into training mode
-            # NEFTune adds its noise behind the embedding, in training mode only.
-            module.training = hasattr(module, "neftune_noise_alpha")
-        with self._head.skip():
+            # NEFTune adds its noise behind the embedding, in training mode only. Past `Module.__setattr__`, which takes
+            # as long as a small model's forward.
+            vars(module)["training"] = hasattr(module, "neftune_noise_alpha")
+        handed_on = contextlib.nullcontext() if states is None else self._prefix_states[TRAIN].hand_on(states)
+        with self._head.skip(), handed_on:
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _compute_label_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: LabelCount = None) -> Tensor:
@@ -181,7 +221,8 @@ class Trainer(TrainingLoop):
 
     def _forward_and_backward(self, batch: Batch, label_count: LabelCount) -> Tensor:
         step, model = super().training_step, self.model_wrapped
-        return sum_losses([step(model, part, label_count) for part in split_by_length(batch)])
+        parts = split_by_length(batch, computed=self._computed_share)
+        return sum_losses([step(model, part, label_count) for part in parts])
 
     def compute_sample_loss(self, samples: list[dict[str, Tensor]]) -> Tensor:
         """Return the loss of some samples as one micro-batch, summed over labels, with its graph: ()."""

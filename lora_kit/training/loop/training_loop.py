@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -110,6 +111,15 @@ class TrainingLoop(transformers.Trainer):
     def compute_sample_loss(self, samples: list[dict[str, Tensor]]) -> Tensor:
         """Return the loss of some samples as one micro-batch, with its graph: ()."""
         raise NotImplementedError
+
+    @functools.cached_property
+    def _weight_count(self) -> int:
+        return self.model.num_parameters(exclude_embeddings=True)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Return transformers' estimate for a batch; weights are counted once, not in every step."""
+        ids = inputs.get(self.model.main_input_name)
+        return 0 if ids is None else 6 * ids.numel() * self._weight_count
 
     # Several processes
 

@@ -9,11 +9,10 @@ import torch
 import transformers
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from lora_kit.data.packing import PackedDataset
 from lora_kit.data.preference_samples import PreferenceDataset
 from lora_kit.torch_utils import Clock
 from lora_kit.training.job.job import Job
-from lora_kit.training.job.loops import build_preference_loop
+from lora_kit.training.job.loops import build_preference_loop, build_prefix_cache
 from lora_kit.training.job.methods import TrainableJob
 from lora_kit.training.loop.checkpoints import RunFolder
 from lora_kit.training.loop.learning_rates import LearningRates
@@ -22,6 +21,7 @@ from lora_kit.training.loop.signals import StopRequest
 from lora_kit.training.loop.trainer import Samples, Trainer
 from lora_kit.training.loop.training_loop import TrainingLoop
 from lora_kit.training.plan.memory_estimate import MemoryEstimate, estimate_memory
+from lora_kit.training.prefix.prefix_choice import TRAIN, VALIDATION
 from lora_kit.training.recipe.objectives import SFT
 from lora_kit.training.recipe.training_arguments import build_training_arguments
 from lora_kit.training.results import StepCounts, StepMeasurement
@@ -83,17 +83,12 @@ class _StepTimer(transformers.TrainerCallback):
         self.ends.append((self._clock.seconds, self.trainer.tokens))
 
 
-def _count_row_tokens(samples: Samples | PreferenceDataset) -> torch.Tensor:
-    """Return the number of tokens of each row: int64 (rows,)."""
-    if not isinstance(samples, PackedDataset):
-        return samples.lengths
-    return torch.stack([samples.samples.lengths[list(row)].sum() for row in samples.rows])
-
-
 def measure_dry_run(
     trainable: TrainableJob, steps: StepCounts, *, folder: str
-) -> tuple[StepMeasurement, MemoryEstimate]:
+) -> tuple[StepMeasurement, MemoryEstimate, str | None]:
     """Run two steps and measure the second; the first also pays for what is slow only once.
+
+    The third value says what becomes of the frozen layers below the trained ones; None for the loops of TRL.
 
     The trained tensors of the model change.
 
@@ -103,7 +98,7 @@ def measure_dry_run(
     job = trainable.job
     batch = min(steps.batch, len(job.train))
     micro_batch = min(steps.micro_batch, batch)
-    longest = _count_row_tokens(job.train).argsort(descending=True, stable=True)[:batch].tolist()
+    longest = job.train.lengths.argsort(descending=True, stable=True)[:batch].tolist()
     drawn = torch.randperm(len(job.train), generator=torch.Generator().manual_seed(job.recipe.seed))[:batch].tolist()
     missing = -batch % micro_batch  # here a step consists of complete micro-batches
     positions = [*longest, *longest[:missing], *drawn, *drawn[:missing]]
@@ -124,7 +119,16 @@ def measure_dry_run(
         micro_batch=trainer.micro_batch if trainer.micro_batch < micro_batch else steps.micro_batch,
     )
     rows = min(measurement.micro_batch, len(job.train))
-    return measurement, estimate_memory(trainer, trainer.train_dataset[0], rows=rows)
+    frozen = _describe_frozen_layers(job, trainer, steps) if isinstance(trainer, Trainer) else None
+    return measurement, estimate_memory(trainer, trainer.train_dataset[0], rows=rows), frozen
+
+
+def _describe_frozen_layers(job: Job, trainer: Trainer, steps: StepCounts) -> str:
+    run = RunContext(folder=RunFolder(job.recipe.out), identity={}, setting={}, stop=StopRequest())
+    splits = {TRAIN: job.train, **({} if job.validation is None else {VALIDATION: job.validation})}
+    cache = build_prefix_cache(job, run)
+    choice = trainer.choose_prefix(cache, splits, passes=steps.steps * steps.batch / len(job.train))
+    return f"computed {'in every step' if choice.computer is None else 'once'}: {choice.reason}"
 
 
 def _build_loop(

@@ -52,7 +52,7 @@ def _build_plan(trainable: TrainableJob, *, first_step: int) -> TrainPlan:
     job = trainable.job
     with set_up_training(job.base, compiled=job.recipe.compile) as scratch:
         steps = _count_steps(job, scratch)
-        measured, memory = measure_dry_run(trainable, steps, folder=scratch)
+        measured, memory, frozen = measure_dry_run(trainable, steps, folder=scratch)
     data = _summarize_data(job)
     tokens_left = data.tokens * (steps.steps - first_step) / steps.per_epoch
     return TrainPlan(
@@ -62,6 +62,7 @@ def _build_plan(trainable: TrainableJob, *, first_step: int) -> TrainPlan:
         parameters=trainable.parameters,
         kinds=trainable.kinds,
         head=job.head,
+        frozen=frozen,
         data=data,
         steps=steps,
         memory=memory,

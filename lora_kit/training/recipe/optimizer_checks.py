@@ -1,4 +1,4 @@
-"""The optimizer and the schedule of a recipe, built on one number to find what a training would reject."""
+"""Learning rates, the optimizer and the schedule of a recipe: what a training would reject, found before it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any, Final, cast
 
 import torch
 
-from lora_kit.errors import RecipeError
+from lora_kit.config.module_patterns import matches
+from lora_kit.errors import ConfigError, RecipeError
 from lora_kit.io.text import format_value, shorten
 from lora_kit.models.silence import silence_libraries
 from lora_kit.training.recipe.coerce import Section
@@ -24,6 +25,32 @@ _PROBES: Final = ("0.123", "7", "true")
 """Values, one of which changes what transformers makes of an argument, or is an error, if it is read at all."""
 _STEPS: Final = 10
 """Steps of the schedule that is tried out."""
+
+
+def check_learning_rates(train: Section, method: str) -> None:
+    """Raise RecipeError for a learning rate of tensors that the method does not train, or that is not above 0."""
+    ratio, head = train.get("loraplus_lr_ratio"), train.get("head_learning_rate")
+    for pattern, rate in (train.get("learning_rates") or {}).items():
+        try:
+            matches(pattern, "")
+        except ConfigError as error:
+            raise RecipeError(f"train.learning_rates: {error.message}", hint=error.hint) from None
+        if rate < 0:
+            raise RecipeError(f"train.learning_rates {pattern!r} must be 0 or more; {rate} was given")
+    if ratio is not None:
+        if method != "lora":
+            raise RecipeError(f"train.loraplus_lr_ratio is for lora_A and lora_B; method {method} has none")
+        if ratio <= 0:
+            raise RecipeError(f"train.loraplus_lr_ratio must be above 0; {ratio} was given", hint="16 is a usual value")
+    if head is not None:
+        if method == "features":
+            what = "method features trains the head alone: train.head_learning_rate would be its only rate"
+            raise RecipeError(what, hint="train.learning_rate")
+        if method == "peft":
+            raise RecipeError("train.head_learning_rate is for the methods lora and full; the method is peft")
+        if head <= 0:
+            hint = "ten times train.learning_rate is a good first try for a new head"
+            raise RecipeError(f"train.head_learning_rate must be above 0; {head} was given", hint=hint)
 
 
 def check_schedule(train: Section) -> None:

@@ -30,13 +30,12 @@ from lora_kit.training.recipe.objectives import (
     check_objective,
     check_objective_values,
 )
-from lora_kit.training.recipe.optimizer_checks import check_optimizer, check_schedule
+from lora_kit.training.recipe.optimizer_checks import check_learning_rates, check_optimizer, check_schedule
 from lora_kit.training.recipe.peft_config import parse_peft_section
 from lora_kit.training.recipe.training_arguments import (
     check_best_model_settings,
     check_compilable,
     check_evaluation,
-    check_learning_rates,
     checkpointing_key_of,
     parse_train_section,
 )
@@ -117,7 +116,9 @@ class Recipe:
             `early_stopping_patience`, the number of evaluations without improvement before training stops;
             `loraplus_lr_ratio`, the learning rate of B divided by that of A (Hayou et al. 2024, arXiv:2402.12354);
             `head_learning_rate`, the learning rate of the head;
-            `ema_decay`, the decay of a moving average of the trained tensors, which is the result.
+            `ema_decay`, the decay of a moving average of the trained tensors, which is the result;
+            `prefix_cache`, whether frozen layers below the lowest trained one are computed once and what they give is
+            kept on disk: `auto` (the default) where that pays, `off`, or the most gigabytes that it may take.
         dtype: of the base: `auto` for the checkpoint's own (`full` then trains in fp32), `bf16`, `fp16`, `fp32`.
         quantize: one of `lora_kit.models.quantization.QUANTIZATIONS`, to train an adapter on a quantized base.
         compile: whether the base's repeated layers are compiled (torch.compile) for the training.

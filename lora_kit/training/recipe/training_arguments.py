@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from lora_kit.config.module_patterns import matches
 from lora_kit.errors import ConfigError, RecipeError
 from lora_kit.evaluation.metrics import METRICS, validate_metrics
 from lora_kit.models.silence import silence_libraries
@@ -34,12 +33,13 @@ SAVE_STRATEGIES: Final[Mapping[str, str]] = {"lora": "steps", "features": "steps
 LEARNING_RATES: Final[Mapping[str, float]] = {"lora": 2e-4, "features": 1e-3, "full": 5e-5, "peft": 1e-3}
 """The default learning rate, by method."""
 
-OWN_FIELDS: Final[Mapping[str, type]] = {
+OWN_FIELDS: Final[Mapping[str, object]] = {
     "early_stopping_patience": int,
     "loraplus_lr_ratio": float,
     "head_learning_rate": float,
     "learning_rates": dict[str, float],
     "ema_decay": float,
+    "prefix_cache": bool | float | str,
 }
 """Keys of `train` that are no fields of transformers.TrainingArguments, with their types."""
 
@@ -120,6 +120,8 @@ def parse_train_section(section: Section, method: str, objective: str = SFT) -> 
     check_known_keys(section, [key for key in hints if key not in _UNSUPPORTED_KEYS], where="train.")
     values = {key: coerce_value(f"train.{key}", hints[key], value, split_names=False) for key, value in section.items()}
     _check_numbers(values)
+    if isinstance(values.get("prefix_cache"), str):
+        check_one_of("train.prefix_cache", values["prefix_cache"], ("auto", "off"))
     rate = LEARNING_RATES[method] if objective == SFT else TRL_OBJECTIVES[objective].learning_rate
     defaults = {**DEFAULTS, "learning_rate": rate, "save_strategy": SAVE_STRATEGIES[method]}
     train = {**defaults, **{key: value for key, value in values.items() if value is not None or key not in defaults}}
@@ -134,6 +136,11 @@ def _check_numbers(values: Section) -> None:
         (_AMOUNTS, lambda number: number >= 0, "0 or more"),
         (_SEEDS, lambda number: 0 <= number < 2**32, "from 0 to below 2^32"),
         (("neftune_noise_alpha",), lambda number: number > 0, "above 0"),
+        (
+            ("prefix_cache",),
+            lambda number: number is False or number > 0,
+            "auto, off, or a number of gigabytes above 0",
+        ),
         (("ema_decay",), lambda number: 0 < number < 1, "above 0 and below 1"),
         (("max_steps",), lambda number: number >= 1 or number == -1, "1 or more, or -1 to count in epochs"),
         (("label_smoothing_factor",), lambda number: 0 <= number < 1, "from 0 to below 1"),
@@ -224,32 +231,6 @@ def _check_direction(train: Section) -> None:
         better = "higher" if is_greater_better(metric) else "lower"
         what = f"train.greater_is_better is {str(greater).lower()}, but a {better} {metric} is better"
         raise RecipeError(what, hint="leave it out: the metric decides")
-
-
-def check_learning_rates(train: Section, method: str) -> None:
-    """Raise RecipeError for a learning rate of tensors that the method does not train, or that is not above 0."""
-    ratio, head = train.get("loraplus_lr_ratio"), train.get("head_learning_rate")
-    for pattern, rate in (train.get("learning_rates") or {}).items():
-        try:
-            matches(pattern, "")
-        except ConfigError as error:
-            raise RecipeError(f"train.learning_rates: {error.message}", hint=error.hint) from None
-        if rate < 0:
-            raise RecipeError(f"train.learning_rates {pattern!r} must be 0 or more; {rate} was given")
-    if ratio is not None:
-        if method != "lora":
-            raise RecipeError(f"train.loraplus_lr_ratio is for lora_A and lora_B; method {method} has none")
-        if ratio <= 0:
-            raise RecipeError(f"train.loraplus_lr_ratio must be above 0; {ratio} was given", hint="16 is a usual value")
-    if head is not None:
-        if method == "features":
-            what = "method features trains the head alone: train.head_learning_rate would be its only rate"
-            raise RecipeError(what, hint="train.learning_rate")
-        if method == "peft":
-            raise RecipeError("train.head_learning_rate is for the methods lora and full; the method is peft")
-        if head <= 0:
-            hint = "ten times train.learning_rate is a good first try for a new head"
-            raise RecipeError(f"train.head_learning_rate must be above 0; {head} was given", hint=hint)
 
 
 def check_compilable(train: Section) -> None:
