@@ -13,6 +13,7 @@ LoraKitError
 ├── DataError (ValueError)              training data is wrong
 ├── MergeError (ValueError)             a merge cannot be done as asked
 ├── ExportError (ValueError)            an adapter cannot be exported to this program
+├── PublishError (OSError)              a repository of the hub cannot be written
 ├── StorageError (OSError)              the machine: disk, memory, permission, an output that exists
 │   └── OutOfMemoryError (MemoryError)  memory ran out, or would
 └── VerificationError (RuntimeError)    something written or computed is not what it should be
@@ -111,6 +112,12 @@ class MergeError(LoraKitError, ValueError):
 
 class ExportError(LoraKitError, ValueError):
     """An adapter cannot be exported to this program."""
+
+
+class PublishError(LoraKitError, OSError):
+    """A repository of the hub cannot be written: access, a conflict, the connection."""
+
+    exit_code = 3
 
 
 class StorageError(LoraKitError, OSError):

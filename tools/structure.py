@@ -52,6 +52,7 @@ ROOMS: Final = (
     "merging",
     "algebra",
     "exporters",
+    "publishing",
     "doctor",
     "demo",
     "serving",

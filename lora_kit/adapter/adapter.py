@@ -296,11 +296,9 @@ def encode_adapter(
     contents[CARD] = render_adapter_card(
         name,
         config,
-        facts.get("metrics"),
-        labels=facts.get("labels"),
+        facts,
         parameters=adapter.num_parameters,
         digest=adapter.digest,
-        checkpoint=facts.get("checkpoint"),
     )
     contents[CONFIG] = encode_config(config)
     contents[WEIGHTS] = b"".join(encode_safetensors(adapter.tensors))

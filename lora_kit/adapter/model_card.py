@@ -5,12 +5,12 @@ Every text that others may have written (names, metrics) is escaped here.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Final
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final
 
 from lora_kit.config.lora_config import LoraConfig
+from lora_kit.config.peft_fields import LABEL_TASK_NAMES, find_task_name
 from lora_kit.errors import format_list
 from lora_kit.io.text import escape_text
 
@@ -20,6 +20,9 @@ _ENTITIES: Final[Mapping[str, str]] = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
 _MAX_LABELS: Final = 50
 """Labels that a card lists."""
 
+TAG: Final = "lora-kit"
+"""Tag of every card in the YAML that model hubs read."""
+
 # Parts of any card
 
 
@@ -28,15 +31,23 @@ def render_card(title: str, *sections: str) -> str:
     return "\n\n".join([f"# {escape_markdown(title)}", *(section.strip("\n") for section in sections)]) + "\n"
 
 
-def format_front_matter(*, base: str | None, tag: str) -> str:
-    """Return the YAML that model hubs read, to stand before an adapter's card.
+def format_front_matter(fields: Mapping[str, object]) -> str:
+    """Return the YAML that model hubs read, to stand before a card; fields without a value are left out."""
+    import yaml
+
+    given = {name: value for name, value in fields.items() if value}
+    return f"---\n{yaml.safe_dump(given, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def list_adapter_front_matter(base: str | None, *, tag: str) -> dict[str, object]:
+    """Return the fields of an adapter for `format_front_matter`.
 
     Args:
         base: name of the base; None where it is not known.
         tag: the kind of adapter.
     """
-    base_line = f"base_model: {json.dumps(base)}\n" if base else ""
-    return f"---\nlibrary_name: peft\n{base_line}tags:\n- {tag}\n---\n"
+    relation = "adapter" if base else None
+    return {"library_name": "peft", "base_model": base, "base_model_relation": relation, "tags": [tag, TAG]}
 
 
 def format_table(rows: Iterable[Sequence[object]], *, head: Sequence[str] = ("", "")) -> str:
@@ -115,23 +126,16 @@ def write_peft_loading_code(base: str, folder: str, *, task: str, labels: int = 
 
 
 def render_adapter_card(
-    name: str,
-    config: LoraConfig,
-    metrics: object,
-    *,
-    labels: object,
-    parameters: int,
-    digest: str,
-    checkpoint: object = None,
+    name: str, config: LoraConfig, facts: Mapping[str, Any], *, parameters: int, digest: str
 ) -> bytes:
     """Return the card of an adapter: what it is, what was measured, how to load it.
 
     Args:
-        metrics: measured values by name, as the adapter's record has them.
-        labels: those of its head in the order of the classes, as the adapter's record has them; None without any.
+        facts: as the adapter's record has them: `metrics` by name, `labels` of its head in the order of the classes,
+            the `problem` of task `classify`, and which `checkpoint` of a training it is.
         parameters: how many values it holds.
-        checkpoint: which checkpoint of a training it is, as the adapter's record has it; None of a finished one.
     """
+    labels = facts.get("labels")
     targets = config.target_modules if isinstance(config.target_modules, str) else ", ".join(config.target_modules)
     rows = [
         ("base", config.base_model_name_or_path or "unknown"),
@@ -142,20 +146,46 @@ def render_adapter_card(
         *format_labels(labels),
         ("parameters", f"{parameters:,}"),
         ("digest", digest),
-        *format_checkpoint(checkpoint),
-        *format_metrics(metrics),
+        *format_checkpoint(facts.get("checkpoint")),
+        *format_metrics(facts.get("metrics")),
     ]
-    path = f"path/to/{name}"
+    path = name_local_path(name)
+    count = len(labels) if isinstance(labels, list) else 0
     card = render_card(
         name,
         "A LoRA adapter trained with lora_kit.",
         format_table(rows),
-        format_code(f"import lora_kit as lk\n\n{write_bank_loading_code(name, path)}")
-        + "\nIt is in PEFT's format: "
-        + format_inline_code(f"peft.PeftModel.from_pretrained(model, {path!r})")
+        *_write_adapter_loading(name, config, path, labels=count, problem=facts.get("problem")),
+        "It is in PEFT's format: "
+        + format_inline_code(f"peft.PeftModel.from_pretrained(base.model, {path!r})")
         + " loads it as well.",
     )
-    return (format_front_matter(base=config.base_model_name_or_path, tag="lora") + card).encode()
+    fields = list_adapter_front_matter(config.base_model_name_or_path, tag="lora")
+    return (format_front_matter(fields) + card).encode()
+
+
+def name_local_path(name: str) -> str:
+    """Return the path that stands for a folder in a card's code, before it is known where the folder will be."""
+    return f"path/to/{name}"
+
+
+def _write_adapter_loading(
+    name: str, config: LoraConfig, path: str, *, labels: int, problem: str | None
+) -> Iterator[str]:
+    """Yield the sections of a card that show how an adapter is loaded on its base, and what it predicts."""
+    task, base = find_task_name(config.task_type), config.base_model_name_or_path
+    bank = write_bank_loading_code(name, path, model="base.model")
+    predicts_labels = task in LABEL_TASK_NAMES
+    if base is None or (predicts_labels and not labels):
+        yield format_code(f"import lora_kit as lk\n\n{bank}")
+        yield "`base` is what `lk.load_base` returns for the base of this adapter."
+        return
+    if predicts_labels:
+        yield format_code(f"import lora_kit as lk\n\nprint(lk.predict({base!r}, {path!r}, ['a text']))")
+        yield "The model itself, for code of your own:"
+    count = labels if predicts_labels else 0
+    loading = write_base_loading_code(base, task=task or "causal-lm", labels=count, problem=problem)
+    yield format_code(f"import lora_kit as lk\n\n{loading}\n{bank}")
 
 
 def describe_tokens(config: LoraConfig) -> str:

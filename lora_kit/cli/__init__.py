@@ -23,6 +23,7 @@ from lora_kit.cli import (  # noqa: F401 - each adds its verb
     predict,
     prepare,
     preview,
+    push,
     resize,
     serve,
     sign,

@@ -11,7 +11,12 @@ from lora_kit.cli.app import AsJson, MergeAllow, Replace, Store, app
 from lora_kit.cli.output import format_size, print_json, print_table
 from lora_kit.names import DEFAULT_STORE
 
-TargetOption = Annotated[str, Parameter(help="merged, peft, vllm, sglang, tgi, gguf, ollama or mlx.")]
+TargetOption = Annotated[
+    str,
+    Parameter(
+        help="peft, vllm, sglang, tgi, gguf, ollama or mlx; for a whole model merged, gguf-model or ollama-model."
+    ),
+]
 BaseOption = Annotated[
     str | None,
     Parameter(

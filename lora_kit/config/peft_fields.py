@@ -65,6 +65,15 @@ _NEWER_FIELDS: Final[Mapping[str, tuple[object, ...]]] = {
 }
 """Fields that PEFT 0.10 does not know, with the values that say the same as no such field."""
 _VERSION_FIELD: Final = "peft_version"
+PEFT_TASK_TYPES: Final[Mapping[str, str]] = {
+    "causal-lm": "CAUSAL_LM",
+    "classify": "SEQ_CLS",
+    "tokens": "TOKEN_CLS",
+    "seq2seq": "SEQ_2_SEQ_LM",
+}
+"""What PEFT calls each task: its `task_type`."""
+LABEL_TASK_NAMES: Final = ("classify", "tokens")
+"""Tasks whose models predict labels."""
 HEADS_SAVED_BY_TASK: Final[Mapping[str, tuple[str, ...]]] = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -77,6 +86,11 @@ INITS_OF_PEFT: Final = ("eva", "mica", "orthogonal")
 """Initializations of PEFT that leave the base as it is. Here they are labels: nothing new is trained with them."""
 _BASE_CHANGING_INITS: Final = ("corda", "lora_ga", "olora", "pissa")
 """Those that subtract the LoRA weights' initial product from the base: PEFT converts these when they are saved."""
+
+
+def find_task_name(task_type: str | None) -> str | None:
+    """Return the task that PEFT calls `task_type`; None where no task is called so."""
+    return next((name for name, known in PEFT_TASK_TYPES.items() if known == task_type), None)
 
 
 def is_dispensable(name: str, value: object) -> bool:

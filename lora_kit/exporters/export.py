@@ -15,10 +15,10 @@ from lora_kit.adapter.adapter_like import AdapterLike
 from lora_kit.adapter.adapter_location import resolve_adapter
 from lora_kit.adapter.folder import ALLOWANCES
 from lora_kit.adapter.model_card import escape_markdown, format_table, render_card
-from lora_kit.adapter.store import sum_file_sizes, to_json_value
+from lora_kit.adapter.store import to_json_value
 from lora_kit.algebra.sources import SourceAdapter
 from lora_kit.errors import ConfigError, ExportError, format_list, suggest_nearest
-from lora_kit.exporters import llama_cpp, mlx, ollama, servers
+from lora_kit.exporters import llama_cpp, mlx, ollama, servers, whole_model
 from lora_kit.exporters.plain_lora import ExportCase
 from lora_kit.io.atomic_write import check_output, stage_folder
 from lora_kit.io.given_values import parse_path
@@ -44,6 +44,7 @@ class ExportTarget:
         plain: whether it needs a `PlainLora`: one rank, one scaling, LoRA weights only.
         dora: whether it reads a DoRA's magnitudes.
         needs: returns what it must be started with.
+        whole: whether it is given a whole model, into which the adapter is merged.
     """
 
     reader: str
@@ -53,6 +54,7 @@ class ExportTarget:
     plain: bool = True
     dora: bool = False
     needs: Callable[[ExportCase], list[str]] = lambda case: []
+    whole: bool = False
 
 
 def _accept_all(case: ExportCase) -> Iterator[str]:
@@ -79,7 +81,26 @@ _TARGETS: Final = {
         "Ollama", ollama.find_unsupported, ollama.write, ollama.format_command, needs=ollama.list_requirements
     ),
     "mlx": ExportTarget("mlx-lm", mlx.find_unsupported, mlx.write, mlx.format_command, dora=True),
+    "gguf-model": ExportTarget(
+        "llama.cpp",
+        _accept_all,
+        whole_model.write_gguf_model,
+        whole_model.format_gguf_command,
+        plain=False,
+        dora=True,
+        whole=True,
+    ),
+    "ollama-model": ExportTarget(
+        "Ollama",
+        _accept_all,
+        whole_model.write_ollama_model,
+        whole_model.format_ollama_command,
+        plain=False,
+        dora=True,
+        whole=True,
+    ),
 }
+_WHOLE_MODELS: Final = (MERGED, *(name for name, target in _TARGETS.items() if target.whole))
 TARGETS: Final = (*_TARGETS, MERGED)
 
 
@@ -178,13 +199,14 @@ def export(
 
     Args:
         adapter: a folder, a name in the store, a hub id or an Adapter.
-        target: `peft`, `vllm`, `sglang`, `tgi`, `gguf`, `ollama`, `mlx`; or `merged`, a whole model (`lk.merge`).
+        target: `peft`, `vllm`, `sglang`, `tgi`, `gguf`, `ollama`, `mlx`; or a whole model: `merged` (`lk.merge`),
+            `gguf-model`, `ollama-model`.
         out: the folder to write.
-        base: hub id, local folder or `kit-base`, needed by `gguf`, `ollama` and `merged`; None for the one that the
+        base: hub id, local folder or `kit-base`, needed by `gguf`, `ollama` and whole models; None for the one that the
             adapter names, where it is here.
         max_lora_rank: that the program is started with; a larger rank is an error.
         replace: whether an earlier export in `out` may be replaced; anything else there never is.
-        allow: what `Adapter.load` allows; for `merged`, what `merge` allows.
+        allow: what `Adapter.load` allows; for whole models, what `merge` allows.
 
     Raises:
         ExportError: the program cannot read it (the message lists every reason), or the output lies in the adapter.
@@ -199,9 +221,9 @@ def export(
     if not isinstance(adapter, Adapter):
         adapter = resolve_adapter(adapter).folder
         _check_not_in_adapter(out, adapter)
-    loading = [name for name in allow if name in ALLOWANCES] if target == MERGED else allow
+    loading = [name for name in allow if name in ALLOWANCES] if target in _WHOLE_MODELS else allow
     source = SourceAdapter.of(adapter, allow=loading)
-    case = dataclasses.replace(_build_case(source, base), out=Path(os.path.abspath(out)))
+    case = dataclasses.replace(_build_case(source, base), out=Path(os.path.abspath(out)), allow=tuple(allow))
     if target == MERGED:
         return _export_merged(case, out, replace=replace, allow=allow)
     check_output(out, replace=replace, owned=is_export)
@@ -217,7 +239,7 @@ def export(
             "target": target,
         }
         (folder / RECORD).write_text(f"{json.dumps(record, indent=2)}\n", "utf-8")
-        size = sum_file_sizes(folder)
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return Export(out, target, verdict.changed, size)
 
 
@@ -261,6 +283,8 @@ def _judge_case(case: ExportCase, target: str, limit: int | None, allow: Collect
     unsupported = [] if program.dora else list(servers.find_dora(case))
     unsupported += servers.find_unsupported_by_all(case) if program.plain else ()
     unsupported += program.find_unsupported(case)
+    if program.whole:
+        return Verdict(target, program.reader, (), (), ("the base, to merge into",))
     rank = case.plain.rank if program.plain else config.largest_rank
     if limit is not None and rank > limit:
         unsupported.append(f"r: rank {rank} is above max_lora_rank {limit}; resize it to {limit}")
@@ -270,11 +294,7 @@ def _judge_case(case: ExportCase, target: str, limit: int | None, allow: Collect
 
 def _export_merged(case: ExportCase, out: Path, *, replace: bool, allow: Collection[str]) -> Export:
     """Write a whole model, by `merge`."""
-    if case.base is None or not case.known:
-        refusal = NamedBase.of(case.adapter.config, case.adapter.base).refusal
-        message = f"the base is needed to merge into: the adapter {refusal}"
-        raise ExportError(message, hint="give the base: a folder or a hub id")
-    report = merge(case.base, case.adapter, out, replace=replace, allow=allow)
+    report = merge(case.require_base(), case.adapter, out, replace=replace, allow=allow)
     return Export(out, MERGED, (), report.bytes)
 
 

@@ -50,7 +50,7 @@ ARCHITECTURES: Final = {
     "Gemma3ForCausalLM": GgufArchitecture("gemma3"),
     "Phi3ForCausalLM": GgufArchitecture("phi3"),
 }
-_KIT_BASE_NOTE: Final = """
+KIT_BASE_NOTE: Final = """
 
 For kit-base the converter stops with "BPE pre-tokenizer was not recognized": it knows those of published models alone.
 Let `get_vocab_base_pre` in llama.cpp's `conversion/base.py` (in `convert_hf_to_gguf.py` of older versions) return
@@ -142,7 +142,7 @@ def _import_gguf() -> Any:
 
 def format_command(case: ExportCase) -> str:
     """Return the command that loads it, in Markdown."""
-    note = _KIT_BASE_NOTE if case.base == KIT_BASE else ""
+    note = KIT_BASE_NOTE if case.base == KIT_BASE else ""
     return f"""```sh
 llama-server -m base.gguf --lora {quote(f"{case.folder}/{GGUF_FILE}")}
 ```

@@ -21,6 +21,7 @@ from lora_kit.io.portable_paths import make_folder_portable
 from lora_kit.io.safetensors import encode_safetensors
 from lora_kit.io.text import escape_text
 from lora_kit.merging.checkpoint.meta_model import TaskHead, build_empty_model
+from lora_kit.models.infer_base import NamedBase
 from lora_kit.models.locate import find_local_folder, locate_base
 from lora_kit.models.silence import silence_libraries
 from lora_kit.targets.compatibility import match_adapter
@@ -95,6 +96,7 @@ class ExportCase:
         base: hub id, local folder or `kit-base`; None where none is named.
         known: whether the base may be read: the caller named it, or the adapter names one that is here.
         out: the folder to write; None where nothing is written.
+        allow: what `merge` allows, for targets that are whole models.
     """
 
     name: str
@@ -102,6 +104,7 @@ class ExportCase:
     base: str | None
     known: bool
     out: Path | None = None
+    allow: tuple[str, ...] = ()
 
     @functools.cached_property
     def plain(self) -> PlainLora:
@@ -165,6 +168,14 @@ class ExportCase:
             model = build_empty_model(self._config, self._head)
             adapter = convert_to_model_names(self.name, self.adapter, model)
             match_adapter(self.name, adapter, model, dtype=torch.float32, allow=allow)
+
+    def require_base(self) -> str:
+        """Return the base, to merge into; raise ExportError where none is known."""
+        if self.base is None or not self.known:
+            refusal = NamedBase.of(self.adapter.config, self.adapter.base).refusal
+            message = f"the base is needed to merge into: the adapter {refusal}"
+            raise ExportError(message, hint="give the base: a folder or a hub id")
+        return self.base
 
     def require_config(self, why: str) -> ConfigFields:
         """Return `base_config`.

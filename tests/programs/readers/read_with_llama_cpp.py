@@ -5,10 +5,11 @@ import ctypes
 import functools
 import hashlib
 import importlib
+import logging
 import os
-import subprocess
 import sys
 import types
+import unittest.mock
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ HOME = Path(sys.prefix)
 (SOURCE,) = (HOME / "source").glob("llama_cpp_python-*")
 LIBRARIES = HOME / "libraries" / "package" / "bins" / "linux-x64"
 F32 = 0  # GGML_TYPE_F32, of the cache
+ERROR = 4  # GGML_LOG_LEVEL_ERROR
+WITHOUT_FLASH = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED
 
 
 class LenientLibrary(ctypes.CDLL):
@@ -42,35 +45,48 @@ def import_bindings():
     sys.modules["llama_cpp"] = package
     for name in ("libggml-base.so", "libggml.so"):
         ctypes.CDLL(str(LIBRARIES / name), mode=ctypes.RTLD_GLOBAL)
-    ctypes.CDLL = LenientLibrary
-    return importlib.import_module("llama_cpp.llama_cpp")
+    with unittest.mock.patch.object(ctypes, "CDLL", LenientLibrary):
+        return importlib.import_module("llama_cpp.llama_cpp")
 
 
 api = import_bindings()
-SILENT = api.llama_log_callback(lambda *_: None)
-api.llama_log_set(SILENT, None)
+LOG = []
+COLLECT = api.llama_log_callback(lambda level, text, _: LOG.append(text.decode().strip()) if level == ERROR else None)
+api.llama_log_set(COLLECT, None)
 ctypes.CDLL(str(LIBRARIES / "libggml.so")).ggml_backend_load_all_from_path(str(LIBRARIES).encode())
 api.llama_backend_init()
 
 
+def import_converter():
+    """Import llama.cpp's converter of models, which then takes the tokenizer of every base for GPT-2's.
+
+    It knows byte-level tokenizers by a digest of what they make of a sample, stops at others, and expects SentencePiece
+    files of some families. Tokens are given as numbers here.
+    """
+    sys.path.insert(0, str(SOURCE / "vendor" / "llama.cpp"))
+    logging.disable(logging.WARNING)
+    model = importlib.import_module("conversion.base").TextModel
+    model.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+    gemma, phi = (importlib.import_module(f"conversion.{name}") for name in ("gemma", "phi"))
+    for family in (gemma.GemmaModel, gemma.Gemma2Model, gemma.Gemma3Model, phi.Phi3MiniModel):
+        family.set_vocab = model._set_vocab_gpt2
+    return importlib.import_module("convert_hf_to_gguf")
+
+
+converter = import_converter()
+
+
 @functools.cache
 def convert_base(folder):
-    """Write a base as GGUF with llama.cpp's converter, and return the file.
-
-    The converter knows byte-level tokenizers by a digest of what they make of a sample. Tokens are given as numbers
-    here, so an unknown one may pass as GPT-2's.
-    """
+    """Write a base as GGUF with llama.cpp's converter, and return the file."""
     file = Path(folder) / f"{hashlib.sha256(folder.encode()).hexdigest()[:8]}.gguf"
-    code = (
-        "import runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv.pop(0)); import conversion.base as b; "
-        "b.TextModel.get_vocab_base_pre = lambda self, tokenizer: 'gpt-2'; "
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    converter = SOURCE / "vendor" / "llama.cpp"
-    arguments = [converter, converter / "convert_hf_to_gguf.py", folder, "--outtype", "f32", "--outfile", file]
-    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError((done.stderr or done.stdout).strip().splitlines()[-1])
+    # The name, else the folder's, means to llama.cpp that some tokens exist, such as "</s>" in a "phi3".
+    arguments = ["convert_hf_to_gguf.py", folder, "--outtype", "f32", "--outfile", str(file), "--model-name", "tiny"]
+    try:
+        with unittest.mock.patch.object(sys, "argv", arguments):
+            converter.main()
+    except SystemExit as end:
+        raise RuntimeError(f"convert_hf_to_gguf ends with {end.code}") from end
     return file
 
 
@@ -78,7 +94,9 @@ def convert_base(folder):
 def open_context(model, length):
     parameters = api.llama_context_default_params()
     parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = max(length, 32)
+    parameters.n_threads = parameters.n_threads_batch = 1
     parameters.type_k = parameters.type_v = F32
+    parameters.flash_attn_type = WITHOUT_FLASH  # which rounds to 16 bits
     context = api.llama_init_from_model(model, parameters)
     try:
         yield context
@@ -89,15 +107,22 @@ def open_context(model, length):
 def set_adapter(context, model, file):
     adapter = api.llama_adapter_lora_init(model, str(file).encode())
     if not adapter:
-        raise RuntimeError("llama_adapter_lora_init reads nothing of this file")
-    scales = (ctypes.c_float * 1)(1.0)
-    adapters = (ctypes.c_void_p * 1)(adapter)
-    if api._lib.llama_set_adapters_lora(ctypes.c_void_p(context), adapters, ctypes.c_size_t(1), scales):
+        raise RuntimeError("; ".join(LOG))
+    adapters = (api.llama_adapter_lora_p_ctypes * 1)(adapter)
+    if api.llama_set_adapters_lora(context, adapters, 1, (ctypes.c_float * 1)(1.0)):
         raise RuntimeError("llama_set_adapters_lora refuses this adapter")
 
 
+def load_model(folder):
+    LOG.clear()
+    model = api.llama_model_load_from_file(str(convert_base(folder)).encode(), api.llama_model_default_params())
+    if not model:
+        raise RuntimeError("; ".join(LOG))
+    return model
+
+
 def compute(job):
-    model = api.llama_model_load_from_file(str(convert_base(job["base"])).encode(), api.llama_model_default_params())
+    model = load_model(job["base"])
     tokens = job["tokens"]
     with open_context(model, len(tokens)) as context:
         if job["adapter"]:

@@ -1,0 +1,168 @@
+"""Ollama's Modelfile of a whole model: the prompt format as a TEMPLATE, where it is one that is known.
+
+A format is not guessed from its marks: the model's own chat template renders two conversations, and they must be what
+the format makes of them, character for character (the BOS aside, which Ollama adds by itself).
+https://docs.ollama.com/modelfile
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from lora_kit.data.messages import Conversation, Message
+from lora_kit.data.templates import ChatTemplate
+from lora_kit.errors import DataError
+from lora_kit.models.protocols import Tokenizer
+
+GGUF_MODEL: Final = "model.gguf"
+_EOS: Final = "<eos>"
+"""Stands for the tokenizer's own end of text in a format."""
+_TURNS: Final = (Message("user", "What is it?"), Message("assistant", "A crossing."), Message("user", "And this?"))
+_INSTRUCTION: Final = Message("system", "Answer in few words.")
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """A prompt format whose messages stand one after the other.
+
+    Attributes:
+        system, user, assistant: a message of each role, with `{}` for its content; None where there is no such role.
+        opening: what the next answer begins after.
+        stop: text that ends an answer.
+    """
+
+    system: str | None
+    user: str
+    assistant: str
+    opening: str
+    stop: str
+
+    def with_end(self, end: str) -> ChatFormat:
+        """Return the format with a tokenizer's end of text in it."""
+        return ChatFormat(
+            self.system, self.user, self.assistant.replace(_EOS, end), self.opening, self.stop.replace(_EOS, end)
+        )
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """Return the prompt for the answer to these messages."""
+        turns = {"system": self.system, "user": self.user, "assistant": self.assistant}
+        return "".join((turns[m.role] or "").replace("{}", m.content) for m in messages) + self.opening
+
+    def to_ollama(self) -> str:
+        """Return the format as a template of Go."""
+        roles = {"system": self.system, "user": self.user, "assistant": self.assistant}
+        branches = [
+            f'if eq .Role "{role}" }}}}{turn.replace("{}", "{{ .Content }}")}{{{{ '
+            for role, turn in roles.items()
+            if turn is not None
+        ]
+        return "{{ range .Messages }}{{ " + "else ".join(branches) + "end }}{{ end }}" + self.opening
+
+
+FORMATS: Final = {
+    "ChatML": ChatFormat(
+        "<|im_start|>system\n{}<|im_end|>\n",
+        "<|im_start|>user\n{}<|im_end|>\n",
+        "<|im_start|>assistant\n{}<|im_end|>\n",
+        "<|im_start|>assistant\n",
+        "<|im_end|>",
+    ),
+    "Llama 3": ChatFormat(
+        "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
+        "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
+        "<|start_header_id|>assistant<|end_header_id|>\n\n{}<|eot_id|>",
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|eot_id|>",
+    ),
+    "Gemma": ChatFormat(
+        None,
+        "<start_of_turn>user\n{}<end_of_turn>\n",
+        "<start_of_turn>model\n{}<end_of_turn>\n",
+        "<start_of_turn>model\n",
+        "<end_of_turn>",
+    ),
+    "Phi 3": ChatFormat(
+        "<|system|>\n{}<|end|>\n",
+        "<|user|>\n{}<|end|>\n",
+        "<|assistant|>\n{}<|end|>\n",
+        "<|assistant|>\n",
+        "<|end|>",
+    ),
+    "Zephyr": ChatFormat(
+        f"<|system|>\n{{}}{_EOS}\n", f"<|user|>\n{{}}{_EOS}\n", f"<|assistant|>\n{{}}{_EOS}\n", "<|assistant|>\n", _EOS
+    ),
+    "plain": ChatFormat("System:\n{}\n\n", "User:\n{}\n\n", f"Assistant:\n{{}}{_EOS}\n\n", "Assistant:\n", _EOS),
+}
+"""By name; `plain` is the template of this package."""
+
+
+@dataclass(frozen=True)
+class KnownFormat:
+    """A chat template that is one of `FORMATS`.
+
+    Attributes:
+        name: of the format.
+        format: with the tokenizer's end of text.
+        system: the instruction that the template adds where a conversation has none; None where it adds none.
+    """
+
+    name: str
+    format: ChatFormat
+    system: str | None
+
+
+def recognize_format(template: ChatTemplate, tokenizer: Tokenizer) -> KnownFormat | None:
+    """Return the format that a chat template renders; None where that is not in `FORMATS`."""
+    alone = _render(template, tokenizer, _TURNS)
+    instructed = _render(template, tokenizer, (_INSTRUCTION, *_TURNS))
+    if alone is None:
+        return None
+    for name, each in FORMATS.items():
+        known = each.with_end(tokenizer.eos_token or "")
+        if known.system is not None and instructed != known.render((_INSTRUCTION, *_TURNS)):
+            continue
+        if alone == known.render(_TURNS):
+            return KnownFormat(name, known, None)
+        system = _find_own_instruction(alone, known)
+        if system is not None:
+            return KnownFormat(name, known, system)
+    return None
+
+
+def _render(template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Message]) -> str | None:
+    """Return a prompt without its BOS; None where the template rejects the conversation."""
+    try:
+        text = template.render_prompt(tokenizer, Conversation(tuple(messages)))
+    except DataError:
+        return None
+    bos = getattr(tokenizer, "bos_token", None)
+    return text.removeprefix(bos) if bos else text
+
+
+def _find_own_instruction(text: str, known: ChatFormat) -> str | None:
+    """Return the instruction that a template put before a conversation that has none."""
+    if known.system is None:
+        return None
+    before, _, after = known.system.partition("{}")
+    pattern = f"{re.escape(before)}(.*?){re.escape(after)}{re.escape(known.render(_TURNS))}"
+    match = re.fullmatch(pattern, text, re.DOTALL)
+    return match[1] if match else None
+
+
+def format_modelfile(style: KnownFormat | str | None) -> str:
+    """Return the Modelfile of `GGUF_MODEL`.
+
+    Args:
+        style: a chat format; the separator that a training put after each prompt; None where nothing is known.
+    """
+    lines = [f"FROM ./{GGUF_MODEL}"]
+    if isinstance(style, KnownFormat):
+        lines += [f'TEMPLATE """{style.format.to_ollama()}"""', f"PARAMETER stop {json.dumps(style.format.stop)}"]
+        lines += [f'SYSTEM """{style.system}"""'] if style.system else []
+    elif style is not None:
+        lines.append(f'TEMPLATE """{{{{ .Prompt }}}}{style}"""')
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,124 @@
+"""Whole models for llama.cpp and Ollama: merged, then converted by llama.cpp's own converter where the user has it.
+
+`LORA_KIT_LLAMA_CPP` names the folder of llama.cpp, or `convert_hf_to_gguf.py` is on the path. Where it is not, the
+merged model is written, and the README has the command that converts it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from shlex import quote
+from typing import Final, cast
+
+from lora_kit.data.templates import ChatTemplate
+from lora_kit.errors import ExportError
+from lora_kit.exporters.llama_cpp import KIT_BASE_NOTE
+from lora_kit.exporters.modelfile import GGUF_MODEL, KnownFormat, format_modelfile, recognize_format
+from lora_kit.exporters.plain_lora import ExportCase
+from lora_kit.generation.prompts import find_separator, find_template, find_training_data
+from lora_kit.io.text import escape_text, shorten
+from lora_kit.merging.merge import merge
+from lora_kit.models.protocols import Tokenizer
+from lora_kit.names import KIT_BASE
+
+CONVERTER: Final = "convert_hf_to_gguf.py"
+CONVERTER_VARIABLE: Final = "LORA_KIT_LLAMA_CPP"
+"""Variable of the environment with the folder of llama.cpp."""
+MODELFILE: Final = "Modelfile"
+_MERGED: Final = "merged"
+
+
+def find_converter() -> Path | None:
+    """Return llama.cpp's converter of models; None where it is not here.
+
+    Raises:
+        ExportError: the folder that the environment names does not have it.
+    """
+    folder = os.environ.get(CONVERTER_VARIABLE)
+    if folder:
+        if not Path(folder, CONVERTER).is_file():
+            raise ExportError(f"{escape_text(folder)} has no {CONVERTER}", hint=f"{CONVERTER_VARIABLE} names llama.cpp")
+        return Path(folder, CONVERTER)
+    found = shutil.which(CONVERTER)
+    return Path(found) if found else None
+
+
+def write_gguf_model(case: ExportCase, folder: Path) -> None:
+    """Merge the adapter, and convert the model; without a converter the merged model stays, to be converted."""
+    _merge(case, folder)
+    _convert_merged(folder)
+
+
+def write_ollama_model(case: ExportCase, folder: Path) -> None:
+    """Write the same, and a Modelfile with the prompt format of the adapter's training, else of the model."""
+    _merge(case, folder)
+    (folder / MODELFILE).write_text(format_modelfile(_find_style(case, folder / _MERGED)), "utf-8")
+    _convert_merged(folder)
+
+
+def _merge(case: ExportCase, folder: Path) -> None:
+    find_converter()  # raises before the work, not after it
+    merge(case.require_base(), case.adapter, folder / _MERGED, allow=case.allow)
+
+
+def _convert_merged(folder: Path) -> None:
+    """Replace the merged model by its GGUF file where a converter is here."""
+    converter = find_converter()
+    if converter is not None:
+        _convert(converter, folder / _MERGED, folder / GGUF_MODEL)
+        shutil.rmtree(folder / _MERGED)
+
+
+def _find_style(case: ExportCase, merged: Path) -> KnownFormat | str | None:
+    """Return how prompts are presented: a known chat format, a separator, or None."""
+    from transformers import AutoTokenizer
+
+    tokenizer = cast("Tokenizer", AutoTokenizer.from_pretrained(merged))
+    template = find_template(case.adapter)
+    if template is None and find_training_data(case.adapter) is not None:
+        return find_separator(case.adapter)
+    if template is None and isinstance(tokenizer.chat_template, str):
+        template = ChatTemplate(tokenizer.chat_template, "the model's chat template")
+    return recognize_format(template, tokenizer) if template is not None else None
+
+
+def _convert(converter: Path, model: Path, file: Path) -> None:
+    """Run llama.cpp's converter; raise ExportError with its last line where it fails."""
+    command = [sys.executable, converter, model, "--outfile", file]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    if done.returncode or not file.is_file():
+        last = (done.stderr or done.stdout).strip().splitlines()[-1:]
+        raise ExportError(
+            f"llama.cpp's converter ended with {done.returncode}: {shorten(' '.join(last))}",
+            hint=f"without {CONVERTER_VARIABLE} the merged model is written, with the command that converts it",
+        )
+
+
+def format_gguf_command(case: ExportCase) -> str:
+    """Return the command that loads it, in Markdown."""
+    model = quote(f"{case.folder}/{GGUF_MODEL}")
+    return _format_commands(case, f"llama-server -m {model}")
+
+
+def format_ollama_command(case: ExportCase) -> str:
+    """Return the command that loads it, in Markdown."""
+    name = quote(escape_text(case.name))
+    run = f"cd {quote(case.folder)} && ollama create {name} -f {MODELFILE} && ollama run {name}"
+    return _format_commands(case, run) + (
+        "\n\nThe Modelfile has the prompt format of the adapter's training as its TEMPLATE where that is ChatML, that "
+        "of Llama 3, Gemma, Phi 3, Zephyr or lora_kit, or a separator after the prompt. Without a TEMPLATE in it, give "
+        "Ollama prompts as the model expects them."
+    )
+
+
+def _format_commands(case: ExportCase, run: str) -> str:
+    if find_converter() is not None:
+        return f"```sh\n{run}\n```"
+    merged, model = (quote(f"{case.folder}/{name}") for name in (_MERGED, GGUF_MODEL))
+    note = KIT_BASE_NOTE if case.base == KIT_BASE else ""
+    convert = f"python llama.cpp/{CONVERTER} {merged} --outfile {model}"
+    return f"```sh\n{convert}\n{run}\n```\nThe first command is llama.cpp's.{note}"
