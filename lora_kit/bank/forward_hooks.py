@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from types import FrameType
 from typing import Any, Final, NoReturn
 
 import torch
@@ -24,7 +23,7 @@ from lora_kit.bank.routes import RouteChoices
 from lora_kit.errors import RoutingError
 from lora_kit.layers.forward_scope import ForwardScope, Sizes, leading_sizes
 from lora_kit.layers.route import BASE_SLOT, Route
-from lora_kit.layers.route_stack import iterate_frames
+from lora_kit.layers.route_stack import find_module_call, iterate_frames
 from lora_kit.layers.routing import Routing
 from lora_kit.layers.slot_layer import SlotLayer
 from lora_kit.layers.token_runs import RunRoute, check_token_count
@@ -83,7 +82,7 @@ class ForwardHooks:
             check_token_count(route, list_inputs(args, kwargs))
         if route.row_count is not None and inputs:
             _check_row_count(route, inputs[0])
-        forward = ForwardScope(route, inputs, frame=_find_call(), outer=outer)
+        forward = ForwardScope(route, inputs, frame=find_module_call(), outer=outer)
         if forward.batch is not None:
             forward.measure_one_row = partial(
                 self._measure_one_row, module, args, kwargs, forward.batch, forward.fullest_row or 0
@@ -116,7 +115,7 @@ class ForwardHooks:
         if torch.compiler.is_compiling():
             return
         forward = self._routing.get_forward()
-        if forward is not None and forward.frame is _find_call():
+        if forward is not None and forward.frame is find_module_call():
             self._routing.end_forward(forward)
 
 
@@ -245,8 +244,3 @@ def _raise_mismatch(count: int, batch: Tensor) -> NoReturn:
 def _is_generating() -> bool:
     """Return whether the caller was called, however indirectly, by a function that is named `generate`."""
     return any(frame.f_code.co_name == _GENERATE for frame in iterate_frames())
-
-
-def _find_call() -> FrameType | None:
-    """Return the call of a module whose hook called the caller."""
-    return next((frame for frame in iterate_frames() if frame.f_code.co_name == "_call_impl"), None)

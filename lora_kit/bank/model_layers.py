@@ -18,10 +18,12 @@ from lora_kit.layers.linear import LoraExpert, LoraLinear
 from lora_kit.layers.parameter import LoraParameter
 from lora_kit.layers.routing import Routing
 from lora_kit.layers.saved_module import SavedModule
-from lora_kit.layers.slot_layer import SlotEntry, SlotLayer, compute_device_of
+from lora_kit.layers.slot_entry import SlotEntry
+from lora_kit.layers.slot_layer import SlotLayer, compute_device_of
 from lora_kit.layers.token_embedding import TiedTokenLayer, TokenTable
+from lora_kit.targets.bypassed_layers import find_read_layers
 from lora_kit.targets.coverage import Coverage
-from lora_kit.targets.match import is_in_expert
+from lora_kit.targets.match import is_in_expert, named_layers
 from lora_kit.targets.token_rows import TokenTarget, key_of, path_of
 from lora_kit.torch_utils import check_memory
 
@@ -74,6 +76,15 @@ class WrappedLayers:
             self._wrap_token_tables(target, capacity)
         for path, layer in self._layers.items():
             layer.reserve(capacity, ranks.get(path, 0), self._dtype)
+        self._mark_read_layers()
+
+    def _mark_read_layers(self) -> None:
+        """Let layers whose weight a module of the model reads give it the weight with the caller's adapter."""
+        if all(layer.is_read_directly is not None for layer in self._layers.values()):
+            return
+        read = find_read_layers(list(named_layers(self._model)))
+        for layer in self._layers.values():
+            layer.is_read_directly = unwrap_module(layer) in read
 
     def check_memory(self, coverage: Coverage, capacity: int) -> None:
         """Raise OutOfMemoryError where the stacked weights that `reserve` would allocate are too large for memory."""
@@ -169,6 +180,7 @@ class WrappedLayers:
     def register(self, layers: Mapping[str, SlotLayer]) -> None:
         """Register wrappers, by path, that are in the model already."""
         self._layers |= layers
+        self._mark_read_layers()
 
     def unwrap(self) -> None:
         """Put the model's own layers back."""

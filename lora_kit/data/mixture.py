@@ -114,13 +114,14 @@ def _check_alike(parts: Sequence[Rows]) -> None:
             names = [kind.__name__ for kind in kinds]
             what = f"the labels of {first.path} are {names[0]}, and those of {rows.path} are {names[1]}"
             raise DataError(what, hint="write all of them as words, or all as whole numbers")
-        if _has_pairs(first) != _has_pairs(rows):
-            which, other = (first, rows) if _has_pairs(first) else (rows, first)
+        if has_text_pairs(first) != has_text_pairs(rows):
+            which, other = (first, rows) if has_text_pairs(first) else (rows, first)
             what = f"{which.path} has pairs of texts, and {other.path} has single texts"
             raise DataError(what, hint="files that are trained on together have text_pair in all of them or in none")
 
 
-def _has_pairs(rows: Rows) -> bool:
+def has_text_pairs(rows: Rows) -> bool:
+    """Return whether rows are pairs of texts with labels."""
     return rows.format == "label" and any(isinstance(value[0], tuple) for value in rows.values)
 
 

@@ -46,6 +46,7 @@ from lora_kit.generation.decoding import Completion
 from lora_kit.generation.generate import attach_adapters
 from lora_kit.io.text import escape_text
 from lora_kit.models.checkpoint_head import find_label_order
+from lora_kit.models.heads import reason_figures_of_no_use
 from lora_kit.models.loading import Base, load_base, load_input_spec
 from lora_kit.models.tasks import CAUSAL_LM, CLASSIFY, GENERATIVE_TASKS, LABEL_TASKS
 from lora_kit.names import DEFAULT_STORE
@@ -180,7 +181,10 @@ def load_for_labels(
     if task in LABEL_TASKS:
         recorded = [find_adapter_labels(adapter) for adapter in adapters.values() if adapter is not None]
         labels = next(filter(None, recorded), ())
-        _, ordered = find_label_order(base, labels, task=task)
+        head, ordered = find_label_order(base, labels, task=task)
+        reason = reason_figures_of_no_use(head, labels) if None in adapters.values() and labels else None
+        if reason is not None:
+            logger.warning("%s: its own figures say little: %s", base, reason)
         # A base whose own head has the adapters' labels is measured with that head, in its own order.
         labels = ordered if len(ordered) == len(labels) else labels
     label2id = {name: number for number, name in enumerate(labels)}

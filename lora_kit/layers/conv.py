@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_kit.layers.initialization import A, B
+from lora_kit.layers.introspect import unwrap_module
 from lora_kit.layers.route import BASE_SLOT
 from lora_kit.layers.row_split import forward_each_slot
-from lora_kit.layers.slot_layer import SlotEntry
+from lora_kit.layers.slot_entry import SlotEntry
 from lora_kit.layers.token_runs import RunRoute, check_runs
 from lora_kit.layers.unstacked_layer import UpdatedWeightLayer
+from lora_kit.ops.lora_functions import guard_backward
 
 _CONVOLUTIONS: Final[dict[int, Callable[..., Tensor]]] = {3: functional.conv1d, 4: functional.conv2d}
 """By the number of dimensions of the weight."""
@@ -30,7 +32,7 @@ class LoraConvolution(UpdatedWeightLayer):
 
     @property
     def base_weight(self) -> nn.Parameter:
-        weight = self.base_layer.weight
+        weight = unwrap_module(self).weight
         assert isinstance(weight, nn.Parameter)
         return weight
 
@@ -55,11 +57,13 @@ class LoraConvolution(UpdatedWeightLayer):
     def _forward_slot(self, slot: int, args: tuple[Tensor, ...]) -> Tensor:
         """Return base(x) + scaling · B * (A * x) with the A and B of one slot."""
         (x,) = args
-        y: Tensor = self.base_layer(x)
+        y: Tensor = self.call_base(x)
         entry = self.entries[slot]
         if entry is None:
             return y
         x = functional.dropout(x, entry.dropout, self.training)
         base, convolve = self.base_layer, _CONVOLUTIONS[self.base_layer.weight.ndim]
         h = convolve(x.to(y.dtype), entry.tensors[A].to(y.dtype), stride=base.stride, padding=base.padding)
-        return torch.add(y, convolve(h, entry.tensors[B].to(y.dtype)), alpha=entry.scaling)
+        updated = torch.add(y, convolve(h, entry.tensors[B].to(y.dtype)), alpha=entry.scaling)
+        guard_backward(updated, entry.list_read_as(y.dtype))
+        return updated

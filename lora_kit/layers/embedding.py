@@ -8,6 +8,7 @@ from lora_kit.layers.initialization import A, B
 from lora_kit.layers.linear import _LoraLayer
 from lora_kit.layers.token_runs import RunRoute, forward_tokens
 from lora_kit.ops.lora import lora_add_embedding, lora_add_embedding_rows
+from lora_kit.ops.lora_functions import guard_backward
 
 
 class LoraEmbedding(_LoraLayer):
@@ -17,7 +18,7 @@ class LoraEmbedding(_LoraLayer):
         route = self.routing.get_route()
         if isinstance(route, RunRoute):
             return forward_tokens(self, route, ids)
-        y: Tensor = self.base_layer(ids)
+        y: Tensor = self.call_base(ids)
         # Gemma and BART multiply what they look up. The update is of the table, so it is multiplied too.
         scale = float(getattr(self.base_layer, "embed_scale", 1.0))
         if self._is_routed_by_index(route, y):
@@ -29,4 +30,6 @@ class LoraEmbedding(_LoraLayer):
         entry = self._get_entry(route)
         if entry is None:
             return y
-        return lora_add_embedding(y, ids, entry.tensors[A], entry.tensors[B], entry.scaling * scale)
+        updated = lora_add_embedding(y, ids, entry.tensors[A], entry.tensors[B], entry.scaling * scale)
+        guard_backward(updated, entry.list_read_as(y.dtype))
+        return updated

@@ -21,7 +21,7 @@ from lora_kit.layers.linear import LoraLinear
 from lora_kit.layers.parameter import LoraParameter
 from lora_kit.layers.route import Route
 from lora_kit.layers.saved_module import SavedModule
-from lora_kit.layers.slot_layer import SlotEntry, leaf_name
+from lora_kit.layers.slot_entry import SlotEntry, leaf_name
 from lora_kit.layers.token_runs import RunRoute
 from lora_kit.layers.unstacked_layer import UnstackedLayer
 
@@ -71,7 +71,7 @@ class AdoptedLinear(AdoptedLayer, LoraLinear):
         if entry is None or not _has_dora_dropout(entry):
             return super().forward(x, *args, **kwargs)
         # y + (c - 1) W drop(x) + c s B A drop(x): PEFT drops the input of the base's share of the change as well.
-        y: Tensor = self.base_layer(x, *args, **kwargs)
+        y: Tensor = self.call_base(x, *args, **kwargs)
         dropped = functional.dropout(x, entry.dropout).to(y.dtype)
         update = dropped @ entry.tensors[A].to(y.dtype).mT @ entry.tensors[B].to(y.dtype).mT
         base = functional.linear(dropped, self.weight_matrix().to(y.dtype))

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from lora_kit.errors import MergeError
 from lora_kit.layers.conv import LoraConvolution
-from lora_kit.layers.initialization import MAGNITUDE, lora_weights_of
-from lora_kit.layers.introspect import is_quantized, is_stored_transposed, unwrap_module
+from lora_kit.layers.introspect import is_quantized, unwrap_module
 from lora_kit.layers.linear import LoraLinear
 from lora_kit.layers.own_forward import reason_not_mergeable
 from lora_kit.layers.slot_layer import SlotLayer
@@ -93,16 +92,9 @@ def fold_slot(path: str, layer: SlotLayer, slot: int) -> tuple[Tensor, Retention
     entry = layer.entries[slot]
     assert entry is not None
     weight = weight_of(layer)
-    if isinstance(layer, UpdatedWeightLayer):
-        return round_to_dtype(path, weight.float(), layer.compute_updated_weight(entry, weight.float()), weight.dtype)
-    exact = weight.T.float() if is_stored_transposed(layer.base_layer) else weight.float()
-    a, b = lora_weights_of(entry)
-    target = exact + (b.float() @ a.float()).mul_(entry.scaling)
-    if MAGNITUDE in entry.tensors:
-        assert isinstance(layer, LoraLinear)
-        target *= layer.compute_dora_scale(entry).unsqueeze(1)
-    merged, retention = round_to_dtype(path, exact, target, weight.dtype)
-    return (merged.T.contiguous() if is_stored_transposed(layer.base_layer) else merged), retention
+    exact = weight.float()
+    merged, retention = round_to_dtype(path, exact, layer.compute_updated_weight(entry, exact), weight.dtype)
+    return merged.contiguous(), retention
 
 
 def round_to_dtype(path: str, exact: Tensor, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Retention]:
@@ -162,6 +154,6 @@ def weight_of(layer: SlotLayer) -> nn.Parameter:
     """Return the base weight that a layer's update belongs to."""
     if isinstance(layer, UpdatedWeightLayer):
         return layer.base_weight
-    weight = layer.base_layer.weight
+    weight = unwrap_module(layer).weight
     assert isinstance(weight, nn.Parameter)
     return weight

@@ -10,6 +10,7 @@ from lora_kit.layers.initialization import A, B
 from lora_kit.layers.introspect import unwrap_module
 from lora_kit.layers.linear import LoraLinear
 from lora_kit.layers.token_runs import RunRoute, check_runs
+from lora_kit.ops.lora_functions import guard_backward
 
 
 def is_grouped_linear(module: nn.Module) -> bool:
@@ -36,7 +37,7 @@ class LoraGroupedLinear(LoraLinear):
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         route = self.routing.get_route()
-        y: Tensor = self.base_layer(x, *args, **kwargs)
+        y: Tensor = self.call_base(x, *args, **kwargs)
         if isinstance(route, RunRoute):
             check_runs(self, route)
             return y
@@ -50,7 +51,10 @@ class LoraGroupedLinear(LoraLinear):
             return y
         x = functional.dropout(x, entry.dropout, self.training)
         a, b = entry.tensors[A], entry.tensors[B]
-        return _add_to_groups(y, x, a.unsqueeze(0), b.unsqueeze(0), torch.full((1,), entry.scaling, device=y.device))
+        scaling = torch.full((1,), entry.scaling, device=y.device)
+        updated = _add_to_groups(y, x, a.unsqueeze(0), b.unsqueeze(0), scaling)
+        guard_backward(updated, entry.list_read_as(y.dtype))
+        return updated
 
 
 def _add_to_groups(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from lora_kit.errors import TargetError
 from lora_kit.layers.dequantize import dequantize_module_weight
 from lora_kit.layers.introspect import PLAIN_TENSOR_TYPES, is_stored_transposed
-from lora_kit.layers.slot_layer import CONSTANT_PREFIX, SlotEntry
+from lora_kit.layers.slot_entry import CONSTANT_PREFIX, SlotEntry
 
 logger = logging.getLogger(__name__)
 

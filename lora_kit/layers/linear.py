@@ -19,12 +19,13 @@ from lora_kit.layers.initialization import (
     negate_initialization,
     replace_initialized_slots,
 )
-from lora_kit.layers.introspect import features_of, is_stored_transposed, reason_black_box
+from lora_kit.layers.introspect import features_of, is_stored_transposed, reason_black_box, unwrap_module
 from lora_kit.layers.route import BASE_SLOT, Route
 from lora_kit.layers.routing import Routing
 from lora_kit.layers.row_gather import RowCache, RowGroup, RowSlot, gather_row_groups, select_row_groups
 from lora_kit.layers.row_spans import can_span, list_row_spans
-from lora_kit.layers.slot_layer import SlotEntry, SlotLayer
+from lora_kit.layers.slot_entry import SlotEntry
+from lora_kit.layers.slot_layer import SlotLayer
 from lora_kit.layers.token_runs import RunPlan, RunRoute, check_runs, count_tokens, plan_runs
 from lora_kit.ops import dispatch, torch_kernels
 from lora_kit.ops.dora import dora_scale, scale_columns
@@ -76,9 +77,14 @@ class _LoraLayer(SlotLayer):
         slot = route.slot
         return self.entries[slot] if slot else None
 
+    def compute_updated_weight(self, entry: SlotEntry, weight: Tensor) -> Tensor:
+        a, b = lora_weights_of(entry)
+        delta = (b.to(weight.dtype) @ a.to(weight.dtype)).mul_(entry.scaling)
+        return weight + (delta.mT if is_stored_transposed(self.base_layer) else delta)
+
     def weight_matrix(self) -> Tensor:
         """Return the base weight as (out, in), in whichever order the layer keeps it."""
-        weight = self.base_layer.weight
+        weight = unwrap_module(self).weight
         assert isinstance(weight, Tensor)
         return weight.mT if is_stored_transposed(self.base_layer) else weight
 
@@ -97,15 +103,15 @@ class LoraLinear(_LoraLayer):
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         route = self.routing.get_route()
         if isinstance(route, RunRoute):
-            return self._forward_runs(route, self.base_layer(x, *args, **kwargs), x)
+            return self._forward_runs(route, self.call_base(x, *args, **kwargs), x)
         if self._is_routed_by_index(route, x):
             spans = self._list_spans(route, x)
             if spans:
                 return self.add_spans(x, args, kwargs, spans)
-            return self._forward_rows(route, self.base_layer(x, *args, **kwargs), x)
+            return self._forward_rows(route, self.call_base(x, *args, **kwargs), x)
         entry = self._get_entry(route)
         if entry is None:
-            y: Tensor = self.base_layer(x, *args, **kwargs)
+            y: Tensor = self.call_base(x, *args, **kwargs)
             return y
         dropout = entry.dropout if self.training else 0.0
         if dropout and has_initialization(entry):
@@ -128,7 +134,7 @@ class LoraLinear(_LoraLayer):
         """Return base(x) + scaling · B A x."""
         plain = None if args or kwargs else self._get_plain_weights()
         if plain is None:
-            return lora_add(self.base_layer(x, *args, **kwargs), x, a, b, scaling, dropout=dropout)
+            return lora_add(self.call_base(x, *args, **kwargs), x, a, b, scaling, dropout=dropout)
         return lora_linear(x, *plain, a, b, scaling, dropout=dropout)
 
     def add_spans(
@@ -137,7 +143,7 @@ class LoraLinear(_LoraLayer):
         """Return base(x) with the update of each span of tokens."""
         plain = None if args or kwargs else self._get_plain_weights()
         if plain is None:
-            return lora_add_spans(self.base_layer(x, *args, **kwargs), x, spans)
+            return lora_add_spans(self.call_base(x, *args, **kwargs), x, spans)
         return lora_linear_spans(x, *plain, spans)
 
     def _list_spans(self, route: Route, x: Tensor) -> list[LoraSpan]:
@@ -275,6 +281,13 @@ class LoraLinear(_LoraLayer):
         if self.dora_scales is not None:
             self._refresh_dora_scales()
         return self
+
+    def compute_updated_weight(self, entry: SlotEntry, weight: Tensor) -> Tensor:
+        updated = super().compute_updated_weight(entry, weight)
+        if MAGNITUDE not in entry.tensors:
+            return updated
+        scale = self.compute_dora_scale(entry)
+        return (updated * (scale if is_stored_transposed(self.base_layer) else scale.unsqueeze(1))).to(weight.dtype)
 
     def _get_dora_scale(self, route: Route, entry: SlotEntry) -> Tensor:
         """Return the scale of the entry in use, computed once unless the adapter is trained."""

@@ -15,10 +15,12 @@ from lora_kit.layers.introspect import unwrap_module
 from lora_kit.layers.route import Route
 from lora_kit.layers.routing import Routing
 from lora_kit.layers.row_split import forward_each_slot
-from lora_kit.layers.slot_layer import SlotEntry, SlotLayer
+from lora_kit.layers.slot_entry import SlotEntry
+from lora_kit.layers.slot_layer import SlotLayer
 from lora_kit.layers.token_runs import RunRoute, check_runs, count_tokens
 from lora_kit.layers.unstacked_layer import UpdatedWeightLayer
 from lora_kit.ops.grouped_mm import round_up_rank
+from lora_kit.ops.lora_functions import guard_backward, iterate_tensors
 
 
 class LoraParameter(UpdatedWeightLayer):
@@ -46,6 +48,9 @@ class LoraParameter(UpdatedWeightLayer):
         weight = unwrap_module(self)._parameters[self.parameter]
         assert weight is not None
         return weight
+
+    def _find_entry(self, slot: int, name: str) -> SlotEntry | None:
+        return self.entries[slot] if self.parameter == name else None
 
     def _list_chain(self) -> list[nn.Module]:
         """Return this wrapper, those inside it, and the innermost module."""
@@ -90,10 +95,14 @@ class LoraParameter(UpdatedWeightLayer):
         entry = self.entries[route.slot]
         with self.lock_module():
             if entry is None:
-                return self.base_layer(*args, **kwargs)
+                return self.call_base(*args, **kwargs)
             inner = "base_layer." * (len(self._list_chain()) - 2) + self.parameter
             updated = {inner: self.compute_updated_weight(entry, self.base_weight)}
-            return torch.func.functional_call(self.base_layer, updated, args, kwargs)
+            output: object = torch.func.functional_call(self.base_layer, updated, args, kwargs)
+        reads_base = any(x.requires_grad for x in iterate_tensors([args, kwargs]))
+        own = entry.list_read_as(self.base_weight.dtype)
+        guard_backward(output, [*own, *self.base_layer.parameters()] if reads_base else own)
+        return output
 
     def _forward_runs(self, route: RunRoute, *args: object, **kwargs: object) -> object:
         """Compute tokens (T, hidden) of runs, each as a row."""

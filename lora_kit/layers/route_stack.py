@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextvars import ContextVar, Token
-from types import FrameType
+from inspect import CO_ASYNC_GENERATOR, CO_GENERATOR
+from types import CodeType, FrameType
 from typing import Final
 from weakref import ReferenceType, ref
 
@@ -17,6 +18,15 @@ from lora_kit.layers.route import Route
 
 _LIBRARIES: Final = frozenset({"lora_kit", "torch", "transformers", "contextlib", "functools"})
 """Packages whose functions are not the caller's."""
+
+
+_FrameKey = tuple[int, CodeType]
+"""Which function is running, by its place in memory and its code, which keeps nothing alive."""
+
+
+_ENTERING: Final = frozenset({"lora_kit", "contextlib", "_pytest", "pytest_asyncio"})
+"""Packages that begin a generator as a context manager, or as a fixture."""
+_ENTER_METHODS: Final = ("__enter__", "__aenter__")
 
 
 class RouteBlock:
@@ -28,7 +38,11 @@ class RouteBlock:
         frame: of a generation: the function that runs it.
         is_inside_generation: whether it was opened by something that a generation called.
         caller: that function. When it has returned, the block is not around what the generation computes.
-        token: that its context can use once, and no other.
+        generator: of a block in a generator: its function. While it is paused, the block is not around what its
+            consumer computes.
+        owner: the function that the block is in, where that is no generator. Not the function itself: that would keep
+            alive what it has.
+        token: by which its context is known.
     """
 
     def __init__(self, *, is_generation: bool = False, frame: FrameType | None = None) -> None:
@@ -37,6 +51,8 @@ class RouteBlock:
         self.frame = frame
         self.caller: FrameType | None = None
         self.is_inside_generation = False
+        self.generator: FrameType | None = None
+        self.owner: _FrameKey | None = None
         self.token: Token[None] | None = None
 
 
@@ -70,10 +86,23 @@ class RouteStack:
         entries = self._entries.get()
         if len(entries) == 1 and entries[0].block is None:  # as nearly always
             return entries[0].route
-        for entry in self._list_entries()[::-1]:
-            if entry.block is None or self._is_in_force(entry.block):
-                return entry.route
-        return None
+        entry = self._find_innermost(self._list_entries())
+        return None if entry is None else entry.route
+
+    def _find_innermost(self, entries: tuple[RouteEntry, ...]) -> RouteEntry | None:
+        """Return the entry of the innermost block around what is computed now."""
+        last = next((e for e in entries[::-1] if e.block is None or self._is_in_force(e.block)), None)
+        generators = [entry for entry in entries if entry.block is not None and entry.block.generator is not None]
+        if last is None or last.block is None or last.block.generator is not None or not generators:
+            return last
+        # A block of the function that continues a generator is outside those of the generator, also where it is newer.
+        running = _list_running()
+        inner = running[: running.index(last.block.owner)] if last.block.owner in running else []
+        for key in inner:
+            own = [entry for entry in generators if entry.block and _key_of(entry.block.generator) == key]
+            if own:
+                return own[-1]
+        return last
 
     def begin(self, route: Route) -> None:
         """Let a context that has no route begin with one."""
@@ -102,13 +131,15 @@ class RouteStack:
         if not block.is_generation and blocks and self._is_in_force(blocks[-1]):
             block.is_inside_generation = True
             block.caller = _find_caller(blocks[-1])
+        if not block.is_generation:
+            block.generator, block.owner = _find_owner()
         block.token = self._marker.set(None)
         self._entries.set((*entries, self._make_entry(route, block, is_chosen=not block.is_generation)))
 
     def close(self, block: RouteBlock) -> None:
         """End a block, in whichever context and order."""
         block.is_closed = block.is_closed or not self._is_own(block)
-        block.caller = block.frame = None
+        block.caller = block.frame = block.generator = None
         self._entries.set(tuple(entry for entry in self._entries.get() if entry.block is not block))
 
     def exchange(self, route: Route) -> tuple[RouteEntry, ...]:
@@ -152,22 +183,23 @@ class RouteStack:
             self._live_entries.add(ref(entry, self._live_entries.discard))
         return entry
 
-    @staticmethod
-    def _is_in_force(block: RouteBlock) -> bool:
+    def _is_in_force(self, block: RouteBlock) -> bool:
         """Return whether a block of the caller's is around what it computes now."""
         if block.is_generation:  # a context that was made inside it may live longer, or in another thread
             return block.frame is not None and is_running(block.frame)
+        if block.generator is not None and not is_running(block.generator) and self._is_own(block):
+            return False  # it is paused; a task that was made inside it goes on in a context of its own
         return not block.is_inside_generation or (block.caller is not None and is_running(block.caller))
 
     def _is_own(self, block: RouteBlock) -> bool:
-        """Return whether a block was opened in the caller's context; it can say so once."""
+        """Return whether a block was opened in the caller's context."""
         if block.token is None:
             return False
         try:
             self._marker.reset(block.token)
         except ValueError:  # the token of another context
             return False
-        block.token = None
+        block.token = self._marker.set(None)  # a token can say so once
         return True
 
 
@@ -184,6 +216,11 @@ def is_running(frame: FrameType) -> bool:
     return any(each is frame for each in iterate_frames())
 
 
+def find_module_call() -> FrameType | None:
+    """Return the innermost call of a module that is running in this thread, which called the caller."""
+    return next((frame for frame in iterate_frames() if frame.f_code.co_name == "_call_impl"), None)
+
+
 def _find_caller(generation: RouteBlock) -> FrameType | None:
     """Return the outermost function that a generation calls back now: the first one that is not of a library."""
     inside: list[FrameType] = []
@@ -197,6 +234,31 @@ def _find_caller(generation: RouteBlock) -> FrameType | None:
     begin = names.index("generate") + 1 if "generate" in names else 0
     called = inside[::-1][begin:]
     return next((frame for frame in called if _package_of(frame) not in _LIBRARIES), None)
+
+
+def _find_owner() -> tuple[FrameType | None, _FrameKey | None]:
+    """Return the generator that begins a block now, or the plain function that does.
+
+    A context manager or a fixture that is made of a generator stands for whoever enters it.
+    """
+    for frame in iterate_frames():
+        if _package_of(frame) in _ENTERING or frame.f_code.co_name in _ENTER_METHODS:
+            continue
+        if not frame.f_code.co_flags & (CO_GENERATOR | CO_ASYNC_GENERATOR):
+            return None, _key_of(frame)
+        by = frame.f_back
+        if by is not None and _package_of(by) not in _ENTERING and by.f_code.co_name not in _ENTER_METHODS:
+            return frame, None
+    return None, None
+
+
+def _key_of(frame: FrameType | None) -> _FrameKey | None:
+    return None if frame is None else (id(frame), frame.f_code)
+
+
+def _list_running() -> list[_FrameKey | None]:
+    """Return the functions that are running in this thread, the innermost first, and keep none of them alive."""
+    return [_key_of(frame) for frame in iterate_frames()]
 
 
 def _package_of(frame: FrameType) -> str:

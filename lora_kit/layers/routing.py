@@ -161,7 +161,7 @@ class Routing:
 
     def refresh_thread(self) -> None:
         """Let compiled code that the caller enters now use the caller's route."""
-        self._thread.route = self.get_route()
+        self._thread.route = self.get_upcoming() if self.get_forward() is None else self.get_route()
 
     # Forwards
 

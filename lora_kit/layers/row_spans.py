@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from lora_kit.layers.initialization import MAGNITUDE, has_initialization, lora_weights_of
-from lora_kit.layers.slot_layer import SlotEntry
+from lora_kit.layers.slot_entry import SlotEntry
 from lora_kit.ops.lora_spans import LoraSpan
 
 

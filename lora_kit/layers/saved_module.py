@@ -9,8 +9,10 @@ from torch import Tensor
 
 from lora_kit.layers.route import BASE_SLOT
 from lora_kit.layers.row_split import forward_each_slot
+from lora_kit.layers.slot_entry import SlotEntry
 from lora_kit.layers.slot_layer import SlotLayer
 from lora_kit.layers.token_runs import RunRoute, forward_tokens, reason_not_tokenwise
+from lora_kit.ops.lora_functions import guard_backward
 
 
 class SavedModule(SlotLayer):
@@ -30,11 +32,18 @@ class SavedModule(SlotLayer):
     def reason_no_runs(self) -> str | None:
         return reason_not_tokenwise(self.base_layer)
 
+    def _find_entry(self, slot: int, name: str) -> SlotEntry | None:
+        entry = self.entries[slot]
+        return entry if entry is not None and name in entry.tensors else None
+
+    def _compute_read_tensor(self, entry: SlotEntry, name: str, base: Tensor) -> Tensor:
+        return entry.tensors[name].to(base.dtype)
+
     def forward(self, *args: object, **kwargs: object) -> object:
         route = self.routing.get_route()
         if isinstance(route, RunRoute):
             if not any(self.entries[slot] for slot in route.slots):
-                return self.base_layer(*args, **kwargs)
+                return self.call_base(*args, **kwargs)
             (x,) = args  # a single layer is given one tensor
             assert isinstance(x, Tensor)
             return forward_tokens(self, route, x)
@@ -57,7 +66,9 @@ class SavedModule(SlotLayer):
 
     def _call(self, tensors: Mapping[str, Tensor], args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         if not tensors:
-            return self.base_layer(*args, **kwargs)
+            return self.call_base(*args, **kwargs)
         base = self.base_layer.state_dict(keep_vars=True)
         cast = {name: tensor.to(base[name].dtype) for name, tensor in tensors.items()}
-        return torch.func.functional_call(self.base_layer, cast, args, kwargs)
+        output: object = torch.func.functional_call(self.base_layer, cast, args, kwargs)
+        guard_backward(output, [tensor for name, tensor in tensors.items() if cast[name] is tensor])
+        return output

@@ -8,43 +8,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
-from lora_kit.errors import BankError
+from lora_kit.errors import BankError, RoutingError
 from lora_kit.layers.offloaded_weights import offload_device_of
+from lora_kit.layers.route_stack import find_module_call
 from lora_kit.layers.routing import Routing, is_captured
-from lora_kit.ops.lora_functions import read_saved
+from lora_kit.layers.slot_entry import CONSTANT_PREFIX, SlotEntry, leaf_name, narrow_to, stack_leaves
+from lora_kit.ops.lora_functions import guard_backward
 
-CONSTANT_PREFIX: Final = "start of "
-"""Prefix of the names of tensors that are never trained."""
 _INNER: Final = "base_layer."
 """What nn.Module puts before the names of a base layer's tensors."""
+_READ_NAMES: Final = ("weight", "bias")
 _ACCELERATE_NAMES: Final = frozenset({"_hf_hook", "_old_forward"})
 """Attributes by which accelerate marks a module that it moves or offloads."""
-
-
-@dataclass
-class SlotEntry:
-    """What one slot of a layer holds: its part of the stacked weights, without padding.
-
-    Attributes:
-        tensors: by name; views of the stacked weights. (A magnitude, which few adapters have, is not stacked: it has
-            memory of its own.) Those of a trainable slot are leaf parameters.
-        scaling: multiplies the low-rank update.
-        dropout: probability of dropping an element of the layer's input in training.
-        trainable: whether the tensors are trained.
-    """
-
-    tensors: dict[str, Tensor]
-    scaling: float
-    dropout: float = 0.0
-    trainable: bool = False
 
 
 class SlotLayer(nn.Module):
@@ -62,6 +43,8 @@ class SlotLayer(nn.Module):
         scaling: (slots,) fp32.
         entries: what each slot holds; None for a free slot.
         trains: whether any slot is trainable.
+        is_read_directly: whether some module of the model computes with this layer's weight, and does not always call
+            the layer; None while that is not known.
     """
 
     def __init__(self, base_layer: nn.Module, routing: Routing) -> None:
@@ -77,6 +60,7 @@ class SlotLayer(nn.Module):
         self.scaling = torch.zeros(0, device=self.device)
         self.entries: list[SlotEntry | None] = []
         self.trains = False
+        self.is_read_directly: bool | None = None
         routing.prepare(self.device)
         self.train(base_layer.training)
         self.register_load_state_dict_post_hook(_finish_loading)
@@ -88,7 +72,50 @@ class SlotLayer(nn.Module):
             base_layer = self.__dict__.get("_modules", {}).get("base_layer")
             if base_layer is None or name in _ACCELERATE_NAMES:
                 raise
+            if self.is_read_directly and name in _READ_NAMES:
+                return self._read_tensor(name, in_call=torch.compiler.is_compiling())
             return getattr(base_layer, name)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _read_tensor(self, name: str, *, in_call: bool) -> Tensor | None:
+        """Return a tensor of the base layer that a module of the model reads, as the caller's adapter changes it.
+
+        It is what the merged model would have there, without dropout. Outside any call of a module it is the base's.
+
+        Raises:
+            RoutingError: rows differ, or the weight is not made of floats.
+        """
+        base: Tensor | None = getattr(self.base_layer, name)
+        route = self.routing.get_route()
+        entries = [entry for slot in route.slots if (entry := self._find_entry(slot, name)) is not None]
+        if base is None or not entries or not (in_call or find_module_call()):
+            return base
+        if len(route.slots) > 1 or not base.is_floating_point():
+            problem = "rows of different adapters do" if len(route.slots) > 1 else "a quantized weight does"
+            kind = type(_find_base(self)).__name__
+            raise RoutingError(
+                f"a module reads the {name} of a {kind} and does not call it, which {problem} not allow",
+                hint="use() one adapter at a time, on a base that is not quantized",
+            )
+        return self._compute_read_tensor(entries[0], name, base)
+
+    def _find_entry(self, slot: int, name: str) -> SlotEntry | None:
+        """Return what a slot holds for a tensor of this layer."""
+        return self.entries[slot] if name == "weight" else None
+
+    def _compute_read_tensor(self, entry: SlotEntry, name: str, base: Tensor) -> Tensor:
+        return self.compute_updated_weight(entry, base)
+
+    def compute_updated_weight(self, entry: SlotEntry, weight: Tensor) -> Tensor:
+        """Return a weight with the update of an entry; differentiable.
+
+        Args:
+            weight: the base weight, in any floating-point dtype.
+
+        Returns:
+            of the shape and dtype of the weight given.
+        """
+        raise NotImplementedError
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute of this module; a weight that the base layer has, there (`model.tie_weights()` does so)."""
@@ -136,7 +163,7 @@ class SlotLayer(nn.Module):
         """Return the memory in which a slot keeps a tensor: its part of stacked weights, or memory of its own."""
         if name not in stacked:
             return tensor.detach().to(self.device, torch.float32, copy=True)
-        return _narrow_to(stacked[name][slot], tensor.shape)
+        return narrow_to(stacked[name][slot], tensor.shape)
 
     def reason_no_runs(self) -> str | None:
         """Return why a packed forward cannot give runs of tokens to different adapters here; None where it can."""
@@ -162,6 +189,13 @@ class SlotLayer(nn.Module):
     def is_recorded(self) -> bool:
         """Return whether this forward is compiled, or captured into a CUDA graph, to run again with another routing."""
         return torch.compiler.is_compiling() or is_captured(self.device)
+
+    def call_base(self, *args: object, **kwargs: object) -> Any:
+        """Return what the base layer computes. A backward is rejected after a merge into it."""
+        output = self.base_layer(*args, **kwargs)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            guard_backward(output, self.base_layer.parameters())
+        return output
 
     def lock_module(self) -> contextlib.AbstractContextManager[object]:
         """Return a lock for a call of the base layer as a black box: other weights are put into it meanwhile.
@@ -285,8 +319,7 @@ class SlotLayer(nn.Module):
             (slot, e.tensors[name]) for slot, e in enumerate(self.entries) if e and e.trainable and name in e.tensors
         ]
         slots, tensors = [slot for slot, _ in leaves], [leaf for _, leaf in leaves]
-        differentiable: Tensor = _StackedFromLeaves.apply(stacked, slots, *tensors)
-        return differentiable
+        return stack_leaves(stacked, slots, tensors)
 
 
 def _find_base(layer: nn.Module) -> nn.Module | None:
@@ -306,44 +339,9 @@ def _finish_loading(layer: nn.Module, _: object) -> None:
     layer.refresh_from_base()
 
 
-class _StackingContext(FunctionCtx):
-    saved_tensors: tuple[Tensor, ...]
-    slots: list[int]
-    shapes: list[torch.Size]
-
-
-class _StackedFromLeaves(torch.autograd.Function):
-    """Stacked weights as a function of the leaves in their memory: no value is copied, gradients are cut out."""
-
-    @staticmethod
-    def forward(ctx: _StackingContext, stacked: Tensor, slots: list[int], *leaves: Tensor) -> Tensor:
-        ctx.slots, ctx.shapes = slots, [leaf.shape for leaf in leaves]
-        # A leaf counts its changes by itself: what is saved of the stacked weights would not show them.
-        ctx.save_for_backward(*leaves)
-        return stacked.detach()
-
-    @staticmethod
-    def backward(ctx: _StackingContext, d_stacked: Tensor) -> tuple[Tensor | None, ...]:
-        read_saved(ctx)
-        parts = [_narrow_to(d_stacked[slot], shape) for slot, shape in zip(ctx.slots, ctx.shapes, strict=True)]
-        return None, None, *parts
-
-
-def _narrow_to(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return a view of a tensor's first entries along each axis."""
-    for axis, size in enumerate(shape):
-        tensor = tensor.narrow(axis, 0, size)
-    return tensor
-
-
 def compute_device_of(module: nn.Module) -> torch.device:
     """Return the device on which a module computes: of an offloaded one, that to which its weights are loaded."""
     if isinstance(module, SlotLayer):
         return module.device
     tensors = chain(module.parameters(), module.buffers())
     return offload_device_of(module) or next((tensor.device for tensor in tensors), torch.device("cpu"))
-
-
-def leaf_name(name: str, slot: int) -> str:
-    """Return the name of a leaf parameter among the parameters of its layer."""
-    return f"{name.replace('.', '_')}_{slot}"

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_kit.layers.introspect import features_of, is_stored_transposed, is_unquantized, kind_of
+from lora_kit.layers.introspect import features_of, is_stored_transposed, is_unquantized, kind_of, unwrap_module
 from lora_kit.layers.route import BASE_SLOT, Route
 from lora_kit.layers.routing import Routing
+from lora_kit.layers.slot_entry import SlotEntry
 from lora_kit.layers.slot_layer import SlotLayer
 from lora_kit.layers.token_runs import RunRoute, forward_tokens
 from lora_kit.ops.lora_functions import can_overwrite
@@ -57,11 +58,18 @@ class _TokenLayer(SlotLayer):
         """The table with the rows of all modules that share this one's weight."""
         raise NotImplementedError
 
+    def _find_entry(self, slot: int, name: str) -> SlotEntry | None:
+        return self.table.entries[slot] if name == "weight" else None
+
+    def compute_updated_weight(self, entry: SlotEntry, weight: Tensor) -> Tensor:
+        own = {name: tensor.to(weight.device) for name, tensor in entry.tensors.items()}
+        return weight.index_copy(0, own[TOKEN_INDICES], own[TOKEN_EMBEDDINGS].to(weight.dtype))
+
     def forward(self, x: Tensor) -> Tensor:
         route, table = self.routing.get_route(), self.table
         if isinstance(route, RunRoute):
             return forward_tokens(self, route, x)
-        y: Tensor = self.base_layer(x)
+        y: Tensor = self.call_base(x)
         by_index = table.is_routed_by_index(route)
         if not by_index and (route.slot == BASE_SLOT or table.entries[route.slot] is None):
             return y
@@ -131,7 +139,7 @@ class _TokenLayer(SlotLayer):
 
     @property
     def _weight(self) -> Tensor:
-        weight = self.base_layer.weight
+        weight = unwrap_module(self).weight
         assert isinstance(weight, Tensor)
         return weight
 

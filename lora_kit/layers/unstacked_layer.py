@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lora_kit.layers.slot_layer import SlotEntry, SlotLayer
+from lora_kit.layers.slot_layer import SlotLayer
 
 
 class UnstackedLayer(SlotLayer):
@@ -25,20 +25,9 @@ class UnstackedLayer(SlotLayer):
 
 
 class UpdatedWeightLayer(UnstackedLayer):
-    """A layer that adds its update to one weight of the base. Subclasses define the weight and the update."""
+    """A layer that adds its update to one weight of the base. Subclasses define both."""
 
     @property
     def base_weight(self) -> nn.Parameter:
         """The base weight that is updated."""
-        raise NotImplementedError
-
-    def compute_updated_weight(self, entry: SlotEntry, weight: Tensor) -> Tensor:
-        """Return a weight plus the update of an entry.
-
-        Args:
-            weight: the base weight, in any floating-point dtype.
-
-        Returns:
-            of the shape and dtype of the weight given.
-        """
         raise NotImplementedError

@@ -82,6 +82,20 @@ def reason_new_head(head: Sequence[str], labels: Sequence[str]) -> str | None:
     return f"its labels are {format_list(head)}{order}, not {format_list(labels)}"
 
 
+def reason_figures_of_no_use(head: Sequence[str], labels: Sequence[str]) -> str | None:
+    """Return why the answers of a base's own head cannot be compared with labels; None where they can.
+
+    Args:
+        head: the labels of the head in the order of its classes; empty without a head.
+        labels: those that its classes are taken for, in their order.
+    """
+    if not head:
+        return "it has no head for this task, so a new one with random weights answers"
+    if _is_unnamed(head) and len(head) == len(labels) and not all(map(str.isdecimal, labels)):
+        return f"its head names no labels, and {head[0]} is taken for {labels[0]}, {head[-1]} for {labels[-1]}"
+    return None
+
+
 def describe_head(head: Sequence[str], labels: Sequence[str]) -> str:
     """Return what becomes of a checkpoint's head in a training, in words; arguments as in `reason_new_head`."""
     if not head:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +14,9 @@ from torch.nn import functional
 
 from lora_kit.errors import BankError
 from lora_kit.ops import dispatch
+
+_CHANGED: Final = "an adapter, or the base below it, was changed between this forward and its backward"
+_CHANGED_HINT: Final = "run the backward before restore, merge, unload or an optimizer step, or hold a lease"
 
 _last_cast: tuple[weakref.ref[Tensor], int, weakref.ref[Tensor]] | None = None
 """The tensor cast last, its version, and the cast: layers that read the same x (q, k and v) share one cast of it."""
@@ -92,10 +97,39 @@ def read_saved(ctx: SavedTensors) -> tuple[Tensor, ...]:
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
             raise
-        raise BankError(
-            "an adapter, or the base below it, was changed between this forward and its backward",
-            hint="run the backward before restore, merge, unload or an optimizer step, or hold a lease",
-        ) from error
+        raise BankError(_CHANGED, hint=_CHANGED_HINT) from error
+
+
+def guard_backward(output: object, tensors: Iterable[Tensor]) -> None:
+    """Let a backward through an output raise BankError once one of these tensors was changed in place since now.
+
+    It is for what torch computes by itself: torch would say that "one of the variables" was changed.
+
+    Args:
+        output: a tensor, or tensors in tuples, lists and dictionaries.
+        tensors: that the backward reads.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    nodes = [y.grad_fn for y in iterate_tensors(output) if y.grad_fn is not None]
+    versions = [(tensor, tensor._version) for tensor in tensors] if nodes else []
+    if versions:
+        for node in nodes:
+            node.register_prehook(functools.partial(_check_versions, versions))
+
+
+def iterate_tensors(value: object) -> Iterator[Tensor]:
+    """Yield the tensors of a value, in tuples, lists and dictionaries too."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, Mapping)):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from iterate_tensors(each)
+
+
+def _check_versions(versions: Sequence[tuple[Tensor, int]], gradients: object) -> None:
+    if any(tensor._version != version for tensor, version in versions):
+        raise BankError(_CHANGED, hint=_CHANGED_HINT)
 
 
 class LoraUpdate:

@@ -7,8 +7,10 @@ module does with its layers stands in the source of its class.
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import inspect
+import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import CodeType, FunctionType
@@ -17,6 +19,7 @@ from typing import Final
 import torch
 from torch import nn
 
+from lora_kit.layers.introspect import find_module, unwrap_module
 from lora_kit.targets.dead_branches import prune_branches
 from lora_kit.targets.match import Modules, find_paths_inside, is_within
 
@@ -28,6 +31,8 @@ _FACTS: Final = frozenset({"device", "dtype", "ndim", "requires_grad", "shape", 
 """Attributes of a weight that tell nothing of its values."""
 
 _IGNORED: Final = " and would ignore a wrapper"
+_CHANGED: Final = ", and would not change a wrapper's"
+_IS_IN_PLACE: Final = re.compile("[a-z]_$")
 _QUESTIONS: Final = ("isinstance", "hasattr")
 
 
@@ -41,9 +46,62 @@ def find_bypassed_layers(modules: Modules, *, training: bool) -> dict[str, str]:
     for path, module in modules:
         prefix, reason = f"{path}." if path else "", f"{_describe(module)} reads its weight directly{_IGNORED}"
         bypassed |= {prefix + name: reason for name in _list_bypassed_names(module, entries, training)}
+        bypassed |= dict.fromkeys(
+            _find_paths_ending(modules, prefix, find_changed_names(module, entries)),
+            f"{type(module).__name__} changes its weight in place{_CHANGED}",
+        )
     tops = [path for path, module in modules if isinstance(module, nn.MultiheadAttention)]
     reason = f"nn.MultiheadAttention reads its weight directly{_IGNORED}"
     return bypassed | dict.fromkeys(find_paths_inside(modules, tops), reason)
+
+
+def find_read_layers(modules: Modules) -> set[nn.Module]:
+    """Return layers whose weight another module reads, where it may call them as well.
+
+    Of a module that reads a weight of which its source does not say whose it is, all layers inside it count.
+    """
+    entries, found = _find_entries(frozenset(type(module) for _, module in modules)), set[nn.Module]()
+    for _, module in modules:
+        names = _find_names_read(type(module), entries) if module._modules else ()  # type: ignore[arg-type]
+        for name in names:
+            if name is None:
+                found |= set(module.modules())
+            else:
+                with contextlib.suppress(AttributeError):  # not every configuration has it
+                    found.add(unwrap_module(find_module(module, name)))
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _find_names_read(kind: type[nn.Module], entries: frozenset[str]) -> frozenset[str | None]:
+    """Return names of the layers whose weight a class reads; None among them for one that its source does not name."""
+    trees = _parse_readers(kind, entries)  # type: ignore[arg-type]
+    return frozenset(_name_in_self(node) for tree in trees for node in _iterate_reads(tree))
+
+
+def find_changed_names(module: nn.Module, entries: frozenset[str]) -> set[str]:
+    """Return names (`attention.output`) of layers, inside the parts of a module, whose weight it changes in place.
+
+    RWKV does so whenever its mode changes: in either mode counts.
+    """
+    trees = _parse_readers(type(module), entries) if module._modules else ()  # type: ignore[arg-type]
+    if not any(True for tree in trees for _ in _iterate_changed(tree)):
+        return set()
+    pruned = [prune_branches(tree, module, training=mode) for tree in trees for mode in (True, False)]
+    return {name for tree in pruned for name in _iterate_changed(tree)}
+
+
+def _find_paths_ending(modules: Modules, prefix: str, names: Iterable[str]) -> list[str]:
+    return [path for name in names for path, _ in modules if path.startswith(prefix) and path.endswith(f".{name}")]
+
+
+def _iterate_changed(tree: ast.AST) -> Iterator[str]:
+    """Yield `a.b` of each `block.a.b.weight.mul_(...)`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _IS_IN_PLACE.search(node.func.attr):
+            owner, _, name = ast.unparse(node.func.value).removesuffix(".data").rpartition(".")
+            if name == "weight" and "." in owner:
+                yield owner.partition(".")[2]
 
 
 def _describe(module: nn.Module) -> str:
@@ -105,7 +163,7 @@ def _parse_readers(kind: type[nn.Module], entries: frozenset[str]) -> tuple[ast.
     if not any(_reads_a_weight(each.__code__) for versions in methods.values() for each in versions):
         return ()
     trees = tuple(_parse_reachable(methods, entries))
-    return trees if any(is_weight for tree in trees for _, is_weight in _iterate_uses(tree)) else ()
+    return trees if any(True for tree in trees for _ in _iterate_reads(tree)) else ()
 
 
 @functools.lru_cache(maxsize=256)
@@ -171,24 +229,44 @@ def _parse(method: FunctionType) -> ast.Module:
 
 def _iterate_uses(tree: ast.AST) -> Iterator[tuple[str, bool]]:
     """Yield (name, whether only its weight is read) of each use of `self.<name>`, without those of facts alone."""
-    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    parents = _parents_of(tree)
     for node in ast.walk(tree):
         if not isinstance(node, ast.Attribute) or (name := _name_in_self(node)) is None:
             continue
         parent = parents[node]
-        if not isinstance(parent, ast.Attribute):
-            if isinstance(node.ctx, ast.Load) and not _is_question(parent):
-                yield name, False
-        elif parent.attr == "weight" and isinstance(parent.ctx, ast.Load) and _reads_values(parent, parents):
+        if not isinstance(parent, ast.Attribute) and isinstance(node.ctx, ast.Load) and not _is_question(parent):
+            yield name, False
+    for read in _iterate_reads(tree):
+        if (name := _name_in_self(read)) is not None:
             yield name, True
 
 
-def _name_in_self(node: ast.Attribute) -> str | None:
-    """Return `a.b` of `self.a.b`; None for other expressions."""
+def _iterate_reads(tree: ast.AST) -> Iterator[ast.expr]:
+    """Yield the `x` of each `x.weight` of which the values are read."""
+    parents = _parents_of(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load):
+            is_own = isinstance(node.value, ast.Name) and node.value.id == "self"
+            if not is_own and _reads_values(node, parents):
+                yield node.value
+
+
+def _parents_of(tree: ast.AST) -> dict[ast.AST, ast.AST]:
+    return {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+
+
+def _name_in_self(node: ast.expr) -> str | None:
+    """Return `a.b` of `self.a.b`, and `a.0` of `self.a[0]`; None for other expressions."""
+    if isinstance(node, ast.Subscript):
+        outer, key = _name_in_self(node.value), node.slice
+        place = key.value if isinstance(key, ast.Constant) else None
+        return f"{outer}.{place}" if outer is not None and isinstance(place, (int, str)) else None
+    if not isinstance(node, ast.Attribute):
+        return None
     inner = node.value
     if isinstance(inner, ast.Name):
         return node.attr if inner.id == "self" else None
-    outer = _name_in_self(inner) if isinstance(inner, ast.Attribute) else None
+    outer = _name_in_self(inner)
     return None if outer is None else f"{outer}.{node.attr}"
 
 

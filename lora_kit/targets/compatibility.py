@@ -14,8 +14,8 @@ from lora_kit.errors import AdapterError, BaseMismatchError, format_list
 from lora_kit.targets.coverage import Coverage, survey_adapter
 from lora_kit.targets.fingerprint import list_base_mismatches
 from lora_kit.targets.layer_target import LayerTarget
-from lora_kit.targets.legacy_names import suggest_conversion
 from lora_kit.targets.match import named_layers
+from lora_kit.targets.rename_command import suggest_conversion
 from lora_kit.targets.token_rows import TokenTarget
 
 logger = logging.getLogger(__name__)

@@ -11,33 +11,29 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.adapter.conversion.formats import ConversionHints
 from lora_kit.adapter.peft_keys import PREFIX, LoraWeights, lora_weight_keys
 from lora_kit.config.renamed_paths import rename_config_paths
-from lora_kit.errors import AdapterError
+from lora_kit.errors import AdapterError, format_list
 from lora_kit.layers.experts import list_own_parameters
 from lora_kit.layers.introspect import kind_of
 from lora_kit.layers.parameter import is_transposed
 from lora_kit.targets.coverage import survey_coverage
 from lora_kit.targets.match import named_layers
+from lora_kit.targets.rename_command import list_module_paths
 
 if TYPE_CHECKING:
     from transformers.core_model_loading import WeightConverter, WeightTransform
 
 logger = logging.getLogger(__name__)
-
-_MOST_RENAMES: Final = 4
-"""Renames that a command in a hint has at most."""
 
 
 def convert_to_model_names(name: str, adapter: Adapter, model: nn.Module) -> Adapter:
@@ -50,17 +46,20 @@ def convert_to_model_names(name: str, adapter: Adapter, model: nn.Module) -> Ada
         An adapter with the same updates on modules that the model has; `adapter` itself if there is no place for one.
 
     Raises:
-        AdapterError: LoRA weights of experts whose number or size is not the model's.
+        AdapterError: LoRA weights of experts whose number or size is not the model's, or that cannot be those of one
+            parameter.
     """
     places = dict(named_layers(model))
-    missing = [path for path in _list_module_paths(adapter) if path not in places]
+    missing = [path for path in list_module_paths(adapter) if path not in places]
     transforms = _find_transforms(model) if missing else []
     if not transforms:
         return adapter
     parameters = _list_parameters(places)
     names = _find_model_names(missing, transforms, parameters, places)
-    if names is None or (names.parts and (adapter.config.use_dora or adapter.config.target_parameters)):
+    if names is None:
         return adapter
+    if names.parts:
+        _refuse_fusing(name, adapter, names)
     logger.warning(
         "%s: %d of its modules have the names of an older transformers; they are read as this model's: %s -> %s",
         name,
@@ -71,16 +70,21 @@ def convert_to_model_names(name: str, adapter: Adapter, model: nn.Module) -> Ada
     return _fuse(adapter, model, names, parameters) if names.parts else _rename(adapter, model, names.renamed)
 
 
-def suggest_conversion(adapter: Adapter, model: nn.Module) -> str:
-    """Return the command that renames an adapter's modules to the model's; empty where a few renames do not do it."""
-    places, paths = dict(named_layers(model)), _list_module_paths(adapter)
-    renames = dict(filter(None, (_find_rename(path, list(places)) for path in paths if path not in places)))
-    rename = ConversionHints(renames=renames).rename
-    if not 0 < len(renames) <= _MOST_RENAMES or any(rename(path) not in places for path in paths):
-        return ""
-    folder = shlex.quote(str(adapter.folder)) if adapter.folder else "ADAPTER"
-    flags = " ".join(f"--rename {shlex.quote(f'{old}={new}')}" for old, new in renames.items())
-    return f"lora-kit convert {folder} {flags} --out CONVERTED"
+def _refuse_fusing(name: str, adapter: Adapter, names: _ModelNames) -> None:
+    """Raise AdapterError where an adapter has more than A and B for layers that are parts of a parameter here."""
+    layer, part = next(iter(names.parts.items()))
+    fused = f"{layer} is a part of {part.parameter} in this model"
+    if adapter.config.use_dora:
+        raise AdapterError(
+            f"{name}: use_dora rescales the rows of each layer, but {fused}, whose update is A and B alone",
+            hint="merge it with a transformers of its own age, and load the result; or train without use_dora",
+        )
+    if adapter.config.target_parameters:
+        raise AdapterError(
+            f"{name}: target_parameters {format_list(adapter.config.target_parameters)} beside layers that it does not "
+            f"have: {fused}",
+            hint="train the layers and the parameters as two adapters",
+        )
 
 
 # Which place each module has in the model
@@ -142,13 +146,6 @@ def _list_parameters(places: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]
         for name, parameter in list_own_parameters(module)
         if parameter is not None
     }
-
-
-def _list_module_paths(adapter: Adapter) -> list[str]:
-    """Return the paths of the modules that an adapter changes, without the marks of nested parameters."""
-    saved = (key.rpartition(".")[0] for key in adapter.saved())
-    weights = (path.replace(".base_layer", "") for path in adapter.all_pairs())
-    return list(dict.fromkeys([*weights, *adapter.tokens(), *saved]))
 
 
 def _find_model_names(
@@ -318,24 +315,3 @@ def _pad(tensor: Tensor, axis: int, size: int) -> Tensor:
     shape = list(tensor.shape)
     shape[axis] = size - shape[axis]
     return tensor if not shape[axis] else torch.cat([tensor, tensor.new_zeros(shape)], dim=axis)
-
-
-# A command that renames them
-
-
-def _find_rename(path: str, places: Sequence[str]) -> tuple[str, str] | None:
-    """Return the beginnings of a path and of the only module of the model that has the longest equal end.
-
-    None where several have it, or none.
-    """
-    parts = path.split(".")
-    for start in range(len(parts)):
-        end = "." + ".".join(parts[start:])
-        matches = [place for place in places if f".{place}".endswith(end)]
-        if len(matches) == 1:
-            old, new = ".".join(parts[:start]), f".{matches[0]}"[: -len(end)].removeprefix(".")
-            # A beginning to rename is never empty: the first part of the equal end goes with it.
-            return (old, new) if old else (parts[0], f"{new}.{parts[0]}")
-        if matches:
-            return None
-    return None

@@ -18,6 +18,7 @@ from lora_kit.data.mixture import DataFile, choose_rows, describe_source, read_s
 from lora_kit.data.rows import Rows
 from lora_kit.errors import DataError, RecipeError
 from lora_kit.training.job.job import Job
+from lora_kit.training.job.recipe_rows import read_recipe_rows
 from lora_kit.training.recipe.load import load_recipe
 from lora_kit.training.recipe.portable_recipe import make_recipe_portable
 from tests.support import texts
@@ -193,3 +194,13 @@ def test_a_mixture_is_trained_on_and_its_weights_are_part_of_the_run(
     assert report.steps == 2
     assert report.after is not None
     assert "b.jsonl (0.5 times): 12 samples" in caplog.text
+
+
+def test_pairs_and_single_texts_are_not_trained_and_validated_together(tmp_path: Path) -> None:
+    single = texts.write(tmp_path / "single.jsonl", [{"text": "a", "label": "x"}])
+    pairs = texts.write(tmp_path / "pairs.jsonl", [{"text": "a", "text_pair": "b", "label": "x"}])
+    for train, validation in ((single, pairs), (pairs, single)):
+        data = {"train": str(train), "validation": str(validation)}
+        recipe = load_recipe({"base": "b", "task": "classify", "data": data, "out": str(tmp_path / "out")})
+        with pytest.raises(DataError, match=r"pairs.jsonl has pairs of texts, and .*single.jsonl has single texts"):
+            read_recipe_rows(recipe)

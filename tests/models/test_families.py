@@ -54,6 +54,11 @@ What the table leaves open:
   never calls it (WavLM's attention, the relative positions of LayoutLM, DETR's maps of attention, `TDNNLayer`), or not
   in training (Gemma 3n's `correction_coefs`), or not with its settings (BLOOM's `slow_but_exact`), the layer is left
   alone, and rejected by name: an adapter there would do nothing.
+- **Weights that are also read**: where a module calls a layer or reads its weight, as its inputs say (DeBERTa's
+  `query_states`, Reformer's cache, CLIP's `interpolate_pos_encoding`), what it reads is the weight with the update
+  of the adapter in use, as a merge would leave it, without dropout. Rows of different adapters are rejected there.
+- **Weights that a model changes**: RWKV divides those of `attention.output` and `feed_forward.value` in evaluation, in
+  place, while its config has `rescale_every` above 0. They are left alone then, and rejected by name.
 - **experts**: where fused experts say how they compute, as nearly all of transformers' classes do, their updates are
   added token by token: no changed weight is made, and rows may differ. Others (Llama 4, JetMoe) are given a changed
   weight for the length of a forward, as PEFT does it everywhere, and reject rows.

@@ -86,6 +86,39 @@ def test_numbers_are_the_labels_of_a_head_without_names(tmp_path: Path) -> None:
     assert evaluate(str(base), [None], asked["data"]["train"]).results[0].metrics["accuracy"] == 5 / 6
 
 
+@pytest.mark.parametrize(
+    ("labels", "reason"),
+    [
+        (("LABEL_0", "LABEL_1"), "names no labels, and LABEL_0 is taken for negative, LABEL_1 for positive"),
+        (("positive", "negative"), ""),
+    ],
+)
+def test_figures_of_a_head_without_names_are_said_to_be_a_guess(
+    tmp_path: Path, labels: tuple[str, ...], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = str(save_sentiment_base(tmp_path / "base", labels=labels))
+    out = train({**recipe_of(tmp_path, rows=POSITIVE_ROWS), "base": base, "task": "classify"}).out
+    file = texts.write(tmp_path / "rows.jsonl", POSITIVE_ROWS)
+    evaluate(base, [out], file)
+    assert "say little" not in caplog.text
+    evaluate(base, [None, out], file)
+    assert ("say little" in caplog.text) == bool(reason)
+    assert reason in caplog.text
+
+
+def test_words_are_measured_with_the_order_of_the_head_whatever_the_order_of_the_adapter(tmp_path: Path) -> None:
+    base, folder = tagger(), str(tmp_path / "base")
+    base.model.config.id2label, base.model.config.label2id = {0: "P", 1: "O", 2: "L"}, {"P": 0, "O": 1, "L": 2}
+    base.model.save_pretrained(folder)
+    base.tokenizer.save_pretrained(folder)
+    asked = {**recipe_of(tmp_path, rows=TAGGED), "base": folder, "task": "tokens"}
+    other, file = Adapter.load(train(asked).out), asked["data"]["train"]
+    alone = evaluate(folder, [None], file).results[0].metrics
+    turned = Adapter(other.config, other.tensors, record={**other.record, "labels": ["L", "O", "P"]})
+    for adapter in (other, turned):
+        assert evaluate(folder, [None, adapter], file).results[0].metrics == alone
+
+
 def test_words_have_the_order_of_the_head_too(tmp_path: Path) -> None:
     base = tagger()
     base.model.config.id2label = {0: "P", 1: "O", 2: "L"}

@@ -9,9 +9,10 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import lora_kit as lk
-from lora_kit.errors import TargetError
+from lora_kit.errors import RoutingError, TargetError
 from lora_kit.targets.bypassed_layers import find_read_names
 from lora_kit.targets.coverage import survey_coverage
 
@@ -196,3 +197,88 @@ def test_an_encoder_of_torch_without_its_fast_path_is_adapted_in_evaluation_too(
         adapted = model(x)
         bank.use(None)
         assert not torch.allclose(model(x), adapted)
+
+
+class ReadsOrCalls(nn.Module):
+    """Layers that are called, or whose weight is read by name, by place or in a loop, as an input says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.named, self.listed = nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 4), Conv1D(4, 4)])
+        self.table, self.other = nn.Embedding(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, read: bool) -> Tensor:
+        ids = torch.arange(3)
+        if not read:
+            return self.listed[1](self.listed[0](self.named(x))) + self.table(ids)
+        x = x @ self.named.weight.T + self.named.bias
+        x = x @ self.listed[0].weight.T + self.listed[0].bias
+        for layer in list(self.listed)[1:]:
+            x = x @ layer.weight + layer.bias
+        return x + self.table.weight[ids]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lk.LoraConfig(r=2, target_modules=["named", "0", "1", "table"], init_lora_weights=False),
+        lk.LoraConfig(r=2, target_modules=["named", "0", "1"], init_lora_weights=False, use_dora=True),
+        lk.LoraConfig(
+            r=2, target_modules=["named", "0"], modules_to_save=["1"], trainable_token_indices={"table": [1]}
+        ),
+    ],
+    ids=["plain", "dora", "whole modules and tokens"],
+)
+def test_a_weight_that_is_read_where_the_layer_may_also_be_called_has_the_update_of_its_adapter(
+    config: lk.LoraConfig,
+) -> None:
+    torch.manual_seed(0)
+    model, x = ReadsOrCalls().eval(), torch.randn(3, 4)
+    bank = lk.attach(model, config, name="a")
+    own = bank.parameters("a")
+    with torch.no_grad():
+        for parameter in own:
+            parameter += 0.3 * torch.randn_like(parameter)
+        base = model.named.weight.clone()  # nobody computes with it here: the base's
+    called, read = model(x, False), model(x, True)
+    torch.testing.assert_close(read, called, rtol=1e-5, atol=1e-5)
+    for one, other in zip(torch.autograd.grad(read.sum(), own), torch.autograd.grad(called.sum(), own), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    bank.use(None)
+    assert not torch.allclose(model(x, True), read)
+    assert torch.equal(model.named.weight, base)
+
+
+def test_rows_of_different_adapters_reject_a_weight_that_is_read() -> None:
+    config = lk.LoraConfig(r=2, target_modules=["named"], init_lora_weights=False)
+    model = ReadsOrCalls().eval()
+    bank = lk.attach(model, config, name="a")
+    with bank.rows(["a", None, "a"]):
+        model(torch.randn(3, 4), False)
+        with pytest.raises(RoutingError, match="reads the weight of a Linear and does not call it"):
+            model(torch.randn(3, 4), True)
+
+
+def test_the_attention_of_deberta_reads_the_adapted_weight_where_it_is_given_queries() -> None:
+    config = transformers.DebertaConfig(**SIZES, vocab_size=32)
+    model = transformers.DebertaModel(config).eval()
+    bank = lk.attach(model, lk.LoraConfig(r=2, target_modules=["in_proj"], init_lora_weights=False), name="a")
+    weights = []
+    attention = model.encoder.layer[0].attention.self
+    attention.register_forward_pre_hook(lambda module, _: weights.append(module.in_proj.weight))
+    model(torch.arange(6)[None])
+    (merged,) = weights
+    path = "base_model.model.encoder.layer.0.attention.self.in_proj"
+    own = bank.state_dict()["a"]
+    delta = 4 * own[f"{path}.lora_B.weight"] @ own[f"{path}.lora_A.weight"]
+    torch.testing.assert_close(merged, attention.in_proj.weight + delta)
+
+
+def test_layers_that_a_model_rescales_in_place_are_left_alone_while_it_does_so() -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "attention_hidden_size": 16, "intermediate_size": 32}
+    for rescale, names in ((6, {"output", "value"}), (0, set())):
+        config = transformers.RwkvConfig(**sizes, vocab_size=32, rescale_every=rescale)
+        coverage = survey_coverage(transformers.RwkvModel(config), lk.LoraConfig(target_modules="all-linear"))
+        reasons = {reason for _, reason in coverage.skipped}
+        assert {path.rpartition(".")[2] for path, _ in coverage.skipped} == names
+        assert all("changes its weight in place" in reason for reason in reasons)

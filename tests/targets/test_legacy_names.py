@@ -247,6 +247,37 @@ def test_experts_of_another_model_are_an_error_of_the_adapter(tmp_path: Path) ->
             lk.attach(made(mixtral)).load("x", folder)
 
 
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        (
+            {"use_dora": True},
+            r"x: use_dora rescales the rows of each layer, but model\.layers\.0\.block_sparse_moe\.\S+ is a",
+        ),
+        (
+            {"target_parameters": ["self_attn.q_proj.weight"]},
+            r"x: target_parameters self_attn\.q_proj\.weight beside layers",
+        ),
+    ],
+)
+def test_what_cannot_be_fused_exactly_is_rejected_by_the_name_of_its_field(
+    tmp_path: Path, fields: dict[str, Any], reason: str
+) -> None:
+    shapes = {"model.layers.0.block_sparse_moe.experts.0.w1": (32, 48)}
+    if "target_parameters" in fields:
+        shapes["model.layers.0.self_attn.q_proj"] = (32, 32)
+    folder = write(tmp_path / "adapter", shapes, target_modules=["w1"], **fields)
+    if "use_dora" in fields:
+        tensors = safetensors.torch.load_file(folder / WEIGHTS)
+        tensors[f"{PREFIX}model.layers.0.block_sparse_moe.experts.0.w1.lora_magnitude_vector"] = torch.ones(48)
+        safetensors.torch.save_file(tensors, folder / WEIGHTS)
+    model = made(mixtral)
+    bank, before = lk.attach(model), logits(model)
+    with pytest.raises(AdapterError, match=reason):
+        bank.load("x", folder)
+    assert torch.equal(logits(model), before)
+
+
 def test_a_bank_for_certain_adapters_has_room_for_their_fused_experts(tmp_path: Path) -> None:
     make, shapes, fields = CASES["mixtral"]
     adapter = lk.Adapter.load(write(tmp_path / "adapter", shapes, **fields))

@@ -13,7 +13,7 @@ from pathlib import Path
 from lora_kit.data.batches import EncodedDataset
 from lora_kit.data.encode import RowCounts, encode_and_count, encode_chunk, log_counts
 from lora_kit.data.layouts import FORMATS
-from lora_kit.data.mixture import read_source
+from lora_kit.data.mixture import has_text_pairs, read_source
 from lora_kit.data.preferences import describe_use
 from lora_kit.data.row_stream import StreamedSource
 from lora_kit.data.rows import Rows
@@ -67,6 +67,10 @@ def read_recipe_rows(recipe: Recipe) -> RecipeRows:
     if validation.format != train.format:
         formats = " and ".join(f"{rows.path} has rows of the format {rows.format}" for rows in (train, validation))
         raise DataError(formats, hint="both files of a recipe have one format")
+    if has_text_pairs(validation) != has_text_pairs(train):
+        which, other = (train, validation) if has_text_pairs(train) else (validation, train)
+        what = f"{which.path} has pairs of texts, and {other.path} has single texts"
+        raise DataError(what, hint="both files of a recipe have text_pair, or neither has")
     return RecipeRows(train, validation, stream)
 
 
