@@ -25,8 +25,12 @@ CODE_READERS = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 """Modules that run code of what they read."""
 NETWORK = {"aiohttp", "ftplib", "httpx", "requests", "smtplib", "urllib", "urllib3"}
 """Modules that reach a network; the hub is reached by `lora_kit.io.hub` and `lora_kit.data.hub_datasets` alone."""
-ASKED = {"lora_kit/serving/parity.py": {"imports urllib.error", "imports urllib.request"}}
-"""What is reached because its address was given: `lora-kit parity` compares with a server at a URL."""
+ASKED = {
+    "lora_kit/serving/parity.py": {"imports urllib.error", "imports urllib.request"},
+    "lora_kit/training/loop/world.py": {"imports pickle"},
+}
+"""What is reached because its address was given: `lora-kit parity` compares with a server at a URL, and the processes
+of one training exchange values through the store of their launcher, as torch.distributed does."""
 
 
 def problems_of(source: str) -> list[str]:
