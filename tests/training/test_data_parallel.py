@@ -14,8 +14,6 @@ from tests.support.interrupted import results, run_of
 from tests.support.training import PAIRS, base_of, recipe_of
 from tests.support.worlds import in_processes
 
-pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
-
 ROWS = [*PAIRS, *({"prompt": word, "completion": "x y " * n} for word, n in (("g", 9), ("hi", 1), ("j", 4), ("k", 2)))]
 COMPARED = ("step", "loss", "grad_norm", "eval_loss", "train_loss", "tokens")
 SGD = {"optim": "sgd", "learning_rate": 0.5, "logging_steps": 1}

@@ -30,7 +30,6 @@ from tests.support.interrupted import die_at, killed, long_recipe, results, run_
 from tests.support.processes import die, in_child
 from tests.support.training import LABELED, base_of, recipe_of
 
-pytestmark = pytest.mark.usefixtures("no_pictures_and_no_samples")
 TOP_LAYER = {"r": 4, "target_modules": ["query", "value"], "layers_to_transform": [1]}
 SGD = {"optim": "sgd", "per_device_train_batch_size": 2, "eval_strategy": "epoch"}
 
