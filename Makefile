@@ -65,6 +65,14 @@ bench-full: $(READY) ## all of it, written to benchmarks/results and the pages; 
 scan-models: $(READY) ## an adapter on a tiny model of every class of transformers; an hour, writes docs/models-scan.md
 	@$(OFFLINE) $(BIN)/python -m tools.scan_models
 
+.PHONY: faults
+faults: $(READY) ## every fault of the table, PEFT beside it; five minutes, writes docs/reliability.md
+	@$(OFFLINE) $(BIN)/python -m tests.faults --write
+
+.PHONY: soak
+soak: $(READY) ## an hour of what a bank can do, at random, against a slow plain model; MINUTES=60
+	@$(OFFLINE) $(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),60)
+
 .PHONY: fuzz
 fuzz: $(READY) ## bytes without end for everything that reads files of others; 20 minutes, guided where atheris is installed
 	@$(OFFLINE) $(BIN)/python -m tools.fuzz

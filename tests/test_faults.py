@@ -270,6 +270,19 @@ def test_a_load_that_would_not_fit_is_refused_before_memory_is_taken(monkeypatch
     bank.load("next", folders.adapter())
 
 
+def test_slots_that_no_layer_could_have_are_refused_by_attach(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny.llama()
+    before = state(model)
+    with pytest.raises(OutOfMemoryError, match=r"1,000,000,000,001 slots in one layer needs [\d,]+ bytes"):
+        lk.attach(model, slots=10**12, max_rank=64)
+    assert is_same(state(model), before)
+    with caplog.at_level("INFO"):
+        lk.attach(model, slots=3, max_rank=4, dtype=torch.float32).detach()
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    most = 4 * 4 * 4 * sum(layer.in_features + layer.out_features for layer in layers)
+    assert f"4 slots take at most {most:,} bytes in {len(layers)} layers" in caplog.text
+
+
 @pytest.mark.parametrize(
     "error",
     [MemoryError("no room"), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")],

@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import json
 import multiprocessing
+import os
 import random
 import resource
 import signal
@@ -23,7 +24,6 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import takewhile
 from pathlib import Path
 from types import FrameType
 from typing import Final
@@ -45,48 +45,42 @@ class _TooSlowError(BaseException):
 
 def main() -> int:
     """Fuzz the readers that are named, or all of them, each in a process of its own."""
+    guide = _import_guide()
+    with guide.instrument_imports(include=["lora_kit", "yaml"]) if guide else contextlib.nullcontext():
+        from tools.fuzz_readers import READERS
     parser = argparse.ArgumentParser(prog="python -m tools.fuzz", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=20, help="for all readers together")
-    parser.add_argument("--only", nargs="+", default=[], help="readers, by name")
+    parser.add_argument("--minutes", type=float, default=20, help="of computing, for all readers together")
+    parser.add_argument("--only", nargs="+", choices=list(READERS), default=list(READERS), help="readers, by name")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("fuzz-faults"), help="folder of the cases that are faults")
     parser.add_argument("--write", action="store_true", help=f"write the counts to {RESULT.name}")
     arguments = parser.parse_args()
-    names = arguments.only or _list_readers()
-    seconds = arguments.minutes * 60 / len(names)
-    records = [_fuzz_in_child(name, seconds, arguments.seed, arguments.out) for name in names]
+    seconds = arguments.minutes * 60 / len(arguments.only)
+    records = [_fuzz_in_child(name, seconds, arguments.seed, arguments.out) for name in arguments.only]
     if arguments.write:
         RESULT.write_text(json.dumps({**harness.environment(), "readers": records}, indent=1) + "\n", encoding="utf-8")
     return 1 if any(record["faults"] for record in records) else 0
 
 
-def _list_readers() -> list[str]:
-    from tools.fuzz_readers import READERS
-
-    return list(READERS)
-
-
 def _fuzz_in_child(name: str, seconds: float, seed: int, out: Path) -> dict[str, object]:
-    """Fuzz one reader in a process, again while it dies and time is left; print and return what came of it."""
-    context = multiprocessing.get_context("spawn")
-    until, cases, outcomes = time.time() + seconds, 0, Counter[str]()
-    guided = False
-    while time.time() < until - 1:
+    """Fuzz one reader in a process, and again while it dies before its time; print and return what came of it."""
+    context = multiprocessing.get_context("fork")  # with what is imported and instrumented already
+    spent, cases, outcomes, guided = 0.0, 0, Counter[str](), False
+    while spent < seconds:
         with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
             report = Path(folder) / "report.json"
-            child = context.Process(target=_fuzz, args=(name, until, seed, out, Path(folder)))
+            child = context.Process(target=_fuzz, args=(name, seconds - spent, seed, out, Path(folder)))
             child.start()
             child.join()
-            if not report.exists():
-                print(f"{name}: the process died with {child.exitcode}", flush=True)
-                outcomes["died"] += 1
-                continue
-            found = json.loads(report.read_text(encoding="utf-8"))
-        cases, guided, seed = cases + found["cases"], found["guided"], seed + 1
-        outcomes.update(found["outcomes"])
-    faults = sum(count for outcome, count in outcomes.items() if outcome.startswith("fault") or outcome == "died")
-    record: dict[str, object] = {"reader": name, "cases": cases, "guided": guided, "faults": faults}
-    record |= {"outcomes": dict(outcomes.most_common())}
+            found = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
+        if child.exitcode != 0:
+            outcomes[f"fault died with {child.exitcode}"] += 1
+        cases, guided, seed = cases + found.get("cases", 0), found.get("guided", guided), seed + 1
+        spent += max(found.get("seconds", 0.0), 1.0)
+        outcomes.update(found.get("outcomes", {}))
+    faults = sum(count for outcome, count in outcomes.items() if outcome.startswith("fault"))
+    record: dict[str, object] = {"reader": name, "cases": cases, "seconds": round(spent), "guided": guided}
+    record |= {"faults": faults, "outcomes": dict(outcomes.most_common())}
     print(f"{name}: {cases:,} cases, {faults} faults, {dict(outcomes.most_common(8))}", flush=True)
     return record
 
@@ -137,45 +131,46 @@ class _Run:
         return outcome
 
 
-def _fuzz(name: str, until: float, seed: int, out: Path, folder: Path) -> None:
-    """Fuzz one reader until a time, and write a report. Runs in a process of its own."""
+def _fuzz(name: str, seconds: float, seed: int, out: Path, folder: Path) -> None:
+    """Fuzz one reader for some seconds of computing, and write a report. Runs in a process of its own, and ends it."""
+    from tools.fuzz_readers import open_reader
+
     guide = _import_guide()
-    with guide.instrument_imports(include=["lora_kit", "yaml"]) if guide else contextlib.nullcontext():
-        from tools.fuzz_readers import open_reader
     signal.signal(signal.SIGALRM, _raise_too_slow)
     signal.signal(signal.SIGPROF, _raise_too_slow)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     seeds = [path.read_bytes() for path in sorted((CORPUS / name.replace(" ", "-")).iterdir())]
     with open_reader(name, folder) as read:
-        read(seeds[0])  # what is imported on the way counts for no case
-        run = _Run(name, read, out)
+        for data in seeds:  # what is imported on the way counts for no case
+            with contextlib.suppress(Exception):
+                read(data)
+        run, started = _Run(name, read, out), time.process_time()
 
         def try_case(data: bytes) -> None:
-            outcome = run.try_case(data)
-            if run.outcomes.total() % 100 == 1 or outcome.startswith("fault"):
-                values = {"cases": run.outcomes.total(), "outcomes": run.outcomes, "guided": guide is not None}
-                (folder / "report.json").write_text(json.dumps(values), encoding="utf-8")
+            outcome, spent = run.try_case(data), time.process_time() - started
+            if spent > seconds or run.outcomes.total() % 100 == 1 or outcome.startswith("fault"):
+                values = {"cases": run.outcomes.total(), "outcomes": run.outcomes, "seconds": spent}
+                (folder / "report.json").write_text(json.dumps({**values, "guided": bool(guide)}), encoding="utf-8")
+            if spent > seconds:
+                os._exit(0)  # nothing else ends the loop of libFuzzer well
 
         for data in seeds:
             try_case(data)
         if guide is None:
-            for data in takewhile(lambda _: time.time() < until, mutate_forever(seeds, random.Random(seed))):
+            for data in mutate_forever(seeds, random.Random(seed)):
                 try_case(data)
-        else:
-            _follow_guide(
-                guide, try_case, seeds, folder / "corpus", seconds=max(int(until - time.time()), 1), seed=seed
-            )
+        _follow_guide(guide, try_case, seeds, folder / "corpus", seed)
 
 
 def _follow_guide(  # type: ignore[no-untyped-def]
-    guide, try_case: Callable[[bytes], None], seeds: list[bytes], corpus: Path, *, seconds: int, seed: int
+    guide, try_case: Callable[[bytes], None], seeds: list[bytes], corpus: Path, seed: int
 ) -> None:
-    """Let atheris choose the cases. It ends the process."""
+    """Let atheris choose the cases."""
     corpus.mkdir()
     for number, data in enumerate(seeds):
         (corpus / str(number)).write_bytes(data)
-    limits = [f"-max_total_time={seconds}", f"-max_len={MAX_LENGTH}", "-timeout=0", "-handle_alrm=0", "-rss_limit_mb=0"]
-    guide.Setup(["fuzz", *limits, f"-seed={seed + 1}", "-verbosity=0", str(corpus)], try_case)
+    limits = [f"-max_len={MAX_LENGTH}", "-timeout=0", "-rss_limit_mb=0", "-verbosity=0"]
+    guide.Setup(["fuzz", *limits, f"-seed={seed + 1}", str(corpus)], try_case)
     guide.Fuzz()
 
 

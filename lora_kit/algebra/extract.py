@@ -27,6 +27,7 @@ from lora_kit.targets.compatibility import match_adapter, select_module_tensors
 from lora_kit.targets.coverage import Coverage, find_shortest_names
 from lora_kit.targets.fingerprint import fingerprint
 from lora_kit.targets.layer_target import LayerTarget
+from lora_kit.torch_utils import is_finite
 
 logger = logging.getLogger(__name__)
 
@@ -77,9 +78,7 @@ def extract(
             f"nothing of {escape_text(tuned)} that an adapter could hold differs from {escape_text(base)}",
             hint=f"it differs in {format_list(left_out)}" if left_out else "the weights are the same",
         )
-    if left_out:
-        message = "left out, since no LoRA weights can hold it, is what differs in %s; others='save' saves its modules"
-        logger.warning(message, format_list(left_out, most=40))
+    _log_caveats(differences, left_out)
     error = ErrorTally()
     for path, approximation in low_rank.items():
         error.add(path, approximation.distance, approximation.norm)
@@ -94,6 +93,16 @@ def extract(
     adapter = assemble_adapter(config, updates, saved, record=record)
     match_adapter(Path(tuned).name, adapter, one.meta.model, dtype=torch.float32)
     return adapter
+
+
+def _log_caveats(differences: _Differences, left_out: Sequence[str]) -> None:
+    """Log what is damaged in one of the models, and what of the difference the adapter does not have."""
+    if differences.not_finite:
+        names = format_list(differences.not_finite)
+        logger.warning("the fine-tune or its base has NaN or infinity in %s: is its file damaged?", names)
+    if left_out:
+        message = "left out, since no LoRA weights can hold it, is what differs in %s; others='save' saves its modules"
+        logger.warning(message, format_list(left_out, most=40))
 
 
 def _check_extract_arguments(rank: int | None, energy: float | None, others: str) -> None:
@@ -132,11 +141,13 @@ class _Differences:
         low_rank: differences of linear layers, approximated, by path.
         others: state dict keys of differences that no LoRA weights can hold.
         new: keys that the base lacks.
+        not_finite: keys of tensors of either model that have NaN or infinity.
     """
 
     low_rank: dict[str, _Approximation] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
+    not_finite: list[str] = field(default_factory=list)
 
 
 def _find_differences(
@@ -150,6 +161,8 @@ def _find_differences(
     done, total = 0, sum(tensor.nbytes for tensor in second.values())
     for key, tensor in second.items():
         path = key.rpartition(".")[0]
+        if not all(is_finite(side) for side in (tensor, first.get(key, tensor)) if not side.is_meta):
+            differences.not_finite.append(key)
         if key in one.meta.missing:
             differences.new.append(key)
         elif not tensor.is_meta and _is_different(first[key], tensor):

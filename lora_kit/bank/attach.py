@@ -51,6 +51,7 @@ def attach(
             layers of PEFT, or is on meta.
         TargetError: the config does not match the model, or needs weights that are offloaded; the model is as it was.
         ConfigError: the config, `slots`, `max_rank` or `dtype` is invalid.
+        OutOfMemoryError: `slots` of `max_rank` do not fit in memory for even one layer; nothing was allocated.
 
     Example:
         bank = lk.attach(model, lk.LoraConfig(r=8, lora_alpha=16), name="sql")

@@ -70,6 +70,8 @@ class AdapterBank(AdapterRouting):
         self._choices = RouteChoices(self._routing)
         self._change_lock = threading.RLock()  # one thread at a time changes which adapters are here or in use
         self._layers = WrappedLayers(model, self._routing, max_rank=max_rank, dtype=dtype)
+        if slots is not None:
+            self._layers.check_least_memory(slots + 1)  # slot 0 is that of no adapter
         self._loaded_adapters = LoadedAdapters(
             self._layers, self._routing, slots=slots, max_rank=max_rank, cache=self.cache
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -13,7 +14,7 @@ from lora_kit.errors import TargetError, format_list
 from lora_kit.layers.conv import LoraConvolution
 from lora_kit.layers.embedding import LoraEmbedding
 from lora_kit.layers.grouped_linear import LoraGroupedLinear, is_grouped_linear
-from lora_kit.layers.introspect import find_module, is_compiled, kind_of, unwrap_module, unwrap_outer
+from lora_kit.layers.introspect import features_of, find_module, is_compiled, kind_of, unwrap_module, unwrap_outer
 from lora_kit.layers.linear import LoraExpert, LoraLinear
 from lora_kit.layers.parameter import LoraParameter
 from lora_kit.layers.routing import Routing
@@ -26,6 +27,8 @@ from lora_kit.targets.coverage import Coverage
 from lora_kit.targets.match import is_in_expert, named_layers
 from lora_kit.targets.token_rows import TokenTarget, key_of, path_of
 from lora_kit.torch_utils import check_memory
+
+logger = logging.getLogger(__name__)
 
 
 class WrappedLayers:
@@ -99,6 +102,24 @@ class WrappedLayers:
         for device, count in needed.items():
             purpose = f"a capacity of {capacity} slots in {len(coverage.targets)} layers"
             check_memory(count, device, purpose=purpose, hint="attach with fewer slots or a smaller max_rank")
+
+    def check_least_memory(self, capacity: int) -> None:
+        """Log what this many slots take at most; raise OutOfMemoryError where one layer's do not fit in memory.
+
+        Which layers adapters will cover is not known yet. At least it is one, so what the smallest needs is needed.
+        """
+        layers = [module for _, module in named_layers(self._model) if kind_of(module) == "linear"]
+        sizes = {module: sum(features_of(module)) for module in layers}
+        if not sizes:
+            return
+        per_feature = capacity * (self._max_rank or 1) * self._dtype.itemsize
+        least = min(sizes, key=lambda module: sizes[module])
+        device = compute_device_of(least)
+        hint = "attach with fewer slots or a smaller max_rank"
+        purpose = f"a capacity of {capacity:,} slots in one layer"
+        check_memory(sizes[least] * per_feature, device, purpose=purpose, hint=hint)
+        message = "%s slots take at most %s bytes in %s layers, where adapters cover them all"
+        logger.info(message, f"{capacity:,}", f"{sum(sizes.values()) * per_feature:,}", f"{len(sizes):,}")
 
     def _wrap_modules(self, coverage: Coverage, ranks: Mapping[str, int], capacity: int) -> None:
         """Put wrappers around covered layers and saved modules that have none, in one pass over the model."""

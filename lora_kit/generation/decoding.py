@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from lora_kit.config.validation import check_range, require
+from lora_kit.errors import VerificationError
 from lora_kit.generation.prompts import EncodedPrompt, find_end_tokens
 from lora_kit.models.loading import Base
 from lora_kit.models.protocols import Tokenizer
 from lora_kit.models.tasks import SEQ2SEQ
-from lora_kit.torch_utils import preserve_random_states
+from lora_kit.torch_utils import is_finite, preserve_random_states
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -83,6 +84,9 @@ def generate_batch(
     Args:
         limit: most tokens of a completion, so that the longest row still fits into the base's context.
         streamer: receives each token as it is generated.
+
+    Raises:
+        VerificationError: the logits of a row have NaN or infinity, so that no token is the right one.
     """
     inputs = _pad_rows(base, [row.ids for row in rows])
     # Rows with other end tokens continue past their own end; `_build_completion` cuts that off.
@@ -91,10 +95,23 @@ def generate_batch(
     with preserve_random_states(base.device):
         torch.manual_seed(sampling.seed)
         config = _build_generation_config(base, sampling, start + limit, ends=ends)
-        out = base.model.generate(**inputs, generation_config=config, streamer=streamer)
+        out = base.model.generate(
+            **inputs, generation_config=config, streamer=streamer, logits_processor=[_check_logits]
+        )
     return [
         _build_completion(base.tokenizer, ids, row.ends) for ids, row in zip(out[:, start:].tolist(), rows, strict=True)
     ]
+
+
+def _check_logits(ids: Tensor, logits: Tensor) -> Tensor:
+    """Return logits as they are; raise VerificationError where those of a row have no largest value."""
+    # A token may be excluded by -inf; NaN and infinity are what the largest value shows.
+    if not is_finite(logits.amax(dim=-1)):
+        raise VerificationError(
+            "the logits have NaN or infinity",
+            hint="is a file of the base or of an adapter damaged, or fp16 too narrow?",
+        )
+    return logits
 
 
 def decode_ids(tokenizer: Tokenizer, ids: Sequence[int]) -> str:

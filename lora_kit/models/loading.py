@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import torch
 from torch import Tensor
 
-from lora_kit.errors import BaseModelError, format_list, suggest_nearest
+from lora_kit.errors import BaseModelError, LoraKitError, format_list, suggest_nearest
 from lora_kit.layers.introspect import pause_packing
 from lora_kit.models.checkpoint_head import read_base_config
 from lora_kit.models.head_config import set_labels, set_problem
@@ -259,8 +259,8 @@ def _load_tokenizer(source: BaseSource, config: PretrainedConfig) -> Tokenizer:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, config=config, **source.loading_options)
-    except (OSError, ValueError) as error:
-        if "trust_remote_code" in str(error):
+    except Exception as error:  # of files of the wrong shape: an AttributeError of a list, a TypeError of a number
+        if "trust_remote_code" in str(error) or isinstance(error, (MemoryError, LoraKitError)):
             raise
         raise BaseModelError(
             f"{source.location}: no tokenizer that can be read", hint="a base needs tokenizer.json beside its weights"

@@ -101,6 +101,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "attach BankError": lambda: twice(lk.attach, tiny.llama()),
     "attach TargetError": lambda: lk.attach(tiny.llama(), config(target_modules=("nothing",))),
     "attach ConfigError": lambda: lk.attach(tiny.llama(), slots=0),
+    "attach OutOfMemoryError": lambda: lk.attach(tiny.llama(), slots=10**12, max_rank=64),
     "adopt BankError": lambda: twice(lk.adopt, peft_model()),
     "adopt ConfigError": lambda: lk.adopt(tiny.llama()),
     "adopt TargetError": lambda: lk.adopt(at_odds()),

@@ -1,0 +1,31 @@
+"""The table of faults, by area."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tests.faults.bases import BASES
+from tests.faults.computing import LAYERS, ROUTING
+from tests.faults.configs import CONFIGS
+from tests.faults.fault import Fault
+from tests.faults.foreign_files import FILES
+from tests.faults.hostile import RECIPES, RECORDS, SAID
+from tests.faults.row_files import DATA
+from tests.faults.running import RUNNING
+from tests.faults.weight_files import WEIGHT_FILES
+from tests.faults.writing import WRITING
+
+AREAS: Mapping[str, tuple[Fault, ...]] = {
+    "weight file": WEIGHT_FILES,
+    "config": CONFIGS,
+    "base": BASES,
+    "writing": WRITING,
+    "running": RUNNING,
+    "routing": ROUTING,
+    "layers": LAYERS,
+    "files of others": FILES,
+    "rows": DATA,
+    "recipe": RECIPES,
+    "record": RECORDS,
+    "what is said": SAID,
+}
