@@ -434,7 +434,13 @@ def test_what_unsloth_axolotl_and_llama_factory_write_loads_as_it_is(tmp_path: P
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"lora_unet_mid.lora_down.weight": torch.ones(2, 2)}, "diffusion"),
+        ({"lora_unet_mid.lora_down.weight": torch.ones(2, 2)}, "kohya's sd-scripts"),
+        ({"lora_te1_text_model_0_q.alpha": torch.ones(1)}, "kohya's sd-scripts"),
+        ({"diffusion_model.double_blocks.0.qkv.lora_A.weight": torch.ones(2, 2)}, "ComfyUI"),
+        ({"unet.mid_block.attn1.to_q.lora_A.weight": torch.ones(2, 2)}, "diffusers"),
+        ({"double_blocks.0.processor.lora_down.weight": torch.ones(2, 2)}, "diffusion models"),
+        ({"layers.0.attn.q_proj.lora_a.weight": torch.ones(2, 2)}, "torchtune"),
+        ({"transformer.h.0.attn.qkv.lora_A": torch.ones(2, 2)}, "litgpt"),
         ({"model.embed_tokens.weight": torch.ones(2, 2)}, "no keys of an adapter"),
         ({}, "no keys of an adapter"),
         ({f"{Q}.lora_A": torch.ones(2, 2)}, "A or B is missing"),
@@ -450,6 +456,59 @@ def test_what_is_no_adapter_is_refused_and_nothing_is_written(
     assert main(["convert", str(tmp_path / "x.safetensors"), "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_of_litgpt_is_read_and_named(tmp_path: Path) -> None:
+    torch.save({"model": {"transformer.h.3.mlp.fc_1.lora_A": torch.ones(2, 2)}}, tmp_path / "lit_model.pth.lora")
+    with pytest.raises(AdapterError, match=r"keys of litgpt.*convert_from_litgpt"):
+        convert(tmp_path / "lit_model.pth.lora")
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("global_step5/mp_rank_00_model_states.pt", r"a checkpoint of DeepSpeed.*zero_to_fp32"),
+        ("zero/model.lora_A/fp32.pt", r"a universal checkpoint of DeepSpeed.*made of"),
+        ("pytorch_model_fsdp_0/__0_0.distcp", r"a distributed checkpoint of PyTorch.*accelerate merge-weights"),
+    ],
+)
+def test_parts_of_tensors_are_not_read_and_what_joins_them_is_said(tmp_path: Path, file: str, message: str) -> None:
+    (tmp_path / file).parent.mkdir(parents=True)
+    torch.save({}, tmp_path / file)
+    with pytest.raises(AdapterError, match=message):
+        convert(tmp_path)
+    whole = lk.Adapter(folders.config(), folders.tensors())
+    whole.save(tmp_path / "beside")
+    for name in (WEIGHTS, CONFIG):
+        (tmp_path / "beside" / name).rename(tmp_path / name)
+    assert convert(tmp_path) == whole
+
+
+def sharded(folder: Path, source: Path) -> Path:
+    """An adapter with every other tensor in a second file, and an index."""
+    folder.mkdir()
+    tensors = safetensors.torch.load_file(source / WEIGHTS)
+    weight_map = {key: f"adapter_model-0000{number % 2 + 1}-of-00002.safetensors" for number, key in enumerate(tensors)}
+    for name in set(weight_map.values()):
+        part = {key: tensors[key] for key, file in weight_map.items() if file == name}
+        safetensors.torch.save_file(part, folder / name)
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / CONFIG).write_text((source / CONFIG).read_text())
+    return folder
+
+
+def test_an_adapter_in_several_files_is_the_same_adapter(tmp_path: Path) -> None:
+    whole = lk.Adapter(folders.config(), folders.tensors())
+    whole.save(tmp_path / "whole")
+    parts = sharded(tmp_path / "parts", tmp_path / "whole")
+    assert convert(parts) == whole
+    next(parts.glob("*-00002-of-00002.safetensors")).unlink()
+    with pytest.raises(AdapterError, match="names files that are missing: adapter_model-00002"):
+        convert(parts)
+    for named in ('"../other.safetensors"', "[]", "3"):
+        (parts / f"{WEIGHTS}.index.json").write_text(f'{{"weight_map": {{"x": {named}}}}}')
+        with pytest.raises(AdapterError, match="does not name files beside it"):
+            convert(parts)
 
 
 def test_inspect_explains_what_would_not_load(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def front_matter(folder: Path) -> dict[str, object]:
 
 
 def save_encoder(folder: Path) -> Path:
-    tiny.bert().base_model.save_pretrained(folder)
+    tiny.bert().base_model.save_pretrained(folder)  # type: ignore[operator]
     texts.bert_tokenizer().save_pretrained(folder)
     return folder
 

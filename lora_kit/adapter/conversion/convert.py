@@ -11,6 +11,7 @@ from typing import Final
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.conversion.foreign_files import ForeignFiles
 from lora_kit.adapter.conversion.formats import ConversionHints, TranslatedAdapter, from_loralib, from_mlx, from_peft
+from lora_kit.adapter.conversion.other_tools import refuse_other_tools
 from lora_kit.errors import AdapterError, ConfigError, LoraKitError, format_list
 from lora_kit.io.text import escape_text
 
@@ -22,7 +23,6 @@ _LAYOUTS: Final[Mapping[str, tuple[tuple[str, ...], _Translate]]] = {
     "PEFT": (("",), from_peft),
 }
 """Endings of the keys of each layout, and what translates it; with `lora_` in them, PEFT's keys may end in anything."""
-_DIFFUSION_SUFFIXES: Final = (".lora_down.weight", ".lora_up.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +113,7 @@ def _refuse_uncovered_layers(adapter: Adapter) -> None:
 def _recognize_layout(source: ForeignFiles) -> tuple[str, _Translate]:
     keys = list(source.tensors)
     shown = ", ".join(escape_text(key) for key in keys[:3]) or "none"
-    if any(key.endswith(_DIFFUSION_SUFFIXES) for key in keys):
-        raise AdapterError(f"{escape_text(source.weights)} has keys of a tool for diffusion models: {shown}")
+    refuse_other_tools(source.weights, keys)
     for layout, (endings, translate) in _LAYOUTS.items():
         if any(".lora_" in key and key.endswith(endings) for key in keys):
             return layout, translate
