@@ -148,7 +148,8 @@ def _build_plan_facts(plan: TrainPlan) -> list[tuple[str, str]]:
     if data.divided:
         cut += f"; {data.divided:,} conversations have a sample for each answer that is rendered differently later on"
     fewer = f" (memory ran out with {steps.micro_batch})" if measured.micro_batch != steps.micro_batch else ""
-    speed, accumulation = measured.tokens / measured.seconds, -(-steps.batch // measured.micro_batch)
+    speed, rows = measured.tokens / measured.seconds, measured.micro_batch * steps.processes
+    accumulation, shared = -(-steps.batch // rows), f" in each of {steps.processes} processes" * (steps.processes > 1)
     estimate = [("weights", memory.weights), ("trained", memory.trained), ("gradients", memory.gradients),
                 ("optimizer", memory.optimizer), ("activations", memory.activations)]  # fmt: skip
     facts = [
@@ -167,7 +168,7 @@ def _build_plan_facts(plan: TrainPlan) -> list[tuple[str, str]]:
             f"{steps.steps:,}, {steps.warmup:,} of them warm-up; {steps.per_epoch:,} for each pass over the data",
         ),
         ("learning rate", _format_rates(plan.recipe)),
-        ("batch", f"{steps.batch} samples: {measured.micro_batch} at once{fewer}, accumulation {accumulation}"),
+        ("batch", f"{steps.batch} samples: {measured.micro_batch} at once{shared}{fewer}, accumulation {accumulation}"),
         ("memory", f"{format_size(memory.total)} estimated, if all rows were as long as the longest"),
         *(("", f"{name}: {format_size(amount)}") for name, amount in estimate if amount),
         ("one step", f"{measured.seconds:.3f} s, {measured.tokens:,} tokens, {speed:,.0f} tokens/s, measured"),

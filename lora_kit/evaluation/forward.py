@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lora_kit.data.batches import IGNORE_INDEX, SAMPLE_WEIGHTS, Collator, EncodedDataset
 from lora_kit.evaluation.loss import LossHead, probe_head
+from lora_kit.evaluation.peers import NO_PEERS, Peers, merge_results, share_work
 from lora_kit.models.frozen_prefix import PrefixStates
 from lora_kit.models.tasks import GENERATIVE_KINDS, LABEL, LABEL_SET, TEXT_KINDS, VALUE
 from lora_kit.torch_utils import use_autocast, use_eval_mode
@@ -51,6 +52,7 @@ def run_forward(
     thresholds: Sequence[float] = (),
     frozen: PrefixStates | None = None,
     on_rows: Callable[[int], None] | None = None,
+    peers: Peers = NO_PEERS,
 ) -> ForwardResult:
     """Run a model over samples, with whatever adapter is active.
 
@@ -63,16 +65,17 @@ def run_forward(
         thresholds: of sets of labels: the least probability of each class that is predicted; empty for 0.5.
         frozen: what the model's frozen layers give for the samples; None to compute it.
         on_rows: called with the number of samples of each finished batch.
+        peers: processes that do the same, and share the batches.
     """
     device = next(model.parameters()).device
-    loss = torch.zeros((), dtype=torch.float64, device=device)
+    losses: dict[int, Tensor] = {}
     predicted: dict[int, tuple[int, ...]] = {}
     scores: dict[int, Tensor] = {}
     generative = samples.kind in GENERATIVE_KINDS
     options = {"use_cache": False} if generative else {}
     head: LossHead | None = None
     with use_eval_mode(model), torch.no_grad():
-        for indices in batch_by_length(samples.lengths, batch_size):
+        for number, indices in share_work(batch_by_length(samples.lengths, batch_size), peers):
             batch = collator([samples[index] for index in indices])
             inputs = {name: tensor.to(device) for name, tensor in batch.items()}
             labels = inputs.pop("labels")
@@ -82,14 +85,16 @@ def run_forward(
                 handed_on = contextlib.nullcontext() if frozen is None else frozen.replace_layers(indices, device)
                 with head.skip(), handed_on:
                     outputs = model(**inputs, **options).logits
-                loss += head.loss(outputs, labels).double()
+                losses[number] = head.loss(outputs, labels).double()
             if samples.kind in TEXT_KINDS:
                 scores |= zip(indices, compute_scores(outputs, samples.kind), strict=True)
             elif not generative:
                 predicted |= zip(indices, _predict_word_labels(outputs, labels), strict=True)
             if on_rows is not None:
                 on_rows(len(indices))
-    mean_loss = float(loss) / samples.num_labels
+    sums = merge_results({number: float(loss) for number, loss in losses.items()}, peers)
+    predicted, scores = merge_results(predicted, peers), merge_results(scores, peers)
+    mean_loss = sum(sums[number] for number in sorted(sums)) / samples.num_labels
     if samples.kind not in TEXT_KINDS:
         return ForwardResult(mean_loss, tuple(predicted[index] for index in sorted(predicted)))
     ordered = torch.stack([scores[index] for index in sorted(scores)])

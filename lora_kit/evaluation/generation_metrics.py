@@ -15,6 +15,7 @@ from lora_kit.data.rows import Rows
 from lora_kit.data.sample_format import PromptStyle
 from lora_kit.data.templates import ChatTemplate
 from lora_kit.errors import ConfigError, DataError
+from lora_kit.evaluation.peers import NO_PEERS, Peers, merge_results, share_work
 from lora_kit.generation.decoding import Completion, Sampling, generate_batch
 from lora_kit.generation.generate import route_rows
 from lora_kit.generation.prompts import EncodedPrompt, encode_prompt
@@ -152,6 +153,7 @@ def generate_completions(
     batch_size: int,
     autocast: torch.dtype | None = None,
     on_rows: Callable[[str], None] | None = None,
+    peers: Peers = NO_PEERS,
 ) -> dict[str, list[Completion]]:
     """Complete the prompts of all tasks by greedy decoding.
 
@@ -162,6 +164,7 @@ def generate_completions(
         batch_size: rows in one batch. A batch that one adapter does not fill takes rows of the next one.
         autocast: dtype to compute in; None for the model's own.
         on_rows: called with the label of each finished row.
+        peers: processes that do the same, and share the batches.
     """
     order = [
         (label, index)
@@ -170,7 +173,7 @@ def generate_completions(
         for index in sorted(range(len(task.rows)), key=lambda row: len(task.rows[row].ids), reverse=turn % 2 == 0)
     ]
     completions: dict[tuple[str, int], Completion] = {}
-    for start in range(0, len(order), batch_size):
+    for _, start in share_work(range(0, len(order), batch_size), peers):
         batch = order[start : start + batch_size]
         first = tasks[batch[0][0]]  # tasks of the same prompts and one base have the same limit
         rows = [tasks[label].rows[index] for label, index in batch]
@@ -185,4 +188,5 @@ def generate_completions(
             completions[key] = completion
             if on_rows is not None:
                 on_rows(key[0])
+    completions = merge_results(completions, peers)
     return {label: [completions[label, index] for index in range(len(task.rows))] for label, task in tasks.items()}

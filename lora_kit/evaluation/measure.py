@@ -13,6 +13,7 @@ import torch
 from lora_kit.data.batches import Collator, EncodedDataset
 from lora_kit.evaluation.forward import run_forward
 from lora_kit.evaluation.generation_metrics import GenerationTask, generate_completions
+from lora_kit.evaluation.peers import NO_PEERS, Peers
 from lora_kit.evaluation.sample_scores import score_samples
 from lora_kit.evaluation.scores import score_texts
 from lora_kit.models.frozen_prefix import PrefixStates
@@ -63,6 +64,7 @@ def measure(
     thresholds: Sequence[float] = (),
     task: GenerationTask | None = None,
     frozen: PrefixStates | None = None,
+    peers: Peers = NO_PEERS,
 ) -> Evaluation:
     """Measure a model with whatever adapter is active; its modes are left as they were.
 
@@ -74,10 +76,18 @@ def measure(
         thresholds: of sets of labels: the least probability of each class that is predicted; empty for 0.5.
         task: prompts for the metrics of generated texts; its base is that of the model.
         frozen: what the model's frozen layers give for the samples; None to compute it.
+        peers: processes that do the same, and share the batches.
     """
     started = time.perf_counter()
     forward = run_forward(
-        model, samples, collator, batch_size=batch_size, autocast=autocast, thresholds=thresholds, frozen=frozen
+        model,
+        samples,
+        collator,
+        batch_size=batch_size,
+        autocast=autocast,
+        thresholds=thresholds,
+        frozen=frozen,
+        peers=peers,
     )
     generative = samples.kind in GENERATIVE_KINDS
     further = [name for name in metrics if name not in ("loss", "perplexity", "accuracy", "mae")]
@@ -86,7 +96,7 @@ def measure(
         basic = "mae" if samples.kind == VALUE else "accuracy"
         scores = score_samples([basic, *further], samples, forward, labels=labels)
     elif task is not None and further:
-        completions = generate_completions({"": task}, batch_size=batch_size, autocast=autocast)[""]
+        completions = generate_completions({"": task}, batch_size=batch_size, autocast=autocast, peers=peers)[""]
         scores = score_texts(further, [completion.text for completion in completions], task.references)
     return Evaluation(
         loss=forward.loss,

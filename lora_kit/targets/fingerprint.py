@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import weakref
 from collections.abc import Collection, Mapping
 from typing import Final
 
@@ -24,6 +25,8 @@ _STEP: Final = 2**-7
 """Relative distance of neighboring bfloat16 values, at most."""
 _SMALLEST: Final = 2**-24
 """Absolute distance of neighboring float16 values near zero."""
+_KEPT: Final = weakref.WeakKeyDictionary[nn.Module, dict[str, object]]()
+"""Fingerprints of models whose weights several processes share."""
 
 
 def fingerprint(model: nn.Module, *, name: str | None = None) -> dict[str, object]:
@@ -35,6 +38,8 @@ def fingerprint(model: nn.Module, *, name: str | None = None) -> dict[str, objec
         `{"name", "structure": sha256, "weights": {parameter: hex}}`. The hex digits are evenly spaced values, rounded
         to bfloat16, big-endian. The prefix `float16:` marks values that were float16 before.
     """
+    if model in _KEPT:
+        return {**_KEPT[model], "name": name}
     layers = list(named_layers(model))
     owners = _find_owners(layers)
     names = sorted(owners)
@@ -45,6 +50,11 @@ def fingerprint(model: nn.Module, *, name: str | None = None) -> dict[str, objec
         "structure": _hash_structure(layers),
         "weights": {key: _sample(tensor) for key, tensor in sampled.items() if tensor is not None},
     }
+
+
+def keep_fingerprint(model: nn.Module) -> None:
+    """Let a model's fingerprint be what it is now: its weights will not be readable any more."""
+    _KEPT[model] = fingerprint(model)
 
 
 def list_base_mismatches(

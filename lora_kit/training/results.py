@@ -156,7 +156,8 @@ class StepCounts:
         per_epoch: steps of one pass over the data.
         batch: samples of a step.
         micro_batch: samples of a forward pass.
-        accumulation: forward passes of a step.
+        accumulation: forward passes of a step, in each process.
+        processes: number of processes that share the samples of a step.
     """
 
     steps: int
@@ -165,6 +166,7 @@ class StepCounts:
     batch: int
     micro_batch: int
     accumulation: int
+    processes: int = 1
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,13 @@ from lora_kit.training.job.output import check_output_available, check_output_wr
 from lora_kit.training.loop.checkpoints import Checkpoint, RunFolder, hash_json
 from lora_kit.training.loop.contexts import set_up_training
 from lora_kit.training.loop.oom_retry import translate_training_memory
+from lora_kit.training.loop.sharded_base import shard_base
 from lora_kit.training.loop.signals import StopRequest
 from lora_kit.training.loop.world import World, join_world
 from lora_kit.training.recipe.coerce import Section
 from lora_kit.training.recipe.load import RecipeSource, load_recipe
 from lora_kit.training.recipe.recipe import Recipe
+from lora_kit.training.recipe.sharding_checks import is_base_sharded
 from lora_kit.training.report.artifacts import build_result_files
 from lora_kit.training.report.samples import SampleAnswers
 from lora_kit.training.results import TrainReport, build_history
@@ -127,12 +129,16 @@ def _check_same_run(job: Job, world: World) -> None:
 
 
 def _train_and_save(trainable: TrainableJob, run: _Run, *, replace: bool) -> TrainReport:
-    samples = SampleAnswers(trainable.job) if run.world.is_first else None
+    job = trainable.job
+    is_shared = is_base_sharded(job.recipe.train)
+    samples = SampleAnswers(job) if run.world.is_first or is_shared else None
+    if is_shared:
+        shard_base(job.base.model)
     report = _build_report(trainable, _run_training(trainable, run), run.world)
+    answered = samples.after() if samples is not None else ()
 
     def save() -> str | None:
-        assert samples is not None
-        files = build_result_files(report, samples=samples.after(), num_labels=len(trainable.job.labels))
+        files = build_result_files(report, samples=answered, num_labels=len(job.labels))
         return trainable.save(report, files, replace=replace).digest
 
     return dataclasses.replace(report, digest=run.world.ask_first(save))
@@ -241,7 +247,9 @@ def _choose_thresholds(job: Job, trainer: ResumableLoop) -> tuple[float, ...]:
     if job.recipe.problem != MULTI_LABEL or job.validation is None:
         return ()
     size, autocast = trainer.args.per_device_eval_batch_size, trainer.autocast_dtype
-    forward = run_forward(job.base.model, job.validation, job.collator, batch_size=size, autocast=autocast)
+    forward = run_forward(
+        job.base.model, job.validation, job.collator, batch_size=size, autocast=autocast, peers=trainer.peers
+    )
     assert forward.scores is not None
     thresholds = choose_thresholds(forward.scores, job.validation.labels.view(len(job.validation), -1))
     listed = [f"{label} {threshold:.3g}" for label, threshold in zip(job.labels, thresholds, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import socket
@@ -16,6 +17,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from lora_kit.training.loop.store_exchange import StoreExchange
 from lora_kit.training.loop.world import World
 
 SECONDS = 60
@@ -31,11 +33,11 @@ def in_threads(work: Callable[[World], Any], *, size: int = 2) -> list[Any]:
         def all_reduce(tensor: Tensor) -> None:
             group.allreduce([tensor]).wait()
 
-        world = World(rank, size, store=store, all_reduce=all_reduce)
+        world = World(rank, size, exchange=StoreExchange(store), all_reduce=all_reduce)
         try:
             results[rank] = work(world)
         except BaseException as error:
-            results[rank] = world.agree_on(error)
+            results[rank] = world.agree_on(error).with_traceback(None)
 
     threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
     for thread in threads:
@@ -55,6 +57,11 @@ def in_processes(work: Callable[[], Any], *, size: int = 2) -> list[Any]:
     return [_collect(*child) for child in children]
 
 
+def get_rank() -> int:
+    """Return the number of a child of `in_processes`."""
+    return int(os.environ["TEST_RANK"])
+
+
 def _start_child(work: Callable[[], Any], rank: int, size: int, *, port: int) -> tuple[int, int]:
     """Return the process id of a child and the pipe through which it gives its result."""
     read, write = os.pipe()
@@ -62,7 +69,15 @@ def _start_child(work: Callable[[], Any], rank: int, size: int, *, port: int) ->
     if child:
         os.close(write)
         return child, read
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    gc.freeze()  # what has threads, as groups of gloo do, cannot be freed in a child
+    names = {
+        "TEST_RANK": rank,
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     os.environ |= {name: str(value) for name, value in names.items()}
     code = 1
     try:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+import queue
+import time
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from accelerate import skip_first_batches
 from torch import nn
 
 from lora_kit.errors import REPORTED_ELSEWHERE, RecipeError, StorageError
 from lora_kit.training.loop import world as module
-from lora_kit.training.loop.dealt_batches import DealtBatches, take_share
-from lora_kit.training.loop.world import ALONE, PeerError, World, join_world
+from lora_kit.training.loop.dealt_batches import DealtBatches, deal_batches, take_share
+from lora_kit.training.loop.heartbeat import Heartbeat
+from lora_kit.training.loop.store_exchange import PeerError
+from lora_kit.training.loop.world import ALONE, World, join_world
 from tests.support.worlds import in_threads
 
 
@@ -26,7 +32,7 @@ def test_values_are_gathered_in_the_order_of_the_processes_and_no_key_is_left() 
     def gather(world: World) -> tuple[list[list[int]], int]:
         values = [world.gather(10 * turn + world.rank) for turn in range(5)]
         world.meet()
-        return values, world._store.num_keys()  # type: ignore[union-attr]
+        return values, world._exchange._store.num_keys()
 
     for values, keys in in_threads(gather, size=3):
         assert values == [[10 * turn + rank for rank in range(3)] for turn in range(5)]
@@ -99,7 +105,7 @@ def test_a_process_that_is_slow_to_notice_leaves_the_report_to_another(monkeypat
 
     def fail(world: World) -> None:
         if world.rank == 0:
-            module.time.sleep(0.5)
+            time.sleep(0.5)
             raise PeerError("late")
         raise RecipeError("early")
 
@@ -133,8 +139,51 @@ def test_rows_are_dealt_in_their_order_and_a_short_batch_as_evenly_as_it_goes() 
         assert [row for share in shares for row in share] == batch
 
 
+def test_the_epoch_reaches_the_sampler_behind_a_dealt_loader() -> None:
+    class Sampler(torch.utils.data.SequentialSampler):
+        epoch = 0
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+    sampler = Sampler(range(4))
+    loader = deal_batches(torch.utils.data.DataLoader(range(4), 2, sampler=sampler), ALONE)  # type: ignore[arg-type]
+    skipping = skip_first_batches(loader, 1)
+    for epoch, each in enumerate((loader, skipping), start=1):
+        each.batch_sampler.batch_sampler.set_epoch(epoch)
+        assert sampler.epoch == epoch
+
+
 def test_shares_are_the_whole() -> None:
     for count in range(12):
         shares = [take_share(range(count), World(rank, 5)) for rank in range(5)]
         assert [row for share in shares for row in share] == list(range(count))
         assert max(map(len, shares)) == math.ceil(count / 5)
+
+
+def test_a_process_that_beats_no_more_is_noticed_and_one_that_is_only_slow_is_not() -> None:
+    store, lost = dist.HashStore(), queue.Queue[tuple[int, int | None]]()
+
+    def start(rank: int) -> Heartbeat:
+        beat = Heartbeat(
+            store, rank, 3, on_lost=lambda other: lost.put((rank, other)), beat_seconds=0.02, lost_seconds=0.6
+        )
+        beat.start()
+        return beat
+
+    beats = [start(rank) for rank in range(3)]
+    time.sleep(0.8)  # longer than what counts as lost
+    assert lost.empty()
+    beats[2].stop()
+    assert {lost.get(timeout=20), lost.get(timeout=20)} == {(0, 2), (1, 2)}
+
+
+def test_a_store_that_is_gone_is_noticed() -> None:
+    lost = queue.Queue[int | None]()
+
+    class Gone(dist.HashStore):
+        def set(self, *_: object) -> None:
+            raise dist.DistNetworkError("Connection reset by peer")
+
+    Heartbeat(Gone(), 0, 2, on_lost=lost.put, beat_seconds=0.02, lost_seconds=0.2).start()
+    assert lost.get(timeout=20) is None

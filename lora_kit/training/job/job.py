@@ -42,6 +42,7 @@ from lora_kit.training.loop.run_differences import PROCESSES, identify_batch
 from lora_kit.training.recipe.class_weights import compute_class_weights
 from lora_kit.training.recipe.objectives import KTO, REWARD, REWARD_LABEL, SFT, reason_not_shareable
 from lora_kit.training.recipe.recipe import Recipe
+from lora_kit.training.recipe.sharding_checks import check_processes
 from lora_kit.training.recipe.training_arguments import best_metric_of, check_reporting
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ class Job:
             RecipeError, DataError, BaseModelError: what is wrong, or does not go together.
         """
         check_reporting(recipe.train)
-        _check_shareable(recipe, processes)
+        _check_processes(recipe, processes, is_base_given=base is not None)
         start = load_starting_adapter(recipe)
         if start is not None:
             recipe = recipe.replace(lora=dataclasses.replace(start.config, lora_dropout=recipe.lora.lora_dropout))
@@ -275,8 +276,9 @@ def _build_generation_task(
     return build_generation_task(base, collect_eval_prompts(rows, learn=recipe.data.learn), sample_format.style)
 
 
-def _check_shareable(recipe: Recipe, processes: int) -> None:
-    """Raise RecipeError where several processes cannot share the rows of a batch."""
+def _check_processes(recipe: Recipe, processes: int, *, is_base_given: bool) -> None:
+    """Raise RecipeError where several processes cannot share the rows of a batch, or the base."""
+    check_processes(recipe.train, processes=processes, is_base_given=is_base_given)
     reason = reason_not_shareable(recipe.objective, recipe.train) if processes > 1 else None
     if reason:
         raise RecipeError(f"{reason}: {processes} processes cannot share them", hint="train in one process")

@@ -81,7 +81,7 @@ def _list_configs_with_pad(model: PreTrainedModel) -> list[Any]:
 
 def stop_gradient_checkpointing(model: PreTrainedModel) -> list[nn.Module]:
     """Turn gradient checkpointing off, and return the layers that were checkpointed; none where it was off."""
-    return _find_repeated_layers(model) if _disable_gradient_checkpointing(model) else []
+    return find_repeated_layers(model) if _disable_gradient_checkpointing(model) else []
 
 
 def _disable_gradient_checkpointing(model: PreTrainedModel) -> bool:
@@ -130,7 +130,7 @@ def compile_layers(model: nn.Module) -> Iterator[None]:
     """
     import torch._dynamo
 
-    layers = _find_repeated_layers(model)
+    layers = find_repeated_layers(model)
     before = [layer._compiled_call_impl for layer in layers]
     # All layers share their code, so its graphs (with and without gradients, masks, several rows) count as one layer's.
     with torch._dynamo.config.patch(recompile_limit=64):
@@ -143,10 +143,10 @@ def compile_layers(model: nn.Module) -> Iterator[None]:
                 layer._compiled_call_impl = call
 
 
-def _find_repeated_layers(model: nn.Module) -> list[nn.Module]:
+def find_repeated_layers(model: nn.Module) -> list[nn.Module]:
     """Return the largest list of modules of one class: the layers of the decoder (or encoder)."""
     lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
     same = [layers for layers in lists if len({type(layer) for layer in layers}) == 1]
     if not same:
-        raise BaseModelError(f"{type(model).__name__} has no repeated layers to compile", hint="compile: false")
+        raise BaseModelError(f"{type(model).__name__} has no repeated layers", hint="compile: false, and no train.fsdp")
     return max(same, key=lambda layers: sum(p.numel() for layer in layers for p in layer.parameters()))

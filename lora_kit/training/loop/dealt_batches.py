@@ -42,6 +42,11 @@ class DealtBatches(Sampler[list[int]]):
     def __len__(self) -> int:
         return len(self._batches)  # type: ignore[arg-type]
 
+    @property
+    def batch_sampler(self) -> DealtBatches:
+        """This object: transformers sets the epoch of what lies behind the sampler of a loader."""
+        return self
+
     def set_epoch(self, epoch: int) -> None:
         """Pass on the number of the epoch, on which the order of rows may depend."""
         for part in (self._batches, getattr(self._batches, "sampler", None)):

@@ -41,6 +41,11 @@ def split_by_length(batch: Mapping[str, Tensor], *, computed: float = 1.0) -> li
     ]
 
 
+def trim_batch(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a batch as one part, its rows in their order."""
+    return _trim_padding(batch, length=int(batch["attention_mask"].sum(1).max()))
+
+
 def _trim_padding(part: Mapping[str, Tensor], *, length: int) -> dict[str, Tensor]:
     """Return a part without the padding that all its rows have; a decoder's tensors have a length of their own."""
     decoder_length = int((part["labels"] != IGNORE_INDEX).sum(1).max()) if "decoder_input_ids" in part else length

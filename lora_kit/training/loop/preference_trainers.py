@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,6 +21,7 @@ from torch.utils.data import Dataset
 from lora_kit.data.preference_samples import PreferenceDataset
 from lora_kit.errors import StorageError
 from lora_kit.evaluation.measure import Evaluation
+from lora_kit.evaluation.peers import average_batches, merge_results, share_work
 from lora_kit.torch_utils import is_out_of_memory, use_eval_mode
 from lora_kit.training.loop.oom_retry import LabelCount
 from lora_kit.training.loop.resumable import ResumableLoop
@@ -133,9 +133,9 @@ class PreferenceLoop(ResumableLoop):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Return the batches of the next step; note how large this process's shares of their rows are."""
         batches, labels = super().get_batch_samples(*args, **kwargs)
-        if self._world.size > 1:
+        if self.world.size > 1:
             own = torch.tensor([float(_count_rows(batch)) for batch in batches], device=self.args.device)
-            self._row_shares = (own / self._world.sum(own)).tolist()
+            self._row_shares = (own / self.world.sum(own)).tolist()
         return batches, labels
 
     @contextlib.contextmanager
@@ -156,13 +156,13 @@ class PreferenceLoop(ResumableLoop):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log metrics; what TRL has counted is that of all processes."""
-        if self._world.size > 1 and "loss" in logs:
+        if self.world.size > 1 and "loss" in logs:
             self._merge_metrics()
         super().log(logs, start_time)
 
     def _merge_metrics(self) -> None:
         metrics = self._get_metrics("train")
-        each = self._world.gather({name: list(values) for name, values in metrics.items()})
+        each = self.world.gather({name: list(values) for name, values in metrics.items()})
         for name in {name for values in each for name in values}:
             values = [value for process in each for value in process.get(name, [])]
             metrics[name] = [sum(values)] if name == "num_tokens" else values
@@ -182,13 +182,11 @@ class PreferenceLoop(ResumableLoop):
         if self.eval_dataset is None:
             return None
         started = time.perf_counter()
-        sums, weights = defaultdict[str, float](float), defaultdict[str, float](float)
+        measured: dict[int, dict[str, tuple[float, float]]] = {}
         with use_eval_mode(self.model), torch.no_grad(), _preserve_values(self._get_metrics("eval")):
-            for rows in self._iterate_validation():
-                for name, (value, weight) in self._measure_batch(rows).items():
-                    sums[name] += value * weight
-                    weights[name] += weight
-        means = {name: sums[name] / weights[name] for name in sums}
+            for number, rows in share_work(self._iterate_validation(), self.world):
+                measured[number] = self._measure_batch(rows)
+        means = average_batches(merge_results(measured, self.world))
         return Evaluation(
             loss=means.pop("loss"),
             labels=self._answer_tokens,

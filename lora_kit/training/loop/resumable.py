@@ -83,17 +83,17 @@ class ResumableLoop(TrainingLoop):
             self.train()
         else:
             self._resume(checkpoint)
-        self._run.stop.agree([max(counts) for counts in zip(*self._world.gather(self._count_signals()), strict=True)])
+        self._run.stop.agree([max(counts) for counts in zip(*self.world.gather(self._count_signals()), strict=True)])
         self._load_result()
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         logger.info("resuming from step %d in %s", checkpoint.step, escape_text(checkpoint.folder))
         if not (checkpoint.folder / LOOP).is_file():
-            what = f"process {self._world.rank} finds no checkpoint {escape_text(checkpoint.folder)}"
+            what = f"process {self.world.rank} finds no checkpoint {escape_text(checkpoint.folder)}"
             raise StorageError(what, hint="the output has to be in a folder that every machine has")
         loop: LoopState = torch.load(checkpoint.folder / LOOP, map_location="cpu", weights_only=True)
         self.resumed, self.seconds_before = checkpoint.step, loop["seconds"]
-        self._own_state = choose_state(loop, self._world.rank)
+        self._own_state = choose_state(loop, self.world.rank)
         if self._own_state is None:  # there was no such process before
             self.restore_counts({**loop, "micro_batch": self.micro_batch})
             self._draw_apart(checkpoint.step)
@@ -111,8 +111,8 @@ class ResumableLoop(TrainingLoop):
 
     def _draw_apart(self, step: int) -> None:
         """Have the processes after the first draw dropout of their own. The first draws as a process alone does."""
-        if not self._world.is_first:
-            transformers.set_seed(self.args.seed + self._world.rank + 2**16 * step)
+        if not self.world.is_first:
+            transformers.set_seed(self.args.seed + self.world.rank + 2**16 * step)
 
     # Writing: called by transformers.Trainer
 
@@ -127,8 +127,8 @@ class ResumableLoop(TrainingLoop):
             return
         self._is_save_pending = False
         self._check_weights()
-        self._states = self._world.gather(self._collect_state())
-        self._world.ask_first(self._write_checkpoint)
+        self._states = self.world.gather(self._collect_state())
+        self.world.ask_first(self._write_checkpoint)
         self._run.stop.obey()
 
     def _write_checkpoint(self) -> None:

@@ -13,6 +13,8 @@ PROCESSES: Final = "processes"
 """The key of the environment under which the number of processes is."""
 STEP_ROWS: Final = "rows of a step"
 """The key of an identity under which the global batch is."""
+_FSDP: Final = "fsdp"
+"""The key of `train` that decides where the base's weights are, and nothing of the result."""
 _ROWS: Final = "per_device_train_batch_size"
 _BATCH_KEYS: Final[Mapping[str, int]] = {_ROWS: 8, "gradient_accumulation_steps": 1}
 """Keys of `train` that say how many rows a step has, with the defaults of transformers."""
@@ -61,7 +63,7 @@ def describe_run_differences(
 def identify_batch(train: Mapping[str, object], processes: int) -> dict[str, object]:
     """Return what an identity says of `train` and of the batches: as of one process that has the rows of all."""
     rows = {_ROWS: processes * _get_number(train, _ROWS)} if processes > 1 else {}
-    train = {**train, **rows}
+    train = {key: value for key, value in {**train, **rows}.items() if key != _FSDP}
     return {"train": train, STEP_ROWS: _count_step_rows(train)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -17,10 +18,11 @@ from lora_kit.data.packing import PackedDataset
 from lora_kit.evaluation.loss import LossHead, probe_head
 from lora_kit.evaluation.measure import Evaluation, measure
 from lora_kit.models.frozen_prefix import PrefixStates, estimate_saved_share
-from lora_kit.torch_utils import use_autocast
+from lora_kit.torch_utils import translate_out_of_memory, use_autocast
 from lora_kit.training.loop.frozen_modules import find_modules_without_gradient
-from lora_kit.training.loop.length_buckets import count_batch_tokens, split_by_length
+from lora_kit.training.loop.length_buckets import count_batch_tokens, split_by_length, trim_batch
 from lora_kit.training.loop.oom_retry import Batch, LabelCount, MicroBatches, sum_losses
+from lora_kit.training.loop.sharded_base import is_sharded
 from lora_kit.training.loop.training_loop import TrainingLoop
 from lora_kit.training.prefix.prefix_cache import SamplesWithStates
 from lora_kit.training.prefix.prefix_choice import TRAIN, VALIDATION, PrefixCache, PrefixChoice
@@ -113,6 +115,7 @@ class Trainer(TrainingLoop):
             batch_size=self.args.per_device_eval_batch_size,
             autocast=self.autocast_dtype,
             thresholds=thresholds,
+            peers=self.peers,
             frozen=self._prefix_states.get(VALIDATION),
             **self._measure_options,
         )
@@ -145,7 +148,7 @@ class Trainer(TrainingLoop):
             splits: the samples, by the name of their file.
             passes: how often the training goes through its samples.
         """
-        if self._world.size > 1:
+        if self.world.size > 1:
             return PrefixChoice(None, "several processes share the rows")
         if self.args.neftune_noise_alpha:
             return PrefixChoice(None, "the noise on the embeddings is another in every step")
@@ -189,10 +192,10 @@ class Trainer(TrainingLoop):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> LabelCount:
         """Return what the loss of a step is divided by: the number of labels of all processes, or their weights."""
         count = self._count_labels([batch for batch in batch_samples if batch], device)
-        if self._world.size == 1:
+        if self.world.size == 1:
             return count
         total = torch.as_tensor(0 if count is None else count, dtype=torch.float64, device=device)
-        return self._world.sum(total).float()
+        return self.world.sum(total).float()
 
     def _count_labels(self, batch_samples: list[Any], device: torch.device) -> LabelCount:
         if self._head.label_loss is None:
@@ -211,7 +214,9 @@ class Trainer(TrainingLoop):
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: LabelCount = None
     ) -> Tensor:
         """Run forward and backward of a batch; where memory runs out, repeat the step with fewer rows at once."""
-        if not inputs:  # of a short last batch other processes have all rows
+        if is_sharded(self.model):
+            loss, tokens = self._run_with_others(inputs, num_items_in_batch)
+        elif not inputs:  # of a short last batch other processes have all rows
             loss, tokens = torch.zeros_like(self._loss_sum), torch.zeros_like(self._tokens_seen)
         else:
             loss = self._micro.run_batch(inputs, num_items_in_batch)
@@ -221,21 +226,39 @@ class Trainer(TrainingLoop):
 
     def _forward_and_backward(self, batch: Batch, label_count: LabelCount) -> Tensor:
         step, model = super().training_step, self.model_wrapped
-        parts = split_by_length(batch, computed=self._computed_share)
-        return sum_losses([step(model, part, label_count) for part in parts])
+        return sum_losses([step(model, part, label_count) for part in self._split(batch)])
+
+    def _split(self, batch: Batch) -> list[dict[str, Tensor]]:
+        """Return a batch in parts of similar lengths; whole where every forward needs those of all processes."""
+        if is_sharded(self.model):
+            return [trim_batch(batch)]
+        return split_by_length(batch, computed=self._computed_share)
+
+    def _run_with_others(self, inputs: Batch, label_count: LabelCount) -> tuple[Tensor, Tensor]:
+        """Run one forward and backward, as every process does; without rows, on one that counts for nothing."""
+        hint = "halve train.per_device_train_batch_size and double train.gradient_accumulation_steps"
+        what = (
+            f"memory ran out with {self.micro_batch} rows at once, which train.fsdp cannot split in one process alone"
+        )
+        with translate_out_of_memory(what, hint=hint):
+            if inputs:
+                loss = self._forward_and_backward(inputs, label_count)
+                return loss, count_batch_tokens(inputs).to(self._tokens_seen.device)
+            loss = self._forward_and_backward(self._collator([self._train[0]]), torch.tensor(math.inf))
+            return loss, torch.zeros_like(self._tokens_seen)
 
     def compute_sample_loss(self, samples: list[dict[str, Tensor]]) -> Tensor:
         """Return the loss of some samples as one micro-batch, summed over labels, with its graph: ()."""
         batch = {name: tensor.to(self.args.device) for name, tensor in self._collator(samples).items()}
         with self.compute_loss_context_manager():
             return sum_losses(
-                [self.compute_loss(self.model_wrapped, part, num_items_in_batch=1) for part in split_by_length(batch)]
+                [self.compute_loss(self.model_wrapped, part, num_items_in_batch=1) for part in self._split(batch)]
             )
 
     def _log_halved_batch(self, rows: int) -> None:
         """Log it at once, or, where other processes do not know of it yet, when the step is done."""
         self._has_halved = True
-        if self._world.size == 1:
+        if self.world.size == 1:
             self._log_halving(rows, "memory ran out; it is repeated with")
 
     def _collect_notes(self) -> list[int]:
@@ -246,8 +269,8 @@ class Trainer(TrainingLoop):
         super()._take_notes(before)
         self._has_halved = False
         if halved:
-            rows = min(self._world.gather(self.micro_batch))
-            self._log_halving(rows, f"memory ran out in {halved} of {self._world.size} processes; one continues with")
+            rows = min(self.world.gather(self.micro_batch))
+            self._log_halving(rows, f"memory ran out in {halved} of {self.world.size} processes; one continues with")
 
     def _log_halving(self, rows: int, what: str) -> None:
         step, times = self.state.global_step + 1, -(-super().micro_batch // rows)

@@ -16,10 +16,12 @@ from transformers.integrations.neftune import deactivate_neftune
 
 from lora_kit.errors import VerificationError
 from lora_kit.evaluation.measure import Evaluation
+from lora_kit.evaluation.peers import NO_PEERS, Peers
 from lora_kit.torch_utils import read_peak_bytes, use_eval_mode
 from lora_kit.training.loop.dealt_batches import deal_batches
 from lora_kit.training.loop.learning_rates import ONE_RATE, LearningRates
 from lora_kit.training.loop.progress import TrainingProgress
+from lora_kit.training.loop.sharded_base import is_sharded
 from lora_kit.training.loop.world import ALONE, World
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ class TrainingLoop(transformers.Trainer):
         world: the processes that share the rows of each batch; their gradients are summed before they are clipped.
 
     Attributes:
+        world: the processes.
         evaluations: (step, Evaluation) of each evaluation during training.
         evaluating_seconds: wall time of these evaluations.
     """
@@ -63,7 +66,7 @@ class TrainingLoop(transformers.Trainer):
         if getattr(model, "is_quantized", False):
             # Tells transformers that a quantized base has adapters; `preserve_model_settings` removes the mark.
             model._hf_peft_config_loaded = True
-        self._progress, self._rates, self._world = TrainingProgress(), rates, world
+        self._progress, self._rates, self.world = TrainingProgress(), rates, world
         super().__init__(model=model, args=args, callbacks=[self._progress, *callbacks], **options)
         # Both callbacks print to standard output.
         self.remove_callback(transformers.ProgressCallback)
@@ -76,6 +79,11 @@ class TrainingLoop(transformers.Trainer):
         self.evaluating_seconds = 0.0
 
     @property
+    def peers(self) -> Peers:
+        """The processes that share an evaluation; of a sharded base each has to run every forward."""
+        return NO_PEERS if is_sharded(self.model) else self.world
+
+    @property
     def tokens(self) -> int:
         """Number of tokens that all processes have trained on so far, without padding."""
         return int(self._tokens_seen)
@@ -83,7 +91,7 @@ class TrainingLoop(transformers.Trainer):
     @property
     def micro_batch(self) -> int:
         """Rows of a forward pass, at most."""
-        return -(-self.args.train_batch_size // self._world.size)
+        return -(-self.args.train_batch_size // self.world.size)
 
     def close(self) -> None:
         """Remove the progress bar from the terminal, and the noise of NEFTune, which a training that failed leaves."""
@@ -126,11 +134,11 @@ class TrainingLoop(transformers.Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the batches of the training, of which each process takes its share."""
         loader = super().get_train_dataloader()
-        return loader if self._world.size == 1 else deal_batches(loader, self._world)
+        return loader if self.world.size == 1 else deal_batches(loader, self.world)
 
     def _end_batch(self, loss: Tensor, tokens: Tensor | int) -> None:
         """Count a batch after its backward; after the last one of a step, add up what the processes have."""
-        if self._world.size == 1:
+        if self.world.size == 1:
             self._loss_sum += loss
             self._tokens_seen += tokens
             return
@@ -145,7 +153,7 @@ class TrainingLoop(transformers.Trainer):
         notes = [torch.tensor(float(note)) for note in self._collect_notes()]
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         numbers = [loss, tokens // _EXACT, tokens % _EXACT, *notes]
-        total, high, low, *sums = self._world.sum_gradients(parameters, numbers)
+        total, high, low, *sums = self.world.sum_gradients(parameters, numbers)
         self._loss_sum += total
         self._tokens_seen += high.long() * _EXACT + low.long()
         self._step_loss, self._step_tokens = torch.zeros_like(loss), torch.zeros_like(tokens)
@@ -217,7 +225,7 @@ class TrainingLoop(transformers.Trainer):
         since_tokens, since_seconds = self._speed_baseline
         return {
             "tokens_per_second": round((tokens - since_tokens) / (seconds - since_seconds), 1),
-            "peak_bytes": max(self._world.gather(read_peak_bytes(self.args.device))),
+            "peak_bytes": max(self.world.gather(read_peak_bytes(self.args.device))),
         }
 
     def _restart_averages(self, step: int, loss: Tensor | None = None) -> None:

@@ -10,12 +10,12 @@ has failed. A process that fails leaves its error there, and all raise it.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
-import math
 import os
 import pickle
-import time
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Final, TypeVar
@@ -24,9 +24,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lora_kit.errors import REPORTED_ELSEWHERE, StorageError
+from lora_kit.errors import REPORTED_ELSEWHERE, LoraKitError, StorageError
 from lora_kit.models.silence import use_log_level
 from lora_kit.training.loop.flat_sum import sum_gradients
+from lora_kit.training.loop.heartbeat import Heartbeat
+from lora_kit.training.loop.store_exchange import (
+    FAILURE,
+    PeerError,
+    StoreExchange,
+    find_address,
+    translate_loss,
+)
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -34,17 +44,9 @@ _VARIABLES: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GR
 """What a launcher sets; it is hidden from libraries that would act on it."""
 _TIMEOUT: Final = timedelta(hours=1)
 """Of a sum of gradients: a process may wait for one that halves its rows; what was lost is found otherwise."""
-_POLL_SECONDS: Final = (0.0005, 0.02)
-"""Least and most time between two looks at the store. To wait in the store would print a warning of torch's own."""
 _PATIENCE: Final = 3.0
 """Seconds in which the first process reports a failure; then another one does."""
-_PART: Final = 2**22
-"""Bytes under one key of a store, which takes 8 MiB at most."""
-_FAILURE, _SPEAKER = "failure", "speaker"
-
-
-class PeerError(Exception):
-    """Another process has failed, or was lost; `World.agree_on` says which error all raise."""
+_SPEAKER: Final = "speaker"
 
 
 class World:
@@ -55,7 +57,7 @@ class World:
     Args:
         rank: number of this process, from 0.
         size: number of processes.
-        store: of the launcher; None for a process alone.
+        exchange: passes values between them; None for a process alone.
         all_reduce: replaces a tensor by its sum over all processes, in place.
 
     Attributes:
@@ -69,19 +71,23 @@ class World:
         rank: int = 0,
         size: int = 1,
         *,
-        store: dist.Store | None = None,
+        exchange: StoreExchange | None = None,
         all_reduce: Callable[[Tensor], object] = dist.all_reduce,
     ) -> None:
         self.rank, self.size = rank, size
         self.describe_resume: Callable[[], str] = lambda: ""
-        self._store, self._all_reduce = store, all_reduce
+        self._maybe_exchange, self._all_reduce = exchange, all_reduce
         self._turn = 0
-        self._own_keys: list[str] = []
 
     @property
     def is_first(self) -> bool:
         """Whether this is the process that locks, decides, writes and reports."""
         return self.rank == 0
+
+    @property
+    def _exchange(self) -> StoreExchange:
+        assert self._maybe_exchange is not None
+        return self._maybe_exchange
 
     # Values
 
@@ -92,9 +98,9 @@ class World:
         self._turn += 1
         if self.is_first:
             value = ask()
-            self._put(f"{self._turn}", value)
+            self._exchange.put(f"{self._turn}", value)
             return value
-        answer: T = self._take(f"{self._turn}")
+        answer: T = self._exchange.take(f"{self._turn}")
         return answer
 
     def gather(self, value: T) -> list[T]:
@@ -102,13 +108,10 @@ class World:
         if self.size == 1:
             return [value]
         self._turn += 1
-        before = self._own_keys
-        self._own_keys = []
-        self._put(f"{self._turn}/{self.rank}", value)
-        values: list[T] = [self._take(f"{self._turn}/{rank}") for rank in range(self.size)]
-        assert self._store is not None
-        for key in before:  # every process has come here, so it has read what was given before
-            self._store.delete_key(key)
+        before = self._exchange.take_own_keys()
+        self._exchange.put(f"{self._turn}/{self.rank}", value)
+        values: list[T] = [self._exchange.take(f"{self._turn}/{rank}") for rank in range(self.size)]
+        self._exchange.delete(before)  # every process has come here, so it has taken what was given before
         return values
 
     @contextlib.contextmanager
@@ -118,6 +121,11 @@ class World:
             self.meet()
             yield
 
+    def exchange_addresses(self) -> None:
+        """Find out where the other processes are, and so whether they are still there."""
+        addresses = self.gather(find_address())
+        self._exchange.addresses = [address for rank, address in enumerate(addresses) if rank != self.rank]
+
     def meet(self) -> None:
         """Wait until every process is here.
 
@@ -126,43 +134,6 @@ class World:
         """
         self.gather(None)
 
-    def _put(self, key: str, value: object) -> None:
-        assert self._store is not None
-        data = pickle.dumps(value)
-        parts = [data[start : start + _PART] for start in range(0, len(data), _PART)]
-        with _translate_loss():
-            for number, part in enumerate(parts):
-                self._store.set(f"{key}.{number}", part)  # type: ignore[arg-type] # torch takes bytes, too
-            self._store.set(key, str(len(parts)))
-        self._own_keys += [key, *(f"{key}.{number}" for number in range(len(parts)))]
-
-    def _take(self, key: str) -> T:  # type: ignore[type-var]
-        with _translate_loss():
-            self._wait(key)
-            assert self._store is not None
-            count = int(self._store.get(key))
-            data = b"".join(self._store.get(f"{key}.{number}") for number in range(count))
-        value: T = pickle.loads(data)
-        return value
-
-    def _wait(self, key: str, *, seconds: float = math.inf) -> bool:
-        """Wait for a key; return whether it is there.
-
-        Raises:
-            PeerError: another process has failed, which has not set the key.
-        """
-        assert self._store is not None
-        pause, most = _POLL_SECONDS
-        end = time.monotonic() + seconds
-        while not self._store.check([key]):
-            if time.monotonic() > end:
-                return False
-            if seconds == math.inf and self._store.check([_FAILURE]):
-                raise PeerError("another process has failed")
-            time.sleep(pause)
-            pause = min(2 * pause, most)
-        return True
-
     # Tensors
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -170,7 +141,7 @@ class World:
         if self.size == 1:
             return tensor
         total = tensor.clone()
-        with _translate_loss():
+        with translate_loss():
             self._all_reduce(total)
         return total
 
@@ -186,7 +157,7 @@ class World:
         """
         if self.size == 1:
             return list(notes)
-        with _translate_loss():
+        with translate_loss():
             return sum_gradients(parameters, notes, all_reduce=self._all_reduce)
 
     # Failures
@@ -208,22 +179,34 @@ class World:
         return agreed
 
     def _find_failure(self, error: BaseException) -> BaseException:
-        assert self._store is not None
-        if not isinstance(error, PeerError):
-            own = pickle.dumps((self.rank, _make_portable(error)))
-            rank, first = pickle.loads(self._store.compare_set(_FAILURE, "", own))  # type: ignore[arg-type]
+        exchange = self._exchange
+        # Where one was killed, the launcher ends the others, and what they wait for fails.
+        is_consequence = not isinstance(error, LoraKitError) and exchange.has_gone()
+        is_loss = isinstance(error, PeerError) or is_consequence
+        if not is_loss:
+            rank, first = exchange.claim(FAILURE, (self.rank, _make_portable(error)))
             return error if rank == self.rank else first
-        if not self._wait(_FAILURE, seconds=_PATIENCE):
+        if not exchange.wait(FAILURE, seconds=_PATIENCE):
             return self._build_loss_error()
-        _, first = pickle.loads(self._store.get(_FAILURE))
-        return first
+        return exchange.claim(FAILURE, None)[1]
 
     def _claims_to_speak(self) -> bool:
         """Return whether this process is the one that reports the failure: the first, unless it is slow or lost."""
-        assert self._store is not None
         if not self.is_first:
-            self._wait(_SPEAKER, seconds=_PATIENCE)
-        return self._store.compare_set(_SPEAKER, "", str(self.rank)).decode() == str(self.rank)
+            self._exchange.wait(_SPEAKER, seconds=_PATIENCE)
+        return bool(self._exchange.claim(_SPEAKER, self.rank) == self.rank)
+
+    def end_process(self, lost: int | None) -> None:
+        """Report that a process was lost, and end this one, which may be waiting for it without an end."""
+        answer: list[BaseException] = []
+        ask = threading.Thread(target=lambda: answer.append(self.agree_on(PeerError())), daemon=True)
+        ask.start()
+        ask.join(3 * _PATIENCE)  # a store that is cut off does not answer
+        error = answer[0] if answer else self._build_loss_error()
+        if not getattr(error, REPORTED_ELSEWHERE, False):
+            record = logger.makeRecord(logger.name, logging.ERROR, __file__, 0, str(error), (), None)
+            logger.handle(record)  # only the first process logs, and it may be the one that is lost
+        os._exit(getattr(error, "exit_code", StorageError.exit_code))
 
     def _build_loss_error(self) -> StorageError:
         what = f"one of the {self.size} processes was lost: it was killed, or its machine cannot be reached"
@@ -251,20 +234,23 @@ def join_world() -> Iterator[World]:
         with _hide_launcher(), _silence_others(world):
             yield world
         return
-    world, leave = _connect()
+    world, heartbeat = _connect()
     _current = world
     try:
+        world.exchange_addresses()
         with _hide_launcher(), _silence_others(world):
             yield world
             world.meet()
     except BaseException as error:
         agreed = world.agree_on(error)
+        # The others may be waiting for a sum; that its connections close wakes them.
+        dist.destroy_process_group()
         if agreed is error:
             raise
         raise agreed from None
     finally:
         _current = None
-        leave()
+        heartbeat.stop()
 
 
 def _silence_others(world: World) -> contextlib.AbstractContextManager[None]:
@@ -272,19 +258,29 @@ def _silence_others(world: World) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if world.is_first else use_log_level("lora_kit", logging.CRITICAL + 1)
 
 
-def _connect() -> tuple[World, Callable[[], None]]:
-    """Return the world, and what leaves it."""
+def _connect() -> tuple[World, Heartbeat]:
+    """Return the world, and what shows the others that this process is alive.
+
+    The connections stay for the next training: a launcher's store does not let processes connect anew.
+    """
     global _joined
     _joined += 1
-    is_ours = not dist.is_initialized()
-    if is_ours:
+    if not dist.is_initialized():
         _choose_device()
         dist.init_process_group(_choose_backend(), timeout=_TIMEOUT)
+        atexit.register(_disconnect)
     launched = dist.distributed_c10d._get_default_store()
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"lora_kit/{restart}/{_joined}", launched)
-    world = World(dist.get_rank(), dist.get_world_size(), store=store)
-    return world, dist.destroy_process_group if is_ours else lambda: None
+    prefix = f"lora_kit/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_joined}"
+    world = World(dist.get_rank(), dist.get_world_size(), exchange=StoreExchange(dist.PrefixStore(prefix, launched)))
+    own_connection = dist.PrefixStore(prefix, launched.clone())  # type: ignore[attr-defined]
+    heartbeat = Heartbeat(own_connection, world.rank, world.size, on_lost=world.end_process)
+    heartbeat.start()
+    return world, heartbeat
+
+
+def _disconnect() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _choose_device() -> None:
@@ -309,17 +305,6 @@ def _hide_launcher() -> Iterator[None]:
         yield
     finally:
         os.environ.update(before)
-
-
-@contextlib.contextmanager
-def _translate_loss() -> Iterator[None]:
-    """Raise a PeerError for what torch raises where another process is gone."""
-    try:
-        yield
-    except (PeerError, torch.OutOfMemoryError):
-        raise
-    except RuntimeError as error:
-        raise PeerError(str(error)) from error
 
 
 def _make_portable(error: BaseException) -> BaseException:

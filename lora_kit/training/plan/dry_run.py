@@ -20,6 +20,7 @@ from lora_kit.training.loop.run_state import RunContext
 from lora_kit.training.loop.signals import StopRequest
 from lora_kit.training.loop.trainer import Samples, Trainer
 from lora_kit.training.loop.training_loop import TrainingLoop
+from lora_kit.training.loop.world import World
 from lora_kit.training.plan.memory_estimate import MemoryEstimate, estimate_memory
 from lora_kit.training.prefix.prefix_choice import TRAIN, VALIDATION
 from lora_kit.training.recipe.objectives import SFT
@@ -84,7 +85,7 @@ class _StepTimer(transformers.TrainerCallback):
 
 
 def measure_dry_run(
-    trainable: TrainableJob, steps: StepCounts, *, folder: str
+    trainable: TrainableJob, steps: StepCounts, *, folder: str, world: World
 ) -> tuple[StepMeasurement, MemoryEstimate, str | None]:
     """Run two steps and measure the second; the first also pays for what is slow only once.
 
@@ -94,10 +95,11 @@ def measure_dry_run(
 
     Args:
         folder: the output folder that transformers requires; nothing is written to it.
+        world: the processes that share the rows of a step.
     """
     job = trainable.job
     batch = min(steps.batch, len(job.train))
-    micro_batch = min(steps.micro_batch, batch)
+    micro_batch = min(steps.micro_batch * world.size, batch)
     longest = job.train.lengths.argsort(descending=True, stable=True)[:batch].tolist()
     drawn = torch.randperm(len(job.train), generator=torch.Generator().manual_seed(job.recipe.seed))[:batch].tolist()
     missing = -batch % micro_batch  # here a step consists of complete micro-batches
@@ -105,18 +107,19 @@ def measure_dry_run(
     clock = Clock(job.base.device)
     timer = _StepTimer(clock)
     args = _build_arguments(job, batch=batch, micro_batch=micro_batch, folder=folder)
-    trainer = _build_loop(trainable, args, positions, timer)
+    trainer = _build_loop(trainable, args, positions, timer, world)
     timer.trainer = trainer
     try:
         trainer.train()
     finally:
         trainer.close()
     (first_seconds, first_tokens), (second_seconds, second_tokens) = timer.ends
+    rows, rows_at_first = min(world.gather(trainer.micro_batch)), -(-micro_batch // world.size)
     measurement = StepMeasurement(
-        seconds=second_seconds - first_seconds,
+        seconds=max(world.gather(second_seconds - first_seconds)),
         tokens=second_tokens - first_tokens,
-        peak_bytes=clock.peak_bytes,
-        micro_batch=trainer.micro_batch if trainer.micro_batch < micro_batch else steps.micro_batch,
+        peak_bytes=max(world.gather(clock.peak_bytes)),
+        micro_batch=rows if rows < rows_at_first else steps.micro_batch,
     )
     rows = min(measurement.micro_batch, len(job.train))
     frozen = _describe_frozen_layers(job, trainer, steps) if isinstance(trainer, Trainer) else None
@@ -132,13 +135,17 @@ def _describe_frozen_layers(job: Job, trainer: Trainer, steps: StepCounts) -> st
 
 
 def _build_loop(
-    trainable: TrainableJob, args: transformers.TrainingArguments, positions: list[int], timer: _StepTimer
+    trainable: TrainableJob,
+    args: transformers.TrainingArguments,
+    positions: list[int],
+    timer: _StepTimer,
+    world: World,
 ) -> TrainingLoop:
     """Return the job's loop on samples at some positions, in that order."""
     job = trainable.job
     samples = _SampleSelection(job.train, positions)
     if job.recipe.objective != SFT:
-        run = RunContext(folder=RunFolder(job.recipe.out), identity={}, setting={}, stop=StopRequest())
+        run = RunContext(folder=RunFolder(job.recipe.out), identity={}, setting={}, stop=StopRequest(), world=world)
         return build_preference_loop(trainable, args, train=samples, validation=None, callbacks=[timer], run=run)
     return Trainer(
         job.base.model,
@@ -149,6 +156,7 @@ def _build_loop(
         callbacks=[timer],
         rates=LearningRates.of(job.recipe.train, job.recipe.task),
         class_weights=job.class_weights,
+        world=world,
     )
 
 

@@ -17,6 +17,7 @@ from lora_kit.training.job.output import check_output_available, check_output_wr
 from lora_kit.training.loop.checkpoints import RunFolder
 from lora_kit.training.loop.contexts import set_up_training
 from lora_kit.training.loop.oom_retry import translate_training_memory
+from lora_kit.training.loop.world import World, join_world
 from lora_kit.training.recipe.coerce import Section
 from lora_kit.training.recipe.load import RecipeSource, load_recipe
 from lora_kit.training.results import DataSummary, StepCounts, TrainPlan
@@ -32,27 +33,27 @@ def plan(
     Raises:
         LoraKitError: whatever `train` would raise before its first step.
     """
-    loaded = load_recipe(recipe, overrides=overrides)
-    check_output_writable(loaded)
-    with silence_libraries():
+    with join_world() as world, silence_libraries():
+        loaded = load_recipe(recipe, overrides=overrides)
+        check_output_writable(loaded)
         check_output_available(loaded, replace=replace)
-        job = Job.open(loaded, base)
+        job = Job.open(loaded, base, processes=world.size)
         checkpoint = RunFolder(loaded.out).preview_resumable(job.identity, job.environment, replace=replace)
         with (
             translate_training_memory(),
             preserve_random_states(job.base.device),
             make_job_trainable(job) as trainable,
         ):
-            return _build_plan(trainable, first_step=checkpoint.step if checkpoint else 0)
+            return _build_plan(trainable, world, first_step=checkpoint.step if checkpoint else 0)
 
 
-def _build_plan(trainable: TrainableJob, *, first_step: int) -> TrainPlan:
+def _build_plan(trainable: TrainableJob, world: World, *, first_step: int) -> TrainPlan:
     from lora_kit.training.plan.dry_run import measure_dry_run
 
     job = trainable.job
     with set_up_training(job.base, compiled=job.recipe.compile) as scratch:
-        steps = _count_steps(job, scratch)
-        measured, memory, frozen = measure_dry_run(trainable, steps, folder=scratch)
+        steps = _count_steps(job, scratch, world)
+        measured, memory, frozen = measure_dry_run(trainable, steps, folder=scratch, world=world)
     data = _summarize_data(job)
     tokens_left = data.tokens * (steps.steps - first_step) / steps.per_epoch
     return TrainPlan(
@@ -85,8 +86,8 @@ def _summarize_data(job: Job) -> DataSummary:
     )
 
 
-def _count_steps(job: Job, folder: str) -> StepCounts:
-    args = build_job_arguments(job, folder)
+def _count_steps(job: Job, folder: str, world: World) -> StepCounts:
+    args = build_job_arguments(job, folder, world)
     micro_batch, accumulation = args.train_batch_size, args.gradient_accumulation_steps
     divide = math.floor if args.dataloader_drop_last else math.ceil
     per_epoch = max(1, math.ceil(divide(len(job.train) / micro_batch) / accumulation))
@@ -96,6 +97,7 @@ def _count_steps(job: Job, folder: str) -> StepCounts:
         warmup=args.get_warmup_steps(steps),
         per_epoch=per_epoch,
         batch=micro_batch * accumulation,
-        micro_batch=micro_batch,
+        micro_batch=micro_batch // world.size,
         accumulation=accumulation,
+        processes=world.size,
     )

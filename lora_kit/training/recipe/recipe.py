@@ -32,6 +32,7 @@ from lora_kit.training.recipe.objectives import (
 )
 from lora_kit.training.recipe.optimizer_checks import check_learning_rates, check_optimizer, check_schedule
 from lora_kit.training.recipe.peft_config import parse_peft_section
+from lora_kit.training.recipe.sharding_checks import check_sharding
 from lora_kit.training.recipe.training_arguments import (
     check_best_model_settings,
     check_compilable,
@@ -118,7 +119,8 @@ class Recipe:
             `head_learning_rate`, the learning rate of the head;
             `ema_decay`, the decay of a moving average of the trained tensors, which is the result;
             `prefix_cache`, whether frozen layers below the lowest trained one are computed once and what they give is
-            kept on disk: `auto` (the default) where that pays, `off`, or the most gigabytes that it may take.
+            kept on disk: `auto` (the default) where that pays, `off`, or the most gigabytes that it may take;
+            `fsdp`, `full_shard` where each of several processes keeps a part of the base only.
         dtype: of the base: `auto` for the checkpoint's own (`full` then trains in fp32), `bf16`, `fp16`, `fp32`.
         quantize: one of `lora_kit.models.quantization.QUANTIZATIONS`, to train an adapter on a quantized base.
         compile: whether the base's repeated layers are compiled (torch.compile) for the training.
@@ -160,6 +162,7 @@ class Recipe:
         check_largest(self.train)
         if self.compile:
             check_compilable(self.train)
+        check_sharding(self.train, method=self.method, objective=self.objective, compiled=self.compile)
 
     def _check_plain_fields(self) -> None:
         check_one_of("task", self.task, TASKS)

@@ -40,6 +40,7 @@ OWN_FIELDS: Final[Mapping[str, object]] = {
     "learning_rates": dict[str, float],
     "ema_decay": float,
     "prefix_cache": bool | float | str,
+    "fsdp": str,
 }
 """Keys of `train` that are no fields of transformers.TrainingArguments, with their types."""
 
@@ -50,7 +51,8 @@ _AMOUNTS: Final = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_ste
 _SEEDS: Final = ("seed", "data_seed")
 
 _CHECKPOINTS: Final = "the same recipe resumes from its last checkpoint, which holds everything needed"
-_ONE_DEVICE: Final = "training runs on one device"
+_SHARDING: Final = "train.fsdp: full_shard shares the base"
+_LAUNCHER: Final = "the launcher decides: torchrun --nproc-per-node 2 -m lora_kit train …"
 _COMPILE: Final = "the recipe's `compile: true` compiles the base's layers"
 _OURS: Final = "it follows from the rest of the recipe"
 _EVALUATION_DTYPE: Final = (
@@ -74,7 +76,7 @@ _UNSUPPORTED_KEYS: Final[Mapping[str, str]] = {
     "logging_nan_inf_filter": "a loss that is not finite is an error",
     "use_cache": _OURS,
     "save_only_model": _CHECKPOINTS,
-    "save_on_each_node": _ONE_DEVICE,
+    "save_on_each_node": "one process writes, to a folder that all share",
     "resume_from_checkpoint": _CHECKPOINTS,
     "ignore_data_skip": _CHECKPOINTS,
     "restore_callback_states_from_checkpoint": _CHECKPOINTS,
@@ -86,11 +88,10 @@ _UNSUPPORTED_KEYS: Final[Mapping[str, str]] = {
     "use_liger_kernel": "it would replace parts of the base, which must not change",
     "liger_kernel_config": "it would replace parts of the base, which must not change",
     "push_to_hub": "nothing is uploaded",
-    "deepspeed": _ONE_DEVICE,
-    "fsdp": _ONE_DEVICE,
-    "fsdp_config": _ONE_DEVICE,
-    "parallelism_config": _ONE_DEVICE,
-    "local_rank": _ONE_DEVICE,
+    "deepspeed": f"its broadcast takes no tensor that is stored by columns, as lora_B is; {_SHARDING}",
+    "fsdp_config": _SHARDING,
+    "parallelism_config": _SHARDING,
+    "local_rank": _LAUNCHER,
     "full_determinism": "a run always repeats bit for bit on one machine",
 }
 """Fields of transformers.TrainingArguments that a recipe cannot set, and why."""
