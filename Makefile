@@ -81,6 +81,10 @@ fuzz: $(READY) ## bytes without end for everything that reads files of others; 2
 test-programs: $(READY) ## the programs that read our files, installed from PyPI and npm into .programs and run; an hour the first time
 	@$(BIN)/python -m tests.programs --write
 
+.PHONY: serve-check
+serve-check: $(READY) ## what the server promises: exact answers, storms, faults, load, latency; writes benchmarks/results/serve.json; half an hour
+	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.serving_check --write
+
 .PHONY: bench-quality
 bench-quality: $(READY) ## E2E NLG on kit-base; E2E_DATA=folder with train, valid and test.jsonl; about 40 minutes
 	@test -n "$(E2E_DATA)" || { echo "E2E_DATA=FOLDER is needed: train.jsonl, valid.jsonl, test.jsonl" >&2; exit 2; }

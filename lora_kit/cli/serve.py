@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -31,6 +31,8 @@ def serve(
     keys: Path | None = None,
     rate: str | None = None,
     state: Path | None = None,
+    emit: str | None = None,
+    out: Path | None = None,
 ) -> None:
     """Serve the base and every adapter of a store over HTTP, in OpenAI's API.
 
@@ -50,29 +52,22 @@ def serve(
         keys: File with the sha256 of bearer keys, and what each may do.
         rate: Requests of one key, such as 60/minute.
         state: File that keeps what was loaded, aliased and pinned at run time.
+        emit: Start nothing; write what this other server needs to serve the same: vllm.
+        out: Folder to write it into.
     """
+    flags: dict[str, Any] = dict(locals())
     from lora_kit.serving.serve import serve as run
     from lora_kit.serving.server_settings import ServerSettings
+    from lora_kit.serving.vllm_handover import LAUNCH, write_vllm_handover
 
-    settings = ServerSettings(
-        base=base,
-        store=store,
-        host=host,
-        port=port,
-        task=task,
-        labels=labels,
-        dtype=dtype,
-        quantize=quantize,
-        slots=slots,
-        max_rank=max_rank,
-        rows=rows,
-        context=context,
-        aliases=dict(_parse_alias(text) for text in alias or ()),
-        keys=keys,
-        rate=rate,
-        state=state,
-    )
-    run(settings, on_ready=lambda address: print(f"serving {base} at {address}; stop with Ctrl-C", flush=True))
+    fields = {name: value for name, value in flags.items() if name not in ("alias", "emit", "out")}
+    settings = ServerSettings(**fields, aliases=dict(_parse_alias(text) for text in alias or ()))
+    if emit is None and out is None:
+        run(settings, on_ready=lambda address: print(f"serving {base} at {address}; stop with Ctrl-C", flush=True))
+        return
+    if emit != "vllm" or out is None:
+        raise ConfigError(f"--emit {emit} --out {out}: both are needed", hint="--emit vllm --out FOLDER")
+    print("\n".join([f"written: {out}/{LAUNCH}", *write_vllm_handover(settings, out)]))
 
 
 def _parse_alias(text: str) -> tuple[str, str]:

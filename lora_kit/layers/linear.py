@@ -189,12 +189,12 @@ class LoraLinear(_LoraLayer):
         return self._scale_rows(rows, into.unsqueeze(1), flat.unsqueeze(1)).view(y.shape)
 
     def _get_run_plan(self, route: RunRoute, count: int, dtype: torch.dtype) -> RunPlan:
-        plans = self.routing.get_row_cache(route).run_plans
-        plan = plans.get((self, count))
+        cache = self.routing.get_row_cache(route)
+        plan = cache.run_plans.get((self, count))
         if plan is None or plan.dtype != dtype:
-            spans = [(self._get_row_slot(slot), start, end) for slot, start, end in route.iterate_spans(count)]
-            stacked = self.stacked_weights  # read once, as above
-            plan = plans[self, count] = plan_runs(spans, stacked[A], stacked[B], dtype)
+            row_slots = {slot: self._get_row_slot(slot) for slot in route.distinct_slots}
+            spans, (a, b) = route.get_spans(count), self._get_stacks(A, B)
+            plan = cache.run_plans[self, count] = plan_runs(self, cache, spans, row_slots, (a, b), dtype)
         return plan
 
     def _add_stacked(self, route: Route, y: Tensor, x: Tensor) -> Tensor:

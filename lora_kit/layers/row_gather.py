@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from lora_kit.layers.experts import ExpertFactors
-    from lora_kit.layers.token_runs import RunPlan
+    from lora_kit.layers.joined_runs import JoinedWeights
+    from lora_kit.layers.token_runs import RunPlan, RunShape
 
 
 class RowSlot(NamedTuple):
@@ -95,6 +96,8 @@ class RowCache:
         token_changes: of a token table: row - base's row (R, k, d), and the token of each (R, k).
         expert_factors: of a parameter: slots and dtype, and the factors.
         run_plans: of a linear layer that is given so many tokens.
+        run_shapes: by tokens, adapters, device and dtype; shared by layers in which these are the same.
+        joined_weights: of a linear layer, for the adapters of short runs; other rows may use them, too.
     """
 
     def __init__(self) -> None:
@@ -102,6 +105,8 @@ class RowCache:
         self.groups: dict[nn.Module, tuple[torch.dtype, list[RowGroup]]] = {}
         self.token_changes: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         self.run_plans: dict[tuple[nn.Module, int], RunPlan] = {}
+        self.run_shapes: dict[object, RunShape] = {}
+        self.joined_weights: dict[nn.Module, JoinedWeights] = {}
         self.expert_factors: dict[nn.Module, tuple[tuple[tuple[int, ...], torch.dtype], ExpertFactors]] = {}
 
     def clear_rows(self) -> None:
@@ -110,6 +115,7 @@ class RowCache:
         self.groups.clear()
         self.token_changes.clear()
         self.run_plans.clear()
+        self.run_shapes.clear()
 
 
 class GatherBuffer:

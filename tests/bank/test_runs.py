@@ -92,12 +92,25 @@ def make_inputs(model: nn.Module, path: str, dtype: torch.dtype) -> Tensor:
     return torch.randn(1, count, model.config.hidden_size, generator=generator).to(dtype)  # type: ignore[union-attr]
 
 
+WAYS = {
+    "joined": {},
+    "gathered": {"joined_runs.MOST_JOINED_RANKS": 0, "token_runs.LONG_GATHERED_RUN": 100},
+    "one by one": {"token_runs.LONG_RUN": 1},
+    "long ones by themselves": {"token_runs.LONG_RUN": 5},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "path",
     ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj", "model.embed_tokens", "model.norm", "lm_head"],
 )
-def test_every_kind_of_layer_gives_each_run_what_its_adapter_gives(path: str, dtype: torch.dtype) -> None:
+def test_every_kind_of_layer_gives_each_run_what_its_adapter_gives(
+    path: str, dtype: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in WAYS[way].items():
+        monkeypatch.setattr(f"lora_kit.layers.{name}", value)
     model = tiny.llama(dtype=dtype)
     adapters = make_adapters(tiny.llama(), CONFIGS)
     bank = lk.attach(model, slots=8, max_rank=8)
@@ -172,6 +185,33 @@ def test_gradients_pass_through_runs(bank: lk.AdapterBank, model: transformers.L
         start += count
     (expected,) = torch.autograd.grad(torch.cat(parts, 1).square().sum(), own)
     assert_close(gradient, expected, torch.float32)
+
+
+def test_an_update_that_overflows_reaches_its_own_tokens_alone(model: nn.Module) -> None:
+    configs = {name: {"target_modules": ["q_proj"], "r": 2} for name in ("good", "bad")}
+    adapters = make_adapters(model, configs)
+    tensors = {key: torch.full_like(tensor, 1e38) for key, tensor in adapters["bad"].tensors.items()}
+    bank = lk.attach(model, slots=2, max_rank=8)
+    bank.load("good", adapters["good"])
+    bank.load("bad", lk.Adapter(adapters["bad"].config, tensors))
+    module = model.get_submodule("model.layers.0.self_attn.q_proj")
+    runs, x = [("good", 2), ("bad", 1), (None, 1)], torch.full((1, 4, 32), 10.0)
+    y, alone = compute_runs(bank, module, x, runs), compute_alone(bank, module, x, runs)
+    bank.detach()
+    assert not y[0, 2].isfinite().any()
+    torch.testing.assert_close(y[0, [0, 1, 3]], alone[0, [0, 1, 3]])
+
+
+def test_joined_weights_are_read_again_after_adapters_come_and_go(bank: lk.AdapterBank, model: nn.Module) -> None:
+    module, x = model.get_submodule("model.layers.1.mlp.up_proj"), torch.randn(1, 3, 32)
+    for names in (
+        ("plain", "dora", None),
+        ("dora", "plain", "plain"),
+        ("plain", "plain", "plain"),
+        ("dora", None, "dora"),
+    ):
+        runs = [(name, 1) for name in names]
+        assert_close(compute_runs(bank, module, x, runs), compute_alone(bank, module, x, runs), torch.float32)
 
 
 def test_the_number_of_operations_depends_on_runs_and_not_on_adapters_loaded(

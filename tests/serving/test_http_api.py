@@ -15,6 +15,7 @@ import torch
 from starlette.testclient import TestClient
 
 import lora_kit as lk
+from lora_kit.errors import StorageError
 from lora_kit.models.loading import Base
 from lora_kit.models.prompt_tokens import tokenize_prompt
 from lora_kit.serving.access import hash_key
@@ -380,6 +381,23 @@ def test_no_slot_for_a_load_is_said_and_heals(client: TestClient, offline: dict[
         assert "slot" in answer.json()["error"]["message"]
     assert all(client.delete(f"/v1/adapters/{name}/pin").status_code == 200 for name in pinned)
     assert complete(client, "whole").json()["choices"][0]["token_ids"] == offline["whole"]
+
+
+def test_a_full_disk_at_the_state_file_changes_nothing(
+    client: TestClient, offline: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, data: bytes) -> None:
+        raise StorageError(f"{path.name}: no space left")
+
+    monkeypatch.setattr("lora_kit.serving.adapter_labels.write_file", fail)
+    answer = client.put("/v1/aliases/full", json={"label": "plain"})
+    assert answer.status_code == 507
+    assert "no space" in answer.json()["error"]["message"]
+    assert complete(client, "full").status_code == 404
+    assert complete(client, "plain").json()["choices"][0]["token_ids"] == offline["plain"]
+    monkeypatch.undo()
+    assert client.put("/v1/aliases/full", json={"label": "plain"}).status_code == 200
+    assert client.delete("/v1/aliases/full").status_code == 200
 
 
 def test_a_stuck_forward_shows_in_health(client: TestClient, served: ServedModel) -> None:

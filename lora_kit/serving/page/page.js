@@ -166,7 +166,7 @@ async function ask(event) {
   byId("stop").disabled = false;
   await Promise.all(models.map((model) => answerIn(makeColumn(model), control.signal)));
   if (state.running === control) stop();
-  refresh().catch(() => {});
+  refresh().then(showMetrics).catch((error) => notify(error.message, true));
 }
 
 async function answerIn(column, signal) {
@@ -259,7 +259,7 @@ async function showMetrics() {
   const now = { time: performance.now(), tokens: read("vllm:generation_tokens_total") };
   const rate = state.before ? (1000 * (now.tokens - state.before.tokens)) / (now.time - state.before.time) : 0;
   state.before = now;
-  const inSlots = state.adapters.filter((adapter) => adapter.in_slot && !adapter.alias_of).length;
+  const inSlots = new Set(state.adapters.filter((adapter) => adapter.in_slot).map((adapter) => adapter.digest)).size;
   const shown = [...METRICS.map(([label, name]) => [label, read(name)]), ["tokens/s", rate.toFixed(0)], ["in slots", inSlots]];
   byId("metrics").replaceChildren(...shown.map(([label, value]) => make("div", {}, make("dt", { text: label }), make("dd", { text: value }))));
 }
