@@ -17,6 +17,7 @@ Capture = pytest.CaptureFixture[str]
 
 GOOD = ("Great service", "Loved the room", "Friendly staff", "Best café in town", "Wonderful view")
 BAD = ("Terrible smell", "Dirty room", "Rude staff", "Worst hôtel ever", "Cold food")
+SHORT = ["--train.max_steps", "3", "--train.per_device_train_batch_size", "2", "--train.save_strategy", "no"]
 QUICK = ["--train.learning_rate", "2e-3", "--train.per_device_train_batch_size", "8", "--train.save_strategy", "no"]
 
 
@@ -124,3 +125,63 @@ def test_questions_become_answers(here: Path, capsys: Capture) -> None:
     code, out, err = run(capsys, "generate", "--adapter", "faq", "--prompt", question, "--max-new-tokens", "24")
     assert (code, err) == (0, "")
     assert "floor" in out
+
+
+TOOLS = [{"type": "function", "function": {"name": "find_room", "parameters": {"type": "object", "properties": {
+    "größe": {"type": "integer"}}}}}]  # fmt: skip
+TEMPLATE = """{%- if short %}<short>{% endif %}{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}
+{%- for m in messages %}<|{{ m.role }}|>
+{%- if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}
+{%- for call in m.tool_calls %}<call>{{ call.function | tojson }}</call>{% endfor %}
+{{- eos_token if m.role == "assistant" else "<|end|>" }}{%- endfor %}
+{%- if add_generation_prompt %}<|assistant|>{% endif %}"""
+
+
+def talk(number: int) -> dict[str, object]:
+    """A conversation as tools export it: parts, null values, calls with arguments as text, a thought."""
+    call = {"function": {"name": "find_room", "arguments": json.dumps({"größe": number})}}
+    return {
+        "messages": [
+            {"role": "system", "content": "Sei höflich – und „kurz“.", "tool_calls": None},
+            {"role": "user", "content": [{"type": "text", "text": f"Ist Zimmer {number} frei? \"Ja\" oder 'Nein'"}]},
+            {"role": "assistant", "content": "", "tool_calls": [call], "reasoning_content": None},
+            {"role": "tool", "content": "frei", "name": "find_room"},
+            {"role": "assistant", "content": f"Ja, Zimmer {number} ist frei – schön!", "train": True},
+        ],
+        "tools": TOOLS,
+        "id": number if number % 2 else f"#{number}",
+    }
+
+
+def test_messy_conversations_become_an_adapter_that_answers(here: Path, capsys: Capture) -> None:
+    lines = [json.dumps(talk(number), ensure_ascii=False) for number in range(12)]
+    lines += ['{"messages": [{"role": "user", "content": 5}]}', "not json", ""]
+    Path("talks.jsonl").write_bytes("\r\n".join(lines).encode("cp1252"))
+    Path("house.jinja").write_text(TEMPLATE, "utf-8")
+    flags = [
+        "--drop",
+        "bad",
+        "--share",
+        "0.2",
+        "--learn",
+        "last",
+        "--chat-template-kwargs",
+        "short=true",
+        "--out",
+        "talks",
+    ]
+    code, out, _ = run(capsys, "prepare", "talks.jsonl", "--chat-template", "house.jinja", *flags)
+    assert (code, "cp1252" in out, "line 13: message 1" in out, "line 14: not JSON" in out) == (0, True, True, True)
+    code, shown, _ = run(capsys, *command_in(out, "preview"))
+    assert code == 0
+    learned = [line for line in shown.splitlines() if line.startswith("+")]
+    assert len(learned) == 1
+    assert "schön!" in learned[0]
+    assert "<short><tools>" in shown  # the template was given `short`
+    code, out, _ = run(capsys, *command_in(out, "train"), *SHORT)
+    assert code == 0
+    code, scores, _ = run(capsys, *command_in(out, "eval"), "--json")
+    base, adapter = json.loads(scores)["results"]
+    assert (code, adapter["metrics"]["loss"] < base["metrics"]["loss"]) == (0, True)
+    code, out, _ = run(capsys, *command_in(out, "generate"), "--max-new-tokens", "4")
+    assert (code, bool(out.strip())) == (0, True)

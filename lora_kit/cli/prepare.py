@@ -32,6 +32,34 @@ _MEANINGS: Final = {
     "leaks": "have the input of a row for validation",
 }
 
+ChatTemplateName = Annotated[
+    str | None, Parameter(help="Template of conversations: plain, or a Jinja file; by default the base's own.")
+]
+ChatTemplateKwargs = Annotated[
+    list[str] | None,
+    Parameter(negative="", consume_multiple=True, help="What the template is given besides: enable_thinking=false."),
+]
+_LEARN_HELP: Final = (
+    "Answers of a conversation that are learned: all, but for those that say train: false; last; or marked."
+)
+Learn = Annotated[str, Parameter(help=_LEARN_HELP)]
+Rename = Annotated[
+    list[str] | None,
+    Parameter(negative="", consume_multiple=True, help="New names of columns: question=prompt answer=completion."),
+]
+_RELABEL_HELP: Final = (
+    "New names of labels: postive=positive; or auto, for labels that differ in case, blanks or one slip."
+)
+Relabel = Annotated[list[str] | None, Parameter(negative="", consume_multiple=True, help=_RELABEL_HELP)]
+Drop = Annotated[
+    list[str] | None,
+    Parameter(
+        negative="",
+        consume_multiple=True,
+        help="Rows to leave out: bad, empty, long, duplicates, conflicts, leaks.",
+    ),
+]
+
 
 @app.command
 def prepare(
@@ -44,12 +72,14 @@ def prepare(
     test: float = 0.0,
     base: str = KIT_BASE,
     max_length: int | None = None,
-    chat_template: str | None = None,
-    rename: Annotated[list[str] | None, Parameter(negative="", consume_multiple=True)] = None,
-    relabel: Annotated[list[str] | None, Parameter(negative="", consume_multiple=True)] = None,
+    chat_template: ChatTemplateName = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
+    learn: Learn = "all",
+    rename: Rename = None,
+    relabel: Relabel = None,
     encoding: str = "auto",
     problem: str | None = None,
-    drop: Annotated[list[str] | None, Parameter(negative="", consume_multiple=True)] = None,
+    drop: Drop = None,
     seed: int = 0,
     replace: Replace = False,
     json: AsJson = False,
@@ -66,12 +96,8 @@ def prepare(
         test: Share of the rows set aside for a test, in test.jsonl.
         base: Base model whose tokens are counted: hub id, local folder or kit-base.
         max_length: Tokens of a sample, at most; by default the context of the base, at most 2,048.
-        chat_template: Template of conversations: plain, or a Jinja file; by default the base's own.
-        rename: New names of columns: question=prompt answer=completion.
-        relabel: New names of labels: postive=positive; or auto, for labels that differ in case, blanks or one slip.
         problem: For texts with labels: single-label, multi-label or regression; by default what the labels are.
         encoding: Encoding of the file: utf-8, utf-16, cp1252, …; by default it is found out.
-        drop: Rows to leave out: bad, empty, long, duplicates, conflicts, leaks.
         seed: Seed of the split.
     """
     from lora_kit.data.preparation.prepare import prepare as run
@@ -85,6 +111,8 @@ def prepare(
         base=base,
         max_length=max_length,
         template=chat_template,
+        template_variables=_parse_variables(chat_template_kwargs or ()),
+        learn=learn,
         rename=_parse_renames(rename or (), "rename", "question=prompt answer=completion"),
         relabel=_parse_relabel(relabel or ()),
         problem=problem,
@@ -103,6 +131,18 @@ def _parse_renames(items: Sequence[str], flag: str, example: str) -> dict[str, s
     if wrong:
         raise DataError(f"{flag} {wrong[0]!r} is not old=new", hint=f"--{flag} {example}")
     return {old: new for old, _, new in parts}
+
+
+def _parse_variables(items: Sequence[str]) -> dict[str, object]:
+    """Return `{"enable_thinking": False}` for `["enable_thinking=false"]`."""
+    from lora_kit.training.recipe.strict_yaml import parse_yaml
+
+    pairs = [item.partition("=") for item in items]
+    wrong = [item for item, (name, equals, _) in zip(items, pairs, strict=True) if not name or not equals]
+    if wrong:
+        what = f"chat-template-kwargs {wrong[0]!r} is not name=value"
+        raise DataError(what, hint="--chat-template-kwargs enable_thinking=false")
+    return {name: parse_yaml(f"--chat-template-kwargs {name}", value) for name, _, value in pairs}
 
 
 def _parse_relabel(items: Sequence[str]) -> dict[str, str] | str:

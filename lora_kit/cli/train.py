@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -59,7 +59,6 @@ def _print_plan(recipe: Path, overrides: Mapping[str, str], *, replace: bool, as
 
 
 def _train(recipe: Path, overrides: Mapping[str, str], *, replace: bool) -> None:
-    from lora_kit.data.mixture import list_files
     from lora_kit.training.recipe.load import load_recipe
     from lora_kit.training.train import train
 
@@ -68,10 +67,24 @@ def _train(recipe: Path, overrides: Mapping[str, str], *, replace: bool) -> None
     with show_progress_lines():
         report = train(resolved, replace=replace)
     print_table(("", ""), _build_train_facts(report))
-    if resolved.method in ("lora", "features") and resolved.data.validation:
-        adapter = shlex.quote(str(report.out))
-        files = [shlex.quote(file.path) for file in list_files(resolved.data.validation)]
-        print_text("\nnext:" + "".join(f"\n  lora-kit eval {file} --adapter {adapter} --compare" for file in files))
+    if resolved.method in ("lora", "features"):
+        print_text("\n  ".join(["\nnext:", *_list_next_commands(resolved)]))
+
+
+def _list_next_commands(recipe: Recipe) -> Iterator[str]:
+    """Yield the commands that measure and use an adapter; a preference or a reward is measured in training only."""
+    from lora_kit.data.mixture import list_files
+    from lora_kit.models.tasks import LABEL_TASKS
+    from lora_kit.training.recipe.objectives import REWARD, SFT
+
+    adapter = shlex.quote(recipe.out)
+    if recipe.objective == SFT and recipe.data.validation:
+        for file in list_files(recipe.data.validation):
+            yield f"lora-kit eval {shlex.quote(file.path)} --adapter {adapter} --compare"
+    if recipe.task in LABEL_TASKS and recipe.objective != REWARD:
+        yield f"lora-kit predict --adapter {adapter} --text 'a text'"
+    elif recipe.task not in LABEL_TASKS:
+        yield f"lora-kit generate --adapter {adapter} --prompt 'a prompt'"
 
 
 def _take_switch(values: dict[str, str], name: str) -> bool:

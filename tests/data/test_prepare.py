@@ -457,6 +457,54 @@ def test_a_recipe_learns_by_the_width_of_its_base_and_the_number_of_rows() -> No
         5e-4,
     ]
     assert [choose_epochs(rows) for rows in (1, 160, 200, 400, 800, 100_000)] == [10, 10, 8, 4, 3, 3]
-    section = choose_train_section(rows=200, task="classify", hidden_size=256)
-    assert section["head_learning_rate"] == 10 * section["learning_rate"] == 2e-2
-    assert "head_learning_rate" not in choose_train_section(rows=200, task="causal-lm", hidden_size=256)
+    assert choose_learning_rate(384, has_labels=True) == choose_learning_rate(384) / 2 == 1e-3
+    assert [choose_epochs(200, labels=labels) for labels in (0, 20, 21, 77)] == [8, 8, 16, 16]
+    section = choose_train_section(rows=200, task="classify", hidden_size=384, labels=77)
+    assert (section["head_learning_rate"], section["warmup_steps"], section["num_train_epochs"]) == (0.01, 0.1, 16)
+    assert not {"head_learning_rate", "warmup_steps"} & {
+        *choose_train_section(rows=200, task="causal-lm", hidden_size=256)
+    }
+
+
+CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+
+
+def test_what_a_chat_needs_is_in_the_recipe(tmp_path: Path) -> None:
+    file = texts.write(tmp_path / "a.jsonl", [CHAT] * 3)
+    template = "{% if brief %}!{% endif %}{% for m in messages %}{{ m.role[0] }}{{ m.content }}{{ eos_token }}"
+    template += "{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+    found = prepare(
+        file, tmp_path / "out", share=0, template=template, template_variables={"brief": True}, learn="last"
+    )
+    assert found.recipe is not None
+    data = load_recipe(found.recipe).data
+    assert (dict(data.chat_template_kwargs), data.learn) == ({"brief": True}, "last")
+    tokens = found.parts[0].examined.measured.lengths
+    plain = prepare(file, share=0, template=template).parts[0].examined.measured.lengths
+    assert tokens == tuple(length + 1 for length in plain)  # the mark that the variable adds
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learn": "last"}, "learn was given, which is for conversations"),
+        ({"template": "plain"}, "a chat template was given, which is for conversations"),
+        ({"learn": "lst"}, "learn 'lst' is not known"),
+    ],
+)
+def test_what_is_for_conversations_is_rejected_for_other_rows(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    file = texts.write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}] * 3)
+    with pytest.raises(DataError, match=message):
+        prepare(file, **options)
+
+
+def test_a_file_of_which_nothing_is_left_says_what_was_wrong(tmp_path: Path) -> None:
+    file = texts.write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": 5}] * 3)
+    with pytest.raises(DataError, match="completion must be a string"):
+        prepare(file, tmp_path / "out", drop=["bad"])
+    file = texts.write(tmp_path / "b.jsonl", [{**CHAT, "tools": [{"name": "f", "parameters": {}}]}] * 3)
+    with pytest.raises(DataError, match="no row is left: 3 bad") as error:
+        prepare(file, tmp_path / "out", drop=["bad"], template="plain")
+    assert "line 1: " in error.value.hint

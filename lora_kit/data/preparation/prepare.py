@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from lora_kit.data.encodings import AUTO_ENCODING
 from lora_kit.data.layouts import FORMATS
+from lora_kit.data.messages import ALL, LEARN
 from lora_kit.data.preferences import get_answer_format, is_preference
 from lora_kit.data.preparation.examine import ExaminedFile, ReadOptions, examine, find_leaks
 from lora_kit.data.preparation.labels import AUTO
@@ -42,6 +44,8 @@ def prepare(
     base: str = KIT_BASE,
     max_length: int | None = None,
     template: str | None = None,
+    template_variables: Mapping[str, object] | None = None,
+    learn: str = ALL,
     rename: Mapping[str, str] | None = None,
     relabel: Mapping[str, str] | str | None = None,
     problem: str | None = None,
@@ -62,6 +66,7 @@ def prepare(
         base: the base whose tokens are counted, and which the recipe trains on.
         max_length: most tokens of a sample; None for the context of the base, but at most 2,048.
         template: of conversations: `plain`, a Jinja file or its text; None for the tokenizer's own, else `plain`.
+        template_variables: what the template is given besides; `learn`: which answers are learned, of `LEARN`.
         rename: new names of columns, by old name.
         relabel: new names of labels, by old name; `auto` for those that differ in case, blanks or one slip.
         problem: what is predicted of texts with labels, one of `PROBLEMS`; None to infer it from them.
@@ -74,17 +79,14 @@ def prepare(
         BaseModelError: the base's tokenizer cannot be read.
         StorageError: `out` exists, or cannot be written.
     """
-    _check_arguments(drop, relabel, problem)
-    _check_shares(share or 0.0, test)
+    _check_arguments(drop, relabel, problem, learn, (share or 0.0, test))
     folder = None if out is None else Path(out)
     if folder is not None:
         check_output(folder, replace=replace, owned=is_prepared)
-    options = _build_options(
-        base, max_length, template, rename=rename, relabel=relabel, encoding=encoding, problem=problem
-    )
+    chat = _ChatChoices(template, dict(template_variables or {}), learn)
+    options = _build_options(base, max_length, chat, problem, rename=rename, relabel=relabel, encoding=encoding)
     parts = _prepare_files(Path(source), None if validation is None else Path(validation), options, drop)
-    if template is not None and get_answer_format(kind := parts[0].examined.rows.format) != "chat":
-        raise DataError(f"a chat template was given, and {source} has rows of the format {kind}")
+    _check_is_chat(parts[0], chat)
     if folder is not None:
         _refuse_remaining_faults(parts)
     share = _resolve_share(share, parts)
@@ -94,16 +96,51 @@ def prepare(
     return preparation if folder is None else write_preparation(preparation, folder, replace=replace)
 
 
-def _check_arguments(drop: Collection[str], relabel: Mapping[str, str] | str | None, problem: str | None) -> None:
+@dataclass(frozen=True)
+class _ChatChoices:
+    """How conversations are rendered, and which of their answers are learned.
+
+    Attributes:
+        template: as in `prepare`.
+        variables: what the template is given besides.
+        learn: one of `LEARN`.
+    """
+
+    template: str | None
+    variables: Mapping[str, object]
+    learn: str
+
+
+def _check_is_chat(part: PreparedFile, chat: _ChatChoices) -> None:
+    """Raise DataError for options of conversations where the rows are of another format."""
+    kind = part.examined.rows.format
+    given = {"a chat template": chat.template, "template_variables": chat.variables, "learn": chat.learn != ALL}
+    name = next((name for name, value in given.items() if value), None)
+    if name and get_answer_format(kind) != "chat":
+        what = f"{name} was given, which is for conversations, and {part.path} has rows of the format {kind}"
+        raise DataError(what, hint="leave it out")
+
+
+def _check_arguments(
+    drop: Collection[str],
+    relabel: Mapping[str, str] | str | None,
+    problem: str | None,
+    learn: str,
+    shares: tuple[float, float],
+) -> None:
     if isinstance(relabel, str) and relabel != AUTO:
         raise DataError(f"relabel {relabel!r} is not known", hint=f"{AUTO}, or old=new")
     unknown = sorted(set(drop) - set(DROPPABLE))
     if unknown:
         hint = suggest_nearest(unknown[0], DROPPABLE) or f"known: {format_list(DROPPABLE)}"
         raise DataError(f"drop {format_list(unknown)} is not known", hint=hint)
+    if learn not in LEARN:
+        hint = suggest_nearest(learn, LEARN) or f"known: {format_list(LEARN)}"
+        raise DataError(f"learn {learn!r} is not known", hint=hint)
     if problem is not None and problem not in PROBLEMS:
         hint = suggest_nearest(problem, PROBLEMS) or f"known: {format_list(PROBLEMS)}"
         raise DataError(f"problem {problem!r} is not known", hint=hint)
+    _check_shares(*shares)
 
 
 def _check_shares(share: float, test: float) -> None:
@@ -117,15 +154,15 @@ def _check_shares(share: float, test: float) -> None:
 def _build_options(
     base: str,
     max_length: int | None,
-    template: str | None,
+    chat: _ChatChoices,
+    problem: str | None,
     *,
     rename: Mapping[str, str] | None,
     relabel: Mapping[str, str] | str | None,
     encoding: str,
-    problem: str | None,
 ) -> ReadOptions:
     spec = load_input_spec(base)
-    name = template if template is not None or find_chat_template(spec.tokenizer) else PLAIN
+    name = chat.template if chat.template is not None or find_chat_template(spec.tokenizer) else PLAIN
     return ReadOptions(
         base=base,
         tokenizer=spec.tokenizer,
@@ -133,7 +170,8 @@ def _build_options(
         chat_template=name,
         sample_format=SampleFormat(
             max_length=_resolve_max_length(max_length, spec, base),
-            template=chat_template(name, spec.tokenizer, base=base),
+            template=chat_template(name, spec.tokenizer, base=base, variables=chat.variables),
+            learn=chat.learn,
             task=spec.generative_task,
         ),
         rename=dict(rename or {}),
@@ -218,10 +256,17 @@ def _split_rows(parts: Sequence[PreparedFile], *, share: float, test: float, see
     kept = [part.examined.rows.only(part.kept) for part in parts]
     for part, rows in zip(parts, kept, strict=True):
         if not len(rows):
-            raise DataError(f"{part.path}: no row is left")
+            raise _build_nothing_left_error(part)
     rest, tested = _set_aside(kept[0], test, seed, parts[0].examined.problem)
     train, validated = _set_aside(rest, share * len(kept[0]) / len(rest), seed, parts[0].examined.problem)
     return {"train": train, "validation": kept[1] if len(kept) > 1 else validated, "test": tested}
+
+
+def _build_nothing_left_error(part: PreparedFile) -> DataError:
+    """Return the error for a file of which every row is left out, with what was wrong with the first one."""
+    counts = format_list([f"{len(lines):,} {kind}" for kind, lines in part.dropped.items()])
+    first = next((f"line {fault.line}: {fault.what}" for fault in part.examined.faults), "")
+    return DataError(f"{part.path}: no row is left: {counts}", hint=first)
 
 
 def _set_aside(rows: Rows, share: float, seed: int, problem: str | None) -> tuple[Rows, Rows | None]:
@@ -240,10 +285,13 @@ def _build_preparation(
 ) -> Preparation:
     rows, sample_format, train = parts[0].examined.rows, options.sample_format, splits["train"]
     assert train is not None
+    is_chat, template = get_answer_format(rows.format) == "chat", sample_format.template
     settings = {
         "base": options.base,
         "max_length": sample_format.max_length,
-        "chat_template": options.chat_template if get_answer_format(rows.format) == "chat" else None,
+        "chat_template": options.chat_template if is_chat else None,
+        "chat_template_kwargs": dict(template.variables) if is_chat and template else {},
+        "learn": sample_format.learn,
         "rename": options.rename,
         "relabel": options.relabel,
         "problem": parts[0].examined.problem,

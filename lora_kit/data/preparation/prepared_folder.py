@@ -18,6 +18,7 @@ import yaml
 
 from lora_kit.data.label_columns import convert_labeled_text
 from lora_kit.data.layouts import RowValue
+from lora_kit.data.messages import ALL
 from lora_kit.data.preferences import is_preference, preference_to_json, suggest_objective
 from lora_kit.data.preparation.examine import ExaminedFile, bin_lengths
 from lora_kit.data.preparation.training_defaults import choose_train_section
@@ -193,9 +194,16 @@ def _render_recipe(preparation: Preparation, folder: Path) -> str:
     data["max_length"] = settings["max_length"]
     if settings["chat_template"]:
         data["chat_template"] = settings["chat_template"]
+    if settings["chat_template_kwargs"]:
+        data["chat_template_kwargs"] = settings["chat_template_kwargs"]
+    if settings["learn"] != ALL:
+        data["learn"] = settings["learn"]
     objective = suggest_objective(preparation.format)
     train = choose_train_section(
-        rows=len(preparation.train), task=preparation.task, hidden_size=preparation.hidden_size
+        rows=len(preparation.train),
+        task=preparation.task,
+        hidden_size=preparation.hidden_size,
+        labels=len(preparation.parts[0].examined.labels),
     )
     if objective:
         del train["learning_rate"]  # an objective has a lower default of its own
