@@ -201,7 +201,10 @@ CHECKS: Final = {
         Check(None, "read_with_transformers", "saved", write_saved, known_faults={"dora": _DORA_MIDDLE}),
     ),
     "transformers-4.57": (Check("peft-0.17", "read_with_transformers", "merged", write_merged, bases=_PLAIN_BASES),),
-    "llama.cpp": (Check("llama.cpp", "read_with_llama_cpp", "gguf", write_export("gguf"), wide_bounds=_GEMMAS),),
+    "llama.cpp": (
+        Check("llama.cpp", "read_with_llama_cpp", "gguf", write_export("gguf"), wide_bounds=_GEMMAS),
+        Check("llama.cpp", "read_with_llama_cpp", "merged", write_merged, bases=("llama", "qwen2")),
+    ),
     "mlx": (
         Check("mlx", "read_with_mlx", "mlx", write_export("mlx"), wide_bounds=_GEMMAS),
         Check("mlx", "read_with_mlx", "merged", write_merged, bases=_PLAIN_BASES),
