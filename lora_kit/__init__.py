@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lora_kit.merging.merge import merge
     from lora_kit.models.loading import load_base
     from lora_kit.sweeps.sweep import sweep
+    from lora_kit.training.together.train_many import train_many
     from lora_kit.training.train import train
 
 _HOMES = {
@@ -46,6 +47,7 @@ _HOMES = {
     "resize": "lora_kit.algebra.resize",
     "sweep": "lora_kit.sweeps.sweep",
     "train": "lora_kit.training.train",
+    "train_many": "lora_kit.training.together.train_many",
 }
 
 __all__ = [
@@ -67,6 +69,7 @@ __all__ = [
     "resize",
     "sweep",
     "train",
+    "train_many",
 ]
 
 

@@ -18,7 +18,7 @@ import lora_kit as lk
 from lora_kit.bank.peft_bridge.adopt import AdoptedBank
 from lora_kit.cli.app import app
 from lora_kit.cli.main import main
-from lora_kit.cli.train import parse_recipe_flags
+from lora_kit.cli.train import parse_recipe_flags, split_recipes
 from lora_kit.training.recipe.load import load_recipe
 from tests.support import pages
 from tests.support.pages import PAGES, Block, blocks, name_of
@@ -37,7 +37,7 @@ DEFAULTS = {
 """What a piece of a recipe is completed with."""
 MADE_THERE = {"README.md": ("adapters/mine",), "docs/tour.md": ("adapters/sql", "adapters/mine")}
 """What a page makes itself, so that it is not there before."""
-SWITCHES = ("dry_run", "json", "replace")
+SWITCHES = ("dry_run", "json", "replace", "together")
 """Flags of `train` that are no recipe keys."""
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -105,7 +105,8 @@ def parsed(tokens: list[str], where: str) -> None:
     """Let the application read a command; recipe keys among its flags go through the reader of recipes."""
     try:
         _, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
-        flags = parse_recipe_flags(bound.arguments.get("flags", ()))
+        _, rest = split_recipes(Path(), bound.arguments.get("flags", ()))
+        flags = parse_recipe_flags(rest)
         load_recipe(DEFAULTS, overrides={key: value for key, value in flags.items() if key not in SWITCHES})
     except Exception as error:
         raise AssertionError(f"{where}: {' '.join(tokens)}: {error}") from error

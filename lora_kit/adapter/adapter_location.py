@@ -9,8 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from lora_kit.adapter.adapter_files import (
+    CARD,
+    CONFIG,
+    OLD_WEIGHTS,
+    WEIGHTS,
+    has_adapter_files,
+    list_adapter_subfolders,
+)
 from lora_kit.adapter.adapter_record import RECORD
-from lora_kit.adapter.folder import CARD, CONFIG, OLD_WEIGHTS, WEIGHTS, has_adapter_files, list_adapter_subfolders
 from lora_kit.errors import AdapterError, ConfigError, UnknownAdapterError, format_list, suggest_nearest
 from lora_kit.io.hub import (
     HubError,

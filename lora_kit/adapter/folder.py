@@ -14,6 +14,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
+from lora_kit.adapter.adapter_files import CARD as CARD
+from lora_kit.adapter.adapter_files import CONFIG as CONFIG
+from lora_kit.adapter.adapter_files import OLD_WEIGHTS as OLD_WEIGHTS
+from lora_kit.adapter.adapter_files import WEIGHTS as WEIGHTS
+from lora_kit.adapter.adapter_files import has_adapter_files as has_adapter_files
+from lora_kit.adapter.adapter_files import is_adapter_folder as is_adapter_folder
 from lora_kit.adapter.adapter_record import RECORD, encode_json, find_changed_files, log_record_caveats, read_record
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import AdapterError, ConfigError, format_list
@@ -26,10 +32,6 @@ from lora_kit.names import CHECKPOINT_FILE
 
 logger = logging.getLogger(__name__)
 
-CONFIG: Final = "adapter_config.json"
-WEIGHTS: Final = "adapter_model.safetensors"
-OLD_WEIGHTS: Final = "adapter_model.bin"
-CARD: Final = "README.md"
 ALLOWANCES: Final = ("other-base", "extra-keys", "changed-files", "unmatched-targets")
 """What a caller may accept: another base than the adapter's, tensors beyond its config, files changed since they were
 saved; and names in its config that the model does not have, which are only warned about."""
@@ -38,24 +40,6 @@ _CONFIG_LIMIT: Final = 2**20
 _MAX_DEPTH: Final = 3
 """How far below a folder without an adapter others are looked for, to name them in its error."""
 _MAX_NAMED: Final = 8
-
-
-def is_adapter_folder(folder: Path) -> bool:
-    """Return whether a folder has the config or the record of an adapter."""
-    return (folder / CONFIG).is_file() or (folder / RECORD).is_file()
-
-
-def has_adapter_files(folder: Path) -> bool:
-    """Return whether a folder has the config or the weights of an adapter; a link that leads nowhere counts."""
-    return any(exists(folder / name) for name in (CONFIG, WEIGHTS, OLD_WEIGHTS))
-
-
-def list_adapter_subfolders(folder: Path) -> list[Path]:
-    """Return the folders directly in a folder that hold an adapter, by name; none where it cannot be read."""
-    try:
-        return [entry for entry in sorted(folder.iterdir()) if has_adapter_files(entry)]
-    except (OSError, ValueError):  # ValueError: a NUL
-        return []
 
 
 def check_allowances(allow: Collection[str]) -> None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from lora_kit.adapter.adapter import Adapter
+from lora_kit.adapter.adapter_files import ADAPTER_FILES, CONFIG
 from lora_kit.adapter.adapter_location import resolve_adapter
-from lora_kit.adapter.folder import CONFIG, has_adapter_files
+from lora_kit.adapter.store_index import FileTimes, StoreIndex, read_file_times
 from lora_kit.config.lora_config import LoraConfig
-from lora_kit.errors import AdapterError, LoraKitError
+from lora_kit.errors import AdapterError, LoraKitError, VerificationError, format_list
 from lora_kit.io.strict_json import JsonObject
 from lora_kit.names import DEFAULT_STORE
 
@@ -48,22 +49,83 @@ class AdapterSummary:
 
     def to_json(self) -> JsonObject:
         """Return JSON values of every field."""
-        fields: JsonObject = to_json_value(self)
-        return fields
+        # Field by field, since a store may have thousands.
+        simple = {name: getattr(self, name) for name in ("name", "rank", "alpha", "base", "bytes", "digest", "problem")}
+        metrics = to_json_value(self.metrics) if self.metrics else {}
+        return {**simple, "folder": str(self.folder), "targets": list(self.targets), "metrics": metrics}
 
 
-def list_adapters(store: str | Path = DEFAULT_STORE) -> list[AdapterSummary]:
+def list_adapters(store: str | Path = DEFAULT_STORE, *, verify: bool = False) -> list[AdapterSummary]:
     """List the adapters of a store by name; those that cannot be loaded too, with the reason in `problem`.
 
-    A folder is an adapter when it holds an adapter's config or weights; other folders and files are skipped.
+    A folder is an adapter when it holds an adapter's config or weights; other folders and files are skipped. An adapter
+    whose files have the sizes and times of the last time is not read again, see `lora_kit.adapter.store_index`.
+
+    Args:
+        verify: whether every byte is read, and compared with what the index says.
 
     Raises:
         AdapterError: the store is not a folder.
+        VerificationError: with `verify`: the index was wrong about files of the same sizes and times. It is fixed.
     """
     store = Path(store)
     if not store.is_dir():
         raise AdapterError(f"{str(store)!r} is not a folder", hint="give the folder that holds one folder per adapter")
-    return [_summarize_adapter(folder) for folder in sorted(store.iterdir()) if has_adapter_files(folder)]
+    index, summaries, wrong = StoreIndex(store), list[AdapterSummary](), list[str]()
+    for name, times in _list_adapter_files(store):
+        indexed = index.find(name, times)
+        summary = None if indexed is None or verify else _parse_summary(store / name, indexed)
+        if summary is None:
+            summary = _summarize_adapter(store / name)
+            entry = _build_index_entry(summary)
+            if verify and indexed is not None and indexed != entry:
+                wrong.append(name)
+            if not summary.problem:
+                index.keep(name, times, entry)
+        elif indexed is not None:
+            index.keep(name, times, indexed)
+        summaries.append(summary)
+    index.write()
+    if wrong:
+        what = f"the index of {store} was wrong about {format_list(wrong)}: they changed with the same sizes and times"
+        raise VerificationError(what, hint="it is fixed now; list them again")
+    return summaries
+
+
+def _list_adapter_files(store: Path) -> list[tuple[str, FileTimes]]:
+    """Return the folders of a store that are adapters, by name, with the sizes and times of their files."""
+    with os.scandir(store) as entries:
+        names = sorted(entry.name for entry in entries if entry.is_dir())
+    folders = [(name, read_file_times(store / name)) for name in names]
+    return [(name, times) for name, times in folders if not times.keys().isdisjoint(ADAPTER_FILES)]
+
+
+_INDEXED_TYPES: Final[Mapping[str, type | tuple[type, ...]]] = {
+    "rank": (int, type(None)),
+    "alpha": (int, float, type(None)),
+    "targets": list,
+    "base": (str, type(None)),
+    "bytes": int,
+    "metrics": dict,
+    "digest": str,
+    "problem": str,
+}
+"""The fields of a summary that the index keeps, as JSON has them."""
+
+
+def _build_index_entry(summary: AdapterSummary) -> JsonObject:
+    """Return what the index keeps of a summary."""
+    fields = summary.to_json()
+    return {key: fields[key] for key in _INDEXED_TYPES}
+
+
+def _parse_summary(folder: Path, entry: JsonObject) -> AdapterSummary | None:
+    """Return the summary that an entry of the index describes; None where it has other fields, or other types."""
+    if entry.keys() != _INDEXED_TYPES.keys():
+        return None
+    if not all(isinstance(entry[name], kind) for name, kind in _INDEXED_TYPES.items()):
+        return None
+    return AdapterSummary(name=folder.name, folder=folder, **{**entry, "targets": tuple(entry["targets"])})
 
 
 def find_adapter(adapter: str | Path, *, store: str | Path = DEFAULT_STORE) -> Path:
@@ -96,6 +158,8 @@ def to_json_value(value: object) -> Any:
 
 
 def _summarize_adapter(folder: Path) -> AdapterSummary:
+    from lora_kit.adapter.adapter import Adapter  # which needs torch
+
     try:
         adapter = Adapter.load(folder)
     except (LoraKitError, OSError) as error:

@@ -12,15 +12,19 @@ from lora_kit.names import DEFAULT_STORE
 
 
 @app.command(name="list")
-def list_(store: Path = DEFAULT_STORE, /, *, json: AsJson = False) -> None:
+def list_(store: Path = DEFAULT_STORE, /, *, json: AsJson = False, verify: bool = False) -> None:
     """List the adapters of a store, damaged ones too.
+
+    What was read is kept in `.lora_kit_index.json` in the store, so that only adapters whose files changed are read the
+    next time.
 
     Args:
         store: Folder that holds one folder per adapter.
+        verify: Read every byte, and compare it with the index.
     """
     from lora_kit.adapter.store import list_adapters
 
-    summaries = list_adapters(store)
+    summaries = list_adapters(store, verify=verify)
     if json:
         print_json([summary.to_json() for summary in summaries])
         return

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 _PIPE_WIDTH: Final = 200
 """Columns of a table where there is no terminal to ask."""
+_LONG_TABLE: Final = 500
+"""Rows from which on a table that is not for a terminal is laid out plainly."""
 _MAIN_METRICS: Final = ("perplexity", "accuracy", "loss", "train_loss", "steps")
 
 
@@ -35,18 +37,38 @@ def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Non
 
     if not rows:
         return
+    screen = create_console()
+    shown = [tuple(map(escape_for_terminal, row)) for row in rows]
+    if not screen.is_terminal and len(rows) > _LONG_TABLE and not any("\n" in cell for row in shown for cell in row):
+        _print_long_table(header, shown)
+        return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(header))
     for title in header:
         table.add_column(title, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(escape_for_terminal(cell)) for cell in row))
-    screen = create_console()
+    for row in shown:
+        table.add_row(*map(Text, row))
     if screen.is_terminal:
         screen.print(table)
         return
     with screen.capture() as text:
         screen.print(table)
     print("\n".join(line.rstrip() for line in text.get().splitlines()))
+
+
+def _print_long_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """Print a table whose lines are as long as they need to be: rich takes a millisecond for each row."""
+    from rich.cells import cell_len
+
+    def measure(cell: str) -> int:
+        return len(cell) if cell.isascii() else cell_len(cell)
+
+    lines = [header, *rows] if any(header) else rows
+    columns = [
+        [cell + " " * (width - size) for cell, size in zip(column, sizes, strict=True)]
+        for column, sizes in ((column, list(map(measure, column))) for column in zip(*lines, strict=True))
+        for width in [max(sizes)]
+    ]
+    print("\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True)))
 
 
 def print_text(text: str) -> None:

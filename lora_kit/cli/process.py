@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from lora_kit.errors import VerificationError
 from lora_kit.io.text import escape_for_terminal
 from lora_kit.models.silence import use_log_level
+from lora_kit.names import THREAD_PREFIX
 
 
 class _SteadyStream:
@@ -106,8 +107,10 @@ def log_to_stderr(*, debug: bool, strict: bool = False) -> Iterator[None]:
                 if record.getMessage() in shown:
                     return
                 shown.add(record.getMessage())
+            # Several trainings in one process run in threads of their own, which are called as their adapters.
+            owner = f"{record.threadName}: " if str(record.threadName).startswith(THREAD_PREFIX) else ""
             grade = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-            print(grade + escape_for_terminal(record.getMessage()), file=sys.stderr)
+            print(grade + escape_for_terminal(owner + record.getMessage()), file=sys.stderr)
 
     logger, handler = logging.getLogger("lora_kit"), Lines()
     logger.addHandler(handler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -21,13 +22,13 @@ if TYPE_CHECKING:
     from lora_kit.training.results import TrainPlan, TrainReport
 
 
-@app.command(usage="Usage: lora-kit train RECIPE [--KEY VALUE ...]")
+@app.command(usage="Usage: lora-kit train RECIPE [RECIPE ...] [--KEY VALUE ...]")
 def train(
     recipe: Path,
     /,
     *flags: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
 ) -> None:
-    """Train an adapter from a recipe; flags win over it.
+    """Train an adapter from a recipe, or several over one base; flags win over recipes.
 
     The recipe is YAML or TOML. Any key of it is a flag: --base, --out, --lora.r 8, --train.learning_rate 1e-3,
     --data.train rows.jsonl. --replace, or --force, replaces an existing adapter. The same command continues a
@@ -35,18 +36,27 @@ def train(
     take, and neither trains nor writes anything; --json prints that as JSON. Started by torchrun with `-m lora_kit
     train`, several processes share the rows of each batch.
 
+    Several recipes are trained in one pass over their base, each to the result that it has alone; --together 4 is how
+    many at once, at most.
+
     Args:
-        recipe: The file of the recipe.
+        recipe: The file of the recipe; further ones may follow.
     """
     from lora_kit.training.loop.world import join_world
 
-    values = parse_recipe_flags(flags)
+    recipes, rest = split_recipes(recipe, flags)
+    values = parse_recipe_flags(rest)
+    together = values.pop("together", None)
     replace, force, dry, as_json = (_take_switch(values, name) for name in ("replace", "force", "dry_run", "json"))
     if as_json and not dry:
         raise ConfigError("--json goes with --dry-run", hint="a training writes metrics.jsonl")
+    if (len(recipes) > 1 and dry) or (len(recipes) == 1 and together is not None):
+        raise ConfigError("--dry-run is for one recipe, and --together for several")
     with join_world() as world, print_if(world.is_first):
         if dry:
             _print_plan(recipe, values, replace=replace or force, as_json=as_json)
+        elif len(recipes) > 1:
+            _train_many(recipes, values, replace=replace or force, together=together)
         else:
             _train(recipe, values, replace=replace or force)
 
@@ -85,6 +95,45 @@ def _list_next_commands(recipe: Recipe) -> Iterator[str]:
         yield f"lora-kit predict --adapter {adapter} --text 'a text'"
     elif recipe.task not in LABEL_TASKS:
         yield f"lora-kit generate --adapter {adapter} --prompt 'a prompt'"
+
+
+def split_recipes(first: Path, flags: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Return the recipes, and the flags that follow them."""
+    more = list(itertools.takewhile(lambda token: not token.startswith("--"), flags))
+    return [first, *map(Path, more)], list(flags[len(more) :])
+
+
+def _train_many(recipes: Sequence[Path], values: dict[str, str], *, replace: bool, together: str | None) -> None:
+    """Train several recipes, and print a line for each that was saved.
+
+    Raises:
+        PartialTrainingError: names those that failed.
+    """
+    from lora_kit.training.results import PartialTrainingError
+    from lora_kit.training.together.train_many import MOST_TOGETHER, train_many
+
+    if together is not None and not together.isdecimal():
+        raise ConfigError(f"--together takes a number; {together!r} was given")
+    most = MOST_TOGETHER if together is None else int(together)
+    with show_progress_lines():
+        try:
+            reports: Sequence[TrainReport] = train_many(recipes, overrides=values, replace=replace, together=most)
+        except PartialTrainingError as error:
+            _print_report_lines(error.reports)
+            raise
+    _print_report_lines(reports)
+
+
+def _print_report_lines(reports: Sequence[TrainReport]) -> None:
+    for report in reports:
+        print_text(_format_report_line(report))
+
+
+def _format_report_line(report: TrainReport) -> str:
+    after = report.after.metrics() if report.after else {}
+    metrics = "".join(f", validation {key} {value:.4f}" for key, value in after.items())
+    loss = f"training loss {report.train_loss:.4f}{metrics}"
+    return f"{report.out}: {report.steps:,} steps, {loss}, {report.digest or 'every weight'}"
 
 
 def _take_switch(values: dict[str, str], name: str) -> bool:

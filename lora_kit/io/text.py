@@ -43,6 +43,8 @@ def escape_for_terminal(text: str) -> str:
     Line breaks and tabs stay. Names in files that others wrote appear in messages and tables; an escape sequence in
     one must not act.
     """
+    if text.isascii() and text.isprintable():
+        return text
     return "".join(
         c if c in "\n\t" or not _can_steer_terminal(c) else c.encode("unicode_escape").decode("ascii") for c in text
     )

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from lora_kit.errors import LoraKitError
 from lora_kit.evaluation.measure import Evaluation
 from lora_kit.training.recipe.recipe import Recipe
 
@@ -72,6 +73,23 @@ class TrainReport:
     def tokens_per_second(self) -> float:
         """The speed of the training, over all steps."""
         return self.tokens / self.seconds
+
+
+class PartialTrainingError(LoraKitError, RuntimeError):
+    """Some of several trainings failed; the others were saved.
+
+    Attributes:
+        errors: by the output of the training that failed.
+        reports: of those that did not fail.
+    """
+
+    def __init__(self, errors: Mapping[str, Exception], reports: Sequence[TrainReport]) -> None:
+        count = len(errors) + len(reports)
+        lines = [f"{out}: {' '.join(str(error).split())}" for out, error in errors.items()]
+        super().__init__("\n  ".join([f"{len(errors)} of {count} trainings failed:", *lines]))
+        self.errors, self.reports = errors, reports
+        # The worst: 1 is for what is no error of this family.
+        self.exit_code = max(error.exit_code if isinstance(error, LoraKitError) else 1 for error in errors.values())
 
 
 def build_history(report: TrainReport, log: Sequence[LogEntry]) -> Iterator[LogEntry]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -86,32 +86,51 @@ def train(
             job = Job.open(loaded, base, store=folder.samples if world.is_first else None, processes=world.size)
             _check_same_run(job, world)
             checkpoint = world.ask_first(lambda: folder.find_resumable(job.identity, job.environment, replace=replace))
-            run = _Run(folder, world, checkpoint, tuple(callbacks))
-            try:
-                with translate_training_memory(), make_job_trainable(job) as trainable:
-                    report = _train_and_save(trainable, run, replace=replace)
-            except BaseException:
-                folder.log_resume_point()
-                raise
-            world.ask_first(folder.remove)
-        return report
+            stop = StopRequest(alone=world.size == 1)
+            run = StartedRun(folder, world, checkpoint, stop, callbacks=tuple(callbacks))
+            return train_job(job, run, replace=replace)
 
 
 @dataclass(frozen=True)
-class _Run:
+class StartedRun:
     """A training as it is started.
 
     Attributes:
-        folder: of its checkpoints.
+        folder: of its checkpoints, which no other run writes to.
         world: its processes.
         checkpoint: from which it resumes; None for the beginning.
+        stop: asked after every step whether to save and stop.
         callbacks: further callbacks of transformers.
+        join: called with the loop; the context lasts while it trains.
+        shows_bar: whether progress is shown as a live line on a terminal.
     """
 
     folder: RunFolder
     world: World
     checkpoint: Checkpoint | None
-    callbacks: tuple[TrainerCallback, ...]
+    stop: StopRequest
+    callbacks: tuple[TrainerCallback, ...] = ()
+    join: Callable[[ResumableLoop], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+    shows_bar: bool = True
+
+
+def train_job(job: Job, run: StartedRun, *, replace: bool) -> TrainReport:
+    """Train a job, or go on with it from a checkpoint, and write its result.
+
+    Args:
+        replace: whether an earlier result may be replaced.
+
+    Raises:
+        LoraKitError: as `train`, after the job was opened.
+    """
+    try:
+        with translate_training_memory(), make_job_trainable(job) as trainable:
+            report = _train_and_save(trainable, run, replace=replace)
+    except BaseException:
+        run.folder.log_resume_point()
+        raise
+    run.world.ask_first(run.folder.remove)
+    return report
 
 
 def _check_output(folder: RunFolder, recipe: Recipe, *, replace: bool) -> None:
@@ -128,7 +147,7 @@ def _check_same_run(job: Job, world: World) -> None:
         raise RecipeError(what, hint="every machine needs the same files")
 
 
-def _train_and_save(trainable: TrainableJob, run: _Run, *, replace: bool) -> TrainReport:
+def _train_and_save(trainable: TrainableJob, run: StartedRun, *, replace: bool) -> TrainReport:
     job = trainable.job
     is_shared = is_base_sharded(job.recipe.train)
     samples = SampleAnswers(job) if run.world.is_first or is_shared else None
@@ -165,15 +184,15 @@ class _TrainingOutcome:
     thresholds: tuple[float, ...] = ()
 
 
-def _run_training(trainable: TrainableJob, run: _Run) -> _TrainingOutcome:
+def _run_training(trainable: TrainableJob, run: StartedRun) -> _TrainingOutcome:
     """Train the parameters that require a gradient. Other changes that the Trainer makes to the model are undone."""
-    stop, job = StopRequest(alone=run.world.size == 1), trainable.job
+    job = trainable.job
     with set_up_training(job.base, compiled=job.recipe.compile) as scratch:
-        trainer = _build_trainer(trainable, scratch, run, stop=stop)
+        trainer = _build_trainer(trainable, scratch, run)
         trainer.before = trainer.measure_validation()
         clock = Clock(job.base.device)
         try:
-            with stop:
+            with run.stop, run.join(trainer):
                 trainer.train_from(run.checkpoint)
         finally:
             trainer.close()
@@ -191,7 +210,7 @@ def _run_training(trainable: TrainableJob, run: _Run) -> _TrainingOutcome:
     )
 
 
-def _build_trainer(trainable: TrainableJob, scratch: str, run: _Run, *, stop: StopRequest) -> ResumableLoop:
+def _build_trainer(trainable: TrainableJob, scratch: str, run: StartedRun) -> ResumableLoop:
     from transformers import EarlyStoppingCallback
 
     from lora_kit.training.job.loops import build_job_arguments, build_loop
@@ -203,16 +222,18 @@ def _build_trainer(trainable: TrainableJob, scratch: str, run: _Run, *, stop: St
     patience = train_section.get("early_stopping_patience")
     early_stopping = [EarlyStoppingCallback(patience)] if patience else []
     with _translate_trainer_errors():
+        args = build_job_arguments(job, scratch, run.world)
+        args.disable_tqdm = args.disable_tqdm or not run.shows_bar
         trainer = build_loop(
             trainable,
-            build_job_arguments(job, scratch, run.world),
+            args,
             callbacks=[UnusedParameterCallback(), *early_stopping, *run.callbacks],
             run=RunContext(
                 folder=run.folder,
                 world=run.world,
                 identity=job.identity,
                 setting=job.environment,
-                stop=stop,
+                stop=run.stop,
                 encode_adapter=trainable.encode_adapter,
                 trainable=trainable.count,
                 parameters=trainable.parameters,

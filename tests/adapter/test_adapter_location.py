@@ -12,8 +12,8 @@ import huggingface_hub
 import pytest
 
 import lora_kit as lk
+from lora_kit.adapter.adapter_files import CONFIG, OLD_WEIGHTS, WEIGHTS
 from lora_kit.adapter.adapter_location import AdapterLocation, label_adapter_folder, resolve_adapter
-from lora_kit.adapter.folder import CONFIG, OLD_WEIGHTS, WEIGHTS
 from lora_kit.adapter.store import find_adapter
 from lora_kit.algebra.sources import SourceAdapter
 from lora_kit.errors import AdapterError, ConfigError, RecipeError, UnknownAdapterError

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from lora_kit.errors import RecipeError
 from lora_kit.models.loading import Base, load_base
@@ -14,26 +15,18 @@ from lora_kit.models.tasks import PROBLEM_TYPES
 from lora_kit.training.recipe.recipe import METHODS_CHANGING_BASE, Recipe
 
 
-def prepare_base(recipe: Recipe, base: Base | None, label2id: Mapping[str, int], problem: str | None = None) -> Base:
-    """Return the base that a recipe trains on.
+class BaseLoader(Protocol):
+    """Returns a base in which nothing is trained yet, as `load_recipe_base` does."""
 
-    Args:
-        base: a base that is already loaded; None to load the recipe's.
-        label2id: names of the labels to their numbers; empty where the task has none.
-        problem: what task `classify` predicts; None for other tasks.
+    def __call__(self, recipe: Recipe, label2id: Mapping[str, int], problem: str | None) -> Base: ...
+
+
+def load_recipe_base(recipe: Recipe, label2id: Mapping[str, int], problem: str | None) -> Base:
+    """Load the base of a recipe.
 
     Raises:
-        RecipeError: the loaded base is not the recipe's, or does not go with it.
-        BaseModelError: the recipe's base cannot be loaded.
+        BaseModelError: it cannot be loaded.
     """
-    if base is None:
-        base = _load_recipe_base(recipe, label2id, problem)
-    else:
-        base = _reuse_loaded_base(recipe, base, label2id, problem)
-    return _reserve_virtual_tokens(recipe, base)
-
-
-def _load_recipe_base(recipe: Recipe, label2id: Mapping[str, int], problem: str | None) -> Base:
     # Small updates are lost in 16 bits, so every weight is trained in fp32 unless the recipe sets a dtype.
     dtype = "fp32" if recipe.method == "full" and recipe.dtype == "auto" else recipe.dtype
     base = load_base(
@@ -46,6 +39,31 @@ def _load_recipe_base(recipe: Recipe, label2id: Mapping[str, int], problem: str 
     )
     warn_of_floating_revision(recipe.base)
     return base
+
+
+def prepare_base(
+    recipe: Recipe,
+    base: Base | None,
+    label2id: Mapping[str, int],
+    problem: str | None = None,
+    *,
+    load: BaseLoader = load_recipe_base,
+) -> Base:
+    """Return the base that a recipe trains on.
+
+    Args:
+        base: a base that is already loaded; None to load the recipe's.
+        load: loads it then.
+        label2id: names of the labels to their numbers; empty where the task has none.
+        problem: what task `classify` predicts; None for other tasks.
+
+    Raises:
+        RecipeError: the loaded base is not the recipe's, or does not go with it.
+        BaseModelError: the recipe's base cannot be loaded.
+    """
+    if base is None:
+        return _reserve_virtual_tokens(recipe, load(recipe, label2id, problem))
+    return _reserve_virtual_tokens(recipe, _reuse_loaded_base(recipe, base, label2id, problem))
 
 
 def _reuse_loaded_base(recipe: Recipe, base: Base, label2id: Mapping[str, int], problem: str | None) -> Base:

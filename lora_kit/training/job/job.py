@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -33,7 +33,7 @@ from lora_kit.models.heads import describe_head, list_head_labels, order_labels
 from lora_kit.models.loading import Base
 from lora_kit.models.tasks import CLASSIFY, LABEL_TASKS, REGRESSION, SINGLE_LABEL
 from lora_kit.targets.fingerprint import fingerprint
-from lora_kit.training.job.base_model import prepare_base
+from lora_kit.training.job.base_model import BaseLoader, load_recipe_base, prepare_base
 from lora_kit.training.job.recipe_rows import encode_training_rows, read_recipe_rows
 from lora_kit.training.job.resolve import resolve_recipe
 from lora_kit.training.job.starting_adapter import check_starting_labels, load_starting_adapter
@@ -83,13 +83,22 @@ class Job:
     processes: int = 1
 
     @classmethod
-    def open(cls, recipe: Recipe, base: Base | None = None, *, store: Path | None = None, processes: int = 1) -> Job:
+    def open(
+        cls,
+        recipe: Recipe,
+        base: Base | None = None,
+        *,
+        store: Path | None = None,
+        processes: int = 1,
+        load: BaseLoader = load_recipe_base,
+    ) -> Job:
         """Read, check and encode what a recipe names.
 
         Args:
             base: a base that is already loaded; None to load the recipe's.
             store: the folder that keeps the samples of streamed rows for the next run; None to keep none.
             processes: number of processes that share the rows of each batch.
+            load: loads a base that is not given.
 
         Raises:
             RecipeError, DataError, BaseModelError: what is wrong, or does not go together.
@@ -107,19 +116,10 @@ class Job:
         check_starting_labels(start, labels)
         label2id = {name: number for number, name in enumerate(labels)}
         class_weights = _weigh_classes(recipe, rows, labels)
-        base = prepare_base(recipe, base, label2id, problem)
+        base = prepare_base(recipe, base, label2id, problem, load=load)
         template = _load_chat_template(recipe, rows, base)
         recipe = resolve_recipe(recipe, rows, base, template)
-        assert recipe.data.max_length is not None
-        sample_format = SampleFormat(
-            max_length=recipe.data.max_length,
-            separator=recipe.data.separator,
-            template=template,
-            label2id=label2id,
-            learn=recipe.data.learn,
-            task=recipe.task,
-            problem=problem or SINGLE_LABEL,
-        )
+        sample_format = _build_sample_format(recipe, template, label2id)
         samples, counts = encode_training_rows(found, base.tokenizer, sample_format, folder=store)
         _check_token_ids(base, samples)
         logger.info("%s: %d samples, %d labels", rows.path, len(samples), samples.num_labels)
@@ -174,6 +174,20 @@ class Job:
         base = dataclasses.replace(self.base, model=model)
         task = self.generation_task and dataclasses.replace(self.generation_task, base=base)
         return dataclasses.replace(self, base=base, generation_task=task)
+
+
+def _build_sample_format(recipe: Recipe, template: ChatTemplate | None, label2id: Mapping[str, int]) -> SampleFormat:
+    """Return how the rows of a recipe whose open values are filled in become samples."""
+    assert recipe.data.max_length is not None
+    return SampleFormat(
+        max_length=recipe.data.max_length,
+        separator=recipe.data.separator,
+        template=template,
+        label2id=label2id,
+        learn=recipe.data.learn,
+        task=recipe.task,
+        problem=recipe.problem or SINGLE_LABEL,
+    )
 
 
 def _find_problem(recipe: Recipe, rows: Rows) -> str | None:

@@ -28,14 +28,18 @@ class StopRequest:
 
     Attributes:
         received: number of the signal that this process has received; None before one.
-        signal_number: of the signal that the training obeys; None before one.
     """
 
     def __init__(self, *, alone: bool = True) -> None:
         self._alone = alone
         self.received: int | None = None
-        self.signal_number: int | None = None
+        self._obeyed: int | None = None
         self._before: dict[int, Callable[[int, FrameType | None], object] | int] = {}
+
+    @property
+    def signal_number(self) -> int | None:
+        """Number of the signal that the training obeys; None before one."""
+        return self._obeyed
 
     def __enter__(self) -> Self:
         for number in SIGNALS:
@@ -72,14 +76,14 @@ class StopRequest:
         """
         for number, count in zip(SIGNALS, counts, strict=True):
             if count:
-                self.signal_number = number
+                self._obeyed = number
 
     def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
             self._run_previous_handler(number)
         self.received = number
         if self._alone:
-            self.signal_number = number
+            self._obeyed = number
         # The signal may have interrupted another write to the same stream.
         with contextlib.suppress(RuntimeError):
             name = signal.Signals(number).name
@@ -96,3 +100,39 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+
+class TrainingStopped(BaseException):
+    """Ends one of several trainings at a signal, after its checkpoint; the process ends when all have."""
+
+
+class SharedStopRequest(StopRequest):
+    """The request of one of several trainings in threads: the signal is that of the main thread's request.
+
+    Args:
+        main: the main thread's, which also lets the signal take its effect.
+    """
+
+    def __init__(self, main: StopRequest) -> None:
+        super().__init__()
+        self._main = main
+
+    @property
+    def signal_number(self) -> int | None:
+        """Number of the signal that the main thread received; None before one."""
+        return self._main.signal_number
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        pass
+
+    def obey(self) -> None:
+        """End this training, where a signal was received.
+
+        Raises:
+            TrainingStopped: it was.
+        """
+        if self.signal_number is not None:
+            raise TrainingStopped
