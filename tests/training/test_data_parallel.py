@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,16 @@ from lora_kit.adapter.adapter import Adapter
 from lora_kit.errors import REPORTED_ELSEWHERE, RecipeError, StorageError, VerificationError
 from lora_kit.io.atomic_write import lock_output
 from lora_kit.models.loading import Base
+from lora_kit.training.job.job import Job
 from lora_kit.training.loop.checkpoints import RunFolder
 from lora_kit.training.loop.sharded_base import count_own_bytes, shard_base
 from lora_kit.training.loop.world import join_world
 from lora_kit.training.plan.plan import plan
+from lora_kit.training.recipe.load import load_recipe
 from lora_kit.training.train import train
 from tests.support.interrupted import results, run_of
 from tests.support.memory import device_is_full
-from tests.support.preferences import PREFERENCES
+from tests.support.preferences import FEEDBACK, PREFERENCES
 from tests.support.processes import die
 from tests.support.training import LABELED, PAIRS, At, base_of, recipe_of
 from tests.support.worlds import get_rank, in_processes, launch
@@ -80,7 +83,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "classify": ("bert", {"task": "classify", "rows": [*LABELED, *LABELED[:3]], "class_weights": "balanced"}),
     "dpo": ("llama", {"objective": "dpo", "rows": [*PREFERENCES, *PREFERENCES[:4]]}),
 }  # fmt: skip
-DEFAULT_CASES = ("lora", "classify")
+DEFAULT_CASES = ("lora",)
 
 
 @pytest.mark.parametrize(
@@ -108,12 +111,17 @@ def without_dropout(base: Base) -> Base:
     return base
 
 
-@pytest.mark.parametrize("objective", ["kto", "orpo"])
-def test_an_objective_whose_loss_is_of_a_whole_batch_is_refused(tmp_path: Path, objective: str) -> None:
-    recipe = recipe_for(tmp_path, 2, objective=objective, rows=PREFERENCES)
-    for error in train_in(2, recipe):
-        assert isinstance(error, RecipeError)
-        assert "one loss for all rows of a batch: 2 processes cannot share them" in str(error)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"objective": "kto", "rows": FEEDBACK}, id="kto"),
+        pytest.param({"objective": "orpo", "rows": PREFERENCES}, id="orpo"),
+        pytest.param({"objective": "dpo", "rows": PREFERENCES, "train": {"loss_type": ["sft"]}}, id="dpo, sft"),
+    ],
+)
+def test_an_objective_whose_loss_is_of_a_whole_batch_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="one loss for all rows of a batch: 2 processes cannot share them"):
+        Job.open(load_recipe(recipe_of(tmp_path, **changes)), base_of(), processes=2)
 
 
 def test_a_dry_run_counts_the_rows_of_all_processes(tmp_path: Path) -> None:
@@ -256,30 +264,32 @@ def test_torchrun_trains_with_one_output_and_one_report(tmp_path: Path) -> None:
 # A base of which each process has a part
 
 
-def compare_sharded(folder: Path, **changes: Any) -> None:
-    """Train kit-base in one process, and sharded in two, and compare what they write."""
-    rows = [*ROWS, ROWS[0]]
+def compare_sharded(folder: Path, *, processes: int, **changes: Any) -> None:
+    """Train kit-base in some processes, and sharded in two, and compare what they write."""
     outs = []
-    for processes in (1, 2):
-        section = {"max_steps": 3, **({"fsdp": "full_shard"} if processes == 2 else {})}
-        recipe = recipe_for(folder, processes, train=section, rows=rows, **changes) | {"base": "kit-base"}
+    for name, size, section in (("whole", processes, {}), ("sharded", 2, {"fsdp": "full_shard"})):
+        recipe = recipe_for(folder, size, out=name, train={"max_steps": 2, **section}, **changes)
         outs.append(Path(recipe["out"]))
-        assert in_processes(lambda recipe=recipe: train(recipe).out, size=processes) == outs[-1:] * processes
+        work = partial(train, recipe | {"base": "kit-base", "dtype": "fp32"})
+        assert in_processes(lambda work=work: work().out, size=size) == outs[-1:] * size
     assert_same_adapter(*outs)
     assert_same_log(*outs)
     one, two = (Adapter.load(out).record["base"] for out in outs)
     assert one == two
+    assert isinstance(one, dict)
     assert one["weights"]
 
 
 def test_a_sharded_base_trains_the_same_adapter_with_the_same_fingerprint(tmp_path: Path) -> None:
-    compare_sharded(tmp_path, dtype="fp32")
+    """The second step has one row, and one process none."""
+    compare_sharded(tmp_path, processes=1)
 
 
 @pytest.mark.slow
 def test_a_quantized_base_is_sharded_as_well(tmp_path: Path) -> None:
+    """Beside as many processes without shards: bitsandbytes computes batches of other sizes in another way."""
     pytest.importorskip("bitsandbytes")
-    compare_sharded(tmp_path, quantize="nf4", dtype="fp32")
+    compare_sharded(tmp_path, processes=2, quantize="nf4")
 
 
 def test_each_process_keeps_its_part_of_a_sharded_base() -> None:
