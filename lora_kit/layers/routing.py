@@ -16,29 +16,8 @@ from lora_kit.errors import RoutingError
 from lora_kit.layers.forward_scope import ForwardScope
 from lora_kit.layers.route import BASE_SLOT, Index, Route, add_index
 from lora_kit.layers.route_stack import RouteStack
-from lora_kit.layers.row_gather import GatherBuffer, RowCache
+from lora_kit.layers.row_gather import GatherBuffer, RowCache, Workspace
 from lora_kit.layers.token_runs import RunRoute
-
-
-class _Workspace:
-    """What the layers prepared in one thread, for the rows that it computed last.
-
-    Threads that compute at once may share a route, so this belongs to the thread and not to the route.
-
-    Attributes:
-        rows: `cache_key` of the last route that has one.
-        version: of the weights that the cache was made from.
-        cache: what layers prepared.
-        buffer: memory for LoRA weights that one layer gathers for one forward.
-        layer_buffers: memory for those that a layer gathers for many forwards.
-    """
-
-    def __init__(self) -> None:
-        self.rows: tuple[object, ...] = ()
-        self.version = 0
-        self.cache = RowCache()
-        self.buffer = GatherBuffer()
-        self.layer_buffers: dict[nn.Module, GatherBuffer] = {}
 
 
 class _ThreadState(threading.local):
@@ -46,12 +25,14 @@ class _ThreadState(threading.local):
 
     Attributes:
         route: what compiled code reads, because torch.compile cannot trace context variables; see `compiled_routes`.
+        is_repeating: whether a part of a forward is computed again, with a route that is known.
         workspace: of the thread.
     """
 
     def __init__(self, routing: Routing) -> None:
         self.route = routing.peek_route()
-        self.workspace = _Workspace()
+        self.is_repeating = False
+        self.workspace = Workspace()
 
 
 class Routing:
@@ -84,6 +65,8 @@ class Routing:
         self._captured: dict[tuple[torch.device, int], Tensor] = {}
         self._live_routes: set[ReferenceType[Route]] = set()
         self._version = 0
+        self._trained_slots: set[tuple[int, ...]] = set()
+        self._has_recomputed = False
         self._current: ContextVar[Route | None] = ContextVar("route", default=None)
         self._forward: ContextVar[ForwardScope | None] = ContextVar("forward", default=None)
         self.stack = RouteStack()
@@ -102,7 +85,28 @@ class Routing:
         """Return the caller's route. A forward of a layer reads it once, and works with what it read."""
         if torch.compiler.is_dynamo_compiling():
             return self._thread.route
-        return self._current.get() or self._begin()
+        route = self._current.get() or self._begin()
+        if is_in_backward():
+            self._check_recomputed(route)
+        return route
+
+    def _check_recomputed(self, route: Route) -> None:
+        """Check that layers called by a backward use the route of its forward, where torch does not say which that was.
+
+        Checkpoints of torch bring their route. Functions of others that compute a part of the model again, as those of
+        Reformer do, do not.
+
+        Raises:
+            RoutingError: the forwards since the last such backward used another route, or several.
+        """
+        if self._thread.is_repeating or self.get_forward() is not None:
+            return
+        self._has_recomputed = True
+        if self._trained_slots != {route.slots}:
+            raise RoutingError(
+                "a part of the model is computed again in a backward, and it is not known with which adapter",
+                hint="run each backward while the adapter of its forward is chosen, and before the next forward",
+            )
 
     def peek_route(self) -> Route:
         """Return the caller's route; the default for a context that has none, which does not keep it."""
@@ -178,6 +182,10 @@ class Routing:
     def end_forward(self, forward: ForwardScope) -> None:
         """Return to what was before a forward, or to what was chosen in it."""
         forward.finish()
+        if torch.is_grad_enabled():
+            if self._has_recomputed:
+                self._has_recomputed, self._trained_slots = False, set()
+            self._trained_slots.add(forward.route.slots)
         outer, forward.outer = forward.outer, None
         self._forward.set(outer)
         self._assign(outer.route if outer else self.stack.get_route())
@@ -193,9 +201,11 @@ class Routing:
         entries = self.stack.exchange(route)
         self._forward.set(forward)
         self._assign(route)
+        was_repeating, self._thread.is_repeating = self._thread.is_repeating, True
         try:
             yield
         finally:
+            self._thread.is_repeating = was_repeating
             self.stack.put_back(entries)
             self._forward.set(running)
             self._assign(current)
@@ -321,6 +331,11 @@ _ROUTINGS: Final[set[ReferenceType[Routing]]] = set()
 def list_routings() -> list[Routing]:
     """Return the routing of every bank there is."""
     return [routing for reference in _ROUTINGS.copy() if (routing := reference()) is not None]
+
+
+def is_in_backward() -> bool:
+    """Return whether a backward is running that called the caller."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def is_captured(device: torch.device) -> bool:

@@ -211,3 +211,24 @@ def _as_index(numbers: Sequence[int], device: torch.device) -> slice | Tensor:
         return slice(numbers[0], numbers[-1] + 1)
     with torch.inference_mode(False):
         return torch.tensor(numbers, device=device)
+
+
+class Workspace:
+    """What the layers prepared in one thread, for the rows that it computed last.
+
+    Threads that compute at once may share a route, so this belongs to the thread and not to the route.
+
+    Attributes:
+        rows: `cache_key` of the last route that has one.
+        version: of the weights that the cache was made from.
+        cache: what layers prepared.
+        buffer: memory for LoRA weights that one layer gathers for one forward.
+        layer_buffers: memory for those that a layer gathers for many forwards.
+    """
+
+    def __init__(self) -> None:
+        self.rows: tuple[object, ...] = ()
+        self.version = 0
+        self.cache = RowCache()
+        self.buffer = GatherBuffer()
+        self.layer_buffers: dict[nn.Module, GatherBuffer] = {}

@@ -163,7 +163,7 @@ def load_base(
         replaced = set_labels(config, name, task=task, num_labels=num_labels, label2id=label2id)
         _check_architecture(name, config, task)
         refuse_already_quantized(name, config, quantize)
-        tokenizer = _load_tokenizer(source, config)
+        tokenizer = _load_tokenizer(source, config, task=task)
         labels = tuple(label2id or ())
         model, new_modules = _load_model(
             source, config, task, dtype=torch_dtype, device=torch_device, quantize=quantize, labels=labels
@@ -254,7 +254,7 @@ def _check_architecture(name: str, config: PretrainedConfig, task: str) -> None:
         raise BaseModelError(f"{name} has an encoder, which task causal-lm does not use", hint="task: seq2seq")
 
 
-def _load_tokenizer(source: BaseSource, config: PretrainedConfig) -> Tokenizer:
+def _load_tokenizer(source: BaseSource, config: PretrainedConfig, *, task: str | None = None) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
@@ -265,6 +265,9 @@ def _load_tokenizer(source: BaseSource, config: PretrainedConfig) -> Tokenizer:
         raise BaseModelError(
             f"{source.location}: no tokenizer that can be read", hint="a base needs tokenizer.json beside its weights"
         ) from error
+    if task == CLASSIFY and _is_encoder_decoder(config):
+        # Their heads read the state at the last end of a text, and want as many ends in each text of a batch.
+        tokenizer.split_special_tokens = True
     return cast("Tokenizer", tokenizer)  # transformers declares the special tokens only at run time
 
 

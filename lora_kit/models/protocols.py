@@ -24,6 +24,7 @@ class Tokenizer(Protocol):
     special_tokens_map: dict[str, str]
     is_fast: bool
     model_max_length: int
+    split_special_tokens: bool
 
     def __call__(self, text: object = ..., text_pair: object = ..., **options: object) -> BatchEncoding: ...
 

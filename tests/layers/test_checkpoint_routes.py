@@ -14,6 +14,7 @@ from torch.distributed._composable import checkpoint as composable_checkpoint
 from torch.utils import checkpoint
 
 import lora_kit as lk
+from lora_kit.errors import RoutingError
 from lora_kit.layers.checkpoint_routes import keep_routes
 from tests.support import tiny
 
@@ -193,3 +194,55 @@ def test_a_checkpoint_that_torch_applies_to_a_module_keeps_its_routes() -> None:
         found.append([parameter.grad for parameter in bank.parameters("t1")])
     for plain, checkpointed in zip(*found, strict=True):
         torch.testing.assert_close(checkpointed, plain, rtol=0, atol=1e-6)
+
+
+class _ComputeAgain(torch.autograd.Function):
+    """Computes a function again in its backward, as reversible layers do."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(x)
+        return function(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None]:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            ctx.function(x).backward(gradient)
+        return None, x.grad
+
+
+class ComputesAgain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _ComputeAgain.apply(self.layer, x)
+        return y
+
+
+def test_layers_that_a_function_of_others_computes_again_have_the_adapter_of_the_forward_or_raise() -> None:
+    torch.manual_seed(0)
+    bank, x = lk.attach(ComputesAgain()), torch.randn(2, 4, requires_grad=True)
+    for name in ("a", "b"):
+        bank.add(name, lk.LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False))
+    for name in ("a", "b", "a"):  # one after the other
+        bank.use(name)
+        bank.model(x).sum().backward()
+        other = "b" if name == "a" else "a"
+        assert all(parameter.grad is not None for parameter in bank.parameters(name))
+        for parameter in bank.parameters(name):
+            parameter.grad = None
+        assert all(parameter.grad is None for parameter in bank.parameters(other))
+    bank.use("a")
+    loss = bank.model(x).sum()
+    bank.use("b")
+    with pytest.raises(RoutingError, match="computed again in a backward"):
+        loss.backward()
+    loss = bank.model(x).sum()
+    bank.use("a")
+    with pytest.raises(RoutingError, match="computed again in a backward"):
+        (loss + bank.model(x).sum()).backward()

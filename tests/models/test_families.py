@@ -59,6 +59,9 @@ What the table leaves open:
   of the adapter in use, as a merge would leave it, without dropout. Rows of different adapters are rejected there.
 - **Weights that a model changes**: RWKV divides those of `attention.output` and `feed_forward.value` in evaluation, in
   place, while its config has `rescale_every` above 0. They are left alone then, and rejected by name.
+- **Reformer** is used and merged, and not trained by `lora-kit train`: while it trains, its positions want batches
+  exactly as long as the product of `axial_pos_shape`. In a loop of your own, call `model.enable_input_require_grads()`
+  first: its reversible layers pass a gradient on only where their input requires one.
 - **experts**: where fused experts say how they compute, as nearly all of transformers' classes do, their updates are
   added token by token: no changed weight is made, and rows may differ. Others (Llama 4, JetMoe) are given a changed
   weight for the length of a forward, as PEFT does it everywhere, and reject rows.

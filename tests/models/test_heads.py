@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.errors import BaseModelError
 from lora_kit.evaluation.evaluate import evaluate
+from lora_kit.evaluation.predict import predict
 from lora_kit.models.heads import describe_head, order_labels, reason_new_head
 from lora_kit.models.loading import load_base
 from lora_kit.training.plan.plan import plan
@@ -164,3 +166,22 @@ def test_the_order_and_the_reason() -> None:
     assert reason_new_head((), ("a", "b")) is None
     assert reason_new_head(("LABEL_0", "LABEL_1"), ("a", "b")) is None
     assert describe_head(head, head) == "of the base, with the labels positive, negative, neutral"
+
+
+def test_an_end_that_is_written_in_a_text_is_text_for_a_classifier_that_reads_the_last_end(tmp_path: Path) -> None:
+    """The heads of BART and T5 want as many ends in each text of a batch."""
+    tokenizer = texts.bert_tokenizer()
+    torch.manual_seed(0)
+    config = transformers.BartConfig(
+        vocab_size=len(tokenizer), d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=64, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=None,
+    )  # fmt: skip
+    transformers.BartForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    rows = [{"text": text, "label": label} for text, label in (("plain", "a"), ("an </s> end", "b"), ("</s></s>", "a"))]
+    asked = {**recipe_of(tmp_path, rows=rows), "base": str(tmp_path / "base"), "task": "classify"}
+    out = train(asked).out
+    together = predict(str(tmp_path / "base"), out, [row["text"] for row in rows])
+    alone = [predict(str(tmp_path / "base"), out, [row["text"]])[0] for row in rows]
+    assert [each.label for each in together] == [each.label for each in alone]

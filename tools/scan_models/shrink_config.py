@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 HIDDEN, LAYERS, HEADS, VOCABULARY, POSITIONS, IMAGE, PATCH = 32, 2, 4, 96, 64, 32, 8
+_AXES: Final = (2, 4)
+"""Their product is the length of the texts that the models are given: Reformer trains on no other."""
 _MAX_KINDS: Final = 4
 """Layers of so many kinds are kept."""
 _WIDTHS: Final[dict[str, int]] = {
@@ -188,6 +190,8 @@ def _cut(name: str, value: Any, *, depth: int, staged: bool) -> object:
             return min(value, VOCABULARY)
         return min(value, _COUNTS[name]) if name in _COUNTS else None
     if isinstance(value, (list, tuple)) and value and all(map(_is_count, value)):
+        if name == "axial_pos_shape":
+            return list(_AXES)
         if name in ("depths", "num_blocks", "stage_numb_of_layers", "stage_num_blocks", "encoder_depths"):
             return [1] * len(value)
         if name.endswith(("token_id", "token_index")) and max(value) >= VOCABULARY:
