@@ -19,6 +19,7 @@ from lora_kit.data.readers import read_file
 from lora_kit.data.records import NOT_UTF8, OTHER_ENCODING_HINT, Fault, Record, Row
 from lora_kit.errors import DataError, format_list
 from lora_kit.io.given_values import parse_path
+from lora_kit.io.text import shorten
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +214,7 @@ def require_layout(path: Path, row: Row) -> Layout:
     if layout is None:
         formats = "; ".join(dict.fromkeys(" and ".join(layout.keys) for layout in (*LAYOUTS, *PREFERENCE_LAYOUTS)))
         hint = f"formats: {formats}. lora-kit prepare --rename mine=prompt gives columns other names"
-        raise DataError(f"{path}: the first row has the keys {format_list(sorted(row))}", hint=hint)
+        raise DataError(f"{path}: the first row has the keys {shorten(format_list(sorted(row)), most=120)}", hint=hint)
     return layout
 
 

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from lora_kit.errors import StorageError
+from lora_kit.io.text import escape_text
+
 _MAX_NOTE_BYTES: Final = 4096
 
 
@@ -78,10 +81,22 @@ class FileLock:
         finally:
             self.release()
 
+    def _open(self) -> int:
+        """Open the file, with its folder, and return its descriptor.
+
+        Raises:
+            StorageError: something else is in the place of one of them.
+        """
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        except (FileExistsError, IsADirectoryError, NotADirectoryError) as error:
+            what = f"{escape_text(error.filename)} is in the way, and is not of lora_kit"
+            raise StorageError(what, hint="move it, or choose another output") from None
+
     def _acquire(self, operation: int) -> bool:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            descriptor = self._open()
             try:
                 fcntl.flock(descriptor, operation)
                 if self._is_current(descriptor):

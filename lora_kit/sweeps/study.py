@@ -15,7 +15,8 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -25,11 +26,11 @@ from optuna.samplers import RandomSampler
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from lora_kit.errors import AdapterError, RecipeError, StorageError
+from lora_kit.errors import AdapterError, LoraKitError, RecipeError, StorageError
 from lora_kit.io.atomic_write import write_file
 from lora_kit.io.locks import FileLock
-from lora_kit.io.read import exists, folder_exists
-from lora_kit.io.text import escape_text
+from lora_kit.io.read import exists, folder_exists, mode_of
+from lora_kit.io.text import escape_text, shorten
 from lora_kit.sweeps.sweep_plan import PLAN, SweepPlan, propose_params, read_plan
 from lora_kit.training.loop.run_differences import describe_differences
 
@@ -52,14 +53,16 @@ class SweepStudy:
     def __init__(self, plan: SweepPlan) -> None:
         self.plan = plan
         self._alone = FileLock(plan.folder / LOCKS / "sweep")
-        self._optuna = optuna.create_study(
-            storage=_open_storage(plan.folder),
-            study_name=_NAME,
-            direction=plan.direction,
-            load_if_exists=True,
-            sampler=RandomSampler(plan.seed),  # never asked: `propose_params` draws the values
-            pruner=MedianPruner() if plan.prune else NopPruner(),
-        )
+        with _translate_damage(plan.folder / JOURNAL):
+            self._optuna = optuna.create_study(
+                storage=_open_storage(plan.folder),
+                study_name=_NAME,
+                direction=plan.direction,
+                load_if_exists=True,
+                sampler=RandomSampler(plan.seed),  # never asked: `propose_params` draws the values
+                pruner=MedianPruner() if plan.prune else NopPruner(),
+            )
+            _check_params(plan, self._optuna.get_trials(deepcopy=False))
 
     @property
     def trials(self) -> list[FrozenTrial]:
@@ -206,16 +209,38 @@ def _open_storage(folder: Path) -> JournalStorage:
     lock = FileLock(folder / LOCKS / "journal")
     with lock.hold():
         _drop_partial_line(path)
+    return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def _translate_damage(journal: Path) -> Iterator[None]:
+    """Raise AdapterError for whatever Optuna raises in the block, which only reads the journal."""
     try:
-        return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))  # type: ignore[arg-type]
-    except ValueError:
-        raise AdapterError(f"{escape_text(path)} is damaged", hint="remove the folder to start anew") from None
+        yield
+    except (LoraKitError, OSError):
+        raise
+    except Exception as error:  # a line may be anything, and Optuna trusts it
+        what = f"{escape_text(journal)} is damaged: {type(error).__name__}: {shorten(error)}"
+        raise AdapterError(what, hint="remove the folder to start anew") from None
+
+
+def _check_params(plan: SweepPlan, trials: Sequence[FrozenTrial]) -> None:
+    """Raise KeyError for a trial that has a value of a key that the plan does not vary, or lacks one."""
+    for trial in trials:
+        if trial.params.keys() != dict(plan.space).keys():
+            raise KeyError(f"trial {trial.number} has values of {sorted(trial.params)}")
 
 
 def _drop_partial_line(path: Path) -> None:
-    """Remove an unfinished last line of a journal: Optuna would append to it, and could read neither line."""
-    if not path.exists():
+    """Remove an unfinished last line of a journal: Optuna would append to it, and could read neither line.
+
+    Raises:
+        AdapterError: there is something else than a file.
+    """
+    if not exists(path):
         return
+    if not stat.S_ISREG(mode_of(path, follow=False)):
+        raise AdapterError(f"{escape_text(path)} is not a regular file", hint="remove the folder to start anew")
     with open(path, "r+b") as file:
         data = file.read()
         whole = data.rfind(b"\n") + 1

@@ -17,10 +17,11 @@ from optuna.trial import FrozenTrial, TrialState
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.adapter_record import RECORD
 from lora_kit.adapter.folder import CARD, CONFIG, WEIGHTS, is_adapter_folder
-from lora_kit.errors import AdapterError, VerificationError
+from lora_kit.errors import AdapterError, StorageError, VerificationError
 from lora_kit.io.atomic_write import check_output, stage_folder, write_file
 from lora_kit.io.portable_paths import make_path_portable
 from lora_kit.io.read import exists, read_json
+from lora_kit.io.text import escape_text
 from lora_kit.names import RECIPE_FILE
 from lora_kit.sweeps.space import Params, Value
 from lora_kit.sweeps.study import SweepStudy
@@ -158,8 +159,15 @@ def check_out(plan: SweepPlan, *, replace: bool) -> None:
 
 
 def _write_best(plan: SweepPlan, best: FrozenTrial, origin: Mapping[str, object], *, replace: bool) -> None:
-    """Write the best trial's result to `out`, all or nothing, as if it had been trained there."""
+    """Write the best trial's result to `out`, all or nothing, as if it had been trained there.
+
+    Raises:
+        StorageError: the result is gone: it was written before, and `out` was removed since.
+    """
     source, out = plan.trial_out(best.number), Path(plan.out)
+    if not exists(source / RECIPE_FILE):
+        what = f"the sweep in {escape_text(plan.folder)} is done, and its best result is neither there nor in"
+        raise StorageError(f"{what} {escape_text(out)}", hint="remove that folder to start anew")
     recipe = yaml.safe_load((source / RECIPE_FILE).read_text(encoding="utf-8")) | {"out": make_path_portable(plan.out)}
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120)
     changed = {RECIPE_FILE: text.encode(), ORIGIN: json.dumps(origin, indent=1).encode()}

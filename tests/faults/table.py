@@ -12,6 +12,7 @@ from tests.faults.foreign_files import FILES
 from tests.faults.hostile import RECIPES, RECORDS, SAID
 from tests.faults.row_files import DATA
 from tests.faults.running import RUNNING
+from tests.faults.sweeps import SWEEPS
 from tests.faults.weight_files import WEIGHT_FILES
 from tests.faults.writing import WRITING
 
@@ -27,5 +28,6 @@ AREAS: Mapping[str, tuple[Fault, ...]] = {
     "rows": DATA,
     "recipe": RECIPES,
     "record": RECORDS,
+    "sweep": SWEEPS,
     "what is said": SAID,
 }
