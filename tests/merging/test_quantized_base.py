@@ -26,6 +26,7 @@ from lora_kit.merging.writing import fold_blocks
 from lora_kit.models.loading import load_base
 from lora_kit.models.silence import silence_libraries
 from tests.support import merging, texts, tiny
+from tests.support.long_runs import take_few
 from tests.support.merging import ALL, changed, edited, refused, stored
 from tests.support.quantized import llama
 
@@ -54,7 +55,7 @@ def original(tmp_path: Path) -> Path:
     return merging.base_folder(tmp_path / "original", llama())
 
 
-@pytest.fixture(params=list(KINDS))
+@pytest.fixture(params=take_few(KINDS, *(kind for kind in KINDS if kind != "nf4")))
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -16,9 +16,10 @@ from lora_kit.bank.attach import attach
 from lora_kit.cli.main import main
 from lora_kit.errors import BaseMismatchError, LoraKitError
 from lora_kit.generation.prompts import find_adapter_style
+from lora_kit.io.read import hash_file
 from lora_kit.io.sealed_json import NO_DIGEST, SELF_DIGEST, seal_json
 from lora_kit.models.loading import Base
-from lora_kit.training.loop.checkpoints import MARKER, _hash_file
+from lora_kit.training.loop.checkpoints import MARKER
 from lora_kit.training.loop.resumable import WEIGHTS
 from lora_kit.training.loop.weight_files import load_tensors, save_tensors
 from lora_kit.training.train import train
@@ -123,7 +124,7 @@ def test_a_checkpoint_of_before_without_an_adapter_goes_on(tmp_path: Path) -> No
         record = json.loads((folder / name).read_text()) if name == MARKER else {}
         (folder / name).unlink()
     save_file(weights, folder / WEIGHTS)
-    files = {path.name: _hash_file(path) for path in sorted(folder.iterdir())}
+    files = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
     record |= {"format": 2, "files": files, SELF_DIGEST: NO_DIGEST}
     (folder / MARKER).write_text(seal_json(json.dumps(record, indent=2, sort_keys=True)))
     report = train(recipe, base=base_of())

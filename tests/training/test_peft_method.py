@@ -37,6 +37,7 @@ from lora_kit.training.results import TrainReport
 from lora_kit.training.train import train
 from tests.support import texts
 from tests.support.interrupted import SignalAt, die_at, killed, long_recipe, results, unbroken
+from tests.support.long_runs import take_few
 from tests.support.memory import narrow
 from tests.support.sequences import both
 from tests.support.training import LABELED, PAIRS, At, base_of, recipe_of, same_state, state
@@ -333,7 +334,7 @@ RESUMED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", RESUMED)
+@pytest.mark.parametrize("kind", take_few(RESUMED, "LOHA", "PROMPT_TUNING"))
 def test_killed_and_started_again_it_ends_with_the_same_bytes_and_log(tmp_path: Path, kind: str) -> None:
     section = {**section_of(kind), **RESUMED[kind]}
     recipe = long_recipe(tmp_path, method="peft", lora=None, peft=section)

@@ -12,6 +12,7 @@ from lora_kit.errors import RecipeError
 from lora_kit.training.recipe.load import load_recipe
 from lora_kit.training.train import train
 from tests.support.interrupted import die_at, killed, long_recipe, results, unbroken
+from tests.support.long_runs import take_few
 from tests.support.training import At, base_of, recipe_of, weights_of
 
 NOISE = {"neftune_noise_alpha": 5.0}
@@ -67,7 +68,7 @@ def test_a_training_that_failed_leaves_no_noise(tmp_path: Path) -> None:
     assert not hasattr(embedding, "neftune_noise_alpha")
 
 
-@pytest.mark.parametrize("section", [NOISE, WSD, BY_LAYER], ids=["neftune", "wsd", "rates"])
+@pytest.mark.parametrize("section", take_few([NOISE, WSD, BY_LAYER], NOISE), ids=["neftune", "wsd", "rates"])
 def test_a_run_that_was_killed_ends_with_the_same_bytes(section: dict[str, Any], tmp_path: Path) -> None:
     recipe = long_recipe(tmp_path, train=section)
     expected = unbroken(recipe)

@@ -25,6 +25,7 @@ from lora_kit.training.loop.weight_files import load_tensors
 from lora_kit.training.train import train
 from tests.support import texts
 from tests.support.interrupted import DROPOUT, SignalAt, die_at, killed, long_recipe, results, run_of, unbroken
+from tests.support.long_runs import take_few
 from tests.support.processes import at_call, die, in_child
 from tests.support.training import LABELED, PAIRS, At, base_of, recipe_of
 
@@ -65,7 +66,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", take_few(CASES, "lora", "best kept", "new tokens", "classify", "dora, bf16"))
 def test_killed_and_started_again_it_ends_with_the_same_bytes_and_log(tmp_path: Path, case: str) -> None:
     kind, changes = CASES[case]
     recipe = long_recipe(tmp_path, **changes)
@@ -94,7 +95,7 @@ def test_full_goes_on_too_where_checkpoints_are_asked_for(tmp_path: Path) -> Non
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-@pytest.mark.parametrize("epoch", [1, 3])
+@pytest.mark.parametrize("epoch", take_few([1, 3], 3))
 def test_killed_between_the_last_step_of_an_epoch_and_its_end(tmp_path: Path, epoch: int) -> None:
     section = {**EPOCHS, "eval_strategy": "epoch", "logging_strategy": "epoch", "save_steps": 1}
     recipe = long_recipe(tmp_path, train=section)
@@ -130,10 +131,12 @@ STOPPED: dict[int, type[BaseException]] = {signal.SIGINT: KeyboardInterrupt, sig
     [
         (signal.SIGINT, 2, "on_step_begin", 3, {}),
         (signal.SIGTERM, 3, "on_step_begin", 4, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}),
-        (signal.SIGINT, 2, "on_step_begin", 3, {"save_strategy": "no"}),
+        pytest.param(signal.SIGINT, 2, "on_step_begin", 3, {"save_strategy": "no"}, marks=pytest.mark.slow),
         (signal.SIGINT, 3, "on_evaluate", 3, {**EPOCHS, "eval_strategy": "epoch", "logging_strategy": "epoch"}),
-        (signal.SIGINT, 5, "on_evaluate", 5, {"eval_strategy": "steps", "eval_steps": 5}),
-        (signal.SIGTERM, 6, "on_step_begin", 7, {}),
+        pytest.param(
+            *(signal.SIGINT, 5, "on_evaluate", 5, {"eval_strategy": "steps", "eval_steps": 5}), marks=pytest.mark.slow
+        ),
+        pytest.param(signal.SIGTERM, 6, "on_step_begin", 7, {}, marks=pytest.mark.slow),
     ],
     ids=["within a step", "SIGTERM", "no checkpoints on the way", "end of an epoch", "evaluation", "last step"],
 )
@@ -258,13 +261,7 @@ def test_without_checkpoints_nothing_is_written_on_the_way(tmp_path: Path) -> No
     assert train(recipe, base=base_of()).resumed == 0
 
 
-def calls_to_die_at() -> list[Any]:
-    """A few of the calls that write a checkpoint; all of them where slow tests run."""
-    quick = range(3, 60, 14)
-    return [pytest.param(n, marks=[] if n in quick else pytest.mark.slow) for n in range(1, 60, 2)]
-
-
-@pytest.mark.parametrize("number", calls_to_die_at())
+@pytest.mark.parametrize("number", take_few(range(1, 60, 2), 3, 27, 45))
 def test_killed_at_any_call_that_writes_a_checkpoint(tmp_path: Path, number: int) -> None:
     recipe = long_recipe(tmp_path, steps=5, train={"save_steps": 2})
     expected = unbroken(recipe)
@@ -283,7 +280,7 @@ def test_a_full_disk_at_a_checkpoint_stops_the_run_and_keeps_the_one_before(
 ) -> None:
     recipe = long_recipe(tmp_path)
     expected = unbroken(recipe)
-    fact = checkpoints._hash_file
+    fact = checkpoints.hash_file
 
     def refuses(path: Path) -> dict[str, Any]:
         if "checkpoint-4" in str(path):
@@ -291,7 +288,7 @@ def test_a_full_disk_at_a_checkpoint_stops_the_run_and_keeps_the_one_before(
         return fact(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "_hash_file", refuses)
+        patch.setattr(checkpoints, "hash_file", refuses)
         with pytest.raises(StorageError, match="No space left"):
             train(recipe, base=base_of())
     report = train(recipe, base=base_of())
@@ -331,7 +328,9 @@ def damage(folder: Path, how: str) -> None:
         marker.write_text('{"format": 1}')
 
 
-@pytest.mark.parametrize("how", ["cut", "a bit", "missing", "no marker", "empty marker", "short marker"])
+@pytest.mark.parametrize(
+    "how", take_few(["cut", "a bit", "missing", "no marker", "empty marker", "short marker"], "a bit", "short marker")
+)
 def test_a_torn_checkpoint_is_passed_over_and_that_is_said(
     tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -356,24 +355,24 @@ def test_where_all_are_torn_it_begins_anew(tmp_path: Path) -> None:
 # Another recipe, other data, another base
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"train.learning_rate": 0.02}, r"train.learning_rate was 0.01, is 0.02"),
-        ({"train.max_steps": 8, "lora.r": 4}, r"(?s)lora.r was 8, is 4.*train.max_steps was 7, is 8"),
-        ({"train.weight_decay": 0.1}, r"train.weight_decay was not set, is 0.1"),
-        ({"method": "features", "lora.lora_dropout": 0.0}, r'method was "lora", is "features"'),
-    ],
-)
-def test_a_changed_recipe_is_refused_with_the_difference(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+CHANGED: list[tuple[dict[str, Any], str]] = [
+    ({"train.learning_rate": 0.02}, r"train.learning_rate was 0.01, is 0.02"),
+    ({"train.max_steps": 8, "lora.r": 4}, r"(?s)lora.r was 8, is 4.*train.max_steps was 7, is 8"),
+    ({"train.weight_decay": 0.1}, r"train.weight_decay was not set, is 0.1"),
+    ({"method": "features", "lora.lora_dropout": 0.0}, r'method was "lora", is "features"'),
+]
+
+
+def test_a_changed_recipe_is_refused_with_the_difference(tmp_path: Path) -> None:
     recipe = long_recipe(tmp_path)
     killed(recipe, die_at(5))
     before = steps_kept(Path(recipe["out"]))
-    with pytest.raises(RecipeError, match=message) as caught:
-        train(recipe, base=base_of(), overrides=changes)
-    assert "run at step 4" in str(caught.value)
-    assert "--replace" in caught.value.hint
-    assert steps_kept(Path(recipe["out"])) == before
+    for changes, message in CHANGED:
+        with pytest.raises(RecipeError, match=message) as caught:
+            train(recipe, base=base_of(), overrides=changes)
+        assert "run at step 4" in str(caught.value)
+        assert "--replace" in caught.value.hint
+        assert steps_kept(Path(recipe["out"])) == before
     assert train(recipe, base=base_of(), overrides=changes, replace=True).resumed == 0
     assert not run_of(Path(recipe["out"])).exists()
 
