@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lora_kit.cli.app import Store, app
 from lora_kit.cli.output import print_text
+from lora_kit.errors import ConfigError, LoraKitError
 from lora_kit.io.text import escape_for_terminal
 from lora_kit.names import DEFAULT_STORE
 
@@ -51,6 +52,8 @@ def chat(
     name = base or infer_base([adapter] if adapter else [], store=store)
     served = ServedModel(ServerSettings(base=name, store=store, dtype=dtype, quantize=quantize, slots=4, rows=4))
     try:
+        if served.heads is not None:
+            raise ConfigError(f"{name} predicts labels; it writes no text", hint="lora-kit predict")
         session = ChatSession(served, sampling, store)
         session.use(adapter)
         session.set_system(system)
@@ -61,7 +64,6 @@ def chat(
 
 def _talk(session: ChatSession) -> None:
     """Read lines until the end of the input or `/quit`; an error is shown, and the conversation goes on."""
-    from lora_kit.errors import LoraKitError
     from lora_kit.serving.chat_session import list_commands, run_command
 
     is_terminal = sys.stdin.isatty()

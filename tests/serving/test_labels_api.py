@@ -14,6 +14,7 @@ import torch
 from starlette.testclient import TestClient
 
 import lora_kit as lk
+from lora_kit.cli import main
 from lora_kit.serving.http_app import build_app
 from lora_kit.serving.open_base import choose_task
 from lora_kit.serving.served_model import ServedModel
@@ -163,6 +164,13 @@ def test_a_load_states_the_effect_and_adapters_are_listed(client: TestClient) ->
     assert rows["prod"]["in_slot"]
     assert rows["prod"]["pinned"]
     client.post("/v1/unload_lora_adapter", json={"lora_name": "prod"})
+
+
+def test_chat_with_a_classifier_is_an_error_that_tells_what_to_do(
+    base: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["chat", "--base", str(base), "--adapter", "mood", "--store", str(store)]) == 2
+    assert "lora-kit predict" in capsys.readouterr().err
 
 
 def test_the_task_follows_the_adapters_else_the_base(base: Path, store: Path, tmp_path: Path) -> None:
