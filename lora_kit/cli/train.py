@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -42,6 +43,8 @@ def train(
     Args:
         recipe: The file of the recipe; further ones may follow.
     """
+    if "RANK" in os.environ:  # torch would report a lost process with a traceback of its own; read when it is imported
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from lora_kit.training.loop.world import join_world
 
     recipes, rest = split_recipes(recipe, flags)
