@@ -30,7 +30,7 @@ def train_with_peft(recipe: Recipe, metric: str) -> tuple[float, int]:
     is_classifier = recipe.task == CLASSIFY
     config = LoraConfig(
         r=recipe.lora.r,
-        lora_alpha=recipe.lora.lora_alpha,
+        lora_alpha=int(recipe.lora.lora_alpha),  # prepare writes whole numbers
         lora_dropout=recipe.lora.lora_dropout,
         target_modules="all-linear",
         modules_to_save=list(recipe.lora.modules_to_save or ()) or None,

@@ -23,7 +23,7 @@ from tests.support.pages import PAGES, ROOT, name_of
 from tools import docs_reference as reference
 from tools.docs_reference import arguments, verbs
 
-OTHER_PROGRAMS = {"llama-server", "pip", "pytest", "git"}
+OTHER_PROGRAMS = {"llama-server", "pip", "pytest", "git", "torchrun"}
 OTHER_FLAGS = {"--max-loras", "--max-cpu-loras", "--lora-modules"}
 """Of vLLM."""
 ATTRIBUTES = {"peft_model", "cache", "model", "dtype"}

@@ -276,7 +276,7 @@ def test_slots_that_no_layer_could_have_are_refused_by_attach(caplog: pytest.Log
     with pytest.raises(OutOfMemoryError, match=r"1,000,000,000,001 slots in one layer needs [\d,]+ bytes"):
         lk.attach(model, slots=10**12, max_rank=64)
     assert is_same(state(model), before)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("DEBUG"):
         lk.attach(model, slots=3, max_rank=4, dtype=torch.float32).detach()
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     most = 4 * 4 * 4 * sum(layer.in_features + layer.out_features for layer in layers)

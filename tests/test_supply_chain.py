@@ -27,6 +27,7 @@ NETWORK = {"aiohttp", "ftplib", "httpx", "requests", "smtplib", "urllib", "urlli
 """Modules that reach a network; the hub is reached by `lora_kit.io.hub` and `lora_kit.data.hub_datasets` alone."""
 ASKED = {
     "lora_kit/serving/parity.py": {"imports urllib.error", "imports urllib.request"},
+    "lora_kit/training/loop/store_exchange.py": {"imports pickle"},
     "lora_kit/training/loop/world.py": {"imports pickle"},
 }
 """What is reached because its address was given: `lora-kit parity` compares with a server at a URL, and the processes

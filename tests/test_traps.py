@@ -29,7 +29,15 @@ from lora_kit.data.batches import IGNORE_INDEX, Collator, EncodedDataset
 from lora_kit.data.encode import encode
 from lora_kit.data.rows import read_rows
 from lora_kit.data.templates import ChatTemplate
-from lora_kit.errors import AdapterError, BaseModelError, DataError, LoraKitError, TargetError, VerificationError
+from lora_kit.errors import (
+    AdapterError,
+    BaseModelError,
+    DataError,
+    LoraKitError,
+    RoutingError,
+    TargetError,
+    VerificationError,
+)
 from lora_kit.evaluation.evaluate import evaluate
 from lora_kit.evaluation.measure import measure
 from lora_kit.generation.prompts import find_template
@@ -481,7 +489,7 @@ TRAPS = (
             Mistake("layers.routing:Routing.repeat_forward", "self._assign(route)", "self._assign(current)"),
             Mistake("layers.checkpoint_routes:keep_routes", "if not saved:", "if saved:"),
         ),
-        (AssertionError, RuntimeError),
+        (AssertionError, RuntimeError, RoutingError),
     ),
     Trap(
         accumulation,
@@ -493,8 +501,8 @@ TRAPS = (
             ),
             Mistake(
                 "training.loop.trainer:Trainer._forward_and_backward",
-                "in split_by_length(batch)",
-                "in split_by_length(batch)[:1]",
+                "in self._split(batch)",
+                "in self._split(batch)[:1]",
             ),
             Mistake(
                 "training.loop.length_buckets:split_by_length", "length=int(longest[0])", "length=int(longest[-1])"
@@ -589,13 +597,13 @@ TRAPS = (
         going_on,
         (
             Mistake(
-                "training.loop.resumable:ResumableTrainer._begin_epoch",
-                'self._resumed_loop["epoch_random"]',
+                "training.loop.resumable:ResumableTrainer.begin_epoch",
+                'self._own_state["epoch_random"]',
                 "capture_random_states()",
             ),
             Mistake(
                 "training.loop.resumable:ResumableTrainer._load_rng_state",
-                'self._resumed_loop["random"]',
+                'self._own_state["random"]',
                 "capture_random_states()",
             ),
             Mistake("training.loop.resumable:ResumableTrainer._load_weights", "tensor.copy_(saved[name])", "pass"),

@@ -31,6 +31,7 @@ from lora_kit.io.sealed_json import NO_DIGEST, SELF_DIGEST, seal_json
 from lora_kit.merging.checkpoint.shards import read_shards
 from lora_kit.merging.writing.journal import FinishedFiles
 from lora_kit.models.infer_base import infer_base
+from lora_kit.models.silence import use_log_level
 from lora_kit.training.loop.checkpoints import MARKER, RunFolder
 from lora_kit.training.recipe.load import load_recipe
 
@@ -102,15 +103,7 @@ _USES: Final[tuple[Callable[[Adapter], object], ...]] = (
     find_template,
     find_training_data,
     lambda adapter: infer_base([str(adapter.folder)]),
-    lambda adapter: render_adapter_card(
-        "x",
-        adapter.config,
-        adapter.record.get("metrics"),
-        labels=adapter.record.get("labels"),
-        parameters=1,
-        digest="0" * 64,
-        checkpoint=adapter.record.get("checkpoint"),
-    ),
+    lambda adapter: render_adapter_card("x", adapter.config, adapter.record, parameters=1, digest="0" * 64),
     lambda adapter: attach(_Query(), slots=1).load("x", adapter),
 )
 """What reads a record."""
@@ -198,7 +191,6 @@ def open_reader(name: str, folder: Path) -> Iterator[Callable[[bytes], str]]:
     place.mkdir(parents=True)
     reader.make(place)
     path = place / reader.file
-    logging.getLogger("lora_kit").setLevel(logging.CRITICAL)
 
     def read(data: bytes) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -210,7 +202,8 @@ def open_reader(name: str, folder: Path) -> Iterator[Callable[[bytes], str]]:
             return type(error).__name__
         return "value"
 
-    yield read
+    with use_log_level("lora_kit", logging.CRITICAL):
+        yield read
 
 
 def check_message(message: str) -> None:

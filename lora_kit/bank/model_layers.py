@@ -6,6 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from typing import Final
 
 import torch
 from torch import nn
@@ -29,6 +30,9 @@ from lora_kit.targets.token_rows import TokenTarget, key_of, path_of
 from lora_kit.torch_utils import check_memory
 
 logger = logging.getLogger(__name__)
+
+_WORTH_SAYING: Final = 10**9
+"""Bytes of slots from which `attach` tells everybody what they take; of fewer, those who debug."""
 
 
 class WrappedLayers:
@@ -118,8 +122,10 @@ class WrappedLayers:
         hint = "attach with fewer slots or a smaller max_rank"
         purpose = f"a capacity of {capacity:,} slots in one layer"
         check_memory(sizes[least] * per_feature, device, purpose=purpose, hint=hint)
+        most = sum(sizes.values()) * per_feature
+        level = logging.INFO if most >= _WORTH_SAYING else logging.DEBUG
         message = "%s slots take at most %s bytes in %s layers, where adapters cover them all"
-        logger.info(message, f"{capacity:,}", f"{sum(sizes.values()) * per_feature:,}", f"{len(sizes):,}")
+        logger.log(level, message, f"{capacity:,}", f"{most:,}", f"{len(sizes):,}")
 
     def _wrap_modules(self, coverage: Coverage, ranks: Mapping[str, int], capacity: int) -> None:
         """Put wrappers around covered layers and saved modules that have none, in one pass over the model."""

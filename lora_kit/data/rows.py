@@ -214,7 +214,7 @@ def require_layout(path: Path, row: Row) -> Layout:
     if layout is None:
         formats = "; ".join(dict.fromkeys(" and ".join(layout.keys) for layout in (*LAYOUTS, *PREFERENCE_LAYOUTS)))
         hint = f"formats: {formats}. lora-kit prepare --rename mine=prompt gives columns other names"
-        raise DataError(f"{path}: the first row has the keys {shorten(format_list(sorted(row)), most=120)}", hint=hint)
+        raise DataError(f"{path}: the first row has the keys {shorten(format_list(sorted(row)), most=60)}", hint=hint)
     return layout
 
 

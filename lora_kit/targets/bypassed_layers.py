@@ -58,11 +58,13 @@ def find_bypassed_layers(modules: Modules, *, training: bool) -> dict[str, str]:
 def find_read_layers(modules: Modules) -> set[nn.Module]:
     """Return layers whose weight another module reads, where it may call them as well.
 
-    Of a module that reads a weight of which its source does not say whose it is, all layers inside it count.
+    Of a module that reads a weight of which its source does not say whose it is, all layers inside it count. PEFT's own
+    classes do not count: they read weights to merge them, never in a forward.
     """
     entries, found = _find_entries(frozenset(type(module) for _, module in modules)), set[nn.Module]()
     for _, module in modules:
-        names = _find_names_read(type(module), entries) if module._modules else ()  # type: ignore[arg-type]
+        is_reader = module._modules and not type(module).__module__.startswith("peft.")
+        names = _find_names_read(type(module), entries) if is_reader else ()  # type: ignore[arg-type]
         for name in names:
             if name is None:
                 found |= set(module.modules())

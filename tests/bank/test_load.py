@@ -47,7 +47,6 @@ def calls(run: Callable[[], Any]) -> int:
         nonlocal count
         count += event in ("call", "c_call")
 
-    gc.collect()
     gc.disable()
     sys.setprofile(step)
     try:

@@ -42,6 +42,7 @@ VERBS = [
     "predict",
     "prepare",
     "preview",
+    "push",
     "resize",
     "serve",
     "sign",
@@ -68,7 +69,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def fails(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     """Make `lora-kit list` fail with this error."""
 
-    def list_adapters(store: Path) -> None:
+    def list_adapters(store: Path, *, verify: bool = False) -> None:
         raise error
 
     monkeypatch.setattr("lora_kit.adapter.store.list_adapters", list_adapters)
@@ -225,7 +226,7 @@ def test_text_stays_text() -> None:
 def test_sigterm_goes_through_the_cleanup_and_exits_143(monkeypatch: pytest.MonkeyPatch) -> None:
     cleaned = []
 
-    def list_adapters(store: Path) -> None:
+    def list_adapters(store: Path, *, verify: bool = False) -> None:
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             signal.pause()

@@ -70,8 +70,9 @@ def test_from_rows_to_answers_every_command_runs_as_printed(here: Path, capsys: 
     run(capsys, *commands[0])
     out = run(capsys, *commands[1], *FAST)
     commands = list(commands_in(out))
-    assert [verb for verb, *_ in commands] == ["eval"]
-    run(capsys, *commands[0])
+    assert [verb for verb, *_ in commands] == ["eval", "predict" if layout == "label" else "generate"]
+    for command in commands:
+        run(capsys, *command)
     texts.write(here / "rows.jsonl", ROWS[layout][:2])
     run_commands_of_page(next(here.glob("adapters/*/report.html")), capsys)
 

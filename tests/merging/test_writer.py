@@ -670,7 +670,7 @@ def test_a_merge_that_was_killed_is_taken_up_where_it_was_whole(
     sharded: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, since: str
 ) -> None:
     out, place = tmp_path / "merged", journal.journal_folder_of(tmp_path / "merged")
-    wanted = merge(sharded, adapter, tmp_path / "unbroken")
+    wanted = merge(sharded, adapter, tmp_path / "unbroken" / out.name)
     files = list(wanted.files)
     killed(sharded, adapter, out, after=2)
     if since == "a byte of a file":
@@ -699,7 +699,7 @@ def test_a_merge_that_was_killed_is_taken_up_where_it_was_whole(
     assert written == again
     assert report.tensors == wanted.tensors
     assert report.files == wanted.files
-    assert merging.contents(out) == merging.contents(tmp_path / "unbroken")
+    assert merging.contents(out) == merging.contents(tmp_path / "unbroken" / out.name)
     assert not os.path.lexists(place)
     assert since != "a link" or (tmp_path / "elsewhere" / "journal.json").exists()
 
@@ -709,8 +709,8 @@ def test_what_another_merge_had_finished_is_not_taken_up(sharded: Path, adapter:
     other = merging.adapter_folder(sharded, tmp_path / "other", r=2)
     killed(sharded, other, out, after=2)
     merge(sharded, adapter, out)
-    merge(sharded, adapter, tmp_path / "unbroken")
-    assert merging.contents(out) == merging.contents(tmp_path / "unbroken")
+    merge(sharded, adapter, tmp_path / "unbroken" / out.name)
+    assert merging.contents(out) == merging.contents(tmp_path / "unbroken" / out.name)
 
 
 def test_memory_is_filled_again_only_once_it_was_written(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -69,6 +70,8 @@ def _start_child(work: Callable[[], Any], rank: int, size: int, *, port: int) ->
     if child:
         os.close(write)
         return child, read
+    # Torch makes its pool of threads anew in a child; two threads that need it first would find none.
+    torch.set_num_threads(1)
     gc.freeze()  # what has threads, as groups of gloo do, cannot be freed in a child
     names = {
         "TEST_RANK": rank,

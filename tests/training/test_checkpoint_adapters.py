@@ -48,7 +48,8 @@ def checkpoint_of(recipe: dict[str, Any], kind: str = "llama") -> Path:
 @pytest.mark.parametrize("case", KINDS)
 def test_a_checkpoint_is_what_a_training_of_so_many_steps_saves(tmp_path: Path, case: str) -> None:
     kind, changes = KINDS[case]
-    changes = {**changes, "train": {"lr_scheduler_type": "constant", "warmup_steps": 0}}
+    # A training of so few steps computes frozen layers in every step: its last bits would be others.
+    changes = {**changes, "train": {"lr_scheduler_type": "constant", "warmup_steps": 0, "prefix_cache": "off"}}
     checkpoint = Adapter.load(checkpoint_of(long_recipe(tmp_path, **changes), kind))
     shorter = train({**long_recipe(tmp_path, steps=4, **changes), "out": str(tmp_path / "four")}, base=base_for(kind))
     assert checkpoint.digest == shorter.digest

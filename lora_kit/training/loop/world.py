@@ -46,7 +46,10 @@ _TIMEOUT: Final = timedelta(hours=1)
 """Of a sum of gradients: a process may wait for one that halves its rows; what was lost is found otherwise."""
 _PATIENCE: Final = 3.0
 """Seconds in which the first process reports a failure; then another one does."""
+_LEAVE_SECONDS: Final = 30.0
+"""Seconds for which the first process, which may have the store, waits for the others to have read it."""
 _SPEAKER: Final = "speaker"
+_LEFT: Final = "left"
 
 
 class World:
@@ -133,6 +136,14 @@ class World:
             PeerError: one failed, or was lost.
         """
         self.gather(None)
+
+    def leave(self) -> None:
+        """Say that all was read, or as the first process wait until the others say so: the store may end with it."""
+        with contextlib.suppress(PeerError, RuntimeError):
+            if not self.is_first:
+                self._exchange.put(f"{_LEFT}/{self.rank}", None)
+            for rank in range(1, self.size) if self.is_first else ():
+                self._exchange.wait(f"{_LEFT}/{rank}", seconds=_LEAVE_SECONDS)
 
     # Tensors
 
@@ -241,6 +252,7 @@ def join_world() -> Iterator[World]:
         with _hide_launcher(), _silence_others(world):
             yield world
             world.meet()
+            world.leave()
     except BaseException as error:
         agreed = world.agree_on(error)
         # The others may be waiting for a sum; that its connections close wakes them.
