@@ -83,6 +83,7 @@ test-programs: $(READY) ## the programs that read our files, installed from PyPI
 
 .PHONY: serve-check
 serve-check: $(READY) ## what the server promises: exact answers, storms, faults, load, latency; writes benchmarks/results/serve.json; half an hour
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'httpx<1' 'openai<3'
 	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.serving_check --write
 
 .PHONY: bench-quality
