@@ -114,6 +114,7 @@ def alone(source: Path | lk.Adapter) -> Tensor:
     return tiny.logits(model, INPUTS)
 
 
+@pytest.mark.slow
 def test_a_thousand_names_in_four_slots_give_what_each_gives_alone(tmp_path: Path) -> None:
     seeds = {f"n{seed}": seed for seed in range(1_000)}
     paths = {name: folders.foreign(tmp_path / name, folders.tensors(seed=seed)) for name, seed in seeds.items()}

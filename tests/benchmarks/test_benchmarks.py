@@ -101,6 +101,7 @@ def test_operations_that_compute_and_storages_that_are_kept_are_counted_once() -
     assert kept(lambda: found.append((x @ weight, x.view(4, 8) @ weight)), [weight]) == x.untyped_storage().nbytes()
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_call_is_above_what_was_held_before() -> None:
     if torch.cuda.is_initialized():
         pytest.skip("counts the device's memory there")

@@ -119,6 +119,7 @@ def test_a_plain_call_of_torchs_checkpoint_keeps_its_routes_too(reentrant: bool)
         torch.testing.assert_close(checkpointed, plain, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_compiled_training_with_checkpoints_keeps_its_routes() -> None:
     found = []
     for compiled in (False, True):
