@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,18 @@ class _PrefixReachedError(Exception):
         self.output = output
 
 
+class LayerOutput(NamedTuple):
+    """What a layer of a prefix gives.
+
+    Attributes:
+        states: (rows, length, width).
+        returned: number of values of the tuple that the layer returns; 0 for states alone.
+    """
+
+    states: Tensor
+    returned: int
+
+
 @dataclass(frozen=True)
 class FrozenPrefix:
     """The frozen layers at the beginning of a model's repeated layers.
@@ -53,8 +65,8 @@ class FrozenPrefix:
     layers: tuple[nn.Module, ...]
     total: int
 
-    def compute_states(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return what the last of the layers gives: (rows, length, width). The layers above are not computed.
+    def compute_output(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> LayerOutput:
+        """Return what the last of the layers gives. The layers above are not computed.
 
         Args:
             inputs: of the model: `input_ids` (rows, length) and so on, without labels.
@@ -62,13 +74,13 @@ class FrozenPrefix:
         Raises:
             VerificationError: the model does not reach the layers, or they give something else.
         """
-        output = self._compute_output(model, inputs)
-        states = output[0] if isinstance(output, tuple) else output
+        output = self._run_to_end(model, inputs)
+        states, returned = (output[0], len(output)) if isinstance(output, tuple) else (output, 0)
         if not isinstance(states, Tensor) or states.ndim != 3 or states.shape[:2] != inputs["input_ids"].shape:
             raise VerificationError(f"{self.path} has other positions than the inputs")
-        return states
+        return LayerOutput(states, returned)
 
-    def _compute_output(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> object:
+    def _run_to_end(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> object:
         handle = self.layers[-1].register_forward_hook(_end_forward)
         try:
             model(**inputs)
@@ -79,13 +91,9 @@ class FrozenPrefix:
         raise VerificationError(f"the model does not compute {self.path}")
 
     @contextlib.contextmanager
-    def replace_by(self, states: Tensor, *, returned: int = 0) -> Iterator[None]:
-        """Have the layers hand on these states, (rows, length, width), until the block ends.
-
-        Args:
-            returned: number of values that a layer returns as a tuple, of which only the states are known; 0 for
-                states alone.
-        """
+    def replace_by(self, output: LayerOutput) -> Iterator[None]:
+        """Have the layers hand on these states until the block ends; None for the values beside them."""
+        states, returned = output
         result = (states, *[None] * (returned - 1)) if returned else states
 
         def hand_on(*args: object, **kwargs: object) -> object:
@@ -98,11 +106,6 @@ class FrozenPrefix:
         finally:
             for layer in self.layers:
                 del vars(layer)["forward"]
-
-    def count_returned(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
-        """Return how many values a layer returns as a tuple; 0 where it returns its states alone."""
-        output = self._compute_output(model, inputs)
-        return len(output) if isinstance(output, tuple) else 0
 
 
 def _end_forward(module: nn.Module, args: object, output: object) -> None:
@@ -117,7 +120,7 @@ class PrefixStates:
         prefix: the layers.
         states: of all samples, one after another: (tokens, width), on the CPU or in a file.
         offsets: index of the first token of each sample, and the number of tokens: int64 (samples + 1,).
-        returned: as in `FrozenPrefix.replace_by`.
+        returned: as in `LayerOutput`.
     """
 
     prefix: FrozenPrefix
@@ -136,7 +139,7 @@ class PrefixStates:
 
     def hand_on(self, states: Tensor) -> contextlib.AbstractContextManager[None]:
         """Have the layers hand on padded states of some samples: (rows, longest, width)."""
-        return self.prefix.replace_by(states, returned=self.returned)
+        return self.prefix.replace_by(LayerOutput(states, self.returned))
 
 
 def find_frozen_prefix(model: nn.Module, frozen: Collection[nn.Module]) -> FrozenPrefix | None:
@@ -185,9 +188,9 @@ def reason_not_replaceable(model: PreTrainedModel, prefix: FrozenPrefix, batch: 
     try:
         with use_eval_mode(model), torch.no_grad():
             whole = model(**inputs).logits
-            states = prefix.compute_states(model, inputs)
-            kept = torch.where(mask[..., None], states, states.new_zeros(()))
-            with prefix.replace_by(kept, returned=prefix.count_returned(model, inputs)):
+            output = prefix.compute_output(model, inputs)
+            kept = torch.where(mask[..., None], output.states, output.states.new_zeros(()))
+            with prefix.replace_by(output._replace(states=kept)):
                 resumed = model(**inputs).logits
     except _PROBE_ERRORS as error:
         return f"the model needs more than the states of {prefix.path} ({type(error).__name__})"

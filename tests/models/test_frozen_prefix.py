@@ -113,7 +113,7 @@ def test_the_states_of_samples_are_handed_on_with_padding() -> None:
     rows = [torch.tensor([5, 6, 7, 8]), torch.tensor([9, 10])]
     prefix = FrozenPrefix("bert.encoder.layer", tuple(model.bert.encoder.layer[:1]), 2)
     with torch.no_grad():
-        states = torch.cat([prefix.compute_states(model, {"input_ids": row[None]})[0] for row in rows])
+        states = torch.cat([prefix.compute_output(model, {"input_ids": row[None]}).states[0] for row in rows])
         kept = PrefixStates(prefix, states, torch.tensor([0, 4, 6]), 0)
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": (ids > 0).long()}
@@ -130,7 +130,7 @@ def test_the_model_is_as_before_where_computing_the_states_fails() -> None:
     model = tiny.llama()
     prefix = FrozenPrefix("model.layers", (nn.Identity(),), 2)
     with pytest.raises(VerificationError, match="does not compute"):
-        prefix.compute_states(model, tiny.batch())
+        prefix.compute_output(model, tiny.batch())
     assert not any(module._forward_hooks for module in prefix.layers)
 
 

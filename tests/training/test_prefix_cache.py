@@ -172,7 +172,7 @@ def opened(tmp_path: Path) -> Callable[..., Any]:
         )
         states = open_prefix_states(tmp_path / "prefix", {"train": samples}, computer, facts)["train"]
         with torch.no_grad():
-            expected = [computer.compute(samples, [index])[0] for index in range(3)]
+            expected = [computer.compute(samples, [index]).states[0] for index in range(3)]
         for index, tensor in enumerate(expected):
             torch.testing.assert_close(states[index], tensor)
         return len(batches)

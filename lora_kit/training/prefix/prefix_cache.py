@@ -30,7 +30,7 @@ from lora_kit.io.read import exists, hash_file, read_text
 from lora_kit.io.safetensors import encode_header
 from lora_kit.io.sealed_json import NO_DIGEST, SELF_DIGEST, is_intact, seal_json
 from lora_kit.io.strict_json import parse_object
-from lora_kit.models.frozen_prefix import FrozenPrefix, PrefixStates, select_model_inputs
+from lora_kit.models.frozen_prefix import FrozenPrefix, LayerOutput, PrefixStates, select_model_inputs
 from lora_kit.torch_utils import use_eval_mode
 
 if TYPE_CHECKING:
@@ -102,17 +102,11 @@ class PrefixComputer:
         left_out = ("labels", SAMPLE_WEIGHTS)
         return {name: tensor.to(self.device) for name, tensor in batch.items() if name not in left_out}
 
-    def compute(self, samples: Samples, indices: list[int]) -> Tensor:
-        """Return the states of samples, padded on the right: (rows, longest, width)."""
+    def compute(self, samples: Samples, indices: list[int]) -> LayerOutput:
+        """Return what the layers give for samples, padded on the right to the longest."""
         inputs = select_model_inputs(self.make_inputs(samples, indices))
         with use_eval_mode(self.model), torch.no_grad(), self.autocast():
-            return self.prefix.compute_states(self.model, inputs)
-
-    def count_returned(self, samples: Samples) -> int:
-        """Return how many values a layer returns as a tuple; 0 where it returns its states alone."""
-        inputs = select_model_inputs(self.make_inputs(samples, [0]))
-        with use_eval_mode(self.model), torch.no_grad(), self.autocast():
-            return self.prefix.count_returned(self.model, inputs)
+            return self.prefix.compute_output(self.model, inputs)
 
     def fill(self, states: Tensor, samples: Samples, offsets: Tensor) -> None:
         """Compute the states of all samples, the longest first.
@@ -122,7 +116,7 @@ class PrefixComputer:
             offsets: index of the first token of each sample, and the number of tokens.
         """
         for indices in batch_by_tokens(offsets.diff(), _BATCH_TOKENS):
-            rows = self.compute(samples, indices).to("cpu")
+            rows = self.compute(samples, indices).states.to("cpu")
             for row, index in zip(rows, indices, strict=True):
                 start, end = int(offsets[index]), int(offsets[index + 1])
                 states[start:end] = row[: end - start]
@@ -155,7 +149,7 @@ def open_prefix_states(
         StorageError: the folder cannot be written.
     """
     first = computer.compute(next(iter(splits.values())), [0])
-    width, dtype = first.shape[-1], first.dtype
+    width, dtype = first.states.shape[-1], first.states.dtype
     prefix = computer.prefix
     layers = {"path": prefix.path, "layers": len(prefix.layers), "width": width, "dtype": str(dtype)}
     expected = {
@@ -173,10 +167,9 @@ def open_prefix_states(
                 states = _create_states(staging / f"{name}.safetensors", sizes[name], dtype)
                 computer.fill(states, samples, offsets[name])
             _write_marker(staging, expected)
-    returned = computer.count_returned(next(iter(splits.values())))
     return {
         name: PrefixStates(
-            prefix, _map_states(folder / f"{name}.safetensors", (int(ends[-1]), width), dtype), ends, returned
+            prefix, _map_states(folder / f"{name}.safetensors", (int(ends[-1]), width), dtype), ends, first.returned
         )
         for name, ends in offsets.items()
     }
