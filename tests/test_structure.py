@@ -99,9 +99,9 @@ def test_the_command_line_starts_without_torch() -> None:
     assert not (HEAVY | {"torch"}) & loaded
 
 
-def test_using_a_bank_needs_no_transformers() -> None:
+def test_using_a_bank_needs_neither_transformers_nor_the_compiler() -> None:
     code = "import json, sys; from lora_kit import attach, Adapter; print(json.dumps(list(sys.modules)))"
-    assert not HEAVY & set(json.loads(python(code)))
+    assert not (HEAVY | {"torch._dynamo"}) & set(json.loads(python(code)))  # the compiler doubles the time of torch
 
 
 def test_all_is_exact() -> None:
