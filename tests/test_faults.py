@@ -19,6 +19,7 @@ from lora_kit.adapter.peft_keys import PREFIX
 from lora_kit.errors import BaseMismatchError, LoraKitError, OutOfMemoryError, StorageError
 from lora_kit.layers.linear import LoraLinear
 from lora_kit.targets.fingerprint import fingerprint, list_base_mismatches
+from lora_kit.targets.match import named_layers
 from tests.support import folders, tiny
 from tests.support.folders import A0, B0, PATHS
 from tests.support.merging import base_folder
@@ -165,6 +166,10 @@ def made_for(model: nn.Module) -> lk.Adapter:
     return lk.Adapter(folders.config(), folders.tensors(), record={"base": fingerprint(model, name="the first")})
 
 
+def list_mismatches(expected: dict[str, object], model: nn.Module, **options: Any) -> list[str]:
+    return list_base_mismatches(expected, list(named_layers(model)), **options)
+
+
 def test_another_base_of_the_same_shapes_is_refused_unless_allowed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -186,11 +191,11 @@ def test_one_base_is_the_same_base_in_every_dtype(first: torch.dtype, then: torc
     with torch.no_grad():
         for number, parameter in enumerate(stored.parameters()):
             parameter.copy_(torch.randn_like(parameter) * 10.0 ** -(number % 9))
-    assert list_base_mismatches(fingerprint(stored.to(first)), tiny_like(stored, then)) == []
+    assert list_mismatches(fingerprint(stored.to(first)), tiny_like(stored, then)) == []
     other = tiny_like(stored, then)
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight[0, 0] += 0.1
-    assert "model.layers.1.mlp.up_proj.weight among them" in list_base_mismatches(fingerprint(stored), other)[0]
+    assert "model.layers.1.mlp.up_proj.weight among them" in list_mismatches(fingerprint(stored), other)[0]
 
 
 def tiny_like(model: nn.Module, dtype: torch.dtype) -> Any:
@@ -200,10 +205,10 @@ def tiny_like(model: nn.Module, dtype: torch.dtype) -> Any:
 
 
 def test_another_structure_is_another_base() -> None:
-    told = list_base_mismatches(fingerprint(tiny.gpt2()), tiny.llama())
+    told = list_mismatches(fingerprint(tiny.gpt2()), tiny.llama())
     assert told[0] == "its layers have other names or shapes"
     larger = tiny.bert(labels=5)
-    assert list_base_mismatches(fingerprint(tiny.bert()), larger)[0] == "its layers have other names or shapes"
+    assert list_mismatches(fingerprint(tiny.bert()), larger)[0] == "its layers have other names or shapes"
 
 
 def test_a_fingerprint_does_not_see_the_bank_and_survives_its_file(tmp_path: Path) -> None:
@@ -222,8 +227,8 @@ def test_a_head_the_adapter_brings_does_not_count(tmp_path: Path) -> None:
     before = fingerprint(model)
     with torch.no_grad():
         model.lm_head.weight.add_(1)
-    assert list_base_mismatches(before, model)
-    assert not list_base_mismatches(before, model, ignore=("lm_head",))
+    assert list_mismatches(before, model)
+    assert not list_mismatches(before, model, ignore=("lm_head",))
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,30 @@ def suffixes_of(path: str) -> Iterator[str]:
         yield path
 
 
+class NamedEnds:
+    """Which of some names match a module: its path, or what is left of its path after a dot.
+
+    Args:
+        names: such as `q_proj` and `layers.0.mlp.up_proj`.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = frozenset(names)
+        # One look-up for each length instead of one for each dot of a path: most names are short, and most paths long.
+        self._lengths = sorted({len(name) for name in self._names})
+
+    def find(self, path: str) -> list[str]:
+        """Return the names that match, the shortest first."""
+        found, size = list[str](), len(path)
+        for length in self._lengths:
+            if length > size:
+                break
+            start = size - length
+            if (not start or path[start - 1] == ".") and path[start:] in self._names:
+                found.append(path[start:])
+        return found
+
+
 def make_ending_matcher(names: Iterable[str]) -> Callable[[str], bool]:
     """Return a test of paths: whether one ends in a name, with or without a dot before it, as in `modules_to_save`."""
     wanted = frozenset(names)

@@ -81,5 +81,6 @@ class _StackedFromLeaves(torch.autograd.Function):
 def narrow_to(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """Return a view of a tensor's first entries along each axis."""
     for axis, size in enumerate(shape):
-        tensor = tensor.narrow(axis, 0, size)
+        if size != tensor.shape[axis]:
+            tensor = tensor.narrow(axis, 0, size)
     return tensor

@@ -18,6 +18,7 @@ from lora_kit.merging.checkpoint.meta_model import MetaModel, TaskHead, build_me
 from lora_kit.merging.checkpoint.shards import Shard, group_quantized_weights, read_shards
 from lora_kit.merging.preflight import read_quantization_config
 from lora_kit.targets.fingerprint import fingerprint, list_base_mismatches
+from lora_kit.targets.match import named_layers
 
 ORIGINAL: Final = "original"
 DEQUANTIZED: Final = "dequantized"
@@ -113,7 +114,7 @@ def check_original(folder: Path, original: Path, head: TaskHead) -> None:
         raise BaseModelError(f"{escape_text(original)} is quantized too", hint="give the model before quantization")
     shards = read_quantized_shards(folder, read_shards(folder))
     base, model = build_meta_model(folder, shards, head), build_meta_model(original, read_shards(original), head).model
-    mismatches = list_base_mismatches(fingerprint(base.model), model)
+    mismatches = list_base_mismatches(fingerprint(base.model), list(named_layers(model)))
     if mismatches:
         raise _wrong_original_error("; ".join(mismatches))
     values = model.state_dict()

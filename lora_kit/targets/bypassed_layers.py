@@ -44,6 +44,8 @@ def find_bypassed_layers(modules: Modules, *, training: bool) -> dict[str, str]:
     """
     bypassed, entries = dict[str, str](), _find_entries(frozenset(type(module) for _, module in modules))
     for path, module in modules:
+        if not module._modules:
+            continue
         prefix, reason = f"{path}." if path else "", f"{_describe(module)} reads its weight directly{_IGNORED}"
         bypassed |= {prefix + name: reason for name in _list_bypassed_names(module, entries, training)}
         bypassed |= dict.fromkeys(
@@ -86,7 +88,7 @@ def find_changed_names(module: nn.Module, entries: frozenset[str]) -> set[str]:
 
     RWKV does so whenever its mode changes: in either mode counts.
     """
-    trees = _parse_readers(type(module), entries) if module._modules else ()  # type: ignore[arg-type]
+    trees = _parse_readers(type(module), entries)  # type: ignore[arg-type]
     if not any(True for tree in trees for _ in _iterate_changed(tree)):
         return set()
     pruned = [prune_branches(tree, module, training=mode) for tree in trees for mode in (True, False)]
@@ -113,8 +115,6 @@ def _describe(module: nn.Module) -> str:
 
 
 def _list_bypassed_names(module: nn.Module, entries: frozenset[str], training: bool) -> Iterable[str]:
-    if not module._modules:
-        return ()
     if _is_mixer(module):
         return _READ_BY_KERNELS
     if isinstance(module, nn.TransformerEncoderLayer):

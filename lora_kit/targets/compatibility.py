@@ -14,7 +14,7 @@ from lora_kit.errors import AdapterError, BaseMismatchError, format_list
 from lora_kit.targets.coverage import Coverage, survey_adapter
 from lora_kit.targets.fingerprint import list_base_mismatches
 from lora_kit.targets.layer_target import LayerTarget
-from lora_kit.targets.match import named_layers
+from lora_kit.targets.match import Modules, named_layers
 from lora_kit.targets.rename_command import suggest_conversion
 from lora_kit.targets.token_rows import TokenTarget
 
@@ -36,8 +36,9 @@ def match_adapter(
         AdapterError: a mismatch; the message lists them all.
         BaseMismatchError: the adapter was made for another base.
     """
-    coverage = survey_adapter(model, adapter)
-    mismatches = _find_mismatches(adapter, model, coverage, dtype)
+    modules = list(named_layers(model))
+    coverage = survey_adapter(model, adapter, modules)
+    mismatches = _find_mismatches(adapter, dict(modules), coverage, dtype)
     if mismatches:
         count = sum(target.key in adapter.all_pairs() for target in coverage.targets)
         total = len(coverage.targets)
@@ -47,17 +48,17 @@ def match_adapter(
     if coverage.unmatched and "unmatched-targets" not in allow:
         # Every tensor has its place: a list that is meant for several models, as PEFT's of heads is.
         logger.warning("%s: nothing in the model matches %s", name, format_list(coverage.unmatched))
-    _check_base(name, adapter, model, coverage, allow)
+    _check_base(name, adapter, modules, coverage, allow)
     return coverage
 
 
-def _check_base(name: str, adapter: Adapter, model: nn.Module, coverage: Coverage, allow: Collection[str]) -> None:
+def _check_base(name: str, adapter: Adapter, modules: Modules, coverage: Coverage, allow: Collection[str]) -> None:
     """Raise BaseMismatchError where an adapter was made for another base; warn where `allow` accepts it."""
     if adapter.base is None:
         logger.info("%s: the adapter does not say which base it was made for", name)
         return
     # Rows that were added for new tokens are random until they are trained, so two resized bases differ there.
-    mismatches = "; ".join(list_base_mismatches(adapter.base, model, ignore=coverage.replaced))
+    mismatches = "; ".join(list_base_mismatches(adapter.base, modules, ignore=coverage.replaced))
     if mismatches and "other-base" not in allow:
         made_for = adapter.base.get("name") or "another base"
         raise BaseMismatchError(
@@ -68,15 +69,17 @@ def _check_base(name: str, adapter: Adapter, model: nn.Module, coverage: Coverag
         logger.warning("%s: another base than it was made for: %s", name, mismatches)
 
 
-def _find_mismatches(adapter: Adapter, model: nn.Module, coverage: Coverage, dtype: torch.dtype) -> list[str]:
+def _find_mismatches(
+    adapter: Adapter, present: Mapping[str, nn.Module], coverage: Coverage, dtype: torch.dtype
+) -> list[str]:
     """List how an adapter's tensors differ from what its config covers in a model.
 
     Args:
+        present: modules of the model by path.
         coverage: of the adapter's config in this model.
         dtype: in which the tensors are to be kept.
     """
-    present, skipped = dict(named_layers(model)), dict(coverage.skipped)
-    weights = adapter.all_pairs()
+    skipped, weights = dict(coverage.skipped), adapter.all_pairs()
     expected = {target.key: target for target in coverage.targets}
     missing = expected.keys() - weights.keys()
     return sorted(

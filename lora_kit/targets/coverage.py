@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.config.lora_config import ALL_LINEAR, LoraConfig
-from lora_kit.config.module_patterns import suffixes_of
+from lora_kit.config.module_patterns import NamedEnds
 from lora_kit.config.peft_fields import INITS_OF_PEFT
 from lora_kit.errors import ConfigError, TargetError, format_list, suggest_nearest
 from lora_kit.layers.experts import list_own_parameters
@@ -149,13 +149,16 @@ def survey_coverage(model: nn.Module, config: LoraConfig) -> Coverage:
     return _survey(model, modules, config, find_saved_paths(modules, config.modules_to_save))
 
 
-def survey_adapter(model: nn.Module, adapter: Adapter) -> Coverage:
+def survey_adapter(model: nn.Module, adapter: Adapter, modules: Modules | None = None) -> Coverage:
     """Return what an adapter covers in a model: its config, where its tensors decide what the config leaves open.
 
     The config does not say whether a name in `modules_to_save` was matched as a whole, nor with what the input
     embedding is tied (`ensure_weight_tying`).
+
+    Args:
+        modules: those of the model, where the caller has listed them.
     """
-    modules, config = list(named_layers(model)), adapter.config
+    modules, config = list(named_layers(model)) if modules is None else modules, adapter.config
     saved = find_saved_paths_of_file(modules, config.modules_to_save, adapter.saved())
     tied = find_tied_paths(model, modules) if config.ties_weights else []
     saved += [path for path in tied if path not in saved and any(is_within(key, path) for key in adapter.saved())]
@@ -209,7 +212,8 @@ def find_shortest_names(model: nn.Module, coverage: Coverage) -> str | tuple[str
     covered = {target.path for target in coverage.targets if target.kind != "parameter"}
     paths = [path for path, _ in named_layers(model)]
     for names in ({path.rpartition(".")[2] for path in covered}, covered):
-        if {path for path in paths if not names.isdisjoint(suffixes_of(path))} == covered:
+        ends = NamedEnds(names)
+        if {path for path in paths if ends.find(path)} == covered:
             return tuple(sorted(names))
     escaped = {path: re.escape(path) for path in sorted(covered)}
     # With any number for each number it is short; it may select more, though.
@@ -305,12 +309,14 @@ def _make_parameter_target(
 
 def _find_unmatched_names(modules: Modules, config: LoraConfig) -> list[str]:
     """Return the names in `target_modules`, `target_parameters` and `modules_to_save` that nothing in the model has."""
-    names = {suffix for path, _ in modules for suffix in suffixes_of(path)}
-    unmatched = [name for name in target_names_of(config) if name not in names]
+    names, ends = target_names_of(config), NamedEnds(target_names_of(config))
+    found = {name for path, _ in modules for name in ends.find(path)}
+    unmatched = [name for name in names if name not in found]
     if config.target_parameters:
+        ends = NamedEnds(config.target_parameters)
         paths = (f"{path}.{name}" for path, module in modules for name in module._parameters)
-        parameter_names = {suffix for path in paths for suffix in suffixes_of(path)}
-        unmatched += [name for name in config.target_parameters if name not in parameter_names]
+        found = {name for path in paths for name in ends.find(path)}
+        unmatched += [name for name in config.target_parameters if name not in found]
     lengths = {len(name) for name in config.modules_to_save}
     endings = {path[-length:] for path, _ in modules for length in lengths}
     return unmatched + [name for name in dict.fromkeys(config.modules_to_save) if name not in endings]

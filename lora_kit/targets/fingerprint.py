@@ -58,7 +58,7 @@ def keep_fingerprint(model: nn.Module) -> None:
 
 
 def list_base_mismatches(
-    expected: Mapping[str, object], model: nn.Module, *, ignore: Collection[str] = ()
+    expected: Mapping[str, object], modules: Modules, *, ignore: Collection[str] = ()
 ) -> list[str]:
     """List how a model differs from the base that a fingerprint was taken of; one message each.
 
@@ -66,15 +66,15 @@ def list_base_mismatches(
 
     Args:
         expected: the fingerprint.
-        model: the model to compare with it.
+        modules: of the model to compare with it, from `named_layers`.
         ignore: paths of modules whose weights an adapter replaces, so that the base's do not matter.
     """
-    mismatches, layers = [], list(named_layers(model))
-    if expected.get("structure") not in (None, _hash_structure(layers)):
+    mismatches, weights = list[str](), expected.get("weights") or {}
+    if expected.get("structure") not in (None, _hash_structure(modules)):
         mismatches.append("its layers have other names or shapes")
-    owners, weights = _find_owners(layers), expected.get("weights") or {}
     if not isinstance(weights, Mapping):
         return [*mismatches, "its fingerprint is damaged"]
+    owners = _find_owners(modules, within={key.rpartition(".")[0] for key in weights})
     names = [key for key in weights if key in owners and not _is_within(key, ignore)]
     compared = {key: tensor for key in names if (tensor := _read_parameter(owners[key], key)) is not None}
     different = [key for key, tensor in compared.items() if not _is_same(weights[key], _sample(tensor))]
@@ -119,11 +119,16 @@ def _hash_structure(modules: Modules) -> str:
     return hashlib.sha256("\n".join(sorted(layers)).encode()).hexdigest()
 
 
-def _find_owners(modules: Modules) -> dict[str, nn.Module]:
-    """Return, by the name of each parameter whose values are not quantized, the module that it belongs to."""
+def _find_owners(modules: Modules, within: Collection[str] | None = None) -> dict[str, nn.Module]:
+    """Return, by the name of each parameter whose values are not quantized, the module that it belongs to.
+
+    Args:
+        within: paths of the modules that are looked into; None for all.
+    """
     return {
         f"{path}.{key}" if path else key: module
         for path, module in modules
+        if within is None or path in within
         for key, parameter in module._parameters.items()
         if parameter is not None and is_unquantized(parameter)
     }

@@ -9,7 +9,7 @@ from typing import Final
 from torch import nn
 
 from lora_kit.config.lora_config import ALL_LINEAR, LoraConfig
-from lora_kit.config.module_patterns import compile_expression, make_ending_matcher, suffixes_of
+from lora_kit.config.module_patterns import NamedEnds, compile_expression, make_ending_matcher
 from lora_kit.layers.introspect import kind_of, unwrap_module, unwrap_outer
 
 Modules = Sequence[tuple[str, nn.Module]]
@@ -43,7 +43,8 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     pending: list[tuple[str, nn.Module]] = [("", model)]
     while pending:
         path, module = pending.pop()
-        module = unwrap_module(unwrap_outer(module))
+        if module._modules:
+            module = unwrap_module(unwrap_outer(module))
         if module not in seen:
             seen.add(module)
             yield path, module
@@ -71,8 +72,8 @@ def make_matcher(patterns: str | Sequence[str] | None) -> Callable[[str], bool]:
     """Return a test of paths: against one regular expression, or against the ends of paths that are names."""
     if isinstance(patterns, str):
         return compile_expression(patterns).matches
-    names = frozenset(patterns or ())
-    return lambda path: not names.isdisjoint(suffixes_of(path))
+    names = NamedEnds(patterns or ())
+    return lambda path: bool(names.find(path))
 
 
 def select_modules(model: nn.Module, modules: Modules, config: LoraConfig) -> Iterator[tuple[str, nn.Module]]:
