@@ -15,7 +15,7 @@ help: ## this list
 $(READY): pyproject.toml constraints.txt
 	@echo "installing into $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,dev,eval,export,plot,preferences,serve,sign,sweep]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,dev,docs,eval,export,plot,preferences,serve,sign,sweep]'
 	@touch $@
 
 .PHONY: install
@@ -45,8 +45,12 @@ lint: $(READY)
 types: $(READY)
 	@$(BIN)/mypy
 
+.PHONY: docs
+docs: $(READY) ## the documentation as a site, in site/; every warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 .PHONY: check
-check: format-check lint types test ## formatting, lint, types and tests: what .ci/run runs
+check: format-check lint types docs test ## formatting, lint, types, the site and tests: what .ci/run runs
 
 .PHONY: fix
 fix: $(READY) ## format, and mend what ruff can mend

@@ -121,7 +121,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_every_page_is_in_the_index() -> None:
     index = ROOT / "docs" / "README.md"
     linked = {(index.parent / link.partition("#")[0]).resolve() for link in pages.links(index)}
-    assert not {page for page in (ROOT / "docs").glob("*.md") if page != index} - linked
+    assert not {page for page in (ROOT / "docs").rglob("*.md") if page != index} - linked
 
 
 # What exists is named

@@ -40,6 +40,7 @@ TOP_LEVEL = {
     "LICENSE",
     "SECURITY.md",
     "Makefile",
+    "mkdocs.yml",
     "lora_kit",
     "adapters",
     "tests",

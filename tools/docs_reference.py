@@ -196,7 +196,9 @@ def _first(text: str | None) -> str:
 
 
 def _cell(text: str | None) -> str:
-    return " ".join((text or "").split()).replace("|", "\\|")
+    """Return text as a cell of a table: one line, in which `|` and `<` outside of code mean themselves."""
+    line = " ".join((text or "").split()).replace("|", "\\|")
+    return "`".join(part if number % 2 else part.replace("<", "&lt;") for number, part in enumerate(line.split("`")))
 
 
 PAGES: Final = {"cli.md": cli_page, "api.md": api_page}

@@ -277,7 +277,7 @@ def glossary_words_in_documents() -> list[Finding]:
 
 def documents() -> list[Path]:
     """Return the documents in Markdown: those at the top, of the adapters, and the pages of docs/."""
-    return [*sorted(ROOT.glob("*.md")), ROOT / "adapters" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [*sorted(ROOT.glob("*.md")), ROOT / "adapters" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def page_prose(page: Path) -> str:
