@@ -47,6 +47,7 @@ ROOMS: Final = (
     "data",
     "generation",
     "evaluation",
+    "runs",
     "training",
     "sweeps",
     "merging",

@@ -44,6 +44,27 @@ class FileLock:
             return False
 
     @property
+    def is_held(self) -> bool:
+        """Whether a process holds the lock, found out without writing: for a moment it is held shared, if it is free.
+
+        Raises:
+            StorageError: the file may not be read.
+        """
+        try:
+            descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            raise StorageError(f"{escape_text(self._path)} cannot be read: {error.strerror}") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
+    @property
     def is_free(self) -> bool:
         """Whether no process holds the lock."""
         if not self.acquire_now():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from lora_kit.io.text import escape_text
 
 _NOTE_TITLE: Final = b"folders of lora_kit:"
 """Begins the note in a lock's file, which names the folders that a dead process has left, by device and inode."""
+_LOOKS: Final = 5
+_LOOK_SECONDS: Final = 0.01
 
 
 @contextmanager
@@ -28,9 +31,9 @@ def lock_target(target: Path) -> Iterator[FileLock]:
     Raises:
         StorageError: another process is, or the lock's file is somebody's own.
     """
-    path = sibling_path(target, "lock")
+    path = lock_path(target)
     lock = FileLock(path)
-    if not lock.acquire_now():
+    if not _acquire_soon(lock):
         raise StorageError(f"another process is writing {escape_text(target)}", hint="wait for it")
     note = lock.read_note()
     if note and not note.startswith(_NOTE_TITLE):
@@ -42,6 +45,15 @@ def lock_target(target: Path) -> Iterator[FileLock]:
         # A note is needed as long as a folder that could not be removed is there.
         has_leftovers = any(os.path.lexists(sibling_path(target, suffix)) for suffix in ("staging", "replaced"))
         lock.release() if has_leftovers and lock.read_note() else lock.release_and_remove()
+
+
+def _acquire_soon(lock: FileLock) -> bool:
+    """Take a lock and return whether it was free; one that is looked at (`FileLock.is_held`) is free at once."""
+    for _ in range(_LOOKS):
+        if lock.acquire_now():
+            return True
+        time.sleep(_LOOK_SECONDS)
+    return lock.acquire_now()
 
 
 def recover_target(target: Path, lock: FileLock) -> None:
@@ -78,6 +90,11 @@ def _in_the_way_error(path: Path) -> StorageError:
     return StorageError(
         f"{escape_text(path)} is in the way, and is not of lora_kit", hint="move it, or choose another output"
     )
+
+
+def lock_path(target: Path) -> Path:
+    """Return the file that the only writer of a target locks."""
+    return sibling_path(target, "lock")
 
 
 def sibling_path(target: Path, suffix: str) -> Path:

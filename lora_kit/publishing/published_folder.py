@@ -20,12 +20,12 @@ from lora_kit.io.text import escape_text
 from lora_kit.merging.preflight import MERGE_RECORD
 from lora_kit.models.model_folder_card import CONFIG_FILE, infer_folder_task
 from lora_kit.models.tasks import find_task_by_peft_type
-from lora_kit.names import KIT_BASE, RECIPE_FILE
+from lora_kit.names import KIT_BASE, METRICS_FILE, RECIPE_FILE
 
 ADAPTER: Final = "adapter"
 MODEL: Final = "model"
 _JSON_LIMIT: Final = 64 * 2**20
-_ADAPTER_FILES: Final = (CONFIG, WEIGHTS, OLD_WEIGHTS, RECORD, CARD, "loss.png", "metrics.jsonl", "chat_template.jinja")
+_ADAPTER_FILES: Final = (CONFIG, WEIGHTS, OLD_WEIGHTS, RECORD, CARD, "loss.png", METRICS_FILE, "chat_template.jinja")
 _MODEL_FILES: Final = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -44,9 +44,8 @@ _MODEL_FILES: Final = (
     MERGE_RECORD,
     CARD,
     "loss.png",
-    "metrics.jsonl",
+    METRICS_FILE,
 )
-_METRICS_FILE: Final = "metrics.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +172,7 @@ def _open_trained_model(folder: Path) -> PublishedFolder:
         tag="fine-tuned",
         files=files,
         left_out=left_out,
-        metrics=_read_last_metrics(folder / _METRICS_FILE),
+        metrics=_read_last_metrics(folder / METRICS_FILE),
         max_length=_find_max_length(recipe),
     )
 

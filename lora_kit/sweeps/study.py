@@ -2,6 +2,7 @@
 
 adapters/sql.sweep/
     plan.json       what is swept, how, and on which rows and base
+    recipe.yaml     the recipe as it was given
     journal.log     Optuna's journal: every trial with its values, its evaluations and its result
     trials/3/sql    a trial's adapter, while it may still be the best one
     locks/          which process runs which trial
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Final
 
 import optuna
+import yaml
 from optuna.pruners import MedianPruner, NopPruner
 from optuna.samplers import RandomSampler
 from optuna.storages.journal import JournalFileBackend, JournalStorage
@@ -31,14 +33,14 @@ from lora_kit.io.atomic_write import write_file
 from lora_kit.io.locks import FileLock
 from lora_kit.io.read import exists, folder_exists, mode_of
 from lora_kit.io.text import escape_text, shorten
-from lora_kit.sweeps.sweep_plan import PLAN, SweepPlan, propose_params, read_plan
+from lora_kit.names import RECIPE_FILE
+from lora_kit.runs.sweep_status import SWEEP_JOURNAL, SWEEP_LOCKS, SWEEP_PLAN
+from lora_kit.sweeps.sweep_plan import SweepPlan, propose_params, read_plan
 from lora_kit.training.loop.run_differences import describe_differences
 
 logger = logging.getLogger(__name__)
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
-JOURNAL: Final = "journal.log"
-LOCKS: Final = "locks"
 _NAME: Final = "sweep"
 
 
@@ -52,8 +54,8 @@ class SweepStudy:
 
     def __init__(self, plan: SweepPlan) -> None:
         self.plan = plan
-        self._alone = FileLock(plan.folder / LOCKS / "sweep")
-        with _translate_damage(plan.folder / JOURNAL):
+        self._alone = FileLock(plan.folder / SWEEP_LOCKS / "sweep")
+        with _translate_damage(plan.folder / SWEEP_JOURNAL):
             self._optuna = optuna.create_study(
                 storage=_open_storage(plan.folder),
                 study_name=_NAME,
@@ -95,7 +97,7 @@ class SweepStudy:
 
     def _check_folder_exists(self) -> None:
         """Raise StorageError if the sweep's folder was removed: Optuna would write a new journal and wait for ever."""
-        if not exists(self.plan.folder / PLAN):
+        if not exists(self.plan.folder / SWEEP_PLAN):
             folder = escape_text(self.plan.folder)
             raise StorageError(f"{folder} was removed while its trials ran", hint="start the sweep again")
 
@@ -135,7 +137,7 @@ class SweepStudy:
         return self.trials[-1], lock
 
     def _lock_of(self, number: int) -> FileLock:
-        return FileLock(self.plan.folder / LOCKS / str(number))
+        return FileLock(self.plan.folder / SWEEP_LOCKS / str(number))
 
     def end_trial(
         self, trial: optuna.Trial, state: TrialState, *, value: float | None = None, facts: Mapping[str, object]
@@ -167,10 +169,12 @@ def open_study(plan: SweepPlan, *, replace: bool) -> SweepStudy:
         RecipeError: the folder holds another sweep, which may not be replaced; names what differs.
         StorageError: it may be replaced, and a process works on it.
     """
-    with FileLock(plan.folder / LOCKS / "sweep").hold():
+    with FileLock(plan.folder / SWEEP_LOCKS / "sweep").hold():
         if check_folder(plan, replace=replace):
             _clear_folder(plan.folder)
-        write_file(plan.folder / PLAN, json.dumps(dataclasses.asdict(plan), indent=1).encode())
+        recipe = yaml.safe_dump(dict(plan.fields), sort_keys=False, allow_unicode=True, width=120)
+        write_file(plan.folder / RECIPE_FILE, recipe.encode())
+        write_file(plan.folder / SWEEP_PLAN, json.dumps(dataclasses.asdict(plan), indent=1).encode())
         return SweepStudy(plan)
 
 
@@ -180,7 +184,7 @@ def check_folder(plan: SweepPlan, *, replace: bool) -> list[str]:
     Raises:
         RecipeError: something differs, and that sweep may not be replaced.
     """
-    if not exists(plan.folder / PLAN):
+    if not exists(plan.folder / SWEEP_PLAN):
         return []
     try:
         differences = list(describe_differences(read_plan(plan.folder).identity, plan.identity))
@@ -195,18 +199,18 @@ def check_folder(plan: SweepPlan, *, replace: bool) -> list[str]:
 
 
 def _clear_folder(folder: Path) -> None:
-    locks = [FileLock(path) for path in (folder / LOCKS).iterdir() if path.name.isdecimal()]
+    locks = [FileLock(path) for path in (folder / SWEEP_LOCKS).iterdir() if path.name.isdecimal()]
     if not all(lock.is_free for lock in locks):
         raise StorageError(f"another process works on {escape_text(folder)}", hint="wait for it, or stop it")
     for entry in folder.iterdir():
-        if entry.name != LOCKS:  # which holds the lock of this process
+        if entry.name != SWEEP_LOCKS:  # which holds the lock of this process
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 def _open_storage(folder: Path) -> JournalStorage:
-    path = folder / JOURNAL
+    path = folder / SWEEP_JOURNAL
     # Optuna's own locks are files that a killed process leaves there: the others would wait 30 seconds for it.
-    lock = FileLock(folder / LOCKS / "journal")
+    lock = FileLock(folder / SWEEP_LOCKS / "journal")
     with lock.hold():
         _drop_partial_line(path)
     return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))  # type: ignore[arg-type]

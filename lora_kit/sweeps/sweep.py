@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -149,6 +150,7 @@ def _build_plan(
         over=format_space(space),
         trials=min(trials or len(combinations), len(combinations)) if combinations else trials or _DEFAULT_TRIALS,
         keep=keep,
+        started_in=os.getcwd(),
         identity=as_json({**job.identity, "over": format_space(space), "files": rows, "sweep": settings}),
         **settings,
     )

@@ -17,6 +17,8 @@ from optuna.trial import FrozenTrial
 from lora_kit.errors import AdapterError
 from lora_kit.io.read import read_json
 from lora_kit.io.text import escape_text
+from lora_kit.names import SWEEP_SUFFIX
+from lora_kit.runs.sweep_status import SWEEP_PLAN
 from lora_kit.sweeps.space import Params, Value, list_combinations, parse_space
 from lora_kit.training.loop.checkpoints import hash_json
 from lora_kit.training.recipe.load import load_recipe
@@ -26,7 +28,6 @@ from lora_kit.training.recipe.training_arguments import is_greater_better
 if TYPE_CHECKING:
     from lora_kit.sweeps.space import Space
 
-PLAN: Final = "plan.json"
 _PLAN_LIMIT: Final = 2**23
 """Bytes."""
 
@@ -46,6 +47,7 @@ class SweepPlan:
         prune: `median`, or None.
         keep: `best`, or `all` trials' results.
         identity: what decides the result of every trial: settings, recipe, rows, base.
+        started_in: working directory in which it was started, from which relative paths are meant.
     """
 
     out: str
@@ -58,11 +60,12 @@ class SweepPlan:
     prune: str | None
     keep: str
     identity: Mapping[str, object]
+    started_in: str = ""
 
     @property
     def folder(self) -> Path:
         out = Path(self.out)
-        return out.with_name(f"{out.name}.sweep")
+        return out.with_name(f"{out.name}{SWEEP_SUFFIX}")
 
     @cached_property
     def space(self) -> Space:
@@ -99,11 +102,11 @@ def read_plan(folder: Path) -> SweepPlan:
     Raises:
         AdapterError: the file is missing or damaged.
     """
-    fields = read_json(folder / PLAN, limit=_PLAN_LIMIT)
+    fields = read_json(folder / SWEEP_PLAN, limit=_PLAN_LIMIT)
     try:
         return SweepPlan(**fields)
     except TypeError:
-        raise AdapterError(f"{escape_text(folder / PLAN)} is damaged") from None
+        raise AdapterError(f"{escape_text(folder / SWEEP_PLAN)} is damaged") from None
 
 
 def propose_params(plan: SweepPlan, trials: Sequence[FrozenTrial]) -> dict[str, Value]:

@@ -23,6 +23,7 @@ from lora_kit.io.portable_paths import make_path_portable
 from lora_kit.io.read import exists, read_json
 from lora_kit.io.text import escape_text
 from lora_kit.names import RECIPE_FILE
+from lora_kit.runs.sweep_status import SWEEP_RESULTS
 from lora_kit.sweeps.space import Params, Value
 from lora_kit.sweeps.study import SweepStudy
 from lora_kit.sweeps.sweep_plan import SweepPlan
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RESULTS: Final = "results.json"
 PICTURE: Final = "results.png"
 ORIGIN: Final = "sweep.json"
 """File beside the best trial's result: which sweep and which trial the result is of."""
@@ -128,7 +128,7 @@ def finish_sweep(study: SweepStudy, *, replace: bool) -> SweepReport:
 
 def _write_report(plan: SweepPlan, report: SweepReport) -> None:
     results = {"over": plan.over, "method": plan.method, "seed": plan.seed, **report.to_json()}
-    write_file(plan.folder / RESULTS, json.dumps(results, indent=1).encode())
+    write_file(plan.folder / SWEEP_RESULTS, json.dumps(results, indent=1).encode())
     picture = plot_trials(plan, report.trials)
     if picture:
         write_file(plan.folder / PICTURE, picture)

@@ -21,8 +21,9 @@ from lora_kit.io.given_values import parse_path
 from lora_kit.io.read import folder_exists, read_json, read_text
 from lora_kit.io.strict_json import JsonObject
 from lora_kit.io.text import escape_text
+from lora_kit.names import RUN_SUFFIX
 from lora_kit.training.job.output import check_output_available, check_output_writable
-from lora_kit.training.loop.checkpoints import LOOP, RUN_SUFFIX, Checkpoint, RunFolder
+from lora_kit.training.loop.checkpoints import LOOP, Checkpoint, RunFolder
 from lora_kit.training.loop.resumable import STATE
 from lora_kit.training.recipe.load import load_recipe
 from lora_kit.training.recipe.recipe import Recipe

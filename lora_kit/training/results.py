@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
 from lora_kit.errors import LoraKitError
 from lora_kit.evaluation.measure import Evaluation
+from lora_kit.runs.run_files import LogEntry
 from lora_kit.training.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from lora_kit.training.plan.memory_estimate import MemoryEstimate
-
-LogEntry: TypeAlias = Mapping[str, Any]
-"""A line of metrics.jsonl: `step`, and numbers by name. An evaluation's names begin with `eval_`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,17 +92,25 @@ class PartialTrainingError(LoraKitError, RuntimeError):
 
 def build_history(report: TrainReport, log: Sequence[LogEntry]) -> Iterator[LogEntry]:
     """Yield the log of a training: metrics before, the Trainer's entries, metrics after, and a summary."""
-    entries = [entry for entry in log if "train_loss" not in entry]  # the Trainer's own summary
-    evaluated = {entry["step"] for entry in entries if "eval_loss" in entry}
-    if report.before and 0 not in evaluated:
-        yield {"step": 0, **_prefix_metrics(report.before)}
-    for entry in entries:
-        yield {"step": entry["step"], **{key: value for key, value in entry.items() if key != "step"}}
-    if report.after and report.kept not in evaluated:
+    yield from list_log_entries(report.before, log)
+    if report.after and report.kept not in _list_evaluated_steps(log):
         yield {"step": report.kept, **_prefix_metrics(report.after)}
     speed = round(report.tokens_per_second, 1)
     total = {"seconds": round(report.seconds, 3), "tokens": report.tokens, "tokens_per_second": speed}
     yield {"step": report.steps, "train_loss": report.train_loss, **total, "peak_bytes": report.peak_bytes}
+
+
+def list_log_entries(before: Evaluation | None, log: Sequence[LogEntry]) -> Iterator[LogEntry]:
+    """Yield the metrics before training, unless they are in the log, and the Trainer's entries without its summary."""
+    if before and 0 not in _list_evaluated_steps(log):
+        yield {"step": 0, **_prefix_metrics(before)}
+    for entry in log:
+        if "train_loss" not in entry:
+            yield {"step": entry["step"], **{key: value for key, value in entry.items() if key != "step"}}
+
+
+def _list_evaluated_steps(log: Sequence[LogEntry]) -> set[int]:
+    return {entry["step"] for entry in log if "eval_loss" in entry and "train_loss" not in entry}
 
 
 def _prefix_metrics(evaluation: Evaluation) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from lora_kit.io.atomic_write import lock_output
 from lora_kit.models.loading import Base
 from lora_kit.models.silence import silence_libraries
 from lora_kit.models.tasks import MULTI_LABEL
+from lora_kit.runs.run_files import RunProgress
 from lora_kit.torch_utils import Clock
 from lora_kit.training.job.job import Job
 from lora_kit.training.job.methods import TrainableJob, make_job_trainable
@@ -27,11 +29,13 @@ from lora_kit.training.job.output import check_output_available, check_output_wr
 from lora_kit.training.loop.checkpoints import Checkpoint, RunFolder, hash_json
 from lora_kit.training.loop.contexts import set_up_training
 from lora_kit.training.loop.oom_retry import translate_training_memory
+from lora_kit.training.loop.run_log import RunLog, end_run_log
 from lora_kit.training.loop.sharded_base import shard_base
 from lora_kit.training.loop.signals import StopRequest
 from lora_kit.training.loop.world import World, join_world
 from lora_kit.training.recipe.coerce import Section
 from lora_kit.training.recipe.load import RecipeSource, load_recipe
+from lora_kit.training.recipe.objectives import SFT
 from lora_kit.training.recipe.recipe import Recipe
 from lora_kit.training.recipe.sharding_checks import is_base_sharded
 from lora_kit.training.report.artifacts import build_result_files
@@ -126,8 +130,10 @@ def train_job(job: Job, run: StartedRun, *, replace: bool) -> TrainReport:
     try:
         with translate_training_memory(), make_job_trainable(job) as trainable:
             report = _train_and_save(trainable, run, replace=replace)
-    except BaseException:
+    except BaseException as error:
         run.folder.log_resume_point()
+        if run.world.is_first:
+            end_run_log(run.folder.folder, error, keep=run.folder.has_checkpoint)
         raise
     run.world.ask_first(run.folder.remove)
     return report
@@ -190,6 +196,8 @@ def _run_training(trainable: TrainableJob, run: StartedRun) -> _TrainingOutcome:
     with set_up_training(job.base, compiled=job.recipe.compile) as scratch:
         trainer = _build_trainer(trainable, scratch, run)
         trainer.before = trainer.measure_validation()
+        if run.world.is_first:
+            trainer.add_callback(_build_run_log(job, run, trainer.before))
         clock = Clock(job.base.device)
         try:
             with run.stop, run.join(trainer):
@@ -241,6 +249,18 @@ def _build_trainer(trainable: TrainableJob, scratch: str, run: StartedRun) -> Re
         )
     _set_tensorboard_folder(trainer, f"{run.folder.out}{TENSORBOARD_SUFFIX}")
     return trainer
+
+
+def _build_run_log(job: Job, run: StartedRun, before: Evaluation | None) -> RunLog:
+    recipe = job.recipe
+    objective = "" if recipe.objective == SFT else f", {recipe.objective}"
+    progress = RunProgress(
+        title=f"{recipe.task}{objective}, {recipe.method} on {recipe.base}",
+        run=hash_json(job.identity),
+        folder=os.getcwd(),
+        processes=run.world.size,
+    )
+    return RunLog(run.folder.folder, recipe=recipe.to_yaml(), progress=progress, before=before)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from lora_kit.training.train import train
 from tests.support.processes import die, in_child
 from tests.support.training import At, base_of, recipe_of
 
-TIMINGS = {"seconds", "tokens_per_second", "peak_bytes"}
+TIMINGS = {"time", "seconds", "tokens_per_second", "peak_bytes"}
 DROPOUT = {"lora_dropout": 0.2}
 
 

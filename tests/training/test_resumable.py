@@ -19,6 +19,7 @@ from lora_kit.adapter.adapter import Adapter
 from lora_kit.cli.main import main
 from lora_kit.errors import RecipeError, StorageError, VerificationError
 from lora_kit.models.loading import Base
+from lora_kit.runs.run_files import RUN_FILES
 from lora_kit.training.loop import checkpoints
 from lora_kit.training.loop.checkpoints import RunFolder
 from lora_kit.training.loop.weight_files import load_tensors
@@ -254,11 +255,12 @@ def test_old_checkpoints_go(tmp_path: Path) -> None:
     assert not run_of(Path(recipe["out"])).exists()
 
 
-def test_without_checkpoints_nothing_is_written_on_the_way(tmp_path: Path) -> None:
+def test_without_checkpoints_only_the_log_is_written_on_the_way(tmp_path: Path) -> None:
     recipe = long_recipe(tmp_path, train={"save_strategy": "no"})
     killed(recipe, die_at(6))
-    assert not run_of(Path(recipe["out"])).exists()
+    assert {path.name for path in run_of(Path(recipe["out"])).iterdir()} == set(RUN_FILES)
     assert train(recipe, base=base_of()).resumed == 0
+    assert not run_of(Path(recipe["out"])).exists()
 
 
 @pytest.mark.parametrize("number", take_few(range(1, 60, 2), 3, 27, 45))

@@ -13,8 +13,6 @@ from lora_kit.io.text import escape_text
 from lora_kit.names import RECIPE_FILE
 from lora_kit.training.recipe.recipe import Recipe
 
-METRICS_FILE: Final = "metrics.jsonl"
-"""The log, one JSON object a line."""
 REPORT_FILE: Final = "report.html"
 LOSS_CURVE_FILE: Final = "loss.png"
 CHAT_TEMPLATE_FILE: Final = "chat_template.jinja"

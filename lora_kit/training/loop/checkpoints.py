@@ -1,5 +1,6 @@
 """Checkpoints of an unfinished training, in a folder beside its output: written whole, verified, rotated.
 
+    adapters/sql.run/               the log, and where the training stands; see `lora_kit.runs.run_files`
     adapters/sql.run/samples/       the samples, where the recipe streams its rows; see `lora_kit.data.sample_store`
     adapters/sql.run/checkpoint-500/
         adapter_config.json  adapter_model.safetensors  lora_kit.json  README.md       the adapter at that step
@@ -38,6 +39,7 @@ from lora_kit.io.sealed_json import NO_DIGEST, SELF_DIGEST, is_intact, seal_json
 from lora_kit.io.strict_json import JsonObject, parse_object
 from lora_kit.io.text import escape_text, format_value
 from lora_kit.names import CHECKPOINT_FILE
+from lora_kit.runs.run_files import find_run_folder, read_saved_run, remove_run_files
 from lora_kit.training.loop.run_differences import describe_differences, describe_run_differences
 from lora_kit.training.prefix.prefix_cache import FOLDER as PREFIX_FOLDER
 from lora_kit.training.prefix.prefix_cache import remove_prefix_states
@@ -47,8 +49,6 @@ logger = logging.getLogger(__name__)
 MARKER: Final = CHECKPOINT_FILE
 LOOP: Final = "loop.pt"
 _OWN_FILES: Final = (MARKER, LOOP)
-RUN_SUFFIX: Final = ".run"
-"""The checkpoints of the output `sql` are in the folder `sql.run` beside it."""
 FORMAT: Final = 3
 _READ_FORMATS: Final = (2, FORMAT)
 """A checkpoint of format 2 holds no adapter; its `weights.safetensors` has every trained tensor."""
@@ -103,7 +103,7 @@ class RunFolder:
 
     def __init__(self, out: str | Path) -> None:
         self.out = Path(out)
-        self.folder = self.out.with_name(f"{self.out.name}{RUN_SUFFIX}")
+        self.folder = find_run_folder(self.out)
         self.samples = self.folder / "samples"
         self.prefix = self.folder / PREFIX_FOLDER
 
@@ -174,9 +174,14 @@ class RunFolder:
                     raise StorageError(f"{what}, and has the name of one", hint="move it, or choose another output")
                 logger.warning("%s is passed over: it is not a folder", escape_text(path))
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is one, complete or not."""
+        return bool(self._list_steps())
+
     def log_resume_point(self) -> None:
         """Log the step from which a stopped run will resume."""
-        if self._list_steps():
+        if self.has_checkpoint:
             logger.warning("stopped; %s", self.describe_resume())
 
     def describe_resume(self) -> str:
@@ -246,15 +251,14 @@ class RunFolder:
                 self._remove_step(step)
             remove_prefix_states(self.prefix)
             remove_samples(self.samples)
-            if next(self.folder.iterdir(), None) is None:
-                self.folder.rmdir()
+            remove_run_files(self.folder)
         except OSError as error:
             logger.warning("%s cannot be removed: %s", escape_text(self.folder), error.strerror or error)
 
     def remove_if_done(self) -> None:
         """Remove the checkpoints of an adapter that was saved by a process that died before it removed them."""
         newest = self.find_newest() if folder_exists(self.folder) and exists(self.out / RECORD) else None
-        if newest is not None and _read_saved_run(self.out) == hash_json(newest.identity):
+        if newest is not None and read_saved_run(self.out) == hash_json(newest.identity):
             self.remove()
 
     # One run and another
@@ -306,14 +310,6 @@ class RunFolder:
 def hash_json(identity: Identity) -> str:
     """Return the sha256 of a run's identity, in hex."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _read_saved_run(out: Path) -> object:
-    """Return the hash of the run that saved an adapter folder; None where its record does not say."""
-    try:
-        return read_json(out / RECORD, limit=_MARKER_LIMIT).get("run")
-    except (AdapterError, StorageError):
-        return None
 
 
 def _read_marker(folder: Path) -> JsonObject:

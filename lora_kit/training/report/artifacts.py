@@ -9,17 +9,17 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_kit.names import RECIPE_FILE
+from lora_kit.names import METRICS_FILE, RECIPE_FILE
+from lora_kit.runs.run_files import LogEntry
 from lora_kit.training.job.output import (
     CHAT_TEMPLATE_FILE,
     LOSS_CURVE_FILE,
-    METRICS_FILE,
     REPORT_FILE,
 )
 from lora_kit.training.recipe.portable_recipe import make_recipe_portable
 from lora_kit.training.report.html import render_report_page
 from lora_kit.training.report.samples import AnsweredSample
-from lora_kit.training.results import LogEntry, TrainReport
+from lora_kit.training.results import TrainReport
 
 logger = logging.getLogger(__name__)
 

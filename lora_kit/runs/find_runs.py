@@ -1,0 +1,127 @@
+"""The trainings and sweeps under a folder, and the one that a person names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from lora_kit.errors import RecipeError, UnknownAdapterError
+from lora_kit.io.locks import FileLock
+from lora_kit.io.output_lock import lock_path
+from lora_kit.io.read import exists, folder_exists, read_text
+from lora_kit.io.text import escape_text
+from lora_kit.names import DEFAULT_STORE, METRICS_FILE, RECIPE_FILE, RUN_SUFFIX, SWEEP_SUFFIX
+from lora_kit.runs.run_files import PROGRESS_FILE, find_run_folder
+from lora_kit.runs.run_status import RunStatus, read_status
+from lora_kit.runs.sweep_status import SWEEP_PLAN, SweepStatus, read_sweep_status
+
+MAX_LEVELS: Final = 6
+"""Folders below the one that is searched."""
+_RECIPE_SUFFIXES: Final = (".yaml", ".yml", ".toml")
+_RECIPE_LIMIT: Final = 2**20
+_SKIPPED: Final = ("node_modules", "site-packages", "__pycache__")
+_LOCK_BEGIN, _LOCK_END = ".", f"{RUN_SUFFIX}.lock"
+
+
+def find_runs(folder: Path) -> list[RunStatus | SweepStatus]:
+    """Return the trainings and sweeps under a folder, the last one that wrote anything first.
+
+    Links and hidden folders are not followed. The trials of a sweep are part of it.
+
+    Raises:
+        AdapterError, StorageError: a file of one is damaged, or cannot be read.
+        UnknownAdapterError: there is no such folder.
+    """
+    if not folder_exists(folder):
+        raise UnknownAdapterError(escape_text(folder), [])
+    outs, sweeps = set[Path](), list[Path]()
+    for path, names in _walk(folder):
+        outs |= {path / name for name in _list_outs(path, names)}
+        sweeps += [path / name for name in names if name.endswith(SWEEP_SUFFIX) and exists(path / name / SWEEP_PLAN)]
+    found: list[RunStatus | SweepStatus] = [*map(read_status, outs), *map(read_sweep_status, sweeps)]
+    begun = [status for status in found if status.state != "not started"]
+    return sorted(begun, key=lambda status: (-(status.updated or float("inf")), str(status.out)))
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Yield every folder that may hold trainings, with the names in it."""
+    for parent, folders, files in os.walk(folder):
+        path = Path(parent)
+        yield path, [*folders, *files]
+        deep = len(path.relative_to(folder).parts) >= MAX_LEVELS
+        folders[:] = [] if deep else [name for name in folders if _may_hold_runs(name)]
+
+
+def _may_hold_runs(name: str) -> bool:
+    return not name.startswith(".") and name not in _SKIPPED and not name.endswith((RUN_SUFFIX, SWEEP_SUFFIX))
+
+
+def _list_outs(folder: Path, names: list[str]) -> Iterator[str]:
+    """Yield the names of the outputs in a folder that a training is known of."""
+    for name in names:
+        path = folder / name
+        if name.startswith(_LOCK_BEGIN) and name.endswith(_LOCK_END):
+            yield name.removeprefix(_LOCK_BEGIN).removesuffix(_LOCK_END)
+        elif name.endswith(RUN_SUFFIX) and folder_exists(path):
+            yield name.removesuffix(RUN_SUFFIX)
+        elif exists(path / METRICS_FILE) and exists(path / RECIPE_FILE) and not name.startswith("."):
+            yield name
+
+
+def find_run(name: str | Path) -> Path:
+    """Return the output of the training that a person names.
+
+    Args:
+        name: a recipe, an output, the folder of its checkpoints, or an adapter's name in the store.
+
+    Raises:
+        RecipeError: the recipe names no output.
+        UnknownAdapterError: there is no trace of a training.
+    """
+    path = Path(name)
+    if path.suffix.lower() in _RECIPE_SUFFIXES:
+        return _read_out(path)
+    out = path.with_name(path.name.removesuffix(RUN_SUFFIX)) if path.name else path
+    for candidate in (out, DEFAULT_STORE / out):
+        if _has_traces(candidate):
+            return candidate
+    known = [str(status.out) for status in find_runs(DEFAULT_STORE)] if folder_exists(DEFAULT_STORE) else []
+    raise UnknownRunError(str(name), known)
+
+
+class UnknownRunError(UnknownAdapterError):
+    """No training of that name."""
+
+    def __init__(self, name: str, known: list[str]) -> None:
+        super().__init__(name, known)
+        what = f"there is no training {name!r}: neither a recipe, nor an output, nor the folder of its checkpoints"
+        self.args = (what,)
+        self.message, self.hint = what, self.hint if known else "lora-kit runs lists what there is"
+
+
+def _has_traces(out: Path) -> bool:
+    folder = find_run_folder(out)
+    return (
+        exists(folder / PROGRESS_FILE)
+        or exists(out / METRICS_FILE)
+        or folder_exists(folder)
+        or FileLock(lock_path(folder)).is_held
+    )
+
+
+def _read_out(recipe: Path) -> Path:
+    import tomllib
+
+    import yaml
+
+    text = read_text(recipe, limit=_RECIPE_LIMIT)
+    try:
+        fields = tomllib.loads(text) if recipe.suffix.lower() == ".toml" else yaml.safe_load(text)
+    except (tomllib.TOMLDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
+        raise RecipeError(f"{escape_text(recipe)}: cannot be parsed: {' '.join(str(error).split())}") from None
+    out = fields.get("out") if isinstance(fields, dict) else None
+    if not isinstance(out, str) or not out.strip():
+        raise RecipeError(f"{escape_text(recipe)} names no out", hint="give the output of the training instead")
+    return Path(out)
