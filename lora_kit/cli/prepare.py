@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -121,7 +122,7 @@ def prepare(
         seed=seed,
         replace=replace,
     )
-    print_json(preparation.to_json()) if json else _show_preparation(preparation)
+    print_json(preparation.to_json()) if json else _show_preparation(preparation, locals())
 
 
 def _parse_renames(items: Sequence[str], flag: str, example: str) -> dict[str, str]:
@@ -149,10 +150,10 @@ def _parse_relabel(items: Sequence[str]) -> dict[str, str] | str:
     return "auto" if items == ["auto"] else _parse_renames(items, "relabel", "postive=positive")
 
 
-def _show_preparation(preparation: Preparation) -> None:
+def _show_preparation(preparation: Preparation, given: Mapping[str, object]) -> None:
     for part in preparation.parts:
         _show_file(part, preparation)
-    _show_next_steps(preparation)
+    _show_next_steps(preparation, given)
 
 
 def _show_file(part: PreparedFile, preparation: Preparation) -> None:
@@ -227,14 +228,44 @@ def _show_few_rows(preparation: Preparation) -> None:
         )
 
 
-def _show_next_steps(preparation: Preparation) -> None:
+def _show_next_steps(preparation: Preparation, given: Mapping[str, object]) -> None:
     rows = f"{len(preparation.train):,} rows to train on, {len(preparation.validation or ()):,} to validate on"
     rows += f", {len(preparation.test):,} to test on" if preparation.test else ""
     _show_few_rows(preparation)
     if preparation.recipe is None:
-        print(f"{rows}; nothing was written, --out FOLDER does")
+        command = _build_writing_command(preparation, given)
+        print_text(f"{rows}; nothing was written, --out FOLDER does\n\nnext:\n  {command}")
         return
     if preparation.settings["chat_template"] == "plain":
         print_text(f"{preparation.settings['base']} has no chat template of its own: the recipe says plain")
     recipe = shlex.quote(str(preparation.recipe))
     print_text(f"{rows}: {preparation.out}\n\nnext:\n  lora-kit preview {recipe}\n  lora-kit train {recipe}")
+
+
+def _build_writing_command(preparation: Preparation, given: Mapping[str, object]) -> str:
+    """Return the command that fixes what was found and writes the rows.
+
+    Args:
+        given: the arguments of `prepare` by name; those that differ from their default are repeated.
+    """
+    examined = [part.examined for part in preparation.parts]
+    found = {fault.kind for each in examined for fault in each.faults}
+    found |= {"duplicates"} if any(each.duplicates for each in examined) else set()
+    is_misspelled = any(each.variants or each.lookalikes for each in examined)
+    source = Path(str(given["source"]))
+    values = {
+        **given,
+        "relabel": given["relabel"] or (["auto"] if is_misspelled else None),
+        "drop": [*_as_list(given["drop"]), *(kind for kind in _MEANINGS if kind in found)],
+        "out": Path("data") / source.name.partition(".")[0],
+    }
+    words = ["lora-kit", "prepare", str(source)]
+    for name, parameter in inspect.signature(prepare).parameters.items():
+        items = _as_list(values[name])
+        if items and values[name] != parameter.default and name != "source":
+            words += [f"--{name.replace('_', '-')}", *map(str, dict.fromkeys(items))]
+    return shlex.join(words)
+
+
+def _as_list(value: object) -> list[object]:
+    return value if isinstance(value, list) else [] if value is None else [value]

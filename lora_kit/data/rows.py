@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from lora_kit.data.cells import RowError
+from lora_kit.data.column_names import suggest_renames
 from lora_kit.data.encodings import UTF8
 from lora_kit.data.hub_datasets import is_dataset, read_dataset
 from lora_kit.data.layouts import LAYOUTS, Layout, RowValue, find_layout, reason_not_ignorable
@@ -213,8 +214,9 @@ def require_layout(path: Path, row: Row) -> Layout:
     layout = find_preference_layout(row) or find_layout(row)
     if layout is None:
         formats = "; ".join(dict.fromkeys(" and ".join(layout.keys) for layout in (*LAYOUTS, *PREFERENCE_LAYOUTS)))
-        hint = f"formats: {formats}. lora-kit prepare --rename mine=prompt gives columns other names"
-        raise DataError(f"{path}: the first row has the keys {shorten(format_list(sorted(row)), most=60)}", hint=hint)
+        other = f"formats: {formats}. lora-kit prepare --rename mine=prompt gives columns other names"
+        what = f"{path}: the first row has the keys {shorten(format_list(sorted(row)), most=60)}"
+        raise DataError(what, hint=suggest_renames(path, row) or other)
     return layout
 
 

@@ -36,7 +36,7 @@ def run(capsys: Capture, *arguments: str) -> tuple[int, str, str]:
 
 def test_from_a_messy_csv_to_an_answer_with_no_file_edited(here: Path, capsys: Capture) -> None:
     code, _, err = run(capsys, "prepare", "messy.csv", "--base", "base")
-    assert (code, "lora-kit prepare --rename mine=prompt" in err) == (2, True)
+    assert (code, "lora-kit prepare messy.csv --rename Question=prompt Answer=completion" in err) == (2, True)
     as_utf8 = [*MENDED, "--encoding", "utf-8"]
     code, _, err = run(capsys, "prepare", "messy.csv", "--base", "base", *as_utf8)
     assert (code, "--encoding cp1252" in err, "--drop bad" in err) == (2, True, True)
