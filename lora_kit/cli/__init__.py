@@ -21,6 +21,7 @@ from lora_kit.cli import (  # noqa: F401 - each adds its verb
     list,
     merge,
     parity,
+    plan,
     predict,
     prepare,
     preview,

@@ -70,10 +70,39 @@ def chunked_cross_entropy(
     labels = labels.index_select(0, rows)
     if labels.device.type == "cpu":
         _check_labels(labels, weight.shape[0])
-    if chunk is None:
-        sums = torch.promote_types(dtype, torch.float32)
-        budget = LOGITS_BYTES["cpu" if hidden.device.type == "cpu" else "cuda"]
-        chunk = max(MIN_CHUNK_ROWS, budget // (weight.shape[0] * sums.itemsize))
+    return sum_row_losses(
+        hidden, weight, labels, rows, bias=bias, chunk=chunk or choose_chunk(hidden, len(weight)), smoothing=smoothing
+    )
+
+
+def choose_chunk(hidden: Tensor, classes: int, *, device: str | None = None) -> int:
+    """Return how many rows of logits exist at once.
+
+    Args:
+        device: type of the device; None for that of `hidden`.
+    """
+    sums = torch.promote_types(_compute_dtype_of(hidden), torch.float32)
+    budget = LOGITS_BYTES["cpu" if (device or hidden.device.type) == "cpu" else "cuda"]
+    return max(MIN_CHUNK_ROWS, budget // (classes * sums.itemsize))
+
+
+def sum_row_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    rows: Tensor,
+    *,
+    bias: Tensor | None = None,
+    chunk: int,
+    smoothing: float = 0.0,
+) -> Tensor:
+    """Return `chunked_cross_entropy` where the rows that have a label are known; no value of a tensor is looked at.
+
+    Args:
+        labels: of those rows: (k,) int64.
+        rows: their index in `hidden`: (k,) int64.
+    """
+    dtype = _compute_dtype_of(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
         head = _FrozenHead(weight.to(dtype), None if bias is None else bias.to(dtype), labels, rows, chunk, smoothing)
         if torch.is_grad_enabled() and hidden.requires_grad:

@@ -40,6 +40,7 @@ VERBS = [
     "list",
     "merge",
     "parity",
+    "plan",
     "predict",
     "prepare",
     "preview",

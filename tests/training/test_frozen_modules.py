@@ -12,6 +12,7 @@ from torch import nn
 
 import lora_kit as lk
 from lora_kit.training.loop.frozen_modules import find_modules_without_gradient
+from lora_kit.training.plan.live_bytes import LiveBytes
 from lora_kit.training.train import train
 from tests.support import tiny
 from tests.support.families import FAMILIES
@@ -114,3 +115,15 @@ def test_features_train_on_what_the_body_gives_without_dropout(tmp_path: Path) -
         recipe = recipe_of(tmp_path / str(rate), rows=LABELED, steps=2, method="features", lora={}, task="classify")
         losses.append(train(recipe, base=base).train_loss)
     assert losses[0] == losses[1]
+
+
+def test_the_probe_takes_no_more_memory_than_a_forward_without_gradients() -> None:
+    model = tiny.llama()
+    lk.attach(model, lk.LoraConfig(r=2, target_modules="all-linear"))
+    batch = {name: torch.cat([tensor] * 8, dim=1) for name, tensor in tiny.batch().items()}
+    without, probe = LiveBytes(), LiveBytes()
+    with without, torch.no_grad():
+        model(**batch)
+    with probe:
+        find_modules_without_gradient(model, batch)
+    assert probe.peak <= 1.05 * without.peak

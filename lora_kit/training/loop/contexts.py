@@ -79,6 +79,12 @@ def _list_configs_with_pad(model: PreTrainedModel) -> list[Any]:
     return [model.config.get_text_config(), *([generation] if generation is not None else [])]
 
 
+def start_gradient_checkpointing(model: PreTrainedModel) -> None:
+    """Have the layers of a model compute their forward again in the backward, instead of keeping what it gave."""
+    enable: Callable[[], None] = getattr(model, _choose_name(model, "{}_checkpointing_enable"))
+    enable()
+
+
 def stop_gradient_checkpointing(model: PreTrainedModel) -> list[nn.Module]:
     """Turn gradient checkpointing off, and return the layers that were checkpointed; none where it was off."""
     return find_repeated_layers(model) if _disable_gradient_checkpointing(model) else []

@@ -17,7 +17,8 @@ from lora_kit.torch_utils import use_eval_mode
 def find_modules_without_gradient(model: nn.Module, sample: Mapping[str, Tensor]) -> list[nn.Module]:
     """Return the modules whose outputs depend on nothing that is trained, with everything inside them.
 
-    A probe: one forward in evaluation mode, in which no random number is drawn. Nothing is known of the family.
+    A probe: one forward in evaluation mode, in which no random number is drawn. Nothing is known of the family. It
+    takes no more memory than a forward without gradients: what autograd would keep for a backward is dropped at once.
 
     Args:
         sample: inputs of the model, on its device, without labels.
@@ -35,7 +36,12 @@ def find_modules_without_gradient(model: nn.Module, sample: Mapping[str, Tensor]
 
     handles = [module.register_forward_hook(note_output) for module in model.modules()]
     try:
-        with use_eval_mode(model), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        with (
+            use_eval_mode(model),
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(_keep_nothing, _keep_nothing),
+            torch.compiler.set_stance("force_eager"),
+        ):
             model(**sample)
     finally:
         for handle in handles:
@@ -44,6 +50,10 @@ def find_modules_without_gradient(model: nn.Module, sample: Mapping[str, Tensor]
         part for module in model.modules() if module in without - reached for part in module.modules()
     )
     return [module for module in inside if module not in reached and not _has_trained_parts(module)]
+
+
+def _keep_nothing(_: object) -> None:
+    """Stand for a saved tensor, of which no backward will be computed."""
 
 
 def _has_trained_parts(module: nn.Module) -> bool:

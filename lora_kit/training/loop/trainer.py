@@ -123,7 +123,7 @@ class Trainer(TrainingLoop):
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as transformers.Trainer does, after probes of how the loss is computed and what no gradient reaches."""
         self._head = self._find_head()
-        with self.compute_loss_context_manager():
+        with self.compute_loss_context_manager(), self._head.skip():
             self._frozen_modules = find_modules_without_gradient(self.model, self._make_sample())
         self._open_prefix_states()
         return super().train(*args, **kwargs)
@@ -153,7 +153,8 @@ class Trainer(TrainingLoop):
         if self.args.neftune_noise_alpha:
             return PrefixChoice(None, "the noise on the embeddings is another in every step")
         model, autocast = self.model, self.compute_loss_context_manager
-        return cache.choose(model, self._frozen_modules, splits, self._collator, passes=passes, autocast=autocast)
+        with self._head.skip():  # the probe compares states: all logits of the longest sample take more than a step
+            return cache.choose(model, self._frozen_modules, splits, self._collator, passes=passes, autocast=autocast)
 
     def _make_sample(self) -> dict[str, Tensor]:
         """Return the first row as inputs of the model, without labels."""
