@@ -31,7 +31,8 @@ WAYS: Final[Mapping[str, Mapping[str, str]]] = {
     "spin": {"GOMP_SPINCOUNT": _LIBGOMP_SPINS},
     "chosen": {},
     "passive": {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"},
-    "short spin": {"GOMP_SPINCOUNT": "10000"},
+    "10000 turns": {"GOMP_SPINCOUNT": "10000"},
+    "1000 turns": {"GOMP_SPINCOUNT": "1000"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
 _VARIABLES: Final = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")

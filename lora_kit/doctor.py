@@ -18,6 +18,7 @@ import torch
 
 from lora_kit.bank.attach import attach
 from lora_kit.config.lora_config import LoraConfig
+from lora_kit.cpu_threads import count_cores, describe_cpu_threads
 from lora_kit.errors import LoraKitError, VerificationError
 from lora_kit.io.text import escape_text
 from lora_kit.models.loading import load_base
@@ -106,7 +107,8 @@ def collect_facts() -> dict[str, str]:
         "python": f"{platform.python_version()} ({platform.system()} {platform.release()})",
     }
     facts |= {name: _find_version(name) for name in LIBRARIES}
-    facts["processor"] = f"{_describe_processor()}, {_count_cores()} cores, torch uses {torch.get_num_threads()}"
+    facts["processor"] = f"{_describe_processor()}, {count_cores()} cores for this process"
+    facts["threads"] = describe_cpu_threads(torch.get_num_threads())
     facts["memory"] = _describe_memory()
     return facts | (_describe_devices() or {"cuda": "no device"})
 
@@ -261,11 +263,6 @@ def _describe_processor() -> str:
         lines = []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.machine()
-
-
-def _count_cores() -> int:
-    """Return the number of cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _describe_memory() -> str:

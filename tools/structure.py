@@ -35,6 +35,7 @@ ROOMS: Final = (
     "version",
     "errors",
     "names",
+    "cpu_threads",
     "io",
     "config",
     "torch_utils",

@@ -16,6 +16,7 @@ from lora_kit.cli import (  # noqa: F401 - each adds its verb
     extract,
     follow,
     generate,
+    init,
     inspect,
     keep,
     list,

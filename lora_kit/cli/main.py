@@ -11,6 +11,7 @@ from cyclopts import CycloptsError
 from lora_kit.cli.app import BAD_INPUT, DEBUG, MACHINE, STRICT, UNEXPECTED, app
 from lora_kit.cli.output import flatten_list_message, join_words
 from lora_kit.cli.process import handle_sigterm, log_to_stderr, protect_streams
+from lora_kit.cpu_threads import choose_cpu_threads
 from lora_kit.errors import REPORTED_ELSEWHERE, LoraKitError
 from lora_kit.io.text import escape_for_terminal
 
@@ -21,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments after the program's name; those of the process by default.
     """
+    choose_cpu_threads()
     tokens = list(sys.argv[1:] if argv is None else argv)
     debug, strict = _take_flag(tokens, DEBUG), _take_flag(tokens, STRICT)
     with protect_streams(), handle_sigterm(), log_to_stderr(debug=debug, strict=strict):

@@ -81,10 +81,10 @@ def _train(recipe: Path, overrides: Mapping[str, str], *, replace: bool) -> None
         report = train(resolved, replace=replace)
     print_table(("", ""), _build_train_facts(report))
     if resolved.method in ("lora", "features"):
-        print_text("\n  ".join(["\nnext:", *_list_next_commands(resolved)]))
+        print_text("\n  ".join(["\nnext:", *list_next_commands(resolved)]))
 
 
-def _list_next_commands(recipe: Recipe) -> Iterator[str]:
+def list_next_commands(recipe: Recipe) -> Iterator[str]:
     """Yield the commands that measure and use an adapter; a preference or a reward is measured in training only."""
     from lora_kit.data.mixture import list_files
     from lora_kit.models.tasks import LABEL_TASKS

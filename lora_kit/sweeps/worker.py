@@ -18,6 +18,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lora_kit.cpu_threads import count_cores
 from lora_kit.errors import LoraKitError, StorageError, VerificationError, format_list
 from lora_kit.io.text import escape_text
 from lora_kit.models.loading import Base
@@ -186,7 +187,7 @@ def _start_workers(plan: SweepPlan, count: int) -> Iterator[Sequence[subprocess.
     They have sessions of their own. Otherwise an interrupt from the terminal would reach them besides the signal of
     this process, and a second signal ends a training within its step.
     """
-    threads = str(max(1, (os.cpu_count() or 1) // count))
+    threads = str(max(1, count_cores() // count))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-m", "lora_kit.sweeps", str(plan.folder), str(os.getpid())]
     processes: list[subprocess.Popen[bytes]] = []

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from lora_kit.cpu_threads import describe_cpu_threads
 from lora_kit.errors import LoraKitError, RecipeError, format_list
 from lora_kit.evaluation.forward import run_forward
 from lora_kit.evaluation.measure import Evaluation
@@ -198,6 +199,7 @@ def _run_training(trainable: TrainableJob, run: StartedRun) -> _TrainingOutcome:
         trainer.before = trainer.measure_validation()
         if run.world.is_first:
             trainer.add_callback(_build_run_log(job, run, trainer.before))
+        logger.info("%s", describe_cpu_threads(torch.get_num_threads()))
         clock = Clock(job.base.device)
         try:
             with run.stop, run.join(trainer):

@@ -35,6 +35,7 @@ VERBS = [
     "extract",
     "follow",
     "generate",
+    "init",
     "inspect",
     "keep",
     "list",
