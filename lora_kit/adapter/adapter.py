@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lora_kit.adapter.adapter_location import resolve_folder
 from lora_kit.adapter.adapter_record import RECORD, encode_record
+from lora_kit.adapter.file_changes import identify_files, wait_until_settled
 from lora_kit.adapter.folder import (
     ALLOWANCES,
     CARD,
@@ -30,7 +31,6 @@ from lora_kit.adapter.folder import (
     encode_config,
     is_adapter_folder,
 )
-from lora_kit.adapter.folder_identity import identify_files, wait_until_settled
 from lora_kit.adapter.model_card import render_adapter_card
 from lora_kit.adapter.peft_keys import LoraWeights, TokenEmbeddings, classify_tensors, name_saved_heads
 from lora_kit.config.lora_config import LoraConfig

@@ -9,8 +9,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from lora_kit.bank.frozen_model import FrozenModel
 from lora_kit.bank.lazy import LazyAdapters
 from lora_kit.bank.model_layers import WrappedLayers
-from lora_kit.bank.residents import LoadedAdapter, LoadedAdapters
 from lora_kit.bank.routes import ChosenBlock, Lease, RouteChoices, parse_runs
+from lora_kit.bank.slots import LoadedAdapter, LoadedAdapters
 from lora_kit.errors import BankError, ConfigError
 from lora_kit.layers.route import BASE_SLOT
 from lora_kit.layers.routing import Routing

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.folder import check_allowances
-from lora_kit.bank.adapter_cache import AdapterCache
 from lora_kit.bank.adapter_routing import AdapterRouting
 from lora_kit.bank.frozen_model import FrozenModel
+from lora_kit.bank.host_cache import AdapterCache
 from lora_kit.bank.initialize import check_trainable, initialize_adapter, make_plain_config
 from lora_kit.bank.lazy import LazyAdapters
 from lora_kit.bank.merge_in_memory import fold_into_model
 from lora_kit.bank.model_layers import WrappedLayers
 from lora_kit.bank.reference_model import ReferenceModel
-from lora_kit.bank.residents import LoadedAdapter, LoadedAdapters, check_capacity
 from lora_kit.bank.routes import RouteChoices
+from lora_kit.bank.slots import LoadedAdapter, LoadedAdapters, check_capacity
 from lora_kit.bank.snapshot import (
     collect_tensors,
     fingerprint_model,

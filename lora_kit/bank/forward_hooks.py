@@ -1,8 +1,4 @@
-"""Hooks of a bank's model: a forward and a generation keep the route that they began with, and have its rows.
-
-Layers split a batch evenly between rows, as `generate` needs it: there, beams and several returned sequences belong to
-the row they come from. In another call a multiple is a mistake.
-"""
+"""Hooks of a bank's model: a forward and a generation keep the route that they began with, and have its rows."""
 
 from __future__ import annotations
 
@@ -12,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -20,29 +16,16 @@ from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from lora_kit.bank.routes import RouteChoices
-from lora_kit.errors import RoutingError
+from lora_kit.bank.row_count import GENERATE, INPUT_NAMES, check_prompt_count, check_row_count, list_inputs
 from lora_kit.layers.forward_scope import ForwardScope, Sizes, leading_sizes
-from lora_kit.layers.route import BASE_SLOT, Route
-from lora_kit.layers.route_stack import find_module_call, iterate_frames
+from lora_kit.layers.route import BASE_SLOT
+from lora_kit.layers.route_stack import find_module_call
 from lora_kit.layers.routing import Routing
 from lora_kit.layers.slot_layer import SlotLayer
 from lora_kit.layers.token_runs import RunRoute, check_token_count
 from lora_kit.torch_utils import preserve_random_states, use_eval_mode
 
-_INPUT_NAMES: Final = (
-    "input_ids",
-    "inputs_embeds",
-    "decoder_input_ids",
-    "decoder_inputs_embeds",
-    "input_features",
-    "input_values",
-    "pixel_values",
-    "inputs",
-    "encoder_outputs",
-)
-"""Arguments of transformers' models with one entry per row, those that count first."""
-_PART_INPUTS: Final = frozenset(_INPUT_NAMES) - {"inputs", "encoder_outputs"}
-_GENERATE: Final = "generate"
+_PART_INPUTS: Final = frozenset(INPUT_NAMES) - {"inputs", "encoder_outputs"}
 
 
 class ForwardHooks:
@@ -81,7 +64,7 @@ class ForwardHooks:
         if isinstance(route, RunRoute):
             check_token_count(route, list_inputs(args, kwargs))
         if route.row_count is not None and inputs:
-            _check_row_count(route, inputs[0])
+            check_row_count(route.row_count, inputs[0])
         forward = ForwardScope(route, inputs, frame=find_module_call(), outer=outer)
         if forward.batch is not None:
             forward.measure_one_row = partial(
@@ -125,7 +108,7 @@ def remove_copied_hooks(model: nn.Module) -> None:
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, hook in hooks.items() if _is_own_hook(hook)]:
                 del hooks[key]
-    generate = model.__dict__.get(_GENERATE)
+    generate = model.__dict__.get(GENERATE)
     if isinstance(generate, RoutedGenerate):
         generate.remove()
 
@@ -157,28 +140,28 @@ class RoutedGenerate:
     def __init__(self, model: nn.Module, choices: RouteChoices) -> None:
         self._model = model
         self._choices = choices
-        self._own: Callable[..., object] | None = model.__dict__.get(_GENERATE)  # else its class has the method
-        model.__dict__[_GENERATE] = self
+        self._own: Callable[..., object] | None = model.__dict__.get(GENERATE)  # else its class has the method
+        model.__dict__[GENERATE] = self
 
     def remove(self) -> None:
         """Give the model its own method back, unless somebody else has replaced this."""
-        if self._model.__dict__.get(_GENERATE) is self:
-            del self._model.__dict__[_GENERATE]
+        if self._model.__dict__.get(GENERATE) is self:
+            del self._model.__dict__[GENERATE]
             if self._own is not None:
-                self._model.__dict__[_GENERATE] = self._own
+                self._model.__dict__[GENERATE] = self._own
 
     @property
     def __wrapped__(self) -> Callable[..., object]:
         if self._own is not None:
             return self._own
-        method: Callable[..., object] = getattr(type(self._model), _GENERATE).__get__(self._model)
+        method: Callable[..., object] = getattr(type(self._model), GENERATE).__get__(self._model)
         return method
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         with self._choices.enter_generation(sys._getframe()) as route:
             prompts = list_inputs(args, kwargs) if route.row_count is not None else []
-            if route.row_count is not None and prompts and prompts[0].shape[0] != route.row_count:
-                _raise_mismatch(route.row_count, prompts[0])
+            if route.row_count is not None and prompts:
+                check_prompt_count(route.row_count, prompts[0])
             return self.__wrapped__(*args, **kwargs)
 
 
@@ -207,40 +190,3 @@ def _select_row(values: object, batch: int, row: int) -> Any:
         return copy.deepcopy(value)
 
     return tree_map(select, values)
-
-
-def list_inputs(args: Iterable[object], kwargs: Mapping[str, object]) -> list[Tensor]:
-    """Return the tensors of a call's inputs that have a batch, the one that counts first."""
-    named = [kwargs[name] for name in _INPUT_NAMES if kwargs.get(name) is not None]
-    found = [*_iterate_tensors(args), *_iterate_tensors(named)]
-    return found or list(_iterate_tensors(kwargs.values()))
-
-
-def _iterate_tensors(values: Iterable[object]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            if value.ndim:
-                yield value
-        elif isinstance(value, Mapping):
-            yield from _iterate_tensors(value.values())
-        elif isinstance(value, (list, tuple)):
-            yield from _iterate_tensors(value)
-
-
-def _check_row_count(route: Route, batch: Tensor) -> None:
-    count = route.row_count
-    assert count is not None
-    if batch.shape[0] != count and (batch.shape[0] % count or not _is_generating()):
-        _raise_mismatch(count, batch)
-
-
-def _raise_mismatch(count: int, batch: Tensor) -> NoReturn:
-    raise RoutingError(
-        f"{count} rows were routed, but the model was given a batch of {batch.shape[0]}",
-        hint="name one adapter per row of the batch",
-    )
-
-
-def _is_generating() -> bool:
-    """Return whether the caller was called, however indirectly, by a function that is named `generate`."""
-    return any(frame.f_code.co_name == _GENERATE for frame in iterate_frames())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kit.bank.model_layers import WrappedLayers
-from lora_kit.bank.residents import LoadedAdapter, LoadedAdapters
+from lora_kit.bank.slots import LoadedAdapter, LoadedAdapters
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import AdapterError, BankError
 from lora_kit.layers.initialization import (

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.bank.adapter_cache import AdapterCache, LazyAdapter
-from lora_kit.bank.residents import LoadedAdapter, LoadedAdapters
+from lora_kit.bank.host_cache import AdapterCache, LazyAdapter
+from lora_kit.bank.slots import LoadedAdapter, LoadedAdapters
 from lora_kit.errors import UnknownAdapterError
 from lora_kit.targets.compatibility import match_adapter
 from lora_kit.targets.coverage import survey_coverage

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lora_kit.bank.model_layers import WrappedLayers
-from lora_kit.bank.residents import LoadedAdapter
+from lora_kit.bank.slots import LoadedAdapter
 from lora_kit.layers.fold import Retention, check_foldable, fold_slot, round_to_dtype, weight_of
 from lora_kit.layers.saved_module import SavedModule
 from lora_kit.layers.token_embedding import TOKEN_EMBEDDINGS, TOKEN_INDICES, TokenTable

@@ -25,7 +25,7 @@ from lora_kit.bank.initialize import (
     make_plain_config,
 )
 from lora_kit.bank.model_layers import WrappedLayers
-from lora_kit.bank.residents import LoadedAdapter
+from lora_kit.bank.slots import LoadedAdapter
 from lora_kit.config.lora_config import ALL_LINEAR, LoraConfig
 from lora_kit.errors import AdapterError
 from lora_kit.io.hub import split_revision

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import lora_kit as lk
 from lora_kit.adapter.folder import CONFIG, WEIGHTS
-from lora_kit.bank.adapter_cache import AdapterCache
+from lora_kit.bank.host_cache import AdapterCache
 from lora_kit.errors import AdapterError, BankError, BaseMismatchError, ConfigError, LoraKitError, UnknownAdapterError
 from lora_kit.layers.linear import LoraLinear
 from lora_kit.layers.slot_layer import SlotLayer

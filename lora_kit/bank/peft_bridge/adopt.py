@@ -15,7 +15,7 @@ from lora_kit.bank.frozen_model import check_no_bank
 from lora_kit.bank.model_layers import WrappedLayers, replace_modules
 from lora_kit.bank.peft_bridge.guard import guard_peft_model, release_peft_model
 from lora_kit.bank.peft_bridge.read_peft import PeftContents, PeftLayer, get_lora_tuner, read_peft_model
-from lora_kit.bank.residents import LoadedAdapter
+from lora_kit.bank.slots import LoadedAdapter
 from lora_kit.bank.snapshot import check_savable
 from lora_kit.errors import AdapterError, BankError, ConfigError, TargetError, format_list
 from lora_kit.layers.external_params import (

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kit.adapter.adapter import Adapter
-from lora_kit.bank.adapter_cache import AdapterCache, LazyAdapter
+from lora_kit.bank.host_cache import AdapterCache, LazyAdapter
 from lora_kit.bank.model_layers import WrappedLayers
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import BankError, ConfigError, format_list
