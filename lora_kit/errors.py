@@ -22,6 +22,7 @@ LoraKitError
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
@@ -137,16 +138,53 @@ class VerificationError(LoraKitError, RuntimeError):
 
 
 _MAX_WORD: Final = 200
+_TYPING_ERROR: Final = 0.8
+_RESEMBLANCE: Final = 0.6
+"""Share of the letters that two words have in common, by difflib's measure."""
 _MAX_ITEM: Final = 160
 """Characters of an item of a list that are shown: it may be a name in a file of others."""
 
 
 def suggest_nearest(word: str, known: Iterable[str]) -> str:
-    """Return `did you mean 'x'?`, or an empty string where no known word is close."""
+    """Return `did you mean 'x'?`, or an empty string where no known word is close; see `find_nearest`."""
+    nearest = find_nearest(word, list(known))
+    return "" if nearest is None else f"did you mean {nearest!r}?"
+
+
+def sort_by_similarity(word: str, known: Iterable[str]) -> list[str]:
+    """Return known words, those first that are most like a word."""
+    if len(word) > _MAX_WORD:
+        return sorted(known)
+    return sorted(known, key=lambda name: (-difflib.SequenceMatcher(None, word, name).ratio(), name))
+
+
+def find_nearest(word: str, known: Sequence[str]) -> str | None:
+    """Return the known word that was meant; None where no one is close.
+
+    Close is a word with a typing error, one with these initials (`lr` for `learning_rate`, `rank` for `r`), or one that
+    this is a part of (`epochs` for `num_train_epochs`).
+    """
     if not isinstance(word, str) or len(word) > _MAX_WORD:  # comparing takes time that grows with the square
-        return ""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else ""
+        return None
+    close = difflib.get_close_matches(word, known, n=1, cutoff=_TYPING_ERROR)
+    plain = _split_words(word)
+    close += sorted((name for name in known if plain and _are_initials(plain, _split_words(name))), key=len)
+    close += [name for name in known if plain and f"_{'_'.join(plain)}_" in f"_{'_'.join(_split_words(name))}_"]
+    close += difflib.get_close_matches(word, known, n=1, cutoff=_RESEMBLANCE)
+    return close[0] if close else None
+
+
+def _split_words(name: str) -> list[str]:
+    return [part for part in re.split(r"[\W_]+", name.lower()) if part]
+
+
+def _are_initials(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Return whether one of two names is the initials of the other: `lr` and `learning_rate`."""
+    return any(
+        len(short) == 1 and short[0] == "".join(part[0] for part in long)
+        for short, long in ((one, other), (other, one))
+        if short != long
+    )
 
 
 def format_list(items: Sequence[str], *, most: int = 8) -> str:

@@ -16,6 +16,8 @@ from typing import Any, Final
 
 import lora_kit
 from lora_kit.cli.app import app
+from lora_kit.cli.help_format import EXAMPLE
+from lora_kit.cli.verb_groups import VERB_GROUPS
 
 DOCS: Final = Path(__file__).resolve().parents[1] / "docs"
 MADE: Final = "Made by `python -m tools.docs_reference`; a test fails when it is stale."
@@ -52,6 +54,19 @@ FURTHER: Final = {
     "lora_kit.doctor": ("examine",),
 }
 """What people use beside the names of the package, by module."""
+_ABOUT: Final = (
+    "`--help` with any verb says the same as here, with `train` the keys of a recipe too; `--debug` shows the",
+    "traceback of an error, `--strict` makes warnings errors. What exit codes and errors mean: [errors](errors.md).",
+    "",
+    "`lora-kit --install-completion` lets the Tab key complete verbs and flags in bash, zsh and fish, once the shell",
+    "is started anew.",
+    "",
+    "`train` and `sweep` take every [recipe key](recipes.md) as a flag as well: `--lora.r 8`.",
+    "",
+    "Tables fit the width of the terminal (`COLUMNS`, where it is set). Where that is too narrow, the column that",
+    "matters least is left out, or each row becomes a block of lines; `--json` has all of it, as one JSON document.",
+)
+"""What docs/cli.md says of all verbs."""
 _PROPERTIES: Final = (property, functools.cached_property)
 
 
@@ -79,16 +94,12 @@ def names_of(argument: Any) -> list[str]:
 
 def cli_page() -> str:
     """docs/cli.md."""
-    lines = ["# The command line", "", MADE, "", "| verb | |", "|---|---|"]
-    lines += [f"| [`{verb}`](#{verb}) | {_first(one.help)} |" for verb, one in verbs().items()]
-    lines += [
-        "",
-        "`--help` with any verb says the same as here; `--debug` shows the traceback of an error,",
-        "`--strict` makes warnings errors. What exit codes",
-    ]
-    lines += ["and errors mean: [errors](errors.md)."]
-    lines += ["", "`train` and `sweep` take every [recipe key](recipes.md) as a flag as well: `--lora.r 8`."]
-    for verb in verbs():
+    lines, known = ["# The command line", "", MADE, "", "| verb | |", "|---|---|"], verbs()
+    for title, names in VERB_GROUPS.items():
+        lines += [f"| **{title}** | |"]
+        lines += [f"| [`{name}`](#{name}) | {_first(known[name].help)} |" for name in names if name in known]
+    lines += ["", *_ABOUT]
+    for verb in known:
         lines += _verb(verb)
     return "\n".join(lines) + "\n"
 
@@ -123,7 +134,8 @@ def _description(text: str) -> Iterator[str]:
             return
         if paragraph is not paragraphs[0]:
             yield ""
-        yield " ".join(paragraph.split())
+        words = " ".join(paragraph.split())
+        yield f"{EXAMPLE}`{words.removeprefix(EXAMPLE)}`" if words.startswith(EXAMPLE) else words
 
 
 # Python

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping
@@ -17,6 +16,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from lora_kit.adapter.adapter_digest import compute_digest
 from lora_kit.adapter.adapter_location import resolve_folder
 from lora_kit.adapter.adapter_record import RECORD, encode_record
 from lora_kit.adapter.file_changes import identify_files, wait_until_settled
@@ -46,15 +46,6 @@ logger = logging.getLogger(__name__)
 
 _READ_ATTEMPTS: Final = 5
 """How often a folder is read at most, because it changed meanwhile."""
-_IDENTITY_FIELDS: Final = (
-    "lora_alpha",
-    "alpha_pattern",
-    "modules_to_save",
-    "r",
-    "rank_pattern",
-    "use_dora",
-    "use_rslora",
-)
 
 
 class Adapter:
@@ -166,7 +157,7 @@ class Adapter:
 
         Names and labels do not count.
         """
-        return _compute_digest(self.config, hash_tensors(self.tensors))
+        return compute_digest(self.config, hash_tensors(self.tensors))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Adapter) and self.digest == other.digest
@@ -235,7 +226,7 @@ class Adapter:
         if error is not None:
             raise error
         if weights.canonical:
-            adapter.digest = _compute_digest(adapter.config, sha.hexdigest())
+            adapter.digest = compute_digest(adapter.config, sha.hexdigest())
         source.check_identity(adapter.digest)
         return adapter
 
@@ -329,20 +320,3 @@ def _make_facts_portable(facts: Mapping[str, object]) -> dict[str, object]:
     if not isinstance(base, Mapping) or not isinstance(base.get("name"), str):
         return dict(facts)
     return {**facts, "base": {**base, "name": make_folder_portable(base["name"])}}
-
-
-def _compute_digest(config: LoraConfig, weights_sha256: str) -> str:
-    fields = config.to_dict()
-    meaning = {name: _normalize_numbers(fields[name]) for name in _IDENTITY_FIELDS}
-    if config.target_parameters:
-        meaning["target_parameters"] = fields["target_parameters"]
-    if config.trainable_token_indices:
-        meaning["trainable_token_indices"] = fields["trainable_token_indices"]
-    return hashlib.sha256(f"{json.dumps(meaning)}\n{weights_sha256}".encode()).hexdigest()
-
-
-def _normalize_numbers(value: object) -> object:
-    """Return 16 for 16.0: a number's identity is its value."""
-    if isinstance(value, Mapping):
-        return {key: _normalize_numbers(item) for key, item in value.items()}
-    return int(value) if isinstance(value, float) and value.is_integer() else value

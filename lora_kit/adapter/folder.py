@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from lora_kit.adapter.adapter_files import CARD as CARD
 from lora_kit.adapter.adapter_files import CONFIG as CONFIG
@@ -25,10 +25,12 @@ from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import AdapterError, ConfigError, format_list
 from lora_kit.io.given_values import is_name_collection
 from lora_kit.io.read import exists, folder_exists, read_text
-from lora_kit.io.safetensors import ChunkCallback, WeightFileContents, read_pickle, read_safetensors
 from lora_kit.io.strict_json import JsonObject
 from lora_kit.io.text import escape_text, format_value
 from lora_kit.names import CHECKPOINT_FILE
+
+if TYPE_CHECKING:
+    from lora_kit.io.safetensors import ChunkCallback, WeightFileContents
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +135,7 @@ class AdapterFolder:
             AdapterError: it is not what the record says, or is damaged.
             StorageError: it cannot be read.
         """
+        from lora_kit.io.safetensors import read_pickle, read_safetensors  # which need torch
 
         def check_size(size: int) -> None:
             if self.facts is not None:

@@ -1,4 +1,7 @@
-"""Inspect one adapter without a base model: its layers, ranks and singular values."""
+"""Inspect one adapter without a base model: its layers, ranks and singular values.
+
+An adapter of ours that is whole is read with numpy alone: importing torch would take most of the time.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,22 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.adapter_location import label_adapter_folder
 from lora_kit.adapter.adapter_record import RECORD, find_changed_files
-from lora_kit.adapter.conversion.convert import read_foreign_adapter
-from lora_kit.adapter.peft_keys import LoraWeights
+from lora_kit.adapter.folder import check_allowances
+from lora_kit.adapter.plain_adapter import ContentToShow, FloatArray, WeightsToShow, read_plain_adapter
 from lora_kit.adapter.store import find_adapter, sum_file_sizes, to_json_value
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import AdapterError, ConfigError, LoraKitError
 from lora_kit.io.strict_json import JsonObject
 from lora_kit.names import DEFAULT_STORE
+
+if TYPE_CHECKING:
+    from lora_kit.adapter.adapter import Adapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,29 +127,36 @@ def inspect(adapter: str | Path, *, store: str | Path = DEFAULT_STORE, allow: Co
         AdapterError: its weights or its record cannot be read.
         ConfigError: its config cannot be read.
     """
+    check_allowances(allow)
     folder = Path(adapter) if Path(adapter).is_file() else find_adapter(adapter, store=store)
-    loaded, notes = _load_or_convert(folder, allow)
+    content, notes = read_plain_adapter(folder), tuple[str, ...]()
+    if content is None:
+        content, notes = _load_or_convert(folder, allow)
+    record = content.record
     return Inspection(
         name=label_adapter_folder(folder),
         folder=folder,
-        config=loaded.config,
-        layers=summarize_layers(loaded),
-        saved={key: tuple(tensor.shape) for key, tensor in loaded.saved().items()},
-        parameters=loaded.num_parameters,
+        config=content.config,
+        layers=_summarize_layers(content),
+        saved=content.saved,
+        parameters=content.parameters,
         bytes=folder.stat().st_size if folder.is_file() else sum_file_sizes(folder),
-        digest=loaded.digest,
-        base=loaded.base if isinstance(loaded.base, Mapping) else None,
-        record=loaded.record,
-        changed_files=find_changed_files(folder, dict(loaded.record)) if "files" in loaded.record else None,
+        digest=content.digest,
+        base=record["base"] if isinstance(record.get("base"), Mapping) else None,
+        record=record,
+        changed_files=find_changed_files(folder, dict(record)) if "files" in record else None,
         notes=notes,
-        tokens={path: embeddings.indices for path, embeddings in loaded.tokens().items()},
+        tokens=content.tokens,
     )
 
 
-def _load_or_convert(path: Path, allow: Collection[str]) -> tuple[Adapter, tuple[str, ...]]:
+def _load_or_convert(path: Path, allow: Collection[str]) -> tuple[ContentToShow, tuple[str, ...]]:
     """Load an adapter, or convert one of another tool; return notes on how it was converted too."""
+    from lora_kit.adapter.adapter import Adapter
+    from lora_kit.adapter.conversion.convert import read_foreign_adapter
+
     try:
-        return Adapter.load(path, allow=allow), ()
+        return _show(Adapter.load(path, allow=allow)), ()
     except (AdapterError, ConfigError) as error:
         if (path / RECORD).exists():
             raise  # one of ours, which is damaged
@@ -155,50 +167,64 @@ def _load_or_convert(path: Path, allow: Collection[str]) -> tuple[Adapter, tuple
         raise load_error from None
     layout = f"written by {foreign.layout}: `lora-kit convert` makes an adapter of ours of it"
     missing = (f"its files do not give {what}; shown as if scaling were 1" for what in foreign.open)
-    return foreign.adapter, (layout, *foreign.notes, *missing)
+    return _show(foreign.adapter), (layout, *foreign.notes, *missing)
 
 
-def summarize_layers(adapter: Adapter) -> tuple[LayerSummary, ...]:
+def _show(adapter: Adapter) -> ContentToShow:
+    """Return what is to be shown of an adapter that was loaded."""
+    weights = {
+        path: WeightsToShow(
+            kind=each.kind,
+            shape=(each.b.shape[0], each.a.shape[1]),
+            rank=each.a.shape[0],
+            factors=[
+                (a.double().numpy(), b.double().numpy()) for a, b in each.split_by_expert(adapter.config.rank_of(path))
+            ],
+        )
+        for path, each in adapter.all_pairs().items()
+    }
+    return ContentToShow(
+        config=adapter.config,
+        record=adapter.record,
+        digest=adapter.digest,
+        weights=weights,
+        saved={key: tuple(tensor.shape) for key, tensor in adapter.saved().items()},
+        parameters=adapter.num_parameters,
+        tokens={path: embeddings.indices for path, embeddings in adapter.tokens().items()},
+    )
+
+
+def _summarize_layers(content: ContentToShow) -> tuple[LayerSummary, ...]:
     """Summarize each layer with LoRA weights, sorted by path; numbers in paths are compared as numbers."""
-    pairs = sorted(adapter.all_pairs().items(), key=lambda item: _natural_sort_key(item[0]))
-    return tuple(_summarize_layer(path, pair, adapter.config) for path, pair in pairs)
+    weights = sorted(content.weights.items(), key=lambda item: _natural_sort_key(item[0]))
+    return tuple(_summarize_layer(path, each, content.config.scaling_of(path)) for path, each in weights)
 
 
 def _natural_sort_key(path: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.split(".")]
 
 
-def compute_singular_values(b: Tensor, a: Tensor) -> Tensor:
-    """Return the singular values of `B A`, which are those of its core; see `compute_core`.
-
-    Shapes: b (out, r), a (r, in), of any floating dtype; returns float64 (min(r, out, in),), falling.
-    """
-    values: Tensor = torch.linalg.svdvals(compute_core(b, a))
-    return values
-
-
-def compute_core(b: Tensor, a: Tensor) -> Tensor:
-    """Return `R_b R_aᵀ` of `B = Q_b R_b` and `Aᵀ = Q_a R_a`: it has the singular values and the norm of `B A`.
+def _compute_singular_values(b: FloatArray, a: FloatArray) -> FloatArray:
+    """Return the singular values of `B A`: those of the core `R_b R_aᵀ` of `B = Q_b R_b` and `Aᵀ = Q_a R_a`.
 
     The product is never formed, and nothing is squared.
 
-    Shapes: b (out, r), a (r, in), of any floating dtype; returns float64 (min(r, out), min(r, in)).
+    Shapes: b (out, r), a (r, in); returns float64 (min(r, out, in),), falling.
     """
-    b, a = b.detach().double(), a.detach().double()
-    core: Tensor = torch.linalg.qr(b, mode="r").R @ torch.linalg.qr(a.T, mode="r").R.T
-    return core
+    b, a = b.astype(np.float64), a.astype(np.float64)
+    core = np.linalg.qr(b, mode="r") @ np.linalg.qr(a.T, mode="r").T
+    return np.linalg.svd(core, compute_uv=False)
 
 
-def _summarize_layer(path: str, pair: LoraWeights, config: LoraConfig) -> LayerSummary:
-    scaling = config.scaling_of(path)
-    by_expert = [compute_singular_values(b, a) for a, b in pair.split_by_expert(config.rank_of(path))]
-    values = abs(scaling) * torch.cat(by_expert).sort(descending=True).values
+def _summarize_layer(path: str, weights: WeightsToShow, scaling: float) -> LayerSummary:
+    parts = [_compute_singular_values(b, a) for a, b in weights.factors]
+    values = abs(scaling) * np.sort(np.concatenate(parts))[::-1]
     return LayerSummary(
         path=path,
-        kind=pair.kind,
-        shape=(pair.b.shape[0], pair.a.shape[1]),
-        rank=pair.a.shape[0],
+        kind=weights.kind,
+        shape=weights.shape,
+        rank=weights.rank,
         scaling=scaling,
-        norm=float(values.norm()),
+        norm=float(np.linalg.norm(values)),
         values=tuple(values.tolist()),
     )

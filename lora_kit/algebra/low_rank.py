@@ -15,8 +15,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_kit.adapter.inspect import compute_core, compute_singular_values
 from lora_kit.adapter.peft_keys import LoraWeights
+
+
+def compute_singular_values(b: Tensor, a: Tensor) -> Tensor:
+    """Return the singular values of `B A`, which are those of its core; see `compute_core`.
+
+    Shapes: b (out, r), a (r, in), of any floating dtype; returns float64 (min(r, out, in),), falling.
+    """
+    values: Tensor = torch.linalg.svdvals(compute_core(b, a))
+    return values
+
+
+def compute_core(b: Tensor, a: Tensor) -> Tensor:
+    """Return `R_b R_aᵀ` of `B = Q_b R_b` and `Aᵀ = Q_a R_a`: it has the singular values and the norm of `B A`.
+
+    The product is never formed, and nothing is squared.
+
+    Shapes: b (out, r), a (r, in), of any floating dtype; returns float64 (min(r, out), min(r, in)).
+    """
+    b, a = b.detach().double(), a.detach().double()
+    core: Tensor = torch.linalg.qr(b, mode="r").R @ torch.linalg.qr(a.T, mode="r").R.T
+    return core
 
 
 @dataclass(frozen=True)

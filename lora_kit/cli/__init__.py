@@ -37,5 +37,8 @@ from lora_kit.cli import (  # noqa: F401 - each adds its verb
 )
 from lora_kit.cli.app import app
 from lora_kit.cli.main import main
+from lora_kit.cli.verb_groups import group_verbs
+
+group_verbs(app)
 
 __all__ = ["app", "main"]

@@ -14,6 +14,13 @@ MACHINE: Final = 3
 UNEXPECTED: Final = 1
 DEBUG: Final = "--debug"
 STRICT: Final = "--strict"
+_HELP: Final = f"""Train one small adapter per task on a frozen base, swap adapters, merge one.
+
+Example: lora-kit demo
+
+`lora-kit VERB --help` shows what a verb takes, with an example. {DEBUG} with any verb shows the traceback of an error;
+{STRICT} makes warnings errors.
+"""
 
 
 def _read_version() -> str:
@@ -24,14 +31,23 @@ def _read_version() -> str:
 
 app = App(
     name="lora-kit",
-    help="Train one small adapter per task on a frozen base, swap adapters, merge one.",
-    help_epilogue=f"{DEBUG} with any command shows the traceback of an error; {STRICT} makes warnings errors.",
+    help=_HELP,
     help_format="plaintext",
     help_formatter=FilledHelp(),
     version=_read_version,
     suppress_keyboard_interrupt=False,
     verbose=False,
 )
+app.register_install_completion_command(
+    help="Let the Tab key complete verbs and flags in the shell: bash, zsh or fish."
+)
+
+
+def list_verbs() -> list[str]:
+    """Return the names of all verbs, by the alphabet."""
+    return sorted(name for name in app if not name.startswith("-"))
+
+
 Adapters = Annotated[
     list[str],
     Parameter(
@@ -55,7 +71,7 @@ MergeAllow = Annotated[
     ),
 ]
 Store = Annotated[Path, Parameter(help="Folder in which adapters are looked up by name.")]
-AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of tables.")]
+AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON document instead of text.")]
 Replace = Annotated[
     bool, Parameter(name=["--replace", "--force"], negative="", help="Replace the output if it exists, in one step.")
 ]

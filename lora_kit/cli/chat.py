@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from lora_kit.cli.app import Store, app
-from lora_kit.cli.output import print_text
+from lora_kit.cli.output import print_notice, print_text
 from lora_kit.errors import ConfigError, LoraKitError
 from lora_kit.io.text import escape_for_terminal
 from lora_kit.names import DEFAULT_STORE
@@ -30,6 +30,8 @@ def chat(
     store: Store = DEFAULT_STORE,
 ) -> None:
     """Talk with an adapter; /help lists what can be typed besides messages.
+
+    Example: lora-kit chat --adapter pirate
 
     Args:
         adapter: Who answers: a folder, a name in the store, or a hub id; by default the base.
@@ -80,7 +82,7 @@ def _talk(session: ChatSession) -> None:
         except LoraKitError as error:
             if not is_terminal:  # a script must not go on as if nothing had happened
                 raise
-            print(f"error: {escape_for_terminal(str(error))}", file=sys.stderr)
+            print_notice("error", error.message, hint=error.hint)
 
 
 def _read_line(label: str) -> str | None:

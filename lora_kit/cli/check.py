@@ -29,6 +29,8 @@ def check(
 
     Exit code 2 if it cannot.
 
+    Example: lora-kit check pirate --target vllm
+
     Args:
         adapter: A folder, a name in the store, or a hub id.
     """

@@ -36,6 +36,8 @@ def combine(
 
     The error beside the exact sum is measured and shown.
 
+    Example: lora-kit combine -a pirate -a mood --weight 1 --weight 1 --out adapters/mix
+
     Args:
         out: The adapter folder to write.
         method: cat (exact; ranks add), svd (nearest of a rank), linear (PEFT's), ties, dare_linear, dare_ties or

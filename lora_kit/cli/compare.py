@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_kit.cli.app import Allow, AsJson, Store, app
@@ -18,6 +19,8 @@ def compare(
 ) -> None:
     """Compare two adapters of one base, layer by layer.
 
+    Example: lora-kit compare pirate mood
+
     Args:
         one: A folder, a name in the store, or a hub id.
         other: The same.
@@ -31,7 +34,7 @@ def compare(
         return
     print_table(("", ""), _build_summary(comparison, one, other))
     print_table(
-        ("layer", "cosine", "inputs", "outputs", "‖delta‖", ""),
+        ("layer", "cosine", "inputs", "outputs", *(f"‖{Path(name).name}‖" for name in (one, other))),
         [
             (
                 path,

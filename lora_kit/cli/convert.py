@@ -40,6 +40,8 @@ def convert(
 
     Reads PEFT of any age, state dicts of live models, loralib and mlx-lm; the updates stay the same.
 
+    Example: lora-kit convert their-adapter --out adapters/mine
+
     Args:
         source: A folder, a weight file, a name in the store, or a hub id.
         out: The adapter folder to write.

@@ -11,6 +11,8 @@ from lora_kit.cli.app import app
 def demo(*, out: Path = Path("runs/demo"), seed: int = 0) -> None:
     """Train three small adapters, then compare, swap, mix and merge them.
 
+    Example: lora-kit demo
+
     Args:
         out: Folder to write.
         seed: Seed of data and training.

@@ -12,6 +12,8 @@ def doctor(*, json: AsJson = False) -> None:
     """Show versions and devices, and test what should work on this machine.
 
     Exit code 4 if a test fails.
+
+    Example: lora-kit doctor
     """
     from lora_kit.doctor import examine
 

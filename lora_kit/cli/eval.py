@@ -44,6 +44,8 @@ def evaluate(
 
     Each adapter gets the rows in the format of its training. Rows with the same prompt are references of one another.
 
+    Example: lora-kit eval valid.jsonl --adapter mine --compare
+
     Args:
         data: File of rows, in any format that prepare reads.
         base: Base model: hub id, local folder or kit-base; by default the one that the adapters name, where it is here.

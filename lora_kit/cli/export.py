@@ -45,6 +45,8 @@ def export(
 
     The README in the folder shows the command that loads it.
 
+    Example: lora-kit export pirate --target vllm --out exported/pirate
+
     Args:
         adapter: A folder, a name in the store, or a hub id.
         out: The folder to write.

@@ -23,6 +23,8 @@ def extract(
 ) -> None:
     """Extract an adapter from a full fine-tune: a low-rank approximation of what changed.
 
+    Example: lora-kit extract --base kit-base --tuned full --rank 16 --out adapters/new
+
     Args:
         base: Hub id, local folder or kit-base.
         tuned: The fine-tune of it: hub id or local folder.

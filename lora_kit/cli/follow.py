@@ -33,6 +33,8 @@ def follow(run: Path, /, *, once: bool = False, web: bool = False, port: int = _
     It reads the training's files, and does not disturb it. It ends with the training: with exit code 0 if its result
     was saved, with 4 if it was not.
 
+    Example: lora-kit follow recipe.yaml
+
     Args:
         run: A recipe, its out, or the folder of the checkpoints, <out>.run.
         once: Print how it stands now, and end.

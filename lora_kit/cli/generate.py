@@ -40,6 +40,8 @@ def generate(
 ) -> None:
     """Answer a prompt with several adapters, side by side, in one batch.
 
+    Example: lora-kit generate --adapter pirate --prompt "my friend sees the ship"
+
     Args:
         prompt: The prompt.
         base: Base model: hub id, local folder or kit-base; by default the one that the adapters name, where it is here.

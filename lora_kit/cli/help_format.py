@@ -1,17 +1,23 @@
-"""Help as plain text that fits the terminal: each entry filled to its width, and indented where it goes on."""
+"""Help as plain text that fits the terminal: names in one column, what they do beside them."""
 
 from __future__ import annotations
 
 import re
-import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
+
+from lora_kit.cli.output import MAX_READABLE_WIDTH
+from lora_kit.cli.text_layout import measure_width, wrap_words
 
 if TYPE_CHECKING:
     from cyclopts.help import HelpEntry, HelpPanel
     from rich.console import Console, ConsoleOptions
 
-_MAX_WIDTH: Final = 100
-"""Columns of the longest line that is easy to read."""
+_MAX_NAME_WIDTH: Final = 24
+"""Columns of the longest name that has its description on the same line."""
+_INDENT: Final = "  "
+EXAMPLE: Final = "Example: "
+"""What the paragraph of a docstring begins with that is one line to type."""
 
 
 class FilledHelp:
@@ -20,22 +26,41 @@ class FilledHelp:
     def render_usage(self, console: Console, options: ConsoleOptions, usage: object) -> None:
         text = _render_words(console, usage)
         if text:
-            _print_wrapped(console, text if text.startswith("Usage:") else f"Usage: {text}", hang=4)
-            console.print()
+            usage = text if text.startswith("Usage:") else f"Usage: {text}"
+            print_lines(console, [*wrap_words(usage, readable_width(console), hang="    "), ""])
 
     def render_description(self, console: Console, options: ConsoleOptions, description: object) -> None:
         for paragraph in re.split(r"\n\s*\n", _render_text(console, description)):
-            if paragraph.strip():
-                _print_wrapped(console, " ".join(paragraph.split()))
-                console.print()
+            text = " ".join(paragraph.split())
+            if text.startswith(EXAMPLE):
+                print_lines(console, [EXAMPLE.strip(), f"{_INDENT}{text.removeprefix(EXAMPLE)}", ""])
+            elif text:
+                print_lines(console, [*wrap_words(text, readable_width(console)), ""])
 
     def __call__(self, console: Console, options: ConsoleOptions, panel: HelpPanel) -> None:
-        if not panel.entries:
-            return
-        console.print(f"{panel.title}:", markup=False, highlight=False)
-        for entry in panel.entries:
-            _print_wrapped(console, f"{_join_names(entry)}: {_describe_entry(console, entry)}", indent=2, hang=6)
-        console.print()
+        entries = [(_join_names(entry), _describe_entry(console, entry)) for entry in panel.entries]
+        if entries:
+            print_lines(console, [f"{panel.title}:", *lay_out_entries(entries, readable_width(console)), ""])
+
+
+def lay_out_entries(entries: Sequence[tuple[str, str]], width: int) -> list[str]:
+    """Return names with their descriptions beside them, in lines of at most `width` columns.
+
+    A name that is too long for its column has a line of its own.
+    """
+    column = min(_MAX_NAME_WIDTH, max(measure_width(name) for name, _ in entries))
+    hang = _INDENT + " " * (column + len(_INDENT))
+    lines = list[str]()
+    for name, description in entries:
+        if measure_width(name) <= column:
+            lines += wrap_words(description, width, indent=f"{_INDENT}{name:{column}}{_INDENT}", hang=hang)
+        else:
+            lines += [_INDENT + name, *wrap_words(description, width, indent=hang, hang=hang)]
+    return [line.rstrip() for line in lines]
+
+
+def readable_width(console: Console) -> int:
+    return min(console.width, MAX_READABLE_WIDTH)
 
 
 def _join_names(entry: HelpEntry) -> str:
@@ -45,7 +70,7 @@ def _join_names(entry: HelpEntry) -> str:
 def _describe_entry(console: Console, entry: HelpEntry) -> str:
     """Return the description of an entry with its default; a flag that is off by default needs none."""
     parts = [_render_words(console, entry.description)]
-    if entry.default is not None and str(entry.default) != "False":
+    if entry.default is not None and str(entry.default) not in ("False", ""):
         parts.append(f"[default: {entry.default}]")
     if entry.required:
         parts.append("[required]")
@@ -63,8 +88,5 @@ def _render_text(console: Console, content: object) -> str:
     return captured.get()
 
 
-def _print_wrapped(console: Console, text: str, *, indent: int = 0, hang: int = 0) -> None:
-    lines = textwrap.wrap(text, min(console.width, _MAX_WIDTH), initial_indent=" " * indent,
-                          subsequent_indent=" " * hang,
-                          break_long_words=False, break_on_hyphens=False)  # fmt: skip
+def print_lines(console: Console, lines: Sequence[str]) -> None:
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)

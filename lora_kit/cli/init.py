@@ -25,6 +25,8 @@ def init(*, task: str | None = None, base: str | None = None, data: str | None =
 
     On a terminal it asks for what is not given. Nothing that is there is replaced.
 
+    Example: lora-kit init --task classify
+
     Args:
         task: classify, answer, chat or tag.
         base: Hub id, local folder or kit-base.

@@ -20,6 +20,8 @@ def inspect(adapter: str, /, *, allow: Allow = None, store: Store = DEFAULT_STOR
 
     Shows layers, norms and spectra of the deltas, size, base and record.
 
+    Example: lora-kit inspect pirate
+
     Args:
         adapter: A folder, a name in the store, a hub id, or a file that another tool wrote.
     """
@@ -45,6 +47,7 @@ def inspect(adapter: str, /, *, allow: Allow = None, store: Store = DEFAULT_STOR
             )
             for layer in inspection.layers
         ],
+        spare=("kind", "scaling", "99 % in"),
     )
 
 

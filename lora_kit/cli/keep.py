@@ -21,6 +21,8 @@ def keep(
     It is what the training would have saved if it had ended at its newest checkpoint: the best one so far, where the
     recipe keeps the best. The checkpoints stay. A training that is running has to be stopped first.
 
+    Example: lora-kit keep adapters/mine
+
     Args:
         run: The folder of the checkpoints, <out>.run, or the recipe's out.
         out: The adapter folder to write; the recipe's out if it is not given.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 from lora_kit.cli.app import AsJson, app
 from lora_kit.cli.output import create_console, format_metrics, format_number, format_size, print_json, print_table
 from lora_kit.errors import format_list
 from lora_kit.io.text import escape_for_terminal
 from lora_kit.names import DEFAULT_STORE
+
+_MAX_TARGETS: Final = 4
 
 
 @app.command(name="list")
@@ -17,6 +20,8 @@ def list_(store: Path = DEFAULT_STORE, /, *, json: AsJson = False, verify: bool 
 
     What was read is kept in `.lora_kit_index.json` in the store, so that only adapters whose files changed are read the
     next time.
+
+    Example: lora-kit list
 
     Args:
         store: Folder that holds one folder per adapter.
@@ -33,7 +38,7 @@ def list_(store: Path = DEFAULT_STORE, /, *, json: AsJson = False, verify: bool 
             summary.name,
             format_number(summary.rank),
             format_number(summary.alpha),
-            format_list(sorted({target.rpartition(".")[2] for target in summary.targets})),
+            format_list(sorted({target.rpartition(".")[2] for target in summary.targets}), most=_MAX_TARGETS),
             summary.base or "",
             format_size(summary.bytes),
             format_metrics(summary.metrics),
@@ -42,6 +47,7 @@ def list_(store: Path = DEFAULT_STORE, /, *, json: AsJson = False, verify: bool 
         )
         for summary in summaries
     ]
-    print_table(("adapter", "rank", "alpha", "targets", "base", "size", "metrics", "digest", "state"), rows)
+    header = ("adapter", "rank", "alpha", "targets", "base", "size", "metrics", "digest", "state")
+    print_table(header, rows, spare=("digest", "alpha", "targets"))
     if not summaries:
         create_console().print(f"no adapters in {escape_for_terminal(str(store))}")

@@ -6,18 +6,18 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from cyclopts import CycloptsError
+from cyclopts import CycloptsError, UnknownCommandError, UnknownOptionError
 
-from lora_kit.cli.app import BAD_INPUT, DEBUG, MACHINE, STRICT, UNEXPECTED, app
-from lora_kit.cli.output import flatten_list_message, join_words
+from lora_kit.cli.app import BAD_INPUT, DEBUG, MACHINE, STRICT, UNEXPECTED, app, list_verbs
+from lora_kit.cli.output import join_words, print_notice
 from lora_kit.cli.process import handle_sigterm, log_to_stderr, protect_streams
 from lora_kit.cpu_threads import choose_cpu_threads
-from lora_kit.errors import REPORTED_ELSEWHERE, LoraKitError
+from lora_kit.errors import REPORTED_ELSEWHERE, LoraKitError, suggest_nearest
 from lora_kit.io.text import escape_for_terminal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; an error is one line on stderr.
+    """Run one command and return its exit code; an error is one line on stderr, on a terminal a paragraph.
 
     Args:
         argv: the arguments after the program's name; those of the process by default.
@@ -34,30 +34,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         except SystemExit as error:
             return error.code if isinstance(error.code, int) else UNEXPECTED if error.code else 0
         except CycloptsError as error:
-            return _fail(join_words(str(error)), BAD_INPUT, hint="lora-kit --help")
+            message, hint = _explain_usage(error)
+            return _fail(message, BAD_INPUT, hint=hint)
         except Exception as error:
             if debug:
                 _print_traceback()
-            return _fail(*_explain_error(error, debug=debug), error=error)
+            message, hint, code = _explain_error(error, debug=debug)
+            return _fail(message, code, hint=hint, error=error)
     return 0
 
 
-def _explain_error(error: Exception, *, debug: bool) -> tuple[str, int]:
-    """Return the line and the exit code of an error."""
+def _explain_usage(error: CycloptsError) -> tuple[str, str]:
+    """Return what is wrong with the words of a command, and what to do about it: the nearest word first."""
+    more = " ".join(("lora-kit", *(error.command_chain or ()), "--help"))
+    if isinstance(error, UnknownCommandError):
+        word = (error.unused_tokens or [""])[0]
+        return f"no verb is called {word!r}", suggest_nearest(word, list_verbs()) or more
+    if isinstance(error, UnknownOptionError):
+        word = error.token.keyword or error.token.value
+        known = [name for argument in error.argument_collection for name in argument.names if argument.parse]
+        return f"no flag is called {word!r}", suggest_nearest(word, known) or more
+    return join_words(str(error)), more
+
+
+def _explain_error(error: Exception, *, debug: bool) -> tuple[str, str, int]:
+    """Return the message, the hint and the exit code of an error."""
     if isinstance(error, LoraKitError):
-        return str(error), error.exit_code
+        return error.message, error.hint, error.exit_code
     is_memory = "OutOfMemory" in type(error).__name__ or "DefaultCPUAllocator" in str(error)
     code = MACHINE if isinstance(error, (MemoryError, OSError)) or is_memory else UNEXPECTED
-    again = "" if debug else f" (run again with {DEBUG})"
-    return f"{type(error).__name__}: {join_words(str(error))}{again}", code
+    again = "" if debug else f"run again with {DEBUG}"
+    return f"{type(error).__name__}: {join_words(str(error))}", again, code
 
 
 def _fail(message: str, code: int, *, hint: str = "", error: BaseException | None = None) -> int:
     """Print an error on stderr, unless another process prints it, and return its exit code."""
-    if getattr(error, REPORTED_ELSEWHERE, False):
-        return code
-    line = f"error: {escape_for_terminal(flatten_list_message(message))}" + (f" ({hint})" if hint else "")
-    print(line, file=sys.stderr)
+    if not getattr(error, REPORTED_ELSEWHERE, False):
+        print_notice("error", message, hint=hint)
     return code
 
 

@@ -40,6 +40,8 @@ def merge(
 
     The files are read back and verified before the folder appears.
 
+    Example: lora-kit merge --adapter pirate --out merged/pirate
+
     Args:
         out: The folder to write.
         base: Base model: hub id, local folder or kit-base; by default the one that the adapter names, where it is here.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
+from lora_kit.cli.text_layout import lay_out_table, wrap_words
 from lora_kit.io.text import escape_for_terminal
 
 if TYPE_CHECKING:
@@ -15,60 +17,55 @@ if TYPE_CHECKING:
 
 _PIPE_WIDTH: Final = 200
 """Columns of a table where there is no terminal to ask."""
-_LONG_TABLE: Final = 500
-"""Rows from which on a table that is not for a terminal is laid out plainly."""
+MAX_READABLE_WIDTH: Final = 120
+"""Columns of the longest line of text that is easy to read."""
 _MAIN_METRICS: Final = ("perplexity", "accuracy", "loss", "train_loss", "steps")
 
 
-def create_console() -> Console:
-    """Return a console for standard output that shows text as it is; wide where there is no terminal."""
+def create_console(*, stderr: bool = False) -> Console:
+    """Return a console for a standard stream that shows text as it is; wide where there is no terminal."""
     from rich.console import Console
 
-    console = Console(markup=False, highlight=False, emoji=False)
+    console = Console(stderr=stderr, markup=False, highlight=False, emoji=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _PIPE_WIDTH
     return console
 
 
-def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """Print a table without borders; without a header where that is all empty; nothing where there are no rows."""
-    from rich.table import Table
-    from rich.text import Text
+def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, spare: Sequence[str] = ()) -> None:
+    """Print a table without borders; without a header where that is all empty; nothing where there are no rows.
 
+    Args:
+        spare: titles of columns that are left out where the terminal is too narrow, the first one first.
+    """
     if not rows:
         return
     screen = create_console()
     shown = [tuple(map(escape_for_terminal, row)) for row in rows]
-    if not screen.is_terminal and len(rows) > _LONG_TABLE and not any("\n" in cell for row in shown for cell in row):
-        _print_long_table(header, shown)
+    lines, heads = lay_out_table(tuple(map(escape_for_terminal, header)), shown, screen.width, spare=spare)
+    if screen.is_terminal and heads:
+        screen.print("\n".join(lines[:heads]), style="bold", soft_wrap=True)
+        lines = lines[heads:]
+    print("\n".join(lines))
+
+
+def print_notice(kind: str, message: str, *, hint: str = "") -> None:
+    """Print an error, a warning or a note on stderr.
+
+    On a terminal it is a paragraph wrapped at words, each item of a list in it a line of its own, and the hint the last
+    line. Elsewhere it is one line, with the hint in brackets, so that a log can be searched by lines.
+    """
+    message, hint = escape_for_terminal(message), escape_for_terminal(join_words(hint))
+    screen = create_console(stderr=True)
+    if not screen.is_terminal:
+        print(f"{kind}: {flatten_list_message(message)}" + (f" ({hint})" if hint else ""), file=sys.stderr)
         return
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(header))
-    for title in header:
-        table.add_column(title, overflow="fold")
-    for row in shown:
-        table.add_row(*map(Text, row))
-    if screen.is_terminal:
-        screen.print(table)
-        return
-    with screen.capture() as text:
-        screen.print(table)
-    print("\n".join(line.rstrip() for line in text.get().splitlines()))
-
-
-def _print_long_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """Print a table whose lines are as long as they need to be: rich takes a millisecond for each row."""
-    from rich.cells import cell_len
-
-    def measure(cell: str) -> int:
-        return len(cell) if cell.isascii() else cell_len(cell)
-
-    lines = [header, *rows] if any(header) else rows
-    columns = [
-        [cell + " " * (width - size) for cell, size in zip(column, sizes, strict=True)]
-        for column, sizes in ((column, list(map(measure, column))) for column in zip(*lines, strict=True))
-        for width in [max(sizes)]
-    ]
-    print("\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True)))
+    head, *items = (line.strip() for line in message.split("\n"))
+    width = min(screen.width, MAX_READABLE_WIDTH)
+    lines = wrap_words(f"{kind}: {head}", width)
+    lines += [line for item in items for line in wrap_words(item, width, indent="  - ", hang="    ")]
+    lines += wrap_words(f"hint: {hint}", width, hang="  ") if hint else []
+    print("\n".join(lines), file=sys.stderr)
 
 
 def print_text(text: str) -> None:

@@ -29,6 +29,8 @@ def parity(
 ) -> None:
     """Compare the answers of a server with our own, alone and mixed; exit code 4 if any differs.
 
+    Example: lora-kit parity http://127.0.0.1:8000 --base kit-base --adapter pirate
+
     Args:
         url: Address of the server, such as http://127.0.0.1:8000.
         base: Base model: hub id, local folder or kit-base.

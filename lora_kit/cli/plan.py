@@ -33,6 +33,8 @@ def plan(
     No weight is read: whole steps are run on tensors without memory, and counted. `train --dry-run` measures a recipe
     on the machine that it is for.
 
+    Example: lora-kit plan --base kit-base --gpus 2xH200
+
     Args:
         base: Hub id, local folder, the file of a config, or kit-base.
         gpus: What to train on, such as H200, 8xH200, or by its memory 2x24GB.

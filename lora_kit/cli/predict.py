@@ -48,6 +48,8 @@ def predict(
 ) -> None:
     """Predict labels, numbers or entities of texts, with probabilities.
 
+    Example: lora-kit predict --adapter mine --text "where is my parcel"
+
     Args:
         adapter: Adapter of task classify or tokens: a folder, a name in the store, or a hub id; without one the base's
             own head predicts.

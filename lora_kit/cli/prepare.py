@@ -61,6 +61,12 @@ Drop = Annotated[
     ),
 ]
 
+Encoding = Annotated[str, Parameter(help="Encoding of the file: utf-8, utf-16, cp1252, …; by default it is found out.")]
+Problem = Annotated[
+    str | None,
+    Parameter(help="For texts with labels: single-label, multi-label or regression; by default what the labels are."),
+]
+
 
 @app.command
 def prepare(
@@ -78,8 +84,8 @@ def prepare(
     learn: Learn = "all",
     rename: Rename = None,
     relabel: Relabel = None,
-    encoding: str = "auto",
-    problem: str | None = None,
+    encoding: Encoding = "auto",
+    problem: Problem = None,
     drop: Drop = None,
     seed: int = 0,
     replace: Replace = False,
@@ -89,6 +95,8 @@ def prepare(
 
     Reads JSONL, JSON, CSV, TSV, Parquet and text: prompt and completion, instructions, chats, text and label, text.
 
+    Example: lora-kit prepare rows.csv --out data
+
     Args:
         source: The file, or a data set of the hub: owner/name:split or owner/name/config:split.
         out: Folder to write; without it the file is only examined.
@@ -97,8 +105,6 @@ def prepare(
         test: Share of the rows set aside for a test, in test.jsonl.
         base: Base model whose tokens are counted: hub id, local folder or kit-base.
         max_length: Tokens of a sample, at most; by default the context of the base, at most 2,048.
-        problem: For texts with labels: single-label, multi-label or regression; by default what the labels are.
-        encoding: Encoding of the file: utf-8, utf-16, cp1252, …; by default it is found out.
         seed: Seed of the split.
     """
     from lora_kit.data.preparation.prepare import prepare as run

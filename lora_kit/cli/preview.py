@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from lora_kit.cli.app import app
-from lora_kit.cli.output import create_console
+from lora_kit.cli.app import AsJson, app
+from lora_kit.cli.output import create_console, print_json
 from lora_kit.errors import DataError
 from lora_kit.io.text import escape_for_terminal
 
@@ -23,8 +24,17 @@ if TYPE_CHECKING:
 
 
 @app.command
-def preview(recipe: Path, /, *, row: int = 1, validation: Annotated[bool, Parameter(negative="")] = False) -> None:
+def preview(
+    recipe: Path,
+    /,
+    *,
+    row: int = 1,
+    validation: Annotated[bool, Parameter(negative="")] = False,
+    json: AsJson = False,
+) -> None:
     """Show one sample of a recipe as the model sees it, and which parts the loss is computed on.
+
+    Example: lora-kit preview recipe.yaml --row 2
 
     Args:
         recipe: The recipe's file.
@@ -34,10 +44,14 @@ def preview(recipe: Path, /, *, row: int = 1, validation: Annotated[bool, Parame
     from lora_kit.data.preview import preview_sample
 
     tokenizer, samples, summary = _load_sample(recipe, row, "validation" if validation else "train")
-    for place in range(len(samples)):
-        if len(samples) > 1:
-            print(f"--- sample {place + 1} of {len(samples)} of this row")
-        _show_spans(preview_sample(tokenizer, samples, place))
+    spans = [preview_sample(tokenizer, samples, place) for place in range(len(samples))]
+    if json:
+        print_json({"samples": [[asdict(span) for span in each] for each in spans], "summary": summary})
+        return
+    for place, each in enumerate(spans, 1):
+        if len(spans) > 1:
+            print(f"--- sample {place} of {len(spans)} of this row")
+        _show_spans(each)
     print(summary)
 
 

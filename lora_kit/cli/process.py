@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+from lora_kit.cli.output import print_notice
 from lora_kit.errors import VerificationError
 from lora_kit.io.text import escape_for_terminal
 from lora_kit.models.silence import use_log_level
@@ -109,8 +110,11 @@ def log_to_stderr(*, debug: bool, strict: bool = False) -> Iterator[None]:
                 shown.add(record.getMessage())
             # Several trainings in one process run in threads of their own, which are called as their adapters.
             owner = f"{record.threadName}: " if str(record.threadName).startswith(THREAD_PREFIX) else ""
-            grade = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-            print(grade + escape_for_terminal(owner + record.getMessage()), file=sys.stderr)
+            message = owner + record.getMessage()
+            if record.levelno == logging.INFO:
+                print(escape_for_terminal(message), file=sys.stderr)
+            else:
+                print_notice(record.levelname.lower(), message)
 
     logger, handler = logging.getLogger("lora_kit"), Lines()
     logger.addHandler(handler)

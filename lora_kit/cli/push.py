@@ -38,6 +38,8 @@ def push(
     Sent are weights, configs, tokenizer, record and card; no recipe, no report, no name of data, no path of this
     machine.
 
+    Example: lora-kit push mine --repo organization/mine --dry-run
+
     Args:
         folder: An adapter (a folder or a name in the store), or a model that was merged or trained in every weight.
         base: Name of the base on the hub; by default the one that the folder names.

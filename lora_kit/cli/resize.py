@@ -25,6 +25,8 @@ def resize(
 ) -> None:
     """Reduce the ranks of an adapter with the smallest possible error.
 
+    Example: lora-kit resize pirate --rank 4 --out adapters/small
+
     Args:
         adapter: A folder, a name in the store, or a hub id.
         out: The adapter folder to write.

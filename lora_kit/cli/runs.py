@@ -20,6 +20,8 @@ _AGES: Final = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 def runs(folder: Path = Path(), /, *, json: AsJson = False) -> None:
     """List trainings and sweeps: running, stopped (with the command that goes on), done.
 
+    Example: lora-kit runs
+
     Args:
         folder: Folder that is searched, with those in it.
     """

@@ -36,6 +36,8 @@ def serve(
 ) -> None:
     """Serve the base and every adapter of a store over HTTP, in OpenAI's API.
 
+    Example: lora-kit serve --base kit-base
+
     Args:
         base: Base model: hub id, local folder or kit-base.
         host: Address to listen at; other than 127.0.0.1 needs --keys.

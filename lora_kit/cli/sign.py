@@ -15,6 +15,8 @@ def sign(
 ) -> None:
     """Sign an adapter's folder with a private key.
 
+    Example: lora-kit sign mine --key private.pem
+
     Args:
         adapter: A folder, a name in the store, or a hub id.
         key: Private elliptic curve key: a PEM file without a password.

@@ -40,6 +40,8 @@ def sweep(
     A sweep that was stopped continues when the same command is given again; given twice at once, the two share the
     trials. Any key of the recipe is a flag here too, for all trials.
 
+    Example: lora-kit sweep recipe.yaml --over lora.r=4,8,16
+
     Args:
         recipe: The recipe's file.
         method: grid, random or tpe (Bayesian); by default grid where every key has a list, else tpe.

@@ -15,6 +15,7 @@ from cyclopts import Parameter
 from lora_kit.cli.app import app
 from lora_kit.cli.output import format_size, print_if, print_json, print_table, print_text
 from lora_kit.cli.process import show_progress_lines
+from lora_kit.cli.recipe_help import RecipeHelp
 from lora_kit.errors import ConfigError
 from lora_kit.io.text import escape_for_terminal
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from lora_kit.training.results import TrainPlan, TrainReport
 
 
-@app.command(usage="Usage: lora-kit train RECIPE [RECIPE ...] [--KEY VALUE ...]")
+@app.command(usage="Usage: lora-kit train RECIPE [RECIPE ...] [--KEY VALUE ...]", help_formatter=RecipeHelp())
 def train(
     recipe: Path,
     /,
@@ -34,11 +35,13 @@ def train(
     The recipe is YAML or TOML. Any key of it is a flag: --base, --out, --lora.r 8, --train.learning_rate 1e-3,
     --data.train rows.jsonl. --replace, or --force, replaces an existing adapter. The same command continues a
     training that was stopped, from its last checkpoint. --dry-run prints what would be done and how long it would
-    take, and neither trains nor writes anything; --json prints that as JSON. Started by torchrun with `-m lora_kit
+    take, and neither trains nor writes anything. --json prints either as JSON. Started by torchrun with `-m lora_kit
     train`, several processes share the rows of each batch.
 
     Several recipes are trained in one pass over their base, each to the result that it has alone; --together 4 is how
     many at once, at most.
+
+    Example: lora-kit train recipe.yaml --lora.r 8
 
     Args:
         recipe: The file of the recipe; further ones may follow.
@@ -51,17 +54,15 @@ def train(
     values = parse_recipe_flags(rest)
     together = values.pop("together", None)
     replace, force, dry, as_json = (_take_switch(values, name) for name in ("replace", "force", "dry_run", "json"))
-    if as_json and not dry:
-        raise ConfigError("--json goes with --dry-run", hint="a training writes metrics.jsonl")
     if (len(recipes) > 1 and dry) or (len(recipes) == 1 and together is not None):
         raise ConfigError("--dry-run is for one recipe, and --together for several")
     with join_world() as world, print_if(world.is_first):
         if dry:
             _print_plan(recipe, values, replace=replace or force, as_json=as_json)
         elif len(recipes) > 1:
-            _train_many(recipes, values, replace=replace or force, together=together)
+            _train_many(recipes, values, replace=replace or force, together=together, as_json=as_json)
         else:
-            _train(recipe, values, replace=replace or force)
+            _train(recipe, values, replace=replace or force, as_json=as_json)
 
 
 def _print_plan(recipe: Path, overrides: Mapping[str, str], *, replace: bool, as_json: bool) -> None:
@@ -71,14 +72,18 @@ def _print_plan(recipe: Path, overrides: Mapping[str, str], *, replace: bool, as
     print_json(train_plan.to_json()) if as_json else print_table(("", ""), _build_plan_facts(train_plan))
 
 
-def _train(recipe: Path, overrides: Mapping[str, str], *, replace: bool) -> None:
+def _train(recipe: Path, overrides: Mapping[str, str], *, replace: bool, as_json: bool) -> None:
     from lora_kit.training.recipe.load import load_recipe
     from lora_kit.training.train import train
 
     resolved = load_recipe(recipe, overrides=overrides)
-    print(_format_headline(resolved), flush=True)
+    if not as_json:
+        print(_format_headline(resolved), flush=True)
     with show_progress_lines():
         report = train(resolved, replace=replace)
+    if as_json:
+        print_json(report.to_json())
+        return
     print_table(("", ""), _build_train_facts(report))
     if resolved.method in ("lora", "features"):
         print_text("\n  ".join(["\nnext:", *list_next_commands(resolved)]))
@@ -106,8 +111,10 @@ def split_recipes(first: Path, flags: Sequence[str]) -> tuple[list[Path], list[s
     return [first, *map(Path, more)], list(flags[len(more) :])
 
 
-def _train_many(recipes: Sequence[Path], values: dict[str, str], *, replace: bool, together: str | None) -> None:
-    """Train several recipes, and print a line for each that was saved.
+def _train_many(
+    recipes: Sequence[Path], values: dict[str, str], *, replace: bool, together: str | None, as_json: bool
+) -> None:
+    """Train several recipes, and print a line for each that was saved, or their reports as one JSON list.
 
     Raises:
         PartialTrainingError: names those that failed.
@@ -122,12 +129,15 @@ def _train_many(recipes: Sequence[Path], values: dict[str, str], *, replace: boo
         try:
             reports: Sequence[TrainReport] = train_many(recipes, overrides=values, replace=replace, together=most)
         except PartialTrainingError as error:
-            _print_report_lines(error.reports)
+            _print_reports(error.reports, as_json=as_json)
             raise
-    _print_report_lines(reports)
+    _print_reports(reports, as_json=as_json)
 
 
-def _print_report_lines(reports: Sequence[TrainReport]) -> None:
+def _print_reports(reports: Sequence[TrainReport], *, as_json: bool) -> None:
+    if as_json:
+        print_json([report.to_json() for report in reports])
+        return
     for report in reports:
         print_text(_format_report_line(report))
 

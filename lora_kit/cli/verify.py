@@ -16,6 +16,8 @@ def verify(adapter: str, /, *, key: Path | None = None, store: Store = DEFAULT_S
 
     Exit code 4 if a file was changed, or the adapter is not what was signed.
 
+    Example: lora-kit verify pirate
+
     Args:
         adapter: A folder, a name in the store, or a hub id.
         key: The public key: a PEM file. Without one, only the record in the folder vouches for the files.

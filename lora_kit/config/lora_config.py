@@ -69,7 +69,8 @@ class LoraConfig:
         trainable_token_indices: tokens whose rows of the input embedding are trained and saved, and nothing else of it:
             new tokens. Or a mapping from names of embeddings (and of heads that are not tied) to such tokens. A head
             that shares the embedding's weight has the same rows.
-        init_lora_weights: True: A Kaiming-uniform, B zero. `"gaussian"`: A normal with deviation 1/r, B zero. False:
+        init_lora_weights: how A and B begin: True, `"gaussian"`, False, `"pissa"`, `"pissa_niter_N"` or `"olora"`.
+            True: A Kaiming-uniform, B zero. `"gaussian"`: A normal with deviation 1/r, B zero. False:
             both random, so that a fresh adapter changes the output (for tests). `"pissa"`, `"olora"`: from the layer's
             own weight, which is not changed: see `lora_kit.layers.initialization`; saved as plain LoRA weights of rank
             2r. `"pissa_niter_N"`: by N iterations, 1 to 99, quick where weights are large (16 is usual). `"eva"`,

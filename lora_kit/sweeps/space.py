@@ -21,7 +21,8 @@ from lora_kit.training.recipe.coerce import coerce_value, parse_yaml
 from lora_kit.training.recipe.load import load_recipe
 from lora_kit.training.recipe.objectives import TRL_OBJECTIVES, get_objective_types
 from lora_kit.training.recipe.recipe import DataSpec, Recipe
-from lora_kit.training.recipe.training_arguments import OWN_FIELDS, get_training_argument_types
+from lora_kit.training.recipe.train_keys import OWN_FIELDS
+from lora_kit.training.recipe.training_arguments import get_training_argument_types
 
 if TYPE_CHECKING:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution

@@ -72,6 +72,17 @@ class TrainReport:
         """The speed of the training, over all steps."""
         return self.tokens / self.seconds
 
+    def to_json(self) -> dict[str, object]:
+        """Return the report as JSON values, without the log and the recipe, which files beside the adapter hold."""
+        names = ("method", "task", "steps", "kept", "resumed", "seconds", "tokens", "peak_bytes", "micro_batch",
+                 "processes", "trainable", "parameters", "train_loss", "digest")  # fmt: skip
+        metrics = {name: getattr(self, name) for name in ("before", "after")}
+        return {
+            "out": str(self.out),
+            **{name: getattr(self, name) for name in names},
+            **{name: None if each is None else each.metrics() for name, each in metrics.items()},
+        }
+
 
 class PartialTrainingError(LoraKitError, RuntimeError):
     """Some of several trainings failed; the others were saved.

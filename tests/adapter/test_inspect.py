@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_kit as lk
-from lora_kit.adapter.inspect import compute_singular_values, inspect
+from lora_kit.adapter.inspect import inspect
 from lora_kit.adapter.peft_keys import lora_weight_keys
+from lora_kit.adapter.plain_adapter import read_plain_adapter
 from lora_kit.adapter.store import find_adapter, list_adapters, sum_file_sizes
+from lora_kit.algebra.low_rank import compute_singular_values
 from lora_kit.errors import AdapterError, ConfigError, UnknownAdapterError
 from lora_kit.models.infer_base import infer_base
 from tests.support import tiny
@@ -191,3 +195,56 @@ def test_adapters_of_saved_modules_alone_are_inspected(tmp_path: Path) -> None:
     assert found.norm == 0.0
     assert sorted(found.saved) == ["classifier.bias", "classifier.weight"]
     assert list_adapters(tmp_path)[0].targets == ("classifier",)
+
+
+# Without torch
+
+
+PLAIN = {
+    "linear": {},
+    "rank-stabilized": {"use_rslora": True, "rank_pattern": {"q_proj": 2}},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "saved": {"modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("fields", PLAIN.values(), ids=PLAIN)
+def test_numpy_alone_finds_what_the_whole_reader_finds(
+    tmp_path: Path, fields: dict[str, object], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = lk.Adapter.load(saved(tmp_path / "made", **fields))
+    tensors = {key: tensor.to(dtype) for key, tensor in made.tensors.items()}
+    lk.Adapter(made.config, tensors, record={"seed": 7}).save(tmp_path / "cast")
+    assert read_plain_adapter(tmp_path / "cast") is not None
+    plain = inspect(tmp_path / "cast")
+    monkeypatch.setattr("lora_kit.adapter.inspect.read_plain_adapter", lambda folder: None)
+    assert plain == inspect(tmp_path / "cast")
+
+
+@pytest.mark.parametrize("fields", [{"use_dora": True}, {"trainable_token_indices": [1, 2]}], ids=str)
+def test_more_than_plain_weights_is_left_to_the_whole_reader(tmp_path: Path, fields: dict[str, object]) -> None:
+    folder = saved(tmp_path / "more", **fields)
+    assert read_plain_adapter(folder) is None
+    assert inspect(folder).digest == lk.Adapter.load(folder).digest
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "lora_kit.json"])
+def test_a_changed_file_is_left_to_the_whole_reader_which_rejects_it(tmp_path: Path, name: str) -> None:
+    folder = saved(tmp_path / "changed")
+    data = bytearray((folder / name).read_bytes())
+    data[-3] ^= 1
+    (folder / name).write_bytes(bytes(data))
+    assert read_plain_adapter(folder) is None
+    with pytest.raises((AdapterError, ConfigError)):
+        inspect(folder)
+
+
+def test_list_and_inspect_import_neither_torch_nor_transformers(store: Path) -> None:
+    list_adapters(store)  # keeps the index
+    code = "import sys; from lora_kit.cli import main\n"
+    code += "codes = [main(['list', sys.argv[1]]), main(['inspect', sys.argv[1] + '/sql'])]\n"
+    code += "sys.exit(bool(any(codes) or {'torch', 'transformers', 'peft'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code, str(store)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "model.layers.1.self_attn.q_proj" in done.stdout

@@ -90,6 +90,12 @@ def test_a_preview_of_a_conversation_shows_what_is_learned(here: Path, capsys: C
     assert [line[0] for line in out.splitlines()[:-1]] == [" ", "+"]
     assert out.splitlines()[1] == "+ 'y o </s>'"
     assert out.splitlines()[-1].startswith("3 of ")
+    code, shown, _ = run(capsys, "preview", "data/chat/recipe.yaml", "--row", "2", "--json")
+    told = json.loads(shown)
+    assert told["summary"] == out.splitlines()[-1]
+    spans = [(span["learned"], span["text"]) for sample in told["samples"] for span in sample]
+    assert [learned for learned, _ in spans] == [False, True]
+    assert spans[1][1] == "y o </s>"
 
 
 def test_labels_are_shown_with_their_shares(here: Path, capsys: Capture) -> None:

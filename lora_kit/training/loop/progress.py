@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
@@ -12,6 +12,7 @@ import transformers
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress as ProgressBar
     from rich.progress import TaskID
 
@@ -20,6 +21,9 @@ logger = logging.getLogger(__name__)
 MIN_LOG_SECONDS: Final = 5.0
 """Least time between two log lines about progress; the results of an evaluation are always logged."""
 _LOGGED_KEYS: Final = ("loss", "learning_rate", "grad_norm")
+_LIVE_LABELS: Final = {"learning_rate": "learning rate", "grad_norm": "gradient"}
+"""What else the live line shows where it is wide enough."""
+_BAR_WIDTH: Final = 20
 
 
 class TrainingProgress(transformers.TrainerCallback):
@@ -35,13 +39,9 @@ class TrainingProgress(transformers.TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as ProgressBar
 
         console = Console(stderr=True)
-        metrics = TextColumn("{task.fields[metrics]}", markup=False)
-        columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(), metrics)
-        self._bar = ProgressBar(*columns, console=console, disable=args.disable_tqdm or not console.is_terminal)
+        self._bar = build_live_line(console, disable=args.disable_tqdm or not console.is_terminal)
         self._task = self._bar.add_task("training", total=state.max_steps, completed=state.global_step, metrics="")
         self._bar.start()
         self._started, self._first_step = time.perf_counter(), state.global_step
@@ -68,7 +68,8 @@ class TrainingProgress(transformers.TrainerCallback):
             return
         is_interval = "loss" in logs
         if self._bar is not None and self._task is not None and is_interval:
-            self._bar.update(self._task, metrics=metrics)
+            space = self._bar.console.width - _measure_fixed_columns(state.max_steps)
+            self._bar.update(self._task, metrics=_join_fitting(_list_live_metrics(logs), space))
         now, step, last = time.perf_counter(), state.global_step, state.max_steps
         if not is_interval or now - self._last_logged >= MIN_LOG_SECONDS or step >= last:
             self._last_logged = now
@@ -94,10 +95,49 @@ class TrainingProgress(transformers.TrainerCallback):
             self._bar.stop()
 
 
+def build_live_line(console: Console, *, disable: bool = False) -> ProgressBar:
+    """Return the live line: a bar, the step, the time left, and the metrics that fit beside them."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as ProgressBar
+
+    metrics = TextColumn("{task.fields[metrics]}", markup=False)
+    columns = (BarColumn(bar_width=_BAR_WIDTH), MofNCompleteColumn(), TimeRemainingColumn(), metrics)
+    return ProgressBar(*columns, console=console, disable=disable)
+
+
+def _measure_fixed_columns(steps: int) -> int:
+    """Return the columns that bar, step and time left take, with the blanks after each."""
+    return _BAR_WIDTH + (2 * len(str(steps)) + 1) + len("0:00:00") + 3
+
+
+def _join_fitting(parts: Iterable[str], space: int) -> str:
+    """Return the first of some texts, and as many further ones as fit in the space."""
+    text = ""
+    for part in parts:
+        longer = f"{text}, {part}" if text else part
+        if text and len(longer) > space:
+            break
+        text = longer
+    return text
+
+
+def _list_live_metrics(logs: Mapping[str, float]) -> Iterator[str]:
+    """Yield what the live line shows, the most important first: the loss, the speed, the memory, then the rest."""
+    if "loss" in logs:
+        yield f"loss {logs['loss']:.4g}"
+    yield from _format_speed_and_memory(logs)
+    for key, label in _LIVE_LABELS.items():
+        if key in logs:
+            yield f"{label} {logs[key]:.3g}"
+
+
 def _format_logs(logs: Mapping[str, float]) -> str:
     parts = [f"{key} {value:.4g}" for key, value in logs.items() if key in _LOGGED_KEYS or key.startswith("eval_")]
+    return ", ".join([*parts, *_format_speed_and_memory(logs)])
+
+
+def _format_speed_and_memory(logs: Mapping[str, float]) -> Iterator[str]:
     if "tokens_per_second" in logs:
-        parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
+        yield f"{logs['tokens_per_second']:,.0f} tokens/s"
     if "peak_bytes" in logs:
-        parts.append(f"{logs['peak_bytes'] / 1e9:.2f} GB")
-    return ", ".join(parts)
+        yield f"{logs['peak_bytes'] / 1e9:.2f} GB"

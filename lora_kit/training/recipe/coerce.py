@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
-from lora_kit.errors import RecipeError, format_list, suggest_nearest
+from lora_kit.errors import RecipeError, format_list, sort_by_similarity, suggest_nearest
 from lora_kit.io.text import format_value, parse_number, shorten
 from lora_kit.training.recipe.strict_yaml import parse_yaml
 
@@ -230,7 +230,8 @@ def check_known_keys(values: Section, names: Sequence[str], *, where: str) -> No
     """Raise RecipeError for the first key that is not one of `names`."""
     unknown = [key for key in values if key not in names]
     if unknown:
-        hint = suggest_nearest(str(unknown[0]), names) or f"known: {format_list(sorted(names), most=12)}"
+        word = str(unknown[0])
+        hint = suggest_nearest(word, names) or f"known: {format_list(sort_by_similarity(word, names), most=12)}"
         raise RecipeError(shorten(f"unknown key {where}{unknown[0]}"), hint=hint)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 import tomllib
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -14,7 +15,7 @@ import yaml
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.config.lora_config import LoraConfig
-from lora_kit.errors import AdapterError, ConfigError, RecipeError, format_list, suggest_nearest
+from lora_kit.errors import AdapterError, ConfigError, RecipeError, find_nearest, format_list, suggest_nearest
 from lora_kit.io.read import exists, read_text
 from lora_kit.io.text import escape_text, format_value, shorten
 from lora_kit.training.recipe.coerce import (
@@ -30,10 +31,14 @@ from lora_kit.training.recipe.limits import check_values
 from lora_kit.training.recipe.method_switch import switch_method
 from lora_kit.training.recipe.recipe import HEAD, DataSpec, Recipe
 from lora_kit.training.recipe.strict_yaml import load_yaml
+from lora_kit.training.recipe.train_keys import OWN_FIELDS, UNSUPPORTED_KEYS
+from lora_kit.training.recipe.training_arguments import get_training_argument_types
 
 _SIZE_LIMIT: Final = 2**20
 """Bytes of a recipe's file, at most."""
 _MAX_SHOWN_PATH: Final = 160
+_TYPING_ERROR: Final = 0.7
+"""Share of the letters that a key and a mistyped one have in common."""
 _PLAIN_FIELDS: Final = (
     "base",
     "out",
@@ -149,7 +154,7 @@ def _override(fields: dict[str, object], key: str, value: object) -> None:
 
 def _build_recipe(fields: Section) -> Recipe:
     names = [_KEYS.get(field.name, field.name) for field in dataclasses.fields(Recipe)]
-    check_known_keys(fields, names, where="")
+    _check_top_level_keys(fields, names)
     fields = {_ATTRIBUTES.get(key, key): value for key, value in fields.items()}
     missing = [name for name in ("base", "data", "out") if fields.get(name) is None]
     if missing:
@@ -168,6 +173,26 @@ def _build_recipe(fields: Section) -> Recipe:
         lora = _parse_lora_section(check_mapping("lora", lora), method, start=values.get("start_from"))
     sections = {"lora": lora, "peft": check_mapping("peft", peft), "train": check_mapping("train", train)}
     return Recipe(**{**values, **sections})
+
+
+def _check_top_level_keys(fields: Section, names: Sequence[str]) -> None:
+    """Raise RecipeError for a key that a recipe does not have; one that a section of it has is named with the section.
+
+    `lr` is `train.learning_rate`.
+    """
+    unknown = next((key for key in fields if key not in names), None)
+    if unknown is None or difflib.get_close_matches(unknown, names, cutoff=_TYPING_ERROR):
+        check_known_keys(fields, names, where="")
+        return
+    sections = {
+        "train": [*(key for key in get_training_argument_types() if key not in UNSUPPORTED_KEYS), *OWN_FIELDS],
+        "lora": [field.name for field in dataclasses.fields(LoraConfig)],
+        "data": [field.name for field in dataclasses.fields(DataSpec)],
+    }
+    dotted = {key: f"{section}.{key}" for section, keys in reversed(sections.items()) for key in keys}
+    nearest = find_nearest(unknown, [*names, *(key for keys in sections.values() for key in keys)])
+    hint = f"did you mean {dotted.get(nearest, nearest)!r}?" if nearest else f"known: {format_list(names, most=20)}"
+    raise RecipeError(shorten(f"unknown key {unknown}"), hint=hint)
 
 
 def _parse_data_section(section: object) -> DataSpec:

@@ -98,31 +98,24 @@ class Recipe:
         base: hub id, local folder or `kit-base`.
         data: the files and how they are read.
         out: folder of the result; its last part is the adapter's name.
-        task: one of `lora_kit.models.tasks.TASKS`.
-        problem: what task `classify` predicts, one of `lora_kit.models.tasks.PROBLEMS`; None to infer it from the form
-            of the labels.
+        task: `causal-lm`, `seq2seq`, `classify` or `tokens`: see `lora_kit.models.tasks`.
+        problem: what task `classify` predicts: `single-label`, `multi-label` or `regression`; None to infer it from the
+            form of the labels.
         class_weights: weight of each label in the loss by its name, 1 for labels that are not named; `balanced` for the
             inverse of how frequent they are; None for equal weights.
         objective: `sft` to learn the answers; `dpo`, `kto`, `orpo` to prefer some answers to others, `reward` to score
             them, by TRL's trainers; see `lora_kit.training.recipe.objectives`. A reward model's task is `classify`.
-        start_from: the adapter that the training starts from (key `from`): a folder, a name in the store or a hub id;
-            None for a new one. Its config is then the default of `lora`.
+        start_from: the adapter that the training starts from: a folder, a name in the store or a hub id; None for a new
+            one. The key is `from`. Its config is then the default of `lora`.
         method: `lora`; `features` to train only the head; `full` to train every weight; `peft` for one of PEFT's own
             adapter types.
         lora: the adapter's config.
-        peft: for method `peft`: `peft_type` and fields of PEFT's config of that type.
+        peft: `peft_type` and fields of PEFT's config of that type, for method `peft`.
         train: fields of transformers.TrainingArguments, and of TRL's config of the objective. A field that is not set
-            has that class's default, except for `DEFAULTS`, `LEARNING_RATES` and `SAVE_STRATEGIES` in
-            `training_arguments` and the learning rate of an `Objective`. Further keys:
-            `early_stopping_patience`, the number of evaluations without improvement before training stops;
-            `loraplus_lr_ratio`, the learning rate of B divided by that of A (Hayou et al. 2024, arXiv:2402.12354);
-            `head_learning_rate`, the learning rate of the head;
-            `ema_decay`, the decay of a moving average of the trained tensors, which is the result;
-            `prefix_cache`, whether frozen layers below the lowest trained one are computed once and what they give is
-            kept on disk: `auto` (the default) where that pays, `off`, or the most gigabytes that it may take;
-            `fsdp`, `full_shard` where each of several processes keeps a part of the base only.
+            has that class's default, except for `DEFAULTS`, `LEARNING_RATES` and `SAVE_STRATEGIES` in `train_keys` and
+            the learning rate of an `Objective`. Further keys: those of `OwnTrainKeys`.
         dtype: of the base: `auto` for the checkpoint's own (`full` then trains in fp32), `bf16`, `fp16`, `fp32`.
-        quantize: one of `lora_kit.models.quantization.QUANTIZATIONS`, to train an adapter on a quantized base.
+        quantize: `nf4`, `nf4-double`, `fp4`, `fp4-double` or `int8`, to train an adapter on a quantized base.
         compile: whether the base's repeated layers are compiled (torch.compile) for the training.
 
     Raises:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import typing
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -22,79 +22,16 @@ from lora_kit.training.recipe.objectives import (
     get_objective_types,
     load_config_class,
 )
+from lora_kit.training.recipe.train_keys import DEFAULTS, LEARNING_RATES, OWN_FIELDS, SAVE_STRATEGIES, UNSUPPORTED_KEYS
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
-
-DEFAULTS: Final[Mapping[str, int | str]] = {"logging_steps": 10, "report_to": "none", "save_total_limit": 2, "seed": 0}
-"""Our defaults of `train`, where transformers' own is not wanted."""
-SAVE_STRATEGIES: Final[Mapping[str, str]] = {"lora": "steps", "features": "steps", "full": "no", "peft": "steps"}
-"""When checkpoints are written, by method: those of `full` hold every weight three times."""
-LEARNING_RATES: Final[Mapping[str, float]] = {"lora": 2e-4, "features": 1e-3, "full": 5e-5, "peft": 1e-3}
-"""The default learning rate, by method."""
-
-OWN_FIELDS: Final[Mapping[str, object]] = {
-    "early_stopping_patience": int,
-    "loraplus_lr_ratio": float,
-    "head_learning_rate": float,
-    "learning_rates": dict[str, float],
-    "ema_decay": float,
-    "prefix_cache": bool | float | str,
-    "fsdp": str,
-}
-"""Keys of `train` that are no fields of transformers.TrainingArguments, with their types."""
 
 _UNLIMITED: Final = 2**30
 _COUNTS: Final = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 _LENGTHS: Final = ("num_train_epochs", "logging_steps", "save_steps", "eval_steps")
 _AMOUNTS: Final = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers")
 _SEEDS: Final = ("seed", "data_seed")
-
-_CHECKPOINTS: Final = "the same recipe resumes from its last checkpoint, which holds everything needed"
-_SHARDING: Final = "train.fsdp: full_shard shares the base"
-_LAUNCHER: Final = "the launcher decides: torchrun --nproc-per-node 2 -m lora_kit train …"
-_COMPILE: Final = "the recipe's `compile: true` compiles the base's layers"
-_OURS: Final = "it follows from the rest of the recipe"
-_EVALUATION_DTYPE: Final = (
-    "an evaluation computes in the dtype of the training: `bf16` or `fp16`, or the recipe's `dtype`"
-)
-_UNSUPPORTED_KEYS: Final[Mapping[str, str]] = {
-    "output_dir": "the output is the recipe's `out`",
-    "do_train": _OURS,
-    "do_eval": _OURS,
-    "do_predict": _OURS,
-    "use_cpu": "the base's device decides",
-    "remove_unused_columns": _OURS,
-    "label_names": _OURS,
-    "prediction_loss_only": "logits are never kept",
-    "include_for_metrics": "logits are never kept",
-    "batch_eval_metrics": "logits are never kept",
-    "eval_accumulation_steps": "logits are never kept",
-    "eval_do_concat_batches": "logits are never kept",
-    "bf16_full_eval": _EVALUATION_DTYPE,
-    "fp16_full_eval": _EVALUATION_DTYPE,
-    "logging_nan_inf_filter": "a loss that is not finite is an error",
-    "use_cache": _OURS,
-    "save_only_model": _CHECKPOINTS,
-    "save_on_each_node": "one process writes, to a folder that all share",
-    "resume_from_checkpoint": _CHECKPOINTS,
-    "ignore_data_skip": _CHECKPOINTS,
-    "restore_callback_states_from_checkpoint": _CHECKPOINTS,
-    "enable_jit_checkpoint": _CHECKPOINTS,
-    "auto_find_batch_size": "the micro-batch is halved automatically where memory runs out",
-    "torch_compile": _COMPILE,
-    "torch_compile_backend": _COMPILE,
-    "torch_compile_mode": _COMPILE,
-    "use_liger_kernel": "it would replace parts of the base, which must not change",
-    "liger_kernel_config": "it would replace parts of the base, which must not change",
-    "push_to_hub": "nothing is uploaded",
-    "deepspeed": f"its broadcast takes no tensor that is stored by columns, as lora_B is; {_SHARDING}",
-    "fsdp_config": _SHARDING,
-    "parallelism_config": _SHARDING,
-    "local_rank": _LAUNCHER,
-    "full_determinism": "a run always repeats bit for bit on one machine",
-}
-"""Fields of transformers.TrainingArguments that a recipe cannot set, and why."""
 
 _NEWER_NAMES: Final = {
     "gradient_checkpointing": "activation_checkpointing",
@@ -114,11 +51,11 @@ def parse_train_section(section: Section, method: str, objective: str = SFT) -> 
     hints = {**get_objective_types(objective), **get_training_argument_types(), **OWN_FIELDS}
     check_objective_keys(objective, section)
     for key in section:
-        if key in _UNSUPPORTED_KEYS:
-            raise RecipeError(f"train.{key} cannot be set", hint=_UNSUPPORTED_KEYS[key])
+        if key in UNSUPPORTED_KEYS:
+            raise RecipeError(f"train.{key} cannot be set", hint=UNSUPPORTED_KEYS[key])
         if key.startswith("hub_"):
             raise RecipeError(f"train.{key} cannot be set", hint="nothing is uploaded")
-    check_known_keys(section, [key for key in hints if key not in _UNSUPPORTED_KEYS], where="train.")
+    check_known_keys(section, [key for key in hints if key not in UNSUPPORTED_KEYS], where="train.")
     values = {key: coerce_value(f"train.{key}", hints[key], value, split_names=False) for key, value in section.items()}
     _check_numbers(values)
     if isinstance(values.get("prefix_cache"), str):
