@@ -57,6 +57,11 @@ fix: $(READY) ## format, and mend what ruff can mend
 	@$(BIN)/ruff format --quiet $(SOURCES)
 	@$(BIN)/ruff check --fix --quiet $(SOURCES)
 
+.PHONY: release
+release: $(READY) ## wheel and sdist built, installed in a clean environment, every verb tried; uploads nothing; ten minutes
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build hatchling
+	@$(BIN)/python -m tools.release
+
 .PHONY: bench
 bench: $(READY) ## what things cost beside PEFT, in short; five minutes on two idle cores, writes nothing
 	@$(OFFLINE) $(BIN)/python -m benchmarks --short

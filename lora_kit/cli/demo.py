@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
-from lora_kit.cli.app import app
+from lora_kit.cli.app import Replace, app
+from lora_kit.cli.output import print_text
 
 
 @app.command
-def demo(*, out: Path = Path("runs/demo"), seed: int = 0) -> None:
+def demo(
+    *, out: Path = Path("runs/demo"), seed: int = 0, adapters: Path | None = None, replace: Replace = False
+) -> None:
     """Train three small adapters, then compare, swap, mix and merge them.
 
     Example: lora-kit demo
@@ -16,7 +20,22 @@ def demo(*, out: Path = Path("runs/demo"), seed: int = 0) -> None:
     Args:
         out: Folder to write.
         seed: Seed of data and training.
+        adapters: Train nothing: write the three adapters that come with the package into this folder.
     """
+    if adapters is not None:
+        _write_adapters(adapters, replace=replace)
+        return
     from lora_kit.demo.demo import run
 
     run(out=out, seed=seed)
+
+
+def _write_adapters(store: Path, *, replace: bool) -> None:
+    from lora_kit.demo.shipped_adapters import write_shipped_adapters
+
+    folders = write_shipped_adapters(store, replace=replace)
+    names = [f"written: {folder}" for folder in folders]
+    shown = " ".join(f"--adapter {shlex.quote(str(folder))}" for folder in folders[1:])
+    prompt = "'The boy ran over the hill.'"
+    commands = (f"lora-kit list {shlex.quote(str(store))}", f"lora-kit generate {shown} --compare --prompt {prompt}")
+    print_text("\n".join([*names, "", "next:", *(f"  {command}" for command in commands)]))

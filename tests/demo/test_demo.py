@@ -13,11 +13,13 @@ import pytest
 from rich.console import Console
 
 import lora_kit as lk
+from lora_kit.cli.main import main
 from lora_kit.demo import demo_training, ship
 from lora_kit.demo.demo import run
 from lora_kit.demo.demo_report import DemoReport
 from lora_kit.demo.demo_screen import DemoScreen
 from lora_kit.demo.demo_tasks import TASKS, DemoRow, DemoTask, as_pirate
+from lora_kit.demo.shipped_adapters import SHIPPED
 from lora_kit.errors import DataError, StorageError, VerificationError
 from lora_kit.models.loading import Base
 
@@ -253,3 +255,19 @@ def test_a_shipped_adapter_is_small_and_says_where_it_comes_from(name: str) -> N
     recipe = adapter.record["recipe"]
     assert not Path(recipe["data"]["train"]).is_absolute()
     assert not Path(recipe["out"]).is_absolute()
+
+
+def test_the_shipped_adapters_are_written_into_a_store_and_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--adapters", "mine"]) == 0
+    assert "lora-kit list mine" in capsys.readouterr().out
+    for name in SHIPPED:
+        assert lk.Adapter.load(f"mine/{name}").digest == lk.Adapter.load(ADAPTERS / name).digest
+    Path("mine/scene/notes.txt").write_text("mine", "utf-8")
+    assert main(["demo", "--adapters", "mine"]) == 3
+    assert "exists already" in capsys.readouterr().err
+    assert Path("mine/scene/notes.txt").is_file()
+    assert main(["demo", "--adapters", "mine", "--replace"]) == 0
+    assert not Path("mine/scene/notes.txt").exists()
