@@ -2,10 +2,10 @@
 
 `lora-kit train` of kit-base, alone and beside as many busy processes as there are cores, with each way of waiting. A
 way is set by variables of the environment, so that what the command line chooses is measured beside the others: `spin`
-is what torch does by itself, `chosen` sets nothing. Ratios are taken within a round: of the seconds of training,
-without loading.
+is what torch does by itself, `chosen` sets nothing. Speeds are those of the training, without loading,
+over that of `spin` alone, from medians of rounds in which the ways take turns.
 
-    python -m benchmarks.fair_neighbors [--rounds 3] [--steps 100] [--ways spin,chosen] [--write]
+    python -m benchmarks.fair_neighbors [--places alone,beside] [--rounds 3] [--ways spin,chosen] [--write]
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, Final
+from typing import Final
 
-from benchmarks.harness import write
+from benchmarks.harness import read, write
 
 NAME: Final = "fair_neighbors"
 _LIBGOMP_SPINS: Final = "300000"
@@ -35,6 +35,8 @@ WAYS: Final[Mapping[str, Mapping[str, str]]] = {
     "1000 turns": {"GOMP_SPINCOUNT": "1000"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
+PLACES: Final = {"alone": 0, "beside": len(os.sched_getaffinity(0))}
+"""Busy processes."""
 _VARIABLES: Final = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
 _ANIMALS, _PLACES = ("fox", "owl", "hen", "cat"), ("garden", "forest", "river", "kitchen")
 
@@ -76,48 +78,41 @@ def busy_processes(count: int) -> Iterator[None]:
             process.wait()
 
 
-def run(ways: Sequence[str], *, rounds: int, steps: int) -> dict[str, Any]:
-    """Return the seconds of every round by way, alone and beside busy processes."""
-    cores = len(os.sched_getaffinity(0))
-    seconds: dict[str, dict[str, list[float]]] = {place: {way: [] for way in ways} for place in ("alone", "beside")}
-    with tempfile.TemporaryDirectory() as scratch:
+def run(place: str, ways: Sequence[str], *, rounds: int, steps: int) -> dict[str, list[float]]:
+    """Return the seconds of every round by way, alone or beside busy processes."""
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    with tempfile.TemporaryDirectory() as scratch, busy_processes(PLACES[place]):
         recipe = write_recipe(Path(scratch), steps)
         for number in range(rounds):
-            for place, neighbors in (("alone", 0), ("beside", cores)):
-                with busy_processes(neighbors):
-                    for way in ways if number % 2 == 0 else reversed(ways):
-                        seconds[place][way].append(measure(recipe, way))
-                        print(f"round {number}: {place}, {way}: {seconds[place][way][-1]:.1f} s", flush=True)
-    return {"steps": steps, "busy_processes": cores, "seconds": seconds, "speeds": collect_speeds(seconds)}
+            for way in ways if number % 2 == 0 else reversed(ways):
+                seconds[way].append(measure(recipe, way))
+                print(f"round {number}: {place}, {way}: {seconds[way][-1]:.1f} s", flush=True)
+    return seconds
 
 
 def collect_speeds(seconds: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, dict[str, float]]:
-    """Return medians over rounds, by way: the speed alone and that beside busy processes, over `spin` alone."""
-    alone, beside = seconds["alone"], seconds["beside"]
-    return {
-        way: {
-            "alone_over_spin": median(a / b for a, b in zip(alone["spin"], alone[way], strict=True)),
-            "beside_over_alone": median(a / b for a, b in zip(alone["spin"], beside[way], strict=True)),
-        }
-        for way in alone
-    }
+    """Return, by place and way, the speed over that of `spin` alone: medians of the rounds."""
+    first = median(seconds["alone"]["spin"])
+    return {place: {way: first / median(times) for way, times in ways.items()} for place, ways in seconds.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--places", default=",".join(PLACES), help="a place that was measured before is kept")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--ways", default=",".join(WAYS), help=f"of {', '.join(WAYS)}; spin is always among them")
+    parser.add_argument("--ways", default=",".join(WAYS), help=f"of {', '.join(WAYS)}")
     parser.add_argument("--write", action="store_true", help="put the result into results/")
     arguments = parser.parse_args()
-    ways = ["spin", *(way for way in arguments.ways.split(",") if way != "spin")]
-    result = run(ways, rounds=arguments.rounds, steps=arguments.steps)
-    for way, speeds in result["speeds"].items():
-        print(
-            f"{way:<12} alone {speeds['alone_over_spin']:.3f} × spin, beside {speeds['beside_over_alone']:.3f} × alone"
-        )
+    places, ways = arguments.places.split(","), arguments.ways.split(",")
+    before = read(NAME)
+    held = before["seconds"] if before.get("steps") == arguments.steps else {}
+    seconds = held | {place: run(place, ways, rounds=arguments.rounds, steps=arguments.steps) for place in places}
+    speeds = collect_speeds(seconds) if "spin" in seconds.get("alone", {}) else {}
+    for place, each in speeds.items():
+        print(place, {way: round(speed, 3) for way, speed in each.items()})
     if arguments.write:
-        write(NAME, result)
+        write(NAME, {"steps": arguments.steps, "busy_processes": PLACES, "seconds": seconds, "speeds": speeds})
 
 
 if __name__ == "__main__":

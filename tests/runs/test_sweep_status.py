@@ -1,0 +1,85 @@
+"""A sweep is looked at from outside, and goes on with the command that is shown."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("optuna", reason="optuna is not installed (pip install 'lora-kit[sweep]')")
+
+from lora_kit.cli.main import main
+from lora_kit.errors import AdapterError
+from lora_kit.io.locks import FileLock
+from lora_kit.runs.find_runs import find_runs
+from lora_kit.runs.sweep_status import SweepStatus, read_sweep_status
+from lora_kit.sweeps import worker as working
+from lora_kit.sweeps.sweep import sweep
+from lora_kit.training.train import train
+from tests.support.processes import die, in_child
+from tests.support.training import base_of, recipe_of
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a sweep of three trials that was killed in the second."""
+    base = base_of()
+    base.model.save_pretrained(tmp_path / "base")
+    base.tokenizer.save_pretrained(tmp_path / "base")
+    recipe = recipe_of(tmp_path, base=str(tmp_path / "base"))
+    count = itertools.count()
+
+    def train_or_die(*arguments: Any, **options: Any) -> Any:
+        return die() if next(count) == 1 else train(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(working, "train", train_or_die)
+        patch.setattr("lora_kit.sweeps.sweep_report.plot_trials", lambda *_: None)
+        over = {"lora.r": [2, 4, 8]}
+        assert in_child(lambda: sweep(recipe, over, trials=2, method="random", seed=3)) == -signal.SIGKILL
+    return tmp_path / "out.sweep"
+
+
+def test_a_sweep_is_one_line_and_goes_on_with_the_command_that_is_shown(
+    stopped: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_kit.sweeps.sweep_report.plot_trials", lambda *_: None)
+    (status,) = find_runs(stopped.parent)
+    assert isinstance(status, SweepStatus)
+    assert (status.state, status.ended, status.trials, status.metric) == ("stopped", 1, 2, "loss")
+    assert main(["runs", str(stopped.parent)]) == 0
+    assert "1 of 2 trials" in capsys.readouterr().out
+    program, *words = shlex.split(str(status.command).rpartition(" && ")[2])
+    assert program == "lora-kit"
+    assert main(words) == 0
+    done = read_sweep_status(stopped)
+    assert (done.state, done.ended, done.command) == ("done", 2, None)
+    assert (
+        done.best
+        == json.loads((stopped / "results.json").read_text())["trials"][
+            json.loads((stopped / "results.json").read_text())["best"]
+        ]["value"]
+    )
+    assert {(type(each).__name__, each.state) for each in find_runs(stopped.parent)} == {
+        ("RunStatus", "done"),
+        ("SweepStatus", "done"),
+    }
+
+
+def test_a_sweep_whose_trial_a_process_has_is_running(stopped: Path) -> None:
+    with FileLock(stopped / "locks" / "1").hold():
+        assert read_sweep_status(stopped).state == "running"
+
+
+def test_a_damaged_sweep_is_an_error_by_file(stopped: Path) -> None:
+    (stopped / "journal.log").write_text("[]\n[]\n")
+    with pytest.raises(AdapterError, match=r"journal\.log"):
+        read_sweep_status(stopped)
+    (stopped / "plan.json").write_text("{}")
+    with pytest.raises(AdapterError, match=r"plan\.json"):
+        read_sweep_status(stopped)
