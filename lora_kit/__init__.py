@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from lora_kit.evaluation.evaluate import evaluate
     from lora_kit.evaluation.predict import predict
     from lora_kit.exporters.export import export
+    from lora_kit.generation.generate import generate
+    from lora_kit.generation.generate_file import generate_file
     from lora_kit.merging.merge import merge
     from lora_kit.models.loading import load_base
     from lora_kit.sweeps.sweep import sweep
@@ -41,6 +43,8 @@ _HOMES = {
     "evaluate": "lora_kit.evaluation.evaluate",
     "export": "lora_kit.exporters.export",
     "extract": "lora_kit.algebra.extract",
+    "generate": "lora_kit.generation.generate",
+    "generate_file": "lora_kit.generation.generate_file",
     "load_base": "lora_kit.models.loading",
     "merge": "lora_kit.merging.merge",
     "predict": "lora_kit.evaluation.predict",
@@ -63,6 +67,8 @@ __all__ = [
     "evaluate",
     "export",
     "extract",
+    "generate",
+    "generate_file",
     "load_base",
     "merge",
     "predict",

@@ -44,7 +44,7 @@ def _without_pictures_and_samples(request: pytest.FixtureRequest, monkeypatch: p
     if request.node.get_closest_marker("report"):
         return
     monkeypatch.setattr("lora_kit.training.report.artifacts.plot_loss_curve", lambda *_, **__: None)
-    monkeypatch.setattr("lora_kit.training.report.html.can_plot", lambda: False)
+    monkeypatch.setattr("lora_kit.training.report.train_page.can_plot", lambda: False)
     monkeypatch.setattr("lora_kit.training.report.samples.SAMPLE_COUNT", 0)
 
 

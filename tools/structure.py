@@ -37,6 +37,7 @@ ROOMS: Final = (
     "names",
     "cpu_threads",
     "io",
+    "reporting",
     "config",
     "torch_utils",
     "ops",

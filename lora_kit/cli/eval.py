@@ -35,6 +35,7 @@ def evaluate(
     max_length: int | None = None,
     max_new_tokens: int | None = None,
     out: Path | None = None,
+    report: Path | None = None,
     replace: Replace = False,
     allow: Allow = None,
     store: Store = DEFAULT_STORE,
@@ -57,13 +58,14 @@ def evaluate(
         max_length: Tokens of a sample, at most; by default as in the training of each adapter.
         max_new_tokens: Tokens of an answer, at most; by default as many as the longest reference has.
         out: File for the answers to each row, as JSONL.
+        report: File for a page with figures, mistakes and plots, .html.
     """
     from lora_kit.evaluation.evaluate import evaluate as run
     from lora_kit.models.infer_base import infer_base
 
     rows: list[str | None] = [*([None] if compare or not adapter else []), *(adapter or [])]
     with show_progress_lines(), show_row_progress() as on_progress:
-        report = run(
+        measured = run(
             base or infer_base(adapter or [], store=store),
             rows,
             data,
@@ -72,16 +74,14 @@ def evaluate(
             max_length=max_length,
             max_new_tokens=max_new_tokens,
             out=out,
+            report=report,
             replace=replace,
             store=store,
             allow=allow or (),
             quantize=quantize,
             on_progress=on_progress,
         )
-    if json:
-        print_json(report.to_json())
-    else:
-        _show_eval_report(report, out)
+    print_json(measured.to_json()) if json else _show_eval_report(measured, out, report)
 
 
 def _split_names(items: Sequence[str] | None) -> list[str] | None:
@@ -113,7 +113,7 @@ def show_row_progress() -> Iterator[EvalProgress]:
         yield on_progress
 
 
-def _show_eval_report(report: EvalReport, out: Path | None) -> None:
+def _show_eval_report(report: EvalReport, out: Path | None, page: Path | None) -> None:
     from lora_kit.evaluation.eval_report import collect_metric_names
 
     names = collect_metric_names(report.results)
@@ -128,3 +128,5 @@ def _show_eval_report(report: EvalReport, out: Path | None) -> None:
             print(escape_for_terminal(f"{cut}; raise --max-new-tokens"), file=sys.stderr)
     if out is not None:
         print_text(f"written: {out}")
+    if page is not None:
+        print_text(f"report: {page}")

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json as json_format
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
 
 from cyclopts import Parameter
 
-from lora_kit.cli.app import Adapters, Allow, Store, app
-from lora_kit.cli.output import create_console
+from lora_kit.cli.app import Adapters, Allow, AsJson, Replace, Store, app
+from lora_kit.cli.eval import show_row_progress
+from lora_kit.cli.output import create_console, print_json, print_text
+from lora_kit.cli.process import show_progress_lines
+from lora_kit.errors import ConfigError
 from lora_kit.io.text import escape_for_terminal
 from lora_kit.names import DEFAULT_STORE
 
@@ -19,17 +24,22 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.live import Live
 
+    from lora_kit.generation.decoding import Sampling
     from lora_kit.generation.generate import Generation
 
 
 @app.command
 def generate(
+    prompt: str | None = None,
     *,
-    prompt: str,
     adapter: Adapters | None = None,
     base: str | None = None,
+    data: Path | None = None,
+    out: Path | None = None,
+    replace: Replace = False,
     quantize: str | None = None,
     compare: Annotated[bool, Parameter(negative="")] = False,
+    batch_size: int = 16,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -37,6 +47,7 @@ def generate(
     raw: Annotated[bool, Parameter(negative="")] = False,
     allow: Allow = None,
     store: Store = DEFAULT_STORE,
+    json: AsJson = False,
 ) -> None:
     """Answer a prompt with several adapters, side by side, in one batch.
 
@@ -45,35 +56,109 @@ def generate(
     Args:
         prompt: The prompt.
         base: Base model: hub id, local folder or kit-base; by default the one that the adapters name, where it is here.
+        data: File of rows with prompt or messages, or .txt with a prompt on each line; a column adapter may name who
+            answers a row, else every --adapter does.
+        out: File for the answers to a file, as JSONL; a command that was stopped goes on when it is given again.
         quantize: Load it in nf4, nf4-double, fp4, fp4-double or int8.
         compare: Show the answer of the base alone as well.
+        batch_size: Prompts of a file at once.
         max_new_tokens: Tokens of an answer, at most.
         temperature: 0 decodes greedily; above 0 samples.
         top_p: Sample from the most probable tokens whose probabilities add up to this.
         seed: Seed of the sampling.
         raw: Use the prompt as it is, without the separator or chat template of the training.
     """
-    from lora_kit.generation.adapter_args import BASE_ROW
     from lora_kit.generation.decoding import Sampling
-    from lora_kit.generation.generate import generate as run
     from lora_kit.models.infer_base import infer_base
 
+    _check_given(prompt, data, out)
     rows: list[str | None] = [*([None] if compare or not adapter else []), *(adapter or [])]
-    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    options: _Options = {
+        "sampling": Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed),
+        "template": "raw" if raw else "adapter",
+        "store": store,
+        "allow": allow or (),
+        "quantize": quantize,
+    }
+    if data is not None:
+        named = adapter or _list_named_adapters(data)
+        given = rows if adapter or compare else []
+        chosen = base or infer_base(named, store=store)
+        _answer_file(chosen, given, data, out, options, batch_size=batch_size, replace=replace)
+    else:
+        assert prompt is not None
+        _answer_prompt(base or infer_base(adapter or [], store=store), rows, prompt, options, json=json)
+
+
+def _check_given(prompt: str | None, data: Path | None, out: Path | None) -> None:
+    if (prompt is None) == (data is None):
+        raise ConfigError(
+            "generate takes either a prompt or --data", hint="lora-kit generate --adapter mine 'a prompt'"
+        )
+    if out is not None and data is None:
+        raise ConfigError("--out goes with --data")
+
+
+class _Options(TypedDict):
+    """What a prompt and a file have in common."""
+
+    sampling: Sampling
+    template: Literal["adapter", "raw"]
+    store: Path
+    allow: Sequence[str]
+    quantize: str | None
+
+
+def _list_named_adapters(data: Path) -> list[str]:
+    from lora_kit.generation.prompt_file import read_prompt_file
+
+    return list(dict.fromkeys(row.adapter for row in read_prompt_file(data).rows if row.adapter))
+
+
+def _answer_prompt(base: str, rows: list[str | None], prompt: str, options: _Options, *, json: bool) -> None:
+    from lora_kit.generation.adapter_args import BASE_ROW
+    from lora_kit.generation.generate import generate as run
+
+    if json:
+        print_json([dataclasses.asdict(each) for each in run(base, rows, prompt, **options)])
+        return
     screen = _AnswerDisplay([BASE_ROW if row is None else Path(row).name for row in rows])
     with screen.stream_rows() as on_text:
-        results = run(
-            base or infer_base(adapter or [], store=store),
-            rows,
-            prompt,
-            sampling=sampling,
-            template="raw" if raw else "adapter",
-            store=store,
-            allow=allow or (),
-            quantize=quantize,
-            on_text=on_text,
-        )
+        results = run(base, rows, prompt, on_text=on_text, **options)
     screen.finish(results)
+
+
+def _answer_file(
+    base: str,
+    rows: list[str | None],
+    data: Path,
+    out: Path | None,
+    options: _Options,
+    *,
+    batch_size: int,
+    replace: bool,
+) -> None:
+    from lora_kit.generation.generate_file import generate_file
+
+    with show_progress_lines(), show_row_progress() as on_progress:
+        answers = generate_file(
+            base,
+            rows,
+            data,
+            out=out,
+            batch_size=batch_size,
+            replace=replace,
+            on_progress=lambda done, total: on_progress("answers", done, total),
+            **options,
+        )
+    cut = sum(each.generation.ended != "eos" for each in answers)
+    if cut:
+        print(f"note: {cut:,} of {len(answers):,} answers were cut off; raise --max-new-tokens", file=sys.stderr)
+    if out is None:
+        for each in answers:
+            print(json_format.dumps(each.to_json()))
+    else:
+        print_text(f"written: {out}, {len(answers):,} answers")
 
 
 class _AnswerDisplay:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json as json_format
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import Parameter
 
-from lora_kit.cli.app import Allow, AsJson, Replace, Store, app
+from lora_kit.cli.app import Adapters, Allow, AsJson, Replace, Store, app
 from lora_kit.cli.eval import show_row_progress
 from lora_kit.cli.output import print_table, print_text
 from lora_kit.cli.process import show_progress_lines
@@ -21,24 +22,27 @@ if TYPE_CHECKING:
     from lora_kit.data.unlabeled_rows import UnlabeledRows
     from lora_kit.evaluation.predict import Predictor
     from lora_kit.evaluation.prediction import Prediction
+    from lora_kit.evaluation.prediction_file import PredictionForm
 
 _BATCHES_AT_ONCE: Final = 16
 """Batches that are predicted, and then written, together; their texts are sorted by length."""
+_STANDARD_INPUT: Final = "-"
 
-Results = Iterator[tuple[int, "str | tuple[str, ...]", "Prediction"]]
-"""The line, the input and the prediction of each row."""
+Results = Iterator[tuple[int, "str | tuple[str, ...]", dict[str, "Prediction"]]]
+"""The line and the input of each row, and its predictions by the name of the adapter."""
 
 
 @app.command
 def predict(
+    text: Annotated[list[str] | None, Parameter(negative="", allow_leading_hyphen=True)] = None,
     *,
-    adapter: Annotated[str | None, Parameter(name=["--adapter", "-a"])] = None,
+    adapter: Adapters | None = None,
     base: str | None = None,
-    text: Annotated[list[str] | None, Parameter(negative="")] = None,
     text_pair: Annotated[list[str] | None, Parameter(negative="")] = None,
     data: Path | None = None,
     out: Path | None = None,
     replace: Replace = False,
+    top_k: int | None = None,
     quantize: str | None = None,
     batch_size: int = 16,
     max_length: int | None = None,
@@ -48,44 +52,77 @@ def predict(
 ) -> None:
     """Predict labels, numbers or entities of texts, with probabilities.
 
-    Example: lora-kit predict --adapter mine --text "where is my parcel"
+    Several adapters stand side by side. Without any, the base's own head predicts.
+
+    Example: lora-kit predict --adapter mine "where is my parcel"
 
     Args:
-        adapter: Adapter of task classify or tokens: a folder, a name in the store, or a hub id; without one the base's
-            own head predicts.
-        base: Base model: hub id, local folder or kit-base; by default the one that the adapter names, where it is here.
-        text: A text; may be repeated.
+        text: Texts; - reads them from standard input, one on each line, and so does a pipe.
+        base: Base model: hub id, local folder or kit-base; by default the one that the adapters name, where it is here.
         text_pair: The second text of each, for an adapter that was trained on pairs of texts.
         data: File of rows with text, perhaps text_pair, or words; labels are not needed.
         out: File for the predictions, .csv or .jsonl; without it they are printed.
+        top_k: Show this many of the most probable labels of each text.
         quantize: Load the base in nf4, nf4-double, fp4, fp4-double or int8.
         batch_size: Rows at once.
         max_length: Tokens of a text, at most; by default as in the training of the adapter.
     """
-    from lora_kit.evaluation.eval_report import check_predictions_file
-    from lora_kit.evaluation.predict import open_predictor
+    from lora_kit.evaluation.predict import open_predictors
     from lora_kit.evaluation.prediction_file import check_suffix
+    from lora_kit.io.output_file import check_output_file
     from lora_kit.models.infer_base import infer_base
 
-    if bool(text) == (data is not None):
-        raise ConfigError("predict takes either --text or --data", hint='--text "…", or --data rows.jsonl')
+    _check_no_flag(text or [])
+    texts = _collect_texts(text or [], data)
+    if top_k is not None and top_k < 1:
+        raise ConfigError(f"--top-k must be at least 1; {top_k} was given")
     if out is not None:
         check_suffix(out)
-        check_predictions_file(out, replace=replace)
-    chosen = base or infer_base([adapter] if adapter else [], store=store)
-    predictor_of = open_predictor(
-        chosen,
-        adapter,
+        check_output_file(out, replace=replace)
+    predictors_of = open_predictors(
+        base or infer_base(adapter or [], store=store),
+        adapter or [None],
         batch_size=batch_size,
         max_length=max_length,
         store=store,
         quantize=quantize,
         allow=allow or (),
     )
-    with show_progress_lines(), show_row_progress() as on_progress, predictor_of as predictor:
-        rows = _read_rows(text or [], text_pair or [], data, predictor.task)
-        results = _predict_rows(predictor, rows, batch_size, lambda done: on_progress("rows", done, len(rows)))
-        _write_results(results, predictor.kind, out, json=json)
+    with show_progress_lines(), show_row_progress() as on_progress, predictors_of as predictors:
+        rows = _read_rows(texts, text_pair or [], data, predictors[0].task)
+        forms = {each.name: _choose_form(each, top_k) for each in predictors}
+        results = _predict_rows(predictors, rows, batch_size, lambda done: on_progress("rows", done, len(rows)))
+        _write_results(results, forms, out, json=json)
+
+
+def _check_no_flag(texts: Sequence[str]) -> None:
+    """Raise ConfigError for a text that is a misspelled flag: a lone hyphen, which may be given, makes all parse."""
+    flag = next((text for text in texts if re.fullmatch(r"--?[a-z][\w-]*(=.*)?", text)), None)
+    if flag:
+        raise ConfigError(f"predict has no option {flag}", hint="a text that looks like one goes through a pipe")
+
+
+def _collect_texts(texts: list[str], data: Path | None) -> list[str]:
+    """Return the texts that were given, or those on standard input.
+
+    Raises:
+        ConfigError: both texts and a file were given, or nothing.
+    """
+    from lora_kit.data.unlabeled_rows import read_unlabeled_lines, reason_likely_a_file
+
+    if texts and data is not None:
+        raise ConfigError("predict takes either texts or --data", hint="lora-kit predict --adapter mine 'a text'")
+    if data is not None:
+        return []
+    is_piped = sys.stdin is not None and not sys.stdin.isatty()
+    if texts == [_STANDARD_INPUT] or (not texts and is_piped):
+        return read_unlabeled_lines(sys.stdin.buffer)
+    if not texts:
+        raise ConfigError("predict was given nothing to read", hint="give a text, or --data rows.jsonl")
+    reason = reason_likely_a_file(texts[0]) if len(texts) == 1 else None
+    if reason:
+        raise ConfigError(reason, hint=f"--data {texts[0]} predicts its rows; printf %s NAME | takes it as a text")
+    return texts
 
 
 def _read_rows(texts: list[str], pairs: list[str], data: Path | None, task: str) -> UnlabeledRows:
@@ -93,51 +130,74 @@ def _read_rows(texts: list[str], pairs: list[str], data: Path | None, task: str)
 
     if data is not None:
         if pairs:
-            raise ConfigError("a second text goes with --text; a file has a column text_pair")
+            raise ConfigError("a second text goes with a text; a file has a column text_pair")
         return read_unlabeled_rows(data, task)
     if pairs and len(pairs) != len(texts):
-        raise ConfigError(f"{len(texts)} --text and {len(pairs)} second texts were given", hint="give one for each")
+        raise ConfigError(f"{len(texts)} texts and {len(pairs)} second texts were given", hint="give one for each")
     inputs = tuple(zip(texts, pairs, strict=True)) if pairs else tuple(texts)
     return UnlabeledRows(tuple(range(1, len(inputs) + 1)), inputs)
 
 
+def _choose_form(predictor: Predictor, top_k: int | None) -> PredictionForm:
+    from lora_kit.evaluation.prediction_file import PredictionForm
+    from lora_kit.models.tasks import LABEL, LABEL_SET
+
+    if top_k is not None and predictor.kind not in (LABEL, LABEL_SET):
+        raise ConfigError(f"--top-k is for labels of texts; {predictor.name} predicts none")
+    return PredictionForm(predictor.kind, min(top_k, len(predictor.labels)) if top_k else None)
+
+
 def _predict_rows(
-    predictor: Predictor, rows: UnlabeledRows, batch_size: int, on_rows: Callable[[int], None]
+    predictors: Sequence[Predictor], rows: UnlabeledRows, batch_size: int, on_rows: Callable[[int], None]
 ) -> Results:
     """Yield predictions in the order of the rows, some batches at a time."""
     done = cut = 0
     size = _BATCHES_AT_ONCE * batch_size
     for start in range(0, len(rows), size):
         lines, inputs = rows.lines[start : start + size], rows.inputs[start : start + size]
-        predictions = predictor.predict(inputs)
-        cut += sum(prediction.cut for prediction in predictions)
-        yield from zip(lines, inputs, predictions, strict=True)
+        predicted = [{each.name: value for each, value in zip(predictors, row, strict=True)}
+                     for row in zip(*(each.predict(inputs) for each in predictors), strict=True)]  # fmt: skip
+        cut += sum(any(prediction.cut for prediction in row.values()) for row in predicted)
+        yield from zip(lines, inputs, predicted, strict=True)
         done += len(inputs)
         on_rows(done)
     if cut:
         print(f"note: {cut:,} of {len(rows):,} texts were too long and lost their end", file=sys.stderr)
 
 
-def _write_results(results: Results, kind: str, out: Path | None, *, json: bool) -> None:
-    from lora_kit.evaluation.prediction_file import (
-        PredictionWriter,
-        format_rows,
-        list_columns,
-        prediction_to_json,
-    )
+def _write_results(results: Results, forms: dict[str, PredictionForm], out: Path | None, *, json: bool) -> None:
+    from lora_kit.evaluation.prediction_file import PredictionWriter
     from lora_kit.io.atomic_write import stage_file
 
     if out is not None:
         count = 0
         with stage_file(out) as staging, staging.open("x", encoding="utf-8", newline="") as file:
-            writer = PredictionWriter(file, out.suffix, kind)
+            writer = PredictionWriter(file, out.suffix, forms)
             for each in results:
                 writer.write(*each)
                 count += 1
         print_text(f"written: {out}, {count:,} rows")
     elif json:
-        for each in results:
-            print(json_format.dumps(prediction_to_json(*each)))
+        for line, given, predictions in results:
+            for name, each in predictions.items():
+                owner = {"adapter": name} if len(forms) > 1 else {}
+                print(json_format.dumps({**owner, **forms[name].to_json(line, given, each)}))
     else:
-        cells = [row for _, given, each in results for row in format_rows(kind, given, each)]
-        print_table(list_columns(kind), cells)
+        _print_results(results, forms)
+
+
+def _print_results(results: Results, forms: dict[str, PredictionForm]) -> None:
+    """Print a table: of one adapter with a column for each figure, of several with a column for each adapter."""
+    from lora_kit.evaluation.prediction_file import join_texts
+    from lora_kit.models.tasks import LABEL_SET
+
+    [form, *others] = forms.values()
+    if not others and form.kind != LABEL_SET:
+        cells = [row for _, given, each in results for value in each.values() for row in form.format_rows(given, value)]
+        print_table(form.columns, cells)
+        return
+    header = ("text", *(forms if others else ("labels",)))
+    print_table(
+        header,
+        [(join_texts(given), *(forms[n].describe(value) for n, value in each.items())) for _, given, each in results],
+    )

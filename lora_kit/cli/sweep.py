@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from lora_kit.cli.app import AsJson, Replace, app
-from lora_kit.cli.output import print_json, print_table
+from lora_kit.cli.output import print_json, print_table, print_text
 from lora_kit.cli.train import parse_recipe_flags
 from lora_kit.models.silence import use_log_level
 
@@ -74,6 +74,7 @@ def sweep(
     print_table(("trial", report.metric, *report.best.params, "steps", "seconds", ""), _build_trial_rows(report))
     print_table(("", ""), [("best", f"trial {report.best.number}"), ("written", str(report.out)),
                            ("more", str(report.folder))])  # fmt: skip
+    print_text(f"\nreport: {report.page}")
 
 
 def _build_trial_rows(report: SweepReport) -> list[tuple[str, ...]]:

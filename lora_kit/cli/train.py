@@ -73,6 +73,7 @@ def _print_plan(recipe: Path, overrides: Mapping[str, str], *, replace: bool, as
 
 
 def _train(recipe: Path, overrides: Mapping[str, str], *, replace: bool, as_json: bool) -> None:
+    from lora_kit.training.job.output import REPORT_FILE
     from lora_kit.training.recipe.load import load_recipe
     from lora_kit.training.train import train
 
@@ -87,6 +88,7 @@ def _train(recipe: Path, overrides: Mapping[str, str], *, replace: bool, as_json
     print_table(("", ""), _build_train_facts(report))
     if resolved.method in ("lora", "features"):
         print_text("\n  ".join(["\nnext:", *list_next_commands(resolved)]))
+    print_text(f"\nreport: {report.out / REPORT_FILE}")
 
 
 def list_next_commands(recipe: Recipe) -> Iterator[str]:
@@ -100,7 +102,7 @@ def list_next_commands(recipe: Recipe) -> Iterator[str]:
         for file in list_files(recipe.data.validation):
             yield f"lora-kit eval {shlex.quote(file.path)} --adapter {adapter} --compare"
     if recipe.task in LABEL_TASKS and recipe.objective != REWARD:
-        yield f"lora-kit predict --adapter {adapter} --text 'a text'"
+        yield f"lora-kit predict --adapter {adapter} 'a text'"
     elif recipe.task not in LABEL_TASKS:
         yield f"lora-kit generate --adapter {adapter} --prompt 'a prompt'"
 
@@ -212,6 +214,8 @@ def _build_train_facts(report: TrainReport) -> list[tuple[str, str]]:
     ]
     before, after = (evaluation.metrics() if evaluation else {} for evaluation in (report.before, report.after))
     facts += [(f"validation {key}", f"{before[key]:.4f} before, {value:.4f} after") for key, value in after.items()]
+    if report.is_stopped_early:
+        facts.append(("stopped early", f"at step {report.steps:,} of {report.max_steps:,}"))
     if report.kept != report.steps:
         facts.append(("kept", f"step {report.kept:,}, the best"))
     return facts + ([("digest", report.digest)] if report.digest else [])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from lora_kit.data.cells import RowError
 from lora_kit.data.hub_datasets import is_dataset, read_dataset
 from lora_kit.data.label_columns import PAIR, read_text_input, read_words
-from lora_kit.data.readers import read_file
+from lora_kit.data.readers import GZIP, READABLE_SUFFIXES, read_file
 from lora_kit.data.records import Fault, Row
 from lora_kit.data.rows import build_fault_error
 from lora_kit.errors import DataError, format_list
@@ -61,6 +63,31 @@ def read_unlabeled_rows(path: str | Path, task: str) -> UnlabeledRows:
         raise DataError(f"{path} has no rows", hint="the ending of its name decides how a file is read")
     _check_one_form(path, lines, inputs)
     return UnlabeledRows(tuple(lines), tuple(inputs))
+
+
+def read_unlabeled_lines(stream: IO[bytes]) -> list[str]:
+    """Read texts from a stream, one on each line; lines of white space hold none.
+
+    Raises:
+        DataError: the stream is not UTF-8, or has no text.
+    """
+    try:
+        lines = [line.removesuffix("\r") for line in stream.read().decode("utf-8-sig").split("\n")]
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input is not UTF-8: {error.reason} at byte {error.start:,}") from None
+    texts = [line for line in lines if line.strip()]
+    if not texts:
+        raise DataError("standard input has no text", hint="give a text, or a line for each text")
+    return texts
+
+
+def reason_likely_a_file(text: str) -> str | None:
+    """Return why a text is likely meant as a file of rows; None where it is not."""
+    name = text.strip()
+    is_named_so = (
+        "\n" not in name and Path(name).name.lower().endswith((*READABLE_SUFFIXES, GZIP)) and os.path.isfile(name)
+    )
+    return f"{name} is a file; texts are expected" if is_named_so else None
 
 
 def _read_input(row: Row, task: str) -> str | tuple[str, ...]:

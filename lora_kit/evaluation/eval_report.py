@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_kit.adapter.store import to_json_value
 from lora_kit.data.messages import Conversation
-from lora_kit.errors import StorageError
 from lora_kit.evaluation.generation_metrics import Prompt
 from lora_kit.io.atomic_write import write_file
-from lora_kit.io.text import escape_text
+from lora_kit.io.output_file import check_output_file
+from lora_kit.models.tasks import NEXT
 
 Answer = str | tuple[str, ...]
 """A text or a label; for labeled words, one label for each word."""
@@ -44,6 +43,7 @@ class Result:
         metrics: values of the metrics, by name.
         said: the answer to each case; empty if no metric needs answers.
         unended: how many generated texts were cut off before they ended.
+        misses: how wrong each answer is, see `lora_kit.evaluation.outcomes.measure_misses`; empty for texts.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Result:
     metrics: Mapping[str, float]
     said: tuple[Answer, ...] = ()
     unended: int = 0
+    misses: tuple[float, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,8 @@ class EvalReport:
         cases: the rows or prompts that were answered; empty if no metric needs answers.
         results: one for each adapter, in the order given.
         seconds: wall time, without loading the base.
+        kind: of the samples, as in `lora_kit.models.tasks`.
+        labels: the names of the labels; empty where the task has none.
     """
 
     data: Path
@@ -72,6 +75,8 @@ class EvalReport:
     cases: tuple[EvalCase, ...]
     results: tuple[Result, ...]
     seconds: float
+    kind: str = NEXT
+    labels: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Result:
         """Return the result of an adapter by its label."""
@@ -108,24 +113,8 @@ class EvalReport:
             StorageError: the file exists, or cannot be written.
         """
         path = Path(path)
-        check_predictions_file(path, replace=replace)
+        check_output_file(path, replace=replace)
         write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines()).encode())
-
-
-def check_predictions_file(path: Path, *, replace: bool) -> None:
-    """Check that a file can be written: before hours of work, not after.
-
-    Raises:
-        StorageError: the file exists, or its folder does not.
-    """
-    if path.is_dir():
-        raise StorageError(f"{escape_text(path)} is a folder", hint="predictions are written to one file")
-    if path.exists() and not (replace and path.is_file()):
-        raise StorageError(f"{escape_text(path)} exists", hint="--replace replaces it")
-    if not path.parent.is_dir():
-        raise StorageError(f"{escape_text(path.parent)} is not a folder, so {escape_text(path)} cannot be written")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise StorageError(f"{escape_text(path)} cannot be written: {escape_text(path.parent)} may not be written to")
 
 
 def _input_to_json(value: Prompt | tuple[str, ...]) -> object:

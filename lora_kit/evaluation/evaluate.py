@@ -19,7 +19,6 @@ from lora_kit.data.sample_format import SampleFormat, convert_rows
 from lora_kit.errors import ConfigError, format_list
 from lora_kit.evaluation.adapter_format import (
     check_format,
-    find_adapter_labels,
     find_adapter_thresholds,
     find_learn,
     find_task,
@@ -27,7 +26,8 @@ from lora_kit.evaluation.adapter_format import (
     resolve_sample_formats,
 )
 from lora_kit.evaluation.eval_cases import build_cases
-from lora_kit.evaluation.eval_report import Answer, EvalReport, Result, check_predictions_file
+from lora_kit.evaluation.eval_page import check_page_file, save_eval_page
+from lora_kit.evaluation.eval_report import Answer, EvalReport, Result
 from lora_kit.evaluation.forward import ForwardResult, run_forward
 from lora_kit.evaluation.generation_metrics import (
     EvalPrompt,
@@ -37,18 +37,19 @@ from lora_kit.evaluation.generation_metrics import (
     generate_completions,
 )
 from lora_kit.evaluation.label_answers import name_answers
+from lora_kit.evaluation.label_base import load_for_labels
 from lora_kit.evaluation.measure import compute_perplexity
 from lora_kit.evaluation.metrics import default_metrics, select_generation_metrics, validate_metrics
+from lora_kit.evaluation.outcomes import measure_misses
 from lora_kit.evaluation.sample_scores import score_samples
 from lora_kit.evaluation.scores import score_texts
-from lora_kit.generation.adapter_args import build_adapter_labels, check_quantize, find_common_task, read_adapter
+from lora_kit.generation.adapter_args import build_adapter_labels, find_common_task, read_adapter
 from lora_kit.generation.decoding import Completion
 from lora_kit.generation.generate import attach_adapters
+from lora_kit.io.output_file import check_output_file
 from lora_kit.io.text import escape_text
-from lora_kit.models.checkpoint_head import find_label_order
-from lora_kit.models.heads import reason_figures_of_no_use
-from lora_kit.models.loading import Base, load_base, load_input_spec
-from lora_kit.models.tasks import CAUSAL_LM, CLASSIFY, GENERATIVE_TASKS, LABEL_TASKS
+from lora_kit.models.loading import Base, load_input_spec
+from lora_kit.models.tasks import CAUSAL_LM, CLASSIFY, GENERATIVE_TASKS, LABEL_TASKS, NEXT
 from lora_kit.names import DEFAULT_STORE
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ def evaluate(
     max_length: int | None = None,
     max_new_tokens: int | None = None,
     out: str | Path | None = None,
+    report: str | Path | None = None,
     replace: bool = False,
     store: str | Path = DEFAULT_STORE,
     quantize: str | None = None,
@@ -86,7 +88,7 @@ def evaluate(
         batch_size: rows in one batch.
         max_length: most tokens of a sample; None for what each adapter was trained with.
         max_new_tokens: most tokens of an answer; None for as many as the longest reference has, with its end.
-        out: a JSONL file for the answers to each row; `replace`: whether it may be replaced.
+        out, report: files for the answers to each row, .jsonl, and for a page, .html; `replace`: they may be replaced.
         store: where adapters are looked up by name.
         quantize: how to load the base, as in `load_base`.
         allow: as in `AdapterBank.load`.
@@ -108,15 +110,13 @@ def evaluate(
     problem = resolve_eval_problem(base, by_label, rows) if task == CLASSIFY else None
     names = validate_metrics(default_metrics(task, problem) if metrics is None else metrics, task, problem)
     prompts = _collect_prompts(rows, by_label) if select_generation_metrics(names, task) else ()
-    if out is not None:
-        _check_out(Path(out), names, task, replace=replace)
+    _check_outputs(out, report, names, task, replace=replace)
     loaded = load_for_labels(base, by_label, task, quantize, problem=problem)
     formats = resolve_sample_formats(loaded, by_label, rows, max_length=max_length, problem=problem)
     plan = _build_eval_plan(loaded, by_label, formats, rows, prompts, names, max_new_tokens)
-    report = _run_plan(plan, labels, batch_size, on_progress, allow=allow)
-    if out is not None:
-        report.save(out, replace=replace)
-    return report
+    measured = _run_plan(plan, labels, batch_size, on_progress, allow=allow)
+    _save_outputs(measured, out, report, base=loaded.name, replace=replace)
+    return measured
 
 
 def _collect_prompts(rows: Rows, adapters: Mapping[str, Adapter | None]) -> tuple[EvalPrompt, ...]:
@@ -144,11 +144,27 @@ def _check_counts(*, batch_size: int, max_length: int | None, max_new_tokens: in
             raise ConfigError(f"{name} must be a whole number from {least}; {value!r} was given")
 
 
-def _check_out(out: Path, metrics: Sequence[str], task: str, *, replace: bool) -> None:
+def _check_outputs(
+    out: str | Path | None, report: str | Path | None, metrics: Sequence[str], task: str, *, replace: bool
+) -> None:
+    if report is not None:
+        check_page_file(Path(report), replace=replace)
+    if out is None:
+        return
+    out = Path(out)
     if task in GENERATIVE_TASKS and not select_generation_metrics(metrics, task):
         message = f"{escape_text(out)} is for generated texts, and {format_list(metrics)} needs none"
         raise ConfigError(message, hint="ask for exact_match too")
-    check_predictions_file(out, replace=replace)
+    check_output_file(out, replace=replace)
+
+
+def _save_outputs(
+    measured: EvalReport, out: str | Path | None, report: str | Path | None, *, base: str, replace: bool
+) -> None:
+    if out is not None:
+        measured.save(out, replace=replace)
+    if report is not None:
+        save_eval_page(measured, Path(report), base=base)
 
 
 def _resolve_task(base: str | Base, adapters: Mapping[str, Adapter | None], rows: Rows) -> str:
@@ -163,32 +179,6 @@ def _resolve_task(base: str | Base, adapters: Mapping[str, Adapter | None], rows
         task = load_input_spec(base).generative_task if task == CAUSAL_LM else task
     check_format(rows, task)
     return task
-
-
-def load_for_labels(
-    base: str | Base,
-    adapters: Mapping[str, Adapter | None],
-    task: str,
-    quantize: str | None,
-    *,
-    problem: str | None = None,
-) -> Base:
-    """Return a loaded base, or load one with a head for the labels of the adapters."""
-    check_quantize(base, list(adapters), list(adapters.values()), quantize)
-    if isinstance(base, Base):
-        return base
-    labels: tuple[str, ...] = ()
-    if task in LABEL_TASKS:
-        recorded = [find_adapter_labels(adapter) for adapter in adapters.values() if adapter is not None]
-        labels = next(filter(None, recorded), ())
-        head, ordered = find_label_order(base, labels, task=task)
-        reason = reason_figures_of_no_use(head, labels) if None in adapters.values() and labels else None
-        if reason is not None:
-            logger.warning("%s: its own figures say little: %s", base, reason)
-        # A base whose own head has the adapters' labels is measured with that head, in its own order.
-        labels = ordered if len(ordered) == len(labels) else labels
-    label2id = {name: number for number, name in enumerate(labels)}
-    return load_base(base, task=task, label2id=label2id or None, problem=problem, quantize=quantize)
 
 
 @dataclass(frozen=True)
@@ -263,6 +253,8 @@ def _run_plan(
         rows=len(plan.rows),
         cases=tuple(build_cases(plan.rows, plan.prompts)),
         results=tuple(results[label] for label in labels),
+        kind=next((samples.kind for samples in plan.samples.values()), NEXT),
+        labels=next(iter(plan.formats.values())).labels,
         seconds=time.perf_counter() - started,
     )
 
@@ -309,6 +301,7 @@ class _EvalRun:
         plan = self._plan
         values: dict[str, float] = {}
         answers: tuple[Answer, ...] = ()
+        misses: tuple[float, ...] = ()
         if forward is not None:
             values = {"loss": forward.loss, "perplexity": compute_perplexity(forward.loss)}
         if forward is not None and plan.base.task in LABEL_TASKS:
@@ -316,6 +309,7 @@ class _EvalRun:
             wanted = [name for name in plan.metrics if name not in values]
             values |= score_samples(wanted, samples, forward, labels=names)
             answers = name_answers(samples.kind, forward, names)
+            misses = measure_misses(samples, forward, find_adapter_thresholds(adapter))
         if completions:
             texts = [completion.text for completion in completions]
             wanted = list(select_generation_metrics(plan.metrics, plan.base.task))
@@ -330,6 +324,7 @@ class _EvalRun:
             digest=adapter.digest if adapter else None,
             metrics=scores,
             said=answers,
+            misses=misses,
             unended=sum(not completion.ended for completion in completions),
         )
 

@@ -111,12 +111,12 @@ def build_generation_task(
     if budget < 1 or limit >= base.max_length:
         what = f"an answer may have {limit:,} tokens; {base.name} sees {base.max_length:,} at once"
         raise ConfigError(what, hint="give a smaller max_new_tokens")
-    rows = [encode_prompt(base, _convert_prompt(prompt, style), style) for prompt in prompts]
+    rows = [encode_prompt(base, convert_prompt(prompt, style), style) for prompt in prompts]
     cut = sum(len(row.ids) > budget for row in rows)
     if cut:
         side = "at the end" if base.task == SEQ2SEQ else "on the left"
         logger.warning("%d of %d prompts were cut %s to fit %d tokens", cut, len(rows), side, budget)
-    return GenerationTask(base, tuple(prompts), tuple(_cut_prompt(base, row, budget) for row in rows), limit)
+    return GenerationTask(base, tuple(prompts), tuple(cut_prompt(base, row, budget) for row in rows), limit)
 
 
 def _measure_longest_reference(base: Base, prompts: Sequence[EvalPrompt]) -> int:
@@ -126,7 +126,7 @@ def _measure_longest_reference(base: Base, prompts: Sequence[EvalPrompt]) -> int
     return max(map(len, ids)) + 1
 
 
-def _convert_prompt(prompt: EvalPrompt, style: PromptStyle) -> Prompt:
+def convert_prompt(prompt: EvalPrompt, style: PromptStyle) -> Prompt:
     """Return a prompt as the style takes it: without a chat template, a single message is a text."""
     if isinstance(style, ChatTemplate) or isinstance(prompt.prompt, str):
         return prompt.prompt
@@ -136,7 +136,8 @@ def _convert_prompt(prompt: EvalPrompt, style: PromptStyle) -> Prompt:
     return prompt.prompt.messages[0].content
 
 
-def _cut_prompt(base: Base, row: EncodedPrompt, budget: int) -> EncodedPrompt:
+def cut_prompt(base: Base, row: EncodedPrompt, budget: int) -> EncodedPrompt:
+    """Return a prompt with at most `budget` tokens: without its beginning, or for an encoder without its end."""
     if len(row.ids) <= budget:
         return row
     prefix, suffix = find_special_tokens(base.tokenizer)

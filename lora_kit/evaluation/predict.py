@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import unicodedata
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.adapter_like import AdapterLike
+from lora_kit.bank.bank import AdapterBank
 from lora_kit.config.validation import is_whole_number, require
 from lora_kit.data.batches import IGNORE_INDEX, Collator, join_samples
 from lora_kit.data.label_columns import TextInput
@@ -22,14 +23,15 @@ from lora_kit.data.text_tokens import TextTokens, tokenize_texts, tokenize_words
 from lora_kit.errors import ConfigError, DataError
 from lora_kit.evaluation.adapter_format import (
     build_prediction_format,
+    find_adapter_labels,
     find_adapter_problem,
     find_adapter_thresholds,
 )
-from lora_kit.evaluation.evaluate import load_for_labels
 from lora_kit.evaluation.forward import batch_by_length, choose_classes, compute_scores
+from lora_kit.evaluation.label_base import load_for_labels
 from lora_kit.evaluation.prediction import Entity, Prediction
 from lora_kit.evaluation.scores import find_entities, is_bio_scheme
-from lora_kit.generation.adapter_args import find_common_task, read_adapter
+from lora_kit.generation.adapter_args import build_adapter_labels, find_common_task, read_adapter
 from lora_kit.generation.generate import attach_adapters
 from lora_kit.io.text import format_value
 from lora_kit.models.checkpoint_head import find_checkpoint_problem, find_checkpoint_task
@@ -41,7 +43,6 @@ from lora_kit.torch_utils import use_eval_mode
 PredictionInput: TypeAlias = TextInput | Sequence[str]
 """A text; for `classify` also two texts as a tuple; for `tokens` also a list of words."""
 
-_LABEL: Final = "adapter"
 _PARTS: Final = re.compile(r"\w+|[^\w\s]")
 """A word of running text, a mark, or an accent or vowel sign that belongs to the letter before it."""
 _JOINERS: Final = ("\u200c", "\u200d")
@@ -83,42 +84,57 @@ def predict(
     Example:
         lk.predict("base", "adapters/a", ["a text"])[0].label
     """
-    with open_predictor(
-        base, adapter, batch_size=batch_size, max_length=max_length, store=store, quantize=quantize, allow=allow
-    ) as predictor:
+    options = {"batch_size": batch_size, "max_length": max_length, "store": store, "quantize": quantize, "allow": allow}
+    with open_predictors(base, [adapter], **options) as [predictor]:  # type: ignore[arg-type]
         return predictor.predict(inputs)
 
 
 @contextlib.contextmanager
-def open_predictor(
+def open_predictors(
     base: str | Base,
-    adapter: AdapterLike | None,
+    adapters: Sequence[AdapterLike | None],
     *,
     batch_size: int = 16,
     max_length: int | None = None,
     store: str | Path = DEFAULT_STORE,
     quantize: str | None = None,
     allow: Collection[str] = (),
-) -> Iterator[Predictor]:
-    """Load a base with an adapter for the length of a block; arguments and errors as in `predict`."""
+) -> Iterator[list[Predictor]]:
+    """Load a base with adapters for the length of a block; arguments and errors as in `predict`.
+
+    Adapters with the same labels share one loaded base; others have one each, since its head is of their size.
+    """
     require(is_whole_number(batch_size) and batch_size >= 1, "batch_size", batch_size, "a whole number from 1")
     fits = max_length is None or (is_whole_number(max_length) and max_length >= 2)
     require(fits, "max_length", max_length, "a whole number from 2")
-    loaded_adapter = read_adapter(adapter, store=store, allow=allow)
-    task, problem = _resolve_task(base, loaded_adapter)
-    adapters = {_LABEL: loaded_adapter}
-    loaded = load_for_labels(base, adapters, task, quantize, problem=problem)
-    sample_format = build_prediction_format(loaded, loaded_adapter, max_length=max_length, problem=problem)
-    thresholds = find_adapter_thresholds(loaded_adapter)
-    with attach_adapters(loaded.model, adapters, allow=allow) as bank:
-        if bank is not None:
-            bank.use(_LABEL)
-        yield Predictor(loaded, sample_format, thresholds, batch_size)
+    read = [read_adapter(adapter, store=store, allow=allow) for adapter in adapters]
+    labels = build_adapter_labels(adapters, read)
+    opened: dict[str, Predictor] = {}
+    with contextlib.ExitStack() as stack:
+        for (task, problem, _), group in _group_by_head(base, dict(zip(labels, read, strict=True))).items():
+            loaded = load_for_labels(base, group, task, quantize, problem=problem)
+            bank = stack.enter_context(attach_adapters(loaded.model, group, allow=allow))
+            for label, adapter in group.items():
+                form = build_prediction_format(loaded, adapter, max_length=max_length, problem=problem)
+                thresholds = find_adapter_thresholds(adapter)
+                opened[label] = Predictor(label, loaded, form, thresholds, batch_size, bank=bank)
+        yield [opened[label] for label in labels]
 
 
-def _resolve_task(base: str | Base, adapter: Adapter | None) -> tuple[str, str | None]:
+def _group_by_head(
+    base: str | Base, adapters: Mapping[str, Adapter | None]
+) -> dict[tuple[str, str | None, tuple[str, ...]], dict[str, Adapter | None]]:
+    """Return the adapters by task, problem and labels: those of one head. A base without an adapter has its own."""
+    groups: dict[tuple[str, str | None, tuple[str, ...]], dict[str, Adapter | None]] = {}
+    for label, adapter in adapters.items():
+        names = () if adapter is None or isinstance(base, Base) else find_adapter_labels(adapter)
+        groups.setdefault((*_resolve_task(base, label, adapter), names), {})[label] = adapter
+    return groups
+
+
+def _resolve_task(base: str | Base, label: str, adapter: Adapter | None) -> tuple[str, str | None]:
     """Return the task, and the problem of task `classify`."""
-    task = find_common_task([_LABEL], [adapter])
+    task = find_common_task([label], [adapter])
     if isinstance(base, Base):
         if task not in (None, base.task):
             raise ConfigError(f"the adapter is for task {task}, the base given was loaded for {base.task}")
@@ -134,15 +150,26 @@ def _resolve_task(base: str | Base, adapter: Adapter | None) -> tuple[str, str |
 
 
 class Predictor:
-    """Predicts with the adapter that is active in a base.
+    """Predicts with one adapter of a bank, or with a base alone.
 
     Attributes:
+        name: of the adapter, or `base`.
         task: `classify` or `tokens`.
         kind: what is predicted: the kind of the samples.
         labels: the names of the labels in the order of the classes.
     """
 
-    def __init__(self, base: Base, sample_format: SampleFormat, thresholds: Sequence[float], batch_size: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        base: Base,
+        sample_format: SampleFormat,
+        thresholds: Sequence[float],
+        batch_size: int,
+        *,
+        bank: AdapterBank | None,
+    ) -> None:
+        self.name, self._bank = name, bank
         self._base, self._format, self._thresholds, self._batch_size = base, sample_format, thresholds, batch_size
         self._collator = Collator(base.pad_token_id, takes_types=base.takes_token_types)
         self.task, self.labels = base.task, sample_format.labels
@@ -183,7 +210,7 @@ class Predictor:
         rows = [(text.ids, [IGNORE_INDEX] * number) for text, number in zip(tokens, count, strict=True)]
         samples = join_samples(rows, kind=WORD if self.kind == WORD else LABEL, types=types)
         logits: dict[int, Tensor] = {}
-        with use_eval_mode(self._base.model), torch.no_grad():
+        with use_eval_mode(self._base.model), torch.no_grad(), self._route():
             for indices in batch_by_length(samples.lengths, self._batch_size):
                 batch = self._collator([samples[index] for index in indices])
                 inputs = {name: tensor.to(self._base.device) for name, tensor in batch.items() if name != "labels"}
@@ -191,6 +218,11 @@ class Predictor:
                 ends = [len(tokens[index].ids) if self.kind == WORD else None for index in indices]
                 logits |= {index: row[:end] for index, row, end in zip(indices, outputs, ends, strict=True)}
         return [logits[index] for index in range(len(tokens))]
+
+    def _route(self) -> contextlib.AbstractContextManager[None]:
+        if self._bank is None:
+            return contextlib.nullcontext()
+        return self._bank.using(self.name if self.name in self._bank.names else None)
 
     # Words
 

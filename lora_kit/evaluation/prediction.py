@@ -54,6 +54,10 @@ class Prediction:
         """The probability of `label`; None without one."""
         return None if self.label is None else self.probabilities.get(self.label)
 
+    def most_probable(self, count: int | None = None) -> list[tuple[str, float]]:
+        """Return the most probable labels of a text with their probabilities, the greatest first; None for all."""
+        return sorted(self.probabilities.items(), key=lambda pair: -pair[1])[:count]
+
     def to_json(self) -> dict[str, object]:
         """Return the prediction as JSON values: only the fields that its task has."""
         if self.value is not None:

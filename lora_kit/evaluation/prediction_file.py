@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final, TypeAlias
 
@@ -18,14 +19,6 @@ SUFFIXES: Final = (".csv", ".jsonl")
 Input: TypeAlias = str | Sequence[str]
 """A text, two texts, or words."""
 
-_COLUMNS: Final = {
-    LABEL: ("label", "probability"),
-    LABEL_SET: ("labels", "probabilities"),
-    VALUE: ("value",),
-    WORD: ("label", "start", "end", "probability"),
-}
-"""What is predicted, by the kind of the samples; of words a row for each entity."""
-
 
 def check_suffix(path: Path) -> None:
     """Raise ConfigError for a file that predictions are not written to."""
@@ -33,58 +26,111 @@ def check_suffix(path: Path) -> None:
         raise ConfigError(f"{path}: predictions are written as CSV or JSONL", hint="name it .csv or .jsonl")
 
 
-def list_columns(kind: str) -> tuple[str, ...]:
-    """Return the names of the columns that a prediction fills: the input, then what is predicted."""
-    return ("text", *_COLUMNS[kind])
+@dataclass(frozen=True)
+class PredictionForm:
+    """How predictions of one kind are written.
+
+    Attributes:
+        kind: of the samples.
+        top: how many of the most probable labels are written; None for the predicted ones, and in JSON all.
+    """
+
+    kind: str
+    top: int | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the columns: the input, then what is predicted; of words a row is one entity."""
+        if self.kind == LABEL:
+            further = range(2, (self.top or 1) + 1)
+            numbered = (f"{name}_{number}" for number in further for name in ("label", "probability"))
+            return ("text", "label", "probability", *numbered)
+        own = {
+            LABEL_SET: ("labels", "probabilities"),
+            VALUE: ("value",),
+            WORD: ("label", "start", "end", "probability"),
+        }
+        return ("text", *own[self.kind])
+
+    def format_rows(self, given: Input, prediction: Prediction) -> Iterator[tuple[str, ...]]:
+        """Yield the cells of a prediction, one row for each text, for words one for each entity."""
+        if self.kind == WORD:
+            for entity in prediction.entities:
+                yield entity.text, entity.label, str(entity.start), str(entity.end), f"{entity.probability:.4f}"
+            return
+        text = join_texts(given)
+        if self.kind == VALUE:
+            assert prediction.value is not None
+            yield text, format_value(prediction.value)
+        elif self.kind == LABEL:
+            pairs = prediction.most_probable(self.top or 1)
+            yield text, *(cell for name, value in pairs for cell in (name, f"{value:.4f}"))
+        else:
+            numbers = {name: round(value, 4) for name, value in prediction.most_probable(self.top)}
+            numbers = numbers if self.top else {name: numbers[name] for name in prediction.probabilities}
+            yield text, *(json.dumps(each, ensure_ascii=False) for each in (prediction.labels, numbers))
+
+    def describe(self, prediction: Prediction) -> str:
+        """Return a prediction on one line: `card 0.98`; several with commas between them."""
+        if self.kind == VALUE:
+            assert prediction.value is not None
+            return format_value(prediction.value)
+        if self.kind == WORD:
+            return (
+                ", ".join(f"{each.text} ({each.label} {each.probability:.2f})" for each in prediction.entities) or "–"
+            )
+        most = self.top or (1 if self.kind == LABEL else None)
+        pairs = prediction.most_probable(most)
+        chosen = pairs if self.top or self.kind == LABEL else [pair for pair in pairs if pair[0] in prediction.labels]
+        return ", ".join(f"{name} {value:.2f}" for name, value in chosen) or "–"
+
+    def to_json(self, line: int, given: Input, prediction: Prediction) -> dict[str, object]:
+        """Return a prediction with its line and its input as JSON values."""
+        if isinstance(given, str):
+            source: dict[str, object] = {"text": given}
+        elif self.kind == WORD:
+            source = {"words": list(given)}
+        else:
+            source = {"text": given[0], "text_pair": given[1]}
+        fields = {"line": line, **source, **prediction.to_json()}
+        if self.top is not None:
+            fields["probabilities"] = dict(prediction.most_probable(self.top))
+        return fields
 
 
-def format_rows(kind: str, given: Input, prediction: Prediction) -> Iterator[tuple[str, ...]]:
-    """Yield the cells of a prediction, one row for each text, for words one for each entity."""
-    if kind == WORD:
-        for entity in prediction.entities:
-            yield entity.text, entity.label, str(entity.start), str(entity.end), f"{entity.probability:.4f}"
-        return
-    text = given if isinstance(given, str) else "\n".join(given)
-    if kind == VALUE:
-        assert prediction.value is not None
-        yield text, format_value(prediction.value)
-    elif kind == LABEL:
-        yield text, str(prediction.label), f"{prediction.probability:.4f}"
-    else:
-        numbers = {name: round(value, 4) for name, value in prediction.probabilities.items()}
-        labels, probabilities = (json.dumps(each, ensure_ascii=False) for each in (prediction.labels, numbers))
-        yield text, labels, probabilities
-
-
-def prediction_to_json(line: int, given: Input, prediction: Prediction) -> dict[str, object]:
-    """Return a prediction with its line and its input as JSON values."""
-    if isinstance(given, str):
-        source: dict[str, object] = {"text": given}
-    elif prediction.entities or (not prediction.probabilities and prediction.value is None):
-        source = {"words": list(given)}
-    else:
-        source = {"text": given[0], "text_pair": given[1]}
-    return {"line": line, **source, **prediction.to_json()}
+def join_texts(given: Input) -> str:
+    """Return an input as one text: two texts on lines of their own."""
+    return given if isinstance(given, str) else "\n".join(given)
 
 
 class PredictionWriter:
-    """Writes predictions to an open file, as CSV or JSONL.
+    """Writes the predictions of one or several adapters to an open file, as CSV or JSONL.
 
     Args:
         file: opened for text with `newline=""`.
         suffix: `.csv` or `.jsonl`.
-        kind: of the samples.
+        forms: by the name of the adapter. With several, each row names the adapter; a CSV file has one kind of rows.
+
+    Raises:
+        ConfigError: the adapters' predictions have different columns, and the file is CSV.
     """
 
-    def __init__(self, file: IO[str], suffix: str, kind: str) -> None:
-        self._file, self._kind = file, kind
+    def __init__(self, file: IO[str], suffix: str, forms: dict[str, PredictionForm]) -> None:
+        self._file, self._forms, self._are_named = file, forms, len(forms) > 1
         self._table = csv.writer(file) if suffix.lower() == ".csv" else None
         if self._table is not None:
-            self._table.writerow(("line", *list_columns(kind)))
+            columns = {form.columns for form in forms.values()}
+            if len(columns) > 1:
+                raise ConfigError("these adapters predict different things", hint="name the file .jsonl")
+            self._table.writerow(("line", *(["adapter"] if self._are_named else []), *columns.pop()))
 
-    def write(self, line: int, given: Input, prediction: Prediction) -> None:
-        """Write one prediction."""
-        if self._table is None:
-            self._file.write(json.dumps(prediction_to_json(line, given, prediction), ensure_ascii=False) + "\n")
-            return
-        self._table.writerows((line, *cells) for cells in format_rows(self._kind, given, prediction))
+    def write(self, line: int, given: Input, predictions: dict[str, Prediction]) -> None:
+        """Write the predictions of one input, by the name of the adapter."""
+        for name, prediction in predictions.items():
+            owner = {"adapter": name} if self._are_named else {}
+            if self._table is not None:
+                rows = self._forms[name].format_rows(given, prediction)
+                self._table.writerows((line, *owner.values(), *cells) for cells in rows)
+            else:
+                fields = {**owner, **self._forms[name].to_json(line, given, prediction)}
+                self._file.write(json.dumps(fields, ensure_ascii=False) + "\n")

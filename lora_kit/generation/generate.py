@@ -90,7 +90,7 @@ def generate(
     read = [read_adapter(adapter, store=store, allow=allow) for adapter in adapters]
     labels = build_adapter_labels(adapters, read)
     check_quantize(base, labels, read, quantize)
-    loaded = _load_for_generation(base, labels, read, quantize)
+    loaded = load_for_generation(base, labels, read, quantize)
     styles = resolve_styles(read, base_alone="") if template == "adapter" else [""] * len(read)
     rows = [encode_prompt(loaded, prompt, style) for style in styles]
     limit, limited_by = _limit_new_tokens(loaded, max(len(row.ids) for row in rows), sampling.max_new_tokens)
@@ -148,7 +148,7 @@ def route_rows(bank: AdapterBank | None, labels: Sequence[str]) -> contextlib.Ab
     return bank.rows([label if label in bank.names else None for label in labels])
 
 
-def _load_for_generation(
+def load_for_generation(
     base: str | Base, labels: Sequence[str], adapters: Sequence[Adapter | None], quantize: str | None
 ) -> Base:
     """Load the base for the task of the adapters; a base alone for its own task."""
@@ -156,7 +156,7 @@ def _load_for_generation(
         task_type = adapter.config.task_type if adapter is not None else None
         spec = find_task_by_peft_type(task_type)
         if task_type is not None and not (spec and spec.is_generative):
-            hint = "`lora-kit eval FILE --out said.jsonl` predicts its labels"
+            hint = "`lora-kit predict` predicts its labels"
             raise AdapterError(f"adapter {label!r} was made for {task_type}: it does not write text", hint=hint)
     task = find_common_task(labels, adapters)
     if not isinstance(base, str):

@@ -26,8 +26,9 @@ from lora_kit.names import RECIPE_FILE
 from lora_kit.runs.sweep_status import SWEEP_RESULTS
 from lora_kit.sweeps.space import Params, Value
 from lora_kit.sweeps.study import SweepStudy
+from lora_kit.sweeps.sweep_page import render_sweep_page
 from lora_kit.sweeps.sweep_plan import SweepPlan
-from lora_kit.training.job.output import is_trained_model_folder
+from lora_kit.training.job.output import REPORT_FILE, is_trained_model_folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,7 +79,7 @@ class SweepReport:
 
     Attributes:
         out: folder of the best trial's adapter (or model).
-        folder: of the sweep, with `results.json` and `results.png`.
+        folder: of the sweep, with `results.json`, `results.png` and `report.html`.
         metric: by which trials are compared.
         direction: `minimize` or `maximize`.
         trials: in the order in which they began.
@@ -91,6 +92,11 @@ class SweepReport:
     direction: str
     trials: tuple[TrialReport, ...]
     best: TrialReport
+
+    @property
+    def page(self) -> Path:
+        """The page of the sweep."""
+        return self.folder / REPORT_FILE
 
     def to_json(self) -> dict[str, object]:
         trials = [{**vars(trial), "params": dict(trial.params)} for trial in self.trials]
@@ -132,6 +138,7 @@ def _write_report(plan: SweepPlan, report: SweepReport) -> None:
     picture = plot_trials(plan, report.trials)
     if picture:
         write_file(plan.folder / PICTURE, picture)
+    write_file(report.page, render_sweep_page(plan, report.trials, report.best).encode())
 
 
 # The best trial's result

@@ -184,7 +184,7 @@ def _build_report(newest: Checkpoint, kept: Checkpoint, recipe: Recipe) -> Train
 
 
 def _write_result(kept: Checkpoint, record: JsonObject, report: TrainReport, *, replace: bool) -> TrainReport:
-    files = build_result_files(report, samples=(), num_labels=len(record.get("labels") or ()))
+    files = build_result_files(report, outcomes=None, num_labels=len(record.get("labels") or ()))
     facts = {"metrics": collect_record_metrics(report)}
     if record.get("method") != "peft":
         adapter = Adapter.load(kept.folder)

@@ -41,6 +41,7 @@ class TrainReport:
             validation file for the best F1; `after` is measured with them. Empty for 0.5.
         history: the entries of the log, as in metrics.jsonl.
         planned: optimizer steps that were to be done, where a checkpoint was kept as the result; else None.
+        max_steps: optimizer steps that the recipe asks for; 0 where that is not known.
         digest: identity of the adapter; None for `full`.
         recipe: with every value that was left open filled in.
     """
@@ -66,6 +67,12 @@ class TrainReport:
     digest: str | None
     recipe: Recipe
     processes: int = 1
+    max_steps: int = 0
+
+    @property
+    def is_stopped_early(self) -> bool:
+        """Whether early stopping ended the training before the steps that the recipe asks for."""
+        return self.planned is None and self.steps < self.max_steps
 
     @property
     def tokens_per_second(self) -> float:

@@ -161,10 +161,10 @@ def _train_and_save(trainable: TrainableJob, run: StartedRun, *, replace: bool) 
     if is_shared:
         shard_base(job.base.model)
     report = _build_report(trainable, _run_training(trainable, run), run.world)
-    answered = samples.after() if samples is not None else ()
+    answered = samples.after(report.thresholds) if samples is not None else None
 
     def save() -> str | None:
-        files = build_result_files(report, samples=answered, num_labels=len(job.labels))
+        files = build_result_files(report, outcomes=answered, num_labels=len(job.labels))
         return trainable.save(report, files, replace=replace).digest
 
     return dataclasses.replace(report, digest=run.world.ask_first(save))
@@ -308,6 +308,7 @@ def _build_report(trainable: TrainableJob, outcome: _TrainingOutcome, world: Wor
         method=job.recipe.method,
         task=job.recipe.task,
         steps=trainer.state.global_step,
+        max_steps=trainer.state.max_steps,
         kept=trainer.kept,
         resumed=trainer.resumed,
         seconds=max(world.gather(outcome.seconds)),

@@ -19,7 +19,7 @@ from lora_kit.cli.output import print_table
 from lora_kit.doctor import Check, Examination
 from lora_kit.evaluation.eval_report import EvalReport, Result
 from lora_kit.evaluation.prediction import Prediction
-from lora_kit.evaluation.prediction_file import LABEL, format_rows, list_columns
+from lora_kit.evaluation.prediction_file import LABEL, PredictionForm
 
 SCREENS = Path(__file__).parent / "screens"
 STORE = Path(__file__).parents[2] / "adapters"
@@ -91,12 +91,13 @@ def show_predictions(_: pytest.MonkeyPatch) -> None:
         "Where is my parcel? It was to be here on Monday, and the page that follows it shows nothing.": "delivery",
         "I was charged twice.": "billing",
     }
+    form = PredictionForm(LABEL)
     rows = [
         row
         for text, label in texts.items()
-        for row in format_rows(LABEL, text, Prediction(labels=(label,), probabilities={label: 0.9712}))
+        for row in form.format_rows(text, Prediction(labels=(label,), probabilities={label: 0.9712}))
     ]
-    print_table(list_columns(LABEL), rows)
+    print_table(form.columns, rows)
 
 
 def show_errors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import unicodedata
 from pathlib import Path
@@ -202,6 +203,78 @@ def test_a_text_gives_a_table(capsys: Capture) -> None:
     assert lk.predict("base", "single", ["ab"])[0].label in out.splitlines()[1]
 
 
+def test_texts_are_given_as_words_of_the_command_or_on_standard_input(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(capsys, "-a", "single", "--text", "ab", "--text", "c and b")
+    assert expected[0] == 0
+    assert run(capsys, "ab", "c and b", "-a", "single") == expected
+    for arguments in (["-"], []):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ab\r\n\nc and b")))
+        assert run(capsys, *arguments, "-a", "single") == expected
+
+
+@pytest.mark.parametrize(("given", "told"), [(b" \n", "no text"), (b"\xff", "not UTF-8")])
+def test_standard_input_without_text_is_refused(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, given: bytes, told: str
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given)))
+    code, _, err = run(capsys, "-a", "single")
+    assert (code, told in err) == (2, True)
+
+
+def test_the_name_of_a_file_is_not_taken_for_a_text(capsys: Capture, tmp_path: Path) -> None:
+    rows = texts.write(tmp_path / "rows.jsonl", [{"text": "a"}])
+    code, _, err = run(capsys, "-a", "single", str(rows))
+    assert (code, "--data" in err) == (2, True)
+
+
+def test_the_most_probable_labels_are_shown(capsys: Capture, tmp_path: Path) -> None:
+    (found,) = lk.predict("base", "single", ["ab"])
+    ranked = sorted(found.probabilities.items(), key=lambda pair: -pair[1])
+    assert found.most_probable(2) == ranked[:2]
+    code, out, _ = run(capsys, "ab", "-a", "single", "--top-k", "2", "--json")
+    assert (code, json.loads(out)["probabilities"]) == (0, dict(ranked[:2]))
+    code, out, _ = run(capsys, "ab", "-a", "single", "--top-k", "9")
+    assert out.splitlines()[0].split()[1:] == ["label", "probability", "label_2", "probability_2", "label_3",
+                                               "probability_3"]  # fmt: skip
+    assert out.splitlines()[1].split()[1::2] == [name for name, _ in ranked]
+    assert run(capsys, "ab", "-a", "number", "--top-k", "2")[0] == 2
+
+
+def test_several_adapters_stand_side_by_side_whatever_they_predict(capsys: Capture, tmp_path: Path) -> None:
+    names = ["single", "several", "number"]
+    chosen = [part for name in names for part in ("-a", name)]
+    code, out, err = run(capsys, "ab", *chosen)
+    assert code == 0, err
+    header, row = out.splitlines()
+    assert header.split() == ["text", *names]
+    one = lk.predict("base", "single", ["ab"])[0]
+    assert f"{one.label} {one.probability:.2f}" in row
+    rows = texts.write(tmp_path / "rows.jsonl", [{"text": text} for text in TEXTS])
+    out_file = tmp_path / "out.jsonl"
+    assert run(capsys, *chosen, "--data", str(rows), "--out", str(out_file))[0] == 0
+    lines = [json.loads(line) for line in out_file.read_text("utf-8").splitlines()]
+    assert [line.pop("adapter") for line in lines] == names * len(TEXTS)
+    for name in names:
+        alone = tmp_path / f"{name}.jsonl"
+        assert run(capsys, "-a", name, "--data", str(rows), "--out", str(alone))[0] == 0
+        assert [json.loads(line) for line in alone.read_text("utf-8").splitlines()] == lines[names.index(name) :: 3]
+    code, _, err = run(capsys, *chosen, "--data", str(rows), "--out", str(tmp_path / "out.csv"))
+    assert (code, "name the file .jsonl" in err, (tmp_path / "out.csv").exists()) == (2, True, False)
+
+
+def test_adapters_with_the_same_labels_share_one_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_kit.evaluation import predict as module
+
+    loaded: list[object] = []
+    load = module.load_for_labels
+    monkeypatch.setattr(module, "load_for_labels", lambda *a, **k: loaded.append(a) or load(*a, **k))
+    with module.open_predictors("base", ["single", "number", "single"]) as opened:
+        assert [each.name for each in opened] == ["single", "number", "single"]
+    assert len(loaded) == 2
+
+
 @pytest.mark.parametrize("name", list(LABELS))
 def test_a_file_gives_csv_and_jsonl(capsys: Capture, tmp_path: Path, name: str) -> None:
     rows = texts.write(tmp_path / "rows.jsonl", [{"text": text, "id": 7} for text in TEXTS])
@@ -234,7 +307,9 @@ def test_what_is_wrong_is_one_line_and_writes_nothing(capsys: Capture, tmp_path:
     code, _, err = run(capsys, "-a", "single", "--data", str(rows), "--out", str(tmp_path / "out.csv"))
     assert (code, ":2: text is empty" in err, ":3: text is expected; the row has txt" in err) == (2, True, True)
     assert not (tmp_path / "out.csv").exists()
-    assert run(capsys, "-a", "single")[0] == 2
+    assert run(capsys, "-a", "single", "a", "--data", str(rows))[0] == 2
+    code, _, err = run(capsys, "-a", "single", "a", "--topk", "2")
+    assert (code, "no option --topk" in err) == (2, True)
     code, _, err = run(capsys, "-a", "single", "--data", str(rows), "--out", str(tmp_path / "out.txt"))
     assert (code, "name it .csv or .jsonl" in err) == (2, True)
 

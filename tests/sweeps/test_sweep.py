@@ -52,6 +52,7 @@ RANKS = "lora.r=2,4,8"
 @pytest.fixture(autouse=True)
 def _nothing_beside_the_trials(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("lora_kit.sweeps.sweep_report.plot_trials", lambda *_: None)
+    monkeypatch.setattr("lora_kit.sweeps.sweep_page.can_plot", lambda: False)
     monkeypatch.setattr(working._ReportEvaluations, "on_step_end", TrainerCallback.on_step_end, raising=False)
     monkeypatch.setattr(working, "train", train)
     gc.freeze()  # every training looks for garbage
@@ -272,6 +273,7 @@ def test_a_grid_keeps_the_best_adapter_as_if_it_had_been_trained_alone(
     assert alone.digest == adapter.digest
     assert (alone.out / "adapter_model.safetensors").read_bytes() == weights(report)
     assert json.loads((report.folder / "results.json").read_text())["best"] == report.best.number
+    assert f"trial {report.best.number} of 4" in report.page.read_text("utf-8")
     after = base.model.state_dict()
     assert all(torch.equal(after[key], before[key]) for key in before)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "begun", "out", "out.sweep", "rows.jsonl"]

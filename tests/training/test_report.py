@@ -22,9 +22,9 @@ from lora_kit.adapter.adapter import Adapter
 from lora_kit.errors import RecipeError
 from lora_kit.generation.decoding import Sampling
 from lora_kit.generation.generate import generate
+from lora_kit.reporting.plots import Curve, Mark, plot_curves
 from lora_kit.training.recipe.portable_recipe import make_recipe_portable
-from lora_kit.training.report.plots import Curve, Mark, plot_curves
-from lora_kit.training.report.samples import MAX_ANSWER_TOKENS
+from lora_kit.training.report.samples import MAX_ANSWER_TOKENS, _choose_different
 from lora_kit.training.results import TrainReport
 from lora_kit.training.train import train
 from tests.support.memory import narrow
@@ -32,6 +32,7 @@ from tests.support.training import LABELED, PAIRS, At, base_of, recipe_of, weigh
 
 pytestmark = pytest.mark.report
 
+_CELL = re.compile(r'<td data-name="([^"]*)"[^>]*>(.*?)</td>', re.DOTALL)
 NASTY = "<script>alert('x')</script> & \"quotes\" \x1b[31m \u202e"
 
 
@@ -81,7 +82,7 @@ def test_the_report_says_what_was_done_and_how_to_load_it(tmp_path: Path) -> Non
     assert report.before is not None
     assert report.after is not None
     out = report.out.name  # what travels names no folder outside the working directory
-    for told in ("Before and after", "How to load it", "Recipe", f"{report.trainable:,} of {report.parameters:,}",
+    for told in ("Answers side by side", "How to load it", "Record", f"{report.trainable:,} of {report.parameters:,}",
                  f"{report.after.loss:.4g}", f"{report.before.loss:.4g} before"):  # fmt: skip
         assert told in read.text
     assert f"bank.load('out', '{out}')" in read.text
@@ -123,43 +124,87 @@ def test_everything_in_the_report_is_escaped(tmp_path: Path) -> None:
     assert "\u202e" not in page
 
 
+def rows_of(page: str, title: str) -> list[dict[str, str]]:
+    """The rows of the table in a section of a page, by the names of their columns."""
+    section = page.partition(f"<h2>{title}</h2>")[2].partition("</section>")[0]
+    return [
+        {name: unescape(re.sub("<[^>]*>", "", cell)) for name, cell in _CELL.findall(row)}
+        for row in re.findall(r"<tr[^>]*>(.*?)</tr>", section, re.S)
+        if "<td" in row
+    ]  # fmt: skip
+
+
 def test_the_samples_are_what_base_and_adapter_say(tmp_path: Path) -> None:
     base = base_of()
     report = train(recipe_of(tmp_path, steps=20), base=base)
-    cells = [unescape(re.sub("</?bdi>", "", cell)) for cell in re.findall(r"<td>(.*?)</td>", page_of(report), re.S)]
-    asked = [cells[place : place + 4] for place in range(0, len(cells), 4)]
-    chosen = [PAIRS[number] for number in (0, 1, 2, 3)]
-    # The tokenizer puts a space between its tokens, which are characters.
-    texts = [[" ".join(pair["prompt"] + "\n"), " ".join(pair["completion"])] for pair in chosen]
-    assert [row[:2] for row in asked] == texts
+    asked = rows_of(page_of(report), "Answers side by side")
+    # The rows as they were written: the tokenizer puts a space between its tokens, which are characters.
+    assert [(row["prompt"], row["expected"]) for row in asked] == [(p["prompt"], p["completion"]) for p in PAIRS]
     changed = 0
-    for pair, row in zip(chosen, asked, strict=True):
+    for row in asked:
         sampling = Sampling(max_new_tokens=MAX_ANSWER_TOKENS)
-        before, after = generate(base, [None, report.out], pair["prompt"], sampling=sampling)
+        before, after = generate(base, [None, report.out], row["prompt"], sampling=sampling)
         # The rows were padded to the longest of the batch, so a context may end a little earlier there.
-        assert before.text.startswith(row[2])
-        assert after.text.startswith(row[3])
-        changed += row[2] != row[3]
+        assert before.text.startswith("" if row["before"] == "nothing" else row["before"])
+        assert after.text.startswith("" if row["after"] == "nothing" else row["after"])
+        changed += row["before"] != row["after"]
     assert changed
 
 
-def test_a_label_is_predicted_before_and_after(tmp_path: Path) -> None:
-    report = train(recipe_of(tmp_path, rows=LABELED, task="classify", steps=30), base=base_of("bert", labels=2))
-    cells = re.findall(r"<td>(.*?)</td>", page_of(report), re.S)
-    rows = [cells[place : place + 4] for place in range(0, len(cells), 4)]
+def test_the_samples_differ_from_each_other() -> None:
+    texts = ["the cat sat", "the cat sat down", "a dog runs", "the cat sat up", "birds sing", "the cat", "one", "two"]
+    assert {0, 2, 4} <= set(_choose_different(texts))
+    assert len(_choose_different(["same"] * 20)) == 6
+    assert _choose_different([]) == []
+
+
+def test_what_is_expected_of_labels_is_shown_before_and_after(tmp_path: Path) -> None:
+    rows = [*LABELED, *({"text": "prüfen", "label": label} for label in ("yes", "no"))]  # one of two must be wrong
+    report = train(recipe_of(tmp_path, rows=rows, task="classify", steps=30), base=base_of("bert", labels=2))
+    page = page_of(report)
+    text = Reader(page).text
     assert report.after is not None
-    assert report.after.accuracy == 1.0
-    assert {row[1] for row in rows} == {"yes", "no"}
-    assert all(row[3] == row[1] for row in rows)
-    assert any(row[2] != row[1] for row in rows)
-    assert "num_labels=2" in page_of(report)
-    assert "validation accuracy" in page_of(report)
+    right = round(report.after.accuracy * len(rows))
+    assert f"{right} of {len(rows)}" in text
+    wrong = rows_of(page, "The mistakes, worst first")
+    assert len(wrong) == len(rows) - right
+    assert "prüfen" in {row["text"] for row in wrong}
+    assert all(row["expected"] != row["after"] for row in wrong)
+    assert "confusion matrix" in text
+    assert {row["label"]: row["rows"] for row in rows_of(page, "Label by label")} == {"yes": "4", "no": "4"}
+    assert "num_labels=2" in page
+    assert "validation accuracy" in page
+
+
+def test_preferences_are_shown_with_what_was_rejected(tmp_path: Path) -> None:
+    rows = [{"prompt": p["prompt"], "chosen": p["completion"], "rejected": "no"} for p in PAIRS]
+    pytest.importorskip("trl")
+    report = train(recipe_of(tmp_path, rows=rows, objective="dpo"), base=base_of())
+    shown = rows_of(page_of(report), "Answers side by side")
+    assert [(row["expected"], row["rejected"]) for row in shown] == [(p["completion"], "no") for p in PAIRS]
+
+
+def test_early_stopping_and_the_kept_step_are_said_and_marked(tmp_path: Path) -> None:
+    section = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2,
+               "early_stopping_patience": 1, "learning_rate": 3.0, "logging_steps": 1}  # fmt: skip
+    report = train(recipe_of(tmp_path, steps=40, train=section), base=base_of())
+    assert report.is_stopped_early
+    assert report.steps < report.max_steps == 40
+    page = page_of(report)
+    said = re.search(
+        r"Stopped early at step (\d+) of 40; step (\d+) was kept, with the best validation loss: ([\d.]+)", page
+    )
+    assert said is not None
+    assert (int(said[1]), int(said[2])) == (report.steps, report.kept)
+    assert report.after is not None
+    assert said[3] == f"{report.after.loss:.4g}"
+    assert {"kept", "stopped early"} <= set(re.findall(r">([a-z ]+)</text>", page))
 
 
 def test_without_validation_there_are_no_samples(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path)
     report = train({**recipe, "data": recipe["data"]["train"]}, base=base_of())
-    assert "Before and after" not in page_of(report)
+    assert "Answers side by side" not in page_of(report)
     assert "loss, nats per label" in page_of(report)
 
 
@@ -171,7 +216,7 @@ def test_a_model_that_cannot_answer_is_trained_all_the_same(
 
     monkeypatch.setattr("lora_kit.training.report.samples.generate_batch", fails)
     report = train(recipe_of(tmp_path), base=base_of())
-    assert "Before and after" not in page_of(report)
+    assert "Answers side by side" not in page_of(report)
     assert "no samples in the report: OutOfMemoryError: CUDA out of memory" in caplog.text
 
 
@@ -257,7 +302,7 @@ def test_a_long_training_gives_a_small_chart_that_keeps_its_extremes() -> None:
 def test_without_matplotlib_the_report_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     page = page_of(train(recipe_of(tmp_path), base=base_of()))
-    assert "No curves: matplotlib is not installed" in Reader(page).text
+    assert "Without pictures: matplotlib is not installed" in Reader(page).text
     assert "<svg" not in page
 
 

@@ -60,6 +60,7 @@ class Job:
         sample_format: how the rows become samples.
         train: the training samples.
         validation: the validation samples; None without `data.validation`.
+        validation_rows: the rows that they were made from.
         generation_task: the prompts of the validation rows, where the best model is chosen by what it generates.
         class_weights: weight of each class in the loss; empty where each has the weight 1.
         head: what becomes of the base's head, in words; None where the task has no labels.
@@ -75,6 +76,7 @@ class Job:
     sample_format: SampleFormat
     train: Any  # EncodedDataset or PackedDataset; PreferenceDataset where the objective is not `sft`
     validation: Any
+    validation_rows: Rows | None
     generation_task: GenerationTask | None
     class_weights: tuple[float, ...]
     head: str | None
@@ -124,10 +126,9 @@ class Job:
         _check_token_ids(base, samples)
         logger.info("%s: %d samples, %d labels", rows.path, len(samples), samples.num_labels)
         train = _arrange_samples(recipe, base, rows, samples)
-        validation = None
-        if validation_rows is not None:
-            encoded = encode_rows(validation_rows, base.tokenizer, sample_format)
-            validation = _arrange_samples(recipe, base, validation_rows, encoded, packing=False)
+        validation = (
+            None if validation_rows is None else _encode_validation(recipe, base, validation_rows, sample_format)
+        )
         return cls(
             recipe=recipe,
             base=base,
@@ -136,6 +137,7 @@ class Job:
             sample_format=sample_format,
             train=train,
             validation=validation,
+            validation_rows=validation_rows,
             generation_task=_build_generation_task(recipe, validation_rows, base, sample_format),
             class_weights=class_weights,
             head=describe_head(head_labels, labels) if labels else None,
@@ -265,6 +267,12 @@ def _arrange_samples(
         return build_preference_dataset(rows, samples, unpaired=recipe.objective == KTO)
     is_packed = recipe.data.packing if packing is None else packing
     return _pack_samples(recipe, base, samples) if is_packed else samples
+
+
+def _encode_validation(
+    recipe: Recipe, base: Base, rows: Rows, sample_format: SampleFormat
+) -> EncodedDataset | PackedDataset | PreferenceDataset:
+    return _arrange_samples(recipe, base, rows, encode_rows(rows, base.tokenizer, sample_format), packing=False)
 
 
 def _pack_samples(recipe: Recipe, base: Base, samples: EncodedDataset) -> PackedDataset:

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from lora_kit.evaluation.outcomes import Outcomes
 from lora_kit.names import METRICS_FILE, RECIPE_FILE
 from lora_kit.runs.run_files import LogEntry
 from lora_kit.training.job.output import (
@@ -17,20 +18,19 @@ from lora_kit.training.job.output import (
     REPORT_FILE,
 )
 from lora_kit.training.recipe.portable_recipe import make_recipe_portable
-from lora_kit.training.report.html import render_report_page
-from lora_kit.training.report.samples import AnsweredSample
+from lora_kit.training.report.train_page import render_train_page
 from lora_kit.training.results import TrainReport
 
 logger = logging.getLogger(__name__)
 
 
-def build_result_files(report: TrainReport, *, samples: Sequence[AnsweredSample], num_labels: int) -> dict[str, bytes]:
+def build_result_files(report: TrainReport, *, outcomes: Outcomes | None, num_labels: int) -> dict[str, bytes]:
     """Return the contents of the files beside the trained weights, by name.
 
     Without matplotlib the picture is left out, with a warning.
 
     Args:
-        samples: validation samples with their answers.
+        outcomes: validation rows with the answers before and after; None without any.
         num_labels: of the task; 0 where it has none.
     """
     recipe = make_recipe_portable(report.recipe)
@@ -39,7 +39,7 @@ def build_result_files(report: TrainReport, *, samples: Sequence[AnsweredSample]
     files = {
         RECIPE_FILE: recipe.to_yaml().encode(),
         METRICS_FILE: log.encode(),
-        REPORT_FILE: render_report_page(report, samples=samples, num_labels=num_labels).encode(),
+        REPORT_FILE: render_train_page(report, outcomes=outcomes, num_labels=num_labels).encode(),
     }
     if recipe.data.chat_template:
         files[CHAT_TEMPLATE_FILE] = recipe.data.chat_template.encode()

@@ -1,0 +1,1 @@
+"""Pages of results: one style for trainings, evaluations, sweeps and comparisons, and their plots."""
