@@ -21,7 +21,7 @@ from lora_kit.cli.main import main
 from lora_kit.cli.train import parse_recipe_flags, split_recipes
 from lora_kit.training.recipe.load import load_recipe
 from tests.support import pages
-from tests.support.pages import PAGES, Block, blocks, name_of
+from tests.support.pages import GUIDES, PAGES, Block, blocks, name_of
 
 TRAINERS = "docs/trainers.md"
 """Its code is run by test_trl.py, which knows how to put TRL away again."""
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 def with_blocks(*languages: str) -> pytest.MarkDecorator:
-    found = [page for page in PAGES if blocks(page, *languages)]
+    found = [page for page in PAGES if blocks(page, *languages) and page not in GUIDES]
     return pytest.mark.parametrize("page", found, ids=name_of)
 
 
@@ -71,6 +71,9 @@ def set_out(page: Path) -> None:
     for folder in MADE_THERE.get(name_of(page), ()):
         shutil.rmtree(folder)
     Path("recipe.yaml").write_text(yaml.safe_dump((recipes(page) or [DEFAULTS])[0]), "utf-8")
+    for block in blocks(page, "yaml"):
+        if block.file:
+            Path(block.file).write_text(block.code, "utf-8")
 
 
 # What is shown runs
@@ -92,13 +95,34 @@ def test_the_python_of_a_page_runs(page: Path, here: Path) -> None:
 def test_the_commands_of_a_page_run(page: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     set_out(page)
     for block in blocks(page, "sh"):
-        for command in pages.commands(block):
-            if command[0] != "lora-kit":
-                continue
-            parsed(command[1:], str(block))
-            if block.runs and command[1] not in MINUTES | PARSED_ONLY:
-                code = main(command[1:])
-                assert code == 0, f"{block}: {' '.join(command)}\n{capsys.readouterr().err}"
+        run_commands(block, capsys)
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=name_of)
+def test_a_guide_runs_from_top_to_bottom(page: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its trainings end after two steps: the point is that each command takes what those before it made."""
+    set_out(page)
+    names = names_for(page)
+    for block in blocks(page, "sh", "python", "csv", "jsonl"):
+        if block.language == "sh":
+            run_commands(block, capsys, "--train.max_steps", "2")
+        elif block.language == "python":
+            exec(compile(block.code, str(block), "exec"), names)
+        elif block.file:
+            assert Path(block.file).read_text("utf-8").startswith(block.code), f"{block} is not what {block.file} has"
+
+
+def run_commands(block: Block, capsys: pytest.CaptureFixture[str], *train_flags: str) -> None:
+    """Let the application read the commands of a block, and run those that take no minutes.
+
+    Args:
+        train_flags: what a training is given besides.
+    """
+    for _, *tokens in (command for command in pages.commands(block) if command[0] == "lora-kit"):
+        parsed(tokens, str(block))
+        if block.runs and tokens[0] not in MINUTES | PARSED_ONLY:
+            code = main([*tokens, *(train_flags if tokens[0] == "train" else ())])
+            assert code == 0, f"{block}: {' '.join(tokens)}\n{capsys.readouterr().err}"
 
 
 def parsed(tokens: list[str], where: str) -> None:

@@ -124,6 +124,17 @@ def test_every_page_is_in_the_index() -> None:
     assert not {page for page in (ROOT / "docs").rglob("*.md") if page != index} - linked
 
 
+def test_each_of_twenty_questions_has_an_answer_and_a_page() -> None:
+    questions = (ROOT / "docs" / "questions.md").read_text("utf-8").split("\n## ")[1:]
+    assert len(questions) == 20
+    assert not [
+        one for one in questions if not re.fullmatch(r"[^\n]+\?[^\n]*\n\n.{40,}?\n\nMore: \[.+\n*", one, re.DOTALL)
+    ]
+    asked = [int(number) for number in re.findall(r"Asked in (\d+) threads", "\n".join(questions))]
+    assert asked == sorted(asked, reverse=True)
+    assert asked == [one.count("/issues/") for one in questions]
+
+
 # What exists is named
 
 

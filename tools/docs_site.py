@@ -21,6 +21,7 @@ OUTSIDE: Final = "repository/"
 """Where files from outside of docs/ stand in the site."""
 
 _LINK: Final = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?(\))")
+_FILE: Final = re.compile(r"^(```\w+) ([\w-]+\.\w+)$", re.MULTILINE)
 _MARKS: Final = re.compile(r"^(```\w+) [\w -]+$", re.MULTILINE)
 _CODE: Final = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 _COMMENT: Final = re.compile(r"^<!--[^\n]*-->$", re.MULTILINE)
@@ -67,7 +68,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         path = os.path.relpath(site_path(target), Path(page.file.src_uri).parent)
         return f"{match[1]}{Path(path).as_posix()}{match[3] or ''}{match[4]}"
 
-    parts = _CODE.split(_MARKS.sub(r"\1", _COMMENT.sub("", markdown)))
+    parts = _CODE.split(_FILE.sub(r'\1 title="\2"', _MARKS.sub(r"\1", _COMMENT.sub("", markdown))))
     return "".join(part if part.startswith("`") else _LINK.sub(relink, part) for part in parts)
 
 

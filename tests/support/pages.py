@@ -14,6 +14,8 @@ PAGES: Final = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "adapters/README.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
+GUIDES: Final = [page for page in PAGES if page.parent.name == "how-to" or page.name == "first-hour.md"]
+"""Pages to be followed from top to bottom: what a step makes, the next one needs."""
 NOT_RUN: Final = "no-run"
 """A word behind a fence's language: this code needs a network, a device or minutes. It is read, not run."""
 
@@ -41,6 +43,11 @@ class Block:
     @property
     def runs(self) -> bool:
         return NOT_RUN not in self.marks
+
+    @property
+    def file(self) -> str | None:
+        """The file that the block shows: a mark with a dot in it, as in ```csv tickets.csv."""
+        return next((mark for mark in self.marks if "." in mark), None)
 
     def __str__(self) -> str:
         return f"{name_of(self.page)}:{self.line}"

@@ -10,9 +10,10 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import transformers
 
 import lora_kit as lk
-from tests.support import texts
+from tests.support import how_to_rows, sequences, texts
 from tests.support.pages import ROOT
 
 PAIRS = [{"prompt": f"all names of table {n}", "completion": f"select name from t{n};"} for n in range(8)]
@@ -39,6 +40,13 @@ def build(folder: Path) -> Path:
     _spreadsheet(folder / "answers.csv", ("Question", "Answer"), PAIRS)
     _spreadsheet(folder / "test.csv", ("text", "label"), LABELED)
     _loralib(folder / "lora.bin")
+    for name, rows in how_to_rows.FILES.items():
+        if name.endswith(".csv"):
+            _spreadsheet(folder / name, tuple(rows[0]), rows)
+        else:
+            texts.write(folder / name, rows)
+    _encoder(folder / "encoder-folder")
+    _translator(folder / "t5-folder")
     return folder
 
 
@@ -54,6 +62,24 @@ def _classifier(folder: Path) -> None:
     config = lk.LoraConfig(target_modules=(), modules_to_save=("score",), task_type="SEQ_CLS")
     bank = lk.attach(base.model, config, name="made")
     bank.save("made", folder, record={"labels": ["card", "money"], "recipe": {"task": "classify"}})
+
+
+def _encoder(folder: Path) -> None:
+    config = transformers.BertConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    transformers.BertModel(config).save_pretrained(folder)
+    texts.bert_tokenizer().save_pretrained(folder)
+
+
+def _translator(folder: Path) -> None:
+    sequences.t5().save_pretrained(folder)
+    texts.tokenizer().save_pretrained(folder)
 
 
 def _tuned(base: Path, folder: Path) -> None:
