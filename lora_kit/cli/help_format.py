@@ -27,7 +27,7 @@ class FilledHelp:
         text = _render_words(console, usage)
         if text:
             usage = text if text.startswith("Usage:") else f"Usage: {text}"
-            print_lines(console, [*wrap_words(usage, readable_width(console), hang="    "), ""])
+            print_lines(console, [*wrap_words(usage, readable_width(), hang="    "), ""])
 
     def render_description(self, console: Console, options: ConsoleOptions, description: object) -> None:
         for paragraph in re.split(r"\n\s*\n", _render_text(console, description)):
@@ -35,12 +35,12 @@ class FilledHelp:
             if text.startswith(EXAMPLE):
                 print_lines(console, [EXAMPLE.strip(), f"{_INDENT}{text.removeprefix(EXAMPLE)}", ""])
             elif text:
-                print_lines(console, [*wrap_words(text, readable_width(console)), ""])
+                print_lines(console, [*wrap_words(text, readable_width()), ""])
 
     def __call__(self, console: Console, options: ConsoleOptions, panel: HelpPanel) -> None:
         entries = [(_join_names(entry), _describe_entry(console, entry)) for entry in panel.entries]
         if entries:
-            print_lines(console, [f"{panel.title}:", *lay_out_entries(entries, readable_width(console)), ""])
+            print_lines(console, [f"{panel.title}:", *lay_out_entries(entries, readable_width()), ""])
 
 
 def lay_out_entries(entries: Sequence[tuple[str, str]], width: int) -> list[str]:
@@ -59,8 +59,11 @@ def lay_out_entries(entries: Sequence[tuple[str, str]], width: int) -> list[str]
     return [line.rstrip() for line in lines]
 
 
-def readable_width(console: Console) -> int:
-    return min(console.width, MAX_READABLE_WIDTH)
+def readable_width() -> int:
+    """Return the columns that help may take: those of the terminal as it is now, which cyclopts measures only once."""
+    from rich.console import Console
+
+    return min(Console().width, MAX_READABLE_WIDTH)
 
 
 def _join_names(entry: HelpEntry) -> str:

@@ -39,7 +39,7 @@ class RecipeHelp(FilledHelp):
         if not panel.entries:
             return
         for title, entries in list_recipe_keys():
-            print_lines(console, [f"{title}:", *lay_out_entries(entries, readable_width(console)), ""])
+            print_lines(console, [f"{title}:", *lay_out_entries(entries, readable_width()), ""])
 
 
 def list_recipe_keys() -> list[tuple[str, list[Entry]]]:
