@@ -36,6 +36,7 @@ IN_SOURCE_FOLDERS: Final = ("lora_kit", "adapters", "docs", "examples", "tests")
 NEED_EXTRAS: Final = {
     "sweep recipe.yaml --over lora.r=2,4 --train.max_steps 1 --out adapters/swept": "lora-kit[sweep]",
     "serve --base kit-base --store adapters --port 0": "lora-kit[serve]",
+    "chat --base kit-base --adapter pirate": "lora-kit[serve]",
     "eval rows.jsonl --adapter adapters/made --metrics bleu": "lora-kit[eval]",
     "export adapters/made --target gguf --base kit-base --out out/gguf": "lora-kit[export]",
 }

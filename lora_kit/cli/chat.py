@@ -44,10 +44,13 @@ def chat(
         dtype: Of the base: auto, bf16, fp16 or fp32.
         quantize: Load the base in nf4, nf4-double, fp4, fp4-double or int8.
     """
+    try:
+        from lora_kit.serving.served_model import ServedModel
+    except ImportError as error:
+        raise ConfigError(f"{error.name} is not installed", hint="pip install 'lora-kit[serve]'") from error
     from lora_kit.models.infer_base import infer_base
     from lora_kit.serving.chat_session import ChatSession
     from lora_kit.serving.sampler import SamplingSettings
-    from lora_kit.serving.served_model import ServedModel
     from lora_kit.serving.server_settings import ServerSettings
 
     sampling = SamplingSettings(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Final
 
 from lora_kit.errors import ConfigError, StorageError
-from lora_kit.serving.served_model import ServedModel
 from lora_kit.serving.server_settings import ServerSettings
 
 _GRACE_SECONDS: Final = 30
@@ -29,6 +28,7 @@ def serve(settings: ServerSettings, *, on_ready: Callable[[str], None] | None = 
         import uvicorn
 
         from lora_kit.serving.http_app import build_app
+        from lora_kit.serving.served_model import ServedModel
     except ImportError as error:
         raise ConfigError(f"{error.name} is not installed", hint="pip install 'lora-kit[serve]'") from error
     with _listen(settings.host, settings.port) as listener:  # before the base is loaded, which takes long

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_kit.cli.main import main
 from lora_kit.errors import ConfigError, StorageError
 from lora_kit.serving.serve import serve
 from lora_kit.serving.server_settings import ServerSettings
@@ -42,3 +43,14 @@ def test_sigterm_ends_a_server_with_its_own_exit_code_and_no_traceback(tmp_path:
     assert process.returncode == 143
     assert "Traceback" not in errors
     assert "cannot be used" not in errors
+
+
+@pytest.mark.parametrize("command", [["serve", "--base", "kit-base"], ["chat", "--base", "kit-base"]], ids=" ".join)
+def test_without_the_extra_the_error_names_it(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "limits", None)
+    for name in ("rate_limit", "served_model", "http_app"):
+        monkeypatch.delitem(sys.modules, f"lora_kit.serving.{name}", raising=False)
+    assert main(command) == 2
+    assert "pip install 'lora-kit[serve]'" in capsys.readouterr().err

@@ -197,7 +197,7 @@ def check_reporting(train: Section) -> None:
                 for callback_class in get_reporting_integration_callbacks(name):
                     callback_class()
             except (ValueError, RuntimeError, ImportError) as error:
-                hint = f"pip install {name}" if name in ("tensorboard", "wandb", "trackio") else ""
+                hint = "pip install 'lora-kit[tracking]'" if name in ("tensorboard", "wandb", "trackio") else ""
                 raise RecipeError(f"train.report_to {name}: {' '.join(str(error).split())}", hint=hint) from None
 
 
