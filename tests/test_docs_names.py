@@ -41,7 +41,8 @@ def flags_in(text: str) -> list[str]:
 def known_flags(verb: str | None = None) -> frozenset[str]:
     """The flags of a verb, or of all; those of `train` and `sweep` are the keys of recipes, too."""
     found = {name for one in ([verb] if verb else verbs()) for each in arguments(one) for name in each.names}
-    found |= {"--help", "--debug", "--strict", "--version"} | (OTHER_FLAGS if verb is None else set())
+    found |= {"--help", "--debug", "--strict", "--version", "--install-completion"}
+    found |= OTHER_FLAGS if verb is None else set()
     if verb in (None, "train", "sweep"):
         found |= {f"--{name}" for name in (*recipe_keys(), "dry-run", "json", "replace")}
     return frozenset(found)
