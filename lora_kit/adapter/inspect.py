@@ -212,8 +212,8 @@ def _compute_singular_values(b: FloatArray, a: FloatArray) -> FloatArray:
     Shapes: b (out, r), a (r, in); returns float64 (min(r, out, in),), falling.
     """
     b, a = b.astype(np.float64), a.astype(np.float64)
-    core = np.linalg.qr(b, mode="r") @ np.linalg.qr(a.T, mode="r").T
-    return np.linalg.svd(core, compute_uv=False)
+    r_b, r_a = (np.asarray(np.linalg.qr(factor, mode="r")) for factor in (b, a.T))
+    return np.linalg.svd(r_b @ r_a.T, compute_uv=False)
 
 
 def _summarize_layer(path: str, weights: WeightsToShow, scaling: float) -> LayerSummary:

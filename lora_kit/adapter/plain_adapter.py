@@ -87,7 +87,7 @@ def read_plain_adapter(folder: Path) -> ContentToShow | None:
         # The same digest from the file as it is: then the file is the canonical one as well.
         digest = compute_digest(source.config, weights_sha256)
         source.check_identity(digest)
-        named = {name: _decode(fields) for name, fields in safetensors.deserialize(data)}
+        named = {name: _decode(fields) for name, fields in safetensors.deserialize(data)}  # type: ignore[no-untyped-call]
     except (LoraKitError, KeyError, safetensors.SafetensorError):
         return None
     if not all(name.startswith(_PREFIX) for name in named):

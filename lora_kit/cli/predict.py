@@ -179,9 +179,9 @@ def _write_results(results: Results, forms: dict[str, PredictionForm], out: Path
         print_text(f"written: {out}, {count:,} rows")
     elif json:
         for line, given, predictions in results:
-            for name, each in predictions.items():
+            for name, prediction in predictions.items():
                 owner = {"adapter": name} if len(forms) > 1 else {}
-                print(json_format.dumps({**owner, **forms[name].to_json(line, given, each)}))
+                print(json_format.dumps({**owner, **forms[name].to_json(line, given, prediction)}))
     else:
         _print_results(results, forms)
 

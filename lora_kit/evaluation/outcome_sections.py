@@ -200,8 +200,9 @@ def _list_cells(outcomes: Outcomes, index: int, models: Sequence[ModelAnswers]) 
     """Return the cells of a row: its line, its text, what is expected, and the answer of each model."""
     case = outcomes.cases[index]
     if outcomes.kind == WORD:
+        assert isinstance(case.given, tuple)
         answers = [mark_words(case, tags) for tags in (case.expected, *(model.said[index] for model in models))]
-        return [_show_lines(case), shorten_middle(" ".join(map(str, case.given))), *answers]
+        return [_show_lines(case), shorten_middle(" ".join(case.given)), *answers]
     said = [describe_answer(model.said[index]) for model in models]
     return [_show_lines(case), show_input(case.given), describe_answer(case.expected), *said]
 

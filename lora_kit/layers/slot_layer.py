@@ -76,7 +76,7 @@ class SlotLayer(nn.Module):
                 return self._read_tensor(name, in_call=torch.compiler.is_compiling())
             return getattr(base_layer, name)
 
-    @torch._disable_dynamo  # type: ignore[untyped-decorator]  # torch.compiler.disable imports the compiler at once
+    @torch._disable_dynamo  # torch.compiler.disable imports the compiler at once
     def _read_tensor(self, name: str, *, in_call: bool) -> Tensor | None:
         """Return a tensor of the base layer that a module of the model reads, as the caller's adapter changes it.
 

@@ -343,7 +343,7 @@ def test_follow_once_fits_eighty_columns(
     assert main(["follow", "out", "--once"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "out: stopped, step 4 of 7 (57%)"
-    assert max(map(len, lines)) <= 80
+    assert max(map(len, lines[:7])) <= 80  # the command after them has a path of any length
     assert [line.split()[0] for line in lines[1:7]] == [
         "training",
         "loss",

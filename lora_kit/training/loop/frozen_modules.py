@@ -39,7 +39,7 @@ def find_modules_without_gradient(model: nn.Module, sample: Mapping[str, Tensor]
         with (
             use_eval_mode(model),
             torch.enable_grad(),
-            torch.autograd.graph.saved_tensors_hooks(_keep_nothing, _keep_nothing),
+            torch.autograd.graph.saved_tensors_hooks(_keep_nothing, _refuse_backward),
             torch.compiler.set_stance("force_eager"),
         ):
             model(**sample)
@@ -53,7 +53,11 @@ def find_modules_without_gradient(model: nn.Module, sample: Mapping[str, Tensor]
 
 
 def _keep_nothing(_: object) -> None:
-    """Stand for a saved tensor, of which no backward will be computed."""
+    """Stand for a tensor that a backward would read."""
+
+
+def _refuse_backward(_: object) -> Tensor:
+    raise AssertionError("a probe has no backward")
 
 
 def _has_trained_parts(module: nn.Module) -> bool:
