@@ -95,8 +95,8 @@ def sweep(
 
 def _run_plan(plan: SweepPlan, base: Base | None, workers: int, *, replace: bool) -> SweepReport:
     # These import optuna, and take their time.
-    from lora_kit.sweeps.study import check_folder, open_study
     from lora_kit.sweeps.sweep_report import check_out, finish_sweep
+    from lora_kit.sweeps.trials import check_folder, open_study
     from lora_kit.sweeps.worker import Worker, run_workers
 
     check_folder(plan, replace=replace)

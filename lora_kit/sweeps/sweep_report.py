@@ -25,9 +25,9 @@ from lora_kit.io.text import escape_text
 from lora_kit.names import RECIPE_FILE
 from lora_kit.runs.sweep_status import SWEEP_RESULTS
 from lora_kit.sweeps.space import Params, Value
-from lora_kit.sweeps.study import SweepStudy
 from lora_kit.sweeps.sweep_page import render_sweep_page
 from lora_kit.sweeps.sweep_plan import SweepPlan
+from lora_kit.sweeps.trials import SweepStudy
 from lora_kit.training.job.output import REPORT_FILE, is_trained_model_folder
 
 if TYPE_CHECKING:

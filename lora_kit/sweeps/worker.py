@@ -23,8 +23,8 @@ from lora_kit.errors import LoraKitError, StorageError, VerificationError, forma
 from lora_kit.io.text import escape_text
 from lora_kit.models.loading import Base
 from lora_kit.models.silence import silence_libraries
-from lora_kit.sweeps.study import SweepStudy
 from lora_kit.sweeps.sweep_plan import SweepPlan, read_plan
+from lora_kit.sweeps.trials import SweepStudy
 from lora_kit.training.job.job import Job
 from lora_kit.training.recipe.load import load_recipe
 from lora_kit.training.recipe.recipe import METHODS_CHANGING_BASE, Recipe

@@ -40,10 +40,10 @@ from optuna.distributions import (
 
 from lora_kit.sweeps import worker as working
 from lora_kit.sweeps.space import format_space, parse_space
-from lora_kit.sweeps.study import SweepStudy, open_study
 from lora_kit.sweeps.sweep import sweep
 from lora_kit.sweeps.sweep_plan import SweepPlan, propose_params, read_plan
 from lora_kit.sweeps.sweep_report import SweepReport, TrialReport, plot_trials
+from lora_kit.sweeps.trials import SweepStudy, open_study
 
 RATES = "train.learning_rate=1e-3..1e-1:log"
 RANKS = "lora.r=2,4,8"
