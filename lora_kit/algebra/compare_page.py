@@ -18,6 +18,11 @@ from lora_kit.reporting.plots import can_plot, plot_bars
 
 _MOST_BARS = 60
 """Layers in the picture."""
+_COLUMNS = (
+    "Cosine: 1 where both adapters change the layer in the same way, 0 where their changes have nothing in common. "
+    "Inputs, outputs: which share of the directions that they read, and write, is the same. "
+    "‖delta‖: the size of the change."
+)
 
 
 def render_compare_page(comparison: Comparison, names: tuple[str, str]) -> str:
@@ -43,7 +48,7 @@ def render_compare_page(comparison: Comparison, names: tuple[str, str]) -> str:
             render_facts(_list_facts(comparison)),
             render_events(alone),
             _render_cosines(comparison),
-            render_section("Layers", render_table(header, rows, numbers=True)),
+            render_section("Layers", render_table(header, rows, numbers=True), note=_COLUMNS),
             render_section("What differs in their configs", render_table(("field", *names), configs)),
             render_section("Modules saved whole", render_table(("tensor", "how"), list(comparison.saved.items()))),
         ],

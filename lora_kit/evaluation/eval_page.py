@@ -8,7 +8,7 @@ from typing import Final
 from lora_kit.errors import ConfigError
 from lora_kit.evaluation.eval_report import EvalReport, collect_metric_names
 from lora_kit.evaluation.metrics import F1_PER_LABEL, METRICS
-from lora_kit.evaluation.outcome_sections import render_outcomes
+from lora_kit.evaluation.outcome_sections import render_outcomes, write_metric_title
 from lora_kit.evaluation.outcomes import ModelAnswers, Outcomes
 from lora_kit.generation.adapter_args import BASE_ROW
 from lora_kit.io.atomic_write import write_file
@@ -86,7 +86,7 @@ def summarize(report: EvalReport) -> str:
     ordered = sorted(report.results, key=lambda each: each.metrics[metric], reverse=METRICS[metric].greater_is_better)
     best, *others = ordered
     rest = ", ".join(f"{each.name} {format_figure(each.metrics[metric])}" for each in others)
-    said = f"{metric} on {report.rows:,} rows: {best.name} {format_figure(best.metrics[metric])}"
+    said = f"{write_metric_title(metric)} on {report.rows:,} rows: {best.name} {format_figure(best.metrics[metric])}"
     return f"{said}; {rest}." if rest else f"{said}."
 
 
@@ -97,13 +97,13 @@ def _render_figures(report: EvalReport) -> str:
         name: (max if METRICS[name].greater_is_better else min)(each.metrics[name] for each in report.results)
         for name in names
     }
-    several = len(report.results) > 1
+    telling = {name for name in names if len({each.metrics[name] for each in report.results}) > 1}
     rows = []
     for each in report.results:
         cells: list[str] = [each.name]
         for name in names:
             text = format_figure(each.metrics[name])
-            is_best = several and each.metrics[name] == best[name]
+            is_best = name in telling and each.metrics[name] == best[name]
             cells.append(Markup(f'<b class="right">{escape_html(text)}</b>') if is_best else text)
         rows.append(cells)
     return render_section("Figures", render_table(("model", *names), rows, numbers=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
@@ -28,7 +29,7 @@ from lora_kit.reporting.page import (
     render_section,
     render_table,
 )
-from lora_kit.reporting.plots import MOST_LABELS, Curve, can_plot, plot_confusion, plot_points
+from lora_kit.reporting.plots import MOST_LABELS, MOST_SMALL_LABELS, Curve, can_plot, plot_confusion, plot_points
 
 _MOST_MISTAKES: Final = 30
 _MOST_PAIRS: Final = 15
@@ -64,12 +65,13 @@ def _render_changes(outcomes: Outcomes) -> str:
     main, other = outcomes.main, outcomes.compared
     indices = range(len(outcomes.cases))
     right = {index for index in indices if outcomes.is_right(main, index)}
-    facts = [Fact(f"right: {main.name}", f"{len(right):,} of {len(indices):,}")]
+    facts = [_count_right(outcomes, main)]
     if other is None:
+        facts = [_count_right(outcomes, model) for model in outcomes.models]
         return render_section("Right and wrong", render_facts(facts), note=_describe_scope(outcomes))
     before = {index for index in indices if outcomes.is_right(other, index)}
     lost = sorted(before - right)
-    facts = [Fact(f"right: {other.name}", f"{len(before):,} of {len(indices):,}"), *facts]
+    facts = [_count_right(outcomes, other), *facts]
     facts += [Fact("became right", f"{len(right - before):,}"), Fact("became wrong", f"{len(lost):,}")]
     facts.append(Fact("wrong with both", f"{len(indices) - len(right | before):,}"))
     rows = [_list_cells(outcomes, index, [other, main]) for index in lost[:5]]
@@ -78,22 +80,32 @@ def _render_changes(outcomes: Outcomes) -> str:
     return render_section("What changed", render_facts(facts), said, table, note=_describe_scope(outcomes))
 
 
+def _count_right(outcomes: Outcomes, model: ModelAnswers) -> Fact:
+    count = len(outcomes.cases)
+    return Fact(
+        f"right: {model.name}", f"{sum(outcomes.is_right(model, index) for index in range(count)):,} of {count:,}"
+    )
+
+
 def _render_confusions(outcomes: Outcomes) -> str:
+    """Return a matrix for each model that is measured, and a table of the labels that are confused most."""
     models = [model for model in outcomes.models if model is not outcomes.compared]
-    parts = []
-    for model in models:
-        counts = count_confusions(outcomes, model)
-        if can_plot() and 2 <= len(outcomes.labels) <= MOST_LABELS:
-            matrix = [[counts[true, said] for said in outcomes.labels] for true in outcomes.labels]
+    counts = [count_confusions(outcomes, model) for model in models]
+    figures = []
+    if can_plot() and 2 <= len(outcomes.labels) <= MOST_LABELS:
+        for model, own in zip(models, counts, strict=True):
+            matrix = [[own[true, said] for said in outcomes.labels] for true in outcomes.labels]
             title = "confusion matrix" if len(models) == 1 else f"confusion matrix of {model.name}"
-            parts.append(f'<div class="wide">{plot_confusion(title, matrix, outcomes.labels)}</div>')
-        wrong = [(pair, count) for pair, count in counts.most_common() if pair[0] != pair[1]]
-        rows = [(true, said, f"{count:,}") for (true, said), count in wrong[:_MOST_PAIRS]]
-        if len(outcomes.labels) > 2:
-            parts.append(
-                render_table(("expected", "predicted" if len(models) == 1 else f"by {model.name}", "count"), rows)
-            )
-    return render_section("Which labels are confused", *parts)
+            figures.append(f'<div class="wide">{plot_confusion(title, matrix, outcomes.labels)}</div>')
+    wrong = [pair for pair, _ in sum(counts, Counter[tuple[str, str]]()).most_common() if pair[0] != pair[1]]
+    rows = [(*pair, *(f"{own[pair]:,}" for own in counts)) for pair in wrong[:_MOST_PAIRS]]
+    header = ("expected", "predicted", *(["count"] if len(models) == 1 else (f"by {model.name}" for model in models)))
+    is_small = len(outcomes.labels) <= MOST_SMALL_LABELS
+    return render_section(
+        "Which labels are confused",
+        render_charts(figures) if is_small else "".join(figures),
+        render_table(header, rows) if len(outcomes.labels) > 2 else "",
+    )
 
 
 def _render_labels(outcomes: Outcomes) -> str:
@@ -114,7 +126,10 @@ def _render_labels(outcomes: Outcomes) -> str:
     return render_section(
         "Label by label",
         render_table(header, rows, numbers=True),
-        note="The weakest first. Precision: share of what is predicted so that is right. Recall: share that is found.",
+        note=(
+            f"{_name_subject(outcomes)}The weakest label first. Precision: how much of what got the label "
+            "has it. Recall: how much of what has the label got it."
+        ),
     )
 
 
@@ -126,21 +141,27 @@ def _render_mistakes(outcomes: Outcomes, *, title: str) -> str:
     main, other = outcomes.main, outcomes.compared
     wrong = [index for index in range(len(outcomes.cases)) if not outcomes.is_right(main, index)]
     worst = sorted(wrong, key=lambda index: -main.misses[index] if main.misses else index)[:_MOST_MISTAKES]
-    shown = [*([other] if other is not None else []), main]
+    shown = outcomes.models if other is None else [other, main]
     size = {LABEL: "sure", LABEL_SET: "beyond", VALUE: "error", WORD: "wrong"}[outcomes.kind]
     header = ("line", "text", "expected", *(model.name for model in shown), *([size] if main.misses else []))
     rows = [
         [*_list_cells(outcomes, index, shown), *([f"{main.misses[index]:.3g}"] if main.misses else [])]
         for index in worst
     ]
-    count = f"{len(worst):,} of {len(wrong):,}." if len(worst) < len(wrong) else ""
+    count = f"{len(worst):,} of {len(wrong):,} rows. " if len(worst) < len(wrong) else ""
     meaning = {
         LABEL: "“sure” is the probability of the wrong label.",
         LABEL_SET: "“beyond” is how far the worst label is on the wrong side of its threshold.",
         VALUE: "“error” is the distance from the right number.",
         WORD: "“wrong” is the share of wrong words.",
     }[outcomes.kind]
-    return render_section(title, render_table(header, rows), note=f"{count} {meaning}".strip())
+    return render_section(title, render_table(header, rows), note=f"{_name_subject(outcomes)}{count}{meaning}")
+
+
+def _name_subject(outcomes: Outcomes) -> str:
+    """Return whose answers a section is about, where other models could be meant."""
+    is_clear = len(outcomes.models) - (outcomes.compared is not None) == 1
+    return "" if is_clear else f"Of {outcomes.main.name}. "
 
 
 def _render_numbers(outcomes: Outcomes) -> str:
@@ -170,12 +191,11 @@ def _render_samples(outcomes: Outcomes) -> str:
         )
         for index in chosen
     ]
-    names = " and ".join(model.name for model in outcomes.models)
-    part = f"{len(rows):,} of {len(outcomes.cases):,} prompts; " if len(rows) < len(outcomes.cases) else ""
+    part = f"{len(rows):,} of {len(outcomes.cases):,} prompts. " if len(rows) < len(outcomes.cases) else ""
     return render_section(
         "Answers side by side",
         render_table(header, rows),
-        note=f"{part}greedy answers, {names}. Rows are shown as they were written.",
+        note=f"{part}The answers are greedy, without sampling; rows are shown as they were written.",
     )
 
 
@@ -187,7 +207,7 @@ def _choose_telling(outcomes: Outcomes) -> list[int]:
 
 
 def _show_text(outcomes: Outcomes, model: ModelAnswers, index: int) -> str:
-    text = shorten_middle(str(model.said[index])) or Markup('<span class="quiet">nothing</span>')
+    text = shorten_middle(str(model.said[index]).strip()) or Markup('<span class="quiet">nothing</span>')
     if outcomes.is_right(model, index):
         return Markup(f'<span class="right">{escape_html(text)}</span>')
     return text
@@ -203,8 +223,14 @@ def _list_cells(outcomes: Outcomes, index: int, models: Sequence[ModelAnswers]) 
         assert isinstance(case.given, tuple)
         answers = [mark_words(case, tags) for tags in (case.expected, *(model.said[index] for model in models))]
         return [_show_lines(case), shorten_middle(" ".join(case.given)), *answers]
-    said = [describe_answer(model.said[index]) for model in models]
-    return [_show_lines(case), show_input(case.given), describe_answer(case.expected), *said]
+    describe = _round_number if outcomes.kind == VALUE else describe_answer
+    said = [describe(model.said[index]) for model in models]
+    return [_show_lines(case), show_input(case.given), describe(case.expected), *said]
+
+
+def _round_number(answer: Answer) -> str:
+    number = parse_number(answer)
+    return describe_answer(answer) if number is None else format_figure(number)
 
 
 def _show_lines(case: EvalCase) -> str:
@@ -235,8 +261,8 @@ def show_input(given: object) -> str:
 
 
 def show_expected(case: EvalCase) -> str:
-    """Return the references of a prompt, one below the other."""
-    texts = case.expected if isinstance(case.expected, tuple) else (case.expected,)
+    """Return the references of a prompt, each once, one below the other."""
+    texts = list(dict.fromkeys(case.expected if isinstance(case.expected, tuple) else (case.expected,)))
     more = f"\n(and {len(texts) - 3} more)" if len(texts) > 3 else ""
     return shorten_middle("\n".join(texts[:3])) + more
 
@@ -245,6 +271,11 @@ def shorten_middle(text: str) -> str:
     """Return a text, cut in the middle where it is long."""
     half = _MOST_CHARACTERS // 2
     return text if len(text) <= _MOST_CHARACTERS else f"{text[:half]} … {text[-half:]}"
+
+
+def write_metric_title(metric: str) -> str:
+    """Return the name of a metric as the beginning of a sentence."""
+    return "Mean error" if metric == "mae" else f"{metric[:1].upper()}{metric[1:]}".replace("_", " ")
 
 
 def render_metrics(before: Mapping[str, float], after: Mapping[str, float], names: tuple[str, str]) -> str:

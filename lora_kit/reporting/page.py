@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib import metadata
@@ -12,6 +13,8 @@ _CONTENT_SECURITY_POLICY: Final = "default-src 'none'; style-src 'unsafe-inline'
 """Forbids a browser to fetch anything for this page, whatever its text is."""
 _SHORT: Final = ' class="short"'
 """Of a cell that is not broken into lines."""
+_MOST_ROWS: Final = 30
+"""Rows of a table that is not scrolled on a screen."""
 NO_PLOTS: Final = "Without pictures: matplotlib is not installed (pip install 'lora-kit[plot]')."
 
 
@@ -93,7 +96,10 @@ def render_events(events: Sequence[str]) -> str:
 def render_table(
     header: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: bool = False, marked: int | None = None
 ) -> str:
-    """Return a table; on a narrow screen each row stands below the other, its cells named; empty without rows.
+    """Return a table, which scrolls on a screen where it is long; empty without rows.
+
+    On a narrow screen the cells of a row stand below one another, each with its name, unless they are numbers or there
+    are only two columns.
 
     Args:
         header: names of the columns; the first one names the rows.
@@ -103,18 +109,25 @@ def render_table(
     lines = []
     for number, row in enumerate(rows):
         cells = (
-            f'<td data-name="{_make_visible(name)}"{_SHORT if len(str(cell)) <= 8 else ""}>{escape_html(cell)}</td>'
+            f'<td data-name="{_make_visible(name)}"{_SHORT if len(str(cell)) <= 8 else ""}>{_let_break(cell)}</td>'
             for name, cell in zip(header, row, strict=True)
         )
         lines.append(f"<tr{' class=marked' if number == marked else ''}>{''.join(cells)}</tr>")
     if not lines:
         return ""
     heads = "".join(f"<th>{escape_html(name)}</th>" for name in header)
-    kind = "numbers" if numbers else "texts"
+    kind = "numbers" if numbers else "pairs" if len(header) == 2 else "texts"
+    size = "wide tall" if len(lines) > _MOST_ROWS else "wide"
     return (
-        f'<div class="wide"><table class="{kind}"><thead><tr>{heads}</tr></thead>'
+        f'<div class="{size}"><table class="{kind}"><thead><tr>{heads}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
+
+
+def _let_break(cell: object) -> str:
+    """Return a cell as HTML that breaks a long name, such as that of a label, after an underscore first."""
+    text = escape_html(cell)
+    return text if isinstance(cell, Markup) else re.sub(r"(?<=\w)_(?=\w)", "_<wbr/>", text)
 
 
 def render_code(*blocks: str) -> str:

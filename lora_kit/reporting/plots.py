@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.ticker import MaxNLocator
 
-_SIZE: Final = (5.2, 2.3)
+_SIZE: Final = (4.6, 2.2)
 """Width and height, inches."""
 
 # The colors that matplotlib draws with. In the SVG each becomes a variable of the style sheet, so that the figure
@@ -25,6 +25,8 @@ _SOFT, _LINE, _MARK, _INK, *_CURVES = _COLORS = [f"#0000{number:02x}" for number
 _VARIABLES: Final = dict(zip(_COLORS, ("soft", "line", "mark", "ink", "c0", "c1", "c2", "c3"), strict=True))
 MOST_LABELS: Final = 80
 """Labels of a confusion matrix that can be read."""
+MOST_SMALL_LABELS: Final = 15
+"""Labels of a confusion matrix that is as wide as half a page."""
 _MOST_COUNTED: Final = 30
 """Labels of a confusion matrix that shows its counts as numbers."""
 
@@ -96,7 +98,6 @@ def plot_points(
         _style_axes(axes, str)
         axes.set_xlabel(names[0], color=_SOFT)
         axes.set_ylabel(names[1], color=_SOFT)
-        axes.set_xscale("log" if is_log else "linear")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
         values = [value for cloud in clouds for point in cloud.points for value in point]
         if diagonal and values:
@@ -105,6 +106,8 @@ def plot_points(
             if cloud.points:
                 xs, ys = zip(*cloud.points, strict=True)
                 axes.plot(xs, ys, "o", color=color, label=cloud.label, markersize=4, alpha=0.6)
+        if is_log:
+            _set_log_axis(axes)
         if len(clouds) > 1:
             axes.legend(frameon=False, labelcolor=_SOFT)
     return _wrap(title, title, drawn)
@@ -117,6 +120,7 @@ def plot_bars(title: str, names: Sequence[str], values: Sequence[float]) -> str:
         axes.grid(visible=False, axis="y")
         axes.barh(range(len(names)), values, color=_CURVES[0], height=0.7)
         axes.set_yticks(range(len(names)), [_shorten(name, 40) for name in names], fontsize=6)
+        axes.margins(y=0.6 / max(len(names), 1))
         axes.invert_yaxis()
     return _wrap(title, title, drawn)
 
@@ -156,7 +160,7 @@ def plot_confusion(title: str, counts: Sequence[Sequence[int]], labels: Sequence
         axes.set_xlabel("predicted", color=_SOFT)
         axes.set_ylabel("expected", color=_SOFT)
         axes.spines[:].set_color(_LINE)
-    return _wrap(title, title, drawn, kind="matrix" if size > _MOST_COUNTED // 2 else "small matrix")
+    return _wrap(title, title, drawn, kind="matrix" if size > MOST_SMALL_LABELS else "small matrix")
 
 
 @contextlib.contextmanager
@@ -197,6 +201,17 @@ def _choose_whole_ticks() -> MaxNLocator:
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10])
+
+
+def _set_log_axis(axes: Axes) -> None:
+    """Make the horizontal axis logarithmic, with few ticks and plain numbers; minor ticks would overlap."""
+    from matplotlib.ticker import LogLocator
+
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.minorticks_off()
 
 
 def _style_axes(axes: Axes, format_value: Callable[[float], str]) -> None:

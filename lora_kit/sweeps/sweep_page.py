@@ -101,4 +101,4 @@ def _plot_keys(plan: SweepPlan, trials: Sequence[TrialReport]) -> Iterator[str]:
 
 
 def _show(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return format_figure(value) if isinstance(value, float) else str(value)

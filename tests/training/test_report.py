@@ -145,8 +145,8 @@ def test_the_samples_are_what_base_and_adapter_say(tmp_path: Path) -> None:
         sampling = Sampling(max_new_tokens=MAX_ANSWER_TOKENS)
         before, after = generate(base, [None, report.out], row["prompt"], sampling=sampling)
         # The rows were padded to the longest of the batch, so a context may end a little earlier there.
-        assert before.text.startswith("" if row["before"] == "nothing" else row["before"])
-        assert after.text.startswith("" if row["after"] == "nothing" else row["after"])
+        assert before.text.strip().startswith("" if row["before"] == "nothing" else row["before"])
+        assert after.text.strip().startswith("" if row["after"] == "nothing" else row["after"])
         changed += row["before"] != row["after"]
     assert changed
 

@@ -9,9 +9,9 @@ from datetime import timedelta
 
 from lora_kit.adapter.model_card import write_bank_loading_code, write_base_loading_code, write_peft_loading_code
 from lora_kit.evaluation.metrics import METRICS
-from lora_kit.evaluation.outcome_sections import render_metrics, render_outcomes
+from lora_kit.evaluation.outcome_sections import render_metrics, render_outcomes, write_metric_title
 from lora_kit.evaluation.outcomes import Outcomes
-from lora_kit.models.tasks import GENERATIVE_TASKS
+from lora_kit.models.tasks import GENERATIVE_TASKS, REGRESSION
 from lora_kit.reporting.page import (
     NO_PLOTS,
     Fact,
@@ -66,10 +66,9 @@ def _summarize(report: TrainReport) -> str:
     before, after = (evaluation.metrics() if evaluation else {} for evaluation in (report.before, report.after))
     name = next((name for name in ("accuracy", "mae", "perplexity", "loss") if name in after), "loss")
     was = f"{format_figure(before[name])} before, " if name in before else ""
-    title = "Mean error" if name == "mae" else name.capitalize()
     way = "higher" if name in METRICS and METRICS[name].greater_is_better else "lower"
     rows = f"{report.after.samples:,} validation samples" if report.after.samples else "the validation samples"
-    return f"{title} on {rows}: {was}{format_figure(after[name])} after training ({way} is better)."
+    return f"{write_metric_title(name)} on {rows}: {was}{format_figure(after[name])} after training ({way} is better)."
 
 
 def _render_cards(report: TrainReport) -> str:
@@ -78,7 +77,7 @@ def _render_cards(report: TrainReport) -> str:
     for key, value in after.items():
         was = f"{format_figure(before[key])} before" if key in before else ""
         facts.append(Fact(f"validation {key}", format_figure(value), was))
-    facts.append(Fact("training loss", format_figure(report.train_loss), "nats per label, last interval"))
+    facts.append(Fact("training loss", format_figure(report.train_loss), f"{_name_loss_unit(report)}, last interval"))
     share = report.trainable / report.parameters
     facts.append(Fact("trained", f"{share:.2%}", f"{report.trainable:,} of {report.parameters:,} parameters"))
     kept = f"step {report.kept:,} kept, the best" if report.kept != report.steps else f"{report.tokens:,} tokens"
@@ -87,6 +86,10 @@ def _render_cards(report: TrainReport) -> str:
     facts.append(Fact("time", seconds, f"{report.tokens_per_second:,.0f} tokens/s"))
     facts.append(Fact("memory", _format_gigabytes(report.peak_bytes), "peak"))
     return render_facts(facts)
+
+
+def _name_loss_unit(report: TrainReport) -> str:
+    return "squared error" if report.recipe.problem == REGRESSION else "nats per label"
 
 
 def describe_events(report: TrainReport) -> list[str]:
@@ -138,7 +141,7 @@ def _render_curves(report: TrainReport) -> str:
         marks += [Mark(report.resumed, "resumed")] if report.resumed else []
         marks += [Mark(report.kept, "kept")] if report.kept != report.steps else []
         marks += [Mark(report.steps, "stopped early")] if report.is_stopped_early else []
-        charts.append(plot_curves("loss, nats per label", loss, format_value=format_figure, marks=marks))
+        charts.append(plot_curves(f"loss, {_name_loss_unit(report)}", loss, format_value=format_figure, marks=marks))
     charts += [
         plot_curves(title, [curve], format_value=format_value)
         for title, curve, format_value in _iterate_other_curves(report)
