@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from lora_kit.cli.app import AsJson, app
 from lora_kit.cli.output import create_console, format_size, print_json, print_table, print_text
-from lora_kit.cli.runs import format_evaluation
+from lora_kit.cli.runs import format_evaluation, format_value
 from lora_kit.errors import ConfigError, VerificationError
 from lora_kit.io.text import escape_for_terminal
 
@@ -150,13 +150,14 @@ def _list_facts(status: RunStatus) -> Iterator[tuple[str, str]]:
     if status.progress is not None:
         yield "training", status.progress.title
     if status.losses:
-        last = [f"{entry['loss']:.4g}" for entry in status.losses[-_LAST_LOSSES:] if entry["loss"] is not None]
+        last = [format_value(entry["loss"]) for entry in status.losses[-_LAST_LOSSES:]]
         yield "loss", f"{' → '.join(last)} (step {status.losses[-1]['step']:,})"
     if status.evaluations:
         yield "validation", f"{format_evaluation(status)} (step {status.evaluations[-1]['step']:,})"
-        if len(status.evaluations) > 1 and status.evaluations[0]["step"] == 0:
-            yield "before", f"loss {status.evaluations[0]['eval_loss']:.4g}"
-    speeds = [entry for entry in status.log if "tokens_per_second" in entry and "peak_bytes" in entry]
+        first = status.evaluations[0]
+        if len(status.evaluations) > 1 and first["step"] == 0 and "eval_loss" in first:
+            yield "before", f"loss {format_value(first['eval_loss'])}"
+    speeds = [entry for entry in status.log if entry.get("tokens_per_second") and entry.get("peak_bytes")]
     if speeds:
         yield "speed", f"{speeds[-1]['tokens_per_second']:,.0f} tokens/s, {format_size(speeds[-1]['peak_bytes'])}"
     if status.checkpoints:
@@ -170,7 +171,7 @@ def _list_facts(status: RunStatus) -> Iterator[tuple[str, str]]:
 def _format_entry(entry: LogEntry) -> str:
     """Return a line of the log as text; empty for the summary at the end."""
     names = ("loss", "learning_rate", "grad_norm", *(key for key in entry if key.startswith("eval_")))
-    parts = [f"{name} {entry[name]:.4g}" for name in names if isinstance(entry.get(name), (int, float))]
-    if "tokens_per_second" in entry and parts:
+    parts = [f"{name} {format_value(entry[name])}" for name in names if name in entry]
+    if entry.get("tokens_per_second") and parts:
         parts.append(f"{entry['tokens_per_second']:,.0f} tokens/s")
     return ", ".join(parts)

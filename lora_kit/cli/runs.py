@@ -10,8 +10,8 @@ from lora_kit.cli.app import AsJson, app
 from lora_kit.cli.output import print_json, print_table, print_text
 
 if TYPE_CHECKING:
+    from lora_kit.runs.find_runs import Status
     from lora_kit.runs.run_status import RunStatus
-    from lora_kit.runs.sweep_status import SweepStatus
 
 _AGES: Final = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
@@ -40,15 +40,18 @@ def runs(folder: Path = Path(), /, *, json: AsJson = False) -> None:
         print_text("\n  ".join(["\nto go on:", *commands]))
 
 
-def _build_cells(status: RunStatus | SweepStatus) -> tuple[str, ...]:
+def _build_cells(status: Status) -> tuple[str, ...]:
+    from lora_kit.runs.run_status import DamagedRun
     from lora_kit.runs.sweep_status import SweepStatus
 
+    if isinstance(status, DamagedRun):
+        return str(status.out), status.state, "", "", status.problem
     if isinstance(status, SweepStatus):
         ended = "?" if status.ended is None else str(status.ended)
         best = "" if status.best is None else f"best {status.metric} {status.best:.4g}"
         return f"{status.out} (sweep)", status.state, f"{ended} of {status.trials} trials", "", best
     steps = f"{status.step:,}" + (f" of {status.steps:,}" if status.steps and status.state != "done" else "")
-    loss = "" if status.train_loss is None else f"{status.train_loss:.4g}"
+    loss = format_value(status.losses[-1]["loss"]) if status.losses else ""
     return str(status.out), status.state, steps, loss, format_evaluation(status)
 
 
@@ -57,9 +60,16 @@ def format_evaluation(status: RunStatus) -> str:
     if not status.evaluations:
         return ""
     metrics = {key.removeprefix("eval_"): value for key, value in status.evaluations[-1].items()
-               if key.startswith("eval_") and isinstance(value, (int, float))}  # fmt: skip
+               if key.startswith("eval_")}  # fmt: skip
     order = sorted(metrics, key=lambda name: name != "loss")
-    return ", ".join(f"{name} {metrics[name]:.4g}" for name in order[:2])
+    return ", ".join(f"{name} {format_value(metrics[name])}" for name in order[:2])
+
+
+def format_value(value: object) -> str:
+    """Return a value of a log as text; `nan` for None, which stands for a number that is not finite."""
+    if value is None:
+        return "nan"
+    return f"{value:.4g}" if isinstance(value, (int, float)) else str(value)
 
 
 def _format_age(updated: float | None) -> str:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
-from lora_kit.errors import RecipeError, UnknownAdapterError
+from lora_kit.errors import AdapterError, ConfigError, RecipeError, StorageError, UnknownAdapterError
 from lora_kit.io.locks import FileLock
 from lora_kit.io.output_lock import lock_path
 from lora_kit.io.read import exists, folder_exists, read_text
 from lora_kit.io.text import escape_text
 from lora_kit.names import DEFAULT_STORE, METRICS_FILE, RECIPE_FILE, RUN_SUFFIX, SWEEP_SUFFIX
 from lora_kit.runs.run_files import PROGRESS_FILE, find_run_folder
-from lora_kit.runs.run_status import RunStatus, read_status
+from lora_kit.runs.run_status import DamagedRun, RunStatus, read_status
 from lora_kit.runs.sweep_status import SWEEP_PLAN, SweepStatus, read_sweep_status
 
 MAX_LEVELS: Final = 6
@@ -25,24 +25,37 @@ _SKIPPED: Final = ("node_modules", "site-packages", "__pycache__")
 _LOCK_BEGIN, _LOCK_END = ".", f"{RUN_SUFFIX}.lock"
 
 
-def find_runs(folder: Path) -> list[RunStatus | SweepStatus]:
-    """Return the trainings and sweeps under a folder, the last one that wrote anything first.
+Status: TypeAlias = RunStatus | SweepStatus | DamagedRun
+
+
+def find_runs(folder: Path) -> list[Status]:
+    """Return the trainings and sweeps under a folder, the last one that wrote anything first; damaged ones too.
 
     Links and hidden folders are not followed. The trials of a sweep are part of it.
 
     Raises:
-        AdapterError, StorageError: a file of one is damaged, or cannot be read.
-        UnknownAdapterError: there is no such folder.
+        ConfigError: there is no such folder.
     """
     if not folder_exists(folder):
-        raise UnknownAdapterError(escape_text(folder), [])
+        raise ConfigError(
+            f"{escape_text(folder)} is no folder", hint="give one that trainings are in, or in its folders"
+        )
     outs, sweeps = set[Path](), list[Path]()
     for path, names in _walk(folder):
         outs |= {path / name for name in _list_outs(path, names)}
         sweeps += [path / name for name in names if name.endswith(SWEEP_SUFFIX) and exists(path / name / SWEEP_PLAN)]
-    found: list[RunStatus | SweepStatus] = [*map(read_status, outs), *map(read_sweep_status, sweeps)]
+    found = [_read_or_describe(read_status, out) for out in outs]
+    found += [_read_or_describe(read_sweep_status, sweep) for sweep in sweeps]
     begun = [status for status in found if status.state != "not started"]
     return sorted(begun, key=lambda status: (-(status.updated or float("inf")), str(status.out)))
+
+
+def _read_or_describe(read: Callable[[Path], Status], path: Path) -> Status:
+    """Return what a function reads; where that is damaged, what is wrong: one must not hide the others."""
+    try:
+        return read(path)
+    except (AdapterError, StorageError) as error:
+        return DamagedRun(out=path, problem=str(error))
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
@@ -84,7 +97,7 @@ def find_run(name: str | Path) -> Path:
     if path.suffix.lower() in _RECIPE_SUFFIXES:
         return _read_out(path)
     out = path.with_name(path.name.removesuffix(RUN_SUFFIX)) if path.name else path
-    for candidate in (out, DEFAULT_STORE / out):
+    for candidate in (out, DEFAULT_STORE / out) if out.name else ():
         if _has_traces(candidate):
             return candidate
     known = [str(status.out) for status in find_runs(DEFAULT_STORE)] if folder_exists(DEFAULT_STORE) else []

@@ -23,6 +23,29 @@ _CHECKPOINT: Final = re.compile(r"checkpoint-(\d{1,18})")
 
 
 @dataclass(frozen=True, kw_only=True)
+class DamagedRun:
+    """A training or a sweep whose files cannot be read.
+
+    Attributes:
+        out: folder of its result.
+        problem: what is wrong, in words.
+        state: always `damaged`.
+        updated: not known.
+        command: none goes on with it.
+    """
+
+    out: Path
+    problem: str
+    state: Literal["damaged"] = "damaged"
+    updated: None = None
+    command: None = None
+
+    def to_json(self) -> dict[str, object]:
+        """Return the status as JSON values."""
+        return {"kind": "damaged", "out": str(self.out), "state": self.state, "problem": self.problem}
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunStatus:
     """A training as its files show it.
 
