@@ -166,6 +166,17 @@ def test_what_cannot_be_planned_is_refused_by_name(tmp_path: Path) -> None:
         plan_size(tmp_path / "nothing")
 
 
+def test_a_base_that_would_be_counted_wrongly_is_refused(tmp_path: Path) -> None:
+    config = narrow_config()
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    config.save_pretrained(tmp_path / "gptq")
+    transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(tmp_path / "vit")
+    with pytest.raises(BaseModelError, match="quantized by gptq"):
+        plan_size(tmp_path / "gptq" / "config.json", length=8)
+    with pytest.raises(BaseModelError, match="is a vit"):
+        plan_size(tmp_path / "vit" / "config.json", length=8)
+
+
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> None:
     size = measure_step_size(narrow_config(), shape(length=8))

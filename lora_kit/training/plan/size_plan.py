@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_kit.config.lora_config import ALL_LINEAR, LoraConfig
-from lora_kit.errors import ConfigError, suggest_nearest
-from lora_kit.io.text import format_value
+from lora_kit.errors import BaseModelError, ConfigError, suggest_nearest
+from lora_kit.io.text import escape_text, format_value
 from lora_kit.models.checkpoint_head import read_base_config
 from lora_kit.models.locate import locate_base, translate_load_errors
+from lora_kit.models.quantization import quantization_method_of
 from lora_kit.models.silence import silence_libraries
 from lora_kit.models.tasks import TASK_SPECS, infer_task_from_architecture
 from lora_kit.torch_utils import parse_float_dtype
@@ -107,7 +108,7 @@ def plan_size(
         shard: whether the devices share the frozen base.
 
     Raises:
-        BaseModelError: no such base.
+        BaseModelError: no such base, or one that is not counted: it is quantized already, or has no model of the task.
         ConfigError: a value that cannot be.
         TargetError: the model has no such layers.
     """
@@ -121,7 +122,9 @@ def plan_size(
         config = _read_config(base)
         task = task or infer_task_from_architecture(next(iter(config.architectures or []), "")).name
         _check_choice("task", task, tuple(TASK_SPECS))
-        shape = StepShape(method=method, task=task, lora=lora, dtype=parse_float_dtype(dtype), rows=rows, length=length)
+        _check_countable(str(base), config, task)
+    shape = StepShape(method=method, task=task, lora=lora, dtype=parse_float_dtype(dtype), rows=rows, length=length)
+    with silence_libraries():
         sizes = [
             measure_step_size(config, dataclasses.replace(shape, checkpointing=checkpointing))
             for checkpointing in (False, True)
@@ -134,6 +137,24 @@ def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         hint = suggest_nearest(value, known) or f"known: {', '.join(known)}"
         raise ConfigError(f"{name} {format_value(value)} is not known", hint=hint)
+
+
+def _check_countable(base: str, config: PretrainedConfig, task: str) -> None:
+    """Raise BaseModelError for a base that cannot be built from its config as it would be loaded."""
+    import transformers
+
+    quantized = quantization_method_of(config)
+    if quantized is not None:
+        raise BaseModelError(
+            f"{escape_text(base)} is quantized by {escape_text(quantized)}, which is not counted",
+            hint="give the unquantized base; method qlora counts it in NF4",
+        )
+    auto_class = TASK_SPECS[task].auto_class
+    if type(config) not in getattr(transformers, auto_class)._model_mapping:
+        raise BaseModelError(
+            f"{escape_text(base)} is a {escape_text(config.model_type)}, of which there is no {auto_class}",
+            hint=f"tasks: {', '.join(TASK_SPECS)}",
+        )
 
 
 def _read_config(base: str | Path) -> PretrainedConfig:
