@@ -216,7 +216,8 @@ def require_layout(path: Path, row: Row) -> Layout:
         formats = "; ".join(dict.fromkeys(" and ".join(layout.keys) for layout in (*LAYOUTS, *PREFERENCE_LAYOUTS)))
         other = f"formats: {formats}. lora-kit prepare --rename mine=prompt gives columns other names"
         what = f"{path}: the first row has the keys {shorten(format_list(sorted(row)), most=60)}"
-        raise DataError(what, hint=suggest_renames(path, row) or other)
+        command = suggest_renames(path, row) if all(map(str.isprintable, row)) else None
+        raise DataError(what, hint=command or other)
     return layout
 
 

@@ -172,10 +172,12 @@ def open_study(plan: SweepPlan, *, replace: bool) -> SweepStudy:
     with FileLock(plan.folder / SWEEP_LOCKS / "sweep").hold():
         if check_folder(plan, replace=replace):
             _clear_folder(plan.folder)
+        # Of a sweep that continues, the journal is read first: where that is damaged, nothing is changed.
+        study = SweepStudy(plan) if exists(plan.folder / SWEEP_PLAN) else None
         recipe = yaml.safe_dump(dict(plan.fields), sort_keys=False, allow_unicode=True, width=120)
         write_file(plan.folder / RECIPE_FILE, recipe.encode())
         write_file(plan.folder / SWEEP_PLAN, json.dumps(dataclasses.asdict(plan), indent=1).encode())
-        return SweepStudy(plan)
+        return study or SweepStudy(plan)
 
 
 def check_folder(plan: SweepPlan, *, replace: bool) -> list[str]:

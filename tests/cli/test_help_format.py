@@ -109,7 +109,7 @@ def test_the_tab_key_completes_verbs_and_flags(tmp_path: Path) -> None:
 def test_help_does_not_say_that_a_flag_is_off(capsys: Capture) -> None:
     assert "False" not in help_of("generate", capsys)
     assert "[default: 128]" in help_of("generate", capsys)
-    assert "[required]" in help_of("generate", capsys)
+    assert "[required]" in help_of("plan", capsys)
 
 
 # The keys of a recipe

@@ -379,7 +379,7 @@ def test_what_does_not_fit_is_refused_before_the_base_is_loaded(
     def never(*_: Any, **__: Any) -> None:
         raise BaseModelError("the base was loaded")
 
-    monkeypatch.setattr("lora_kit.evaluation.evaluate.load_base", never)
+    monkeypatch.setattr("lora_kit.evaluation.label_base.load_base", never)
     adapter = made(base, seed=1, task_type="CAUSAL_LM")
     with pytest.raises(ConfigError, match=told):
         evaluate("no/base", [adapter], rows, **settings)

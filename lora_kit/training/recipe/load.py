@@ -181,7 +181,7 @@ def _check_top_level_keys(fields: Section, names: Sequence[str]) -> None:
     `lr` is `train.learning_rate`.
     """
     unknown = next((key for key in fields if key not in names), None)
-    if unknown is None or difflib.get_close_matches(unknown, names, cutoff=_TYPING_ERROR):
+    if not isinstance(unknown, str) or difflib.get_close_matches(unknown, names, cutoff=_TYPING_ERROR):
         check_known_keys(fields, names, where="")
         return
     sections = {
