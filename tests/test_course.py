@@ -10,6 +10,7 @@ import pytest
 
 from lora_kit.cli.main import main
 from tests.support import examples, pages
+from tests.support.long_runs import take_few
 from tests.support.pages import ROOT
 
 PAGE = ROOT / "docs" / "course.md"
@@ -58,7 +59,9 @@ def test_the_commands_of_the_page_run(
             run(words, short=True, capsys=capsys)
 
 
-@pytest.mark.parametrize("words", rows(), ids=lambda words: Path(words[words.index("--base") + 1]).name)
+@pytest.mark.parametrize(
+    "words", take_few(rows(), *rows()[::3]), ids=lambda words: Path(words[words.index("--base") + 1]).name
+)
 def test_a_row_of_the_table_of_models_runs(
     words: list[str], course: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

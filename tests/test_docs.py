@@ -21,10 +21,13 @@ from lora_kit.cli.main import main
 from lora_kit.cli.train import parse_recipe_flags, split_recipes
 from lora_kit.training.recipe.load import load_recipe
 from tests.support import pages
+from tests.support.long_runs import take_few
 from tests.support.pages import GUIDES, PAGES, Block, blocks, name_of
 
 TRAINERS = "docs/trainers.md"
 """Its code is run by test_trl.py, which knows how to put TRL away again."""
+SHORT_GUIDES = {"first-hour", "classify", "memory", "tagging"}
+"""Of those that are followed from top to bottom; the long run follows all."""
 MINUTES = {"demo", "doctor", "sweep"}
 """Verbs that are not run here: their lines are read. Each has tests of its own."""
 PARSED_ONLY = {"sign", "verify"}
@@ -98,7 +101,7 @@ def test_the_commands_of_a_page_run(page: Path, here: Path, capsys: pytest.Captu
         run_commands(block, capsys)
 
 
-@pytest.mark.parametrize("page", GUIDES, ids=name_of)
+@pytest.mark.parametrize("page", take_few(GUIDES, *(page for page in GUIDES if page.stem in SHORT_GUIDES)), ids=name_of)
 def test_a_guide_runs_from_top_to_bottom(page: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its trainings end after two steps: the point is that each command takes what those before it made."""
     set_out(page)
