@@ -22,7 +22,6 @@ from lora_kit.cpu_threads import count_cores, describe_cpu_threads
 from lora_kit.errors import LoraKitError, VerificationError
 from lora_kit.io.text import escape_text
 from lora_kit.models.loading import load_base
-from lora_kit.models.silence import silence_bitsandbytes
 from lora_kit.names import KIT_BASE
 from lora_kit.version import __version__
 
@@ -128,7 +127,7 @@ def _run_check(name: str, check: Callable[[], str]) -> Check:
     started = time.perf_counter()
     state: State = "good"
     try:
-        with silence_bitsandbytes(), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             note = check()
     except NotHereError as reason:

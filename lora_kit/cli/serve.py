@@ -34,7 +34,7 @@ def serve(
     emit: str | None = None,
     out: Path | None = None,
 ) -> None:
-    """Serve the base and every adapter of a store over HTTP, in OpenAI's API.
+    """Serve the base and the adapters of a store over HTTP, in OpenAI's API.
 
     Example: lora-kit serve --base kit-base
 
@@ -42,7 +42,7 @@ def serve(
         base: Base model: hub id, local folder or kit-base.
         host: Address to listen at; other than 127.0.0.1 needs --keys.
         port: Port to listen at.
-        task: Of the base: causal-lm, seq2seq or classify; by default what its adapters are for.
+        task: causal-lm, seq2seq or classify; adapters of another task are not offered. By default what they are for.
         labels: Labels of a classifier's adapter, at most; by default those of the widest in the store.
         dtype: Of the base: auto, bf16, fp16 or fp32.
         quantize: Load the base in nf4, nf4-double, fp4, fp4-double or int8.

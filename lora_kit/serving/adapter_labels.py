@@ -11,9 +11,8 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.folder import has_adapter_files
@@ -21,6 +20,9 @@ from lora_kit.errors import AdapterError, ConfigError, LoraKitError, StorageErro
 from lora_kit.io.atomic_write import write_file
 from lora_kit.io.read import read_json
 from lora_kit.io.text import escape_text
+from lora_kit.serving.adapter_tasks import can_offer, make_task_error, read_adapter_task
+from lora_kit.serving.engine import RequestError
+from lora_kit.serving.label_state import LabelState
 
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """Names that clients may give."""
@@ -28,62 +30,19 @@ DIGEST_LENGTH: Final = 12
 """Characters of a digest that are enough in `label@digest`."""
 _READS: Final = 4
 """How often a folder is read that changes while it is read."""
-_STATE_FORMAT: Final = 1
 _STATE_BYTES: Final = 2**22
 
 Signature = tuple[tuple[str, int, int, int, int], ...]
 """Name, size, times and inode of the files of a folder: if it is the same, so are they."""
 
 
-@dataclass(frozen=True)
-class LabelState:
-    """What a server knows of labels, and keeps in its state file.
-
-    Attributes:
-        loaded: names in the store by the labels that were given to them at run time.
-        aliases: labels by alias.
-        pinned: labels that stay in their slots.
-    """
-
-    loaded: Mapping[str, str] = field(default_factory=dict)
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    pinned: frozenset[str] = frozenset()
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "format": _STATE_FORMAT,
-            "loaded": dict(self.loaded),
-            "aliases": dict(self.aliases),
-            "pinned": sorted(self.pinned),
-        }
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any], *, source: str) -> LabelState:
-        """Return the state of a file.
-
-        Raises:
-            ConfigError: it is not one of ours.
-        """
-        loaded, aliases, pinned = (fields.get(key) for key in ("loaded", "aliases", "pinned"))
-        maps_are_text = all(
-            isinstance(each, dict) and all(isinstance(value, str) for value in each.values())
-            for each in (loaded, aliases)
-        )
-        is_list = isinstance(pinned, list) and all(isinstance(each, str) for each in pinned)
-        if fields.get("format") != _STATE_FORMAT or not maps_are_text or not is_list:
-            raise ConfigError(f"{source}: this is not the state of a server", hint="move the file away")
-        assert isinstance(loaded, dict)
-        assert isinstance(aliases, dict)
-        assert isinstance(pinned, list)
-        return cls(loaded, aliases, frozenset(pinned))
-
-
 class AdapterLabels:
     """Finds the content that a label stands for. Any thread may use it.
 
     Args:
-        store: folder with a folder for each adapter; every one is offered under its name.
+        store: folder with a folder for each adapter; each that is for the server's task is offered under its name.
         base_name: what the base is called; no label may be.
+        task: of the server; None to offer the adapters of every task.
         state_file: keeps what was loaded, aliased and pinned at run time; None to forget it at the end.
         host_bytes: of adapters that are kept in host memory, at most.
 
@@ -91,9 +50,18 @@ class AdapterLabels:
         ConfigError: the state file is not one of ours.
     """
 
-    def __init__(self, store: Path, *, base_name: str, state_file: Path | None = None, host_bytes: int = 2**30) -> None:
+    def __init__(
+        self,
+        store: Path,
+        *,
+        base_name: str,
+        task: str | None = None,
+        state_file: Path | None = None,
+        host_bytes: int = 2**30,
+    ) -> None:
         self.store = store
         self.base_name = base_name
+        self._task = task
         self._state_file = state_file
         self._host_bytes = host_bytes
         self._lock = threading.RLock()
@@ -103,9 +71,10 @@ class AdapterLabels:
     # Looking up
 
     def names(self) -> tuple[str, ...]:
-        """Return every label: those of the store, those given at run time, and aliases."""
+        """Return every label that is offered: those of the store, those given at run time, and aliases."""
         with self._lock:
-            return tuple(dict.fromkeys([*self.list_store(), *self._state.loaded, *self._state.aliases]))
+            given = [label for label in (*self._state.loaded, *self._state.aliases) if self._can_offer(label)]
+            return tuple(dict.fromkeys([*self.list_store(), *given]))
 
     @property
     def state(self) -> LabelState:
@@ -118,6 +87,7 @@ class AdapterLabels:
 
         Raises:
             UnknownAdapterError: there is none, or it has another digest now.
+            RequestError: it is for another task than the server's.
             AdapterError, ConfigError, StorageError: its folder cannot be read.
         """
         label, _, digest = name.partition("@")
@@ -130,7 +100,7 @@ class AdapterLabels:
         """Return the content of a label if it was read before and has not changed since."""
         try:
             folder = self._find_folder(label)
-        except UnknownAdapterError:
+        except (UnknownAdapterError, RequestError):
             return None
         with self._lock:
             signature, adapter = self._read.get(folder, (None, None))
@@ -141,17 +111,32 @@ class AdapterLabels:
 
         Raises:
             UnknownAdapterError: no such label.
+            RequestError: it is for another task than the server's.
         """
         return self._find_folder(label).name
 
     def _find_folder(self, label: str) -> Path:
+        name = self._name_of(label)
+        folder = self.store / name
+        if not NAME.fullmatch(name) or not _is_adapter(folder):
+            raise UnknownAdapterError(label, self.names())
+        self._check_task(label, folder)
+        return folder
+
+    def _name_of(self, label: str) -> str:
+        """Return the name that a label stands for, which may be no name of an adapter, or a path."""
         with self._lock:
             label = self._state.aliases.get(label, label)
-            name = self._state.loaded.get(label, label)
-        folder = self.store / name
-        if not NAME.fullmatch(name) or not _is_offered(folder):
-            raise UnknownAdapterError(label, self.names())
-        return folder
+            return self._state.loaded.get(label, label)
+
+    def _can_offer(self, label: str) -> bool:
+        name = self._name_of(label)
+        return not NAME.fullmatch(name) or can_offer(read_adapter_task(self.store / name), self._task)
+
+    def _check_task(self, label: str, folder: Path) -> None:
+        own = read_adapter_task(folder)
+        if own is not None and self._task is not None and not can_offer(own, self._task):
+            raise make_task_error(f"adapter {label!r}", own, self._task)
 
     def _load(self, folder: Path) -> Adapter:
         """Return the adapter of a folder: as it was read before, if no file of it has changed.
@@ -189,12 +174,27 @@ class AdapterLabels:
             size -= adapter.nbytes
 
     def list_store(self) -> list[str]:
-        """Return the names of the adapters in the store, as it is now."""
-        try:
-            names = sorted(entry.name for entry in self.store.iterdir())
-        except OSError:  # there is none, or it is being replaced
-            return []
-        return [name for name in names if NAME.fullmatch(name) and _is_offered(self.store / name)]
+        """Return the names of the adapters in the store that are offered, as it is now."""
+        return [name for name in self._list_all() if can_offer(read_adapter_task(self.store / name), self._task)]
+
+    def list_not_offered(self) -> dict[str, str]:
+        """Return the tasks of the adapters in the store that are for another task than the server's, by name."""
+        tasks = {name: read_adapter_task(self.store / name) for name in self._list_all()}
+        return {name: own for name, own in tasks.items() if own is not None and not can_offer(own, self._task)}
+
+    def check_store(self, name: str) -> None:
+        """Raise unless the store has an adapter of a name, and it is offered.
+
+        Raises:
+            UnknownAdapterError: the store has none of that name.
+            RequestError: it is for another task than the server's.
+        """
+        if not NAME.fullmatch(name) or not _is_adapter(self.store / name):
+            raise UnknownAdapterError(name, self.list_store())
+        self._check_task(name, self.store / name)
+
+    def _list_all(self) -> list[str]:
+        return [folder.name for folder in list_adapter_folders(self.store)]
 
     # Changing
 
@@ -204,15 +204,15 @@ class AdapterLabels:
         Raises:
             ConfigError: the label is not one, or is the base's, an alias, or the name of another adapter of the store.
             UnknownAdapterError: the store has none of that name.
+            RequestError: it is for another task than the server's.
             StorageError: the state file cannot be written; nothing has changed.
         """
         self._check_label(label)
-        if not NAME.fullmatch(name) or not _is_offered(self.store / name):
-            raise UnknownAdapterError(name, self.list_store())
+        self.check_store(name)
         with self._lock:
             if label in self._state.aliases:
                 raise ConfigError(f"{label!r} is an alias", hint="take the alias away first")
-            if label != name and label in self.list_store():
+            if label != name and label in self._list_all():
                 raise ConfigError(f"{label!r} is another adapter of the store", hint="choose another label")
             self._keep(LabelState({**self._state.loaded, label: name}, self._state.aliases, self._state.pinned))
 
@@ -235,13 +235,15 @@ class AdapterLabels:
         Raises:
             ConfigError: it is not a name, or it is the base's or that of an adapter.
             UnknownAdapterError: there is no such label.
+            RequestError: it is for another task than the server's.
         """
         self._check_label(alias)
         with self._lock:
-            if alias in self._state.loaded or alias in self.list_store():
+            if alias in self._state.loaded or alias in self._list_all():
                 raise ConfigError(f"{alias!r} is an adapter", hint="choose another alias")
-            if label in self._state.aliases or label not in self.names():
+            if label in self._state.aliases:
                 raise UnknownAdapterError(label, [name for name in self.names() if name not in self._state.aliases])
+            self._find_folder(label)
             self._keep(LabelState(self._state.loaded, {**self._state.aliases, alias: label}, self._state.pinned))
 
     def remove_alias(self, alias: str) -> None:
@@ -293,9 +295,11 @@ def set_aliases(aliases: Mapping[str, str], labels: AdapterLabels) -> None:
     """Set the aliases that a server was started with; those of its state file stay.
 
     Raises:
-        ConfigError, UnknownAdapterError: as `AdapterLabels.alias`; none was set.
+        ConfigError, UnknownAdapterError, RequestError: as `AdapterLabels.alias`; none was set.
     """
     known = labels.names()
+    for target in set(aliases.values()) & labels.list_not_offered().keys():
+        labels.check_store(target)  # raises
     unknown = [target for target in aliases.values() if target not in known]
     if unknown:
         raise UnknownAdapterError(format_list(unknown), known)
@@ -303,7 +307,16 @@ def set_aliases(aliases: Mapping[str, str], labels: AdapterLabels) -> None:
         labels.alias(alias, label)
 
 
-def _is_offered(folder: Path) -> bool:
+def list_adapter_folders(store: Path) -> list[Path]:
+    """Return the folders of the adapters in a store, as it is now, whatever their tasks; sorted by name."""
+    try:
+        folders = sorted(store.iterdir())
+    except OSError:  # there is none, or it is being replaced
+        return []
+    return [folder for folder in folders if NAME.fullmatch(folder.name) and _is_adapter(folder)]
+
+
+def _is_adapter(folder: Path) -> bool:
     """Whether a folder of the store is an adapter; a link to somewhere else is not."""
     return folder.is_dir() and not folder.is_symlink() and has_adapter_files(folder)
 

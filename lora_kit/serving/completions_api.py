@@ -31,8 +31,8 @@ router = APIRouter()
 async def complete(request: Request, body: CompletionBody, served: Served, key: Key) -> Response:
     """Continue prompts, which are given to the model as they are."""
     body.check_extra()
-    _check_generates(served)
     adapter = await find_adapter(served, key, body.model, body.lora_scale)
+    _check_generates(served)
     most = served.settings.limits.requests
     if not 0 < len(body.prompts) * (body.n or 1) <= most:
         raise ApiError(400, f"1 to {most:,} answers can be asked for at once", param="prompt")
@@ -45,8 +45,8 @@ async def complete(request: Request, body: CompletionBody, served: Served, key: 
 async def chat(request: Request, body: ChatCompletionBody, served: Served, key: Key) -> Response:
     """Answer a conversation, rendered by the chat template that the adapter was trained with."""
     body.check_extra()
-    _check_generates(served)
     adapter = await find_adapter(served, key, body.model, body.lora_scale)
+    _check_generates(served)
     messages = [message.model_dump(exclude_none=True) for message in body.messages]
     prompt = await asyncio.to_thread(served.prompts.encode_messages, messages, adapter, body.chat_template_kwargs)
     most = body.max_completion_tokens or body.max_tokens

@@ -15,6 +15,8 @@ from fastapi import APIRouter, Request, Response
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.data.text_tokens import TextTokens
 from lora_kit.evaluation.prediction import Prediction
+from lora_kit.models.tasks import CLASSIFY
+from lora_kit.serving.adapter_tasks import make_task_error
 from lora_kit.serving.api_access import RESPONSES, Key, Served, find_adapter, make_digest_headers
 from lora_kit.serving.api_errors import ApiError, make_failure
 from lora_kit.serving.engine import Wanted
@@ -38,7 +40,7 @@ async def classify(
     """Predict the label of texts, or of two texts each, with the probability of every label of the adapter."""
     heads = served.heads
     if heads is None:
-        raise ApiError(400, "this base generates texts; it has no labels", param="model", code="unsupported")
+        raise make_task_error("/v1/classify", CLASSIFY, served.task)
     adapter = await find_adapter(served, key, body.model, None, fitted=False)
     response.headers.update(make_digest_headers(adapter))
     head = heads.describe(adapter)
@@ -64,7 +66,7 @@ async def classify(
 async def embed(request: Request, body: EmbeddingBody, served: Served, key: Key, response: Response) -> dict[str, Any]:
     """Return the mean of the last layer over the tokens of each text."""
     if served.heads is None:
-        raise ApiError(400, "this base generates texts; it has no embeddings", param="model", code="unsupported")
+        raise make_task_error("/v1/embeddings", CLASSIFY, served.task)
     adapter = await find_adapter(served, key, body.model, None, fitted=False)
     response.headers.update(make_digest_headers(adapter))
     inputs = body.texts

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from lora_kit.adapter.folder import CONFIG
 from lora_kit.bank.attach import attach
 from lora_kit.bank.bank import AdapterBank
-from lora_kit.errors import BaseModelError, ConfigError, LoraKitError, format_list
-from lora_kit.io.read import read_json
+from lora_kit.errors import BaseModelError, ConfigError, format_list
 from lora_kit.models.checkpoint_head import read_base_config
 from lora_kit.models.loading import Base, load_base
 from lora_kit.models.locate import locate_base, translate_load_errors
 from lora_kit.models.silence import silence_libraries
-from lora_kit.models.tasks import CAUSAL_LM, CLASSIFY, SEQ2SEQ, find_task_by_peft_type, infer_task_from_architecture
+from lora_kit.models.tasks import CAUSAL_LM, CLASSIFY, SEQ2SEQ, infer_task_from_architecture
+from lora_kit.serving.adapter_tasks import SERVED_TASKS, read_adapter_task
 from lora_kit.serving.engine import Engine
 from lora_kit.serving.forward_engine import ForwardEngine
 from lora_kit.serving.generate_engine import GenerateEngine
@@ -27,10 +26,8 @@ from lora_kit.serving.server_settings import ServerSettings
 
 logger = logging.getLogger(__name__)
 
-SERVED_TASKS: Final = (CAUSAL_LM, SEQ2SEQ, CLASSIFY)
 _ENCODERS: Final = ("ForMaskedLM", "ForPreTraining", "Model")
 """How the names of classes end that only read texts; `LMHeadModel` writes them."""
-_CONFIG_BYTES: Final = 2**22
 
 
 @dataclass(frozen=True)
@@ -50,17 +47,17 @@ class OpenedBase:
     heads: LabelHeads | None
 
 
-def open_base(settings: ServerSettings, folders: Sequence[Path]) -> OpenedBase:
-    """Load a base for its task, and attach a bank.
+def open_base(settings: ServerSettings, task: str, folders: Sequence[Path]) -> OpenedBase:
+    """Load a base for a task, and attach a bank.
 
     Args:
-        folders: of the adapters in the store.
+        task: as `choose_task` returns it.
+        folders: of the adapters that are offered.
 
     Raises:
         ConfigError: a setting is wrong.
         BaseModelError: it cannot be loaded, or does not do its task.
     """
-    task = choose_task(settings, folders)
     widest = max(settings.labels, find_widest_head(folders)) if task == CLASSIFY else 0
     base = load_base(settings.base, task=task, dtype=settings.dtype, quantize=settings.quantize)
     heads = LabelHeads(base, width=widest) if task == CLASSIFY else None
@@ -81,7 +78,7 @@ def choose_task(settings: ServerSettings, folders: Sequence[Path]) -> str:
         return settings.task
     with silence_libraries(), translate_load_errors(settings.base):
         config = read_base_config(locate_base(settings.base))
-    tasks = {task for folder in folders if (task := _read_task(folder)) is not None}
+    tasks = {task for folder in folders if (task := read_adapter_task(folder)) is not None}
     if CLASSIFY in tasks and not tasks & {CAUSAL_LM, SEQ2SEQ}:
         return CLASSIFY
     architecture = next(iter(config.architectures or []), "")
@@ -89,15 +86,6 @@ def choose_task(settings: ServerSettings, folders: Sequence[Path]) -> str:
     if not tasks and (reads_only or infer_task_from_architecture(architecture).name == CLASSIFY):
         return CLASSIFY
     return SEQ2SEQ if getattr(config, "is_encoder_decoder", False) else CAUSAL_LM
-
-
-def _read_task(folder: Path) -> str | None:
-    """Return the task that an adapter's config names; None where it names none, or cannot be read."""
-    try:
-        spec = find_task_by_peft_type(str(read_json(folder / CONFIG, limit=_CONFIG_BYTES).get("task_type")))
-    except LoraKitError:
-        return None
-    return None if spec is None else spec.name
 
 
 def _choose_engine(base: Base, bank: AdapterBank, settings: ServerSettings) -> Engine:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Callable
 from typing import Final
 
 from lora_kit.errors import ConfigError, StorageError
+from lora_kit.serving.adapter_tasks import describe_not_offered
 from lora_kit.serving.server_settings import ServerSettings
+
+logger = logging.getLogger(__name__)
 
 _GRACE_SECONDS: Final = 30
 """How long answers that have begun may take when the server is to stop."""
 
 
 def serve(settings: ServerSettings, *, on_ready: Callable[[str], None] | None = None) -> None:
-    """Serve the base and every adapter of a store, each under its name, until SIGINT or SIGTERM.
+    """Serve the base and the adapters of a store that are for its task, each under its name, until SIGINT or SIGTERM.
 
     Args:
         on_ready: called with the address once the base is loaded.
@@ -33,6 +37,8 @@ def serve(settings: ServerSettings, *, on_ready: Callable[[str], None] | None = 
         raise ConfigError(f"{error.name} is not installed", hint="pip install 'lora-kit[serve]'") from error
     with _listen(settings.host, settings.port) as listener:  # before the base is loaded, which takes long
         served = ServedModel(settings)
+        for line in describe_not_offered(served.labels.list_not_offered()):
+            logger.warning("not offered: %s", line)
         try:
             config = uvicorn.Config(
                 build_app(served), log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE_SECONDS

@@ -12,14 +12,14 @@ from typing import Any, Final
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.folder import CARD
 from lora_kit.adapter.store import to_json_value
-from lora_kit.errors import ConfigError, LoraKitError, UnknownAdapterError
+from lora_kit.errors import ConfigError, LoraKitError
 from lora_kit.evaluation.adapter_format import find_adapter_labels
 from lora_kit.io.read import read_text
 from lora_kit.serving.access import AccessKeys, check_host, read_keys
-from lora_kit.serving.adapter_labels import AdapterLabels, set_aliases
+from lora_kit.serving.adapter_labels import AdapterLabels, list_adapter_folders, set_aliases
 from lora_kit.serving.adapter_slots import AdapterSlots, SlotUse
 from lora_kit.serving.model_worker import ModelWorker
-from lora_kit.serving.open_base import open_base
+from lora_kit.serving.open_base import choose_task, open_base
 from lora_kit.serving.prompt_encoder import PromptEncoder
 from lora_kit.serving.rate_limit import RateLimit
 from lora_kit.serving.scaled_adapter import scale_adapter
@@ -60,9 +60,10 @@ class ServedModel:
         check_host(settings.host, self.keys)
         self.rate = RateLimit(settings.rate)
         self.base_name = Path(settings.base).name or settings.base
-        self.labels = AdapterLabels(settings.store, base_name=self.base_name, state_file=settings.state)
+        task = choose_task(settings, list_adapter_folders(settings.store))
+        self.labels = AdapterLabels(settings.store, base_name=self.base_name, task=task, state_file=settings.state)
         set_aliases(settings.aliases, self.labels)
-        opened = open_base(settings, [settings.store / name for name in self.labels.list_store()])
+        opened = open_base(settings, task, [settings.store / name for name in self.labels.list_store()])
         self._base, self._engine, self.heads = opened.base, opened.engine, opened.heads
         self.prompts = PromptEncoder(self._base, base_name=self.base_name)
         slots = AdapterSlots(opened.bank, self._engine, slots=settings.slots)
@@ -76,6 +77,11 @@ class ServedModel:
         """Stop the worker; what runs is cancelled."""
         self.worker.stop()
         self.worker.join(timeout=_CALL_SECONDS)
+
+    @property
+    def task(self) -> str:
+        """What the base is loaded for."""
+        return self._base.task
 
     @property
     def context(self) -> int:
@@ -103,6 +109,7 @@ class ServedModel:
 
         Raises:
             UnknownAdapterError: there is none; the base never stands in.
+            RequestError: it is for another task than the server's.
             AdapterError, ConfigError, StorageError: its folder cannot be read.
         """
         if model == self.base_name:
@@ -126,11 +133,11 @@ class ServedModel:
 
         Raises:
             UnknownAdapterError: the store has none of that name.
+            RequestError: it is for another task than the server's.
             AdapterError, ConfigError, BankError: it cannot be read, does not match, or computes nothing finite.
         """
-        adapter = self.labels.resolve(name) if name in self.labels.list_store() else None
-        if adapter is None:
-            raise UnknownAdapterError(name, self.labels.list_store())
+        self.labels.check_store(name)
+        adapter = self.labels.resolve(name)
         slots, fitted = self.worker.slots, self.fit(adapter)
         probing = self.worker.call(lambda: slots.probe(fitted, self._engine.measure_effect))
         effect = probing.result(timeout=_CALL_SECONDS)
@@ -240,7 +247,8 @@ class ServedModel:
 
     def _pin_again(self) -> None:
         """Pin what was pinned when the server ran before; what is gone by now is left out."""
-        for label in sorted(self.labels.state.pinned - set(self.labels.names())):
+        kept = {*self.labels.names(), *self.labels.list_not_offered()}
+        for label in sorted(self.labels.state.pinned - kept):
             self.labels.pin(label, pinned=False)
         self._follow_pins()
 

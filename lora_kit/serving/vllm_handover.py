@@ -15,7 +15,9 @@ from lora_kit.generation.prompts import find_template
 from lora_kit.io.atomic_write import stage_folder
 from lora_kit.io.text import escape_text
 from lora_kit.models.locate import find_local_folder
-from lora_kit.serving.adapter_labels import AdapterLabels, set_aliases
+from lora_kit.serving.adapter_labels import AdapterLabels, list_adapter_folders, set_aliases
+from lora_kit.serving.adapter_tasks import describe_not_offered
+from lora_kit.serving.open_base import choose_task
 from lora_kit.serving.server_settings import ServerSettings
 from lora_kit.torch_utils import parse_float_dtype
 
@@ -40,7 +42,8 @@ def write_vllm_handover(settings: ServerSettings, out: Path) -> list[str]:
         StorageError: the folder exists, or cannot be written.
     """
     base_name = Path(settings.base).name or settings.base
-    labels = AdapterLabels(settings.store, base_name=base_name, state_file=settings.state)
+    task = choose_task(settings, list_adapter_folders(settings.store))
+    labels = AdapterLabels(settings.store, base_name=base_name, task=task, state_file=settings.state)
     set_aliases(settings.aliases, labels)
     adapters = {name: labels.resolve(name) for name in labels.list_store()}
     if not adapters:
@@ -58,7 +61,8 @@ def write_vllm_handover(settings: ServerSettings, out: Path) -> list[str]:
         command = _format_launch(settings, base_name, adapters, targets, has_template=is_common)
         (folder / LAUNCH).write_text(command, "utf-8")
         (folder / LAUNCH).chmod(0o755)
-    return _list_notes(templates, is_common=is_common, count=len(adapters))
+    not_offered = [f"not offered: {line}" for line in describe_not_offered(labels.list_not_offered())]
+    return [*not_offered, *_list_notes(templates, is_common=is_common, count=len(adapters))]
 
 
 def _export_all(adapters: Mapping[str, Adapter], settings: ServerSettings, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -334,3 +335,11 @@ def test_a_run_that_fails_in_the_middle_leaves_the_file_that_was_there(
     code, _, _ = run(capsys, "-a", "single", "--data", str(rows), "--out", str(out), "--batch-size", "1", "--replace")
     assert (code, calls, out.read_text("utf-8")) == (2, [16, 16], "mine")
     assert [path.name for path in tmp_path.iterdir() if path.name != "rows.jsonl"] == ["out.csv"]
+
+
+def test_a_head_that_the_adapter_brings_is_not_called_new(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="lora_kit"):
+        lk.predict("base", "single", ["ab"])
+        assert not [message for message in caplog.messages if "new head" in message]
+        lk.load_base("base", task="classify", num_labels=3)
+    assert [message for message in caplog.messages if "new head" in message]
