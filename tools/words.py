@@ -53,6 +53,7 @@ ORDINARY_PHRASES: Final = {
 ORDINARY_PLACES: Final = {
     ("lora_kit/sweeps/", r"trials?"): "optuna's word",
     ("lora_kit/cli/sweep.py", r"trials?"): "optuna's word",
+    ("lora_kit/cli/follow.py", r"trials?"): "optuna's word",
     ("lora_kit/runs/", r"trials?"): "optuna's word",
     ("docs/following.md", r"trials?"): "optuna's word",
     ("docs/", r"refus(e|es|ed|ing|al)"): "plain English for what a command does",

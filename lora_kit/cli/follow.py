@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from lora_kit.cli.app import AsJson, app
 from lora_kit.cli.output import create_console, format_size, print_json, print_table, print_text
-from lora_kit.cli.runs import format_evaluation, format_value
+from lora_kit.cli.runs import build_cells, format_evaluation, format_value
 from lora_kit.errors import ConfigError, VerificationError
 from lora_kit.io.text import escape_for_terminal
 
@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 
     from lora_kit.runs.run_files import LogEntry
     from lora_kit.runs.run_status import RunStatus
+    from lora_kit.runs.sweep_status import SweepStatus
 
 _POLL_SECONDS: Final = 0.5
+_PATIENCE_SECONDS: Final = 30
+"""How long a sweep may go without a process that has a trial."""
 _LAST_LOSSES: Final = 5
 _PORT: Final = 8765
 
@@ -31,33 +34,63 @@ def follow(run: Path, /, *, once: bool = False, web: bool = False, port: int = _
     """Watch a training from another terminal: how far it is, its losses, its evaluations, the time left.
 
     It reads the training's files, and does not disturb it. It ends with the training: with exit code 0 if its result
-    was saved, with 4 if it was not.
+    was saved, with 4 if it was not. Of a sweep it shows how it stands and the trial that is running, one after another.
 
     Example: lora-kit follow recipe.yaml
 
     Args:
-        run: A recipe, its out, or the folder of the checkpoints, <out>.run.
+        run: A recipe, its out, or the folder of the checkpoints, <out>.run; or of a sweep, <out>.sweep.
         once: Print how it stands now, and end.
         web: Serve a page that shows it, on this machine only.
         port: Of the page; 0 for any that is free.
     """
-    from lora_kit.runs.find_runs import find_run
+    from lora_kit.runs.find_runs import find_run, find_sweep
     from lora_kit.runs.run_status import read_status
 
+    if web and (once or json):
+        raise ConfigError("--web does not go with --once and --json")
+    sweep = find_sweep(run)
+    if sweep is not None:
+        _follow_sweep(sweep, once=once, web=web, port=port, json=json)
+        return
     out = find_run(run)
     if web:
-        if once or json:
-            raise ConfigError("--web does not go with --once and --json")
         _serve(out, port)
     elif json:
         status = read_status(out)
         print_json({**status.to_json(), "log": [dict(entry) for entry in status.log]})
     elif once:
-        status = read_status(out)
-        print_text(_format_headline(status))
-        print_table(("", ""), list(_list_facts(status)))
+        _show_once(out)
     else:
         _watch(out)
+
+
+def _follow_sweep(folder: Path, *, once: bool, web: bool, port: int, json: bool) -> None:
+    from lora_kit.runs.sweep_status import read_sweep_status
+
+    status = read_sweep_status(folder)
+    if web:
+        if not status.running:
+            raise ConfigError(f"no trial of {folder} is running", hint="lora-kit runs lists what there is")
+        _serve(status.running[0], port)
+    elif json:
+        print_json(status.to_json())
+    elif once:
+        print_text(_format_sweep(status))
+        for trial in status.running:
+            _show_once(trial)
+        if status.command:
+            print_text(f"to go on: {status.command}")
+    else:
+        _watch_sweep(folder)
+
+
+def _show_once(out: Path) -> None:
+    from lora_kit.runs.run_status import read_status
+
+    status = read_status(out)
+    print_text(_format_headline(status))
+    print_table(("", ""), list(_list_facts(status)))
 
 
 def _serve(out: Path, port: int) -> None:
@@ -66,17 +99,53 @@ def _serve(out: Path, port: int) -> None:
     serve_run_page(out, port=port, on_ready=lambda url: print_text(f"{url}  (Ctrl-C ends the page, not the training)"))
 
 
+def _watch_sweep(folder: Path) -> None:
+    """Show a sweep and its trials, one at a time, until it ends.
+
+    Raises:
+        VerificationError: it ended without a result.
+    """
+    from lora_kit.runs.run_status import read_status
+    from lora_kit.runs.sweep_status import read_sweep_status
+
+    line, last_seen = "", float("-inf")
+    while True:
+        status = read_sweep_status(folder)
+        # No process has a trial for a moment after each one, and while the best is put in place.
+        last_seen = time.monotonic() if status.running else last_seen
+        has_ended = status.state != "running" and time.monotonic() - last_seen > _PATIENCE_SECONDS
+        if _format_sweep(status) != line and (has_ended or status.state != "stopped"):
+            line = _format_sweep(status)
+            print_text(line)
+        if status.state == "done":
+            return
+        if has_ended:
+            raise _build_no_result_error(status, "")
+        trial = next((trial for trial in status.running if read_status(trial).state in ("starting", "running")), None)
+        if trial is not None:
+            _show(trial)
+        else:
+            time.sleep(_POLL_SECONDS)
+
+
+def _show(out: Path) -> RunStatus:
+    return _show_live(out) if sys.stdout.isatty() else _print_lines(out)
+
+
 def _watch(out: Path) -> None:
     """Show a training until it ends.
 
     Raises:
         VerificationError: it ended without a result.
     """
-    status = _show_live(out) if sys.stdout.isatty() else _print_lines(out)
+    status = _show(out)
     if status.state != "done":
-        why = status.error or "its process has ended"
-        hint = f"to go on: {status.command}" if status.command else "its own terminal says why"
-        raise VerificationError(f"{out} has no result: {why}", hint=hint)
+        raise _build_no_result_error(status, status.error)
+
+
+def _build_no_result_error(status: RunStatus | SweepStatus, why: str | None) -> VerificationError:
+    hint = f"to go on: {status.command}" if status.command else "its own terminal says why"
+    return VerificationError(f"{status.out} has no result: {why or 'its process has ended'}", hint=hint)
 
 
 def _poll(out: Path) -> Iterator[RunStatus]:
@@ -86,8 +155,10 @@ def _poll(out: Path) -> Iterator[RunStatus]:
     begun = False
     while True:
         status = read_status(out)
+        if begun and status.state == "not started":  # its files were removed: what was shown before says more
+            return
         yield status
-        if status.state in ("done", "stopped") or (begun and status.state == "not started"):
+        if status.state in ("done", "stopped"):
             return
         begun = begun or status.state != "not started"
         time.sleep(_POLL_SECONDS)
@@ -132,6 +203,12 @@ def _build_view(status: RunStatus) -> RenderableType:
     for name, text in _list_facts(status):
         facts.add_row(name, Text(escape_for_terminal(text)))
     return Group(Text(escape_for_terminal(_format_headline(status))), facts)
+
+
+def _format_sweep(status: SweepStatus) -> str:
+    """Return the line of a sweep as `runs` has it."""
+    name, state, *facts = build_cells(status)
+    return ", ".join([f"{name}: {state}", *filter(None, facts)])
 
 
 def _format_headline(status: RunStatus) -> str:

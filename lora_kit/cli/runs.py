@@ -31,7 +31,7 @@ def runs(folder: Path = Path(), /, *, json: AsJson = False) -> None:
     if json:
         print_json([status.to_json() for status in found])
         return
-    rows = [(*_build_cells(status), _format_age(status.updated)) for status in found]
+    rows = [(*build_cells(status), _format_age(status.updated)) for status in found]
     print_table(("out", "state", "steps", "loss", "validation", "age"), rows)
     if not found:
         print_text(f"no training and no sweep under {folder.absolute()}")
@@ -40,7 +40,8 @@ def runs(folder: Path = Path(), /, *, json: AsJson = False) -> None:
         print_text("\n  ".join(["\nto go on:", *commands]))
 
 
-def _build_cells(status: Status) -> tuple[str, ...]:
+def build_cells(status: Status) -> tuple[str, ...]:
+    """Return how a training or a sweep stands: its output, state, steps, loss and validation."""
     from lora_kit.runs.run_status import DamagedRun
     from lora_kit.runs.sweep_status import SweepStatus
 

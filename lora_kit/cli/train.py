@@ -229,6 +229,7 @@ def _build_plan_facts(plan: TrainPlan) -> list[tuple[str, str]]:
     fewer = f" (memory ran out with {steps.micro_batch})" if measured.micro_batch != steps.micro_batch else ""
     speed, rows = measured.tokens / measured.seconds, measured.micro_batch * steps.processes
     accumulation, shared = -(-steps.batch // rows), f" in each of {steps.processes} processes" * (steps.processes > 1)
+    whole = " of the whole process, Python and libraries included," * (measured.peak_of == "process")
     estimate = [("weights", memory.weights), ("trained", memory.trained), ("gradients", memory.gradients),
                 ("optimizer", memory.optimizer), ("activations", memory.activations)]  # fmt: skip
     facts = [
@@ -251,6 +252,6 @@ def _build_plan_facts(plan: TrainPlan) -> list[tuple[str, str]]:
         ("memory", f"{format_size(memory.total)} estimated, if all rows were as long as the longest"),
         *(("", f"{name}: {format_size(amount)}") for name, amount in estimate if amount),
         ("one step", f"{measured.seconds:.3f} s, {measured.tokens:,} tokens, {speed:,.0f} tokens/s, measured"),
-        ("", f"at most {format_size(measured.peak_bytes)} in it and in one of the longest rows, measured"),
+        ("", f"at most {format_size(measured.peak_bytes)}{whole} in it and in one of the longest rows, measured"),
         ("all steps", f"about {timedelta(seconds=round(plan.seconds))}, without evaluations"),
     ]

@@ -177,7 +177,8 @@ def reason_not_a_path(target: Path) -> str:
 
 
 def _already_exists_error(target: Path) -> StorageError:
-    return StorageError(f"{escape_text(target)} exists already", hint="choose another output, or ask to replace it")
+    hint = "choose another output, or write over it: replace=True in Python, --replace on the command line"
+    return StorageError(f"{escape_text(target)} exists already", hint=hint)
 
 
 @contextmanager

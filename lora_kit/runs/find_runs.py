@@ -101,7 +101,30 @@ def find_run(name: str | Path) -> Path:
         if _has_traces(candidate):
             return candidate
     known = [str(status.out) for status in find_runs(DEFAULT_STORE)] if folder_exists(DEFAULT_STORE) else []
-    raise UnknownRunError(str(name), known)
+    raise UnknownRunError(str(name), [found for found in known if found != str(out)])
+
+
+def find_sweep(name: str | Path) -> Path | None:
+    """Return the folder of the sweep that a person names; None where a training is meant.
+
+    The output of a sweep that is not running, once it is there, is that of a training.
+
+    Args:
+        name: a recipe, an output or the folder of the sweep; also in the store.
+
+    Raises:
+        RecipeError: the recipe names no output.
+        AdapterError, StorageError: a file of the sweep is damaged, or cannot be read.
+    """
+    path = Path(name)
+    path = _read_out(path) if path.suffix.lower() in _RECIPE_SUFFIXES else path
+    for candidate in (path, DEFAULT_STORE / path):
+        if candidate.name.endswith(SWEEP_SUFFIX) and exists(candidate / SWEEP_PLAN):
+            return candidate
+        folder = candidate.with_name(f"{candidate.name}{SWEEP_SUFFIX}") if candidate.name else candidate
+        if exists(folder / SWEEP_PLAN) and (not _has_traces(candidate) or read_sweep_status(folder).running):
+            return folder
+    return None
 
 
 class UnknownRunError(UnknownAdapterError):

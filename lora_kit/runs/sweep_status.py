@@ -21,6 +21,7 @@ SWEEP_PLAN: Final = "plan.json"
 SWEEP_JOURNAL: Final = "journal.log"
 SWEEP_RESULTS: Final = "results.json"
 SWEEP_LOCKS: Final = "locks"
+SWEEP_TRIALS: Final = "trials"
 _LIMIT: Final = 2**23
 _SETTINGS: Final = ("method", "metric", "trials", "seed", "prune", "keep")
 """Fields of a plan that are flags of `lora-kit sweep`."""
@@ -38,6 +39,7 @@ class SweepStatus:
         trials: how many there will be.
         ended: how many have ended; None where optuna, which reads its journal, is not installed.
         best: the best value so far; None before there is one.
+        running: outputs of the trials that processes have, by number.
         updated: when it last wrote anything, in seconds since 1970.
         command: that goes on with a sweep that is stopped; None for any other.
     """
@@ -49,12 +51,14 @@ class SweepStatus:
     trials: int
     ended: int | None
     best: float | None
+    running: tuple[Path, ...]
     updated: float
     command: str | None
 
     def to_json(self) -> dict[str, object]:
         """Return the status as JSON values."""
-        return {"kind": "sweep", **vars(self), "out": str(self.out), "folder": str(self.folder)}
+        paths = {"out": str(self.out), "folder": str(self.folder), "running": [str(trial) for trial in self.running]}
+        return {"kind": "sweep", **vars(self), **paths}
 
 
 def read_sweep_status(folder: Path) -> SweepStatus:
@@ -68,18 +72,20 @@ def read_sweep_status(folder: Path) -> SweepStatus:
         raise AdapterError(f"{escape_text(folder / SWEEP_PLAN)} is damaged")
     times = {name: os.stat(folder / name).st_mtime for name in _list_files(folder)}
     is_done = times.get(SWEEP_RESULTS, 0.0) >= times[SWEEP_PLAN]
-    is_running = any(FileLock(path).is_held for path in _list_locks(folder))
+    out = folder.with_name(folder.name.removesuffix(SWEEP_SUFFIX))
+    running = tuple(folder / SWEEP_TRIALS / str(number) / out.name for number in _list_running_trials(folder))
     ended, best = _count_trials(folder)
     return SweepStatus(
-        out=folder.with_name(folder.name.removesuffix(SWEEP_SUFFIX)),
+        out=out,
         folder=folder,
-        state="running" if is_running else "done" if is_done else "stopped",
+        state="running" if running else "done" if is_done else "stopped",
         metric=plan["metric"],
         trials=plan["trials"],
         ended=ended,
         best=best,
+        running=running,
         updated=max(times.values()),
-        command=None if is_running or is_done else _build_command(folder, plan),
+        command=None if running or is_done else _build_command(folder, plan),
     )
 
 
@@ -87,10 +93,12 @@ def _list_files(folder: Path) -> Iterator[str]:
     yield from (name for name in (SWEEP_PLAN, SWEEP_JOURNAL, SWEEP_RESULTS) if exists(folder / name))
 
 
-def _list_locks(folder: Path) -> Iterator[Path]:
-    """Yield the locks of the trials: a process that runs one holds its lock."""
-    if folder_exists(folder / SWEEP_LOCKS):
-        yield from (path for path in (folder / SWEEP_LOCKS).iterdir() if path.name.isdecimal())
+def _list_running_trials(folder: Path) -> list[int]:
+    """Return the numbers of the trials that processes have: a process that runs one holds its lock."""
+    if not folder_exists(folder / SWEEP_LOCKS):
+        return []
+    locks = [path for path in (folder / SWEEP_LOCKS).iterdir() if path.name.isdecimal()]
+    return sorted(int(path.name) for path in locks if FileLock(path).is_held)
 
 
 def _count_trials(folder: Path) -> tuple[int | None, float | None]:

@@ -18,7 +18,7 @@ from lora_kit.errors import AdapterError
 from lora_kit.io.read import read_json
 from lora_kit.io.text import escape_text
 from lora_kit.names import SWEEP_SUFFIX
-from lora_kit.runs.sweep_status import SWEEP_PLAN
+from lora_kit.runs.sweep_status import SWEEP_PLAN, SWEEP_TRIALS
 from lora_kit.sweeps.space import Params, Value, list_combinations, parse_space
 from lora_kit.training.loop.checkpoints import hash_json
 from lora_kit.training.recipe.load import load_recipe
@@ -81,7 +81,7 @@ class SweepPlan:
         return "maximize" if is_greater_better(self.metric) else "minimize"
 
     def trial_folder(self, number: int) -> Path:
-        return self.folder / "trials" / str(number)
+        return self.folder / SWEEP_TRIALS / str(number)
 
     def trial_out(self, number: int) -> Path:
         """Return the folder of a trial's adapter (or model); it is named as `out` is."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lora_kit.errors import LoraKitError
 from lora_kit.evaluation.measure import Evaluation
@@ -219,12 +219,14 @@ class StepMeasurement:
         seconds: wall time of the second step.
         tokens: of the second step.
         peak_bytes: peak memory of both steps: of the CUDA device, or of the whole process without one.
+        peak_of: which of the two it is.
         micro_batch: rows of a forward pass: the recipe's, or fewer where memory ran out.
     """
 
     seconds: float
     tokens: int
     peak_bytes: int
+    peak_of: Literal["device", "process"]
     micro_batch: int
 
 

@@ -264,6 +264,7 @@ def test_an_output_that_exists_is_refused_unless_it_is_an_adapter_to_replace(tar
     with pytest.raises(StorageError, match="exists already") as caught:
         NEW.save(target)
     assert caught.value.exit_code == 3
+    assert "replace=True in Python, --replace on the command line" in caught.value.hint
     assert folders.contents(target) == before
     NEW.save(target, replace=True)
     assert lk.Adapter.load(target) == NEW

@@ -6,6 +6,7 @@ import itertools
 import json
 import shlex
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ pytest.importorskip("optuna", reason="optuna is not installed (pip install 'lora
 from lora_kit.cli.main import main
 from lora_kit.errors import AdapterError
 from lora_kit.io.locks import FileLock
-from lora_kit.runs.find_runs import find_runs
+from lora_kit.runs.find_runs import find_runs, find_sweep
+from lora_kit.runs.run_status import RunStatus
 from lora_kit.runs.sweep_status import SweepStatus, read_sweep_status
 from lora_kit.sweeps import worker as working
 from lora_kit.sweeps.sweep import sweep
@@ -74,6 +76,70 @@ def test_a_sweep_is_one_line_and_goes_on_with_the_command_that_is_shown(
 def test_a_sweep_whose_trial_a_process_has_is_running(stopped: Path) -> None:
     with FileLock(stopped / "locks" / "1").hold():
         assert read_sweep_status(stopped).state == "running"
+
+
+def test_a_sweep_is_followed_by_its_out_and_by_its_folder(
+    stopped: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = stopped.with_name("out")
+    trial = stopped / "trials" / "1" / "out"
+    (stopped.parent / "r.yaml").write_text(json.dumps({"out": str(out)}))
+    for name in (out, stopped, stopped.parent / "r.yaml"):
+        assert main(["follow", str(name), "--once"]) == 0
+        shown = capsys.readouterr().out
+        assert shown.startswith(f"{out} (sweep): stopped, 1 of 2 trials, best loss ")
+        assert "to go on: " in shown
+    assert main(["follow", str(out)]) == 4
+    assert "lora-kit sweep" in capsys.readouterr().err
+    assert main(["follow", str(out), "--web"]) == 2
+    assert "no trial of" in capsys.readouterr().err
+    with FileLock(stopped / "locks" / "1").hold():
+        assert main(["follow", str(stopped), "--once"]) == 0
+        assert f"{trial}: " in capsys.readouterr().out
+        assert main(["follow", str(stopped), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["running"] == [str(trial)]
+
+
+def test_the_trials_of_a_sweep_are_followed_until_it_ends(
+    stopped: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = stopped / "trials" / "1" / "out"
+    last = read_sweep_status(stopped)
+    running = replace(last, state="running", running=(trial,), command=None)
+    gap, done = replace(last, command=None), replace(last, state="done", ended=2)
+    sweeps = iter([running, running, running, gap, done])
+    run = RunStatus(out=trial, state="not started", progress=None, log=(), checkpoints=(), updated=None)
+    log = ({"step": 1, "loss": 2.5},)
+    states = ["not started", "starting", "starting", "running", "done", "done"]
+    runs = iter([replace(run, state=state, log=log if state != "starting" else ()) for state in states])
+    monkeypatch.setattr("lora_kit.runs.sweep_status.read_sweep_status", lambda folder: next(sweeps))
+    monkeypatch.setattr("lora_kit.runs.run_status.read_status", lambda out: next(runs))
+    monkeypatch.setattr("lora_kit.cli.follow._POLL_SECONDS", 0)
+    assert main(["follow", str(stopped)]) == 0
+    lines = [
+        line.replace(str(stopped.parent), "").partition(", best")[0] for line in capsys.readouterr().out.splitlines()
+    ]
+    assert lines == [
+        "/out (sweep): running, 1 of 2 trials",
+        "/out.sweep/trials/1/out: starting",
+        "step 1: loss 2.5",
+        "/out.sweep/trials/1/out: done",
+        "/out (sweep): done, 2 of 2 trials",
+    ]
+
+
+def test_the_out_of_a_sweep_that_has_ended_is_the_training_of_its_best_trial(
+    stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = stopped.with_name("out")
+    out.mkdir()
+    (out / "metrics.jsonl").write_text('{"step": 7}\n')
+    assert find_sweep(out) is None
+    assert find_sweep(stopped) == stopped
+    with FileLock(stopped / "locks" / "1").hold():
+        assert find_sweep(out) == stopped
+    monkeypatch.chdir(stopped.parent.parent)
+    assert find_sweep(Path()) is None
 
 
 def test_a_damaged_sweep_is_an_error_by_file(stopped: Path) -> None:

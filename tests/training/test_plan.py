@@ -197,7 +197,8 @@ def test_the_command_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["train", str(tmp_path / "recipe.yaml"), "--dry-run", "--lora.r", "4"]) == 0
     shown = capsys.readouterr().out
     for told in ("would write", "trainable", "q_proj: 6 modules", "5 rows", "of the tokens", "warm-up", "4 at once",
-                 "estimated", "activations: ", "tokens/s, measured", "without evaluations"):  # fmt: skip
+                 "estimated", "activations: ", "tokens/s, measured",
+                 "of the whole process, Python and libraries included", "without evaluations"):  # fmt: skip
         assert told in shown
     assert main(["train", str(tmp_path / "recipe.yaml"), "--dry-run", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)

@@ -162,8 +162,10 @@ def test_what_cannot_be_planned_is_refused_by_name(tmp_path: Path) -> None:
         plan_size("kit-base", length=0)
     with pytest.raises(TargetError, match="nowhere"):
         plan_size("kit-base", length=8, targets=["nowhere"])
-    with pytest.raises(BaseModelError):
+    with pytest.raises(BaseModelError, match=r"config\.json of a base, given as a file"):
         plan_size(tmp_path / "nothing")
+    with pytest.raises(BaseModelError, match=r"not in the local cache.*config\.json of a base, given as a file"):
+        plan_size("nobody/nothing")
 
 
 def test_a_base_that_would_be_counted_wrongly_is_refused(tmp_path: Path) -> None:

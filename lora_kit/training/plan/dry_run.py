@@ -119,6 +119,7 @@ def measure_dry_run(
         seconds=max(world.gather(second_seconds - first_seconds)),
         tokens=second_tokens - first_tokens,
         peak_bytes=max(world.gather(clock.peak_bytes)),
+        peak_of="device" if job.base.device.type == "cuda" else "process",
         micro_batch=rows if rows < rows_at_first else steps.micro_batch,
     )
     rows = min(measurement.micro_batch, len(job.train))

@@ -159,7 +159,11 @@ def _check_countable(base: str, config: PretrainedConfig, task: str) -> None:
 
 def _read_config(base: str | Path) -> PretrainedConfig:
     if not Path(base).is_file():
-        return read_base_config(locate_base(base))
+        try:
+            return read_base_config(locate_base(base))
+        except BaseModelError as error:
+            error.hint = "; ".join(filter(None, [error.hint, "the config.json of a base, given as a file, is enough"]))
+            raise
     from transformers import AutoConfig
 
     config: PretrainedConfig = AutoConfig.from_pretrained(str(base), local_files_only=True, trust_remote_code=False)
