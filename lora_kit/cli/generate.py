@@ -8,11 +8,11 @@ import json as json_format
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, Final, Literal, TypedDict
 
 from cyclopts import Parameter
 
-from lora_kit.cli.app import Adapters, Allow, AsJson, Replace, Store, app
+from lora_kit.cli.app import Adapters, Allow, Replace, Store, app
 from lora_kit.cli.eval import show_row_progress
 from lora_kit.cli.output import create_console, print_json, print_text
 from lora_kit.cli.process import show_progress_lines
@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 
     from lora_kit.generation.decoding import Sampling
     from lora_kit.generation.generate import Generation
+
+_JSON_HELP: Final = (
+    "Print the answers to a prompt as one JSON document. Those to a file are JSON Lines anyway, a line for each row "
+    "and adapter, unless --out writes them."
+)
+_AnswersAsJson = Annotated[bool, Parameter(name="--json", negative="", help=_JSON_HELP)]
 
 
 @app.command
@@ -47,7 +53,7 @@ def generate(
     raw: Annotated[bool, Parameter(negative="")] = False,
     allow: Allow = None,
     store: Store = DEFAULT_STORE,
-    json: AsJson = False,
+    json: _AnswersAsJson = False,
 ) -> None:
     """Answer a prompt with several adapters, side by side, in one batch.
 
@@ -81,7 +87,7 @@ def generate(
         "quantize": quantize,
     }
     if data is not None:
-        named = adapter or _list_named_adapters(data)
+        named = adapter or _list_named_adapters(data, store)
         given = rows if adapter or compare else []
         chosen = base or infer_base(named, store=store)
         _answer_file(chosen, given, data, out, options, batch_size=batch_size, replace=replace)
@@ -109,10 +115,10 @@ class _Options(TypedDict):
     quantize: str | None
 
 
-def _list_named_adapters(data: Path) -> list[str]:
+def _list_named_adapters(data: Path, store: Path) -> list[str]:
     from lora_kit.generation.prompt_file import read_prompt_file
 
-    return list(dict.fromkeys(row.adapter for row in read_prompt_file(data).rows if row.adapter))
+    return [name for name in read_prompt_file(data).list_named_adapters(store) if name]
 
 
 def _answer_prompt(base: str, rows: list[str | None], prompt: str, options: _Options, *, json: bool) -> None:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import Parameter
 
-from lora_kit.cli.app import Adapters, Allow, AsJson, Replace, Store, app
+from lora_kit.cli.app import Adapters, Allow, Replace, Store, app
 from lora_kit.cli.eval import show_row_progress
 from lora_kit.cli.output import print_table, print_text
 from lora_kit.cli.process import show_progress_lines
-from lora_kit.errors import ConfigError
+from lora_kit.errors import ConfigError, format_list
 from lora_kit.names import DEFAULT_STORE
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ _STANDARD_INPUT: Final = "-"
 
 Results = Iterator[tuple[int, "str | tuple[str, ...]", dict[str, "Prediction"]]]
 """The line and the input of each row, and its predictions by the name of the adapter."""
+
+_JSON_HELP: Final = "Print JSON Lines instead of a table: a line for each row and adapter, unless --out is given."
+_AsJsonLines = Annotated[bool, Parameter(name="--json", negative="", help=_JSON_HELP)]
 
 
 @app.command
@@ -48,7 +51,7 @@ def predict(
     max_length: int | None = None,
     allow: Allow = None,
     store: Store = DEFAULT_STORE,
-    json: AsJson = False,
+    json: _AsJsonLines = False,
 ) -> None:
     """Predict labels, numbers or entities of texts, with probabilities.
 
@@ -78,7 +81,7 @@ def predict(
         raise ConfigError(f"--top-k must be at least 1; {top_k} was given")
     if out is not None:
         check_suffix(out)
-        check_output_file(out, replace=replace)
+        check_output_file(out, replace=replace, source=data)
     predictors_of = open_predictors(
         base or infer_base(adapter or [], store=store),
         adapter or [None],
@@ -89,7 +92,7 @@ def predict(
         allow=allow or (),
     )
     with show_progress_lines(), show_row_progress() as on_progress, predictors_of as predictors:
-        rows = _read_rows(texts, text_pair or [], data, predictors[0].task)
+        rows = _read_rows(texts, text_pair or [], data, {each.task for each in predictors})
         forms = {each.name: _choose_form(each, top_k) for each in predictors}
         results = _predict_rows(predictors, rows, batch_size, lambda done: on_progress("rows", done, len(rows)))
         _write_results(results, forms, out, json=json)
@@ -125,13 +128,28 @@ def _collect_texts(texts: list[str], data: Path | None) -> list[str]:
     return texts
 
 
-def _read_rows(texts: list[str], pairs: list[str], data: Path | None, task: str) -> UnlabeledRows:
-    from lora_kit.data.unlabeled_rows import UnlabeledRows, read_unlabeled_rows
+def _read_rows(texts: list[str], pairs: list[str], data: Path | None, tasks: set[str]) -> UnlabeledRows:
+    """Return the inputs that all tasks take: of several only texts, as a classifier takes two words for two texts.
+
+    Raises:
+        ConfigError: the second texts do not match the texts, or the rows are words and not only for task tokens.
+        DataError: the file cannot be read; the message lists its lines.
+    """
+    from lora_kit.data.unlabeled_rows import PAIR_OF_WORDS, UnlabeledRows, read_unlabeled_rows
+    from lora_kit.models.tasks import CLASSIFY, TOKENS
 
     if data is not None:
         if pairs:
             raise ConfigError("a second text goes with a text; a file has a column text_pair")
-        return read_unlabeled_rows(data, task)
+        rows = read_unlabeled_rows(data, TOKENS if TOKENS in tasks else CLASSIFY)
+        if len(tasks) > 1 and not isinstance(rows.inputs[0], str):
+            what = (
+                f"{data} has words, which only task {TOKENS} takes; the adapters are for {format_list(sorted(tasks))}"
+            )
+            raise ConfigError(what, hint=f"name adapters of task {TOKENS} alone, or give rows with text")
+        return rows
+    if pairs and TOKENS in tasks:
+        raise ConfigError(PAIR_OF_WORDS)
     if pairs and len(pairs) != len(texts):
         raise ConfigError(f"{len(texts)} texts and {len(pairs)} second texts were given", hint="give one for each")
     inputs = tuple(zip(texts, pairs, strict=True)) if pairs else tuple(texts)
@@ -189,9 +207,12 @@ def _write_results(results: Results, forms: dict[str, PredictionForm], out: Path
 def _print_results(results: Results, forms: dict[str, PredictionForm]) -> None:
     """Print a table: of one adapter with a column for each figure, of several with a column for each adapter."""
     from lora_kit.evaluation.prediction_file import join_texts
-    from lora_kit.models.tasks import LABEL_SET
+    from lora_kit.models.tasks import LABEL_SET, WORD
 
     [form, *others] = forms.values()
+    if not others and form.kind == WORD:
+        _print_entities(results, form)
+        return
     if not others and form.kind != LABEL_SET:
         cells = [row for _, given, each in results for value in each.values() for row in form.format_rows(given, value)]
         print_table(form.columns, cells)
@@ -201,3 +222,13 @@ def _print_results(results: Results, forms: dict[str, PredictionForm]) -> None:
         header,
         [(join_texts(given), *(forms[n].describe(value) for n, value in each.items())) for _, given, each in results],
     )
+
+
+def _print_entities(results: Results, form: PredictionForm) -> None:
+    """Print a table with a row for each entity and the line of its text; a text without any has one as well."""
+    rows: list[tuple[str, ...]] = []
+    for line, given, predictions in results:
+        for prediction in predictions.values():
+            found = list(form.format_rows(given, prediction)) or [("(no entities)", "", "", "", "")]
+            rows += [(str(line), *cells) for cells in found]
+    print_table(("line", *form.columns), rows)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Final
 
 from lora_kit.data.cells import RowError
 from lora_kit.data.hub_datasets import is_dataset, read_dataset
@@ -18,6 +18,8 @@ from lora_kit.errors import DataError, format_list
 from lora_kit.models.tasks import TOKENS
 
 _WORD_COLUMNS = ("words", "tokens")
+PAIR_OF_WORDS: Final = f"{PAIR} is for task classify; words are found in one text"
+"""The message where task `tokens` is given a second text."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def _read_input(row: Row, task: str) -> str | tuple[str, ...]:
         if column is not None:
             return read_words(row, column)
         if row.get(PAIR) is not None:
-            raise RowError(f"{PAIR} is for task classify; words are found in one text")
+            raise RowError(PAIR_OF_WORDS)
     if "text" not in row:
         expected = "words, tokens or text" if task == TOKENS else "text"
         raise RowError(f"{expected} is expected; the row has {format_list(sorted(map(str, row)))}")

@@ -31,6 +31,7 @@ from lora_kit.targets.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
 
+_SUFFIX: Final = ".jsonl"
 PARTIAL_SUFFIX: Final = ".partial"
 """After the name of the output: the file of the answers so far."""
 
@@ -86,16 +87,17 @@ def generate_file(
         on_progress: called after each batch.
 
     Raises:
-        ConfigError: adapters were given and the rows name their own, or a value is out of range.
+        ConfigError: adapters were given and the rows name their own, `out` is not JSONL, or a value is out of range.
         UnknownAdapterError, AdapterError: an adapter does not exist, cannot be read, or writes no text.
-        DataError: the file cannot be read, or a prompt cannot be answered; the message lists the lines.
-        StorageError: `out` exists, or the answers so far are of other prompts or settings.
+        DataError: the file cannot be read, a row names an unknown adapter, or a prompt cannot be answered; the message
+            lists the lines.
+        StorageError: `out` exists or is `data`, or the answers so far are of other prompts or settings.
     """
     require(is_whole_number(batch_size) and batch_size >= 1, "batch_size", batch_size, "a whole number from 1")
     if out is not None:
-        check_output_file(Path(out), replace=replace)
+        _check_out(Path(out), Path(data), replace=replace)
     file = read_prompt_file(data)
-    named = _list_adapters(file, adapters)
+    named = _list_adapters(file, adapters, store)
     options = {"sampling": sampling, "template": template, "store": store, "quantize": quantize, "allow": allow}
     with open_batch_generator(base, named, **options) as generator:  # type: ignore[arg-type]
         asked = _encode_rows(generator, file, named, Path(data))
@@ -110,13 +112,29 @@ def generate_file(
     return found
 
 
-def _list_adapters(file: PromptFile, adapters: Sequence[AdapterLike | None]) -> list[AdapterLike | None]:
+def _check_out(out: Path, data: Path, *, replace: bool) -> None:
+    """Check that answers can be written, and that neither they nor those so far replace the prompts."""
+    if out.suffix.lower() != _SUFFIX:
+        raise ConfigError(f"{escape_text(out)}: answers are written as JSONL", hint=f"name it {_SUFFIX}")
+    check_output_file(out, replace=replace, source=data)
+    partial = Path(f"{out}{PARTIAL_SUFFIX}")
+    if partial.exists():
+        check_output_file(partial, replace=True, source=data)
+
+
+def _list_adapters(
+    file: PromptFile, adapters: Sequence[AdapterLike | None], store: str | Path
+) -> list[AdapterLike | None]:
     """Return the adapters that answer: those that were given, or those that the rows name, each once."""
     if not file.names_adapters:
         return list(adapters) or [None]
     if adapters:
-        raise ConfigError("the rows name their adapters, and others were given", hint="leave --adapter out")
-    return list(dict.fromkeys(row.adapter for row in file.rows))
+        if all(each is None for each in adapters):
+            hint = "leave --compare out; a row with an empty adapter is answered by the base"
+            raise ConfigError("the rows name their adapters, and the base was given too", hint=hint)
+        flags = "--adapter and --compare" if None in adapters else "--adapter"
+        raise ConfigError("the rows name their adapters, and others were given", hint=f"leave {flags} out")
+    return [*file.list_named_adapters(store)]
 
 
 def _encode_rows(

@@ -265,6 +265,58 @@ def test_several_adapters_stand_side_by_side_whatever_they_predict(capsys: Captu
     assert (code, "name the file .jsonl" in err, (tmp_path / "out.csv").exists()) == (2, True, False)
 
 
+@pytest.mark.parametrize("names", [("words", "single"), ("single", "words")])
+def test_a_classifier_beside_a_tagger_gets_no_words_for_a_pair_of_texts(
+    capsys: Capture, tmp_path: Path, names: tuple[str, str]
+) -> None:
+    chosen = [part for name in names for part in ("-a", name)]
+    for row in ({"words": ["Anna", "went"]}, {"words": ["Anna", "went"], "text": "Anna went"}):
+        rows = texts.write(tmp_path / "words.jsonl", [row])
+        code, out, err = run(capsys, *chosen, "--data", str(rows))
+        assert (code, out, "has words, which only task tokens takes" in err) == (2, "", True)
+    code, out, err = run(capsys, *chosen, "ab c")
+    assert (code, out.split()[:3]) == (0, ["text", *names]), err
+
+
+@pytest.mark.parametrize("names", [("words",), ("single", "words")])
+def test_a_tagger_refuses_a_second_text_as_an_argument_and_as_a_column(
+    capsys: Capture, tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    chosen = [part for name in names for part in ("-a", name)]
+    rows = texts.write(tmp_path / "rows.jsonl", [{"text": "a", "text_pair": "b"}])
+    for given in (["a", "--text-pair", "b"], ["--data", str(rows)]):
+        code, _, err = run(capsys, *chosen, *given)
+        assert (code, "text_pair is for task classify; words are found in one text" in err) == (2, True)
+
+
+@pytest.mark.parametrize("link", ["same", "symlink", "hardlink"])
+def test_predictions_never_replace_the_file_that_is_read(capsys: Capture, tmp_path: Path, link: str) -> None:
+    rows = texts.write(tmp_path / "rows.jsonl", [{"text": "a"}])
+    before, out = rows.read_bytes(), tmp_path / ("rows.jsonl" if link == "same" else "other.jsonl")
+    if link == "symlink":
+        out.symlink_to(rows)
+    elif link == "hardlink":
+        out.hardlink_to(rows)
+    code, _, err = run(capsys, "-a", "single", "--data", str(rows), "--out", str(out), "--replace")
+    assert (code, "is the file that is read" in err, rows.read_bytes() == before) == (3, True, True)
+
+
+def test_a_table_of_entities_names_the_line_and_texts_without_any(
+    capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Prediction(labels=("O", "B-P"), entities=(Entity("P", "Anna", 3, 7, 0.5),))
+    given = iter([Prediction(labels=("O",)), found])
+    monkeypatch.setattr(Predictor, "predict", lambda self, inputs: [next(given) for _ in inputs])
+    rows = texts.write(tmp_path / "rows.jsonl", [{"text": "ab"}, {"text": "ab Anna"}])
+    code, out, err = run(capsys, "-a", "words", "--data", str(rows))
+    assert code == 0, err
+    assert [line.split() for line in out.splitlines()] == [
+        ["line", "text", "label", "start", "end", "probability"],
+        ["1", "(no", "entities)"],
+        ["2", "Anna", "P", "3", "7", "0.5000"],
+    ]
+
+
 def test_adapters_with_the_same_labels_share_one_base(monkeypatch: pytest.MonkeyPatch) -> None:
     from lora_kit.evaluation import predict as module
 

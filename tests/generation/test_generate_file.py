@@ -71,8 +71,9 @@ def test_a_row_names_the_adapter_that_answers_it(base: Base, store: Path, tmp_pa
     assert [each.name for each in found] == ["two", "one", "base"]
     expected = lk.generate(base, ["two", "one", None], "one", sampling=SHORT, store=store)
     assert [each.text for each in found] == [each.text for each in expected]
-    with pytest.raises(ConfigError, match="leave --adapter out"):
-        run(base, ["one"], data, store)
+    for given, flags in (["one"], "--adapter"), ([None], "--compare"), ([None, "one"], "--adapter and --compare"):
+        with pytest.raises(ConfigError, match=f"leave {flags} out"):
+            run(base, given, data, store)
 
 
 def test_lines_and_conversations_are_prompts(base: Base, store: Path, tmp_path: Path) -> None:
@@ -155,6 +156,8 @@ def test_a_prompt_that_nearly_fills_the_context_shortens_no_neighbor(base: Base,
         ([{"prompt": "a", "adapter": "one"}, {"prompt": "a"}], ":2: adapter is missing"),
         ([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}], ":1: the last"),
         ([{"messages": [{"role": r, "content": "a"} for r in ("system", "user")]}], ":1: .*no chat template"),
+        ([{"messages": [{"role": "system", "content": "a"}]}], ":1: .*instructions only"),
+        ([{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}], ":1: prompt and messages are both"),
     ],
     ids=str,
 )
@@ -165,6 +168,34 @@ def test_rows_that_cannot_be_answered_are_listed(
     with pytest.raises(DataError, match=told):
         run(base, [], data, store, out=tmp_path / "out.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+def test_adapters_that_rows_name_and_do_not_exist_are_all_listed(
+    base: Base, store: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    rows = [{"prompt": "a", "adapter": name} for name in ("one", "tow", "tow", None, "three")]
+    data = texts.write(tmp_path / "prompts.jsonl", rows)
+    told = ":2: no adapter is called 'tow'\n.*:5: no adapter is called 'three' "
+    with pytest.raises(DataError, match=told) as caught:
+        run(base, [], data, store)
+    assert caught.value.hint.endswith("holds one, two")
+    assert main(["generate", "--data", str(data), "--store", str(store)]) == 2
+    assert ":2: no adapter is called 'tow'" in capsys.readouterr().err
+
+
+def test_answers_are_jsonl_and_never_replace_the_prompts(base: Base, store: Path, data: Path) -> None:
+    with pytest.raises(ConfigError, match="answers are written as JSONL"):
+        run(base, ["one"], data, store, out=data.with_name("o.csv"))
+    link = data.with_name("link.jsonl")
+    link.symlink_to(data)
+    lines = data.with_name("out.jsonl.partial.txt")
+    lines.write_text("a\n", encoding="utf-8")
+    data.with_name(f"out.jsonl{PARTIAL_SUFFIX}").hardlink_to(lines)
+    for read_from, out in (data, data), (data, link), (lines, data.with_name("out.jsonl")):
+        before = read_from.read_bytes()
+        with pytest.raises(StorageError, match="is the file that is read"):
+            run(base, ["one"], read_from, store, out=out, replace=True)
+        assert read_from.read_bytes() == before
 
 
 def test_the_command_answers_a_file_and_a_prompt(
