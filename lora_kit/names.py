@@ -9,6 +9,8 @@ DEFAULT_STORE: Final = Path("adapters")
 """The adapter store: the folder, in the working directory, in which adapters are looked up by name."""
 KIT_BASE: Final = "kit-base"
 """The base model that is part of the package, see `lora_kit.models.kit_base`."""
+SHIPPED_ADAPTERS: Final = ("mood", "pirate", "scene")
+"""The adapters that come with the package; see `lora_kit.demo.shipped_adapters`."""
 CHECKPOINT_FILE: Final = "checkpoint.json"
 """The file of a checkpoint that is written last; see `lora_kit.training.loop.checkpoints`."""
 RECIPE_FILE: Final = "recipe.yaml"

@@ -125,9 +125,9 @@ def test_every_page_is_in_the_index() -> None:
     assert not {page for page in (ROOT / "docs").rglob("*.md") if page != index} - linked
 
 
-def test_each_of_twenty_questions_has_an_answer_and_a_page() -> None:
+def test_each_question_has_an_answer_and_a_page() -> None:
     questions = (ROOT / "docs" / "questions.md").read_text("utf-8").split("\n## ")[1:]
-    assert len(questions) == 20
+    assert len(questions) >= 20
     assert not [
         one for one in questions if not re.fullmatch(r"[^\n]+\?[^\n]*\n\n.{40,}?\n\nMore: \[.+\n*", one, re.DOTALL)
     ]

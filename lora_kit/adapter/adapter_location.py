@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from lora_kit.io.hub import (
 )
 from lora_kit.io.read import folder_exists
 from lora_kit.io.text import escape_text, format_value
-from lora_kit.names import DEFAULT_STORE
+from lora_kit.names import DEFAULT_STORE, SHIPPED_ADAPTERS
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +121,9 @@ def _make_unknown_error(adapter: str | Path, store: Path, *, reason: str = "") -
     if reason:
         error.message += f": no such folder here, and {reason}"
     nearest = suggest_nearest(path.name, in_store) or suggest_nearest(str(path), beside)
+    if str(adapter) in SHIPPED_ADAPTERS:
+        error.hint = f"it comes with the package: lora-kit demo --adapters {shlex.quote(str(store))} writes it there"
+        return error
     error.hint = nearest or f"{_FORMS}; {path.parent if beside else store} holds {format_list(beside or in_store)}"
     return error
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -29,7 +30,7 @@ _MEANINGS: Final = {
     "empty": "without text or label",
     "long": "too long to be trained on",
     "duplicates": "are equal to an earlier row",
-    "conflicts": "have the input of an earlier row and another label",
+    "conflicts": "have different labels",
     "leaks": "have the input of a row for validation",
 }
 
@@ -49,7 +50,7 @@ Rename = Annotated[
     Parameter(negative="", consume_multiple=True, help="New names of columns: question=prompt answer=completion."),
 ]
 _RELABEL_HELP: Final = (
-    "New names of labels: postive=positive; or auto, for labels that differ in case, blanks or one slip."
+    "New names of labels: postive=positive; or auto, for labels that differ in case, blanks, umlauts or one slip."
 )
 Relabel = Annotated[list[str] | None, Parameter(negative="", consume_multiple=True, help=_RELABEL_HELP)]
 Drop = Annotated[
@@ -107,28 +108,27 @@ def prepare(
         max_length: Tokens of a sample, at most; by default the context of the base, at most 2,048.
         seed: Seed of the split.
     """
-    from lora_kit.data.preparation.prepare import prepare as run
-
-    preparation = run(
-        source,
-        out,
-        validation=validation,
-        share=share,
-        test=test,
-        base=base,
-        max_length=max_length,
-        template=chat_template,
-        template_variables=_parse_variables(chat_template_kwargs or ()),
-        learn=learn,
-        rename=_parse_renames(rename or (), "rename", "question=prompt answer=completion"),
-        relabel=_parse_relabel(relabel or ()),
-        problem=problem,
-        encoding=encoding,
-        drop=drop or (),
-        seed=seed,
-        replace=replace,
-    )
-    print_json(preparation.to_json()) if json else _show_preparation(preparation, locals())
+    with _completing_hints(given := locals()) as run:
+        preparation = run(
+            source,
+            out,
+            validation=validation,
+            share=share,
+            test=test,
+            base=base,
+            max_length=max_length,
+            template=chat_template,
+            template_variables=_parse_variables(chat_template_kwargs or ()),
+            learn=learn,
+            rename=_parse_renames(rename or (), "rename", "question=prompt answer=completion"),
+            relabel=_parse_relabel(relabel or ()),
+            problem=problem,
+            encoding=encoding,
+            drop=drop or (),
+            seed=seed,
+            replace=replace,
+        )
+    print_json(preparation.to_json()) if json else _show_preparation(preparation, given)
 
 
 def _parse_renames(items: Sequence[str], flag: str, example: str) -> dict[str, str]:
@@ -190,14 +190,32 @@ def _show_file(part: PreparedFile, preparation: Preparation) -> None:
         print_text(f"relabeled: {_describe_names(examined.relabeled)}")
     if examined.variants:
         names = _describe_names(examined.variants)
-        print_text(f"labels that differ only in case or blanks: {names}: --relabel auto")
+        print_text(f"labels that differ only in case, blanks or umlauts: {names}: --relabel auto")
+    rare = examined.rare_labels if part is preparation.parts[0] else {}
     for label, other in examined.lookalikes.items():
-        if label in examined.variants:
+        if label in examined.variants or label in rare:
             continue
         likely = shlex.quote(f"{label}={other}")
         share = f"{labels[label]:,} of {labeled:,} {what}"
         print_text(f"label {label!r} ({share}) looks like {other!r}: --relabel {likely}")
+    _show_rare_labels(rare, {**examined.lookalikes, **examined.variants}, what)
     print()
+
+
+def _show_rare_labels(rare: Mapping[str, int], near: Mapping[str, str], what: str) -> None:
+    """Warn of labels that cannot be learned.
+
+    Args:
+        rare: how many rows have each.
+        near: the label that is probably meant, by label.
+        what: `rows` or `words`, which have the labels.
+    """
+    for label, count in list(rare.items())[:_MAX_LINES]:
+        likely = f"--relabel {shlex.quote(f'{label}={near[label]}')}, or " if label in near else ""
+        counted = f"{count} {what if count > 1 else what.removesuffix('s')}"
+        print_text(f"label {label!r} has {counted}, too few to learn: {likely}leave it out")
+    if len(rare) > _MAX_LINES:
+        print(f"and {len(rare) - _MAX_LINES:,} more labels with too few {what} to learn")
 
 
 def _describe_names(names: Mapping[str, str]) -> str:
@@ -219,8 +237,13 @@ def _describe_finding(kind: str, items: Sequence[str], part: PreparedFile) -> st
     done = "left out" if kind in part.dropped else "kept"
     if kind in ("bad", "empty", "long") and done == "kept":
         done = f"fix them, or --drop {kind}"
+    count = f"{len(items):,}"
+    if kind == "conflicts":
+        conflicts = part.examined.conflicts
+        rows, inputs = len({*conflicts, *conflicts.values()}), len(set(conflicts.values()))
+        count = f"{rows:,} rows of {inputs:,} {'input' if inputs == 1 else 'inputs'}"
     more = [f"and {len(items) - _MAX_LINES:,} more"] if len(items) > _MAX_LINES else []
-    return "\n".join([f"{len(items):,} {_MEANINGS[kind]} ({done})", *items[:_MAX_LINES], *more])
+    return "\n".join([f"{count} {_MEANINGS[kind]} ({done})", *items[:_MAX_LINES], *more])
 
 
 def _show_few_rows(preparation: Preparation) -> None:
@@ -257,6 +280,7 @@ def _build_writing_command(preparation: Preparation, given: Mapping[str, object]
     examined = [part.examined for part in preparation.parts]
     found = {fault.kind for each in examined for fault in each.faults}
     found |= {"duplicates"} if any(each.duplicates for each in examined) else set()
+    found |= {"conflicts"} if any(each.conflicts for each in examined) else set()
     is_misspelled = any(each.variants or each.lookalikes for each in examined)
     source = Path(str(given["source"]))
     values = {
@@ -265,12 +289,32 @@ def _build_writing_command(preparation: Preparation, given: Mapping[str, object]
         "drop": [*_as_list(given["drop"]), *(kind for kind in _MEANINGS if kind in found)],
         "out": Path("data") / source.name.partition(".")[0],
     }
-    words = ["lora-kit", "prepare", str(source)]
+    return shlex.join(["lora-kit", "prepare", str(source), *_list_flags(values)])
+
+
+def _list_flags(values: Mapping[str, object]) -> list[str]:
+    """Return the flags of the arguments that differ from their default."""
+    flags = list[str]()
     for name, parameter in inspect.signature(prepare).parameters.items():
         items = _as_list(values[name])
         if items and values[name] != parameter.default and name != "source":
-            words += [f"--{name.replace('_', '-')}", *map(str, dict.fromkeys(items))]
-    return shlex.join(words)
+            flags += [f"--{name.replace('_', '-')}", *map(str, dict.fromkeys(items))]
+    return flags
+
+
+@contextlib.contextmanager
+def _completing_hints(given: Mapping[str, object]) -> Iterator[Callable[..., Preparation]]:
+    """Yield the function that prepares. Where an error's hint is a command, it gets the flags that were given."""
+    from lora_kit.data.preparation.prepare import prepare as run
+
+    try:
+        yield run
+    except DataError as error:
+        if error.hint and error.hint.startswith("lora-kit prepare ") and " --rename " in error.hint:
+            renames = shlex.join(map(str, _as_list(given["rename"])))
+            flags = shlex.join(_list_flags({**given, "rename": None}))
+            error.hint = " ".join(part for part in (error.hint, renames, flags) if part)
+        raise
 
 
 def _as_list(value: object) -> list[object]:

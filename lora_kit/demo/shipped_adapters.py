@@ -10,8 +10,8 @@ from typing import Final
 
 from lora_kit.errors import StorageError
 from lora_kit.io.atomic_write import check_output, write_folder
+from lora_kit.names import SHIPPED_ADAPTERS
 
-SHIPPED: Final = ("mood", "pirate", "scene")
 _IN_WHEEL: Final = Path(__file__).with_name("adapters")
 _IN_REPOSITORY: Final = Path(__file__).parents[2] / "adapters"
 
@@ -22,10 +22,10 @@ def write_shipped_adapters(store: Path, *, replace: bool = False) -> tuple[Path,
     Raises:
         StorageError: one is there already and is not to be replaced, or cannot be written; or the package is not whole.
     """
-    source = next((folder for folder in (_IN_WHEEL, _IN_REPOSITORY) if (folder / SHIPPED[0]).is_dir()), None)
+    source = next((folder for folder in (_IN_WHEEL, _IN_REPOSITORY) if (folder / SHIPPED_ADAPTERS[0]).is_dir()), None)
     if source is None:
         raise StorageError("this installation has no adapters", hint="install the wheel, or clone the repository")
-    targets = tuple(store / name for name in SHIPPED)
+    targets = tuple(store / name for name in SHIPPED_ADAPTERS)
     for target in targets:
         check_output(target, replace=replace, owned=_is_adapter)
     for target in targets:

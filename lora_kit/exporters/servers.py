@@ -30,6 +30,7 @@ from lora_kit.models.tasks import CAUSAL_LM, CLASSIFY, PROBLEM_TYPES, TASK_SPECS
 
 VLLM_RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Valid values of `--max-lora-rank`."""
+_VLLM_DEFAULT_RANK: Final = 16
 _VLLM_SLOT_ISSUES: Final = (
     "https://github.com/vllm-project/vllm/issues/48421",
     "https://github.com/vllm-project/vllm/issues/49656",
@@ -215,11 +216,10 @@ Requests name it among their parameters: {format_inline_code(f'"adapter_id": {js
 
 
 def list_vllm_requirements(case: ExportCase) -> list[str]:
-    """Return what vLLM must be started with."""
-    return [
-        f"--max-lora-rank {choose_vllm_rank(case.plain.rank)} (the default is 16)",
-        "--max-loras: one more than there are adapters (the default is 1)",
-    ]
+    """Return what vLLM must be started with, where its default does not do."""
+    rank = choose_vllm_rank(case.plain.rank)
+    larger = [f"--max-lora-rank {rank} (the default is {_VLLM_DEFAULT_RANK})"] if rank > _VLLM_DEFAULT_RANK else []
+    return [*larger, "--max-loras: one more than there are adapters (the default is 1)"]
 
 
 def choose_vllm_rank(rank: int) -> int:

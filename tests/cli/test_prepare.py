@@ -163,7 +163,7 @@ def test_spellings_of_a_label_are_offered_and_renamed_together(here: Path, capsy
     labels = ["refund"] * 3 + ["Refund", "refund "] + ["card"] * 3
     texts.write(here / "rows.jsonl", [{"text": f"t{number}", "label": label} for number, label in enumerate(labels)])
     code, out, _ = run(capsys, "prepare", "rows.jsonl", "--base", "base")
-    offer = "labels that differ only in case or blanks: 'Refund' is 'refund', 'refund ' is 'refund': --relabel auto"
+    offer = "in case, blanks or umlauts: 'Refund' is 'refund', 'refund ' is 'refund': --relabel auto"
     assert (code, offer in out) == (0, True)
     code, out, _ = run(capsys, "prepare", "rows.jsonl", "--base", "base", "--relabel", "auto")
     assert (code, "relabeled: 'Refund' is 'refund', 'refund ' is 'refund'" in out, "differ only" in out) == (
@@ -202,3 +202,26 @@ def test_whole_numbers_that_may_be_classes_are_asked_about(here: Path, capsys: C
     assert (code, "30 rows have 30 different numbers as labels, which looks like a regression" in err) == (2, True)
     code, _, err = run(capsys, "prepare", "rows.csv", "--base", "base", "--problem", "regression", "--out", "data/rows")
     assert code == 0, err
+
+
+def test_a_label_too_few_to_learn_is_warned_of_and_conflicts_are_left_out_by_the_next_command(
+    here: Path, capsys: Capture
+) -> None:
+    rows = [f"{n} geht nicht;St\N{LATIN SMALL LETTER O WITH DIAERESIS}rung" for n in range(40)]
+    rows += [*(f"{n} Euro;Preis" for n in range(40)), "alles steht;Stoerung", "3 geht nicht;Preis", "oh;Lob", "ah;Lob"]
+    Path("rows.csv").write_bytes("\r\n".join(["Nachricht;Kategorie", *rows]).encode("cp1252"))
+    code, _, err = run(capsys, "prepare", "rows.csv", "--base", "base", "--seed", "3")
+    command = "lora-kit prepare rows.csv --rename Nachricht=text Kategorie=label --base base --seed 3"
+    assert (code, f"({command})" in err) == (2, True)
+    code, out, _ = run(capsys, *command.split()[1:])
+    assert code == 0
+    umlaut = "St\N{LATIN SMALL LETTER O WITH DIAERESIS}rung"
+    told = " ".join(out.split())
+    assert f"label 'Stoerung' has 1 row, too few to learn: --relabel 'Stoerung={umlaut}', or leave it out" in told
+    assert "label 'Lob' has 2 rows, too few to learn: leave it out" in told
+    assert "2 rows of 1 input have different labels (kept)" in told
+    command = next(line for line in out.splitlines() if line.startswith("  lora-kit prepare"))
+    assert all(flag in command for flag in ("--base base", "--relabel auto", "--drop conflicts"))
+    code, out, _ = run(capsys, *command.split()[1:])
+    assert (code, "2 rows of 1 input have different labels (left out)" in " ".join(out.split())) == (0, True)
+    assert f"relabeled: 'Stoerung' is '{umlaut}'" in out

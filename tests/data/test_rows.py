@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lora_kit.data.batches import IGNORE_INDEX, Collator, EncodedDataset
+from lora_kit.data.column_names import suggest_renames
 from lora_kit.data.encode import encode
 from lora_kit.data.rows import collect_label_names, read_rows, scan_rows
 from lora_kit.errors import DataError
@@ -32,6 +33,24 @@ def unmasked(sample: dict[str, torch.Tensor]) -> list[int]:
 
 
 # Formats
+
+
+@pytest.mark.parametrize(
+    ("columns", "hint"),
+    [
+        (("Nachricht", "Kategorie"), "--rename Nachricht=text Kategorie=label"),
+        (
+            ("Cat\N{LATIN SMALL LETTER E WITH ACUTE}gorie", "avis"),
+            "--rename avis=text 'Cat\N{LATIN SMALL LETTER E WITH ACUTE}gorie=label'",
+        ),
+        (("pregunta", "respuesta"), "--rename pregunta=prompt respuesta=completion"),
+        (("Zeile", "Klasse"), "--rename Klasse=label Zeile=text"),
+        (("A", "B"), "for texts with labels: lora-kit prepare rows.csv --rename A=text B=label; for answers: A=prompt"),
+    ],
+)
+def test_two_columns_of_text_are_told_how_to_be_renamed(columns: tuple[str, str], hint: str) -> None:
+    assert hint in (suggest_renames(Path("rows.csv"), dict.fromkeys(columns, "x")) or "")
+    assert suggest_renames(Path("rows.csv"), {"A": "x", "B": 1}) is None
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ from lora_kit.demo.demo import run
 from lora_kit.demo.demo_report import DemoReport
 from lora_kit.demo.demo_screen import DemoScreen
 from lora_kit.demo.demo_tasks import TASKS, DemoRow, DemoTask, as_pirate
-from lora_kit.demo.shipped_adapters import SHIPPED
 from lora_kit.errors import DataError, StorageError, VerificationError
 from lora_kit.models.loading import Base
+from lora_kit.names import SHIPPED_ADAPTERS
 
 ADAPTERS = Path(__file__).resolve().parents[2] / "adapters"
 TINY = dict.fromkeys(TASKS, 2)
@@ -261,9 +261,12 @@ def test_the_shipped_adapters_are_written_into_a_store_and_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    assert main(["inspect", "scene", "--store", "mine"]) == 2
+    assert "lora-kit demo --adapters mine writes it there" in capsys.readouterr().err
+    Path("mine/other").mkdir(parents=True)
     assert main(["demo", "--adapters", "mine"]) == 0
     assert "lora-kit list mine" in capsys.readouterr().out
-    for name in SHIPPED:
+    for name in SHIPPED_ADAPTERS:
         assert lk.Adapter.load(f"mine/{name}").digest == lk.Adapter.load(ADAPTERS / name).digest
     Path("mine/scene/notes.txt").write_text("mine", "utf-8")
     assert main(["demo", "--adapters", "mine"]) == 3

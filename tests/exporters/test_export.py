@@ -164,7 +164,7 @@ def test_vllms_own_checks_pass_and_catch_what_was_not_exported(base: Path, awkwa
     assert [why.partition(":")[0] for why in told] == ["use_dora", "modules_to_save"]
 
 
-@pytest.mark.parametrize(("rank", "limit"), [(1, 1), (8, 8), (9, 16), (200, 256), (300, 320), (400, 512)])
+@pytest.mark.parametrize(("rank", "limit"), [(17, 32), (200, 256), (300, 320), (400, 512)])
 def test_the_smallest_limit_that_vllm_can_be_started_with_is_named(rank: int, limit: int, tmp_path: Path) -> None:
     key_a, key_b = lora_weight_keys("model.layers.0.mlp.up_proj", "linear")
     tensors = {key_a: torch.ones(rank, 32), key_b: torch.ones(48, rank)}
@@ -172,6 +172,10 @@ def test_the_smallest_limit_that_vllm_can_be_started_with_is_named(rank: int, li
     found = check(adapter, "vllm", max_lora_rank=rank)
     assert (found.refused, found.needed[0].partition(" (")[0]) == ((), f"--max-lora-rank {limit}")
     assert check(adapter, "vllm", max_lora_rank=rank - 1).refused != ()
+    small = lk.Adapter(
+        lk.LoraConfig(r=16, target_modules=("up_proj",)), {key_a: torch.ones(16, 32), key_b: torch.ones(48, 16)}
+    )
+    assert not any("--max-lora-rank" in need for need in check(small, "vllm").needed)
 
 
 def test_vllm_gets_a_slot_more_than_there_are_adapters(base: Path, tmp_path: Path) -> None:
@@ -564,7 +568,9 @@ def test_only_an_earlier_export_is_replaced_and_never_what_is_read(base: Path, a
 def test_check_says_why_it_does_not_fit_and_exits_with_2(awkward: Path, tmp_path: Path, capsys: Capture) -> None:
     ask = ["check", str(awkward), "--target", "vllm", "--max-lora-rank"]
     assert main([*ask, "16"]) == 0
-    assert "--max-lora-rank 8" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "--max-loras" in out
+    assert "--max-lora-rank" not in out  # vLLM's default takes it
     assert main([*ask, "4", "--json"]) == 2
     out, err = capsys.readouterr()
     told = json.loads(out)

@@ -16,7 +16,13 @@ from lora_kit.data.encodings import UTF8
 from lora_kit.data.label_problem import list_label_names, resolve_problem
 from lora_kit.data.layouts import RowValue
 from lora_kit.data.preferences import get_answer_format, get_first_answer
-from lora_kit.data.preparation.labels import choose_spellings, find_lookalikes, find_variants, relabel_rows
+from lora_kit.data.preparation.labels import (
+    choose_spellings,
+    find_lookalikes,
+    find_rare_labels,
+    find_variants,
+    relabel_rows,
+)
 from lora_kit.data.records import Fault
 from lora_kit.data.rows import Rows, scan_rows
 from lora_kit.data.sample_format import SampleFormat
@@ -98,13 +104,18 @@ class ExaminedFile:
 
     @functools.cached_property
     def variants(self) -> dict[str, str]:
-        """A label → the more frequent label that differs from it only in case or blanks."""
+        """A label → the more frequent label that differs from it only in case, blanks or umlauts."""
         return find_variants(self.labels)
 
     @functools.cached_property
     def lookalikes(self) -> dict[str, str]:
         """A rare label → the frequent label that it is probably a misspelling of."""
         return find_lookalikes(self.labels)
+
+    @property
+    def rare_labels(self) -> dict[str, int]:
+        """The labels that have too few texts or words to be learned, with how many these are."""
+        return find_rare_labels(self.labels)
 
     @property
     def learned(self) -> float:

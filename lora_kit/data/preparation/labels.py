@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from typing import Final
@@ -19,13 +20,17 @@ _MIN_FREQUENCY_RATIO: Final = 20
 
 
 AUTO: Final = "auto"
-"""For new names of labels: those that differ only in case, blanks or one slip get the most frequent spelling."""
+"""For new names of labels: those that differ in case, blanks, umlauts or one slip get the most frequent one."""
 _MIN_LETTERS: Final = 4
 """Letters of a label of which one slip is a misspelling: `cat` and `car` are two words."""
+_MIN_ROWS: Final = 3
+"""Fewest rows of a label from which anything is learned."""
+_UMLAUTS: Final = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue"})
+"""How umlauts are written where they cannot be typed; `casefold` writes ß as ss."""
 
 
 def find_variants(counts: Mapping[str, int], *, known: Collection[str] = ()) -> dict[str, str]:
-    """Return each label that differs from a more frequent one only in case, blanks or underscores → that one.
+    """Return each label that differs from a more frequent one only in case, blanks, underscores or umlauts → that one.
 
     Args:
         counts: how many rows have each label, the most frequent label first.
@@ -39,7 +44,7 @@ def find_variants(counts: Mapping[str, int], *, known: Collection[str] = ()) -> 
 
 
 def choose_spellings(counts: Mapping[str, int], *, known: Collection[str] = ()) -> dict[str, str]:
-    """Return each label that differs from a more frequent one in case, blanks or one slip → that one.
+    """Return each label that differs from a more frequent one in case, blanks, umlauts or one slip → that one.
 
     Args:
         counts: how many rows have each label, the most frequent label first.
@@ -104,6 +109,15 @@ def find_lookalikes(counts: Mapping[str, int]) -> dict[str, str]:
     return lookalikes
 
 
+def find_rare_labels(counts: Mapping[str, int]) -> dict[str, int]:
+    """Return the labels that have too few rows to be learned, with how many these are.
+
+    Args:
+        counts: how many rows have each label.
+    """
+    return {label: count for label, count in counts.items() if count < _MIN_ROWS}
+
+
 def relabel_rows(rows: Rows, names: Mapping[str, str]) -> Rows:
     """Rename labels.
 
@@ -151,7 +165,9 @@ def _is_swapped(one: str, other: str) -> bool:
 
 
 def _normalize_label(label: str) -> str:
-    return " ".join(label.casefold().replace("_", " ").split())
+    """Return a label in the spelling that all of its variants share: `Störung_A` as `stoerung a`."""
+    folded = unicodedata.normalize("NFC", label).casefold().translate(_UMLAUTS)
+    return " ".join(folded.replace("_", " ").split())
 
 
 def _is_number(label: str) -> bool:

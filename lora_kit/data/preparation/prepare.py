@@ -68,7 +68,7 @@ def prepare(
         template: of conversations: `plain`, a Jinja file or its text; None for the tokenizer's own, else `plain`.
         template_variables: what the template is given besides; `learn`: which answers are learned, of `LEARN`.
         rename: new names of columns, by old name.
-        relabel: new names of labels, by old name; `auto` for those that differ in case, blanks or one slip.
+        relabel: new names of labels, by old name; `auto` for those that differ in case, blanks, umlauts or one slip.
         problem: what is predicted of texts with labels, one of `PROBLEMS`; None to infer it from them.
         encoding: encoding of the files; `auto` to find it out, see `lora_kit.data.encodings`.
         drop: which rows to leave out, of `DROPPABLE`; the first of several duplicates stays.
