@@ -10,6 +10,7 @@ import pytest
 
 from tests.support import examples, pages
 from tests.support.examples import EXAMPLES
+from tests.support.long_runs import take_few
 from tests.support.pages import ROOT
 
 SCRIPTS: dict[str, dict[str, Any]] = {
@@ -34,7 +35,7 @@ NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", take_few(SCRIPTS, *(name for name in SCRIPTS if "serve" not in name)))
 def test_a_script_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in EXTRAS.get(name, ()):
         pytest.importorskip(package)

@@ -46,6 +46,7 @@ def command_in(out: str, verb: str) -> list[str]:
     return shlex.split(line)[1:]
 
 
+@pytest.mark.slow
 def test_reviews_become_a_classifier(here: Path, capsys: Capture) -> None:
     rows = [[" Review Text ", "Sentiment", "Date", ""]]
     rows += [[f"{text}, visit {n}", mood, "2024", ""] for n in range(6) for text, mood in
@@ -103,6 +104,7 @@ def test_a_byte_order_mark_is_no_part_of_a_name_whatever_the_encoding(here: Path
     assert (code, "3 rows: text and label" in out) == (0, True)
 
 
+@pytest.mark.slow
 def test_questions_become_answers(here: Path, capsys: Capture) -> None:
     rows = [[" Question ", "ANSWER", "id"]]
     rows += [[f'Where is room {n}?\nHe said "hurry"', f"Room {n} is on the {floor} floor.", str(n)]

@@ -255,6 +255,7 @@ def test_accumulation_over_rows_equals_one_big_batch(tmp_path: Path, kind: str) 
         torch.testing.assert_close(adapters[1].tensors[key], tensor, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
     recipe = long_recipe(tmp_path, rows=ROWS, train={"per_device_train_batch_size": 1})
     recipe["data"] |= {"packing": True, "max_length": 40}

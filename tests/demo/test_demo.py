@@ -126,6 +126,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return Tiny(out, stream.getvalue().decode("ascii"), caught.value, reports[0])
 
 
+@pytest.mark.slow
 def test_a_demo_whose_adapters_learned_nothing_fails_and_says_so(tiny: Tiny) -> None:
     assert tiny.error.exit_code == 4
     assert len(tiny.report.failures) == 3

@@ -111,6 +111,7 @@ def test_a_first_save_killed_at_any_call_leaves_nothing_or_all(target: Path) -> 
     assert seen == {True, False}
 
 
+@pytest.mark.slow
 def test_where_folders_cannot_be_exchanged_the_next_save_puts_the_old_one_back(
     target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -242,6 +242,7 @@ def test_what_began_elsewhere_is_not_restored_and_nothing_is_changed() -> None:
     assert steps(model, 2)[0] > 0
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_a_training_ends_with_the_same_bytes(tmp_path: Path) -> None:
     init = "pissa_niter_4"  # which is random
     recipe = long_recipe(tmp_path, lora={"r": 2, "init_lora_weights": init, "lora_dropout": 0.2})

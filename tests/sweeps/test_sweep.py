@@ -373,6 +373,7 @@ def test_more_trials_may_be_asked_for_later(tmp_path: Path, begun: Callable[[], 
 # Stopped and started again
 
 
+@pytest.mark.slow
 def test_killed_twice_and_started_again_it_finds_what_an_unbroken_sweep_finds(
     tmp_path: Path, begun: Callable[[], Counter[str]]
 ) -> None:

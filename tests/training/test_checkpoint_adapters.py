@@ -119,6 +119,7 @@ def test_a_torn_checkpoint_is_no_adapter_and_is_not_resumed(tmp_path: Path, name
     assert results(report.out) == expected
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_before_without_an_adapter_goes_on(tmp_path: Path) -> None:
     recipe = long_recipe(tmp_path)
     expected = unbroken(recipe)
@@ -143,6 +144,7 @@ def test_a_checkpoint_without_an_adapter_says_why(tmp_path: Path) -> None:
     assert "the same recipe goes on from it" in error.value.hint
 
 
+@pytest.mark.slow
 def test_what_peft_made_is_a_checkpoint_that_peft_loads(tmp_path: Path) -> None:
     from peft import PeftModel
 

@@ -111,6 +111,7 @@ def test_an_optimizer_that_is_there_already_keeps_its_rates(tmp_path: Path, monk
     assert bytes_of("twice") == once
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_ends_with_the_same_bytes_and_log(tmp_path: Path) -> None:
     rates = {"head_learning_rate": 0.3, "loraplus_lr_ratio": 4.0, "weight_decay": 0.1}
     recipe = long_recipe(tmp_path, task="classify", rows=LABELED, train=rates)

@@ -87,6 +87,7 @@ def test_from_then_on_it_is_the_run_of_a_recipe_with_half_the_rows(tmp_path: Pat
         assert losses_of(halved) == pytest.approx(losses_of(asked), abs=1e-6)  # summed in another order
 
 
+@pytest.mark.slow
 def test_it_halves_again_down_to_one_row(tmp_path: Path) -> None:
     plain = train(recipe(tmp_path, out="plain"), base=base_of())
     halved = train(recipe(tmp_path, out="halved"), base=narrow("llama", 1)())
@@ -94,6 +95,7 @@ def test_it_halves_again_down_to_one_row(tmp_path: Path) -> None:
     assert losses_of(halved) == pytest.approx(losses_of(plain), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_later_halving_and_a_label_per_text(tmp_path: Path) -> None:
     section = {"per_device_train_batch_size": 6, "train_sampling_strategy": "sequential"}
     found = []

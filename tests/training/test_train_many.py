@@ -111,6 +111,7 @@ def test_dropout_of_the_base_is_drawn_for_each_adapter_as_alone(tmp_path: Path, 
     assert max(groups) == 2
 
 
+@pytest.mark.slow
 def test_packed_samples_of_an_adapter_attend_to_themselves(tmp_path: Path, groups: list[int]) -> None:
     base = base_of()
     recipes = recipes_of(tmp_path, {**TWO, "packed": {"lora": {"r": 3}, "rows": LONG}})
@@ -145,6 +146,7 @@ def test_one_that_fails_fails_alone(tmp_path: Path) -> None:
     assert not Path(recipes[2]["out"]).exists()
 
 
+@pytest.mark.slow
 def test_a_finished_adapter_makes_room_for_the_next(tmp_path: Path, groups: list[int]) -> None:
     base = base_of()
     recipes = recipes_of(tmp_path, {**TWO, "third": {"steps": 2}, "fourth": {"lora": {"r": 7}}})
@@ -152,6 +154,7 @@ def test_a_finished_adapter_makes_room_for_the_next(tmp_path: Path, groups: list
     assert max(groups) == 2
 
 
+@pytest.mark.slow
 def test_what_needs_a_forward_of_its_own_is_trained_beside_the_others(
     tmp_path: Path, groups: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -175,6 +178,7 @@ def test_a_body_that_a_joint_forward_gets_wrong_is_computed_by_itself(
     assert "off in a packed forward" in caplog.text
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_makes_groups_smaller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
