@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
@@ -86,8 +87,12 @@ def _render_words(console: Console, content: object) -> str:
 
 def _render_text(console: Console, content: object) -> str:
     """Return what rich prints for it, as text."""
-    with console.capture() as captured:
-        console.print(content or "", markup=False, highlight=False)
+    from rich.console import Console
+
+    # One of its own: what somebody printed to the other a moment ago may still be in its buffer.
+    own = Console(file=io.StringIO(), width=console.width)
+    with own.capture() as captured:
+        own.print(content or "", markup=False, highlight=False)
     return captured.get()
 
 

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 _WHOLE_NUMBER: Final = re.compile(r"0|-?[1-9][0-9]{0,18}")
 """A whole number as it is usually written: `10` and `-1`, not `007`."""
 _MAX_SHOWN_FAULTS: Final = 8
+_LONGEST_NAME: Final = 60
+"""Characters of a column whose renaming is proposed."""
 """How many invalid lines one error lists."""
 
 
@@ -216,7 +218,8 @@ def require_layout(path: Path, row: Row) -> Layout:
         formats = "; ".join(dict.fromkeys(" and ".join(layout.keys) for layout in (*LAYOUTS, *PREFERENCE_LAYOUTS)))
         other = f"formats: {formats}. lora-kit prepare --rename mine=prompt gives columns other names"
         what = f"{path}: the first row has the keys {shorten(format_list(sorted(row)), most=60)}"
-        command = suggest_renames(path, row) if all(map(str.isprintable, row)) else None
+        is_plain = all(name.isprintable() and len(name) <= _LONGEST_NAME for name in row)
+        command = suggest_renames(path, row) if is_plain else None
         raise DataError(what, hint=command or other)
     return layout
 
