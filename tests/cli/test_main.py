@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import lora_kit as lk
-from lora_kit.cli.app import list_verbs
+from lora_kit.cli.app import app, list_verbs
 from lora_kit.cli.main import main
 from lora_kit.doctor import CHECKS, NotHereError, examine
 from lora_kit.errors import AdapterError, ConfigError, MergeError, StorageError, VerificationError
@@ -227,6 +228,8 @@ def test_closed_streams_stop_nothing(here: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_disk_that_is_full_behind_stdout_is_the_machine(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    # With a console of its own: what cannot be written stays in it.
+    monkeypatch.setattr(app, "_console", Console())
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         assert main(["--version"]) == 3
