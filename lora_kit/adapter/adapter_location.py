@@ -117,6 +117,8 @@ def _make_unknown_error(adapter: str | Path, store: Path, *, reason: str = "") -
     path = Path(adapter)
     in_store = [folder.name for folder in list_adapter_subfolders(store)]
     beside = [str(folder) for folder in list_adapter_subfolders(path.parent)] if len(path.parts) > 1 else []
+    if len(path.parts) > 1 and not path.is_absolute() and ".." not in path.parts:
+        beside += [str(folder.relative_to(store)) for folder in list_adapter_subfolders(store / path.parent)]
     error = UnknownAdapterError(str(adapter), in_store)
     if reason:
         error.message += f": no such folder here, and {reason}"

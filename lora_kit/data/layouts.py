@@ -85,11 +85,21 @@ class Layout:
 
 _KEYS_THAT_COUNT: Final = ("label", "labels", PAIR, WEIGHT)
 """Columns that say what is learned; a layout that does not read them would learn something else."""
+_KEYS_BEFORE_AN_ANSWER: Final = ("system", "history")
+"""Columns that stand before the prompt in other tools: without them an answer is learned to another prompt."""
+
+
+def list_columns_that_count(layout: Layout, row: Row) -> set[str]:
+    """Return the columns of a row that say something which would change what is learned."""
+    counting = {key for key in _KEYS_THAT_COUNT if row.get(key) is not None}
+    if layout.format in ("label", "words", "text"):
+        return counting
+    return counting | {key for key in _KEYS_BEFORE_AN_ANSWER if row.get(key) not in (None, "", [])}
 
 
 def reason_not_ignorable(layout: Layout, keys: Collection[str]) -> str | None:
-    """Return which of the columns that a layout does not read would change what is learned; None if none would."""
-    counting = [key for key in _KEYS_THAT_COUNT if key in keys and key not in (*layout.keys, *layout.optional)]
+    """Return which of the columns that count a layout does not read; None if it reads them all."""
+    counting = [key for key in sorted(keys) if key not in (*layout.keys, *layout.optional)]
     if not counting:
         return None
     return f"the columns are {layout.name}, which does not read {format_list(counting)}"

@@ -14,7 +14,7 @@ from lora_kit.data.cells import RowError
 from lora_kit.data.column_names import suggest_renames
 from lora_kit.data.encodings import UTF8
 from lora_kit.data.hub_datasets import is_dataset, read_dataset
-from lora_kit.data.layouts import LAYOUTS, Layout, RowValue, find_layout, reason_not_ignorable
+from lora_kit.data.layouts import LAYOUTS, Layout, RowValue, find_layout, list_columns_that_count, reason_not_ignorable
 from lora_kit.data.preferences import PREFERENCE_LAYOUTS, find_preference_layout
 from lora_kit.data.readers import read_file
 from lora_kit.data.records import NOT_UTF8, OTHER_ENCODING_HINT, Fault, Record, Row
@@ -226,8 +226,8 @@ def require_layout(path: Path, row: Row) -> Layout:
 
 def refuse_ignored_columns(path: Path, layout: Layout, records: Sequence[Record]) -> None:
     """Raise DataError for columns with values that the layout does not read, though they say what is learned."""
-    filled = {key for _, row in records for key, value in row.items() if value is not None}
-    reason = reason_not_ignorable(layout, filled)
+    counting = {key for _, row in records for key in list_columns_that_count(layout, row)}
+    reason = reason_not_ignorable(layout, counting)
     if reason:
         hint = "take them out, or give columns other names: lora-kit prepare --rename label=topic"
         raise DataError(f"{path}: {reason}", hint=hint)

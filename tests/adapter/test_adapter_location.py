@@ -55,6 +55,8 @@ def test_names_and_paths_mean_the_same_everywhere(here: Path) -> None:
 def test_a_folder_of_several_adapters_in_the_store_is_named_with_a_slash(here: Path) -> None:
     shutil.move(here / "run", here / "adapters" / "run")
     assert lk.Adapter.load("run/checkpoint-100").digest == folders.adapter(seed=100).digest
+    with pytest.raises(UnknownAdapterError, match="did you mean 'run/checkpoint-"):
+        find_adapter("run/checkpoint-300")
 
 
 def test_an_error_names_the_folders_below_that_hold_an_adapter(here: Path) -> None:

@@ -105,6 +105,9 @@ def test_a_row_that_is_wrong_is_named(tmp_path: Path, row: dict[str, Any], messa
         ({"text": "a", "weight": 2}, "text, which does not read weight"),
         ({"prompt": "a", "completion": "b", "weight": 2}, "which does not read weight"),
         ({"words": ["a"], "labels": ["O"], "weight": 2}, "which does not read weight"),
+        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "which does not read history"),
+        ({"prompt": "a", "completion": "b", "system": "be kind"}, "which does not read system"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "system": "be kind"}, "which does not read system"),
     ],
 )
 def test_a_column_that_would_change_what_is_learned_is_not_passed_over(
@@ -118,6 +121,9 @@ def test_an_empty_column_changes_nothing(tmp_path: Path) -> None:
     """Parquet has every column in every row."""
     rows = [{"text": "a", "label": "x", "labels": None, "text_pair": None, "weight": None}]
     assert rows_of(tmp_path, rows).values == (("a", "x"),)
+    rows = [{"prompt": "a", "completion": "b", "system": "", "history": []}]
+    assert rows_of(tmp_path, rows).values == (("a", "b"),)
+    assert rows_of(tmp_path, [{"text": "a", "label": "x", "system": "Linux"}]).values == (("a", "x"),)
 
 
 @pytest.mark.parametrize("types", [True, False])

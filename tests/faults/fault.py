@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,8 @@ class Fault:
         says: a regular expression in the error or, without one, in the warnings of the command; empty for anything.
         command: the same on the command line, run in the folder; empty where there is no command for it.
         writes: whether what is expected changes the folder.
+        during: opens, in the folder, what goes on around the act and around the command.
+        check: asserts what must be true of the folder after the act, and after the command.
         peft: does the same with PEFT, on the same files; None where PEFT has nothing like it.
         slow: left out of `make test`.
     """
@@ -35,6 +38,8 @@ class Fault:
     says: str = ""
     command: tuple[str, ...] = ()
     writes: bool = False
+    during: Callable[[Path], AbstractContextManager[object]] = nullcontext
+    check: Act | None = None
     peft: Act | None = None
     slow: bool = False
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import huggingface_hub
 import peft
 import safetensors.torch
 import torch
@@ -15,11 +18,11 @@ import lora_kit as lk
 from lora_kit.adapter.conversion.convert import convert
 from lora_kit.adapter.folder import CONFIG, WEIGHTS
 from lora_kit.adapter.peft_keys import PREFIX
-from lora_kit.errors import AdapterError, ConfigError, LoraKitError
+from lora_kit.errors import AdapterError, ConfigError, LoraKitError, MergeError
 from lora_kit.merging.merge import merge
 from tests.faults.adapter_acts import load, load_with_peft
 from tests.faults.fault import Act, Fault, no_files
-from tests.support import folders, tiny
+from tests.support import folders, hub_cache, legacy_adapters, merging, tiny
 
 
 def _save_peft(model: Any, folder: Path, **fields: Any) -> Any:
@@ -139,15 +142,60 @@ def _old_peft(folder: Path) -> None:
 
 
 def _small_vocabulary(folder: Path) -> None:
-    from tests.support import merging
-
-    base = merging.base_folder(folder / "small", tiny.llama())
-    adapter = merging.adapter_folder(base, folder / "adapter", target_modules=[], modules_to_save=["embed_tokens"])
-    path = adapter / WEIGHTS
+    fields = {"target_modules": [], "modules_to_save": ["embed_tokens"]}
+    path = merging.adapter_folder(folder / "base", folder / "adapter", **fields) / WEIGHTS
     tensors = {key: value[:50].contiguous() for key, value in safetensors.torch.load_file(path).items()}
-    (adapter / "lora_kit.json").unlink()
+    (folder / "adapter" / "lora_kit.json").unlink()
     safetensors.torch.save_file(tensors, path)
-    merge(base, adapter, folder / "merged")
+
+
+def _merge(folder: Path) -> None:
+    merge(folder / "base", folder / "adapter", folder / "merged")
+
+
+def _save_checkpoints(folder: Path) -> None:
+    for step in (100, 200):
+        folders.adapter(seed=step).save(folder / "adapters" / "run" / f"checkpoint-{step}")
+
+
+def _load_by_name(name: str) -> Act:
+    """Return what loads a name with the folder as the working directory."""
+
+    def act(folder: Path) -> None:
+        with contextlib.chdir(folder):
+            assert lk.Adapter.load(name).digest == folders.adapter(seed=200).digest
+
+    return act
+
+
+def _publish(folder: Path) -> None:
+    """Put an adapter into a cache of the hub, under two revisions of which only one is the adapter."""
+    for seed, revision in ((100, "main"), (200, "v2")):
+        saved = folders.adapter(seed=seed).save(folder / f"seed-{seed}")
+        hub_cache.add_repository(folder / "cache", "org/run", saved, revision=revision)
+
+
+@contextlib.contextmanager
+def _reading_cache(folder: Path) -> Iterator[None]:
+    constants = huggingface_hub.constants
+    with patch.multiple(constants, HF_HUB_CACHE=str(folder / "cache"), HF_HUB_OFFLINE=True):
+        yield
+
+
+def _old_experts(folder: Path) -> None:
+    """Experts as transformers 4 had them, one matrix each, for a base that has them in one tensor."""
+    torch.manual_seed(0)
+    merging.base_folder(folder / "experts", legacy_adapters.mixtral().eval())
+    legacy_adapters.write(folder / "adapter", legacy_adapters.MIXTRAL, target_modules=["w1", "w2", "w3"])
+
+
+def _load_old_experts(folder: Path) -> None:
+    model = lk.load_base(folder / "experts").model
+    before, bank = tiny.logits(model, tiny.batch()), lk.attach(model, slots=1)
+    bank.load("old", folder / "adapter")
+    bank.use("old")
+    change = (tiny.logits(model, tiny.batch()) - before).abs().max()
+    assert float(change) > 1e-2, "the experts are as they were"
 
 
 def _row(
@@ -223,10 +271,68 @@ FILES: tuple[Fault, ...] = (
     _row("a config for older versions of PEFT", no_files, _old_peft, writes=True),
     _row(
         "a vocabulary that is smaller than the tokenizer's",
-        no_files,
         _small_vocabulary,
-        "",
+        _merge,
+        "token",
+        error=MergeError,
+        command=("merge", "--base", "base", "--adapter", "adapter", "--out", "merged"),
+        peft=None,
+    ),
+    _row(
+        "experts under the names of an older transformers",
+        _old_experts,
+        _load_old_experts,
+        "names of an older transformers",
+        command=(*GENERATE[:2], "experts", *GENERATE[3:]),
+        peft=None,
+    ),
+    _row(
+        "names of another model, with the command that renames them",
+        _rename("model.layers", "transformer.layers"),
+        load,
+        "--rename transformer=model",
+        error=AdapterError,
+        command=GENERATE,
+    ),
+    _row(
+        "a checkpoint by its path",
+        _save_checkpoints,
+        _load_by_name("adapters/run/checkpoint-200"),
+        command=(*GENERATE[:4], "adapters/run/checkpoint-200", *GENERATE[5:]),
+        peft=None,
+    ),
+    _row(
+        "a checkpoint by the name of its folder in the store",
+        _save_checkpoints,
+        _load_by_name("run/checkpoint-200"),
+        command=(*GENERATE[:4], "run/checkpoint-200", *GENERATE[5:]),
+        peft=None,
+    ),
+    _row(
+        "a checkpoint that is not there",
+        _save_checkpoints,
+        _load_by_name("run/checkpoint-300"),
+        "did you mean 'run/checkpoint-",
         error=LoraKitError,
-        writes=True,
+        command=(*GENERATE[:4], "run/checkpoint-300", *GENERATE[5:]),
+        peft=None,
+    ),
+    _row(
+        "a revision in the cache of the hub",
+        _publish,
+        _load_by_name("org/run@v2"),
+        command=(*GENERATE[:4], "org/run@v2", *GENERATE[5:]),
+        during=_reading_cache,
+        peft=None,
+    ),
+    _row(
+        "a revision that the cache of the hub has not",
+        _publish,
+        _load_by_name("org/run@v3"),
+        "v3",
+        error=LoraKitError,
+        command=(*GENERATE[:4], "org/run@v3", *GENERATE[5:]),
+        during=_reading_cache,
+        peft=None,
     ),
 )

@@ -34,9 +34,11 @@ def reason_lost(fault: Fault, folder: Path) -> str | None:
     """Return why a fault was not survived, or None: another outcome, or a folder that is not as it was."""
     fault.make(make_world(folder))
     before = take_stock(folder)
-    for way in (_reason_lost_in_python, _reason_lost_on_command_line):
-        with _limit_time():
+    ways = (_reason_lost_in_python, _reason_lost_on_command_line)
+    for way in ways if fault.command else ways[:1]:
+        with _limit_time(), fault.during(folder):
             reason = way(fault, folder)
+        reason = reason or _reason_check_fails(fault, folder)
         after = take_stock(folder)
         if reason is None and not fault.writes and after != before:
             changed = [name for name in {*before, *after} if before.get(name) != after.get(name)]
@@ -89,8 +91,6 @@ def _reason_wrong_error(fault: Fault, error: LoraKitError) -> str | None:
 
 
 def _reason_lost_on_command_line(fault: Fault, folder: Path) -> str | None:
-    if not fault.command:
-        return None
     out, err = io.StringIO(), io.StringIO()
     expected = fault.error.exit_code if fault.error else 0
     with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -105,6 +105,15 @@ def _reason_lost_on_command_line(fault: Fault, folder: Path) -> str | None:
         return f"not one line on stderr: {err.getvalue()[-500:]}"
     if not re.search(fault.says, err.getvalue(), re.DOTALL):
         return f"stderr does not say {fault.says!r}: {err.getvalue()[-500:]}"
+    return None
+
+
+def _reason_check_fails(fault: Fault, folder: Path) -> str | None:
+    try:
+        if fault.check is not None:
+            fault.check(folder)
+    except AssertionError as error:
+        return f"not so afterwards: {error}"
     return None
 
 
