@@ -38,7 +38,7 @@ def convert(
 ) -> None:
     """Convert what another tool wrote into an adapter folder.
 
-    Reads PEFT of any age, state dicts of live models, loralib and mlx-lm; the updates stay the same.
+    Reads PEFT of any age, state dicts of live models, loralib, litgpt and mlx-lm; the updates stay the same.
 
     Example: lora-kit convert their-adapter --out adapters/mine
 

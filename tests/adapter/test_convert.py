@@ -440,7 +440,7 @@ def test_what_unsloth_axolotl_and_llama_factory_write_loads_as_it_is(tmp_path: P
         ({"unet.mid_block.attn1.to_q.lora_A.weight": torch.ones(2, 2)}, "diffusers"),
         ({"double_blocks.0.processor.lora_down.weight": torch.ones(2, 2)}, "diffusion models"),
         ({"layers.0.attn.q_proj.lora_a.weight": torch.ones(2, 2)}, "torchtune"),
-        ({"transformer.h.0.attn.qkv.lora_A": torch.ones(2, 2)}, "litgpt"),
+        ({"transformer.h.0.attn.qkv.lora_A": torch.ones(2, 2)}, "hyperparameters.yaml is missing"),
         ({"model.embed_tokens.weight": torch.ones(2, 2)}, "no keys of an adapter"),
         ({}, "no keys of an adapter"),
         ({f"{Q}.lora_A": torch.ones(2, 2)}, "A or B is missing"),
@@ -456,12 +456,6 @@ def test_what_is_no_adapter_is_refused_and_nothing_is_written(
     assert main(["convert", str(tmp_path / "x.safetensors"), "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_a_file_of_litgpt_is_read_and_named(tmp_path: Path) -> None:
-    torch.save({"model": {"transformer.h.3.mlp.fc_1.lora_A": torch.ones(2, 2)}}, tmp_path / "lit_model.pth.lora")
-    with pytest.raises(AdapterError, match=r"keys of litgpt.*convert_from_litgpt"):
-        convert(tmp_path / "lit_model.pth.lora")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +12,23 @@ from typing import Final
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.conversion.foreign_files import ForeignFiles
 from lora_kit.adapter.conversion.formats import ConversionHints, TranslatedAdapter, from_loralib, from_mlx, from_peft
+from lora_kit.adapter.conversion.litgpt import from_litgpt
 from lora_kit.adapter.conversion.other_tools import refuse_other_tools
 from lora_kit.errors import AdapterError, ConfigError, LoraKitError, format_list
 from lora_kit.io.text import escape_text
 
 _Translate = Callable[[ForeignFiles, ConversionHints], TranslatedAdapter]
 
-_LAYOUTS: Final[Mapping[str, tuple[tuple[str, ...], _Translate]]] = {
-    "loralib": ((".lora_A", ".lora_B"), from_loralib),
-    "mlx-lm": ((".lora_a", ".lora_b"), from_mlx),
-    "PEFT": (("",), from_peft),
+_LAYOUTS: Final[Mapping[str, tuple[re.Pattern[str], _Translate]]] = {
+    "litgpt": (
+        re.compile(r"transformer\.h\.\d+\.(attn\.(qkv|attn|proj)|mlp\.(fc|fc_1|fc_2|proj))\.lora_[AB]"),
+        from_litgpt,
+    ),
+    "loralib": (re.compile(r".*\.lora_[AB]", re.DOTALL), from_loralib),
+    "mlx-lm": (re.compile(r".*\.lora_[ab]", re.DOTALL), from_mlx),
+    "PEFT": (re.compile(r".*\.lora_.*", re.DOTALL), from_peft),
 }
-"""Endings of the keys of each layout, and what translates it; with `lora_` in them, PEFT's keys may end in anything."""
+"""What matches a key of each layout, and what translates it; the first that a file has a key of is the file's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +36,7 @@ class ForeignAdapter:
     """An adapter that another tool wrote.
 
     Attributes:
-        layout: `PEFT`, `loralib` or `mlx-lm`.
+        layout: `PEFT`, `loralib`, `litgpt` or `mlx-lm`.
         adapter: an adapter of ours with the same updates.
         notes: how it was converted, in words.
         open: what the files do not say, in words; the values that depend on it are a guess.
@@ -82,7 +88,7 @@ def convert(
 
     Args:
         source: a folder or a weight file: PEFT of any age, also state dicts of live and wrapped models and training
-            checkpoints around them; loralib; mlx-lm.
+            checkpoints around them; loralib; litgpt; mlx-lm.
         lora_alpha: numerator of the scaling, where the files do not say it (loralib, PEFT's weights alone).
         enable_lora: which of the equal parts of a fused projection have LoRA weights, where the files do not say it.
         renames: from beginnings of module paths in the files to those in the base.
@@ -114,12 +120,12 @@ def _recognize_layout(source: ForeignFiles) -> tuple[str, _Translate]:
     keys = list(source.tensors)
     shown = ", ".join(escape_text(key) for key in keys[:3]) or "none"
     refuse_other_tools(source.weights, keys)
-    for layout, (endings, translate) in _LAYOUTS.items():
-        if any(".lora_" in key and key.endswith(endings) for key in keys):
+    for layout, (pattern, translate) in _LAYOUTS.items():
+        if any(pattern.fullmatch(key) for key in keys):
             return layout, translate
     if source.fields and source.fields.get("modules_to_save"):
         return "PEFT", from_peft
     raise AdapterError(
         f"{escape_text(source.weights)} has no keys of an adapter: {shown}",
-        hint="PEFT, loralib and mlx-lm are supported",
+        hint="PEFT, loralib, litgpt and mlx-lm are supported",
     )

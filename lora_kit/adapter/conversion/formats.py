@@ -123,7 +123,7 @@ def _from_bare_peft(source: ForeignFiles, hints: ConversionHints, notes: list[st
             rest.append(key.removeprefix(PREFIX))
     saved = sorted({_find_outermost_module(key, ranks) for key in rest})
     use_dora = any(key.endswith(".lora_magnitude_vector") for key in tensors)
-    config = _build_config(ranks, hints, modules_to_save=tuple(saved), use_dora=use_dora)
+    config = build_config(ranks, hints, modules_to_save=tuple(saved), use_dora=use_dora)
     notes.append("there is no adapter_config.json: the ranks are those of the shapes, the scaling is lora_alpha / r")
     return TranslatedAdapter(config, tensors, notes)
 
@@ -218,7 +218,7 @@ def _strip_wrappers(key: str) -> str:
 
 def from_loralib(source: ForeignFiles, hints: ConversionHints) -> TranslatedAdapter:
     """Translate loralib's `lora_state_dict`: `<path>.lora_A` (r, in), `<path>.lora_B` (out, r), and saved modules."""
-    pairs = _collect_a_and_b(source.tensors, hints, (".lora_A", ".lora_B"))
+    pairs = collect_a_and_b(source.tensors, hints, (".lora_A", ".lora_B"))
     notes = ["keys of loralib"]
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, tuple[int, float]] = {}
@@ -236,7 +236,7 @@ def from_loralib(source: ForeignFiles, hints: ConversionHints) -> TranslatedAdap
     if saved:
         notes.append(f"modules_to_save: {format_list(saved)}")
     left_open = [] if hints.lora_alpha is not None else ["lora_alpha: the file does not say it"]
-    return TranslatedAdapter(_build_config(ranks, hints, modules_to_save=tuple(saved)), tensors, notes, left_open)
+    return TranslatedAdapter(build_config(ranks, hints, modules_to_save=tuple(saved)), tensors, notes, left_open)
 
 
 def _require_enable_lora(path: str, parts: int, hints: ConversionHints) -> Sequence[bool]:
@@ -275,7 +275,7 @@ def from_mlx(source: ForeignFiles, hints: ConversionHints) -> TranslatedAdapter:
         raise AdapterError("lora_parameters has no scale", hint="it is the factor of the update in mlx-lm")
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, tuple[int, float]] = {}
-    for path, (a, b) in _collect_a_and_b(source.tensors, hints, (".lora_a", ".lora_b")).items():
+    for path, (a, b) in collect_a_and_b(source.tensors, hints, (".lora_a", ".lora_b")).items():
         if a.dim() != 2 or b.dim() != 2:
             raise AdapterError(
                 f"{path}: LoRA weights of {a.dim()} dimensions are of fused experts, which are not supported"
@@ -289,7 +289,7 @@ def from_mlx(source: ForeignFiles, hints: ConversionHints) -> TranslatedAdapter:
         elif not key.endswith((".lora_a", ".lora_b")):
             raise AdapterError(f"{key} is neither lora_a, nor lora_b, nor a magnitude")
     base = hints.base or fields.get("model")
-    config = _build_config(ranks, hints, base=base if isinstance(base, str) else None, use_dora=kind == "dora")
+    config = build_config(ranks, hints, base=base if isinstance(base, str) else None, use_dora=kind == "dora")
     return TranslatedAdapter(
         config, tensors, [f"keys of mlx-lm, which stores LoRA weights transposed; scale {scale:g}"]
     )
@@ -298,7 +298,7 @@ def from_mlx(source: ForeignFiles, hints: ConversionHints) -> TranslatedAdapter:
 # Shared by all layouts
 
 
-def _collect_a_and_b(
+def collect_a_and_b(
     tensors: Mapping[str, Tensor], hints: ConversionHints, ends: tuple[str, str]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return A and B by path of their layer."""
@@ -332,7 +332,7 @@ def _ungroup_b(b: Tensor, enabled: Sequence[bool]) -> Tensor:
     return whole.view(-1, parts * rank)
 
 
-def _build_config(ranks: Mapping[str, tuple[int, float]], hints: ConversionHints, **fields: Any) -> LoraConfig:
+def build_config(ranks: Mapping[str, tuple[int, float]], hints: ConversionHints, **fields: Any) -> LoraConfig:
     """Return a config for ranks and alphas by path: the most common ones, and patterns for the others."""
     rank = Counter(rank for rank, _ in ranks.values()).most_common(1)[0][0]
     alpha = Counter(alpha for _, alpha in ranks.values()).most_common(1)[0][0]

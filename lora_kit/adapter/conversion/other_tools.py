@@ -40,12 +40,6 @@ OTHER_TOOLS: Final = (
     ),
     OtherTool("a tool for diffusion models", re.compile(r".*\.lora_(down|up)\.weight"), _OF_DIFFUSION, _USE_THEIR_TOOL),
     OtherTool(
-        "litgpt",
-        re.compile(r"transformer\.h\.\d+\.(attn\.(qkv|attn|proj)|mlp\.(fc|fc_1|fc_2|proj))\.lora_[AB]"),
-        "its layers have other names, and its q, k and v are one layer with the rows of each group together",
-        "`litgpt merge_lora` and `litgpt convert_from_litgpt` make a model, and `lora-kit extract` an adapter of it",
-    ),
-    OtherTool(
         "torchtune",
         re.compile(r"(layers\.\d+\.(attn|mlp)\.\w+|output)\.(lora_[ab]\.weight|magnitude)"),
         "its layers have other names, and the rows of q and k another order",
