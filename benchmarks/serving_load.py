@@ -230,8 +230,10 @@ class CountingSlots(AdapterSlots):
     loads = 0
 
     def _give_slot(self, adapter: lk.Adapter) -> SlotUse:
-        self.loads += adapter.digest not in self
-        return super()._give_slot(adapter)
+        was_there = adapter.digest in self
+        use = super()._give_slot(adapter)  # an adapter for which no slot is free is not put into one
+        self.loads += not was_there
+        return use
 
 
 def warm_slot(slots: AdapterSlots, value: lk.Adapter) -> None:

@@ -135,7 +135,8 @@ class AdapterFolder:
             AdapterError: it is not what the record says, or is damaged.
             StorageError: it cannot be read.
         """
-        from lora_kit.io.safetensors import read_pickle, read_safetensors  # which need torch
+        from lora_kit.io.pickled_weights import read_pickle  # which needs torch
+        from lora_kit.io.safetensors import read_safetensors
 
         def check_size(size: int) -> None:
             if self.facts is not None:

@@ -14,9 +14,10 @@ from torch import nn
 from lora_kit.errors import TargetError, format_list
 from lora_kit.layers.conv import LoraConvolution
 from lora_kit.layers.embedding import LoraEmbedding
+from lora_kit.layers.expert_linear import LoraExpert
 from lora_kit.layers.grouped_linear import LoraGroupedLinear, is_grouped_linear
 from lora_kit.layers.introspect import features_of, find_module, is_compiled, kind_of, unwrap_module, unwrap_outer
-from lora_kit.layers.linear import LoraExpert, LoraLinear
+from lora_kit.layers.linear import LoraLinear
 from lora_kit.layers.parameter import LoraParameter
 from lora_kit.layers.routing import Routing
 from lora_kit.layers.saved_module import SavedModule

@@ -9,12 +9,10 @@ canonical bytes, so the sha256 of these is the identity of the tensors.
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 import json
 import math
 import operator
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import BufferedReader
 from pathlib import Path
@@ -24,8 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lora_kit.errors import AdapterError, format_list
-from lora_kit.io.read import allocate_buffer, open_regular_file, read_into, read_regular_file, refuse_lfs_pointer
+from lora_kit.errors import AdapterError
+from lora_kit.io.read import allocate_buffer, open_regular_file, read_into, refuse_lfs_pointer
 from lora_kit.io.strict_json import JsonObject, parse_object
 from lora_kit.io.text import escape_text, format_value
 
@@ -59,12 +57,7 @@ _DTYPE_NAMES: Final = {
 """What is written."""
 _DTYPE_ORDER: Final = {dtype: position for position, dtype in enumerate(DTYPES.values())}
 _METADATA: Final = {"format": "pt"}
-_STATE_DICT_NAMES: Final = ("state_dict", "model_state_dict", "model", "module")
-"""Under which training loops put the state dict of their model: Lightning, plain PyTorch, DeepSpeed."""
-_LORA_MARK: Final = ".lora_"
-"""What the keys of LoRA weights have in common, whoever wrote them."""
-_MAX_NESTING: Final = 8
-_PICKLE_MAGIC: Final = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+PICKLE_MAGIC: Final = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 class WeightFileContents(NamedTuple):
@@ -89,6 +82,20 @@ class _TensorHeader(NamedTuple):
     shape: list[int]
 
 
+class _Header(NamedTuple):
+    """The tensors of a file in the order of their bytes, and whether it is the canonical file of these tensors."""
+
+    entries: list[_TensorHeader]
+    canonical: bool
+
+
+_KNOWN_HEADERS: Final[dict[tuple[bytes, int], _Header]] = {}
+"""By the header's bytes and the file's size, which decide everything in it: adapters of one recipe have the same, so
+that a server parses the header of its next adapter only once."""
+_MOST_KNOWN: Final = 8
+_LARGEST_KNOWN: Final = 2**18
+
+
 # Reading
 
 
@@ -107,112 +114,13 @@ def read_safetensors(path: Path, *, check_size: Callable[[int], None], seen: Chu
     with open_regular_file(path) as (file, size):
         check_size(size)
         head = _read_header(file, size, source)
-        entries = _parse_header(file, head, size, source)
+        header = _KNOWN_HEADERS.get((head, size)) or _parse_header(file, head, size, source)
         seen(memoryview(head))
         payload = allocate_buffer(size - len(head), source)
         filled = read_into(file, payload, seen)
     if filled < len(payload):  # it has shrunk meanwhile
         raise AdapterError(f"{source}: truncated: {filled:,} bytes of tensors, {len(payload):,} are expected")
-    return WeightFileContents(_view_tensors(payload, entries), canonical=_is_canonical(head, entries))
-
-
-def read_pickle(path: Path, *, check_size: Callable[[int], None], seen: ChunkCallback) -> WeightFileContents:
-    """Read the tensors of an older `adapter_model.bin`: plain tensors only, never code.
-
-    Args:
-        check_size, seen: as in `read_safetensors`.
-
-    Raises:
-        AdapterError: the file holds anything but a mapping from names to tensors.
-        StorageError: it cannot be read.
-    """
-    return _extract_tensors(_load_pickle(path, check_size, seen), path)
-
-
-def read_checkpoint(path: Path, *, check_size: Callable[[int], None], seen: ChunkCallback) -> WeightFileContents:
-    """Read the model's tensors of a training checkpoint, which may lie deep in it: `{"state_dict": {...}, "epoch": 3}`.
-
-    The state dict is the one with LoRA weights, wherever it is; without any, the one under the usual names.
-
-    Args:
-        check_size, seen: as in `read_safetensors`.
-
-    Raises:
-        AdapterError, StorageError: as `read_pickle`; and several state dicts have LoRA weights.
-    """
-    value = _load_pickle(path, check_size, seen)
-    adapters = dict(_find_adapters(value, "", _MAX_NESTING))
-    if len({id(state) for state in adapters.values()}) > 1:
-        raise AdapterError(
-            f"{escape_text(path)}: several state dicts in it have LoRA weights: {format_list(sorted(adapters))}",
-            hint="save the state dict of one model on its own",
-        )
-    return _extract_tensors(next(iter(adapters.values()), _find_usual_state_dict(value)), path)
-
-
-def _find_adapters(value: object, name: str, depth: int) -> Iterator[tuple[str, object]]:
-    """Yield (name, mapping) of the mappings in a checkpoint that have tensors of LoRA weights."""
-    if not depth or not isinstance(value, (dict, list, tuple)):
-        return
-    items = list(value.items() if isinstance(value, dict) else enumerate(value))
-    if any(isinstance(key, str) and _LORA_MARK in key and isinstance(part, Tensor) for key, part in items):
-        yield name, value
-        return
-    for key, part in items:
-        yield from _find_adapters(part, f"{name}.{escape_text(key)}".removeprefix("."), depth - 1)
-
-
-def _find_usual_state_dict(value: object) -> object:
-    for _ in range(_MAX_NESTING):
-        parts = value if isinstance(value, dict) else {}
-        inner = next((parts[name] for name in _STATE_DICT_NAMES if isinstance(parts.get(name), dict)), None)
-        value = value if inner is None else inner
-    return value
-
-
-def _load_pickle(path: Path, check_size: Callable[[int], None], seen: ChunkCallback) -> object:
-    """Return what a pickle holds, without running code of it."""
-    source, data = escape_text(path), read_regular_file(path, check_size=check_size)
-    seen(data)
-    refuse_lfs_pointer(bytes(data[:64]), source)
-    _refuse_zip_bomb(data, source)
-    try:
-        value: object = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception:  # damaged pickles fail in every way there is
-        raise AdapterError(
-            f"{source}: not a file of plain tensors; it may carry code and is not read", hint="save it as safetensors"
-        ) from None
-    return value
-
-
-def _extract_tensors(value: object, path: Path) -> WeightFileContents:
-    if not isinstance(value, dict) or not all(isinstance(name, str) and _is_plain(t) for name, t in value.items()):
-        raise AdapterError(f"{escape_text(path)}: a mapping of names to plain tensors was expected")
-    return WeightFileContents({name: tensor.detach().contiguous() for name, tensor in value.items()}, canonical=False)
-
-
-def _is_plain(tensor: object) -> bool:
-    """Return whether a value is a dense tensor that owns the bytes it shows; a stride of 0 makes terabytes of a few."""
-    return (
-        isinstance(tensor, Tensor)
-        and tensor.layout is torch.strided
-        and tensor.device.type == "cpu"
-        and not tensor.is_quantized
-        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
-    )
-
-
-def _refuse_zip_bomb(data: memoryview, source: str) -> None:
-    """Raise AdapterError for compressed entries, which may be of any size; PyTorch stores its entries uncompressed."""
-    if not bytes(data[:8]).startswith(_PICKLE_MAGIC[0]):
-        return
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            sizes = [(item.compress_type, item.file_size) for item in archive.infolist()]
-    except Exception:
-        raise AdapterError(f"{source}: corrupt: neither a whole zip file nor a pickle") from None
-    if any(kind != zipfile.ZIP_STORED for kind, _ in sizes) or sum(size for _, size in sizes) > len(data):
-        raise AdapterError(f"{source}: a compressed file; it is not read", hint="save it as safetensors")
+    return WeightFileContents(_view_tensors(payload, header.entries), canonical=header.canonical)
 
 
 def _read_header(file: BufferedReader, size: int, source: str) -> bytes:
@@ -221,7 +129,7 @@ def _read_header(file: BufferedReader, size: int, source: str) -> bytes:
     refuse_lfs_pointer(start, source)
     length = int.from_bytes(start[:8], "little")
     # A pickle's first bytes may be a small header's length as well; only with those after them they are a huge one.
-    if start.startswith(_PICKLE_MAGIC) and (length > MAX_HEADER or size < 8):
+    if start.startswith(PICKLE_MAGIC) and (length > MAX_HEADER or size < 8):
         raise AdapterError(
             f"{source}: a pickle under the name of safetensors; it is not read", hint="save it as safetensors"
         )
@@ -237,8 +145,8 @@ def _read_header(file: BufferedReader, size: int, source: str) -> bytes:
     return file.read(8 + length)
 
 
-def _parse_header(file: BufferedReader, head: bytes, size: int, source: str) -> list[_TensorHeader]:
-    """Return the tensors of a file in the order of their bytes.
+def _parse_header(file: BufferedReader, head: bytes, size: int, source: str) -> _Header:
+    """Return what a header says, and remember it.
 
     The safetensors library checks that each tensor has the bytes that its dtype and shape need, that each begins where
     the last one ends, and that the last ends with the file. It reads any dtype, and the last of two equal names.
@@ -253,7 +161,13 @@ def _parse_header(file: BufferedReader, head: bytes, size: int, source: str) -> 
     except SafetensorError as error:
         raise AdapterError(f"{source}: {_describe_damage(str(error), fields, size - len(head))}") from None
     fields.pop("__metadata__", None)
-    return sorted(_check_tensor_header(name, fields[name], source) for name in fields)
+    entries = sorted(_check_tensor_header(name, fields[name], source) for name in fields)
+    header = _Header(entries, _is_canonical(head, entries))
+    if len(head) <= _LARGEST_KNOWN:
+        if len(_KNOWN_HEADERS) >= _MOST_KNOWN:
+            _KNOWN_HEADERS.clear()
+        _KNOWN_HEADERS[head, size] = header
+    return header
 
 
 def _describe_damage(message: str, fields: JsonObject, payload: int) -> str:

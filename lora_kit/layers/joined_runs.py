@@ -8,7 +8,7 @@ the ranks add up to too many, tokens are gathered instead. Weights are finite: r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -54,20 +54,20 @@ class TokenColumns:
     scaling: float | Tensor
 
 
-@dataclass(frozen=True)
-class JoinedRuns:
-    """How a layer computes short runs together."""
+def add_joined_(y: Tensor, x: Tensor, weights: JoinedWeights, columns: TokenColumns) -> None:
+    """Add every token's update to y (T, out), from x (T, in)."""
+    own, scaling = columns.tokens, columns.scaling
+    if own.stop - own.start < x.shape[0]:
+        y, x = y[own], x[own]
+    h = (x @ weights.a).masked_fill_(columns.others, 0)
+    if isinstance(scaling, Tensor):
+        h, scaling = h * scaling, 1.0
+    y.addmm_(h, weights.b, alpha=scaling)
 
-    weights: JoinedWeights
-    columns: TokenColumns
 
-    def add_(self, y: Tensor, x: Tensor) -> None:
-        """Add every token's update to y (T, out), from x (T, in)."""
-        own, scaling = self.columns.tokens, self.columns.scaling
-        h = (x[own] @ self.weights.a).masked_fill_(self.columns.others, 0)
-        if isinstance(scaling, Tensor):
-            h, scaling = h * scaling, 1.0
-        y[own].addmm_(h, self.weights.b, alpha=scaling)
+def can_join(row_slots: Collection[RowSlot]) -> bool:
+    """Return whether tokens of these adapters are better computed by all of them than gathered."""
+    return bool(row_slots) and sum(row_slot.rank for row_slot in row_slots) <= MOST_JOINED_RANKS
 
 
 def join_weights(
@@ -76,8 +76,8 @@ def join_weights(
     row_slots: tuple[RowSlot, ...],
     stacked: tuple[Tensor, Tensor],
     dtype: torch.dtype,
-) -> JoinedWeights | None:
-    """Return the weights of adapters beside each other; None where their tokens are better gathered.
+) -> JoinedWeights:
+    """Return the weights of adapters beside each other.
 
     What was joined before is used again as long as it holds them all and not many others.
 
@@ -88,8 +88,6 @@ def join_weights(
         stacked: the stacked weights (S, r, in) and (S, out, r).
         dtype: of the activations.
     """
-    if not row_slots or sum(row_slot.rank for row_slot in row_slots) > MOST_JOINED_RANKS:
-        return None
     weights = cache.joined_weights.get(layer)
     if weights is None or weights.a.dtype != dtype or not _serves(weights.row_slots, row_slots):
         weights = cache.joined_weights[layer] = _join_weights(row_slots, *stacked, dtype)
@@ -97,7 +95,7 @@ def join_weights(
 
 
 def _serves(joined: tuple[RowSlot, ...], row_slots: tuple[RowSlot, ...]) -> bool:
-    return len(joined) <= 2 * len(row_slots) and set(row_slots) <= set(joined)
+    return joined == row_slots or (len(joined) <= 2 * len(row_slots) and set(row_slots) <= set(joined))
 
 
 def _join_weights(row_slots: tuple[RowSlot, ...], a: Tensor, b: Tensor, dtype: torch.dtype) -> JoinedWeights:

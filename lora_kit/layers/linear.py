@@ -8,7 +8,6 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from lora_kit.errors import RoutingError
 from lora_kit.layers.initialization import (
     MAGNITUDE,
     A,
@@ -26,7 +25,7 @@ from lora_kit.layers.row_gather import RowCache, RowGroup, RowSlot, gather_row_g
 from lora_kit.layers.row_spans import can_span, list_row_spans
 from lora_kit.layers.slot_entry import SlotEntry
 from lora_kit.layers.slot_layer import SlotLayer
-from lora_kit.layers.token_runs import RunPlan, RunRoute, check_runs, count_tokens, plan_runs
+from lora_kit.layers.token_runs import LayerRuns, RunRoute, check_runs, count_tokens
 from lora_kit.ops import dispatch, torch_kernels
 from lora_kit.ops.dora import dora_scale, scale_columns
 from lora_kit.ops.lora import lora_add, lora_add_rows, lora_linear
@@ -178,24 +177,20 @@ class LoraLinear(_LoraLayer):
     def _forward_runs(self, route: RunRoute, y: Tensor, x: Tensor) -> Tensor:
         """Return y = base(x) with the update of each run of tokens."""
         check_runs(self, route)
-        if not any(self.entries[slot] for slot in route.slots):
+        row_slots = self._get_row_slots(route.distinct_slots)
+        if not any(row_slots):
             return y
         count = count_tokens(x)
-        rows, flat, into = route.get_rows(count), x.reshape(count, -1), y.reshape(count, -1)
+        rows, flat = route.get_rows(count), x.reshape(count, -1)
         if not self._can_gather(rows, y, x):
+            into = y.reshape(count, -1)
             return self._forward_rows(rows, into.unsqueeze(1), flat.unsqueeze(1)).reshape(y.shape)
-        into = y.view(count, -1)
-        self._get_run_plan(route, count, y.dtype).add_(into, flat if flat.dtype == y.dtype else flat.to(y.dtype))
+        into, stacked = y.view(count, -1), self.stacked_weights  # read once, as above
+        runs = LayerRuns(self, self.routing.get_row_cache(route), (stacked[A], stacked[B]))
+        runs.add_(into, flat if flat.dtype == y.dtype else flat.to(y.dtype), route, row_slots)
+        if self.dora_scales is None:
+            return y
         return self._scale_rows(rows, into.unsqueeze(1), flat.unsqueeze(1)).view(y.shape)
-
-    def _get_run_plan(self, route: RunRoute, count: int, dtype: torch.dtype) -> RunPlan:
-        cache = self.routing.get_row_cache(route)
-        plan = cache.run_plans.get((self, count))
-        if plan is None or plan.dtype != dtype:
-            row_slots = {slot: self._get_row_slot(slot) for slot in route.distinct_slots}
-            spans, (a, b) = route.get_spans(count), self._get_stacks(A, B)
-            plan = cache.run_plans[self, count] = plan_runs(self, cache, spans, row_slots, (a, b), dtype)
-        return plan
 
     def _add_stacked(self, route: Route, y: Tensor, x: Tensor) -> Tensor:
         """Return y with what the stacked weights hold for each row."""
@@ -222,7 +217,7 @@ class LoraLinear(_LoraLayer):
         return cached[1] if cached is not None and cached[0] == dtype else self._gather_row_groups(route, cache, dtype)
 
     def _gather_row_groups(self, route: Route, cache: RowCache, dtype: torch.dtype) -> list[RowGroup]:
-        row_slots = tuple(self._get_row_slot(slot) for slot in route.rows)
+        row_slots = self._get_row_slots(route.rows)
         key = self.device, row_slots
         if key not in cache.selections:
             cache.selections[key] = select_row_groups(row_slots, self.device)
@@ -235,9 +230,19 @@ class LoraLinear(_LoraLayer):
             cache.groups[self] = dtype, groups
         return groups
 
-    def _get_row_slot(self, slot: int) -> RowSlot | None:
-        entry = self.entries[slot]
-        return None if entry is None else RowSlot(slot, entry.tensors[A].shape[0], entry.scaling)
+    def _get_row_slots(self, slots: Sequence[int]) -> tuple[RowSlot | None, ...]:
+        """Return what each of some slots has here; None for the base, and for an adapter that leaves it alone."""
+        entries = self.entries
+        return tuple(
+            [
+                None if (entry := entries[slot]) is None else entry.row_slot or self._name_row_slot(slot, entry)
+                for slot in slots
+            ]
+        )
+
+    def _name_row_slot(self, slot: int, entry: SlotEntry) -> RowSlot:
+        entry.row_slot = RowSlot(slot, entry.tensors[A].shape[0], entry.scaling)
+        return entry.row_slot
 
     def _get_plain_weights(self) -> tuple[Tensor, Tensor | None] | None:
         """Return weight (out, in) and bias of a base that computes x Wᵀ + bias with a frozen W; None for others."""
@@ -328,23 +333,3 @@ class LoraLinear(_LoraLayer):
         keep = torch.tensor([1 - entry.dropout if entry else 1.0 for entry in entries], device=x.device)
         keep = keep.repeat_interleave(x.shape[0] // len(keep)).view(-1, *[1] * (x.ndim - 1))
         return x * (torch.bernoulli(keep.expand(x.shape)) / keep).to(x.dtype)
-
-
-class LoraExpert(LoraLinear):
-    """A linear layer of one expert of a mixture, which is given the tokens routed to that expert, of whatever rows."""
-
-    def reason_no_runs(self) -> str | None:
-        return "an expert does not see which run a token belongs to"
-
-    def _list_spans(self, route: Route, x: Tensor) -> list[LoraSpan]:
-        return []
-
-    def _forward_rows(self, route: Route, y: Tensor, x: Tensor) -> Tensor:
-        if not route.mixed:
-            return super()._forward_rows(route, y, x)
-        if any(self.entries[slot] for slot in route.rows):
-            raise RoutingError(
-                "an expert does not see which row a token belongs to, so rows of adapters that cover it cannot differ",
-                hint="use() one adapter at a time, or adapters that leave the experts alone",
-            )
-        return y

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from lora_kit.layers.experts import ExpertFactors
     from lora_kit.layers.joined_runs import JoinedWeights
-    from lora_kit.layers.token_runs import RunPlan, RunShape
+    from lora_kit.layers.token_runs import RunShape
 
 
 class RowSlot(NamedTuple):
@@ -95,8 +95,10 @@ class RowCache:
         groups: of a linear layer: the dtype of the activations, and the groups.
         token_changes: of a token table: row - base's row (R, k, d), and the token of each (R, k).
         expert_factors: of a parameter: slots and dtype, and the factors.
-        run_plans: of a linear layer that is given so many tokens.
-        run_shapes: by tokens, adapters, device and dtype; shared by layers in which these are the same.
+        run_shapes: by tokens, adapters and device; shared by layers in which these are the same.
+        run_groups: of a linear layer that is given so many tokens, for short runs that are gathered.
+        slot_copies: LoRA weights (in, r) and (r, out) of a slot of a layer, in the dtype of the activations.
+        slot_views: the same where nothing is copied; other rows may use them, too.
         joined_weights: of a linear layer, for the adapters of short runs; other rows may use them, too.
     """
 
@@ -104,8 +106,10 @@ class RowCache:
         self.selections: dict[tuple[torch.device, tuple[RowSlot | None, ...]], list[RowSelection]] = {}
         self.groups: dict[nn.Module, tuple[torch.dtype, list[RowGroup]]] = {}
         self.token_changes: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-        self.run_plans: dict[tuple[nn.Module, int], RunPlan] = {}
         self.run_shapes: dict[object, RunShape] = {}
+        self.run_groups: dict[tuple[nn.Module, int, torch.dtype], list[RowGroup]] = {}
+        self.slot_copies: dict[tuple[nn.Module, int, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self.slot_views: dict[tuple[nn.Module, int, torch.dtype], tuple[Tensor, Tensor]] = {}
         self.joined_weights: dict[nn.Module, JoinedWeights] = {}
         self.expert_factors: dict[nn.Module, tuple[tuple[tuple[int, ...], torch.dtype], ExpertFactors]] = {}
 
@@ -114,8 +118,9 @@ class RowCache:
         self.selections.clear()
         self.groups.clear()
         self.token_changes.clear()
-        self.run_plans.clear()
         self.run_shapes.clear()
+        self.run_groups.clear()
+        self.slot_copies.clear()
 
 
 class GatherBuffer:

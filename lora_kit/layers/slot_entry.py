@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from lora_kit.ops.lora_functions import read_saved
+
+if TYPE_CHECKING:
+    from lora_kit.layers.row_gather import RowSlot
 
 CONSTANT_PREFIX: Final = "start of "
 """Prefix of the names of tensors that are never trained."""
@@ -26,12 +29,14 @@ class SlotEntry:
         scaling: multiplies the low-rank update.
         dropout: probability of dropping an element of the layer's input in training.
         trainable: whether the tensors are trained.
+        row_slot: what a row that uses it has; made at its first use, since a forward asks for it in every layer.
     """
 
     tensors: dict[str, Tensor]
     scaling: float
     dropout: float = 0.0
     trainable: bool = False
+    row_slot: RowSlot | None = None
 
     def list_read_as(self, dtype: torch.dtype) -> list[Tensor]:
         """Return the tensors that a computation in a dtype reads themselves, and not copies of."""

@@ -8,15 +8,15 @@ gathered ones. The number of operations depends on the runs alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor, nn
 
 from lora_kit.errors import RoutingError
-from lora_kit.layers.joined_runs import JoinedRuns, Span, TokenColumns, find_columns, join_weights
+from lora_kit.layers.joined_runs import Span, TokenColumns, add_joined_, can_join, find_columns, join_weights
 from lora_kit.layers.route import Route
 from lora_kit.layers.row_gather import (
     GatherBuffer,
@@ -100,116 +100,100 @@ class RunRoute(Route):
 
 
 @dataclass(frozen=True)
-class LongRun:
-    """A run with products of its own.
-
-    Attributes:
-        start, end: its tokens.
-        a: (in, r), in the dtype of the activations.
-        b: (r, out), likewise.
-        scaling: of their product.
-    """
-
-    start: int
-    end: int
-    a: Tensor
-    b: Tensor
-    scaling: float
-
-    def add_(self, y: Tensor, x: Tensor) -> None:
-        """Add y += scaling · x A B for these tokens, (T, out) and (T, in)."""
-        own = slice(self.start, self.end)
-        y[own].addmm_(x[own] @ self.a, self.b, alpha=self.scaling)
-
-
-@dataclass(frozen=True)
-class RunPlan:
-    """How a linear layer computes the runs of a forward.
-
-    Attributes:
-        dtype: of the activations.
-        long: runs with products of their own.
-        joined: all others, together; None where they are gathered.
-        short: tokens of all others, gathered.
-    """
-
-    dtype: torch.dtype
-    long: tuple[LongRun, ...]
-    joined: JoinedRuns | None
-    short: tuple[RowGroup, ...]
-
-    def add_(self, y: Tensor, x: Tensor) -> None:
-        """Add every run's update to y (T, out), from x (T, in)."""
-        for run in self.long:
-            run.add_(y, x)
-        if self.joined is not None:
-            self.joined.add_(y, x)
-        for group in self.short:
-            group.add_(y.unsqueeze(1), x.unsqueeze(1))
-
-
-@dataclass(frozen=True)
 class RunShape:
     """Which runs are computed how; the same for all layers in which their adapters are the same.
 
     Attributes:
         long: what each run with products of its own uses, its first token, and the one after its last.
-        columns: of short runs that are joined; None where they are gathered.
+        short: the others.
+        joined: the adapters of short runs, each once, where these are joined; else empty.
         selections: of short runs that are gathered.
+        columns: of short runs that are joined, by the order of the joined weights and their dtype.
     """
 
     long: tuple[tuple[RowSlot, int, int], ...]
-    columns: TokenColumns | None
+    short: tuple[Span, ...]
+    joined: tuple[RowSlot, ...]
     selections: tuple[RowSelection, ...]
+    columns: dict[tuple[tuple[RowSlot, ...], torch.dtype], TokenColumns] = field(default_factory=dict)
+
+    def get_columns(self, order: tuple[RowSlot, ...], device: torch.device, dtype: torch.dtype) -> TokenColumns:
+        """Return which columns of weights that are joined in this order each token of a short run uses."""
+        if (order, dtype) not in self.columns:
+            self.columns[order, dtype] = find_columns(order, self.short, device, dtype)
+        return self.columns[order, dtype]
 
 
-def plan_runs(
-    layer: nn.Module,
-    cache: RowCache,
-    spans: Sequence[tuple[int, int, int]],
-    row_slots: Mapping[int, RowSlot | None],
-    stacked: tuple[Tensor, Tensor],
-    dtype: torch.dtype,
-) -> RunPlan:
-    """Return how the runs of a forward are computed.
+class LayerRuns:
+    """Adds the updates of a layer's runs.
 
     Args:
         layer: whose runs these are.
         cache: of the thread.
-        spans: slot of each run, its first token, and the one after its last.
-        row_slots: what each slot has in this layer; None for nothing.
         stacked: the stacked weights (S, r, in) and (S, out, r).
-        dtype: of the activations.
     """
-    a, b = stacked
-    short = dict.fromkeys(row_slots[slot] for slot, start, end in spans if end - start < LONG_RUN)
-    joined = join_weights(layer, cache, tuple(each for each in short if each is not None), stacked, dtype)
-    order = None if joined is None else joined.row_slots
-    key = spans[-1][2], tuple(row_slots.items()), order, a.device, dtype
-    shape = cache.run_shapes.get(key)
-    if shape is None:
-        owned = [(row_slots[slot], start, end) for slot, start, end in spans]
-        shape = cache.run_shapes[key] = _shape_runs(owned, order, a.device, dtype)
-    long = [
-        LongRun(start, end, a[slot, :rank].to(dtype).mT, b[slot, :, :rank].to(dtype).mT, scaling)
-        for (slot, rank, scaling), start, end in shape.long
-    ]
-    if joined is not None and shape.columns is not None:
-        return RunPlan(dtype, tuple(long), JoinedRuns(joined, shape.columns), ())
-    return RunPlan(dtype, tuple(long), None, tuple(gather_row_groups(a, b, shape.selections, dtype, GatherBuffer())))
+
+    def __init__(self, layer: nn.Module, cache: RowCache, stacked: tuple[Tensor, Tensor]) -> None:
+        self.layer, self.cache, self.stacked = layer, cache, stacked
+
+    def add_(self, y: Tensor, x: Tensor, route: RunRoute, row_slots: tuple[RowSlot | None, ...]) -> None:
+        """Add every run's update.
+
+        Args:
+            y: (T, out), overwritten. x: (T, in), in the dtype of y.
+            row_slots: what each distinct slot of the route has in this layer; None for nothing.
+        """
+        count = x.shape[0]
+        shape = self._get_shape(route, count, row_slots)
+        for row_slot, start, end in shape.long:
+            a, b = self._get_weights(row_slot, y.dtype)
+            y[start:end].addmm_(x[start:end] @ a, b, alpha=row_slot.scaling)
+        if shape.joined:
+            weights = join_weights(self.layer, self.cache, shape.joined, self.stacked, y.dtype)
+            add_joined_(y, x, weights, shape.get_columns(weights.row_slots, y.device, y.dtype))
+        for group in self._get_groups(shape, count, y.dtype):
+            group.add_(y.unsqueeze(1), x.unsqueeze(1))
+
+    def _get_shape(self, route: RunRoute, count: int, row_slots: tuple[RowSlot | None, ...]) -> RunShape:
+        device = self.stacked[0].device
+        key = count, row_slots, device
+        shape = self.cache.run_shapes.get(key)
+        if shape is None:
+            by_slot = dict(zip(route.distinct_slots, row_slots, strict=True))
+            spans = [(by_slot[slot], start, end) for slot, start, end in route.get_spans(count)]
+            shape = self.cache.run_shapes[key] = shape_runs(spans, device)
+        return shape
+
+    def _get_weights(self, row_slot: RowSlot, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return (in, r) and (r, out) of an adapter: views that stay, or copies that go with the runs."""
+        a, b = self.stacked
+        kept = self.cache.slot_views if a.dtype == dtype else self.cache.slot_copies
+        (slot, rank, _), key = row_slot, (self.layer, row_slot.slot, dtype)
+        if key not in kept:
+            kept[key] = a[slot, :rank].to(dtype).mT, b[slot, :, :rank].to(dtype).mT
+        return kept[key]
+
+    def _get_groups(self, shape: RunShape, count: int, dtype: torch.dtype) -> Sequence[RowGroup]:
+        """Return the gathered weights of short runs that are not joined."""
+        if not shape.selections:
+            return ()
+        key = self.layer, count, dtype
+        if key not in self.cache.run_groups:
+            self.cache.run_groups[key] = gather_row_groups(*self.stacked, shape.selections, dtype, GatherBuffer())
+        return self.cache.run_groups[key]
 
 
-def _shape_runs(
-    spans: Sequence[Span], order: Sequence[RowSlot] | None, device: torch.device, dtype: torch.dtype
-) -> RunShape:
-    """Return which runs are computed how; `order` is that of the joined weights, None without."""
-    least = LONG_GATHERED_RUN if order is None else LONG_RUN
+def shape_runs(spans: Sequence[Span], device: torch.device) -> RunShape:
+    """Return which runs are computed how."""
+    short = dict.fromkeys(each for each, start, end in spans if each is not None and end - start < LONG_RUN)
+    is_joined = can_join(short)
+    least = LONG_RUN if is_joined else LONG_GATHERED_RUN
     long = tuple((each, start, end) for each, start, end in spans if each is not None and end - start >= least)
-    if order is not None:
-        rest = [span for span in spans if span[2] - span[1] < least]
-        return RunShape(long, find_columns(order, rest, device, dtype), ())
+    rest = tuple(span for span in spans if span[2] - span[1] < least)
+    if is_joined:
+        return RunShape(long, rest, tuple(short), ())
     tokens = [each if end - start < least else None for each, start, end in spans for _ in range(end - start)]
-    return RunShape(long, None, tuple(select_row_groups(tokens, device)))
+    return RunShape(long, rest, (), tuple(select_row_groups(tokens, device)))
 
 
 def check_token_count(route: RunRoute, inputs: Sequence[Tensor]) -> None:

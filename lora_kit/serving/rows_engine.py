@@ -17,6 +17,7 @@ from torch import Tensor
 from lora_kit.bank.bank import AdapterBank
 from lora_kit.bank.routes import Lease
 from lora_kit.generation.text_stream import TextStream
+from lora_kit.layers.token_runs import LONG_RUN
 from lora_kit.models.loading import Base
 from lora_kit.serving.engine import EngineRequest, Event, Finish, FinishReason
 from lora_kit.serving.fair_turns import FairTurns
@@ -207,7 +208,10 @@ class RowsEngine:
 
         self._prefill_turns.divide(budget, (running.request.content for running in reading), read)
         chunks = [(running, planned[running.request.request_id]) for running in reading]
-        return sorted((chunk for chunk in chunks if chunk[1]), key=lambda chunk: chunk[0].request.content)
+        # Short ones beside the single tokens, with which layers compute them together.
+        return sorted(
+            (chunk for chunk in chunks if chunk[1]), key=lambda chunk: (chunk[1] >= LONG_RUN, chunk[0].request.content)
+        )
 
     # One forward
 

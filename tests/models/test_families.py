@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import lora_kit as lk
 from lora_kit.errors import RoutingError
-from lora_kit.layers.linear import LoraExpert
+from lora_kit.layers.expert_linear import LoraExpert
 from tests.support.families import FAMILIES, Family, loss, outputs
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"

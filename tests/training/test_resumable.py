@@ -67,7 +67,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", take_few(CASES, "lora", "best kept", "new tokens", "classify", "dora, bf16"))
+@pytest.mark.parametrize("case", take_few(CASES, "lora", "classify"))
 def test_killed_and_started_again_it_ends_with_the_same_bytes_and_log(tmp_path: Path, case: str) -> None:
     kind, changes = CASES[case]
     recipe = long_recipe(tmp_path, **changes)
@@ -85,6 +85,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes_and_log(tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "rows.jsonl", "unbroken"]
 
 
+@pytest.mark.slow
 def test_full_goes_on_too_where_checkpoints_are_asked_for(tmp_path: Path) -> None:
     section = {"save_strategy": "steps"}
     recipe = {**long_recipe(tmp_path, method="full", lora={}, train=section), "out": str(tmp_path / "out")}
@@ -263,7 +264,7 @@ def test_without_checkpoints_only_the_log_is_written_on_the_way(tmp_path: Path) 
     assert not run_of(Path(recipe["out"])).exists()
 
 
-@pytest.mark.parametrize("number", take_few(range(1, 60, 2), 3, 27, 45))
+@pytest.mark.parametrize("number", take_few(range(1, 60, 2), 27))
 def test_killed_at_any_call_that_writes_a_checkpoint(tmp_path: Path, number: int) -> None:
     recipe = long_recipe(tmp_path, steps=5, train={"save_steps": 2})
     expected = unbroken(recipe)
@@ -331,7 +332,7 @@ def damage(folder: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", take_few(["cut", "a bit", "missing", "no marker", "empty marker", "short marker"], "a bit", "short marker")
+    "how", take_few(["cut", "a bit", "missing", "no marker", "empty marker", "short marker"], "a bit")
 )
 def test_a_torn_checkpoint_is_passed_over_and_that_is_said(
     tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture

@@ -46,6 +46,7 @@ def test_the_first_step_has_the_values_and_the_config_of_the_adapter(first: Path
     assert load_recipe(report.recipe.to_dict()) == report.recipe
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_from_an_adapter_resumes_to_the_same_bytes(first: Path, tmp_path: Path) -> None:
     recipe = follow(tmp_path, first, steps=6, train={"save_steps": 2})
     expected = unbroken(recipe)
@@ -65,7 +66,7 @@ def test_the_reference_of_preferences_is_the_adapter_at_the_start(first: Path, t
     assert report.before.metrics()["rewards/margins"] == 0
 
 
-@pytest.mark.parametrize("lora", [{"r": 8}, {"r": 2}, {"lora_alpha": 3}, {"target_modules": ["k_proj"]}])
+@pytest.mark.parametrize("lora", [{"r": 8}, {"target_modules": ["k_proj"]}])
 def test_another_config_is_refused(lora: dict[str, Any], first: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"other values of lora\.\w+ than the recipe"):
         train(follow(tmp_path, first, lora=lora), base=base_of())

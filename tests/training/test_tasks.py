@@ -207,7 +207,7 @@ def test_the_loss_over_words_is_the_mean_over_those_with_a_label(tmp_path: Path)
 # Training
 
 
-@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("kind", take_few(BASES, "t5", "bert", "llama", "marian"))
 def test_it_learns_and_the_adapter_can_be_loaded_again(tmp_path: Path, kind: str) -> None:
     base = BASES[kind]()
     before = {key: tensor.clone() for key, tensor in base.model.state_dict().items()}
@@ -235,7 +235,7 @@ def recipe_rows(kind: str) -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.mark.parametrize("kind", ["t5", "bart", "bert", "llama"])
+@pytest.mark.parametrize("kind", take_few(["t5", "bart", "bert", "llama"], "t5"))
 def test_accumulation_equals_one_big_batch(tmp_path: Path, kind: str) -> None:
     adapters = []
     for name, size, accumulation in (("big", 4, 1), ("small", 1, 4)):
@@ -247,7 +247,8 @@ def test_accumulation_equals_one_big_batch(tmp_path: Path, kind: str) -> None:
         torch.testing.assert_close(adapters[1].tensors[key], tensor, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("kind", take_few(["t5", "bert"], "t5"))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["t5", "bert"])
 def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path: Path, kind: str) -> None:
     recipe = long_recipe(tmp_path, **changes_of(kind))
     expected = unbroken(recipe, BASES[kind])

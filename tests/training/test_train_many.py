@@ -29,6 +29,7 @@ from lora_kit.training.together.train_many import train_many
 from lora_kit.training.train import train
 from tests.support.interrupted import DROPOUT, SignalAt, results, run_of, unbroken
 from tests.support.labeled_bases import POSITIVE_ROWS, save_sentiment_base
+from tests.support.long_runs import take_few
 from tests.support.processes import die, in_child
 from tests.support.training import LABELED, base_of, recipe_of, same_state, state, weights_of
 
@@ -82,7 +83,9 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-@pytest.mark.parametrize(("optim", "count"), [("sgd", 2), ("adamw_torch", len(MIXED))])
+@pytest.mark.parametrize(
+    ("optim", "count"), [("sgd", 2), pytest.param("adamw_torch", len(MIXED), marks=pytest.mark.slow)]
+)
 def test_each_adapter_has_the_bytes_that_it_has_alone(
     tmp_path: Path, optim: str, count: int, groups: list[int]
 ) -> None:
@@ -102,7 +105,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", take_few(FAMILIES, "bert"))
 def test_dropout_of_the_base_is_drawn_for_each_adapter_as_alone(tmp_path: Path, kind: str, groups: list[int]) -> None:
     base = base_of(kind, **({"labels": 2} if kind == "bert" else {}))
     cases = {"one": {"lora": {"r": 2}}, "other": {"lora": {"r": 5, "lora_dropout": 0.2}, "train": {"seed": 4}}}
@@ -271,6 +274,7 @@ def test_a_killed_training_resumes_to_the_same_bytes_together_and_alone(tmp_path
     assert weights_of(resumed) == weights_of(reports[1])
 
 
+@pytest.mark.slow
 def test_a_signal_stops_all_after_a_checkpoint(tmp_path: Path) -> None:
     recipes = recipes_of(tmp_path, TWO, steps=5, train={"save_steps": 50})
     update = TrainingLoop.create_optimizer

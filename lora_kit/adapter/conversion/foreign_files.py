@@ -13,8 +13,9 @@ from torch import Tensor
 from lora_kit.adapter.conversion.other_tools import refuse_training_state
 from lora_kit.adapter.folder import CONFIG, OLD_WEIGHTS, WEIGHTS
 from lora_kit.errors import AdapterError, format_list
+from lora_kit.io.pickled_weights import read_checkpoint
 from lora_kit.io.read import exists, folder_exists, read_json
-from lora_kit.io.safetensors import read_checkpoint, read_safetensors
+from lora_kit.io.safetensors import read_safetensors
 from lora_kit.io.strict_json import JsonObject
 from lora_kit.io.text import escape_text
 
