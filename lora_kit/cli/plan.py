@@ -12,6 +12,8 @@ from lora_kit.cli.output import format_size, print_json, print_table, print_text
 if TYPE_CHECKING:
     from lora_kit.training.plan.size_plan import SizePlan
 
+_HEADINGS = {"plain": "as it is", "gradient_checkpointing": "gradient checkpointing"}
+
 
 @app.command
 def plan(
@@ -26,6 +28,7 @@ def plan(
     dtype: str = "bf16",
     task: str | None = None,
     shard: Annotated[bool, Parameter(negative="")] = False,
+    gradient_checkpointing: bool | None = None,
     json: AsJson = False,
 ) -> None:
     """Say how much memory a training needs and on what it fits, from the config of a base alone.
@@ -46,6 +49,7 @@ def plan(
         dtype: Of the frozen weights: bf16, fp16 or fp32.
         task: causal-lm, seq2seq, classify or tokens; by default that of the base.
         shard: Share the frozen base between the devices (train.fsdp).
+        gradient_checkpointing: Count a step only with it, or only without; by default both, which takes twice as long.
     """
     from lora_kit.training.plan.size_plan import plan_size
 
@@ -60,18 +64,19 @@ def plan(
         dtype=dtype,
         task=task,
         shard=shard,
+        gradient_checkpointing=gradient_checkpointing,
     )
     if json:
         print_json(result.to_json())
         return
-    size = result.plain
+    size = next(iter(result.sizes.values()))
     print_text(f"{result.base}: {size.parameters:,} parameters, {size.trainable:,} of them trained by {method}")
-    print_table(("on each device", "as it is", "gradient checkpointing"), _format_rows(result))
+    print_table(("on each device", *(_HEADINGS[name] for name in result.sizes)), _format_rows(result))
 
 
 def _format_rows(plan: SizePlan) -> list[tuple[str, ...]]:
     """Return the rows of the table: what takes memory, and what fits on the device that was named."""
-    sizes = (plan.plain, plan.checkpointed)
+    sizes = plan.sizes.values()
     trained = "weights, gradients, AdamW" if plan.shape.method == "full" else "adapter, gradients, AdamW"
     parts = [
         ("frozen weights", [size.weights for size in sizes]),

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 import reprlib
 import unicodedata
+from collections.abc import Sequence
 from typing import Final
+
+from lora_kit.errors import ConfigError, LoraKitError, format_list, suggest_nearest
 
 MAX_DIGITS: Final = 40
 """Digits that a whole number from outside may have."""
@@ -22,6 +25,13 @@ def format_value(value: object) -> str:
         return f"a number of {value.bit_length():,} bits"
     text = _REPR.repr(value)
     return text if len(text) <= _MAX_VALUE_LENGTH else f"{text[:_MAX_VALUE_LENGTH]}…"
+
+
+def check_one_of(name: str, value: str, known: Sequence[str], *, error: type[LoraKitError] = ConfigError) -> None:
+    """Raise an error unless a value is one of those known; the nearest is named."""
+    if value not in known:
+        hint = suggest_nearest(str(value), known) or f"known: {format_list(list(known))}"
+        raise error(f"{name} {format_value(value)} is not known", hint=hint)
 
 
 def shorten(message: object, *, most: int = 200) -> str:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import torch
 from torch import Tensor
 
-from lora_kit.errors import BaseModelError, LoraKitError, format_list, suggest_nearest
+from lora_kit.errors import BaseModelError, LoraKitError
+from lora_kit.io.text import check_one_of
 from lora_kit.layers.introspect import pause_packing
 from lora_kit.models.checkpoint_head import read_base_config
 from lora_kit.models.head_config import set_labels, set_problem
@@ -150,9 +151,9 @@ def load_base(
     Example:
         base = lk.load_base("kit-base", dtype="fp32")
     """
-    _check_one_of("task", task, TASKS)
-    _check_one_of("problem", problem, PROBLEMS)
-    _check_one_of("quantize", quantize, QUANTIZATIONS)
+    _check_option("task", task, TASKS)
+    _check_option("problem", problem, PROBLEMS)
+    _check_option("quantize", quantize, QUANTIZATIONS)
     torch_dtype = _resolve_dtype(dtype)
     torch_device = _resolve_device(device)
     source, name = locate_base(base), str(base)
@@ -218,10 +219,9 @@ def _is_encoder_decoder(config: PretrainedConfig) -> bool:
     return bool(getattr(config, "is_encoder_decoder", False))
 
 
-def _check_one_of(name: str, value: str | None, known: Sequence[str]) -> None:
-    if value is not None and value not in known:
-        hint = suggest_nearest(str(value), known) or f"known: {format_list(known)}"
-        raise BaseModelError(f"{name} {value!r} is not known", hint=hint)
+def _check_option(name: str, value: str | None, known: Sequence[str]) -> None:
+    if value is not None:
+        check_one_of(name, value, known, error=BaseModelError)
 
 
 def _resolve_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:

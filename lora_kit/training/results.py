@@ -13,7 +13,7 @@ from lora_kit.runs.run_files import LogEntry
 from lora_kit.training.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
-    from lora_kit.training.plan.memory_estimate import MemoryEstimate
+    from lora_kit.training.plan.memory_use import MemoryUse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +244,7 @@ class TrainPlan:
         frozen: what becomes of the frozen layers below the trained ones, in words; None for the loops of TRL.
         data: the training file, as samples.
         steps: how many there are, and of how many samples.
-        memory: estimated, see `lora_kit.training.plan.memory_estimate`.
+        memory: counted, see `lora_kit.training.plan.memory_use`.
         measured: two steps on this machine.
         seconds: estimated wall time of all steps, without evaluations: all tokens at the speed of the measured step.
         recipe: with every value that was left open filled in.
@@ -259,7 +259,7 @@ class TrainPlan:
     frozen: str | None
     data: DataSummary
     steps: StepCounts
-    memory: MemoryEstimate
+    memory: MemoryUse
     measured: StepMeasurement
     seconds: float
     recipe: Recipe

@@ -1,4 +1,4 @@
-"""A base that runs out of memory within a training step."""
+"""A base that runs out of memory within a training step, and what a training has in memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from lora_kit.models.loading import Base
+from lora_kit.training.plan.live_bytes import LiveBytes
+from lora_kit.training.train import train
 from tests.support.training import base_of
 
 
@@ -45,3 +47,13 @@ def narrow(kind: str, rows: int, fail: Callable[..., None] = device_is_full, *, 
         return base
 
     return made
+
+
+def count_training(recipe: dict[str, Any], base: Base) -> int:
+    """Return the most bytes that are alive at once while a recipe is trained."""
+    live = LiveBytes()
+    for tensor in (*base.model.parameters(), *base.model.buffers()):
+        live.add(tensor)
+    with live:
+        train(recipe, base=base)
+    return live.peak

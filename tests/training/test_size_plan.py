@@ -18,6 +18,7 @@ from lora_kit.training.plan.devices import parse_devices
 from lora_kit.training.plan.live_bytes import LiveBytes
 from lora_kit.training.plan.size_plan import plan_size
 from lora_kit.training.plan.step_size import StepShape, measure_step_size
+from tests.support.memory import count_training
 
 ROWS, LENGTH = 4, 256
 
@@ -35,8 +36,8 @@ def shape(**changes: Any) -> StepShape:
     return StepShape(**{**given, "rows": ROWS, "length": LENGTH, **changes})
 
 
-def count_training(folder: Path, *, checkpointing: bool) -> int:
-    """Return the most bytes that are alive while `lk.train` runs two steps of full rows."""
+def train_full_rows(folder: Path, *, checkpointing: bool) -> int:
+    """Return the most bytes that are alive while two steps of full rows are trained."""
     folder.mkdir()
     model = transformers.LlamaForCausalLM(narrow_config())
     model.config._name_or_path = "narrow"
@@ -51,18 +52,13 @@ def count_training(folder: Path, *, checkpointing: bool) -> int:
         "out": str(folder / "out"),
         "train": {**train, "gradient_checkpointing": checkpointing},
     }
-    live = LiveBytes()
-    for tensor in (*model.parameters(), *model.buffers()):
-        live.add(tensor)
-    with live:
-        lk.train(recipe, base=base)
-    return live.peak
+    return count_training(recipe, base)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_training_takes_what_was_counted_without_it(tmp_path: Path, checkpointing: bool) -> None:
     counted = measure_step_size(narrow_config(), shape(checkpointing=checkpointing)).total
-    assert counted == pytest.approx(count_training(tmp_path / "run", checkpointing=checkpointing), rel=0.03)
+    assert counted == pytest.approx(train_full_rows(tmp_path / "run", checkpointing=checkpointing), rel=0.03)
 
 
 def test_bytes_are_counted_while_they_live() -> None:
@@ -98,8 +94,9 @@ def test_a_base_in_four_bits_takes_what_bitsandbytes_makes_of_it() -> None:
 
 def test_only_the_config_of_a_base_is_read(tmp_path: Path) -> None:
     narrow_config().save_pretrained(tmp_path)
-    plan = plan_size(tmp_path / "config.json", length=32, gpus="8xH200", shard=True)
-    size, model = plan.plain, transformers.LlamaForCausalLM(narrow_config())
+    plan = plan_size(tmp_path / "config.json", length=32, gpus="8xH200", shard=True, gradient_checkpointing=False)
+    assert list(plan.sizes) == ["plain"]
+    size, model = plan.sizes["plain"], transformers.LlamaForCausalLM(narrow_config())
     assert size.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert size.weights < 2 * size.parameters  # in bf16, and shared
     rows = plan.count_rows(size)
@@ -136,7 +133,7 @@ def test_an_encoder_with_a_decoder_is_planned(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     plan = plan_size(tmp_path / "config.json", length=8)
     assert plan.shape.task == "seq2seq"
-    assert plan.checkpointed.flops > plan.plain.flops
+    assert plan.sizes["gradient_checkpointing"].flops > plan.sizes["plain"].flops
 
 
 @pytest.mark.parametrize(
@@ -193,4 +190,7 @@ def test_the_verb_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> 
     assert main([*given, "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["devices"] == 8
+    assert "gradient_checkpointing" in values
+    assert main([*given, "--gradient-checkpointing", "--json"]) == 0
+    assert "plain" not in json.loads(capsys.readouterr().out)
     assert values["plain"]["total"] == sum(values["plain"][name] for name in ("weights", "trained", "activations"))

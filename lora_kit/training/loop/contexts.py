@@ -85,11 +85,6 @@ def start_gradient_checkpointing(model: PreTrainedModel) -> None:
     enable()
 
 
-def stop_gradient_checkpointing(model: PreTrainedModel) -> list[nn.Module]:
-    """Turn gradient checkpointing off, and return the layers that were checkpointed; none where it was off."""
-    return find_repeated_layers(model) if _disable_gradient_checkpointing(model) else []
-
-
 def _disable_gradient_checkpointing(model: PreTrainedModel) -> bool:
     """Turn gradient checkpointing off; return whether it was on."""
     was_on = _has_gradient_checkpointing(model)

@@ -21,7 +21,7 @@ from lora_kit.training.loop.signals import StopRequest
 from lora_kit.training.loop.trainer import Samples, Trainer
 from lora_kit.training.loop.training_loop import TrainingLoop
 from lora_kit.training.loop.world import World
-from lora_kit.training.plan.memory_estimate import MemoryEstimate, estimate_memory
+from lora_kit.training.plan.memory_use import MemoryUse, count_memory
 from lora_kit.training.prefix.prefix_choice import TRAIN, VALIDATION
 from lora_kit.training.recipe.objectives import SFT
 from lora_kit.training.recipe.training_arguments import build_training_arguments
@@ -86,7 +86,7 @@ class _StepTimer(transformers.TrainerCallback):
 
 def measure_dry_run(
     trainable: TrainableJob, steps: StepCounts, *, folder: str, world: World
-) -> tuple[StepMeasurement, MemoryEstimate, str | None]:
+) -> tuple[StepMeasurement, MemoryUse, str | None]:
     """Run two steps and measure the second; the first also pays for what is slow only once.
 
     The third value says what becomes of the frozen layers below the trained ones; None for the loops of TRL.
@@ -124,7 +124,11 @@ def measure_dry_run(
     )
     rows = min(measurement.micro_batch, len(job.train))
     frozen = _describe_frozen_layers(job, trainer, steps) if isinstance(trainer, Trainer) else None
-    return measurement, estimate_memory(trainer, trainer.train_dataset[0], rows=rows), frozen
+    lengths = job.train.lengths[positions].tolist()
+    shorter = [place for place, length in enumerate(lengths) if length < lengths[0]][:1]
+    samples = [trainer.train_dataset[place] for place in (0, *shorter)]
+    memory = count_memory(trainer, samples, rows=rows, length=lengths[0])
+    return measurement, max(world.gather(memory), key=lambda each: each.total), frozen
 
 
 def _describe_frozen_layers(job: Job, trainer: Trainer, steps: StepCounts) -> str:

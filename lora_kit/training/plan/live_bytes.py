@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,19 +19,25 @@ class LiveBytes(TorchDispatchMode):
 
     Views share a storage, which counts once. What an operation uses inside itself does not count.
 
+    Args:
+        device: whose tensors count; None for those of all.
+
     Attributes:
         now: bytes that are alive.
         peak: the most that ever were.
         flops: multiplications and additions of matrix products, as torch counts them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         super().__init__()
+        self._device = device
         self.now = self.peak = self.flops = 0
         self._sizes: dict[int, int] = {}
 
     def add(self, tensor: Tensor) -> None:
         """Count a tensor that is there already."""
+        if self._device not in (None, tensor.device):
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._sizes:

@@ -1,4 +1,4 @@
-"""What a training would do: counted, estimated, and two steps of it measured. Nothing is written."""
+"""What a training would do: counted, and two steps of it measured. Nothing is written."""
 
 from __future__ import annotations
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from lora_kit.config.lora_config import ALL_LINEAR, LoraConfig
-from lora_kit.errors import BaseModelError, ConfigError, suggest_nearest
-from lora_kit.io.text import escape_text, format_value
+from lora_kit.errors import BaseModelError, ConfigError
+from lora_kit.io.text import check_one_of, escape_text
 from lora_kit.models.checkpoint_head import read_base_config
 from lora_kit.models.locate import locate_base, translate_load_errors
 from lora_kit.models.quantization import quantization_method_of
@@ -23,6 +23,10 @@ from lora_kit.training.plan.step_size import SIZED_METHODS, StepShape, StepSize,
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+PLAIN: Final = "plain"
+CHECKPOINTING: Final = "gradient_checkpointing"
+"""Names of the two ways to run a step."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SizePlan:
@@ -33,16 +37,14 @@ class SizePlan:
         shape: what is trained.
         devices: how many there are.
         device: of which kind; None where none was named.
-        plain: of a step as it is.
-        checkpointed: of a step with gradient checkpointing.
+        sizes: of a step as it is (`plain`) and with `gradient_checkpointing`, or of one of the two.
     """
 
     base: str
     shape: StepShape
     devices: int
     device: Device | None
-    plain: StepSize
-    checkpointed: StepSize
+    sizes: Mapping[str, StepSize]
 
     def count_rows(self, size: StepSize) -> int | None:
         """Return how many rows of a forward fit on a device at least; None where no device was named."""
@@ -59,7 +61,6 @@ class SizePlan:
 
     def to_json(self) -> dict[str, object]:
         """Return the plan as JSON values."""
-        sizes = {"plain": self.plain, "gradient_checkpointing": self.checkpointed}
         return {
             "base": self.base,
             "method": self.shape.method,
@@ -75,7 +76,7 @@ class SizePlan:
                     "rows_that_fit": self.count_rows(size),
                     "least_seconds": self.estimate_least_seconds(size),
                 }
-                for name, size in sizes.items()
+                for name, size in self.sizes.items()
             },
         }
 
@@ -92,6 +93,7 @@ def plan_size(
     dtype: str = "bf16",
     task: str | None = None,
     shard: bool = False,
+    gradient_checkpointing: bool | None = None,
 ) -> SizePlan:
     """Return what a training needs. No weight is read.
 
@@ -106,13 +108,14 @@ def plan_size(
         dtype: of the frozen weights.
         task: None for that of the base's own class.
         shard: whether the devices share the frozen base.
+        gradient_checkpointing: whether layers are computed again in the backward; None to count both ways.
 
     Raises:
         BaseModelError: no such base, or one that is not counted: it is quantized already, or has no model of the task.
         ConfigError: a value that cannot be.
         TargetError: the model has no such layers.
     """
-    _check_choice("method", method, SIZED_METHODS)
+    check_one_of("method", method, SIZED_METHODS)
     for name, value in (("length", length), ("rows", rows)):
         if value < 1:
             raise ConfigError(f"{name} {value} was given; at least 1 is expected")
@@ -121,22 +124,19 @@ def plan_size(
     with silence_libraries(), translate_load_errors(str(base)):
         config = _read_config(base)
         task = task or infer_task_from_architecture(next(iter(config.architectures or []), "")).name
-        _check_choice("task", task, tuple(TASK_SPECS))
+        check_one_of("task", task, tuple(TASK_SPECS))
         _check_countable(str(base), config, task)
     shape = StepShape(method=method, task=task, lora=lora, dtype=parse_float_dtype(dtype), rows=rows, length=length)
+    ways = {PLAIN: False, CHECKPOINTING: True}
+    if gradient_checkpointing is not None:
+        ways = {name: way for name, way in ways.items() if way == gradient_checkpointing}
     with silence_libraries():
-        sizes = [
-            measure_step_size(config, dataclasses.replace(shape, checkpointing=checkpointing))
-            for checkpointing in (False, True)
-        ]
-    plain, checkpointed = (size.shard(devices) if shard else size for size in sizes)
-    return SizePlan(base=str(base), shape=shape, devices=devices, device=device, plain=plain, checkpointed=checkpointed)
-
-
-def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        hint = suggest_nearest(value, known) or f"known: {', '.join(known)}"
-        raise ConfigError(f"{name} {format_value(value)} is not known", hint=hint)
+        sizes = {
+            name: measure_step_size(config, dataclasses.replace(shape, checkpointing=way)) for name, way in ways.items()
+        }
+    if shard:
+        sizes = {name: size.shard(devices) for name, size in sizes.items()}
+    return SizePlan(base=str(base), shape=shape, devices=devices, device=device, sizes=sizes)
 
 
 def _check_countable(base: str, config: PretrainedConfig, task: str) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 from lora_kit.errors import RecipeError, format_list, sort_by_similarity, suggest_nearest
+from lora_kit.io import text
 from lora_kit.io.text import format_value, parse_number, shorten
 from lora_kit.training.recipe.strict_yaml import parse_yaml
 
@@ -244,9 +245,7 @@ def check_mapping(name: str, value: object) -> Section:
 
 def check_one_of(name: str, value: str, known: Sequence[str]) -> None:
     """Raise RecipeError unless a value is one of those known; the nearest is named."""
-    if value not in known:
-        hint = suggest_nearest(str(value), known) or f"known: {format_list(list(known))}"
-        raise RecipeError(f"{name} {format_value(value)} is not known", hint=hint)
+    text.check_one_of(name, value, known, error=RecipeError)
 
 
 # Copies
