@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_kit.cli.app import Allow, AsJson, Store, app
 from lora_kit.cli.export import BaseOption, MaxRankOption, TargetOption
+from lora_kit.cli.next_steps import build_command, build_flags, build_loading_flags, print_next
 from lora_kit.cli.output import print_json, print_table
 from lora_kit.names import DEFAULT_STORE
 
@@ -43,6 +45,10 @@ def check(
     else:
         print_table(("", ""), _format_verdict(verdict))
     verdict.demand()
+    if not json:
+        flags = [*build_loading_flags(base, allow, store), *build_flags("max-lora-rank", max_lora_rank)]
+        flags += build_flags("target", target)
+        print_next([build_command("export", adapter, *flags, "--out", Path("exported", Path(adapter).name))])
 
 
 def _format_verdict(verdict: Verdict) -> list[tuple[str, str]]:

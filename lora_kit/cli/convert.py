@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from lora_kit.cli.app import AsJson, Replace, app
 from lora_kit.cli.new_adapter import check_adapter_output
+from lora_kit.cli.next_steps import list_adapter_commands, print_next
 from lora_kit.cli.output import print_json, print_table
 from lora_kit.errors import ConfigError
 
@@ -77,6 +78,7 @@ def convert(
         ("modules_to_save", ", ".join(adapter.config.modules_to_save) or "none"),
     ]
     print_table(("", ""), rows + [("", note) for note in facts["notes"]])
+    print_next(list_adapter_commands(str(out), adapter.config, adapter.record))
 
 
 def _check_base(adapter: Adapter, base: str, *, name: str) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from lora_kit.cli.app import Replace, app
+from lora_kit.cli.next_steps import build_command, build_flags, print_next
 from lora_kit.cli.output import print_text
 
 
@@ -35,7 +35,7 @@ def _write_adapters(store: Path, *, replace: bool) -> None:
 
     folders = write_shipped_adapters(store, replace=replace)
     names = [f"written: {folder}" for folder in folders]
-    shown = " ".join(f"--adapter {shlex.quote(str(folder))}" for folder in folders[1:])
-    prompt = "'The boy ran over the hill.'"
-    commands = (f"lora-kit list {shlex.quote(str(store))}", f"lora-kit generate {shown} --compare --prompt {prompt}")
-    print_text("\n".join([*names, "", "next:", *(f"  {command}" for command in commands)]))
+    print_text("\n".join(names))
+    shown = build_flags("adapter", folders[1:])
+    prompt = "The boy ran over the hill."
+    print_next([build_command("list", store), build_command("generate", *shown, "--compare", "--prompt", prompt)])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from lora_kit.cli.app import Adapters, Allow, AsJson, Replace, Store, app
+from lora_kit.cli.next_steps import build_command, build_flags, build_loading_flags, build_using_command, print_next
 from lora_kit.cli.output import print_json, print_table, print_text
 from lora_kit.cli.process import show_progress_lines
 from lora_kit.errors import ConfigError
@@ -81,7 +82,22 @@ def evaluate(
             quantize=quantize,
             on_progress=on_progress,
         )
-    print_json(measured.to_json()) if json else _show_eval_report(measured, out, report)
+    commands = _list_next_commands(measured.task, adapter or [], build_loading_flags(base, allow, store), quantize)
+    print_json(measured.to_json()) if json else _show_eval_report(measured, out, report, commands)
+
+
+def _list_next_commands(
+    task: str, adapters: Sequence[str], flags: Sequence[str], quantize: str | None
+) -> Iterator[str]:
+    """Yield the commands that ask the adapters what they were measured on, and that merge the only one."""
+    from lora_kit.models.tasks import LABEL_TASKS
+
+    loading = [*build_flags("adapter", adapters), *flags, *build_flags("quantize", quantize)]
+    if loading:
+        yield build_using_command(task, *loading, *["--compare"] * (len(adapters) > 1 and task not in LABEL_TASKS))
+    if len(adapters) == 1:
+        [name] = adapters
+        yield build_command("merge", "--adapter", name, *flags, "--out", Path("merged", Path(name).name))
 
 
 def _split_names(items: Sequence[str] | None) -> list[str] | None:
@@ -113,7 +129,7 @@ def show_row_progress() -> Iterator[EvalProgress]:
         yield on_progress
 
 
-def _show_eval_report(report: EvalReport, out: Path | None, page: Path | None) -> None:
+def _show_eval_report(report: EvalReport, out: Path | None, page: Path | None, commands: Iterator[str]) -> None:
     from lora_kit.evaluation.eval_report import collect_metric_names
 
     names = collect_metric_names(report.results)
@@ -128,5 +144,6 @@ def _show_eval_report(report: EvalReport, out: Path | None, page: Path | None) -
             print(escape_for_terminal(f"{cut}; raise --max-new-tokens"), file=sys.stderr)
     if out is not None:
         print_text(f"written: {out}")
+    print_next(commands)
     if page is not None:
-        print_text(f"report: {page}")
+        print_text(f"\nreport: {page}")

@@ -8,6 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from lora_kit.cli.app import AsJson, MergeAllow, Replace, Store, app
+from lora_kit.cli.next_steps import list_model_commands, print_next
 from lora_kit.cli.output import format_size, print_json, print_table
 from lora_kit.names import DEFAULT_STORE
 
@@ -52,6 +53,7 @@ def export(
         out: The folder to write.
     """
     from lora_kit.adapter.store import find_adapter
+    from lora_kit.exporters.export import CARD, MERGED
     from lora_kit.exporters.export import export as run
 
     folder = find_adapter(adapter, store=store)
@@ -60,4 +62,10 @@ def export(
         print_json(exported.to_json())
         return
     rows = [("written", str(exported.out)), ("for", exported.target), ("size", format_size(exported.bytes))]
-    print_table(("", ""), rows + [("changed", change) for change in exported.changed])
+    rows += [("changed", change) for change in exported.changed]
+    if exported.target != MERGED:
+        print_table(("", ""), [*rows, ("how it is loaded", str(exported.out / CARD))])
+        print_next(exported.commands)
+        return
+    print_table(("", ""), rows)
+    print_next(list_model_commands(exported.out))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from lora_kit.cli.app import app
-from lora_kit.cli.output import print_table, print_text
-from lora_kit.cli.train import list_next_commands
+from lora_kit.cli.next_steps import build_command, list_training_commands, print_next
+from lora_kit.cli.output import print_table
 from lora_kit.errors import ConfigError
 from lora_kit.names import KIT_BASE
 
@@ -66,7 +65,6 @@ def _print_commands(preparation: Preparation) -> None:
     from lora_kit.training.recipe.load import load_recipe
 
     assert preparation.recipe is not None
-    recipe = shlex.quote(str(preparation.recipe))
     rows = [
         ("rows", str(preparation.parts[0].path)),
         ("written", f"{preparation.out}: {len(preparation.train):,} rows to train on"
@@ -74,6 +72,5 @@ def _print_commands(preparation: Preparation) -> None:
         ("recipe", str(preparation.recipe)),
     ]  # fmt: skip
     print_table(("", ""), rows)
-    commands = [f"lora-kit preview {recipe}", f"lora-kit train {recipe}"]
-    commands += list_next_commands(load_recipe(preparation.recipe))
-    print_text("\n  ".join(["\nnext:", *commands]))
+    commands = [build_command(verb, preparation.recipe) for verb in ("preview", "train")]
+    print_next([*commands, *list_training_commands(load_recipe(preparation.recipe))])

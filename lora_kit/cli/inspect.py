@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lora_kit.cli.app import Allow, AsJson, Store, app
+from lora_kit.cli.next_steps import build_loading_flags, list_adapter_commands, print_next
 from lora_kit.cli.output import abbreviate, format_size, print_json, print_table
 from lora_kit.errors import format_list
 from lora_kit.names import DEFAULT_STORE
@@ -49,6 +50,9 @@ def inspect(adapter: str, /, *, allow: Allow = None, store: Store = DEFAULT_STOR
         ],
         spare=("kind", "scaling", "99 % in"),
     )
+    if not inspection.notes:  # what another tool wrote has to be converted, as the notes say
+        flags = build_loading_flags(None, allow, store)
+        print_next(list_adapter_commands(adapter, inspection.config, inspection.record, flags=flags))
 
 
 def _format_token_indices(indices: Sequence[int]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_kit.cli.app import AsJson, Replace, app
+from lora_kit.cli.next_steps import list_training_commands, print_next
 from lora_kit.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def keep(
         print_json({"out": str(report.out), "step": report.kept, "steps": report.planned, "digest": report.digest})
         return
     print_table(("", ""), _build_facts(report))
+    print_next(list_training_commands(report.recipe))
 
 
 def _build_facts(report: TrainReport) -> list[tuple[str, str]]:

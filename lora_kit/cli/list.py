@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from lora_kit.cli.app import AsJson, app
+from lora_kit.cli.next_steps import build_command, build_loading_flags, print_next
 from lora_kit.cli.output import create_console, format_metrics, format_number, format_size, print_json, print_table
 from lora_kit.errors import format_list
 from lora_kit.io.text import escape_for_terminal
@@ -51,3 +52,5 @@ def list_(store: Path = DEFAULT_STORE, /, *, json: AsJson = False, verify: bool 
     print_table(header, rows, spare=("digest", "alpha", "targets"))
     if not summaries:
         create_console().print(f"no adapters in {escape_for_terminal(str(store))}")
+    good = [summary.name for summary in summaries if not summary.problem]
+    print_next([build_command("inspect", good[0], *build_loading_flags(None, None, store))] if good else [])

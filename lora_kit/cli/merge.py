@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 from cyclopts import Parameter
 
 from lora_kit.cli.app import Adapters, AsJson, MergeAllow, Replace, Store, app
+from lora_kit.cli.next_steps import list_model_commands, print_next
 from lora_kit.cli.output import format_size, print_json, print_table, show_bytes_bar
 from lora_kit.errors import ConfigError
 from lora_kit.names import DEFAULT_STORE
@@ -78,6 +79,7 @@ def merge(
         return
     print_table(("", ""), _build_merge_facts(report))
     print_table(("smallest retention", "delta / weight", "retained"), _find_worst(report))
+    print_next(list_model_commands(out))
 
 
 def _build_merge_facts(report: MergeReport) -> list[tuple[str, str]]:

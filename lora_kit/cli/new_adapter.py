@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_kit.cli.next_steps import list_adapter_commands, print_next
 from lora_kit.cli.output import format_size, print_json, print_table
 
 if TYPE_CHECKING:
@@ -47,3 +48,4 @@ def save_and_show(adapter: Adapter, out: Path, *, replace: bool, json: bool) -> 
         ("size", format_size(size)),
     ]
     print_table(("", ""), rows)
+    print_next(list_adapter_commands(str(out), adapter.config, adapter.record))

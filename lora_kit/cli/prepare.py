@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import inspect
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import Parameter
 
 from lora_kit.cli.app import AsJson, Replace, app
+from lora_kit.cli.next_steps import build_command, print_next
 from lora_kit.cli.output import print_json, print_table, print_text
 from lora_kit.errors import DataError, format_list
 from lora_kit.names import KIT_BASE
@@ -63,6 +64,7 @@ Drop = Annotated[
 ]
 
 Encoding = Annotated[str, Parameter(help="Encoding of the file: utf-8, utf-16, cp1252, …; by default it is found out.")]
+SplitSeed = Annotated[int, Parameter(help="Seed of the split.")]
 Problem = Annotated[
     str | None,
     Parameter(help="For texts with labels: single-label, multi-label or regression; by default what the labels are."),
@@ -88,7 +90,7 @@ def prepare(
     encoding: Encoding = "auto",
     problem: Problem = None,
     drop: Drop = None,
-    seed: int = 0,
+    seed: SplitSeed = 0,
     replace: Replace = False,
     json: AsJson = False,
 ) -> None:
@@ -106,9 +108,10 @@ def prepare(
         test: Share of the rows set aside for a test, in test.jsonl.
         base: Base model whose tokens are counted: hub id, local folder or kit-base.
         max_length: Tokens of a sample, at most; by default the context of the base, at most 2,048.
-        seed: Seed of the split.
     """
-    with _completing_hints(given := locals()) as run:
+    from lora_kit.data.preparation.prepare import prepare as run
+
+    with _complete_hints(given := locals()):
         preparation = run(
             source,
             out,
@@ -263,12 +266,13 @@ def _show_next_steps(preparation: Preparation, given: Mapping[str, object]) -> N
     _show_few_rows(preparation)
     if preparation.recipe is None:
         command = _build_writing_command(preparation, given)
-        print_text(f"{rows}; nothing was written, --out FOLDER does\n\nnext:\n  {command}")
+        print_text(f"{rows}; nothing was written, --out FOLDER does")
+        print_next([command])
         return
     if preparation.settings["chat_template"] == "plain":
         print_text(f"{preparation.settings['base']} has no chat template of its own: the recipe says plain")
-    recipe = shlex.quote(str(preparation.recipe))
-    print_text(f"{rows}: {preparation.out}\n\nnext:\n  lora-kit preview {recipe}\n  lora-kit train {recipe}")
+    print_text(f"{rows}: {preparation.out}")
+    print_next([build_command(verb, preparation.recipe) for verb in ("preview", "train")])
 
 
 def _build_writing_command(preparation: Preparation, given: Mapping[str, object]) -> str:
@@ -281,6 +285,7 @@ def _build_writing_command(preparation: Preparation, given: Mapping[str, object]
     found = {fault.kind for each in examined for fault in each.faults}
     found |= {"duplicates"} if any(each.duplicates for each in examined) else set()
     found |= {"conflicts"} if any(each.conflicts for each in examined) else set()
+    found |= {"leaks"} if any(part.leaks for part in preparation.parts) else set()
     is_misspelled = any(each.variants or each.lookalikes for each in examined)
     source = Path(str(given["source"]))
     values = {
@@ -289,7 +294,7 @@ def _build_writing_command(preparation: Preparation, given: Mapping[str, object]
         "drop": [*_as_list(given["drop"]), *(kind for kind in _MEANINGS if kind in found)],
         "out": Path("data") / source.name.partition(".")[0],
     }
-    return shlex.join(["lora-kit", "prepare", str(source), *_list_flags(values)])
+    return build_command("prepare", source, *_list_flags(values))
 
 
 def _list_flags(values: Mapping[str, object]) -> list[str]:
@@ -303,14 +308,12 @@ def _list_flags(values: Mapping[str, object]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _completing_hints(given: Mapping[str, object]) -> Iterator[Callable[..., Preparation]]:
-    """Yield the function that prepares. Where an error's hint is a command, it gets the flags that were given."""
-    from lora_kit.data.preparation.prepare import prepare as run
-
+def _complete_hints(given: Mapping[str, object]) -> Iterator[None]:
+    """Where an error's hint is a command that renames columns, add the flags that were given as well."""
     try:
-        yield run
+        yield
     except DataError as error:
-        if error.hint and error.hint.startswith("lora-kit prepare ") and " --rename " in error.hint:
+        if error.hint.startswith("lora-kit prepare ") and " --rename " in error.hint:
             renames = shlex.join(map(str, _as_list(given["rename"])))
             flags = shlex.join(_list_flags({**given, "rename": None}))
             error.hint = " ".join(part for part in (error.hint, renames, flags) if part)

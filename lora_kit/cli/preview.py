@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from lora_kit.cli.app import AsJson, app
+from lora_kit.cli.next_steps import build_command, print_next
 from lora_kit.cli.output import create_console, print_json
 from lora_kit.errors import DataError
 from lora_kit.io.text import escape_for_terminal
@@ -53,6 +54,7 @@ def preview(
             print(f"--- sample {place} of {len(spans)} of this row")
         _show_spans(each)
     print(summary)
+    print_next([build_command("train", recipe)])
 
 
 def _load_sample(path: Path, row: int, side: str) -> tuple[Tokenizer, EncodedDataset, str]:

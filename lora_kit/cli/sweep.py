@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from lora_kit.cli.app import AsJson, Replace, app
+from lora_kit.cli.next_steps import list_training_commands, print_next
 from lora_kit.cli.output import print_json, print_table, print_text
 from lora_kit.cli.train import parse_recipe_flags
 from lora_kit.models.silence import use_log_level
+from lora_kit.names import RECIPE_FILE
 
 if TYPE_CHECKING:
     from lora_kit.sweeps.sweep_report import SweepReport, TrialReport
@@ -53,6 +55,7 @@ def sweep(
         workers: Processes that share the trials.
     """
     from lora_kit.sweeps.sweep import sweep as run_sweep
+    from lora_kit.training.recipe.load import load_recipe
 
     with use_log_level("lora_kit.sweeps", logging.INFO):  # a line for every trial that ends
         report = run_sweep(
@@ -74,6 +77,7 @@ def sweep(
     print_table(("trial", report.metric, *report.best.params, "steps", "seconds", ""), _build_trial_rows(report))
     print_table(("", ""), [("best", f"trial {report.best.number}"), ("written", str(report.out)),
                            ("more", str(report.folder))])  # fmt: skip
+    print_next(list_training_commands(load_recipe(report.out / RECIPE_FILE)))
     print_text(f"\nreport: {report.page}")
 
 

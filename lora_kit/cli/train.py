@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from lora_kit.cli.app import app
+from lora_kit.cli.next_steps import build_command, build_flags, list_training_commands, print_next
 from lora_kit.cli.output import format_size, print_if, print_json, print_table, print_text
 from lora_kit.cli.process import show_progress_lines
 from lora_kit.cli.recipe_help import RecipeHelp
@@ -69,7 +69,12 @@ def _print_plan(recipe: Path, overrides: Mapping[str, str], *, replace: bool, as
     from lora_kit.training.plan.plan import plan
 
     train_plan = plan(recipe, overrides=overrides, replace=replace)
-    print_json(train_plan.to_json()) if as_json else print_table(("", ""), _build_plan_facts(train_plan))
+    if as_json:
+        print_json(train_plan.to_json())
+        return
+    print_table(("", ""), _build_plan_facts(train_plan))
+    flags = [word for key, value in overrides.items() for word in build_flags(key, value)]
+    print_next([build_command("train", recipe, *flags, *["--replace"] * replace)])
 
 
 def _train(recipe: Path, overrides: Mapping[str, str], *, replace: bool, as_json: bool) -> None:
@@ -86,25 +91,8 @@ def _train(recipe: Path, overrides: Mapping[str, str], *, replace: bool, as_json
         print_json(report.to_json())
         return
     print_table(("", ""), _build_train_facts(report))
-    if resolved.method in ("lora", "features"):
-        print_text("\n  ".join(["\nnext:", *list_next_commands(resolved)]))
+    print_next(list_training_commands(resolved))
     print_text(f"\nreport: {report.out / REPORT_FILE}")
-
-
-def list_next_commands(recipe: Recipe) -> Iterator[str]:
-    """Yield the commands that measure and use an adapter; a preference or a reward is measured in training only."""
-    from lora_kit.data.mixture import list_files
-    from lora_kit.models.tasks import LABEL_TASKS
-    from lora_kit.training.recipe.objectives import REWARD, SFT
-
-    adapter = shlex.quote(recipe.out)
-    if recipe.objective == SFT and recipe.data.validation:
-        for file in list_files(recipe.data.validation):
-            yield f"lora-kit eval {shlex.quote(file.path)} --adapter {adapter} --compare"
-    if recipe.task in LABEL_TASKS and recipe.objective != REWARD:
-        yield f"lora-kit predict --adapter {adapter} 'a text'"
-    elif recipe.task not in LABEL_TASKS:
-        yield f"lora-kit generate --adapter {adapter} --prompt 'a prompt'"
 
 
 def split_recipes(first: Path, flags: Sequence[str]) -> tuple[list[Path], list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,12 +143,14 @@ class Export:
         target: one of `TARGETS`.
         changed: what was changed of the adapter.
         bytes: size of the folder.
+        commands: that load it, for a shell; empty where a program of Python does.
     """
 
     out: Path
     target: str
     changed: tuple[str, ...]
     bytes: int
+    commands: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         fields: dict[str, object] = to_json_value(self)
@@ -240,7 +243,7 @@ def export(
         }
         (folder / RECORD).write_text(f"{json.dumps(record, indent=2)}\n", "utf-8")
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return Export(out, target, verdict.changed, size)
+    return Export(out, target, verdict.changed, size, _list_shell_commands(_TARGETS[target].command(case)))
 
 
 def is_export(folder: Path) -> bool:
@@ -296,6 +299,12 @@ def _export_merged(case: ExportCase, out: Path, *, replace: bool, allow: Collect
     """Write a whole model, by `merge`."""
     report = merge(case.require_base(), case.adapter, out, replace=replace, allow=allow)
     return Export(out, MERGED, (), report.bytes)
+
+
+def _list_shell_commands(markdown: str) -> tuple[str, ...]:
+    """Return the lines of the first block of shell commands."""
+    block = re.search(r"^```sh\n(.*?)\n```$", markdown, re.DOTALL | re.MULTILINE)
+    return tuple(block[1].split("\n")) if block else ()
 
 
 def _format_card(case: ExportCase, verdict: Verdict) -> str:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_kit.adapter.adapter_location import resolve_adapter
-from lora_kit.adapter.folder import AdapterFolder
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import ConfigError, format_list
 from lora_kit.io.hub import split_revision
@@ -58,6 +57,8 @@ def infer_base(adapters: Sequence[str | Path], *, store: str | Path = DEFAULT_ST
         ConfigError: an adapter names no base, or one that is not on this machine; or the adapters name different bases.
         UnknownAdapterError, AdapterError: an adapter does not exist or cannot be read.
     """
+    from lora_kit.adapter.folder import AdapterFolder  # with torch, which `NamedBase` does not need
+
     chosen: dict[str, str] = {}
     labels: dict[str, str] = {}
     for adapter in adapters:

@@ -26,7 +26,6 @@ from lora_kit.io.read import read_text
 from lora_kit.io.text import escape_text, format_value
 from lora_kit.models.silence import silence_libraries
 from lora_kit.names import KIT_BASE
-from lora_kit.torch_utils import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -240,6 +239,10 @@ def translate_load_errors(name: str | Path) -> Iterator[None]:
     except LoraKitError:
         raise
     except Exception as error:
+        from lora_kit.torch_utils import (
+            is_out_of_memory,
+        )  # with torch, which those who only look for a base do not need
+
         if isinstance(error, MemoryError) or is_out_of_memory(error):
             hint = "quantize: nf4, or a dtype of two bytes"
             raise OutOfMemoryError(f"{escape_text(name)} does not fit in memory", hint=hint) from error

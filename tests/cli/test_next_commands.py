@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import re
 import shlex
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ import pytest
 import yaml
 
 from lora_kit.cli.main import main
-from lora_kit.models.locate import KIT_FOLDER
-from tests.support import texts
+from tests.support import texts, tiny
 
 Capture = pytest.CaptureFixture[str]
 
@@ -29,14 +27,14 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     ],
     "text": [{"text": f"text number {n} of some length"} for n in range(40)],
 }
-FAST = ["--train.max_steps", "2", "--train.per_device_train_batch_size", "4"]
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory whose name needs quotes, with a base in a folder."""
     work = tmp_path / "a folder's name"
-    shutil.copytree(KIT_FOLDER, work / "my base", ignore=shutil.ignore_patterns("__pycache__", "*.py", "training.json"))
+    tiny.llama().save_pretrained(work / "my base")
+    texts.tokenizer().save_pretrained(work / "my base")
     monkeypatch.chdir(work)
     return work
 
@@ -54,6 +52,29 @@ def commands_in(printed: str) -> Iterator[list[str]]:
         yield shlex.split(line)[1:]
 
 
+def follow_all(capsys: Capture, *first: str) -> list[str]:
+    """Run a command, those that it prints, and those that they print; return their verbs in the order of printing."""
+    waiting, seen = [list(first)], set[tuple[str, ...]]()
+    verbs = list[str]()
+    while waiting:
+        command = waiting.pop(0)
+        if tuple(command) in seen:
+            continue
+        seen.add(tuple(command))
+        verbs.append(command[0])
+        waiting += commands_in(run(capsys, *command))
+        if command[0] == "prepare":
+            hurry(Path(command[command.index("--out") + 1], "recipe.yaml"))
+    return verbs
+
+
+def hurry(recipe: Path) -> None:
+    """Train two steps, so large that a merge in 16 bits does not lose them."""
+    fields = yaml.safe_load(recipe.read_text("utf-8"))
+    fields["train"] = {"max_steps": 2, "learning_rate": 0.05, "per_device_train_batch_size": 4}
+    recipe.write_text(yaml.safe_dump(fields), "utf-8")
+
+
 def run_commands_of_page(page: Path, capsys: Capture) -> None:
     commands = list(commands_in(html.unescape(re.sub(r"<[^>]+>", "\n", page.read_text("utf-8")))))
     assert commands, "the page shows how the result is used"
@@ -62,35 +83,56 @@ def run_commands_of_page(page: Path, capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize("layout", ROWS)
-def test_from_rows_to_answers_every_command_runs_as_printed(here: Path, capsys: Capture, layout: str) -> None:
+def test_from_rows_to_the_hub_every_command_runs_as_printed(here: Path, capsys: Capture, layout: str) -> None:
     texts.write(here / "my rows.jsonl", ROWS[layout])
-    out = run(capsys, "prepare", "my rows.jsonl", "--base", "my base", "--out", "my data")
-    commands = list(commands_in(out))
-    assert [verb for verb, *_ in commands] == ["preview", "train"]
-    run(capsys, *commands[0])
-    out = run(capsys, *commands[1], *FAST)
-    commands = list(commands_in(out))
-    assert [verb for verb, *_ in commands] == ["eval", "predict" if layout == "label" else "generate"]
-    for command in commands:
-        run(capsys, *command)
+    verbs = follow_all(capsys, "prepare", "my rows.jsonl", "--base", "my base", "--out", "my data")
+    ask = "predict" if layout == "label" else "generate"
+    assert verbs == ["prepare", "preview", "train", "eval", ask, "merge", ask, "push"]
     texts.write(here / "rows.jsonl", ROWS[layout][:2])
     run_commands_of_page(next(here.glob("adapters/*/report.html")), capsys)
 
 
+@pytest.mark.slow  # a sweep, and five adapters of which each is merged
 def test_what_is_made_of_a_trained_adapter_needs_no_base_named(here: Path, capsys: Capture) -> None:
     texts.write(here / "rows.jsonl", ROWS["completion"])
     run(capsys, "prepare", "rows.jsonl", "--base", "my base", "--out", "data")
-    run(capsys, "train", "data/recipe.yaml", *FAST)
+    hurry(Path("data/recipe.yaml"))
+    over = ["--over", "lora.r=2,4", "--out", "adapters/swept", "--train.max_steps", "1"]
+    assert follow_all(capsys, "sweep", "data/recipe.yaml", *over) == [
+        "sweep",
+        "eval",
+        "generate",
+        "merge",
+        "generate",
+        "push",
+    ]
+    [dry] = commands_in(run(capsys, "train", "data/recipe.yaml", "--lora.r", "4", "--dry-run"))
+    assert dry == ["train", "data/recipe.yaml", "--lora.r", "4"]
+    run(capsys, *dry)
+    listed = ["list", "inspect", "generate", "merge", "check", "generate", "push", "export"]
+    assert follow_all(capsys, "list") == listed
+    run(capsys, "export", "data", "--target", "peft", "--out", "for peft")
+    made = ["generate", "merge", "check", "generate", "push", "export"]
     for arguments in (
-        ["merge", "--adapter", "data", "--out", "merged", "--dtype", "float32"],
-        ["export", "data", "--target", "merged", "--out", "exported", "--allow", "lost-delta"],
-        ["export", "data", "--target", "peft", "--out", "for peft"],
+        ["export", "data", "--target", "merged", "--out", "exported/whole"],
         ["convert", "for peft", "--out", "converted"],
-        ["inspect", "data"],
-        ["list"],
+        ["combine", "-a", "data", "-a", "swept", "--weight", "1", "--weight", "2", "--out", "combined"],
+        ["resize", "data", "--rank", "2", "--out", "resized"],
+        ["extract", "--base", "my base", "--tuned", "merged/data", "--rank", "2", "--out", "extracted"],
     ):
-        for command in commands_in(run(capsys, *arguments)):
-            run(capsys, *command)
+        verb, *rest = follow_all(capsys, *arguments)
+        assert rest == (["generate", "push"] if verb == "export" else made)
+
+
+def test_a_command_that_would_not_run_is_not_printed(here: Path, capsys: Capture) -> None:
+    """An adapter whose base is elsewhere is not asked; one that a server cannot take is not checked for it."""
+    texts.write(here / "rows.jsonl", ROWS["label"])
+    run(capsys, "prepare", "rows.jsonl", "--base", "my base", "--out", "data")
+    hurry(Path("data/recipe.yaml"))
+    run(capsys, "train", "data/recipe.yaml")
+    assert [verb for verb, *_ in commands_in(run(capsys, "inspect", "data"))] == ["predict", "merge"]
+    Path("my base").rename("elsewhere")
+    assert list(commands_in(run(capsys, "inspect", "data"))) == []
 
 
 @pytest.mark.parametrize("method", ["features", "full"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -87,12 +88,15 @@ def test_a_preview_of_a_conversation_shows_what_is_learned(here: Path, capsys: C
     assert "base has no chat template of its own: the recipe says plain" in out
     code, out, _ = run(capsys, "preview", "data/chat/recipe.yaml", "--row", "2")
     assert code == 0
-    assert [line[0] for line in out.splitlines()[:-1]] == [" ", "+"]
-    assert out.splitlines()[1] == "+ 'y o </s>'"
-    assert out.splitlines()[-1].startswith("3 of ")
+    sample, _, command = out.partition("\n\nnext:\n")
+    *spans, summary = sample.splitlines()
+    assert [line[0] for line in spans] == [" ", "+"]
+    assert spans[1] == "+ 'y o </s>'"
+    assert summary.startswith("3 of ")
+    assert command == "  lora-kit train data/chat/recipe.yaml\n"
     code, shown, _ = run(capsys, "preview", "data/chat/recipe.yaml", "--row", "2", "--json")
     told = json.loads(shown)
-    assert told["summary"] == out.splitlines()[-1]
+    assert told["summary"] == summary
     spans = [(span["learned"], span["text"]) for sample in told["samples"] for span in sample]
     assert [learned for learned, _ in spans] == [False, True]
     assert spans[1][1] == "y o </s>"
@@ -110,7 +114,7 @@ def test_labels_are_shown_with_their_shares(here: Path, capsys: Capture) -> None
     ]
     code, out, _ = run(capsys, "preview", "d/recipe.yaml", "--validation")
     assert code == 0
-    assert out.splitlines()[-1].endswith(("label spam", "label ham"))
+    assert out.partition("\n\nnext:")[0].endswith(("label spam", "label ham"))
 
 
 def test_json_holds_what_the_manifest_holds(here: Path, capsys: Capture) -> None:
@@ -225,3 +229,22 @@ def test_a_label_too_few_to_learn_is_warned_of_and_conflicts_are_left_out_by_the
     code, out, _ = run(capsys, *command.split()[1:])
     assert (code, "2 rows of 1 input have different labels (left out)" in " ".join(out.split())) == (0, True)
     assert f"relabeled: 'Stoerung' is '{umlaut}'" in out
+
+
+def test_leaks_are_left_out_by_the_next_command(here: Path, capsys: Capture) -> None:
+    texts.write(here / "rows.jsonl", [{"prompt": f"ask {n}", "completion": f"say {n}"} for n in range(8)])
+    texts.write(here / "aside.jsonl", [{"prompt": "ask 3", "completion": "say 3"}])
+    code, out, _ = run(capsys, "prepare", "rows.jsonl", "--validation", "aside.jsonl", "--base", "base")
+    assert (code, "line 4, see 1" in out) == (0, True)
+    command = next(line for line in out.splitlines() if line.startswith("  lora-kit prepare"))
+    code, out, _ = run(capsys, *shlex.split(command)[1:])
+    assert (code, "7 rows to train on, 1 to validate on" in out) == (0, True)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name_whatever_the_encoding(here: Path, capsys: Capture) -> None:
+    given = "\ufefftext,label\r\ncaf\xe9,a\r\nb,b\r\nc,a\r\n".encode()
+    Path("mixed.csv").write_bytes(given.replace("\xe9".encode(), "\xe9".encode("cp1252")))
+    code, _, err = run(capsys, "prepare", "mixed.csv")
+    assert (code, "mixed.csv:2: not UTF-8" in err, "--encoding cp1252" in err) == (2, True, True)
+    code, out, _ = run(capsys, "prepare", "mixed.csv", "--encoding", "cp1252")
+    assert (code, "3 rows: text and label" in out) == (0, True)

@@ -148,10 +148,12 @@ def test_leaks_and_conflicts_are_found_whatever_the_case(here: Path, base: str) 
 
 
 def test_conflicts_are_left_out_with_the_rows_they_contradict(here: Path, base: str) -> None:
-    rows = [{"text": t, "label": n} for t, n in (("One", 0), ("two", 1), ("one ", 1), ("six", 0), ("ten", 1))]
+    rows = [
+        {"text": t, "label": n} for t, n in (("One", 0), ("two", 1), ("one ", 1), ("ONE", 0), ("six", 0), ("ten", 1))
+    ]
     train = texts.write(here / "a.jsonl", rows)
     found = prepare(train, here / "out", base=base, share=0, drop=["conflicts"])
-    assert found.parts[0].dropped == {"conflicts": [1, 3]}
+    assert found.parts[0].dropped == {"conflicts": [1, 3, 4]}
     assert [row["text"] for row in lines(here / "out" / "train.jsonl")] == ["two", "six", "ten"]
 
 

@@ -568,9 +568,10 @@ def test_only_an_earlier_export_is_replaced_and_never_what_is_read(base: Path, a
 def test_check_says_why_it_does_not_fit_and_exits_with_2(awkward: Path, tmp_path: Path, capsys: Capture) -> None:
     ask = ["check", str(awkward), "--target", "vllm", "--max-lora-rank"]
     assert main([*ask, "16"]) == 0
-    out = capsys.readouterr().out
-    assert "--max-loras" in out
-    assert "--max-lora-rank" not in out  # vLLM's default takes it
+    verdict, _, command = capsys.readouterr().out.partition("\nnext:\n")
+    assert "--max-loras" in verdict
+    assert "--max-lora-rank" not in verdict  # vLLM's default takes it
+    assert "--max-lora-rank 16 --target vllm" in command
     assert main([*ask, "4", "--json"]) == 2
     out, err = capsys.readouterr()
     told = json.loads(out)

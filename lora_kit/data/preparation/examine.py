@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +69,7 @@ class ExaminedFile:
         faults: all rows that cannot be trained on, sorted by line; those of the kind `long` are also in `rows`.
         unused: columns that are not part of the layout.
         duplicates: the line of a row → the line of an earlier, identical row.
-        conflicts: the line of a row → the line of an earlier row with the same input and another label.
+        conflicts: of an input with more than one label, the line of each later row → the line of its first row.
         relabeled: new names that labels got, by old name.
         measured: the rows as samples.
         sha256: hash of the file, or of the rows of a data set.
@@ -221,11 +221,9 @@ def _find_duplicates(rows: Rows) -> dict[int, int]:
 def _find_conflicts(rows: Rows) -> dict[int, int]:
     if rows.format != "label":
         return {}
-    first: dict[str, tuple[int, str]] = {}
-    conflicts = {}
+    lines, labels = defaultdict[str, list[int]](list), defaultdict[str, set[str]](set)
     for line, value in zip(rows.lines, rows.values, strict=True):
-        own = str(sorted(map(str, value[1])) if isinstance(value[1], tuple) else value[1])
-        earlier, label = first.setdefault(normalize_input(rows, value), (line, own))
-        if label != own:
-            conflicts[line] = earlier
-    return conflicts
+        text = normalize_input(rows, value)
+        lines[text].append(line)
+        labels[text].add(str(sorted(map(str, value[1])) if isinstance(value[1], tuple) else value[1]))
+    return {line: lines[text][0] for text, found in labels.items() if len(found) > 1 for line in lines[text][1:]}

@@ -224,7 +224,7 @@ def _clean_file(path: Path, examined: ExaminedFile, leaks: Mapping[int, int], dr
     droppable = {
         **{kind: examined.lines_of(kind) for kind in (BAD, EMPTY, LONG)},
         DUPLICATES: list(examined.duplicates),
-        # Nobody knows which of the two labels is right, so both rows go.
+        # Nobody knows which of the labels is right, so all rows with the input go.
         CONFLICTS: sorted({*examined.conflicts, *examined.conflicts.values()}),
         LEAKS: list(leaks),
     }

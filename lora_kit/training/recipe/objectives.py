@@ -19,12 +19,13 @@ from lora_kit.data.preferences import FEEDBACK_FORMATS, PAIR_FORMATS
 from lora_kit.errors import RecipeError, format_list, suggest_nearest
 from lora_kit.models.silence import silence_libraries
 from lora_kit.models.tasks import CAUSAL_LM, CLASSIFY
+from lora_kit.names import REWARD_OBJECTIVE
 from lora_kit.training.recipe.coerce import Section, check_one_of
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-SFT, DPO, KTO, ORPO, REWARD = "sft", "dpo", "kto", "orpo", "reward"
+SFT, DPO, KTO, ORPO, REWARD = "sft", "dpo", "kto", "orpo", REWARD_OBJECTIVE
 REWARD_LABEL: Final = "reward"
 """The only label of a reward model's head."""
 

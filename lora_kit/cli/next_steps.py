@@ -1,0 +1,122 @@
+"""The commands that a verb prints at its end: what people do next with what it made or showed.
+
+Each runs as it is printed. A verb whose output is data, as `generate`, and one that was asked for JSON print none.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from lora_kit.cli.output import print_text
+from lora_kit.names import DEFAULT_STORE, REWARD_OBJECTIVE
+
+if TYPE_CHECKING:
+    from lora_kit.config.lora_config import LoraConfig
+    from lora_kit.training.recipe.recipe import Recipe
+
+_SERVER: Final = "vllm"
+"""The target that `check` is shown with."""
+
+
+def print_next(commands: Iterable[str]) -> None:
+    """Print the commands that come next, each on a line of its own; nothing where there are none."""
+    lines = list(commands)
+    if lines:
+        print_text("\n  ".join(["\nnext:", *lines]))
+
+
+def build_command(verb: str, *words: object) -> str:
+    """Return a command of ours, quoted for a shell."""
+    return shlex.join(["lora-kit", verb, *map(str, words)])
+
+
+def build_flags(name: str, values: object) -> list[str]:
+    """Return the flag of an argument as it was given, once for each of several values; none for None."""
+    items = values if isinstance(values, (list, tuple)) else [] if values is None else [values]
+    return [word for item in items for word in (f"--{name}", str(item))]
+
+
+def build_loading_flags(base: str | None, allow: Sequence[str] | None, store: Path) -> list[str]:
+    """Return the flags with which an adapter was loaded, for the next command that loads it."""
+    stores = [] if store == DEFAULT_STORE else build_flags("store", store)
+    return [*build_flags("base", base), *build_flags("allow", allow), *stores]
+
+
+def build_using_command(task: str, *flags: str) -> str:
+    """Return the command that asks a model something: for labels where those are its task, else for a text.
+
+    Args:
+        task: one of `lora_kit.models.tasks.TASKS`.
+        flags: which adapters and base.
+    """
+    from lora_kit.models.tasks import LABEL_TASKS
+
+    if task in LABEL_TASKS:
+        return build_command("predict", *flags, "a text")
+    return build_command("generate", *flags, "--prompt", "a prompt")
+
+
+def list_training_commands(recipe: Recipe) -> Iterator[str]:
+    """Yield the commands that measure and use what a recipe trains.
+
+    A preference or a reward is measured in training only, and so is a whole model, which is asked as a base.
+    """
+    from lora_kit.data.mixture import list_files
+    from lora_kit.training.recipe.objectives import SFT
+
+    if recipe.method == "peft":  # PEFT's own model reads it
+        return
+    is_whole = recipe.method == "full"
+    if recipe.objective == SFT and recipe.data.validation and not is_whole:
+        for file in list_files(recipe.data.validation):
+            yield build_command("eval", file.path, "--adapter", recipe.out, "--compare")
+    if recipe.objective != REWARD_OBJECTIVE:
+        yield build_using_command(recipe.task, "--base" if is_whole else "--adapter", recipe.out)
+
+
+def list_adapter_commands(
+    name: str,
+    config: LoraConfig,
+    record: Mapping[str, object],
+    *,
+    flags: Sequence[str] = (),
+) -> Iterator[str]:
+    """Yield the commands that use an adapter, merge it and check whether a server takes it.
+
+    None where its base is not on this machine: they would need it.
+
+    Args:
+        name: of the adapter, as it is found.
+        config: of the adapter.
+        record: content of its `lora_kit.json`; empty without one.
+        flags: with which it was loaded.
+    """
+    from lora_kit.models.infer_base import NamedBase
+    from lora_kit.models.tasks import CAUSAL_LM, find_task_by_peft_type
+
+    if NamedBase.of(config, record.get("base")).problem is not None:
+        return
+    spec, recipe = find_task_by_peft_type(config.task_type), record.get("recipe")
+    task = spec.name if spec else CAUSAL_LM
+    if not (isinstance(recipe, Mapping) and recipe.get("objective") == REWARD_OBJECTIVE):
+        yield build_using_command(task, "--adapter", name, *flags)
+    yield build_command("merge", "--adapter", name, *flags, "--out", Path("merged", Path(name).name))
+    is_plain = not (config.use_dora or config.modules_to_save or config.target_parameters)
+    if task == CAUSAL_LM and is_plain and not config.trainable_token_indices:
+        yield build_command("check", name, *flags, "--target", _SERVER)
+
+
+def list_model_commands(folder: Path) -> Iterator[str]:
+    """Yield the commands that use a merged model, and show what would be sent to the hub."""
+    from lora_kit.models.tasks import CAUSAL_LM
+    from lora_kit.publishing.published_folder import open_published_folder
+
+    model = open_published_folder(folder)
+    yield build_using_command(model.task or CAUSAL_LM, "--base", str(folder))
+    named = [] if model.base_on_hub else ["--base", "organization/base"]
+    repository = re.sub(r"[^A-Za-z0-9]+", "-", folder.name).strip("-") or "model"  # names of the hub are ASCII
+    yield build_command("push", folder, "--repo", f"me/{repository}", *named, "--dry-run")
