@@ -52,7 +52,7 @@ def combine(
     if len(weight) != len(adapter):
         raise ConfigError(f"{len(adapter)} adapters and {len(weight)} weights were given", hint="one --weight for each")
     folders = [find_adapter(name, store=store) for name in adapter]
-    check_adapter_output(out, replace=replace)
+    check_adapter_output(out, replace=replace, inputs=folders)
     sources = list(zip(folders, weight, strict=True))
     combined = run(sources, method=method, rank=rank, density=density, seed=seed, allow=allow or ())
     save_and_show(combined, out, replace=replace, json=json)

@@ -53,13 +53,14 @@ def convert(
     from lora_kit.adapter.conversion.convert import convert as run
     from lora_kit.adapter.store import find_adapter
 
-    check_adapter_output(out, replace=replace)
+    given = source if source.exists() else find_adapter(str(source))
+    check_adapter_output(out, replace=replace, inputs=[given])
     parts = [item.partition("=") for item in rename or ()]
     if any(not old or not sign for old, sign, _ in parts):
         raise ConfigError(f"--rename {rename} was given", hint="OLD=NEW, as in language_model.model=model")
     renames = {old: new for old, _, new in parts}
     adapter = run(
-        source if source.exists() else find_adapter(str(source)),
+        given,
         lora_alpha=alpha,
         enable_lora=enable_lora,
         renames=renames,

@@ -36,7 +36,7 @@ def extract(
     """
     from lora_kit.algebra.extract import extract as run
 
-    check_adapter_output(out, replace=replace)
+    check_adapter_output(out, replace=replace, inputs=[base, tuned])
     with show_bytes_bar("comparing") as progress:
         adapter = run(base, tuned, rank=rank, energy=energy, others=others, progress=progress)
     save_and_show(adapter, out, replace=replace, json=json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,15 +13,21 @@ if TYPE_CHECKING:
     from lora_kit.adapter.adapter import Adapter
 
 
-def check_adapter_output(out: Path, *, replace: bool) -> None:
+def check_adapter_output(out: Path, *, replace: bool, inputs: Iterable[str | Path]) -> None:
     """Check, before any work, that an adapter may be written to a folder.
 
+    Args:
+        inputs: files and folders that are read, and hub ids.
+
     Raises:
-        StorageError: it may not.
+        StorageError: it may not: it exists, or is not apart from an input.
     """
     from lora_kit.adapter.folder import is_adapter_folder
-    from lora_kit.io.atomic_write import check_output
+    from lora_kit.io.atomic_write import check_output, check_path
+    from lora_kit.io.output_overlap import refuse_overlap
 
+    check_path(out)
+    refuse_overlap(out, inputs)
     check_output(out, replace=replace, owned=is_adapter_folder)
 
 

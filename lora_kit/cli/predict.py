@@ -81,7 +81,7 @@ def predict(
         raise ConfigError(f"--top-k must be at least 1; {top_k} was given")
     if out is not None:
         check_suffix(out)
-        check_output_file(out, replace=replace, source=data)
+        check_output_file(out, replace=replace, inputs=[] if data is None else [data])
     predictors_of = open_predictors(
         base or infer_base(adapter or [], store=store),
         adapter or [None],

@@ -38,6 +38,6 @@ def resize(
     from lora_kit.algebra.resize import resize as run
 
     folder = find_adapter(adapter, store=store)
-    check_adapter_output(out, replace=replace)
+    check_adapter_output(out, replace=replace, inputs=[folder])
     resized = run(folder, rank=rank, energy=energy, bytes=bytes, allow=allow or ())
     save_and_show(resized, out, replace=replace, json=json)

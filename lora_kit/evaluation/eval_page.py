@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -29,16 +30,19 @@ from lora_kit.reporting.plots import can_plot
 PAGE_SUFFIX: Final = ".html"
 
 
-def check_page_file(path: Path, *, replace: bool) -> None:
+def check_page_file(path: Path, *, replace: bool, inputs: Iterable[Path] = ()) -> None:
     """Check that a page can be written, before any work.
+
+    Args:
+        inputs: files that are read, which are never replaced.
 
     Raises:
         ConfigError: its name ends otherwise.
-        StorageError: it exists, or its folder does not.
+        StorageError: it exists, it is an input, or its folder does not exist.
     """
     if path.suffix.lower() != PAGE_SUFFIX:
         raise ConfigError(f"{escape_text(path)}: a report is a page of HTML", hint="name it .html")
-    check_output_file(path, replace=replace)
+    check_output_file(path, replace=replace, inputs=inputs)
 
 
 def save_eval_page(report: EvalReport, path: Path, *, base: str) -> None:

@@ -47,6 +47,7 @@ from lora_kit.generation.adapter_args import build_adapter_labels, find_common_t
 from lora_kit.generation.decoding import Completion
 from lora_kit.generation.generate import attach_adapters
 from lora_kit.io.output_file import check_output_file
+from lora_kit.io.output_overlap import reason_overlap
 from lora_kit.io.text import escape_text
 from lora_kit.models.loading import Base, load_input_spec
 from lora_kit.models.tasks import CAUSAL_LM, CLASSIFY, GENERATIVE_TASKS, LABEL_TASKS, NEXT
@@ -110,7 +111,7 @@ def evaluate(
     problem = resolve_eval_problem(base, by_label, rows) if task == CLASSIFY else None
     names = validate_metrics(default_metrics(task, problem) if metrics is None else metrics, task, problem)
     prompts = _collect_prompts(rows, by_label) if select_generation_metrics(names, task) else ()
-    _check_outputs(out, report, names, task, replace=replace)
+    _check_outputs(out, report, names, task, replace=replace, data=rows.path)
     loaded = load_for_labels(base, by_label, task, quantize, problem=problem)
     formats = resolve_sample_formats(loaded, by_label, rows, max_length=max_length, problem=problem)
     plan = _build_eval_plan(loaded, by_label, formats, rows, prompts, names, max_new_tokens)
@@ -145,17 +146,19 @@ def _check_counts(*, batch_size: int, max_length: int | None, max_new_tokens: in
 
 
 def _check_outputs(
-    out: str | Path | None, report: str | Path | None, metrics: Sequence[str], task: str, *, replace: bool
+    out: str | Path | None, report: str | Path | None, metrics: Sequence[str], task: str, *, replace: bool, data: Path
 ) -> None:
     if report is not None:
-        check_page_file(Path(report), replace=replace)
+        check_page_file(Path(report), replace=replace, inputs=[data])
     if out is None:
         return
     out = Path(out)
+    if report is not None and reason_overlap(out, [report]):
+        raise ConfigError(f"out and report are one file, {escape_text(out)}", hint="name two files")
     if task in GENERATIVE_TASKS and not select_generation_metrics(metrics, task):
         message = f"{escape_text(out)} is for generated texts, and {format_list(metrics)} needs none"
         raise ConfigError(message, hint="ask for exact_match too")
-    check_output_file(out, replace=replace)
+    check_output_file(out, replace=replace, inputs=[data])
 
 
 def _save_outputs(

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -21,10 +21,10 @@ from lora_kit.algebra.sources import SourceAdapter
 from lora_kit.errors import ConfigError, ExportError, format_list, suggest_nearest
 from lora_kit.exporters import llama_cpp, mlx, ollama, servers, whole_model
 from lora_kit.exporters.plain_lora import ExportCase
-from lora_kit.io.atomic_write import check_output, stage_folder
+from lora_kit.io.atomic_write import check_output, check_path, stage_folder
 from lora_kit.io.given_values import parse_path
+from lora_kit.io.output_overlap import OTHER_OUTPUT, reason_overlap
 from lora_kit.io.portable_paths import make_folder_portable
-from lora_kit.io.text import escape_text
 from lora_kit.merging.merge import merge
 from lora_kit.models.infer_base import NamedBase
 
@@ -212,7 +212,7 @@ def export(
         allow: what `Adapter.load` allows; for whole models, what `merge` allows.
 
     Raises:
-        ExportError: the program cannot read it (the message lists every reason), or the output lies in the adapter.
+        ExportError: the program cannot read it (the message lists every reason), or the output overlaps an input.
         ConfigError, BaseModelError, AdapterError, UnknownAdapterError: as in `check`.
         StorageError: the output exists, or it cannot be written.
 
@@ -223,7 +223,7 @@ def export(
     out = parse_path(out, name="out")
     if not isinstance(adapter, Adapter):
         adapter = resolve_adapter(adapter).folder
-        _check_not_in_adapter(out, adapter)
+        _check_apart(out, [adapter, *([base] if base else [])])
     loading = [name for name in allow if name in ALLOWANCES] if target in _WHOLE_MODELS else allow
     source = SourceAdapter.of(adapter, allow=loading)
     case = dataclasses.replace(_build_case(source, base), out=Path(os.path.abspath(out)), allow=tuple(allow))
@@ -258,12 +258,12 @@ def _check_target(target: str) -> None:
         )
 
 
-def _check_not_in_adapter(out: Path, folder: Path) -> None:
-    """Raise ExportError if the output lies in the adapter."""
-    if out.resolve() == folder.resolve() or out.resolve().is_relative_to(folder.resolve()):
-        raise ExportError(
-            f"the output {escape_text(out)} lies in the adapter it is made of", hint="choose an output beside it"
-        )
+def _check_apart(out: Path, inputs: Sequence[str | Path]) -> None:
+    """Raise ExportError if the output is not apart from what it is made of."""
+    check_path(out)
+    reason = reason_overlap(out, inputs)
+    if reason:
+        raise ExportError(reason, hint=OTHER_OUTPUT)
 
 
 def _build_case(source: SourceAdapter, base: str | Path | None) -> ExportCase:

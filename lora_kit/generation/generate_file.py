@@ -116,10 +116,10 @@ def _check_out(out: Path, data: Path, *, replace: bool) -> None:
     """Check that answers can be written, and that neither they nor those so far replace the prompts."""
     if out.suffix.lower() != _SUFFIX:
         raise ConfigError(f"{escape_text(out)}: answers are written as JSONL", hint=f"name it {_SUFFIX}")
-    check_output_file(out, replace=replace, source=data)
+    check_output_file(out, replace=replace, inputs=[data])
     partial = Path(f"{out}{PARTIAL_SUFFIX}")
     if partial.exists():
-        check_output_file(partial, replace=True, source=data)
+        check_output_file(partial, replace=True, inputs=[data])
 
 
 def _list_adapters(

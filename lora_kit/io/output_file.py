@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from lora_kit.errors import StorageError
+from lora_kit.io.output_overlap import refuse_overlap
 from lora_kit.io.text import escape_text
 
 
-def check_output_file(path: Path, *, replace: bool, source: Path | None = None) -> None:
+def check_output_file(path: Path, *, replace: bool, inputs: Iterable[Path] = ()) -> None:
     """Check that a file can be written: before hours of work, not after.
 
     Args:
-        source: a file that is read, which is never replaced.
+        inputs: files that are read, which are never replaced.
 
     Raises:
-        StorageError: the file exists, is the source under any name, or its folder does not exist.
+        StorageError: the file exists, is an input under any name, or its folder does not exist.
     """
-    if source is not None and path.exists() and source.exists() and path.samefile(source):
-        what = f"{escape_text(path)} is the file that is read ({escape_text(source)})"
-        raise StorageError(what, hint="choose another file for the output")
+    refuse_overlap(path, inputs)
     if path.is_dir():
         raise StorageError(f"{escape_text(path)} is a folder", hint="predictions are written to one file")
     if path.exists() and not (replace and path.is_file()):

@@ -10,6 +10,7 @@ from typing import Final
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.errors import AdapterError, MergeError
 from lora_kit.io.atomic_write import check_path
+from lora_kit.io.output_overlap import OTHER_OUTPUT, reason_overlap
 from lora_kit.io.read import read_text
 from lora_kit.io.sealed_json import SELF_DIGEST, is_intact
 from lora_kit.io.strict_json import parse_object
@@ -30,15 +31,9 @@ def refuse_overlap(out: Path, inputs: Sequence[Path]) -> None:
         StorageError: the output is not a valid path.
     """
     check_path(out)
-    out = out.resolve()
-    for folder in (path.resolve() for path in inputs if "\0" not in str(path)):  # reading such a path fails later
-        if out == folder:
-            raise MergeError(f"the output {escape_text(out)} is an input of this merge", hint="choose another output")
-        if out.is_relative_to(folder) or folder.is_relative_to(out):
-            raise MergeError(
-                f"the output {escape_text(out)} and the input {escape_text(folder)} lie inside each other",
-                hint="choose an output beside it",
-            )
+    reason = reason_overlap(out, inputs)
+    if reason:
+        raise MergeError(reason, hint=OTHER_OUTPUT)
 
 
 def refuse_merged(base: Path, adapters: Sequence[Adapter]) -> None:

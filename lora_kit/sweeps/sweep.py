@@ -17,7 +17,7 @@ from lora_kit.models.loading import Base
 from lora_kit.models.silence import silence_libraries
 from lora_kit.sweeps.space import check_values, format_space, list_combinations, parse_space
 from lora_kit.training.job.job import Job
-from lora_kit.training.job.output import check_output_writable
+from lora_kit.training.job.output import check_output_writable, refuse_inputs
 from lora_kit.training.job.recipe_rows import read_recipe_rows
 from lora_kit.training.recipe.coerce import as_json, check_one_of
 from lora_kit.training.recipe.load import load_recipe, read_recipe_fields
@@ -83,6 +83,7 @@ def sweep(
     _check_arguments(base=base, method=method, trials=trials, seed=seed, prune=prune, keep=keep, workers=workers)
     space = parse_space(over)
     fields, loaded, metric = _read_recipe(recipe, overrides, metric)
+    refuse_inputs(loaded)
     settings: SweepSettings = {
         "method": method or ("tpe" if list_combinations(space) is None else "grid"),
         "metric": metric,

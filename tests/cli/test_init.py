@@ -6,12 +6,15 @@ import io
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from lora_kit.cli.main import main
-from lora_kit.data.preparation.example_rows import GOALS
+from lora_kit.data.preparation import start_project
+from lora_kit.data.preparation.example_rows import GOALS, render_example
+from lora_kit.errors import StorageError
 
 Capture = pytest.CaptureFixture[str]
 FAST = ["--train.max_steps", "2", "--train.num_train_epochs", "1"]
@@ -91,6 +94,22 @@ def test_nothing_that_is_there_is_replaced(there: str, capsys: Capture, here: Pa
     assert "exists already" in capsys.readouterr().err
     assert [path for path in here.rglob("*") if path.is_file()] == [here / there]
     assert (here / there).read_text() == "mine"
+
+
+def test_where_it_fails_no_example_is_left_and_one_that_is_left_is_used(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: Any, **named: Any) -> None:
+        raise StorageError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(start_project, "prepare", fail)
+        assert main(["init", "--task", "classify", "--out", "new/mine"]) == 3
+    assert not [path for path in here.rglob("*") if path.is_file()]
+    assert not (here / "new").exists()
+    (here / "new").mkdir()
+    (here / "new" / "mine-example.jsonl").write_bytes(render_example("classify"))
+    assert main(["init", "--task", "classify", "--out", "new/mine"]) == 0
 
 
 def test_an_unknown_task_names_the_nearest(capsys: Capture) -> None:

@@ -298,7 +298,7 @@ def test_predictions_never_replace_the_file_that_is_read(capsys: Capture, tmp_pa
     elif link == "hardlink":
         out.hardlink_to(rows)
     code, _, err = run(capsys, "-a", "single", "--data", str(rows), "--out", str(out), "--replace")
-    assert (code, "is the file that is read" in err, rows.read_bytes() == before) == (3, True, True)
+    assert (code, "is an input" in err, rows.read_bytes() == before) == (3, True, True)
 
 
 def test_a_table_of_entities_names_the_line_and_texts_without_any(

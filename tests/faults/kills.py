@@ -8,24 +8,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import json
 import os
 import random
-import shutil
 import signal
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from benchmarks import harness
 from tests.faults import reliability_page
 from tests.faults.quiet import hush
+from tests.faults.undisturbed import Undisturbed, fork_work, measure_undisturbed, put_back, wait_for
 from tests.support.merging import contents
 from tests.support.works import KILLED, Start
 
@@ -82,91 +79,39 @@ def kill_work(name: str, *, kills: int, seed: int) -> KillCounts:
     with tempfile.TemporaryDirectory(prefix="kills-") as folder:
         place, ready = Path(folder) / "kill", Path(folder) / "ready"
         place.mkdir()
-        assert _wait(_fork(start(place, 1))) == 0, "the work fails"
-        old = contents(place / "out")
-        place.rename(ready)  # and copied back under its name, which is in some files
-        results = []
-        for _ in range(2):
-            shutil.copytree(ready, place)
-            results.append(_measure(start, place))
-            shutil.rmtree(place)
-        new, seconds = results[0]
-        # What a clock is in differs between works that nobody disturbed, too.
-        decisive = [file for file in new if new[file] == results[1][0].get(file)]
-        assert any(new[file] != old.get(file) for file in decisive), "the two results have to differ"
+        code, said = wait_for(fork_work(start(place, 1)))
+        assert code == 0, f"the work fails: {said}"
+        expected = measure_undisturbed(start, place, ready)
         for number in range(kills):
-            shutil.copytree(ready, place)
-            _kill_once(start, place, chance.uniform(0, seconds), old, new, decisive, counts)
-            shutil.rmtree(place)
+            put_back(ready, place)
+            _kill_once(start, place, chance.uniform(0, expected.seconds), expected, counts)
             if not counts.is_good:
                 print(f"{name}: kill {number} of seed {seed} was not survived: {counts}", flush=True)
                 break
     print(f"{name}: {counts.kills} kills, {counts.in_the_work} in the work, {counts.mixtures} mixtures, "
-          f"{counts.same_bytes} in the same bytes, from {len(decisive)} files", flush=True)  # fmt: skip
+          f"{counts.same_bytes} in the same bytes, from {len(expected.decisive)} files", flush=True)  # fmt: skip
     return counts
 
 
-def _measure(start: Start, place: Path) -> tuple[dict[str, bytes], float]:
-    """Do the work undisturbed over an earlier result; return its result, and the seconds that it took."""
-    work, began = start(place, 2), time.monotonic()
-    assert _wait(_fork(work)) == 0, "the work fails undisturbed"
-    return contents(place / "out"), time.monotonic() - began
-
-
-def _do(work: Callable[[], Any]) -> None:
-    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-        work()
-
-
-def _fork(work: Callable[[], Any]) -> int:
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            _do(work)
-            code = 0
-        except BaseException:
-            traceback.print_exc(limit=-3)
-        finally:
-            os._exit(code)
-    return child
-
-
-def _wait(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def _kill_once(
-    start: Start,
-    place: Path,
-    moment: float,
-    old: dict[str, bytes],
-    new: dict[str, bytes],
-    decisive: Collection[str],
-    counts: KillCounts,
-) -> None:
+def _kill_once(start: Start, place: Path, moment: float, expected: Undisturbed, counts: KillCounts) -> None:
     """Kill the work at a moment, look at its result, and do it again."""
     work = start(place, 2)
-    child = _fork(work)
+    child = fork_work(work)
     time.sleep(moment)
     with contextlib.suppress(ProcessLookupError):
-        os.kill(child, signal.SIGKILL)
-    code = _wait(child)
-    assert code in (0, -signal.SIGKILL), f"the work failed by itself with {code}"
+        os.kill(child[0], signal.SIGKILL)
+    code, said = wait_for(child)
+    assert code in (0, -signal.SIGKILL), f"the work failed by itself with {code}: {said}"
     counts.kills += 1
     counts.in_the_work += code != 0
     found = contents(place / "out")
-    is_whole = any(_is_same(found, other, decisive) for other in (old, new))
+    is_whole = expected.is_old(found) or expected.is_new(found)
     counts.whole += is_whole
     counts.mixtures += not is_whole
-    assert _wait(_fork(work)) == 0, "the work fails when it is done again"
-    counts.same_bytes += _is_same(contents(place / "out"), new, decisive)
+    code, said = wait_for(fork_work(work))
+    assert code == 0, f"the work fails when it is done again: {said}"
+    counts.same_bytes += expected.is_new(contents(place / "out"))
     counts.leftovers += sum(path.name.endswith((".staging", ".replaced")) for path in place.iterdir())
-
-
-def _is_same(found: dict[str, bytes], expected: dict[str, bytes], decisive: Collection[str]) -> bool:
-    """Return whether two results have files of the same names, and those that decide with the same bytes."""
-    return found.keys() == expected.keys() and all(found[file] == expected[file] for file in decisive)
 
 
 if __name__ == "__main__":

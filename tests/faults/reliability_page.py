@@ -62,6 +62,19 @@ def format_kills(result: Mapping[str, Any]) -> str:
     return harness.table(head, rows)
 
 
+def format_flips(result: Mapping[str, Any]) -> str:
+    """Return a row for each artifact whose bits were flipped."""
+    found = [
+        [one["files"], one["bytes"], one["flips"], one["flips"] - len(one["unseen"])] for one in result["artifacts"]
+    ]
+    rows = [
+        [one["artifact"], *(f"{count:,}" for count in counts)]
+        for one, counts in zip(result["artifacts"], found, strict=True)
+    ]
+    rows.append(["together", *(f"{sum(column):,}" for column in zip(*found, strict=True))])
+    return harness.table(("of", "files", "bytes", "bits flipped", "seen"), rows)
+
+
 def format_soak(result: Mapping[str, Any]) -> str:
     """Return the counts of a long run as a table."""
     counts = sorted(result["counts"].items())
@@ -75,6 +88,7 @@ def format_soak(result: Mapping[str, Any]) -> str:
 TABLES: Final[Mapping[str, Callable[[Mapping[str, Any]], str]]] = {
     "faults": format_faults,
     "fuzzing": format_fuzzing,
+    "flips": format_flips,
     "kills": format_kills,
     "soak": format_soak,
 }

@@ -13,6 +13,7 @@ from tests.faults.fault import Fault
 from tests.faults.foreign_files import FILES
 from tests.faults.hostile import RECIPES, RECORDS, SAID
 from tests.faults.labels import ARGUMENTS, LABELS
+from tests.faults.overlaps import OVERLAPS
 from tests.faults.row_files import DATA
 from tests.faults.running import RUNNING
 from tests.faults.sweeps import SWEEPS
@@ -24,6 +25,7 @@ AREAS: Mapping[str, tuple[Fault, ...]] = {
     "config": CONFIGS,
     "base": BASES,
     "writing": WRITING,
+    "an output that is an input": OVERLAPS,
     "running": RUNNING,
     "routing": ROUTING,
     "layers": LAYERS,

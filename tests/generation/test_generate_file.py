@@ -193,7 +193,7 @@ def test_answers_are_jsonl_and_never_replace_the_prompts(base: Base, store: Path
     data.with_name(f"out.jsonl{PARTIAL_SUFFIX}").hardlink_to(lines)
     for read_from, out in (data, data), (data, link), (lines, data.with_name("out.jsonl")):
         before = read_from.read_bytes()
-        with pytest.raises(StorageError, match="is the file that is read"):
+        with pytest.raises(StorageError, match="is an input"):
             run(base, ["one"], read_from, store, out=out, replace=True)
         assert read_from.read_bytes() == before
 

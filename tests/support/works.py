@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import lora_kit as lk
+from lora_kit.cli.main import main
 from lora_kit.data.preparation.prepare import prepare
 from lora_kit.io.atomic_write import write_file
 from lora_kit.training.train import train
 from tests.support import folders, merging, texts, tiny
+from tests.support.labeled_bases import save_sentiment_base
 from tests.support.training import base_of, recipe_of
 
 Start: TypeAlias = Callable[[Path, int], Callable[[], Any]]
@@ -60,6 +63,53 @@ def start_write(folder: Path, number: int) -> Callable[[], Any]:
     return lambda: write_file(folder / "out" / "predictions.jsonl", f"{number}\n".encode() * 5_000)
 
 
+def _start_command(*words: str) -> Start:
+    """Return what runs a command in the folder, which has a base, two adapters and rows.
+
+    Args:
+        words: of the command; those with `{number}` are of the first time, or of the second.
+    """
+
+    def start(folder: Path, number: int) -> Callable[[], Any]:
+        if not (folder / "base").exists():
+            merging.base_folder(folder / "base", tiny.llama())
+            (folder / "out").mkdir()
+        for each in (1, 2):
+            if not (folder / f"adapter-{each}").exists():
+                folders.adapter(seed=each).save(folder / f"adapter-{each}")
+        prompts = [{"prompt": f"number {n} of {number}", "completion": "word " * (number + 1)} for n in range(9)]
+        texts.write(folder / f"rows-{number}.jsonl", prompts)
+        argv = [word.format(number=number) for word in words]
+
+        def work() -> int:
+            with contextlib.chdir(folder):
+                return main(argv)
+
+        return work
+
+    return start
+
+
+def _start_predict(folder: Path, number: int) -> Callable[[], Any]:
+    save_sentiment_base(folder / "base", labels=("positive", "negative"))
+    (folder / "out").mkdir(exist_ok=True)
+    texts.write(folder / f"rows-{number}.jsonl", [{"text": f"text {number} {n}"} for n in range(99)])
+    argv = ["predict", "--data", f"rows-{number}.jsonl", "--base", "base", "--out", "out/said.jsonl", "--replace"]
+
+    def work() -> int:
+        with contextlib.chdir(folder):
+            return main(argv)
+
+    return work
+
+
+def _start_init(folder: Path, number: int) -> Callable[[], Any]:
+    """The first time leaves nothing: what is there is never replaced."""
+    merging.base_folder(folder / "base", tiny.llama())
+    argv = ["init", "--task", "answer", "--base", str(folder / "base"), "--out", str(folder / "out")]
+    return lambda: main(argv) if number == 2 else 0
+
+
 KILLED: Mapping[str, Start] = {
     "save": start_save,
     "training with checkpoints": start_training_with_checkpoints,
@@ -68,3 +118,44 @@ KILLED: Mapping[str, Start] = {
     "prepare": start_prepare,
 }
 """What is killed at random moments."""
+_ADAPTER = ("--base", "base", "--adapter", "adapter-{number}")
+FILLED: Mapping[str, Start] = {
+    "save": start_save,
+    "train": start_train,
+    "training with checkpoints": start_training_with_checkpoints,
+    "sweep": start_sweep,
+    "merge": start_merge,
+    "export": start_export,
+    "export of a merged model": _start_command(
+        "export", "adapter-{number}", "--target", "merged", "--base", "base", "--out", "out", "--replace"
+    ),
+    "combine": _start_command(
+        "combine",
+        "-a",
+        "adapter-1",
+        "-a",
+        "adapter-{number}",
+        "--weight",
+        "0.5",
+        "--weight",
+        "2",
+        "--out",
+        "out",
+        "--replace",
+    ),
+    "resize": _start_command("resize", "adapter-{number}", "--rank", "2", "--out", "out", "--replace"),
+    "convert": _start_command("convert", "adapter-{number}", "--out", "out", "--replace"),
+    "prepare": start_prepare,
+    "init": _start_init,
+    "generate --data": _start_command(
+        *("generate", *_ADAPTER, "--data", "rows-{number}.jsonl", "--out", "out/said.jsonl", "--replace"),
+        *("--max-new-tokens", "3", "--batch-size", "2"),
+    ),
+    "predict --out": _start_predict,
+    "eval --out": _start_command("eval", "rows-{number}.jsonl", *_ADAPTER, "--out", "out/said.jsonl", "--replace"),
+    "eval --report": _start_command("eval", "rows-{number}.jsonl", *_ADAPTER, "--report", "out/page.html", "--replace"),
+    "compare --report": _start_command(
+        "compare", "adapter-1", "adapter-{number}", "--report", "out/page.html", "--replace"
+    ),
+}
+"""What finds the disk full at every point of its way."""

@@ -8,7 +8,7 @@ from lora_kit.data.preparation.example_rows import GOALS, render_example
 from lora_kit.data.preparation.prepare import prepare
 from lora_kit.data.preparation.prepared_folder import Preparation
 from lora_kit.errors import DataError, StorageError, format_list, suggest_nearest
-from lora_kit.io.atomic_write import check_output, write_file
+from lora_kit.io.atomic_write import check_output, lock_output, write_file
 from lora_kit.io.read import exists
 from lora_kit.io.text import escape_text
 from lora_kit.names import KIT_BASE
@@ -39,14 +39,27 @@ def start_project(
     if data is None:
         if goal is None:
             raise DataError("an example is of a task", hint=f"one of {format_list(list(GOALS))}")
-        data = folder.with_name(f"{folder.name}-example.jsonl")
-        if exists(data):
-            raise StorageError(f"{escape_text(data)} exists already", hint="choose another output")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        write_file(data, render_example(goal))
-    else:
-        _check_goal(goal, data, base)
+        return _prepare_example(folder.with_name(f"{folder.name}-example.jsonl"), goal, folder, base)
+    _check_goal(goal, data, base)
     return prepare(data, folder, base=base)
+
+
+def _prepare_example(file: Path, goal: str, out: Path, base: str) -> Preparation:
+    """Write an example and prepare it; a file with the same rows may be there, which a stopped command has left."""
+    rows = render_example(goal)
+    if exists(file) and not _holds(file, rows):
+        raise StorageError(f"{escape_text(file)} exists already", hint="choose another output")
+    with lock_output(file):  # which creates the folders above, and removes them where the block fails
+        write_file(file, rows)
+        try:
+            return prepare(file, out, base=base)
+        except BaseException:
+            file.unlink(missing_ok=True)
+            raise
+
+
+def _holds(file: Path, data: bytes) -> bool:
+    return file.is_file() and file.stat().st_size == len(data) and file.read_bytes() == data
 
 
 def _check_goal(goal: str | None, data: str | Path, base: str) -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Final
 
 from lora_kit.adapter.folder import is_adapter_folder
+from lora_kit.data.mixture import list_files
 from lora_kit.errors import RecipeError, StorageError
 from lora_kit.io.atomic_write import check_output, check_path
+from lora_kit.io.output_overlap import refuse_overlap
 from lora_kit.io.text import escape_text
 from lora_kit.names import RECIPE_FILE
 from lora_kit.training.recipe.recipe import Recipe
@@ -38,15 +40,26 @@ def check_output_writable(recipe: Recipe) -> None:
 
 
 def check_output_available(recipe: Recipe, *, replace: bool) -> None:
-    """Reject an output that exists and may not be replaced, or that overlaps the base's folder.
+    """Reject an output that exists and may not be replaced, or that is not apart from what the training reads.
 
     Raises:
         StorageError: what is in the way.
     """
-    out, base = Path(recipe.out), Path(recipe.base).expanduser()
+    refuse_inputs(recipe)
+    out = Path(recipe.out)
     check_output(out, replace=replace, owned=is_trained_model_folder if recipe.method == "full" else is_adapter_folder)
-    if base.is_dir() and (out.resolve().is_relative_to(base.resolve()) or base.resolve().is_relative_to(out.resolve())):
-        raise StorageError(f"{escape_text(out)} and the base's folder overlap", hint="choose another output")
+
+
+def refuse_inputs(recipe: Recipe) -> None:
+    """Reject an output that is not apart from what the training reads. A folder of data may hold it.
+
+    Raises:
+        StorageError: it is an input, lies in one, or has one in it.
+    """
+    sources = [source for source in (recipe.data.train, recipe.data.validation) if source is not None]
+    rows = [file.path for source in sources for file in list_files(source) if os.path.isfile(file.path)]
+    others = (recipe.base, recipe.start_from, recipe.data.chat_template)
+    refuse_overlap(Path(recipe.out), [*rows, *filter(None, others)])
 
 
 def is_trained_model_folder(folder: Path) -> bool:
