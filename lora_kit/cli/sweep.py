@@ -34,6 +34,7 @@ def sweep(
     prune: str | None = None,
     keep: str = "best",
     workers: int = 1,
+    together: int = 1,
     replace: Replace = False,
     json: AsJson = False,
 ) -> None:
@@ -53,6 +54,7 @@ def sweep(
         prune: median: stop a trial that is worse at an evaluation than half of the others were at that step.
         keep: best, or all: the results of all trials stay in the sweep's folder.
         workers: Processes that share the trials.
+        together: Trials that a process trains at once over one base, each as if alone; for keys of lora and train.
     """
     from lora_kit.sweeps.sweep import sweep as run_sweep
     from lora_kit.training.recipe.load import load_recipe
@@ -69,6 +71,7 @@ def sweep(
             prune=prune,
             keep=keep,
             workers=workers,
+            together=together,
             replace=replace,
         )
     if json:

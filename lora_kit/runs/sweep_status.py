@@ -23,7 +23,7 @@ SWEEP_RESULTS: Final = "results.json"
 SWEEP_LOCKS: Final = "locks"
 SWEEP_TRIALS: Final = "trials"
 _LIMIT: Final = 2**23
-_SETTINGS: Final = ("method", "metric", "trials", "seed", "prune", "keep")
+_SETTINGS: Final = ("method", "metric", "trials", "seed", "prune", "keep", "together")
 """Fields of a plan that are flags of `lora-kit sweep`."""
 
 
@@ -136,7 +136,7 @@ def _build_command(folder: Path, plan: Mapping[str, Any]) -> str | None:
         shown = values if isinstance(values, str) else ",".join(map(json.dumps, values))
         words += ["--over", f"{key}={shown}"]
     for name in _SETTINGS:
-        if plan.get(name) is not None:
+        if plan.get(name) is not None and (name, plan[name]) != ("together", 1):
             words += [f"--{name}", str(plan[name])]
     change = "" if work == Path.cwd() else f"cd {shlex.quote(str(work))} && "
     return change + shlex.join(words)

@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from lora_kit.config.lora_config import LoraConfig
@@ -170,11 +170,33 @@ def check_values(space: Space, fields: Mapping[str, object]) -> None:
     Raises:
         RecipeError: it rejects one.
     """
+    for _ in _load_each(space, fields):
+        pass
+
+
+def _load_each(space: Space, fields: Mapping[str, object]) -> Iterator[Recipe]:
+    """Yield the recipe with every value, each by itself; of a range with its two ends."""
     from optuna.distributions import CategoricalDistribution
 
     for key, values in space.items():
         for value in values.choices if isinstance(values, CategoricalDistribution) else (values.low, values.high):
-            load_recipe(fields, overrides={key: value})
+            yield load_recipe(fields, overrides={key: value})
+
+
+def check_trials_together(space: Space, fields: Mapping[str, object]) -> None:
+    """Check that trials can be trained over one base at once, with every value by itself.
+
+    Raises:
+        RecipeError: names the key or the value that needs a training of its own.
+    """
+    from lora_kit.training.together.train_many import check_recipes_together
+
+    for key in space:
+        if not key.startswith(("lora.", "train.")):
+            raise RecipeError(f"{key} cannot be swept with trials trained together: they share base and rows",
+                              hint="leave together out, or sweep keys of lora and train")  # fmt: skip
+    for recipe in _load_each(space, fields):
+        check_recipes_together([recipe])
 
 
 def list_combinations(space: Space) -> list[dict[str, Value]] | None:

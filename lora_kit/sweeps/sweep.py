@@ -15,7 +15,7 @@ from lora_kit.evaluation.metrics import basic_metrics
 from lora_kit.io.text import escape_text
 from lora_kit.models.loading import Base
 from lora_kit.models.silence import silence_libraries
-from lora_kit.sweeps.space import check_values, format_space, list_combinations, parse_space
+from lora_kit.sweeps.space import check_trials_together, check_values, format_space, list_combinations, parse_space
 from lora_kit.training.job.job import Job
 from lora_kit.training.job.output import check_output_writable, refuse_inputs
 from lora_kit.training.job.recipe_rows import read_recipe_rows
@@ -51,6 +51,7 @@ def sweep(
     prune: str | None = None,
     keep: str = "best",
     workers: int = 1,
+    together: int = 1,
     replace: bool = False,
 ) -> SweepReport:
     """Train a recipe with many values of some of its keys, and write the best result to the recipe's `out`.
@@ -72,6 +73,7 @@ def sweep(
         prune: `median` stops a trial that is worse at an evaluation than half of the others were at that step.
         keep: `all` keeps the results of all trials in the sweep's folder.
         workers: processes that share the trials.
+        together: trials that a process trains at once, each as if alone (`train_many`); for keys of `lora` and `train`.
         replace: what is at `out` may be replaced, and so may another sweep.
 
     Raises:
@@ -80,7 +82,9 @@ def sweep(
         StorageError: the machine failed; what was done is kept.
         VerificationError: no trial is complete.
     """
-    _check_arguments(base=base, method=method, trials=trials, seed=seed, prune=prune, keep=keep, workers=workers)
+    _check_arguments(
+        base=base, method=method, trials=trials, seed=seed, prune=prune, keep=keep, workers=workers, together=together
+    )
     space = parse_space(over)
     fields, loaded, metric = _read_recipe(recipe, overrides, metric)
     refuse_inputs(loaded)
@@ -90,7 +94,9 @@ def sweep(
         "seed": loaded.seed if seed is None else seed,
         "prune": prune,
     }
-    plan, base = _build_plan(loaded, fields, space, base, settings=settings, trials=trials, keep=keep)
+    plan, base = _build_plan(
+        loaded, fields, space, base, settings=settings, trials=trials, keep=keep, together=together
+    )
     return _run_plan(plan, base, workers, replace=replace)
 
 
@@ -133,17 +139,23 @@ def _build_plan(
     settings: SweepSettings,
     trials: int | None,
     keep: str,
+    together: int,
 ) -> tuple[SweepPlan, Base | None]:
     """Check everything that a trial needs, and return the plan with the base that trials can share."""
     from lora_kit.sweeps.sweep_plan import SweepPlan
     from lora_kit.sweeps.worker import can_share_base
+    from lora_kit.training.together.train_many import refuse_experts
 
     combinations = list_combinations(space)
     _check_recipe(recipe, space, base, settings=settings)
     check_values(space, fields)
+    if together > 1:
+        check_trials_together(space, fields)
     check_output_writable(recipe)
     with silence_libraries():
         job = Job.open(recipe, base)
+    if together > 1:
+        refuse_experts(job.base)
     rows = _hash_train_rows(space, fields)
     plan = SweepPlan(
         out=str(recipe.out),
@@ -151,6 +163,7 @@ def _build_plan(
         over=format_space(space),
         trials=min(trials or len(combinations), len(combinations)) if combinations else trials or _DEFAULT_TRIALS,
         keep=keep,
+        together=together,
         started_in=os.getcwd(),
         identity=as_json({**job.identity, "over": format_space(space), "files": rows, "sweep": settings}),
         **settings,
@@ -167,6 +180,7 @@ def _check_arguments(
     prune: str | None,
     keep: str,
     workers: int,
+    together: int,
 ) -> None:
     if find_spec("optuna") is None:
         raise ConfigError("a sweep needs optuna, which is not installed", hint="pip install 'lora-kit[sweep]'")
@@ -175,7 +189,8 @@ def _check_arguments(
     if prune is not None:
         check_one_of("prune", prune, PRUNERS)
     check_one_of("keep", keep, KEEP)
-    for name, value, least in (("trials", trials, 1), ("seed", seed, 0), ("workers", workers, 1)):
+    least_values = (("trials", trials, 1), ("seed", seed, 0), ("workers", workers, 1), ("together", together, 1))
+    for name, value, least in least_values:
         if value is not None and value < least:
             raise ConfigError(f"{name} must be at least {least}; {value} was given")
     if workers > 1 and base is not None:

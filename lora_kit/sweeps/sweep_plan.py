@@ -47,6 +47,7 @@ class SweepPlan:
         prune: `median`, or None.
         keep: `best`, or `all` trials' results.
         identity: what decides the result of every trial: settings, recipe, rows, base.
+        together: trials that a process trains at once.
         started_in: working directory in which it was started, from which relative paths are meant.
     """
 
@@ -60,6 +61,7 @@ class SweepPlan:
     prune: str | None
     keep: str
     identity: Mapping[str, object]
+    together: int = 1
     started_in: str = ""
 
     @property

@@ -55,6 +55,7 @@ class SweepStudy:
     def __init__(self, plan: SweepPlan) -> None:
         self.plan = plan
         self._alone = FileLock(plan.folder / SWEEP_LOCKS / "sweep")
+        self._locks: dict[int, FileLock] = {}  # of the trials that this process runs
         with _translate_damage(plan.folder / SWEEP_JOURNAL):
             self._optuna = optuna.create_study(
                 storage=_open_storage(plan.folder),
@@ -102,39 +103,41 @@ class SweepStudy:
             raise StorageError(f"{folder} was removed while its trials ran", hint="start the sweep again")
 
     @contextlib.contextmanager
-    def claim_trial(self) -> Iterator[optuna.Trial | None]:
-        """Give this process a trial that no other one runs: one left behind, else a new one; None if all have begun."""
-        with self.exclusive():
-            claim = self._claim_left_behind() or self._claim_new()
-        if claim is None:
-            yield None
-            return
-        trial, lock = claim
+    def claim_trials(self, most: int = 1) -> Iterator[list[optuna.Trial]]:
+        """Give this process trials that no other one runs: those left behind, then new ones; none if all have begun."""
+        claimed: list[optuna.Trial] = []
         try:
-            yield optuna.Trial(self._optuna, trial._trial_id)
+            with self.exclusive():
+                while len(claimed) < most and (trial := self._claim_left_behind() or self._claim_new()):
+                    claimed.append(optuna.Trial(self._optuna, trial._trial_id))
+            yield claimed
         finally:
-            lock.release()
+            for lock in self._locks.values():
+                lock.release()
+            self._locks.clear()
 
-    def _claim_left_behind(self) -> tuple[FrozenTrial, FileLock] | None:
+    def _claim_left_behind(self) -> FrozenTrial | None:
         for trial in self.trials:
             lock = self._lock_of(trial.number)
             if trial.state == TrialState.RUNNING and lock.acquire_now():
+                self._locks[trial.number] = lock
                 logger.info("continuing trial %d", trial.number)
-                return trial, lock
+                return trial
         return None
 
-    def _claim_new(self) -> tuple[FrozenTrial, FileLock] | None:
+    def _claim_new(self) -> FrozenTrial | None:
         trials = self.trials
         if len(trials) >= self.plan.trials:
             return None
         params = propose_params(self.plan, trials)
         lock = self._lock_of(len(trials))
         lock.acquire()
+        self._locks[len(trials)] = lock
         # One line of the journal, where `ask` writes one for each value: no kill can leave a trial with half of them.
         self._optuna.add_trial(
             create_trial(state=TrialState.RUNNING, params=params, distributions=dict(self.plan.space))
         )
-        return self.trials[-1], lock
+        return self.trials[-1]
 
     def _lock_of(self, number: int) -> FileLock:
         return FileLock(self.plan.folder / SWEEP_LOCKS / str(number))
@@ -142,7 +145,7 @@ class SweepStudy:
     def end_trial(
         self, trial: optuna.Trial, state: TrialState, *, value: float | None = None, facts: Mapping[str, object]
     ) -> None:
-        """Record how a trial ended, and remove the results that can no longer be the best."""
+        """Record how a trial of this process ended, and remove the results that can no longer be the best."""
         with self.exclusive():
             for key, fact in facts.items():
                 trial.set_user_attr(key, fact)
@@ -150,6 +153,7 @@ class SweepStudy:
             if self.plan.keep == "best":
                 best = self.best
                 self.remove_results(but=None if best is None else best.number)
+        self._locks.pop(trial.number).release()
 
     def remove_results(self, *, but: int | None = None) -> None:
         """Remove the results of the trials that ended, except one's."""

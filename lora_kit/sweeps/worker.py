@@ -28,6 +28,7 @@ from lora_kit.sweeps.trials import SweepStudy
 from lora_kit.training.job.job import Job
 from lora_kit.training.recipe.load import load_recipe
 from lora_kit.training.recipe.recipe import METHODS_CHANGING_BASE, Recipe
+from lora_kit.training.together.train_many import JointTraining, train_together
 from lora_kit.training.train import train
 
 logger = logging.getLogger(__name__)
@@ -48,38 +49,64 @@ class Worker:
     def __init__(self, study: SweepStudy, *, base: Base | None = None) -> None:
         self._study, self._plan, self._base = study, study.plan, base
         self._recipe = load_recipe(study.plan.fields)
+        self._log = _TrialLog(study)
 
     def run(self) -> None:
         """Work until every trial has ended, those of other processes too: one of them may die."""
-        log = _TrialLog(self._study)
         while not self._study.is_done:
-            with self._study.claim_trial() as trial:
-                if trial is None:
+            with self._study.claim_trials(self._plan.together) as trials:
+                runs = [run for run in map(self._prepare_trial, trials) if run is not None]
+                if not trials:
                     time.sleep(_POLL_SECONDS)
-                else:
-                    self._run_trial(trial)
-            log.update()
+                elif len(runs) > 1:
+                    self._train_together(runs)
+                for run in runs if len(runs) == 1 else []:
+                    self._train_alone(run)
+            self._log.update()
 
-    def _run_trial(self, trial: optuna.Trial) -> None:
+    def _prepare_trial(self, trial: optuna.Trial) -> JointTraining | None:
+        """Return the training of a trial; None where it has ended without one."""
         if _PRUNED_AT in trial.user_attrs:  # decided before its process died
             self._study.end_trial(trial, TrialState.PRUNED, facts={"steps": trial.user_attrs[_PRUNED_AT]})
-            return
-        callbacks = [_ReportEvaluations(self._study, trial)]
+            return None
+
+        def end_trial(training: JointTraining) -> None:
+            self._end_trial(trial, training)
+
+        callbacks = (_ReportEvaluations(self._study, trial),)
         try:
             recipe = self._plan.build_recipe(trial.number, trial.params)
-            report = train(recipe, base=self._load_base(recipe), replace=True, callbacks=callbacks)
         except LoraKitError as error:
-            # What the machine failed at may succeed later. An error that these values lead to is a result.
-            if error.exit_code == StorageError.exit_code:
-                raise
             self._study.end_trial(trial, TrialState.FAIL, facts={"error": str(error)})
+            return None
+        return JointTraining(recipe, callbacks=callbacks, on_end=end_trial)
+
+    def _train_alone(self, run: JointTraining) -> None:
+        with run.note_end():
+            base = self._load_base(run.recipe)
+            run.report = train(run.recipe, base=base, replace=True, callbacks=run.callbacks)
+        _raise_failure(run)
+
+    def _train_together(self, runs: Sequence[JointTraining]) -> None:
+        train_together(runs, base=self._load_base(runs[0].recipe), replace=True, together=len(runs))
+        for run in runs:
+            _raise_failure(run)
+
+    def _end_trial(self, trial: optuna.Trial, run: JointTraining) -> None:
+        """Record what became of a trial's training, unless the trial may go on later."""
+        if run.error is not None:
+            if _is_result(run.error):
+                self._study.end_trial(trial, TrialState.FAIL, facts={"error": str(run.error)})
             return
+        report = run.report
+        assert report is not None
         assert report.after is not None
         metrics = report.after.metrics()
         facts = {"steps": report.steps, "seconds": round(report.seconds, 3), "metrics": metrics}
         pruned = _PRUNED_AT in trial.user_attrs
         state, value = (TrialState.PRUNED, None) if pruned else (TrialState.COMPLETE, metrics[self._plan.metric])
         self._study.end_trial(trial, state, value=value, facts=facts)
+        self._log.update()
 
     def _load_base(self, recipe: Recipe) -> Base | None:
         """Return the base that the trials share; None for a trial that loads its own."""
@@ -90,6 +117,16 @@ class Worker:
             with silence_libraries():
                 self._base = Job.open(shared).base
         return self._base
+
+
+def _is_result(error: Exception) -> bool:
+    """Whether an error follows from the values of a trial. What the machine failed at may succeed later."""
+    return isinstance(error, LoraKitError) and error.exit_code != StorageError.exit_code
+
+
+def _raise_failure(run: JointTraining) -> None:
+    if run.error is not None and not _is_result(run.error):
+        raise run.error
 
 
 def can_share_base(recipe: Recipe) -> bool:

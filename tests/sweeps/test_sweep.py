@@ -164,6 +164,9 @@ def test_a_space_is_read_as_it_is_meant(text: str, expected: BaseDistribution) -
         ([RANKS], {"trials": 0}, "trials must be at least 1"),
         ([RANKS], {"workers": 0}, "workers must be at least 1"),
         ([RANKS], {"workers": 2}, "cannot be shared by several workers"),
+        ([RANKS], {"together": 0}, "together must be at least 1"),
+        (["data.max_length=32,64"], {"together": 2}, "data.max_length cannot be swept with trials trained together"),
+        ([RATES], {"together": 2, "overrides": {"method": "full"}}, "method full changes the base"),
         ([RANKS], {"keep": "some"}, "keep 'some' is not known"),
         (["base=a,b"], {}, "base is swept"),
         ([RANKS], {"overrides": {"lora.rx": 1}}, "unknown key lora.rx"),
@@ -213,11 +216,10 @@ def test_of_a_finite_space_everything_is_tried_once(tmp_path: Path, method: str)
 
     study = open_study(plan_of(tmp_path, [RANKS, "train.seed=0,1,2"], method, trials=9), replace=False)
     for _ in range(9):
-        with study.claim_trial() as trial:
-            assert trial is not None
+        with study.claim_trials() as (trial,):
             study.end_trial(trial, TrialState.COMPLETE, value=float(trial.params["lora.r"]), facts={})
-    with study.claim_trial() as trial:
-        assert trial is None
+    with study.claim_trials() as trials:
+        assert not trials
     tried = [(trial.params["lora.r"], trial.params["train.seed"]) for trial in study.ended]
     assert sorted(tried) == [(rank, seed) for rank in (2, 4, 8) for seed in (0, 1, 2)]
     assert (tried == sorted(tried)) == (method == "grid")
@@ -234,8 +236,7 @@ def test_what_is_tried_follows_from_the_seed_and_the_trials_before(tmp_path: Pat
             if name == "same":  # every trial in a study of its own, as if the process were a new one each time
                 study = SweepStudy(study.plan)
                 assert propose_params(study.plan, study.trials) == propose_params(study.plan, study.trials)
-            with study.claim_trial() as trial:
-                assert trial is not None
+            with study.claim_trials() as (trial,):
                 assert trial.number == number
                 study.end_trial(trial, TrialState.COMPLETE, value=float(trial.params["train.learning_rate"]), facts={})
         found.append([trial.params for trial in study.ended])
@@ -368,6 +369,55 @@ def test_more_trials_may_be_asked_for_later(tmp_path: Path, begun: Callable[[], 
     assert weights(more) == weights(
         sweep({**recipe, "out": str(tmp_path / "at once")}, [RATES], base=base_of(), trials=3)
     )
+
+
+# Several at once
+
+
+def test_trials_trained_together_are_those_of_one_after_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, over = swept(tmp_path), [RANKS, "train.learning_rate=1e-3,1e30"]
+    alone = sweep({**recipe, "out": str(tmp_path / "alone")}, over, base=base_of(), keep="all", prune="median")
+    monkeypatch.setattr(working, "train", lambda *_, **__: pytest.fail("a trial was trained alone"))
+    together = sweep(recipe, over, base=base_of(), keep="all", together=3, prune="median")
+    assert told(together) == told(alone)
+    assert {trial.state for trial in alone.trials} == {"complete", "failed"}
+    for trial in (trial for trial in alone.trials if trial.state == "complete"):
+        one, other = (report.folder / "trials" / str(trial.number) for report in (alone, together))
+        paths = (one / "alone" / "adapter_model.safetensors", other / "out" / "adapter_model.safetensors")
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert weights(together) == weights(alone)
+
+
+def test_killed_while_trials_are_trained_together_it_finds_what_an_unbroken_sweep_finds(tmp_path: Path) -> None:
+    recipe = swept(tmp_path)
+    unbroken = sweep({**recipe, "out": str(tmp_path / "unbroken")}, [RANKS], base=base_of(), together=3)
+
+    def work() -> None:
+        at_step(1, 2, die)
+        sweep(recipe, [RANKS], base=base_of(), together=3)
+
+    assert in_child(work) == -signal.SIGKILL
+    study = SweepStudy(read_plan(tmp_path / "out.sweep"))
+    assert [trial.state.name for trial in study.trials] == ["RUNNING"] * 3
+    resumed = []
+    at_step(0, 3, lambda: resumed.append(0))
+    report = sweep(recipe, [RANKS], base=base_of(), together=2)
+    assert told(report) == told(unbroken)
+    assert resumed == [0]
+    assert weights(report) == weights(unbroken)
+
+
+def test_an_error_of_the_machine_ends_a_sweep_of_trials_together_and_leaves_its_trial(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise StorageError("no space left on the device")
+
+    at_step(1, 2, fail)
+    with pytest.raises(StorageError, match="no space left"):
+        sweep(swept(tmp_path), [RANKS], base=base_of(), together=3)
+    states = [trial.state.name for trial in SweepStudy(read_plan(tmp_path / "out.sweep")).trials]
+    assert states == ["COMPLETE", "RUNNING", "COMPLETE"]
 
 
 # Stopped and started again
@@ -651,7 +701,7 @@ def test_a_process_that_only_waits_ends_when_the_folder_is_taken_away(
     log = working._TrialLog(study)
     shutil.rmtree(study.plan.folder)
     # Another process runs the last trial; nobody will ever see it end.
-    study.claim_trial = contextlib.nullcontext
+    study.claim_trials = lambda most: contextlib.nullcontext([])
     monkeypatch.setattr(working, "load_recipe", lambda fields: None)
     monkeypatch.setattr(working, "_TrialLog", lambda study: log)
     monkeypatch.setattr(working, "_start_workers", lambda plan, count: contextlib.nullcontext([]))

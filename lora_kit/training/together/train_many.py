@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from lora_kit.errors import LoraKitError, RecipeError
+from lora_kit.errors import RecipeError
 from lora_kit.io.atomic_write import lock_output
 from lora_kit.io.text import escape_text
 from lora_kit.layers.experts import EXPERT_MATRICES
@@ -36,6 +36,8 @@ from lora_kit.training.together.shared_weights import SharedBase, freeze_weights
 from lora_kit.training.train import StartedRun, train, train_job
 
 if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
     from lora_kit.training.loop.training_loop import TrainingLoop
 
 logger = logging.getLogger(__name__)
@@ -79,8 +81,25 @@ def train_many(
         raise RecipeError(f"together is {together}; at least one adapter is trained at once")
     if len(loaded) < 2:
         return [train(recipe, base=base, replace=replace) for recipe in loaded]
-    check_recipes_together(loaded)
-    trainings = [_Training(recipe) for recipe in loaded]
+    trainings = [JointTraining(recipe) for recipe in loaded]
+    train_together(trainings, base=base, replace=replace, together=together)
+    errors = {training.recipe.out: training.error for training in trainings if training.error is not None}
+    reports = [training.report for training in trainings if training.report is not None]
+    if errors:
+        raise PartialTrainingError(errors, reports)
+    return reports
+
+
+def train_together(
+    trainings: Sequence[JointTraining], *, base: Base | None, replace: bool, together: int = MOST_TOGETHER
+) -> None:
+    """Run several trainings in one pass, as `train_many`; each ends with its report or its error.
+
+    Raises:
+        RecipeError: they do not go together; nothing was trained.
+        LoraKitError: an output is not available; nothing was trained.
+    """
+    check_recipes_together([training.recipe for training in trainings])
     with contextlib.ExitStack() as stack:
         if stack.enter_context(join_world()).size > 1:
             raise RecipeError("several recipes are trained by one process", hint="without torchrun, or one recipe")
@@ -88,11 +107,6 @@ def train_many(
             stack.enter_context(training.hold_output(replace=replace))
         stack.enter_context(silence_libraries())
         _run_trainings(trainings, base, replace=replace, together=together)
-    errors = {training.recipe.out: training.error for training in trainings if training.error is not None}
-    reports = [training.report for training in trainings if training.report is not None]
-    if errors:
-        raise PartialTrainingError(errors, reports)
-    return reports
 
 
 def check_recipes_together(recipes: Sequence[Recipe]) -> None:
@@ -124,17 +138,21 @@ def _build_refusal(recipe: Recipe, reason: str) -> RecipeError:
 
 
 @dataclass
-class _Training:
-    """One of the trainings.
+class JointTraining:
+    """One of several trainings.
 
     Attributes:
         recipe: of it.
+        callbacks: further callbacks of transformers.
+        on_end: called with this training as soon as it has a report or an error, while others may go on.
         job: None where it could not be read.
         report: None until it has ended, and where it failed.
         error: that ended it.
     """
 
     recipe: Recipe
+    callbacks: tuple[TrainerCallback, ...] = ()
+    on_end: Callable[[JointTraining], None] | None = None
     job: Job | None = None
     report: TrainReport | None = None
     error: Exception | None = None
@@ -142,6 +160,16 @@ class _Training:
     @property
     def folder(self) -> RunFolder:
         return RunFolder(self.recipe.out)
+
+    @contextlib.contextmanager
+    def note_end(self) -> Iterator[None]:
+        """Note the error of the block, which opens the job or trains; call `on_end` unless it has more to do."""
+        try:
+            yield
+        except Exception as error:
+            self.error = error
+        if self.on_end is not None and (self.report or self.error):
+            self.on_end(self)
 
     @contextlib.contextmanager
     def hold_output(self, *, replace: bool) -> Iterator[None]:
@@ -157,15 +185,16 @@ class _Training:
             yield
 
 
-def _run_trainings(trainings: Sequence[_Training], base: Base | None, *, replace: bool, together: int) -> None:
+def _run_trainings(trainings: Sequence[JointTraining], base: Base | None, *, replace: bool, together: int) -> None:
     """Run all trainings, and note the report or the error of each."""
     before, shared = TurnState.capture(), SharedBase(base)
     for training in trainings:
-        training.job, training.error = _open_job(training, shared)
+        with training.note_end():
+            training.job = _open_job(training, shared)
     ready = [training for training in trainings if training.job is not None]
     if not ready or shared.source is None:
         return
-    _refuse_experts(shared.source)
+    refuse_experts(shared.source)
     stop = StopRequest()
     with freeze_weights([training.job.base.model for training in ready if training.job]), stop:
         reason = reason_no_joint_body(shared.source.model)
@@ -178,24 +207,25 @@ def _run_trainings(trainings: Sequence[_Training], base: Base | None, *, replace
         ]
         members = JointDriver(model, slots=together).run(works, may_begin=lambda: stop.signal_number is None)
         for training, member in zip(ready, members, strict=True):
-            training.report = member.thread.result
             error = member.thread.error
-            training.error = error if isinstance(error, Exception) else None
+            if isinstance(error, Exception):
+                training.error = error
     before.restore()
 
 
-def _open_job(training: _Training, shared: SharedBase) -> tuple[Job | None, Exception | None]:
-    """Return a training's job, or the error that says what is wrong with it."""
+def _open_job(training: JointTraining, shared: SharedBase) -> Job:
+    """Return a training's job.
+
+    Raises:
+        LoraKitError: what is wrong with it.
+    """
     recipe, store = training.recipe, training.folder.samples
-    try:
-        if shared.given is not None:
-            return Job.open(recipe, shared.copy_source(), store=store), None
-        return Job.open(recipe, load=shared.load, store=store), None
-    except LoraKitError as error:
-        return None, error
+    if shared.given is not None:
+        return Job.open(recipe, shared.copy_source(), store=store)
+    return Job.open(recipe, load=shared.load, store=store)
 
 
-def _refuse_experts(base: Base) -> None:
+def refuse_experts(base: Base) -> None:
     """Raise RecipeError for a base with routed experts, which mix the tokens of all adapters."""
     for path, module in base.model.named_modules():
         own = dict(module.named_parameters(recurse=False))
@@ -206,21 +236,25 @@ def _refuse_experts(base: Base) -> None:
             )
 
 
-def _make_work(training: _Training, stop: StopRequest, *, is_joint: bool, replace: bool) -> Work:
+def _make_work(training: JointTraining, stop: StopRequest, *, is_joint: bool, replace: bool) -> Work:
     """Return what a training does in its thread.
 
     Args:
         is_joint: whether its frozen layers may be computed with those of others.
     """
 
-    def work(ask: Ask, set_body: TellBody) -> TrainReport:
+    def work(ask: Ask, set_body: TellBody) -> None:
         job = training.job
         assert job is not None
         join = functools.partial(_join_loop, job.recipe, ask, set_body) if is_joint else contextlib.nullcontext
         folder = training.folder
-        checkpoint = folder.find_resumable(job.identity, job.environment, replace=replace)
-        run = StartedRun(folder, World(), checkpoint, SharedStopRequest(stop), join=join, shows_bar=False)
-        return train_job(job, run, replace=replace)
+        with training.note_end():
+            checkpoint = folder.find_resumable(job.identity, job.environment, replace=replace)
+            stop_request = SharedStopRequest(stop)
+            run = StartedRun(
+                folder, World(), checkpoint, stop_request, callbacks=training.callbacks, join=join, shows_bar=False
+            )
+            training.report = train_job(job, run, replace=replace)
 
     return work
 
