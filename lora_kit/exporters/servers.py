@@ -1,6 +1,6 @@
 """Programs that read PEFT's format: PEFT itself, vLLM, SGLang and Text Generation Inference, and what each ignores.
 
-What they read, by their sources (versions differ, and the tests run none of them):
+What they read, by their sources (versions differ; `tests/programs` runs PEFT and vLLM):
 
 - vLLM: `PEFTHelper` rejects use_dora, modules_to_save and ranks above `--max-lora-rank`, which is one of a few values
   (vllm/config/lora.py); older versions ignore rank_pattern and alpha_pattern.

@@ -7,6 +7,7 @@ merged model is written, and the README has the command that converts it.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,7 @@ CONVERTER_VARIABLE: Final = "LORA_KIT_LLAMA_CPP"
 """Variable of the environment with the folder of llama.cpp."""
 MODELFILE: Final = "Modelfile"
 _MERGED: Final = "merged"
+_MISSING_PACKAGE: Final = re.compile(r"No module named '(\w+)")
 
 
 def find_converter() -> Path | None:
@@ -91,11 +93,11 @@ def _convert(converter: Path, model: Path, file: Path) -> None:
     command = [sys.executable, converter, model, "--outfile", file]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     if done.returncode or not file.is_file():
-        last = (done.stderr or done.stdout).strip().splitlines()[-1:]
-        raise ExportError(
-            f"llama.cpp's converter ended with {done.returncode}: {shorten(' '.join(last))}",
-            hint=f"without {CONVERTER_VARIABLE} the merged model is written, with the command that converts it",
-        )
+        last = " ".join((done.stderr or done.stdout).strip().splitlines()[-1:])
+        hint = f"without {CONVERTER_VARIABLE} the merged model is written, with the command that converts it"
+        if missing := _MISSING_PACKAGE.search(last):
+            hint = f"pip install {missing[1]} beside lora_kit, where the converter runs; {hint}"
+        raise ExportError(f"llama.cpp's converter ended with {done.returncode}: {shorten(last)}", hint=hint)
 
 
 def format_gguf_command(case: ExportCase) -> str:

@@ -82,6 +82,15 @@ def test_a_converter_that_fails_leaves_nothing_and_says_its_last_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_package_that_the_converter_lacks_is_named(
+    base: Path, adapter: Path, converter: Path, tmp_path: Path
+) -> None:
+    converter.write_text("import no_such_package.inner")
+    with pytest.raises(ExportError, match="No module named") as error:
+        lk.export(adapter, "gguf-model", tmp_path / "out", base=base)
+    assert "pip install no_such_package beside lora_kit" in str(error.value.hint)
+
+
 def test_a_folder_without_the_converter_is_an_error_before_the_merge(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -14,8 +15,9 @@ from typing import Any, Final
 
 from benchmarks import harness
 from tests.programs.cases import Case, write_cases
-from tests.programs.checks import CHECKS, Check, Outcome, iterate_checks, run_check
+from tests.programs.checks import CHECKS, iterate_checks
 from tests.programs.environments import UnavailableError, install, python_of
+from tests.programs.outcomes import Check, Outcome
 from tests.programs.page import MARK, PAGE, format_table
 
 ROOT: Final = Path(__file__).resolve().parents[2] / ".programs"
@@ -45,7 +47,7 @@ def _run(program: str, check: Check, cases: Sequence[Case], root: Path) -> dict[
         python = Path(sys.executable)
         if check.environment is not None:
             python = python_of(install(check.environment, root, say=_say))
-        version, outcomes = run_check(check, cases, python=python, folder=root / "runs" / program / check.form)
+        version, outcomes = check.run(cases, python=python, folder=_empty(root / "runs" / program / check.form))
     except UnavailableError as error:
         _say(f"{program:<22} {check.form:<8} skipped: {error}")
         return {**record, "skipped": str(error)}
@@ -57,6 +59,13 @@ def _run(program: str, check: Check, cases: Sequence[Case], root: Path) -> dict[
     record["wrong"] = not all(outcome.is_right for outcome in outcomes)
     _print_summary(record, outcomes)
     return record
+
+
+def _empty(folder: Path) -> Path:
+    """Return a folder with nothing in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
 
 
 def _print_summary(record: dict[str, Any], outcomes: Sequence[Outcome]) -> None:
@@ -87,11 +96,16 @@ def _format_json(result: dict[str, Any]) -> str:
     """Return a result as JSON with a line for each case."""
     checks = []
     for check in result["checks"]:
-        cases = ",\n   ".join(json.dumps({k: v for k, v in case.items() if v is not None}) for case in check["cases"])
+        cases = ",\n   ".join(json.dumps(_shorten(case)) for case in check["cases"])
         head = json.dumps({key: value for key, value in check.items() if key != "cases"})
         checks.append(f'{head[:-1]}, "cases": [\n   {cases}]}}')
     head = json.dumps(harness.environment())
     return f'{head[:-1]}, "checks": [\n ' + ",\n ".join(checks) + "]}\n"
+
+
+def _shorten(case: dict[str, Any]) -> dict[str, Any]:
+    """Return a case without what is not known, its figures with three digits."""
+    return {k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in case.items() if v is not None}
 
 
 def _say(text: str) -> None:

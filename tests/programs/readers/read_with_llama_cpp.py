@@ -78,7 +78,9 @@ converter = import_converter()
 
 @functools.cache
 def convert_base(folder):
-    """Write a base as GGUF with llama.cpp's converter, and return the file."""
+    """Return a base's GGUF file: the one in the folder, else what llama.cpp's converter writes of it."""
+    for ready in Path(folder).glob("model.gguf"):
+        return ready
     file = Path(folder) / f"{hashlib.sha256(folder.encode()).hexdigest()[:8]}.gguf"
     # The name, else the folder's, means to llama.cpp that some tokens exist, such as "</s>" in a "phi3".
     arguments = ["convert_hf_to_gguf.py", folder, "--outtype", "f32", "--outfile", str(file), "--model-name", "tiny"]
