@@ -1,6 +1,6 @@
 """`make serve-check`: what the server promises, measured; with --write into `results/serve.json`.
 
-python -m benchmarks.serving_check [exactness storm faults load load_wide zipf latency] [--short] [--write]
+python -m benchmarks.serving_check [exactness storm faults load load_wide zipf latency clients] [--short] [--write]
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from benchmarks import serving_exact, serving_faults, serving_latency, serving_load
+from benchmarks import serving_clients, serving_exact, serving_faults, serving_latency, serving_load
 from benchmarks.harness import environment, quiet, read, write
 
 MOST_MEMORY: Final = 1.05
@@ -34,6 +34,7 @@ def parts(*, short: bool) -> dict[str, Callable[[], Any]]:
         "load_wide": lambda: serving_load.measure(rounds, peft_rounds=0, base=serving_load.load_wide()),
         "zipf": lambda: serving_load.measure_zipf(1 if short else 3, offered=64 if short else 1000),
         "latency": lambda: serving_latency.latency(16 if short else 64),
+        "clients": serving_clients.clients,
     }
 
 
@@ -63,6 +64,13 @@ def facts(result: Mapping[str, Any]) -> list[tuple[str, bool, str]]:
         found += [(name, faults[name] == expected, str(faults[name])) for name, expected in FAULTS.items()]
         name = "after kill -9: CPU seconds to the first answer"
         found.append((name, faults[name] < 5, str(faults[name])))
+    clients = {name: told for name, told in result.get("clients", {}).items() if isinstance(told, dict)}
+    if "vllm" in clients:
+        asked, answered = clients["vllm"]["asked"], clients["vllm"]["answered"]
+        found.append(("vllm bench serve", asked == answered, f"{answered} of {asked} answered"))
+    if "schemathesis" in clients:
+        wrong, requests = clients["schemathesis"]["wrong"], clients["schemathesis"]["requests"]
+        found.append(("schemathesis", not wrong and requests > 500, f"{wrong} wrong of {requests:,}"))
     return found
 
 

@@ -60,7 +60,6 @@ def serve(
     flags: dict[str, Any] = dict(locals())
     from lora_kit.serving.serve import serve as run
     from lora_kit.serving.server_settings import ServerSettings
-    from lora_kit.serving.vllm_handover import LAUNCH, write_vllm_handover
 
     fields = {name: value for name, value in flags.items() if name not in ("alias", "emit", "out")}
     settings = ServerSettings(**fields, aliases=dict(_parse_alias(text) for text in alias or ()))
@@ -69,6 +68,8 @@ def serve(
         return
     if emit != "vllm" or out is None:
         raise ConfigError(f"--emit {emit} --out {out}: both are needed", hint="--emit vllm --out FOLDER")
+    from lora_kit.serving.vllm_handover import LAUNCH, write_vllm_handover  # all that exports
+
     print("\n".join([f"written: {out}/{LAUNCH}", *write_vllm_handover(settings, out)]))
 
 

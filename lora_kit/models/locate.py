@@ -239,9 +239,7 @@ def translate_load_errors(name: str | Path) -> Iterator[None]:
     except LoraKitError:
         raise
     except Exception as error:
-        from lora_kit.torch_utils import (
-            is_out_of_memory,
-        )  # with torch, which those who only look for a base do not need
+        from lora_kit.torch_utils import is_out_of_memory  # with torch, which looking for a base does not need
 
         if isinstance(error, MemoryError) or is_out_of_memory(error):
             hint = "quantize: nf4, or a dtype of two bytes"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, Final
 
 from fastapi import APIRouter, Depends
 
 from lora_kit.serving.api_access import RESPONSES, Key, Served, check_may_ask, require_admin
 from lora_kit.serving.schemas import AliasBody, LoadBody, UnloadBody
+
+_CHANGED: Final = RESPONSES | {507: {"description": "the state file cannot be written"}}
 
 router = APIRouter()
 administration = APIRouter(dependencies=[Depends(require_admin)])
@@ -35,41 +37,41 @@ async def describe_adapter(label: str, served: Served, key: Key) -> dict[str, An
     return await asyncio.to_thread(served.describe_adapter, label)
 
 
-@administration.post("/v1/load_lora_adapter", responses=RESPONSES)
+@administration.post("/v1/load_lora_adapter", responses=_CHANGED)
 async def load(body: LoadBody, served: Served) -> dict[str, Any]:
     """Let a label stand for an adapter of the store, after it has computed something."""
     return await asyncio.to_thread(served.load, body.lora_name, body.lora_path)
 
 
-@administration.post("/v1/unload_lora_adapter", responses=RESPONSES)
+@administration.post("/v1/unload_lora_adapter", responses=_CHANGED)
 async def unload(body: UnloadBody, served: Served) -> dict[str, Any]:
     """Take a label away; requests that have begun finish on its content."""
     await asyncio.to_thread(served.unload, body.lora_name)
     return {"status": "unloaded", "label": body.lora_name}
 
 
-@administration.put("/v1/aliases/{alias}", responses=RESPONSES)
+@administration.put("/v1/aliases/{alias}", responses=_CHANGED)
 async def set_alias(alias: str, body: AliasBody, served: Served) -> dict[str, Any]:
     """Let an alias stand for a label, from one request to the next."""
     await asyncio.to_thread(served.set_alias, alias, body.label)
     return {"alias": alias, "label": body.label}
 
 
-@administration.delete("/v1/aliases/{alias}", responses=RESPONSES)
+@administration.delete("/v1/aliases/{alias}", responses=_CHANGED)
 async def remove_alias(alias: str, served: Served) -> dict[str, Any]:
     """Take an alias away."""
     await asyncio.to_thread(served.labels.remove_alias, alias)
     return {"alias": alias, "label": None}
 
 
-@administration.put("/v1/adapters/{label}/pin", responses=RESPONSES)
+@administration.put("/v1/adapters/{label}/pin", responses=_CHANGED)
 async def pin(label: str, served: Served) -> dict[str, Any]:
     """Keep an adapter in its slot."""
     await asyncio.to_thread(served.pin, label, pinned=True)
     return {"label": label, "pinned": True}
 
 
-@administration.delete("/v1/adapters/{label}/pin", responses=RESPONSES)
+@administration.delete("/v1/adapters/{label}/pin", responses=_CHANGED)
 async def unpin(label: str, served: Served) -> dict[str, Any]:
     """Let an adapter leave its slot when another one needs it."""
     await asyncio.to_thread(served.pin, label, pinned=False)

@@ -19,6 +19,7 @@ RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     401: {"description": "a key is needed"},
     403: {"description": "the key does not allow this"},
     404: {"description": "no such model"},
+    413: {"description": "the body is too large"},
     429: {"description": "too much is waiting"},
 }
 """Errors that a route may answer with, for the description of the API."""

@@ -24,10 +24,14 @@ _DISCONNECT_SECONDS: Final = 0.25
 """How often a client that waits for a whole answer is asked whether it is still there."""
 _PING_SECONDS: Final = 15
 
+_STREAMED: Final[dict[int | str, dict[str, Any]]] = {
+    200: {"description": "the answer; in pieces where `stream` is set", "content": {"text/event-stream": {}}}
+}
+
 router = APIRouter()
 
 
-@router.post("/v1/completions", responses=RESPONSES)
+@router.post("/v1/completions", responses=RESPONSES | _STREAMED)
 async def complete(request: Request, body: CompletionBody, served: Served, key: Key) -> Response:
     """Continue prompts, which are given to the model as they are."""
     body.check_extra()
@@ -41,7 +45,7 @@ async def complete(request: Request, body: CompletionBody, served: Served, key: 
     return await _respond(request, served, body, answers, make_digest_headers(adapter))
 
 
-@router.post("/v1/chat/completions", responses=RESPONSES)
+@router.post("/v1/chat/completions", responses=RESPONSES | _STREAMED)
 async def chat(request: Request, body: ChatCompletionBody, served: Served, key: Key) -> Response:
     """Answer a conversation, rendered by the chat template that the adapter was trained with."""
     body.check_extra()

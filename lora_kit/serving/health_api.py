@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastapi import APIRouter
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from lora_kit.serving.api_access import Key, Served
 
@@ -27,7 +27,7 @@ async def get_ready(served: Served) -> Response:
     return JSONResponse({"status": "ready" if is_ready else "starting"}, 200 if is_ready else 503)
 
 
-@router.get("/metrics", responses={401: {"description": "a key is needed"}})
+@router.get("/metrics", response_class=PlainTextResponse, responses={401: {"description": "a key is needed"}})
 async def get_metrics(served: Served, key: Key) -> Response:
     """Report counts in Prometheus' format, under vLLM's names where they mean the same."""
     return Response(served.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -271,6 +271,14 @@ def test_more_adapters_than_slots_all_answer(client: TestClient, offline: dict[s
     assert all(a.json()["choices"][0]["token_ids"] == offline[m] for m, a in zip(models, answers, strict=True))
 
 
+def test_the_description_names_the_form_of_each_answer(client: TestClient) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    assert set(paths["/metrics"]["get"]["responses"]["200"]["content"]) == {"text/plain"}
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        assert set(paths[path]["post"]["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
+    assert "507" in paths["/v1/aliases/{alias}"]["put"]["responses"]
+
+
 def list_open_routes(client: TestClient) -> set[str]:
     """The paths of the API that answer anything but 401 to a client without a key."""
     paths = client.get("/openapi.json").json()["paths"]
