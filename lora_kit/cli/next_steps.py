@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from lora_kit.cli.output import print_text
+from lora_kit.io.text import format_path_argument
 from lora_kit.names import DEFAULT_STORE, REWARD_OBJECTIVE
 
 if TYPE_CHECKING:
@@ -31,13 +32,18 @@ def print_next(commands: Iterable[str]) -> None:
 
 def build_command(verb: str, *words: object) -> str:
     """Return a command of ours, quoted for a shell."""
-    return shlex.join(["lora-kit", verb, *map(str, words)])
+    return shlex.join(["lora-kit", verb, *map(format_word, words)])
+
+
+def format_word(word: object) -> str:
+    """Return an argument as a word of a command."""
+    return format_path_argument(word) if isinstance(word, Path) else str(word)
 
 
 def build_flags(name: str, values: object) -> list[str]:
     """Return the flag of an argument as it was given, once for each of several values; none for None."""
     items = values if isinstance(values, (list, tuple)) else [] if values is None else [values]
-    return [word for item in items for word in (f"--{name}", str(item))]
+    return [word for item in items for word in (f"--{name}", format_word(item))]
 
 
 def build_loading_flags(base: str | None, allow: Sequence[str] | None, store: Path) -> list[str]:
@@ -46,7 +52,7 @@ def build_loading_flags(base: str | None, allow: Sequence[str] | None, store: Pa
     return [*build_flags("base", base), *build_flags("allow", allow), *stores]
 
 
-def build_using_command(task: str, *flags: str) -> str:
+def build_using_command(task: str, *flags: object) -> str:
     """Return the command that asks a model something: for labels where those are its task, else for a text.
 
     Args:
@@ -73,9 +79,9 @@ def list_training_commands(recipe: Recipe) -> Iterator[str]:
     is_whole = recipe.method == "full"
     if recipe.objective == SFT and recipe.data.validation and not is_whole:
         for file in list_files(recipe.data.validation):
-            yield build_command("eval", file.path, "--adapter", recipe.out, "--compare")
+            yield build_command("eval", Path(file.path), "--adapter", Path(recipe.out), "--compare")
     if recipe.objective != REWARD_OBJECTIVE:
-        yield build_using_command(recipe.task, "--base" if is_whole else "--adapter", recipe.out)
+        yield build_using_command(recipe.task, "--base" if is_whole else "--adapter", Path(recipe.out))
 
 
 def list_adapter_commands(
@@ -116,7 +122,7 @@ def list_model_commands(folder: Path) -> Iterator[str]:
     from lora_kit.publishing.published_folder import open_published_folder
 
     model = open_published_folder(folder)
-    yield build_using_command(model.task or CAUSAL_LM, "--base", str(folder))
+    yield build_using_command(model.task or CAUSAL_LM, "--base", folder)
     named = [] if model.base_on_hub else ["--base", "organization/base"]
     repository = re.sub(r"[^A-Za-z0-9]+", "-", folder.name).strip("-") or "model"  # names of the hub are ASCII
     yield build_command("push", folder, "--repo", f"me/{repository}", *named, "--dry-run")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 from cyclopts import Parameter
 
 from lora_kit.cli.app import AsJson, Replace, app
-from lora_kit.cli.next_steps import build_command, print_next
+from lora_kit.cli.next_steps import build_command, format_word, print_next
 from lora_kit.cli.output import print_json, print_table, print_text
 from lora_kit.errors import DataError, format_list
 from lora_kit.names import KIT_BASE
@@ -303,7 +303,7 @@ def _list_flags(values: Mapping[str, object]) -> list[str]:
     for name, parameter in inspect.signature(prepare).parameters.items():
         items = _as_list(values[name])
         if items and values[name] != parameter.default and name != "source":
-            flags += [f"--{name.replace('_', '-')}", *map(str, dict.fromkeys(items))]
+            flags += [f"--{name.replace('_', '-')}", *map(format_word, dict.fromkeys(items))]
     return flags
 
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from lora_kit.io.text import format_path_argument
+
 _WORDS: Final[Mapping[str, frozenset[str]]] = {
     "prompt": frozenset(
         {"ask", "input", "instruction", "prompt", "query", "question", "source", "user"}
@@ -47,7 +49,7 @@ def suggest_renames(path: Path, row: Mapping[str, object]) -> str | None:
     Of two columns of text, one name is enough; where neither says anything, both readings are shown.
     """
     names = {name: _find_roles(name) for name in row}
-    start = f"lora-kit prepare {shlex.quote(str(path))} --rename"
+    start = f"lora-kit prepare {shlex.quote(format_path_argument(path))} --rename"
     for pair in _PAIRS:
         found = [[name for name, roles in names.items() if role in roles] for role in pair]
         if all(len(candidates) == 1 for candidates in found) and found[0] != found[1]:

@@ -6,6 +6,7 @@ import math
 import reprlib
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 from lora_kit.errors import ConfigError, LoraKitError, format_list, suggest_nearest
@@ -75,3 +76,9 @@ def parse_number(value: object) -> float | None:
     except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
+
+
+def format_path_argument(path: Path) -> str:
+    """Return a path as an argument of a command: one that begins with a hyphen must not be taken for a flag."""
+    text = str(path)
+    return f"./{text}" if text.startswith("-") else text

@@ -248,3 +248,24 @@ def test_a_byte_order_mark_is_no_part_of_a_name_whatever_the_encoding(here: Path
     assert (code, "mixed.csv:2: not UTF-8" in err, "--encoding cp1252" in err) == (2, True, True)
     code, out, _ = run(capsys, "prepare", "mixed.csv", "--encoding", "cp1252")
     assert (code, "3 rows: text and label" in out) == (0, True)
+
+
+def list_commands(printed: str) -> list[list[str]]:
+    return [shlex.split(line)[1:] for line in printed.splitlines() if line.startswith("  lora-kit ")]
+
+
+@pytest.mark.parametrize("name", ["-rows", "--out", "it's über $HOME;"])
+def test_commands_run_as_they_are_printed_whatever_the_names(here: Path, capsys: Capture, name: str) -> None:
+    rows = [{"prompt": f"number {number}", "completion": "word"} for number in (*range(30), 1)]
+    texts.write(here / f"{name}.jsonl", rows)
+    _, out, _ = run(capsys, "prepare", f"./{name}.jsonl", "--base", "base")
+    (command,) = list_commands(out)
+    code, out, err = run(capsys, *command)
+    assert code == 0, err
+    assert (here / "data" / name / "recipe.yaml").is_file()
+    code, out, err = run(capsys, "prepare", f"./{name}.jsonl", "--base", "base", f"--out={name}")
+    assert code == 0, err
+    preview, train = list_commands(out)
+    code, out, err = run(capsys, *preview)
+    assert (code, list_commands(out)) == (0, [train]), err
+    assert Path(train[1]).is_file()

@@ -24,7 +24,7 @@ from typing import Any, Final
 from benchmarks import harness
 from tests.faults import reliability_page
 from tests.faults.quiet import hush
-from tests.faults.undisturbed import Undisturbed, fork_work, measure_undisturbed, put_back, wait_for
+from tests.faults.undisturbed import Undisturbed, fork_work, measure_undisturbed, put_back, read_result, wait_for
 from tests.support.merging import contents
 from tests.support.works import FILLED, Start
 
@@ -49,7 +49,7 @@ class DiskCounts:
         sizes: points at which a file could not grow further.
         errors: points at which it ended with a StorageError.
         anyway: points at which it finished all the same: what could not be written is not its result.
-        finished: points after which the same work finished in the same bytes once there was room.
+        finished: errors after which the same work finished in the same bytes once there was room.
         lost: what went wrong, in words.
     """
 
@@ -147,7 +147,7 @@ class _Case:
         limit()
         code, said = wait_for(fork_work(work if largest is None else _limited(work, largest)))
         self.disk.leave_room()
-        found = contents(self.place / "out")
+        found = read_result(self.place)
         if code == 0:
             self.counts.anyway += 1
             self._check(self.expected.is_new(found), room, "it is done, and the result is not the new one")
@@ -155,10 +155,11 @@ class _Case:
             self.counts.errors += 1
             self._check(code == _STORAGE, room, f"exit code {code}: {said[-600:]}")
             self._check(self.expected.is_old(found), room, "the earlier result is not whole")
-        again, said = wait_for(fork_work(work))
-        is_finished = again == 0 and self.expected.is_new(contents(self.place / "out"))
-        self.counts.finished += is_finished
-        self._check(is_finished, room, f"done again, it ends with {again}: {said[-600:]}")
+        if code:
+            code_again, said = wait_for(fork_work(work))
+            is_finished = code_again == 0 and self.expected.is_new(read_result(self.place))
+            self.counts.finished += is_finished
+            self._check(is_finished, room, f"done again, it ends with {code_again}: {said[-600:]}")
         left = [path.name for path in self.place.iterdir() if path.name.endswith((".staging", ".replaced"))]
         self._check(not left, room, f"leftovers: {left}")
         return code
@@ -194,11 +195,18 @@ def main() -> int:
         print(f"{name}: {points} points, {ends}, {len(counts.lost)} lost", flush=True)
         print("".join(f"  LOST {line}\n" for line in counts.lost[:20]), end="", flush=True)
         found.append(counts)
-    if arguments.write:
-        result = {**harness.environment(), "works": [asdict(counts) for counts in found]}
-        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        reliability_page.fill()
+        if arguments.write:
+            _write(counts)
     return 1 if any(counts.lost for counts in found) else 0
+
+
+def _write(found: DiskCounts) -> None:
+    """Write the counts of a work beside what the others gave before."""
+    earlier = json.loads(RESULT.read_text(encoding="utf-8"))["works"] if RESULT.is_file() else []
+    counts = {one["work"]: one for one in [*earlier, asdict(found)]}
+    result = {**harness.environment(), "works": [counts[name] for name in FILLED if name in counts]}
+    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    reliability_page.fill()
 
 
 if __name__ == "__main__":

@@ -22,8 +22,7 @@ from typing import Final
 from benchmarks import harness
 from tests.faults import reliability_page
 from tests.faults.quiet import hush
-from tests.faults.undisturbed import Undisturbed, fork_work, measure_undisturbed, put_back, wait_for
-from tests.support.merging import contents
+from tests.faults.undisturbed import Undisturbed, fork_work, measure_undisturbed, put_back, read_result, wait_for
 from tests.support.works import KILLED, Start
 
 RESULT: Final = harness.RESULTS / "kills.json"
@@ -67,7 +66,9 @@ def main() -> int:
     hush()
     counts = [kill_work(name, kills=arguments.kills, seed=arguments.seed) for name in arguments.only]
     if arguments.write:
-        result = {**harness.environment(), "works": [asdict(one) for one in counts]}
+        earlier = json.loads(RESULT.read_text(encoding="utf-8"))["works"] if RESULT.is_file() else []
+        works = {one["work"]: one for one in [*earlier, *map(asdict, counts)]}
+        result = {**harness.environment(), "works": [works[name] for name in KILLED if name in works]}
         RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         reliability_page.fill()
     return 0 if all(one.is_good for one in counts) else 1
@@ -104,13 +105,13 @@ def _kill_once(start: Start, place: Path, moment: float, expected: Undisturbed, 
     assert code in (0, -signal.SIGKILL), f"the work failed by itself with {code}: {said}"
     counts.kills += 1
     counts.in_the_work += code != 0
-    found = contents(place / "out")
+    found = read_result(place)
     is_whole = expected.is_old(found) or expected.is_new(found)
     counts.whole += is_whole
     counts.mixtures += not is_whole
     code, said = wait_for(fork_work(work))
     assert code == 0, f"the work fails when it is done again: {said}"
-    counts.same_bytes += expected.is_new(contents(place / "out"))
+    counts.same_bytes += expected.is_new(read_result(place))
     counts.leftovers += sum(path.name.endswith((".staging", ".replaced")) for path in place.iterdir())
 
 

@@ -75,6 +75,23 @@ def format_flips(result: Mapping[str, Any]) -> str:
     return harness.table(("of", "files", "bytes", "bits flipped", "seen"), rows)
 
 
+def format_full_disks(result: Mapping[str, Any]) -> str:
+    """Return a row for each work that met a full disk."""
+    keys = ("pages", "names", "sizes", "errors", "anyway", "finished")
+    rows = [[one["work"], *(str(one[key]) for key in keys), str(len(one["lost"]))] for one in result["works"]]
+    sums = [str(sum(one[key] for one in result["works"])) for key in keys]
+    rows.append(["together", *sums, str(sum(len(one["lost"]) for one in result["works"]))])
+    head = (
+        "work",
+        "at a page",
+        "at a new file",
+        "at a file's size",
+        "exit code 3, old result whole",
+        "done all the same",
+    )
+    return harness.table((*head, "finished in the same bytes later", "lost"), rows)
+
+
 def format_soak(result: Mapping[str, Any]) -> str:
     """Return the counts of a long run as a table."""
     counts = sorted(result["counts"].items())
@@ -89,6 +106,7 @@ TABLES: Final[Mapping[str, Callable[[Mapping[str, Any]], str]]] = {
     "faults": format_faults,
     "fuzzing": format_fuzzing,
     "flips": format_flips,
+    "full_disks": format_full_disks,
     "kills": format_kills,
     "soak": format_soak,
 }

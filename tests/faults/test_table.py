@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from lora_kit.cli.main import main
 from lora_kit.errors import StorageError
 from tests.faults.adapter_acts import load
 from tests.faults.fault import Fault
-from tests.faults.run_fault import reason_lost
+from tests.faults.run_fault import reason_lost, take_stock
 from tests.faults.table import AREAS
 
 ROWS = [
@@ -24,6 +25,26 @@ ROWS = [
 @pytest.mark.parametrize("fault", ROWS)
 def test_a_fault_is_survived(tmp_path: Path, fault: Fault) -> None:
     assert reason_lost(fault, tmp_path) is None
+
+
+@pytest.mark.parametrize("area", ["weight file", "config", "record"])
+def test_who_looks_at_a_damaged_adapter_gets_it_or_one_line(
+    tmp_path: Path, area: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`inspect` shows the adapter or says what is wrong; `list` shows all others."""
+    for number, fault in enumerate(AREAS[area]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        fault.make(folder)
+        monkeypatch.chdir(folder)
+        before = take_stock(folder)
+        for verb, adapter in (("inspect", "adapter"), ("list", ".")):
+            code = main([verb, adapter])
+            lines = capsys.readouterr().err.splitlines()
+            assert code in ((0,) if verb == "list" else (0, 2, 3, 4)), (fault.name, verb, code, lines)
+            assert sum(line.startswith("error: ") for line in lines) == (code != 0), (fault.name, lines)
+            assert not any(line.startswith("Traceback") for line in lines), (fault.name, lines)
+        assert take_stock(folder) == before, fault.name
 
 
 def test_names_are_of_one_fault_each() -> None:

@@ -5,17 +5,22 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import shutil
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from lora_kit.errors import LoraKitError
+from lora_kit.generation.generate_file import PARTIAL_SUFFIX
 from tests.support.merging import contents
 from tests.support.works import Start
+
+_BESIDE: Final = re.compile(rf"\..+\.(lock|\d+)|.+{re.escape(PARTIAL_SUFFIX)}")
+"""Names of what may stand beside a result that is a file."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +55,17 @@ class Undisturbed:
         return [file for file in self.decisive if file in found]
 
 
+def read_result(place: Path) -> dict[str, bytes]:
+    """Return the files of the result in a folder: without locks, and what a process that died had begun to write."""
+    return {name: data for name, data in contents(place / "out").items() if not _BESIDE.fullmatch(Path(name).name)}
+
+
 def measure_undisturbed(start: Start, place: Path, ready: Path) -> Undisturbed:
     """Do a work twice over the same earlier result, which is in `place`; a copy of that is left in `ready`.
 
     The copies are made back under the name of `place`, which is in some files.
     """
-    old = contents(place / "out")
+    old = read_result(place)
     shutil.copytree(place, ready)
     results, seconds = [], 0.0
     for _ in range(2):
@@ -64,7 +74,7 @@ def measure_undisturbed(start: Start, place: Path, ready: Path) -> Undisturbed:
         code, said = wait_for(fork_work(start(place, 2)))
         assert code == 0, f"the work fails undisturbed: {said}"
         seconds = time.monotonic() - began
-        results.append(contents(place / "out"))
+        results.append(read_result(place))
     new, again = results
     decisive = tuple(file for file in new if new[file] == again.get(file))
     assert any(new[file] != old.get(file) for file in decisive), "the two results have to differ"

@@ -110,15 +110,20 @@ def _start_init(folder: Path, number: int) -> Callable[[], Any]:
     return lambda: main(argv) if number == 2 else 0
 
 
+_ADAPTER = ("--base", "base", "--adapter", "adapter-{number}")
+_start_generate = _start_command(
+    *("generate", *_ADAPTER, "--data", "rows-{number}.jsonl", "--out", "out/said.jsonl", "--replace"),
+    *("--max-new-tokens", "3", "--batch-size", "2"),
+)
 KILLED: Mapping[str, Start] = {
     "save": start_save,
     "training with checkpoints": start_training_with_checkpoints,
     "merge": start_merge,
     "sweep": start_sweep,
     "prepare": start_prepare,
+    "generate --data": _start_generate,
 }
 """What is killed at random moments."""
-_ADAPTER = ("--base", "base", "--adapter", "adapter-{number}")
 FILLED: Mapping[str, Start] = {
     "save": start_save,
     "train": start_train,
@@ -147,10 +152,7 @@ FILLED: Mapping[str, Start] = {
     "convert": _start_command("convert", "adapter-{number}", "--out", "out", "--replace"),
     "prepare": start_prepare,
     "init": _start_init,
-    "generate --data": _start_command(
-        *("generate", *_ADAPTER, "--data", "rows-{number}.jsonl", "--out", "out/said.jsonl", "--replace"),
-        *("--max-new-tokens", "3", "--batch-size", "2"),
-    ),
+    "generate --data": _start_generate,
     "predict --out": _start_predict,
     "eval --out": _start_command("eval", "rows-{number}.jsonl", *_ADAPTER, "--out", "out/said.jsonl", "--replace"),
     "eval --report": _start_command("eval", "rows-{number}.jsonl", *_ADAPTER, "--report", "out/page.html", "--replace"),
