@@ -33,6 +33,7 @@ _TYPES: Final[Mapping[str, type]] = {
     "base": dict,
     "checkpoint": dict,
     "files": dict,
+    "frozen_layers": str,
     "labels": list,
     "metrics": dict,
     "problem": str,

@@ -34,6 +34,9 @@ _RECORD_LIMIT: Final = 2**24
 LogEntry: TypeAlias = Mapping[str, Any]
 """A line of metrics.jsonl: `step`, and numbers by name. An evaluation's names begin with `eval_`."""
 
+_COUNTS: Final = ("processes", "machines", "step", "steps", "first_step")
+"""Fields of a `RunProgress` that are whole numbers."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunProgress:
@@ -44,6 +47,7 @@ class RunProgress:
         run: hash of what decides the result, as in the record of the adapter.
         folder: working directory of the process.
         processes: that share the rows.
+        machines: that they run on.
         step: optimizer steps done.
         steps: to be done.
         first_step: at which this process began.
@@ -56,6 +60,7 @@ class RunProgress:
     run: str
     folder: str
     processes: int
+    machines: int = 1
     step: int = 0
     steps: int = 0
     first_step: int = 0
@@ -88,8 +93,8 @@ def read_progress(folder: Path) -> RunProgress | None:
     path = folder / PROGRESS_FILE
     if not exists(path):
         return None
-    values = read_json(path, limit=_PROGRESS_LIMIT)
-    kinds = {"title": str, "run": str, "folder": str, "processes": int, "step": int, "steps": int, "first_step": int}
+    values = {"machines": 1, **read_json(path, limit=_PROGRESS_LIMIT)}
+    kinds = {"title": str, "run": str, "folder": str, **dict.fromkeys(_COUNTS, int)}
     names = [field.name for field in fields(RunProgress)]
     good = sorted(values) == sorted(names) and all(isinstance(values[name], kind) for name, kind in kinds.items())
     if not good or not all(isinstance(values[name], (int, float)) for name in ("started", "updated")):

@@ -108,12 +108,10 @@ class RunStatus:
         folder = Path(self.progress.folder)
         recipe = (find_run_folder(self.out) / RECIPE_FILE).absolute()
         shown = recipe.relative_to(folder) if recipe.is_relative_to(folder) else recipe
-        program = "lora-kit train"
-        if self.progress.processes > 1:
-            program = f"torchrun --nproc-per-node {self.progress.processes} -m lora_kit train"
+        program, note = _describe_program(self.progress, self.out.name)
         replace = " --replace" if exists(self.out) else ""
         change = "" if folder == Path.cwd() else f"cd {shlex.quote(str(folder))} && "
-        return f"{change}{program} {shlex.quote(str(shown))}{replace}"
+        return f"{change}{program} {shlex.quote(str(shown))}{replace}{note}"
 
     def to_json(self) -> dict[str, object]:
         """Return the status as JSON values."""
@@ -132,6 +130,18 @@ class RunStatus:
             "error": self.error,
             "command": self.command,
         }
+
+
+def _describe_program(progress: RunProgress, name: str) -> tuple[str, str]:
+    """Return what trains with as many processes as a run had, and a comment that follows its arguments."""
+    if progress.processes == 1:
+        return "lora-kit train", ""
+    each = f"--nproc-per-node {progress.processes // progress.machines} -m lora_kit train"
+    if progress.machines == 1:
+        return f"torchrun {each}", ""
+    together = f"--nnodes {progress.machines} --rdzv-backend c10d --rdzv-endpoint FIRST:29500"
+    note = f"  # on each of {progress.machines} machines; FIRST is the name of one of them"
+    return f"torchrun {together} --rdzv-id {shlex.quote(name)} {each}", note
 
 
 def read_status(out: Path) -> RunStatus:

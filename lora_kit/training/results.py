@@ -44,6 +44,7 @@ class TrainReport:
         max_steps: optimizer steps that the recipe asks for; 0 where that is not known.
         digest: identity of the adapter; None for `full`.
         recipe: with every value that was left open filled in.
+        frozen: what became of the frozen layers below the trained ones, in words; None for the loops of TRL.
     """
 
     out: Path
@@ -68,6 +69,7 @@ class TrainReport:
     recipe: Recipe
     processes: int = 1
     max_steps: int = 0
+    frozen: str | None = None
 
     @property
     def is_stopped_early(self) -> bool:

@@ -261,6 +261,7 @@ def _build_run_log(job: Job, run: StartedRun, before: Evaluation | None) -> RunL
         run=hash_json(job.identity),
         folder=os.getcwd(),
         processes=run.world.size,
+        machines=run.world.machines,
     )
     return RunLog(run.folder.folder, recipe=recipe.to_yaml(), progress=progress, before=before)
 
@@ -316,6 +317,7 @@ def _build_report(trainable: TrainableJob, outcome: _TrainingOutcome, world: Wor
         peak_bytes=max(world.gather(outcome.peak_bytes)),
         micro_batch=min(world.gather(trainer.micro_batch)),
         processes=world.size,
+        frozen=trainer.frozen,
         trainable=trainable.count,
         parameters=trainable.parameters,
         train_loss=[entry["loss"] for entry in log if "loss" in entry][-1],

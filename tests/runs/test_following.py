@@ -410,6 +410,24 @@ def test_time_left_is_that_of_the_steps_of_this_process() -> None:
     assert progress.seconds_left == 20.0
 
 
+@pytest.mark.parametrize(
+    ("processes", "machines", "program"),
+    [
+        (1, 1, "lora-kit train"),
+        (4, 1, "torchrun --nproc-per-node 4 -m lora_kit train"),
+        (16, 2, "torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint FIRST:29500 --rdzv-id sql --nproc-per-node 8 "
+                "-m lora_kit train"),
+    ],
+)  # fmt: skip
+def test_the_command_starts_as_many_processes_on_each_machine_as_there_were(
+    tmp_path: Path, processes: int, machines: int, program: str
+) -> None:
+    progress = RunProgress(title="", run="", folder=str(Path.cwd()), processes=processes, machines=machines)
+    status = RunStatus(out=tmp_path / "sql", state="stopped", progress=progress, log=(), checkpoints=(), updated=None)
+    assert str(status.command).startswith(f"{program} ")
+    assert ("# on each of 2 machines" in str(status.command)) == (machines == 2)
+
+
 def test_errors_are_of_the_family() -> None:
     with pytest.raises(LoraKitError):
         find_runs(Path("/nowhere/at/all"))

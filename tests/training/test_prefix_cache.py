@@ -72,6 +72,9 @@ def test_the_result_is_that_of_a_training_without(tmp_path: Path, changes: dict[
         torch.testing.assert_close(other[name], tensor, rtol=0, atol=1e-6)
     assert with_cache.after.loss == pytest.approx(without.after.loss, abs=1e-6)
     assert [entry["step"] for entry in with_cache.history] == [entry["step"] for entry in without.history]
+    records = [Adapter.load(report.out).record["frozen_layers"] for report in (without, with_cache)]
+    assert records[0] == "computed in every step: the recipe says so"
+    assert str(records[1]).startswith("computed once: ")
 
 
 def test_frozen_layers_run_no_more_once_they_are_computed(tmp_path: Path) -> None:

@@ -114,6 +114,7 @@ def describe_training(job: Job) -> dict[str, object]:
 def build_training_record(job: Job, report: TrainReport) -> dict[str, object]:
     """Return what an adapter's record says about a finished training, as JSON values."""
     record = describe_training(job) | {"metrics": collect_record_metrics(report), "run": hash_json(job.identity)}
+    record |= {"frozen_layers": report.frozen} if report.frozen else {}
     return record | ({"thresholds": list(report.thresholds)} if report.thresholds else {})
 
 

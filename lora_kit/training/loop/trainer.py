@@ -136,6 +136,7 @@ class Trainer(TrainingLoop):
         steps, batch = self.args.max_steps, self.args.train_batch_size * self.args.gradient_accumulation_steps
         passes = steps * batch / len(self._train) if steps > 0 else self.args.num_train_epochs
         choice = self.choose_prefix(self._prefix_cache, splits, passes=passes)
+        self.frozen = str(choice)
         self._prefix_states = self._prefix_cache.open_states(choice, splits)
         if TRAIN in self._prefix_states:
             self.train_dataset = SamplesWithStates(self._train, self._prefix_states[TRAIN])

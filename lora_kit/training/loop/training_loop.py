@@ -47,6 +47,8 @@ class TrainingLoop(transformers.Trainer):
         world: the processes.
         evaluations: (step, Evaluation) of each evaluation during training.
         evaluating_seconds: wall time of these evaluations.
+        frozen: what became of the frozen layers below the trained ones, in words; None before that is known, and where
+            the loop has nothing to choose.
     """
 
     model: PreTrainedModel
@@ -77,6 +79,7 @@ class TrainingLoop(transformers.Trainer):
         self._speed_baseline = 0, 0.0
         self.evaluations: list[tuple[int, Evaluation]] = []
         self.evaluating_seconds = 0.0
+        self.frozen: str | None = None
 
     @property
     def peers(self) -> Peers:

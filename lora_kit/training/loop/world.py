@@ -60,12 +60,14 @@ class World:
     Args:
         rank: number of this process, from 0.
         size: number of processes.
+        machines: that they run on.
         exchange: passes values between them; None for a process alone.
         all_reduce: replaces a tensor by its sum over all processes, in place.
 
     Attributes:
         rank: number of this process, from 0.
         size: number of processes.
+        machines: that they run on.
         describe_resume: returns what to do after a process was lost.
     """
 
@@ -74,10 +76,11 @@ class World:
         rank: int = 0,
         size: int = 1,
         *,
+        machines: int = 1,
         exchange: StoreExchange | None = None,
         all_reduce: Callable[[Tensor], object] = dist.all_reduce,
     ) -> None:
-        self.rank, self.size = rank, size
+        self.rank, self.size, self.machines = rank, size, machines
         self.describe_resume: Callable[[], str] = lambda: ""
         self._maybe_exchange, self._all_reduce = exchange, all_reduce
         self._turn = 0
@@ -283,7 +286,10 @@ def _connect() -> tuple[World, Heartbeat]:
         atexit.register(_disconnect)
     launched = dist.distributed_c10d._get_default_store()
     prefix = f"lora_kit/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_joined}"
-    world = World(dist.get_rank(), dist.get_world_size(), exchange=StoreExchange(dist.PrefixStore(prefix, launched)))
+    size = dist.get_world_size()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    exchange = StoreExchange(dist.PrefixStore(prefix, launched))
+    world = World(dist.get_rank(), size, machines=max(1, size // here), exchange=exchange)
     own_connection = dist.PrefixStore(prefix, launched.clone())  # type: ignore[attr-defined]
     heartbeat = Heartbeat(own_connection, world.rank, world.size, on_lost=world.end_process)
     heartbeat.start()

@@ -135,8 +135,7 @@ def _describe_frozen_layers(job: Job, trainer: Trainer, steps: StepCounts) -> st
     run = RunContext(folder=RunFolder(job.recipe.out), identity={}, setting={}, stop=StopRequest())
     splits = {TRAIN: job.train, **({} if job.validation is None else {VALIDATION: job.validation})}
     cache = build_prefix_cache(job, run)
-    choice = trainer.choose_prefix(cache, splits, passes=steps.steps * steps.batch / len(job.train))
-    return f"computed {'in every step' if choice.computer is None else 'once'}: {choice.reason}"
+    return str(trainer.choose_prefix(cache, splits, passes=steps.steps * steps.batch / len(job.train)))
 
 
 def _build_loop(

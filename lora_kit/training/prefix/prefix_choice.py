@@ -51,6 +51,9 @@ class PrefixChoice:
     computer: PrefixComputer | None
     reason: str
 
+    def __str__(self) -> str:
+        return f"computed {'in every step' if self.computer is None else 'once'}: {self.reason}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixCache:
@@ -109,9 +112,9 @@ class PrefixCache:
         if choice.computer is None:
             # A warning where the recipe asks for something else.
             level = logging.INFO if self.setting in (AUTO, True, False) else logging.WARNING
-            logger.log(level, "frozen layers are computed in every step: %s", choice.reason)
+            logger.log(level, "frozen layers are %s", choice)
             return {}
-        logger.info("frozen layers are computed once: %s, in %s", choice.reason, escape_text(self.folder))
+        logger.info("frozen layers are %s, in %s", choice, escape_text(self.folder))
         return open_prefix_states(self.folder, splits, choice.computer, self.facts)
 
     def _reason_not_worthwhile(
