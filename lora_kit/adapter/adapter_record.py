@@ -38,6 +38,7 @@ _TYPES: Final[Mapping[str, type]] = {
     "metrics": dict,
     "problem": str,
     "recipe": dict,
+    "text_pairs": bool,
     "thresholds": list,
     "versions": dict,
 }

@@ -155,7 +155,7 @@ def render_adapter_card(
         name,
         "A LoRA adapter trained with lora_kit.",
         format_table(rows),
-        *_write_adapter_loading(name, config, path, labels=count, problem=facts.get("problem")),
+        *_write_adapter_loading(name, config, path, labels=count, facts=facts),
         "It is in PEFT's format: "
         + format_inline_code(f"peft.PeftModel.from_pretrained(base.model, {path!r})")
         + " loads it as well.",
@@ -170,7 +170,7 @@ def name_local_path(name: str) -> str:
 
 
 def _write_adapter_loading(
-    name: str, config: LoraConfig, path: str, *, labels: int, problem: str | None
+    name: str, config: LoraConfig, path: str, *, labels: int, facts: Mapping[str, Any]
 ) -> Iterator[str]:
     """Yield the sections of a card that show how an adapter is loaded on its base, and what it predicts."""
     task, base = find_task_name(config.task_type), config.base_model_name_or_path
@@ -181,10 +181,11 @@ def _write_adapter_loading(
         yield "`base` is what `lk.load_base` returns for the base of this adapter."
         return
     if predicts_labels:
-        yield format_code(f"import lora_kit as lk\n\nprint(lk.predict({base!r}, {path!r}, ['a text']))")
+        example = ("a text", "another text") if facts.get("text_pairs") else "a text"
+        yield format_code(f"import lora_kit as lk\n\nprint(lk.predict({base!r}, {path!r}, [{example!r}]))")
         yield "The model itself, for code of your own:"
     count = labels if predicts_labels else 0
-    loading = write_base_loading_code(base, task=task or "causal-lm", labels=count, problem=problem)
+    loading = write_base_loading_code(base, task=task or "causal-lm", labels=count, problem=facts.get("problem"))
     yield format_code(f"import lora_kit as lk\n\n{loading}\n{bank}")
 
 

@@ -139,8 +139,9 @@ def build_record(
         ("recipe", [_extract_prompt_fields(source.adapter.record) for source in sources]),
         ("labels", [source.adapter.record.get("labels") for source in sources]),
         ("problem", [source.adapter.record.get("problem") for source in sources]),
+        ("text_pairs", [source.adapter.record.get("text_pairs") for source in sources]),
     ):
-        known = [value for value in values if value]
+        known = [value for value in values if value or value is False]
         if known and all(value == known[0] for value in known):
             record[name] = known[0]
         elif known:
@@ -152,6 +153,7 @@ _RECORD_WORDS: Final = {
     "recipe": "prompts (recipe.data.separator or chat_template)",
     "labels": "labels",
     "problem": "problems",
+    "text_pairs": "inputs (some on texts, others on pairs of texts)",
 }
 
 

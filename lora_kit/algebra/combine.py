@@ -21,6 +21,7 @@ from lora_kit.algebra.sources import SourceAdapter, describe_sources, find_commo
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.errors import ConfigError, MergeError, format_list, suggest_nearest
 from lora_kit.models.silence import silence_libraries
+from lora_kit.models.tasks import find_task_by_peft_type
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +191,10 @@ def _collect_saved_modules(
 def _build_combined_config(configs: Sequence[LoraConfig], paths: Sequence[str]) -> LoraConfig:
     tasks = {config.task_type for config in configs if config.task_type}
     if len(tasks) > 1:
-        raise MergeError(f"the adapters were made for different tasks: {format_list(sorted(tasks))} (task_type)")
+        names = [spec.name if (spec := find_task_by_peft_type(task)) else task for task in sorted(tasks)]
+        raise MergeError(
+            f"the adapters are for different tasks: {format_list(names)}", hint="combine those of one task"
+        )
     names = [config.base_model_name_or_path for config in configs if config.base_model_name_or_path]
     return LoraConfig(
         **build_target_fields(configs, paths),

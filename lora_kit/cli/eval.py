@@ -82,19 +82,21 @@ def evaluate(
             quantize=quantize,
             on_progress=on_progress,
         )
-    commands = _list_next_commands(measured.task, adapter or [], build_loading_flags(base, allow, store), quantize)
+    commands = _list_next_commands(measured, adapter or [], build_loading_flags(base, allow, store), quantize)
     print_json(measured.to_json()) if json else _show_eval_report(measured, out, report, commands)
 
 
 def _list_next_commands(
-    task: str, adapters: Sequence[str], flags: Sequence[str], quantize: str | None
+    report: EvalReport, adapters: Sequence[str], flags: Sequence[str], quantize: str | None
 ) -> Iterator[str]:
     """Yield the commands that ask the adapters what they were measured on, and that merge the only one."""
     from lora_kit.models.tasks import LABEL_TASKS
 
     loading = [*build_flags("adapter", adapters), *flags, *build_flags("quantize", quantize)]
+    if len(adapters) > 1 and report.task not in LABEL_TASKS:
+        loading.append("--compare")
     if loading:
-        yield build_using_command(task, *loading, *["--compare"] * (len(adapters) > 1 and task not in LABEL_TASKS))
+        yield build_using_command(report.task, *loading, of_pairs=report.text_pairs)
     if len(adapters) == 1:
         [name] = adapters
         yield build_command("merge", "--adapter", name, *flags, "--out", Path("merged", Path(name).name))

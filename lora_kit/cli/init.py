@@ -62,6 +62,7 @@ def _ask_rest(task: str | None, base: str | None, data: str | None) -> tuple[str
 
 
 def _print_commands(preparation: Preparation) -> None:
+    from lora_kit.data.mixture import has_text_pairs
     from lora_kit.training.recipe.load import load_recipe
 
     assert preparation.recipe is not None
@@ -72,5 +73,6 @@ def _print_commands(preparation: Preparation) -> None:
         ("recipe", str(preparation.recipe)),
     ]  # fmt: skip
     print_table(("", ""), rows)
+    recipe = load_recipe(preparation.recipe)
     commands = [build_command(verb, preparation.recipe) for verb in ("preview", "train")]
-    print_next([*commands, *list_training_commands(load_recipe(preparation.recipe))])
+    print_next([*commands, *list_training_commands(recipe, of_pairs=has_text_pairs(preparation.train))])

@@ -36,7 +36,7 @@ def keep(
         print_json({"out": str(report.out), "step": report.kept, "steps": report.planned, "digest": report.digest})
         return
     print_table(("", ""), _build_facts(report))
-    print_next(list_training_commands(report.recipe))
+    print_next(list_training_commands(report.recipe, of_pairs=report.text_pairs))
 
 
 def _build_facts(report: TrainReport) -> list[tuple[str, str]]:

@@ -52,22 +52,23 @@ def build_loading_flags(base: str | None, allow: Sequence[str] | None, store: Pa
     return [*build_flags("base", base), *build_flags("allow", allow), *stores]
 
 
-def build_using_command(task: str, *flags: object) -> str:
+def build_using_command(task: str, *flags: object, of_pairs: object = False) -> str:
     """Return the command that asks a model something: for labels where those are its task, else for a text.
 
     Args:
         task: one of `lora_kit.models.tasks.TASKS`.
         flags: which adapters and base.
+        of_pairs: whether it reads pairs of texts; what an adapter's record says.
     """
     from lora_kit.models.tasks import LABEL_TASKS
 
     if task in LABEL_TASKS:
-        return build_command("predict", *flags, "a text")
+        return build_command("predict", *flags, "a text", *(["--text-pair", "another text"] if of_pairs else []))
     return build_command("generate", *flags, "--prompt", "a prompt")
 
 
-def list_training_commands(recipe: Recipe) -> Iterator[str]:
-    """Yield the commands that measure and use what a recipe trains.
+def list_training_commands(recipe: Recipe, *, of_pairs: object = False) -> Iterator[str]:
+    """Yield the commands that measure and use what a recipe trains; `of_pairs` as in `build_using_command`.
 
     A preference or a reward is measured in training only, and so is a whole model, which is asked as a base.
     """
@@ -81,7 +82,8 @@ def list_training_commands(recipe: Recipe) -> Iterator[str]:
         for file in list_files(recipe.data.validation):
             yield build_command("eval", Path(file.path), "--adapter", Path(recipe.out), "--compare")
     if recipe.objective != REWARD_OBJECTIVE:
-        yield build_using_command(recipe.task, "--base" if is_whole else "--adapter", Path(recipe.out))
+        flag = "--base" if is_whole else "--adapter"
+        yield build_using_command(recipe.task, flag, Path(recipe.out), of_pairs=of_pairs)
 
 
 def list_adapter_commands(
@@ -109,7 +111,7 @@ def list_adapter_commands(
     spec, recipe = find_task_by_peft_type(config.task_type), record.get("recipe")
     task = spec.name if spec else CAUSAL_LM
     if not (isinstance(recipe, Mapping) and recipe.get("objective") == REWARD_OBJECTIVE):
-        yield build_using_command(task, "--adapter", name, *flags)
+        yield build_using_command(task, "--adapter", name, *flags, of_pairs=record.get("text_pairs"))
     yield build_command("merge", "--adapter", name, *flags, "--out", Path("merged", Path(name).name))
     is_plain = not (config.use_dora or config.modules_to_save or config.target_parameters)
     if task == CAUSAL_LM and is_plain and not config.trainable_token_indices:

@@ -13,7 +13,7 @@ from cyclopts import Parameter
 
 from lora_kit.cli.app import Adapters, Allow, Replace, Store, app
 from lora_kit.cli.eval import show_row_progress
-from lora_kit.cli.output import print_table, print_text
+from lora_kit.cli.output import create_console, print_table, print_text
 from lora_kit.cli.process import show_progress_lines
 from lora_kit.errors import ConfigError, format_list
 from lora_kit.names import DEFAULT_STORE
@@ -214,14 +214,24 @@ def _print_results(results: Results, forms: dict[str, PredictionForm]) -> None:
         _print_entities(results, form)
         return
     if not others and form.kind != LABEL_SET:
-        cells = [row for _, given, each in results for value in each.values() for row in form.format_rows(given, value)]
-        print_table(form.columns, cells)
+        rows = [row for _, given, each in results for value in each.values() for row in form.format_rows(given, value)]
+        print_table(form.columns, [(_shorten(text), *cells) for text, *cells in rows])
         return
     header = ("text", *(forms if others else ("labels",)))
     print_table(
         header,
-        [(join_texts(given), *(forms[n].describe(value) for n, value in each.items())) for _, given, each in results],
+        [
+            (_shorten(join_texts(given)), *(forms[n].describe(value) for n, value in each.items()))
+            for _, given, each in results
+        ],
     )
+
+
+def _shorten(text: str) -> str:
+    """Return a text for a table, each line cut to half of the screen: `--out` and `--json` have the whole text."""
+    most = create_console().width // 2
+    lines = (" ".join(line.split()) for line in text.splitlines())
+    return "\n".join(line if len(line) <= most else f"{line[: most - 1]}…" for line in lines)
 
 
 def _print_entities(results: Results, form: PredictionForm) -> None:

@@ -57,7 +57,6 @@ def sweep(
         together: Trials that a process trains at once over one base, each as if alone; for keys of lora and train.
     """
     from lora_kit.sweeps.sweep import sweep as run_sweep
-    from lora_kit.training.recipe.load import load_recipe
 
     with use_log_level("lora_kit.sweeps", logging.INFO):  # a line for every trial that ends
         report = run_sweep(
@@ -74,13 +73,18 @@ def sweep(
             together=together,
             replace=replace,
         )
-    if json:
-        print_json(report.to_json())
-        return
+    print_json(report.to_json()) if json else _show_report(report)
+
+
+def _show_report(report: SweepReport) -> None:
+    from lora_kit.adapter.adapter_record import read_record
+    from lora_kit.training.recipe.load import load_recipe
+
     print_table(("trial", report.metric, *report.best.params, "steps", "seconds", ""), _build_trial_rows(report))
     print_table(("", ""), [("best", f"trial {report.best.number}"), ("written", str(report.out)),
                            ("more", str(report.folder))])  # fmt: skip
-    print_next(list_training_commands(load_recipe(report.out / RECIPE_FILE)))
+    record = read_record(report.out, allow=()) or {}
+    print_next(list_training_commands(load_recipe(report.out / RECIPE_FILE), of_pairs=record.get("text_pairs")))
     print_text(f"\nreport: {report.page}")
 
 

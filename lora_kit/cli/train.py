@@ -91,7 +91,7 @@ def _train(recipe: Path, overrides: Mapping[str, str], *, replace: bool, as_json
         print_json(report.to_json())
         return
     print_table(("", ""), _build_train_facts(report))
-    print_next(list_training_commands(resolved))
+    print_next(list_training_commands(resolved, of_pairs=report.text_pairs))
     print_text(f"\nreport: {report.out / REPORT_FILE}")
 
 

@@ -14,6 +14,7 @@ from lora_kit.adapter.adapter import Adapter
 from lora_kit.data.label_problem import resolve_problem
 from lora_kit.data.layouts import FORMATS
 from lora_kit.data.messages import ALL, LEARN
+from lora_kit.data.mixture import has_text_pairs
 from lora_kit.data.preferences import describe_use
 from lora_kit.data.rows import Rows
 from lora_kit.data.sample_format import DEFAULT_MAX_LENGTH, PromptStyle, SampleFormat
@@ -26,7 +27,7 @@ from lora_kit.models.checkpoint_head import find_checkpoint_problem
 from lora_kit.models.heads import list_head_labels, name_head_labels
 from lora_kit.models.loading import Base
 from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR
-from lora_kit.models.tasks import LABEL_TASKS, PROBLEMS, SEQ2SEQ, SINGLE_LABEL
+from lora_kit.models.tasks import CLASSIFY, LABEL_TASKS, PROBLEMS, SEQ2SEQ, SINGLE_LABEL
 from lora_kit.names import RECIPE_FILE
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,22 @@ def find_adapter_problem(adapter: Adapter) -> str | None:
         what = f"the adapter's record has the problem {format_value(problem)}"
         raise AdapterError(what, hint=f"known: {format_list(PROBLEMS)}")
     return problem
+
+
+def check_adapter_inputs(label: str, adapter: Adapter | None, *, are_pairs: bool) -> None:
+    """Check that an adapter is given what it was trained on: texts, or pairs of texts. Not every record says it.
+
+    Raises:
+        DataError: it was trained on the other.
+    """
+    trained = None if adapter is None else adapter.record.get("text_pairs")
+    if trained in (None, are_pairs):
+        return
+    if are_pairs:
+        what, hint = "single texts, and two texts were given", "leave out the second one"
+    else:
+        what, hint = "pairs of texts, and one text was given", "--text-pair gives the second one, or a column text_pair"
+    raise DataError(f"adapter {label!r} was trained on {what}", hint=hint)
 
 
 def find_adapter_thresholds(adapter: Adapter | None) -> tuple[float, ...]:
@@ -132,7 +149,8 @@ def resolve_sample_formats(
 
     Raises:
         AdapterError: an adapter has more or fewer labels than the model's head.
-        DataError: the rows are conversations, and the base, which is alone, has no chat template.
+        DataError: the rows are conversations, and the base, which is alone, has no chat template; or they have two
+            texts each, and an adapter was trained on single ones, or the other way round.
     """
     own = {
         label: _find_adapter_format(base, adapter, max_length)
@@ -145,6 +163,9 @@ def resolve_sample_formats(
         label: dataclasses.replace(own.get(label, _use_head_order(base, default)), learn=learn, problem=problem)
         for label in adapters
     }
+    if base.task == CLASSIFY:
+        for label, adapter in adapters.items():
+            check_adapter_inputs(label, adapter, are_pairs=has_text_pairs(rows))
     if base.task in LABEL_TASKS:
         size = base.model.config.num_labels
         for label, sample_format in formats.items():

@@ -67,6 +67,7 @@ class EvalReport:
         seconds: wall time, without loading the base.
         kind: of the samples, as in `lora_kit.models.tasks`.
         labels: the names of the labels; empty where the task has none.
+        text_pairs: whether each row has two texts.
     """
 
     data: Path
@@ -77,6 +78,7 @@ class EvalReport:
     seconds: float
     kind: str = NEXT
     labels: tuple[str, ...] = ()
+    text_pairs: bool = False
 
     def __getitem__(self, name: str) -> Result:
         """Return the result of an adapter by its label."""

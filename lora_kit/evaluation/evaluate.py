@@ -14,6 +14,7 @@ from lora_kit.adapter.adapter_like import AdapterLike
 from lora_kit.bank.bank import AdapterBank
 from lora_kit.data.batches import Collator, EncodedDataset
 from lora_kit.data.encode import encode_rows
+from lora_kit.data.mixture import has_text_pairs
 from lora_kit.data.rows import Rows, read_rows
 from lora_kit.data.sample_format import SampleFormat, convert_rows
 from lora_kit.errors import ConfigError, format_list
@@ -258,6 +259,7 @@ def _run_plan(
         results=tuple(results[label] for label in labels),
         kind=next((samples.kind for samples in plan.samples.values()), NEXT),
         labels=next(iter(plan.formats.values())).labels,
+        text_pairs=has_text_pairs(plan.rows),
         seconds=time.perf_counter() - started,
     )
 

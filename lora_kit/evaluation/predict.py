@@ -23,6 +23,7 @@ from lora_kit.data.text_tokens import TextTokens, tokenize_texts, tokenize_words
 from lora_kit.errors import ConfigError, DataError
 from lora_kit.evaluation.adapter_format import (
     build_prediction_format,
+    check_adapter_inputs,
     find_adapter_labels,
     find_adapter_problem,
     find_adapter_thresholds,
@@ -78,7 +79,7 @@ def predict(
     Raises:
         ConfigError: the adapter generates texts, or a value is out of range.
         UnknownAdapterError, AdapterError: the adapter does not exist, cannot be read, or does not match the base.
-        DataError: a text is empty, or of a form that the task does not take.
+        DataError: a text is empty, or of a form that the task does not take or the adapter was not trained on.
         BaseModelError: the base cannot be found or read.
 
     Example:
@@ -117,7 +118,7 @@ def open_predictors(
             for label, adapter in group.items():
                 form = build_prediction_format(loaded, adapter, max_length=max_length, problem=problem)
                 thresholds = find_adapter_thresholds(adapter)
-                opened[label] = Predictor(label, loaded, form, thresholds, batch_size, bank=bank)
+                opened[label] = Predictor(label, adapter, loaded, form, thresholds, batch_size, bank=bank)
         yield [opened[label] for label in labels]
 
 
@@ -141,7 +142,7 @@ def _resolve_task(base: str | Base, label: str, adapter: Adapter | None) -> tupl
         task = base.task
     task = task or find_checkpoint_task(base)  # type: ignore[arg-type]  # a loaded base has a task
     if task not in LABEL_TASKS:
-        raise ConfigError(f"task {task} generates texts; predict is for labels", hint="lora-kit generate")
+        raise ConfigError(f"{label} writes texts (task {task}); predict is for labels", hint="lora-kit generate")
     if task != CLASSIFY:
         return task, None
     recorded = None if adapter is None else find_adapter_problem(adapter)
@@ -162,6 +163,7 @@ class Predictor:
     def __init__(
         self,
         name: str,
+        adapter: Adapter | None,
         base: Base,
         sample_format: SampleFormat,
         thresholds: Sequence[float],
@@ -169,7 +171,7 @@ class Predictor:
         *,
         bank: AdapterBank | None,
     ) -> None:
-        self.name, self._bank = name, bank
+        self.name, self._adapter, self._bank = name, adapter, bank
         self._base, self._format, self._thresholds, self._batch_size = base, sample_format, thresholds, batch_size
         self._collator = Collator(base.pad_token_id, takes_types=base.takes_token_types)
         self.task, self.labels = base.task, sample_format.labels
@@ -188,6 +190,8 @@ class Predictor:
         texts = [_check_text(number, each) for number, each in enumerate(inputs, start=1)]
         if len({isinstance(text, tuple) for text in texts}) > 1:
             raise DataError("some inputs are pairs of texts and others are texts", hint="give all of one form")
+        if texts:
+            check_adapter_inputs(self.name, self._adapter, are_pairs=isinstance(texts[0], tuple))
         tokens = list(tokenize_texts(texts, self._base.tokenizer, max_length=self._format.max_length))
         rows = self._run(tokens)
         scores = torch.stack([compute_scores(row[None], self.kind)[0] for row in rows]) if rows else torch.empty(0, 1)

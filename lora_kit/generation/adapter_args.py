@@ -12,7 +12,7 @@ from lora_kit.adapter.adapter_like import AdapterLike, short_label_of
 from lora_kit.adapter.adapter_location import resolve_adapter
 from lora_kit.errors import AdapterError, ConfigError
 from lora_kit.models.loading import Base
-from lora_kit.models.tasks import find_task_by_peft_type
+from lora_kit.models.tasks import describe_peft_type, find_task_by_peft_type
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def find_common_task(labels: Sequence[str], adapters: Sequence[Adapter | None]) 
             continue
         spec = find_task_by_peft_type(task_type)
         if spec is None:
-            raise AdapterError(f"adapter {label!r} was made for {task_type}, which is not a task of lora-kit")
+            raise AdapterError(f"adapter {label!r} is for {describe_peft_type(task_type)}")
         tasks.setdefault(spec.name, label)
     if len(tasks) > 1:
         listed = ", ".join(f"{label!r} for {task}" for task, label in tasks.items())

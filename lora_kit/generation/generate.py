@@ -14,7 +14,7 @@ from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.adapter_like import AdapterLike
 from lora_kit.bank.attach import attach
 from lora_kit.bank.bank import AdapterBank
-from lora_kit.errors import AdapterError, ConfigError, DataError
+from lora_kit.errors import AdapterError, ConfigError, DataError, format_list
 from lora_kit.generation.adapter_args import (
     build_adapter_labels,
     check_quantize,
@@ -25,7 +25,7 @@ from lora_kit.generation.decoding import Sampling, generate_batch
 from lora_kit.generation.prompts import encode_prompt, resolve_styles
 from lora_kit.generation.text_stream import TextStream
 from lora_kit.models.loading import Base, load_base, load_input_spec
-from lora_kit.models.tasks import SEQ2SEQ, find_task_by_peft_type
+from lora_kit.models.tasks import SEQ2SEQ, TASKS, describe_peft_type, find_task_by_peft_type
 from lora_kit.names import DEFAULT_STORE
 from lora_kit.targets.legacy_names import convert_to_model_names
 
@@ -82,10 +82,11 @@ def generate(
     Raises:
         UnknownAdapterError: an adapter does not exist; nothing was loaded.
         AdapterError: an adapter does not generate text, cannot be read, or does not match the base.
-        DataError: the prompt has no token, is not text, or fills the base's context.
+        DataError: the prompt is blank without `raw`, has no token, is not text, or fills the base's context.
     """
     if not adapters:
         raise ConfigError("no row to generate was given", hint="name an adapter, or None for the base itself")
+    _check_not_blank(prompt, template)
     sampling = sampling or Sampling()
     read = [read_adapter(adapter, store=store, allow=allow) for adapter in adapters]
     labels = build_adapter_labels(adapters, read)
@@ -108,6 +109,12 @@ def generate(
         )
         for label, row, completion in zip(labels, rows, completions, strict=True)
     ]
+
+
+def _check_not_blank(prompt: str, template: str) -> None:
+    if isinstance(prompt, str) and not prompt.strip() and template != "raw":
+        hint = "a raw one (--raw) may be blank: the model goes on from its first token"
+        raise DataError("the prompt is empty", hint=hint)
 
 
 @contextlib.contextmanager
@@ -156,8 +163,8 @@ def load_for_generation(
         task_type = adapter.config.task_type if adapter is not None else None
         spec = find_task_by_peft_type(task_type)
         if task_type is not None and not (spec and spec.is_generative):
-            hint = "`lora-kit predict` predicts its labels"
-            raise AdapterError(f"adapter {label!r} was made for {task_type}: it does not write text", hint=hint)
+            hint = "lora-kit predict" if spec else f"tasks: {format_list(TASKS)}"
+            raise AdapterError(f"adapter {label!r} is for {describe_peft_type(task_type)}, and writes none", hint=hint)
     task = find_common_task(labels, adapters)
     if not isinstance(base, str):
         return base

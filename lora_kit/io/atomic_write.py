@@ -138,6 +138,7 @@ def check_output(target: Path, *, replace: bool = False, owned: FolderPredicate 
     check_path(target)
     mode = mode_of(target, follow=False)
     if not mode:
+        _check_no_file_above(target)
         return
     if not stat.S_ISDIR(mode):
         kind = "a link" if stat.S_ISLNK(mode) else "not a folder"
@@ -151,6 +152,14 @@ def check_output(target: Path, *, replace: bool = False, owned: FolderPredicate 
             raise StorageError(
                 f"{escape_text(target)} holds something else, so it is not replaced", hint="choose another output"
             )
+
+
+def _check_no_file_above(target: Path) -> None:
+    """Raise StorageError where a file stands in the place of one of the folders that a target lies in."""
+    above = next((folder for folder in target.absolute().parents if mode_of(folder, follow=True)), None)
+    if above is not None and not above.is_dir():
+        what = f"{escape_text(target)} cannot be written: {escape_text(above)} is a file, not a folder"
+        raise StorageError(what, hint="choose another output")
 
 
 def check_path(target: Path) -> None:

@@ -246,7 +246,8 @@ def translate_load_errors(name: str | Path) -> Iterator[None]:
             raise OutOfMemoryError(f"{escape_text(name)} does not fit in memory", hint=hint) from error
         if "trust_remote_code" in str(error):
             message = "this model asks to run code of its own, which is never done"
-            raise BaseModelError(f"{escape_text(name)}: {message}") from None
+            hint = "bases are models of a kind that transformers itself has"
+            raise BaseModelError(f"{escape_text(name)}: {message}", hint=hint) from None
         raise BaseModelError(f"{escape_text(name)}: could not be read: {_summarize_error(error)}") from error
 
 

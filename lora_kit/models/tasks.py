@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Final
 
 from lora_kit.config.peft_fields import PEFT_TASK_TYPES, find_task_name
+from lora_kit.io.text import escape_text
 
 CAUSAL_LM: Final = "causal-lm"
 CLASSIFY: Final = "classify"
@@ -90,6 +91,12 @@ TASK_SPECS: Final[Mapping[str, TaskSpec]] = MappingProxyType(
 generates another. By name."""
 
 TASKS: Final = tuple(TASK_SPECS)
+_ABILITIES: Final = {
+    NEXT: "continues texts",
+    TARGET: "writes a text for a text",
+    LABEL: "predicts labels of texts",
+    WORD: "predicts labels of words",
+}
 GENERATIVE_TASKS: Final = tuple(spec.name for spec in TASK_SPECS.values() if spec.is_generative)
 """Tasks whose models generate text."""
 LABEL_TASKS: Final = tuple(spec.name for spec in TASK_SPECS.values() if not spec.is_generative)
@@ -99,6 +106,14 @@ LABEL_TASKS: Final = tuple(spec.name for spec in TASK_SPECS.values() if not spec
 def find_task_by_peft_type(peft_type: str | None) -> TaskSpec | None:
     """Return the task that PEFT calls `peft_type`; None where no task is called so."""
     return TASK_SPECS.get(find_task_name(peft_type) or "")
+
+
+def describe_peft_type(peft_type: str) -> str:
+    """Return what a model of one of PEFT's task types does, in words, with the name that it has here, if any."""
+    spec = find_task_by_peft_type(peft_type)
+    if spec is None:
+        return f"PEFT's task type {escape_text(peft_type)}, which is no task of lora-kit"
+    return f"task {spec.name}, which {_ABILITIES[spec.sample_kind]}"
 
 
 def find_problem_by_type(problem_type: str | None) -> str | None:

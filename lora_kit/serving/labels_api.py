@@ -14,12 +14,14 @@ from fastapi import APIRouter, Request, Response
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.data.text_tokens import TextTokens
+from lora_kit.errors import DataError
+from lora_kit.evaluation.adapter_format import check_adapter_inputs
 from lora_kit.evaluation.prediction import Prediction
 from lora_kit.models.tasks import CLASSIFY
 from lora_kit.serving.adapter_tasks import make_task_error
 from lora_kit.serving.api_access import RESPONSES, Key, Served, find_adapter, make_digest_headers
 from lora_kit.serving.api_errors import ApiError, make_failure
-from lora_kit.serving.engine import Wanted
+from lora_kit.serving.engine import RequestError, Wanted
 from lora_kit.serving.schemas import ClassifyBody, EmbeddingBody
 from lora_kit.serving.scored_texts import FailedTextError, score_texts
 from lora_kit.serving.served_model import ServedModel
@@ -48,6 +50,10 @@ async def classify(
     inputs = body.texts
     _check_count(served, len(inputs))
     tokens = await asyncio.to_thread(served.prompts.encode_labeled, inputs, max_length=length)
+    try:
+        check_adapter_inputs(body.model, adapter, are_pairs=not isinstance(inputs[0], str))
+    except DataError as error:
+        raise RequestError(error.message, field="input", code="invalid_value", hint=error.hint) from None
     scores = await _compute(request, served, tokens, "scores", adapter)
     predictions = [head.predict(row, is_cut=text.is_cut) for row, text in zip(scores, tokens, strict=True)]
     data = [_write_prediction(n, prediction) for n, prediction in enumerate(predictions)]

@@ -64,7 +64,7 @@ def keep(
         recipe = _read_recipe(record, target)
         check_output_writable(recipe)
         check_output_available(recipe, replace=replace)
-        report = _build_report(newest, kept, recipe)
+        report = _build_report(newest, kept, record, recipe)
         return _write_result(kept, record, report, replace=replace)
 
 
@@ -156,7 +156,7 @@ class _TrainingSoFar:
         )
 
 
-def _build_report(newest: Checkpoint, kept: Checkpoint, recipe: Recipe) -> TrainReport:
+def _build_report(newest: Checkpoint, kept: Checkpoint, record: JsonObject, recipe: Recipe) -> TrainReport:
     training = _TrainingSoFar.read(newest.folder)
     log = training.state["log_history"]
     report = TrainReport(
@@ -176,6 +176,7 @@ def _build_report(newest: Checkpoint, kept: Checkpoint, recipe: Recipe) -> Train
         train_loss=training.train_loss,
         before=training.before,
         after=training.find_evaluation(kept.step),
+        text_pairs=record.get("text_pairs") is True,
         history=(),
         digest=None,
         recipe=recipe,

@@ -39,6 +39,7 @@ class TrainReport:
         after: metrics on the validation file after training; None where the recipe has none.
         thresholds: where any number of labels apply: the least probability of each that is predicted, chosen on the
             validation file for the best F1; `after` is measured with them. Empty for 0.5.
+        text_pairs: whether each row has two texts.
         history: the entries of the log, as in metrics.jsonl.
         planned: optimizer steps that were to be done, where a checkpoint was kept as the result; else None.
         max_steps: optimizer steps that the recipe asks for; 0 where that is not known.
@@ -63,6 +64,7 @@ class TrainReport:
     before: Evaluation | None
     after: Evaluation | None
     thresholds: tuple[float, ...] = ()
+    text_pairs: bool = False
     history: tuple[LogEntry, ...]
     planned: int | None = None
     digest: str | None

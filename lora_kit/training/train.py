@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from lora_kit.cpu_threads import describe_cpu_threads
+from lora_kit.data.mixture import has_text_pairs
 from lora_kit.errors import LoraKitError, RecipeError, format_list
 from lora_kit.evaluation.forward import run_forward
 from lora_kit.evaluation.measure import Evaluation
@@ -324,6 +325,7 @@ def _build_report(trainable: TrainableJob, outcome: _TrainingOutcome, world: Wor
         before=outcome.before,
         after=outcome.after,
         thresholds=outcome.thresholds,
+        text_pairs=has_text_pairs(job.rows),
         history=(),
         digest=None,
         recipe=job.recipe,

@@ -288,7 +288,7 @@ def test_bad_requests_are_refused_in_words(tmp_path: Path) -> None:
     with pytest.raises(MergeError, match=r"layers of different shapes .*linear \(32, 32\) in .*linear \(32, 16\)"):
         lk.combine([(made({Q: (32, 32, 2)}), 1.0), (made({Q: (32, 16, 2)}), 1.0)])
     tasks = [made({Q: (16, 16, 2)}, task_type=task) for task in ("CAUSAL_LM", "SEQ_CLS")]
-    with pytest.raises(MergeError, match=r"different tasks: CAUSAL_LM, SEQ_CLS \(task_type\)"):
+    with pytest.raises(MergeError, match="different tasks: causal-lm, classify"):
         lk.combine([(task, 1.0) for task in tasks])
 
 

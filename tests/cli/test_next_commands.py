@@ -21,6 +21,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "completion": [{"prompt": f"ask {n}", "completion": f"say {n};"} for n in range(40)],
     "label": [{"text": f"where is card {n}", "label": "card"} for n in range(20)]
     + [{"text": f"send {n} pounds", "label": "money"} for n in range(20)],
+    "pair": [
+        {"text": f"card {n}", "text_pair": f"the card {n // 2 * 2}", "label": "odd" if n % 2 else "even"}
+        for n in range(40)
+    ],
     "chat": [
         {"messages": [{"role": "user", "content": f"ask {n}"}, {"role": "assistant", "content": f"say {n}"}]}
         for n in range(40)
@@ -86,10 +90,30 @@ def run_commands_of_page(page: Path, capsys: Capture) -> None:
 def test_from_rows_to_the_hub_every_command_runs_as_printed(here: Path, capsys: Capture, layout: str) -> None:
     texts.write(here / "my rows.jsonl", ROWS[layout])
     verbs = follow_all(capsys, "prepare", "my rows.jsonl", "--base", "my base", "--out", "my data")
-    ask = "predict" if layout == "label" else "generate"
+    ask = "predict" if layout in ("label", "pair") else "generate"
     assert verbs == ["prepare", "preview", "train", "eval", ask, "merge", ask, "push"]
     texts.write(here / "rows.jsonl", ROWS[layout][:2])
     run_commands_of_page(next(here.glob("adapters/*/report.html")), capsys)
+
+
+def test_an_adapter_of_pairs_takes_no_single_text_and_the_other_way_round(here: Path, capsys: Capture) -> None:
+    for name in ("pair", "label"):
+        texts.write(here / f"{name}.jsonl", ROWS[name])
+        run(capsys, "prepare", f"{name}.jsonl", "--base", "my base", "--out", name)
+        hurry(Path(name, "recipe.yaml"))
+        run(capsys, "train", f"{name}/recipe.yaml")
+    for adapter, rows, flags, message in (
+        ("pair", "label", [], "adapter 'pair' was trained on pairs of texts, and one text was given"),
+        (
+            "label",
+            "pair",
+            ["--text-pair", "b"],
+            "adapter 'label' was trained on single texts, and two texts were given",
+        ),
+    ):
+        for command in (["predict", "-a", adapter, "a", *flags], ["eval", f"{rows}.jsonl", "-a", adapter]):
+            assert main(command) == 2, command
+            assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow  # a sweep, and five adapters of which each is merged

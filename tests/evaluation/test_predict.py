@@ -169,7 +169,7 @@ def test_a_loaded_base_is_left_as_it_was() -> None:
         ("single", None, DataError, "inputs must be a list; None was given"),
         ("words", [[]], DataError, "input 1 has no word"),
         ("absent", ["a"], LookupError, "absent"),
-        (None, ["a"], ConfigError, "generates texts; predict is for labels"),
+        (None, ["a"], ConfigError, r"base writes texts \(task causal-lm\); predict is for labels"),
     ],
 )
 def test_what_cannot_be_predicted_is_refused(adapter: Any, inputs: Any, error: Any, message: str) -> None:
@@ -395,3 +395,16 @@ def test_a_head_that_the_adapter_brings_is_not_called_new(caplog: pytest.LogCapt
         assert not [message for message in caplog.messages if "new head" in message]
         lk.load_base("base", task="classify", num_labels=3)
     assert [message for message in caplog.messages if "new head" in message]
+
+
+def test_a_long_text_leaves_the_table_a_table(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    long = "a word " * 60
+    assert main(["predict", "-a", "single", long, "ab"]) == 0
+    header, first, second = capsys.readouterr().out.splitlines()
+    assert header.split() == ["text", "label", "probability"]
+    assert "…" in first
+    assert len(first) <= 80
+    assert second.startswith("ab ")
+    assert main(["predict", "-a", "single", long, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] == long

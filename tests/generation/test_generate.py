@@ -144,7 +144,7 @@ def test_writing_ends_where_the_context_does(base: Base) -> None:
         generate(base, [None], "a" * 64, sampling=SHORT)
 
 
-@pytest.mark.parametrize("prompt", ["", "\udc80"], ids=["empty", "not UTF-8"])
+@pytest.mark.parametrize("prompt", ["", " \n", "\udc80"], ids=["empty", "blank", "not UTF-8"])
 def test_a_prompt_without_text_is_refused(base: Base, prompt: str) -> None:
     with pytest.raises(DataError):
         generate(base, [None], prompt, sampling=SHORT)
@@ -161,7 +161,7 @@ def test_an_unknown_adapter_is_an_error_and_never_the_base(base: Base, tmp_path:
 
 
 def test_an_adapter_that_writes_no_text_is_refused(base: Base) -> None:
-    with pytest.raises(AdapterError, match="SEQ_CLS"):
+    with pytest.raises(AdapterError, match="is for task classify, which predicts labels of texts, and writes none"):
         generate(base, [made(base, seed=1, task_type="SEQ_CLS")], "one")
 
 

@@ -441,3 +441,9 @@ def test_what_is_not_ours_beside_an_output_is_an_error_that_names_it(target: Pat
     shutil.rmtree(theirs) if kind == "folder" else theirs.unlink()
     NEW.save(target, replace=True)
     assert alone(target)
+
+
+def test_a_file_in_the_place_of_a_folder_is_named_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(StorageError, match=r"cannot be written: .*/file is a file, not a folder"):
+        atomic_write.check_output(tmp_path / "file" / "deep" / "out", replace=True)

@@ -176,6 +176,12 @@ def test_a_base_that_would_be_counted_wrongly_is_refused(tmp_path: Path) -> None
         plan_size(tmp_path / "vit" / "config.json", length=8)
 
 
+def test_what_would_take_hours_to_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_kit.training.plan.step_size._MOST_OPERATIONS", 50)
+    with pytest.raises(BaseModelError, match=r"rows of 8 tokens has more than 25 operations.*a smaller --length"):
+        measure_step_size(narrow_config(), shape(length=8))
+
+
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> None:
     size = measure_step_size(narrow_config(), shape(length=8))

@@ -26,7 +26,9 @@ from lora_kit.models.tasks import (
     PROBLEMS,
     SINGLE_LABEL,
     TASK_SPECS,
+    TASKS,
     TaskSpec,
+    describe_peft_type,
     find_task_by_peft_type,
 )
 
@@ -56,10 +58,8 @@ class TaskHead:
         task = adapter.config.task_type
         spec = find_task_by_peft_type(task)
         if task is not None and spec is None:
-            known = [spec.peft_type for spec in TASK_SPECS.values()]
             raise MergeError(
-                f"the adapter was made for {escape_text(task)}, which is not merged",
-                hint=f"merged are: {format_list(known)}",
+                f"the adapter is for {describe_peft_type(task)}", hint=f"tasks that are merged: {format_list(TASKS)}"
             )
         if spec is None or spec.is_generative:
             return cls(task)

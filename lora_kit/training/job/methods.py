@@ -19,6 +19,7 @@ from lora_kit.adapter.folder import CARD
 from lora_kit.adapter.model_card import format_labels, format_metrics
 from lora_kit.bank.attach import attach
 from lora_kit.bank.bank import AdapterBank
+from lora_kit.data.mixture import has_text_pairs
 from lora_kit.io.atomic_write import stage_folder
 from lora_kit.io.strict_json import parse_object
 from lora_kit.models.model_folder_card import render_model_card
@@ -108,6 +109,7 @@ def describe_training(job: Job) -> dict[str, object]:
         record["labels"] = list(job.labels)
     if job.recipe.problem is not None:
         record["problem"] = job.recipe.problem
+        record["text_pairs"] = has_text_pairs(job.rows)
     return record
 
 

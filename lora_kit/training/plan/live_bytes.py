@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 
+class TooManyOperationsError(Exception):
+    """More operations than may be counted."""
+
+
 class LiveBytes(TorchDispatchMode):
     """A mode under which every storage that an operation returns is counted until it is freed.
 
@@ -21,6 +26,10 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         device: whose tensors count; None for those of all.
+        most_operations: how many may be run; None for any number.
+
+    Raises:
+        TooManyOperationsError: in the block, at the first operation beyond them.
 
     Attributes:
         now: bytes that are alive.
@@ -28,9 +37,9 @@ class LiveBytes(TorchDispatchMode):
         flops: multiplications and additions of matrix products, as torch counts them.
     """
 
-    def __init__(self, device: torch.device | None = None) -> None:
+    def __init__(self, device: torch.device | None = None, *, most_operations: int | None = None) -> None:
         super().__init__()
-        self._device = device
+        self._device, self._left = device, math.inf if most_operations is None else most_operations
         self.now = self.peak = self.flops = 0
         self._sizes: dict[int, int] = {}
 
@@ -57,6 +66,9 @@ class LiveBytes(TorchDispatchMode):
         args: Sequence[object] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            raise TooManyOperationsError
         output = func(*args, **(kwargs or {}))
         count = flop_registry.get(func.overloadpacket)
         if count is not None:

@@ -18,11 +18,12 @@ from torch.nn import functional
 
 from lora_kit.bank.attach import attach
 from lora_kit.config.lora_config import LoraConfig
+from lora_kit.errors import BaseModelError
 from lora_kit.evaluation.loss import LossHead
 from lora_kit.models.tasks import GENERATIVE_KINDS, SEQ2SEQ, TARGET, TASK_SPECS
 from lora_kit.ops.cross_entropy import choose_chunk, sum_row_losses
 from lora_kit.training.loop.contexts import find_repeated_layers, start_gradient_checkpointing
-from lora_kit.training.plan.live_bytes import LiveBytes
+from lora_kit.training.plan.live_bytes import LiveBytes, TooManyOperationsError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -33,6 +34,8 @@ SIZED_METHODS: Final = ("lora", QLORA, FULL)
 _ADAPTER: Final = "sized"
 _STEPS: Final = 2
 """Steps that are counted: in the second one the state of the optimizer is there."""
+_MOST_OPERATIONS: Final = 400_000
+"""Of all steps together: minutes. Llama of 405 billion weights has a tenth."""
 _BLOCK: Final = 64
 """Weights that share a scale in 4 bits, which is kept in fp32."""
 
@@ -106,7 +109,7 @@ def measure_step_size(config: PretrainedConfig, shape: StepShape) -> StepSize:
 
     Raises:
         TargetError: the adapter's config does not match the model.
-        BaseModelError: the model has no repeated layers.
+        BaseModelError: the model has no repeated layers, or a step has too many operations.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = _build_model(config, shape)
@@ -115,10 +118,16 @@ def measure_step_size(config: PretrainedConfig, shape: StepShape) -> StepSize:
         weights = sum(_count_bytes(tensor) for tensor in {*model.parameters(), *model.buffers()})
         parameters = sum(parameter.numel() for parameter in model.parameters())
         leaves = _make_trainable(model, shape)
-        live = LiveBytes()
+        live = LiveBytes(most_operations=_MOST_OPERATIONS)
         for tensor in (*model.parameters(), *model.buffers()):
             live.add(tensor)
-        _run_steps(model, leaves, shape, live)
+        try:
+            _run_steps(model, leaves, shape, live)
+        except TooManyOperationsError:
+            what = f"a step on rows of {shape.length:,} tokens has more than {_MOST_OPERATIONS // _STEPS:,} operations"
+            why = "as in layers that go through a row token by token, so it would take hours to count"
+            hint = "a smaller --length; or train --dry-run, which measures a step"
+            raise BaseModelError(f"{what}, {why}", hint=hint) from None
         trained = sum(4 * _count_bytes(leaf) for leaf in leaves)  # with gradients and the two moments of AdamW
         frozen = 0 if shape.method == FULL else weights
         share = packed.saved / max(1, sum(layers))

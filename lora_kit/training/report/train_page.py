@@ -202,7 +202,8 @@ def _write_adapter_loading(report: TrainReport, num_labels: int) -> tuple[str, .
         f"{write_bank_loading_code(recipe.name, out, model='base.model')}    # bank.use(None): the base again"
     )
     if num_labels:
-        return python, f"lora-kit predict --adapter {shlex.quote(out)} 'a text'"
+        second = " --text-pair 'another text'" if report.text_pairs else ""
+        return python, f"lora-kit predict --adapter {shlex.quote(out)} 'a text'{second}"
     return python, f"lora-kit generate --base {shlex.quote(recipe.base)} --adapter {shlex.quote(out)} --prompt '…'"
 
 
