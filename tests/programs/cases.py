@@ -178,6 +178,7 @@ def make_adapter(
     """Return a random adapter that changes what a model computes enough, and what it computes with it."""
     plain = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "init_lora_weights": False}
     config = lk.LoraConfig.from_dict({**plain, **fields})
+    torch.manual_seed(13)  # of A, so that every run has the same adapters
     bank = lk.attach(model, config, name="made")
     try:
         fresh = bank.snapshot("made")

@@ -14,7 +14,7 @@ from tests.programs.converters import (
     fuse_with_mlx,
 )
 from tests.programs.encoders import add_with_sentence_transformers, make_encoders
-from tests.programs.logit_checks import LogitCheck, write_export, write_merged, write_saved
+from tests.programs.logit_checks import LogitCheck, write_export, write_merged, write_saved, write_with_task
 from tests.programs.mergekit import MergekitCheck
 from tests.programs.outcomes import Check
 from tests.programs.printed_commands import MlxCommandCheck, convert_as_printed, convert_in_export
@@ -41,7 +41,7 @@ CHECKS: Final[Mapping[str, Sequence[Check]]] = {
         LogitCheck(None, "read_with_peft", "peft", write_export("peft")),
         LogitCheck(None, "read_with_peft", "vllm", write_export("vllm")),
         LogitCheck(None, "read_with_printed_code", "peft, as printed", write_export("peft"), bases=_SMALL_BASES),
-        LogitCheck(None, "read_with_auto_peft", "auto", write_export("peft"), bases=_PLAIN_BASES),
+        LogitCheck(None, "read_with_auto_peft", "auto", write_with_task, bases=_PLAIN_BASES),
     ),
     "peft-0.10": (LogitCheck("peft-0.10", "read_with_peft", "vllm", write_export("vllm"), bases=_PLAIN_BASES),),
     "peft-0.13": (
@@ -137,7 +137,7 @@ CHECKS: Final[Mapping[str, Sequence[Check]]] = {
         LogitCheck("ctranslate2", "read_with_ctranslate2", "merged", write_merged, whole=True, bases=_SMALL_BASES),
         CostCheck("ctranslate2", "ctranslate2", {"converted": convert_with_ctranslate2}),
     ),
-    "mergekit": (MergekitCheck(("llama", "qwen2")),),
+    "mergekit": (MergekitCheck(("llama",)),),
     "sentence-transformers": (
         LogitCheck(
             "sentence-transformers",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 import subprocess
 import sys
 import tempfile
@@ -15,6 +15,16 @@ from tests.programs.outcomes import Cost
 LORA_KIT: Final = (sys.executable, "-m", "lora_kit")
 
 
+_LAUNCHER: Final = """
+import json, os, subprocess, sys
+process = subprocess.Popen(sys.argv[2:], stdout=sys.stderr)
+_, status, usage = os.wait4(process.pid, 0)
+with open(sys.argv[1], "w") as file:
+    json.dump([os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024], file)
+"""
+"""Starts a command from a process that is small: the peak of a child begins with the memory of what started it."""
+
+
 def run_measured(
     command: Sequence[str | Path], *, variables: Mapping[str, str] | None = None, folder: Path | None = None
 ) -> Cost:
@@ -23,14 +33,14 @@ def run_measured(
     Raises:
         RuntimeError: it failed; the message has its last line.
     """
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            [str(part) for part in command], stdout=output, stderr=subprocess.STDOUT, env=variables, cwd=folder
+    with tempfile.TemporaryDirectory() as place:
+        facts = Path(place) / "facts.json"
+        launch = [sys.executable, "-S", "-c", _LAUNCHER, facts, *command]
+        done = subprocess.run(
+            [str(part) for part in launch], stderr=subprocess.PIPE, env=variables, cwd=folder, check=True
         )
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            output.seek(0)
-            last = output.read().decode("utf-8", "replace").strip().splitlines()[-1:]
-            raise RuntimeError(f"{Path(command[0]).name} ended with {process.returncode}: {' '.join(last)}")
-    return Cost(round(usage.ru_utime + usage.ru_stime, 2), round(usage.ru_maxrss / 1024, 1))
+        code, seconds, megabytes = json.loads(facts.read_text(encoding="utf-8"))
+    if code:
+        last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
+        raise RuntimeError(f"{Path(command[0]).name} ended with {code}: {' '.join(last)}")
+    return Cost(round(seconds, 2), round(megabytes, 1))

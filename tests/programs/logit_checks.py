@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +42,16 @@ def write_export(target: str) -> Write:
         return folder
 
     return write
+
+
+def write_with_task(case: Case, folder: Path) -> Path:
+    """Export for PEFT an adapter whose config names its task, by which PEFT's `AutoPeftModel` finds the class."""
+    assert case.adapter_folder is not None
+    adapter = lk.Adapter.load(case.adapter_folder)
+    config = dataclasses.replace(adapter.config, task_type="CAUSAL_LM")
+    named = lk.Adapter(config, adapter.tensors, record=adapter.record)
+    lk.export(named, "peft", folder, base=case.base_folder)
+    return folder
 
 
 def write_merged(case: Case, folder: Path) -> Path:

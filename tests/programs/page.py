@@ -73,4 +73,4 @@ def _list_costs(check: Mapping[str, Any]) -> Iterator[list[str]]:
     for case in check["cases"]:
         if case.get("ours") and case.get("theirs"):
             sides = [f"{case[side]['seconds']:.1f} s, {case[side]['megabytes']:,.0f} MB" for side in ("ours", "theirs")]
-            yield [check["version"], case["key"], *sides]
+            yield [check["program"], case["key"], *sides]
