@@ -53,13 +53,28 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=list(READERS), default=list(READERS), help="readers, by name")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("fuzz-faults"), help="folder of the cases that are faults")
-    parser.add_argument("--write", action="store_true", help=f"write the counts to {RESULT.name}")
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help=f"write the counts to {RESULT.name}; of a part of the readers beside those that are there",
+    )
     arguments = parser.parse_args()
     seconds = arguments.minutes * 60 / len(arguments.only)
-    records = [_fuzz_in_child(name, seconds, arguments.seed, arguments.out) for name in arguments.only]
-    if arguments.write:
-        RESULT.write_text(json.dumps({**harness.environment(), "readers": records}, indent=1) + "\n", encoding="utf-8")
-    return 1 if any(record["faults"] for record in records) else 0
+    has_faults = False
+    for name in arguments.only:
+        record = _fuzz_in_child(name, seconds, arguments.seed, arguments.out)
+        has_faults |= bool(record["faults"])
+        if arguments.write:
+            _write(record, list(READERS))
+    return int(has_faults)
+
+
+def _write(record: dict[str, object], names: list[str]) -> None:
+    """Write the counts of a reader beside what the others gave before."""
+    earlier = json.loads(RESULT.read_text(encoding="utf-8"))["readers"] if RESULT.is_file() else []
+    counts = {one["reader"]: one for one in [*earlier, record]}
+    result = {**harness.environment(), "readers": [counts[name] for name in names if name in counts]}
+    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def _fuzz_in_child(name: str, seconds: float, seed: int, out: Path) -> dict[str, object]:

@@ -154,7 +154,10 @@ FILLED: Mapping[str, Start] = {
     "init": _start_init,
     "generate --data": _start_generate,
     "predict --out": _start_predict,
-    "eval --out": _start_command("eval", "rows-{number}.jsonl", *_ADAPTER, "--out", "out/said.jsonl", "--replace"),
+    "eval --out": _start_command(
+        *("eval", "rows-{number}.jsonl", *_ADAPTER, "--metrics", "exact_match", "--max-new-tokens", "2"),
+        *("--out", "out/said.jsonl", "--replace"),
+    ),
     "eval --report": _start_command("eval", "rows-{number}.jsonl", *_ADAPTER, "--report", "out/page.html", "--replace"),
     "compare --report": _start_command(
         "compare", "adapter-1", "adapter-{number}", "--report", "out/page.html", "--replace"
