@@ -36,7 +36,7 @@ def _reason_not_run(check: Mapping[str, Any]) -> str | None:
 
 
 def _is_compared(case: Mapping[str, Any]) -> bool:
-    return "difference" in case or "requests" in case or case["verdict"] != "equal"
+    return any(case.get(key) is not None for key in ("difference", "requests")) or case["verdict"] != "equal"
 
 
 def _format_line(check: Mapping[str, Any]) -> list[str]:
@@ -63,7 +63,7 @@ def _list_faults(check: Mapping[str, Any]) -> Iterator[str]:
         if case["verdict"] == "known":
             known.setdefault((case["key"].partition("/")[2], case["reason"]), []).append(case)
     for (feature, reason), cases in known.items():
-        off = max((case["difference"] for case in cases if "difference" in case), default=None)
+        off = max((case["difference"] for case in cases if case.get("difference") is not None), default=None)
         wrong = [f"{case['wrong_answers']} of {case['requests']} answers" for case in cases if case.get("requests")]
         figure = f" (off by up to {off:.2g})" if off is not None else f" ({', '.join(wrong)})" if wrong else ""
         yield f"{feature}: {reason}{figure}"

@@ -84,7 +84,9 @@ def test_the_page_says_what_was_run_what_is_wrong_elsewhere_and_what_it_takes() 
     checks = [
         _record("one", "saved", [("a/plain", equal), ("b/plain", equal), ("a/rslora", off)]),
         _record("two", "served", [("a/handover", served), ("a/one-slot-fewer", fault)]),
-        _record("three", "converters", [("gguf", {"verdict": "equal", "ours": cost, "theirs": cost})]),
+        _record(
+            "three", "converters", [("gguf", {"verdict": "equal", "difference": None, "ours": cost, "theirs": cost})]
+        ),
         {"program": "four", "form": "saved", "version": None, "skipped": "it cannot be had", "cases": []},
         {"program": "five", "form": "saved", "version": None, "failed": "it ended with 1", "cases": []},
     ]
