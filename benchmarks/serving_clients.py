@@ -59,7 +59,7 @@ def bench_with_vllm(binaries: Path, folder: Path, client: Any) -> dict[str, int]
     command += ["--model", BASE, "--tokenizer", folder / "tokenizer", "--lora-modules", *_NAMES]
     command += ["--dataset-name", "random", "--random-input-len", "32", "--random-output-len", "16"]
     command += ["--num-prompts", str(_ASKED), "--max-concurrency", "16", "--seed", "1"]
-    return {"asked": _ASKED, "answered": read_number(r"Successful requests:\s+(\d+)", run_program(command))}
+    return {"asked": _ASKED, "answered": read_number(r"Successful requests:\s+(\d+)", run_program(command, folder))}
 
 
 def check_the_schema(binaries: Path, folder: Path, client: Any) -> dict[str, int]:
@@ -70,7 +70,7 @@ def check_the_schema(binaries: Path, folder: Path, client: Any) -> dict[str, int
     schema.write_text(json.dumps(description), encoding="utf-8")
     command = [binaries / "schemathesis", "run", schema, "--url", str(client.base_url).rstrip("/")]
     command += ["--checks", ",".join(_CHECKS), "--phases", "examples,coverage,fuzzing", "--max-examples", "25"]
-    output = run_program([*command, "--request-timeout", "60", "--seed", "1"])
+    output = run_program([*command, "--request-timeout", "60", "--seed", "1"], folder)
     failures = re.search(r"generated, (\d+) found", output)
     return {
         "requests": read_number(r"([\d,]+) generated", output),
@@ -89,9 +89,10 @@ def name_models(part: Any) -> None:
         name_models(each)
 
 
-def run_program(command: list[Any]) -> str:
-    """Return what a program prints, however it ends."""
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=1800, check=False)
+def run_program(command: list[Any], folder: Path) -> str:
+    """Return what a program prints, however it ends; what it writes goes to a folder."""
+    words = [str(part) for part in command]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=1800, check=False)
     return done.stdout + done.stderr
 
 

