@@ -5,6 +5,7 @@ Eight adapters of rank 8 on every linear layer of the embedded base, fp32, one t
 as many as it measured to be quickest. Steps in which it still measures are left out.
 
     python -m benchmarks.joint_training --write    # results and README.md
+    python -m benchmarks.joint_training --memory   # the memory alone, into both; it needs no quiet machine
     python -m benchmarks.joint_training --table    # README.md from the result, nothing else
 """
 
@@ -100,7 +101,7 @@ def _without_reports() -> Iterator[None]:
     with ExitStack() as stack:
         for place, value in (
             ("artifacts.plot_loss_curve", lambda *_, **__: None),
-            ("html.can_plot", lambda: False),
+            ("train_page.can_plot", lambda: False),
             ("samples.SAMPLE_COUNT", 0),
         ):
             stack.enter_context(patch(f"lora_kit.training.report.{place}", value))
@@ -158,6 +159,11 @@ def measure(rows: int, tokens: int) -> dict[str, Any]:
     }
 
 
+def measure_base() -> int:
+    """Return the bytes of the base, which every training has."""
+    return sum(tensor.nbytes for tensor in lk.load_base("kit-base", dtype="fp32").model.parameters())
+
+
 def measure_memory(adapters: int) -> int:
     """Return the peak memory of training so many adapters at once above the base's, in bytes."""
     quiet()
@@ -166,13 +172,18 @@ def measure_memory(adapters: int) -> int:
     with tempfile.TemporaryDirectory() as folder, _without_reports():
         recipes = recipes_of(Path(folder), 1, 64, 2)
         lk.train(recipes[-1], base=base)  # what a first training of a process costs
-        return peak_bytes(lambda: lk.train_many(recipes[:adapters], base=base))
+        return peak_bytes(lambda: lk.train_many(recipes[:adapters], base=base, replace=True))
 
 
 def measure_all() -> dict[str, Any]:
     rows = {f"{rows} × {tokens}": in_own_process(measure, rows, tokens) for rows, tokens in SIZES}
-    memory = {str(count): in_own_process(measure_memory, count, environment=MEMORY_IN_USE) for count in (1, ADAPTERS)}
-    return {"rows": rows, "memory": memory, **environment()}
+    return {"rows": rows, "memory": measure_all_memory(), **environment()}
+
+
+def measure_all_memory() -> dict[str, int]:
+    """Return the bytes of the base, and the peaks above it with one adapter and with all."""
+    peaks = {str(count): in_own_process(measure_memory, count, environment=MEMORY_IN_USE) for count in (1, ADAPTERS)}
+    return {"base": in_own_process(measure_base), **peaks}
 
 
 def page(result: Mapping[str, Any]) -> str:
@@ -190,8 +201,12 @@ def page(result: Mapping[str, Any]) -> str:
     ]
     if "memory" not in result:
         return table(head, lines)
-    one, eight = (result["memory"][count] / 1e6 for count in ("1", str(ADAPTERS)))
-    memory = f"Memory above the base, 1 × 64: {one:,.0f} MB for one adapter, {eight:,.0f} MB for eight."
+    base, one, eight = (result["memory"][count] / 1e6 for count in ("base", "1", str(ADAPTERS)))
+    share = (base + eight) / (1.3 * base + ADAPTERS * one)
+    memory = (
+        f"Memory at the peak, 1 × 64, above a base of {base:,.0f} MB: {one:,.0f} MB for one adapter, {eight:,.0f} MB "
+        f"for eight at once. The eight with their base take {share:.2f} of 1.3 bases and eight times one."
+    )
     return f"{table(head, lines)}\n\n{memory}"
 
 
@@ -199,12 +214,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the result and README.md")
     parser.add_argument("--table", action="store_true", help="write README.md from the result")
+    parser.add_argument("--memory", action="store_true", help="measure the memory alone, and write it into both")
     arguments = parser.parse_args()
-    result = json.loads(RESULT.read_text(encoding="utf-8")) if arguments.table else measure_all()
+    is_kept = arguments.table or arguments.memory
+    result = json.loads(RESULT.read_text(encoding="utf-8")) if is_kept else measure_all()
+    if arguments.memory:
+        result["memory"] = measure_all_memory()
     print(page(result))
-    if arguments.write:
+    if arguments.write or arguments.memory:
         RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    if arguments.write or arguments.table:
+    if arguments.write or is_kept:
         fill(README, page(result), mark=MARK)
 
 

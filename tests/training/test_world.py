@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import queue
+import signal
 import time
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate import skip_first_batches
@@ -16,6 +18,7 @@ from lora_kit.errors import REPORTED_ELSEWHERE, RecipeError, StorageError
 from lora_kit.training.loop import world as module
 from lora_kit.training.loop.dealt_batches import DealtBatches, deal_batches, take_share
 from lora_kit.training.loop.heartbeat import Heartbeat
+from lora_kit.training.loop.signals import StopRequest
 from lora_kit.training.loop.store_exchange import PeerError
 from lora_kit.training.loop.world import ALONE, World, join_world
 from tests.support.worlds import in_threads
@@ -187,3 +190,25 @@ def test_a_store_that_is_gone_is_noticed() -> None:
 
     Heartbeat(Gone(), 0, 2, on_lost=lost.put, beat_seconds=0.02, lost_seconds=0.2).start()
     assert lost.get(timeout=20) is None
+
+
+def test_a_signal_that_a_launcher_passes_on_is_the_one_that_was_received(monkeypatch: pytest.MonkeyPatch) -> None:
+    with StopRequest(alone=False) as stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+        now = time.monotonic()
+        monkeypatch.setattr("time.monotonic", lambda: now + 60)
+        with pytest.raises(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_second_signal_ends_a_process_alone_at_once() -> None:
+    def receive_two() -> None:
+        with StopRequest():
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+            pytest.fail("it went on after the second signal")
+
+    with pytest.raises(SystemExit):
+        receive_two()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
+import time
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Final, NoReturn, Self
@@ -13,13 +14,16 @@ logger = logging.getLogger(__name__)
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 """What stops a training."""
+_ECHO_SECONDS: Final = 5.0
+"""In which a second signal is the first once more: Slurm signals every process, and torchrun passes it on."""
 
 
 class StopRequest:
     """A request to stop a training, made by a signal.
 
     In the context the first SIGINT or SIGTERM is only recorded. Once a checkpoint is written the training calls `obey`,
-    and the signal takes its usual effect. A second signal takes effect at once. A signal that the process ignores stays
+    and the signal takes its usual effect. A second signal takes effect at once; with other processes only after some
+    seconds, since a launcher passes on a signal that all have received. A signal that the process ignores stays
     ignored: a shell has background processes ignore SIGINT.
 
     Args:
@@ -33,6 +37,7 @@ class StopRequest:
     def __init__(self, *, alone: bool = True) -> None:
         self._alone = alone
         self.received: int | None = None
+        self._received_at = 0.0
         self._obeyed: int | None = None
         self._before: dict[int, Callable[[int, FrameType | None], object] | int] = {}
 
@@ -80,8 +85,10 @@ class StopRequest:
 
     def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
+            if not self._alone and time.monotonic() - self._received_at < _ECHO_SECONDS:
+                return
             self._run_previous_handler(number)
-        self.received = number
+        self.received, self._received_at = number, time.monotonic()
         if self._alone:
             self._obeyed = number
         # The signal may have interrupted another write to the same stream.
