@@ -81,7 +81,7 @@ def _open(path: Path, stream: BinaryIO) -> pyarrow.parquet.ParquetFile:
         texts = [column.path for column in map(schema.column, range(len(schema))) if _is_text(column)]
         stream.seek(0)
         return pyarrow.parquet.ParquetFile(stream, read_dictionary=texts)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _not_parquet_error(path, error) from None
 
 

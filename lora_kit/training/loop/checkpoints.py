@@ -138,7 +138,8 @@ class RunFolder:
         """
         folder = self.path(step)
         record = _read_marker(folder)
-        if not all(isinstance(record.get(name), kinds) for name, kinds in _TYPES.items()) or record["step"] != step:
+        is_whole = all(name in record and isinstance(record[name], kinds) for name, kinds in _TYPES.items())
+        if not is_whole or record["step"] != step:
             raise AdapterError(f"{MARKER} is damaged")
         changed = [name for name, facts in record["files"].items() if hash_file(folder / name) != facts]
         checkpoint = Checkpoint(folder=folder, **{key: record[key] for key in _FIELDS})
