@@ -152,7 +152,7 @@ def test_an_indexed_store_is_listed_without_torch(store: Path) -> None:
     code = "import sys; from lora_kit.cli.main import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, "list", str(store)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert {"one", "two"} <= {line.split()[0] for line in done.stdout.splitlines()}
+    assert {"one", "two"} <= {line.split()[0] for line in done.stdout.splitlines() if line}
 
 
 def test_a_long_table_is_laid_out_as_a_short_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,14 +61,17 @@ def test_linear_warns_and_says_how_far_off_it_is(here: Path, capsys: Capture) ->
 
 
 def test_an_output_that_is_there_is_replaced_only_if_asked(here: Path, capsys: Capture) -> None:
+    shutil.copytree(here / "adapters" / "two", here / "adapters" / "third")
     before = contents(here / "adapters")
-    code, _, err = run(capsys, *MIX, "adapters/one")
+    code, _, err = run(capsys, *MIX, "adapters/third")
     assert (code, "exists already" in err) == (3, True)
-    code, _, err = run(capsys, "resize", "two", "--rank", "1", "--out", "adapters/one")
+    code, _, err = run(capsys, "resize", "two", "--rank", "1", "--out", "adapters/third")
     assert (code, "exists already" in err) == (3, True)
+    code, _, err = run(capsys, *MIX, "adapters/one", "--replace")
+    assert (code, "is an input" in err) == (3, True)
     assert contents(here / "adapters") == before
-    assert run(capsys, *MIX, "adapters/one", "--replace")[0] == 0
-    assert lk.Adapter.load("adapters/one").config.r == 8
+    assert run(capsys, *MIX, "adapters/third", "--replace")[0] == 0
+    assert lk.Adapter.load("adapters/third").config.r == 8
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,7 @@ def test_adapters_that_are_not_good_enough_are_not_shipped(tmp_path: Path) -> No
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.slow
 def test_adapters_that_are_good_enough_replace_those_in_the_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -576,6 +576,7 @@ def test_a_recipe_trains_rows_and_its_adapter_is_the_better_for_them(lora: dict[
     assert lk.Adapter.load(again.out) == adapter
 
 
+@pytest.mark.slow
 def test_a_swap_of_rows_recompiles_nothing() -> None:
     model = tied()
     bank = lk.attach(model, dtype=torch.float32, slots=4)

@@ -603,6 +603,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.slow
 def test_a_merge_killed_at_any_call_leaves_nothing_or_all_and_the_next_one_finishes(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:

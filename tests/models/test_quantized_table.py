@@ -184,6 +184,7 @@ def test_a_kind_loads_trains_swaps_serves_rows_resumes_evaluates_generates_and_m
     assert seen(kind).loads == "yes"
 
 
+@pytest.mark.slow
 def test_the_page_says_what_was_seen() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m tests.models.test_quantized_table"
 

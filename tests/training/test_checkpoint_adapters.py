@@ -105,6 +105,7 @@ def test_tensors_are_the_same_whether_the_adapter_beside_them_holds_them_or_not(
 @pytest.mark.parametrize(
     "name", take_few(["adapter_model.safetensors", "adapter_config.json", "lora_kit.json"], "adapter_config.json")
 )
+@pytest.mark.slow
 def test_a_torn_checkpoint_is_no_adapter_and_is_not_resumed(tmp_path: Path, name: str) -> None:
     recipe = long_recipe(tmp_path)
     expected = unbroken(recipe)

@@ -144,6 +144,7 @@ def long_for(folder: Path, processes: int, **changes: Any) -> dict[str, Any]:
     return recipe_for(folder, processes, steps=6, train=section, **changes)
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
     """With dropout, which every process draws for itself."""
     whole = long_for(tmp_path, 2, out="whole", lora=DROPOUT)

@@ -45,6 +45,7 @@ def test_it_is_what_a_training_of_so_many_steps_saves(tmp_path: Path) -> None:
     assert (report.trainable, report.parameters) == (shorter.trainable, shorter.parameters)
 
 
+@pytest.mark.slow
 def test_the_training_can_go_on_afterwards_to_the_same_bytes(tmp_path: Path) -> None:
     recipe = stopped(tmp_path)
     expected = unbroken(recipe)

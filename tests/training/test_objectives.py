@@ -202,6 +202,7 @@ def test_the_best_adapter_by_a_metric_of_the_objective_is_kept(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("objective", take_few(TRL_OBJECTIVES, "kto"))
+@pytest.mark.slow
 def test_a_run_that_was_killed_ends_with_the_same_bytes(objective: str, tmp_path: Path) -> None:
     section = {"save_steps": 2, "logging_steps": 3, "eval_strategy": "steps", "eval_steps": 2}
     recipe = preference_recipe(tmp_path, objective, steps=7, train=section)

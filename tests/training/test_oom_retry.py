@@ -77,6 +77,7 @@ def test_it_is_said_in_the_log_and_in_the_record(tmp_path: Path) -> None:
     assert "micro_batch" not in Adapter.load(plain.out).record["metrics"]
 
 
+@pytest.mark.slow
 def test_from_then_on_it_is_the_run_of_a_recipe_with_half_the_rows(tmp_path: Path) -> None:
     """Dropout's masks too: bit for bit, since the first step already is done again from its beginning."""
     for kind in ("llama", "gpt2"):
@@ -149,6 +150,7 @@ def test_memory_that_runs_out_between_the_steps_is_no_traceback_either(tmp_path:
 
 
 @pytest.mark.parametrize("stop", take_few(["kill", "signal"], "kill"))
+@pytest.mark.slow
 def test_resumed_after_a_halving_it_ends_with_the_same_bytes(tmp_path: Path, stop: str) -> None:
     changes: dict[str, Any] = {"lora": {"lora_dropout": 0.2}, "steps": 6, "train": {"save_steps": 2}}
     # The second step is the first that does not fit; after a stop there is room, and still it is done as before.

@@ -179,6 +179,7 @@ def test_rows_that_do_not_fit_are_found_out(tmp_path: Path) -> None:
 # What stands there already
 
 
+@pytest.mark.slow
 def test_it_says_where_it_would_go_on_and_touches_no_checkpoint(tmp_path: Path) -> None:
     recipe = long_recipe(tmp_path)
     killed(recipe, die_at(5))

@@ -129,6 +129,7 @@ def test_noise_on_the_embeddings_leaves_nothing_to_keep(tmp_path: Path) -> None:
     assert forwards.count > 9
 
 
+@pytest.mark.slow
 def test_a_training_that_is_killed_goes_on_with_the_same_bytes(tmp_path: Path) -> None:
     given = long_recipe(tmp_path, rows=LABELED, task="classify", lora={**TOP_LAYER, "lora_dropout": 0.2})
     expected = unbroken(given, classifier)

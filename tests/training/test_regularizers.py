@@ -69,6 +69,7 @@ def test_a_training_that_failed_leaves_no_noise(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("section", take_few([NOISE, WSD, BY_LAYER], NOISE), ids=["neftune", "wsd", "rates"])
+@pytest.mark.slow
 def test_a_run_that_was_killed_ends_with_the_same_bytes(section: dict[str, Any], tmp_path: Path) -> None:
     recipe = long_recipe(tmp_path, train=section)
     expected = unbroken(recipe)

@@ -231,6 +231,7 @@ def test_the_report_changes_neither_the_bytes_nor_the_digest(tmp_path: Path, mon
     assert first.digest == second.digest == Adapter.load(second.out).digest
 
 
+@pytest.mark.slow
 def test_what_did_not_go_straight_on_is_told(tmp_path: Path) -> None:
     section = {"logging_steps": 1, "save_steps": 2, "per_device_train_batch_size": 4}
     recipe = recipe_of(tmp_path, steps=6, train=section)

@@ -98,6 +98,7 @@ def test_full_goes_on_too_where_checkpoints_are_asked_for(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("epoch", take_few([1, 3], 3))
+@pytest.mark.slow
 def test_killed_between_the_last_step_of_an_epoch_and_its_end(tmp_path: Path, epoch: int) -> None:
     section = {**EPOCHS, "eval_strategy": "epoch", "logging_strategy": "epoch", "save_steps": 1}
     recipe = long_recipe(tmp_path, train=section)
@@ -106,6 +107,7 @@ def test_killed_between_the_last_step_of_an_epoch_and_its_end(tmp_path: Path, ep
     assert results(train(recipe, base=base_of()).out) == expected
 
 
+@pytest.mark.slow
 def test_killed_after_the_last_step_no_step_is_done_again(tmp_path: Path) -> None:
     recipe = long_recipe(tmp_path)
     expected = unbroken(recipe)
@@ -132,7 +134,11 @@ STOPPED: dict[int, type[BaseException]] = {signal.SIGINT: KeyboardInterrupt, sig
     ("number", "at", "moment", "stands", "section"),
     [
         (signal.SIGINT, 2, "on_step_begin", 3, {}),
-        (signal.SIGTERM, 3, "on_step_begin", 4, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}),
+        pytest.param(
+            *(signal.SIGTERM, 3, "on_step_begin", 4),
+            {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(signal.SIGINT, 2, "on_step_begin", 3, {"save_strategy": "no"}, marks=pytest.mark.slow),
         (signal.SIGINT, 3, "on_evaluate", 3, {**EPOCHS, "eval_strategy": "epoch", "logging_strategy": "epoch"}),
         pytest.param(
@@ -180,7 +186,7 @@ def test_an_interrupt_that_the_process_ignores_stays_ignored(tmp_path: Path) -> 
     assert report.steps == 7
 
 
-@pytest.mark.parametrize("number", STOPPED)
+@pytest.mark.parametrize("number", take_few(STOPPED, signal.SIGTERM))
 def test_a_command_stopped_by_a_signal_exits_with_its_code_and_the_same_command_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
 ) -> None:
@@ -256,6 +262,7 @@ def test_old_checkpoints_go(tmp_path: Path) -> None:
     assert not run_of(Path(recipe["out"])).exists()
 
 
+@pytest.mark.slow
 def test_without_checkpoints_only_the_log_is_written_on_the_way(tmp_path: Path) -> None:
     recipe = long_recipe(tmp_path, train={"save_strategy": "no"})
     killed(recipe, die_at(6))
@@ -278,6 +285,7 @@ def test_killed_at_any_call_that_writes_a_checkpoint(tmp_path: Path, number: int
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "rows.jsonl", "unbroken"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_a_checkpoint_stops_the_run_and_keeps_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,6 +355,7 @@ def test_a_torn_checkpoint_is_passed_over_and_that_is_said(
     assert results(report.out) == expected
 
 
+@pytest.mark.slow
 def test_where_all_are_torn_it_begins_anew(tmp_path: Path) -> None:
     recipe = long_recipe(tmp_path)
     killed(recipe, die_at(5))
@@ -399,6 +408,7 @@ def test_changed_rows_and_another_base_are_refused(tmp_path: Path) -> None:
     assert results(report.out) == expected
 
 
+@pytest.mark.slow
 def test_replacing_goes_on_with_a_run_of_the_same_recipe(tmp_path: Path) -> None:
     recipe = long_recipe(tmp_path)
     expected = unbroken(recipe)
@@ -461,7 +471,7 @@ def test_a_transformers_without_a_method_that_is_needed_is_refused_at_once(
     assert not run_of(tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["_load_from_checkpoint", "_load_rng_state"])
+@pytest.mark.parametrize("name", take_few(["_load_from_checkpoint", "_load_rng_state"], "_load_rng_state"))
 def test_a_transformers_that_goes_on_in_another_way_is_found_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -127,6 +127,7 @@ def test_every_method_and_task_is_planned(method: str, task: str) -> None:
     assert size.activations > 0
 
 
+@pytest.mark.slow
 def test_an_encoder_with_a_decoder_is_planned(tmp_path: Path) -> None:
     config = transformers.T5Config(vocab_size=64, d_model=16, d_ff=32, d_kv=8, num_heads=2, num_layers=2)
     config.architectures = ["T5ForConditionalGeneration"]

@@ -71,6 +71,7 @@ def open_stream(folder: Path, rows: list[dict[str, Any]]) -> RecipeRows:
     return RecipeRows(read_rows(file), None, StreamedSource.open(str(file), split="train", seed=0))
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_samples_to_the_same_bytes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -123,6 +123,7 @@ def test_packed_samples_of_an_adapter_attend_to_themselves(tmp_path: Path, group
     assert max(groups) == 3
 
 
+@pytest.mark.slow
 def test_labels_of_adapters_may_differ(tmp_path: Path, groups: list[int]) -> None:
     folder = str(save_sentiment_base(tmp_path / "base", labels=("positive", "negative")))
     other = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}, {"text": "c", "label": "z"}]
@@ -170,6 +171,7 @@ def test_what_needs_a_forward_of_its_own_is_trained_beside_the_others(
     assert "train.gradient_checkpointing changes the forward" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_body_that_a_joint_forward_gets_wrong_is_computed_by_itself(
     tmp_path: Path, groups: list[int], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,6 +89,7 @@ def test_what_is_evaluated_is_the_average(tmp_path: Path) -> None:
     ],
     ids=["lora", "best", "features", "pissa"],
 )
+@pytest.mark.slow
 def test_a_run_that_was_killed_ends_with_the_same_bytes(tmp_path: Path, changes: dict[str, Any]) -> None:
     recipe = long_recipe(tmp_path, **{**changes, "train": {**changes.get("train", {}), **EMA}})
     expected = unbroken(recipe)
