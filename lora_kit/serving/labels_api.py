@@ -17,6 +17,7 @@ from lora_kit.data.text_tokens import TextTokens
 from lora_kit.errors import DataError
 from lora_kit.evaluation.adapter_format import check_adapter_inputs
 from lora_kit.evaluation.prediction import Prediction
+from lora_kit.io.strict_json import JsonObject
 from lora_kit.models.tasks import CLASSIFY
 from lora_kit.serving.adapter_tasks import make_task_error
 from lora_kit.serving.api_access import RESPONSES, Key, Served, find_adapter, make_digest_headers
@@ -36,9 +37,7 @@ router = APIRouter()
 
 
 @router.post("/v1/classify", responses=RESPONSES)
-async def classify(
-    request: Request, body: ClassifyBody, served: Served, key: Key, response: Response
-) -> dict[str, Any]:
+async def classify(request: Request, body: ClassifyBody, served: Served, key: Key, response: Response) -> JsonObject:
     """Predict the label of texts, or of two texts each, with the probability of every label of the adapter."""
     heads = served.heads
     if heads is None:
@@ -69,7 +68,7 @@ async def classify(
 
 
 @router.post("/v1/embeddings", responses=RESPONSES)
-async def embed(request: Request, body: EmbeddingBody, served: Served, key: Key, response: Response) -> dict[str, Any]:
+async def embed(request: Request, body: EmbeddingBody, served: Served, key: Key, response: Response) -> JsonObject:
     """Return the mean of the last layer over the tokens of each text."""
     if served.heads is None:
         raise make_task_error("/v1/embeddings", CLASSIFY, served.task)
@@ -126,7 +125,7 @@ async def _run_while_connected(request: Request, work: Coroutine[Any, Any, Resul
     return task.result()
 
 
-def _write_prediction(index: int, prediction: Prediction) -> dict[str, Any]:
+def _write_prediction(index: int, prediction: Prediction) -> JsonObject:
     """Return a prediction as `predict` writes it, with the fields that vLLM's API has."""
     probabilities = list(prediction.probabilities.values())
     fields = {"index": index, **prediction.to_json()}

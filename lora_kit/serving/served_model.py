@@ -15,6 +15,7 @@ from lora_kit.adapter.store import to_json_value
 from lora_kit.errors import ConfigError, LoraKitError
 from lora_kit.evaluation.adapter_format import find_adapter_labels
 from lora_kit.io.read import read_text
+from lora_kit.io.strict_json import JsonObject
 from lora_kit.serving.access import AccessKeys, check_host, read_keys
 from lora_kit.serving.adapter_labels import AdapterLabels, list_adapter_folders, set_aliases
 from lora_kit.serving.adapter_slots import AdapterSlots, SlotUse
@@ -128,7 +129,7 @@ class ServedModel:
         """
         return adapter if self.heads is None else self.heads.fit(adapter)
 
-    def load(self, label: str, name: str) -> dict[str, Any]:
+    def load(self, label: str, name: str) -> JsonObject:
         """Let a label stand for an adapter of the store, after a forward with it; a failure changes nothing.
 
         Raises:
@@ -192,7 +193,7 @@ class ServedModel:
                 logger.warning("%s is pinned, and cannot be kept in a slot: %s", label, error)
         self.worker.call(lambda: slots.unpin_others(digests)).result(timeout=_CALL_SECONDS)
 
-    def list_models(self) -> list[dict[str, Any]]:
+    def list_models(self) -> list[JsonObject]:
         """Return what may be asked, as `/v1/models` lists it: `root` is the digest, once it is known."""
         base = {"id": self.base_name, "object": "model", "created": 0, "owned_by": "lora_kit", "task": self._base.task}
         models = [{**base, "root": self.base_name, "parent": None, "max_model_len": self.context}]
@@ -202,12 +203,12 @@ class ServedModel:
             models.append({**base, "id": label, "root": root, "parent": self.base_name})
         return models
 
-    def list_adapters(self) -> list[dict[str, Any]]:
+    def list_adapters(self) -> list[JsonObject]:
         """Return every label with what is known of its adapter."""
         uses = self.worker.call(self.worker.slots.describe).result(timeout=_CALL_SECONDS)
         return [self._describe(label, uses) for label in self.labels.names()]
 
-    def describe_adapter(self, label: str) -> dict[str, Any]:
+    def describe_adapter(self, label: str) -> JsonObject:
         """Return what is known of a label, with the model card in its folder and what was measured; it is read now.
 
         Raises:
@@ -223,7 +224,7 @@ class ServedModel:
             "labels": list(find_adapter_labels(adapter)),
         }
 
-    def _describe(self, label: str, uses: Mapping[str, SlotUse]) -> dict[str, Any]:
+    def _describe(self, label: str, uses: Mapping[str, SlotUse]) -> JsonObject:
         state, adapter = self.labels.state, self.labels.peek(label)
         use = self._find_use(adapter, uses) if adapter is not None else None
         return {
