@@ -20,8 +20,10 @@ from lora_kit.io.text import escape_text
 
 _NOTE_TITLE: Final = b"folders of lora_kit:"
 """Begins the note in a lock's file, which names the folders that a dead process has left, by device and inode."""
-_LOOKS: Final = 5
-_LOOK_SECONDS: Final = 0.01
+_MOST_HELD: Final = 5
+"""How often a lock is found held before that is believed: some take it for a moment, to see if it is free."""
+_MOST_TRIES: Final = 500
+_TRY_SECONDS: Final = 0.01
 
 
 @contextmanager
@@ -48,12 +50,16 @@ def lock_target(target: Path) -> Iterator[FileLock]:
 
 
 def _acquire_soon(lock: FileLock) -> bool:
-    """Take a lock and return whether it was free; one that is looked at (`FileLock.is_held`) is free at once."""
-    for _ in range(_LOOKS):
+    """Take a lock and return whether it was free; those who only look at it (`FileLock.is_held`) are waited for."""
+    held = 0
+    for _ in range(_MOST_TRIES):
         if lock.acquire_now():
             return True
-        time.sleep(_LOOK_SECONDS)
-    return lock.acquire_now()
+        held += lock.is_held
+        if held > _MOST_HELD:
+            break
+        time.sleep(_TRY_SECONDS)
+    return False
 
 
 def recover_target(target: Path, lock: FileLock) -> None:
