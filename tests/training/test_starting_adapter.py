@@ -16,6 +16,7 @@ from lora_kit.training.recipe.load import load_recipe
 from lora_kit.training.train import train
 from tests.support import texts, tiny
 from tests.support.interrupted import die_at, killed, results, unbroken
+from tests.support.long_runs import take_few
 from tests.support.preferences import losses_of, preference_recipe
 from tests.support.training import LABELED, base_of, recipe_of, weights_of
 
@@ -66,7 +67,14 @@ def test_the_reference_of_preferences_is_the_adapter_at_the_start(first: Path, t
     assert report.before.metrics()["rewards/margins"] == 0
 
 
-@pytest.mark.parametrize("lora", [{"r": 8}, {"target_modules": ["k_proj"]}])
+@pytest.mark.parametrize(
+    "lora",
+    take_few(
+        [{"r": 8}, {"r": 2}, {"lora_alpha": 3}, {"target_modules": ["k_proj"]}],
+        {"r": 8},
+        {"target_modules": ["k_proj"]},
+    ),
+)
 def test_another_config_is_refused(lora: dict[str, Any], first: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"other values of lora\.\w+ than the recipe"):
         train(follow(tmp_path, first, lora=lora), base=base_of())

@@ -40,7 +40,15 @@ from tests.support.training import LABELED, PAIRS, At, base_of, recipe_of, same_
 # What comes out
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("llama", torch.bfloat16), ("gpt2", torch.float32)])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("llama", torch.bfloat16),
+        ("gpt2", torch.float32),
+        pytest.param("llama", torch.float32, marks=pytest.mark.slow),
+        pytest.param("gpt2", torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_training_lowers_the_loss_and_leaves_the_base_as_it_was(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
     base = base_of(kind, dtype=dtype)
     before, gradients = state(base.model), [p.requires_grad for p in base.model.parameters()]

@@ -82,10 +82,10 @@ def test_what_is_evaluated_is_the_average(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({}, marks=pytest.mark.slow),
+        {},
         {"train": {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 0.3}},
-        pytest.param({"method": "features", "lora": {}}, marks=pytest.mark.slow),
-        pytest.param({"lora": {"init_lora_weights": "pissa"}}, marks=pytest.mark.slow),
+        {"method": "features", "lora": {}},
+        {"lora": {"init_lora_weights": "pissa"}},
     ],
     ids=["lora", "best", "features", "pissa"],
 )
