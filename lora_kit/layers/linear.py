@@ -185,8 +185,8 @@ class LoraLinear(_LoraLayer):
         if not self._can_gather(rows, y, x):
             into = y.reshape(count, -1)
             return self._forward_rows(rows, into.unsqueeze(1), flat.unsqueeze(1)).reshape(y.shape)
-        into, stacked = y.view(count, -1), self.stacked_weights  # read once, as above
-        runs = LayerRuns(self, self.routing.get_row_cache(route), (stacked[A], stacked[B]))
+        into, (a, b) = y.view(count, -1), self._get_stacks(A, B)
+        runs = LayerRuns(self, self.routing.get_row_cache(route), (a, b))
         runs.add_(into, flat if flat.dtype == y.dtype else flat.to(y.dtype), route, row_slots)
         if self.dora_scales is None:
             return y
