@@ -23,12 +23,9 @@ def check_adapter_output(out: Path, *, replace: bool, inputs: Iterable[str | Pat
         StorageError: it may not: it exists, or is not apart from an input.
     """
     from lora_kit.adapter.folder import is_adapter_folder
-    from lora_kit.io.atomic_write import check_output, check_path
-    from lora_kit.io.output_overlap import refuse_overlap
+    from lora_kit.io.atomic_write import check_output
 
-    check_path(out)
-    refuse_overlap(out, inputs)
-    check_output(out, replace=replace, owned=is_adapter_folder)
+    check_output(out, replace=replace, owned=is_adapter_folder, inputs=inputs)
 
 
 def save_and_show(adapter: Adapter, out: Path, *, replace: bool, json: bool) -> None:

@@ -9,13 +9,14 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 from lora_kit.errors import LoraKitError, StorageError
 from lora_kit.io.output_lock import is_empty_folder, lock_target, note_own_folders, recover_target, sibling_path
+from lora_kit.io.output_overlap import refuse_overlap
 from lora_kit.io.read import mode_of
 from lora_kit.io.text import escape_text, format_value
 
@@ -129,13 +130,23 @@ def lock_output(target: Path) -> Iterator[None]:
         yield
 
 
-def check_output(target: Path, *, replace: bool = False, owned: FolderPredicate | None = None) -> None:
+def check_output(
+    target: Path,
+    *,
+    replace: bool = False,
+    owned: FolderPredicate | None = None,
+    inputs: Iterable[str | Path] = (),
+) -> None:
     """Check, before any work, that an output does not exist or may be replaced; see `stage_folder`.
 
+    Args:
+        inputs: files and folders that are read, which are never replaced, and hub ids.
+
     Raises:
-        StorageError: it exists, or is not a folder, or not one of ours.
+        StorageError: it exists, or is not a folder, or not one of ours, or is not apart from an input.
     """
     check_path(target)
+    refuse_overlap(target, inputs)
     mode = mode_of(target, follow=False)
     if not mode:
         _check_no_file_above(target)

@@ -6,7 +6,7 @@ The same file and the same settings give the same bytes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -24,8 +24,7 @@ from lora_kit.data.rows import Rows, build_fault_error
 from lora_kit.data.sample_format import DEFAULT_MAX_LENGTH, SampleFormat
 from lora_kit.data.templates import PLAIN, chat_template, find_chat_template
 from lora_kit.errors import DataError, format_list, suggest_nearest
-from lora_kit.io.atomic_write import check_output, check_path
-from lora_kit.io.output_overlap import refuse_overlap
+from lora_kit.io.atomic_write import check_output
 from lora_kit.models.loading import InputSpec, load_input_spec
 from lora_kit.models.tasks import CAUSAL_LM, PROBLEMS
 from lora_kit.names import KIT_BASE
@@ -83,7 +82,7 @@ def prepare(
     _check_arguments(drop, relabel, problem, learn, (share or 0.0, test))
     folder = None if out is None else Path(out)
     if folder is not None:
-        _check_out(folder, filter(None, (source, validation, template)), replace=replace)
+        check_output(folder, replace=replace, owned=is_prepared, inputs=filter(None, (source, validation, template)))
     chat = _ChatChoices(template, dict(template_variables or {}), learn)
     options = _build_options(base, max_length, chat, problem, rename=rename, relabel=relabel, encoding=encoding)
     parts = _prepare_files(Path(source), None if validation is None else Path(validation), options, drop)
@@ -95,12 +94,6 @@ def prepare(
     choices = {"drop": sorted(drop), "share": share, "test": test, "seed": seed}
     preparation = _build_preparation(parts, splits, options, choices)
     return preparation if folder is None else write_preparation(preparation, folder, replace=replace)
-
-
-def _check_out(folder: Path, inputs: Iterable[str | Path], *, replace: bool) -> None:
-    check_path(folder)
-    refuse_overlap(folder, inputs)
-    check_output(folder, replace=replace, owned=is_prepared)
 
 
 @dataclass(frozen=True)
