@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -64,13 +65,13 @@ def assert_same_adapter(first: Path, second: Path, *, within: float = 1e-6) -> N
         torch.testing.assert_close(found[key], tensor, rtol=0, atol=within)
 
 
-def assert_same_log(first: Path, second: Path) -> None:
+def assert_same_log(first: Path, second: Path, *, within: float = 1e-5) -> None:
     logs = [
         [{key: line[key] for key in COMPARED if key in line} for line in results(out)[1]] for out in (first, second)
     ]
     assert len(logs[0]) == len(logs[1])
     for lines in zip(*logs, strict=True):
-        assert lines[1] == pytest.approx(lines[0], abs=1e-5)
+        assert lines[1] == pytest.approx(lines[0], abs=within)
 
 
 # What is trained
@@ -233,6 +234,19 @@ def test_an_output_that_another_run_writes_is_an_error_of_all(tmp_path: Path) ->
             assert "another process is writing" in str(error)
 
 
+def test_a_process_that_is_slow_to_look_is_told_the_error_of_the_first() -> None:
+    """The first has the store, and may not end before all have read there why."""
+
+    def fail() -> None:
+        with join_world() as world:
+            if world.is_first:
+                raise RecipeError("the recipe is wrong")
+            time.sleep(1)
+            world.meet()
+
+    assert [str(error) for error in in_processes(fail)] == ["the recipe is wrong"] * 2
+
+
 def test_rows_that_differ_between_processes_are_refused(tmp_path: Path) -> None:
     folders = [tmp_path / str(rank) for rank in (0, 1)]
     for folder in folders:
@@ -265,7 +279,7 @@ def test_torchrun_trains_with_one_output_and_one_report(tmp_path: Path) -> None:
 # A base of which each process has a part
 
 
-def compare_sharded(folder: Path, *, processes: int, **changes: Any) -> None:
+def compare_sharded(folder: Path, *, processes: int, log_within: float = 1e-5, **changes: Any) -> None:
     """Train kit-base in some processes, and sharded in two, and compare what they write."""
     outs = []
     for name, size, section in (("whole", processes, {}), ("sharded", 2, {"fsdp": "full_shard"})):
@@ -274,7 +288,7 @@ def compare_sharded(folder: Path, *, processes: int, **changes: Any) -> None:
         work = partial(train, recipe | {"base": "kit-base", "dtype": "fp32"})
         assert in_processes(lambda work=work: work().out, size=size) == outs[-1:] * size
     assert_same_adapter(*outs)
-    assert_same_log(*outs)
+    assert_same_log(*outs, within=log_within)
     one, two = (Adapter.load(out).record["base"] for out in outs)
     assert one == two
     assert isinstance(one, dict)
@@ -288,9 +302,12 @@ def test_a_sharded_base_trains_the_same_adapter_with_the_same_fingerprint(tmp_pa
 
 @pytest.mark.slow
 def test_a_quantized_base_is_sharded_as_well(tmp_path: Path) -> None:
-    """Beside as many processes without shards: bitsandbytes computes batches of other sizes in another way."""
+    """Beside as many processes without shards: bitsandbytes computes batches of other sizes in another way.
+
+    Where the processor has bf16 instructions it evaluates whole weights in bf16, and never those of a sharded base.
+    """
     pytest.importorskip("bitsandbytes")
-    compare_sharded(tmp_path, processes=2, quantize="nf4")
+    compare_sharded(tmp_path, processes=2, quantize="nf4", log_within=1e-2)
 
 
 def test_each_process_keeps_its_part_of_a_sharded_base() -> None:

@@ -16,6 +16,7 @@ import logging
 import os
 import pickle
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Final, TypeVar
@@ -84,6 +85,7 @@ class World:
         self.describe_resume: Callable[[], str] = lambda: ""
         self._maybe_exchange, self._all_reduce = exchange, all_reduce
         self._turn = 0
+        self._has_lost = False
 
     @property
     def is_first(self) -> bool:
@@ -141,12 +143,16 @@ class World:
         self.gather(None)
 
     def leave(self) -> None:
-        """Say that all was read, or as the first process wait until the others say so: the store may end with it."""
+        """Say that all was read, or as the first process wait until the others say so: the store may end with it.
+
+        For a process that was lost nothing waits.
+        """
+        end = time.monotonic() + _LEAVE_SECONDS
         with contextlib.suppress(PeerError, RuntimeError):
             if not self.is_first:
                 self._exchange.put(f"{_LEFT}/{self.rank}", None)
-            for rank in range(1, self.size) if self.is_first else ():
-                self._exchange.wait(f"{_LEFT}/{rank}", seconds=_LEAVE_SECONDS)
+            for rank in range(1, self.size) if self.is_first and not self._has_lost else ():
+                self._exchange.wait(f"{_LEFT}/{rank}", seconds=end - time.monotonic())
 
     # Tensors
 
@@ -223,6 +229,7 @@ class World:
         os._exit(getattr(error, "exit_code", StorageError.exit_code))
 
     def _build_loss_error(self) -> StorageError:
+        self._has_lost = True
         what = f"one of the {self.size} processes was lost: it was killed, or its machine cannot be reached"
         return StorageError(what, hint=self.describe_resume())
 
@@ -260,6 +267,7 @@ def join_world() -> Iterator[World]:
         agreed = world.agree_on(error)
         # The others may be waiting for a sum; that its connections close wakes them.
         dist.destroy_process_group()
+        world.leave()
         if agreed is error:
             raise
         raise agreed from None
