@@ -47,10 +47,10 @@ def sign(folder: str | Path, *, key: str | Path, replace: bool = False) -> Path:
     target = folder / SIGNATURE
     if exists(target) and not replace:
         raise StorageError(f"{escape_text(folder)} is signed already", hint="replace the signature with --replace")
-    config = library.signing.Config().set_hashing_config(_build_hashing_config(library, folder))
-    signer = _apply_key(config.use_elliptic_key_signer, key, private_key=Path(key))
     with stage_file(target) as staging:
-        signer.sign(folder, staging)
+        hashing = _build_hashing_config(library, target, staging)
+        config = library.signing.Config().set_hashing_config(hashing)
+        _apply_key(config.use_elliptic_key_signer, key, private_key=Path(key)).sign(folder, staging)
     return target
 
 
@@ -72,7 +72,7 @@ def verify(folder: str | Path, *, key: str | Path) -> Adapter:
     folder, library = resolve_folder(folder).resolve(), _import_model_signing()
     if not exists(folder / SIGNATURE):
         raise AdapterError(f"{escape_text(folder)} is not signed", hint=f"there is no {SIGNATURE} in it")
-    config = library.verifying.Config().set_hashing_config(_build_hashing_config(library, folder))
+    config = library.verifying.Config().set_hashing_config(_build_hashing_config(library, folder / SIGNATURE))
     checker = _apply_key(config.use_elliptic_key_verifier, key, public_key=Path(key))
     try:
         checker.verify(folder, folder / SIGNATURE)
@@ -84,9 +84,9 @@ def verify(folder: str | Path, *, key: str | Path) -> Adapter:
     return Adapter.load(folder)
 
 
-def _build_hashing_config(library: ModuleType, folder: Path) -> object:
-    """Configure hashing of every file in the folder but the signature, files that begin with a dot included."""
-    return library.hashing.Config().set_ignored_paths(paths=[folder / SIGNATURE], ignore_git_paths=False)
+def _build_hashing_config(library: ModuleType, *signatures: Path) -> object:
+    """Configure hashing of every file in a folder but its signature, files that begin with a dot included."""
+    return library.hashing.Config().set_ignored_paths(paths=signatures, ignore_git_paths=False)
 
 
 def _apply_key(use: Callable[..., _T], key: str | Path, **named: Path) -> _T:

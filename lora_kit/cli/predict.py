@@ -189,7 +189,7 @@ def _write_results(results: Results, forms: dict[str, PredictionForm], out: Path
 
     if out is not None:
         count = 0
-        with stage_file(out) as staging, staging.open("x", encoding="utf-8", newline="") as file:
+        with stage_file(out) as staging, staging.open("w", encoding="utf-8", newline="") as file:
             writer = PredictionWriter(file, out.suffix, forms)
             for each in results:
                 writer.write(*each)

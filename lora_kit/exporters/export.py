@@ -21,9 +21,10 @@ from lora_kit.algebra.sources import SourceAdapter
 from lora_kit.errors import ConfigError, ExportError, format_list, suggest_nearest
 from lora_kit.exporters import llama_cpp, mlx, ollama, servers, whole_model
 from lora_kit.exporters.plain_lora import ExportCase
-from lora_kit.io.atomic_write import check_output, check_path, stage_folder
+from lora_kit.io.atomic_write import check_output, stage_folder
 from lora_kit.io.given_values import parse_path
 from lora_kit.io.output_overlap import OTHER_OUTPUT, reason_overlap
+from lora_kit.io.output_path import check_path
 from lora_kit.io.portable_paths import make_folder_portable
 from lora_kit.merging.merge import merge
 from lora_kit.models.infer_base import NamedBase

@@ -15,10 +15,18 @@ from pathlib import Path
 from typing import Final
 
 from lora_kit.errors import LoraKitError, StorageError
-from lora_kit.io.output_lock import is_empty_folder, lock_target, note_own_folders, recover_target, sibling_path
+from lora_kit.io.output_lock import (
+    is_empty_folder,
+    lock_target,
+    note_own_folders,
+    open_staging_file,
+    recover_target,
+    sibling_path,
+)
 from lora_kit.io.output_overlap import refuse_overlap
+from lora_kit.io.output_path import check_path
 from lora_kit.io.read import mode_of
-from lora_kit.io.text import escape_text, format_value
+from lora_kit.io.text import escape_text
 
 FolderPredicate = Callable[[Path], bool]
 """Returns whether an existing folder is one of ours, which may be replaced."""
@@ -27,10 +35,6 @@ _RENAME_EXCHANGE: Final = 2
 _AT_FDCWD: Final = -100
 _NO_EXCHANGE: Final = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 _NO_FOLDER_SYNC: Final = (errno.EINVAL, errno.ENOTSUP)
-_MAX_PART_BYTES: Final = 255
-_MAX_NAME_BYTES: Final = 220
-"""Bytes of an output's name: `.<name>.run.lock` and the like have to be names as well."""
-_MAX_PATH_BYTES: Final = 4_000
 _DISK_FULL_ERRNOS: Final = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 _FAILED_WRITE_ERRNOS: Final = (*_DISK_FULL_ERRNOS, errno.EIO, errno.EROFS)
 _QUOTED_ERRNO: Final = re.compile(r"\(os error (\d+)\)")
@@ -93,7 +97,10 @@ def write_file(target: Path, data: bytes) -> None:
 
 @contextmanager
 def stage_file(target: Path, *, needed: int = 0) -> Iterator[Path]:
-    """Yield a sibling path to write a file to; after the block it is synced and becomes the target in one step.
+    """Yield a sibling path with an empty file to write; when the block succeeds, it is synced and becomes the target.
+
+    When the block raises, or the process dies, the target is what it was. What a dead process left behind is removed by
+    the next process that writes the same target. Who comes last wins.
 
     Args:
         target: the file to write.
@@ -104,15 +111,11 @@ def stage_file(target: Path, *, needed: int = 0) -> Iterator[Path]:
     """
     target = Path(os.path.abspath(target))
     check_path(target)
-    staging = sibling_path(target, str(os.getpid()))
-    with _translate_os_errors(target, needed):
-        try:
-            yield staging
-            _sync_file(staging)
-            os.replace(staging, target)
-            sync_folder(target.parent)
-        finally:
-            staging.unlink(missing_ok=True)
+    with _translate_os_errors(target, needed), open_staging_file(target) as staging:
+        yield staging
+        _sync_file(staging)
+        os.replace(staging, target)
+        sync_folder(target.parent)
 
 
 @contextmanager
@@ -171,29 +174,6 @@ def _check_no_file_above(target: Path) -> None:
     if above is not None and not above.is_dir():
         what = f"{escape_text(target)} cannot be written: {escape_text(above)} is a file, not a folder"
         raise StorageError(what, hint="choose another output")
-
-
-def check_path(target: Path) -> None:
-    """Raise StorageError for a path that no file system accepts."""
-    reason = reason_not_a_path(target)
-    if reason:
-        raise StorageError(f"{format_value(str(target))} {reason}", hint="choose another output")
-
-
-def reason_not_a_path(target: Path) -> str:
-    """Return why no file system takes an output, with the names that are written beside it; else an empty string."""
-    text = str(target)
-    if "\0" in text:
-        return "is not a path"
-    try:
-        sizes = [len(os.fsencode(part)) for part in target.parts]
-    except UnicodeEncodeError:
-        return "is not a path"
-    if sizes and sizes[-1] > _MAX_NAME_BYTES:
-        return f"has a name of {sizes[-1]:,} bytes; at most {_MAX_NAME_BYTES} leave room for the names beside it"
-    if max(sizes, default=0) > _MAX_PART_BYTES or len(os.fsencode(text)) > _MAX_PATH_BYTES:
-        return f"is longer than a path can be ({_MAX_PATH_BYTES:,} bytes, {_MAX_PART_BYTES} for each part)"
-    return ""
 
 
 def _already_exists_error(target: Path) -> StorageError:

@@ -77,10 +77,11 @@ class FileLock:
         os.close(self._descriptor)
 
     def release_and_remove(self) -> None:
-        """Release the lock and remove its file."""
+        """Release the lock and remove its file, unless that has another name by now."""
         # The file goes first: a process that waits for it sees that another file has its name now, and opens that one.
         with contextlib.suppress(OSError):
-            self._path.unlink()
+            if self._is_current(self._descriptor):
+                self._path.unlink()
         self.release()
 
     def read_note(self) -> bytes:

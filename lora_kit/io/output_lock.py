@@ -1,12 +1,15 @@
 """Who may write an output, and what a writer that died has left beside it.
 
-The names beside an output `m` are `.m.lock`, `.m.staging` and `.m.replaced`. The lock's file says by device and inode
-which folders are under the other two; what it does not name is somebody else's, and is not touched.
+The names beside a folder `m` are `.m.lock`, `.m.staging` and `.m.replaced`. The lock's file says by device and inode
+which folders are under the other two; what it does not name is somebody else's, and is not touched. Beside a file `m`
+is `.m.lora_kit-<process>`, which who writes it holds locked: under such a name, what nobody holds was left behind.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -24,6 +27,7 @@ _MOST_HELD: Final = 5
 """How often a lock is found held before that is believed: some take it for a moment, to see if it is free."""
 _MOST_TRIES: Final = 500
 _TRY_SECONDS: Final = 0.01
+_STAGED: Final = "lora_kit-"
 
 
 @contextmanager
@@ -85,6 +89,43 @@ def recover_target(target: Path, lock: FileLock) -> None:
 def note_own_folders(lock: FileLock, *folders: Path) -> None:
     """Write down which folders may be under the name of the staging folder: the new one, and the one it replaces."""
     lock.write_note(b" ".join([_NOTE_TITLE, *(_identify(folder) for folder in folders if folder.is_dir())]))
+
+
+@contextmanager
+def open_staging_file(target: Path) -> Iterator[Path]:
+    """Yield a sibling path with an empty file to write a target in, and remove what is there when the block ends.
+
+    Those that processes which died have left beside the target are removed first. Threads of a process take turns.
+
+    Raises:
+        OSError: the file system fails.
+    """
+    remove_staging_files(target)
+    path = sibling_path(target, f"{_STAGED}{os.getpid()}")
+    lock = FileLock(path)
+    lock.acquire()
+    try:
+        yield path
+    finally:
+        lock.release_and_remove()
+
+
+def remove_staging_files(target: Path) -> None:
+    """Remove what processes that died have left of `open_staging_file` beside a target."""
+    with os.scandir(target.parent) as entries:
+        left = [
+            each.name for each in entries if is_staging_file(each.name, target) and each.is_file(follow_symlinks=False)
+        ]
+    for name in left:
+        lock = FileLock(target.with_name(name))
+        with contextlib.suppress(OSError):  # of another user
+            if lock.acquire_now():
+                lock.release_and_remove()
+
+
+def is_staging_file(name: str, target: Path) -> bool:
+    """Return whether a name is one of those beside a target that it is written under."""
+    return re.fullmatch(re.escape(sibling_path(target, _STAGED).name) + "[0-9]+", name) is not None
 
 
 def _identify(folder: Path) -> bytes:

@@ -17,8 +17,9 @@ from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.adapter_like import AdapterLike
 from lora_kit.adapter.folder import ALLOWANCES
 from lora_kit.errors import ConfigError, MergeError, format_list
-from lora_kit.io.atomic_write import check_output, check_path, stage_folder
+from lora_kit.io.atomic_write import check_output, stage_folder
 from lora_kit.io.given_values import is_name_collection, parse_path
+from lora_kit.io.output_path import check_path
 from lora_kit.io.portable_paths import make_folder_portable
 from lora_kit.io.sealed_json import NO_DIGEST, SELF_DIGEST, seal_json
 from lora_kit.io.text import escape_text, format_value

@@ -9,8 +9,8 @@ from typing import Final
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.errors import AdapterError, MergeError
-from lora_kit.io.atomic_write import check_path
 from lora_kit.io.output_overlap import OTHER_OUTPUT, reason_overlap
+from lora_kit.io.output_path import check_path
 from lora_kit.io.read import read_text
 from lora_kit.io.sealed_json import SELF_DIGEST, is_intact
 from lora_kit.io.strict_json import parse_object

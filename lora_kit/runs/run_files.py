@@ -20,6 +20,7 @@ from typing import Any, Final, TypeAlias
 
 from lora_kit.adapter.adapter_record import RECORD
 from lora_kit.errors import AdapterError, StorageError
+from lora_kit.io.output_lock import remove_staging_files
 from lora_kit.io.read import exists, folder_exists, read_json, read_text
 from lora_kit.io.text import escape_text
 from lora_kit.names import METRICS_FILE, RECIPE_FILE, RUN_SUFFIX
@@ -108,6 +109,7 @@ def remove_run_files(folder: Path) -> None:
         return
     for name in RUN_FILES:
         (folder / name).unlink(missing_ok=True)
+        remove_staging_files(folder / name)
     if next(folder.iterdir(), None) is None:
         folder.rmdir()
 

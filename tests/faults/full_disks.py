@@ -24,7 +24,15 @@ from typing import Any, Final
 from benchmarks import harness
 from tests.faults import reliability_page
 from tests.faults.quiet import hush
-from tests.faults.undisturbed import Undisturbed, fork_work, measure_undisturbed, put_back, read_result, wait_for
+from tests.faults.undisturbed import (
+    Undisturbed,
+    fork_work,
+    list_leftovers,
+    measure_undisturbed,
+    put_back,
+    read_result,
+    wait_for,
+)
 from tests.support.merging import contents
 from tests.support.works import FILLED, Start
 
@@ -160,7 +168,7 @@ class _Case:
             is_finished = code_again == 0 and self.expected.is_new(read_result(self.place))
             self.counts.finished += is_finished
             self._check(is_finished, room, f"done again, it ends with {code_again}: {said[-600:]}")
-        left = [path.name for path in self.place.iterdir() if path.name.endswith((".staging", ".replaced"))]
+        left = list_leftovers(self.place)
         self._check(not left, room, f"leftovers: {left}")
         return code
 

@@ -22,7 +22,15 @@ from typing import Final
 from benchmarks import harness
 from tests.faults import reliability_page
 from tests.faults.quiet import hush
-from tests.faults.undisturbed import Undisturbed, fork_work, measure_undisturbed, put_back, read_result, wait_for
+from tests.faults.undisturbed import (
+    Undisturbed,
+    fork_work,
+    list_leftovers,
+    measure_undisturbed,
+    put_back,
+    read_result,
+    wait_for,
+)
 from tests.support.works import KILLED, Start
 
 RESULT: Final = harness.RESULTS / "kills.json"
@@ -112,7 +120,7 @@ def _kill_once(start: Start, place: Path, moment: float, expected: Undisturbed, 
     code, said = wait_for(fork_work(work))
     assert code == 0, f"the work fails when it is done again: {said}"
     counts.same_bytes += expected.is_new(read_result(place))
-    counts.leftovers += sum(path.name.endswith((".staging", ".replaced")) for path in place.iterdir())
+    counts.leftovers += len(list_leftovers(place))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ from lora_kit.generation.generate_file import PARTIAL_SUFFIX
 from tests.support.merging import contents
 from tests.support.works import Start
 
-_BESIDE: Final = re.compile(rf"\..+\.(lock|\d+)|.+{re.escape(PARTIAL_SUFFIX)}")
+_BESIDE: Final = re.compile(rf"\..+\.(lock|lora_kit-\d+)|.+{re.escape(PARTIAL_SUFFIX)}")
 """Names of what may stand beside a result that is a file."""
+_LEFT_BEHIND: Final = re.compile(r"\.(staging|replaced|lora_kit-\d+)$")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class Undisturbed:
 def read_result(place: Path) -> dict[str, bytes]:
     """Return the files of the result in a folder: without locks, and what a process that died had begun to write."""
     return {name: data for name, data in contents(place / "out").items() if not _BESIDE.fullmatch(Path(name).name)}
+
+
+def list_leftovers(place: Path) -> list[str]:
+    """Return the names of what a writer that died has left anywhere below a folder."""
+    return [path.name for path in place.rglob(".*") if _LEFT_BEHIND.search(path.name)]
 
 
 def measure_undisturbed(start: Start, place: Path, ready: Path) -> Undisturbed:

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from lora_kit.errors import AdapterError, StorageError, VerificationError
 from lora_kit.io.atomic_write import write_file
+from lora_kit.io.output_lock import is_staging_file
 from lora_kit.io.read import exists, read_json
 from lora_kit.io.text import escape_text
 from lora_kit.layers.fold import Retention
@@ -138,7 +139,8 @@ def _remove_folder(path: Path) -> None:
     if not os.path.lexists(path):
         return
     is_folder = path.is_dir()
-    strangers = [entry for entry in path.iterdir() if not entry.name.startswith(f".{_JOURNAL}.")] if is_folder else []
+    names = os.listdir(path) if is_folder else []
+    strangers = [name for name in names if not is_staging_file(name, path / _JOURNAL)]
     if not is_folder or (strangers and not exists(path / _JOURNAL)):
         what = f"{escape_text(path)} is in the way, and is not of lora_kit"
         raise StorageError(what, hint="move it, or choose another output")

@@ -9,8 +9,9 @@ from typing import Final
 from lora_kit.adapter.folder import is_adapter_folder
 from lora_kit.data.mixture import list_files
 from lora_kit.errors import RecipeError, StorageError
-from lora_kit.io.atomic_write import check_output, check_path
+from lora_kit.io.atomic_write import check_output
 from lora_kit.io.output_overlap import refuse_overlap
+from lora_kit.io.output_path import check_path
 from lora_kit.io.text import escape_text
 from lora_kit.names import RECIPE_FILE
 from lora_kit.training.recipe.recipe import Recipe

@@ -17,6 +17,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from lora_kit.errors import LoraKitError, StorageError
 from lora_kit.evaluation.measure import Evaluation
 from lora_kit.io.atomic_write import write_file
+from lora_kit.io.output_lock import open_staging_file
 from lora_kit.io.text import escape_text
 from lora_kit.names import METRICS_FILE, RECIPE_FILE
 from lora_kit.runs.run_files import PROGRESS_FILE, LogEntry, RunProgress, read_progress, remove_run_files
@@ -137,9 +138,9 @@ def _append(path: Path, data: bytes) -> None:
 def write_progress(folder: Path, progress: RunProgress) -> None:
     """Replace the progress of a run in one step; it need not survive a power cut."""
     target = folder / PROGRESS_FILE
-    staging = target.with_name(f".{PROGRESS_FILE}.{os.getpid()}")
-    staging.write_text(json.dumps(progress.to_json()) + "\n", encoding="utf-8")
-    os.replace(staging, target)
+    with open_staging_file(target) as staging:
+        staging.write_text(json.dumps(progress.to_json()) + "\n", encoding="utf-8")
+        os.replace(staging, target)
 
 
 def end_run_log(folder: Path, error: BaseException, *, keep: bool) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lora_kit.errors import RecipeError
-from lora_kit.io.atomic_write import reason_not_a_path
+from lora_kit.io.output_path import reason_not_a_path
 from lora_kit.io.text import format_value
 from lora_kit.training.recipe.coerce import Section
 from lora_kit.training.recipe.strict_yaml import MAX_LEVELS, MAX_NODES
