@@ -38,9 +38,10 @@ def compare(
     from lora_kit.algebra.compare import compare as run
     from lora_kit.evaluation.eval_page import check_page_file
 
+    folders = [find_adapter(name, store=store) for name in (one, other)]
     if report is not None:
-        check_page_file(report, replace=replace)
-    comparison = run(find_adapter(one, store=store), find_adapter(other, store=store), allow=allow or ())
+        check_page_file(report, replace=replace, inputs=folders)
+    comparison = run(*folders, allow=allow or ())
     if report is not None:
         from lora_kit.algebra.compare_page import render_compare_page
         from lora_kit.io.atomic_write import write_file

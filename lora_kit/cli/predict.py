@@ -71,19 +71,18 @@ def predict(
         max_length: Tokens of a text, at most; by default as in the training of the adapter.
     """
     from lora_kit.evaluation.predict import open_predictors
-    from lora_kit.evaluation.prediction_file import check_suffix
-    from lora_kit.io.output_file import check_output_file
+    from lora_kit.evaluation.prediction_file import check_prediction_file
+    from lora_kit.generation.adapter_args import list_input_folders
     from lora_kit.models.infer_base import infer_base
 
-    _check_no_flag(text or [])
+    _check_flags(text or [], top_k)
     texts = _collect_texts(text or [], data)
-    if top_k is not None and top_k < 1:
-        raise ConfigError(f"--top-k must be at least 1; {top_k} was given")
+    base = base or infer_base(adapter or [], store=store)
     if out is not None:
-        check_suffix(out)
-        check_output_file(out, replace=replace, inputs=[] if data is None else [data])
+        inputs = [*list_input_folders(base, adapter or [], store=store), *([data] if data else [])]
+        check_prediction_file(out, replace=replace, inputs=inputs)
     predictors_of = open_predictors(
-        base or infer_base(adapter or [], store=store),
+        base,
         adapter or [None],
         batch_size=batch_size,
         max_length=max_length,
@@ -98,8 +97,10 @@ def predict(
         _write_results(results, forms, out, json=json)
 
 
-def _check_no_flag(texts: Sequence[str]) -> None:
+def _check_flags(texts: Sequence[str], top_k: int | None) -> None:
     """Raise ConfigError for a text that is a misspelled flag: a lone hyphen, which may be given, makes all parse."""
+    if top_k is not None and top_k < 1:
+        raise ConfigError(f"--top-k must be at least 1; {top_k} was given")
     flag = next((text for text in texts if re.fullmatch(r"--?[a-z][\w-]*(=.*)?", text)), None)
     if flag:
         raise ConfigError(f"predict has no option {flag}", hint="a text that looks like one goes through a pipe")

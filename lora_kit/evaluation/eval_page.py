@@ -12,7 +12,7 @@ from lora_kit.evaluation.metrics import F1_PER_LABEL, METRICS
 from lora_kit.evaluation.outcome_sections import render_outcomes, write_metric_title
 from lora_kit.evaluation.outcomes import ModelAnswers, Outcomes
 from lora_kit.generation.adapter_args import BASE_ROW
-from lora_kit.io.atomic_write import write_file
+from lora_kit.io.atomic_write import write_files
 from lora_kit.io.output_file import check_output_file
 from lora_kit.io.text import escape_text
 from lora_kit.reporting.page import (
@@ -30,11 +30,11 @@ from lora_kit.reporting.plots import can_plot
 PAGE_SUFFIX: Final = ".html"
 
 
-def check_page_file(path: Path, *, replace: bool, inputs: Iterable[Path] = ()) -> None:
+def check_page_file(path: Path, *, replace: bool, inputs: Iterable[str | Path] = ()) -> None:
     """Check that a page can be written, before any work.
 
     Args:
-        inputs: files that are read, which are never replaced.
+        inputs: files and folders that are read, which are never replaced or written into.
 
     Raises:
         ConfigError: its name ends otherwise.
@@ -45,20 +45,34 @@ def check_page_file(path: Path, *, replace: bool, inputs: Iterable[Path] = ()) -
     check_output_file(path, replace=replace, inputs=inputs)
 
 
-def save_eval_page(report: EvalReport, path: Path, *, base: str) -> None:
-    """Write the page of an evaluation, all or nothing.
+def save_eval_files(
+    measured: EvalReport, out: str | Path | None, report: str | Path | None, *, base: str, replace: bool
+) -> None:
+    """Write the answers and the page of an evaluation, both or none.
 
     Args:
+        out, report: the files; None for none.
         base: the name of the base.
 
     Raises:
-        StorageError: the file cannot be written.
+        StorageError: a file exists, or cannot be written.
     """
-    write_file(path, render_eval_page(report, base=base).encode())
+    files = {}
+    if report is not None:
+        files[Path(report)] = render_eval_page(measured, base=base).encode()
+    if out is not None:
+        files[Path(out)] = measured.to_jsonl()
+    for path in files:
+        check_output_file(path, replace=replace)  # another process may have written it meanwhile
+    write_files(files)
 
 
 def render_eval_page(report: EvalReport, *, base: str) -> str:
-    """Return the page of an evaluation; arguments as in `save_eval_page`."""
+    """Return the page of an evaluation.
+
+    Args:
+        base: the name of the base.
+    """
     names = ", ".join(result.name for result in report.results)
     events = [
         f"{result.unended:,} of {len(result.said):,} texts of {result.name} were cut off before they ended."

@@ -116,7 +116,11 @@ class EvalReport:
         """
         path = Path(path)
         check_output_file(path, replace=replace)
-        write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines()).encode())
+        write_file(path, self.to_jsonl())
+
+    def to_jsonl(self) -> bytes:
+        """Return the cases as JSONL, a line for each."""
+        return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines()).encode()
 
 
 def _input_to_json(value: Prompt | tuple[str, ...]) -> object:

@@ -27,7 +27,7 @@ from lora_kit.evaluation.adapter_format import (
     resolve_sample_formats,
 )
 from lora_kit.evaluation.eval_cases import build_cases
-from lora_kit.evaluation.eval_page import check_page_file, save_eval_page
+from lora_kit.evaluation.eval_page import check_page_file, save_eval_files
 from lora_kit.evaluation.eval_report import Answer, EvalReport, Result
 from lora_kit.evaluation.forward import ForwardResult, run_forward
 from lora_kit.evaluation.generation_metrics import (
@@ -44,7 +44,7 @@ from lora_kit.evaluation.metrics import default_metrics, select_generation_metri
 from lora_kit.evaluation.outcomes import measure_misses
 from lora_kit.evaluation.sample_scores import score_samples
 from lora_kit.evaluation.scores import score_texts
-from lora_kit.generation.adapter_args import build_adapter_labels, find_common_task, read_adapter
+from lora_kit.generation.adapter_args import build_adapter_labels, find_common_task, list_input_folders, read_adapter
 from lora_kit.generation.decoding import Completion
 from lora_kit.generation.generate import attach_adapters
 from lora_kit.io.output_file import check_output_file
@@ -112,12 +112,13 @@ def evaluate(
     problem = resolve_eval_problem(base, by_label, rows) if task == CLASSIFY else None
     names = validate_metrics(default_metrics(task, problem) if metrics is None else metrics, task, problem)
     prompts = _collect_prompts(rows, by_label) if select_generation_metrics(names, task) else ()
-    _check_outputs(out, report, names, task, replace=replace, data=rows.path)
+    read = [rows.path, *list_input_folders(base, by_label.values(), store=store)]
+    _check_outputs(out, report, names, task, replace=replace, inputs=read)
     loaded = load_for_labels(base, by_label, task, quantize, problem=problem)
     formats = resolve_sample_formats(loaded, by_label, rows, max_length=max_length, problem=problem)
     plan = _build_eval_plan(loaded, by_label, formats, rows, prompts, names, max_new_tokens)
     measured = _run_plan(plan, labels, batch_size, on_progress, allow=allow)
-    _save_outputs(measured, out, report, base=loaded.name, replace=replace)
+    save_eval_files(measured, out, report, base=loaded.name, replace=replace)
     return measured
 
 
@@ -147,10 +148,16 @@ def _check_counts(*, batch_size: int, max_length: int | None, max_new_tokens: in
 
 
 def _check_outputs(
-    out: str | Path | None, report: str | Path | None, metrics: Sequence[str], task: str, *, replace: bool, data: Path
+    out: str | Path | None,
+    report: str | Path | None,
+    metrics: Sequence[str],
+    task: str,
+    *,
+    replace: bool,
+    inputs: Sequence[str | Path],
 ) -> None:
     if report is not None:
-        check_page_file(Path(report), replace=replace, inputs=[data])
+        check_page_file(Path(report), replace=replace, inputs=inputs)
     if out is None:
         return
     out = Path(out)
@@ -159,16 +166,7 @@ def _check_outputs(
     if task in GENERATIVE_TASKS and not select_generation_metrics(metrics, task):
         message = f"{escape_text(out)} is for generated texts, and {format_list(metrics)} needs none"
         raise ConfigError(message, hint="ask for exact_match too")
-    check_output_file(out, replace=replace, inputs=[data])
-
-
-def _save_outputs(
-    measured: EvalReport, out: str | Path | None, report: str | Path | None, *, base: str, replace: bool
-) -> None:
-    if out is not None:
-        measured.save(out, replace=replace)
-    if report is not None:
-        save_eval_page(measured, Path(report), base=base)
+    check_output_file(out, replace=replace, inputs=inputs)
 
 
 def _resolve_task(base: str | Base, adapters: Mapping[str, Adapter | None], rows: Rows) -> str:

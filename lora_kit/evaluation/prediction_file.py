@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final, TypeAlias
@@ -12,6 +12,8 @@ from typing import IO, Final, TypeAlias
 from lora_kit.errors import ConfigError
 from lora_kit.evaluation.label_answers import format_value
 from lora_kit.evaluation.prediction import Prediction
+from lora_kit.io.output_file import check_output_file
+from lora_kit.io.text import escape_text
 from lora_kit.models.tasks import LABEL, LABEL_SET, VALUE, WORD
 
 SUFFIXES: Final = (".csv", ".jsonl")
@@ -20,10 +22,18 @@ Input: TypeAlias = str | Sequence[str]
 """A text, two texts, or words."""
 
 
-def check_suffix(path: Path) -> None:
-    """Raise ConfigError for a file that predictions are not written to."""
+def check_prediction_file(path: Path, *, replace: bool, inputs: Iterable[str | Path]) -> None:
+    """Check that predictions can be written to a file, before any work.
+
+    Raises:
+        ConfigError: its name ends otherwise.
+        StorageError: as `check_output_file`.
+    """
     if path.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"{path}: predictions are written as CSV or JSONL", hint="name it .csv or .jsonl")
+        raise ConfigError(
+            f"{escape_text(path)}: predictions are written as CSV or JSONL", hint="name it .csv or .jsonl"
+        )
+    check_output_file(path, replace=replace, inputs=inputs)
 
 
 @dataclass(frozen=True)

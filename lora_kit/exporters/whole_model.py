@@ -22,6 +22,7 @@ from lora_kit.exporters.modelfile import GGUF_MODEL, KnownFormat, format_modelfi
 from lora_kit.exporters.plain_lora import ExportCase
 from lora_kit.generation.prompts import find_separator, find_template, find_training_data
 from lora_kit.io.text import escape_text, shorten
+from lora_kit.io.write_errors import find_quoted_write_error
 from lora_kit.merging.merge import merge
 from lora_kit.models.protocols import Tokenizer
 from lora_kit.names import KIT_BASE
@@ -63,7 +64,9 @@ def write_ollama_model(case: ExportCase, folder: Path) -> None:
 
 
 def _merge(case: ExportCase, folder: Path) -> None:
-    find_converter()  # raises before the work, not after it
+    converter = find_converter()
+    if converter is not None:
+        _run(converter, "--help")  # so that what it lacks is known before the work, not after it
     merge(case.require_base(), case.adapter, folder / _MERGED, allow=case.allow)
 
 
@@ -89,15 +92,35 @@ def _find_style(case: ExportCase, merged: Path) -> KnownFormat | str | None:
 
 
 def _convert(converter: Path, model: Path, file: Path) -> None:
-    """Run llama.cpp's converter; raise ExportError with its last line where it fails."""
-    command = [sys.executable, converter, model, "--outfile", file]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-    if done.returncode or not file.is_file():
-        last = " ".join((done.stderr or done.stdout).strip().splitlines()[-1:])
-        hint = f"without {CONVERTER_VARIABLE} the merged model is written, with the command that converts it"
-        if missing := _MISSING_PACKAGE.search(last):
-            hint = f"pip install {missing[1]} beside lora_kit, where the converter runs; {hint}"
-        raise ExportError(f"llama.cpp's converter ended with {done.returncode}: {shorten(last)}", hint=hint)
+    """Write the GGUF file of a model."""
+    last = _run(converter, str(model), "--outfile", str(file))
+    if not file.is_file():
+        raise _converter_error(f"wrote no {file.name}", last)
+
+
+def _run(converter: Path, *arguments: str) -> str:
+    """Run llama.cpp's converter, and return the last line that it printed.
+
+    Raises:
+        ExportError: it fails.
+        OSError: the disk does.
+    """
+    command = [sys.executable, str(converter), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    last = " ".join((done.stderr or done.stdout).strip().splitlines()[-1:])
+    if done.returncode:
+        failed = find_quoted_write_error(last)
+        if failed is not None:
+            raise failed
+        raise _converter_error(f"ended with {done.returncode}", last)
+    return last
+
+
+def _converter_error(what: str, last: str) -> ExportError:
+    hint = f"without {CONVERTER_VARIABLE} the merged model is written, with the command that converts it"
+    if missing := _MISSING_PACKAGE.search(last):
+        hint = f"pip install {missing[1]} beside lora_kit, where the converter runs; {hint}"
+    return ExportError(f"llama.cpp's converter {what}: {shorten(last)}", hint=hint)
 
 
 def format_gguf_command(case: ExportCase) -> str:

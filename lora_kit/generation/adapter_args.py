@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -35,6 +35,23 @@ def read_adapter(source: AdapterLike | None, *, store: str | Path, allow: Collec
     if source is None or isinstance(source, Adapter):
         return source
     return Adapter.load(resolve_adapter(source, store=store).folder, allow=allow)
+
+
+def list_input_folders(
+    base: str | Base, sources: Iterable[AdapterLike | None], *, store: str | Path
+) -> list[str | Path]:
+    """Return the folders of a base and of adapters, which no output may be in; of a base it may be an id of the hub.
+
+    Raises:
+        UnknownAdapterError, AdapterError, ConfigError: as `read_adapter`.
+    """
+    found: list[str | Path] = [base.name if isinstance(base, Base) else base]
+    for source in sources:
+        if isinstance(source, Adapter):
+            found += [source.folder] if source.folder else []
+        elif source is not None:
+            found.append(resolve_adapter(source, store=store).folder)
+    return found
 
 
 def build_adapter_labels(sources: Sequence[AdapterLike | None], adapters: Sequence[Adapter | None]) -> list[str]:

@@ -17,14 +17,18 @@ from lora_kit.adapter.adapter_like import AdapterLike
 from lora_kit.config.validation import is_whole_number, require
 from lora_kit.data.records import Fault
 from lora_kit.data.rows import build_fault_error
-from lora_kit.errors import ConfigError, DataError, LoraKitError, StorageError
+from lora_kit.errors import ConfigError, DataError, StorageError
+from lora_kit.generation.adapter_args import list_input_folders
 from lora_kit.generation.batch_generator import AskedRow, BatchGenerator, open_batch_generator
 from lora_kit.generation.decoding import Sampling
 from lora_kit.generation.generate import Generation
 from lora_kit.generation.prompt_file import PromptFile, PromptRow, read_prompt_file
 from lora_kit.io.atomic_write import lock_output, write_file
 from lora_kit.io.output_file import check_output_file
+from lora_kit.io.output_overlap import refuse_overlap
+from lora_kit.io.read import exists
 from lora_kit.io.text import escape_text
+from lora_kit.io.write_errors import translate_os_errors
 from lora_kit.models.loading import Base
 from lora_kit.names import DEFAULT_STORE
 from lora_kit.targets.fingerprint import fingerprint
@@ -34,6 +38,7 @@ logger = logging.getLogger(__name__)
 _SUFFIX: Final = ".jsonl"
 PARTIAL_SUFFIX: Final = ".partial"
 """After the name of the output: the file of the answers so far."""
+_BEGINNING: Final = b'{"lora_kit answers": 2, "of": '
 
 Progress = Callable[[int, int], None]
 """Called with how many answers are there, and how many there will be."""
@@ -98,6 +103,8 @@ def generate_file(
         _check_out(Path(out), Path(data), replace=replace)
     file = read_prompt_file(data)
     named = _list_adapters(file, adapters, store)
+    if out is not None:
+        refuse_overlap(Path(out), list_input_folders(base, named, store=store))
     options = {"sampling": sampling, "template": template, "store": store, "quantize": quantize, "allow": allow}
     with open_batch_generator(base, named, **options) as generator:  # type: ignore[arg-type]
         asked = _encode_rows(generator, file, named, Path(data))
@@ -118,8 +125,18 @@ def _check_out(out: Path, data: Path, *, replace: bool) -> None:
         raise ConfigError(f"{escape_text(out)}: answers are written as JSONL", hint=f"name it {_SUFFIX}")
     check_output_file(out, replace=replace, inputs=[data])
     partial = Path(f"{out}{PARTIAL_SUFFIX}")
-    if partial.exists():
+    if exists(partial):
         check_output_file(partial, replace=True, inputs=[data])
+        _check_own(partial)
+
+
+def _check_own(partial: Path) -> None:
+    """Raise StorageError for a file that does not begin as one of answers so far does, or as far as it got."""
+    with translate_os_errors(partial), partial.open("rb") as file:
+        beginning = file.read(len(_BEGINNING))
+    if not _BEGINNING.startswith(beginning):
+        what = f"{escape_text(partial)} is in the way, and is not of lora_kit"
+        raise StorageError(what, hint="move it, or choose another output")
 
 
 def _list_adapters(
@@ -209,8 +226,8 @@ class _Answers:
         self.found |= answers
         if self._stream is None:
             return
-        line = json.dumps({str(index): dataclasses.asdict(each) for index, each in answers.items()})
-        self._stream.write(line.encode() + b"\n")
+        values = json.dumps({str(index): dataclasses.asdict(each) for index, each in answers.items()}).encode()
+        self._stream.write(_digest(values) + b" " + values + b"\n")
         self._stream.flush()
         os.fsync(self._stream.fileno())
 
@@ -227,26 +244,44 @@ def _open_answers(out: str | Path | None, identity: str, *, replace: bool) -> It
         yield _Answers(None, {}, None)
         return
     path = Path(f"{out}{PARTIAL_SUFFIX}")
-    with lock_output(Path(out)), _translate_os_error(path):
+    with lock_output(Path(out)), translate_os_errors(path):
         lines = _read_whole_lines(path)
         if lines and lines[0] != _write_header(identity):
             if not replace:
                 what = f"{escape_text(path)} holds answers to other prompts, or of other adapters or settings"
                 raise StorageError(what, hint="--replace starts anew; or remove it")
             lines = []
+        lines = lines[:1] + _take_undamaged(lines[1:], path)
         with path.open("r+b" if lines else "wb") as stream:
             stream.truncate(sum(map(len, lines)))  # without what a kill has cut off
             stream.seek(0, os.SEEK_END)
             if not lines:
                 stream.write(_write_header(identity))
             found = {
-                int(index): Generation(**fields) for line in lines[1:] for index, fields in json.loads(line).items()
+                int(index): Generation(**fields)
+                for line in lines[1:]
+                for index, fields in json.loads(line.partition(b" ")[2]).items()
             }
             yield _Answers(path, found, stream)
 
 
+def _take_undamaged(lines: list[bytes], path: Path) -> list[bytes]:
+    """Return the lines of answers before the first that is not as it was written; warn of that one."""
+    for index, line in enumerate(lines):
+        digest, _, values = line.rstrip(b"\n").partition(b" ")
+        if digest != _digest(values):
+            what = "%s: line %d is damaged; its answers and those after it are given anew"
+            logger.warning(what, escape_text(path), index + 2)
+            return lines[:index]
+    return lines
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).hexdigest().encode()
+
+
 def _write_header(identity: str) -> bytes:
-    return json.dumps({"lora_kit answers": 1, "of": identity}).encode() + b"\n"
+    return _BEGINNING + json.dumps(identity).encode() + b"}\n"
 
 
 def _read_whole_lines(path: Path) -> list[bytes]:
@@ -254,13 +289,3 @@ def _read_whole_lines(path: Path) -> list[bytes]:
     if not path.exists():
         return []
     return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-
-
-@contextlib.contextmanager
-def _translate_os_error(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except LoraKitError:
-        raise
-    except OSError as error:
-        raise StorageError(f"{escape_text(path)} cannot be written: {error.strerror or error}") from error

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import errno
 import os
-import re
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from lora_kit.errors import LoraKitError, StorageError
+from lora_kit.errors import StorageError
 from lora_kit.io.output_lock import (
     is_empty_folder,
     lock_target,
@@ -27,6 +26,7 @@ from lora_kit.io.output_overlap import refuse_overlap
 from lora_kit.io.output_path import check_path
 from lora_kit.io.read import mode_of
 from lora_kit.io.text import escape_text
+from lora_kit.io.write_errors import translate_os_errors
 
 FolderPredicate = Callable[[Path], bool]
 """Returns whether an existing folder is one of ours, which may be replaced."""
@@ -35,9 +35,6 @@ _RENAME_EXCHANGE: Final = 2
 _AT_FDCWD: Final = -100
 _NO_EXCHANGE: Final = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 _NO_FOLDER_SYNC: Final = (errno.EINVAL, errno.ENOTSUP)
-_DISK_FULL_ERRNOS: Final = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-_FAILED_WRITE_ERRNOS: Final = (*_DISK_FULL_ERRNOS, errno.EIO, errno.EROFS)
-_QUOTED_ERRNO: Final = re.compile(r"\(os error (\d+)\)")
 
 
 def write_folder(
@@ -71,7 +68,7 @@ def stage_folder(
     """
     target = Path(os.path.abspath(target))
     check_output(target, replace=replace, owned=owned)
-    with _translate_os_errors(target, needed), _create_parents(target), lock_target(target) as lock:
+    with translate_os_errors(target, needed), _create_parents(target), lock_target(target) as lock:
         recover_target(target, lock)
         check_output(target, replace=replace, owned=owned)  # another process may have written it meanwhile
         free = shutil.disk_usage(target.parent).free
@@ -91,8 +88,36 @@ def stage_folder(
 
 def write_file(target: Path, data: bytes) -> None:
     """Write a file all or nothing, replacing one that is there; see `stage_file`."""
-    with stage_file(target, needed=len(data)) as staging:
+    write_files({target: data})
+
+
+def write_files(files: Mapping[Path, bytes]) -> None:
+    """Write files, all of them or none: each is whole beside its target, and on the disk, before the first is replaced.
+
+    Raises:
+        StorageError: the file system fails, or a folder is in the place of one.
+    """
+    with contextlib.ExitStack() as stack:
+        staged = {}
+        for target, data in files.items():
+            target = Path(os.path.abspath(target))
+            staged[target] = stack.enter_context(_stage_bytes(target, data))
+        for target, staging in staged.items():
+            with translate_os_errors(target):
+                os.replace(staging, target)
+                sync_folder(target.parent)
+
+
+@contextmanager
+def _stage_bytes(target: Path, data: bytes) -> Iterator[Path]:
+    """Yield a file beside a target with these bytes, synced to disk; see `open_staging_file`."""
+    check_path(target)
+    with translate_os_errors(target, len(data)), open_staging_file(target) as staging:
+        if target.is_dir() and not target.is_symlink():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         staging.write_bytes(data)
+        _sync_file(staging)
+        yield staging
 
 
 @contextmanager
@@ -111,7 +136,7 @@ def stage_file(target: Path, *, needed: int = 0) -> Iterator[Path]:
     """
     target = Path(os.path.abspath(target))
     check_path(target)
-    with _translate_os_errors(target, needed), open_staging_file(target) as staging:
+    with translate_os_errors(target, needed), open_staging_file(target) as staging:
         yield staging
         _sync_file(staging)
         os.replace(staging, target)
@@ -127,7 +152,7 @@ def lock_output(target: Path) -> Iterator[None]:
     """
     target = Path(os.path.abspath(target))
     with contextlib.ExitStack() as stack:
-        with _translate_os_errors(target, 0):
+        with translate_os_errors(target):
             stack.enter_context(_create_parents(target))
             stack.enter_context(lock_target(target))
         yield
@@ -157,7 +182,7 @@ def check_output(
     if not stat.S_ISDIR(mode):
         kind = "a link" if stat.S_ISLNK(mode) else "not a folder"
         raise StorageError(f"{escape_text(target)} exists and is {kind}", hint="choose another output")
-    with _translate_os_errors(target, 0):
+    with translate_os_errors(target):
         if is_empty_folder(target):
             return
         if not replace:
@@ -182,38 +207,6 @@ def _already_exists_error(target: Path) -> StorageError:
 
 
 @contextmanager
-def _translate_os_errors(target: Path, needed: int) -> Iterator[None]:
-    """Raise an OSError of the block as a StorageError that names the target and, on a full disk, the bytes needed.
-
-    Of other libraries' errors, those that a failed write is behind.
-    """
-    try:
-        yield
-    except LoraKitError:
-        raise
-    except Exception as error:
-        cause = error if isinstance(error, OSError) else _find_write_error(error)
-        if cause is None:
-            raise
-        size = f"; {needed:,} bytes are needed" if cause.errno in _DISK_FULL_ERRNOS and needed else ""
-        raise StorageError(f"{escape_text(target)} cannot be written: {cause.strerror or cause}{size}") from error
-
-
-def _find_write_error(error: BaseException) -> OSError | None:
-    """Return the failed write behind another library's error; None where there is none.
-
-    torch raises a RuntimeError while it handles the OSError, and safetensors only quotes its number.
-    """
-    quoted = _QUOTED_ERRNO.search(str(error))
-    if quoted and int(quoted[1]) in _FAILED_WRITE_ERRNOS:
-        return OSError(int(quoted[1]), os.strerror(int(quoted[1])))
-    inner = error.__cause__ or error.__context__
-    if isinstance(inner, OSError) and inner.errno in _FAILED_WRITE_ERRNOS:
-        return inner
-    return _find_write_error(inner) if inner is not None else None
-
-
-@contextmanager
 def _create_parents(target: Path) -> Iterator[None]:
     """Create the folders above a target; those that were missing are removed again when the block raises."""
     missing = [folder for folder in target.parents if not folder.exists()]
@@ -233,7 +226,7 @@ def remove_leftovers(target: Path) -> None:
     Raises:
         StorageError: another process is writing the target, or something of somebody else is in the way.
     """
-    with _translate_os_errors(target, 0), lock_target(target) as lock:
+    with translate_os_errors(target), lock_target(target) as lock:
         recover_target(target, lock)
 
 

@@ -8,18 +8,20 @@ from pathlib import Path
 
 from lora_kit.errors import StorageError
 from lora_kit.io.output_overlap import refuse_overlap
+from lora_kit.io.output_path import check_path
 from lora_kit.io.text import escape_text
 
 
-def check_output_file(path: Path, *, replace: bool, inputs: Iterable[Path] = ()) -> None:
+def check_output_file(path: Path, *, replace: bool, inputs: Iterable[str | Path] = ()) -> None:
     """Check that a file can be written: before hours of work, not after.
 
     Args:
-        inputs: files that are read, which are never replaced.
+        inputs: files and folders that are read, which are never replaced or written into.
 
     Raises:
-        StorageError: the file exists, is an input under any name, or its folder does not exist.
+        StorageError: the file exists, is an input under any name or lies in one, or its folder does not exist.
     """
+    check_path(path)
     refuse_overlap(path, inputs)
     if path.is_dir():
         raise StorageError(f"{escape_text(path)} is a folder", hint="predictions are written to one file")

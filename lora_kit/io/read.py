@@ -17,10 +17,10 @@ from typing import Final
 from lora_kit.errors import AdapterError, OutOfMemoryError, StorageError
 from lora_kit.io.strict_json import JsonObject, parse_object
 from lora_kit.io.text import escape_text
+from lora_kit.io.write_errors import DISK_FULL_ERRNOS
 
 _ABSENT_ERRNOS: Final = (errno.ENOENT, errno.ENOTDIR)
 _INVALID_PATH_ERRNOS: Final = (errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
-_DISK_FULL_ERRNOS: Final = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 """Of a write alone: no read fails for them."""
 _HUGE_PAGES_FROM: Final = 4 * 2**20
 _CHUNK_BYTES: Final = 8 * 2**20
@@ -79,7 +79,7 @@ def open_regular_file(path: Path) -> Iterator[tuple[BufferedReader, int]]:
     except StorageError:
         raise
     except OSError as error:
-        if error.errno in _DISK_FULL_ERRNOS:
+        if error.errno in DISK_FULL_ERRNOS:
             raise
         if error.errno in _ABSENT_ERRNOS:
             raise AdapterError(f"{shown} does not exist") from None

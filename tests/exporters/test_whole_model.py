@@ -9,16 +9,19 @@ import pytest
 
 import lora_kit as lk
 from lora_kit.cli.main import main
-from lora_kit.errors import ExportError
+from lora_kit.errors import ExportError, StorageError
 from lora_kit.exporters.export import check
 from tests.support import tiny
 from tests.support.merging import base_folder
 
 SCRIPT = """import json, pathlib, sys
+if sys.argv[1:] == ["--help"]:
+    sys.exit()
 model, _, out = sys.argv[1:]
 facts = {"weights": (pathlib.Path(model) / "model.safetensors").stat().st_size}
 pathlib.Path(out).write_text(json.dumps(facts))
 """
+FAILS = "raise SystemExit('BPE pre-tokenizer was not recognized')"
 
 
 @pytest.fixture
@@ -76,15 +79,36 @@ def test_ollama_gets_the_separator_of_the_training(base: Path, adapter: Path, co
 def test_a_converter_that_fails_leaves_nothing_and_says_its_last_line(
     base: Path, adapter: Path, converter: Path, tmp_path: Path
 ) -> None:
-    converter.write_text("raise SystemExit('BPE pre-tokenizer was not recognized')")
+    converter.write_text(f"import sys\nif '--help' not in sys.argv: {FAILS}")
     with pytest.raises(ExportError, match=r"ended with 1: BPE pre-tokenizer was not recognized"):
         lk.export(adapter, "gguf-model", tmp_path / "out", base=base)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_package_that_the_converter_lacks_is_named(
+@pytest.mark.parametrize(
+    "line", ["OSError: [Errno 28] No space left on device", "OSError: 400 requested and 0 written"]
+)
+def test_a_disk_that_the_converter_finds_full_is_of_the_machine(
+    line: str, base: Path, adapter: Path, converter: Path, tmp_path: Path
+) -> None:
+    converter.write_text(f"import sys\nif '--help' not in sys.argv: raise SystemExit({line!r})")
+    with pytest.raises(StorageError, match="out cannot be written: No space left on device"):
+        lk.export(adapter, "gguf-model", tmp_path / "out", base=base)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_converter_that_writes_nothing_is_an_error(
     base: Path, adapter: Path, converter: Path, tmp_path: Path
 ) -> None:
+    converter.write_text("print('done')")
+    with pytest.raises(ExportError, match=r"wrote no model\.gguf: done"):
+        lk.export(adapter, "gguf-model", tmp_path / "out", base=base)
+
+
+def test_a_package_that_the_converter_lacks_is_named_before_the_merge(
+    base: Path, adapter: Path, converter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_kit.exporters.whole_model.merge", lambda *given, **named: pytest.fail("merged"))
     converter.write_text("import no_such_package.inner")
     with pytest.raises(ExportError, match="No module named") as error:
         lk.export(adapter, "gguf-model", tmp_path / "out", base=base)

@@ -56,6 +56,11 @@ def _adapter(folder: Path) -> None:
     folders.adapter(seed=1).save(folder / "other")
 
 
+def _rows_and_adapter(folder: Path) -> None:
+    _rows(folder)
+    _adapter(folder)
+
+
 def _adapter_by_link(folder: Path) -> None:
     _adapter(folder)
     (folder / "link").symlink_to("adapter")
@@ -161,6 +166,26 @@ OVERLAPS: tuple[Fault, ...] = (
             ("by a hard link", _named("said.jsonl", os.link), "said.jsonl"),
             ("by the name of the answers so far", _named("said.jsonl.partial", os.link), "said.jsonl"),
         )
+    ),
+    _row("answers of eval over a file of the base", _rows, None, *EVAL, "--out", "base/config.json"),
+    _row(
+        "a page of eval in the adapter",
+        _rows_and_adapter,
+        None,
+        *(*EVAL, "-a", "adapter", "--report", "adapter/page.html"),
+    ),
+    _row(
+        "answers of generate in the adapter",
+        _rows_and_adapter,
+        _inside(lambda: generate_file("base", ["adapter"], "rows.jsonl", out="adapter/said.jsonl", replace=True)),
+        *(*GENERATE, "-a", "adapter", "--out", "adapter/said.jsonl"),
+    ),
+    _row("predictions in the base", _labeled(_link), None, *PREDICT, "--out", "sentiment/said.csv"),
+    _row(
+        "a page of compare in an adapter",
+        _adapter,
+        None,
+        *("compare", "adapter", "other", "--report", "other/page.html", "--replace"),
     ),
     _row("predictions over their texts, by a link", _labeled(_link), None, *PREDICT, "--out", "said.jsonl"),
     _row("predictions over their texts, by a hard link", _labeled(os.link), None, *PREDICT, "--out", "said.jsonl"),

@@ -41,19 +41,18 @@ class Undisturbed:
     seconds: float
 
     def is_old(self, found: dict[str, bytes]) -> bool:
-        """Return whether a result is the earlier one."""
-        return self._is_same(found, self.old)
+        """Return whether a result is the earlier one, byte for byte."""
+        return found == self.old
 
     def is_new(self, found: dict[str, bytes]) -> bool:
-        """Return whether a result is the new one."""
-        return self._is_same(found, self.new)
-
-    def _is_same(self, found: dict[str, bytes], expected: dict[str, bytes]) -> bool:
-        """Return whether two results have files of the same names, and those that decide with the same bytes."""
-        return found.keys() == expected.keys() and all(found[file] == expected.get(file) for file in self._of(found))
-
-    def _of(self, found: dict[str, bytes]) -> list[str]:
-        return [file for file in self.decisive if file in found]
+        """Return whether a result is the new one: the same names, in which no file is the earlier one, and those that
+        decide with the same bytes."""
+        stale = [file for file in found if found[file] == self.old.get(file) != self.new.get(file)]
+        return (
+            found.keys() == self.new.keys()
+            and not stale
+            and all(found[each] == self.new[each] for each in self.decisive)
+        )
 
 
 def read_result(place: Path) -> dict[str, bytes]:

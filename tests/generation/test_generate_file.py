@@ -120,6 +120,43 @@ def test_a_run_that_was_killed_answers_only_what_is_missing(
     assert not partial.exists()
 
 
+def test_a_damaged_line_of_the_answers_so_far_is_answered_anew_and_said(
+    base: Base, store: Path, data: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = data.with_name("out.jsonl")
+    partial = Path(f"{out}{PARTIAL_SUFFIX}")
+    with monkeypatch.context() as patch:
+        patch.setattr("lora_kit.generation.generate_file.write_file", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(base, ["one"], data, store, out=out)
+    lines = partial.read_bytes().splitlines(keepends=True)
+    assert len(lines) > 2
+    lines[2] = bytes([*lines[2][:-9], lines[2][-9] ^ 1, *lines[2][-8:]])
+    partial.write_bytes(b"".join(lines))
+    expected = [each.to_json() for each in run(base, ["one"], data, store)]
+    run(base, ["one"], data, store, out=out)
+    assert "line 3 is damaged; its answers and those after it are given anew" in caplog.text
+    assert read(out) == expected
+
+
+@pytest.mark.parametrize("mine", [b"mine", b"mine\n", b'{"lora_kit'])
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_file_of_somebody_else_in_the_place_of_the_answers_so_far_stays(
+    base: Base, store: Path, data: Path, mine: bytes, replace: bool
+) -> None:
+    out = data.with_name("out.jsonl")
+    partial = Path(f"{out}{PARTIAL_SUFFIX}")
+    partial.write_bytes(mine)
+    if mine.startswith(b"{"):  # as far as a kill let ours get
+        run(base, ["one"], data, store, out=out, replace=replace)
+        assert not partial.exists()
+        return
+    with pytest.raises(StorageError, match=r"out\.jsonl\.partial is in the way, and is not of lora_kit"):
+        run(base, ["one"], data, store, out=out, replace=replace)
+    assert partial.read_bytes() == mine
+    assert not out.exists()
+
+
 def test_sampled_answers_repeat_after_a_kill(
     base: Base, store: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

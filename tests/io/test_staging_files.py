@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import resource
 import signal
 import threading
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lora_kit.errors import StorageError
-from lora_kit.io.atomic_write import stage_file, write_file
+from lora_kit.io.atomic_write import stage_file, write_file, write_files
 from lora_kit.io.output_lock import is_staging_file
 from lora_kit.runs.run_files import PROGRESS_FILE, RunProgress, remove_run_files
 from lora_kit.training.loop import run_log
@@ -135,3 +136,27 @@ def test_the_files_of_a_run_that_was_killed_while_it_wrote_one_go_with_the_rest(
     assert is_staging_file(left, folder / PROGRESS_FILE)
     remove_run_files(folder)
     assert not folder.exists()
+
+
+def test_a_disk_that_is_full_for_the_second_file_leaves_the_first_as_it_was(target: Path) -> None:
+    page = target.with_name("page.html")
+
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(NEW), resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        write_files({target: NEW, page: NEW * 2})
+
+    assert in_child(work) == REFUSED
+    assert target.read_bytes() == OLD
+    assert os.listdir(target.parent) == [target.name]
+    write_files({target: NEW, page: NEW * 2})
+    assert (target.read_bytes(), page.read_bytes()) == (NEW, NEW * 2)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_folder_in_the_place_of_one_file_leaves_the_other_as_it_was(target: Path, order: int) -> None:
+    folder = target.with_name("page.html")
+    folder.mkdir()
+    with pytest.raises(StorageError, match="cannot be written: Is a directory"):
+        write_files(dict.fromkeys([target, folder][::order], NEW))
+    assert target.read_bytes() == OLD
+    assert sorted(os.listdir(target.parent)) == ["m.jsonl", "page.html"]

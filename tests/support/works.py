@@ -158,7 +158,10 @@ FILLED: Mapping[str, Start] = {
         *("eval", "rows-{number}.jsonl", *_ADAPTER, "--metrics", "exact_match", "--max-new-tokens", "2"),
         *("--out", "out/said.jsonl", "--replace"),
     ),
-    "eval --report": _start_command("eval", "rows-{number}.jsonl", *_ADAPTER, "--report", "out/page.html", "--replace"),
+    "eval --out --report": _start_command(
+        *("eval", "rows-{number}.jsonl", *_ADAPTER, "--metrics", "exact_match", "--max-new-tokens", "2"),
+        *("--out", "out/said.jsonl", "--report", "out/page.html", "--replace"),
+    ),
     "compare --report": _start_command(
         "compare", "adapter-1", "adapter-{number}", "--report", "out/page.html", "--replace"
     ),
