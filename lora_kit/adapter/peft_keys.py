@@ -224,8 +224,20 @@ def _find_invalid_values(tensors: Mapping[str, Tensor]) -> Iterator[str]:
             yield f"{escape_text(key)} holds NaN or infinity"
     for keys in small.values():
         # Small ones together, since every call has its price; one by one only to say which it is.
-        if not _is_finite(torch.cat([floating[key].reshape(-1) for key in keys])):
+        if not _is_finite(_join_values([floating[key] for key in keys])):
             yield from (f"{escape_text(key)} holds NaN or infinity" for key in keys if not _is_finite(floating[key]))
+
+
+def _join_values(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the values of tensors of one dtype as one tensor: their memory itself, where they share it as a file's do.
+
+    Nothing is missing then; a value more, where some overlap, only makes the caller look at each by itself.
+    """
+    memory = tensors[0].untyped_storage()
+    begin, size = memory.data_ptr(), sum(tensor.nbytes for tensor in tensors)
+    if size == memory.nbytes() and all(tensor.untyped_storage().data_ptr() == begin for tensor in tensors):
+        return torch.empty(0, dtype=tensors[0].dtype).set_(memory)  # type: ignore[call-overload]
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -38,6 +38,7 @@ from lora_kit.layers.routing import Routing
 from lora_kit.targets.compatibility import match_adapter
 from lora_kit.targets.coverage import Coverage, find_coverage
 from lora_kit.targets.legacy_names import convert_to_model_names
+from lora_kit.targets.match import named_layers
 
 if TYPE_CHECKING:
     import peft
@@ -169,8 +170,9 @@ class AdapterBank(AdapterRouting):
         with self._change_lock:
             self._check_name(name)  # another thread may have taken it meanwhile
             with self._routing.module_lock:
-                converted = convert_to_model_names(name, adapter, self.model)
-                coverage = match_adapter(name, converted, self.model, dtype=self.dtype, allow=allow)
+                modules = list(named_layers(self.model))
+                converted = convert_to_model_names(name, adapter, self.model, modules)
+                coverage = match_adapter(name, converted, self.model, dtype=self.dtype, allow=allow, modules=modules)
             loaded = LoadedAdapter(converted.config, coverage, converted)
             with self._loaded_adapters.admit_adapters({name: loaded}, keep=self._routing.find_live_slots()):
                 self._loaded_adapters.fill(loaded)

@@ -15,6 +15,7 @@ from lora_kit.errors import UnknownAdapterError
 from lora_kit.targets.compatibility import match_adapter
 from lora_kit.targets.coverage import survey_coverage
 from lora_kit.targets.legacy_names import convert_to_model_names
+from lora_kit.targets.match import named_layers
 
 
 class LazyAdapters:
@@ -97,8 +98,9 @@ class LazyAdapters:
         offer = self._by_name[name]
         adapter = offer.read(self._cache)
         with self._loaded_adapters.routing.module_lock:
-            adapter = convert_to_model_names(name, adapter, self._model)
-            coverage = match_adapter(name, adapter, self._model, dtype=self._dtype, allow=offer.allow)
+            modules = list(named_layers(self._model))
+            adapter = convert_to_model_names(name, adapter, self._model, modules)
+            coverage = match_adapter(name, adapter, self._model, dtype=self._dtype, allow=offer.allow, modules=modules)
         return LoadedAdapter(adapter.config, coverage, adapter, offer)
 
     def make_unknown_error(self, name: object) -> UnknownAdapterError:

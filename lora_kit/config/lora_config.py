@@ -214,11 +214,11 @@ class LoraConfig:
 
     def rank_of(self, path: str) -> int:
         """Return the rank at the module of this path: the first `rank_pattern` that matches, else `r`."""
-        return self._ranks.first(path, default=self.r)
+        return self._ranks.first(path, default=self.r) if self.rank_pattern else self.r
 
     def alpha_of(self, path: str) -> float:
         """Return the alpha at the module of this path: the first `alpha_pattern` that matches, else `lora_alpha`."""
-        return self._alphas.first(path, default=self.lora_alpha)
+        return self._alphas.first(path, default=self.lora_alpha) if self.alpha_pattern else self.lora_alpha
 
     def scaling_of(self, path: str) -> float:
         """Return the factor of `B A x` at the module of this path: alpha/r, or alpha/sqrt(r) with `use_rslora`."""

@@ -85,6 +85,8 @@ class _StackedFromLeaves(torch.autograd.Function):
 
 def narrow_to(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """Return a view of a tensor's first entries along each axis."""
+    if tensor.shape == shape:
+        return tensor
     for axis, size in enumerate(shape):
         if size != tensor.shape[axis]:
             tensor = tensor.narrow(axis, 0, size)

@@ -22,7 +22,13 @@ logger = logging.getLogger(__name__)
 
 
 def match_adapter(
-    name: str, adapter: Adapter, model: nn.Module, *, dtype: torch.dtype, allow: Collection[str] = ()
+    name: str,
+    adapter: Adapter,
+    model: nn.Module,
+    *,
+    dtype: torch.dtype,
+    allow: Collection[str] = (),
+    modules: Modules | None = None,
 ) -> Coverage:
     """Return what an adapter covers in a model, after checking that the two match.
 
@@ -31,12 +37,13 @@ def match_adapter(
         dtype: in which the tensors are to be kept.
         allow: `other-base` is accepted where it is in it, and an error otherwise. Names in the config that match
             nothing in the model are logged as a warning unless `unmatched-targets` is in it.
+        modules: those of the model, where the caller has listed them.
 
     Raises:
         AdapterError: a mismatch; the message lists them all.
         BaseMismatchError: the adapter was made for another base.
     """
-    modules = list(named_layers(model))
+    modules = list(named_layers(model)) if modules is None else modules
     coverage = survey_adapter(model, adapter, modules)
     mismatches = _find_mismatches(adapter, dict(modules), coverage, dtype)
     if mismatches:

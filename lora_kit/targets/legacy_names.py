@@ -27,7 +27,7 @@ from lora_kit.layers.experts import list_own_parameters
 from lora_kit.layers.introspect import kind_of
 from lora_kit.layers.parameter import is_transposed
 from lora_kit.targets.coverage import survey_coverage
-from lora_kit.targets.match import named_layers
+from lora_kit.targets.match import Modules, named_layers
 from lora_kit.targets.rename_command import list_module_paths
 
 if TYPE_CHECKING:
@@ -36,11 +36,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def convert_to_model_names(name: str, adapter: Adapter, model: nn.Module) -> Adapter:
+def convert_to_model_names(name: str, adapter: Adapter, model: nn.Module, modules: Modules | None = None) -> Adapter:
     """Return an adapter under the names of a model's modules: itself, unless transformers' mapping has others for it.
 
     Args:
         name: of the adapter, for the log.
+        modules: those of the model, where the caller has listed them.
 
     Returns:
         An adapter with the same updates on modules that the model has; `adapter` itself if there is no place for one.
@@ -49,7 +50,7 @@ def convert_to_model_names(name: str, adapter: Adapter, model: nn.Module) -> Ada
         AdapterError: LoRA weights of experts whose number or size is not the model's, or that cannot be those of one
             parameter.
     """
-    places = dict(named_layers(model))
+    places = dict(named_layers(model) if modules is None else modules)
     missing = [path for path in list_module_paths(adapter) if path not in places]
     transforms = _find_transforms(model) if missing else []
     if not transforms:

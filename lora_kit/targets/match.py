@@ -72,7 +72,9 @@ def make_matcher(patterns: str | Sequence[str] | None) -> Callable[[str], bool]:
     """Return a test of paths: against one regular expression, or against the ends of paths that are names."""
     if isinstance(patterns, str):
         return compile_expression(patterns).matches
-    names = NamedEnds(patterns or ())
+    if not patterns:
+        return lambda path: False
+    names = NamedEnds(patterns)
     return lambda path: bool(names.find(path))
 
 
@@ -122,7 +124,7 @@ def find_saved_paths(modules: Modules, names: Sequence[str]) -> list[str]:
     `pre_classifier` as well.
     """
     is_selected = make_ending_matcher(names)
-    return _outermost(path for path, _ in modules if is_selected(path))
+    return _outermost(path for path, _ in modules if is_selected(path)) if names else []
 
 
 def find_saved_paths_of_file(modules: Modules, names: Sequence[str], keys: Collection[str]) -> list[str]:
@@ -134,6 +136,8 @@ def find_saved_paths_of_file(modules: Modules, names: Sequence[str], keys: Colle
     Args:
         keys: of the file's saved tensors (`classifier.weight`).
     """
+    if not names:
+        return []
     paths, is_named = find_saved_paths(modules, names), make_matcher(names)
     matched_by_ending = [f"{path}." for path in paths if not is_named(path)]
     if any(key.startswith(tuple(matched_by_ending)) for key in keys):

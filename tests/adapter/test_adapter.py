@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import pickle
 import random
@@ -827,3 +828,24 @@ def test_float64_tensors_are_said_to_be_rounded(tmp_path: Path, caplog: pytest.L
     folder = folders.foreign(tmp_path / "double", {key: tensor.double() for key, tensor in values.items()})
     lk.Adapter.load(folder)
     assert "double: its float64 tensors are rounded to float32 where they are used" in caplog.text
+
+
+@pytest.mark.parametrize("damaged", [0, 16, 31, None])
+def test_values_are_checked_where_tensors_share_their_memory(damaged: int | None) -> None:
+    """As those of a file do; what is not finite beside the tensors of an adapter is none of its values."""
+    memory = torch.ones(34)
+    memory[33] = math.nan
+    config = lk.LoraConfig(r=2, target_modules=("layer",))
+    whole = memory[:32].clone()
+    for values in (whole, memory):
+        if damaged is not None:
+            values[damaged] = math.inf
+        sides = {
+            f"{PREFIX}layer.lora_A.weight": values[:16].view(2, 8),
+            f"{PREFIX}layer.lora_B.weight": values[16:32].view(8, 2),
+        }
+        if damaged is None:
+            lk.Adapter(config, sides)
+        else:
+            with pytest.raises(AdapterError, match=f"lora_{'AB'[damaged // 16]}.weight holds NaN or infinity"):
+                lk.Adapter(config, sides)
