@@ -188,6 +188,21 @@ def _are_initials(one: Sequence[str], other: Sequence[str]) -> bool:
 
 
 def format_list(items: Sequence[str], *, most: int = 8) -> str:
-    """Return `a, b, c and 4 more`, at most `most` items by name, each cut where it is long; `none` for no items."""
-    shown = ", ".join(item if len(item) <= _MAX_ITEM else f"{item[:_MAX_ITEM]}…" for item in items[:most])
+    """Return `a, b, c and 4 more`, at most `most` items by name, each as one line and cut where it is long; `none` for
+    no items."""
+    shown = ", ".join(escape_unprintable(cut_text(item, most=_MAX_ITEM)) for item in items[:most])
     return f"{shown} and {len(items) - most} more" if len(items) > most else shown or "none"
+
+
+def cut_text(text: str, *, most: int) -> str:
+    """Return text, cut after `most` characters where it is longer."""
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def escape_unprintable(text: str) -> str:
+    r"""Return text with line breaks, control characters and surrogates as escapes: `\n`, `\x1b`, `\ud800`."""
+    return (
+        text
+        if text.isprintable()
+        else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 from lora_kit.data.records import NOT_UTF8, Fault, Parsed, Row
 from lora_kit.data.size_limits import check_unpacked_size
 from lora_kit.errors import DataError
+from lora_kit.io.text import shorten
 
 if TYPE_CHECKING:
     import pyarrow.parquet  # type: ignore[import-untyped]
@@ -90,7 +91,7 @@ def _is_text(column: Any) -> bool:
 
 
 def _not_parquet_error(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path}: not Parquet: {' '.join(str(error).split())}")
+    return DataError(f"{path}: not Parquet: {shorten(error)}")
 
 
 def _check_metadata(path: Path, metadata: pyarrow.parquet.FileMetaData, packed: int, *, is_streamed: bool) -> None:

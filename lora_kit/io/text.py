@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from lora_kit.errors import ConfigError, LoraKitError, format_list, suggest_nearest
+from lora_kit.errors import ConfigError, LoraKitError, cut_text, escape_unprintable, format_list, suggest_nearest
 
 MAX_DIGITS: Final = 40
 """Digits that a whole number from outside may have."""
@@ -24,8 +24,7 @@ def format_value(value: object) -> str:
     """Return a value from outside as Python writes it, cut short where it is long."""
     if isinstance(value, int) and value.bit_length() > 4 * MAX_DIGITS:
         return f"a number of {value.bit_length():,} bits"
-    text = _REPR.repr(value)
-    return text if len(text) <= _MAX_VALUE_LENGTH else f"{text[:_MAX_VALUE_LENGTH]}…"
+    return cut_text(_REPR.repr(value), most=_MAX_VALUE_LENGTH)
 
 
 def check_one_of(name: str, value: str, known: Sequence[str], *, error: type[LoraKitError] = ConfigError) -> None:
@@ -37,15 +36,12 @@ def check_one_of(name: str, value: str, known: Sequence[str], *, error: type[Lor
 
 def shorten(message: object, *, most: int = 200) -> str:
     """Return the message of another library, or one that quotes values, as one line, cut after `most` characters."""
-    line = " ".join(str(message).split())
-    return line if len(line) <= most else f"{line[:most]}…"
+    return cut_text(" ".join(str(message).split()), most=most)
 
 
 def escape_text(value: object) -> str:
     """Return text from outside with its control characters escaped, cut short where it is long."""
-    text = str(value)
-    text = text if len(text) <= _MAX_TEXT_LENGTH else f"{text[:_MAX_TEXT_LENGTH]}…"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return escape_unprintable(cut_text(str(value), most=_MAX_TEXT_LENGTH))
 
 
 def escape_for_terminal(text: str) -> str:

@@ -12,6 +12,8 @@ from html import escape
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final
 
+from lora_kit.errors import escape_unprintable
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.ticker import MaxNLocator
@@ -182,19 +184,15 @@ def _draw(title: str, size: tuple[float, float]) -> Iterator[tuple[Axes, io.Stri
 
 def _wrap(title: str, described: str, drawn: io.StringIO, *, kind: str = "") -> str:
     owner = f' class="{kind}"' if kind else ""
-    caption, figure = escape(_make_printable(title)), _embed(drawn.getvalue(), _make_printable(described))
+    caption, figure = escape(escape_unprintable(title)), _embed(drawn.getvalue(), escape_unprintable(described))
     return f"<figure{owner}><figcaption>{caption}</figcaption>{figure}</figure>"
 
 
 def _shorten(text: str, most: int) -> str:
     """Return a name without what matplotlib would take for mathematics, cut where it is long."""
-    visible = _make_printable(text)
+    visible = escape_unprintable(text)
     short = visible if len(visible) <= most else f"{visible[: most - 1]}…"
     return short.replace("$", r"\$")
-
-
-def _make_printable(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _choose_whole_ticks() -> MaxNLocator:

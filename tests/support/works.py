@@ -103,6 +103,16 @@ def _start_predict(folder: Path, number: int) -> Callable[[], Any]:
     return work
 
 
+def _start_extract(folder: Path, number: int) -> Callable[[], Any]:
+    base, tuned = folder / "base", folder / f"tuned-{number}"
+    if not base.exists():
+        merging.base_folder(base, tiny.llama())
+    if not tuned.exists():
+        lk.merge(base, folders.adapter(seed=number), tuned)
+    argv = ["extract", "--base", str(base), "--tuned", str(tuned), "--rank", "2", "--out", str(folder / "out")]
+    return lambda: main([*argv, "--replace"])
+
+
 def _start_init(folder: Path, number: int) -> Callable[[], Any]:
     """The first time leaves nothing: what is there is never replaced."""
     merging.base_folder(folder / "base", tiny.llama())
@@ -150,6 +160,7 @@ FILLED: Mapping[str, Start] = {
     ),
     "resize": _start_command("resize", "adapter-{number}", "--rank", "2", "--out", "out", "--replace"),
     "convert": _start_command("convert", "adapter-{number}", "--out", "out", "--replace"),
+    "extract": _start_extract,
     "prepare": start_prepare,
     "init": _start_init,
     "generate --data": _start_generate,
