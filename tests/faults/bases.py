@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import lora_kit as lk
@@ -16,7 +18,7 @@ from lora_kit.errors import BaseMismatchError, BaseModelError, LoraKitError, Mer
 from lora_kit.merging.merge import merge
 from lora_kit.targets.fingerprint import fingerprint
 from tests.faults.fault import Act, Fault
-from tests.support import folders, merging, tiny
+from tests.support import folders, hub_cache, merging, tiny
 
 MERGE = ("merge", "--base", "base", "--adapter", "adapter", "--out", "merged")
 _INDEX = "model.safetensors.index.json"
@@ -36,6 +38,26 @@ def _row(
     **more: Any,
 ) -> Fault:
     return Fault(name=name, make=make, act=act, error=error, says=says, **{"command": MERGE, **more})
+
+
+def _images(folder: Path) -> None:
+    """A base that reads images: nothing in it takes tokens."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.ViTConfig(**sizes, image_size=16, patch_size=8)
+    model = transformers.ViTForImageClassification(config)
+    shutil.rmtree(folder / "base")
+    model.save_pretrained(folder / "base")
+    bank = lk.attach(model, lk.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), name="x")
+    bank.save("x", folder / "adapter")
+
+
+def _publish(folder: Path) -> None:
+    folders.adapter().save(folder / "adapter")
+    hub_cache.add_repository(folder / "cache", "org/model", folder / "base")
+
+
+def _merge_from_branch(folder: Path) -> None:
+    merge("org/model", folder / "adapter", folder / "merged")
 
 
 def _with_adapter(make: Act) -> Act:
@@ -238,6 +260,17 @@ BASES: tuple[Fault, ...] = (
         error=None,
         writes=True,
         command=(*MERGE, "--replace"),
+    ),
+    _row("no input embedding", _images, "", error=None, writes=True, command=(*MERGE, "--replace")),
+    _row(
+        "a branch of the hub",
+        _publish,
+        "may be another model tomorrow",
+        error=None,
+        writes=True,
+        act=_merge_from_branch,
+        command=("merge", "--base", "org/model", *MERGE[3:], "--replace"),
+        during=hub_cache.use_cache,
     ),
     _row("a delta of 10^12 times its weight", _huge, "times its weight", error=MergeError),
 )

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-import huggingface_hub
 import peft
 import safetensors.torch
 import torch
@@ -175,13 +173,6 @@ def _publish(folder: Path) -> None:
         hub_cache.add_repository(folder / "cache", "org/run", saved, revision=revision)
 
 
-@contextlib.contextmanager
-def _reading_cache(folder: Path) -> Iterator[None]:
-    constants = huggingface_hub.constants
-    with patch.multiple(constants, HF_HUB_CACHE=str(folder / "cache"), HF_HUB_OFFLINE=True):
-        yield
-
-
 def _old_experts(folder: Path) -> None:
     """Experts as transformers 4 had them, one matrix each, for a base that has them in one tensor."""
     torch.manual_seed(0)
@@ -216,10 +207,19 @@ FILES: tuple[Fault, ...] = (
         _same_as_peft(tiny.llama, modules_to_save=["norm"]),
         writes=True,
     ),
+    *(
+        _row(
+            f"an initialization that keeps the base: {name}",
+            no_files,
+            _same_as_peft(tiny.llama, init_lora_weights=name),
+            writes=True,
+        )
+        for name in ("orthogonal", "eva")
+    ),
     _row(
-        "an initialization that keeps the base: orthogonal",
+        "tied layers that PEFT keeps tied",
         no_files,
-        _same_as_peft(tiny.llama, init_lora_weights="orthogonal"),
+        _same_as_peft(lambda: tiny.llama(tie=True), modules_to_save=["embed_tokens"], ensure_weight_tying=True),
         writes=True,
     ),
     _row("metadata of null", _null_metadata, load, command=GENERATE),
@@ -322,7 +322,7 @@ FILES: tuple[Fault, ...] = (
         _publish,
         _load_by_name("org/run@v2"),
         command=(*GENERATE[:4], "org/run@v2", *GENERATE[5:]),
-        during=_reading_cache,
+        during=hub_cache.use_cache,
         peft=None,
     ),
     _row(
@@ -332,7 +332,7 @@ FILES: tuple[Fault, ...] = (
         "v3",
         error=LoraKitError,
         command=(*GENERATE[:4], "org/run@v3", *GENERATE[5:]),
-        during=_reading_cache,
+        during=hub_cache.use_cache,
         peft=None,
     ),
 )

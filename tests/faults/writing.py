@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,17 @@ import lora_kit as lk
 from lora_kit.cli.main import main
 from lora_kit.errors import LoraKitError, MergeError, RecipeError, StorageError
 from lora_kit.io.output_lock import lock_target
+from lora_kit.io.sealed_json import NO_DIGEST, SELF_DIGEST, seal_json
 from lora_kit.merging.merge import merge
+from lora_kit.merging.preflight import MERGE_RECORD
+from lora_kit.training.loop.checkpoints import MARKER
 from lora_kit.training.train import train
 from tests.faults.bases import MERGE
 from tests.faults.fault import Act, Fault, no_files
 from tests.support import folders, texts
 from tests.support.full_disk import run_on_full_disk
 from tests.support.interrupted import SignalAt, die_at, killed, long_recipe, results, run_of, unbroken
+from tests.support.merging import contents
 from tests.support.processes import at_call, die, in_child
 from tests.support.training import PAIRS, base_of
 
@@ -69,6 +74,33 @@ def _kill_saves(folder: Path) -> None:
     assert not [path for path in folder.glob(".out*") if "staging" in path.name], "a leftover stays"
 
 
+def _kill_merges(folder: Path) -> None:
+    """Kill a merge over an earlier one at calls all along its way; then let it finish."""
+    merged = folder / "merged"
+    merge(folder / "base", folder / "adapter", merged)
+    new = contents(merged)
+    OLD.save(folder / "other")
+    for number in range(1, 400, 40):
+        merge(folder / "base", folder / "other", merged, replace=True)
+        old = contents(merged)
+
+        def work(number: int = number) -> None:
+            at_call(number, die, below=folder)
+            _merge(folder)
+
+        code = in_child(work)
+        assert _without_time(contents(merged)) in (_without_time(old), _without_time(new)), number
+        _merge(folder)
+        assert _without_time(contents(merged)) == _without_time(new)
+        assert not [path.name for path in folder.glob(".merged*")], "a leftover stays"
+        if code == 0:
+            break
+
+
+def _without_time(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    return {name: data for name, data in files.items() if name not in (MERGE_RECORD, "README.md")}
+
+
 def _recipe(folder: Path, **changes: Any) -> dict[str, Any]:
     return long_recipe(folder, steps=5, **changes)
 
@@ -106,6 +138,15 @@ def _tear_checkpoint(folder: Path) -> None:
     killed(recipe, die_at(5))
     weights = run_of(Path(recipe["out"])) / "checkpoint-4" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
+
+
+def _text_as_step(folder: Path) -> None:
+    """The marker of the newest checkpoint is sealed, and says `"step": "4"`."""
+    recipe = _recipe(folder)
+    killed(recipe, die_at(5))
+    marker = run_of(Path(recipe["out"])) / "checkpoint-4" / MARKER
+    fields = {**json.loads(marker.read_text()), "step": "4", SELF_DIGEST: NO_DIGEST}
+    marker.write_text(seal_json(json.dumps(fields, indent=2, sort_keys=True)))
 
 
 def _resume_before(folder: Path) -> None:
@@ -236,6 +277,7 @@ WRITING: tuple[Fault, ...] = (
     _row("the disk is full in a save", _old_and_new, _fill_disk(_save_new, (0, 200, 1_500)), error=None),
     _row("the disk is full in a merge", _old_and_new, _fill_disk(_merge, (0, 2_000, 20_000)), error=None),
     _row("killed at calls of a save", _old_and_new, _kill_saves, error=None, writes=True),
+    _row("killed at calls of a merge", _old_and_new, _kill_merges, error=None, writes=True, slow=True),
     *(
         _row(f"{name} in a training", no_files, _stop(number), error=None, writes=True, slow=True)
         for name, number in _STOPS.items()
@@ -293,6 +335,7 @@ WRITING: tuple[Fault, ...] = (
         command=EXPORT,
     ),
     _row("a checkpoint of somebody else", _fails_first, _train, "is not a checkpoint of lora_kit", writes=True),
+    _row("a checkpoint whose step is a text", _text_as_step, _resume_before, error=None, writes=True, slow=True),
     _row("files with the names of checkpoints", _not_folders, _train_beside, error=None, writes=True),
     _row(
         "the output's name has 300 letters",

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
+
+import huggingface_hub
 
 
 def add_repository(cache: Path, repository: str, source: Path, *, revision: str = "main", subfolder: str = "") -> str:
@@ -24,3 +29,11 @@ def add_repository(cache: Path, repository: str, source: Path, *, revision: str 
         link.unlink(missing_ok=True)
         link.symlink_to(blob)
     return commit
+
+
+@contextlib.contextmanager
+def use_cache(folder: Path) -> Iterator[None]:
+    """Let the block read the cache that is in a folder, offline."""
+    constants = huggingface_hub.constants
+    with patch.multiple(constants, HF_HUB_CACHE=str(folder / "cache"), HF_HUB_OFFLINE=True):
+        yield
