@@ -10,7 +10,6 @@ The folder is written whole or not at all. Samples that were made from something
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -24,6 +23,7 @@ from lora_kit.data.batches import EncodedDataset
 from lora_kit.data.encode import RowCounts
 from lora_kit.errors import AdapterError
 from lora_kit.io.atomic_write import stage_folder
+from lora_kit.io.output_lock import remove_folder
 from lora_kit.io.read import exists, read_json
 from lora_kit.io.strict_json import JsonObject
 
@@ -123,7 +123,7 @@ def _map_tensor(path: Path, size: int, dtype: torch.dtype) -> Tensor:
 def remove_samples(folder: Path) -> None:
     """Remove a folder of samples, if it is one; samples that are mapped stay as they are."""
     if _is_own(folder):
-        shutil.rmtree(folder)
+        remove_folder(folder, last=[INDEX])
 
 
 def _name_file(name: str) -> str:

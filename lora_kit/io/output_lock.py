@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -84,6 +84,20 @@ def recover_target(target: Path, lock: FileLock) -> None:
     for path in (aside, staging):
         if path.exists():
             shutil.rmtree(path)
+
+
+def remove_folder(folder: Path, *, last: Sequence[str]) -> None:
+    """Remove a folder of ours; a process that dies meanwhile leaves one that is still seen to be ours, or an empty one.
+
+    Args:
+        last: names of the files that show whose it is.
+    """
+    for entry in folder.iterdir():
+        if entry.name not in last:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    for name in last:
+        (folder / name).unlink(missing_ok=True)
+    folder.rmdir()
 
 
 def note_own_folders(lock: FileLock, *folders: Path) -> None:

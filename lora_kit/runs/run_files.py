@@ -35,7 +35,7 @@ _RECORD_LIMIT: Final = 2**24
 LogEntry: TypeAlias = Mapping[str, Any]
 """A line of metrics.jsonl: `step`, and numbers by name. An evaluation's names begin with `eval_`."""
 
-_COUNTS: Final = ("processes", "machines", "step", "steps", "first_step")
+_COUNTS: Final = ("processes", "step", "steps", "first_step")
 """Fields of a `RunProgress` that are whole numbers."""
 
 
@@ -48,7 +48,7 @@ class RunProgress:
         run: hash of what decides the result, as in the record of the adapter.
         folder: working directory of the process.
         processes: that share the rows.
-        machines: that they run on.
+        processes_by_machine: how many of them each machine has.
         step: optimizer steps done.
         steps: to be done.
         first_step: at which this process began.
@@ -61,7 +61,7 @@ class RunProgress:
     run: str
     folder: str
     processes: int
-    machines: int = 1
+    processes_by_machine: tuple[int, ...] = ()
     step: int = 0
     steps: int = 0
     first_step: int = 0
@@ -94,13 +94,14 @@ def read_progress(folder: Path) -> RunProgress | None:
     path = folder / PROGRESS_FILE
     if not exists(path):
         return None
-    values = {"machines": 1, **read_json(path, limit=_PROGRESS_LIMIT)}
-    kinds = {"title": str, "run": str, "folder": str, **dict.fromkeys(_COUNTS, int)}
+    values = {"processes_by_machine": [], **read_json(path, limit=_PROGRESS_LIMIT)}
+    kinds = {"title": str, "run": str, "folder": str, **dict.fromkeys(_COUNTS, int), "processes_by_machine": list}
     names = [field.name for field in fields(RunProgress)]
     good = sorted(values) == sorted(names) and all(isinstance(values[name], kind) for name, kind in kinds.items())
+    good = good and all(type(count) is int for count in values["processes_by_machine"])
     if not good or not all(isinstance(values[name], (int, float)) for name in ("started", "updated")):
         raise AdapterError(f"{escape_text(path)} is damaged", hint="the training writes it anew when it goes on")
-    return RunProgress(**values)
+    return RunProgress(**{**values, "processes_by_machine": tuple(values["processes_by_machine"])})
 
 
 def remove_run_files(folder: Path) -> None:

@@ -136,11 +136,14 @@ def _describe_program(progress: RunProgress, name: str) -> tuple[str, str]:
     """Return what trains with as many processes as a run had, and a comment that follows its arguments."""
     if progress.processes == 1:
         return "lora-kit train", ""
-    each = f"--nproc-per-node {progress.processes // progress.machines} -m lora_kit train"
-    if progress.machines == 1:
+    counts = progress.processes_by_machine or (progress.processes,)
+    are_alike = len(set(counts)) == 1
+    each = f"--nproc-per-node {counts[0] if are_alike else 'COUNT'} -m lora_kit train"
+    if len(counts) == 1:
         return f"torchrun {each}", ""
-    together = f"--nnodes {progress.machines} --rdzv-backend c10d --rdzv-endpoint FIRST:29500"
-    note = f"  # on each of {progress.machines} machines; FIRST is the name of one of them"
+    together = f"--nnodes {len(counts)} --rdzv-backend c10d --rdzv-endpoint FIRST:29500"
+    note = f"  # on each of {len(counts)} machines; FIRST is the name of one of them"
+    note += "" if are_alike else f", COUNT is {', '.join(map(str, counts))}"
     return f"torchrun {together} --rdzv-id {shlex.quote(name)} {each}", note
 
 

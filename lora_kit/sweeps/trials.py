@@ -208,8 +208,10 @@ def _clear_folder(folder: Path) -> None:
     locks = [FileLock(path) for path in (folder / SWEEP_LOCKS).iterdir() if path.name.isdecimal()]
     if not all(lock.is_free for lock in locks):
         raise StorageError(f"another process works on {escape_text(folder)}", hint="wait for it, or stop it")
-    for entry in folder.iterdir():
-        if entry.name != SWEEP_LOCKS:  # which holds the lock of this process
+    # Last the plan: with it gone, the trials of the old sweep would be taken for those of the new one. The locks stay:
+    # this process holds one.
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == SWEEP_PLAN):
+        if entry.name != SWEEP_LOCKS:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 

@@ -262,7 +262,7 @@ def _build_run_log(job: Job, run: StartedRun, before: Evaluation | None) -> RunL
         run=hash_json(job.identity),
         folder=os.getcwd(),
         processes=run.world.size,
-        machines=run.world.machines,
+        processes_by_machine=run.world.processes_by_machine,
     )
     return RunLog(run.folder.folder, recipe=recipe.to_yaml(), progress=progress, before=before)
 

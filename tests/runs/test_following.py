@@ -411,21 +411,24 @@ def test_time_left_is_that_of_the_steps_of_this_process() -> None:
 
 
 @pytest.mark.parametrize(
-    ("processes", "machines", "program"),
+    ("counts", "program"),
     [
-        (1, 1, "lora-kit train"),
-        (4, 1, "torchrun --nproc-per-node 4 -m lora_kit train"),
-        (16, 2, "torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint FIRST:29500 --rdzv-id sql --nproc-per-node 8 "
-                "-m lora_kit train"),
+        ((1,), "lora-kit train"),
+        ((4,), "torchrun --nproc-per-node 4 -m lora_kit train"),
+        ((8, 8), "torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint FIRST:29500 --rdzv-id sql --nproc-per-node 8 "
+                 "-m lora_kit train"),
+        ((3, 1), "torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint FIRST:29500 --rdzv-id sql "
+                 "--nproc-per-node COUNT -m lora_kit train"),
     ],
 )  # fmt: skip
 def test_the_command_starts_as_many_processes_on_each_machine_as_there_were(
-    tmp_path: Path, processes: int, machines: int, program: str
+    tmp_path: Path, counts: tuple[int, ...], program: str
 ) -> None:
-    progress = RunProgress(title="", run="", folder=str(Path.cwd()), processes=processes, machines=machines)
+    progress = RunProgress(title="", run="", folder=str(Path.cwd()), processes=sum(counts), processes_by_machine=counts)
     status = RunStatus(out=tmp_path / "sql", state="stopped", progress=progress, log=(), checkpoints=(), updated=None)
     assert str(status.command).startswith(f"{program} ")
-    assert ("# on each of 2 machines" in str(status.command)) == (machines == 2)
+    assert ("# on each of 2 machines" in str(status.command)) == (len(counts) == 2)
+    assert str(status.command).endswith("COUNT is 3, 1") == (counts == (3, 1))
 
 
 def test_errors_are_of_the_family() -> None:

@@ -37,6 +37,7 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
+from optuna.pruners import MedianPruner
 
 from lora_kit.sweeps import worker as working
 from lora_kit.sweeps.space import format_space, parse_space
@@ -407,6 +408,37 @@ def test_killed_while_trials_are_trained_together_it_finds_what_an_unbroken_swee
     assert told(report) == told(unbroken)
     assert resumed == [0]
     assert weights(report) == weights(unbroken)
+
+
+def test_a_trial_that_is_pruned_among_others_changes_none_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before it is recorded that it was pruned, too: it is not trained again."""
+    monkeypatch.setattr("lora_kit.sweeps.trials.MedianPruner", lambda: MedianPruner(n_startup_trials=1))
+    recipe, rates = swept(tmp_path), {"train.learning_rate": [1e-3, 2e-3, 1e-6, 5e-2]}
+    how: dict[str, Any] = {"together": 2, "keep": "all", "prune": "median"}
+    alone = train({**recipe, "out": str(tmp_path / "alone")}, overrides={"train.learning_rate": 5e-2}, base=base_of())
+
+    def work() -> None:
+        end = SweepStudy.end_trial
+
+        def dies(self: SweepStudy, trial: Any, *given: Any, **facts: Any) -> None:
+            die() if trial.number == 2 else end(self, trial, *given, **facts)
+
+        SweepStudy.end_trial = dies  # type: ignore[method-assign]
+        sweep(recipe, rates, base=base_of(), **how)
+
+    assert in_child(work) == -signal.SIGKILL
+    assert [trial.state.name for trial in SweepStudy(read_plan(tmp_path / "out.sweep")).trials[2:]] == ["RUNNING"] * 2
+    again: list[int] = []
+    at_step(2, 1, lambda: again.append(2))
+    report = sweep(recipe, rates, base=base_of(), **how)
+    assert not again
+    assert (report.trials[2].state, report.trials[2].steps) == ("pruned", 1)
+    assert alone.after is not None
+    assert report.trials[3].metrics == alone.after.metrics()
+    assert [trial.state for trial in report.trials] == ["complete", "complete", "pruned", "complete"]
+    assert weights(report) == (alone.out / "adapter_model.safetensors").read_bytes()
 
 
 def test_an_error_of_the_machine_ends_a_sweep_of_trials_together_and_leaves_its_trial(tmp_path: Path) -> None:

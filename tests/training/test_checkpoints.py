@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import resource
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from lora_kit.errors import AdapterError, LoraKitError, StorageError
 from lora_kit.training.loop.checkpoints import LOOP, MARKER, RunFolder
 from lora_kit.training.loop.resumable import _save_state
 from tests.support.folders import contents
-from tests.support.processes import in_child
+from tests.support.processes import at_call, die, in_child
 
 RUN: dict[str, Any] = {"best": None, "finished": False, "identity": {"seed": 0}, "setting": {"torch": "2"}}
 
@@ -108,6 +110,30 @@ def test_what_no_checkpoint_of_ours_is_stays(run: RunFolder, tmp_path: Path) -> 
         "checkpoint-3/model.safetensors",
         "notes-checkpoint-1.txt",
     ]
+
+
+def test_checkpoints_whose_removal_is_killed_anywhere_are_in_nobodys_way(tmp_path: Path) -> None:
+    def write_all(folder: Path) -> None:
+        for name in ("adapter_config.json", "a.bin", LOOP, "z.bin"):
+            (folder / name).touch()
+
+    ends = []
+    for number in itertools.count(1):
+        run = RunFolder(tmp_path / f"m{number}")
+        run.write(write_all, keep=None, step=2, **RUN)
+
+        def work(run: RunFolder = run, number: int = number) -> None:
+            at_call(number, die, below=run.path(2))
+            run.remove()
+
+        ends.append(in_child(work))
+        assert resumed(run) in ((0, 2) if number < 3 else (0,))
+        run.remove()
+        assert not run.folder.exists() or not list(run.folder.iterdir())
+        if ends[-1] != -signal.SIGKILL:
+            break
+    assert len(ends) > 5
+    assert ends[-1] == 0
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "file", "link", "link to nowhere"])

@@ -14,6 +14,7 @@ import lora_kit as lk
 from lora_kit.cli.main import main
 from lora_kit.errors import BaseModelError, ConfigError, TargetError
 from lora_kit.models.loading import Base, load_base
+from lora_kit.training.plan import step_size
 from lora_kit.training.plan.devices import parse_devices
 from lora_kit.training.plan.live_bytes import LiveBytes
 from lora_kit.training.plan.size_plan import plan_size
@@ -181,6 +182,13 @@ def test_what_would_take_hours_to_count_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("lora_kit.training.plan.step_size._MOST_OPERATIONS", 50)
     with pytest.raises(BaseModelError, match=r"rows of 8 tokens has more than 25 operations.*a smaller --length"):
         measure_step_size(narrow_config(), shape(length=8))
+
+
+def test_a_model_of_as_many_layers_as_the_largest_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = narrow_config()
+    share = config.num_hidden_layers / 126
+    monkeypatch.setattr(step_size, "_MOST_OPERATIONS", int(share * step_size._MOST_OPERATIONS))
+    assert measure_step_size(config, shape(length=8, checkpointing=True)).parameters
 
 
 @pytest.fixture

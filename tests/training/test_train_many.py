@@ -150,6 +150,15 @@ def test_one_that_fails_fails_alone(tmp_path: Path) -> None:
     assert not Path(recipes[2]["out"]).exists()
 
 
+def test_what_ends_the_process_within_one_training_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(*_: object, **__: object) -> None:
+        raise SystemExit(7)
+
+    monkeypatch.setattr("lora_kit.training.together.train_many.train_job", leave)
+    with pytest.raises(SystemExit):
+        train_many(recipes_of(tmp_path, TWO), base=base_of())
+
+
 @pytest.mark.slow
 def test_a_finished_adapter_makes_room_for_the_next(tmp_path: Path, groups: list[int]) -> None:
     base = base_of()

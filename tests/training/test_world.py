@@ -14,10 +14,11 @@ import torch.distributed as dist
 from accelerate import skip_first_batches
 from torch import nn
 
-from lora_kit.errors import REPORTED_ELSEWHERE, RecipeError, StorageError
+from lora_kit.errors import REPORTED_ELSEWHERE, ConfigError, RecipeError, StorageError
 from lora_kit.training.loop import world as module
 from lora_kit.training.loop.dealt_batches import DealtBatches, deal_batches, take_share
 from lora_kit.training.loop.heartbeat import Heartbeat
+from lora_kit.training.loop.launcher import count_by_machine
 from lora_kit.training.loop.signals import StopRequest
 from lora_kit.training.loop.store_exchange import PeerError
 from lora_kit.training.loop.world import ALONE, World, join_world
@@ -48,6 +49,38 @@ def test_a_process_alone_decides_for_itself() -> None:
     ALONE.meet()
     with join_world() as world:
         assert world is ALONE
+
+
+@pytest.mark.parametrize(
+    ("local_ranks", "counts"),
+    [((0, 1, 2), (3,)), ((0, 1, 0, 1), (2, 2)), ((0, 0, 1, 2), (3, 1)), ((0, 1, 2, 0, 1, 0), (3, 2, 1))],
+)
+def test_processes_are_counted_by_machine(local_ranks: tuple[int, ...], counts: tuple[int, ...]) -> None:
+    assert count_by_machine(local_ranks) == counts
+
+
+LAUNCHED = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is two; a whole number from 1 was expected"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is 0"),
+        ({"WORLD_SIZE": "1" * 5000}, "WORLD_SIZE is 1"),
+        ({"RANK": "", "MASTER_PORT": ""}, "WORLD_SIZE is 2, and RANK, MASTER_PORT not set"),
+        ({"RANK": "2"}, "RANK is 2; a whole number from 0 to 1 was expected"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK is -1"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT is 70000"),
+    ],
+)
+def test_an_environment_that_is_not_of_a_launcher_is_an_error_that_names_the_variable(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], message: str
+) -> None:
+    for name, value in {**LAUNCHED, **changes}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message), join_world():
+        pytest.fail("joined")
 
 
 def test_gradients_and_notes_are_summed_and_missing_ones_stay_missing() -> None:

@@ -6,20 +6,19 @@ adapters into the same output reads the finished files back and writes the other
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
 from lora_kit.errors import AdapterError, StorageError, VerificationError
 from lora_kit.io.atomic_write import write_file
-from lora_kit.io.output_lock import is_staging_file
+from lora_kit.io.output_lock import is_staging_file, remove_folder
 from lora_kit.io.read import exists, read_json
 from lora_kit.io.text import escape_text
 from lora_kit.layers.fold import Retention
@@ -37,7 +36,7 @@ def journal_folder_of(target: Path) -> Path:
     return target.with_name(f".{target.name}.kept")
 
 
-@contextmanager
+@contextlib.contextmanager
 def keep_finished_files(target: Path, key: str) -> Iterator[FinishedFiles]:
     """Yield the finished files of an output, and remove them at the end. The caller holds the lock of the output.
 
@@ -50,7 +49,8 @@ def keep_finished_files(target: Path, key: str) -> Iterator[FinishedFiles]:
     try:
         yield finished
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove_folder(folder, last=[_JOURNAL])
 
 
 class FinishedFiles:
@@ -144,4 +144,4 @@ def _remove_folder(path: Path) -> None:
     if not is_folder or (strangers and not exists(path / _JOURNAL)):
         what = f"{escape_text(path)} is in the way, and is not of lora_kit"
         raise StorageError(what, hint="move it, or choose another output")
-    shutil.rmtree(path)
+    remove_folder(path, last=[_JOURNAL])

@@ -23,7 +23,6 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from lora_kit.adapter.folder import CONFIG
 from lora_kit.data.sample_store import remove_samples
 from lora_kit.errors import AdapterError, RecipeError, StorageError, format_list
 from lora_kit.io.atomic_write import remove_leftovers, stage_folder
+from lora_kit.io.output_lock import is_empty_folder, remove_folder
 from lora_kit.io.read import exists, folder_exists, hash_file, read_json, read_text
 from lora_kit.io.sealed_json import NO_DIGEST, SELF_DIGEST, is_intact, seal_json
 from lora_kit.io.strict_json import JsonObject, parse_object
@@ -229,7 +229,7 @@ class RunFolder:
     def _remove_step(self, step: int) -> None:
         """Remove the checkpoint of a step; a process that dies meanwhile leaves nothing that looks like an adapter."""
         (self.path(step) / CONFIG).unlink(missing_ok=True)
-        shutil.rmtree(self.path(step))
+        remove_folder(self.path(step), last=_OWN_FILES)
 
     def _read_best_step(self, step: int) -> int | None:
         try:
@@ -330,8 +330,10 @@ def _read_marker(folder: Path) -> JsonObject:
 
 
 def _is_own(path: Path) -> bool:
-    """Return whether a folder was written here, whole or not: it has a file that no other program writes."""
-    return path.is_dir() and not path.is_symlink() and any(exists(path / name) for name in _OWN_FILES)
+    """Return whether a folder was written here, whole or not: it has a file that no other program writes, or none."""
+    if not path.is_dir() or path.is_symlink():
+        return False
+    return any(exists(path / name) for name in _OWN_FILES) or is_empty_folder(path)
 
 
 def _set_aside(path: Path) -> None:

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Final, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -29,6 +28,14 @@ from lora_kit.errors import REPORTED_ELSEWHERE, LoraKitError, StorageError
 from lora_kit.models.silence import use_log_level
 from lora_kit.training.loop.flat_sum import sum_gradients
 from lora_kit.training.loop.heartbeat import Heartbeat
+from lora_kit.training.loop.launcher import (
+    choose_backend,
+    choose_device,
+    count_by_machine,
+    hide_launcher,
+    read_local_rank,
+    read_world_size,
+)
 from lora_kit.training.loop.store_exchange import (
     FAILURE,
     PeerError,
@@ -41,8 +48,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_VARIABLES: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
-"""What a launcher sets; it is hidden from libraries that would act on it."""
 _TIMEOUT: Final = timedelta(hours=1)
 """Of a sum of gradients: a process may wait for one that halves its rows; what was lost is found otherwise."""
 _PATIENCE: Final = 3.0
@@ -61,14 +66,13 @@ class World:
     Args:
         rank: number of this process, from 0.
         size: number of processes.
-        machines: that they run on.
         exchange: passes values between them; None for a process alone.
         all_reduce: replaces a tensor by its sum over all processes, in place.
 
     Attributes:
         rank: number of this process, from 0.
         size: number of processes.
-        machines: that they run on.
+        processes_by_machine: how many run on each machine; a launcher that was started twice on one is two.
         describe_resume: returns what to do after a process was lost.
     """
 
@@ -77,11 +81,11 @@ class World:
         rank: int = 0,
         size: int = 1,
         *,
-        machines: int = 1,
         exchange: StoreExchange | None = None,
         all_reduce: Callable[[Tensor], object] = dist.all_reduce,
     ) -> None:
-        self.rank, self.size, self.machines = rank, size, machines
+        self.rank, self.size = rank, size
+        self.processes_by_machine: tuple[int, ...] = (size,)
         self.describe_resume: Callable[[], str] = lambda: ""
         self._maybe_exchange, self._all_reduce = exchange, all_reduce
         self._turn = 0
@@ -131,8 +135,9 @@ class World:
 
     def exchange_addresses(self) -> None:
         """Find out where the other processes are, and so whether they are still there."""
-        addresses = self.gather(find_address())
+        addresses, local_ranks = zip(*self.gather((find_address(), read_local_rank())), strict=True)
         self._exchange.addresses = [address for rank, address in enumerate(addresses) if rank != self.rank]
+        self.processes_by_machine = count_by_machine(local_ranks)
 
     def meet(self) -> None:
         """Wait until every process is here.
@@ -247,19 +252,20 @@ def join_world() -> Iterator[World]:
     An error that one process raises in the block is raised in all of them. All but the first log nothing.
 
     Raises:
+        ConfigError: the environment is not that of a launcher.
         StorageError: a process was lost.
     """
     global _current
-    if _current is not None or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if _current is not None or read_world_size() == 1:
         world = _current or ALONE
-        with _hide_launcher(), _silence_others(world):
+        with hide_launcher(), _silence_others(world):
             yield world
         return
     world, heartbeat = _connect()
     _current = world
     try:
         world.exchange_addresses()
-        with _hide_launcher(), _silence_others(world):
+        with hide_launcher(), _silence_others(world):
             yield world
             world.meet()
             world.leave()
@@ -289,15 +295,13 @@ def _connect() -> tuple[World, Heartbeat]:
     global _joined
     _joined += 1
     if not dist.is_initialized():
-        _choose_device()
-        dist.init_process_group(_choose_backend(), timeout=_TIMEOUT)
+        choose_device()
+        dist.init_process_group(choose_backend(), timeout=_TIMEOUT)
         atexit.register(_disconnect)
     launched = dist.distributed_c10d._get_default_store()
     prefix = f"lora_kit/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_joined}"
-    size = dist.get_world_size()
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     exchange = StoreExchange(dist.PrefixStore(prefix, launched))
-    world = World(dist.get_rank(), size, machines=max(1, size // here), exchange=exchange)
+    world = World(dist.get_rank(), dist.get_world_size(), exchange=exchange)
     own_connection = dist.PrefixStore(prefix, launched.clone())  # type: ignore[attr-defined]
     heartbeat = Heartbeat(own_connection, world.rank, world.size, on_lost=world.end_process)
     heartbeat.start()
@@ -307,30 +311,6 @@ def _connect() -> tuple[World, Heartbeat]:
 def _disconnect() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _choose_device() -> None:
-    """Let `cuda` be a device of this process's own, where there are as many."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-
-
-def _choose_backend() -> str:
-    if not torch.cuda.is_available():
-        return "gloo"
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    # NCCL does not let two processes share a device.
-    return "cpu:gloo,cuda:nccl" if here <= torch.cuda.device_count() else "cpu:gloo,cuda:gloo"
-
-
-@contextlib.contextmanager
-def _hide_launcher() -> Iterator[None]:
-    """Hide a launcher's variables, and restore them: accelerate would wrap the model and gather what is summed here."""
-    before = {name: os.environ.pop(name) for name in _VARIABLES if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ.update(before)
 
 
 def _make_portable(error: BaseException) -> BaseException:

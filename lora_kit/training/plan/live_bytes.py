@@ -26,7 +26,7 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         device: whose tensors count; None for those of all.
-        most_operations: how many may be run; None for any number.
+        most_operations: how many that return a tensor may be run; None for any number.
 
     Raises:
         TooManyOperationsError: in the block, at the first operation beyond them.
@@ -66,14 +66,14 @@ class LiveBytes(TorchDispatchMode):
         args: Sequence[object] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> Any:
-        self._left -= 1
+        output = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        self._left -= bool(tensors)  # what returns none only asks, as for a tensor's device: most calls do
         if self._left < 0:
             raise TooManyOperationsError
-        output = func(*args, **(kwargs or {}))
         count = flop_registry.get(func.overloadpacket)
         if count is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=output)
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor):
-                self.add(leaf)
+        for tensor in tensors:
+            self.add(tensor)
         return output

@@ -19,7 +19,7 @@ from lora_kit.models.silence import silence_libraries
 from lora_kit.training.job.job import Job
 from lora_kit.training.job.output import check_output_available, check_output_writable
 from lora_kit.training.loop.checkpoints import RunFolder
-from lora_kit.training.loop.signals import SharedStopRequest, StopRequest
+from lora_kit.training.loop.signals import SharedStopRequest, StopRequest, TrainingStopped
 from lora_kit.training.loop.world import World, join_world
 from lora_kit.training.prefix.prefix_cache import SamplesWithStates
 from lora_kit.training.recipe.coerce import Section
@@ -210,6 +210,8 @@ def _run_trainings(trainings: Sequence[JointTraining], base: Base | None, *, rep
             error = member.thread.error
             if isinstance(error, Exception):
                 training.error = error
+            elif error is not None and not isinstance(error, TrainingStopped):
+                raise error
     before.restore()
 
 
