@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,12 +13,11 @@ from torch import Tensor
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.peft_keys import PREFIX, lora_weight_keys
+from lora_kit.adapter.use_record import find_common_use
 from lora_kit.algebra.low_rank import LowRankUpdate, compute_distance, compute_relative_error
 from lora_kit.algebra.sources import Fingerprint, SourceAdapter
 from lora_kit.config.lora_config import LoraConfig
 from lora_kit.config.module_patterns import is_plain_name
-
-logger = logging.getLogger(__name__)
 
 UpdatesByPath = Mapping[str, tuple[str, LowRankUpdate]]
 """Kind of layer, and its update, by path."""
@@ -135,34 +133,4 @@ def build_record(
     record: dict[str, object] = {PROVENANCE: dict(provenance)}
     if base is not None:
         record["base"] = dict(base)
-    for name, values in (
-        ("recipe", [_extract_prompt_fields(source.adapter.record) for source in sources]),
-        ("labels", [source.adapter.record.get("labels") for source in sources]),
-        ("problem", [source.adapter.record.get("problem") for source in sources]),
-        ("text_pairs", [source.adapter.record.get("text_pairs") for source in sources]),
-    ):
-        known = [value for value in values if value or value is False]
-        if known and all(value == known[0] for value in known):
-            record[name] = known[0]
-        elif known:
-            logger.warning("the adapters were trained with different %s: the result has none", _RECORD_WORDS[name])
-    return record
-
-
-_RECORD_WORDS: Final = {
-    "recipe": "prompts (recipe.data.separator or chat_template)",
-    "labels": "labels",
-    "problem": "problems",
-    "text_pairs": "inputs (some on texts, others on pairs of texts)",
-}
-
-
-def _extract_prompt_fields(record: Mapping[str, object]) -> dict[str, object] | None:
-    """Return the part of a recipe that formats prompts; None without one."""
-    recipe = record.get("recipe")
-    data = recipe.get("data") if isinstance(recipe, Mapping) else None
-    if not isinstance(data, Mapping):
-        return None
-    names = ("separator", "chat_template", "chat_template_kwargs")
-    fields = {name: data[name] for name in names if data.get(name) not in (None, {})}
-    return {"data": fields} if fields else None
+    return record | find_common_use([source.adapter.record for source in sources])

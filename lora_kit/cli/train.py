@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from lora_kit.cli.app import app
-from lora_kit.cli.next_steps import build_command, build_flags, list_training_commands, print_next
+from lora_kit.cli.next_steps import build_command, build_flags, list_joint_commands, list_training_commands, print_next
 from lora_kit.cli.output import format_size, print_if, print_json, print_table, print_text
 from lora_kit.cli.process import show_progress_lines
 from lora_kit.cli.recipe_help import RecipeHelp
@@ -91,7 +91,7 @@ def _train(recipe: Path, overrides: Mapping[str, str], *, replace: bool, as_json
         print_json(report.to_json())
         return
     print_table(("", ""), _build_train_facts(report))
-    print_next(list_training_commands(resolved, of_pairs=report.text_pairs))
+    print_next(list_training_commands(report.recipe, of_pairs=report.text_pairs))
     print_text(f"\nreport: {report.out / REPORT_FILE}")
 
 
@@ -130,6 +130,7 @@ def _print_reports(reports: Sequence[TrainReport], *, as_json: bool) -> None:
         return
     for report in reports:
         print_text(_format_report_line(report))
+    print_next(list_joint_commands(reports))
 
 
 def _format_report_line(report: TrainReport) -> str:

@@ -109,8 +109,7 @@ def list_next_commands(report: DemoReport) -> list[str]:
         )
         for name, task in report.tasks.items()
     ]
-    # A merged base has no record of the separator of the training: the line break is given here.
-    prompt = "$" + shlex.quote(report.tasks[report.merged_adapter].prompts[0] + "\\n")
+    prompt = shlex.quote(report.tasks[report.merged_adapter].prompts[0])
     folder = shlex.quote(str(report.out))
     return [
         *asking,

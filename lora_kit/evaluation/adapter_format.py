@@ -5,12 +5,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Final
-
-import yaml
 
 from lora_kit.adapter.adapter import Adapter
+from lora_kit.adapter.use_record import find_recorded_data
 from lora_kit.data.label_problem import resolve_problem
 from lora_kit.data.layouts import FORMATS
 from lora_kit.data.messages import ALL, LEARN
@@ -21,18 +18,14 @@ from lora_kit.data.sample_format import DEFAULT_MAX_LENGTH, PromptStyle, SampleF
 from lora_kit.data.templates import ChatTemplate, chat_template
 from lora_kit.errors import AdapterError, DataError, format_list
 from lora_kit.generation.prompts import build_recorded_template, find_adapter_style, find_training_data
-from lora_kit.io.read import read_text
 from lora_kit.io.text import format_value
 from lora_kit.models.checkpoint_head import find_checkpoint_problem
 from lora_kit.models.heads import list_head_labels, name_head_labels
 from lora_kit.models.loading import Base
 from lora_kit.models.prompt_tokens import DEFAULT_SEPARATOR
 from lora_kit.models.tasks import CLASSIFY, LABEL_TASKS, PROBLEMS, SEQ2SEQ, SINGLE_LABEL
-from lora_kit.names import RECIPE_FILE
 
 logger = logging.getLogger(__name__)
-
-_MAX_RECIPE_BYTES: Final = 2**20
 
 
 def find_task(rows: Rows) -> str:
@@ -76,34 +69,37 @@ def find_adapter_problem(adapter: Adapter) -> str | None:
     return problem
 
 
-def check_adapter_inputs(label: str, adapter: Adapter | None, *, are_pairs: bool) -> None:
-    """Check that an adapter is given what it was trained on: texts, or pairs of texts. Not every record says it.
+def check_inputs(base: Base, label: str, adapter: Adapter | None, *, are_pairs: bool) -> None:
+    """Check that an adapter, or a base alone, is given what it was trained on: texts, or pairs of texts.
+
+    Not every record says it.
 
     Raises:
         DataError: it was trained on the other.
     """
-    trained = None if adapter is None else adapter.record.get("text_pairs")
+    trained = (base if adapter is None else adapter).record.get("text_pairs")
     if trained in (None, are_pairs):
         return
     if are_pairs:
         what, hint = "single texts, and two texts were given", "leave out the second one"
     else:
         what, hint = "pairs of texts, and one text was given", "--text-pair gives the second one, or a column text_pair"
-    raise DataError(f"adapter {label!r} was trained on {what}", hint=hint)
+    name = base.name if adapter is None else f"adapter {label!r}"
+    raise DataError(f"{name} was trained on {what}", hint=hint)
 
 
-def find_adapter_thresholds(adapter: Adapter | None) -> tuple[float, ...]:
-    """Return the thresholds in an adapter's record, one for each of its labels; empty for 0.5.
+def find_thresholds(record: Mapping[str, object], labels: Sequence[str]) -> tuple[float, ...]:
+    """Return the thresholds in a record, one for each label; empty for 0.5.
 
     Raises:
         AdapterError: they are not numbers, one for each label.
     """
-    values = [] if adapter is None else adapter.record.get("thresholds", [])
-    if adapter is None or not values:
-        return ()
+    values = record.get("thresholds") or []
+    if not isinstance(values, list):
+        raise AdapterError(f"the record has the thresholds {format_value(values)}", hint="a list of numbers")
     numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
-    if len(numbers) != len(values) or len(numbers) != len(find_adapter_labels(adapter)):
-        what = f"the adapter's record has {len(values)} thresholds for {len(find_adapter_labels(adapter))} labels"
+    if values and (len(numbers) != len(values) or len(numbers) != len(labels)):
+        what = f"the record has {len(values)} thresholds for {len(labels)} labels"
         raise AdapterError(what, hint="one number for each label is expected")
     return tuple(map(float, numbers))
 
@@ -165,7 +161,8 @@ def resolve_sample_formats(
     }
     if base.task == CLASSIFY:
         for label, adapter in adapters.items():
-            check_adapter_inputs(label, adapter, are_pairs=has_text_pairs(rows))
+            if adapter is not None or len(adapters) == 1:  # beside adapters the base gets what they get
+                check_inputs(base, label, adapter, are_pairs=has_text_pairs(rows))
     if base.task in LABEL_TASKS:
         size = base.model.config.num_labels
         for label, sample_format in formats.items():
@@ -184,7 +181,8 @@ def build_prediction_format(
         AdapterError: the adapter has more or fewer labels than the model's head.
     """
     if adapter is None:
-        found = _build_format(base, "", _resolve_max_length(base, max_length, None), _find_model_labels(base))
+        length = _resolve_max_length(base, max_length, _find_base_data(base).get("max_length"))
+        found = _build_format(base, "", length, _find_model_labels(base))
     else:
         found = _find_adapter_format(base, adapter, max_length)
     size = base.model.config.num_labels
@@ -216,8 +214,8 @@ def _find_adapter_format(base: Base, adapter: Adapter, max_length: int | None) -
 
 
 def _find_base_format(base: Base, rows: Rows, max_length: int | None) -> SampleFormat:
-    """Return the format of a base alone: that of the recipe that trained all its weights, else the default one."""
-    recorded = _read_recipe_data(base)
+    """Return the format of a base alone: that of its training, where its folder says it, else the default one."""
+    recorded = _find_base_data(base)
     separator = recorded.get("separator")
     template = build_recorded_template(recorded, f"the chat template of {base.name}")
     style: PromptStyle = "" if base.task == SEQ2SEQ else DEFAULT_SEPARATOR
@@ -242,17 +240,8 @@ def _build_format(base: Base, style: PromptStyle, max_length: int, labels: Seque
     )
 
 
-def _read_recipe_data(base: Base) -> Mapping[str, object]:
-    """Return the `data` section of the recipe beside a base; empty without a readable one."""
-    path = Path(base.name).expanduser() / RECIPE_FILE
-    if not path.is_file():
-        return {}
-    try:
-        recipe = yaml.safe_load(read_text(path, limit=_MAX_RECIPE_BYTES))
-    except yaml.YAMLError:
-        recipe = None
-    data = recipe.get("data") if isinstance(recipe, Mapping) else None
-    return data if isinstance(data, Mapping) else {}
+def _find_base_data(base: Base) -> Mapping[str, object]:
+    return find_recorded_data(base.record) or {}
 
 
 def _resolve_max_length(base: Base, requested: int | None, recorded: object) -> int:

@@ -20,9 +20,9 @@ from lora_kit.data.sample_format import SampleFormat, convert_rows
 from lora_kit.errors import ConfigError, format_list
 from lora_kit.evaluation.adapter_format import (
     check_format,
-    find_adapter_thresholds,
     find_learn,
     find_task,
+    find_thresholds,
     resolve_eval_problem,
     resolve_sample_formats,
 )
@@ -294,9 +294,16 @@ class _EvalRun:
             samples,
             self._collator,
             batch_size=self._batch_size,
-            thresholds=find_adapter_thresholds(self._plan.adapters[label]),
+            thresholds=self._find_thresholds(label),
             on_rows=lambda count: self._report_progress(label, count),
         )
+
+    def _find_thresholds(self, label: str) -> tuple[float, ...]:
+        """Return the thresholds of an adapter; of a base its own only where it is alone: beside others they compare."""
+        plan, adapter = self._plan, self._plan.adapters[label]
+        if adapter is None and len(plan.adapters) > 1:
+            return ()
+        return find_thresholds((adapter or plan.base).record, plan.formats[label].labels)
 
     def _build_result(
         self, label: str, adapter: Adapter | None, forward: ForwardResult | None, completions: Sequence[Completion]
@@ -312,7 +319,7 @@ class _EvalRun:
             wanted = [name for name in plan.metrics if name not in values]
             values |= score_samples(wanted, samples, forward, labels=names)
             answers = name_answers(samples.kind, forward, names)
-            misses = measure_misses(samples, forward, find_adapter_thresholds(adapter))
+            misses = measure_misses(samples, forward, self._find_thresholds(label))
         if completions:
             texts = [completion.text for completion in completions]
             wanted = list(select_generation_metrics(plan.metrics, plan.base.task))

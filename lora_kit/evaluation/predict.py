@@ -23,10 +23,10 @@ from lora_kit.data.text_tokens import TextTokens, tokenize_texts, tokenize_words
 from lora_kit.errors import ConfigError, DataError
 from lora_kit.evaluation.adapter_format import (
     build_prediction_format,
-    check_adapter_inputs,
+    check_inputs,
     find_adapter_labels,
     find_adapter_problem,
-    find_adapter_thresholds,
+    find_thresholds,
 )
 from lora_kit.evaluation.forward import batch_by_length, choose_classes, compute_scores
 from lora_kit.evaluation.label_base import load_for_labels
@@ -117,7 +117,7 @@ def open_predictors(
             bank = stack.enter_context(attach_adapters(loaded.model, group, allow=allow))
             for label, adapter in group.items():
                 form = build_prediction_format(loaded, adapter, max_length=max_length, problem=problem)
-                thresholds = find_adapter_thresholds(adapter)
+                thresholds = find_thresholds((loaded if adapter is None else adapter).record, form.labels)
                 opened[label] = Predictor(label, adapter, loaded, form, thresholds, batch_size, bank=bank)
         yield [opened[label] for label in labels]
 
@@ -191,7 +191,7 @@ class Predictor:
         if len({isinstance(text, tuple) for text in texts}) > 1:
             raise DataError("some inputs are pairs of texts and others are texts", hint="give all of one form")
         if texts:
-            check_adapter_inputs(self.name, self._adapter, are_pairs=isinstance(texts[0], tuple))
+            check_inputs(self._base, self.name, self._adapter, are_pairs=isinstance(texts[0], tuple))
         tokens = list(tokenize_texts(texts, self._base.tokenizer, max_length=self._format.max_length))
         rows = self._run(tokens)
         scores = torch.stack([compute_scores(row[None], self.kind)[0] for row in rows]) if rows else torch.empty(0, 1)

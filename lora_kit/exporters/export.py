@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -15,12 +15,14 @@ from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.adapter_like import AdapterLike
 from lora_kit.adapter.adapter_location import resolve_adapter
 from lora_kit.adapter.folder import ALLOWANCES
-from lora_kit.adapter.model_card import escape_markdown, format_table, render_card
+from lora_kit.adapter.model_card import escape_markdown, format_inline_code, format_table, render_card
 from lora_kit.adapter.store import to_json_value
 from lora_kit.algebra.sources import SourceAdapter
 from lora_kit.errors import ConfigError, ExportError, format_list, suggest_nearest
-from lora_kit.exporters import llama_cpp, mlx, ollama, servers, whole_model
+from lora_kit.exporters import servers
+from lora_kit.exporters.export_targets import ADAPTER_TARGETS, MERGED, ExportTarget
 from lora_kit.exporters.plain_lora import ExportCase
+from lora_kit.generation.prompts import find_separator
 from lora_kit.io.atomic_write import check_output, stage_folder
 from lora_kit.io.given_values import parse_path
 from lora_kit.io.output_overlap import OTHER_OUTPUT, reason_overlap
@@ -28,82 +30,14 @@ from lora_kit.io.output_path import check_path
 from lora_kit.io.portable_paths import make_folder_portable
 from lora_kit.merging.merge import merge
 from lora_kit.models.infer_base import NamedBase
+from lora_kit.names import CHAT_TEMPLATE_FILE
 
 RECORD: Final = "lora_kit_export.json"
 CARD: Final = "README.md"
-MERGED: Final = "merged"
 
 
-@dataclass(frozen=True)
-class ExportTarget:
-    """A program that reads adapters.
-
-    Attributes:
-        reader: its name.
-        find_unsupported: yields what it cannot read of an adapter, each naming the field.
-        write: writes its files into a folder.
-        command: returns how they are loaded, in Markdown.
-        plain: whether it needs a `PlainLora`: one rank, one scaling, LoRA weights only.
-        dora: whether it reads a DoRA's magnitudes.
-        needs: returns what it must be started with.
-        whole: whether it is given a whole model, into which the adapter is merged.
-    """
-
-    reader: str
-    find_unsupported: Callable[[ExportCase], Iterator[str]]
-    write: Callable[[ExportCase, Path], None]
-    command: Callable[[ExportCase], str]
-    plain: bool = True
-    dora: bool = False
-    needs: Callable[[ExportCase], list[str]] = lambda case: []
-    whole: bool = False
-
-
-def _accept_all(case: ExportCase) -> Iterator[str]:
-    return iter(())
-
-
-_TARGETS: Final = {
-    "peft": ExportTarget("PEFT", _accept_all, servers.write_peft, servers.format_peft_command, plain=False, dora=True),
-    "vllm": ExportTarget(
-        "vLLM",
-        servers.find_unsupported_by_vllm,
-        servers.write_plain,
-        servers.format_vllm_command,
-        needs=servers.list_vllm_requirements,
-    ),
-    "sglang": ExportTarget(
-        "SGLang", servers.find_unsupported_by_sglang, servers.write_plain, servers.format_sglang_command
-    ),
-    "tgi": ExportTarget(
-        "Text Generation Inference", servers.find_unsupported_by_tgi, servers.write_plain, servers.format_tgi_command
-    ),
-    "gguf": ExportTarget("llama.cpp", llama_cpp.find_unsupported, llama_cpp.write, llama_cpp.format_command),
-    "ollama": ExportTarget(
-        "Ollama", ollama.find_unsupported, ollama.write, ollama.format_command, needs=ollama.list_requirements
-    ),
-    "mlx": ExportTarget("mlx-lm", mlx.find_unsupported, mlx.write, mlx.format_command, dora=True),
-    "gguf-model": ExportTarget(
-        "llama.cpp",
-        _accept_all,
-        whole_model.write_gguf_model,
-        whole_model.format_gguf_command,
-        plain=False,
-        dora=True,
-        whole=True,
-    ),
-    "ollama-model": ExportTarget(
-        "Ollama",
-        _accept_all,
-        whole_model.write_ollama_model,
-        whole_model.format_ollama_command,
-        plain=False,
-        dora=True,
-        whole=True,
-    ),
-}
-_WHOLE_MODELS: Final = (MERGED, *(name for name, target in _TARGETS.items() if target.whole))
-TARGETS: Final = (*_TARGETS, MERGED)
+_WHOLE_MODELS: Final = (MERGED, *(name for name, target in ADAPTER_TARGETS.items() if target.whole))
+TARGETS: Final = (*ADAPTER_TARGETS, MERGED)
 
 
 @dataclass(frozen=True)
@@ -234,7 +168,7 @@ def export(
     verdict = _judge_case(case, target, max_lora_rank, allow)
     verdict.demand()
     with stage_folder(out, replace=replace, owned=is_export, needed=2 * source.adapter.nbytes) as folder:
-        _TARGETS[target].write(case, folder)
+        _write_files(case, ADAPTER_TARGETS[target], folder)
         (folder / CARD).write_text(_format_card(case, verdict), "utf-8")
         record = {
             "adapter": source.adapter.digest,
@@ -244,7 +178,13 @@ def export(
         }
         (folder / RECORD).write_text(f"{json.dumps(record, indent=2)}\n", "utf-8")
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return Export(out, target, verdict.changed, size, _list_shell_commands(_TARGETS[target].command(case)))
+    return Export(out, target, verdict.changed, size, _list_shell_commands(ADAPTER_TARGETS[target].command(case)))
+
+
+def _write_files(case: ExportCase, goal: ExportTarget, folder: Path) -> None:
+    goal.write(case, folder)
+    if case.chat_template is not None and goal.prompts != "files":
+        (folder / CHAT_TEMPLATE_FILE).write_text(case.chat_template, "utf-8")
 
 
 def is_export(folder: Path) -> bool:
@@ -278,7 +218,7 @@ def _judge_case(case: ExportCase, target: str, limit: int | None, allow: Collect
     _check_target(target)
     if target == MERGED:
         return Verdict(MERGED, "any reader", (), (), ("the base, to merge into",))
-    program, config = _TARGETS[target], case.adapter.config
+    program, config = ADAPTER_TARGETS[target], case.adapter.config
     unlike_layers = tuple(servers.find_unlike_layers(case)) if program.plain else ()
     if unlike_layers:
         return Verdict(target, program.reader, unlike_layers, (), ())
@@ -309,15 +249,30 @@ def _list_shell_commands(markdown: str) -> tuple[str, ...]:
 
 
 def _format_card(case: ExportCase, verdict: Verdict) -> str:
-    goal = _TARGETS[verdict.target]
+    goal = ADAPTER_TARGETS[verdict.target]
     rows = [("base", make_folder_portable(case.base) if case.base else "unknown"), ("adapter", case.adapter.digest)]
     if goal.plain:
         rows.append(("rank, alpha", f"{case.plain.rank}, {case.plain.alpha}"))
+    changes = ["Exported by lora_kit; the updates are the adapter's own."]
+    if verdict.changed:
+        changes[0] += " This reader would pass over some of its fields, which were rewritten:"
+        changes.append("\n".join(f"- {escape_markdown(change)}" for change in verdict.changed))
     return render_card(
         f"{case.name} for {goal.reader}",
         goal.command(case),
+        *_describe_prompts(case, goal),
         format_table(rows),
-        "Exported by lora_kit; the updates are the adapter's own. What was rewritten so that this reader does not "
-        "pass over it:",
-        "\n".join(f"- {escape_markdown(change)}" for change in verdict.changed or ("nothing",)),
+        *changes,
     )
+
+
+def _describe_prompts(case: ExportCase, goal: ExportTarget) -> Iterator[str]:
+    """Yield what whoever asks the adapter there has to know of the prompts of its training, in Markdown."""
+    separator = find_separator(case.adapter)
+    if case.chat_template is not None and goal.prompts != "files":
+        given = "The command above gives it to the server."
+        if goal.prompts == "user":
+            given = "Give conversations in it: the base's own, which is used otherwise, is another one."
+        yield f"{format_inline_code(CHAT_TEMPLATE_FILE)} is the chat template that it was trained with. {given}"
+    elif case.chat_template is None and separator and goal.prompts != "files":
+        yield f"In its training {format_inline_code(json.dumps(separator))} followed each prompt: end prompts so."

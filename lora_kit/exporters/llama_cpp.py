@@ -143,8 +143,10 @@ def _import_gguf() -> Any:
 def format_command(case: ExportCase) -> str:
     """Return the command that loads it, in Markdown."""
     note = KIT_BASE_NOTE if case.base == KIT_BASE else ""
+    file = case.template_argument
+    template = "" if file is None else f" --jinja --chat-template-file {file}"
     return f"""```sh
-llama-server -m base.gguf --lora {quote(f"{case.folder}/{GGUF_FILE}")}
+llama-server -m base.gguf --lora {quote(f"{case.folder}/{GGUF_FILE}")}{template}
 ```
 `base.gguf` is the base {format_inline_code(case.base_name)}, converted by llama.cpp's
 `convert_hf_to_gguf.py`; it may be quantized.{note}"""

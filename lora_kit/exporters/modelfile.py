@@ -1,4 +1,4 @@
-"""Ollama's Modelfile of a whole model: the prompt format as a TEMPLATE, where it is one that is known.
+"""Ollama's Modelfile: the prompt format as a TEMPLATE, where it is one that is known.
 
 A format is not guessed from its marks: the model's own chat template renders two conversations, and they must be what
 the format makes of them, character for character (the BOS aside, which Ollama adds by itself).
@@ -11,14 +11,25 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from pathlib import Path
+from typing import Final, cast
 
 from lora_kit.data.messages import Conversation, Message
 from lora_kit.data.templates import ChatTemplate
 from lora_kit.errors import DataError
+from lora_kit.exporters.plain_lora import ExportCase
+from lora_kit.generation.prompts import find_separator, find_template, find_training_data
+from lora_kit.merging.model_files import load_folder_tokenizer
 from lora_kit.models.protocols import Tokenizer
 
+MODELFILE: Final = "Modelfile"
 GGUF_MODEL: Final = "model.gguf"
+PROMPT_NOTE: Final = (
+    "The Modelfile has the prompt format of the adapter's training as its TEMPLATE where that is ChatML, that "
+    "of Llama 3, Gemma, Phi 3, Zephyr or lora_kit, or a separator after the prompt. Without a TEMPLATE in it, give "
+    "Ollama prompts as the model expects them."
+)
+"""What whoever reads the README of a folder with a Modelfile has to know."""
 _EOS: Final = "<eos>"
 """Stands for the tokenizer's own end of text in a format."""
 _TURNS: Final = (Message("user", "What is it?"), Message("assistant", "A crossing."), Message("user", "And this?"))
@@ -115,6 +126,24 @@ class KnownFormat:
     system: str | None
 
 
+def find_style(case: ExportCase, model: Path) -> KnownFormat | str | None:
+    """Return how prompts are presented: a known chat format, a separator, or None.
+
+    Args:
+        case: whose adapter it is.
+        model: folder with the tokenizer.
+    """
+    template = find_template(case.adapter)
+    if template is None and find_training_data(case.adapter) is not None:
+        return find_separator(case.adapter)
+    tokenizer = cast("Tokenizer | None", load_folder_tokenizer(model))
+    if tokenizer is None:
+        return None
+    if template is None and isinstance(tokenizer.chat_template, str):
+        template = ChatTemplate(tokenizer.chat_template, "the model's chat template")
+    return recognize_format(template, tokenizer) if template is not None else None
+
+
 def recognize_format(template: ChatTemplate, tokenizer: Tokenizer) -> KnownFormat | None:
     """Return the format that a chat template renders; None where that is not in `FORMATS`."""
     alone = _render(template, tokenizer, _TURNS)
@@ -153,13 +182,14 @@ def _find_own_instruction(text: str, known: ChatFormat) -> str | None:
     return match[1] if match else None
 
 
-def format_modelfile(style: KnownFormat | str | None) -> str:
-    """Return the Modelfile of `GGUF_MODEL`.
+def format_modelfile(style: KnownFormat | str | None, *, sources: Sequence[str] = (f"FROM ./{GGUF_MODEL}",)) -> str:
+    """Return a Modelfile.
 
     Args:
         style: a chat format; the separator that a training put after each prompt; None where nothing is known.
+        sources: the lines that name the model, and an adapter.
     """
-    lines = [f"FROM ./{GGUF_MODEL}"]
+    lines = [*sources]
     if isinstance(style, KnownFormat):
         lines += [f'TEMPLATE """{style.format.to_ollama()}"""', f"PARAMETER stop {json.dumps(style.format.stop)}"]
         lines += [f'SYSTEM """{style.system}"""'] if style.system else []

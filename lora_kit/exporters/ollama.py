@@ -14,11 +14,11 @@ from shlex import quote
 from typing import Final
 
 from lora_kit.exporters import llama_cpp
+from lora_kit.exporters.modelfile import MODELFILE, PROMPT_NOTE, find_style, format_modelfile
 from lora_kit.exporters.plain_lora import ExportCase
 from lora_kit.io.text import escape_text
 from lora_kit.models.locate import find_base
 
-MODELFILE: Final = "Modelfile"
 _OWN_ENGINE_ARCHITECTURES: Final = ("gemma3", "qwen3")
 _LAST_VERSION: Final = "0.34.0"
 
@@ -35,8 +35,9 @@ def write(case: ExportCase, folder: Path) -> None:
     """Write the GGUF file and a Modelfile."""
     llama_cpp.write(case, folder)
     assert case.base is not None  # its config was read
-    lines = [f"FROM {find_base(case.base).resolve()}", f"ADAPTER ./{llama_cpp.GGUF_FILE}", ""]
-    (folder / MODELFILE).write_text("\n".join(lines), "utf-8")
+    base = find_base(case.base).resolve()
+    sources = [f"FROM {base}", f"ADAPTER ./{llama_cpp.GGUF_FILE}"]
+    (folder / MODELFILE).write_text(format_modelfile(find_style(case, base), sources=sources), "utf-8")
 
 
 def list_requirements(case: ExportCase) -> list[str]:
@@ -53,5 +54,6 @@ cd {quote(case.folder)} && ollama create {name} -f {MODELFILE} && ollama run {na
 This needs Ollama up to {_LAST_VERSION}: later ones create no model from an adapter. There, merge the adapter, convert
 the model with llama.cpp's `convert_hf_to_gguf.py`, and let `FROM` name that file.
 
-`FROM` is the base's folder, which Ollama converts; its own name for the same base does as well. The prompt format is
-the base's: Ollama cannot know the one the adapter was trained with."""
+`FROM` is the base's folder, which Ollama converts; its own name for the same base does as well.
+
+{PROMPT_NOTE}"""

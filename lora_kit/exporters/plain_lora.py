@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.peft_keys import LoraWeights
 from lora_kit.errors import BaseModelError, ExportError, MergeError
+from lora_kit.generation.prompts import find_template
 from lora_kit.io.portable_paths import make_folder_portable
 from lora_kit.io.safetensors import encode_safetensors
 from lora_kit.io.text import escape_text
@@ -24,6 +25,7 @@ from lora_kit.merging.checkpoint.meta_model import TaskHead, build_empty_model
 from lora_kit.models.infer_base import NamedBase
 from lora_kit.models.locate import find_local_folder, locate_base
 from lora_kit.models.silence import silence_libraries
+from lora_kit.names import CHAT_TEMPLATE_FILE
 from lora_kit.targets.compatibility import match_adapter
 from lora_kit.targets.legacy_names import convert_to_model_names
 
@@ -134,6 +136,17 @@ class ExportCase:
         """The folder that is written, as a command line names it; relative to the project where it is in a home."""
         portable = make_folder_portable(str(self.out))
         return escape_text(Path(portable).name if portable.startswith("~") else portable)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template of the adapter's training; None where it was not trained on conversations."""
+        template = find_template(self.adapter)
+        return None if template is None else template.text
+
+    @property
+    def template_argument(self) -> str | None:
+        """The file of the chat template in the folder, quoted for a command line; None without one."""
+        return None if self.chat_template is None else quote(f"{self.folder}/{CHAT_TEMPLATE_FILE}")
 
     @property
     def server_argument(self) -> str:

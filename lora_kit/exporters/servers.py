@@ -191,7 +191,7 @@ model = peft.PeftModel.from_pretrained(model, {case.folder!r})
 def format_vllm_command(case: ExportCase) -> str:
     limits = f"--max-loras 2 --max-lora-rank {choose_vllm_rank(case.plain.rank)}"
     return f"""```sh
-vllm serve {case.base_argument} --enable-lora {limits} --lora-modules {case.server_argument}
+vllm serve {case.base_argument} --enable-lora {limits} --lora-modules {case.server_argument}{_format_template(case)}
 ```
 Requests name it as their model: {format_inline_code(f'"model": {json.dumps(case.name)}')}.
 
@@ -201,7 +201,7 @@ answers requests to the base with the adapter of the last slot when they share a
 
 
 def format_sglang_command(case: ExportCase) -> str:
-    options = f"--enable-lora --lora-paths {case.server_argument}"
+    options = f"--enable-lora --lora-paths {case.server_argument}{_format_template(case)}"
     return f"""```sh
 python -m sglang.launch_server --model-path {case.base_argument} {options}
 ```
@@ -213,6 +213,11 @@ def format_tgi_command(case: ExportCase) -> str:
 text-generation-launcher --model-id {case.base_argument} --lora-adapters {case.server_argument}
 ```
 Requests name it among their parameters: {format_inline_code(f'"adapter_id": {json.dumps(case.name)}')}."""
+
+
+def _format_template(case: ExportCase) -> str:
+    """Return the flag that gives a server the chat template of the training, after a blank; empty without one."""
+    return "" if case.template_argument is None else f" --chat-template {case.template_argument}"
 
 
 def list_vllm_requirements(case: ExportCase) -> list[str]:

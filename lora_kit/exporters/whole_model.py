@@ -13,24 +13,20 @@ import subprocess
 import sys
 from pathlib import Path
 from shlex import quote
-from typing import Final, cast
+from typing import Final
 
-from lora_kit.data.templates import ChatTemplate
 from lora_kit.errors import ExportError
 from lora_kit.exporters.llama_cpp import KIT_BASE_NOTE
-from lora_kit.exporters.modelfile import GGUF_MODEL, KnownFormat, format_modelfile, recognize_format
+from lora_kit.exporters.modelfile import GGUF_MODEL, MODELFILE, PROMPT_NOTE, find_style, format_modelfile
 from lora_kit.exporters.plain_lora import ExportCase
-from lora_kit.generation.prompts import find_separator, find_template, find_training_data
 from lora_kit.io.text import escape_text, shorten
 from lora_kit.io.write_errors import find_quoted_write_error
 from lora_kit.merging.merge import merge
-from lora_kit.models.protocols import Tokenizer
 from lora_kit.names import KIT_BASE
 
 CONVERTER: Final = "convert_hf_to_gguf.py"
 CONVERTER_VARIABLE: Final = "LORA_KIT_LLAMA_CPP"
 """Variable of the environment with the folder of llama.cpp."""
-MODELFILE: Final = "Modelfile"
 _MERGED: Final = "merged"
 _MISSING_PACKAGE: Final = re.compile(r"No module named '(\w+)")
 
@@ -59,7 +55,7 @@ def write_gguf_model(case: ExportCase, folder: Path) -> None:
 def write_ollama_model(case: ExportCase, folder: Path) -> None:
     """Write the same, and a Modelfile with the prompt format of the adapter's training, else of the model."""
     _merge(case, folder)
-    (folder / MODELFILE).write_text(format_modelfile(_find_style(case, folder / _MERGED)), "utf-8")
+    (folder / MODELFILE).write_text(format_modelfile(find_style(case, folder / _MERGED)), "utf-8")
     _convert_merged(folder)
 
 
@@ -76,19 +72,6 @@ def _convert_merged(folder: Path) -> None:
     if converter is not None:
         _convert(converter, folder / _MERGED, folder / GGUF_MODEL)
         shutil.rmtree(folder / _MERGED)
-
-
-def _find_style(case: ExportCase, merged: Path) -> KnownFormat | str | None:
-    """Return how prompts are presented: a known chat format, a separator, or None."""
-    from transformers import AutoTokenizer
-
-    tokenizer = cast("Tokenizer", AutoTokenizer.from_pretrained(merged))
-    template = find_template(case.adapter)
-    if template is None and find_training_data(case.adapter) is not None:
-        return find_separator(case.adapter)
-    if template is None and isinstance(tokenizer.chat_template, str):
-        template = ChatTemplate(tokenizer.chat_template, "the model's chat template")
-    return recognize_format(template, tokenizer) if template is not None else None
 
 
 def _convert(converter: Path, model: Path, file: Path) -> None:
@@ -133,11 +116,7 @@ def format_ollama_command(case: ExportCase) -> str:
     """Return the command that loads it, in Markdown."""
     name = quote(escape_text(case.name))
     run = f"cd {quote(case.folder)} && ollama create {name} -f {MODELFILE} && ollama run {name}"
-    return _format_commands(case, run) + (
-        "\n\nThe Modelfile has the prompt format of the adapter's training as its TEMPLATE where that is ChatML, that "
-        "of Llama 3, Gemma, Phi 3, Zephyr or lora_kit, or a separator after the prompt. Without a TEMPLATE in it, give "
-        "Ollama prompts as the model expects them."
-    )
+    return f"{_format_commands(case, run)}\n\n{PROMPT_NOTE}"
 
 
 def _format_commands(case: ExportCase, run: str) -> str:

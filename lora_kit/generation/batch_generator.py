@@ -144,7 +144,7 @@ def open_batch_generator(
     labels = build_adapter_labels(adapters, read)
     check_quantize(base, labels, read, quantize)
     loaded = load_for_generation(base, labels, read, quantize)
-    styles = resolve_styles(read, base_alone="") if template == "adapter" else [""] * len(read)
+    styles = resolve_styles(loaded, read) if template == "adapter" else [""] * len(read)
     by_label = dict(zip(labels, read, strict=True))
     with attach_adapters(loaded.model, by_label, allow=allow) as bank:
         by_style = dict(zip(labels, styles, strict=True))

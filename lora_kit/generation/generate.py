@@ -69,8 +69,8 @@ def generate(
         prompt: the prompt; for an adapter that was trained on conversations, the user's message.
         sampling: how the next token is chosen; greedily by default.
         template: `adapter` presents the prompt as each adapter saw prompts in training: in the chat template of its
-            record, or followed by the separator there. The base gets what the first adapter beside it gets, so that
-            only the adapter differs; alone it gets the prompt as it is. `raw` gives every row the prompt as it is.
+            record, or followed by the separator there. The base gets what the first adapter beside it gets; alone, one
+            that was merged or trained in every weight gets it as in training, any other as it is. `raw`: all as it is.
         store: where adapters are looked up by name.
         quantize: how to load the base, as in `load_base`.
         allow: as in `AdapterBank.load`.
@@ -92,7 +92,7 @@ def generate(
     labels = build_adapter_labels(adapters, read)
     check_quantize(base, labels, read, quantize)
     loaded = load_for_generation(base, labels, read, quantize)
-    styles = resolve_styles(read, base_alone="") if template == "adapter" else [""] * len(read)
+    styles = resolve_styles(loaded, read) if template == "adapter" else [""] * len(read)
     rows = [encode_prompt(loaded, prompt, style) for style in styles]
     limit, limited_by = _limit_new_tokens(loaded, max(len(row.ids) for row in rows), sampling.max_new_tokens)
     streamer = _RowStreamer(loaded, [row.ends for row in rows], on_text=on_text) if on_text else None

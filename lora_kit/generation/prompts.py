@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from lora_kit.adapter.adapter import Adapter
+from lora_kit.adapter.use_record import find_recorded_data
 from lora_kit.data.answer_ends import find_template_ends
 from lora_kit.data.messages import Conversation, Message
 from lora_kit.data.sample_format import PromptStyle
@@ -20,6 +22,8 @@ from lora_kit.models.prompt_tokens import (
     tokenize_text,
 )
 from lora_kit.models.tasks import SEQ2SEQ
+
+_ADAPTER_TEMPLATE: Final = "the chat template in the adapter's record"
 
 
 @dataclass(frozen=True)
@@ -80,20 +84,25 @@ def find_end_tokens(base: Base) -> frozenset[int]:
 # The record of an adapter
 
 
-def resolve_styles(adapters: Sequence[Adapter | None], *, base_alone: PromptStyle) -> list[PromptStyle]:
-    """Return the style of each adapter; the base (None) has that of the first adapter beside it.
-
-    Args:
-        base_alone: the style of the base if there is no adapter.
-    """
+def resolve_styles(base: Base, adapters: Sequence[Adapter | None]) -> list[PromptStyle]:
+    """Return the style of each adapter; the base (None) has that of the first adapter beside it, alone its own."""
     styles = [None if adapter is None else find_adapter_style(adapter) for adapter in adapters]
-    default = next((style for style in styles if style is not None), base_alone)
+    default = next((style for style in styles if style is not None), None)
+    default = find_base_style(base) if default is None else default
     return [default if style is None else style for style in styles]
 
 
 def find_adapter_style(adapter: Adapter) -> PromptStyle:
     """Return how prompts were presented in the adapter's training: the chat template, else the separator."""
-    return find_template(adapter) or find_separator(adapter)
+    return _find_style(adapter.record, _ADAPTER_TEMPLATE)
+
+
+def find_base_style(base: Base) -> PromptStyle:
+    """Return how prompts are presented to a base alone: as in its training, where its folder says it; else as they are.
+
+    A model that was merged, or trained in every weight, says it.
+    """
+    return _find_style(base.record, f"the chat template of {base.name}")
 
 
 def find_separator(adapter: Adapter) -> str:
@@ -101,16 +110,12 @@ def find_separator(adapter: Adapter) -> str:
 
     It is empty for an adapter whose record does not say how it was trained: nothing is known of its prompts.
     """
-    data = find_training_data(adapter)
-    if data is None:
-        return ""
-    separator = data.get("separator")
-    return separator if isinstance(separator, str) else DEFAULT_SEPARATOR
+    return _find_separator(adapter.record)
 
 
 def find_template(adapter: Adapter) -> ChatTemplate | None:
     """Return the chat template of the adapter's training, or None if it was not trained on conversations."""
-    return build_recorded_template(find_training_data(adapter) or {}, "the chat template in the adapter's record")
+    return build_recorded_template(find_training_data(adapter) or {}, _ADAPTER_TEMPLATE)
 
 
 def build_recorded_template(data: Mapping[str, object], name: str) -> ChatTemplate | None:
@@ -123,8 +128,16 @@ def build_recorded_template(data: Mapping[str, object], name: str) -> ChatTempla
 
 def find_training_data(adapter: Adapter) -> Mapping[str, object] | None:
     """Return the `data` section of the recipe in an adapter's record; None if the record has no recipe."""
-    recipe = adapter.record.get("recipe")
-    if not isinstance(recipe, Mapping):
-        return None
-    data = recipe.get("data")
-    return data if isinstance(data, Mapping) else {}
+    return find_recorded_data(adapter.record)
+
+
+def _find_style(record: Mapping[str, object], name: str) -> PromptStyle:
+    return build_recorded_template(find_recorded_data(record) or {}, name) or _find_separator(record)
+
+
+def _find_separator(record: Mapping[str, object]) -> str:
+    data = find_recorded_data(record)
+    if data is None:
+        return ""
+    separator = data.get("separator")
+    return separator if isinstance(separator, str) else DEFAULT_SEPARATOR

@@ -16,6 +16,7 @@ import torch
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.adapter_like import AdapterLike
 from lora_kit.adapter.folder import ALLOWANCES
+from lora_kit.adapter.use_record import find_common_use
 from lora_kit.errors import ConfigError, MergeError, format_list
 from lora_kit.io.atomic_write import check_output, stage_folder
 from lora_kit.io.given_values import is_name_collection, parse_path
@@ -265,6 +266,7 @@ class _MergeJob:
             for folder in self.adapter_folders:
                 model_files.copy_tokenizer(folder, staging)
             model_files.check_vocabulary(staging, base.config.get_text_config().vocab_size)
+        model_files.write_use(staging, find_common_use([weighted.adapter.record for weighted in self.adapters]))
 
     def _compute_key(self, plan: MergePlan) -> str:
         """Return a digest of what the bytes of the weight files depend on."""

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import torch
 
+from lora_kit.adapter.use_record import MODEL_RECORD, encode_model_record, find_recorded_data
 from lora_kit.errors import BaseModelError, MergeError
 from lora_kit.io.read import open_regular_file
 from lora_kit.merging.checkpoint.meta_model import MetaModel, TaskHead
 from lora_kit.merging.preflight import MERGE_RECORD
 from lora_kit.models.rope_fields import add_older_rope_fields
 from lora_kit.models.tasks import PROBLEM_TYPES
+from lora_kit.names import CHAT_TEMPLATE_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,9 +26,18 @@ CONFIG: Final = "config.json"
 CARD: Final = "README.md"
 _SIDECAR_SUFFIXES: Final = {".json", ".txt", ".jinja", ".model", ".tiktoken", ".spm", ".vocab"}
 _LEGAL_FILES: Final = ("license", "notice", "use_policy")
-_NOT_COPIED: Final = {CONFIG, CARD, MERGE_RECORD, "adapter_config.json", "lora_kit.json", "trainer_state.json"}
+_NOT_COPIED: Final = {
+    CONFIG,
+    CARD,
+    MERGE_RECORD,
+    MODEL_RECORD,
+    "adapter_config.json",
+    "lora_kit.json",
+    "trainer_state.json",
+}
 _TOKENIZER_PREFIXES: Final = ("tokenizer", "special_tokens_map", "added_tokens", "vocab.", "merges.", "chat_template")
 _TOKENIZER_SUFFIXES: Final = {".model", ".tiktoken", ".spm", ".vocab"}
+_TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 _TEMPLATE_FOLDER: Final = "additional_chat_templates"
 
 
@@ -37,10 +48,33 @@ def copy_sidecars(base: Path, out: Path) -> tuple[str, ...]:
 
 def copy_tokenizer(folder: Path, out: Path) -> None:
     """Copy the tokenizer beside an adapter over the base's, if there is one."""
-    if (folder / "tokenizer_config.json").is_file():
+    if (folder / _TOKENIZER_CONFIG).is_file():
         for file in _find_sidecars(folder):
             if file.name.startswith(_TOKENIZER_PREFIXES) or file.suffix in _TOKENIZER_SUFFIXES:
                 _copy_file(file, folder, out, mode="wb")
+
+
+def write_use(folder: Path, use: Mapping[str, object]) -> None:
+    """Write how the merged model is asked: its record, and the chat template of its adapters, instead of the base's."""
+    if not use:
+        return
+    (folder / MODEL_RECORD).write_bytes(encode_model_record(use))
+    template = (find_recorded_data(use) or {}).get("chat_template")
+    if isinstance(template, str):
+        _replace_chat_template(folder, template)
+
+
+def _replace_chat_template(folder: Path, template: str) -> None:
+    """Make a template the one of a model folder; a folder that has it already keeps its further ones, too."""
+    config, file = folder / _TOKENIZER_CONFIG, folder / CHAT_TEMPLATE_FILE
+    fields = json.loads(config.read_text("utf-8")) if config.is_file() else {}
+    own = file.read_text("utf-8") if file.is_file() else fields.get("chat_template")
+    if own == template:
+        return
+    if fields.pop("chat_template", None) is not None:  # not every program looks for the file first
+        config.write_bytes(f"{json.dumps(fields, indent=2, ensure_ascii=False)}\n".encode())
+    shutil.rmtree(folder / _TEMPLATE_FOLDER, ignore_errors=True)
+    file.write_bytes(template.encode())
 
 
 def _copy_file(file: Path, folder: Path, out: Path, *, mode: Literal["xb", "wb"]) -> str:
@@ -124,7 +158,7 @@ def check_vocabulary(folder: Path, rows: int) -> None:
     Raises:
         MergeError: there are fewer.
     """
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = load_folder_tokenizer(folder)
     last = max(tokenizer.get_vocab().values(), default=0) if tokenizer else 0
     if last >= rows:
         raise MergeError(
@@ -135,14 +169,14 @@ def check_vocabulary(folder: Path, rows: int) -> None:
 
 def _find_pad_token(folder: Path) -> int | None:
     """Return the padding token: a decoder that classifies reads the last token that is not padding."""
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = load_folder_tokenizer(folder)
     if tokenizer is None:
         return None
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     return eos if pad is None else pad
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+def load_folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer of a model folder; None where it has none: such a base is merged without one."""
     from transformers import AutoTokenizer
 

@@ -9,7 +9,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -27,6 +27,7 @@ from lora_kit.models.heads import (
 )
 from lora_kit.models.input_lengths import count_reserved_positions, count_reserved_positions_of, max_length_of
 from lora_kit.models.locate import BaseSource, locate_base, translate_load_errors
+from lora_kit.models.model_record import read_model_record
 from lora_kit.models.prompt_tokens import prepare_decoder_inputs
 from lora_kit.models.protocols import Tokenizer
 from lora_kit.models.quantization import (
@@ -69,6 +70,7 @@ class Base:
         name: as the caller gave it: a hub id, a folder or `kit-base`.
         task: one of `TASKS`.
         new_modules: paths of modules of the body that the checkpoint does not have: they belong to the new head.
+        record: how it is asked, where its folder says it; see `lora_kit.adapter.use_record`.
     """
 
     model: Any  # transformers does not declare what it adds to its models: generate, labels of a config, …
@@ -76,6 +78,7 @@ class Base:
     name: str
     task: str = CAUSAL_LM
     new_modules: tuple[str, ...] = ()
+    record: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -172,10 +175,10 @@ def load_base(
     if replaced:
         _replace_head(model, name, task, replaced)
     _ensure_pad_token(model, tokenizer, name, task)
-    # PEFT writes this name into adapters as their base. It is the name as given, not the folder of the package.
-    model.config._name_or_path = name
+    model.config._name_or_path = name  # PEFT writes it into adapters: the name as given, not the package's folder
     model.eval()
-    return Base(model=model, tokenizer=tokenizer, name=name, task=task, new_modules=new_modules)
+    record = read_model_record(source)
+    return Base(model=model, tokenizer=tokenizer, name=name, task=task, new_modules=new_modules, record=record)
 
 
 @dataclass(frozen=True)

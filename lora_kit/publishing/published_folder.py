@@ -12,6 +12,7 @@ from typing import Final
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.adapter_record import RECORD, find_changed_files, read_record
 from lora_kit.adapter.folder import CARD, CONFIG, OLD_WEIGHTS, WEIGHTS, has_adapter_files
+from lora_kit.adapter.use_record import MODEL_RECORD
 from lora_kit.errors import ExportError, VerificationError, format_list
 from lora_kit.io.hub import HubId
 from lora_kit.io.read import folder_exists, read_json
@@ -20,12 +21,12 @@ from lora_kit.io.text import escape_text
 from lora_kit.merging.preflight import MERGE_RECORD
 from lora_kit.models.model_folder_card import CONFIG_FILE, infer_folder_task
 from lora_kit.models.tasks import find_task_by_peft_type
-from lora_kit.names import KIT_BASE, METRICS_FILE, RECIPE_FILE
+from lora_kit.names import CHAT_TEMPLATE_FILE, KIT_BASE, METRICS_FILE, RECIPE_FILE
 
 ADAPTER: Final = "adapter"
 MODEL: Final = "model"
 _JSON_LIMIT: Final = 64 * 2**20
-_ADAPTER_FILES: Final = (CONFIG, WEIGHTS, OLD_WEIGHTS, RECORD, CARD, "loss.png", METRICS_FILE, "chat_template.jinja")
+_ADAPTER_FILES: Final = (CONFIG, WEIGHTS, OLD_WEIGHTS, RECORD, CARD, "loss.png", METRICS_FILE, CHAT_TEMPLATE_FILE)
 _MODEL_FILES: Final = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -42,6 +43,7 @@ _MODEL_FILES: Final = (
     "chat_template.*",
     "*processor_config.json",
     MERGE_RECORD,
+    MODEL_RECORD,
     CARD,
     "loss.png",
     METRICS_FILE,

@@ -13,12 +13,12 @@ import torch
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.adapter_record import RECORD
 from lora_kit.adapter.peft_keys import PREFIX, lora_weight_keys
+from lora_kit.adapter.use_record import find_recorded_data
 from lora_kit.data.sample_format import DEFAULT_MAX_LENGTH
 from lora_kit.errors import AdapterError, LoraKitError
-from lora_kit.evaluation.adapter_format import find_adapter_labels, find_adapter_problem, find_adapter_thresholds
+from lora_kit.evaluation.adapter_format import find_adapter_labels, find_adapter_problem, find_thresholds
 from lora_kit.evaluation.forward import choose_classes, compute_scores
 from lora_kit.evaluation.prediction import Prediction
-from lora_kit.generation.prompts import find_training_data
 from lora_kit.io.read import read_json
 from lora_kit.models.checkpoint_head import read_base_config
 from lora_kit.models.heads import (
@@ -72,6 +72,7 @@ class LabelHeads:
     """The heads that a classifier serves: the base's own, and those of adapters.
 
     Attributes:
+        base: of task `classify`.
         width: labels of an adapter, at most.
     """
 
@@ -82,7 +83,7 @@ class LabelHeads:
             base: of task `classify`.
             width: labels of an adapter, at most; the base's own if it has more.
         """
-        self._base = base
+        self.base = base
         self._path, layer = find_label_layer(base.model, CLASSIFY)
         self._own_width = layer.out_features
         self._has_own = bool(list_checkpoint_labels(read_base_config(locate_base(base.name)), CLASSIFY))
@@ -110,19 +111,19 @@ class LabelHeads:
             AdapterError: the base has no head of its own, or the adapter's record does not match its head.
         """
         if adapter is None and not self._has_own:
-            raise AdapterError(f"{self._base.name} has no head of its own", hint="ask one of its adapters")
+            raise AdapterError(f"{self.base.name} has no head of its own", hint="ask one of its adapters")
         width = self._own_width if adapter is None else self._count_labels(adapter)
         recorded = () if adapter is None else find_adapter_labels(adapter)
-        own = list_head_labels(self._base.model.config)
+        own = list_head_labels(self.base.model.config)
         labels = recorded or (own if len(own) == width else tuple(f"LABEL_{number}" for number in range(width)))
         if len(labels) != width:
             raise AdapterError(f"the adapter's record has {len(labels)} labels, its head {width}")
-        data = (find_training_data(adapter) or {}) if adapter is not None else {}
-        length = data.get("max_length")
+        record = (self.base if adapter is None else adapter).record
+        length = (find_recorded_data(record) or {}).get("max_length")
         return LabelHead(
             labels,
-            (find_adapter_problem(adapter) if adapter is not None else None) or self._base.problem or SINGLE_LABEL,
-            find_adapter_thresholds(adapter),
+            (find_adapter_problem(adapter) if adapter is not None else None) or self.base.problem or SINGLE_LABEL,
+            find_thresholds(record, labels),
             length if isinstance(length, int) and length > 1 else DEFAULT_MAX_LENGTH,
         )
 

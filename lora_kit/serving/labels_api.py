@@ -15,7 +15,7 @@ from fastapi import APIRouter, Request, Response
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.data.text_tokens import TextTokens
 from lora_kit.errors import DataError
-from lora_kit.evaluation.adapter_format import check_adapter_inputs
+from lora_kit.evaluation.adapter_format import check_inputs
 from lora_kit.evaluation.prediction import Prediction
 from lora_kit.io.strict_json import JsonObject
 from lora_kit.models.tasks import CLASSIFY
@@ -50,7 +50,7 @@ async def classify(request: Request, body: ClassifyBody, served: Served, key: Ke
     _check_count(served, len(inputs))
     tokens = await asyncio.to_thread(served.prompts.encode_labeled, inputs, max_length=length)
     try:
-        check_adapter_inputs(body.model, adapter, are_pairs=not isinstance(inputs[0], str))
+        check_inputs(heads.base, body.model, adapter, are_pairs=not isinstance(inputs[0], str))
     except DataError as error:
         raise RequestError(error.message, field="input", code="invalid_value", hint=error.hint) from None
     scores = await _compute(request, served, tokens, "scores", adapter)

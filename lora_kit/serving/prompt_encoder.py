@@ -14,7 +14,13 @@ from lora_kit.data.sample_format import PromptStyle
 from lora_kit.data.templates import ChatTemplate, find_chat_template
 from lora_kit.data.text_tokens import TextTokens, tokenize_texts
 from lora_kit.errors import DataError
-from lora_kit.generation.prompts import EncodedPrompt, encode_prompt, find_adapter_style, find_end_tokens
+from lora_kit.generation.prompts import (
+    EncodedPrompt,
+    encode_prompt,
+    find_adapter_style,
+    find_base_style,
+    find_end_tokens,
+)
 from lora_kit.models.loading import Base
 from lora_kit.models.prompt_tokens import tokenize_prompt, tokenize_source
 from lora_kit.models.protocols import Tokenizer
@@ -75,7 +81,7 @@ class PromptEncoder:
             RequestError: there is no template, and it is more than one message.
         """
         own = find_chat_template(self.tokenizer)
-        style = find_adapter_style(adapter) if adapter is not None else ""
+        style = find_adapter_style(adapter) if adapter is not None else find_base_style(self._base)
         if isinstance(style, ChatTemplate):
             return conversation, style
         if own:

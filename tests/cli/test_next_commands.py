@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import html
+import io
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -40,6 +42,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tiny.llama().save_pretrained(work / "my base")
     texts.tokenizer().save_pretrained(work / "my base")
     monkeypatch.chdir(work)
+    monkeypatch.setattr("sys.stdin", io.StringIO())  # of `chat`, which ends at once
     return work
 
 
@@ -91,7 +94,8 @@ def test_from_rows_to_the_hub_every_command_runs_as_printed(here: Path, capsys: 
     texts.write(here / "my rows.jsonl", ROWS[layout])
     verbs = follow_all(capsys, "prepare", "my rows.jsonl", "--base", "my base", "--out", "my data")
     ask = "predict" if layout in ("label", "pair") else "generate"
-    assert verbs == ["prepare", "preview", "train", "eval", ask, "merge", ask, "push"]
+    chat = ["chat"] * (layout == "chat")
+    assert verbs == ["prepare", "preview", "train", "eval", ask, *chat, "merge", ask, *chat, "push"]
     texts.write(here / "rows.jsonl", ROWS[layout][:2])
     run_commands_of_page(next(here.glob("adapters/*/report.html")), capsys)
 
@@ -114,6 +118,32 @@ def test_an_adapter_of_pairs_takes_no_single_text_and_the_other_way_round(here: 
         for command in (["predict", "-a", adapter, "a", *flags], ["eval", f"{rows}.jsonl", "-a", adapter]):
             assert main(command) == 2, command
             assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", ["pair", "chat", "completion"])
+def test_a_merged_model_is_asked_as_its_adapter_was(here: Path, capsys: Capture, layout: str) -> None:
+    """A base has no record of its own, so what it was trained on goes with what is merged into it."""
+    texts.write(here / "rows.jsonl", ROWS[layout])
+    run(capsys, "prepare", "rows.jsonl", "--base", "my base", "--out", "data", "--test", "0.2")
+    hurry(Path("data/recipe.yaml"))
+    after_training = list(commands_in(run(capsys, "train", "data/recipe.yaml")))
+    assert after_training[0][:2] == ["eval", "data/test.jsonl"]
+    assert [verb for verb, *_ in after_training].count("chat") == (layout == "chat")
+    merging = ["merge", "--adapter", "data", "--out", "merged", "--dtype", "float32"]
+    used = [command for command in commands_in(run(capsys, *merging)) if command[0] != "push"]
+    for command in used:
+        run(capsys, *command)
+    assert [verb for verb, *_ in used].count("chat") == (layout == "chat")
+    verb = "predict" if layout == "pair" else "generate"
+    asked = ["ask 3", "--text-pair", "say 3"] if layout == "pair" else ["--prompt", "ask 3", "--max-new-tokens", "9"]
+    printed = [run(capsys, verb, *who, *asked, "--json") for who in (["-a", "data"], ["--base", "merged"])]
+    adapter, merged = map(json.loads, printed)
+    if layout == "pair":
+        assert main(["predict", "--base", "merged", "a text alone"]) == 2
+        assert "merged was trained on pairs of texts, and one text was given" in capsys.readouterr().err
+        assert merged["probabilities"] == pytest.approx(adapter["probabilities"], abs=1e-4)
+    else:
+        assert merged[0]["prompt"] == adapter[0]["prompt"]
 
 
 @pytest.mark.slow  # a sweep, and five adapters of which each is merged

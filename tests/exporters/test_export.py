@@ -55,14 +55,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def trained(model: torch.nn.Module, folder: Path, **fields: Any) -> Path:
+def trained(model: torch.nn.Module, folder: Path, *, record: dict[str, Any] | None = None, **fields: Any) -> Path:
     """An adapter that does something, saved."""
     bank = lk.attach(model, lk.LoraConfig(**fields), name="a")
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in bank.parameters("a"):
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    bank.save("a", folder)
+    bank.save("a", folder, record=record)
     bank.detach()
     return folder
 
@@ -410,6 +410,36 @@ def test_ollama_gets_a_modelfile_and_is_refused_what_its_own_engine_runs(base: P
     other = trained(model, tmp_path / "other", r=4, target_modules=["q_proj"])
     assert "own engine" in check(other, "ollama", base=tmp_path / "qwen3").refused[0]
     assert check(other, "gguf", base=tmp_path / "qwen3").refused == ()
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("vllm", "--chat-template {out}/chat_template.jinja"),
+        ("sglang", "--chat-template {out}/chat_template.jinja"),
+        ("gguf", "--jinja --chat-template-file {out}/chat_template.jinja"),
+        ("tgi", "is the chat template that it was trained with. Give conversations in it"),
+        ("peft", "is the chat template that it was trained with. Give conversations in it"),
+    ],
+)
+def test_the_prompts_of_the_training_go_with_an_export(target: str, said: str, base: Path, tmp_path: Path) -> None:
+    for name, data in (("chat", {"chat_template": "{{ messages[0].content }}"}), ("sql", {"separator": " =>"})):
+        folder = trained(tiny.llama(), tmp_path / name, record={"recipe": {"data": data}}, **PLAIN)
+        export = lk.export(folder, target, tmp_path / "out" / name, base=base)
+        page = (export.out / "README.md").read_text()
+        assert "nothing" not in page
+        if name == "chat":
+            assert said.format(out=export.out) in page
+            assert (export.out / "chat_template.jinja").read_text() == data["chat_template"]
+        else:
+            assert "template" not in page
+            assert 'In its training `" =>"` followed each prompt' in page
+
+
+def test_ollama_presents_prompts_as_in_the_training(base: Path, tmp_path: Path) -> None:
+    folder = trained(tiny.llama(), tmp_path / "sql", record={"recipe": {"data": {"separator": " =>"}}}, **PLAIN)
+    lk.export(folder, "ollama", tmp_path / "out", base=base)
+    assert 'TEMPLATE """{{ .Prompt }} =>"""' in (tmp_path / "out" / "Modelfile").read_text()
 
 
 def test_without_the_gguf_package_the_error_says_what_to_install(

@@ -24,12 +24,12 @@ from lora_kit.data.preparation.examine import ExaminedFile, bin_lengths
 from lora_kit.data.preparation.training_defaults import choose_train_section
 from lora_kit.data.rows import Rows
 from lora_kit.io.atomic_write import write_folder
-from lora_kit.names import RECIPE_FILE
+from lora_kit.names import RECIPE_FILE, TEST_FILE
 
 MANIFEST: Final = "manifest.json"
 TRAIN: Final = "train.jsonl"
 VALIDATION: Final = "validation.jsonl"
-TEST: Final = "test.jsonl"
+TEST: Final = TEST_FILE
 _MANIFEST_VERSION: Final = 1
 _COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
     "completion": ("prompt", "completion"),

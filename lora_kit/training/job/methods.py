@@ -17,6 +17,7 @@ from torch import nn
 from lora_kit.adapter.adapter import encode_adapter
 from lora_kit.adapter.folder import CARD
 from lora_kit.adapter.model_card import format_labels, format_metrics
+from lora_kit.adapter.use_record import MODEL_RECORD, encode_model_record, find_common_use
 from lora_kit.bank.attach import attach
 from lora_kit.bank.bank import AdapterBank
 from lora_kit.data.mixture import has_text_pairs
@@ -184,6 +185,8 @@ def _unfreeze_model(job: Job) -> Iterator[TrainableJob]:
             _complete_config(folder / "config.json")
             job.base.tokenizer.save_pretrained(folder)
             (folder / CARD).write_text(_render_model_card(job, report), "utf-8")
+            use = find_common_use([build_training_record(job, report)])
+            (folder / MODEL_RECORD).write_bytes(encode_model_record(use))
             for name, data in files.items():
                 (folder / name).write_bytes(data)
         return report

@@ -18,8 +18,6 @@ from lora_kit.training.recipe.recipe import Recipe
 
 REPORT_FILE: Final = "report.html"
 LOSS_CURVE_FILE: Final = "loss.png"
-CHAT_TEMPLATE_FILE: Final = "chat_template.jinja"
-"""The chat template of the training, under the name that transformers and servers look for."""
 
 
 def check_output_writable(recipe: Recipe) -> None:

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_kit.evaluation.outcomes import Outcomes
-from lora_kit.names import METRICS_FILE, RECIPE_FILE
+from lora_kit.names import CHAT_TEMPLATE_FILE, METRICS_FILE, RECIPE_FILE
 from lora_kit.runs.run_files import LogEntry
 from lora_kit.training.job.output import (
-    CHAT_TEMPLATE_FILE,
     LOSS_CURVE_FILE,
     REPORT_FILE,
 )
