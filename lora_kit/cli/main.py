@@ -10,7 +10,7 @@ from cyclopts import CycloptsError, UnknownCommandError, UnknownOptionError
 
 from lora_kit.cli.app import BAD_INPUT, DEBUG, MACHINE, STRICT, UNEXPECTED, app, list_verbs
 from lora_kit.cli.output import join_words, print_notice
-from lora_kit.cli.process import handle_sigterm, log_to_stderr, protect_streams
+from lora_kit.cli.process import collect_garbage_less_often, handle_sigterm, log_to_stderr, protect_streams
 from lora_kit.cpu_threads import choose_cpu_threads
 from lora_kit.errors import REPORTED_ELSEWHERE, LoraKitError, suggest_nearest
 from lora_kit.io.text import escape_for_terminal
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     choose_cpu_threads()
     tokens = list(sys.argv[1:] if argv is None else argv)
     debug, strict = _take_flag(tokens, DEBUG), _take_flag(tokens, STRICT)
-    with protect_streams(), handle_sigterm(), log_to_stderr(debug=debug, strict=strict):
+    with collect_garbage_less_often(), protect_streams(), handle_sigterm(), log_to_stderr(debug=debug, strict=strict):
         try:
             app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
             sys.stdout.flush()

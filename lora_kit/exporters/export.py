@@ -28,7 +28,6 @@ from lora_kit.io.given_values import parse_path
 from lora_kit.io.output_overlap import OTHER_OUTPUT, reason_overlap
 from lora_kit.io.output_path import check_path
 from lora_kit.io.portable_paths import make_folder_portable
-from lora_kit.merging.merge import merge
 from lora_kit.models.infer_base import NamedBase
 from lora_kit.names import CHAT_TEMPLATE_FILE
 
@@ -238,6 +237,8 @@ def _judge_case(case: ExportCase, target: str, limit: int | None, allow: Collect
 
 def _export_merged(case: ExportCase, out: Path, *, replace: bool, allow: Collection[str]) -> Export:
     """Write a whole model, by `merge`."""
+    from lora_kit.merging.merge import merge  # here, since exports of adapters do without
+
     report = merge(case.require_base(), case.adapter, out, replace=replace, allow=allow)
     return Export(out, MERGED, (), report.bytes)
 

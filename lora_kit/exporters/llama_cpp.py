@@ -24,6 +24,8 @@ from lora_kit.io.text import escape_text
 from lora_kit.names import KIT_BASE
 
 GGUF_FILE: Final = "adapter.gguf"
+GGUF_MODEL: Final = "model.gguf"
+"""Of a whole model."""
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,15 @@
 
 A format is not guessed from its marks: the model's own chat template renders two conversations, and they must be what
 the format makes of them, character for character (the BOS aside, which Ollama adds by itself).
+
+Ollama knows no escapes in a value: it is what stands between quotes, without characters that do not print, and ends
+with a line that ends with the quotes. A template is one of Go, whose strings say what a value cannot.
 https://docs.ollama.com/modelfile
+https://github.com/ollama/ollama/blob/main/parser/parser.go (`ParseFile`, `unquote`)
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +35,7 @@ PROMPT_NOTE: Final = (
 """What whoever reads the README of a folder with a Modelfile has to know."""
 _EOS: Final = "<eos>"
 """Stands for the tokenizer's own end of text in a format."""
+_PARTS: Final = re.compile(r'\{+|"""|.', re.DOTALL)
 _TURNS: Final = (Message("user", "What is it?"), Message("assistant", "A crossing."), Message("user", "And this?"))
 _INSTRUCTION: Final = Message("system", "Answer in few words.")
 
@@ -67,11 +71,12 @@ class ChatFormat:
         """Return the format as a template of Go."""
         roles = {"system": self.system, "user": self.user, "assistant": self.assistant}
         branches = [
-            f'if eq .Role "{role}" }}}}{turn.replace("{}", "{{ .Content }}")}{{{{ '
+            f'if eq .Role "{role}" }}}}{"{{ .Content }}".join(map(_escape_for_go, turn.split("{}")))}{{{{ '
             for role, turn in roles.items()
             if turn is not None
         ]
-        return "{{ range .Messages }}{{ " + "else ".join(branches) + "end }}{{ end }}" + self.opening
+        loop = "{{ range .Messages }}{{ " + "else ".join(branches) + "end }}{{ end }}"
+        return loop + _escape_for_go(self.opening)
 
 
 FORMATS: Final = {
@@ -124,6 +129,13 @@ class KnownFormat:
     name: str
     format: ChatFormat
     system: str | None
+
+    def to_ollama(self) -> str:
+        """Return the format as a template of Go, which adds the instruction as well."""
+        if not self.system:
+            return self.format.to_ollama()
+        turn = _escape_for_go((self.format.system or "").replace("{}", self.system))
+        return "{{ if not .System }}" + turn + "{{ end }}" + self.format.to_ollama()
 
 
 def find_style(case: ExportCase, model: Path) -> KnownFormat | str | None:
@@ -191,8 +203,28 @@ def format_modelfile(style: KnownFormat | str | None, *, sources: Sequence[str] 
     """
     lines = [*sources]
     if isinstance(style, KnownFormat):
-        lines += [f'TEMPLATE """{style.format.to_ollama()}"""', f"PARAMETER stop {json.dumps(style.format.stop)}"]
-        lines += [f'SYSTEM """{style.system}"""'] if style.system else []
+        lines.append(f'TEMPLATE """{style.to_ollama()}"""')
+        if _is_value(style.format.stop):  # else it is the end of text, at which Ollama stops by itself
+            lines.append(f'PARAMETER stop """{style.format.stop}"""')
     elif style is not None:
-        lines.append(f'TEMPLATE """{{{{ .Prompt }}}}{style}"""')
+        lines.append(f'TEMPLATE """{{{{ .Prompt }}}}{_escape_for_go(style)}"""')
     return "\n".join(lines) + "\n"
+
+
+def _is_value(text: str) -> bool:
+    """Whether Ollama reads a text from a Modelfile as it is."""
+    return bool(text) and text.isprintable() and '"' not in text
+
+
+def _escape_for_go(text: str) -> str:
+    """Return a text for a template in a Modelfile: what one of the two would read as its own is a string of Go."""
+    return "".join(_quote_for_go(part) if _needs_quoting(part) else part for part in _PARTS.findall(text))
+
+
+def _needs_quoting(part: str) -> bool:
+    return part[0] == "{" or part == '"""' or not (part.isprintable() or part in "\n\t")
+
+
+def _quote_for_go(text: str) -> str:
+    characters = (c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text)
+    return '{{ "' + "".join(characters) + '" }}'

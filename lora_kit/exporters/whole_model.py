@@ -21,7 +21,6 @@ from lora_kit.exporters.modelfile import GGUF_MODEL, MODELFILE, PROMPT_NOTE, fin
 from lora_kit.exporters.plain_lora import ExportCase
 from lora_kit.io.text import escape_text, shorten
 from lora_kit.io.write_errors import find_quoted_write_error
-from lora_kit.merging.merge import merge
 from lora_kit.names import KIT_BASE
 
 CONVERTER: Final = "convert_hf_to_gguf.py"
@@ -60,6 +59,8 @@ def write_ollama_model(case: ExportCase, folder: Path) -> None:
 
 
 def _merge(case: ExportCase, folder: Path) -> None:
+    from lora_kit.merging.merge import merge  # here, since exports of adapters do without
+
     converter = find_converter()
     if converter is not None:
         _run(converter, "--help")  # so that what it lacks is known before the work, not after it

@@ -108,7 +108,7 @@ def test_a_converter_that_writes_nothing_is_an_error(
 def test_a_package_that_the_converter_lacks_is_named_before_the_merge(
     base: Path, adapter: Path, converter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_kit.exporters.whole_model.merge", lambda *given, **named: pytest.fail("merged"))
+    monkeypatch.setattr("lora_kit.merging.merge.merge", lambda *given, **named: pytest.fail("merged"))
     converter.write_text("import no_such_package.inner")
     with pytest.raises(ExportError, match="No module named") as error:
         lk.export(adapter, "gguf-model", tmp_path / "out", base=base)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,20 +29,25 @@ def main() -> int:
     """Run the programs that are named, or all of them, and print a line for each form that they read."""
     parser = argparse.ArgumentParser(prog="python -m tests.programs", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=list(CHECKS), default=[], help="programs to run")
-    parser.add_argument("--root", type=Path, default=ROOT, help="folder of the environments and files")
+    parser.add_argument(
+        "--root", type=lambda text: Path(text).absolute(), default=ROOT, help="folder of the environments and files"
+    )
     parser.add_argument("--write", action="store_true", help="write the results, and the table of docs/export.md")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
-    cases = list(write_cases(arguments.root / "cases"))
-    records = [_run(program, check, cases, arguments.root) for program, check in iterate_checks(arguments.only)]
-    if arguments.write:
-        _write(records)
-    return 1 if any(record["wrong"] for record in records) else 0
+    cases, is_wrong = list(write_cases(arguments.root / "cases")), False
+    for program, check in iterate_checks(arguments.only):
+        record = _run(program, check, cases, arguments.root)
+        is_wrong |= record["wrong"]
+        if arguments.write:  # at once: a run that is stopped keeps what it has
+            write_record(record)
+    return 1 if is_wrong else 0
 
 
 def _run(program: str, check: Check, cases: Sequence[Case], root: Path) -> dict[str, Any]:
     """Run one check, print what came of it, and return its record."""
     record: dict[str, Any] = {"program": program, "form": check.form, "version": None, "wrong": False, "cases": []}
+    record["date"] = datetime.now(UTC).date().isoformat()
     started = time.perf_counter()
     try:
         python = Path(sys.executable)
@@ -82,12 +88,11 @@ def _print_summary(record: dict[str, Any], outcomes: Sequence[Outcome]) -> None:
             _say(f"  {outcome.verdict.upper()} {outcome.key}: {figures} {outcome.reason or ''}")
 
 
-def _write(records: Sequence[dict[str, Any]]) -> None:
-    """Write the results; of a part of the programs, beside what the others gave before."""
+def write_record(record: dict[str, Any]) -> None:
+    """Write the result of a check beside those that the others gave before, and the table of them all."""
     earlier = json.loads(RESULT.read_text(encoding="utf-8"))["checks"] if RESULT.is_file() else []
-    ran = {(record["program"], record["form"]) for record in records}
-    kept = [record for record in earlier if (record["program"], record["form"]) not in ran]
-    result = {"checks": sorted([*kept, *records], key=lambda record: (record["program"], record["form"]))}
+    kept = [each for each in earlier if (each["program"], each["form"]) != (record["program"], record["form"])]
+    result = {"checks": sorted([*kept, record], key=lambda each: (each["program"], each["form"]))}
     RESULT.write_text(_format_json(result), encoding="utf-8")
     harness.fill(PAGE, format_table(result), mark=MARK)
 

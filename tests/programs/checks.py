@@ -71,6 +71,7 @@ CHECKS: Final[Mapping[str, Sequence[Check]]] = {
             bases=("kit-base",),
             # Not token rows: TRL 1.16 asks the head for its bias, which PEFT's wrapper of a tied one does not have.
             features=("plain", "rslora", "rank-pattern", "dora", "whole-modules"),
+            packages=("trl",),
         ),
         LogitCheck(
             None,
@@ -80,6 +81,7 @@ CHECKS: Final[Mapping[str, Sequence[Check]]] = {
             make=go_on_from_trl,
             bases=("kit-base",),
             features=("plain", "dora"),
+            packages=("trl",),
         ),
     ),
     "transformers-4.57": (

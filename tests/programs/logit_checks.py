@@ -17,6 +17,7 @@ import lora_kit as lk
 from lora_kit.errors import ExportError, MergeError
 from tests.programs.cases import LEAST_EFFECT, Case
 from tests.programs.outcomes import Outcome
+from tests.programs.printed import read_version
 
 READERS: Final = Path(__file__).parent / "readers"
 _MINUTES: Final = 30
@@ -83,6 +84,7 @@ class LogitCheck:
         known_faults: by feature, what the program is known to do wrong.
         whole: whether it reads a whole model, not a base and an adapter.
         normalized: whether it gives logarithms of probabilities, not logits.
+        packages: of the program, where the reader is another one and does not say its version.
     """
 
     environment: str | None
@@ -96,6 +98,7 @@ class LogitCheck:
     known_faults: Mapping[str, str] = field(default_factory=dict)
     whole: bool = False
     normalized: bool = False
+    packages: Sequence[str] = ()
 
     def takes(self, case: Case) -> bool:
         fits_base = self.bases is None or case.base in self.bases
@@ -108,7 +111,7 @@ class LogitCheck:
         version, results = run_reader(self.reader, [job for job, _ in jobs], python=python, folder=folder)
         for job, case in jobs:
             outcomes.append(_judge(self, case, results[job["key"]], Path(job["logits"])))
-        return version, outcomes
+        return ", ".join([*(f"{name} {read_version(python, name)}" for name in self.packages), version]), outcomes
 
 
 def _write_jobs(

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -52,7 +53,8 @@ class MlxCommandCheck:
 
 def _generate_with_mlx(case: Case, python: Path, folder: Path) -> Outcome:
     assert case.adapter_folder is not None
-    lk.export(case.adapter_folder, "mlx", folder, base=case.base_folder)
+    with chdir(folder.parent):  # a README names folders from where it was written
+        lk.export(case.adapter_folder, "mlx", folder, base=case.base_folder)
     written = _run_printed(read_block(folder, "sh"), python, folder.parent)
     theirs = written.split(f"{_RULE}\n")[1].strip()  # it prints no space at the beginning
     ours, before = (_generate_here(case, adapter).strip() for adapter in (lk.Adapter.load(case.adapter_folder), None))
@@ -84,7 +86,8 @@ def convert_as_printed(cases: Sequence[Case], python: Path, folder: Path) -> lis
     for case in cases:
         if case.adapter_folder is not None:
             out = folder / case.key
-            lk.export(case.adapter_folder, "gguf-model", out, base=case.base_folder, allow=["untie"])
+            with chdir(folder):
+                lk.export(case.adapter_folder, "gguf-model", out, base=case.base_folder, allow=["untie"])
             _run_printed(read_block(out, "sh").splitlines()[0], python, folder)
             made.append(dataclasses.replace(case, adapter_folder=out))
     return made

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests.programs import __main__ as programs
 from tests.programs import logit_checks
 from tests.programs.cases import Case
 from tests.programs.costs import run_measured
@@ -104,6 +105,31 @@ def test_the_page_says_what_was_run_what_is_wrong_elsewhere_and_what_it_takes() 
 def _record(program: str, form: str, cases: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
     listed = [{"key": key, **case} for key, case in cases]
     return {"program": program, "form": form, "version": f"{program} 1", "seconds": 3.2, "cases": listed}
+
+
+def test_a_result_is_written_beside_those_of_other_programs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page, file = tmp_path / "page.md", tmp_path / "programs.json"
+    page.write_text("# x\n<!-- programs: begin -->\n<!-- programs: end -->\n")
+    monkeypatch.setattr(programs, "PAGE", page)
+    monkeypatch.setattr(programs, "RESULT", file)
+    old = {"verdict": "equal", "difference": 2e-6, "bound": 1e-4, "effect": 0.7}
+    for record in (
+        _record("two", "saved", [("a/plain", old)]),
+        _record("one", "saved", [("a/plain", old)]),
+        _record("two", "merged", [("a/plain", old)]),
+        _record("two", "saved", [("a/plain", {**old, "difference": 3e-6}), ("b/plain", old)]),
+    ):
+        programs.write_record(dict(record))
+    written = json.loads(file.read_text())
+    assert [(each["program"], each["form"]) for each in written["checks"]] == [
+        ("one", "saved"),
+        ("two", "merged"),
+        ("two", "saved"),
+    ]
+    assert [case["difference"] for case in written["checks"][2]["cases"]] == [3e-6, 2e-6]
+    assert written["versions"]["lora-kit"]
+    assert "| one 1 | `saved` | 1 on 1 base | 2.0e-06 |" in page.read_text()
+    assert "| two 1 | `saved` | 2 on 2 bases | 3.0e-06 |" in page.read_text()
 
 
 def test_a_printed_command_is_taken_as_it_stands(tmp_path: Path) -> None:

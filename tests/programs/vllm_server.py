@@ -96,10 +96,12 @@ class _ServerRun:
 def _export_all(taken: Mapping[str, Case], folder: Path) -> tuple[list[str], list[Outcome]]:
     """Export what vLLM can read; return the names of the adapters, and what is rejected."""
     names, rejected = [], []
+    folder.mkdir()
     for name, case in taken.items():
         assert case.adapter_folder is not None
         try:
-            lk.export(case.adapter_folder, "vllm", folder / name, base=case.base_folder)
+            with contextlib.chdir(folder):  # where the command of the README is run
+                lk.export(case.adapter_folder, "vllm", folder / name, base=case.base_folder)
             names.append(name)
         except ExportError as error:
             rejected.append(Outcome(case.key, "rejected", reason=" ".join(str(error).split())))
