@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from lora_kit.errors import AdapterError, ConfigError, VerificationError, format_list
-from lora_kit.io.read import exists, hash_file, read_text
+from lora_kit.io.read import exists, has_recorded_hash, read_text
 from lora_kit.io.sealed_json import NO_DIGEST, SELF_DIGEST, is_intact, seal_json
 from lora_kit.io.strict_json import JsonObject, parse_object
 from lora_kit.io.text import escape_text, format_value
@@ -156,10 +156,9 @@ def _compare_file(path: Path, fact: object) -> str:
     if not exists(path):
         return "missing"
     try:
-        actual = hash_file(path)
+        return "" if has_recorded_hash(path, fact) else "changed"
     except AdapterError:  # a link, a folder, a FIFO
         return "not a file"
-    return "" if actual == fact else "changed"
 
 
 # Writing

@@ -186,6 +186,17 @@ def hash_file(path: Path) -> dict[str, object]:
         return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": size}
 
 
+def has_recorded_hash(path: Path, facts: object) -> bool:
+    """Return whether a file has the size and sha256 that a record says; one of another size is not read for it.
+
+    Raises:
+        AdapterError: as `hash_file`.
+    """
+    with open_regular_file(path) as (_, size):
+        is_possible = isinstance(facts, dict) and facts.get("size") == size
+    return is_possible and hash_file(path) == facts
+
+
 def read_json(path: Path, *, limit: int) -> JsonObject:
     """Read a JSON object from a file of at most `limit` bytes.
 

@@ -15,6 +15,7 @@ from lora_kit.errors import BaseModelError, MergeError
 from lora_kit.io.read import open_regular_file
 from lora_kit.merging.checkpoint.meta_model import MetaModel, TaskHead
 from lora_kit.merging.preflight import MERGE_RECORD
+from lora_kit.models.locate import SIDECAR_SUFFIXES
 from lora_kit.models.rope_fields import add_older_rope_fields
 from lora_kit.models.tasks import PROBLEM_TYPES
 from lora_kit.names import CHAT_TEMPLATE_FILE
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 CONFIG: Final = "config.json"
 CARD: Final = "README.md"
-_SIDECAR_SUFFIXES: Final = {".json", ".txt", ".jinja", ".model", ".tiktoken", ".spm", ".vocab"}
 _LEGAL_FILES: Final = ("license", "notice", "use_policy")
 _NOT_COPIED: Final = {
     CONFIG,
@@ -88,7 +88,7 @@ def _copy_file(file: Path, folder: Path, out: Path, *, mode: Literal["xb", "wb"]
 
 def _find_sidecars(base: Path) -> Iterator[Path]:
     for file in sorted([*base.iterdir(), *base.glob(f"{_TEMPLATE_FOLDER}/*.jinja")]):
-        known = file.suffix in _SIDECAR_SUFFIXES or file.name.lower().startswith(_LEGAL_FILES)
+        known = file.suffix in SIDECAR_SUFFIXES or file.name.lower().startswith(_LEGAL_FILES)
         index = file.name.endswith(".index.json")
         if known and not index and file.name not in _NOT_COPIED and file.is_file():
             yield file

@@ -33,6 +33,10 @@ KIT_FOLDER: Final = Path(__file__).parent / "kit_base"
 _CONFIG: Final = "config.json"
 _ADAPTER_CONFIG: Final = "adapter_config.json"
 _CONFIG_LIMIT: Final = 16 * 2**20
+SIDECAR_SUFFIXES: Final = (".json", ".txt", ".jinja", ".model", ".tiktoken", ".spm", ".vocab")
+"""Of the files beside the weights: config, tokenizer, chat template."""
+_FILE_LIMIT: Final = 2**30
+"""Bytes of a file beside the weights: libraries read each into memory, and a merge copies it."""
 """Bytes that a config may have."""
 _MAX_CONFIG_COUNTS: Final = {"layers": 4096, "layer": 4096, "blocks": 4096, "labels": 2**20}
 """The largest count accepted for a field of a config, by the end of the field's name. No model has more."""
@@ -163,6 +167,10 @@ def _check_folder(folder: Path) -> None:
         hint = f"these hold one: {format_list(below)}" if below else "a base is a folder as save_pretrained writes it"
         raise BaseModelError(f"{escape_text(folder)}: no {_CONFIG} in this folder", hint=hint)
     _check_config(folder / _CONFIG)
+    for file in folder.iterdir():
+        size = file.stat().st_size if file.suffix in SIDECAR_SUFFIXES and file.is_file() else 0
+        if size > _FILE_LIMIT:
+            raise BaseModelError(f"{escape_text(file)} has {size:,} bytes; at most {_FILE_LIMIT:,} are expected")
 
 
 def _check_config(file: Path) -> None:

@@ -552,8 +552,10 @@ def test_an_answer_that_holds_its_own_end_is_refused(tmp_path: Path) -> None:
         preview_of(tmp_path, [EXCHANGES[0], said("assistant", "y</s>o")])
 
 
-def test_kit_base_is_trained_on_the_tokens_that_generation_has() -> None:
-    kit = load_input_spec("kit-base").tokenizer
+@pytest.mark.parametrize("kind", ["bytes", "first", "always"])
+def test_pieces_of_words_are_trained_on_as_generation_has_them(kind: str) -> None:
+    """Those of kit-base are of bytes; SentencePiece puts a space before a text, or before each part of one."""
+    kit = load_input_spec("kit-base").tokenizer if kind == "bytes" else texts.piece_tokenizer(kind)
     plain = chat_template("plain", kit, base="kit-base")
     talk = chats.conversation(
         ("user", "name : Aromi | food : French"), ("assistant", "Aromi serves French food."),

@@ -226,6 +226,11 @@ BASES: tuple[Fault, ...] = (
         command=GENERATE,
     ),
     _row(
+        "a tokenizer of a terabyte",
+        _with_adapter(lambda folder: os.truncate(folder / "base" / "tokenizer.json", 2**40)),
+        "1,099,511,627,776 bytes",
+    ),
+    _row(
         "a tokenizer that is no JSON",
         _with_adapter(lambda folder: (folder / "base" / "tokenizer.json").write_text("{")),
         "tokenizer",

@@ -155,6 +155,12 @@ RECORDS: tuple[Fault, ...] = (
     _record("a bit of a config", _alpha, "changed since it was saved", peft=load_with_peft),
     _record("a bit of the weights", _flip_weight, "changed since it was saved", peft=load_with_peft),
     _record("a bit of a card", _flip(CARD, b"#", b'"'), "README.md changed", error=VerificationError),
+    _record(
+        "a card of a terabyte",
+        lambda folder: os.truncate(folders.adapter().save(folder / "adapter") / CARD, 2**40),
+        "README.md changed",
+        error=VerificationError,
+    ),
     _record("a record of a later format", _flip(RECORD, b'"format": 3', b'"format": 4'), "format"),
     _record("a record that names a file outside", _outside, "no file beside it"),
     _record("a record that is a FIFO", _place(os.mkfifo), "not a regular file"),

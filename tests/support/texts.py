@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, trainers
 
 PAD, BOS, EOS, UNKNOWN = 0, 1, 2, 3
 _CHARACTERS = string.ascii_letters + string.digits + " \n.,:;!?'-+=/()[]"
@@ -40,6 +40,20 @@ def bert_tokenizer() -> Any:
         single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
     )
     return made
+
+
+def piece_tokenizer(scheme: str) -> Any:
+    """Pieces of words, each with the space before it, as SentencePiece has them; by `scheme` a space is put before the
+    `first` piece of a text, or `always` before what follows a special token, too."""
+    model = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=False))
+    model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    words = "name Aromi food French serves And where is it? In the city centre. user assistant : | <"
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=special, show_progress=False)
+    model.train_from_iterator([words, _CHARACTERS] * 9, trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
 
 
 def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:

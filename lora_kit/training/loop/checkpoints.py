@@ -34,7 +34,7 @@ from lora_kit.data.sample_store import remove_samples
 from lora_kit.errors import AdapterError, RecipeError, StorageError, format_list
 from lora_kit.io.atomic_write import remove_leftovers, stage_folder
 from lora_kit.io.output_lock import is_empty_folder, remove_folder
-from lora_kit.io.read import exists, folder_exists, hash_file, read_json, read_text
+from lora_kit.io.read import exists, folder_exists, has_recorded_hash, hash_file, read_json, read_text
 from lora_kit.io.sealed_json import NO_DIGEST, SELF_DIGEST, is_intact, seal_json
 from lora_kit.io.strict_json import JsonObject, parse_object
 from lora_kit.io.text import escape_text, format_value
@@ -141,7 +141,7 @@ class RunFolder:
         is_whole = all(name in record and isinstance(record[name], kinds) for name, kinds in _TYPES.items())
         if not is_whole or record["step"] != step:
             raise AdapterError(f"{MARKER} is damaged")
-        changed = [name for name, facts in record["files"].items() if hash_file(folder / name) != facts]
+        changed = [name for name, facts in record["files"].items() if not has_recorded_hash(folder / name, facts)]
         checkpoint = Checkpoint(folder=folder, **{key: record[key] for key in _FIELDS})
         if changed:
             raise AdapterError(f"{format_list(changed)} changed since the checkpoint was written")

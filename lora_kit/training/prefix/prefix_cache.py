@@ -26,7 +26,7 @@ from lora_kit.data.batches import PREFIX_STATES, SAMPLE_WEIGHTS, Collator, Encod
 from lora_kit.data.packing import PackedDataset
 from lora_kit.errors import LoraKitError
 from lora_kit.io.atomic_write import remove_leftovers, stage_folder
-from lora_kit.io.read import exists, hash_file, read_text
+from lora_kit.io.read import exists, has_recorded_hash, hash_file, read_text
 from lora_kit.io.safetensors import encode_header
 from lora_kit.io.sealed_json import NO_DIGEST, SELF_DIGEST, is_intact, seal_json
 from lora_kit.io.strict_json import parse_object
@@ -215,7 +215,7 @@ def reason_not_usable(folder: Path, facts: Facts) -> str | None:
         record.pop(SELF_DIGEST)
         if record != json.loads(json.dumps(facts)):
             return "it was computed from something else"
-        changed = [name for name, sums in files.items() if hash_file(folder / name) != sums]
+        changed = [name for name, sums in files.items() if not has_recorded_hash(folder / name, sums)]
     except (LoraKitError, ValueError, OSError):
         return "it cannot be read"
     return "it is damaged" if changed else None
