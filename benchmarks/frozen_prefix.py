@@ -5,6 +5,7 @@ with frozen layers computed in every step and once, and by transformers.Trainer 
 time of an epoch after the first, the accuracy on test rows, and the weights with and without.
 
     python -m benchmarks.frozen_prefix --data FOLDER --encoder FOLDER    # banking77/train.jsonl, test.jsonl
+    … --only "LoRA, top layer"                                           # one row, beside those measured earlier
     python -m benchmarks.frozen_prefix --table                           # README.md from the result
 """
 
@@ -181,6 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="folder with banking77/train.jsonl and test.jsonl")
     parser.add_argument("--encoder", type=Path, help="folder of the encoder")
     parser.add_argument("--rows", type=int, default=2000, help="training rows")
+    parser.add_argument("--only", choices=list(SETTINGS), help="measure this row alone")
     parser.add_argument("--table", action="store_true", help="write the table of README.md from the result")
     options = parser.parse_args(argv)
     if not options.table:
@@ -188,11 +190,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error("--data and --encoder are needed")
         quiet()
         torch.set_num_threads(1)
-        write(NAME, measure(options.data / "banking77", options.encoder, options.rows))
+        names = [options.only] if options.only else list(SETTINGS)
+        result = measure(options.data / "banking77", options.encoder, options.rows, names)
+        if options.only:
+            rows = {**read_result(NAME)["settings"], **result["settings"]}
+            result["settings"] = {name: rows[name] for name in SETTINGS if name in rows}
+        write(NAME, result)
     fill(README, render(read_result(NAME)), mark=NAME)
 
 
-def measure(data: Path, encoder: Path, count: int) -> dict[str, Any]:
+def measure(data: Path, encoder: Path, count: int, names: Sequence[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         chosen = random.Random(0).sample(read(data / "train.jsonl"), count)
         rows = Path(folder, "train.jsonl")
@@ -201,8 +208,8 @@ def measure(data: Path, encoder: Path, count: int) -> dict[str, Any]:
         label2id = {label: number for number, label in enumerate(labels)}
         start = start_of(encoder, labels, Path(folder, "encoder"), dropout=0.0)
         cells: dict[str, Any] = {}
-        for name, layers in SETTINGS.items():
-            cells[name] = measure_setting(layers, start, rows, data / "test.jsonl", label2id)
+        for name in names:
+            cells[name] = measure_setting(SETTINGS[name], start, rows, data / "test.jsonl", label2id)
             print(name, json.dumps(cells[name]), flush=True)
         return {"rows": count, "epochs": EPOCHS, "batch": BATCH, "r": RANK, "settings": cells}
 

@@ -5,6 +5,7 @@ Eight adapters of rank 8 on every linear layer of the embedded base, fp32, one t
 as many as it measured to be quickest. Steps in which it still measures are left out.
 
     python -m benchmarks.joint_training --write    # results and README.md
+    python -m benchmarks.joint_training --only "1 × 256"   # one row, into both
     python -m benchmarks.joint_training --memory   # the memory alone, into both; it needs no quiet machine
     python -m benchmarks.joint_training --table    # README.md from the result, nothing else
 """
@@ -46,7 +47,7 @@ from lora_kit.training.together.group_size import GroupSize
 RESULT: Final = RESULTS / "joint_training.json"
 MARK: Final = "joint_training"
 ADAPTERS: Final = 8
-SIZES: Final = ((1, 16), (1, 64), (4, 64), (1, 256))
+SIZES: Final = {f"{rows} × {tokens}": (rows, tokens) for rows, tokens in ((1, 16), (1, 64), (4, 64), (1, 256))}
 """Rows of a batch, and tokens of a row, of each adapter."""
 STEPS: Final = 6
 """Steps of each adapter that count, at the end of its training."""
@@ -176,7 +177,7 @@ def measure_memory(adapters: int) -> int:
 
 
 def measure_all() -> dict[str, Any]:
-    rows = {f"{rows} × {tokens}": in_own_process(measure, rows, tokens) for rows, tokens in SIZES}
+    rows = {label: in_own_process(measure, *size) for label, size in SIZES.items()}
     return {"rows": rows, "memory": measure_all_memory(), **environment()}
 
 
@@ -214,14 +215,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the result and README.md")
     parser.add_argument("--table", action="store_true", help="write README.md from the result")
+    parser.add_argument("--only", choices=list(SIZES), help="measure this row alone, and write it into both")
     parser.add_argument("--memory", action="store_true", help="measure the memory alone, and write it into both")
     arguments = parser.parse_args()
-    is_kept = arguments.table or arguments.memory
+    is_kept = arguments.table or arguments.memory or arguments.only
     result = json.loads(RESULT.read_text(encoding="utf-8")) if is_kept else measure_all()
     if arguments.memory:
         result["memory"] = measure_all_memory()
+    if arguments.only:
+        rows = {**result["rows"], arguments.only: in_own_process(measure, *SIZES[arguments.only])}
+        result["rows"] = {label: rows[label] for label in SIZES if label in rows}
     print(page(result))
-    if arguments.write or arguments.memory:
+    if arguments.write or arguments.memory or arguments.only:
         RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if arguments.write or is_kept:
         fill(README, page(result), mark=MARK)

@@ -24,18 +24,21 @@ SCRIPTS: dict[str, dict[str, Any]] = {
     "train_chat_voice": {"train.max_steps": 1},
     "train_classifier": {"train.max_steps": 1},
     "train_many_at_once": {"train.max_steps": 1},
+    "train_on_ray": {"train.max_steps": 1},
 }
 """What each is called with here, so that it takes a second or two."""
 MODULES = {"course", "tiny_models"}
 """Tested by test_course.py."""
-EXTRAS = {"prefer_with_trl": ("trl",), "serve_and_ask": ("fastapi", "uvicorn")}
+EXTRAS = {"prefer_with_trl": ("trl",), "serve_and_ask": ("fastapi", "uvicorn"), "train_on_ray": ("ray",)}
+STARTING = ("serve_and_ask", "train_on_ray")
+"""Those that start processes of their own, which takes its time."""
 MAX_LINES = 80
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
-@pytest.mark.parametrize("name", take_few(SCRIPTS, *(name for name in SCRIPTS if "serve" not in name)))
+@pytest.mark.parametrize("name", take_few(SCRIPTS, *(name for name in SCRIPTS if name not in STARTING)))
 def test_a_script_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in EXTRAS.get(name, ()):
         pytest.importorskip(package)
@@ -80,7 +83,7 @@ def test_every_example_is_tested_short_and_in_the_list() -> None:
     assert set(scripts) == set(SCRIPTS) | MODULES
     lengths = {name: len(path.read_text("utf-8").splitlines()) for name, path in scripts.items() if name in SCRIPTS}
     assert max(lengths.values()) < MAX_LINES
-    assert (len(SCRIPTS), len(NOTEBOOKS)) == (10, 3)
+    assert (len(SCRIPTS), len(NOTEBOOKS)) == (11, 3)
     page = (ROOT / "docs" / "examples.md").read_text("utf-8")
     assert not [path.name for path in [*scripts.values(), *NOTEBOOKS] if path.name not in page]
     assert pages.blocks(ROOT / "docs" / "examples.md", "sh")

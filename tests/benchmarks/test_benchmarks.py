@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import encoder, harness, initialization, joint_training, quality, tables
+from benchmarks import encoder, harness, initialization, joint_training, plan_sizes, quality, tables
 from benchmarks.harness import Case, Effort
 from benchmarks.op_counts import kept, operations
 
@@ -30,11 +30,11 @@ def test_every_suite_has_a_short_form_and_a_page(suite: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [initialization, encoder, quality, joint_training], ids=lambda module: module.__name__
+    "module", [initialization, encoder, quality, joint_training, plan_sizes], ids=lambda module: module.__name__
 )
 def test_sections_of_other_questions_say_what_their_results_say(module: ModuleType) -> None:
     text = module.page(json.loads(module.RESULT.read_text(encoding="utf-8")))
-    page = harness.README.read_text(encoding="utf-8")
+    page = getattr(module, "PAGE", harness.README).read_text(encoding="utf-8")
     mark = module.__name__.rpartition(".")[2]
     assert harness.replace_marked(page, text, mark=mark) == page, f"run python -m {module.__name__} --table"
 

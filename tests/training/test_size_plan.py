@@ -140,8 +140,9 @@ def test_an_encoder_with_a_decoder_is_planned(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "count", "name"),
-    [("H200", 1, "H200"), ("8xh100", 8, "H100"), ("RTX-4090", 1, "4090"), ("2x24GB", 2, "24GB")],
-)
+    [("H200", 1, "H200"), ("8xh100", 8, "H100"), ("RTX-4090", 1, "4090"), ("A100-80GB", 1, "A100-80"),
+     ("2x24GB", 2, "24GB")],
+)  # fmt: skip
 def test_devices_have_names_or_sizes(text: str, count: int, name: str) -> None:
     devices, device = parse_devices(text)
     assert (devices, device.name) == (count, name)

@@ -240,6 +240,21 @@ def test_two_recipes_with_one_output_are_rejected(tmp_path: Path) -> None:
         train_many([recipe, {**recipe, "lora": {"r": 2}}])
 
 
+@pytest.mark.parametrize("place", ["{}/inner", "{}.run", "{}.run/checkpoint-2"])
+def test_an_output_within_what_another_recipe_writes_is_rejected(tmp_path: Path, place: str) -> None:
+    recipe = recipe_of(tmp_path)
+    pair = [recipe, {**recipe, "out": place.format(recipe["out"])}]
+    for recipes in (pair, pair[::-1]):
+        with pytest.raises(RecipeError, match="lies in what is written for the other"):
+            train_many(recipes)
+
+
+def test_an_error_in_one_of_several_recipes_says_in_which(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path)
+    with pytest.raises(RecipeError, match=r"recipe 2 of 3: train.learning_rate must be a finite number"):
+        train_many([recipe, {**recipe, "train": {"learning_rate": "fast"}}, recipe])
+
+
 def test_a_base_with_routed_experts_is_rejected(tmp_path: Path) -> None:
     config = transformers.MixtralConfig(
         hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import queue
 import signal
+import threading
 import time
 from typing import Any
 
@@ -22,7 +23,7 @@ from lora_kit.training.loop.launcher import count_by_machine
 from lora_kit.training.loop.signals import StopRequest
 from lora_kit.training.loop.store_exchange import PeerError
 from lora_kit.training.loop.world import ALONE, World, join_world
-from tests.support.worlds import in_threads
+from tests.support.worlds import in_processes, in_threads
 
 
 def test_every_process_gets_what_the_first_one_decides() -> None:
@@ -57,6 +58,26 @@ def test_a_process_alone_decides_for_itself() -> None:
 )
 def test_processes_are_counted_by_machine(local_ranks: tuple[int, ...], counts: tuple[int, ...]) -> None:
     assert count_by_machine(local_ranks) == counts
+
+
+def test_a_group_that_is_there_already_is_used_and_left_as_in_a_worker_of_ray() -> None:
+    """Which makes it before it calls a function, in a thread that is not the main one."""
+
+    def work() -> tuple[list[int], bool]:
+        dist.init_process_group("gloo")
+        found: list[Any] = []
+
+        def train() -> None:
+            for _ in range(2):
+                with join_world() as world, StopRequest(alone=False):
+                    found.append(world.gather(world.rank))
+
+        thread = threading.Thread(target=train)
+        thread.start()
+        thread.join()
+        return found, dist.is_initialized()
+
+    assert in_processes(work) == [([[0, 1]] * 2, True)] * 2
 
 
 LAUNCHED = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}

@@ -34,6 +34,7 @@ DEVICES: Final = {
         ("H200", 141, 989, 4.8),
         ("H100", 80, 989, 3.35),
         ("A100", 80, 312, 2.04),
+        ("A100-80", 80, 312, 2.04),
         ("A100-40", 40, 312, 1.56),
         ("MI300X", 192, 1307, 5.3),
         ("L40S", 48, 362, 0.864),
@@ -60,7 +61,7 @@ def parse_devices(text: str) -> tuple[int, Device]:
     if match is None or not int(match[1] or 1):
         raise ConfigError(f"{format_value(text)} names no devices", hint="such as H200, 8xH200 or 2x24GB")
     memory = _MEMORY.fullmatch(match[2])
-    name = match[2].lower().removeprefix("rtx").strip("-_")
+    name = match[2].lower().removeprefix("rtx").strip("-_").removesuffix("gb")
     device = Device(match[2], int(float(memory[1]) * 1e9)) if memory else DEVICES.get(name)
     if device is None or not device.bytes:
         hint = suggest_nearest(name, list(DEVICES)) or f"known: {', '.join(DEVICES)}; or a size, such as 24GB"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from lora_kit.io.text import escape_text
 from lora_kit.layers.experts import EXPERT_MATRICES
 from lora_kit.models.loading import Base
 from lora_kit.models.silence import silence_libraries
+from lora_kit.runs.run_files import find_run_folder
 from lora_kit.training.job.job import Job
 from lora_kit.training.job.output import check_output_available, check_output_writable
 from lora_kit.training.loop.checkpoints import RunFolder
@@ -76,7 +78,7 @@ def train_many(
         PartialTrainingError: some trainings failed, and the others were saved; it has the reports of these.
         LoraKitError: as `train`, where there is one recipe; or an output is not available, and nothing was trained.
     """
-    loaded = [load_recipe(recipe, overrides=overrides) for recipe in recipes]
+    loaded = [_load_one_of(recipes, number, overrides) for number in range(len(recipes))]
     if together < 1:
         raise RecipeError(f"together is {together}; at least one adapter is trained at once")
     if len(loaded) < 2:
@@ -88,6 +90,18 @@ def train_many(
     if errors:
         raise PartialTrainingError(errors, reports)
     return reports
+
+
+def _load_one_of(recipes: Sequence[RecipeSource], number: int, overrides: Section | None) -> Recipe:
+    """Return one of several recipes; an error names the file, or says which recipe it is."""
+    source = recipes[number]
+    try:
+        return load_recipe(source, overrides=overrides)
+    except RecipeError as error:
+        if len(recipes) < 2 or isinstance(source, (str, Path)):
+            raise
+        message = error.message.removeprefix("the recipe: ")
+        raise RecipeError(f"recipe {number + 1} of {len(recipes)}: {message}", hint=error.hint) from None
 
 
 def train_together(
@@ -115,7 +129,7 @@ def check_recipes_together(recipes: Sequence[Recipe]) -> None:
     Raises:
         RecipeError: names the recipe by its output, and what is different.
     """
-    first, outs = recipes[0], dict[Path, str]()
+    first = recipes[0]
     for recipe in recipes:
         if recipe.method not in ("lora", "features"):
             raise _build_refusal(recipe, f"method {recipe.method} changes the base, or wraps it")
@@ -127,10 +141,20 @@ def check_recipes_together(recipes: Sequence[Recipe]) -> None:
             own, other = getattr(recipe, key), getattr(first, key)
             if own != other:
                 raise _build_refusal(recipe, f"its {key} is {own or 'none'}, that of {first.out} is {other or 'none'}")
-        path = Path(recipe.out).resolve()
-        if path in outs:
-            raise RecipeError(f"two recipes write to {recipe.out}", hint="each adapter needs an out of its own")
-        outs[path] = recipe.out
+    _check_outputs_apart([recipe.out for recipe in recipes])
+
+
+def _check_outputs_apart(outs: Sequence[str]) -> None:
+    """Raise RecipeError where an output is another one or lies in it, or in the folder of its checkpoints."""
+    hint = "each adapter needs an out of its own"
+    folders = [(out, Path(out).resolve()) for out in outs]
+    for (one, first), (other, second) in itertools.combinations(folders, 2):
+        if first == second:
+            raise RecipeError(f"two recipes write to {escape_text(other)}", hint=hint)
+        for inner, outer in ((first, second), (second, first)):
+            if any(inner.is_relative_to(folder) for folder in (outer, find_run_folder(outer))):
+                both = f"{escape_text(one)} and {escape_text(other)}"
+                raise RecipeError(f"one of the outputs {both} lies in what is written for the other", hint=hint)
 
 
 def _build_refusal(recipe: Recipe, reason: str) -> RecipeError:
