@@ -25,7 +25,7 @@ from lora_kit.data.messages import Conversation, Message
 from lora_kit.data.rows import scan_rows
 from lora_kit.data.templates import chat_template
 from lora_kit.errors import LoraKitError
-from lora_kit.evaluation.adapter_format import find_adapter_labels, find_adapter_problem, find_adapter_thresholds
+from lora_kit.evaluation.adapter_format import find_adapter_labels, find_adapter_problem, find_thresholds
 from lora_kit.generation.prompts import find_template, find_training_data
 from lora_kit.io.sealed_json import NO_DIGEST, SELF_DIGEST, seal_json
 from lora_kit.merging.checkpoint.shards import read_shards
@@ -99,7 +99,7 @@ def _read_record(folder: Path) -> object:
 _USES: Final[tuple[Callable[[Adapter], object], ...]] = (
     find_adapter_labels,
     find_adapter_problem,
-    find_adapter_thresholds,
+    lambda adapter: find_thresholds(adapter.record, find_adapter_labels(adapter)),
     find_template,
     find_training_data,
     lambda adapter: infer_base([str(adapter.folder)]),

@@ -236,7 +236,7 @@ def _join_values(tensors: Sequence[Tensor]) -> Tensor:
     memory = tensors[0].untyped_storage()
     begin, size = memory.data_ptr(), sum(tensor.nbytes for tensor in tensors)
     if size == memory.nbytes() and all(tensor.untyped_storage().data_ptr() == begin for tensor in tensors):
-        return torch.empty(0, dtype=tensors[0].dtype).set_(memory)  # type: ignore[call-overload]
+        return torch.empty(0, dtype=tensors[0].dtype).set_(memory)
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 from lora_kit.data.cells import RowError, read_list, read_string
 from lora_kit.data.records import EMPTY, Row
@@ -21,7 +21,12 @@ TextInput = str | tuple[str, str]
 Label = str | int | float | tuple[str | int, ...]
 """One label, a number to be predicted, or all labels that apply."""
 
+Words = tuple[str, ...]
+WordLabels = tuple[str | int, ...]
+
 PAIR, WEIGHT = "text_pair", "weight"
+_Input = TypeVar("_Input")
+_Target = TypeVar("_Target")
 
 
 def read_labeled_text(row: Row) -> tuple[TextInput, Label] | tuple[TextInput, Label, float]:
@@ -40,7 +45,7 @@ def read_text_input(row: Row) -> TextInput:
     return (text, read_string(PAIR, row[PAIR])) if row.get(PAIR) is not None else text
 
 
-def _add_weight(row: Row, value: tuple[TextInput, Label]) -> tuple[TextInput, Label] | tuple[TextInput, Label, float]:
+def _add_weight(row: Row, value: tuple[_Input, _Target]) -> tuple[_Input, _Target] | tuple[_Input, _Target, float]:
     weight = row.get(WEIGHT)
     return value if weight in (None, "") else (*value, _read_weight(weight))
 
@@ -94,17 +99,24 @@ def _read_label_set(value: object) -> tuple[str | int, ...]:
 # Words
 
 
-def read_tagged_words(row: Row) -> tuple[tuple[str, ...], tuple[str | int, ...]]:
-    """Return words, and the label of each."""
-    return _read_words(row, "words", "labels")
+def read_tagged_words(row: Row) -> tuple[Words, WordLabels] | tuple[Words, WordLabels, float]:
+    """Return words, the label of each, and the weight of the row if it has one."""
+    return _add_weight(row, _read_words(row, "words", "labels"))
 
 
-def read_ner_tags(row: Row) -> tuple[tuple[str, ...], tuple[str | int, ...]]:
-    """Return words under the names that data sets of named entities use, and the label of each."""
-    return _read_words(row, "tokens", "ner_tags")
+def read_ner_tags(row: Row) -> tuple[Words, WordLabels] | tuple[Words, WordLabels, float]:
+    """Return the same of words under the names that data sets of named entities use."""
+    return _add_weight(row, _read_words(row, "tokens", "ner_tags"))
 
 
-def read_words(row: Row, key: str) -> tuple[str, ...]:
+def convert_tagged_words(value: tuple[Any, ...]) -> dict[str, object]:
+    """Return what `read_tagged_words` or `read_ner_tags` returned as the columns of a row."""
+    words, labels, *weight = value
+    columns: dict[str, object] = {"words": list(words), "labels": list(labels)}
+    return columns | ({WEIGHT: weight[0]} if weight else {})
+
+
+def read_words(row: Row, key: str) -> Words:
     """Return the words in a column."""
     words = read_list(row, key)
     if not words:
@@ -112,7 +124,7 @@ def read_words(row: Row, key: str) -> tuple[str, ...]:
     return tuple(read_string(f"{key} {number}", item) for number, item in words)
 
 
-def _read_words(row: Row, words_key: str, labels_key: str) -> tuple[tuple[str, ...], tuple[str | int, ...]]:
+def _read_words(row: Row, words_key: str, labels_key: str) -> tuple[Words, WordLabels]:
     words, labels = read_list(row, words_key), read_list(row, labels_key)
     if len(words) != len(labels):
         raise RowError(f"{len(words)} {words_key} and {len(labels)} {labels_key}; each word has one")

@@ -36,7 +36,7 @@ def encode_labeled_texts(rows: Rows, tokenizer: Tokenizer, sample_format: Sample
 
 
 def weight_of(value: RowValue) -> float:
-    """Return the weight of a labeled text in the loss."""
+    """Return the weight of a labeled text, or of labeled words, in the loss."""
     return float(value[2]) if len(value) > 2 else 1.0
 
 
@@ -71,7 +71,8 @@ def _find_class(label: object, label2id: Mapping[str, int]) -> int:
 def encode_labeled_words(rows: Rows, tokenizer: Tokenizer, sample_format: SampleFormat) -> Iterator[EncodedRow]:
     """Encode words with one label each, joined by single spaces, as in the running text that a model is used on."""
     label2id = sample_format.label2id
-    for words, labels in rows.values:
+    for value in rows.values:
+        words, labels = value[:2]
         text = tokenize_words(words, tokenizer, max_length=sample_format.max_length)
         reason = _reason_not_labelable(words, labels, text.tokenless, label2id)
         if reason:
@@ -80,7 +81,7 @@ def encode_labeled_words(rows: Rows, tokenizer: Tokenizer, sample_format: Sample
         token_labels = [IGNORE_INDEX] * len(text.ids)
         for number, token in text.first_tokens.items():
             token_labels[token] = label2id[str(labels[number - 1])]
-        yield EncodedRow(text.length, [(text.ids, token_labels)], cut=text.is_cut)
+        yield EncodedRow(text.length, [(text.ids, token_labels)], cut=text.is_cut, weight=weight_of(value))
 
 
 def _reason_not_labelable(

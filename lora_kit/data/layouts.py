@@ -9,7 +9,7 @@ conversations: [{from, value}]     chat         the same; the first message may 
 text, label                        label        (text, label), or (text, label, weight); with `text_pair` the text is
                                                 (text, text_pair)
 text, labels                       label        (text, (label, …)), or with a weight
-words, labels                      words        ((word, …), (label, …))
+words, labels                      words        ((word, …), (label, …)), or with a weight
 tokens, ner_tags                   words        the same
 text                               text         (text,)
 """
@@ -133,8 +133,8 @@ LAYOUTS: Final = (
     Layout("messages", ("messages",), "chat", read_messages, CONVERSATION_KEYS),
     Layout("ShareGPT conversations", ("conversations",), "chat", read_sharegpt, ("system", *CONVERSATION_KEYS)),
     Layout("text and label", ("text", "label"), "label", read_labeled_text, (PAIR, WEIGHT)),
-    Layout("words and labels", ("words", "labels"), "words", read_tagged_words),
-    Layout("tokens and ner_tags", ("tokens", "ner_tags"), "words", read_ner_tags),
+    Layout("words and labels", ("words", "labels"), "words", read_tagged_words, optional=(WEIGHT,)),
+    Layout("tokens and ner_tags", ("tokens", "ner_tags"), "words", read_ner_tags, optional=(WEIGHT,)),
     Layout("text and labels", ("text", "labels"), "label", read_text_with_labels, optional=(PAIR, WEIGHT)),
     Layout("text", ("text",), "text", _read_plain_text),
 )

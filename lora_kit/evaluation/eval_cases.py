@@ -21,8 +21,8 @@ def build_cases(rows: Rows, prompts: Sequence[EvalPrompt]) -> list[EvalCase]:
         ]
     if rows.format == "words":
         return [
-            EvalCase((line,), words, tuple(map(str, labels)))
-            for line, (words, labels) in zip(rows.lines, rows.values, strict=True)
+            EvalCase((line,), value[0], tuple(map(str, value[1])))
+            for line, value in zip(rows.lines, rows.values, strict=True)
         ]
     return []
 

@@ -64,14 +64,6 @@ class FileLock:
             os.close(descriptor)
         return False
 
-    @property
-    def is_free(self) -> bool:
-        """Whether no process holds the lock."""
-        if not self.acquire_now():
-            return False
-        self.release()
-        return True
-
     def release(self) -> None:
         """Release the lock; its file stays."""
         os.close(self._descriptor)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +34,15 @@ KIT_FOLDER: Final = Path(__file__).parent / "kit_base"
 _CONFIG: Final = "config.json"
 _ADAPTER_CONFIG: Final = "adapter_config.json"
 _CONFIG_LIMIT: Final = 16 * 2**20
+"""Bytes that a config may have."""
 SIDECAR_SUFFIXES: Final = (".json", ".txt", ".jinja", ".model", ".tiktoken", ".spm", ".vocab")
 """Of the files beside the weights: config, tokenizer, chat template."""
+_READ_NAMES: Final = re.compile(
+    "(tokenizer|vocab|merges|added_tokens|special_tokens|generation_|chat_template|sp|sentence)"
+)
+"""How the names of those begin that libraries read whole. Other files, such as rows to train on, may be large."""
 _FILE_LIMIT: Final = 2**30
-"""Bytes of a file beside the weights: libraries read each into memory, and a merge copies it."""
-"""Bytes that a config may have."""
+"""Bytes that such a file may have."""
 _MAX_CONFIG_COUNTS: Final = {"layers": 4096, "layer": 4096, "blocks": 4096, "labels": 2**20}
 """The largest count accepted for a field of a config, by the end of the field's name. No model has more."""
 _BASE_PATTERNS: Final = [
@@ -168,7 +173,8 @@ def _check_folder(folder: Path) -> None:
         raise BaseModelError(f"{escape_text(folder)}: no {_CONFIG} in this folder", hint=hint)
     _check_config(folder / _CONFIG)
     for file in folder.iterdir():
-        size = file.stat().st_size if file.suffix in SIDECAR_SUFFIXES and file.is_file() else 0
+        is_read = file.suffix in SIDECAR_SUFFIXES and _READ_NAMES.match(file.name) and file.is_file()
+        size = file.stat().st_size if is_read else 0
         if size > _FILE_LIMIT:
             raise BaseModelError(f"{escape_text(file)} has {size:,} bytes; at most {_FILE_LIMIT:,} are expected")
 

@@ -206,7 +206,7 @@ def check_folder(plan: SweepPlan, *, replace: bool) -> list[str]:
 
 def _clear_folder(folder: Path) -> None:
     locks = [FileLock(path) for path in (folder / SWEEP_LOCKS).iterdir() if path.name.isdecimal()]
-    if not all(lock.is_free for lock in locks):
+    if any(lock.is_held for lock in locks):
         raise StorageError(f"another process works on {escape_text(folder)}", hint="wait for it, or stop it")
     # Last the plan: with it gone, the trials of the old sweep would be taken for those of the new one. The locks stay:
     # this process holds one.

@@ -104,7 +104,7 @@ def test_a_row_that_is_wrong_is_named(tmp_path: Path, row: dict[str, Any], messa
         ({"text": "a", "text_pair": "b"}, "text, which does not read text_pair"),
         ({"text": "a", "weight": 2}, "text, which does not read weight"),
         ({"prompt": "a", "completion": "b", "weight": 2}, "which does not read weight"),
-        ({"words": ["a"], "labels": ["O"], "weight": 2}, "which does not read weight"),
+        ({"words": ["a"], "labels": ["O"], "text_pair": "b"}, "which does not read text_pair"),
         ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "which does not read history"),
         ({"prompt": "a", "completion": "b", "system": "be kind"}, "which does not read system"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "system": "be kind"}, "which does not read system"),
@@ -115,6 +115,14 @@ def test_a_column_that_would_change_what_is_learned_is_not_passed_over(
 ) -> None:
     with pytest.raises(DataError, match=message):
         rows_of(tmp_path, [row])
+
+
+def test_words_may_have_a_weight_under_either_names_of_their_columns(tmp_path: Path) -> None:
+    for words, labels in (("words", "labels"), ("tokens", "ner_tags")):
+        rows = [{words: ["a", "b"], labels: ["O", "P"], "weight": weight} for weight in (2, None)]
+        assert rows_of(tmp_path, rows).values == ((("a", "b"), ("O", "P"), 2.0), (("a", "b"), ("O", "P")))
+        with pytest.raises(DataError, match=":1: weight must be a number above 0"):
+            rows_of(tmp_path, [{words: ["a"], labels: ["O"], "weight": -1}])
 
 
 def test_an_empty_column_changes_nothing(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from lora_kit.bank.attach import attach
 from lora_kit.data.batches import Collator
 from lora_kit.data.encode import encode
 from lora_kit.data.label_problem import list_label_names, resolve_problem
+from lora_kit.data.preparation.prepare import prepare
 from lora_kit.data.rows import read_rows
 from lora_kit.errors import RecipeError
 from lora_kit.evaluation.evaluate import evaluate
@@ -26,6 +27,7 @@ from lora_kit.training.recipe.class_weights import compute_class_weights
 from lora_kit.training.train import train
 from tests.support import texts, tiny
 from tests.support.problems import ROWS, SINGLE, SIZES, learnable_rows, one_step, steady_base
+from tests.support.sequences import TAGGED, tagger
 from tests.support.training import recipe_of, same_state, state
 
 
@@ -90,6 +92,24 @@ def test_a_row_of_weight_two_is_a_row_that_is_there_twice(tmp_path: Path, proble
     assert_same_weights(
         trained_weights(tmp_path / "a", weighted, problem), trained_weights(tmp_path / "b", twice, problem)
     )
+
+
+def test_words_of_weight_two_are_words_that_are_there_twice(tmp_path: Path) -> None:
+    """So they are in what `prepare` writes of them."""
+    weighted = [{**row, "weight": 2.0 if number == 1 else None} for number, row in enumerate(TAGGED)]
+    prepare(texts.write(tmp_path / "rows.jsonl", weighted), tmp_path / "prepared", share=0)
+    rows = [json.loads(line) for line in (tmp_path / "prepared" / "train.jsonl").read_text().splitlines()]
+    assert [row.get("weight") for row in rows if row["words"] == TAGGED[1]["words"]] == [2.0]
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    once, again = (
+        train(one_step(tmp_path / name, given) | {"task": "tokens"}, base=tagger(), replace=True).out
+        for name, given in (("a", rows), ("b", [*TAGGED, TAGGED[1]]))
+    )
+    read = transformers.AutoModelForTokenClassification.from_pretrained
+    assert_same_weights(read(once).state_dict(), read(again).state_dict())
+    measured = evaluate(str(once), [None], tmp_path / "a" / "rows.jsonl")
+    assert [case.expected for case in measured.cases] == [tuple(row["labels"]) for row in rows]
 
 
 def test_balanced_weights_make_labels_weigh_the_same(tmp_path: Path) -> None:

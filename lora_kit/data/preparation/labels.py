@@ -143,7 +143,7 @@ def relabel_rows(rows: Rows, names: Mapping[str, str]) -> Rows:
 
     values: tuple[RowValue, ...]
     if rows.format == "words":
-        values = tuple((words, tuple(map(rename, labels))) for words, labels in rows.values)
+        values = tuple((words, tuple(map(rename, labels)), *weight) for words, labels, *weight in rows.values)
     else:
         values = tuple(_relabel_text(value, rename) for value in rows.values)
     return dataclasses.replace(rows, values=values)

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import yaml
 
-from lora_kit.data.label_columns import convert_labeled_text
+from lora_kit.data.label_columns import convert_labeled_text, convert_tagged_words
 from lora_kit.data.layouts import RowValue
 from lora_kit.data.messages import ALL
 from lora_kit.data.preferences import is_preference, preference_to_json, suggest_objective
@@ -33,7 +33,6 @@ TEST: Final = TEST_FILE
 _MANIFEST_VERSION: Final = 1
 _COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
     "completion": ("prompt", "completion"),
-    "words": ("words", "labels"),
     "text": ("text",),
 }
 """The columns that a value is written under, by format."""
@@ -172,6 +171,8 @@ def _format_row(rows: Rows, value: RowValue) -> str:
     """Return a row as a line of JSON, in the first layout of its format."""
     if rows.format == "label":
         row: dict[str, object] = convert_labeled_text(value)
+    elif rows.format == "words":
+        row = convert_tagged_words(value)
     elif rows.format == "chat":
         row = value[0].to_json()
     elif is_preference(rows.format):
