@@ -227,12 +227,25 @@ def _judge_case(case: ExportCase, target: str, limit: int | None, allow: Collect
     unsupported += servers.find_unsupported_by_all(case) if program.plain else ()
     unsupported += program.find_unsupported(case)
     if program.whole:
-        return Verdict(target, program.reader, (), (), ("the base, to merge into",))
+        return Verdict(target, program.reader, (), (), ("the base, to merge into", *_list_window_limits(case, program)))
     rank = case.plain.rank if program.plain else config.largest_rank
     if limit is not None and rank > limit:
         unsupported.append(f"r: rank {rank} is above max_lora_rank {limit}; resize it to {limit}")
     changed = case.plain.changes if program.plain else ()
-    return Verdict(target, program.reader, tuple(unsupported), changed, tuple(program.needs(case)))
+    needed = (*program.needs(case), *_list_window_limits(case, program))
+    return Verdict(target, program.reader, tuple(unsupported), changed, needed)
+
+
+def _list_window_limits(case: ExportCase, program: ExportTarget) -> list[str]:
+    """Return how long texts may be where a program passes over the base's sliding window."""
+    config = case.base_config if program.unwindowed else None
+    window = (config or {}).get("sliding_window")
+    if config is None or not window or config.get("model_type") not in program.unwindowed:
+        return []
+    return [
+        f"texts of at most {window:,} tokens, for the same outputs as here: of a longer one {program.reader} attends "
+        f"to all, this base to the last {window:,} tokens alone"
+    ]
 
 
 def _export_merged(case: ExportCase, out: Path, *, replace: bool, allow: Collection[str]) -> Export:
@@ -262,6 +275,7 @@ def _format_card(case: ExportCase, verdict: Verdict) -> str:
         f"{case.name} for {goal.reader}",
         goal.command(case),
         *_describe_prompts(case, goal),
+        *(f"It needs {limit}." for limit in _list_window_limits(case, goal)),
         format_table(rows),
         *changes,
     )

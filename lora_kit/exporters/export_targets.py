@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -26,6 +26,7 @@ class ExportTarget:
         whole: whether it is given a whole model, into which the adapter is merged.
         prompts: what becomes of the prompt format of the training: `command`, where the command gives a chat template;
             `files`, where the files have it; `user`, who has to see to it.
+        unwindowed: types of models whose sliding windows it passes over: every token there attends to all before it.
     """
 
     reader: str
@@ -37,12 +38,15 @@ class ExportTarget:
     needs: Callable[[ExportCase], list[str]] = lambda case: []
     whole: bool = False
     prompts: Literal["command", "files", "user"] = "user"
+    unwindowed: Collection[str] = ()
 
 
 def _accept_all(case: ExportCase) -> Iterator[str]:
     return iter(())
 
 
+_UNWINDOWED: Final = ("mistral", "phi3", "qwen2", "qwen3")
+"""Seen in llama.cpp 0.5.0 and mlx-lm 0.32.2, whose logits are those of the base with its window taken off."""
 ADAPTER_TARGETS: Final = {
     "peft": ExportTarget("PEFT", _accept_all, servers.write_peft, servers.format_peft_command, plain=False, dora=True),
     "vllm": ExportTarget(
@@ -64,7 +68,12 @@ ADAPTER_TARGETS: Final = {
         "Text Generation Inference", servers.find_unsupported_by_tgi, servers.write_plain, servers.format_tgi_command
     ),
     "gguf": ExportTarget(
-        "llama.cpp", llama_cpp.find_unsupported, llama_cpp.write, llama_cpp.format_command, prompts="command"
+        "llama.cpp",
+        llama_cpp.find_unsupported,
+        llama_cpp.write,
+        llama_cpp.format_command,
+        prompts="command",
+        unwindowed=_UNWINDOWED,
     ),
     "ollama": ExportTarget(
         "Ollama",
@@ -73,8 +82,16 @@ ADAPTER_TARGETS: Final = {
         ollama.format_command,
         needs=ollama.list_requirements,
         prompts="files",
+        unwindowed=_UNWINDOWED,
     ),
-    "mlx": ExportTarget("mlx-lm", mlx.find_unsupported, mlx.write, mlx.format_command, dora=True),
+    "mlx": ExportTarget(
+        "mlx-lm",
+        mlx.find_unsupported,
+        mlx.write,
+        mlx.format_command,
+        dora=True,
+        unwindowed=(*_UNWINDOWED, "gemma2"),
+    ),
     "gguf-model": ExportTarget(
         "llama.cpp",
         _accept_all,
@@ -84,6 +101,7 @@ ADAPTER_TARGETS: Final = {
         dora=True,
         whole=True,
         prompts="files",
+        unwindowed=_UNWINDOWED,
     ),
     "ollama-model": ExportTarget(
         "Ollama",
@@ -94,6 +112,7 @@ ADAPTER_TARGETS: Final = {
         dora=True,
         whole=True,
         prompts="files",
+        unwindowed=_UNWINDOWED,
     ),
 }
 """By name; `MERGED` is beside them."""

@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from lora_kit.adapter.conversion.convert import convert
 from lora_kit.adapter.peft_keys import lora_weight_keys
 from lora_kit.cli.main import main
 from lora_kit.errors import AdapterError, BaseMismatchError, ConfigError, ExportError, StorageError
-from lora_kit.exporters.export import check
+from lora_kit.exporters.export import TARGETS, check
 from lora_kit.exporters.llama_cpp import ARCHITECTURES
 from lora_kit.models.loading import load_base
 from tests.support import tiny
@@ -397,6 +397,28 @@ def test_gguf_needs_the_base_and_refuses_what_is_tied(awkward: Path, tmp_path: P
     folder = trained(tiny.llama(tie=True), tmp_path / "tied", r=4, target_modules=["embed_tokens", "q_proj"])
     for target in ("gguf", "mlx"):
         assert "embed_tokens is tied" in " ".join(check(folder, target, base=tmp_path / "base").refused)
+
+
+@pytest.mark.parametrize(
+    ("kind", "window", "targets"),
+    [
+        (transformers.MistralConfig, 8, ("gguf", "ollama", "mlx", "gguf-model", "ollama-model")),
+        (transformers.MistralConfig, None, ()),
+        (transformers.Qwen2Config, 8, ()),  # which has its window off where nothing is said
+        (transformers.Gemma2Config, 8, ("mlx",)),
+    ],
+)
+def test_a_window_that_a_reader_passes_over_limits_the_texts(
+    kind: type[transformers.PretrainedConfig], window: int | None, targets: Sequence[str], tmp_path: Path
+) -> None:
+    model = transformers.AutoModelForCausalLM.from_config(kind(**tiny_shape(head_dim=8, sliding_window=window)))
+    model.save_pretrained(tmp_path / "base")
+    folder = trained(model, tmp_path / "sql", r=4, target_modules=["q_proj"])
+    for target in (name for name in TARGETS if name != "merged"):
+        needed = check(folder, target, base=tmp_path / "base").needed
+        assert any("at most 8 tokens" in need for need in needed) == (target in targets), target
+    lk.export(folder, "mlx", tmp_path / "out", base=tmp_path / "base")
+    assert ("at most 8 tokens" in (tmp_path / "out" / "README.md").read_text()) == ("mlx" in targets)
 
 
 def test_ollama_gets_a_modelfile_and_is_refused_what_its_own_engine_runs(base: Path, tmp_path: Path) -> None:

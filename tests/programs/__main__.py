@@ -29,15 +29,18 @@ def main() -> int:
     """Run the programs that are named, or all of them, and print a line for each form that they read."""
     parser = argparse.ArgumentParser(prog="python -m tests.programs", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=list(CHECKS), default=[], help="programs to run")
-    parser.add_argument(
-        "--root", type=lambda text: Path(text).absolute(), default=ROOT, help="folder of the environments and files"
-    )
+    parser.add_argument("--form", nargs="+", default=[], help="only what is in the column “reads” of docs/export.md")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of the environments and files")
     parser.add_argument("--write", action="store_true", help="write the results, and the table of docs/export.md")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
-    cases, is_wrong = list(write_cases(arguments.root / "cases")), False
-    for program, check in iterate_checks(arguments.only):
-        record = _run(program, check, cases, arguments.root)
+    checks = list(iterate_checks(arguments.only, arguments.form))
+    if not checks:
+        parser.error(f"no program of these reads {' '.join(arguments.form)!r}")
+    root = arguments.root.absolute()
+    cases, is_wrong = list(write_cases(root / "cases")), False
+    for program, check in checks:
+        record = _run(program, check, cases, root)
         is_wrong |= record["wrong"]
         if arguments.write:  # at once: a run that is stopped keeps what it has
             write_record(record)

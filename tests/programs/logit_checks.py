@@ -81,7 +81,7 @@ class LogitCheck:
         features: kinds of adapters; None for all.
         wide_bounds: by base, the largest difference of logits that is right where the program computes something of the
             base less precisely.
-        known_faults: by feature, what the program is known to do wrong.
+        known_faults: by feature, or by base and feature (`qwen2/head`), what the program is known to do wrong.
         whole: whether it reads a whole model, not a base and an adapter.
         normalized: whether it gives logarithms of probabilities, not logits.
         packages: of the program, where the reader is another one and does not say its version.
@@ -152,7 +152,7 @@ def run_reader(
 
 
 def _judge(check: LogitCheck, case: Case, result: Mapping[str, Any], file: Path) -> Outcome:
-    fault = check.known_faults.get(case.feature or "")
+    fault = check.known_faults.get(case.key, check.known_faults.get(case.feature or ""))
     if result["error"] is not None:
         return Outcome(case.key, "known" if fault else "failed", reason=fault or result["error"])
     logits, ours = np.load(file)[:, : case.logits.shape[1]], case.logits

@@ -54,6 +54,8 @@ def normalize(logits: NDArray[np.float32]) -> NDArray[np.float32]:
         (ALONE, {}, "wrong"),
         (np.full_like(CHANGED, np.nan), {}, "wrong"),
         (ALONE, {"known_faults": {"plain": "it ignores it"}}, "known"),
+        (ALONE, {"known_faults": {"tiny/plain": "it ignores it"}}, "known"),
+        (ALONE, {"known_faults": {"large/plain": "it ignores it"}}, "wrong"),
         (CHANGED + 2e-4, {"wide_bounds": {"tiny": 1e-3}}, "equal"),
     ],
 )
