@@ -35,6 +35,7 @@ PROMPT_NOTE: Final = (
 """What whoever reads the README of a folder with a Modelfile has to know."""
 _EOS: Final = "<eos>"
 """Stands for the tokenizer's own end of text in a format."""
+_NO_NAME: Final = re.compile(r"[^A-Za-z0-9_.-]+")
 _PARTS: Final = re.compile(r'\{+|"""|.', re.DOTALL)
 _TURNS: Final = (Message("user", "What is it?"), Message("assistant", "A crossing."), Message("user", "And this?"))
 _INSTRUCTION: Final = Message("system", "Answer in few words.")
@@ -136,6 +137,14 @@ class KnownFormat:
             return self.format.to_ollama()
         turn = _escape_for_go((self.format.system or "").replace("{}", self.system))
         return "{{ if not .System }}" + turn + "{{ end }}" + self.format.to_ollama()
+
+
+def make_ollama_name(name: str) -> str:
+    """Return a name that Ollama takes for a model: letters, digits and `_.-` of ASCII, at most 80, a letter first.
+
+    https://github.com/ollama/ollama/blob/main/types/model/name.go
+    """
+    return _NO_NAME.sub("-", name).strip("-.")[:80] or "adapter"
 
 
 def find_style(case: ExportCase, model: Path) -> KnownFormat | str | None:

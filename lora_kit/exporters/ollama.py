@@ -14,9 +14,8 @@ from shlex import quote
 from typing import Final
 
 from lora_kit.exporters import llama_cpp
-from lora_kit.exporters.modelfile import MODELFILE, PROMPT_NOTE, find_style, format_modelfile
+from lora_kit.exporters.modelfile import MODELFILE, PROMPT_NOTE, find_style, format_modelfile, make_ollama_name
 from lora_kit.exporters.plain_lora import ExportCase
-from lora_kit.io.text import escape_text
 from lora_kit.models.locate import find_base
 
 _OWN_ENGINE_ARCHITECTURES: Final = ("gemma3", "qwen3")
@@ -47,7 +46,7 @@ def list_requirements(case: ExportCase) -> list[str]:
 
 def format_command(case: ExportCase) -> str:
     """Return the command that loads it, in Markdown."""
-    name = quote(escape_text(case.name))
+    name = make_ollama_name(case.name)
     return f"""```sh
 cd {quote(case.folder)} && ollama create {name} -f {MODELFILE} && ollama run {name}
 ```

@@ -148,11 +148,6 @@ class ExportCase:
         """The file of the chat template in the folder, quoted for a command line; None without one."""
         return None if self.chat_template is None else quote(f"{self.folder}/{CHAT_TEMPLATE_FILE}")
 
-    @property
-    def server_argument(self) -> str:
-        """`name=folder`, the form in which servers take an adapter on their command line."""
-        return quote(escape_text(f"{self.name}={self.folder}"))
-
     @functools.cached_property
     def base_config(self) -> ConfigFields | None:
         """transformers' config of the base; None where the caller gave no base.

@@ -19,6 +19,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Final
 
 from lora_kit.adapter.folder import CONFIG, WEIGHTS
@@ -26,6 +27,7 @@ from lora_kit.adapter.model_card import format_inline_code
 from lora_kit.adapter.peft_keys import lora_weight_keys
 from lora_kit.errors import format_list
 from lora_kit.exporters.plain_lora import ExportCase, write_json, write_tensors
+from lora_kit.io.text import escape_text
 from lora_kit.models.tasks import CAUSAL_LM, CLASSIFY, PROBLEM_TYPES, TASK_SPECS, find_task_by_peft_type
 
 VLLM_RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -37,6 +39,8 @@ _VLLM_SLOT_ISSUES: Final = (
 )
 """Requests without an adapter get that of the last slot."""
 _TGI_KINDS: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_TGI_MARKS: Final = re.compile(r"[=,@\s]+")
+"""What Text Generation Inference takes apart a list of adapters by."""
 _LAYER: Final = re.compile(r"model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)")
 _NUMBERED_LAYER: Final = re.compile(r"(^|\.)layers\.\d+\.")
 _READ_BESIDE: Final = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
@@ -171,6 +175,21 @@ def _list_target_names(case: ExportCase) -> list[str]:
 # How it is loaded
 
 
+def format_vllm_module(name: str, folder: str) -> str:
+    """Return an adapter as `--lora-modules` of vLLM takes it, quoted for a shell.
+
+    It is `name=folder`, read up to the first `=`; with a comma anywhere it would be taken for JSON.
+    """
+    text = f"{name}={folder}"
+    return quote(escape_text(json.dumps({"name": name, "path": folder}) if "=" in name or "," in text else text))
+
+
+def _format_sglang_path(name: str, folder: str) -> str:
+    """Return an adapter as `--lora-paths` of SGLang takes it, quoted for a shell: `name=folder`, or JSON."""
+    is_json = "=" in name
+    return quote(escape_text(json.dumps({"lora_name": name, "lora_path": folder}) if is_json else f"{name}={folder}"))
+
+
 def format_peft_command(case: ExportCase) -> str:
     task = find_task_by_peft_type(case.adapter.config.task_type) or TASK_SPECS[CAUSAL_LM]
     labels = case.adapter.record.get("labels")
@@ -190,8 +209,9 @@ model = peft.PeftModel.from_pretrained(model, {case.folder!r})
 
 def format_vllm_command(case: ExportCase) -> str:
     limits = f"--max-loras 2 --max-lora-rank {choose_vllm_rank(case.plain.rank)}"
+    module = f"--lora-modules {format_vllm_module(case.name, case.folder)}"
     return f"""```sh
-vllm serve {case.base_argument} --enable-lora {limits} --lora-modules {case.server_argument}{_format_template(case)}
+vllm serve {case.base_argument} --enable-lora {limits} {module}{_format_template(case)}
 ```
 Requests name it as their model: {format_inline_code(f'"model": {json.dumps(case.name)}')}.
 
@@ -201,7 +221,7 @@ answers requests to the base with the adapter of the last slot when they share a
 
 
 def format_sglang_command(case: ExportCase) -> str:
-    options = f"--enable-lora --lora-paths {case.server_argument}{_format_template(case)}"
+    options = f"--enable-lora --lora-paths {_format_sglang_path(case.name, case.folder)}{_format_template(case)}"
     return f"""```sh
 python -m sglang.launch_server --model-path {case.base_argument} {options}
 ```
@@ -209,10 +229,12 @@ Requests to `/generate` name it: {format_inline_code(f'"lora_path": {json.dumps(
 
 
 def format_tgi_command(case: ExportCase) -> str:
+    name = _TGI_MARKS.sub("-", case.name)
+    adapter = quote(escape_text(f"{name}={case.folder}"))
     return f"""```sh
-text-generation-launcher --model-id {case.base_argument} --lora-adapters {case.server_argument}
+text-generation-launcher --model-id {case.base_argument} --lora-adapters {adapter}
 ```
-Requests name it among their parameters: {format_inline_code(f'"adapter_id": {json.dumps(case.name)}')}."""
+Requests name it among their parameters: {format_inline_code(f'"adapter_id": {json.dumps(name)}')}."""
 
 
 def _format_template(case: ExportCase) -> str:

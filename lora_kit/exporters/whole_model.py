@@ -17,7 +17,14 @@ from typing import Final
 
 from lora_kit.errors import ExportError
 from lora_kit.exporters.llama_cpp import KIT_BASE_NOTE
-from lora_kit.exporters.modelfile import GGUF_MODEL, MODELFILE, PROMPT_NOTE, find_style, format_modelfile
+from lora_kit.exporters.modelfile import (
+    GGUF_MODEL,
+    MODELFILE,
+    PROMPT_NOTE,
+    find_style,
+    format_modelfile,
+    make_ollama_name,
+)
 from lora_kit.exporters.plain_lora import ExportCase
 from lora_kit.io.text import escape_text, shorten
 from lora_kit.io.write_errors import find_quoted_write_error
@@ -115,7 +122,7 @@ def format_gguf_command(case: ExportCase) -> str:
 
 def format_ollama_command(case: ExportCase) -> str:
     """Return the command that loads it, in Markdown."""
-    name = quote(escape_text(case.name))
+    name = make_ollama_name(case.name)
     run = f"cd {quote(case.folder)} && ollama create {name} -f {MODELFILE} && ollama run {name}"
     return f"{_format_commands(case, run)}\n\n{PROMPT_NOTE}"
 

@@ -10,7 +10,7 @@ from typing import Final
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.errors import ConfigError, ExportError
 from lora_kit.exporters.export import export
-from lora_kit.exporters.servers import choose_vllm_rank
+from lora_kit.exporters.servers import choose_vllm_rank, format_vllm_module
 from lora_kit.generation.prompts import find_template
 from lora_kit.io.atomic_write import stage_folder
 from lora_kit.io.text import escape_text
@@ -88,6 +88,7 @@ def _format_launch(
 ) -> str:
     folder = find_local_folder(settings.base)
     rank = choose_vllm_rank(max(adapter.config.largest_rank for adapter in adapters.values()))
+    modules = [format_vllm_module(label, f"{_ADAPTERS}/{name}") for label, name in targets.items()]
     flags = [
         f"--served-model-name {quote(base_name)}",
         f"--host {quote(settings.host)} --port {settings.port}",
@@ -95,7 +96,7 @@ def _format_launch(
         *([] if settings.context is None else [f"--max-model-len {settings.context}"]),
         *([] if settings.dtype == "auto" else [f"--dtype {str(parse_float_dtype(settings.dtype)).rpartition('.')[2]}"]),
         *([f"--chat-template {TEMPLATE}"] if has_template else []),
-        "--lora-modules " + " ".join(quote(f"{label}={_ADAPTERS}/{name}") for label, name in targets.items()),
+        f"--lora-modules {' '.join(modules)}",
     ]
     base = quote(settings.base if folder is None else str(folder.resolve()))
     lines = [f"exec vllm serve {base}", *(f"  {flag}" for flag in flags)]

@@ -421,6 +421,33 @@ def test_a_window_that_a_reader_passes_over_limits_the_texts(
     assert ("at most 8 tokens" in (tmp_path / "out" / "README.md").read_text()) == ("mlx" in targets)
 
 
+def read_flag(folder: Path, flag: str) -> str:
+    """Return the word after a flag in the command of a README, as a shell reads it."""
+    command = re.search(r"```sh\n(.*?)\n```", (folder / "README.md").read_text(), re.S)
+    assert command is not None
+    words = shlex.split(command[1])
+    return words[words.index(flag) + 1]
+
+
+@pytest.mark.parametrize("name", ["r.8-v1.2", "lr=1e-3", "lr=0.1, r=8 (best)", "a,b", "Größe", "it's"])
+def test_a_name_of_any_characters_is_read_by_every_program(name: str, base: Path, tmp_path: Path) -> None:
+    folder = trained(tiny.llama(), tmp_path / name, **PLAIN)
+    written = {target: tmp_path / f"for-{target}" for target in ("vllm", "sglang", "tgi", "ollama")}
+    for target, out in written.items():
+        lk.export(folder, target, out, base=base)
+    module = read_flag(written["vllm"], "--lora-modules")  # as `LoRAParserAction` of vLLM does
+    plain = "=" in module and "," not in module
+    assert (module.split("=", 1) if plain else list(json.loads(module).values())) == [name, str(written["vllm"])]
+    path = read_flag(written["sglang"], "--lora-paths")  # as `LoRAPathAction` of SGLang does, and what reads its list
+    pair = list(json.loads(path).values()) if path[0] == "{" and path[-1] == "}" else path.split("=", 1)
+    assert pair == [name, str(written["sglang"])]
+    label, _, rest = read_flag(written["tgi"], "--lora-adapters").partition("=")
+    assert not set(label) & set("=,@ ")
+    assert rest == str(written["tgi"])
+    assert json.dumps({"adapter_id": label})[1:-1] in (written["tgi"] / "README.md").read_text()
+    assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}", read_flag(written["ollama"], "create"))
+
+
 def test_ollama_gets_a_modelfile_and_is_refused_what_its_own_engine_runs(base: Path, tmp_path: Path) -> None:
     folder = trained(tiny.llama(), tmp_path / "sql", **PLAIN)
     lk.export(folder, "ollama", tmp_path / "out", base=base)
