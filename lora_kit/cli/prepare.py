@@ -33,6 +33,7 @@ _MEANINGS: Final = {
     "duplicates": "are equal to an earlier row",
     "conflicts": "have different labels",
     "leaks": "have the input of a row for validation",
+    "rare": "have a label that too few rows have to learn it",
 }
 
 ChatTemplateName = Annotated[
@@ -46,9 +47,12 @@ _LEARN_HELP: Final = (
     "Answers of a conversation that are learned: all, but for those that say train: false; last; or marked."
 )
 Learn = Annotated[str, Parameter(help=_LEARN_HELP)]
+_RENAME_HELP: Final = (
+    "New names of columns: question=prompt answer=completion; ts= takes a column, or a key of messages, out."
+)
 Rename = Annotated[
     list[str] | None,
-    Parameter(negative="", consume_multiple=True, help="New names of columns: question=prompt answer=completion."),
+    Parameter(negative="", consume_multiple=True, help=_RENAME_HELP),
 ]
 _RELABEL_HELP: Final = (
     "New names of labels: postive=positive; or auto, for labels that differ in case, blanks, umlauts or one slip."
@@ -59,7 +63,7 @@ Drop = Annotated[
     Parameter(
         negative="",
         consume_multiple=True,
-        help="Rows to leave out: bad, empty, long, duplicates, conflicts, leaks.",
+        help="Rows to leave out: bad, empty, long, duplicates, conflicts, leaks, rare.",
     ),
 ]
 
@@ -123,7 +127,7 @@ def prepare(
             template=chat_template,
             template_variables=_parse_variables(chat_template_kwargs or ()),
             learn=learn,
-            rename=_parse_renames(rename or (), "rename", "question=prompt answer=completion"),
+            rename=parse_renames(rename or (), "rename", "question=prompt answer=completion"),
             relabel=_parse_relabel(relabel or ()),
             problem=problem,
             encoding=encoding,
@@ -134,10 +138,11 @@ def prepare(
     print_json(preparation.to_json()) if json else _show_preparation(preparation, given)
 
 
-def _parse_renames(items: Sequence[str], flag: str, example: str) -> dict[str, str]:
+def parse_renames(items: Sequence[str], flag: str, example: str) -> dict[str, str]:
     """Return `{"question": "prompt"}` for `["question=prompt"]`."""
     parts = [item.rpartition("=") for item in items]
-    wrong = [item for item, (old, _, new) in zip(items, parts, strict=True) if not old or not new]
+    may_be_removed = flag == "rename"
+    wrong = [item for item, (old, _, new) in zip(items, parts, strict=True) if not old or not (new or may_be_removed)]
     if wrong:
         raise DataError(f"{flag} {wrong[0]!r} is not old=new", hint=f"--{flag} {example}")
     return {old: new for old, _, new in parts}
@@ -156,7 +161,7 @@ def _parse_variables(items: Sequence[str]) -> dict[str, object]:
 
 
 def _parse_relabel(items: Sequence[str]) -> dict[str, str] | str:
-    return "auto" if items == ["auto"] else _parse_renames(items, "relabel", "postive=positive")
+    return "auto" if items == ["auto"] else parse_renames(items, "relabel", "postive=positive")
 
 
 def _show_preparation(preparation: Preparation, given: Mapping[str, object]) -> None:
@@ -194,7 +199,7 @@ def _show_file(part: PreparedFile, preparation: Preparation) -> None:
     if examined.variants:
         names = _describe_names(examined.variants)
         print_text(f"labels that differ only in case, blanks or umlauts: {names}: --relabel auto")
-    rare = examined.rare_labels if part is preparation.parts[0] else {}
+    rare = examined.rare_labels if part is preparation.parts[0] and "rare" not in part.dropped else {}
     for label, other in examined.lookalikes.items():
         if label in examined.variants or label in rare:
             continue
@@ -216,7 +221,7 @@ def _show_rare_labels(rare: Mapping[str, int], near: Mapping[str, str], what: st
     for label, count in list(rare.items())[:_MAX_LINES]:
         likely = f"--relabel {shlex.quote(f'{label}={near[label]}')}, or " if label in near else ""
         counted = f"{count} {what if count > 1 else what.removesuffix('s')}"
-        print_text(f"label {label!r} has {counted}, too few to learn: {likely}leave it out")
+        print_text(f"label {label!r} has {counted}, too few to learn: {likely}--drop rare")
     if len(rare) > _MAX_LINES:
         print(f"and {len(rare) - _MAX_LINES:,} more labels with too few {what} to learn")
 
@@ -231,6 +236,8 @@ def _list_findings(part: PreparedFile) -> Iterator[tuple[str, str]]:
     for kind in ("bad", "empty", "long"):
         faults = [f"line {fault.line}: {fault.what}" for fault in examined.faults if fault.kind == kind]
         yield kind, _describe_finding(kind, faults, part) if faults else ""
+    if "rare" in part.dropped:
+        yield "rare", _describe_finding("rare", [f"line {line}" for line in part.dropped["rare"]], part)
     for kind, lines in (("duplicates", examined.duplicates), ("conflicts", examined.conflicts), ("leaks", part.leaks)):
         repeats = [f"line {line}, see {other}" for line, other in lines.items()]
         yield kind, _describe_finding(kind, repeats, part) if repeats else ""
@@ -286,6 +293,7 @@ def _build_writing_command(preparation: Preparation, given: Mapping[str, object]
     found |= {"duplicates"} if any(each.duplicates for each in examined) else set()
     found |= {"conflicts"} if any(each.conflicts for each in examined) else set()
     found |= {"leaks"} if any(part.leaks for part in preparation.parts) else set()
+    found |= {"rare"} if preparation.parts[0].has_few_rare_rows else set()
     is_misspelled = any(each.variants or each.lookalikes for each in examined)
     source = Path(str(given["source"]))
     values = {

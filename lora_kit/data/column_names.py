@@ -65,6 +65,12 @@ def suggest_renames(path: Path, row: Mapping[str, object]) -> str | None:
     return f"for texts with labels: {start} {one}=text {other}=label; for answers: {one}=prompt {other}=completion"
 
 
+def find_text_column(row: Mapping[str, object]) -> str | None:
+    """Return the one column whose name says that it holds the texts; None where none or several do."""
+    found = [name for name in row if "text" in _find_roles(name)]
+    return found[0] if len(found) == 1 else None
+
+
 def _format_command(start: str, renames: Mapping[str, str]) -> str:
     return f"{start} {shlex.join(f'{old}={new}' for old, new in renames.items() if old != new)}"
 

@@ -107,8 +107,8 @@ def _check_message_keys(number: int, values: Row, required: tuple[str, str]) -> 
     known = (*required, *_LOSS_KEYS, *_REASONING_KEYS, *_CALL_KEYS, *_NAME_KEYS)
     unknown = [str(key) for key in values if key not in known]
     if unknown:
-        nearest = suggest_nearest(unknown[0], known) or f"known are {format_list(known, most=len(known))}"
-        raise RowError(f"message {number} has the key {unknown[0]!r}, which is not known; {nearest}")
+        nearest = suggest_nearest(unknown[0], known) or f"prepare --rename {unknown[0]}= takes it out"
+        raise RowError(f"a message has the key {unknown[0]!r}, which is not known; {nearest}")
 
 
 def _check_role(number: int, values: Row, message: Message) -> None:

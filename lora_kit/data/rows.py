@@ -27,9 +27,11 @@ logger = logging.getLogger(__name__)
 _WHOLE_NUMBER: Final = re.compile(r"0|-?[1-9][0-9]{0,18}")
 """A whole number as it is usually written: `10` and `-1`, not `007`."""
 _MAX_SHOWN_FAULTS: Final = 8
+"""How many faults one error lists."""
+_MAX_NAMED_LINES: Final = 3
+"""How many lines it names beyond the first that has a fault."""
 _LONGEST_NAME: Final = 60
 """Characters of a column whose renaming is proposed."""
-"""How many invalid lines one error lists."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def scan_rows(
         raise build_empty_error(path)
     if not contents.records:
         return Scan(Rows(path, "", (), ()), tuple(contents.faults), (), contents.sha256, contents.encoding)
-    records = _rename_columns(path, contents.records, rename or {})
+    records = rename_columns(path, contents.records, rename or {})
     layout = require_layout(path, records[0][1])
     unused = {key for _, row in records for key in row} - {*layout.keys, *layout.optional}
     refuse_ignored_columns(path, layout, records)
@@ -167,13 +169,30 @@ def build_empty_error(path: Path) -> DataError:
 
 
 def build_fault_error(path: Path, faults: Sequence[Fault], *, hint: str = "") -> DataError:
-    """Return an error that lists the first invalid lines."""
-    lines = [f"{path}:{fault.line}: {fault.what}" for fault in faults[:_MAX_SHOWN_FAULTS]]
-    if len(faults) > _MAX_SHOWN_FAULTS:
-        lines.append(f"and {len(faults) - _MAX_SHOWN_FAULTS} more lines")
+    """Return an error that lists the first invalid lines; of several with one fault the first and their number."""
+    alike: dict[str, list[int]] = {}
+    for fault in faults:
+        alike.setdefault(fault.what, []).append(fault.line)
+    shown = list(alike.items())[:_MAX_SHOWN_FAULTS]
+    lines = [f"{path}:{own[0]}: {what}{_count_further(own)}" for what, own in shown]
+    left = len(faults) - sum(len(own) for _, own in shown)
+    if left:
+        lines.append(f"and {left:,} more {'line' if left == 1 else 'lines'}")
+    if len(lines) > 1:
+        lines.insert(0, f"{len(faults):,} lines are not rows that can be used:")
     if any(fault.what.startswith(NOT_UTF8) for fault in faults):
         hint = f"{OTHER_ENCODING_HINT}; {hint}" if hint else OTHER_ENCODING_HINT
     return DataError("\n".join(lines), hint=hint)
+
+
+def _count_further(lines: Sequence[int]) -> str:
+    """Return how many lines beyond the first have the same fault, with the first of them."""
+    further = lines[1:]
+    if not further:
+        return ""
+    named = ", ".join(map(str, further[:_MAX_NAMED_LINES]))
+    more = f" and {len(further) - _MAX_NAMED_LINES:,} more" if len(further) > _MAX_NAMED_LINES else ""
+    return f" (so {'is line' if len(further) == 1 else 'are lines'} {named}{more})"
 
 
 def collect_label_names(rows: Rows) -> tuple[str, ...]:
@@ -193,9 +212,20 @@ def sort_labels(names: Collection[str]) -> list[str]:
     return sorted(names, key=int if all(map(_WHOLE_NUMBER.fullmatch, names)) else None)
 
 
-def _rename_columns(path: Path, records: Sequence[Record], names: Mapping[str, str]) -> Sequence[Record]:
+def rename_columns(path: Path, records: Sequence[Record], names: Mapping[str, str]) -> Sequence[Record]:
+    """Return the records with other names of columns, by old name.
+
+    An empty name takes a column, or a key of messages, out.
+
+    Raises:
+        DataError: a column is not there, or two would have one name.
+    """
     if not names:
         return records
+    removed = {old for old, new in names.items() if not new}
+    if removed:
+        records = _remove_keys(path, records, removed)
+        names = {old: new for old, new in names.items() if new}
     known = {key for _, row in records for key in row}
     absent = sorted(set(names) - known)
     if absent:
@@ -205,6 +235,31 @@ def _rename_columns(path: Path, records: Sequence[Record], names: Mapping[str, s
     if taken or repeated:
         raise DataError(f"{path}: two columns would have the name {format_list(taken or repeated)}")
     return [(line, {names.get(key, key): value for key, value in row.items()}) for line, row in records]
+
+
+def _remove_keys(path: Path, records: Sequence[Record], removed: Collection[str]) -> Sequence[Record]:
+    """Return the records without some columns, or, where no column has that name, without that key of messages."""
+    columns = {key for _, row in records for key in row}
+    keys = {key for _, row in records for value in row.values() for item in _list_messages(value) for key in item}
+    absent = sorted(set(removed) - columns - keys)
+    if absent:
+        hint = f"it has {format_list(sorted(columns))}"
+        raise DataError(f"{path} has no {format_list(absent)} to take out", hint=hint)
+    gone = set(removed) - columns
+
+    def clean(value: object) -> object:
+        if not _list_messages(value):
+            return value
+        items = value if isinstance(value, list) else []
+        return [{k: v for k, v in item.items() if k not in gone} if isinstance(item, dict) else item for item in items]
+
+    return [(line, {key: clean(value) for key, value in row.items() if key not in removed}) for line, row in records]
+
+
+def _list_messages(value: object) -> list[dict[str, object]]:
+    """Return the messages in a cell; empty where it holds something else."""
+    items = value if isinstance(value, list) else []
+    return [item for item in items if isinstance(item, dict) and ("role" in item or "from" in item)]
 
 
 def require_layout(path: Path, row: Row) -> Layout:

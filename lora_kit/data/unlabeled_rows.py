@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
 
 from lora_kit.data.cells import RowError
+from lora_kit.data.column_names import find_text_column
+from lora_kit.data.encodings import AUTO_ENCODING
 from lora_kit.data.hub_datasets import is_dataset, read_dataset
 from lora_kit.data.label_columns import PAIR, read_text_input, read_words
 from lora_kit.data.readers import GZIP, READABLE_SUFFIXES, read_file
-from lora_kit.data.records import Fault, Row
-from lora_kit.data.rows import build_fault_error
+from lora_kit.data.records import EMPTY, Fault, Row
+from lora_kit.data.rows import build_fault_error, rename_columns
 from lora_kit.errors import DataError, format_list
+from lora_kit.io.text import shorten
 from lora_kit.models.tasks import TOKENS
 
 _WORD_COLUMNS = ("words", "tokens")
+ID: Final = "id"
+"""The column with what people call a row: it is written beside what is predicted."""
 PAIR_OF_WORDS: Final = f"{PAIR} is for task classify; words are found in one text"
 """The message where task `tokens` is given a second text."""
 
@@ -29,42 +35,71 @@ class UnlabeledRows:
     Attributes:
         lines: the line each row begins on, from 1; in a JSON array and in a Parquet file the number of the row.
         inputs: the texts, pairs of texts, or words.
+        ids: what each row is called in its column `id`; empty without one.
+        left_out: the lines of rows without an input.
     """
 
     lines: tuple[int, ...]
     inputs: tuple[str | tuple[str, ...], ...]
+    ids: tuple[object, ...] = ()
+    left_out: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.lines)
 
+    def name_rows(self) -> list[dict[str, object]]:
+        """Return what each row is called: its line, and its id where the file has ids."""
+        named = zip(self.lines, self.ids, strict=True) if self.ids else ()
+        return [{"line": line, ID: id} for line, id in named] or [{"line": line} for line in self.lines]
 
-def read_unlabeled_rows(path: str | Path, task: str) -> UnlabeledRows:
-    """Read the inputs of a file or of a data set of the hub; other columns do not count.
+
+def read_unlabeled_rows(
+    path: str | Path, task: str, *, rename: Mapping[str, str] | None = None, drop_empty: bool = False
+) -> UnlabeledRows:
+    """Read the inputs of a file or of a data set of the hub; of other columns `id` is kept.
+
+    A text file may be in an encoding that is found out, see `lora_kit.data.encodings`.
 
     Args:
         task: `classify` takes `text` and perhaps `text_pair`; `tokens` takes `words`, `tokens` or `text`.
+        rename: new names of columns, by old name.
+        drop_empty: whether rows without an input are left out.
 
     Raises:
         DataError: the file cannot be read, has no row, or has rows without an input; the message lists their lines.
     """
     path = Path(path)
-    contents = read_dataset(path, split="train") if is_dataset(path) else read_file(path)
+    contents = read_dataset(path, split="train") if is_dataset(path) else read_file(path, encoding=AUTO_ENCODING)
+    records = rename_columns(path, contents.records, rename or {})
     faults = list(contents.faults)
-    lines: list[int] = []
-    inputs: list[str | tuple[str, ...]] = []
-    for line, row in contents.records:
+    if records:
+        _require_input(path, records[0][1], task)
+    found: list[tuple[int, str | tuple[str, ...], object]] = []
+    for line, row in records:
         try:
-            inputs.append(_read_input(row, task))
+            found.append((line, _read_input(row, task), row.get(ID)))
         except RowError as error:
-            faults.append(Fault(line, str(error)))
-        else:
-            lines.append(line)
+            faults.append(Fault(line, str(error), error.kind))
+    left_out = tuple(fault.line for fault in faults if drop_empty and fault.kind == EMPTY)
+    faults = [fault for fault in faults if fault.line not in left_out]
     if faults:
-        raise build_fault_error(path, sorted(faults))
-    if not inputs:
+        hint = "--drop empty leaves these rows out" if {fault.kind for fault in faults} == {EMPTY} else ""
+        raise build_fault_error(path, sorted(faults), hint=hint)
+    if not found:
         raise DataError(f"{path} has no rows", hint="the ending of its name decides how a file is read")
+    lines, inputs, ids = zip(*found, strict=True)
     _check_one_form(path, lines, inputs)
-    return UnlabeledRows(tuple(lines), tuple(inputs))
+    return UnlabeledRows(lines, inputs, ids if any(ID in row for _, row in records) else (), left_out)
+
+
+def _require_input(path: Path, row: Row, task: str) -> None:
+    """Raise DataError for a file whose columns have other names than those that are read."""
+    if "text" in row or (task == TOKENS and any(name in row for name in _WORD_COLUMNS)):
+        return
+    expected = "words, tokens or text" if task == TOKENS else "text"
+    text = find_text_column(row)
+    hint = f"--rename {shlex.quote(f'{text}=text')}" if text else "--rename Message=text, if that is its name"
+    raise DataError(f"{path} has no column {expected}; it has {shorten(format_list(sorted(row)), most=60)}", hint=hint)
 
 
 def read_unlabeled_lines(stream: IO[bytes]) -> list[str]:

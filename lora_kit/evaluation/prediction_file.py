@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final, TypeAlias
@@ -94,15 +94,15 @@ class PredictionForm:
         chosen = pairs if self.top or self.kind == LABEL else [pair for pair in pairs if pair[0] in prediction.labels]
         return ", ".join(f"{name} {value:.2f}" for name, value in chosen) or "–"
 
-    def to_json(self, line: int, given: Input, prediction: Prediction) -> dict[str, object]:
-        """Return a prediction with its line and its input as JSON values."""
+    def to_json(self, given: Input, prediction: Prediction) -> dict[str, object]:
+        """Return a prediction with its input as JSON values."""
         if isinstance(given, str):
             source: dict[str, object] = {"text": given}
         elif self.kind == WORD:
             source = {"words": list(given)}
         else:
             source = {"text": given[0], "text_pair": given[1]}
-        fields = {"line": line, **source, **prediction.to_json()}
+        fields = {**source, **prediction.to_json()}
         if self.top is not None:
             fields["probabilities"] = dict(prediction.most_probable(self.top))
         return fields
@@ -120,27 +120,33 @@ class PredictionWriter:
         file: opened for text with `newline=""`.
         suffix: `.csv` or `.jsonl`.
         forms: by the name of the adapter. With several, each row names the adapter; a CSV file has one kind of rows.
+        has_ids: whether the rows have ids, which are written, too.
 
     Raises:
         ConfigError: the adapters' predictions have different columns, and the file is CSV.
     """
 
-    def __init__(self, file: IO[str], suffix: str, forms: dict[str, PredictionForm]) -> None:
+    def __init__(self, file: IO[str], suffix: str, forms: dict[str, PredictionForm], *, has_ids: bool = False) -> None:
         self._file, self._forms, self._are_named = file, forms, len(forms) > 1
         self._table = csv.writer(file) if suffix.lower() == ".csv" else None
         if self._table is not None:
             columns = {form.columns for form in forms.values()}
             if len(columns) > 1:
                 raise ConfigError("these adapters predict different things", hint="name the file .jsonl")
-            self._table.writerow(("line", *(["adapter"] if self._are_named else []), *columns.pop()))
+            named = ("line", *["id"] * has_ids, *["adapter"] * self._are_named)
+            self._table.writerow((*named, *columns.pop()))
 
-    def write(self, line: int, given: Input, predictions: dict[str, Prediction]) -> None:
-        """Write the predictions of one input, by the name of the adapter."""
+    def write(self, row: Mapping[str, object], given: Input, predictions: dict[str, Prediction]) -> None:
+        """Write the predictions of one input, by the name of the adapter.
+
+        Args:
+            row: its line, and its id where rows have one.
+        """
         for name, prediction in predictions.items():
             owner = {"adapter": name} if self._are_named else {}
             if self._table is not None:
                 rows = self._forms[name].format_rows(given, prediction)
-                self._table.writerows((line, *owner.values(), *cells) for cells in rows)
+                self._table.writerows((*row.values(), *owner.values(), *cells) for cells in rows)
             else:
-                fields = {**owner, **self._forms[name].to_json(line, given, prediction)}
+                fields = {**owner, **row, **self._forms[name].to_json(given, prediction)}
                 self._file.write(json.dumps(fields, ensure_ascii=False) + "\n")

@@ -14,8 +14,9 @@ from lora_kit.adapter.adapter import Adapter
 from lora_kit.adapter.adapter_like import AdapterLike, short_label_of
 from lora_kit.errors import ConfigError, DataError, suggest_nearest
 from lora_kit.generation.adapter_args import read_adapter
+from lora_kit.generation.prompts import EncodedPrompt
 from lora_kit.io.atomic_write import write_file
-from lora_kit.serving.engine import Event
+from lora_kit.serving.engine import Event, RequestError
 from lora_kit.serving.sampler import SamplingSettings
 from lora_kit.serving.scaled_adapter import scale_adapter
 from lora_kit.serving.served_model import ServedModel
@@ -58,6 +59,7 @@ class ChatSession:
     label: str = ""
     scale: float = 1.0
     messages: list[dict[str, str]] = field(default_factory=list)
+    _presenting: Adapter | None = field(default=None, init=False, repr=False)
     _numbers: Iterator[int] = field(default_factory=itertools.count, init=False, repr=False)
 
     def use(self, adapter: AdapterLike | None) -> None:
@@ -71,6 +73,7 @@ class ChatSession:
             self.adapter, self.label, self.scale = None, self.served.base_name, 1.0
             return
         self.adapter, self.label, self.scale = read, short_label_of(adapter, read), 1.0
+        self._presenting = read
 
     def set_scale(self, scale: float) -> None:
         """Set the factor of the adapter's update.
@@ -121,10 +124,10 @@ class ChatSession:
         """
         asked: list[dict[str, str]] = [*self.messages, {"role": "user", "content": text}]
         adapter = self.adapter if self.adapter is None or self.scale == 1 else scale_adapter(self.adapter, self.scale)
-        prompt = self.served.prompts.encode_messages(asked, adapter, None)
+        prompt = self._encode(asked)
         events = queue.SimpleQueue[Event]()
         ticket = Ticket(
-            f"chat-{next(self._numbers)}",
+            f"chat-{id(self):x}-{next(self._numbers)}",
             tuple(prompt.ids),
             self._fit_settings(len(prompt.ids)),
             adapter,
@@ -146,6 +149,17 @@ class ChatSession:
             if not is_whole:
                 self.served.worker.cancel(ticket.request_id)
         self.messages = [*asked, {"role": "assistant", "content": answer}]
+
+    def _encode(self, messages: Sequence[dict[str, str]]) -> EncodedPrompt:
+        """Return the conversation as tokens; for the base as the adapter before it reads it."""
+        presenting = self._presenting if self.adapter is None else self.adapter
+        try:
+            return self.served.prompts.encode_messages(messages, presenting, None)
+        except RequestError as error:
+            if error.code != "no_chat_template":
+                raise
+            hint = "/use an adapter that was trained on conversations; lora-kit generate takes a prompt"
+            raise DataError(f"{self.label} has no chat template", hint=hint) from None
 
     def _fit_settings(self, prompt_tokens: int) -> SamplingSettings:
         left = self.served.choose_max_tokens(None, longest=prompt_tokens, is_chat=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -221,14 +222,36 @@ def test_a_label_too_few_to_learn_is_warned_of_and_conflicts_are_left_out_by_the
     assert code == 0
     umlaut = "St\N{LATIN SMALL LETTER O WITH DIAERESIS}rung"
     told = " ".join(out.split())
-    assert f"label 'Stoerung' has 1 row, too few to learn: --relabel 'Stoerung={umlaut}', or leave it out" in told
-    assert "label 'Lob' has 2 rows, too few to learn: leave it out" in told
+    assert f"label 'Stoerung' has 1 row, too few to learn: --relabel 'Stoerung={umlaut}', or --drop rare" in told
+    assert "label 'Lob' has 2 rows, too few to learn: --drop rare" in told
     assert "2 rows of 1 input have different labels (kept)" in told
     command = next(line for line in out.splitlines() if line.startswith("  lora-kit prepare"))
-    assert all(flag in command for flag in ("--base base", "--relabel auto", "--drop conflicts"))
+    assert all(flag in command for flag in ("--base base", "--relabel auto", "--drop conflicts rare"))
     code, out, _ = run(capsys, *command.split()[1:])
     assert (code, "2 rows of 1 input have different labels (left out)" in " ".join(out.split())) == (0, True)
     assert f"relabeled: 'Stoerung' is '{umlaut}'" in out
+    labels = {row["label"] for row in read_jsonl(here / "data" / "rows" / "train.jsonl")}
+    assert labels == {umlaut, "Preis"}
+
+
+def test_a_key_of_messages_that_nobody_reads_is_named_and_taken_out(here: Path, capsys: Capture) -> None:
+    turns = [{"role": "user", "content": "ask", "ts": 1}, {"role": "assistant", "content": "say", "ts": 2}]
+    rows = [
+        {"messages": [{**turn, "content": f"{turn['content']} {n}"} for turn in turns], "day": n} for n in range(30)
+    ]
+    texts.write(here / "rows.jsonl", rows)
+    code, _, err = run(capsys, "prepare", "rows.jsonl", "--base", "base")
+    assert (code, "prepare --rename ts= takes it out" in err, err.count("'ts'")) == (2, True, 1)
+    code, out, err = run(capsys, "prepare", "rows.jsonl", "--base", "base", "--rename", "ts=", "day=", "--out", "data")
+    assert (code, "not used" in out) == (0, False), err
+    written = read_jsonl(here / "data" / "train.jsonl")
+    assert {key for row in written for turn in row["messages"] for key in turn} == {"role", "content"}
+    code, _, err = run(capsys, "prepare", "rows.jsonl", "--base", "base", "--rename", "time=")
+    assert (code, "has no time to take out" in err) == (2, True)
+
+
+def read_jsonl(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
 
 
 def test_leaks_are_left_out_by_the_next_command(here: Path, capsys: Capture) -> None:

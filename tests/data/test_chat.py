@@ -351,8 +351,8 @@ def test_what_is_said_twice_and_rendered_twice_passes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
-        ({"wieght": 0}, "message 2 has the key 'wieght', which is not known; did you mean 'weight'?"),
-        ({"zzz": "x"}, "message 2 has the key 'zzz', which is not known; known are role, content, train, loss, weight"),
+        ({"wieght": 0}, "a message has the key 'wieght', which is not known; did you mean 'weight'?"),
+        ({"zzz": "x"}, "a message has the key 'zzz', which is not known; prepare --rename zzz= takes it out"),
         ({"weight": 0.5}, "message 2: weight must be 0 or 1; 0.5 was given"),
         ({"train": "no"}, "message 2: train must be true or false; 'no' was given"),
         ({"tool_call_id": "x"}, "message 2 has tool_call_id, but it is not from a tool"),

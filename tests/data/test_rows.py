@@ -101,8 +101,16 @@ def test_all_wrong_lines_are_told_at_once(tmp_path: Path) -> None:
     file = texts.write(tmp_path / "rows.jsonl", [{"text": "a"}, *[{"text": ""}] * 12])
     with pytest.raises(DataError) as error:
         read_rows(file)
-    assert str(error.value).count("text is empty") == 8
-    assert "and 4 more lines" in str(error.value)
+    assert error.value.message == f"{file}:2: text is empty (so are lines 3, 4, 5 and 8 more)"
+    texts.write(file, [{"text": "a"}, *[{"text": n} for n in ("", *[[0] * n for n in range(12)])], {"txt": "a"}])
+    with pytest.raises(DataError) as error:
+        read_rows(file)
+    assert error.value.message.splitlines() == [
+        "14 lines are not rows that can be used:",
+        f"{file}:2: text is empty",
+        f"{file}:3: text must be a string; list was given (so are lines 4, 5, 6 and 8 more)",
+        f"{file}:15: text missing; the first row has it",
+    ]
 
 
 @pytest.mark.parametrize("label", [True, None, 1.5, "", [1]])
@@ -234,6 +242,7 @@ def test_a_csv_names_the_lines_that_are_wrong(tmp_path: Path) -> None:
         read_rows(file)
     told = [line.removeprefix(f"{file}:") for line in str(error.value).splitlines()]
     assert told == [
+        "5 lines are not rows that can be used:",
         "3: 1 cells, and the header has 2",
         "4: 3 cells, and the header has 2",
         "5: not CSV: ',' expected after '\"'",

@@ -328,6 +328,27 @@ def test_adapters_with_the_same_labels_share_one_base(monkeypatch: pytest.Monkey
     assert len(loaded) == 2
 
 
+def test_a_table_as_people_have_it_is_predicted(capsys: Capture, tmp_path: Path) -> None:
+    """In cp1252, with columns of other names, an empty cell, and numbers of tickets that stay beside the texts."""
+    umlaut = "\N{LATIN SMALL LETTER U WITH DIAERESIS}"
+    rows = tmp_path / "tickets.csv"
+    lines = ["Nr;Nachricht;Kunde", f"A7;T{umlaut}r klemmt;Weber", "A8; ;Weber", "A9;Wo ist es?;Kohl", ""]
+    rows.write_bytes("\r\n".join(lines).encode("cp1252"))
+    asked = ["-a", "single", "--data", str(rows)]
+    code, _, err = run(capsys, *asked)
+    assert (code, "no column text; it has Kunde, Nachricht, Nr (--rename Nachricht=text)" in err) == (2, True)
+    asked += ["--rename", "Nachricht=text", "Nr=id"]
+    code, _, err = run(capsys, *asked)
+    assert (code, "tickets.csv:3: text is empty (--drop empty leaves these rows out)" in err) == (2, True)
+    code, _, err = run(capsys, *asked, "--drop", "empty", "--out", str(tmp_path / "out.csv"))
+    assert (code, "note: 1 row of" in err) == (0, True)
+    with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
+        table = [(row["line"], row["id"], row["text"]) for row in csv.DictReader(file)]
+    assert table == [("2", "A7", f"T{umlaut}r klemmt"), ("4", "A9", "Wo ist es?")]
+    code, _, err = run(capsys, *asked, "--drop", "long")
+    assert (code, "predict leaves out empty rows only" in err) == (2, True)
+
+
 @pytest.mark.parametrize("name", list(LABELS))
 def test_a_file_gives_csv_and_jsonl(capsys: Capture, tmp_path: Path, name: str) -> None:
     rows = texts.write(tmp_path / "rows.jsonl", [{"text": text, "id": 7} for text in TEXTS])
@@ -340,7 +361,8 @@ def test_a_file_gives_csv_and_jsonl(capsys: Capture, tmp_path: Path, name: str) 
     lines = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text("utf-8").splitlines()]
     assert [line["line"] for line in lines] == [1, 2, 3, 4]
     assert [line["text"] for line in lines] == TEXTS
-    assert [{key: value for key, value in line.items() if key not in ("line", "text")} for line in lines] == [
+    assert {line["id"] for line in lines} == {7}
+    assert [{key: value for key, value in line.items() if key not in ("line", "text", "id")} for line in lines] == [
         each.to_json() for each in found
     ]
     with (tmp_path / f"{name}.csv").open(newline="", encoding="utf-8") as file:

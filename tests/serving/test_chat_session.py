@@ -91,6 +91,15 @@ def test_an_answer_that_is_broken_off_is_not_in_the_history(session: ChatSession
         session.save(Path("nowhere.jsonl"))
 
 
+def test_the_base_answers_in_the_template_of_the_adapter_before_it(session: ChatSession) -> None:
+    session.use(None)
+    assert session.label == "kit-base"
+    assert "".join(session.ask("hello"))
+    alone = ChatSession(session.served, session.settings, session.store, label="kit-base")
+    with pytest.raises(DataError, match="kit-base has no chat template"):
+        list(alone.ask("hello"))
+
+
 def test_every_command_is_listed() -> None:
     assert {usage.split()[0] for usage in COMMANDS} == {
         "/use", "/base", "/scale", "/system", "/undo", "/clear", "/save", "/help", "/quit",

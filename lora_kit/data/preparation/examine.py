@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -116,6 +116,13 @@ class ExaminedFile:
     def rare_labels(self) -> dict[str, int]:
         """The labels that have too few texts or words to be learned, with how many these are."""
         return find_rare_labels(self.labels)
+
+    def find_lines_of_labels(self, labels: Collection[str]) -> list[int]:
+        """Return the lines of the texts that have one of these labels."""
+        if self.rows.format != "label":
+            return []
+        rows = zip(self.rows.lines, self.rows.labels, strict=True)
+        return [line for line, own in rows if not set(labels).isdisjoint(map(str, own))]
 
     @property
     def learned(self) -> float:

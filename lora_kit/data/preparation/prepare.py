@@ -29,9 +29,9 @@ from lora_kit.models.loading import InputSpec, load_input_spec
 from lora_kit.models.tasks import CAUSAL_LM, PROBLEMS
 from lora_kit.names import KIT_BASE
 
-DUPLICATES, CONFLICTS, LEAKS = "duplicates", "conflicts", "leaks"
-DROPPABLE: Final = (BAD, EMPTY, LONG, DUPLICATES, CONFLICTS, LEAKS)
-"""Rows that can be left out: invalid, without text, too long; repeats; training rows that are validated on."""
+DUPLICATES, CONFLICTS, LEAKS, RARE = "duplicates", "conflicts", "leaks", "rare"
+DROPPABLE: Final = (BAD, EMPTY, LONG, DUPLICATES, CONFLICTS, LEAKS, RARE)
+"""Rows that can be left out: invalid, without text, too long; repeats; validated on, too; with a rare label."""
 
 
 def prepare(
@@ -199,8 +199,9 @@ def _prepare_files(
     if not len(train.rows):
         raise build_fault_error(source, train.faults)
     _refuse_other_encoding(source, train, drop)
+    rare = tuple(train.rare_labels)
     if validation is None:
-        return (_clean_file(source, train, {}, drop),)
+        return (_clean_file(source, train, {}, drop, rare),)
     label2id = {name: number for number, name in enumerate(train.labels)} if train.labels else None
     options = dataclasses.replace(options, problem=train.problem)
     other = examine(validation, options, label2id=label2id, split="validation")
@@ -209,7 +210,7 @@ def _prepare_files(
         kinds = f"{source} has rows of the format {train.rows.format}, {validation} of the format {other.rows.format}"
         raise DataError(kinds, hint="both files have one format")
     leaks = find_leaks(train.rows, other.rows)
-    return _clean_file(source, train, leaks, drop), _clean_file(validation, other, {}, drop)
+    return _clean_file(source, train, leaks, drop, rare), _clean_file(validation, other, {}, drop, rare)
 
 
 def _refuse_other_encoding(path: Path, examined: ExaminedFile, drop: Collection[str]) -> None:
@@ -219,14 +220,17 @@ def _refuse_other_encoding(path: Path, examined: ExaminedFile, drop: Collection[
         raise build_fault_error(path, faults, hint=f"to leave these rows out: --drop {BAD}")
 
 
-def _clean_file(path: Path, examined: ExaminedFile, leaks: Mapping[int, int], drop: Collection[str]) -> PreparedFile:
-    """Leave out the rows of the kinds to drop."""
+def _clean_file(
+    path: Path, examined: ExaminedFile, leaks: Mapping[int, int], drop: Collection[str], rare: Collection[str]
+) -> PreparedFile:
+    """Leave out the rows of the kinds to drop; `rare` are the labels that too few rows to train on have."""
     droppable = {
         **{kind: examined.lines_of(kind) for kind in (BAD, EMPTY, LONG)},
         DUPLICATES: list(examined.duplicates),
         # Nobody knows which of the labels is right, so all rows with the input go.
         CONFLICTS: sorted({*examined.conflicts, *examined.conflicts.values()}),
         LEAKS: list(leaks),
+        RARE: examined.find_lines_of_labels(rare),
     }
     dropped = {kind: lines for kind, lines in droppable.items() if kind in drop and lines}
     gone = {line for lines in dropped.values() for line in lines}

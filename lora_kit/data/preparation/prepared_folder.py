@@ -37,6 +37,9 @@ _COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """The columns that a value is written under, by format."""
 
+_MAX_RARE_SHARE: Final = 0.1
+"""Most rows with rare labels, as a share of all, that are proposed to be left out."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedFile:
@@ -67,6 +70,15 @@ class PreparedFile:
             "histogram": [list(each) for each in bin_lengths(lengths)],
             "learned": round(self.examined.learned, 6),
         }
+
+    @property
+    def has_few_rare_rows(self) -> bool:
+        """Whether labels that cannot be learned can go without a loss: few rows have them, and no other spelling."""
+        examined = self.examined
+        renamed = {*examined.variants, *examined.lookalikes}
+        lost = sum(count for label, count in examined.rare_labels.items() if label not in renamed)
+        left = len(examined.labels) - len(examined.rare_labels)
+        return 0 < lost <= _MAX_RARE_SHARE * examined.total and left > 1
 
     def to_json(self) -> dict[str, object]:
         """Return the entry of the file in the manifest."""
