@@ -7,6 +7,7 @@ import queue
 import signal
 import threading
 import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -58,6 +59,22 @@ def test_a_process_alone_decides_for_itself() -> None:
 )
 def test_processes_are_counted_by_machine(local_ranks: tuple[int, ...], counts: tuple[int, ...]) -> None:
     assert count_by_machine(local_ranks) == counts
+
+
+def test_processes_that_do_not_come_are_an_error_that_says_how_many_there_must_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_JOIN_TIMEOUT", timedelta(seconds=1))
+
+    def wait() -> None:
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        with join_world():
+            pytest.fail("joined")
+
+    (error,) = in_processes(wait, size=1)
+    assert isinstance(error, StorageError)
+    assert "3 processes should meet at 127.0.0.1" in str(error)
+    assert "1/3 clients joined" in str(error)
 
 
 def test_a_group_that_is_there_already_is_used_and_left_as_in_a_worker_of_ray() -> None:

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lora_kit.errors import REPORTED_ELSEWHERE, LoraKitError, StorageError
+from lora_kit.io.text import shorten
 from lora_kit.models.silence import use_log_level
 from lora_kit.training.loop.flat_sum import sum_gradients
 from lora_kit.training.loop.heartbeat import Heartbeat
@@ -50,6 +51,8 @@ T = TypeVar("T")
 
 _TIMEOUT: Final = timedelta(hours=1)
 """Of a sum of gradients: a process may wait for one that halves its rows; what was lost is found otherwise."""
+_JOIN_TIMEOUT: Final = timedelta(minutes=10)
+"""In which all processes must have come."""
 _PATIENCE: Final = 3.0
 """Seconds in which the first process reports a failure; then another one does."""
 _LEAVE_SECONDS: Final = 30.0
@@ -296,7 +299,7 @@ def _connect() -> tuple[World, Heartbeat]:
     _joined += 1
     if not dist.is_initialized():
         choose_device()
-        dist.init_process_group(choose_backend(), timeout=_TIMEOUT)
+        _meet_others()
         atexit.register(_disconnect)
     launched = dist.distributed_c10d._get_default_store()
     prefix = f"lora_kit/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_joined}"
@@ -306,6 +309,25 @@ def _connect() -> tuple[World, Heartbeat]:
     heartbeat = Heartbeat(own_connection, world.rank, world.size, on_lost=world.end_process)
     heartbeat.start()
     return world, heartbeat
+
+
+def _meet_others() -> None:
+    """Make torch's process group of the processes that a launcher has started.
+
+    Raises:
+        StorageError: they do not come, or cannot be reached.
+    """
+    place, size = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", read_world_size()
+    if os.environ["RANK"] == "0":
+        logger.info("%d processes meet at %s", size, place)
+    try:
+        store, rank, _ = next(dist.rendezvous("env://", timeout=_JOIN_TIMEOUT))  # type: ignore[no-untyped-call]
+        dist.init_process_group(
+            choose_backend(), store=dist.PrefixStore("processes", store), rank=rank, world_size=size, timeout=_TIMEOUT
+        )
+    except RuntimeError as error:
+        what = f"{size} processes should meet at {place}, and did not: {shorten(error)}"
+        raise StorageError(what, hint=f"WORLD_SIZE is {size}: as many must be started, and reach that place") from None
 
 
 def _disconnect() -> None:
