@@ -18,7 +18,7 @@ from tests.programs.logit_checks import LogitCheck, write_export, write_merged, 
 from tests.programs.mergekit import MergekitCheck
 from tests.programs.outcomes import Check
 from tests.programs.printed_commands import MlxCommandCheck, convert_as_printed, convert_in_export
-from tests.programs.trained_there import go_on_from_trl, train_with_mlx, train_with_trl
+from tests.programs.trained_there import go_on_from_trl, train_whole, train_with_mlx, train_with_trl
 from tests.programs.vllm_server import ServerCheck
 
 _GEMMAS: Final = {"gemma": 1e-2, "gemma2": 1e-2, "gemma3": 1e-2}
@@ -90,6 +90,16 @@ CHECKS: Final[Mapping[str, Sequence[Check]]] = {
     ),
     "transformers-4.57": (
         LogitCheck("peft-0.17", "read_with_transformers", "merged", write_merged, whole=True, bases=_PLAIN_BASES),
+        LogitCheck(
+            "peft-0.17",
+            "read_with_transformers",
+            "method: full",
+            write_saved,
+            make=train_whole,
+            bases=("kit-base",),
+            features=(),
+            whole=True,
+        ),
     ),
     "llama.cpp": (
         LogitCheck("llama.cpp", "read_with_llama_cpp", "gguf", write_export("gguf"), wide_bounds=_GEMMAS),

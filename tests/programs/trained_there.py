@@ -13,7 +13,7 @@ import numpy as np
 
 import lora_kit as lk
 from lora_kit.adapter.conversion.convert import convert
-from tests.programs.cases import Case, compute_with
+from tests.programs.cases import Case, compute_outputs, compute_with
 from tests.programs.logit_checks import READERS
 
 _STEPS: Final = 6
@@ -62,6 +62,21 @@ def go_on_from_trl(cases: Sequence[Case], python: Path, folder: Path) -> list[Ca
         lk.train({**recipe, "train": {"max_steps": _STEPS, "learning_rate": 1e-2, "report_to": "none"}})
         changed = _read(case, f"{case.feature}-here", out, lk.Adapter.load(out))
         made.append(_measure_effect(changed, case))
+    return made
+
+
+def train_whole(cases: Sequence[Case], python: Path, folder: Path) -> list[Case]:
+    """Train every weight of the bases here; return the models with what they compute as they are loaded here."""
+    data = _write_rows(folder / "data") / "train.jsonl"
+    made = []
+    for case in cases:
+        if case.adapter_folder is None:
+            out = folder / case.base
+            recipe = {"base": str(case.base_folder), "data": str(data), "method": "full", "out": str(out)}
+            lk.train({**recipe, "train": {"max_steps": _STEPS, "learning_rate": 1e-3, "report_to": "none"}})
+            logits = compute_outputs(lk.load_base(out, dtype="fp32", device="cpu").model, case.tokens)
+            changed = dataclasses.replace(case, feature="every-weight", adapter_folder=out, logits=logits)
+            made.append(_measure_effect(changed, case))
     return made
 
 
