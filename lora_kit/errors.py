@@ -143,6 +143,8 @@ _RESEMBLANCE: Final = 0.6
 """Share of the letters that two words have in common, by difflib's measure."""
 _MAX_ITEM: Final = 160
 """Characters of an item of a list that are shown: it may be a name in a file of others."""
+_MAX_LIST: Final = 320
+"""Characters of a list that are shown, about."""
 
 
 def suggest_nearest(word: str, known: Iterable[str]) -> str:
@@ -188,15 +190,30 @@ def _are_initials(one: Sequence[str], other: Sequence[str]) -> bool:
 
 
 def format_list(items: Sequence[str], *, most: int = 8) -> str:
-    """Return `a, b, c and 4 more`, at most `most` items by name, each as one line and cut where it is long; `none` for
-    no items."""
-    shown = ", ".join(escape_unprintable(cut_text(item, most=_MAX_ITEM)) for item in items[:most])
-    return f"{shown} and {len(items) - most} more" if len(items) > most else shown or "none"
+    """Return `a, b, c and 4 more`; `none` for no items.
+
+    At most `most` items by name, fewer where they are long, each as one line and cut where it is very long.
+    """
+    shown: list[str] = []
+    room = _MAX_LIST
+    for item in items[:most]:
+        text = escape_and_cut(item, most=_MAX_ITEM)
+        room -= len(text)
+        if shown and room < 0:
+            break
+        shown.append(text)
+    left = len(items) - len(shown)
+    return f"{', '.join(shown)} and {left} more" if left else ", ".join(shown) or "none"
 
 
 def cut_text(text: str, *, most: int) -> str:
     """Return text, cut after `most` characters where it is longer."""
     return text if len(text) <= most else f"{text[:most]}…"
+
+
+def escape_and_cut(text: str, *, most: int) -> str:
+    """Return text as one line, `escape_unprintable`, cut after `most` characters where it is longer."""
+    return cut_text(escape_unprintable(text[: most + 1]), most=most)
 
 
 def escape_unprintable(text: str) -> str:

@@ -17,6 +17,7 @@ from lora_kit.io.text import format_value
 
 MAX_RANK: Final = 65_536
 """Above any useful rank; a config asking for more is rejected before anything is allocated."""
+_MIN_ALPHA: Final = 1e-30
 MAX_ALPHA: Final = 1e30
 """So that the scaling is finite in fp32."""
 MAX_NAMES: Final = 65_536
@@ -62,9 +63,9 @@ def parse_rank(name: str, value: object) -> int:
 
 
 def parse_alpha(name: str, value: object) -> float:
-    """Return the numerator of a scaling: a finite number other than 0."""
-    if not is_finite_number(value) or not 0 < abs(value) <= MAX_ALPHA:
-        raise _invalid_value_error(name, value, "a finite number other than 0")
+    """Return the numerator of a scaling: a finite number other than 0, in float32 too."""
+    if not is_finite_number(value) or not _MIN_ALPHA <= abs(value) <= MAX_ALPHA:
+        raise _invalid_value_error(name, value, f"a number other than 0 of a size from {_MIN_ALPHA:g} to {MAX_ALPHA:g}")
     return value
 
 

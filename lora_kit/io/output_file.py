@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lora_kit.errors import StorageError
-from lora_kit.io.output_overlap import refuse_overlap
+from lora_kit.io.output_overlap import OTHER_OUTPUT, refuse_overlap
 from lora_kit.io.output_path import check_path
 from lora_kit.io.text import escape_text
 
@@ -25,7 +25,9 @@ def check_output_file(path: Path, *, replace: bool, inputs: Iterable[str | Path]
     refuse_overlap(path, inputs)
     if path.is_dir():
         raise StorageError(f"{escape_text(path)} is a folder", hint="predictions are written to one file")
-    if path.exists() and not (replace and path.is_file()):
+    if path.exists() and not path.is_file():
+        raise StorageError(f"{escape_text(path)} exists, and is no file that can be replaced", hint=OTHER_OUTPUT)
+    if path.exists() and not replace:
         raise StorageError(f"{escape_text(path)} exists", hint="--replace replaces it")
     if not path.parent.is_dir():
         raise StorageError(f"{escape_text(path.parent)} is not a folder, so {escape_text(path)} cannot be written")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from lora_kit.errors import ConfigError, LoraKitError, cut_text, escape_unprintable, format_list, suggest_nearest
+from lora_kit.errors import ConfigError, LoraKitError, cut_text, escape_and_cut, format_list, suggest_nearest
 
 MAX_DIGITS: Final = 40
 """Digits that a whole number from outside may have."""
@@ -41,7 +41,7 @@ def shorten(message: object, *, most: int = 200) -> str:
 
 def escape_text(value: object) -> str:
     """Return text from outside with its control characters escaped, cut short where it is long."""
-    return escape_unprintable(cut_text(str(value), most=_MAX_TEXT_LENGTH))
+    return escape_and_cut(str(value), most=_MAX_TEXT_LENGTH)
 
 
 def escape_for_terminal(text: str) -> str:

@@ -72,6 +72,11 @@ RECIPES: tuple[Fault, ...] = (
     ),
     _recipe_fault("a million workers", _fields(train={"dataloader_num_workers": 10**6}), "dataloader_num_workers"),
     _recipe_fault("an output of 300 letters", _fields(out="x" * 300), "300|bytes"),
+    _recipe_fault(
+        "a separator of 900,000 letters",
+        _fields(data={"train": "rows.jsonl", "separator": "x" * 900_000}),
+        "data.separator has 900,000 characters; at most",
+    ),
     _recipe_fault("an unknown key", _fields(lora={"rnak": 4}), "rnak"),
     _recipe_fault("a key twice", _recipe("base: a\nbase: b\n"), "twice"),
     _recipe_fault("1,000 levels", _recipe("base: " + "[" * 1_000 + "]" * 1_000 + "\n"), "levels deep"),

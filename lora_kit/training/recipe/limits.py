@@ -15,7 +15,7 @@ from lora_kit.io.text import format_value
 from lora_kit.training.recipe.coerce import Section
 from lora_kit.training.recipe.strict_yaml import MAX_LEVELS, MAX_NODES
 
-_MAX_TEXT: Final = 2**20
+_MAX_TEXT: Final = 2**16
 """Characters of one text; a chat template is the longest."""
 _LARGEST: Final[Mapping[str, int]] = {
     "max_steps": 10**12,
