@@ -321,7 +321,7 @@ def _meet_others() -> None:
     if os.environ["RANK"] == "0":
         logger.info("%d processes meet at %s", size, place)
     try:
-        store, rank, _ = next(dist.rendezvous("env://", timeout=_JOIN_TIMEOUT))  # type: ignore[no-untyped-call]
+        store, rank, _ = next(dist.rendezvous("env://", timeout=_JOIN_TIMEOUT))
         dist.init_process_group(
             choose_backend(), store=dist.PrefixStore("processes", store), rank=rank, world_size=size, timeout=_TIMEOUT
         )
