@@ -11,6 +11,8 @@ from typing import Final, NamedTuple
 
 _CONTENT_SECURITY_POLICY: Final = "default-src 'none'; style-src 'unsafe-inline'"
 """Forbids a browser to fetch anything for this page, whatever its text is."""
+PALETTE: Final = Path(__file__).with_name("palette.css")
+"""The colors of pages that are served, as a style sheet."""
 _SHORT: Final = ' class="short"'
 """Of a cell that is not broken into lines."""
 _MOST_ROWS: Final = 30

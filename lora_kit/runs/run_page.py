@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Final
 
 from lora_kit.errors import LoraKitError, StorageError
+from lora_kit.reporting.page import PALETTE
 from lora_kit.runs.run_status import read_status
 
 _PAGE: Final = Path(__file__).with_name("run_page.html")
+_PALETTE_MARK: Final = "/* palette */\n"
+"""Where the colors stand in it."""
 _ADDRESS: Final = "127.0.0.1"
 _HOSTS: Final = (_ADDRESS, "localhost")
 """Names under which a browser on this machine asks; another one is a page that pretends to be this machine."""
@@ -38,8 +41,8 @@ class RunPageServer(ThreadingHTTPServer):
 
     def __init__(self, out: Path, *, port: int) -> None:
         self.out = out
-        self.page = _PAGE.read_bytes()
-        self.policy = _build_policy(self.page.decode())
+        page = _PAGE.read_text("utf-8").replace(_PALETTE_MARK, PALETTE.read_text("utf-8"))
+        self.page, self.policy = page.encode(), _build_policy(page)
         try:
             super().__init__((_ADDRESS, port), _Handler)
         except (OSError, OverflowError) as error:

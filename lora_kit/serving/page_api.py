@@ -8,6 +8,8 @@ from typing import Final
 from fastapi import APIRouter
 from fastapi.responses import FileResponse
 
+from lora_kit.reporting.page import PALETTE
+
 _FOLDER: Final = Path(__file__).parent / "page"
 _HEADERS: Final = {
     "Content-Security-Policy": (
@@ -19,17 +21,22 @@ _HEADERS: Final = {
     "Cache-Control": "no-cache",
 }
 """Nothing but this server's own files runs in the page, whatever an adapter or a model writes."""
-PAGE_FILES: Final = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}
+PAGE_FILES: Final = {
+    "/": _FOLDER / "index.html",
+    "/palette.css": PALETTE,
+    "/page.css": _FOLDER / "page.css",
+    "/page.js": _FOLDER / "page.js",
+}
 """File by path."""
 
 router = APIRouter(include_in_schema=False)
 
 
-def _add_file(path: str, name: str) -> None:
+def _add_file(path: str, file: Path) -> None:
     @router.get(path)
     async def _send_file() -> FileResponse:
-        return FileResponse(_FOLDER / name, headers=_HEADERS)
+        return FileResponse(file, headers=_HEADERS)
 
 
-for _path, _name in PAGE_FILES.items():
-    _add_file(_path, _name)
+for _path, _file in PAGE_FILES.items():
+    _add_file(_path, _file)

@@ -11,6 +11,8 @@ import pytest
 from starlette.testclient import TestClient
 
 import lora_kit as lk
+from lora_kit.reporting.page import PALETTE
+from lora_kit.runs import run_page
 from lora_kit.serving import page_api
 from lora_kit.serving.http_app import build_app
 from lora_kit.serving.served_model import ServedModel
@@ -57,12 +59,27 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
 
 
 def test_every_file_is_sent_with_a_policy_that_lets_nothing_else_run(client: TestClient) -> None:
-    for path, kind in (("/", "text/html"), ("/page.css", "text/css"), ("/page.js", "text/javascript")):
+    for path, kind in (
+        ("/", "text/html"),
+        ("/palette.css", "text/css"),
+        ("/page.css", "text/css"),
+        ("/page.js", "text/javascript"),
+    ):
         answer = client.get(path)
         assert answer.status_code == 200
         assert answer.headers["content-type"].startswith(kind)
         assert "default-src 'none'" in answer.headers["content-security-policy"]
     assert client.get("/page/index.html").status_code == 404
+
+
+def test_every_color_that_a_page_names_is_in_the_palette() -> None:
+    """It is written once, for this page and for that of a training."""
+    colors = set(re.findall(r"(--[\w-]+):", PALETTE.read_text("utf-8")))
+    for text in (STYLE, (Path(run_page.__file__).with_name("run_page.html")).read_text("utf-8")):
+        named = set(re.findall(r"var\((--[\w-]+)\)", text))
+        assert named
+        assert named <= colors
+        assert not re.search(r"--[\w-]+:\s*(?:light-dark|#)", text)
 
 
 def test_no_file_asks_anything_of_another_machine_or_makes_markup_of_text() -> None:

@@ -183,7 +183,7 @@ def _collect_points(report: TrainReport, key: str) -> list[tuple[float, float]]:
 
 
 def _format_gigabytes(value: float) -> str:
-    return f"{value / 1e9:.2f} GB"
+    return f"{value / 1e9:,.{2 if value >= 1e9 else 3}f} GB"
 
 
 # Loading, record
