@@ -15,7 +15,7 @@ from lora_kit.names import DEFAULT_STORE
 @app.command
 def serve(
     *,
-    base: str,
+    base: str | None = None,
     store: Store = DEFAULT_STORE,
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -36,10 +36,11 @@ def serve(
 ) -> None:
     """Serve the base and the adapters of a store over HTTP, in OpenAI's API.
 
-    Example: lora-kit serve --base kit-base
+    Example: lora-kit serve --store adapters
 
     Args:
-        base: Base model: hub id, local folder or kit-base.
+        base: Base model: hub id, local folder or kit-base; by default the one that the store's adapters name, where it
+            is here.
         host: Address to listen at; other than 127.0.0.1 needs --keys.
         port: Port to listen at.
         task: causal-lm, seq2seq or classify; adapters of another task are not offered. By default what they are for.
@@ -58,6 +59,7 @@ def serve(
         out: Folder to write it into.
     """
     flags: dict[str, Any] = dict(locals())
+    base = flags["base"] = base or _infer_served_base(store, task)
     from lora_kit.serving.serve import serve as run
     from lora_kit.serving.server_settings import ServerSettings
 
@@ -71,6 +73,22 @@ def serve(
     from lora_kit.serving.vllm_handover import LAUNCH, write_vllm_handover  # all that exports
 
     print("\n".join([f"written: {out}/{LAUNCH}", *write_vllm_handover(settings, out)]))
+
+
+def _infer_served_base(store: Path, task: str | None) -> str:
+    """Return the base that the adapters of a store name; of a task that is given only those that it offers.
+
+    Raises:
+        ConfigError: there are none, or they name different bases.
+    """
+    from lora_kit.models.infer_base import infer_base
+    from lora_kit.serving.adapter_labels import list_adapter_folders
+    from lora_kit.serving.adapter_tasks import can_offer, read_adapter_task
+
+    folders = [folder for folder in list_adapter_folders(store) if can_offer(read_adapter_task(folder), task)]
+    if not folders:
+        raise ConfigError(f"{store} has no adapter that names a base", hint="give the base with --base")
+    return infer_base(folders, store=store)
 
 
 def _parse_alias(text: str) -> tuple[str, str]:

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+import lora_kit as lk
 from lora_kit.cli.main import main
 from lora_kit.errors import ConfigError, StorageError
 from lora_kit.serving.serve import serve
 from lora_kit.serving.server_settings import ServerSettings
+from tests.support import random_adapters
 
 
 def test_a_port_in_use_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
@@ -54,3 +56,16 @@ def test_without_the_extra_the_error_names_it(
         monkeypatch.delitem(sys.modules, f"lora_kit.serving.{name}", raising=False)
     assert main(command) == 2
     assert "pip install 'lora-kit[serve]'" in capsys.readouterr().err
+
+
+def test_the_base_is_the_one_that_the_adapters_of_the_store_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served: list[ServerSettings] = []
+    monkeypatch.setattr("lora_kit.serving.serve.serve", lambda settings, on_ready: served.append(settings))
+    assert main(["serve", "--store", str(tmp_path)]) == 2
+    assert "has no adapter that names a base (give the base with --base)" in capsys.readouterr().err
+    base = lk.load_base("kit-base", dtype="fp32")
+    random_adapters.made(base, seed=0, target_modules=["q_proj"], r=2).save(tmp_path / "one")
+    assert main(["serve", "--store", str(tmp_path)]) == 0
+    assert [settings.base for settings in served] == ["kit-base"]

@@ -44,7 +44,8 @@ def check_retention(tensors: Sequence[Retention], *, dtype: str, allow: Collecti
     table = [
         f"{one.path}: {one.retained:.0%} of a delta {one.relative:.2g} of the weight" for one in lost[:_DELTAS_SHOWN]
     ]
-    finer = "merge with dtype float32" if "float" in dtype else "merge into the original or the dequantized weights"
+    is_plain = "float" in dtype
+    finer = "merge with --dtype float32" if is_plain else "merge into the original or the dequantized weights"
     message = f"less than {LEAST_RETAINED:.0%} of {len(lost)} of {len(tensors)} deltas survives rounding to {dtype}"
     hint = f"{finer}, keep the adapter beside its base, or allow 'lost-delta'"
     raise MergeError("\n  ".join([message, *table]), hint=hint)
