@@ -16,7 +16,7 @@ _MAX_TARGETS: Final = 4
 
 
 @app.command(name="list")
-def list_(store: Path = DEFAULT_STORE, /, *, json: AsJson = False, verify: bool = False) -> None:
+def list_(store: Path = DEFAULT_STORE, *, json: AsJson = False, verify: bool = False) -> None:
     """List the adapters of a store, damaged ones too.
 
     What was read is kept in `.lora_kit_index.json` in the store, so that only adapters whose files changed are read the

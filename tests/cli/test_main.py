@@ -137,6 +137,14 @@ def test_every_kind_of_failure_has_its_exit_code(
     assert only_line(capsys.readouterr().err).startswith("error: ")
 
 
+def test_the_store_is_a_flag_of_list_as_of_the_other_verbs(tmp_path: Path, capsys: Capture) -> None:
+    printed = []
+    for given in ([str(tmp_path)], ["--store", str(tmp_path)]):
+        assert main(["list", *given, "--json"]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] == "[]\n"
+
+
 def test_hints_are_shown(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     fails(monkeypatch, ConfigError("r is 0", hint="give a rank"))
     main(["list"])
