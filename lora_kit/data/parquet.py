@@ -6,6 +6,7 @@ dictionaries, row group by row group, and what they come to is added up before a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
@@ -39,11 +40,14 @@ def parse_parquet(path: Path, stream: BinaryIO, *, is_streamed: bool = False) ->
     _check_metadata(path, file.metadata, packed, is_streamed=is_streamed)
     names, size, number = _read_class_names(path, file.schema_arrow), 0, 0
     for index in range(file.metadata.num_row_groups):
-        table = _read_row_group(path, file, index)
-        size += sum(_measure_values(chunk) for column in table.columns for chunk in column.chunks)
+        with _translate_arrow_errors(path):
+            table = file.read_row_group(index)
+            size += sum(_measure_values(chunk) for column in table.columns for chunk in column.chunks)
         check_unpacked_size(path, size, packed, is_streamed=is_streamed)
         for start in range(0, table.num_rows, _BATCH_ROWS):
-            for row in _convert_rows(_expand_texts(table.slice(start, _BATCH_ROWS))):
+            with _translate_arrow_errors(path):
+                rows = _convert_rows(_expand_texts(table.slice(start, _BATCH_ROWS)))
+            for row in rows:
                 number += 1
                 yield Fault(number, row) if isinstance(row, str) else (number, replace_class_numbers(row, names))
 
@@ -77,43 +81,40 @@ def _open(path: Path, stream: BinaryIO) -> pyarrow.parquet.ParquetFile:
     import pyarrow
     import pyarrow.parquet
 
-    try:
+    with _translate_arrow_errors(path):
         schema = pyarrow.parquet.ParquetFile(stream).schema
         texts = [column.path for column in map(schema.column, range(len(schema))) if _is_text(column)]
         stream.seek(0)
         return pyarrow.parquet.ParquetFile(stream, read_dictionary=texts)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise _not_parquet_error(path, error) from None
 
 
 def _is_text(column: Any) -> bool:
     return str(column.physical_type) == "BYTE_ARRAY"
 
 
-def _not_parquet_error(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path}: not Parquet: {shorten(error)}")
+@contextlib.contextmanager
+def _translate_arrow_errors(path: Path) -> Iterator[None]:
+    """Raise what Arrow raises of a damaged file as a DataError: errors of its own, of Python's, and those of C++."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, IndexError, RuntimeError) as error:
+        raise DataError(f"{path}: not Parquet: {shorten(error)}") from None
 
 
 def _check_metadata(path: Path, metadata: pyarrow.parquet.FileMetaData, packed: int, *, is_streamed: bool) -> None:
     """Raise DataError if the columns, as the file describes them, are too large to be unpacked."""
-    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-    columns = [group.column(index) for group in groups for index in range(group.num_columns)]
-    sizes = (
-        sum(column.total_uncompressed_size for column in columns),
-        _VALUE_BYTES * sum(column.num_values for column in columns),
-        _VALUE_BYTES * metadata.num_rows,
-    )
+    with _translate_arrow_errors(path):
+        groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+        columns = [group.column(index) for group in groups for index in range(group.num_columns)]
+        sizes = (
+            sum(column.total_uncompressed_size for column in columns),
+            _VALUE_BYTES * sum(column.num_values for column in columns),
+            _VALUE_BYTES * metadata.num_rows,
+        )
     for size in sizes:
         check_unpacked_size(path, size, packed, is_streamed=is_streamed)
-
-
-def _read_row_group(path: Path, file: pyarrow.parquet.ParquetFile, index: int) -> Any:
-    import pyarrow
-
-    try:
-        return file.read_row_group(index)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise _not_parquet_error(path, error) from None
 
 
 def _measure_values(array: Any) -> int:

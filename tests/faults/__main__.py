@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -13,6 +14,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
+
+import torch
 
 from benchmarks import harness
 from tests.faults import reliability_page
@@ -32,6 +35,8 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="write the results, and the tables of docs/reliability.md")
     arguments = parser.parse_args()
     hush()
+    torch.set_num_threads(1)  # a process that is forked has no other threads, and would wait for them
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores in the background
     areas = {area: [_meet(fault) for fault in AREAS[area]] for area in arguments.only}
     for area, records in areas.items():
         _print_area(area, records)
