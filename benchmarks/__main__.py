@@ -15,6 +15,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # of torch's profiler, which announces itself
 
 from benchmarks.harness import Effort, Row, quiet, record
 from benchmarks.tables import SUITES, suite, write_all

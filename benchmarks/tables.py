@@ -23,6 +23,7 @@ SUITES: Final = (
     "resize",
     "end_to_end",
     "quantized",
+    "breakdown",
 )
 """What `python -m benchmarks` measures; the other questions have commands of their own."""
 _COLORS: Final = {"lora_kit": "tab:green", "peft": "tab:orange", "full fine-tuning": "0.6"}

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
+from lora_kit.data.parquet_footer import read_stated_sizes
 from lora_kit.data.records import NOT_UTF8, Fault, Parsed, Row
 from lora_kit.data.size_limits import check_unpacked_size
 from lora_kit.errors import DataError
@@ -37,7 +38,7 @@ def parse_parquet(path: Path, stream: BinaryIO, *, is_streamed: bool = False) ->
     packed = stream.seek(0, 2)
     stream.seek(0)
     file = _open(path, stream)
-    _check_metadata(path, file.metadata, packed, is_streamed=is_streamed)
+    _check_sizes(path, stream, file.metadata, packed, is_streamed=is_streamed)
     names, size, number = _read_class_names(path, file.schema_arrow), 0, 0
     for index in range(file.metadata.num_row_groups):
         with _translate_arrow_errors(path):
@@ -103,17 +104,20 @@ def _translate_arrow_errors(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: not Parquet: {shorten(error)}") from None
 
 
-def _check_metadata(path: Path, metadata: pyarrow.parquet.FileMetaData, packed: int, *, is_streamed: bool) -> None:
+def _check_sizes(
+    path: Path, stream: BinaryIO, metadata: pyarrow.parquet.FileMetaData, packed: int, *, is_streamed: bool
+) -> None:
     """Raise DataError if the columns, as the file describes them, are too large to be unpacked."""
-    with _translate_arrow_errors(path):
-        groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-        columns = [group.column(index) for group in groups for index in range(group.num_columns)]
-        sizes = (
-            sum(column.total_uncompressed_size for column in columns),
-            _VALUE_BYTES * sum(column.num_values for column in columns),
-            _VALUE_BYTES * metadata.num_rows,
-        )
-    for size in sizes:
+    try:
+        stated = read_stated_sizes(stream)
+    except ValueError as error:
+        raise DataError(f"{path}: not Parquet: {error}") from None
+    columns = metadata.num_row_groups * metadata.num_columns
+    if (stated.columns, stated.rows) != (columns, metadata.num_rows):
+        listed = f"{stated.rows:,} rows and {stated.columns:,} columns are listed"
+        what = f"{metadata.num_rows:,} rows and {columns:,} columns are stated, and {listed}"
+        raise DataError(f"{path}: not Parquet: {what}")
+    for size in (stated.nbytes, _VALUE_BYTES * stated.values, _VALUE_BYTES * stated.rows):
         check_unpacked_size(path, size, packed, is_streamed=is_streamed)
 
 

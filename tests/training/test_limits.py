@@ -52,8 +52,10 @@ TEXTS = {
     "a surrogate": (HEAD + 'out: "\\ud800"', "surrogate"),
     "brackets without end": (HEAD + "out: " + "[" * 3_000, "nested more than"),
     "values without end": (HEAD + "out: [" + "1," * 20_000 + "]", "more than 10,000 values"),
-    "a key without end": (HEAD + "out: x\n? " + "k" * 100_000 + "\n: 1", "unknown key"),
-    "a value without end": (HEAD + "out: x\nlora: {r: '" + "v" * 100_000 + "'}", "lora.r must be"),
+    "a key without end": (HEAD + "out: x\n? " + "k" * 100_000 + "\n: 1", "a key has 100,000 characters"),
+    "a long key": (HEAD + "out: x\n? " + "k" * 60_000 + "\n: 1", "unknown key"),
+    "a value without end": (HEAD + "out: x\nlora: {r: '" + "v" * 100_000 + "'}", "lora.r has 100,000 characters"),
+    "a long value": (HEAD + "out: x\nlora: {r: '" + "v" * 60_000 + "'}", "lora.r must be"),
 }
 
 
