@@ -46,7 +46,7 @@ def _accept_all(case: ExportCase) -> Iterator[str]:
 
 
 _UNWINDOWED: Final = ("mistral", "phi3", "qwen2", "qwen3")
-"""Seen in llama.cpp 0.5.0 and mlx-lm 0.32.2, whose logits are those of the base with its window taken off."""
+"""Seen in llama.cpp 0.5.0 and mlx-lm 0.32.2: only beyond the window do their logits differ from ours."""
 ADAPTER_TARGETS: Final = {
     "peft": ExportTarget("PEFT", _accept_all, servers.write_peft, servers.format_peft_command, plain=False, dora=True),
     "vllm": ExportTarget(
