@@ -87,7 +87,7 @@ class AdoptedLinear(AdoptedLayer, LoraLinear):
             )
         return super()._forward_rows(route, y, x)
 
-    def _can_gather(self, route: Route, y: Tensor, x: Tensor) -> bool:
+    def _can_gather(self, y: Tensor, x: Tensor) -> bool:
         return False
 
     def refresh_trainable(self) -> None:

@@ -3,7 +3,8 @@
     y += ((x A) ⊙ M) B,   A (in, R), B (R, out), R the sum of the ranks, M (T, R) 1 where the token's adapter is
 
 It reads every adapter's weights once, however many tokens use it, and copies them only when other adapters come. Where
-the ranks add up to too many, tokens are gathered instead. Weights are finite: reading an adapter makes sure of that.
+the ranks add up to too many, tokens are padded instead (`padded_runs`). Weights are finite: reading an adapter makes
+sure of that.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from lora_kit.layers.row_gather import RowCache, RowSlot
 
-MOST_JOINED_RANKS: Final = 256
+MOST_JOINED_RANKS: Final = 64
 """Ranks of all adapters together, up to which their tokens are computed by all of them."""
 
 Span = tuple["RowSlot | None", int, int]
@@ -66,7 +67,7 @@ def add_joined_(y: Tensor, x: Tensor, weights: JoinedWeights, columns: TokenColu
 
 
 def can_join(row_slots: Collection[RowSlot]) -> bool:
-    """Return whether tokens of these adapters are better computed by all of them than gathered."""
+    """Return whether tokens of these adapters are better computed by all of them than padded."""
     return bool(row_slots) and sum(row_slot.rank for row_slot in row_slots) <= MOST_JOINED_RANKS
 
 
@@ -99,9 +100,9 @@ def _serves(joined: tuple[RowSlot, ...], row_slots: tuple[RowSlot, ...]) -> bool
 
 
 def _join_weights(row_slots: tuple[RowSlot, ...], a: Tensor, b: Tensor, dtype: torch.dtype) -> JoinedWeights:
-    joined_a = torch.cat([a[slot, :rank] for slot, rank, _ in row_slots]).to(dtype)
+    joined_a = torch.cat([a[slot, :rank].mT for slot, rank, _ in row_slots], 1).to(dtype)
     joined_b = torch.cat([b[slot, :, :rank].mT for slot, rank, _ in row_slots]).to(dtype)
-    return JoinedWeights(row_slots, joined_a.mT, joined_b)
+    return JoinedWeights(row_slots, joined_a, joined_b)
 
 
 def find_columns(

@@ -157,7 +157,7 @@ class LoraLinear(_LoraLayer):
 
     def _forward_rows(self, route: Route, y: Tensor, x: Tensor) -> Tensor:
         """Return y = base(x) with each row's update."""
-        if not self._can_gather(route, y, x):
+        if not (route.mixed and self._can_gather(y, x)):
             if not self.is_recorded() and not any(self.entries[slot] for slot in route.slots):
                 return y
             self.routing.check_rows(route, x, self)
@@ -181,16 +181,16 @@ class LoraLinear(_LoraLayer):
         if not any(row_slots):
             return y
         count = count_tokens(x)
-        rows, flat = route.get_rows(count), x.reshape(count, -1)
-        if not self._can_gather(rows, y, x):
-            into = y.reshape(count, -1)
+        flat = x.reshape(count, -1)
+        if not self._can_gather(y, x):
+            rows, into = route.get_rows(count), y.reshape(count, -1)
             return self._forward_rows(rows, into.unsqueeze(1), flat.unsqueeze(1)).reshape(y.shape)
         into, (a, b) = y.view(count, -1), self._get_stacks(A, B)
         runs = LayerRuns(self, self.routing.get_row_cache(route), (a, b))
         runs.add_(into, flat if flat.dtype == y.dtype else flat.to(y.dtype), route, row_slots)
         if self.dora_scales is None:
             return y
-        return self._scale_rows(rows, into.unsqueeze(1), flat.unsqueeze(1)).view(y.shape)
+        return self._scale_rows(route.get_rows(count), into.unsqueeze(1), flat.unsqueeze(1)).view(y.shape)
 
     def _add_stacked(self, route: Route, y: Tensor, x: Tensor) -> Tensor:
         """Return y with what the stacked weights hold for each row."""
@@ -205,9 +205,9 @@ class LoraLinear(_LoraLayer):
             a, b = replace_initialized_slots((a, b), self.entries, weights_of)
         return lora_add_rows(y, dropped, a, b, self.scaling, index)
 
-    def _can_gather(self, route: Route, y: Tensor, x: Tensor) -> bool:
-        """Return whether the rows' LoRA weights may be gathered once for many forwards: nothing changes them."""
-        if self.trains or not route.mixed or self.is_recorded() or dispatch.get_kernels(y) is not torch_kernels:
+    def _can_gather(self, y: Tensor, x: Tensor) -> bool:
+        """Return whether LoRA weights may be gathered once for many forwards: nothing changes them."""
+        if self.trains or self.is_recorded() or dispatch.get_kernels(y) is not torch_kernels:
             return False
         return not (torch.is_grad_enabled() and (y.requires_grad or x.requires_grad)) and can_overwrite(y)
 

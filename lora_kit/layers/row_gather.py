@@ -96,7 +96,7 @@ class RowCache:
         token_changes: of a token table: row - base's row (R, k, d), and the token of each (R, k).
         expert_factors: of a parameter: slots and dtype, and the factors.
         run_shapes: by tokens, adapters and device; shared by layers in which these are the same.
-        run_groups: of a linear layer that is given so many tokens, for short runs that are gathered.
+        padded_weights: (G, in, r) and (G, r, out) of a linear layer that is given so many tokens, for padded runs.
         slot_copies: LoRA weights (in, r) and (r, out) of a slot of a layer, in the dtype of the activations.
         slot_views: the same where nothing is copied; other rows may use them, too.
         joined_weights: of a linear layer, for the adapters of short runs; other rows may use them, too.
@@ -107,7 +107,7 @@ class RowCache:
         self.groups: dict[nn.Module, tuple[torch.dtype, list[RowGroup]]] = {}
         self.token_changes: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         self.run_shapes: dict[object, RunShape] = {}
-        self.run_groups: dict[tuple[nn.Module, int, torch.dtype], list[RowGroup]] = {}
+        self.padded_weights: dict[tuple[nn.Module, int, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
         self.slot_copies: dict[tuple[nn.Module, int, torch.dtype], tuple[Tensor, Tensor]] = {}
         self.slot_views: dict[tuple[nn.Module, int, torch.dtype], tuple[Tensor, Tensor]] = {}
         self.joined_weights: dict[nn.Module, JoinedWeights] = {}
@@ -119,7 +119,7 @@ class RowCache:
         self.groups.clear()
         self.token_changes.clear()
         self.run_shapes.clear()
-        self.run_groups.clear()
+        self.padded_weights.clear()
         self.slot_copies.clear()
 
 
@@ -165,7 +165,7 @@ def select_row_groups(row_slots: Sequence[RowSlot | None], device: torch.device)
         row_slots: what each row uses; None for the base.
     """
     adapted = {row: row_slot for row, row_slot in enumerate(row_slots) if row_slot is not None}
-    return [_select_rows(rows, len(row_slots), device) for rows in _split_by_rank(adapted)]
+    return [_select_rows(rows, len(row_slots), device) for rows in split_by_rank(adapted)]
 
 
 def gather_row_groups(
@@ -177,19 +177,27 @@ def gather_row_groups(
         a: (S, r, in). b: (S, out, r). Stacked weights, in memory the rank before the features.
         dtype: of the activations.
     """
+    weights = gather_weights(a, b, selections, dtype, buffer)
     return [
-        RowGroup(
-            rows=selection.rows,
-            a=buffer.gather(f"a{number}", a, selection, dtype).mT,
-            b=buffer.gather(f"b{number}", b.mT, selection, dtype),
-            scaling=selection.scaling,
+        RowGroup(selection.rows, *own, selection.scaling) for selection, own in zip(selections, weights, strict=True)
+    ]
+
+
+def gather_weights(
+    a: Tensor, b: Tensor, selections: Sequence[RowSelection], dtype: torch.dtype, buffer: GatherBuffer
+) -> list[tuple[Tensor, Tensor]]:
+    """Return (R', in, r) and (R', r, out) of each selection; arguments as in `gather_row_groups`."""
+    return [
+        (
+            buffer.gather(f"a{number}", a, selection, dtype).mT,
+            buffer.gather(f"b{number}", b.mT, selection, dtype),
         )
         for number, selection in enumerate(selections)
     ]
 
 
-def _split_by_rank(rows: dict[int, RowSlot]) -> list[dict[int, RowSlot]]:
-    """Return the rows in one group, or in two where the highest rank for all of them is half as much work again."""
+def split_by_rank(rows: dict[int, RowSlot]) -> list[dict[int, RowSlot]]:
+    """Return rows or tokens in one group, or in two where the highest rank for all is half as much work again."""
     ranks = [row_slot.rank for row_slot in rows.values()]
     if not rows or 2 * max(ranks) * len(ranks) <= 3 * sum(ranks):
         return [rows] if rows else []

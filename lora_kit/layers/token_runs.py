@@ -2,7 +2,7 @@
 
 A layer sees T tokens, or one for each run where only the last ones are kept, as a head does. A run of many tokens is
 computed with views of the stacked weights, so that nothing is copied; the others share two products (`joined_runs`), or
-gathered ones. The number of operations depends on the runs alone.
+two batched ones (`padded_runs`). The number of operations depends on the runs alone.
 """
 
 from __future__ import annotations
@@ -17,24 +17,15 @@ from torch import Tensor, nn
 
 from lora_kit.errors import RoutingError
 from lora_kit.layers.joined_runs import Span, TokenColumns, add_joined_, can_join, find_columns, join_weights
+from lora_kit.layers.padded_runs import PaddedTokens, pad_runs
 from lora_kit.layers.route import Route
-from lora_kit.layers.row_gather import (
-    GatherBuffer,
-    RowCache,
-    RowGroup,
-    RowSelection,
-    RowSlot,
-    gather_row_groups,
-    select_row_groups,
-)
+from lora_kit.layers.row_gather import GatherBuffer, RowCache, RowSlot, gather_weights
 
 if TYPE_CHECKING:
     from lora_kit.layers.slot_layer import SlotLayer
 
 LONG_RUN: Final = 16
 """Tokens of a run from which on it has products of its own."""
-LONG_GATHERED_RUN: Final = 4
-"""The same where the others are gathered, which copies the weights for each token."""
 
 Run = tuple[int, int]
 """A slot, and how many consecutive tokens use it."""
@@ -67,27 +58,36 @@ class RunRoute(Route):
             RoutingError: these are neither all tokens nor the last one of each run.
         """
         if count not in self._rows:
-            if count not in (self.tokens, len(self.runs)):
-                raise RoutingError(
-                    f"runs of {self.tokens} tokens were routed, but a layer was given {count}",
-                    hint="name every token of the forward; a head may be given the last one of each run",
-                )
-            each = [(slot, length if count == self.tokens else 1) for slot, length in self.runs]
-            rows = self._make_route([slot for slot, length in each for _ in range(length)])
+            rows = self._make_route([slot for slot, length in self._list_runs(count) for _ in range(length)])
             rows.cache_key = self.cache_key
             self._rows[count] = rows
         return self._rows[count]
 
     def get_spans(self, count: int) -> tuple[tuple[int, int, int], ...]:
-        """Return (slot, start, end) of the runs of a layer that is given so many tokens; equal neighbors are one."""
+        """Return (slot, start, end) of the runs of a layer that is given so many tokens; equal neighbors are one.
+
+        Raises:
+            RoutingError: as in `get_rows`.
+        """
         if count not in self._spans:
             self._spans[count] = tuple(self._iterate_spans(count))
         return self._spans[count]
 
+    def _list_runs(self, count: int) -> Sequence[Run]:
+        """Return the runs of a layer that is given so many tokens."""
+        if count == self.tokens:
+            return self.runs
+        if count != len(self.runs):
+            raise RoutingError(
+                f"runs of {self.tokens} tokens were routed, but a layer was given {count}",
+                hint="name every token of the forward; a head may be given the last one of each run",
+            )
+        return [(slot, 1) for slot, _ in self.runs]
+
     def _iterate_spans(self, count: int) -> Iterator[tuple[int, int, int]]:
         start, pending = 0, None
-        for slot, length in self.runs:
-            end = start + (length if count == self.tokens else 1)
+        for slot, length in self._list_runs(count):
+            end = start + length
             if pending is not None and pending[0] == slot:
                 pending = slot, pending[1], end
             else:
@@ -107,14 +107,14 @@ class RunShape:
         long: what each run with products of its own uses, its first token, and the one after its last.
         short: the others.
         joined: the adapters of short runs, each once, where these are joined; else empty.
-        selections: of short runs that are gathered.
+        padded: short runs that are not joined.
         columns: of short runs that are joined, by the order of the joined weights and their dtype.
     """
 
     long: tuple[tuple[RowSlot, int, int], ...]
     short: tuple[Span, ...]
     joined: tuple[RowSlot, ...]
-    selections: tuple[RowSelection, ...]
+    padded: tuple[PaddedTokens, ...]
     columns: dict[tuple[tuple[RowSlot, ...], torch.dtype], TokenColumns] = field(default_factory=dict)
 
     def get_columns(self, order: tuple[RowSlot, ...], device: torch.device, dtype: torch.dtype) -> TokenColumns:
@@ -149,10 +149,10 @@ class LayerRuns:
             a, b = self._get_weights(row_slot, y.dtype)
             y[start:end].addmm_(x[start:end] @ a, b, alpha=row_slot.scaling)
         if shape.joined:
-            weights = join_weights(self.layer, self.cache, shape.joined, self.stacked, y.dtype)
-            add_joined_(y, x, weights, shape.get_columns(weights.row_slots, y.device, y.dtype))
-        for group in self._get_groups(shape, count, y.dtype):
-            group.add_(y.unsqueeze(1), x.unsqueeze(1))
+            joined = join_weights(self.layer, self.cache, shape.joined, self.stacked, y.dtype)
+            add_joined_(y, x, joined, shape.get_columns(joined.row_slots, y.device, y.dtype))
+        for padded, weights in zip(shape.padded, self._get_padded_weights(shape, count, y.dtype), strict=True):
+            padded.add_(y, x, *weights)
 
     def _get_shape(self, route: RunRoute, count: int, row_slots: tuple[RowSlot | None, ...]) -> RunShape:
         device = self.stacked[0].device
@@ -173,27 +173,25 @@ class LayerRuns:
             kept[key] = a[slot, :rank].to(dtype).mT, b[slot, :, :rank].to(dtype).mT
         return kept[key]
 
-    def _get_groups(self, shape: RunShape, count: int, dtype: torch.dtype) -> Sequence[RowGroup]:
-        """Return the gathered weights of short runs that are not joined."""
-        if not shape.selections:
-            return ()
-        key = self.layer, count, dtype
-        if key not in self.cache.run_groups:
-            self.cache.run_groups[key] = gather_row_groups(*self.stacked, shape.selections, dtype, GatherBuffer())
-        return self.cache.run_groups[key]
+    def _get_padded_weights(self, shape: RunShape, count: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """Return the weights of short runs that are not joined."""
+        if not shape.padded:
+            return []
+        kept, key = self.cache.padded_weights, (self.layer, count, dtype)
+        if key not in kept:
+            selections = [padded.selection for padded in shape.padded]
+            kept[key] = gather_weights(*self.stacked, selections, dtype, GatherBuffer())
+        return kept[key]
 
 
 def shape_runs(spans: Sequence[Span], device: torch.device) -> RunShape:
     """Return which runs are computed how."""
-    short = dict.fromkeys(each for each, start, end in spans if each is not None and end - start < LONG_RUN)
-    is_joined = can_join(short)
-    least = LONG_RUN if is_joined else LONG_GATHERED_RUN
-    long = tuple((each, start, end) for each, start, end in spans if each is not None and end - start >= least)
-    rest = tuple(span for span in spans if span[2] - span[1] < least)
-    if is_joined:
-        return RunShape(long, rest, tuple(short), ())
-    tokens = [each if end - start < least else None for each, start, end in spans for _ in range(end - start)]
-    return RunShape(long, rest, (), tuple(select_row_groups(tokens, device)))
+    long = tuple((each, start, end) for each, start, end in spans if each is not None and end - start >= LONG_RUN)
+    short = tuple(span for span in spans if span[2] - span[1] < LONG_RUN)
+    adapters = tuple(dict.fromkeys(each for each, _, _ in short if each is not None))
+    if can_join(adapters):
+        return RunShape(long, short, adapters, ())
+    return RunShape(long, short, (), tuple(pad_runs(short, device)))
 
 
 def check_token_count(route: RunRoute, inputs: Sequence[Tensor]) -> None:

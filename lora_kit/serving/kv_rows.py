@@ -19,6 +19,8 @@ from torch.nn import functional
 
 ATTENTION: Final = "lora_kit_rows"
 """The name under which transformers knows this attention, and its masks."""
+_MOST_SPAN: Final = 2.5
+"""Rows from the first generating one to the last, for each that generates, up to which they are read where they are."""
 _HARMLESS_OPTIONS: Final = frozenset({"position_ids", "is_causal", "cache_position", "output_attentions", "use_cache"})
 """Keyword arguments of an attention that change nothing here: a packed forward is causal by its positions."""
 
@@ -73,26 +75,94 @@ class PromptChunk:
     offset: int
 
 
-@dataclass(frozen=True)
 class PackedStep:
     """Where the tokens of a packed forward belong: one token for each of `rows`, then the chunks.
 
-    Attributes:
+    Args:
         memory: keys and values.
-        rows: int64 (generating,).
-        positions: of their tokens, int64 (generating,).
+        rows: of the requests that are generating, each once.
+        positions: of their tokens, as many.
         chunks: of prompts.
+        device: of the model.
+
+    Attributes:
+        rows, positions: int64 (generating,).
+        reader: how the generating tokens read their rows.
     """
 
-    memory: KeyValueRows
-    rows: Tensor
-    positions: Tensor
-    chunks: Sequence[PromptChunk]
+    def __init__(
+        self,
+        memory: KeyValueRows,
+        rows: Sequence[int],
+        positions: Sequence[int],
+        chunks: Sequence[PromptChunk],
+        device: torch.device,
+    ) -> None:
+        self.memory, self.chunks = memory, chunks
+        self.rows = torch.tensor(rows, dtype=torch.int64, device=device)
+        self.positions = torch.tensor(positions, dtype=torch.int64, device=device)
+        self.reader = RowReader(rows, positions, device) if rows else None
 
-    @property
-    def longest(self) -> int:
-        """Positions that a generating row reads, at most."""
-        return int(self.positions.max()) + 1 if len(self.positions) else 0
+
+class RowReader:
+    """What a token of each generating row attends to.
+
+    Keys and values are read where they are, also those of the rows between, which nothing asks for: copying a row costs
+    more than attending to another one. Where too many lie between, the rows are copied.
+
+    Args:
+        rows, positions, device: as of a `PackedStep`, one row or more.
+    """
+
+    def __init__(self, rows: Sequence[int], positions: Sequence[int], device: torch.device) -> None:
+        first, end = min(rows), max(rows) + 1
+        self.longest = max(positions) + 1
+        """Positions that are read, at most."""
+        self._span = slice(first, end) if end - first <= _MOST_SPAN * len(rows) else None
+        self._is_whole = self._span is not None and list(rows) == list(range(first, end))
+        begin = 0 if self._span is None else first
+        self._rows = torch.tensor([row - begin for row in rows], device=device)
+        ends = torch.tensor(positions, device=device)
+        if self._span is not None and not self._is_whole:
+            ends = ends.new_zeros(end - first).index_copy_(0, self._rows, ends)  # a row between sees its first position
+        self._ends = ends
+        self._masks: dict[int | None, Tensor] = {}
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, window: int | None) -> Tensor:
+        """Return (generating, heads, width).
+
+        Args:
+            query: (heads, generating, width).
+            keys, values: of the layer, (rows, heads of keys, positions, width).
+            scaling, window: see `attend_rows`.
+        """
+        heads, count, _ = query.shape
+        own_keys, own_values = (self._read(kept[:, :, : self.longest]) for kept in (keys, values))
+        # Heads that share keys are one matrix of queries. (generating, heads of keys, heads each, width)
+        grouped = self._spread(query.transpose(0, 1).reshape(count, keys.shape[1], -1, query.shape[2]))
+        attended = functional.scaled_dot_product_attention(
+            grouped, own_keys, own_values, attn_mask=self._get_mask(window), scale=scaling
+        )
+        return self._pick(attended).reshape(count, heads, -1)
+
+    def _read(self, kept: Tensor) -> Tensor:
+        return kept.index_select(0, self._rows) if self._span is None else kept[self._span]
+
+    def _spread(self, query: Tensor) -> Tensor:
+        if self._span is None or self._is_whole:
+            return query
+        return query.new_zeros(len(self._ends), *query.shape[1:]).index_copy_(0, self._rows, query)
+
+    def _pick(self, attended: Tensor) -> Tensor:
+        if self._span is None or self._is_whole:
+            return attended
+        return attended.index_select(0, self._rows)
+
+    def _get_mask(self, window: int | None) -> Tensor:
+        """Return which positions each row sees, (rows read, 1, 1, longest); the same for all layers of a step."""
+        if window not in self._masks:
+            self._masks[window] = _make_mask(self._ends, self.longest, window)[:, None, None]
+        return self._masks[window]
 
 
 def register_attention() -> None:
@@ -143,29 +213,15 @@ def attend_rows(
     keys, values = step.memory.of_layer(index, key, value)
     out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
     count = len(step.rows)
-    if count:
+    if step.reader is not None:
         keys[step.rows, :, step.positions] = key[0, :, :count].transpose(0, 1)
         values[step.rows, :, step.positions] = value[0, :, :count].transpose(0, 1)
-        out[:count] = _attend_generating(query[0, :, :count], keys, values, step, scaling, sliding_window)
+        out[:count] = step.reader.attend(query[0, :, :count], keys, values, scaling, sliding_window)
     for chunk in step.chunks:
         out[chunk.offset : chunk.offset + chunk.count] = _attend_chunk(
             query, key, value, keys, values, chunk, scaling, sliding_window
         )
     return out.unsqueeze(0), None
-
-
-def _attend_generating(
-    query: Tensor, keys: Tensor, values: Tensor, step: PackedStep, scaling: float | None, window: int | None
-) -> Tensor:
-    """Return (generating, heads, width) for one token of each row; `query` is (heads, generating, width)."""
-    longest, groups = step.longest, keys.shape[1]
-    own_keys = keys[:, :, :longest].index_select(0, step.rows)
-    own_values = values[:, :, :longest].index_select(0, step.rows)
-    count, width = query.shape[1], query.shape[2]
-    grouped = query.transpose(0, 1).reshape(count, groups, -1, width)
-    mask = _make_mask(step.positions, longest, window)[:, None, None]
-    attended = functional.scaled_dot_product_attention(grouped, own_keys, own_values, attn_mask=mask, scale=scaling)
-    return attended.reshape(count, query.shape[0], -1)
 
 
 def _attend_chunk(

@@ -106,23 +106,23 @@ class PackedForward:
 
     def _compute_in_parts(self) -> Tensor:
         """Return the logits after the probe: its first half, its second but for a token, then that token alone."""
-        tokens, memory, none = self._probe, KeyValueRows(2, _PROBE_TOKENS), self.to_tensor([])
+        tokens, memory, device = self._probe, KeyValueRows(2, _PROBE_TOKENS), self._base.device
         half, last = _PROBE_TOKENS // 2, _PROBE_TOKENS - 1
         for start, end in ((0, half), (half, last)):
             chunk = PromptChunk(row=1, start=start, count=end - start, offset=0)
-            step = PackedStep(memory, none, none, [chunk])
+            step = PackedStep(memory, [], [], [chunk], device)
             self.compute(tokens[start:end], range(start, end), [end - start - 1], step, [(None, end - start)])
-        step = PackedStep(memory, self.to_tensor([1]), self.to_tensor([last]), [])
+        step = PackedStep(memory, [1], [last], [], device)
         return self.compute(tokens[last:], [last], [0], step, [(None, 1)])[0]
 
     @torch.inference_mode()
     def measure_effect(self, lease: Lease) -> float:
         """Return the largest change of a logit by an adapter, over a few tokens spread over the vocabulary."""
-        tokens, none = self._probe, self.to_tensor([])
+        tokens = self._probe
 
         def compute_last(adapter: Lease | None) -> Tensor:
             chunk = PromptChunk(row=0, start=0, count=_PROBE_TOKENS, offset=0)
-            step = PackedStep(KeyValueRows(1, _PROBE_TOKENS), none, none, [chunk])
+            step = PackedStep(KeyValueRows(1, _PROBE_TOKENS), [], [], [chunk], self._base.device)
             return self.compute(tokens, range(_PROBE_TOKENS), [_PROBE_TOKENS - 1], step, [(adapter, _PROBE_TOKENS)])
 
         return float((compute_last(lease) - compute_last(None)).abs().max())

@@ -225,13 +225,8 @@ class RowsEngine:
             tokens += running.request.prompt[running.read : running.read + count]
             positions += range(running.read, running.read + count)
             last.append(len(tokens) - 1)
-        generators = slice(len(generating))
-        step = PackedStep(
-            self.memory,
-            self.forward.to_tensor([running.row for running in generating]),
-            self.forward.to_tensor(positions[generators]),
-            spans,
-        )
+        rows = [running.row for running in generating]
+        step = PackedStep(self.memory, rows, positions[: len(rows)], spans, self._base.device)
         runs = [(running.request.lease, 1) for running in generating]
         runs += [(running.request.lease, count) for running, count in chunks]
         return self.forward.compute(tokens, positions, last, step, runs)

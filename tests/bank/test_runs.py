@@ -94,7 +94,14 @@ def make_inputs(model: nn.Module, path: str, dtype: torch.dtype) -> Tensor:
 
 WAYS = {
     "joined": {},
-    "gathered": {"joined_runs.MOST_JOINED_RANKS": 0, "token_runs.LONG_GATHERED_RUN": 100},
+    "padded": {"joined_runs.MOST_JOINED_RANKS": 0, "token_runs.LONG_RUN": 100},
+    "padded, copied": {"joined_runs.MOST_JOINED_RANKS": 0, "padded_runs._MOST_SLOTS": 0},
+    "padded, in pieces": {
+        "joined_runs.MOST_JOINED_RANKS": 0,
+        "token_runs.LONG_RUN": 100,
+        "padded_runs._LEAST_PLACES": 1,
+        "padded_runs._MOST_PADDING": 1,
+    },
     "one by one": {"token_runs.LONG_RUN": 1},
     "long ones by themselves": {"token_runs.LONG_RUN": 5},
 }
