@@ -66,12 +66,13 @@ def _load_sample(path: Path, row: int, side: str) -> tuple[Tokenizer, EncodedDat
     from lora_kit.data.templates import chat_template
     from lora_kit.models.loading import load_input_spec
     from lora_kit.training.recipe.load import load_recipe
+    from lora_kit.training.recipe.objectives import count_answer_tokens, find_layout_finder
 
     recipe = load_recipe(path)
     file = getattr(recipe.data, side)
     if file is None:
         raise DataError(f"{path} has no data.{side}")
-    rows = read_source(file, split=side, seed=recipe.seed)
+    rows = read_source(file, split=side, seed=recipe.seed, find=find_layout_finder(recipe.objective))
     if not 1 <= row <= len(rows):
         raise DataError(f"row {row} was asked for; {rows.path} has {len(rows):,}", hint="rows count from 1")
     reader = load_input_spec(recipe.base)
@@ -81,14 +82,16 @@ def _load_sample(path: Path, row: int, side: str) -> tuple[Tokenizer, EncodedDat
         variables = recipe.data.chat_template_kwargs
         template = chat_template(recipe.data.chat_template, tokenizer, base=recipe.base, variables=variables)
     problem, names = _find_labels(recipe)
+    max_length = recipe.data.max_length or min(limit, DEFAULT_MAX_LENGTH)
     sample_format = SampleFormat(
-        max_length=recipe.data.max_length or min(limit, DEFAULT_MAX_LENGTH),
+        max_length=max_length,
         separator=recipe.data.separator,
         template=template,
         learn=recipe.data.learn,
         label2id={name: number for number, name in enumerate(names)},
         task=recipe.task,
         problem=problem,
+        answer_tokens=count_answer_tokens(recipe.objective, recipe.train, max_length),
     )
     chosen = rows.only([row - 1])
     samples = encode_rows(chosen, tokenizer, sample_format)
@@ -98,11 +101,15 @@ def _load_sample(path: Path, row: int, side: str) -> tuple[Tokenizer, EncodedDat
 def _summarize(row: Rows, tokenizer: Tokenizer, samples: EncodedDataset, sample_format: SampleFormat) -> str:
     """Return how much of one row is learned; of a conversation by role, of a text with a label its label."""
     from lora_kit.data.preview import count_learned_by_role
+    from lora_kit.data.prompt_rows import PROMPT_FORMATS
 
     tokens = samples.num_tokens
     if row.format in ("label", "words"):
         label = " ".join(map(str, row.labels[0])) or "none"
         return f"{tokens:,} tokens, label {escape_for_terminal(label)}"
+    if row.format in PROMPT_FORMATS:
+        more = sample_format.answer_tokens
+        return f"{tokens:,} tokens of the prompt; the model writes answers of up to {more:,} tokens, which are rewarded"
     summary = f"{samples.num_labels:,} of {tokens:,} tokens are learned ({samples.num_labels / tokens:.0%})"
     if row.format != "chat":
         return summary

@@ -11,6 +11,8 @@ from lora_kit.data.batches import EncodedDataset, concatenate_samples, join_samp
 from lora_kit.data.label_encoders import encode_labeled_texts, encode_labeled_words
 from lora_kit.data.preference_samples import encode_feedback, encode_pairs
 from lora_kit.data.preferences import FEEDBACK_FORMATS, PAIR_FORMATS, get_answer_format
+from lora_kit.data.prompt_rows import PROMPT_FORMATS
+from lora_kit.data.prompt_samples import encode_prompts
 from lora_kit.data.records import LONG, Fault
 from lora_kit.data.row_encoders import (
     EncodedRow,
@@ -37,6 +39,7 @@ _ENCODERS: Final[Mapping[str, tuple[str, RowEncoder]]] = {
     "words": (WORD, encode_labeled_words),
     **dict.fromkeys(PAIR_FORMATS, (NEXT, encode_pairs)),
     **dict.fromkeys(FEEDBACK_FORMATS, (NEXT, encode_feedback)),
+    **dict.fromkeys(PROMPT_FORMATS, (NEXT, encode_prompts)),
 }
 """The kind of the samples, and what encodes the rows, by format."""
 _CUT_MESSAGES: Final[Mapping[str, str]] = {

@@ -57,6 +57,7 @@ class Layout:
         read: converts a row to that format; raises RowError.
         optional: further columns that are read if they are there.
         in_lists: whether the cells of the required columns are lists; None if either may be.
+        reads_all: whether every further column is read, whatever its name.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Layout:
     read: Callable[[Row], RowValue]
     optional: tuple[str, ...] = ()
     in_lists: bool | None = None
+    reads_all: bool = False
 
     def matches(self, row: Row) -> bool:
         """Return whether a row has the required columns, with cells of the right kind."""
@@ -100,7 +102,7 @@ def list_columns_that_count(layout: Layout, row: Row) -> set[str]:
 def reason_not_ignorable(layout: Layout, keys: Collection[str]) -> str | None:
     """Return which of the columns that count a layout does not read; None if it reads them all."""
     counting = [key for key in sorted(keys) if key not in (*layout.keys, *layout.optional)]
-    if not counting:
+    if layout.reads_all or not counting:
         return None
     return f"the columns are {layout.name}, which does not read {format_list(counting)}"
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeAlias
 
+from lora_kit.data.prompt_rows import LayoutFinder
 from lora_kit.data.rows import Rows, read_rows
 from lora_kit.errors import DataError
 
@@ -57,19 +58,20 @@ def describe_source(source: DataSource) -> str:
     )
 
 
-def read_source(source: DataSource, *, split: str, seed: int) -> Rows:
+def read_source(source: DataSource, *, split: str, seed: int, find: LayoutFinder | None = None) -> Rows:
     """Return the rows of one file, or of several mixed by their weights.
 
     Args:
         split: the split of a data set whose name holds none.
         seed: seed of the choice of rows where a weight takes a part of them.
+        find: finds the layout of a file; None for that of its columns.
 
     Raises:
         DataError: a file cannot be read, see `read_rows`; or the files do not have one format and one type of labels.
     """
     if isinstance(source, str):
-        return read_rows(source, split=split)
-    parts = [read_rows(file.path, split=split) for file in source]
+        return read_rows(source, split=split, find=find)
+    parts = [read_rows(file.path, split=split, find=find) for file in source]
     _check_alike(parts)
     chosen = [
         rows.only(choose_rows(len(rows), file.weight, seed=seed, place=place))

@@ -18,6 +18,7 @@ from typing import Final
 from lora_kit.data.cells import RowError
 from lora_kit.data.layouts import Layout, RowValue, find_layout
 from lora_kit.data.messages import Conversation
+from lora_kit.data.prompt_rows import PROMPT_FORMATS
 from lora_kit.data.read_messages import CONVERSATION_KEYS
 from lora_kit.data.records import Row
 
@@ -31,13 +32,14 @@ _ANSWER_FORMATS: Final[Mapping[str, str]] = {
     "feedback": "completion",
     "chat-feedback": "chat",
 }
+_PROMPT_ANSWERS: Final[Mapping[str, str]] = {"prompt": "completion", "chat-prompt": "chat"}
 _VERDICTS: Final[Mapping[object, bool]] = {"true": True, "false": False, "1": True, "0": False, 1: True, 0: False}
 """Labels of `feedback`; a CSV file has them as words or numbers."""
 
 
 def get_answer_format(row_format: str) -> str:
-    """Return the format of the answers in rows of a format: `completion` or `chat`; other formats as they are."""
-    return _ANSWER_FORMATS.get(row_format, row_format)
+    """Return the format of the answers in, or to, rows of a format: `completion` or `chat`; others as they are."""
+    return {**_ANSWER_FORMATS, **_PROMPT_ANSWERS}.get(row_format, row_format)
 
 
 def get_first_answer(row_format: str, value: RowValue) -> RowValue:
@@ -52,12 +54,16 @@ def is_preference(row_format: str) -> bool:
 
 
 def suggest_objective(row_format: str) -> str | None:
-    """Return the usual objective that learns from rows of a format; None where they are no preferences."""
+    """Return the usual objective that learns from rows of a format; None where it is `sft`."""
+    if row_format in PROMPT_FORMATS:
+        return "grpo"
     return ("dpo" if row_format in PAIR_FORMATS else "kto") if is_preference(row_format) else None
 
 
 def describe_use(row_format: str) -> str:
-    """Return what rows of preferences are for, as a hint; empty for other formats."""
+    """Return what rows of preferences, or without answers, are for, as a hint; empty for other formats."""
+    if row_format in PROMPT_FORMATS:
+        return "these rows have no answer: objective: grpo learns from answers of the model's own"
     if not is_preference(row_format):
         return ""
     objectives = "dpo, orpo, kto or reward" if row_format in PAIR_FORMATS else "kto"

@@ -16,6 +16,7 @@ from lora_kit.data.encodings import UTF8
 from lora_kit.data.hub_datasets import is_dataset, read_dataset
 from lora_kit.data.layouts import LAYOUTS, Layout, RowValue, find_layout, list_columns_that_count, reason_not_ignorable
 from lora_kit.data.preferences import PREFERENCE_LAYOUTS, find_preference_layout
+from lora_kit.data.prompt_rows import LayoutFinder, find_prompt_layout
 from lora_kit.data.readers import read_file
 from lora_kit.data.records import NOT_UTF8, OTHER_ENCODING_HINT, Fault, Record, Row
 from lora_kit.errors import DataError, format_list
@@ -40,7 +41,8 @@ class Rows:
 
     Attributes:
         path: the file, or the name of the data set.
-        format: `completion`, `chat`, `label`, `words`, `text`, or one of `lora_kit.data.preferences`.
+        format: `completion`, `chat`, `label`, `words`, `text`, or one of
+            `lora_kit.data.preferences` and `lora_kit.data.prompt_rows`.
         values: one tuple for each row; see `lora_kit.data.layouts`.
         lines: the line each row begins on, from 1; in a JSON array and in a Parquet file the number of the row.
         layout: the name of the layout of the columns; see `lora_kit.data.layouts`.
@@ -89,7 +91,7 @@ class Scan:
     encoding: str = UTF8
 
 
-def read_rows(path: str | Path, *, split: str = "train") -> Rows:
+def read_rows(path: str | Path, *, split: str = "train", find: LayoutFinder | None = None) -> Rows:
     """Read the rows of a file or of a data set of the hub.
 
     `lora_kit.data.readers` lists the kinds of files, `lora_kit.data.hub_datasets` the names of data sets, and
@@ -100,11 +102,12 @@ def read_rows(path: str | Path, *, split: str = "train") -> Rows:
 
     Args:
         split: the split of a data set whose name holds none.
+        find: finds the layout; None for `require_layout`.
 
     Raises:
         DataError: the file is missing or has no row, or lines of it are invalid; the message lists up to eight.
     """
-    scan = scan_rows(path, split=split)
+    scan = scan_rows(path, split=split, find=find)
     if scan.faults:
         raise build_fault_error(scan.rows.path, scan.faults)
     warn_of_unused(scan.rows.path, scan.unused)
@@ -118,7 +121,12 @@ def warn_of_unused(path: Path, keys: Collection[str]) -> None:
 
 
 def scan_rows(
-    path: str | Path, *, rename: Mapping[str, str] | None = None, encoding: str = "utf-8", split: str = "train"
+    path: str | Path,
+    *,
+    rename: Mapping[str, str] | None = None,
+    encoding: str = "utf-8",
+    split: str = "train",
+    find: LayoutFinder | None = None,
 ) -> Scan:
     """Read the rows of a file or a data set, and collect the faults of invalid rows instead of raising them.
 
@@ -126,6 +134,7 @@ def scan_rows(
         rename: new names of columns, by old name.
         encoding: the encoding of a text file; `auto` to find it out, see `lora_kit.data.encodings`.
         split: the split of a data set whose name holds none.
+        find: finds the layout; None for `require_layout`.
 
     Raises:
         DataError: the file is missing, cannot be parsed at all, has no row, or is of an unknown layout.
@@ -137,8 +146,9 @@ def scan_rows(
     if not contents.records:
         return Scan(Rows(path, "", (), ()), tuple(contents.faults), (), contents.sha256, contents.encoding)
     records = rename_columns(path, contents.records, rename or {})
-    layout = require_layout(path, records[0][1])
-    unused = {key for _, row in records for key in row} - {*layout.keys, *layout.optional}
+    layout = (find or require_layout)(path, records[0][1])
+    columns = {key for _, row in records for key in row}
+    unused = set[str]() if layout.reads_all else columns - {*layout.keys, *layout.optional}
     refuse_ignored_columns(path, layout, records)
     rows, faults = convert_records(path, layout, records)
     all_faults = tuple(sorted([*contents.faults, *faults]))
@@ -268,7 +278,7 @@ def require_layout(path: Path, row: Row) -> Layout:
     Raises:
         DataError: there is none with its columns.
     """
-    layout = find_preference_layout(row) or find_layout(row)
+    layout = find_preference_layout(row) or find_layout(row) or find_prompt_layout(row)
     if layout is None:
         formats = "; ".join(dict.fromkeys(" and ".join(layout.keys) for layout in (*LAYOUTS, *PREFERENCE_LAYOUTS)))
         other = f"formats: {formats}. lora-kit prepare --rename mine=prompt gives columns other names"

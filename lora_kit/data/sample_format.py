@@ -33,6 +33,7 @@ class SampleFormat:
         learn: which answers of a conversation are learned; see `lora_kit.data.messages.LEARN`.
         task: task of the model; `seq2seq` means that an encoder reads prompts and a decoder writes completions.
         problem: what is predicted of a whole text, one of `lora_kit.models.tasks.PROBLEMS`.
+        answer_tokens: of `max_length`, those that a prompt leaves to the answer that the model writes itself.
     """
 
     max_length: int
@@ -42,6 +43,7 @@ class SampleFormat:
     learn: str = ALL
     task: str = CAUSAL_LM
     problem: str = SINGLE_LABEL
+    answer_tokens: int = 0
 
     @property
     def style(self) -> PromptStyle:

@@ -20,7 +20,7 @@ from lora_kit.generation.decoding import Completion, Sampling, generate_batch
 from lora_kit.generation.generate import route_rows
 from lora_kit.generation.prompts import EncodedPrompt, encode_prompt
 from lora_kit.models.loading import Base
-from lora_kit.models.prompt_tokens import find_special_tokens
+from lora_kit.models.prompt_tokens import cut_beginning, find_special_tokens
 from lora_kit.models.tasks import SEQ2SEQ
 from lora_kit.torch_utils import use_autocast, use_eval_mode
 
@@ -143,8 +143,7 @@ def cut_prompt(base: Base, row: EncodedPrompt, budget: int) -> EncodedPrompt:
     prefix, suffix = find_special_tokens(base.tokenizer)
     if base.task == SEQ2SEQ:
         return dataclasses.replace(row, ids=row.ids[: max(0, budget - len(suffix))] + suffix)
-    kept_prefix = prefix if row.ids[: len(prefix)] == prefix and len(prefix) < budget else []
-    return dataclasses.replace(row, ids=kept_prefix + row.ids[len(row.ids) - (budget - len(kept_prefix)) :])
+    return dataclasses.replace(row, ids=cut_beginning(row.ids, prefix, budget))
 
 
 def generate_completions(

@@ -62,6 +62,14 @@ def strip_special_tokens(ids: list[int], prefix: list[int], suffix: list[int]) -
     return ids[: -len(suffix)] if suffix and ids[-len(suffix) :] == suffix else ids
 
 
+def cut_beginning(ids: list[int], prefix: list[int], budget: int) -> list[int]:
+    """Return the last tokens of a prompt, at most `budget`, behind the special tokens that it begins with."""
+    if len(ids) <= budget:
+        return ids
+    kept = prefix if ids[: len(prefix)] == prefix and len(prefix) < budget else []
+    return kept + ids[len(ids) - (budget - len(kept)) :]
+
+
 def prepare_decoder_inputs(model: PreTrainedModel, labels: Tensor) -> Tensor:
     """Return the tokens that a decoder reads to predict these labels: int64 (rows, length), shifted right by one.
 

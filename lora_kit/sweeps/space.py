@@ -40,6 +40,7 @@ _FIXED: Final = {
     "out": "every trial has a folder of its own",
     "task": "trials are compared by one metric",
     "objective": "trials are compared by one metric",
+    "rewards": "trials are compared by them",
     "data.validation": "trials are compared on the same rows",
 }
 _MAX_COMBINATIONS: Final = 10_000

@@ -204,7 +204,8 @@ def _read_recipe(
     fields, _ = read_recipe_fields(recipe, overrides=overrides)
     loaded = load_recipe(fields)
     own = loaded.train.get("metric_for_best_model")
-    metric = metric or best_metric_of(loaded.train)
+    default = "loss" if loaded.objective == SFT else TRL_OBJECTIVES[loaded.objective].best
+    metric = metric or best_metric_of(loaded.train, default=default)
     if metric in _check_metric(metric, loaded) or (own and best_metric_of(loaded.train) == metric):
         return fields, loaded, metric
     if own:
@@ -222,7 +223,8 @@ def _read_recipe(
 def _check_metric(metric: str, recipe: Recipe) -> tuple[str, ...]:
     """Return the metrics that every evaluation of this recipe measures, after a check that trials have this one."""
     if recipe.objective != SFT:
-        measured = ("loss", *TRL_OBJECTIVES[recipe.objective].metrics)
+        spec = TRL_OBJECTIVES[recipe.objective]
+        measured = ("loss", *spec.metrics) if spec.best == "loss" else tuple(spec.metrics)
         check_one_of("metric", metric, measured)
         return measured
     check_best_metric(metric, recipe.task, recipe.problem)

@@ -20,7 +20,7 @@ from lora_kit.data.rows import read_rows
 from lora_kit.errors import RecipeError
 from lora_kit.evaluation.loss import probe_head
 from lora_kit.models.loading import load_base
-from lora_kit.training.job.job import hash_samples
+from lora_kit.training.job.identity import hash_samples
 from lora_kit.training.loop.length_buckets import split_by_length
 from lora_kit.training.train import train
 from tests.support import heads, texts, tiny

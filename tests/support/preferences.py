@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
+from lora_kit.adapter.adapter import Adapter
 from lora_kit.models.loading import Base
 from tests.support import texts, tiny
 from tests.support.training import base_of, recipe_of
@@ -59,3 +61,20 @@ def preference_recipe(folder: Path, objective: str, **changes: Any) -> dict[str,
 def losses_of(history: Any) -> list[float]:
     """Return the losses of a log, step by step."""
     return [entry["loss"] for entry in history if "loss" in entry]
+
+
+class KeepStart:
+    """Keeps what an adapter is before its first step."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from lora_kit.training.job import methods
+
+        self.adapter: Adapter | None = None
+        attach = methods.attach
+
+        def attach_and_keep(*args: Any, **kwargs: Any) -> Any:
+            bank = attach(*args, **kwargs)
+            self.adapter = bank.snapshot(kwargs["name"])
+            return bank
+
+        monkeypatch.setattr(methods, "attach", attach_and_keep)

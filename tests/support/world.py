@@ -19,6 +19,9 @@ from tests.support.pages import ROOT
 PAIRS = [{"prompt": f"all names of table {n}", "completion": f"select name from t{n};"} for n in range(8)]
 TABLES = [{"prompt": f"all names of table {n}", "completion": f"select name from t{n};"} for n in range(40)]
 """Rows enough for `prepare` to set some aside."""
+REWARDS = (
+    "def has_answer(completions, answer, **kwargs): return [float(a in text) for text, a in zip(completions, answer)]\n"
+)
 LABELED = [{"text": f"where is card {n}", "label": "card"} for n in range(4)]
 LABELED += [{"text": f"send {n} pounds", "label": "money"} for n in range(4)]
 KIT = ROOT / "lora_kit" / "models" / "kit_base"
@@ -36,6 +39,9 @@ def build(folder: Path) -> Path:
         texts.write(folder / f"{name}.jsonl", PAIRS)
     preferences = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "no"} for row in PAIRS]
     texts.write(folder / "preferences.jsonl", preferences)
+    questions = [{"prompt": row["prompt"], "answer": row["completion"]} for row in PAIRS]
+    texts.write(folder / "questions.jsonl", questions)
+    (folder / "rewards.py").write_text(REWARDS, "utf-8")
     _spreadsheet(folder / "rows.csv", ("prompt", "completion"), TABLES)
     _spreadsheet(folder / "answers.csv", ("Question", "Answer"), PAIRS)
     _spreadsheet(folder / "test.csv", ("text", "label"), LABELED)

@@ -23,7 +23,7 @@ from lora_kit.evaluation.loss import probe_head
 from lora_kit.evaluation.measure import measure
 from lora_kit.models.loading import Base, load_base
 from lora_kit.models.prompt_tokens import tokenize_source
-from lora_kit.training.job.job import hash_samples
+from lora_kit.training.job.identity import hash_samples
 from lora_kit.training.recipe.load import load_recipe
 from lora_kit.training.train import train
 from tests.support import texts, tiny

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +19,10 @@ from lora_kit.data.encode import RowCounts, encode_rows
 from lora_kit.data.label_problem import count_labels, list_label_names, resolve_problem
 from lora_kit.data.messages import ALL
 from lora_kit.data.packing import PackedDataset, pack, reason_not_packable
-from lora_kit.data.preference_samples import PreferenceDataset, build_preference_dataset
+from lora_kit.data.preference_samples import build_preference_dataset
 from lora_kit.data.preferences import get_answer_format
+from lora_kit.data.prompt_rows import PROMPT_FORMATS
+from lora_kit.data.prompt_samples import PromptDataset
 from lora_kit.data.rows import Rows
 from lora_kit.data.sample_format import SampleFormat
 from lora_kit.data.templates import ChatTemplate, chat_template
@@ -32,15 +33,23 @@ from lora_kit.models.checkpoint_head import find_label_order
 from lora_kit.models.heads import describe_head, list_head_labels, order_labels
 from lora_kit.models.loading import Base
 from lora_kit.models.tasks import CLASSIFY, LABEL_TASKS, REGRESSION, SINGLE_LABEL
-from lora_kit.targets.fingerprint import fingerprint
 from lora_kit.training.job.base_model import BaseLoader, load_recipe_base, prepare_base
+from lora_kit.training.job.identity import Samples, build_identity
 from lora_kit.training.job.recipe_rows import encode_training_rows, read_recipe_rows
 from lora_kit.training.job.resolve import resolve_recipe
 from lora_kit.training.job.starting_adapter import check_starting_labels, load_starting_adapter
-from lora_kit.training.loop.checkpoints import Identity, hash_json
-from lora_kit.training.loop.run_differences import PROCESSES, identify_batch
+from lora_kit.training.loop.checkpoints import Identity
+from lora_kit.training.loop.reward_functions import RewardFunction, check_reward_columns, load_rewards
+from lora_kit.training.loop.run_differences import PROCESSES
 from lora_kit.training.recipe.class_weights import compute_class_weights
-from lora_kit.training.recipe.objectives import KTO, REWARD, REWARD_LABEL, SFT, reason_not_shareable
+from lora_kit.training.recipe.objectives import (
+    KTO,
+    REWARD,
+    REWARD_LABEL,
+    SFT,
+    count_answer_tokens,
+    reason_not_shareable,
+)
 from lora_kit.training.recipe.recipe import Recipe
 from lora_kit.training.recipe.sharding_checks import check_processes
 from lora_kit.training.recipe.training_arguments import best_metric_of, check_reporting
@@ -63,6 +72,7 @@ class Job:
         validation_rows: the rows that they were made from.
         generation_task: the prompts of the validation rows, where the best model is chosen by what it generates.
         class_weights: weight of each class in the loss; empty where each has the weight 1.
+        rewards: the functions that reward what the model generates; empty where it generates nothing.
         head: what becomes of the base's head, in words; None where the task has no labels.
         start: the adapter that the training starts from; None for a new one.
         identity: everything that decides the result, see `lora_kit.training.loop.checkpoints`.
@@ -74,11 +84,12 @@ class Job:
     rows: Rows
     counts: RowCounts
     sample_format: SampleFormat
-    train: Any  # EncodedDataset or PackedDataset; PreferenceDataset where the objective is not `sft`
+    train: Any  # EncodedDataset or PackedDataset; PreferenceDataset or PromptDataset if the objective is not `sft`
     validation: Any
     validation_rows: Rows | None
     generation_task: GenerationTask | None
     class_weights: tuple[float, ...]
+    rewards: tuple[RewardFunction, ...]
     head: str | None
     start: Adapter | None
     identity: Identity
@@ -107,18 +118,18 @@ class Job:
         """
         check_reporting(recipe.train)
         _check_processes(recipe, processes, is_base_given=base is not None)
+        rewards = load_rewards(recipe.rewards)
         start = load_starting_adapter(recipe)
         if start is not None:
             recipe = recipe.replace(lora=dataclasses.replace(start.config, lora_dropout=recipe.lora.lora_dropout))
         found = read_recipe_rows(recipe)
         rows, validation_rows = found.train, found.validation
-        problem = _find_problem(recipe, rows)
-        recipe = recipe.replace(problem=problem)
+        recipe = recipe.replace(problem=_find_problem(recipe, rows))
         head_labels, labels = _find_labels(recipe, rows, base)
         check_starting_labels(start, labels)
         label2id = {name: number for number, name in enumerate(labels)}
         class_weights = _weigh_classes(recipe, rows, labels)
-        base = prepare_base(recipe, base, label2id, problem, load=load)
+        base = prepare_base(recipe, base, label2id, recipe.problem, load=load)
         template = _load_chat_template(recipe, rows, base)
         recipe = resolve_recipe(recipe, rows, base, template)
         sample_format = _build_sample_format(recipe, template, label2id)
@@ -126,9 +137,8 @@ class Job:
         _check_token_ids(base, samples)
         logger.info("%s: %d samples, %d labels", rows.path, len(samples), samples.num_labels)
         train = _arrange_samples(recipe, base, rows, samples)
-        validation = (
-            None if validation_rows is None else _encode_validation(recipe, base, validation_rows, sample_format)
-        )
+        validation = _encode_validation(recipe, base, validation_rows, sample_format)
+        check_reward_columns(rewards, [train, validation])
         return cls(
             recipe=recipe,
             base=base,
@@ -140,9 +150,10 @@ class Job:
             validation_rows=validation_rows,
             generation_task=_build_generation_task(recipe, validation_rows, base, sample_format),
             class_weights=class_weights,
+            rewards=rewards,
             head=describe_head(head_labels, labels) if labels else None,
             start=start,
-            identity=_build_identity(recipe, base, train, validation, start, processes=processes),
+            identity=build_identity(recipe, base, train, validation, start, processes=processes),
             processes=processes,
         )
 
@@ -169,7 +180,9 @@ class Job:
         packages += [] if self.recipe.objective == SFT else ["trl"]
         versions = {name: metadata.version(name) for name in packages}
         several = {PROCESSES: self.processes} if self.processes > 1 else {}
-        return {"versions": versions, "threads": torch.get_num_threads(), **several}
+        rewards = {reward.__name__: reward.sha256 for reward in self.rewards}
+        further = {**several, **({"rewards": rewards} if rewards else {})}
+        return {"versions": versions, "threads": torch.get_num_threads(), **further}
 
     def with_model(self, model: nn.Module) -> Job:
         """Return the same job with another model in its base: one that wraps the model it had."""
@@ -189,6 +202,7 @@ def _build_sample_format(recipe: Recipe, template: ChatTemplate | None, label2id
         learn=recipe.data.learn,
         task=recipe.task,
         problem=recipe.problem or SINGLE_LABEL,
+        answer_tokens=count_answer_tokens(recipe.objective, recipe.train, recipe.data.max_length),
     )
 
 
@@ -261,17 +275,19 @@ def _load_chat_template(recipe: Recipe, rows: Rows, base: Base) -> ChatTemplate 
 
 def _arrange_samples(
     recipe: Recipe, base: Base, rows: Rows, samples: EncodedDataset, *, packing: bool | None = None
-) -> EncodedDataset | PackedDataset | PreferenceDataset:
+) -> Samples:
     """Return samples as the loop of the objective takes them: packed, as preferences, or as they are."""
+    if rows.format in PROMPT_FORMATS:
+        return PromptDataset(samples, rows)
     if recipe.objective != SFT:
         return build_preference_dataset(rows, samples, unpaired=recipe.objective == KTO)
     is_packed = recipe.data.packing if packing is None else packing
     return _pack_samples(recipe, base, samples) if is_packed else samples
 
 
-def _encode_validation(
-    recipe: Recipe, base: Base, rows: Rows, sample_format: SampleFormat
-) -> EncodedDataset | PackedDataset | PreferenceDataset:
+def _encode_validation(recipe: Recipe, base: Base, rows: Rows | None, sample_format: SampleFormat) -> Samples | None:
+    if rows is None:
+        return None
     return _arrange_samples(recipe, base, rows, encode_rows(rows, base.tokenizer, sample_format), packing=False)
 
 
@@ -304,39 +320,3 @@ def _check_processes(recipe: Recipe, processes: int, *, is_base_given: bool) -> 
     reason = reason_not_shareable(recipe.objective, recipe.train) if processes > 1 else None
     if reason:
         raise RecipeError(f"{reason}: {processes} processes cannot share them", hint="train in one process")
-
-
-def _build_identity(
-    recipe: Recipe,
-    base: Base,
-    train: EncodedDataset | PackedDataset | PreferenceDataset,
-    validation: EncodedDataset | PackedDataset | PreferenceDataset | None,
-    start: Adapter | None,
-    *,
-    processes: int,
-) -> Identity:
-    """Return everything that decides the result. Rows count by their content, not by their path."""
-    fields = recipe.to_dict()
-    for key in ("train", "validation", "streaming"):
-        del fields["data"][key]
-    del fields["out"]
-    if start is not None:
-        fields["from"] = start.digest  # by its content, as the rows
-    rows = {"train": hash_samples(train), "validation": validation and hash_samples(validation)}
-    base_facts = fingerprint(base.model)
-    sums = {"rows": rows, "base": hash_json({key: base_facts[key] for key in ("structure", "weights")})}
-    batch = identify_batch(fields["train"], processes)
-    return {**fields, **batch, "sha256": sums, "device": base.device.type}
-
-
-def hash_samples(samples: EncodedDataset | PackedDataset | PreferenceDataset) -> str:
-    """Return the sha256 of samples as the model sees them, in hex."""
-    if isinstance(samples, PackedDataset):
-        return hash_json({"samples": hash_samples(samples.samples), "rows": samples.rows})
-    if isinstance(samples, PreferenceDataset):
-        return hash_json({"samples": hash_samples(samples.samples), "verdicts": samples.verdicts})
-    digest = hashlib.sha256(samples.kind.encode())
-    further = [tensor for tensor in (samples.types, samples.weights) if tensor is not None]
-    for tensor in (samples.offsets, samples.ids, samples.labels, samples.label_offsets, *further):
-        digest.update(tensor.contiguous().numpy().data)
-    return digest.hexdigest()

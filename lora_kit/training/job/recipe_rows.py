@@ -23,7 +23,7 @@ from lora_kit.errors import DataError, format_list
 from lora_kit.io.text import escape_text
 from lora_kit.models.protocols import Tokenizer
 from lora_kit.training.loop.checkpoints import hash_json
-from lora_kit.training.recipe.objectives import SFT, find_formats
+from lora_kit.training.recipe.objectives import SFT, find_formats, find_layout_finder
 from lora_kit.training.recipe.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -57,12 +57,16 @@ def read_recipe_rows(recipe: Recipe) -> RecipeRows:
     stream = None
     if recipe.data.streaming:
         stream = StreamedSource.open(recipe.data.train, split="train", seed=recipe.seed)
-    train = read_source(recipe.data.train, split="train", seed=recipe.seed) if stream is None else stream.first
+    find = find_layout_finder(recipe.objective)
+    if stream is None:
+        train = read_source(recipe.data.train, split="train", seed=recipe.seed, find=find)
+    else:
+        train = stream.first
     _check_format(train, recipe)
     if recipe.data.validation is None:
         logger.info("no evaluation: the recipe has no data.validation")
         return RecipeRows(train, None, stream)
-    validation = read_source(recipe.data.validation, split="validation", seed=recipe.seed)
+    validation = read_source(recipe.data.validation, split="validation", seed=recipe.seed, find=find)
     _check_format(validation, recipe)
     if validation.format != train.format:
         formats = " and ".join(f"{rows.path} has rows of the format {rows.format}" for rows in (train, validation))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lora_kit.data.preference_samples import PreferenceDataset
+from lora_kit.data.prompt_samples import PromptDataset
 from lora_kit.errors import StorageError
 from lora_kit.evaluation.measure import Evaluation
 from lora_kit.evaluation.peers import average_batches, merge_results, share_work
@@ -55,7 +56,7 @@ class PreferenceLoop(ResumableLoop):
         args: TrainingArguments,
         *,
         train: Dataset[dict[str, object]],
-        validation: PreferenceDataset | None,
+        validation: PreferenceDataset | PromptDataset | None,
         tokenizer: Tokenizer,
         **options: Any,
     ) -> None:
@@ -64,8 +65,8 @@ class PreferenceLoop(ResumableLoop):
             super().__init__(
                 model,
                 args,
-                train_dataset=_build_dataset(train),
-                eval_dataset=None if validation is None else _build_dataset(validation),
+                train_dataset=self.build_dataset(train),
+                eval_dataset=None if validation is None else self.build_dataset(validation),
                 processing_class=tokenizer,
                 **options,
             )
@@ -77,6 +78,11 @@ class PreferenceLoop(ResumableLoop):
 
     def _send_telemetry(self) -> None:
         """Send nothing: TRL would report the class of the model and of the device to its hub."""
+
+    def build_dataset(self, samples: Any) -> datasets.Dataset:
+        """Return samples as TRL takes them."""
+        rows = [samples[index] for index in range(len(samples))]
+        return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in rows[0]})
 
     def _prepare_dataset(self, dataset: datasets.Dataset, *args: object, **kwargs: object) -> datasets.Dataset:
         """Return the data set as it is: its rows are tokens."""
@@ -117,7 +123,6 @@ class PreferenceLoop(ResumableLoop):
             loss = torch.zeros_like(self._loss_sum)
             self._end_batch(loss, 0)
             return loss
-        tokens = _count_tokens(inputs)
         try:
             with self._weigh_loss(share):
                 loss = super().training_step(model, inputs, num_items_in_batch)
@@ -127,14 +132,19 @@ class PreferenceLoop(ResumableLoop):
             hint = "halve train.per_device_train_batch_size and double train.gradient_accumulation_steps"
             what = f"memory ran out with {self.micro_batch} rows at once, which objective {self.objective} cannot split"
             raise StorageError(what, hint=hint) from error
-        self._end_batch(loss, tokens)
+        self._end_batch(loss, self.count_tokens(inputs))
         return loss
+
+    def count_tokens(self, inputs: Any) -> Tensor | int:
+        """Return the tokens of a batch that was computed, without padding."""
+        return _count_tokens(inputs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Return the batches of the next step; note how large this process's shares of their rows are."""
         batches, labels = super().get_batch_samples(*args, **kwargs)
         if self.world.size > 1:
-            own = torch.tensor([float(_count_rows(batch)) for batch in batches], device=self.args.device)
+            rows = [float(len(batch["input_ids"]) if batch else 0) for batch in batches]
+            own = torch.tensor(rows, device=self.args.device)
             self._row_shares = (own / self.world.sum(own)).tolist()
         return batches, labels
 
@@ -204,13 +214,17 @@ class PreferenceLoop(ResumableLoop):
         """Return the loss and the metrics of some rows, each with its weight in the mean over all rows."""
         metrics = self._get_metrics("eval")
         metrics.clear()
-        inputs = self._prepare_inputs(self.data_collator(rows))
+        inputs = self.collate_validation(rows)
         loss, _, _ = self.prediction_step(self.model, inputs, prediction_loss_only=True)
         assert loss is not None
         values = {name.removeprefix("eval_"): each[-1] for name, each in metrics.items()}
         known = TRL_OBJECTIVES[self.objective].metrics
         measured = {name: (value, self._weigh(name, rows)) for name, value in values.items() if name in known}
         return {"loss": (float(loss), float(len(rows))), **measured}
+
+    def collate_validation(self, rows: list[dict[str, object]]) -> Any:
+        """Return some validation rows as the batch that `prediction_step` takes."""
+        return self._prepare_inputs(self.data_collator(rows))
 
     def _weigh(self, name: str, rows: Sequence[Mapping[str, object]]) -> float:
         """Return how much the metric of a batch counts in the mean over all."""
@@ -301,16 +315,6 @@ LOOPS: Final[Mapping[str, type[PreferenceLoop]]] = {
     loop.objective: loop for loop in (DpoLoop, KtoLoop, OrpoLoop, RewardLoop)
 }
 """By the name of the objective."""
-
-
-def _build_dataset(samples: Any) -> datasets.Dataset:
-    rows = [samples[index] for index in range(len(samples))]
-    return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in rows[0]})
-
-
-def _count_rows(batch: Mapping[str, Any]) -> int:
-    """Return the answers in a batch."""
-    return len(batch["input_ids"]) if batch else 0
 
 
 def _count_tokens(inputs: Mapping[str, Any]) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -10,6 +12,7 @@ import transformers
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from lora_kit.data.preference_samples import PreferenceDataset
+from lora_kit.data.prompt_samples import PromptDataset
 from lora_kit.torch_utils import Clock
 from lora_kit.training.job.job import Job
 from lora_kit.training.job.loops import build_preference_loop, build_prefix_cache
@@ -23,7 +26,7 @@ from lora_kit.training.loop.training_loop import TrainingLoop
 from lora_kit.training.loop.world import World
 from lora_kit.training.plan.memory_use import MemoryUse, count_memory
 from lora_kit.training.prefix.prefix_choice import TRAIN, VALIDATION
-from lora_kit.training.recipe.objectives import SFT
+from lora_kit.training.recipe.objectives import SFT, count_answers
 from lora_kit.training.recipe.training_arguments import build_training_arguments
 from lora_kit.training.results import StepCounts, StepMeasurement
 
@@ -37,6 +40,8 @@ _DROPPED_KEYS: Final = (
     "num_train_epochs",
     "dataloader_drop_last",
 )
+_GENERATION_KEYS: Final = ("num_iterations", "steps_per_generation", "generation_batch_size")
+"""Keys by which several steps learn from one generation."""
 _DRY_RUN_ARGUMENTS: Final[Mapping[str, object]] = {
     "max_steps": 2,
     "save_strategy": "no",
@@ -54,7 +59,7 @@ class _SampleSelection(torch.utils.data.Dataset[dict[str, object]]):
 
     num_labels = 0
 
-    def __init__(self, samples: Samples | PreferenceDataset, positions: list[int]) -> None:
+    def __init__(self, samples: Samples | PreferenceDataset | PromptDataset, positions: list[int]) -> None:
         self.kind, self._samples, self._positions = samples.kind, samples, positions
 
     def __len__(self) -> int:
@@ -98,12 +103,9 @@ def measure_dry_run(
         world: the processes that share the rows of a step.
     """
     job = trainable.job
-    batch = min(steps.batch, len(job.train))
-    micro_batch = min(steps.micro_batch * world.size, batch)
-    longest = job.train.lengths.argsort(descending=True, stable=True)[:batch].tolist()
-    drawn = torch.randperm(len(job.train), generator=torch.Generator().manual_seed(job.recipe.seed))[:batch].tolist()
-    missing = -batch % micro_batch  # here a step consists of complete micro-batches
-    positions = [*longest, *longest[:missing], *drawn, *drawn[:missing]]
+    answers = count_answers(job.recipe.objective, job.recipe.train)
+    batch, micro_batch = _size_step(job, steps, answers, world)
+    positions = _choose_rows(job, -(-batch // micro_batch) * micro_batch // answers)
     clock = Clock(job.base.device)
     timer = _StepTimer(clock)
     args = _build_arguments(job, batch=batch, micro_batch=micro_batch, folder=folder)
@@ -115,20 +117,41 @@ def measure_dry_run(
         trainer.close()
     (first_seconds, first_tokens), (second_seconds, second_tokens) = timer.ends
     rows, rows_at_first = min(world.gather(trainer.micro_batch)), -(-micro_batch // world.size)
+    share = steps.batch / batch if answers > 1 else 1.0
     measurement = StepMeasurement(
-        seconds=max(world.gather(second_seconds - first_seconds)),
-        tokens=second_tokens - first_tokens,
+        seconds=max(world.gather(second_seconds - first_seconds)) * share,
+        tokens=round((second_tokens - first_tokens) * share),
         peak_bytes=max(world.gather(clock.peak_bytes)),
         peak_of="device" if job.base.device.type == "cuda" else "process",
         micro_batch=rows if rows < rows_at_first else steps.micro_batch,
     )
-    rows = min(measurement.micro_batch, len(job.train))
+    rows = min(measurement.micro_batch, len(job.train) * answers)
     frozen = _describe_frozen_layers(job, trainer, steps) if isinstance(trainer, Trainer) else None
     lengths = job.train.lengths[positions].tolist()
     shorter = [place for place, length in enumerate(lengths) if length < lengths[0]][:1]
     samples = [trainer.train_dataset[place] for place in (0, *shorter)]
-    memory = count_memory(trainer, samples, rows=rows, length=lengths[0])
+    length = lengths[0] + job.sample_format.answer_tokens
+    memory = count_memory(trainer, samples, rows=rows, length=length)
     return measurement, max(world.gather(memory), key=lambda each: each.total), frozen
+
+
+def _size_step(job: Job, steps: StepCounts, answers: int, world: World) -> tuple[int, int]:
+    """Return the rows of a step and of a forward pass: of complete micro-batches, where there are rows enough.
+
+    Where the model generates, a row is an answer, and each step has all answers to its prompts.
+    """
+    if answers > 1:
+        whole = math.lcm(steps.micro_batch, answers)
+        return whole * max(1, steps.batch // whole), steps.micro_batch
+    batch = min(steps.batch, len(job.train))
+    return batch, min(steps.micro_batch * world.size, batch)
+
+
+def _choose_rows(job: Job, count: int) -> list[int]:
+    """Return the positions of the longest rows, for the first step, and of random ones, for the second."""
+    longest = job.train.lengths.argsort(descending=True, stable=True)[:count].tolist()
+    drawn = torch.randperm(len(job.train), generator=torch.Generator().manual_seed(job.recipe.seed))[:count].tolist()
+    return [*itertools.islice(itertools.cycle(longest), count), *itertools.islice(itertools.cycle(drawn), count)]
 
 
 def _describe_frozen_layers(job: Job, trainer: Trainer, steps: StepCounts) -> str:
@@ -169,6 +192,9 @@ def _build_arguments(job: Job, *, batch: int, micro_batch: int, folder: str) -> 
     section = {name: value for name, value in job.recipe.train.items() if name not in _DROPPED_KEYS}
     sizes = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": -(-batch // micro_batch)}
     section = {**section, **_DRY_RUN_ARGUMENTS, **sizes}
+    if count_answers(job.recipe.objective, job.recipe.train) > 1:  # each step generates, and keeps our order
+        section = {key: value for key, value in section.items() if key not in _GENERATION_KEYS}
+        section["shuffle_dataset"] = False
     return build_training_arguments(
         section, device=job.base.device, folder=folder, name=job.recipe.name, objective=job.recipe.objective
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lora_kit.data.batches import EncodedDataset
 from lora_kit.data.packing import PackedDataset
@@ -21,6 +22,9 @@ from lora_kit.training.loop.world import World, join_world
 from lora_kit.training.recipe.coerce import Section
 from lora_kit.training.recipe.load import RecipeSource, load_recipe
 from lora_kit.training.results import DataSummary, StepCounts, TrainPlan
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 def plan(
@@ -55,7 +59,9 @@ def _build_plan(trainable: TrainableJob, world: World, *, first_step: int) -> Tr
         steps = _count_steps(job, scratch, world)
         measured, memory, frozen = measure_dry_run(trainable, steps, folder=scratch, world=world)
     data = _summarize_data(job)
-    tokens_left = data.tokens * (steps.steps - first_step) / steps.per_epoch
+    steps_left = steps.steps - first_step
+    # Where the model generates, its answers are no rows of the data.
+    tokens = measured.tokens if job.sample_format.answer_tokens else data.tokens / steps.per_epoch
     return TrainPlan(
         out=Path(job.recipe.out),
         goes_on_from=first_step,
@@ -68,7 +74,7 @@ def _build_plan(trainable: TrainableJob, world: World, *, first_step: int) -> Tr
         steps=steps,
         memory=memory,
         measured=measured,
-        seconds=tokens_left * measured.seconds / measured.tokens,
+        seconds=tokens * steps_left * measured.seconds / measured.tokens,
         recipe=job.recipe,
     )
 
@@ -86,11 +92,20 @@ def _summarize_data(job: Job) -> DataSummary:
     )
 
 
+def _count_batches(job: Job, args: TrainingArguments) -> int:
+    """Return the batches of one pass over the data, in all processes."""
+    if job.sample_format.answer_tokens:  # the model generates
+        options: Any = args
+        whole = len(job.train) // (options.generation_batch_size // options.num_generations)
+        return int(whole * options.steps_per_generation * options.num_iterations)
+    divide = math.floor if args.dataloader_drop_last else math.ceil
+    return divide(len(job.train) / args.train_batch_size)
+
+
 def _count_steps(job: Job, folder: str, world: World) -> StepCounts:
     args = build_job_arguments(job, folder, world)
     micro_batch, accumulation = args.train_batch_size, args.gradient_accumulation_steps
-    divide = math.floor if args.dataloader_drop_last else math.ceil
-    per_epoch = max(1, math.ceil(divide(len(job.train) / micro_batch) / accumulation))
+    per_epoch = max(1, math.ceil(_count_batches(job, args) / accumulation))
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
     return StepCounts(
         steps=steps,

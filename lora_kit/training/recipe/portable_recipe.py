@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from lora_kit.data.mixture import rename_files
 from lora_kit.io.portable_paths import make_folder_portable, make_path_portable
 from lora_kit.training.recipe.recipe import Recipe
+from lora_kit.training.recipe.reward_specs import rename_reward_files
 
 
 def make_recipe_portable(recipe: Recipe) -> Recipe:
@@ -19,6 +20,7 @@ def make_recipe_portable(recipe: Recipe) -> Recipe:
     return recipe.replace(
         base=make_folder_portable(recipe.base),
         out=make_path_portable(recipe.out),
+        rewards=rename_reward_files(recipe.rewards, make_path_portable),
         start_from=make_path_portable(recipe.start_from) if recipe.start_from else None,
         data=dataclasses.replace(
             data,

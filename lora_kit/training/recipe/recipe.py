@@ -32,6 +32,7 @@ from lora_kit.training.recipe.objectives import (
 )
 from lora_kit.training.recipe.optimizer_checks import check_learning_rates, check_optimizer, check_schedule
 from lora_kit.training.recipe.peft_config import parse_peft_section
+from lora_kit.training.recipe.reward_specs import RewardSpecs, check_rewards, describe_rewards, parse_rewards
 from lora_kit.training.recipe.sharding_checks import check_sharding
 from lora_kit.training.recipe.training_arguments import (
     check_best_model_settings,
@@ -104,7 +105,10 @@ class Recipe:
         class_weights: weight of each label in the loss by its name, 1 for labels that are not named; `balanced` for the
             inverse of how frequent they are; None for equal weights.
         objective: `sft` to learn the answers; `dpo`, `kto`, `orpo` to prefer some answers to others, `reward` to score
-            them, by TRL's trainers; see `lora_kit.training.recipe.objectives`. A reward model's task is `classify`.
+            them, and `grpo` to write answers that functions reward, by TRL's trainers; see
+            `lora_kit.training.recipe.objectives`. A reward model's task is `classify`.
+        rewards: for `grpo` the functions that reward answers: `FILE.py:FUNCTION`, or a list of these and of
+            `{function, weight}`. The file is run as Python; a relative path starts from the working directory.
         start_from: the adapter that the training starts from: a folder, a name in the store or a hub id; None for a new
             one. The key is `from`. Its config is then the default of `lora`.
         method: `lora`; `features` to train only the head; `full` to train every weight; `peft` for one of PEFT's own
@@ -129,6 +133,7 @@ class Recipe:
     problem: str | None = None
     class_weights: ClassWeights = None
     objective: str = SFT
+    rewards: RewardSpecs = ()
     start_from: str | None = None
     method: str = "lora"
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -163,6 +168,8 @@ class Recipe:
             check_one_of("problem", self.problem, PROBLEMS)
         check_one_of("method", self.method, METHODS)
         self._resolve_objective()
+        object.__setattr__(self, "rewards", parse_rewards(self.rewards))
+        check_rewards(self.objective, self.rewards)
         if self.start_from is not None and self.method not in ("lora", "features"):
             what = f"from is for the methods lora and features; the method is {self.method}"
             raise RecipeError(what, hint="leave it out")
@@ -262,6 +269,9 @@ class Recipe:
             fields["from"] = start
         if self.objective == SFT:
             del fields["objective"]  # as it was before there were others
+        fields["rewards"] = describe_rewards(self.rewards)
+        if not self.rewards:
+            del fields["rewards"]
         fields["class_weights"] = as_json(self.class_weights)
         for name in _LABEL_FIELDS:
             if fields[name] is None:

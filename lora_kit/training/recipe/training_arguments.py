@@ -63,7 +63,8 @@ def parse_train_section(section: Section, method: str, objective: str = SFT) -> 
     rate = LEARNING_RATES[method] if objective == SFT else TRL_OBJECTIVES[objective].learning_rate
     defaults = {**DEFAULTS, "learning_rate": rate, "save_strategy": SAVE_STRATEGIES[method]}
     train = {**defaults, **{key: value for key, value in values.items() if value is not None or key not in defaults}}
-    return {**_infer_best_model_defaults(train), **train}
+    best = "loss" if objective == SFT else TRL_OBJECTIVES[objective].best
+    return {**_infer_best_model_defaults(train, best), **train}
 
 
 def _check_numbers(values: Section) -> None:
@@ -90,12 +91,16 @@ def _check_numbers(values: Section) -> None:
                 raise RecipeError(f"train.{name} must be {expected}; {value} was given")
 
 
-def _infer_best_model_defaults(train: Section) -> dict[str, object]:
-    """Return the settings for keeping the best adapter that the recipe leaves open; none where it is not kept."""
+def _infer_best_model_defaults(train: Section, best: str) -> dict[str, object]:
+    """Return the settings for keeping the best adapter that the recipe leaves open; none where it is not kept.
+
+    Args:
+        best: the metric that counts where the recipe names none.
+    """
     keeps_best = bool(train.get("early_stopping_patience") or train.get("metric_for_best_model"))
     if not train.get("load_best_model_at_end", keeps_best):
         return {}
-    metric = best_metric_of(train)
+    metric = best_metric_of(train, default=best)
     higher = is_greater_better(metric)
     return {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": higher}
 
@@ -107,9 +112,9 @@ def is_greater_better(metric: str) -> bool:
     return any(objective.metrics.get(metric, False) for objective in TRL_OBJECTIVES.values())
 
 
-def best_metric_of(train: Section) -> str:
+def best_metric_of(train: Section, *, default: str = "loss") -> str:
     """Return the metric by which evaluations are compared."""
-    return str(train.get("metric_for_best_model") or "loss").removeprefix("eval_")
+    return str(train.get("metric_for_best_model") or default).removeprefix("eval_")
 
 
 def get_training_argument_types() -> dict[str, object]:
@@ -142,7 +147,7 @@ def check_best_model_settings(train: Section, task: str, problem: str | None = N
         except ConfigError as error:
             raise RecipeError(f"train.metric_for_best_model: {error.message}", hint=error.hint) from None
     else:
-        check_one_of("train.metric_for_best_model", metric, ("loss", *TRL_OBJECTIVES[objective].metrics))
+        _check_objective_metric(train, objective)
     _check_direction(train)
     if train.get("save_strategy") == "best" and not best:
         what = "train.save_strategy is best, but load_best_model_at_end is not true"
@@ -153,6 +158,13 @@ def check_best_model_settings(train: Section, task: str, problem: str | None = N
         if train.get(key, "no") == "no":
             what = f"train.{key} is no, but {purpose} the best adapter needs it"
             raise RecipeError(what, hint=f"train.{key}: epoch, or steps")
+
+
+def _check_objective_metric(train: Section, objective: str) -> None:
+    """Raise RecipeError for a metric by which adapters of an objective of TRL cannot be compared."""
+    spec = TRL_OBJECTIVES[objective]
+    names = ("loss", *spec.metrics) if spec.best == "loss" else tuple(spec.metrics)
+    check_one_of("train.metric_for_best_model", best_metric_of(train, default=spec.best), names)
 
 
 def check_best_metric(metric: str, task: str, problem: str | None) -> None:
@@ -227,7 +239,7 @@ def build_training_arguments(
     if objective != SFT:
         config = load_config_class(objective)
         # No limit of TRL's own: what is too long was found when the rows were encoded.
-        defaults = {"max_length": _UNLIMITED, "bf16": False, "gradient_checkpointing": False}
+        defaults = {"max_length": _UNLIMITED, "bf16": False, "gradient_checkpointing": False, "disable_dropout": True}
         names = {field.name for field in dataclasses.fields(config)}
         values = {**{key: value for key, value in defaults.items() if key in names}, **values}
     with warnings.catch_warnings(), translate_argument_errors():

@@ -12,6 +12,7 @@ import torch
 
 from lora_kit.data.batches import EncodedDataset
 from lora_kit.data.preferences import FEEDBACK_FORMATS, PAIR_FORMATS, get_answer_format, get_first_answer
+from lora_kit.data.prompt_rows import PROMPT_FORMATS
 from lora_kit.data.rows import Rows
 from lora_kit.evaluation.eval_cases import build_cases
 from lora_kit.evaluation.eval_report import EvalCase
@@ -149,6 +150,9 @@ def _collect_prompts(job: Job, rows: Rows) -> Sequence[EvalPrompt]:
     rows = rows.only(_spread(len(rows), _CANDIDATES))
     if rows.format == "text":
         return [_split_text(line, text) for line, (text,) in zip(rows.lines, rows.values, strict=True)]
+    if rows.format in PROMPT_FORMATS:
+        prompts = zip(rows.lines, rows.values, strict=True)
+        return [EvalPrompt(prompt, (), (line,)) for line, (prompt, _) in prompts]
     values = tuple(get_first_answer(rows.format, value) for value in rows.values)
     answers = dataclasses.replace(rows, format=get_answer_format(rows.format), values=values)
     learn = job.recipe.data.learn if job.recipe.objective == SFT else "last"
