@@ -26,6 +26,8 @@ def count_batch_tokens(batch: Mapping[str, Tensor]) -> Tensor:
 def split_by_length(batch: Mapping[str, Tensor], *, computed: float = 1.0) -> list[dict[str, Tensor]]:
     """Return the rows of a batch in parts, the longest rows first, each part padded to its own longest row.
 
+    A batch that is best computed whole keeps its order.
+
     Args:
         batch: from a `Collator`: `attention_mask` (rows, length), and more tensors (rows, length, …) or (rows,).
         computed: share of the work on a token that is left to do, where layers are left out: the less, the more tokens
@@ -35,6 +37,8 @@ def split_by_length(batch: Mapping[str, Tensor], *, computed: float = 1.0) -> li
     lengths, order = mask.sum(1).sort(descending=True, stable=True)
     overhead = BUCKET_OVERHEAD_TOKENS["cpu" if mask.device.type == "cpu" else "cuda"]
     sizes = choose_bucket_sizes(lengths.tolist(), overhead=round(overhead / computed))
+    if len(sizes) == 1:
+        return [_trim_padding(batch, length=int(lengths[0]))]
     return [
         _trim_padding({name: tensor[rows] for name, tensor in batch.items()}, length=int(longest[0]))
         for rows, longest in zip(order.split(sizes), lengths.split(sizes), strict=True)

@@ -182,7 +182,7 @@ class Trainer(TrainingLoop):
             vars(module)["training"] = hasattr(module, "neftune_noise_alpha")
         handed_on = contextlib.nullcontext() if states is None else self._prefix_states[TRAIN].hand_on(states)
         with self._head.skip(), handed_on:
-            return super().compute_loss(model, inputs, *args, **kwargs)
+            return super().compute_loss(self.model_wrapped, inputs, *args, **kwargs)
 
     def _compute_label_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: LabelCount = None) -> Tensor:
         if num_items_in_batch is None:
@@ -227,8 +227,17 @@ class Trainer(TrainingLoop):
         return loss
 
     def _forward_and_backward(self, batch: Batch, label_count: LabelCount) -> Tensor:
-        step, model = super().training_step, self.model_wrapped
+        step, model = super().training_step, _ModelInTraining(self.model_wrapped)
         return sum_losses([step(model, part, label_count) for part in self._split(batch)])
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Clip the gradients of what is trained; to look through the whole model would take as long as a small step."""
+        if is_sharded(self.model):
+            norm: Tensor = super()._clip_grad_norm(model)
+            return norm
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        clipped: Tensor = self.accelerator.clip_grad_norm_(trained, self.args.max_grad_norm)
+        return clipped
 
     def _split(self, batch: Batch) -> list[dict[str, Tensor]]:
         """Return a batch in parts of similar lengths; whole where every forward needs those of all processes."""
@@ -284,3 +293,15 @@ class Trainer(TrainingLoop):
         self, cache_enabled: bool | None = True
     ) -> contextlib.AbstractContextManager[object]:
         return use_autocast(self.args.device, self.autocast_dtype)
+
+
+class _ModelInTraining:
+    """Stands for the model in a step of transformers, which puts it into training mode each time, module by module."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def train(self) -> None:
+        """Put the model into training mode unless it is."""
+        if not self._model.training:
+            self._model.train()
