@@ -227,7 +227,8 @@ class Trainer(TrainingLoop):
         return loss
 
     def _forward_and_backward(self, batch: Batch, label_count: LabelCount) -> Tensor:
-        step, model = super().training_step, _ModelInTraining(self.model_wrapped)
+        step: Any = super().training_step
+        model = _ModelInTraining(self.model_wrapped)
         return sum_losses([step(model, part, label_count) for part in self._split(batch)])
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
@@ -235,7 +236,9 @@ class Trainer(TrainingLoop):
         if is_sharded(self.model):
             norm: Tensor = super()._clip_grad_norm(model)
             return norm
-        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        optimizer = self.optimizer
+        assert optimizer is not None
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         clipped: Tensor = self.accelerator.clip_grad_norm_(trained, self.args.max_grad_norm)
         return clipped
 
