@@ -218,9 +218,13 @@ def _build_plan_facts(plan: TrainPlan) -> list[tuple[str, str]]:
     fewer = f" (memory ran out with {steps.micro_batch})" if measured.micro_batch != steps.micro_batch else ""
     speed, rows = measured.tokens / measured.seconds, measured.micro_batch * steps.processes
     accumulation, shared = -(-steps.batch // rows), f" in each of {steps.processes} processes" * (steps.processes > 1)
-    whole = " of the whole process, Python and libraries included," * (measured.peak_of == "process")
+    peak = f"{format_size(measured.peak_bytes)} at most in it and in one of the longest rows, measured"
+    later = (
+        f"of the whole process, Python and libraries included; of later steps at most {format_size(plan.most_bytes)}"
+    )
     parts = [("weights", memory.weights), ("trained", memory.trained), ("gradients", memory.gradients),
-             ("optimizer", memory.optimizer), ("activations", memory.activations)]  # fmt: skip
+             ("optimizer", memory.optimizer), ("activations", memory.activations),
+             ("an evaluation, without gradients and activations", memory.evaluation)]  # fmt: skip
     facts = [
         ("would write", f"{plan.out}" + (f", continuing from step {plan.goes_on_from:,}" if plan.goes_on_from else "")),
         ("trainable", f"{plan.trainable:,} of {plan.parameters:,} parameters ({plan.trainable / plan.parameters:.2%})"),
@@ -238,9 +242,10 @@ def _build_plan_facts(plan: TrainPlan) -> list[tuple[str, str]]:
         ),
         ("learning rate", _format_rates(plan.recipe)),
         ("batch", f"{steps.batch} samples: {measured.micro_batch} at once{shared}{fewer}, accumulation {accumulation}"),
-        ("memory", f"{format_size(memory.total)} counted, if all rows were as long as the longest"),
+        ("memory", f"{format_size(memory.total)} counted, in the largest batch that these rows may form"),
         *(("", f"{name}: {format_size(amount)}") for name, amount in parts if amount),
         ("one step", f"{measured.seconds:.3f} s, {measured.tokens:,} tokens, {speed:,.0f} tokens/s, measured"),
-        ("", f"at most {format_size(measured.peak_bytes)}{whole} in it and in one of the longest rows, measured"),
+        ("", peak),
+        *([("", later)] if measured.peak_of == "process" else []),
         ("all steps", f"about {timedelta(seconds=round(plan.seconds))}, without evaluations"),
     ]

@@ -11,9 +11,11 @@ import torch
 
 from lora_kit.cli.main import main
 from lora_kit.errors import RecipeError, StorageError
+from lora_kit.training.loop.length_buckets import BUCKET_OVERHEAD_TOKENS, choose_bucket_sizes, find_largest_parts
 from lora_kit.training.plan.plan import plan
 from lora_kit.training.results import TrainPlan
 from lora_kit.training.train import train
+from tests.support import texts
 from tests.support.interrupted import die_at, killed, long_recipe, run_of
 from tests.support.memory import count_training, narrow
 from tests.support.training import LABELED, PAIRS, base_of, recipe_of, same_state, state
@@ -169,6 +171,45 @@ def test_checkpointing_needs_less_and_longer_rows_more(tmp_path: Path) -> None:
     assert longer.memory.activations > 1.5 * plain.memory.activations
 
 
+def test_no_batch_has_a_larger_part_than_is_counted() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = (torch.randn(300, generator=generator) + 3.5).exp().clamp(3, 500).long().sort(descending=True).values
+    found = find_largest_parts(lengths, rows=16, device=torch.device("cpu"))
+    assert {part.rows for part in found} != {16}  # sixteen of the longest are never together
+    for power in (1, 1.5, 2):
+        most = max(part.rows * int(lengths[part.longest]) ** power for part in found)
+        for start in range(0, 300 - 16, 2):  # rows of like lengths, and random ones
+            for rows in (torch.arange(start, start + 16), torch.randperm(300, generator=generator)[:16].sort().values):
+                batch = lengths[rows].tolist()
+                ends = choose_bucket_sizes(batch, overhead=BUCKET_OVERHEAD_TOKENS["cpu"])
+                firsts = [sum(ends[:place]) for place in range(len(ends))]
+                assert all(size * batch[first] ** power <= most for size, first in zip(ends, firsts, strict=True))
+
+
+def test_rows_of_unlike_lengths_need_what_their_batches_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BUCKET_OVERHEAD_TOKENS, "cpu", 8)  # type: ignore[misc]
+    rows = [{"text": "a" * count, "label": str(count)} for count in (60, 2, 2, 2, 2, 2, 2)]
+    recipe = recipe_of(tmp_path, rows=rows, task="classify", train={"per_device_train_batch_size": 8})
+    found = plan(recipe, base=base_of("bert", labels=2)).memory
+    recipe["train"]["per_device_train_batch_size"] = 1
+    alone = plan(recipe, base=base_of("bert", labels=2)).memory
+    assert found.activations == pytest.approx(alone.activations, rel=0.02)
+
+
+def test_the_evaluation_is_counted_too(tmp_path: Path) -> None:
+    valid = texts.write(tmp_path / "valid.jsonl", [{"text": "good " * 40, "label": "good "}] * 32)
+    recipe = recipe_of(tmp_path, rows=TEXTS[:2], task="classify", train={"per_device_eval_batch_size": 32})
+    recipe["data"].pop("validation")
+    base = base_of("bert", labels=2)
+    alone = plan(recipe, base=base)
+    assert alone.memory.evaluation == 0
+    recipe["data"]["validation"] = str(valid)
+    found = plan(recipe, base=base)
+    assert found.memory.evaluation > 2 * alone.memory.activations
+    assert found.memory.total > 2 * alone.memory.total - alone.memory.weights
+    assert found.most_bytes >= found.measured.before_bytes + found.memory.evaluation
+
+
 def test_rows_that_do_not_fit_are_found_out(tmp_path: Path) -> None:
     found = plan(recipe_of(tmp_path), base=narrow("llama", 2)())
     assert (found.steps.micro_batch, found.measured.micro_batch) == (4, 2)
@@ -212,7 +253,8 @@ def test_the_command_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixtu
     shown = capsys.readouterr().out
     for told in ("would write", "trainable", "q_proj: 6 modules", "5 rows", "of the tokens", "warm-up", "4 at once",
                  "counted", "activations: ", "tokens/s, measured",
-                 "of the whole process, Python and libraries included", "without evaluations"):  # fmt: skip
+                 "of the whole process, Python and libraries included; of later steps at most",
+                 "without evaluations"):  # fmt: skip
         assert told in shown
     assert main(["train", str(tmp_path / "recipe.yaml"), "--dry-run", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)

@@ -6,8 +6,9 @@ The loss of a step is a sum over labels divided by their number, so the number o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lora_kit.data.batches import IGNORE_INDEX
@@ -35,14 +36,17 @@ def split_by_length(batch: Mapping[str, Tensor], *, computed: float = 1.0) -> li
     """
     mask = batch["attention_mask"]
     lengths, order = mask.sum(1).sort(descending=True, stable=True)
-    overhead = BUCKET_OVERHEAD_TOKENS["cpu" if mask.device.type == "cpu" else "cuda"]
-    sizes = choose_bucket_sizes(lengths.tolist(), overhead=round(overhead / computed))
+    sizes = choose_bucket_sizes(lengths.tolist(), overhead=_choose_overhead(mask.device, computed))
     if len(sizes) == 1:
         return [_trim_padding(batch, length=int(lengths[0]))]
     return [
         _trim_padding({name: tensor[rows] for name, tensor in batch.items()}, length=int(longest[0]))
         for rows, longest in zip(order.split(sizes), lengths.split(sizes), strict=True)
     ]
+
+
+def _choose_overhead(device: torch.device, computed: float) -> int:
+    return round(BUCKET_OVERHEAD_TOKENS["cpu" if device.type == "cpu" else "cuda"] / computed)
 
 
 def trim_batch(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -83,3 +87,46 @@ def choose_bucket_sizes(lengths: Sequence[int], *, overhead: int) -> list[int]:
         sizes.append(end - first[end])
         end = first[end]
     return sizes[::-1]
+
+
+class LargestPart(NamedTuple):
+    """A part that no batch has a larger one than.
+
+    Attributes:
+        longest: index of its longest row.
+        shorter: index of a shorter row that may be in it; that of the longest if there is none.
+        rows: number of its rows.
+    """
+
+    longest: int
+    shorter: int
+    rows: int
+
+
+def find_largest_parts(lengths: Tensor, *, rows: int, device: torch.device, computed: float = 1.0) -> set[LargestPart]:
+    """Return the parts that take most memory of all that batches may be split into.
+
+    Of an optimal split no part is cheaper in two: with its rows sorted by length, (k - i)(l[0] - l[i]) <= overhead for
+    each i of its k rows. Of all rows those that are next to each other in length keep to that the longest.
+
+    Args:
+        lengths: of all rows in tokens, the longest first: int64 (samples,).
+        rows: of a batch.
+        device: what the batches are on.
+        computed: as of `split_by_length`.
+
+    Returns:
+        Those with most tokens, with most entries of attention, and with most of what lies between the two.
+    """
+    overhead = _choose_overhead(device, computed)
+    counts, indices = torch.arange(1, rows + 1)[:, None], torch.arange(rows)
+    begins = torch.cat([torch.ones(1, dtype=torch.bool), lengths.diff() != 0]).nonzero().flatten().tolist()
+    parts = []
+    for start, shorter in zip(begins, [*begins[1:], begins[-1]], strict=True):
+        differences = lengths[start] - lengths[start : start + rows]
+        most = len(differences)
+        costs = (counts[:most] - indices[:most]).clamp(min=0) * differences
+        fits = int(lengths[start] - lengths[shorter]) <= overhead
+        parts.append(LargestPart(start, shorter if fits else start, int((costs <= overhead).all(1).sum())))
+    powers = (1, 1.5, 2)
+    return {max(parts, key=lambda part: part.rows * int(lengths[part.longest]) ** power) for power in powers}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Mapping
@@ -13,19 +14,23 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from lora_kit.data.preference_samples import PreferenceDataset
 from lora_kit.data.prompt_samples import PromptDataset
+from lora_kit.models.frozen_prefix import estimate_saved_share
+from lora_kit.models.tasks import TARGET
 from lora_kit.torch_utils import Clock
 from lora_kit.training.job.job import Job
 from lora_kit.training.job.loops import build_preference_loop, build_prefix_cache
 from lora_kit.training.job.methods import TrainableJob
 from lora_kit.training.loop.checkpoints import RunFolder
 from lora_kit.training.loop.learning_rates import LearningRates
+from lora_kit.training.loop.length_buckets import find_largest_parts
 from lora_kit.training.loop.run_state import RunContext
+from lora_kit.training.loop.sharded_base import is_sharded
 from lora_kit.training.loop.signals import StopRequest
 from lora_kit.training.loop.trainer import Samples, Trainer
 from lora_kit.training.loop.training_loop import TrainingLoop
 from lora_kit.training.loop.world import World
-from lora_kit.training.plan.memory_use import MemoryUse, count_memory
-from lora_kit.training.prefix.prefix_choice import TRAIN, VALIDATION
+from lora_kit.training.plan.memory_use import MemoryUse, count_evaluation, count_memory
+from lora_kit.training.prefix.prefix_choice import TRAIN, VALIDATION, PrefixChoice
 from lora_kit.training.recipe.objectives import SFT, count_answers
 from lora_kit.training.recipe.training_arguments import build_training_arguments
 from lora_kit.training.results import StepCounts, StepMeasurement
@@ -111,6 +116,7 @@ def measure_dry_run(
     args = _build_arguments(job, batch=batch, micro_batch=micro_batch, folder=folder)
     trainer = _build_loop(trainable, args, positions, timer, world)
     timer.trainer = trainer
+    before = clock.peak_bytes
     try:
         trainer.train()
     finally:
@@ -122,17 +128,58 @@ def measure_dry_run(
         seconds=max(world.gather(second_seconds - first_seconds)) * share,
         tokens=round((second_tokens - first_tokens) * share),
         peak_bytes=max(world.gather(clock.peak_bytes)),
+        before_bytes=max(world.gather(before)),
         peak_of="device" if job.base.device.type == "cuda" else "process",
         micro_batch=rows if rows < rows_at_first else steps.micro_batch,
     )
+    frozen = _choose_frozen_layers(job, trainer, steps) if isinstance(trainer, Trainer) else None
     rows = min(measurement.micro_batch, len(job.train) * answers)
-    frozen = _describe_frozen_layers(job, trainer, steps) if isinstance(trainer, Trainer) else None
+    if isinstance(trainer, Trainer) and frozen is not None:
+        memory = _count_training(job, trainer, frozen, positions, rows=rows)
+    else:
+        memory = _count_first(job, trainer, positions, rows=rows)
+    memory = max(world.gather(memory), key=lambda each: each.total)
+    return measurement, memory, None if frozen is None else str(frozen)
+
+
+def _count_training(job: Job, trainer: Trainer, frozen: PrefixChoice, positions: list[int], *, rows: int) -> MemoryUse:
+    if is_sharded(trainer.model):  # whose batches are not split by length
+        return _count_first(job, trainer, positions, rows=rows)
+    if job.train.kind == TARGET:  # what a decoder has is not in the lengths
+        memory = _count_first(job, trainer, positions, rows=rows)
+    else:
+        memory = _count_largest(job, trainer, frozen, rows=rows)
+    return dataclasses.replace(memory, evaluation=_count_evaluation(job, trainer))
+
+
+def _count_first(job: Job, trainer: TrainingLoop, positions: list[int], *, rows: int) -> MemoryUse:
+    """Return what rows need that are as long as the first one of the loop, which is the longest."""
     lengths = job.train.lengths[positions].tolist()
     shorter = [place for place, length in enumerate(lengths) if length < lengths[0]][:1]
     samples = [trainer.train_dataset[place] for place in (0, *shorter)]
-    length = lengths[0] + job.sample_format.answer_tokens
-    memory = count_memory(trainer, samples, rows=rows, length=length)
-    return measurement, max(world.gather(memory), key=lambda each: each.total), frozen
+    return count_memory(trainer, samples, rows=rows, length=lengths[0] + job.sample_format.answer_tokens)
+
+
+def _count_largest(job: Job, trainer: Trainer, frozen: PrefixChoice, *, rows: int) -> MemoryUse:
+    """Return what the largest forward and backward needs that batches of these rows are split into."""
+    lengths, order = job.train.lengths.sort(descending=True, stable=True)
+    computed = 1.0
+    if frozen.computer is not None:
+        computed -= estimate_saved_share(job.base.model, frozen.computer.prefix)
+    uses = []
+    for part in sorted(find_largest_parts(lengths, rows=rows, device=job.base.device, computed=computed)):
+        samples = [job.train[int(order[index])] for index in dict.fromkeys((part.longest, part.shorter))]
+        uses.append(count_memory(trainer, samples, rows=part.rows, length=int(lengths[part.longest])))
+    return max(uses, key=lambda use: use.total)
+
+
+def _count_evaluation(job: Job, trainer: Trainer) -> int:
+    """Return what an evaluation needs for its longest rows; 0 without one."""
+    if job.validation is None:
+        return 0
+    size = trainer.args.per_device_eval_batch_size
+    longest = job.validation.lengths.argsort(descending=True, stable=True)[:size].tolist()
+    return count_evaluation(trainer, job.validation.select(longest), job.collator)
 
 
 def _size_step(job: Job, steps: StepCounts, answers: int, world: World) -> tuple[int, int]:
@@ -154,11 +201,11 @@ def _choose_rows(job: Job, count: int) -> list[int]:
     return [*itertools.islice(itertools.cycle(longest), count), *itertools.islice(itertools.cycle(drawn), count)]
 
 
-def _describe_frozen_layers(job: Job, trainer: Trainer, steps: StepCounts) -> str:
+def _choose_frozen_layers(job: Job, trainer: Trainer, steps: StepCounts) -> PrefixChoice:
     run = RunContext(folder=RunFolder(job.recipe.out), identity={}, setting={}, stop=StopRequest())
     splits = {TRAIN: job.train, **({} if job.validation is None else {VALIDATION: job.validation})}
     cache = build_prefix_cache(job, run)
-    return str(trainer.choose_prefix(cache, splits, passes=steps.steps * steps.batch / len(job.train)))
+    return trainer.choose_prefix(cache, splits, passes=steps.steps * steps.batch / len(job.train))
 
 
 def _build_loop(

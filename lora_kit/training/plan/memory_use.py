@@ -9,6 +9,9 @@ from typing import Any, Final
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lora_kit.data.batches import Collator, EncodedDataset
+from lora_kit.evaluation.forward import run_forward
+from lora_kit.training.loop.trainer import Trainer
 from lora_kit.training.loop.training_loop import TrainingLoop
 from lora_kit.training.plan.live_bytes import LiveBytes
 
@@ -25,8 +28,9 @@ class MemoryUse:
         trained: trained tensors of the adapter: lora_A, lora_B and `modules_to_save`; 0 where every weight is trained.
         gradients: of the trained tensors.
         optimizer: the optimizer's state after a step.
-        activations: all else if every row were as long as the longest: what autograd keeps of a forward for the
-            backward, and temporary tensors.
+        activations: all else in the largest forward and backward that batches of these rows may have: what autograd
+            keeps of a forward for the backward, and temporary tensors.
+        evaluation: of an evaluation what is not the other parts; it is over when a step begins. 0 without one.
     """
 
     weights: int
@@ -34,11 +38,12 @@ class MemoryUse:
     gradients: int
     optimizer: int
     activations: int
+    evaluation: int = 0
 
     @property
     def total(self) -> int:
-        """The sum of all parts."""
-        return self.weights + self.trained + self.gradients + self.optimizer + self.activations
+        """The most at once: all parts of a step, or those of an evaluation, which has no gradients."""
+        return self.weights + self.trained + self.optimizer + max(self.gradients + self.activations, self.evaluation)
 
 
 def count_memory(trainer: TrainingLoop, samples: list[dict[str, Any]], *, rows: int, length: int) -> MemoryUse:
@@ -59,6 +64,14 @@ def count_memory(trainer: TrainingLoop, samples: list[dict[str, Any]], *, rows: 
         added = peak - _count_peak(trainer, _make_rows(samples, fewer))
         peak += (rows - counted) * added // (counted - fewer)
     return _divide(max(peak, _count_update(trainer, samples[0])), model, _list_optimizer_tensors(trainer))
+
+
+def count_evaluation(trainer: Trainer, samples: EncodedDataset, collator: Collator) -> int:
+    """Return what one batch of an evaluation needs besides weights and the optimizer's state, counted in bytes."""
+    with _count(trainer) as live:
+        before = live.now
+        run_forward(trainer.model, samples, collator, batch_size=len(samples), autocast=trainer.autocast_dtype)
+    return live.peak - before
 
 
 def _make_rows(samples: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
