@@ -205,19 +205,37 @@ def measure_zipf(rounds: int, *, offered: int = 1000, count: int = 256, exponent
             tensors = {key: tensor * (1 + number / offered) for key, tensor in value.tensors.items()}
             lk.Adapter(value.config, tensors).save(store / f"a{number}")
         speeds: dict[str, list[float]] = {"resident": [], "offered": []}
+        together: dict[str, list[float]] = {"resident": [], "offered": []}
         loads = []
         for number in range(rounds):
             order = list(speeds)[:: -1 if number % 2 else 1]
             for name in order:
-                speed, loaded = zipf_round(base, store, 8 if name == "resident" else offered, count, exponent, number)
+                adapters = 8 if name == "resident" else offered
+                speed, loaded, tokens = zipf_round(base, store, adapters, count, exponent, number)
                 speeds[name].append(speed)
+                together[name].append(tokens)
                 loads += [loaded] if name == "offered" else []
     ratio = quartiles([own / other for own, other in zip(speeds["offered"], speeds["resident"], strict=True)])
     return {
         "tokens_per_cpu_second": {name: quartiles(each) for name, each in speeds.items()},
         "loads_per_request": sum(loads) / len(loads) / count,
+        "new_tokens_per_step": {name: quartiles(each) for name, each in together.items()},
         "ratios": {"1,000 offered, 8 slots, Zipf / 8 resident": ratio},
     }
+
+
+class CountingEngine(RowsEngine):
+    """An engine that counts its steps.
+
+    Attributes:
+        steps: so far.
+    """
+
+    steps = 0
+
+    def step(self) -> list[Event]:
+        self.steps += bool(self.running or self.waiting)
+        return super().step()
 
 
 class CountingSlots(AdapterSlots):
@@ -241,14 +259,20 @@ def warm_slot(slots: AdapterSlots, value: lk.Adapter) -> None:
     slots.release(slots.lease(value))
 
 
-def zipf_round(base: Base, store: Path, adapters: int, count: int, exponent: float, seed: int) -> tuple[float, int]:
-    """New tokens per CPU second, and how many adapters were put into slots."""
+def zipf_round(
+    base: Base, store: Path, adapters: int, count: int, exponent: float, seed: int
+) -> tuple[float, int, float]:
+    """New tokens per CPU second, how many adapters were put into slots, and new tokens per step of the engine.
+
+    With eight slots no more than eight adapters are computed at once; a step of few tokens costs nearly as much as one
+    of many.
+    """
     generator = random.Random(seed)
     weights = [1 / (number + 1) ** exponent for number in range(adapters)]
     names = generator.choices([f"a{number}" for number in range(adapters)], weights, k=count)
     requests = asks(base, names, count, seed=seed)
     bank = lk.attach(base.model, slots=8, max_rank=8)
-    engine = RowsEngine(base, bank, rows=32)
+    engine = CountingEngine(base, bank, rows=32)
     slots, labels = CountingSlots(bank, engine, slots=8), AdapterLabels(store, base_name=BASE)
     worker = ModelWorker(engine, slots, limits=QueueLimits(requests=count, tokens=10**9, seconds=3600))
     worker.start()
@@ -259,7 +283,8 @@ def zipf_round(base: Base, store: Path, adapters: int, count: int, exponent: flo
     worker.stop()
     worker.join()
     bank.detach()
-    return sum(each.new_tokens for each in requests) / seconds, slots.loads
+    total = sum(each.new_tokens for each in requests)
+    return total / seconds, slots.loads, total / engine.steps
 
 
 def ask_all(worker: ModelWorker, labels: AdapterLabels, requests: Sequence[Ask], *, together: int = 32) -> None:

@@ -77,10 +77,11 @@ def join_weights(
     row_slots: tuple[RowSlot, ...],
     stacked: tuple[Tensor, Tensor],
     dtype: torch.dtype,
-) -> JoinedWeights:
-    """Return the weights of adapters beside each other.
+) -> JoinedWeights | None:
+    """Return the weights of adapters beside each other; None where the layer is asked for these the first time.
 
-    What was joined before is used again as long as it holds them all and not many others.
+    What was joined before is used again as long as it holds them all and not many others. Where other adapters come
+    with every step, joining costs more than it saves.
 
     Args:
         layer: whose weights these are.
@@ -90,8 +91,12 @@ def join_weights(
         dtype: of the activations.
     """
     weights = cache.joined_weights.get(layer)
-    if weights is None or weights.a.dtype != dtype or not _serves(weights.row_slots, row_slots):
-        weights = cache.joined_weights[layer] = _join_weights(row_slots, *stacked, dtype)
+    if weights is not None and weights.a.dtype == dtype and _serves(weights.row_slots, row_slots):
+        return weights
+    if cache.asked_to_join.get(layer) != row_slots:
+        cache.asked_to_join[layer] = row_slots
+        return None
+    weights = cache.joined_weights[layer] = _join_weights(row_slots, *stacked, dtype)
     return weights
 
 

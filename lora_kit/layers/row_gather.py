@@ -100,6 +100,7 @@ class RowCache:
         slot_copies: LoRA weights (in, r) and (r, out) of a slot of a layer, in the dtype of the activations.
         slot_views: the same where nothing is copied; other rows may use them, too.
         joined_weights: of a linear layer, for the adapters of short runs; other rows may use them, too.
+        asked_to_join: the adapters that a linear layer had in short runs, when its weights were not joined.
     """
 
     def __init__(self) -> None:
@@ -111,6 +112,7 @@ class RowCache:
         self.slot_copies: dict[tuple[nn.Module, int, torch.dtype], tuple[Tensor, Tensor]] = {}
         self.slot_views: dict[tuple[nn.Module, int, torch.dtype], tuple[Tensor, Tensor]] = {}
         self.joined_weights: dict[nn.Module, JoinedWeights] = {}
+        self.asked_to_join: dict[nn.Module, tuple[RowSlot, ...]] = {}
         self.expert_factors: dict[nn.Module, tuple[tuple[tuple[int, ...], torch.dtype], ExpertFactors]] = {}
 
     def clear_rows(self) -> None:

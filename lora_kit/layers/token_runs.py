@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -106,16 +107,21 @@ class RunShape:
     Attributes:
         long: what each run with products of its own uses, its first token, and the one after its last.
         short: the others.
-        joined: the adapters of short runs, each once, where these are joined; else empty.
-        padded: short runs that are not joined.
+        joined: the adapters of short runs, each once, where these may be joined; else empty.
+        device: of the layers.
         columns: of short runs that are joined, by the order of the joined weights and their dtype.
     """
 
     long: tuple[tuple[RowSlot, int, int], ...]
     short: tuple[Span, ...]
     joined: tuple[RowSlot, ...]
-    padded: tuple[PaddedTokens, ...]
+    device: torch.device
     columns: dict[tuple[tuple[RowSlot, ...], torch.dtype], TokenColumns] = field(default_factory=dict)
+
+    @cached_property
+    def padded(self) -> list[PaddedTokens]:
+        """Short runs as they are computed while they are not joined."""
+        return pad_runs(self.short, self.device)
 
     def get_columns(self, order: tuple[RowSlot, ...], device: torch.device, dtype: torch.dtype) -> TokenColumns:
         """Return which columns of weights that are joined in this order each token of a short run uses."""
@@ -148,9 +154,10 @@ class LayerRuns:
         for row_slot, start, end in shape.long:
             a, b = self._get_weights(row_slot, y.dtype)
             y[start:end].addmm_(x[start:end] @ a, b, alpha=row_slot.scaling)
-        if shape.joined:
-            joined = join_weights(self.layer, self.cache, shape.joined, self.stacked, y.dtype)
+        joined = join_weights(self.layer, self.cache, shape.joined, self.stacked, y.dtype) if shape.joined else None
+        if joined is not None:
             add_joined_(y, x, joined, shape.get_columns(joined.row_slots, y.device, y.dtype))
+            return
         for padded, weights in zip(shape.padded, self._get_padded_weights(shape, count, y.dtype), strict=True):
             padded.add_(y, x, *weights)
 
@@ -188,10 +195,8 @@ def shape_runs(spans: Sequence[Span], device: torch.device) -> RunShape:
     """Return which runs are computed how."""
     long = tuple((each, start, end) for each, start, end in spans if each is not None and end - start >= LONG_RUN)
     short = tuple(span for span in spans if span[2] - span[1] < LONG_RUN)
-    adapters = tuple(dict.fromkeys(each for each, _, _ in short if each is not None))
-    if can_join(adapters):
-        return RunShape(long, short, adapters, ())
-    return RunShape(long, short, (), tuple(pad_runs(short, device)))
+    adapters = tuple(sorted({each for each, _, _ in short if each is not None}))
+    return RunShape(long, short, adapters if can_join(adapters) else (), device)
 
 
 def check_token_count(route: RunRoute, inputs: Sequence[Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -219,6 +220,19 @@ def test_joined_weights_are_read_again_after_adapters_come_and_go(bank: lk.Adapt
     ):
         runs = [(name, 1) for name in names]
         assert_close(compute_runs(bank, module, x, runs), compute_alone(bank, module, x, runs), torch.float32)
+
+
+def test_weights_are_joined_when_the_same_adapters_come_again(bank: lk.AdapterBank, model: nn.Module) -> None:
+    module, x = model.get_submodule("model.layers.1.mlp.up_proj"), torch.randn(1, 3, 32)
+
+    def is_joined(*names: str) -> bool:
+        run = partial(compute_runs, bank, module, x, [(name, 1) for name in names])
+        return not any("bmm" in str(each) for each in operations.operations(run))
+
+    assert [is_joined("plain", "dora", "plain"), is_joined("dora", "plain", "dora")] == [False, True]
+    assert [is_joined("plain", "plain", "plain"), is_joined("dora", "dora", "plain")] == [True, True]
+    bank.unload("head")
+    assert [is_joined("dora", "plain", "dora"), is_joined("dora", "dora", "plain")] == [False, True]
 
 
 def test_the_number_of_operations_depends_on_runs_and_not_on_adapters_loaded(
