@@ -99,6 +99,8 @@ def _build_merge_facts(report: MergeReport) -> list[tuple[str, str]]:
         facts.append(("untied", ", ".join(report.untied)))
     if report.left_out:
         facts.append(("left out", ", ".join(report.left_out)))
+    if report.ends:
+        facts.append(("answers end with", f"{', '.join(report.ends)}, added to generation_config.json"))
     if report.logits is not None:
         check = report.logits
         facts.append(("logits", f"at most {check.largest_difference:.3g} from base + adapter; bound {check.bound:.3g}"))

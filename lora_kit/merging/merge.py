@@ -234,7 +234,7 @@ class _MergeJob:
         plan = plan_merge(
             base, self.shards, adapters, head=self.head, dtype=self.dtype, allow=self.allow, quantized=self.quantized
         )
-        self._write_sidecars(staging, base, untied=bool(plan.untied))
+        ends = self._write_sidecars(staging, base, untied=bool(plan.untied))
         before = self._identify_base_files()
         with journal.keep_finished_files(out, self._compute_key(plan)) as finished:
             written = writer.write_shards(plan, staging, finished=finished, progress=progress)
@@ -254,10 +254,11 @@ class _MergeJob:
             files=written.files,
             compared=proof.check_result(staging, base, self.shards, adapters, head=self.head),
             quantized=self.quantized,
+            ends=ends,
         )
 
-    def _write_sidecars(self, staging: Path, base: MetaModel, *, untied: bool) -> None:
-        """Write the config, and copy the other files that belong to the model."""
+    def _write_sidecars(self, staging: Path, base: MetaModel, *, untied: bool) -> tuple[str, ...]:
+        """Write the config, and copy the other files that belong to the model. Returns what `write_use` does."""
         changes = model_files.compute_config_changes(base, self.folder, self.head, untied=untied)
         gone = ["quantization_config"] if self.quantized == quantized_base.DEQUANTIZED else []
         model_files.write_config(self.folder, staging, changes=changes, without=gone, dtype=self.dtype)
@@ -266,7 +267,7 @@ class _MergeJob:
             for folder in self.adapter_folders:
                 model_files.copy_tokenizer(folder, staging)
             model_files.check_vocabulary(staging, base.config.get_text_config().vocab_size)
-        model_files.write_use(staging, find_common_use([weighted.adapter.record for weighted in self.adapters]))
+        return model_files.write_use(staging, find_common_use([weighted.adapter.record for weighted in self.adapters]))
 
     def _compute_key(self, plan: MergePlan) -> str:
         """Return a digest of what the bytes of the weight files depend on."""

@@ -48,6 +48,7 @@ class MergeReport:
         files: size and sha256 of the weight files, by name, as written and as read back.
         compared: values of the result that were read back and compared with a second computation.
         quantized: the choice for a quantized base: `original`, `dequantized` or `requantized`; else None.
+        ends: tokens that end an answer in the adapters' chat template, added to `generation_config.json`.
         logits: None unless their comparison was requested.
         bytes: size of the folder.
         seconds: time of the whole merge.
@@ -64,6 +65,7 @@ class MergeReport:
     files: Mapping[str, FileDigest]
     compared: int
     quantized: str | None = None
+    ends: tuple[str, ...] = ()
     logits: LogitCheck | None = None
     bytes: int = 0
     seconds: float = 0.0
@@ -106,6 +108,7 @@ class MergeReport:
         ]
         facts += [("untied", ", ".join(self.untied))] if self.untied else []
         facts += [("left out of the base", ", ".join(self.left_out))] if self.left_out else []
+        facts += [("answers end with", f"{', '.join(self.ends)}, added to generation_config.json")] if self.ends else []
         if self.logits is not None:
             told = f"{self.logits.largest_difference:.3g} at most; {self.logits.bound:.3g} is the bound"
             facts.append(("logits, merged beside base + adapter", told))

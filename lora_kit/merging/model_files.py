@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 
 from lora_kit.adapter.use_record import MODEL_RECORD, encode_model_record, find_recorded_data
 from lora_kit.errors import BaseModelError, MergeError
+from lora_kit.generation.end_tokens import add_answer_ends
 from lora_kit.io.read import open_regular_file
 from lora_kit.merging.checkpoint.meta_model import MetaModel, TaskHead
-from lora_kit.merging.preflight import MERGE_RECORD
-from lora_kit.models.locate import SIDECAR_SUFFIXES
 from lora_kit.models.rope_fields import add_older_rope_fields
 from lora_kit.models.tasks import PROBLEM_TYPES
 from lora_kit.names import CHAT_TEMPLATE_FILE
@@ -26,15 +26,13 @@ if TYPE_CHECKING:
 CONFIG: Final = "config.json"
 CARD: Final = "README.md"
 _LEGAL_FILES: Final = ("license", "notice", "use_policy")
-_NOT_COPIED: Final = {
-    CONFIG,
-    CARD,
-    MERGE_RECORD,
-    MODEL_RECORD,
-    "adapter_config.json",
-    "lora_kit.json",
-    "trainer_state.json",
-}
+_MODEL_FILES: Final = re.compile(
+    r"(generation|quantize|\w*processor)_config\.json|normalizer\.json"
+    r"|[\w.-]*(token|vocab|merges|chat_template)[\w.-]*\.(json|txt)|dict\.txt"
+    r"|.*\.(jinja|model|tiktoken|spm|vocab)"
+)
+"""Names of what a program reads of a model besides config and weights. Other files, such as the results of a training,
+need not be true of another model."""
 _TOKENIZER_PREFIXES: Final = ("tokenizer", "special_tokens_map", "added_tokens", "vocab.", "merges.", "chat_template")
 _TOKENIZER_SUFFIXES: Final = {".model", ".tiktoken", ".spm", ".vocab"}
 _TOKENIZER_CONFIG: Final = "tokenizer_config.json"
@@ -42,7 +40,7 @@ _TEMPLATE_FOLDER: Final = "additional_chat_templates"
 
 
 def copy_sidecars(base: Path, out: Path) -> tuple[str, ...]:
-    """Copy the sidecar files of a model byte for byte, but never code. Returns their names."""
+    """Copy the files that a model needs besides config and weights, and its license. Returns their names."""
     return tuple(_copy_file(file, base, out, mode="xb") for file in _find_sidecars(base))
 
 
@@ -54,14 +52,20 @@ def copy_tokenizer(folder: Path, out: Path) -> None:
                 _copy_file(file, folder, out, mode="wb")
 
 
-def write_use(folder: Path, use: Mapping[str, object]) -> None:
-    """Write how the merged model is asked: its record, and the chat template of its adapters, instead of the base's."""
+def write_use(folder: Path, use: Mapping[str, object]) -> tuple[str, ...]:
+    """Write how the merged model is asked: its record, and the chat template of its adapters, instead of the base's.
+
+    Returns:
+        Tokens that end an answer and that `generation_config.json` had not.
+    """
     if not use:
-        return
+        return ()
     (folder / MODEL_RECORD).write_bytes(encode_model_record(use))
     template = (find_recorded_data(use) or {}).get("chat_template")
     if isinstance(template, str):
         _replace_chat_template(folder, template)
+    tokenizer: Any = load_folder_tokenizer(folder) if isinstance(template, str) else None
+    return () if tokenizer is None else add_answer_ends(folder, use, tokenizer)
 
 
 def _replace_chat_template(folder: Path, template: str) -> None:
@@ -88,9 +92,8 @@ def _copy_file(file: Path, folder: Path, out: Path, *, mode: Literal["xb", "wb"]
 
 def _find_sidecars(base: Path) -> Iterator[Path]:
     for file in sorted([*base.iterdir(), *base.glob(f"{_TEMPLATE_FOLDER}/*.jinja")]):
-        known = file.suffix in SIDECAR_SUFFIXES or file.name.lower().startswith(_LEGAL_FILES)
-        index = file.name.endswith(".index.json")
-        if known and not index and file.name not in _NOT_COPIED and file.is_file():
+        is_legal = file.name.lower().startswith(_LEGAL_FILES) and file.suffix in ("", ".txt", ".md")
+        if (is_legal or _MODEL_FILES.fullmatch(file.name)) and file.is_file():
             yield file
 
 

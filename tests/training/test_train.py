@@ -401,6 +401,17 @@ def test_full_says_the_rotary_embeddings_of_its_base_to_older_readers_too(tmp_pa
     assert written["rope_parameters"]["rope_theta"] == 500_000.0
 
 
+def test_full_has_the_end_of_its_answers_where_other_programs_look(tmp_path: Path) -> None:
+    merging.base_folder(tmp_path / "base", tiny.llama())
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 4
+    recipe = {**recipe_of(tmp_path, rows=rows, method="full", steps=1), "base": str(tmp_path / "base")}
+    template = "{% for m in messages %}{{ m.content }}{{ '<s>' if m.role == 'assistant' }}{% endfor %}"
+    (tmp_path / "chat.jinja").write_text(template, encoding="utf-8")
+    recipe["data"]["chat_template"] = str(tmp_path / "chat.jinja")
+    report = train(recipe)
+    assert texts.BOS in json.loads((report.out / "generation_config.json").read_text("utf-8"))["eos_token_id"]
+
+
 def test_classify_trains_the_head_too(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, rows=LABELED, task="classify", steps=30)
     report = train(recipe, base=base_of("bert", labels=2))

@@ -21,6 +21,7 @@ from lora_kit.adapter.use_record import MODEL_RECORD, encode_model_record, find_
 from lora_kit.bank.attach import attach
 from lora_kit.bank.bank import AdapterBank
 from lora_kit.data.mixture import has_text_pairs
+from lora_kit.generation.end_tokens import add_answer_ends
 from lora_kit.io.atomic_write import stage_folder
 from lora_kit.io.strict_json import parse_object
 from lora_kit.models.model_folder_card import render_model_card
@@ -187,6 +188,7 @@ def _unfreeze_model(job: Job) -> Iterator[TrainableJob]:
             (folder / CARD).write_text(_render_model_card(job, report), "utf-8")
             use = find_common_use([build_training_record(job, report)])
             (folder / MODEL_RECORD).write_bytes(encode_model_record(use))
+            add_answer_ends(folder, use, job.base.tokenizer)
             for name, data in files.items():
                 (folder / name).write_bytes(data)
         return report
