@@ -68,11 +68,19 @@ Drop = Annotated[
 ]
 
 Encoding = Annotated[str, Parameter(help="Encoding of the file: utf-8, utf-16, cp1252, …; by default it is found out.")]
+_SHARE_HELP: Final = "Share of the rows set aside for validation, 0 for none; by default 0.05, but at least 20 rows."
+Share = Annotated[float | None, Parameter(help=_SHARE_HELP)]
+TestShare = Annotated[float, Parameter(help="Share of the rows set aside for a test, in test.jsonl.")]
 SplitSeed = Annotated[int, Parameter(help="Seed of the split.")]
 Problem = Annotated[
     str | None,
     Parameter(help="For texts with labels: single-label, multi-label or regression; by default what the labels are."),
 ]
+
+_REWARDS_HELP: Final = (
+    "For objective grpo: functions that reward answers of the model's own, rewards.py:has_answer; rows are prompts."
+)
+Rewards = Annotated[list[str] | None, Parameter(negative="", consume_multiple=True, help=_REWARDS_HELP)]
 
 
 @app.command
@@ -82,8 +90,8 @@ def prepare(
     *,
     out: Path | None = None,
     validation: Path | None = None,
-    share: float | None = None,
-    test: float = 0.0,
+    share: Share = None,
+    test: TestShare = 0.0,
     base: str = KIT_BASE,
     max_length: int | None = None,
     chat_template: ChatTemplateName = None,
@@ -93,6 +101,7 @@ def prepare(
     relabel: Relabel = None,
     encoding: Encoding = "auto",
     problem: Problem = None,
+    rewards: Rewards = None,
     drop: Drop = None,
     seed: SplitSeed = 0,
     replace: Replace = False,
@@ -108,8 +117,6 @@ def prepare(
         source: The file, or a data set of the hub: owner/name:split or owner/name/config:split.
         out: Folder to write; without it the file is only examined.
         validation: Separate file or data set for validation; by default a share of the rows.
-        share: Share of the rows set aside for validation, 0 for none; by default 0.05, but at least 20 rows.
-        test: Share of the rows set aside for a test, in test.jsonl.
         base: Base model whose tokens are counted: hub id, local folder or kit-base.
         max_length: Tokens of a sample, at most; by default the context of the base, at most 2,048.
     """
@@ -130,6 +137,7 @@ def prepare(
             rename=parse_renames(rename or (), "rename", "question=prompt answer=completion"),
             relabel=_parse_relabel(relabel or ()),
             problem=problem,
+            rewards=_parse_rewards(rewards or ()),
             encoding=encoding,
             drop=drop or (),
             seed=seed,
@@ -158,6 +166,12 @@ def _parse_variables(items: Sequence[str]) -> dict[str, object]:
         what = f"chat-template-kwargs {wrong[0]!r} is not name=value"
         raise DataError(what, hint="--chat-template-kwargs enable_thinking=false")
     return {name: parse_yaml(f"--chat-template-kwargs {name}", value) for name, _, value in pairs}
+
+
+def _parse_rewards(items: Sequence[str]) -> list[str]:
+    from lora_kit.training.recipe.reward_specs import parse_rewards
+
+    return [spec.name for spec in parse_rewards(list(items))]
 
 
 def _parse_relabel(items: Sequence[str]) -> dict[str, str] | str:

@@ -210,6 +210,18 @@ def _build_train_facts(report: TrainReport) -> list[tuple[str, str]]:
     return facts + ([("digest", report.digest)] if report.digest else [])
 
 
+def _describe_learned(plan: TrainPlan) -> tuple[str, str]:
+    """Return the fact that says of what the loss is computed."""
+    from lora_kit.training.recipe.objectives import count_answer_tokens, count_answers
+
+    recipe, data = plan.recipe, plan.data
+    tokens = count_answer_tokens(recipe.objective, recipe.train, data.longest)
+    if tokens:
+        answers = count_answers(recipe.objective, recipe.train)
+        return "answers", f"{answers} to each prompt, of up to {tokens:,} tokens: a sample of a batch is one of them"
+    return "labels", f"{data.labels:,} ({data.labels / data.tokens:.1%} of the tokens)"
+
+
 def _build_plan_facts(plan: TrainPlan) -> list[tuple[str, str]]:
     data, steps, memory, measured = plan.data, plan.steps, plan.memory, plan.measured
     cut = f"; {data.cut:,} rows cut to fit {data.longest:,} tokens" if data.cut else ""
@@ -235,7 +247,7 @@ def _build_plan_facts(plan: TrainPlan) -> list[tuple[str, str]]:
         *([("head", plan.head)] if plan.head else []),
         ("data", f"{data.rows:,} rows, {data.samples:,} samples, {data.tokens:,} tokens{cut}"),
         *([("frozen layers", plan.frozen)] if plan.frozen else []),
-        ("labels", f"{data.labels:,} ({data.labels / data.tokens:.1%} of the tokens)"),
+        _describe_learned(plan),
         (
             "steps",
             f"{steps.steps:,}, {steps.warmup:,} of them warm-up; {steps.per_epoch:,} for each pass over the data",

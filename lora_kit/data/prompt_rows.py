@@ -47,11 +47,12 @@ def require_prompt_layout(path: Path, row: Row) -> Layout:
     """
     if "prompt" not in row:
         what = f"{path}: the first row has the keys {shorten(format_list(sorted(row)), most=60)}, and no prompt"
-        raise DataError(what, hint="lora-kit prepare --rename question=prompt gives a column another name")
+        raise DataError(what, hint="give a column another name: lora-kit prepare --rename question=prompt")
     reserved = [key for key in _RESERVED if key in row]
     if reserved:
         what = f"{path}: a reward function would not be given the column {reserved[0]}, whose name TRL uses itself"
-        raise DataError(what, hint=f"give it another name: {reserved[0].rstrip('s')}_given, answer, target, …")
+        hint = f"another name: lora-kit prepare --rewards FILE.py:FUNCTION --rename {reserved[0]}=answer"
+        raise DataError(what, hint=hint)
     return _choose_layout(row)
 
 

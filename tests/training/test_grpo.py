@@ -10,16 +10,18 @@ import pytest
 import torch
 
 from lora_kit.adapter.adapter import Adapter
+from lora_kit.data.preparation.prepare import prepare
 from lora_kit.errors import BankError, DataError, RecipeError
 from lora_kit.training.plan.plan import plan
 from lora_kit.training.recipe.load import load_recipe
 from lora_kit.training.recipe.objectives import TRL_OBJECTIVES
+from lora_kit.training.report import train_page
 from lora_kit.training.train import train
 from tests.support import texts
 from tests.support.grpo import PROMPTS, REWARDS, grpo_recipe
 from tests.support.interrupted import die_at, killed, results, unbroken
 from tests.support.preferences import KeepStart
-from tests.support.training import base_of, same_state, state
+from tests.support.training import base_of, same_state, state, weights_of
 
 trl = pytest.importorskip("trl", reason="TRL is not installed (pip install 'lora-kit[preferences]')")
 pytestmark = pytest.mark.filterwarnings("ignore:`(gradient|is_gradient)_checkpointing:FutureWarning")
@@ -63,13 +65,13 @@ def test_losses_rewards_and_gradients_are_those_of_trl_with_peft(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = KeepStart(monkeypatch)
-    section = {"beta": 0.1, "num_iterations": 2, "gradient_accumulation_steps": 2, "max_steps": 5}
+    section = {"beta": 0.1, "num_iterations": 2, "gradient_accumulation_steps": 2, "max_steps": 8}
     recipe = grpo_recipe(tmp_path, rewards=["lower", "short"], train=section | {"per_device_train_batch_size": 4})
     recipe["rewards"][1] = {"function": recipe["rewards"][1], "weight": 0.5}
     found = measured_of(train(recipe, base=base_of()).history)
     assert start.adapter is not None
     expected = train_with_trl(recipe, start.adapter, tmp_path)
-    assert len(found) == len(expected) == 5
+    assert len(found) == len(expected) == 8  # into the second epoch
     for own, other in zip(found, expected, strict=True):
         assert own == pytest.approx(other, abs=1e-4)
     assert len({values[0] for values in found}) > 3  # the losses move
@@ -92,13 +94,13 @@ def test_the_reward_rises_and_nothing_but_the_adapter_changes(tmp_path: Path) ->
     assert Adapter.load(report.out).record["recipe"]["rewards"].endswith("rewards.py:lower")
 
 
-def test_checkpointed_layers_change_nothing(tmp_path: Path) -> None:
+def test_checkpointed_layers_and_evaluations_change_nothing(tmp_path: Path) -> None:
     found = []
-    for kept in (False, True):
-        folder = tmp_path / str(kept)
+    for name, section in (("plain", {}), ("other", {"gradient_checkpointing": True, "eval_strategy": "epoch"})):
+        folder = tmp_path / name
         folder.mkdir()
-        report = train(grpo_recipe(folder, steps=2, train={"gradient_checkpointing": kept}), base=base_of())
-        found.append((report.out / "adapter_model.safetensors").read_bytes())
+        report = train(grpo_recipe(folder, train=section), base=base_of())
+        found.append(weights_of(report))
     assert found[0] == found[1]
 
 
@@ -106,7 +108,8 @@ def test_checkpointed_layers_change_nothing(tmp_path: Path) -> None:
 
 
 LIVE = {"num_iterations": 3, "gradient_accumulation_steps": 1}
-OVER_STEPS = {"steps_per_generation": 4, "per_device_train_batch_size": 4, "use_adaptive_entropy": True}
+OVER_STEPS = {"steps_per_generation": 3, "per_device_train_batch_size": 4}
+OVER_STEPS |= {"use_adaptive_entropy": True, "entropy_coef": 0.1, "entropy_target": 100}
 
 
 @pytest.mark.slow
@@ -266,7 +269,7 @@ def role(prompts, completions, **kwargs):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "a"}, r"and no prompt \(lora-kit prepare --rename question=prompt"),
+        ({"question": "a"}, r"and no prompt \(give .* lora-kit prepare --rename question=prompt"),
         ({"prompt": "a", "completion": "b"}, r"would not be given the column completion"),
         ({"prompt": [{"role": "assistant", "content": "a"}]}, r"the last message must be one that can be answered"),
         ({"prompt": ""}, r"prompt is empty"),
@@ -281,3 +284,70 @@ def test_rows_without_an_answer_name_the_objective_that_takes_them(tmp_path: Pat
     file = str(texts.write(tmp_path / "prompts.jsonl", [{"prompt": "a"}]))
     with pytest.raises(DataError, match=r"objective: grpo learns from answers of the model's own"):
         train({**LEAST, "objective": "sft", "data": file, "out": str(tmp_path / "x")}, base=base_of())
+
+
+# What is prepared, shown and continued
+
+
+def test_prepare_writes_a_recipe_that_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": f"what is {n}", "completion": f"{n}"} for n in range(24)]
+    source = texts.write(tmp_path / "rows.jsonl", rows)
+    (tmp_path / "rewards.py").write_text("def has(answer, **kwargs): return [float(len(a)) for a in answer]", "utf-8")
+    rename = {"question": "prompt", "completion": "answer"}
+    made = prepare(source, tmp_path / "made", rewards=["rewards.py:has"], rename=rename, max_length=64, share=0.2)
+    assert made.recipe is not None
+    recipe = load_recipe(made.recipe, overrides={"train.max_steps": 1, "out": "adapters/x"})
+    assert (recipe.objective, recipe.rewards[0].name) == ("grpo", "rewards.py:has")
+    report = train(recipe.replace(base="tiny"), base=base_of())
+    assert report.after is not None
+    assert report.after.samples == len(made.validation or ())
+    with pytest.raises(DataError, match=r"prompts without answers \(functions .*--rewards rewards.py:has_answer"):
+        prepare(texts.write(tmp_path / "alone.jsonl", [{"prompt": str(n)} for n in range(4)]), tmp_path / "other")
+
+
+@pytest.mark.report
+def test_the_report_has_the_curves_and_answers_before_and_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_page, "plot_curves", lambda title, *args, **kwargs: f"<b>{title}</b>")
+    report = train(grpo_recipe(tmp_path, rewards=["lower", "short"], steps=2), base=base_of())
+    page = (report.out / "report.html").read_text("utf-8")
+    for text in ("training reward", "training rewards/short", "training tokens of an answer"):
+        assert f"<b>{text}</b>" in page
+    assert "a longer prompt" in page
+    assert "(higher is better)" in page
+
+
+def test_a_starting_adapter_is_the_reference(tmp_path: Path) -> None:
+    first = train(grpo_recipe(tmp_path, steps=2), base=base_of())
+    recipe = grpo_recipe(tmp_path, lora={}, steps=2, train={"beta": 0.1}) | {"from": str(first.out)}
+    second = train(recipe | {"out": str(tmp_path / "second")}, base=base_of())
+    assert second.before is not None
+    assert second.after is not None
+    assert second.before.metrics()["kl"] == pytest.approx(0, abs=1e-6)
+    assert second.after.metrics()["kl"] > 1e-5
+
+
+def test_answers_are_generated_without_dropout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[bool] = []
+    base = base_of()
+    generate = type(base.model).generate
+    monkeypatch.setattr(
+        type(base.model), "generate", lambda self, *a, **k: modes.append(self.training) or generate(self, *a, **k)
+    )
+    lora = {"r": 4, "lora_dropout": 0.5}
+    recipe = grpo_recipe(tmp_path, steps=1, lora=lora, train={"disable_dropout": False})
+    del recipe["data"]["validation"]
+    train(recipe, base=base)
+    assert modes == [False]
+
+
+@pytest.mark.slow
+def test_a_changed_file_of_rewards_goes_on_and_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recipe = grpo_recipe(tmp_path, train={"save_steps": 2})
+    killed(recipe, die_at(3))
+    grpo_recipe(tmp_path, code=f"{REWARDS}\n# another file")
+    with caplog.at_level("INFO"):
+        assert train(recipe, base=base_of()).resumed == 2
+    assert "rewards.lower was" in caplog.text

@@ -23,6 +23,7 @@ from lora_kit.data.preparation.labels import (
     find_variants,
     relabel_rows,
 )
+from lora_kit.data.prompt_rows import require_prompt_layout
 from lora_kit.data.records import Fault
 from lora_kit.data.rows import Rows, scan_rows
 from lora_kit.data.sample_format import SampleFormat
@@ -47,6 +48,7 @@ class ReadOptions:
         relabel: new names of labels, by old name; or `AUTO`.
         encoding: encoding of the files; `auto` to find it out.
         problem: what is predicted of texts with labels; None to infer it from the labels.
+        rewards: functions that reward answers of the model's own, for rows of prompts; empty for rows with answers.
     """
 
     base: str
@@ -58,6 +60,7 @@ class ReadOptions:
     relabel: Mapping[str, str] | str
     encoding: str
     problem: str | None = None
+    rewards: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +148,8 @@ def examine(
         DataError: the file cannot be parsed at all, or its rows cannot be encoded; see `scan_rows` and
             `encode_with_faults`.
     """
-    scan = scan_rows(path, rename=options.rename, encoding=options.encoding, split=split)
+    find = require_prompt_layout if options.rewards else None
+    scan = scan_rows(path, rename=options.rename, encoding=options.encoding, split=split, find=find)
     relabel = _choose_names(scan.rows, options.relabel, label2id)
     rows = relabel_rows(scan.rows, relabel)
     problem = resolve_problem(rows, options.problem) if rows.values and rows.format == "label" else None
@@ -190,6 +194,8 @@ def normalize_input(rows: Rows, value: RowValue) -> str:
     value = get_first_answer(rows.format, value)
     if rows.format == "words":
         text = " ".join(value[0])
+    elif rows.format == "chat-prompt":
+        text = "\n".join(message.content for message in value[0].messages)
     elif get_answer_format(rows.format) == "chat":
         text = value[0].input_text
     else:

@@ -18,7 +18,9 @@ from lora_kit.data.preferences import get_answer_format, is_preference
 from lora_kit.data.preparation.examine import ExaminedFile, ReadOptions, examine, find_leaks
 from lora_kit.data.preparation.labels import AUTO
 from lora_kit.data.preparation.prepared_folder import Preparation, PreparedFile, is_prepared, write_preparation
+from lora_kit.data.preparation.reward_options import check_has_rewards, describe_answers, leave_room_for_answers
 from lora_kit.data.preparation.split import choose_share, split
+from lora_kit.data.prompt_rows import PROMPT_FORMATS
 from lora_kit.data.records import BAD, EMPTY, LONG, NOT_UTF8
 from lora_kit.data.rows import Rows, build_fault_error
 from lora_kit.data.sample_format import DEFAULT_MAX_LENGTH, SampleFormat
@@ -49,6 +51,7 @@ def prepare(
     rename: Mapping[str, str] | None = None,
     relabel: Mapping[str, str] | str | None = None,
     problem: str | None = None,
+    rewards: Sequence[str] = (),
     encoding: str = AUTO_ENCODING,
     drop: Collection[str] = (),
     seed: int = 0,
@@ -61,15 +64,14 @@ def prepare(
             and `lora_kit.data.layouts`.
         out: the folder to write; None to examine only.
         validation: a separate file for validation; None to set a share of the rows aside.
-        share: of the rows to set aside for validation; None for what `choose_share` says, 0 for none.
-        test: share of the rows to set aside for a test; 0 for none.
+        share: of the rows to set aside for validation, None for what `choose_share` says; `test`: for a test.
         base: the base whose tokens are counted, and which the recipe trains on.
         max_length: most tokens of a sample; None for the context of the base, but at most 2,048.
         template: of conversations: `plain`, a Jinja file or its text; None for the tokenizer's own, else `plain`.
         template_variables: what the template is given besides; `learn`: which answers are learned, of `LEARN`.
-        rename: new names of columns, by old name.
-        relabel: new names of labels, by old name; `auto` for those that differ in case, blanks, umlauts or one slip.
+        rename: new names of columns by old name; `relabel`: of labels, or `auto` for one slip, case, blanks, umlauts.
         problem: what is predicted of texts with labels, one of `PROBLEMS`; None to infer it from them.
+        rewards: functions for the objective `grpo`: `rewards.py:has_answer`; rows then are prompts with any columns.
         encoding: encoding of the files; `auto` to find it out, see `lora_kit.data.encodings`.
         drop: which rows to leave out, of `DROPPABLE`; the first of several duplicates stays.
         seed: seed of the split; `replace`: whether `out` may be replaced.
@@ -83,12 +85,12 @@ def prepare(
     folder = None if out is None else Path(out)
     if folder is not None:
         check_output(folder, replace=replace, owned=is_prepared, inputs=filter(None, (source, validation, template)))
-    chat = _ChatChoices(template, dict(template_variables or {}), learn)
+    chat = _ChatChoices(template, dict(template_variables or {}), learn, tuple(rewards))
     options = _build_options(base, max_length, chat, problem, rename=rename, relabel=relabel, encoding=encoding)
     parts = _prepare_files(Path(source), None if validation is None else Path(validation), options, drop)
     _check_is_chat(parts[0], chat)
     if folder is not None:
-        _refuse_remaining_faults(parts)
+        _refuse_remaining_faults(parts, options)
     share = _resolve_share(share, parts)
     splits = _split_rows(parts, share=share, test=test, seed=seed)
     choices = {"drop": sorted(drop), "share": share, "test": test, "seed": seed}
@@ -98,17 +100,19 @@ def prepare(
 
 @dataclass(frozen=True)
 class _ChatChoices:
-    """How conversations are rendered, and which of their answers are learned.
+    """How conversations are rendered, and which answers are learned.
 
     Attributes:
         template: as in `prepare`.
         variables: what the template is given besides.
         learn: one of `LEARN`.
+        rewards: functions that reward answers of the model's own.
     """
 
     template: str | None
     variables: Mapping[str, object]
     learn: str
+    rewards: tuple[str, ...]
 
 
 def _check_is_chat(part: PreparedFile, chat: _ChatChoices) -> None:
@@ -163,7 +167,7 @@ def _build_options(
 ) -> ReadOptions:
     spec = load_input_spec(base)
     name = chat.template if chat.template is not None or find_chat_template(spec.tokenizer) else PLAIN
-    return ReadOptions(
+    options = ReadOptions(
         base=base,
         tokenizer=spec.tokenizer,
         hidden_size=spec.hidden_size,
@@ -179,6 +183,7 @@ def _build_options(
         encoding=encoding,
         problem=problem,
     )
+    return leave_room_for_answers(options, chat.rewards)
 
 
 def _resolve_max_length(max_length: int | None, spec: InputSpec, base: str) -> int:
@@ -238,8 +243,9 @@ def _clean_file(
     return PreparedFile(path=path, examined=examined, leaks=leaks, dropped=dropped, kept=kept)
 
 
-def _refuse_remaining_faults(parts: Sequence[PreparedFile]) -> None:
-    """Raise DataError if faults are not left out: the written rows could not be trained on."""
+def _refuse_remaining_faults(parts: Sequence[PreparedFile], options: ReadOptions) -> None:
+    """Raise DataError if faults are not left out, or answers not rewarded: the rows could not be trained on."""
+    check_has_rewards(parts[0], options.rewards)
     for part in parts:
         faults = [fault for fault in part.examined.faults if fault.kind not in part.dropped]
         if faults:
@@ -300,6 +306,7 @@ def _build_preparation(
         "relabel": options.relabel,
         "problem": parts[0].examined.problem,
         "encoding": parts[0].examined.encoding,
+        **describe_answers(options),
         **choices,
     }
     return Preparation(
@@ -318,6 +325,6 @@ def _build_preparation(
 
 def _find_task(rows: Rows, generative_task: str) -> str:
     """Return the task that rows are for: the base's generative task where that learns from them."""
-    if is_preference(rows.format):
+    if is_preference(rows.format) or rows.format in PROMPT_FORMATS:
         return CAUSAL_LM
     return next(task for task in (generative_task, *FORMATS) if rows.format in FORMATS[task])

@@ -21,7 +21,8 @@ from lora_kit.data.layouts import RowValue
 from lora_kit.data.messages import ALL
 from lora_kit.data.preferences import is_preference, preference_to_json, suggest_objective
 from lora_kit.data.preparation.examine import ExaminedFile, bin_lengths
-from lora_kit.data.preparation.training_defaults import choose_train_section
+from lora_kit.data.preparation.training_defaults import choose_generation_section, choose_train_section
+from lora_kit.data.prompt_rows import PROMPT_FORMATS, parse_prompt_row
 from lora_kit.data.rows import Rows
 from lora_kit.io.atomic_write import write_folder
 from lora_kit.names import RECIPE_FILE, TEST_FILE
@@ -189,6 +190,8 @@ def _format_row(rows: Rows, value: RowValue) -> str:
         row = value[0].to_json()
     elif is_preference(rows.format):
         row = preference_to_json(rows.format, value)
+    elif rows.format in PROMPT_FORMATS:
+        row = parse_prompt_row(value)
     else:
         row = dict(zip(_COLUMNS[rows.format], value, strict=True))
     return json.dumps(row, ensure_ascii=False) + "\n"
@@ -211,7 +214,7 @@ def _render_recipe(preparation: Preparation, folder: Path) -> str:
         data["chat_template_kwargs"] = settings["chat_template_kwargs"]
     if settings["learn"] != ALL:
         data["learn"] = settings["learn"]
-    objective = suggest_objective(preparation.format)
+    objective, rewards = suggest_objective(preparation.format), settings.get("rewards")
     train = choose_train_section(
         rows=len(preparation.train),
         task=preparation.task,
@@ -220,11 +223,14 @@ def _render_recipe(preparation: Preparation, folder: Path) -> str:
     )
     if objective:
         del train["learning_rate"]  # an objective has a lower default of its own
+    if rewards:
+        train |= choose_generation_section(settings["answer_tokens"])
     recipe = {
         "base": settings["base"],
         "data": data,
         "task": preparation.task,
         **({"objective": objective} if objective else {}),
+        **({"rewards": rewards} if rewards else {}),
         **({"problem": settings["problem"]} if settings.get("problem") else {}),
         "lora": {"r": 16, "lora_alpha": 32},
         "train": train,

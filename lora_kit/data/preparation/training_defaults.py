@@ -13,6 +13,8 @@ from typing import Final
 
 from lora_kit.models.tasks import LABEL_TASKS
 
+ANSWERS: Final = 8
+"""Answers of the model to a prompt, where functions reward them: TRL's default."""
 BATCH_SIZE: Final = 8
 _WIDTH: Final = 2000
 _RATE: Final = 5e-4
@@ -49,6 +51,12 @@ def choose_train_section(*, rows: int, task: str, hidden_size: int | None, label
         **(head if has_labels else {}),
         "seed": 0,
     }
+
+
+def choose_generation_section(answer_tokens: object) -> dict[str, object]:
+    """Return what `train` says besides where the model answers prompts itself: a batch is two prompts."""
+    sizes = dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 2 * ANSWERS)
+    return {"num_generations": ANSWERS, "max_completion_length": answer_tokens, **sizes}
 
 
 def choose_epochs(rows: int, *, labels: int = 0) -> int:

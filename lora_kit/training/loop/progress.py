@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 
 MIN_LOG_SECONDS: Final = 5.0
 """Least time between two log lines about progress; the results of an evaluation are always logged."""
-_LOGGED_KEYS: Final = ("loss", "learning_rate", "grad_norm")
-_LIVE_LABELS: Final = {"learning_rate": "learning rate", "grad_norm": "gradient"}
+_LOGGED_KEYS: Final = ("loss", "reward", "learning_rate", "grad_norm")
+_LIVE_LABELS: Final = {"reward": "reward", "learning_rate": "learning rate", "grad_norm": "gradient"}
 """What else the live line shows where it is wide enough."""
 _BAR_WIDTH: Final = 20
 

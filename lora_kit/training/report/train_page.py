@@ -6,9 +6,9 @@ import math
 import shlex
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import Final
 
 from lora_kit.adapter.model_card import write_bank_loading_code, write_base_loading_code, write_peft_loading_code
-from lora_kit.evaluation.metrics import METRICS
 from lora_kit.evaluation.outcome_sections import render_metrics, render_outcomes, write_metric_title
 from lora_kit.evaluation.outcomes import Outcomes
 from lora_kit.models.tasks import GENERATIVE_TASKS, REGRESSION
@@ -26,7 +26,11 @@ from lora_kit.reporting.page import (
 )
 from lora_kit.reporting.plots import Curve, Mark, can_plot, plot_curves
 from lora_kit.runs.run_files import LogEntry
+from lora_kit.training.recipe.training_arguments import is_greater_better
 from lora_kit.training.results import TrainReport
+
+_ANSWER_TITLES: Final = {"reward": "reward", "completions/mean_length": "tokens of an answer", "kl": "divergence"}
+"""What is measured of the answers that the model writes during the training, by its key in the log."""
 
 
 def render_train_page(report: TrainReport, *, outcomes: Outcomes | None = None, num_labels: int = 0) -> str:
@@ -64,9 +68,9 @@ def _summarize(report: TrainReport) -> str:
     if report.after is None:
         return "Nothing was measured: the recipe names no validation rows."
     before, after = (evaluation.metrics() if evaluation else {} for evaluation in (report.before, report.after))
-    name = next((name for name in ("accuracy", "mae", "perplexity", "loss") if name in after), "loss")
+    name = next((name for name in ("accuracy", "mae", "reward", "perplexity", "loss") if name in after), "loss")
     was = f"{format_figure(before[name])} before, " if name in before else ""
-    way = "higher" if name in METRICS and METRICS[name].greater_is_better else "lower"
+    way = "higher" if is_greater_better(name) else "lower"
     rows = f"{report.after.samples:,} validation samples" if report.after.samples else "the validation samples"
     return f"{write_metric_title(name)} on {rows}: {was}{format_figure(after[name])} after training ({way} is better)."
 
@@ -158,13 +162,16 @@ def _collect_loss_curves(report: TrainReport) -> list[Curve]:
 
 
 def _iterate_other_curves(report: TrainReport) -> Iterator[tuple[str, Curve, Callable[[float], str]]]:
-    further = dict.fromkeys(key for entry in report.history for key in entry if key.startswith("eval_"))
+    keys = dict.fromkeys(key for entry in report.history for key in entry)
+    further = dict.fromkeys(key for key in keys if key.startswith("eval_"))
     # Perplexity is the loss once more, on a scale on which only the first value can be seen.
     titles: dict[str, tuple[str, Callable[[float], str]]] = {
         key: (f"validation {key.removeprefix('eval_')}", format_figure)
         for key in further
         if key not in ("eval_loss", "eval_perplexity")
     }
+    own = {key: key.removesuffix("/mean") for key in keys if key.startswith("rewards/") and key.endswith("/mean")}
+    titles |= {key: (f"training {name}", format_figure) for key, name in {**_ANSWER_TITLES, **own}.items()}
     titles |= {
         "learning_rate": ("learning rate", format_figure),
         "grad_norm": ("gradient norm", format_figure),
