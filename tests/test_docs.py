@@ -18,7 +18,8 @@ import lora_kit as lk
 from lora_kit.bank.peft_bridge.adopt import AdoptedBank
 from lora_kit.cli.app import app
 from lora_kit.cli.main import main
-from lora_kit.cli.train import parse_recipe_flags, split_recipes
+from lora_kit.cli.recipe_flags import parse_recipe_flags
+from lora_kit.cli.train import split_recipes
 from lora_kit.training.recipe.load import load_recipe
 from tests.support import pages
 from tests.support.long_runs import take_few

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from lora_kit.cli.app import AsJson, Replace, app
 from lora_kit.cli.next_steps import list_training_commands, print_next
 from lora_kit.cli.output import print_json, print_table, print_text
-from lora_kit.cli.train import parse_recipe_flags
+from lora_kit.cli.recipe_flags import check_recipe_keys, parse_recipe_flags
 from lora_kit.models.silence import use_log_level
 from lora_kit.names import RECIPE_FILE
 
@@ -56,13 +56,16 @@ def sweep(
         workers: Processes that share the trials.
         together: Trials that a process trains at once over one base, each as if alone; for keys of lora and train.
     """
+    overrides = parse_recipe_flags(flags)
+    check_recipe_keys(overrides, [recipe])
+    check_recipe_keys([each.partition("=")[0].strip() for each in over], [recipe], flag="--over ")
     from lora_kit.sweeps.sweep import sweep as run_sweep
 
     with use_log_level("lora_kit.sweeps", logging.INFO):  # a line for every trial that ends
         report = run_sweep(
             recipe,
             over,
-            overrides=parse_recipe_flags(flags),
+            overrides=overrides,
             method=method,
             metric=metric,
             trials=trials,

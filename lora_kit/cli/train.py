@@ -15,6 +15,7 @@ from lora_kit.cli.app import app
 from lora_kit.cli.next_steps import build_command, build_flags, list_joint_commands, list_training_commands, print_next
 from lora_kit.cli.output import format_size, print_if, print_json, print_table, print_text
 from lora_kit.cli.process import show_progress_lines
+from lora_kit.cli.recipe_flags import check_recipe_keys, parse_recipe_flags
 from lora_kit.cli.recipe_help import RecipeHelp
 from lora_kit.errors import ConfigError
 from lora_kit.io.text import escape_for_terminal
@@ -48,14 +49,16 @@ def train(
     """
     if "RANK" in os.environ:  # torch would report a lost process with a traceback of its own; read when it is imported
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from lora_kit.training.loop.world import join_world
-
     recipes, rest = split_recipes(recipe, flags)
     values = parse_recipe_flags(rest)
     together = values.pop("together", None)
     replace, force, dry, as_json = (_take_switch(values, name) for name in ("replace", "force", "dry_run", "json"))
     if (len(recipes) > 1 and dry) or (len(recipes) == 1 and together is not None):
         raise ConfigError("--dry-run is for one recipe, and --together for several")
+    if "RANK" not in os.environ:  # of several processes one says what is wrong, once they have met
+        check_recipe_keys(values, recipes)
+    from lora_kit.training.loop.world import join_world
+
     with join_world() as world, print_if(world.is_first):
         if dry:
             _print_plan(recipe, values, replace=replace or force, as_json=as_json)
@@ -146,29 +149,6 @@ def _take_switch(values: dict[str, str], name: str) -> bool:
     if value not in ("true", "false"):
         raise ConfigError(f"--{name.replace('_', '-')} takes no value; {value!r} was given")
     return value == "true"
-
-
-def parse_recipe_flags(flags: Sequence[str]) -> dict[str, str]:
-    """Return `{"lora.r": "8", "out": "x", "replace": "true"}` for `--lora.r 8 --out=x --replace`.
-
-    Dashes in keys become underscores.
-
-    Raises:
-        ConfigError: a value without a key.
-    """
-    values: dict[str, str] = {}
-    tokens = list(flags)
-    while tokens:
-        token = tokens.pop(0)
-        if not token.startswith("--") or token == "--":
-            raise ConfigError(
-                f"{token!r} was given where a flag such as --lora.r was expected", hint="lora-kit train --help"
-            )
-        key, equals, value = token[2:].partition("=")
-        if not equals:
-            value = tokens.pop(0) if tokens and not tokens[0].startswith("--") else "true"
-        values[key.replace("-", "_")] = value
-    return values
 
 
 def _format_headline(recipe: Recipe) -> str:

@@ -559,7 +559,7 @@ def test_an_interrupt_of_the_command_exits_with_130_and_the_same_command_goes_on
     assert table.split()[:4] == ["trial", "loss", "lora.r", "train.learning_rate"]
     assert f"best     trial {found['best']}" in table
     assert main(["sweep", str(tmp_path / "recipe.yaml"), "--over", "lora.rr=1,2"]) == 2
-    assert "did you mean 'lora.r'?" in capsys.readouterr().err
+    assert "did you mean --over lora.r?" in capsys.readouterr().err
 
 
 # Another sweep
