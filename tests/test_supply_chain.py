@@ -27,11 +27,13 @@ NETWORK = {"aiohttp", "ftplib", "httpx", "requests", "smtplib", "urllib", "urlli
 """Modules that reach a network; the hub is reached by `lora_kit.io.hub` and `lora_kit.data.hub_datasets` alone."""
 ASKED = {
     "lora_kit/serving/parity.py": {"imports urllib.error", "imports urllib.request"},
+    "lora_kit/training/loop/reward_functions.py": {"calls exec", "calls compile"},
     "lora_kit/training/loop/store_exchange.py": {"imports pickle"},
     "lora_kit/training/loop/world.py": {"imports pickle"},
 }
-"""What is reached because its address was given: `lora-kit parity` compares with a server at a URL, and the processes
-of one training exchange values through the store of their launcher, as torch.distributed does."""
+"""What is reached because its address was given: `lora-kit parity` compares with a server at a URL, the processes of
+one training exchange values through the store of their launcher, as torch.distributed does, and a training runs the
+file of reward functions that its recipe names."""
 
 
 def problems_of(source: str) -> list[str]:

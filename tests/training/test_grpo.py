@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from lora_kit.adapter.adapter import Adapter
+from lora_kit.cli.main import main
 from lora_kit.data.preparation.prepare import prepare
 from lora_kit.errors import BankError, DataError, RecipeError
 from lora_kit.training.plan.plan import plan
 from lora_kit.training.recipe.load import load_recipe
-from lora_kit.training.recipe.objectives import TRL_OBJECTIVES
+from lora_kit.training.recipe.objectives import TRL_OBJECTIVES, reason_not_shareable
 from lora_kit.training.report import train_page
 from lora_kit.training.train import train
 from tests.support import texts
@@ -215,6 +217,10 @@ def test_the_losses_that_a_recipe_may_name_are_those_of_trl() -> None:
     assert {name for text in listed for name in re.findall(r"\w+", text)} == set(TRL_OBJECTIVES["grpo"].loss_types)
 
 
+def test_several_processes_are_refused() -> None:
+    assert reason_not_shareable("grpo", {}) == "objective grpo compares the answers of a whole batch"
+
+
 def test_too_few_prompts_and_too_long_answers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"one generation takes 8 prompts, 4 answers to each, and there are 6"):
         train(grpo_recipe(tmp_path, train={"per_device_train_batch_size": 32}), base=base_of())
@@ -304,6 +310,16 @@ def test_prepare_writes_a_recipe_that_trains(tmp_path: Path, monkeypatch: pytest
     assert report.after.samples == len(made.validation or ())
     with pytest.raises(DataError, match=r"prompts without answers \(functions .*--rewards rewards.py:has_answer"):
         prepare(texts.write(tmp_path / "alone.jsonl", [{"prompt": str(n)} for n in range(4)]), tmp_path / "other")
+
+
+def test_only_a_training_runs_the_file_of_rewards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = grpo_recipe(tmp_path, code="raise RuntimeError('it runs')") | {"base": "kit-base"}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe), "utf-8")
+    assert main(["preview", str(file)]) == 0
+    assert "the model writes answers of up to 8 tokens, which are rewarded" in capsys.readouterr().out
+    assert main(["train", str(file), "--dry-run"]) == 2
+    assert "cannot be run: RuntimeError: it runs (line 1)" in capsys.readouterr().err
 
 
 @pytest.mark.report
