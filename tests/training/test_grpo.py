@@ -359,11 +359,16 @@ def test_answers_are_generated_without_dropout(tmp_path: Path, monkeypatch: pyte
     assert modes == [False]
 
 
-@pytest.mark.slow
-def test_a_changed_file_of_rewards_goes_on_and_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    recipe = grpo_recipe(tmp_path, train={"save_steps": 2})
-    killed(recipe, die_at(3))
-    grpo_recipe(tmp_path, code=f"{REWARDS}\n# another file")
+def test_after_a_reward_that_failed_the_changed_file_goes_on_and_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    code = """def lower(completions, trainer_state, **kwargs):
+    return [1 / (3 - trainer_state.global_step)] * len(completions)"""
+    recipe = grpo_recipe(tmp_path, code=code, train={"save_steps": 2})
+    del recipe["data"]["validation"]
+    with pytest.raises(RecipeError, match=r"lower failed: ZeroDivisionError: .*\(line 2\)"):
+        train(recipe, base=base_of())
+    grpo_recipe(tmp_path)
     with caplog.at_level("INFO"):
         assert train(recipe, base=base_of()).resumed == 2
     assert "rewards.lower was" in caplog.text
