@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -131,6 +132,10 @@ def show_row_progress() -> Iterator[EvalProgress]:
         yield on_progress
 
 
+def _collect(report: EvalReport, name: str) -> list[float]:
+    return [each.metrics[name] for each in report.results]
+
+
 def _show_eval_report(report: EvalReport, out: Path | None, page: Path | None, commands: Iterator[str]) -> None:
     from lora_kit.evaluation.eval_report import collect_metric_names
 
@@ -140,6 +145,10 @@ def _show_eval_report(report: EvalReport, out: Path | None, page: Path | None, c
     )
     asked = f", {len(report.cases):,} prompts" if report.cases and len(report.cases) != report.rows else ""
     print_text(f"\n{report.rows:,} rows{asked} of {report.data}, {report.seconds:.1f} s")
+    absent = [name for name in names if name.startswith("f1[") and all(map(math.isnan, _collect(report, name)))]
+    if absent:
+        count = f"{len(absent):,} labels are" if len(absent) > 1 else "1 label is"
+        print_text(f"{count} neither in this file nor predicted, and so without F1; the mean has the others")
     for each in report.results:
         if each.unended:
             cut = f"note: {each.unended:,} of {len(each.said):,} texts of {each.name} were cut off"

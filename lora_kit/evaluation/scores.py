@@ -1,6 +1,6 @@
 """Arithmetic of the metrics: labels against labels, texts against texts.
 
-F1 of a class    2 TP / (2 TP + FP + FN), 0 where that is 0 / 0
+F1 of a class    2 TP / (2 TP + FP + FN); the F1 of a class that is neither true nor predicted is NaN
 macro            the mean over all classes that are true or predicted somewhere
 micro            TP, FP and FN of all classes together
 exact match      the share of texts that equal one of their references, ignoring white space at both ends
@@ -8,6 +8,7 @@ exact match      the share of texts that equal one of their references, ignoring
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -55,7 +56,11 @@ def score_labels(
 
 
 def _compute_label_f1s(outcomes: Outcomes, labels: Sequence[str]) -> dict[str, float]:
-    return {f"f1[{name}]": compute_f1(*outcomes.get(number, (0, 0, 0))) for number, name in enumerate(labels)}
+    """Return the F1 of each label; NaN of one that is neither true nor predicted anywhere, which is 0 / 0."""
+    return {
+        f"f1[{name}]": compute_f1(*outcomes[number]) if number in outcomes else math.nan
+        for number, name in enumerate(labels)
+    }
 
 
 def count_set_outcomes(true: LabelRows, predicted: LabelRows) -> dict[int, tuple[int, int, int]]:

@@ -9,7 +9,9 @@ import pytest
 import transformers
 
 import lora_kit as lk
+from lora_kit.cli.eval import _show_eval_report
 from lora_kit.cli.main import main
+from lora_kit.evaluation.eval_report import EvalReport, Result
 from tests.support import texts, tiny
 
 Capture = pytest.CaptureFixture[str]
@@ -121,3 +123,11 @@ def test_labels_from_training_are_known_without_being_told(here: Path, capsys: C
     # A base without a head of its own knows no labels.
     assert main(["eval", "--base", "encoder", "--data", "labeled.jsonl"]) == 2
     assert "label 'y' is not one of LABEL_0, LABEL_1, LABEL_2" in capsys.readouterr().err
+
+
+def test_labels_that_a_file_does_not_have_are_counted_below_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = {"f1_macro": 1.0, "f1[a]": 1.0, "f1[b]": float("nan")}
+    one = Result(name="one", digest=None, metrics=metrics, said=(), misses=(), unended=0)
+    report = EvalReport(data=Path("rows.jsonl"), task="classify", rows=3, seconds=1.0, results=(one,), cases=())
+    _show_eval_report(report, None, None, iter(()))
+    assert "1 label is neither in this file nor predicted, and so without F1" in capsys.readouterr().out

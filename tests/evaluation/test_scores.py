@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -48,6 +49,14 @@ def test_labels_that_never_occur_are_no_part_of_the_mean() -> None:
     assert found["f1_macro"] == pytest.approx(0.38888888888888884)
     assert labeled([1, 1], [1, 1], 2)["f1_macro"] == 1.0
     assert labeled([0, 0], [0, 0], 2)["f1"] == 0.0
+
+
+def test_a_label_that_a_file_does_not_have_has_no_f1() -> None:
+    found = score_labels(["f1_per_label", "f1_macro"], [[0], [0], [0]], [[0], [0], [2]], labels=["a", "b", "c", "d"])
+    assert [found[f"f1[{name}]"] for name in "ac"] == [pytest.approx(0.8), 0.0]
+    assert math.isnan(found["f1[b]"])
+    assert math.isnan(found["f1[d]"])
+    assert found["f1_macro"] == pytest.approx(0.4)
 
 
 def test_f1_of_tagged_words_is_that_of_whole_entities() -> None:
