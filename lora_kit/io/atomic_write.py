@@ -94,6 +94,9 @@ def write_file(target: Path, data: bytes) -> None:
 def write_files(files: Mapping[Path, bytes]) -> None:
     """Write files, all of them or none: each is whole beside its target, and on the disk, before the first is replaced.
 
+    Where one cannot be replaced, those before it are put back. A process that dies meanwhile leaves each file old or
+    new; so does a failure on a file system that cannot exchange two files.
+
     Raises:
         StorageError: the file system fails, or a folder is in the place of one.
     """
@@ -102,10 +105,31 @@ def write_files(files: Mapping[Path, bytes]) -> None:
         for target, data in files.items():
             target = Path(os.path.abspath(target))
             staged[target] = stack.enter_context(_stage_bytes(target, data))
+        if len(staged) > 1:
+            _replace_all(staged)
+            return
         for target, staging in staged.items():
             with translate_os_errors(target):
                 os.replace(staging, target)
                 sync_folder(target.parent)
+
+
+def _replace_all(staged: Mapping[Path, Path]) -> None:
+    """Put staged files in the place of their targets; where that fails, put back what was there."""
+    with contextlib.ExitStack() as undo:
+        for target, staging in staged.items():
+            with translate_os_errors(target):
+                if not os.path.lexists(target):
+                    os.rename(staging, target)
+                    undo.callback(os.rename, target, staging)
+                elif _try_exchange(staging, target):
+                    undo.callback(_try_exchange, staging, target)
+                else:
+                    os.replace(staging, target)
+                sync_folder(target.parent)
+        undo.pop_all()
+    for staging in staged.values():
+        staging.unlink(missing_ok=True)  # what was replaced
 
 
 @contextmanager
@@ -293,16 +317,21 @@ def _rename_over_nothing(staging: Path, target: Path) -> None:
 
 
 def _exchange(staging: Path, target: Path) -> None:
-    """Swap two folders in one step (Linux `renameat2`); in two renames where the file system cannot."""
+    """Swap two folders in one step; in two renames where the file system cannot."""
+    if not _try_exchange(staging, target):
+        _exchange_in_two(staging, target)
+
+
+def _try_exchange(one: Path, other: Path) -> bool:
+    """Swap two files or folders in one step (Linux `renameat2`); return False where the file system cannot."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     code = errno.ENOSYS
     if renameat2 is not None:
-        failed = renameat2(_AT_FDCWD, os.fsencode(staging), _AT_FDCWD, os.fsencode(target), _RENAME_EXCHANGE)
+        failed = renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
         code = ctypes.get_errno() if failed else 0
-    if code in _NO_EXCHANGE:
-        _exchange_in_two(staging, target)
-    elif code:
+    if code and code not in _NO_EXCHANGE:
         raise OSError(code, os.strerror(code))
+    return not code
 
 
 def _exchange_in_two(staging: Path, target: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import resource
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lora_kit.errors import StorageError
+from lora_kit.io import atomic_write
 from lora_kit.io.atomic_write import stage_file, write_file, write_files
 from lora_kit.io.output_lock import is_staging_file
 from lora_kit.runs.run_files import PROGRESS_FILE, RunProgress, remove_run_files
@@ -150,6 +152,47 @@ def test_a_disk_that_is_full_for_the_second_file_leaves_the_first_as_it_was(targ
     assert os.listdir(target.parent) == [target.name]
     write_files({target: NEW, page: NEW * 2})
     assert (target.read_bytes(), page.read_bytes()) == (NEW, NEW * 2)
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+@pytest.mark.parametrize("failing", ["exchange", "sync"])
+def test_a_second_file_that_cannot_be_replaced_puts_the_first_back(
+    target: Path, monkeypatch: pytest.MonkeyPatch, failing: str, is_there: bool
+) -> None:
+    if not is_there:
+        target.unlink()
+    page = target.with_name("page.html")
+    page.write_bytes(OLD)
+    exchange, sync, calls = atomic_write._try_exchange, atomic_write.sync_folder, itertools.count()
+
+    def refuse(*paths: Path) -> bool:
+        if page in paths and next(calls) == 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return exchange(*paths)
+
+    def refuse_second(folder: Path) -> None:
+        if next(calls) == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(folder)
+
+    changed = ("_try_exchange", refuse) if failing == "exchange" else ("sync_folder", refuse_second)
+    monkeypatch.setattr(atomic_write, *changed)
+    with pytest.raises(StorageError, match=r"page\.html"):
+        write_files({target: NEW, page: NEW})
+    assert {path.name: path.read_bytes() for path in target.parent.iterdir()} == {
+        **({target.name: OLD} if is_there else {}),
+        page.name: OLD,
+    }
+
+
+def test_several_files_are_replaced_where_two_cannot_be_exchanged(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(atomic_write, "_try_exchange", lambda *paths: False)
+    page = target.with_name("page.html")
+    page.write_bytes(OLD)
+    write_files({target: NEW, page: NEW})
+    assert {path.name: path.read_bytes() for path in target.parent.iterdir()} == {target.name: NEW, page.name: NEW}
 
 
 @pytest.mark.parametrize("order", [1, -1])
