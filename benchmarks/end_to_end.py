@@ -1,6 +1,6 @@
 """What does a whole training cost, beside TRL's SFTTrainer with PEFT?
 
-Both read the same rows of prompts and completions, of lengths from 24 to 320 tokens and in the same order, train an
+Both read the same rows of prompts and completions, of 24 to 320 tokens or of 2,003, in the same order, train an
 adapter of rank 16 on all linears of a Llama of 8 layers of width 512 from the same A and B, and save it. Each training
 is a process of its own. The loss of every step is compared with TRL's before anything is reported.
 
@@ -31,6 +31,7 @@ from benchmarks.models import ALL, llama
 BATCH, R, RATE = 8, 16, 2e-4
 CASES: Final = ("trl", "lora_kit")
 LARGE: Final = 32_000
+MAX_LENGTH: Final = 2048
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Setting:
         dtype: `fp32`; `bf16` for a base in fp32 under autocast; `bf16 base` for a base that is held in bf16.
         vocabulary: tokens of the model: kit-base's tokenizer, or `LARGE` for one token per word.
         single: batches of one row, eight accumulated for a step: no padding, in either library.
+        long: a step of one row of 2,003 tokens.
         defaults: each library's own for what is not said: TRL checkpoints activations and computes in bf16.
         steps: of the optimizer.
     """
@@ -48,13 +50,25 @@ class Setting:
     dtype: str = "fp32"
     vocabulary: int = 4096
     single: bool = False
+    long: bool = False
     defaults: bool = False
     steps: int = 12
 
     @property
     def label(self) -> str:
         how = "each with its defaults" if self.defaults else self.dtype
-        return f"{how}, vocabulary {self.vocabulary:,}" + (", one row at a time" if self.single else "")
+        rows = ", one row at a time" * self.single + ", one row of 2,003 tokens" * self.long
+        return f"{how}, vocabulary {self.vocabulary:,}{rows}"
+
+    @property
+    def batch(self) -> int:
+        """Rows at once."""
+        return 1 if self.single or self.long else BATCH
+
+    @property
+    def accumulation(self) -> int:
+        """Batches of a step."""
+        return BATCH if self.single else 1
 
     @property
     def bound(self) -> float:
@@ -67,7 +81,7 @@ def prepare(setting: Setting, place: Path) -> None:
     import transformers
 
     config = llama().config
-    config.vocab_size, config.eos_token_id = setting.vocabulary, 2
+    config.vocab_size, config.eos_token_id, config.max_position_embeddings = setting.vocabulary, 2, MAX_LENGTH
     torch.manual_seed(0)
     model: Any = transformers.LlamaForCausalLM(config)
     model.to(torch.bfloat16 if setting.dtype == "bf16 base" else torch.float32).save_pretrained(place / "base")
@@ -106,8 +120,9 @@ def rows_of(words: Sequence[str], setting: Setting) -> Iterator[dict[str, str]]:
     weights = list(itertools.accumulate(1 / rank for rank in range(1, len(words) + 1)))
     # kit-base's tokenizer cuts such a word into nearly three.
     share = 1.0 if setting.vocabulary == LARGE else 0.36
-    for _ in range(BATCH * setting.steps):
+    for _ in range(setting.batch * setting.accumulation * setting.steps):
         parts = [round(share * 2 ** draw.uniform(4, 7)), round(share * 2 ** draw.uniform(3, 7))]
+        parts = [1000, 1000] if setting.long else parts
         prompt, completion = (" ".join(draw.choices(words, cum_weights=weights, k=count)) for count in parts)
         yield {"prompt": prompt, "completion": completion}
 
@@ -121,7 +136,7 @@ def ours(setting: Setting, place: Path) -> dict[str, Any]:
     arguments = {**shared(setting), **({"bf16": True} if setting.dtype == "bf16" and not setting.defaults else {})}
     recipe = {
         "base": str(place / "base"),
-        "data": str(place / "rows.jsonl"),
+        "data": {"train": str(place / "rows.jsonl"), "max_length": MAX_LENGTH},
         "lora": {"r": R, "lora_alpha": 2 * R, "target_modules": list(ALL)},
         "train": arguments,
         "out": str(Path(tempfile.mkdtemp(dir=place)) / "adapter"),
@@ -156,7 +171,7 @@ def theirs(setting: Setting, place: Path) -> dict[str, Any]:
             output_dir=tempfile.mkdtemp(dir=place),
             use_cpu=True,
             save_strategy="no",
-            max_length=512,
+            max_length=MAX_LENGTH,
             **shared(setting),
             **chosen,
         )
@@ -178,8 +193,8 @@ def shared(setting: Setting) -> dict[str, Any]:
     """What both are told."""
     return {
         "max_steps": setting.steps,
-        "per_device_train_batch_size": 1 if setting.single else BATCH,
-        "gradient_accumulation_steps": BATCH if setting.single else 1,
+        "per_device_train_batch_size": setting.batch,
+        "gradient_accumulation_steps": setting.accumulation,
         "learning_rate": RATE,
         "train_sampling_strategy": "sequential",
         "logging_steps": 1,
@@ -255,7 +270,8 @@ def ratios(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, tuple[f
 
 def settings() -> list[Setting]:
     kinds = [Setting(dtype, vocabulary) for vocabulary in (4096, LARGE) for dtype in ("fp32", "bf16", "bf16 base")]
-    return [*kinds, Setting(single=True), Setting(vocabulary=LARGE, defaults=True)]
+    long = [Setting(dtype, LARGE, long=True, steps=6) for dtype in ("fp32", "bf16")]
+    return [*kinds, Setting(single=True), *long, Setting(vocabulary=LARGE, defaults=True)]
 
 
 def rows() -> dict[str, Row]:
