@@ -208,6 +208,10 @@ def _show_file(part: PreparedFile, preparation: Preparation) -> None:
     print_table(("label", what, "share"), [(n, f"{c:,}", f"{c / labeled:.1%}") for n, c in shown])
     if len(labels) > len(shown):
         print(f"and {len(labels) - len(shown)} more labels, the rarest with {min(labels.values()):,} {what}")
+    if examined.joined_by:
+        print_text(f"conversations: the rows with the same {examined.joined_by}, in the order of the file")
+    if examined.roles:
+        print_text(f"roles renamed: {_describe_names(examined.roles)}")
     if examined.relabeled:
         print_text(f"relabeled: {_describe_names(examined.relabeled)}")
     if examined.variants:

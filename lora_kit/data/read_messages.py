@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from lora_kit.data.cells import RowError, read_list, read_optional_string, read_string
+from lora_kit.data.message_rows import ROLE_SYNONYMS
 from lora_kit.data.messages import INSTRUCTIONS, ROLES, Conversation, Message, ToolCall, find_learned_answers
 from lora_kit.data.records import BAD, EMPTY, Row
 from lora_kit.errors import format_list, suggest_nearest
@@ -83,7 +84,9 @@ def _read_message(number: int, item: object, role_key: str, content_key: str, ro
     _check_message_keys(number, values, (role_key, content_key))
     role = values.get(role_key)
     if not isinstance(role, str) or role not in roles:
-        raise RowError(f"message {number} is from {role!r}, which is not one of {format_list(list(roles))}")
+        what = f"message {number} is from {role!r}, which is not one of {format_list(list(roles))}"
+        meant = ROLE_SYNONYMS.get(str(role).lower())
+        raise RowError(f"{what}; lora-kit prepare makes it {meant!r}" if meant else what)
     where = f"message {number} ({roles[role]})"
     if role == "function_call":  # the value is the call itself
         calls = _read_json_calls(where, values.pop(content_key, None))

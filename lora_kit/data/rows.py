@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -15,6 +15,7 @@ from lora_kit.data.column_names import suggest_renames
 from lora_kit.data.encodings import UTF8
 from lora_kit.data.hub_datasets import is_dataset, read_dataset
 from lora_kit.data.layouts import LAYOUTS, Layout, RowValue, find_layout, list_columns_that_count, reason_not_ignorable
+from lora_kit.data.message_rows import MessageRows
 from lora_kit.data.preferences import PREFERENCE_LAYOUTS, find_preference_layout
 from lora_kit.data.prompt_rows import LayoutFinder, find_prompt_layout
 from lora_kit.data.readers import read_file
@@ -82,6 +83,7 @@ class Scan:
         unused: columns that are not part of the layout.
         sha256: hash of the file, or of the rows of a data set.
         encoding: encoding that the file was read in.
+        joined: what became of rows that are messages, and of their roles; None if nothing did.
     """
 
     rows: Rows
@@ -89,6 +91,7 @@ class Scan:
     unused: tuple[str, ...]
     sha256: str
     encoding: str = UTF8
+    joined: MessageRows | None = None
 
 
 def read_rows(path: str | Path, *, split: str = "train", find: LayoutFinder | None = None) -> Rows:
@@ -127,6 +130,7 @@ def scan_rows(
     encoding: str = "utf-8",
     split: str = "train",
     find: LayoutFinder | None = None,
+    join: Callable[[Sequence[Record]], MessageRows] | None = None,
 ) -> Scan:
     """Read the rows of a file or a data set, and collect the faults of invalid rows instead of raising them.
 
@@ -135,6 +139,7 @@ def scan_rows(
         encoding: the encoding of a text file; `auto` to find it out, see `lora_kit.data.encodings`.
         split: the split of a data set whose name holds none.
         find: finds the layout; None for `require_layout`.
+        join: makes conversations of rows that are messages; None where a row is a conversation.
 
     Raises:
         DataError: the file is missing, cannot be parsed at all, has no row, or is of an unknown layout.
@@ -146,13 +151,19 @@ def scan_rows(
     if not contents.records:
         return Scan(Rows(path, "", (), ()), tuple(contents.faults), (), contents.sha256, contents.encoding)
     records = rename_columns(path, contents.records, rename or {})
+    joined = MessageRows(records=records) if join is None else join(records)
+    known_faults = [*contents.faults, *joined.faults]
+    if not joined.records:
+        return Scan(Rows(path, "", (), ()), tuple(sorted(known_faults)), (), contents.sha256, contents.encoding)
+    records = joined.records
     layout = (find or require_layout)(path, records[0][1])
     columns = {key for _, row in records for key in row}
     unused = set[str]() if layout.reads_all else columns - {*layout.keys, *layout.optional}
     refuse_ignored_columns(path, layout, records)
     rows, faults = convert_records(path, layout, records)
-    all_faults = tuple(sorted([*contents.faults, *faults]))
-    return Scan(rows, all_faults, tuple(sorted(unused)), contents.sha256, contents.encoding)
+    all_faults = tuple(sorted([*known_faults, *faults]))
+    all_unused = tuple(sorted({*unused, *joined.unused}))
+    return Scan(rows, all_faults, all_unused, contents.sha256, contents.encoding, joined)
 
 
 def convert_records(path: Path, layout: Layout, records: Sequence[Record]) -> tuple[Rows, list[Fault]]:

@@ -15,6 +15,7 @@ from lora_kit.data.encode import EncodingResult, encode_with_faults
 from lora_kit.data.encodings import UTF8
 from lora_kit.data.label_problem import list_label_names, resolve_problem
 from lora_kit.data.layouts import RowValue
+from lora_kit.data.message_rows import join_message_rows
 from lora_kit.data.preferences import get_answer_format, get_first_answer
 from lora_kit.data.preparation.labels import (
     choose_spellings,
@@ -78,6 +79,8 @@ class ExaminedFile:
         sha256: hash of the file, or of the rows of a data set.
         encoding: encoding that the file was read in.
         problem: what the labels of texts are; None in other formats.
+        joined_by: the column by which rows of one message each were joined to conversations; empty for other rows.
+        roles: what names of roles that people use became, by name.
     """
 
     rows: Rows
@@ -90,6 +93,8 @@ class ExaminedFile:
     sha256: str
     encoding: str = UTF8
     problem: str | None = None
+    joined_by: str = ""
+    roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def lines_of(self, kind: str) -> list[int]:
         """Return the lines of the faults of a kind: `bad`, `empty` or `long`."""
@@ -149,7 +154,9 @@ def examine(
             `encode_with_faults`.
     """
     find = require_prompt_layout if options.rewards else None
-    scan = scan_rows(path, rename=options.rename, encoding=options.encoding, split=split, find=find)
+    scan = scan_rows(
+        path, rename=options.rename, encoding=options.encoding, split=split, find=find, join=join_message_rows
+    )
     relabel = _choose_names(scan.rows, options.relabel, label2id)
     rows = relabel_rows(scan.rows, relabel)
     problem = resolve_problem(rows, options.problem) if rows.values and rows.format == "label" else None
@@ -169,6 +176,8 @@ def examine(
         sha256=scan.sha256,
         encoding=scan.encoding,
         problem=problem,
+        joined_by="" if scan.joined is None else scan.joined.joined_by,
+        roles={} if scan.joined is None else scan.joined.roles,
     )
 
 

@@ -100,6 +100,8 @@ class PreparedFile:
             "lookalikes": examined.lookalikes,
             "variants": examined.variants,
             "relabeled": dict(examined.relabeled),
+            "joined_by": examined.joined_by,
+            "roles": dict(examined.roles),
             "tokens": self.tokens,
             "cut": list(examined.measured.cut),
         }
