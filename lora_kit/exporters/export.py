@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -25,8 +25,7 @@ from lora_kit.exporters.plain_lora import ExportCase
 from lora_kit.generation.prompts import find_separator
 from lora_kit.io.atomic_write import check_output, stage_folder
 from lora_kit.io.given_values import parse_path
-from lora_kit.io.output_overlap import OTHER_OUTPUT, reason_overlap
-from lora_kit.io.output_path import check_path
+from lora_kit.io.output_overlap import refuse_overlap
 from lora_kit.io.portable_paths import make_folder_portable
 from lora_kit.models.infer_base import NamedBase
 from lora_kit.names import CHAT_TEMPLATE_FILE
@@ -157,7 +156,7 @@ def export(
     out = parse_path(out, name="out")
     if not isinstance(adapter, Adapter):
         adapter = resolve_adapter(adapter).folder
-        _check_apart(out, [adapter, *([base] if base else [])])
+        refuse_overlap(out, [adapter, *([base] if base else [])], error=ExportError)
     loading = [name for name in allow if name in ALLOWANCES] if target in _WHOLE_MODELS else allow
     source = SourceAdapter.of(adapter, allow=loading)
     case = dataclasses.replace(_build_case(source, base), out=Path(os.path.abspath(out)), allow=tuple(allow))
@@ -196,14 +195,6 @@ def _check_target(target: str) -> None:
         raise ConfigError(
             f"target {target!r} is not known", hint=suggest_nearest(target, TARGETS) or format_list(TARGETS)
         )
-
-
-def _check_apart(out: Path, inputs: Sequence[str | Path]) -> None:
-    """Raise ExportError if the output is not apart from what it is made of."""
-    check_path(out)
-    reason = reason_overlap(out, inputs)
-    if reason:
-        raise ExportError(reason, hint=OTHER_OUTPUT)
 
 
 def _build_case(source: SourceAdapter, base: str | Path | None) -> ExportCase:

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from lora_kit.errors import StorageError
+from lora_kit.errors import LoraKitError, StorageError
+from lora_kit.io.output_path import check_path
 from lora_kit.io.text import escape_text
 
 OTHER_OUTPUT: Final = "choose another output"
@@ -34,8 +35,16 @@ def reason_overlap(out: Path, inputs: Iterable[str | Path]) -> str | None:
     return None
 
 
-def refuse_overlap(out: Path, inputs: Iterable[str | Path]) -> None:
-    """Raise StorageError for an output that is an input, lies in one or has one in it; see `reason_overlap`."""
+def refuse_overlap(out: Path, inputs: Iterable[str | Path], *, error: type[LoraKitError] = StorageError) -> None:
+    """Raise an error for an output that is an input, lies in one or has one in it; see `reason_overlap`.
+
+    Args:
+        error: its class.
+
+    Raises:
+        StorageError: the output is not a valid path.
+    """
+    check_path(out)
     reason = reason_overlap(out, inputs)
     if reason:
-        raise StorageError(reason, hint=OTHER_OUTPUT)
+        raise error(reason, hint=OTHER_OUTPUT)

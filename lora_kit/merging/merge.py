@@ -20,6 +20,7 @@ from lora_kit.adapter.use_record import find_common_use
 from lora_kit.errors import ConfigError, MergeError, format_list
 from lora_kit.io.atomic_write import check_output, stage_folder
 from lora_kit.io.given_values import is_name_collection, parse_path
+from lora_kit.io.output_overlap import refuse_overlap
 from lora_kit.io.output_path import check_path
 from lora_kit.io.portable_paths import make_folder_portable
 from lora_kit.io.sealed_json import NO_DIGEST, SELF_DIGEST, seal_json
@@ -120,7 +121,7 @@ def _check_output(
     replace: bool,
 ) -> None:
     local = [folder for name in bases if name is not None and (folder := find_local_folder(name))]
-    preflight.refuse_overlap(out, [*local, *_find_adapter_folders(sources)])
+    refuse_overlap(out, [*local, *_find_adapter_folders(sources)], error=MergeError)
     check_output(out, replace=replace, owned=preflight.is_merged_folder)
 
 

@@ -9,8 +9,6 @@ from typing import Final
 
 from lora_kit.adapter.adapter import Adapter
 from lora_kit.errors import AdapterError, MergeError
-from lora_kit.io.output_overlap import OTHER_OUTPUT, reason_overlap
-from lora_kit.io.output_path import check_path
 from lora_kit.io.read import read_text
 from lora_kit.io.sealed_json import SELF_DIGEST, is_intact
 from lora_kit.io.strict_json import parse_object
@@ -21,19 +19,6 @@ MERGE_RECORD: Final = "lora_kit_merge.json"
 _RECORD_LIMIT: Final = 16 * 2**20
 _UNPROTECTED_FORMAT: Final = 2
 """Of records without a digest of themselves, which are read too."""
-
-
-def refuse_overlap(out: Path, inputs: Sequence[Path]) -> None:
-    """Raise MergeError if the output is an input, lies inside one, or the other way round.
-
-    Raises:
-        MergeError: they overlap.
-        StorageError: the output is not a valid path.
-    """
-    check_path(out)
-    reason = reason_overlap(out, inputs)
-    if reason:
-        raise MergeError(reason, hint=OTHER_OUTPUT)
 
 
 def refuse_merged(base: Path, adapters: Sequence[Adapter]) -> None:

@@ -13,16 +13,8 @@ from torch import Tensor
 from lora_kit.adapter.folder import CONFIG, WEIGHTS
 from lora_kit.adapter.peft_keys import PREFIX
 from lora_kit.io.safetensors import encode_safetensors
+from tests.support.merge_families import SIZES
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 32,

@@ -9,15 +9,19 @@ import transformers
 
 from lora_kit.models.silence import silence_libraries
 
-SMALL: Final[dict[str, Any]] = {
+SIZES: Final[dict[str, Any]] = {
     "vocab_size": 96,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 8,
     "max_position_embeddings": 64,
+}
+"""Of a tiny decoder."""
+SMALL: Final[dict[str, Any]] = {
+    **SIZES,
+    "head_dim": 8,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
