@@ -129,14 +129,15 @@ def test_the_probe_takes_no_more_memory_than_a_forward_without_gradients() -> No
     assert probe.peak <= 1.05 * without.peak
 
 
-def test_what_is_trained_is_in_training_mode_in_every_step_also_after_a_validation(tmp_path: Path) -> None:
+@pytest.mark.parametrize("left", [lambda model: model, lambda model: model.bert.encoder], ids=["the model", "a part"])
+def test_what_is_trained_is_in_training_mode_in_every_step_also_after_a_validation(tmp_path: Path, left: Any) -> None:
     base = base_of("bert", labels=2)
     dropout = base.model.get_submodule("bert.encoder.layer.1.output.dropout")
     validated, stepped = list[bool](), list[bool]()
 
     class Note(transformers.TrainerCallback):
         def on_evaluate(self, *_: object, **__: object) -> None:
-            base.model.eval()  # whatever a validation leaves behind
+            left(base.model).eval()  # whatever a validation leaves behind
             validated.append(dropout.training)
 
         def on_pre_optimizer_step(self, *_: object, **__: object) -> None:

@@ -73,6 +73,7 @@ class Trainer(TrainingLoop):
         self._class_weights = class_weights
         self._sample_weights: Tensor | None = None
         self._frozen_modules: list[nn.Module] = []
+        self._in_training: _ModelInTraining | None = None
         self._prefix_cache = prefix_cache
         self._prefix_states: dict[str, PrefixStates] = {}
         self._computed_share = 1.0
@@ -228,7 +229,9 @@ class Trainer(TrainingLoop):
 
     def _forward_and_backward(self, batch: Batch, label_count: LabelCount) -> Tensor:
         step: Any = super().training_step
-        model = _ModelInTraining(self.model_wrapped)
+        if self._in_training is None or self._in_training.model is not self.model_wrapped:
+            self._in_training = _ModelInTraining(self.model_wrapped, but=self._frozen_modules)
+        model = self._in_training
         return sum_losses([step(model, part, label_count) for part in self._split(batch)])
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
@@ -299,12 +302,21 @@ class Trainer(TrainingLoop):
 
 
 class _ModelInTraining:
-    """Stands for the model in a step of transformers, which puts it into training mode each time, module by module."""
+    """Stands for the model in a step of transformers, which puts it into training mode each time, module by module.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    Args:
+        model: which is put into training mode where a module is not in it that was after the last time.
+        but: modules whose mode is another matter.
+    """
+
+    def __init__(self, model: nn.Module, *, but: Sequence[nn.Module]) -> None:
+        self.model, self._but = model, but
+        self._modules: list[nn.Module] = []
 
     def train(self) -> None:
         """Put the model into training mode unless it is."""
-        if not self._model.training:
-            self._model.train()
+        if self._modules and all(module.training for module in self._modules):
+            return
+        self.model.train()
+        others = set(self._but)
+        self._modules = [module for module in self.model.modules() if module.training and module not in others]
