@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor
 
-from lora_kit.layers.row_gather import RowSelection, split_by_rank
+from lora_kit.layers.row_gather import RowSelection, as_index, make_index, make_scaling, split_by_rank
 
 if TYPE_CHECKING:
     from lora_kit.layers.joined_runs import Span
@@ -72,26 +72,22 @@ def _pad(owners: Mapping[int, RowSlot], device: torch.device) -> PaddedTokens:
     count = slots[-1] + 1 - slots[0]
     groups = [slot - slots[0] for slot in slots]
     if len(set(slots)) < len(slots) or count > _MOST_SLOTS * len(slots):
-        chosen, count, groups = _make_index(slots, device), len(slots), list(range(len(slots)))
+        chosen, count, groups = make_index(slots, device), len(slots), list(range(len(slots)))
     width = max(len(own) for _, own in pieces)
-    rows, places, scalings = [next(iter(owners))] * (count * width), dict[int, int](), [1.0] * count
+    rows, places = [next(iter(owners))] * (count * width), dict[int, int]()
+    scalings = [pieces[0][0].scaling] * count  # what those between have does not matter
     for group, (owner, own) in zip(groups, pieces, strict=True):
         scalings[group] = owner.scaling
         for place, token in enumerate(own, group * width):
             rows[place], places[token] = token, place
     selection = RowSelection(
-        rows=_make_index(rows, device),
+        rows=make_index(rows, device),
         slots=chosen,
         rank=max(owner.rank for owner in owners.values()),
-        scaling=_make_scaling(scalings, {owner.scaling for owner in owners.values()}, device),
+        scaling=make_scaling(scalings, device),
     )
-    tokens = list(owners)
-    is_range = tokens[-1] + 1 - tokens[0] == len(tokens)
     return PaddedTokens(
-        selection,
-        count,
-        slice(tokens[0], tokens[-1] + 1) if is_range else _make_index(tokens, device),
-        _make_index([places[token] for token in tokens], device),
+        selection, count, as_index(list(owners), device), make_index([places[token] for token in owners], device)
     )
 
 
@@ -106,16 +102,3 @@ def _divide(owners: Mapping[int, RowSlot]) -> list[tuple[RowSlot, list[int]]]:
         for owner, own in sorted(by_owner.items())
         for start in range(0, len(own), most)
     ]
-
-
-def _make_scaling(scalings: Sequence[float], distinct: set[float], device: torch.device) -> float | Tensor:
-    """Return one number, or one for each group (G, 1, 1)."""
-    if len(distinct) == 1:
-        return distinct.pop()
-    with torch.inference_mode(False):
-        return torch.tensor(scalings, device=device).view(-1, 1, 1)
-
-
-def _make_index(numbers: Sequence[int], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(numbers, dtype=torch.int64, device=device)

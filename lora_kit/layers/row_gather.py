@@ -213,17 +213,30 @@ def split_by_rank(rows: dict[int, RowSlot]) -> list[dict[int, RowSlot]]:
 def _select_rows(rows: dict[int, RowSlot], count: int, device: torch.device) -> RowSelection:
     slots, ranks, scalings = zip(*rows.values(), strict=True)
     return RowSelection(
-        rows=None if len(rows) == count else _as_index(list(rows), device),
-        slots=_as_index(slots, device),
+        rows=None if len(rows) == count else as_index(list(rows), device),
+        slots=as_index(slots, device),
         rank=max(ranks),
-        scaling=scalings[0] if len(set(scalings)) == 1 else torch.tensor(scalings, device=device).view(-1, 1, 1),
+        scaling=make_scaling(scalings, device),
     )
 
 
-def _as_index(numbers: Sequence[int], device: torch.device) -> slice | Tensor:
+def make_scaling(scalings: Sequence[float], device: torch.device) -> float | Tensor:
+    """Return one number, or (R', 1, 1) where they differ."""
+    if len(set(scalings)) == 1:
+        return scalings[0]
+    with torch.inference_mode(False):
+        return torch.tensor(scalings, device=device).view(-1, 1, 1)
+
+
+def as_index(numbers: Sequence[int], device: torch.device) -> slice | Tensor:
     """Return numbers as an index: a range where they are consecutive."""
     if list(numbers) == list(range(numbers[0], numbers[0] + len(numbers))):
         return slice(numbers[0], numbers[-1] + 1)
+    return make_index(numbers, device)
+
+
+def make_index(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Return numbers as int64 that forwards with gradients may use, too."""
     with torch.inference_mode(False):
         return torch.tensor(numbers, device=device)
 

@@ -119,11 +119,11 @@ class RowReader:
         self.longest = max(positions) + 1
         """Positions that are read, at most."""
         self._span = slice(first, end) if end - first <= _MOST_SPAN * len(rows) else None
-        self._is_whole = self._span is not None and list(rows) == list(range(first, end))
+        self._has_others = self._span is not None and list(rows) != list(range(first, end))
         begin = 0 if self._span is None else first
         self._rows = torch.tensor([row - begin for row in rows], device=device)
         ends = torch.tensor(positions, device=device)
-        if self._span is not None and not self._is_whole:
+        if self._has_others:
             ends = ends.new_zeros(end - first).index_copy_(0, self._rows, ends)  # a row between sees its first position
         self._ends = ends
         self._masks: dict[int | None, Tensor] = {}
@@ -149,14 +149,12 @@ class RowReader:
         return kept.index_select(0, self._rows) if self._span is None else kept[self._span]
 
     def _spread(self, query: Tensor) -> Tensor:
-        if self._span is None or self._is_whole:
+        if not self._has_others:
             return query
         return query.new_zeros(len(self._ends), *query.shape[1:]).index_copy_(0, self._rows, query)
 
     def _pick(self, attended: Tensor) -> Tensor:
-        if self._span is None or self._is_whole:
-            return attended
-        return attended.index_select(0, self._rows)
+        return attended.index_select(0, self._rows) if self._has_others else attended
 
     def _get_mask(self, window: int | None) -> Tensor:
         """Return which positions each row sees, (rows read, 1, 1, longest); the same for all layers of a step."""
